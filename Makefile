@@ -1,0 +1,31 @@
+# make demo: install what is needed, then fine-tune, evaluate and chat with the embedded model.
+# make test: install the test dependencies and run the tests.
+# Both install into .venv unless PYTHON names the interpreter of an environment of your own:
+#   make test PYTHON=python
+VENV   := .venv
+PYTHON ?= $(VENV)/bin/python
+
+.PHONY: demo test base data clean
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+$(PYTHON):
+	python3 -m venv $(VENV)
+RUNTIME := $(VENV)/runtime.stamp
+TESTING := $(VENV)/testing.stamp
+$(RUNTIME): requirements.txt | $(PYTHON)
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	touch $@
+$(TESTING): requirements-dev.txt requirements.txt requirements-extras.txt | $(PYTHON)
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+endif
+
+demo: $(RUNTIME)
+	$(PYTHON) examples/demo.py
+
+test: $(TESTING)
+	$(PYTHON) -m pytest -q
+	$(PYTHON) -m ruff check .
+
+clean:
+	rm -rf runs $(VENV) .pytest_cache .ruff_cache

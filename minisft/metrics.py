@@ -1,0 +1,107 @@
+"""What a run shows and leaves behind: a progress bar, metrics.jsonl, a picture of the loss.
+
+    progress = Progress(total_steps=100, path="runs/cherry/metrics.jsonl")
+    progress.add(loss_sum=12.5, num_targets=10, num_tokens=40)
+    progress.record(epoch=0.1, learning_rate=1e-4, grad_norm=0.7)
+    plot_loss("runs/cherry")          # runs/cherry/loss.png
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minisft import parallel
+
+
+class Progress:
+    """Counts a run's steps, losses and tokens. Only the first process shows and writes them.
+
+    `tokens` are all tokens of the rows, without padding; losses are per supervised token.
+    """
+
+    def __init__(self, total_steps, path, device="cpu"):
+        self.is_main = parallel.rank() == 0
+        self.file = open(path, "w", encoding="utf-8") if self.is_main else None
+        silent = not (self.is_main and sys.stderr.isatty())
+        self.bar = tqdm(total=total_steps, unit="step", disable=silent)
+        self.device = device
+        self.step = self.tokens = 0
+        self._begin_interval()
+
+    def _begin_interval(self):
+        self.loss_sum, self.num_targets, self.num_tokens = 0.0, 0, 0
+        self.began = time.monotonic()
+
+    def add(self, loss_sum, num_targets, num_tokens):
+        """Count one optimizer step: this process's loss, all processes' tokens."""
+        self.step += 1
+        self.tokens += num_tokens
+        self.loss_sum = self.loss_sum + loss_sum
+        self.num_targets += num_targets
+        self.num_tokens += num_tokens
+        self.bar.update()
+
+    def record(self, epoch, learning_rate, grad_norm):
+        """Write the mean loss and the speed since the last record, over all processes."""
+        (loss_sum,) = parallel.sum_over_processes([float(self.loss_sum)], self.device)
+        loss = loss_sum / max(1, self.num_targets)
+        speed = self.num_tokens / max(1e-9, time.monotonic() - self.began)
+        self._write(step=self.step, epoch=epoch, loss=loss, learning_rate=learning_rate,
+                    grad_norm=grad_norm, tokens=self.tokens, tokens_per_second=speed)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s")
+        self._begin_interval()
+
+    def record_evaluation(self, loss, seconds):
+        """Write an evaluation that took `seconds`, which do not count as training time."""
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self._write(step=self.step, eval_loss=loss, eval_perplexity=perplexity)
+        self.say(f"step {self.step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        self.began += seconds
+
+    def say(self, text):
+        """Print a line above the bar."""
+        if self.is_main:
+            self.bar.write(text)
+
+    def close(self):
+        """Finish the bar and the file."""
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+    def _write(self, **values):
+        if self.file:
+            rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value
+                       for name, value in values.items()}
+            self.file.write(json.dumps(rounded) + "\n")
+            self.file.flush()
+
+
+def read_metrics(run_dir):
+    """The objects of a run's metrics.jsonl, as a list of dicts."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def plot_loss(run_dir):
+    """Draw loss and evaluation loss over steps to `run_dir/loss.png`; returns its path.
+
+    Raises ImportError where matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss per token")
+    for name, style in (("loss", "-"), ("eval_loss", "o-")):
+        points = [(row["step"], row[name]) for row in read_metrics(run_dir) if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(run_dir) / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,298 @@
+"""The Llama decoder: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+    model = CausalLM(ModelConfig(vocab_size=512, hidden_size=64, intermediate_size=172,
+                                 num_hidden_layers=2, num_attention_heads=8))
+    hidden = model(torch.tensor([[1, 5, 7]]))          # (B, T, D)
+    logits = model.logits(hidden[:, -1])               # (B, V), only where they are wanted
+
+One class serves Llama, Mistral, Qwen2 and Qwen3, which differ by fields of their config. Modules
+are called what they are called in a Hugging Face checkpoint.
+
+Shapes: B batch, T time (tokens of this call), S time of all keys (cache and this call), D model
+width, H query heads, K key/value heads, d width of a head, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the root mean square in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * wide.to(x.dtype)).to(x.dtype)
+
+
+def rotary_frequencies(config, length, device=None):
+    """Inverse frequencies (d/2,) in float32 and the factor on cos and sin (arXiv 2104.09864).
+
+    `length` is the number of positions in use; only the `dynamic` type depends on it.
+    """
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    theta, width, factor = config.rope_theta, config.head_dim, scaling.get("factor")
+    if scaling["rope_type"] == "dynamic" and length > config.max_position_embeddings:
+        stretch = factor * length / config.max_position_embeddings - (factor - 1)
+        theta = theta * stretch ** (width / (width - 2))
+    exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
+    frequencies = 1.0 / theta**exponents
+    if scaling["rope_type"] == "linear":
+        return frequencies / factor, 1.0
+    if scaling["rope_type"] == "llama3":
+        return _llama3_frequencies(frequencies, scaling), 1.0
+    if scaling["rope_type"] == "yarn":
+        return _yarn_frequencies(frequencies, scaling, theta, width)
+    return frequencies, 1.0
+
+
+def _llama3_frequencies(frequencies, scaling):
+    """Divide the slow frequencies by `factor`, keep the fast, blend between (Llama 3.1)."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    rotations = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((rotations - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequencies / scaling["factor"] + keep * frequencies
+
+
+def _yarn_frequencies(frequencies, scaling, theta, width):
+    """YaRN, "NTK by parts" and the attention temperature (arXiv 2309.00071)."""
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def dimension(rotations):
+        return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = dimension(scaling.get("beta_fast") or 32)
+    high = dimension(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    index = torch.arange(width // 2, dtype=torch.float32, device=frequencies.device)
+    interpolate = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
+    frequencies = interpolate * frequencies / factor + (1 - interpolate) * frequencies
+
+    def temperature(weight):
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        both = mscale and mscale_all_dim
+        attention_factor = (
+            temperature(mscale) / temperature(mscale_all_dim) if both else temperature(1.0)
+        )
+    return frequencies, attention_factor
+
+
+def rotate(x, cos, sin):
+    """Rotate pairs (i, i + d/2) of x (B, heads, T, d) by angles; cos, sin (B or 1, 1, T, d)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, one pair of (B, K, capacity, d) per layer.
+
+    Handed to `forward`, never kept in modules. Grows by doubling, so that a new token costs a
+    write, not a copy of the past. `length` counts the tokens held.
+    """
+
+    def __init__(self, config):
+        self.length = 0
+        self.pairs = [None] * config.num_hidden_layers
+
+    def append(self, layer, keys, values):
+        """Add (B, K, T, d) of one layer; returns views of all keys and values (B, K, S, d)."""
+        end = self.length + keys.shape[2]
+        if self.pairs[layer] is None or self.pairs[layer][0].shape[2] < end:
+            self.pairs[layer] = tuple(
+                self._grown(layer, index, new, end) for index, new in enumerate((keys, values))
+            )
+        held = self.pairs[layer]
+        for store, new in zip(held, (keys, values), strict=True):
+            store[:, :, self.length : end] = new
+        return tuple(store[:, :, :end] for store in held)
+
+    def _grown(self, layer, index, new, end):
+        batch, heads, _, width = new.shape
+        capacity = max(end, 2 * self.length, 64)
+        store = new.new_empty(batch, heads, capacity, width)
+        if self.length:
+            store[:, :, : self.length] = self.pairs[layer][index][:, :, : self.length]
+        return store
+
+    def truncate(self, length):
+        """Forget everything after the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    def select(self, rows):
+        """Keep only the given batch rows (a list or tensor of indices)."""
+        self.pairs = [pair and tuple(store[rows] for store in pair) for pair in self.pairs]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        bias = config.attention_bias
+        query_width = self.num_heads * self.head_dim
+        key_width = self.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=bias or config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias or config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias or config.qkv_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.num_heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim))
+        v = self.v_proj(x).view(B, T, self.num_key_value_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        # Without a mask every query sees the keys up to its own; one query alone sees them all.
+        y = F.scaled_dot_product_attention(  # (B, H, T, d)
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then MLP, each behind a norm and added to its input."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: what a checkpoint calls `model`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        # Uniform, as nn.Linear starts: nn.Embedding's normal draw, on the meta device, imports
+        # torch's compiler, for which every command would wait.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1), freeze=False
+        )
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens, positions, mask, cache):
+        T, past = tokens.shape[1], cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(past, past + T, device=tokens.device)
+        x = self.embed_tokens(tokens)
+        cos, sin = self._angles(positions, past + T, x.dtype)
+        masks = self._masks(T, past + T, mask, tokens.device)
+        for index, layer in enumerate(self.layers):
+            arguments = (x, cos, sin, masks[self.config.layer_types[index]], cache, index)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x = layer(*arguments)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def _angles(self, positions, length, dtype):
+        """cos and sin (B or 1, 1, T, d) of every position, computed in float32."""
+        frequencies, factor = rotary_frequencies(self.config, length, positions.device)
+        angles = positions[..., None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        angles = angles.view(-1, 1, *angles.shape[-2:])
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    def _masks(self, T, S, mask, device):
+        """The mask of each layer type: None (causal), or True where a query may see a key."""
+        window = self.config.sliding_window
+        if mask is None and 1 < T < S:
+            mask = _causal(T, S, device)
+        masks = {"full_attention": mask, "sliding_attention": mask}
+        if window is not None and S > window:
+            near = _causal(T, S, device).triu(S - T - window + 1)
+            masks["sliding_attention"] = near if mask is None else mask & near
+        return masks
+
+
+def _causal(T, S, device):
+    """(T, S), True where key j is not after query i; the queries are the last T of S."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+class CausalLM(nn.Module):
+    """The decoder and its output matrix. `forward` gives hidden states, `logits` the rest."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens, positions=None, mask=None, cache=None):
+        """Hidden states (B, T, D) of tokens (B, T).
+
+        positions: (T,) or (B, T), for the rotary embedding; by default they go on from the cache.
+        mask: True where a query may see a key, broadcastable to (B, 1, T, S); by default causal.
+            With rows padded on the right no mask is needed: a real token never sees what follows.
+        cache: a KeyValueCache, read and extended.
+        """
+        return self.model(tokens, positions, mask, cache)
+
+    def logits(self, hidden):
+        """Scores of the vocabulary (..., V) at hidden states (..., D)."""
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+    @torch.no_grad()
+    def initialize(self, generator=None):
+        """Fresh weights: normal(0, initializer_range), biases zero, norms one."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)

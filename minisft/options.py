@@ -1,0 +1,246 @@
+"""The command line: flags, TOML recipes, the record of what was run, and errors for people.
+
+    parser = OptionParser(description="add two numbers")
+    add, switch = parser.section("numbers")
+    add("--left", type=int, default=1, help="first summand")
+    options = parser.parse_options(["--left", "2"])
+
+Flags may be written with hyphens or underscores. `--config recipe.toml` sets the same names, and
+what stands on the command line wins.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import tomllib
+import traceback
+from pathlib import Path
+
+# Choices that stand in the help, which is to appear without loading what implements them.
+SCHEDULES = ["cosine", "linear", "constant", "polynomial"]
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; its message names the place and the way out."""
+
+
+def boolean(text):
+    """`true`, `yes`, `1`, `false`, `no`, `0` in any case -> bool."""
+    lowered = str(text).lower()
+    if lowered in ("true", "yes", "1"):
+        return True
+    if lowered in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def optional_int(text):
+    """A whole number, or `none` for 'not set' (how a recipe or a record spells it out)."""
+    return None if str(text).lower() == "none" else int(text)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one, and the kind of value a flag takes."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, False, "", argparse.SUPPRESS)
+        return action.help if silent else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, "TEXT")
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse with hyphens, recipes, and one-line errors that suggest the flag that was meant."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.add_argument("--config", metavar="RECIPE.toml", help="set flags from a file")
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def section(self, title):
+        """A headed part of the help -> (add, switch): add_argument, and flags that are on or off.
+
+        A switch is off unless given; `--name false` switches off what a recipe has set.
+        """
+        group = self.add_argument_group(title)
+
+        def switch(name, help):
+            group.add_argument(
+                name, type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=help
+            )
+
+        return group.add_argument, switch
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+    def parse_options(self, arguments=None):
+        """Read the recipe, then the command line over it; unknown names raise UserError."""
+        arguments = sys.argv[1:] if arguments is None else arguments
+        arguments = [_underscores(word) for word in arguments]
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--config")
+        recipe_path = early.parse_known_args(arguments)[0].config
+        if recipe_path and not {"-h", "--help"} & set(arguments):
+            self._apply_recipe(recipe_path)
+        for word in arguments:
+            # Before argparse looks for required flags, which a misspelt one would be.
+            if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
+                raise UserError(f"unknown flag {word.split('=')[0]}{self._meant(word[2:])}")
+        return self.parse_args(arguments)
+
+    def _apply_recipe(self, path):
+        actions = {action.dest: action for action in self._actions}
+        for name, value in _read_toml(path).items():
+            action = actions.get(name.replace("-", "_"))
+            if action is None or action.dest in ("help", "config"):
+                raise UserError(f"{path}: unknown option '{name}'{self._meant(name)}")
+            self.set_defaults(**{action.dest: _converted(action, value, path)})
+            action.required = False
+
+    def _meant(self, name):
+        names = [action.dest for action in self._actions]
+        close = difflib.get_close_matches(name.split("=")[0], names, n=1)
+        return f"; did you mean --{close[0]}?" if close else ""
+
+
+def _underscores(word):
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _read_toml(path):
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}") from error
+
+
+def _converted(action, value, path):
+    """A recipe's value, through the type and choices of its flag."""
+    many = action.nargs in ("+", "*")
+    values = value if many and isinstance(value, list) else [value]
+    try:
+        values = [_convert_one(action, one) for one in values]
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"{path}: {action.dest} = {value!r}: {error}") from error
+    if action.choices and any(one not in action.choices for one in values):
+        choices = ", ".join(action.choices)
+        raise UserError(f"{path}: {action.dest} = {value!r}: choose from {choices}")
+    return values if many else values[0]
+
+
+def _convert_one(action, value):
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    if isinstance(action, argparse._StoreTrueAction):
+        return boolean(value)
+    return action.type(str(value)) if action.type else str(value)
+
+
+def save_options(options, path):
+    """Write the resolved options as TOML, so that `--config` can repeat the run."""
+    lines = []
+    for name, value in sorted(vars(options).items()):
+        if name in ("config", "debug") or value is None:
+            continue
+        # JSON strings, numbers, lists and booleans are also TOML.
+        lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run(main):
+    """Call `main()`; a UserError becomes one line on standard error and exit status 2."""
+    debug = "--debug" in sys.argv
+    try:
+        main()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has left: nothing to say, and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def add_model_flags(parser, auto_dtype="bfloat16 where the processor multiplies it, else float32"):
+    """The flags of every script that loads a model; returns the section for more of them."""
+    add, switch = parser.section("model")
+    add("--model_name_or_path", required=True, help="folder of a checkpoint, or hub id")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: a GPU if there is one)")
+    add("--dtype", choices=DTYPES, default="auto",
+        help=f"type of the numbers (auto: {auto_dtype})")
+    switch("--bf16", "short for --dtype bfloat16")
+    switch("--fp16", "short for --dtype float16")
+    return add, switch
+
+
+def resolve_device(options):
+    """The torch.device for `--device`; UserError where there is no such device."""
+    import torch
+
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs here; "
+                        "use --device cpu")
+    return device
+
+
+def resolve_dtype(options, device, auto=None):
+    """The torch.dtype of `--dtype`, `--bf16`, `--fp16`; `auto` is what auto means, if not usual."""
+    import torch
+
+    name = options.dtype
+    for flag, chosen in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if getattr(options, flag):
+            if name not in ("auto", chosen):
+                raise UserError(f"--{flag} contradicts --dtype {name}: give one of the two")
+            name = chosen
+    if name == "auto":
+        return auto or (torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
+    return getattr(torch, name)
+
+
+def multiplies_bfloat16(device):
+    """Whether the processor has bfloat16 matrix instructions of its own."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def check_output_dir(output_dir, overwrite, *inputs):
+    """The Path to write to. UserError where that would overwrite anything not meant to be."""
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path}: is a file")
+    for source in inputs:
+        # Weights may be mapped from the files of the input; writing there would destroy both.
+        if source and path.resolve() == Path(source).resolve():
+            raise UserError(f"--output_dir {path}: is also read from; choose another")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(f"--output_dir {path}: has something in it; choose another, or give "
+                        "--overwrite_output_dir")
+    return path

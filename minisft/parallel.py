@@ -1,0 +1,67 @@
+"""Several processes under torchrun: who am I, sums over all, gradients averaged by DDP.
+
+    torchrun --nproc_per_node 2 train.py ...
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start(device):
+    """Join the processes that torchrun started; returns this process's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop():
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(values, device):
+    """Element-wise sum of a list of numbers over all processes."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def wrap(model):
+    """The model whose backward pass averages gradients over processes; itself if there is one."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def barrier():
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gradient_sync(model, wanted):
+    """Context of a backward pass: gradients are averaged in it only if `wanted`."""
+    if wanted or world_size() == 1:
+        return contextlib.nullcontext()
+    return model.no_sync()

@@ -1,0 +1,163 @@
+"""LoRA against peft: adapters go both ways, and merging changes nothing."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+
+from minisft.config import ModelConfig
+from minisft.lora import LoraConfig, LoRALinear, add_lora, merge_lora
+from minisft.model import CausalLM
+from minisft.options import UserError
+from minisft.weights import load_adapter, load_model, save_adapter, save_model
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2,
+}
+ADAPTERS = {
+    "attention": LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
+    "all": LoraConfig(rank=8, alpha=16),
+    "rslora": LoraConfig(rank=8, alpha=16, use_rslora=True),
+    "saved modules": LoraConfig(rank=4, alpha=8, modules_to_save=("embed_tokens", "lm_head")),
+    "saved embedding": LoraConfig(rank=4, alpha=8, modules_to_save=("embed_tokens",)),
+}
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def base_dir(request, tmp_path):
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict({**CONFIG, "tie_word_embeddings": request.param}))
+    model.initialize()
+    save_model(model, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def randomize(model):
+    """Give everything trainable other values, as training would."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model.logits(model(tokens))
+
+
+TOKENS = torch.randint(0, 128, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_peft_reads_ours(name, base_dir, tmp_path):
+    model = load_model(base_dir)
+    before = logits(model, TOKENS)
+    add_lora(model, ADAPTERS[name])
+    assert torch.equal(logits(model, TOKENS), before)  # B is zero: bit for bit the base
+    randomize(model)
+    save_adapter(model, tmp_path / "adapter", ADAPTERS[name], base_dir)
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+    assert (expected - before).abs().max() > 0.05
+    torch.testing.assert_close(logits(model, TOKENS), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_we_read_peft(name, base_dir, tmp_path):
+    config = ADAPTERS[name]
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.target_modules),
+        use_rslora=config.use_rslora, modules_to_save=list(config.modules_to_save) or None,
+        task_type="CAUSAL_LM"))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_model(base_dir)
+    load_adapter(ours, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = theirs.eval()(TOKENS).logits
+    torch.testing.assert_close(logits(ours, TOKENS), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_merged_equals_unmerged(name, base_dir, tmp_path):
+    model = load_model(base_dir)
+    add_lora(model, ADAPTERS[name])
+    randomize(model)
+    expected = logits(model, TOKENS)
+    merge_lora(model)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    torch.testing.assert_close(logits(model, TOKENS), expected, rtol=1e-5, atol=1e-5)
+    save_model(model, tmp_path / "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(TOKENS).logits, logits(model, TOKENS),
+                                   rtol=1e-5, atol=1e-5)
+
+
+def test_merging_casts_once(base_dir):
+    """A merged bfloat16 weight is the float32 sum, rounded; not a sum of rounded parts."""
+    model = load_model(base_dir, torch.bfloat16)
+    add_lora(model, ADAPTERS["attention"])
+    randomize(model)
+    layer = model.model.layers[0].self_attn.q_proj
+    weight = layer.base_layer.weight.float()
+    expected = weight + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+    merge_lora(model)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, expected.bfloat16())
+
+
+def test_what_is_trained(base_dir):
+    """Only the adapter and the saved modules, in float32, also over a bfloat16 base."""
+    model = load_model(base_dir, torch.bfloat16)
+    add_lora(model, LoraConfig(target_modules=("q_proj",), modules_to_save=("lm_head",)))
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name or name == "lm_head.weight")
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    assert not model.config.tie_word_embeddings
+
+
+def test_dropout_is_on_the_adapter_only(base_dir):
+    model = load_model(base_dir)
+    plain = copy.deepcopy(model)
+    add_lora(model, LoraConfig(dropout=0.5))
+    model.train()
+    # B is zero, so if the base saw dropout the result would change.
+    assert torch.equal(logits(model, TOKENS), logits(plain, TOKENS))
+    randomize(model)
+    assert not torch.equal(logits(model, TOKENS), logits(model, TOKENS))
+    model.eval()
+    assert torch.equal(logits(model, TOKENS), logits(model, TOKENS))
+
+
+def test_start_is_that_of_peft():
+    """A: kaiming uniform with a = sqrt(5), that is uniform within 1 / sqrt(inputs)."""
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(400, 50), LoraConfig(rank=64))
+    assert layer.lora_A.weight.abs().max() <= 1 / 20
+    assert abs(layer.lora_A.weight.std().item() - 1 / 20 / 3**0.5) < 1e-3
+    assert not layer.lora_B.weight.any()
+
+
+def test_mistakes_are_named(base_dir, tmp_path):
+    with pytest.raises(UserError, match="wq"):
+        add_lora(load_model(base_dir), LoraConfig(target_modules=("wq",)))
+    with pytest.raises(UserError, match="norm"):
+        add_lora(load_model(base_dir), LoraConfig(modules_to_save=("norm",)))
+    model = load_model(base_dir)
+    add_lora(model, ADAPTERS["attention"])
+    save_adapter(model, tmp_path / "adapter", ADAPTERS["attention"], base_dir)
+    other = CausalLM(ModelConfig.from_dict({**CONFIG, "hidden_size": 64}))
+    with pytest.raises(UserError, match="base model"):
+        load_adapter(other, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    with pytest.raises(UserError, match="use_dora"):
+        load_adapter(load_model(base_dir), tmp_path / "adapter")

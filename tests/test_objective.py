@@ -1,0 +1,116 @@
+"""The loss: equal to a plain computation, and its gradient independent of how a step is split."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minisft import objective
+from minisft.batching import Example, collate, micro_batches
+from minisft.config import ModelConfig
+from minisft.model import CausalLM
+from minisft.objective import next_token_loss
+
+CONFIG = ModelConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+
+
+def new_model():
+    torch.manual_seed(0)
+    model = CausalLM(CONFIG)
+    model.initialize()
+    return model
+
+
+def ragged_examples(count, seed=0):
+    """Rows of 3 to 40 tokens of which the last few are learned: counts differ much."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for length in torch.randint(3, 40, (count,), generator=generator).tolist():
+        ids = torch.randint(0, 96, (length,), generator=generator).int().numpy()
+        learned = int(torch.randint(1, length, (1,), generator=generator))
+        examples.append(Example(ids, torch.arange(length).ge(length - learned).numpy()))
+    return examples
+
+
+def test_equals_masked_cross_entropy():
+    model = new_model()
+    tokens, supervised = collate(ragged_examples(5))
+    loss, count = next_token_loss(model, tokens, supervised)
+    labels = torch.where(supervised, tokens, -100)
+    logits = model.logits(model(tokens))
+    expected = F.cross_entropy(logits[:, :-1].reshape(-1, 96), labels[:, 1:].reshape(-1),
+                               ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert count == (labels[:, 1:] != -100).sum()
+
+
+def step_gradients(examples, batch_size):
+    model = new_model()
+    rows = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
+    total = sum(int(example.supervised[1:].sum()) for example in examples)
+    for batch in micro_batches(torch.tensor(rows), batch_size):
+        loss, _ = next_token_loss(model, *collate([examples[row] for row in batch]))
+        (loss / total).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_gradient_does_not_depend_on_the_split():
+    """8 x 1, 4 x 2, 1 x 8 and 3 x 3 on ragged rows: one step, one gradient."""
+    examples = ragged_examples(8)
+    expected = step_gradients(examples, 8)
+    for batch_size in (4, 1, 3):
+        actual = step_gradients(examples, batch_size)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_mean_of_means_would_differ():
+    """The rows above can tell the right normalisation from the common wrong one."""
+    examples, model = ragged_examples(8), new_model()
+    means = []
+    for example in examples:
+        loss, count = next_token_loss(model, *collate([example]))
+        means.append(loss / count)
+    loss, count = next_token_loss(model, *collate(examples))
+    assert abs(torch.stack(means).mean() - loss / count) > 1e-2
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 50])
+def test_chunks_change_nothing(chunk_size, monkeypatch):
+    examples = ragged_examples(8)
+    expected = step_gradients(examples, 8)
+    monkeypatch.setattr(objective, "CHUNK_SIZE", chunk_size)
+    actual = step_gradients(examples, 8)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_no_logits_for_prompts_and_padding():
+    model, seen = new_model(), []
+
+    def logits(hidden):
+        seen.append(len(hidden))
+        return model.logits(hidden)
+
+    _, count = next_token_loss(model, *collate(ragged_examples(8)), logits)
+    assert sum(seen) == count
+
+
+def test_batch_without_supervised_tokens():
+    """Exactly zero, and connected to every parameter, as averaging over processes needs."""
+    model = new_model()
+    tokens, supervised = collate(ragged_examples(2))
+    loss, count = next_token_loss(model, tokens, torch.zeros_like(supervised))
+    loss.backward()
+    assert loss.item() == 0.0 and count == 0
+    assert all(parameter.grad is not None and not parameter.grad.any()
+               for parameter in model.parameters())
+
+
+def test_padding_with_the_end_token_keeps_the_end_supervised():
+    """Padding is told by position: a real token with the id of padding is learned like any."""
+    model = new_model()
+    ids = torch.tensor([5, 6, 0, 0], dtype=torch.int32).numpy()
+    example = Example(ids, torch.tensor([False, True, True, True]).numpy())
+    _, count = next_token_loss(model, *collate([example]))
+    assert count == 3

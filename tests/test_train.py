@@ -1,0 +1,251 @@
+"""The training loop against transformers' Trainer with peft, and through the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import train
+from minisft import batching
+from minisft.config import ModelConfig
+from minisft.metrics import read_metrics
+from minisft.model import CausalLM
+from minisft.weights import load_model, save_adapter, save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {
+    "model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2,
+}
+STEPS, BATCH_SIZE, ACCUMULATION = 30, 3, 2
+
+
+def learnable_examples(count=190):
+    """Ragged rows in which every learned token is the one before it plus one."""
+    generator, examples = np.random.default_rng(0), []
+    for _ in range(count):
+        length, start = generator.integers(6, 40), generator.integers(0, 64)
+        ids = (start + np.arange(length)).astype(np.int32)
+        examples.append(batching.Example(ids, np.arange(length) >= generator.integers(1, length)))
+    return examples
+
+
+class TrainerOnOurBatches(transformers.Trainer):
+    batches = None
+
+    def get_train_dataloader(self):
+        return self.batches
+
+
+def trainer_losses(model, options, examples, work):
+    """Losses of transformers' Trainer on exactly the batches that our loop forms."""
+    batches, step_rows = [], batching.steps_of_epoch(
+        [len(one.ids) for one in examples], BATCH_SIZE * ACCUMULATION, options.seed, epoch=0)
+    for rows in step_rows:
+        for micro in batching.micro_batches(rows, BATCH_SIZE):
+            tokens, supervised = batching.collate([examples[row] for row in micro])
+            labels = torch.where(supervised, tokens, -100)
+            batches.append({"input_ids": tokens, "labels": labels})
+    arguments = transformers.TrainingArguments(
+        output_dir=work / "theirs", max_steps=STEPS, gradient_accumulation_steps=ACCUMULATION,
+        learning_rate=options.learning_rate, weight_decay=options.weight_decay,
+        lr_scheduler_type="cosine", warmup_steps=3, max_grad_norm=options.max_grad_norm,
+        logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, seed=0)
+    TrainerOnOurBatches.batches = batches
+    trainer = TrainerOnOurBatches(model=model, args=arguments, train_dataset=batches)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return ([entry["loss"] for entry in logged], [entry["grad_norm"] for entry in logged],
+            [entry["learning_rate"] for entry in logged])
+
+
+@pytest.mark.parametrize("finetuning_type", ["lora", "full"])
+def test_losses_equal_trainer(finetuning_type, tmp_path):
+    torch.manual_seed(0)
+    base = CausalLM(ModelConfig.from_dict(CONFIG))
+    base.initialize()
+    save_model(base, tmp_path / "base")
+    options = train.parse_options([
+        "--model_name_or_path", str(tmp_path / "base"), "--dataset", "-",
+        "--output_dir", str(tmp_path), "--finetuning_type", finetuning_type,
+        "--max_steps", str(STEPS), "--per_device_train_batch_size", str(BATCH_SIZE),
+        "--gradient_accumulation_steps", str(ACCUMULATION), "--learning_rate", "5e-3",
+        "--weight_decay", "0.1", "--warmup_steps", "3", "--logging_steps", "1"])
+    examples = learnable_examples()
+    ours, lora_config = train.load_trainable(
+        options, tmp_path / "base", torch.float32, torch.device("cpu"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32)
+    if lora_config:
+        save_adapter(ours, tmp_path / "start", lora_config, tmp_path / "base")
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True)
+
+    losses, norms, rates = trainer_losses(theirs, options, examples, tmp_path)
+    train.train(options, ours, examples, None, torch.float32, torch.device("cpu"))
+    metrics = read_metrics(tmp_path)
+
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([row["loss"] for row in metrics], losses, rtol=0, atol=1e-4)
+    np.testing.assert_allclose([row["grad_norm"] for row in metrics], norms, rtol=1e-3)
+    np.testing.assert_allclose([row["learning_rate"] for row in metrics], rates, rtol=1e-5)
+    assert losses[-1] < losses[0] - 0.5  # it learned, so the comparison saw real updates
+    final = {name.replace(".default", "").removeprefix("base_model.model."): value
+             for name, value in theirs.state_dict().items()}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter, final[name], rtol=0, atol=2e-4)
+
+
+def command(*arguments, script="train.py"):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_tokenizer_dir):
+    """A small random checkpoint with a tokenizer, as people have it on disk."""
+    config = {**CONFIG, "vocab_size": 600}
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict(config))
+    model.initialize()
+    directory = tmp_path / "checkpoint"
+    save_model(model, directory)
+    for path in Path(tiny_tokenizer_dir).iterdir():
+        if path.name != "config.json":
+            (directory / path.name).write_bytes(path.read_bytes())
+    return directory
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    rows = [{"instruction": f"Say {word}{number}.", "input": "", "output": f"{word} {number}!"}
+            for word in ("one", "two", "three") for number in range(8)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_command_line_run(checkpoint, rows_file, tmp_path):
+    """LoRA by command line, from a recipe, twice: equal files; then full."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('template = "alpaca"\nnum_train_epochs = 2\nlearning_rate = 0.005\n'
+                      'lora_dropout = 0.1\nlogging_steps = 2\neval_steps = 3\n')
+    shared = ["--config", recipe, "--model-name-or-path", checkpoint, "--dataset", rows_file,
+              "--validation_split", 6]
+    outputs = [tmp_path / "a", tmp_path / "b"]
+    for output in outputs:
+        done = command(*shared, "--output_dir", output)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in outputs[0].iterdir()} >= {
+        "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "options.toml",
+        "tokenizer.json"}
+    weights = [(output / "adapter_model.safetensors").read_bytes() for output in outputs]
+    assert weights[0] == weights[1]
+    metrics = read_metrics(outputs[0])
+    logged = [row for row in metrics if "loss" in row]
+    assert set(logged[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens",
+                              "tokens_per_second"}
+    evaluated = [row for row in metrics if "eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [3, 6]
+    assert evaluated[0]["eval_perplexity"] == pytest.approx(np.exp(evaluated[0]["eval_loss"]), 1e-4)
+    assert "lora_dropout = 0.1" in (outputs[0] / "options.toml").read_text()
+
+    done = command(*shared, "--output_dir", tmp_path / "full", "--finetuning_type", "full")
+    assert done.returncode == 0, done.stderr
+    tuned = load_model(tmp_path / "full")
+    assert not torch.equal(tuned.model.embed_tokens.weight,
+                           load_model(checkpoint).model.embed_tokens.weight)
+
+    again = command("--config", outputs[0] / "options.toml", "--output_dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == weights[0]
+
+
+def test_recipe_of_a_run_repeats_it(checkpoint, rows_file, tmp_path):
+    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
+                   "plain", "--output_dir", tmp_path / "first", "--max_steps", 2)
+    assert done.returncode == 0, done.stderr
+    again = command("--config", tmp_path / "first" / "options.toml", "--output_dir",
+                    tmp_path / "second")
+    assert again.returncode == 0, again.stderr
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors")
+                     for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_pretraining(checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 50)
+    done = command("--model_name_or_path", checkpoint, "--stage", "pt", "--dataset", text,
+                   "--block_size", 32, "--train_from_scratch", "--finetuning_type", "full",
+                   "--learning_rate", 3e-3, "--output_dir", tmp_path / "out", "--logging_steps", 1,
+                   "--num_train_epochs", 15)
+    assert done.returncode == 0, done.stderr
+    losses = [row["loss"] for row in read_metrics(tmp_path / "out") if "loss" in row]
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype, checkpoint, rows_file, tmp_path):
+    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
+                   "plain", "--output_dir", tmp_path / "out", "--max_steps", 12, "--dtype", dtype,
+                   "--learning_rate", 1e-2, "--gradient_checkpointing", "--logging_steps", 1)
+    assert done.returncode == 0, done.stderr
+    losses = [row["loss"] for row in read_metrics(tmp_path / "out") if "loss" in row]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_path):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    from safetensors.torch import save_file
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
+                   "plain", "--output_dir", tmp_path / "out")
+    assert done.returncode == 2
+    assert "gradient" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["--lora_rnk", "4"], "--lora_rank"),
+    (["--template", "nonsense"], "alpaca"),
+    (["--learning_rate", "-1"], "--learning_rate"),
+    (["--lora_target", "wq"], "q_proj"),
+    (["--dataset", "nowhere.json"], "nowhere.json"),
+    (["--bf16", "--dtype", "float16"], "--bf16"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--eval_steps", "5"], "--eval_steps"),
+    (["--finetuning_type", "full", "--modules_to_save", "lm_head"], "--modules_to_save"),
+    (["--model_name_or_path", "/nowhere"], "/nowhere"),
+    (["--config", "nowhere.toml"], "nowhere.toml"),
+])
+def test_mistakes_get_one_line(extra, message, checkpoint, rows_file, tmp_path):
+    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
+                   "plain", "--output_dir", tmp_path / "out", *extra)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_is_not_overwritten(checkpoint, rows_file, tmp_path):
+    keep = tmp_path / "out" / "precious.txt"
+    keep.parent.mkdir()
+    keep.write_text("data")
+    shared = ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--template", "plain",
+              "--max_steps", 1]
+    done = command(*shared, "--output_dir", keep.parent)
+    assert done.returncode == 2 and "--overwrite_output_dir" in done.stderr
+    assert list(keep.parent.iterdir()) == [keep]
+    assert command(*shared, "--output_dir", keep.parent, "--overwrite_output_dir").returncode == 0
+    done = command(*shared, "--output_dir", checkpoint, "--overwrite_output_dir")
+    assert done.returncode == 2 and "also read from" in done.stderr

@@ -1,0 +1,363 @@
+"""Fine-tune (or pre-train) a Llama-family model.
+
+    python train.py --model_name_or_path examples/base --dataset examples/data/train.json \
+        --template alpaca --finetuning_type lora --output_dir runs/demo
+
+    torchrun --nproc_per_node 2 train.py ...     # the same on two GPUs or processes
+
+The whole training loop is in `train` below: for every optimizer step it adds up the loss of the
+supervised tokens over micro-batches and processes, divides once by their number, clips, steps.
+"""
+
+import math
+import time
+from pathlib import Path
+
+from minisft.options import (
+    SCHEDULES,
+    OptionParser,
+    UserError,
+    add_model_flags,
+    check_output_dir,
+    resolve_device,
+    resolve_dtype,
+    run,
+    save_options,
+)
+
+
+def parse_options(arguments=None):
+    parser = OptionParser(description=__doc__.split("\n")[0])
+    add, switch = add_model_flags(parser)
+    add("--adapter", help="go on training this LoRA adapter")
+    switch("--train_from_scratch", "ignore the checkpoint's weights: start from random ones")
+
+    add, switch = parser.section("data")
+    add("--stage", choices=["sft", "pt"], default="sft",
+        help="sft: answers in conversations; pt: all of plain text")
+    add("--dataset", required=True, help="file of rows, or several separated by commas")
+    add("--eval_dataset", help="file of rows held out for evaluation")
+    add("--validation_split", type=float,
+        help="hold out this share (below 1) or number of rows of --dataset")
+    add("--max_samples", type=int, help="use only the first rows, for a quick try")
+    switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
+    add("--template", default="auto", help="conversation format, by name (auto: the checkpoint's)")
+    add("--default_system", help="system prompt of conversations that have none")
+    add("--cutoff_len", type=int, default=1024, help="longer rows are cut to this many tokens")
+    add("--block_size", type=int, default=512, help="tokens of a block with --stage pt")
+    add("--show_samples", type=int, default=0, help="print N rows, what is learned in colour")
+
+    add, switch = parser.section("what is trained")
+    add("--finetuning_type", choices=["lora", "full"], default="lora", help="what is trained")
+    add("--lora_rank", type=int, default=8, help="rank of the adapter")
+    add("--lora_alpha", type=float, help="scale of the adapter, over its rank (2 x rank)")
+    add("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
+    add("--lora_target", default="all", help="all, or module names separated by commas")
+    switch("--use_rslora", "scale by alpha over the root of the rank")
+    add("--modules_to_save", default="", help="train these in full: embed_tokens,lm_head")
+
+    add, switch = parser.section("optimisation")
+    add("--num_train_epochs", type=float, default=3.0, help="passes over the rows")
+    add("--max_steps", type=int, help="stop after this many optimizer steps instead")
+    add("--per_device_train_batch_size", type=int, default=8, help="rows of a micro-batch")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of a step")
+    add("--learning_rate", type=float, help="peak (1e-4 for lora, 1e-5 for full)")
+    add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="course after warm-up")
+    add("--lr_end", type=float, default=0.0, help="where the polynomial course arrives")
+    add("--warmup_ratio", type=float, default=0.03, help="share of the steps to warm up over")
+    add("--warmup_steps", type=int, help="number of steps to warm up over, instead")
+    add("--weight_decay", type=float, default=0.0, help="of matrices; norms and biases have none")
+    add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's mean")
+    add("--adam_beta2", type=float, default=0.999, help="decay of AdamW's square")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm (0: do not)")
+    switch("--gradient_checkpointing", "compute activations twice instead of keeping them")
+    add("--seed", type=int, default=42, help="of the order of rows, adapter start and dropout")
+
+    add, switch = parser.section("output")
+    add("--output_dir", required=True, help="folder for the adapter or model, log and options")
+    switch("--overwrite_output_dir", "write into a folder that has something in it")
+    add("--logging_steps", type=int, default=10, help="steps between lines of metrics.jsonl")
+    add("--eval_steps", type=int, help="steps between evaluations (default: at the end)")
+    add("--per_device_eval_batch_size", type=int, default=8, help="rows of an evaluation batch")
+    switch("--plot_loss", "draw loss.png into the output folder (needs matplotlib)")
+    return check_options(parser.parse_options(arguments))
+
+
+def check_options(options):
+    """Refuse what cannot work before anything is loaded; fill in defaults that depend."""
+    positive = ("cutoff_len", "block_size", "lora_rank", "num_train_epochs", "logging_steps",
+                "per_device_train_batch_size", "per_device_eval_batch_size",
+                "gradient_accumulation_steps", "max_steps", "eval_steps", "max_samples",
+                "learning_rate")
+    for name in positive:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} {value}: must be greater than zero")
+    if not 0 <= options.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {options.lora_dropout}: must be in [0, 1)")
+    if options.eval_dataset and options.validation_split:
+        raise UserError("--eval_dataset and --validation_split: give one of the two")
+    if options.eval_steps and not (options.eval_dataset or options.validation_split):
+        raise UserError("--eval_steps needs --eval_dataset or --validation_split")
+    if options.finetuning_type == "full" and (options.adapter or options.modules_to_save):
+        raise UserError("--adapter and --modules_to_save belong to --finetuning_type lora")
+    if options.train_from_scratch and options.finetuning_type != "full":
+        raise UserError("--train_from_scratch needs --finetuning_type full")
+    if options.learning_rate is None:
+        options.learning_rate = 1e-4 if options.finetuning_type == "lora" else 1e-5
+    if options.lora_alpha is None:
+        options.lora_alpha = 2.0 * options.lora_rank
+    return options
+
+
+def load_examples(options, tokenizer, template, config, say):
+    """(training examples, evaluation examples or None), encoded and cut."""
+    from minisft import batching, dataset
+
+    limit = min(options.cutoff_len if options.stage == "sft" else options.block_size,
+                config.max_position_embeddings)
+    skipped = [] if options.skip_bad_rows else None
+
+    def read(path):
+        return (dataset.load_texts(path) if options.stage == "pt"
+                else dataset.load_rows(path, skipped=skipped))
+
+    def encode(rows, what):
+        if options.stage == "pt":
+            examples = batching.encode_texts(rows, tokenizer, limit)
+        else:
+            examples, report = batching.encode_rows(rows, template, limit)
+            if report.num_cut or report.num_dropped:
+                say(f"{what}: {report.num_cut} of {len(rows)} rows cut to {limit} tokens, "
+                    f"{report.num_dropped} dropped because no answer was left")
+        if not examples:
+            raise UserError(f"{what}: nothing to learn is left within {limit} tokens; raise "
+                            "--cutoff_len")
+        return examples
+
+    rows, held_out = read(options.dataset)[: options.max_samples], None
+    if options.eval_dataset:
+        held_out = read(options.eval_dataset)
+    elif options.validation_split:
+        rows, held_out = dataset.split(rows, options.validation_split, options.seed)
+    if skipped:
+        say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
+    return encode(rows, "training"), held_out and encode(held_out, "evaluation")
+
+
+def load_trainable(options, model_dir, dtype, device):
+    """The model with what is to be trained in float32, and its LoraConfig (None when full)."""
+    import torch
+
+    from minisft.config import ModelConfig
+    from minisft.lora import LINEAR_NAMES, LoraConfig, add_lora, resume_lora
+    from minisft.model import CausalLM
+    from minisft.weights import load_adapter, load_model, resolve
+
+    if options.train_from_scratch:
+        model = CausalLM(ModelConfig.load(model_dir))
+        model.initialize(torch.Generator().manual_seed(options.seed))
+        return model.to(device), None
+    if options.finetuning_type == "full":
+        return load_model(model_dir, torch.float32, device).requires_grad_(True), None
+    model = load_model(model_dir, dtype, device)
+    if options.adapter:
+        config = load_adapter(model, resolve(options.adapter, "adapter_config.json"))
+        resume_lora(model, config)
+        return model, config
+    targets = LINEAR_NAMES if options.lora_target == "all" else options.lora_target.split(",")
+    config = LoraConfig(
+        rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
+        target_modules=tuple(targets), use_rslora=options.use_rslora,
+        modules_to_save=tuple(filter(None, options.modules_to_save.split(","))),
+    )
+    add_lora(model, config)
+    return model, config
+
+
+def train(options, model, examples, eval_examples, dtype, device):
+    """The training loop. Leaves the model trained, in place."""
+    import torch
+
+    from minisft import batching, parallel
+    from minisft.metrics import Progress
+    from minisft.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+
+    rank, world_size = parallel.rank(), parallel.world_size()
+    batch_size = options.per_device_train_batch_size
+    rows_per_step = batch_size * options.gradient_accumulation_steps * world_size
+    steps_per_epoch = math.ceil(len(examples) / rows_per_step)
+    total_steps = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
+    warmup_steps = options.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = math.ceil(total_steps * options.warmup_ratio)
+
+    optimizer = build_optimizer(
+        model, options.learning_rate, options.weight_decay,
+        (options.adam_beta1, options.adam_beta2), options.adam_epsilon,
+    )
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    model.model.gradient_checkpointing = options.gradient_checkpointing
+    wrapped = parallel.wrap(model)
+    lengths = [len(example.ids) for example in examples]
+    progress = Progress(total_steps, Path(options.output_dir) / "metrics.jsonl", device)
+
+    for epoch in range(math.ceil(total_steps / steps_per_epoch)):
+        steps = batching.steps_of_epoch(lengths, rows_per_step, options.seed, epoch)
+        for step_rows in steps[: total_steps - progress.step]:
+            rate = learning_rate_at(progress.step, total_steps, options.learning_rate,
+                                    options.lr_scheduler_type, warmup_steps, options.lr_end)
+            set_learning_rate(optimizer, rate)
+            batches = [
+                batching.collate([examples[row] for row in rows], device)
+                for rows in batching.micro_batches(step_rows, batch_size, rank, world_size)
+            ]
+            loss_sum, num_targets, grad_norm = train_step(
+                wrapped, model, batches, optimizer, autocast, scaler, options.max_grad_norm, device
+            )
+            progress.add(loss_sum, num_targets, sum(lengths[row] for row in step_rows))
+            last = progress.step == total_steps
+            if last or progress.step % options.logging_steps == 0:
+                progress.record(progress.step / steps_per_epoch, rate, grad_norm)
+            due = last or options.eval_steps and progress.step % options.eval_steps == 0
+            if eval_examples and due:
+                began = time.monotonic()
+                loss = evaluate(model, eval_examples, options.per_device_eval_batch_size, autocast)
+                progress.record_evaluation(loss, time.monotonic() - began)
+    progress.close()
+
+
+def train_step(wrapped, model, batches, optimizer, autocast, scaler, max_grad_norm, device):
+    """One optimizer step over this process's micro-batches.
+
+    Returns this process's summed loss, the number of tokens it was summed over on all processes,
+    and the norm of the gradient before clipping.
+    """
+    import torch
+
+    from minisft import parallel
+    from minisft.objective import next_token_loss
+
+    model.train()
+    # The loss of a step is the mean over all its supervised tokens, so they are counted first.
+    mine = sum(int(supervised[:, 1:].sum()) for _, supervised in batches)
+    (num_targets,) = parallel.sum_over_processes([mine], device)
+    total = 0.0
+    for index, (tokens, supervised) in enumerate(batches):
+        with parallel.gradient_sync(wrapped, index == len(batches) - 1):
+            with autocast:
+                loss_sum, _ = next_token_loss(wrapped, tokens, supervised, model.logits)
+            # DDP takes the mean over processes; the gradient wanted is that of their sum.
+            scaler.scale(loss_sum * (parallel.world_size() / num_targets)).backward()
+        total = total + loss_sum.detach()
+
+    scaler.unscale_(optimizer)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf).item()
+    # In float16 an overflow now and then is how the loss scale is found; that step is skipped.
+    if not math.isfinite(grad_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
+        raise UserError(f"the gradient's norm is {grad_norm}; stopped before the weights were "
+                        "changed. Lower --learning_rate, or use --dtype float32")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return total, num_targets, grad_norm
+
+
+def evaluate(model, examples, batch_size, autocast):
+    """Mean loss per supervised token of the held-out examples, over all processes."""
+    import torch
+
+    from minisft import batching, parallel
+    from minisft.objective import next_token_loss
+
+    model.eval()
+    device = model.model.embed_tokens.weight.device
+    rows = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
+    rows = rows[parallel.rank() :: parallel.world_size()]
+    loss_sum, num_targets = 0.0, 0
+    with torch.inference_mode(), autocast:
+        for start in range(0, len(rows), batch_size):
+            batch = [examples[row] for row in rows[start : start + batch_size]]
+            loss, count = next_token_loss(model, *batching.collate(batch, device))
+            loss_sum, num_targets = loss_sum + loss.item(), num_targets + count
+    loss_sum, num_targets = parallel.sum_over_processes([loss_sum, num_targets], device)
+    return loss_sum / num_targets
+
+
+def main():
+    options = parse_options()
+    output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir,
+                                  options.model_name_or_path, options.adapter)
+
+    import torch
+
+    from minisft import parallel
+    from minisft.config import ModelConfig
+    from minisft.template import get_template
+    from minisft.tokenizer import Tokenizer
+    from minisft.weights import resolve
+
+    device = parallel.start(resolve_device(options))
+    dtype = resolve_dtype(options, device)
+    is_main = parallel.rank() == 0
+
+    def say(text):
+        if is_main:
+            print(text, flush=True)
+
+    model_dir = resolve(options.model_name_or_path)
+    config = ModelConfig.load(model_dir)
+    tokenizer = Tokenizer.load(model_dir)
+    template = None
+    if options.stage == "sft":
+        template = get_template(options.template, tokenizer, options.default_system)
+        say(f"template: {template.name}")
+    examples, eval_examples = load_examples(options, tokenizer, template, config, say)
+    for example in examples[: options.show_samples if template else 0]:
+        say(template.show(example.ids.tolist(), example.supervised.tolist()) + "\n")
+
+    torch.manual_seed(options.seed)
+    model, lora_config = load_trainable(options, model_dir, dtype, device)
+    torch.manual_seed(options.seed + parallel.rank())  # dropout differs between processes
+    num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    num_parameters = sum(one.numel() for one in model.parameters())
+    say(f"{len(examples)} rows; training {num_trained:,} of {num_parameters:,} parameters "
+        f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
+        f"{parallel.world_size()} process(es)")
+
+    if is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_options(options, output_dir / "options.toml")
+    train(options, model, examples, eval_examples, dtype, device)
+    if is_main:
+        save(options, model, lora_config, tokenizer, model_dir, output_dir)
+        say(f"saved to {output_dir}")
+    parallel.stop()
+
+
+def save(options, model, lora_config, tokenizer, model_dir, output_dir):
+    """Write the adapter, or the whole model in the type its checkpoint had."""
+    import torch
+
+    from minisft.metrics import plot_loss
+    from minisft.weights import copy_generation_config, save_adapter, save_model
+
+    if lora_config is None:
+        save_model(model, output_dir, getattr(torch, model.config.dtype))
+        copy_generation_config(model_dir, output_dir)
+    else:
+        save_adapter(model, output_dir, lora_config, options.model_name_or_path)
+    tokenizer.save(output_dir)
+    if options.plot_loss:
+        try:
+            print(f"drew {plot_loss(output_dir)}")
+        except ImportError:
+            print("--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
+                  f"{output_dir / 'metrics.jsonl'}")
+
+
+if __name__ == "__main__":
+    run(main)
