@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import CONFIG
 
 from minisft.config import ModelConfig
 from minisft.lora import LoraConfig, LoRALinear, add_lora, merge_lora
@@ -14,11 +15,6 @@ from minisft.model import CausalLM
 from minisft.options import UserError
 from minisft.weights import load_adapter, load_model, save_adapter, save_model
 
-CONFIG = {
-    "model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2,
-}
 ADAPTERS = {
     "attention": LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
     "all": LoraConfig(rank=8, alpha=16),

@@ -1,16 +1,14 @@
 """The training loop against transformers' Trainer with peft, and through the command line."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from conftest import CONFIG, command
+from safetensors.torch import load_file, save_file
 
 import train
 from minisft import batching
@@ -19,12 +17,6 @@ from minisft.metrics import read_metrics
 from minisft.model import CausalLM
 from minisft.weights import load_model, save_adapter, save_model
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = {
-    "model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2,
-}
 STEPS, BATCH_SIZE, ACCUMULATION = 30, 3, 2
 
 
@@ -104,35 +96,6 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
             torch.testing.assert_close(parameter, final[name], rtol=0, atol=2e-4)
 
 
-def command(*arguments, script="train.py"):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, tiny_tokenizer_dir):
-    """A small random checkpoint with a tokenizer, as people have it on disk."""
-    config = {**CONFIG, "vocab_size": 600}
-    torch.manual_seed(0)
-    model = CausalLM(ModelConfig.from_dict(config))
-    model.initialize()
-    directory = tmp_path / "checkpoint"
-    save_model(model, directory)
-    for path in Path(tiny_tokenizer_dir).iterdir():
-        if path.name != "config.json":
-            (directory / path.name).write_bytes(path.read_bytes())
-    return directory
-
-
-@pytest.fixture
-def rows_file(tmp_path):
-    rows = [{"instruction": f"Say {word}{number}.", "input": "", "output": f"{word} {number}!"}
-            for word in ("one", "two", "three") for number in range(8)]
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
 def test_command_line_run(checkpoint, rows_file, tmp_path):
     """LoRA by command line, from a recipe, twice: equal files; then full."""
     recipe = tmp_path / "recipe.toml"
@@ -206,7 +169,6 @@ def test_half_precision(dtype, checkpoint, rows_file, tmp_path):
 def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_path):
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
-    from safetensors.torch import save_file
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
                    "plain", "--output_dir", tmp_path / "out")
@@ -249,3 +211,30 @@ def test_output_folder_is_not_overwritten(checkpoint, rows_file, tmp_path):
     assert command(*shared, "--output_dir", keep.parent, "--overwrite_output_dir").returncode == 0
     done = command(*shared, "--output_dir", checkpoint, "--overwrite_output_dir")
     assert done.returncode == 2 and "also read from" in done.stderr
+
+
+@pytest.mark.parametrize("finetuning_type", ["lora", "full"])
+def test_two_processes_train_as_one(finetuning_type, checkpoint, tmp_path):
+    """Ragged rows whose last step does not go round: equal losses and weights."""
+    rows = [{"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
+            for number in range(19)]
+    path = tmp_path / "ragged.json"
+    path.write_text(json.dumps(rows))
+    shared = ["--model_name_or_path", checkpoint, "--dataset", path, "--template", "plain",
+              "--finetuning_type", finetuning_type, "--learning_rate", 1e-3, "--logging_steps", 1,
+              "--num_train_epochs", 2, "--validation_split", 4]
+    one = command(*shared, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    two = command(*shared, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2,
+                  "--output_dir", tmp_path / "two",
+                  before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("saved to") == 1
+    for first, second in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"),
+                             strict=True):
+        for name in set(first) - {"tokens_per_second"}:
+            assert first[name] == pytest.approx(second[name], rel=1e-4)
+    name = "adapter_model.safetensors" if finetuning_type == "lora" else "model.safetensors"
+    first, second = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)

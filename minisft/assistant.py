@@ -1,0 +1,110 @@
+"""A model that answers conversations: what chat.py and programs talk to.
+
+    assistant = Assistant("examples/base", adapter="runs/demo")
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    for piece in assistant.stream(messages, Sampling(greedy=True)):
+        print(piece, end="", flush=True)
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+from minisft import weights
+from minisft.generate import stream
+from minisft.model import KeyValueCache
+from minisft.options import UserError, resolve_device, resolve_dtype
+from minisft.template import get_template
+from minisft.tokenizer import StreamDecoder, Tokenizer
+
+
+class Assistant:
+    """A checkpoint, an adapter (not merged) and a template, ready to answer.
+
+    max_length: the tokens a conversation with its answer may have; by default the model's
+    `max_position_embeddings`. Raises UserError where a part is missing or does not fit.
+    """
+
+    def __init__(self, path, adapter=None, template="auto", device="auto", dtype="auto",
+                 max_length=None):
+        wanted = SimpleNamespace(device=device, bf16=False, fp16=False,
+                                 dtype=str(dtype).removeprefix("torch."))
+        self.device = resolve_device(wanted)
+        self.dtype = resolve_dtype(wanted, self.device)
+        model_dir = weights.resolve(path)
+        # The quick parts first: a mistake in them should not wait for the weights.
+        self.tokenizer = Tokenizer.load(model_dir)
+        self.template = get_template(template, self.tokenizer)
+        self.model = weights.load_model(model_dir, self.dtype, self.device)
+        if adapter is not None:
+            weights.load_adapter(self.model, weights.resolve(adapter, weights.ADAPTER_CONFIG))
+            # An adapter comes in float32: convert it here, not again for every token.
+            self.model.to(self.dtype).eval()
+        config = self.model.config
+        self.stop_ids = self.template.stop_token_ids(weights.generation_eos(model_dir, config))
+        self.max_length = max_length or config.max_position_embeddings
+        self.cut_short = False  # whether the last answer ended for want of room
+        self._cache, self._cached_ids = KeyValueCache(config), []
+
+    def fit(self, messages, max_new_tokens):
+        """`messages` less their oldest turns, so that prompt and answer fit the context.
+
+        An answer gets room for `max_new_tokens`, but no more than half of the context. The system
+        prompt stays. Raises UserError if the last turn alone is too long.
+        """
+        limit = self.max_length - min(max_new_tokens, self.max_length // 2)
+        while (length := len(self.template.encode_prompt(messages))) > limit:
+            shorter = without_oldest_turn(messages)
+            if shorter is None:
+                raise UserError(f"the message is too long: {length} tokens with its template, the "
+                                f"limit is {limit} (of {self.max_length}, the rest is kept for "
+                                "the answer); shorten it")
+            messages = shorter
+        return messages
+
+    def stream(self, messages, sampling):
+        """Yield the answer to `messages` piece by piece, each piece whole characters.
+
+        Ids that this conversation shares with the one before are not computed again. One answer
+        at a time; it may be left in the middle.
+        """
+        ids = self.template.encode_prompt(messages)
+        room = self.max_length - len(ids)
+        if room < 1:
+            raise UserError(f"the conversation has {len(ids)} tokens, the limit is "
+                            f"{self.max_length}")
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        # The last id is computed in any case: what follows it is wanted.
+        self._cache.truncate(common_prefix(self._cached_ids, ids[:-1]))
+        decoder, answer = StreamDecoder(self.tokenizer), []
+        # A space that the template writes before every answer is not part of it.
+        leading = " " if self.template.form.answer.startswith(" ") else ""
+        try:
+            for token in stream(self.model, ids, sampling, self.stop_ids, self._cache):
+                answer.append(token)
+                piece = decoder.push(token).lstrip(leading)
+                leading = "" if piece else leading
+                yield piece
+            yield decoder.flush()
+        finally:
+            self._cached_ids = (ids + answer)[: self._cache.length]
+            self.cut_short = len(answer) == sampling.max_new_tokens
+
+
+def without_oldest_turn(messages):
+    """The conversation without its first question and all up to the next; None if it is the only.
+
+    A system prompt at the head stays.
+    """
+    head = 1 if messages and messages[0]["role"] == "system" else 0
+    for index in range(head + 1, len(messages)):
+        if messages[index]["role"] == "user":
+            return messages[:head] + messages[index:]
+    return None
+
+
+def common_prefix(left, right):
+    """How many ids at the beginning are the same."""
+    for index, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return index
+    return min(len(left), len(right))

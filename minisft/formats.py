@@ -1,0 +1,233 @@
+"""The formats of instruction data: one parsed JSON row -> a conversation.
+
+    messages, tools = conversation({"instruction": "Add.", "input": "1 2", "output": "3"})
+
+    alpaca     instruction, input, output, system, history
+    sharegpt   conversations: [{"from": "human", "value": ...}, {"from": "gpt", ...}], system, tools
+    openai     messages: [{"role": "user", "content": ...}, {"role": "assistant", ...}], tools
+    firefly    kind, input, target
+
+Which format a row has, its columns say; other columns are not read. A conversation is a list of
+{"role": "system" | "user" | "assistant" | "tool", "content": str}. A user message may carry
+Alpaca's "input", an assistant message "tool_calls": [{"name": str, "arguments": dict}].
+"""
+
+import json
+
+KNOWN_FORMATS = (
+    "alpaca (instruction, input, output), sharegpt (conversations), openai (messages) and "
+    "firefly (kind, input, target)"
+)
+PREFERENCE_DATA = (
+    "preference data (several answers to compare) do not say which single answer to learn; "
+    "give a file with one answer to each prompt"
+)
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+class BadRow(ValueError):
+    """What is wrong with a row; the caller adds the file and the number of the row."""
+
+
+def parse_json(text, first_line=1):
+    """`json.loads`, with the line and column of an error in the BadRow it raises."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        place = f"line {line} column {error.colno}"
+        raise BadRow(f"{place}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"line {first_line}: JSON that cannot be read: {error}") from error
+
+
+def conversation(record):
+    """One parsed row -> (messages, tools or None); BadRow says why it cannot be learned from.
+
+    A BadRow in the place of the row (a line that is not JSON) is raised as it is.
+    """
+    record = _columns(record)
+    if "chosen" in record and "rejected" in record:
+        raise BadRow(PREFERENCE_DATA)
+    if "instruction" in record:
+        messages = _alpaca(record)
+    elif "conversations" in record or "messages" in record:
+        messages = _turns(record)
+    elif "target" in record or {"kind", "input"} <= record.keys():
+        messages = _exchange(_string(record, "input"), "", _string(record, "target"))
+    else:
+        raise BadRow(_unknown_columns(record))
+    messages = _system(record) + messages
+    tools = _list(record, "tools") or None
+    _check_order(messages)
+    _check_unicode([messages, tools])
+    return messages, tools
+
+
+def text_of(record):
+    """One parsed row -> its column "text", for pre-training; BadRow if there is none."""
+    record = _columns(record)
+    if "text" not in record:
+        raise BadRow(f'there is no column "text", only {", ".join(record) or "nothing"}')
+    _check_unicode(record["text"])
+    return _string(record, "text")
+
+
+def _columns(record):
+    if isinstance(record, BadRow):
+        raise record
+    if not isinstance(record, dict):
+        raise BadRow(f"a row is a JSON object with named columns, not {_kind(record)}")
+    return record
+
+
+def _unknown_columns(record):
+    found = f"the columns ({', '.join(map(str, record)) or 'none'}) are those of no known format"
+    plain = "; plain text is for --stage pt" if "text" in record else ""
+    return f"{found}: {KNOWN_FORMATS}{plain}"
+
+
+def _alpaca(record):
+    output = record.get("output")
+    if isinstance(output, list):
+        raise BadRow(PREFERENCE_DATA)
+    messages = []
+    for pair in _list(record, "history") or []:
+        if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
+            raise BadRow("history must be a list of [question, answer] pairs of strings")
+        messages += _exchange(pair[0], "", pair[1])
+    instruction, more = _string(record, "instruction"), _string(record, "input")
+    return messages + _exchange(instruction, more, _string(record, "output"))
+
+
+def _exchange(question, more, answer):
+    """The two messages of a question and its answer."""
+    if not question.strip() and not more.strip():
+        raise BadRow("there is no question")
+    if not answer.strip():
+        raise BadRow("there is no answer")
+    user = {"role": "user", "content": question}
+    if more:
+        user["input"] = more
+    return [user, {"role": "assistant", "content": answer}]
+
+
+def _turns(record):
+    """A list of from/value or role/content turns -> messages."""
+    turns = _list(record, "conversations" if "conversations" in record else "messages")
+    if not turns:
+        raise BadRow("the conversation is empty")
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        try:
+            messages.append(_message(turn))
+        except BadRow as error:
+            raise BadRow(f"turn {number}: {error}") from error
+    return messages
+
+
+def _message(turn):
+    if not isinstance(turn, dict):
+        raise BadRow(f"a turn is a JSON object, not {_kind(turn)}")
+    speaker = turn.get("from", turn.get("role"))
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise BadRow(f"the speaker {speaker!r} is none of {', '.join(ROLES)}")
+    content = _string(turn, "value" if "value" in turn else "content")
+    message = {"role": ROLES[speaker], "content": content}
+    if speaker == "function_call":
+        calls = _tool_calls(_json_or_none(content))
+        if calls:
+            message.update(content="", tool_calls=calls)
+    elif turn.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(turn["tool_calls"])
+        if not message["tool_calls"]:
+            raise BadRow("tool_calls must be a list of calls, each with name and arguments")
+    # What a tool returned may well be nothing; a question or an answer may not.
+    if message["role"] != "tool" and not content.strip() and "tool_calls" not in message:
+        raise BadRow(f"the {speaker} turn is empty")
+    return message
+
+
+def _tool_calls(value):
+    """[{"name", "arguments"}] from one call or several, in either spelling; None if unreadable."""
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        call = call.get("function", call) if isinstance(call, dict) else {}
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        arguments = call.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _json_or_none(arguments)
+        if not isinstance(arguments, dict):
+            return None
+        calls.append({"name": call["name"], "arguments": arguments})
+    return calls
+
+
+def _system(record):
+    system = _string(record, "system")
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _check_order(messages):
+    """[system], then user or tool, then assistant, in turn; a turn may bring several results."""
+    previous = "assistant"
+    for message in messages[1:] if messages[0]["role"] == "system" else messages:
+        role = message["role"]
+        expected = ("assistant",) if previous in ("user", "tool") else ("user", "tool")
+        if role not in expected and not role == previous == "tool":
+            raise BadRow(f"{role} speaks where {' or '.join(expected)} should")
+        previous = role
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("there is no answer: the last turn is not the assistant's")
+
+
+def _check_unicode(value):
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise BadRow("half of a surrogate pair, which is not text") from error
+
+
+def _string(record, name):
+    """The string in a column, "" where it is absent or null."""
+    value = record.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(f"{name} must be a string, not {_kind(value)}")
+    return value
+
+
+def _list(record, name):
+    """The list in a column, as JSON or as the text of it; None where it is absent or empty."""
+    value = record.get(name)
+    if isinstance(value, str):
+        try:
+            value = parse_json(value) if value.strip() else None
+        except BadRow as error:
+            raise BadRow(f"in {name}, {error}") from error
+    if value is not None and not isinstance(value, list):
+        raise BadRow(f"{name} must be a list, not {_kind(value)}")
+    return value
+
+
+def _json_or_none(text):
+    try:
+        return parse_json(text)
+    except BadRow:
+        return None
+
+
+def _kind(value):
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return names.get(type(value), "nothing" if value is None else "a number")

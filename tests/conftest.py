@@ -1,0 +1,104 @@
+"""Fixtures that several test files share."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {  # a Llama that computes in no time
+    "model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2,
+}
+
+
+def command(*arguments, script="train.py", before=()):
+    """Run a script as a user would; `before` stands between the interpreter and its name."""
+    words = [sys.executable, *before, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real models, tokenizers and data beside the repository."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("real data: there is no ../shared/data beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory):
+    """A folder with a byte-level BPE tokenizer of about 300 tokens that has every control token."""
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the cat sat on the mat and the rat sat on the hat"] * 3, trainer)
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_model_dir(tmp_path_factory, tiny_tokenizer_dir):
+    """A random Llama of one layer with that tokenizer and a chatml template: it talks nonsense."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny_chat_model")
+    for file in tiny_tokenizer_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    path = folder / "tokenizer_config.json"
+    turn = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    template = "{% for message in messages %}" + turn + "{% endfor %}"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=20_000,
+        initializer_range=0.4, bos_token_id=0, eos_token_id=[1, 3], tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_tokenizer_dir):
+    """A small random checkpoint with that tokenizer, as people have it on disk."""
+    import torch
+
+    from minisft.config import ModelConfig
+    from minisft.model import CausalLM
+    from minisft.weights import save_model
+
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict({**CONFIG, "vocab_size": 300}))
+    model.initialize()
+    save_model(model, tmp_path / "checkpoint")
+    for path in tiny_tokenizer_dir.iterdir():
+        (tmp_path / "checkpoint" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """A file of 24 short Alpaca rows."""
+    rows = [{"instruction": f"Say {word}{number}.", "input": "", "output": f"{word} {number}!"}
+            for word in ("one", "two", "three") for number in range(8)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path

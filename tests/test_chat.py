@@ -1,0 +1,239 @@
+"""chat.py as a person and a shell use it: a terminal with keys pressed, pipes, exit statuses."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minisft.template import get_template
+from minisft.tokenizer import Tokenizer
+
+SCRIPT = Path(__file__).resolve().parent.parent / "chat.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+PROMPT = "\033[1;32m>\033[0m "
+GREEDY = ["--dtype", "float32", "--device", "cpu", "--greedy"]
+
+
+def chat(model_dir, *flags, input=""):
+    """Run chat.py to its end with `input` on a pipe -> (exit status, stdout, stderr)."""
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--model_name_or_path", model_dir, *flags],
+        input=input.encode(), capture_output=True, env=ENVIRONMENT, timeout=60,
+    )
+    # Decoded here, strictly, since text mode would change the line ends that the model writes.
+    return result.returncode, result.stdout.decode(), result.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_chat_model_dir):
+    """A function: messages -> transformers' greedy answer of 20 tokens."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_chat_model_dir)
+    tokenizer = Tokenizer.load(tiny_chat_model_dir)
+    template = get_template("auto", tokenizer)
+
+    def answer(messages):
+        ids = torch.tensor([template.encode_prompt(messages)])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
+            pad_token_id=0, eos_token_id=sorted(template.stop_token_ids([1, 3])),
+        )
+        return tokenizer.decode(output[0, ids.shape[1] :].tolist())
+
+    answer.length = lambda messages: len(template.encode_prompt(messages))
+    return answer
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_help_does_not_wait_for_torch():
+    command = [sys.executable, "-X", "importtime", SCRIPT, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert result.returncode == 0 and "--repetition_penalty" in result.stdout
+    imported = set(re.findall(r"\| +([a-z_]+)", result.stderr))
+    assert "argparse" in imported and not imported & {"torch", "numpy", "tokenizers"}
+
+
+def test_one_question_prints_the_answer_only(tiny_chat_model_dir, oracle):
+    flags = [*GREEDY, "--max-new-tokens", "20", "--system", "简洁"]
+    expected = oracle([{"role": "system", "content": "简洁"}, user("the cat 你好")])
+    status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "the cat 你好", input="no")
+    assert (status, answer) == (0, expected + "\n")
+    status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "-", input="the cat 你好")
+    assert (status, answer) == (0, expected + "\n")
+
+
+def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
+    saved, other = tmp_path / "saved.json", tmp_path / "other.json"
+    other.write_text("precious")
+    lines = ["the cat", "", "/system be brief", "你好 🙂", f"/save {saved}", f"/save {other}",
+             "/etc/hosts is missing", f"/save {saved}", "/reset", "the cat", "/nonsense", "/save",
+             f"/save {tmp_path}/no/folder", "/system", "/help", "the mat", "/quit", "never read"]
+    flags = [*GREEDY, "--max_new_tokens", "20"]
+    status, printed, said = chat(tiny_chat_model_dir, *flags, input="\n".join(lines))
+    system, messages = {"role": "system", "content": "be brief"}, [user("the cat")]
+    answers = [oracle(messages)]
+    for question in ("你好 🙂", "/etc/hosts is missing"):
+        messages += [{"role": "assistant", "content": answers[-1]}, user(question)]
+        answers.append(oracle([system, *messages]))
+    again = [user("the cat")]
+    answers.append(oracle([system, *again]))
+    again += [{"role": "assistant", "content": answers[-1]}, user("the mat")]
+    answers.append(oracle(again))
+    assert (status, printed) == (0, "".join(answer + "\n" for answer in answers))
+    messages.append({"role": "assistant", "content": answers[2]})
+    assert json.loads(saved.read_text("utf-8")) == [{"messages": [system, *messages]}]
+    assert other.read_text() == "precious" and f"error: {other} exists" in said
+    for part in ("(6 messages saved", "(forgotten)", "error: /nonsense is not a command",
+                 "error: /save needs", "no/folder", "(system prompt removed)", "/save FILE"):
+        assert part in said
+    assert "\033" not in said
+
+
+def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_model_dir, oracle):
+    flags = [*GREEDY, "--max_new_tokens", "20", "--max_length", "150", "--system", "be brief"]
+    lines = ["first question", "second question", "x" * 400, "third question", "fourth question"]
+    status, printed, said = chat(tiny_chat_model_dir, *flags, input="\n".join(lines) + "\n")
+    system, turns, first, answers = {"role": "system", "content": "be brief"}, [], 0, []
+    for question in lines[:2] + lines[3:]:
+        turns.append(user(question))
+        while oracle.length([system, *turns[first:]]) > 130:
+            first += 2
+        answers.append(oracle([system, *turns[first:]]))
+        turns.append({"role": "assistant", "content": answers[-1]})
+    assert first and (status, printed) == (0, "".join(answer + "\n" for answer in answers))
+    assert f"(the conversation is longer than 150 tokens: the oldest {first} messages" in said
+    assert said.count("error: the message is too long") == 1
+    assert "the limit is 130 (of 150" in said
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--tempature", "1"], "did you mean --temperature"),
+    (["--prompt", " "], "the question is empty"),
+    (["--max_length", "1"], "--max_length must be at least 2"),
+    (["--prompt", "x", "--top_p", "0"], "--top_p must be above 0"),
+    (["--prompt", "x", "--template", "nonsense"], "unknown template 'nonsense'"),
+    (["--prompt", "x", "--adapter", "/nowhere"], "/nowhere"),
+    (["--prompt", "x" * 300, "--max_length", "100"], "the limit is 50 (of 100"),
+])
+def test_mistakes_are_one_line_and_status_2(tiny_chat_model_dir, flags, said):
+    status, printed, complaint = chat(tiny_chat_model_dir, *flags)
+    assert (status, printed) == (2, "")
+    assert complaint.startswith("error: ") and said in complaint and complaint.count("\n") == 1
+
+
+class Terminal:
+    """chat.py on a terminal of its own: press keys, wait for what appears."""
+
+    def __init__(self, *arguments):
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [sys.executable, str(SCRIPT), *map(str, arguments)],
+                      ENVIRONMENT)
+        self.screen = b""
+
+    def press(self, keys):
+        os.write(self.descriptor, keys.encode())
+
+    def wait_for(self, text, seconds=30):
+        """What has appeared up to `text`, which is taken off the screen."""
+        deadline = time.monotonic() + seconds
+        while text.encode() not in self.screen:
+            ready, _, _ = select.select([self.descriptor], [], [], deadline - time.monotonic())
+            assert ready, f"{text!r} has not appeared: {self.screen.decode(errors='replace')}"
+            self.screen += os.read(self.descriptor, 65536)
+        before, _, self.screen = self.screen.partition(text.encode())
+        return before.decode()  # strict: half a character would raise
+
+    def wait_for_more(self):
+        """Anything at all."""
+        if not self.screen:
+            self.screen += os.read(self.descriptor, 65536)
+
+    def exit_status(self):
+        with contextlib.suppress(OSError):  # how the end of a terminal reads
+            while chunk := os.read(self.descriptor, 65536):
+                self.screen += chunk
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def terminal(tiny_chat_model_dir):
+    started = []
+
+    def start(*flags):
+        started.append(Terminal("--model_name_or_path", tiny_chat_model_dir, *GREEDY, *flags))
+        return started[-1]
+
+    yield start
+    for one in started:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            if os.waitpid(one.pid, os.WNOHANG)[0] == 0:
+                os.kill(one.pid, signal.SIGKILL)
+                os.waitpid(one.pid, 0)
+        os.close(one.descriptor)
+
+
+def test_terminal_with_ctrl_c(terminal, tiny_chat_model_dir, tmp_path):
+    screen = terminal("--max_new_tokens", "15000")
+    assert "template chatml · cpu float32 · context 20000" in screen.wait_for("/help lists")
+    for pause in (0, 0.02, 0.3):
+        screen.wait_for(PROMPT)
+        screen.press("the cat 你好\r")
+        screen.wait_for("你好\r\n")
+        screen.wait_for_more()
+        time.sleep(pause)
+        screen.press("\x03")
+        screen.wait_for("(stopped)")
+    # What was answered so far is kept.
+    saved = tmp_path / "saved.json"
+    screen.press(f"/save {saved}\r")
+    screen.wait_for("saved to")
+    messages = json.loads(saved.read_text("utf-8"))[0]["messages"]
+    assert messages[-1]["role"] == "assistant" and len(messages[-1]["content"]) > 20
+    assert messages[-2] == user("the cat 你好")
+    # At the prompt the first only says how to leave, also with half a line typed.
+    screen.press("half a line\x03")
+    screen.wait_for("Ctrl-C again leaves")
+    screen.press("/reset\r")
+    screen.wait_for("(forgotten)")
+    screen.press("\x03")
+    screen.wait_for("Ctrl-C again leaves")
+    screen.press("\x03")
+    assert screen.exit_status() == 0
+
+
+def test_terminal_answers_as_a_pipe_does_and_ctrl_d_leaves(terminal, tiny_chat_model_dir, oracle):
+    screen = terminal("--max_new_tokens", "20")
+    screen.wait_for(PROMPT)
+    # Editing goes by characters, not bytes or columns: two are taken back.
+    screen.press("the cat 你好吗呢\x7f\x7f\r")
+    screen.wait_for("\r\n")
+    shown = screen.wait_for("\033[2m(cut")
+    expected = oracle([user("the cat 你好")])
+    visible = [one for one in expected if one.isprintable() or one > "\x9f"]
+    assert [one for one in shown if one not in "\r\n\t"] == visible
+    screen.wait_for(PROMPT)
+    screen.press("\x04")
+    assert screen.exit_status() == 0
+
+
+def test_question_interrupted_by_ctrl_c_exits_130(terminal):
+    screen = terminal("--prompt", "the cat 你好", "--max_new_tokens", "15000")
+    screen.wait_for_more()
+    screen.press("\x03")
+    screen.wait_for("(stopped)")
+    assert screen.exit_status() == 130

@@ -1,0 +1,329 @@
+"""Reading data: every format by hand-written expectations, broken rows, and the real files."""
+
+import json
+
+import pytest
+
+from minisft.dataset import Row, load_rows, load_texts, split
+from minisft.options import UserError
+
+
+def write(path, content, encoding="utf-8"):
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def conversation_of(tmp_path, record):
+    """The messages and tools of a file with the one row `record`."""
+    rows = load_rows(write(tmp_path / "one.json", [record]))
+    assert len(rows) == 1
+    return rows[0].messages, rows[0].tools
+
+
+def user(content, **more):
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+GOOD = {"instruction": "Name a colour.", "input": "", "output": "Red."}
+
+
+class TestFormats:
+    def test_alpaca_keeps_the_input_apart_and_learns_history(self, tmp_path):
+        record = {
+            "instruction": "Add.",
+            "input": "1 2",
+            "output": "3",
+            "system": "Be short.",
+            "history": [["Hello", "Hi"], ["How are you?", "Well."]],
+            "quality": "good",
+        }
+        messages, tools = conversation_of(tmp_path, record)
+        assert messages == [
+            {"role": "system", "content": "Be short."},
+            user("Hello"),
+            assistant("Hi"),
+            user("How are you?"),
+            assistant("Well."),
+            user("Add.", input="1 2"),
+            assistant("3"),
+        ]
+        assert tools is None
+
+    @pytest.mark.parametrize("absent", ["", None])
+    def test_alpaca_without_input_has_no_input_key(self, tmp_path, absent):
+        expected = [user("Name a colour."), assistant("Red.")]
+        assert conversation_of(tmp_path, {**GOOD, "input": absent})[0] == expected
+        without = {name: value for name, value in GOOD.items() if name != "input"}
+        assert conversation_of(tmp_path, without)[0] == expected
+
+    def test_sharegpt_with_system_tools_and_calls(self, tmp_path):
+        tool = {"name": "add", "parameters": {}}
+        call = {"name": "add", "arguments": {"left": 1, "right": 2}}
+        record = {
+            "system": "Use tools.",
+            "tools": json.dumps([tool]),
+            "conversations": [
+                {"from": "human", "value": "1 + 2?"},
+                {"from": "function_call", "value": json.dumps(call)},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "It is 3."},
+            ],
+        }
+        messages, tools = conversation_of(tmp_path, record)
+        assert tools == [tool]
+        assert messages == [
+            {"role": "system", "content": "Use tools."},
+            user("1 + 2?"),
+            assistant("", tool_calls=[call]),
+            {"role": "tool", "content": "3"},
+            assistant("It is 3."),
+        ]
+
+    def test_sharegpt_system_turn_may_lead(self, tmp_path):
+        turns = [("system", "S"), ("human", "Q"), ("gpt", "A")]
+        record = {"conversations": [{"from": name, "value": text} for name, text in turns]}
+        assert [message["role"] for message in conversation_of(tmp_path, record)[0]] == [
+            "system",
+            "user",
+            "assistant",
+        ]
+
+    @pytest.mark.parametrize("value", ["add(1, 2)", '{"arguments": {}}', '{"name": "add"', "[]"])
+    def test_function_call_that_is_no_call_stays_as_it_stands(self, tmp_path, value):
+        turns = [("human", "Q"), ("function_call", value), ("observation", ""), ("gpt", "A")]
+        record = {"conversations": [{"from": name, "value": text} for name, text in turns]}
+        assert conversation_of(tmp_path, record)[0][1] == assistant(value)
+
+    def test_openai_messages_with_parallel_tool_calls(self, tmp_path):
+        function = {"name": "add", "arguments": '{"left": 1}'}
+        calls = [{"id": name, "type": "function", "function": function} for name in "ab"]
+        record = {
+            "messages": [
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": "Q"},
+                {"role": "assistant", "content": None, "tool_calls": calls},
+                {"role": "tool", "tool_call_id": "a", "content": "2"},
+                {"role": "tool", "tool_call_id": "b", "content": "3"},
+                {"role": "assistant", "content": "A"},
+            ]
+        }
+        expected = {"name": "add", "arguments": {"left": 1}}
+        assert conversation_of(tmp_path, record)[0] == [
+            {"role": "system", "content": "S"},
+            user("Q"),
+            assistant("", tool_calls=[expected, expected]),
+            {"role": "tool", "content": "2"},
+            {"role": "tool", "content": "3"},
+            assistant("A"),
+        ]
+
+    def test_firefly(self, tmp_path):
+        record = {"kind": "NLI", "input": "前提与假设", "target": "蕴含"}
+        assert conversation_of(tmp_path, record)[0] == [user("前提与假设"), assistant("蕴含")]
+
+
+class TestFiles:
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+    @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data"])
+    def test_array_or_lines_by_content(self, tmp_path, name, encoding):
+        records = [{**GOOD, "output": f"颜色 {number}"} for number in range(3)]
+        path = tmp_path / name
+        lines = "\r\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+        for content in (records, json.dumps(records, indent=2), lines + "\n"):
+            rows = load_rows(write(path, content, encoding))
+            assert [row.messages[1]["content"] for row in rows] == ["颜色 0", "颜色 1", "颜色 2"]
+            assert [(row.source, row.index) for row in rows] == [(str(path), n) for n in range(3)]
+
+    def test_line_separators_inside_a_string_do_not_end_the_row(self, tmp_path):
+        record = {**GOOD, "output": "one\u2028two\x85three"}
+        path = write(tmp_path / "a.jsonl", json.dumps(record, ensure_ascii=False))
+        assert load_rows(path)[0].messages[1]["content"] == record["output"]
+
+    def test_comma_separated_files_in_their_order(self, tmp_path):
+        first = write(tmp_path / "b.json", [GOOD, GOOD])
+        second = write(tmp_path / "a.jsonl", json.dumps(GOOD))
+        rows = load_rows(f"{first}, {second}")
+        expected = [(str(first), 0), (str(first), 1), (str(second), 0)]
+        assert [(row.source, row.index) for row in rows] == expected
+
+    def test_texts(self, tmp_path):
+        plain = write(tmp_path / "a.txt", "\ufefffirst line\r\n\n 第二行\nlast")
+        lines = write(tmp_path / "b.jsonl", '{"text": "one\\ntwo"}\n{"text": " "}\n')
+        assert load_texts(plain) == ["first line", " 第二行", "last"]
+        assert load_texts(f"{plain},{lines}")[3:] == ["one\ntwo"]
+
+
+def turns(*speakers):
+    return {"conversations": [{"from": speaker, "value": "x"} for speaker in speakers]}
+
+
+BROKEN = {
+    "no output": ({"instruction": "Q", "input": ""}, "no answer"),
+    "blank output": ({**GOOD, "output": " \n"}, "no answer"),
+    "no question": ({**GOOD, "instruction": ""}, "no question"),
+    "number for output": ({**GOOD, "output": 3}, "output must be a string, not a number"),
+    "number for input": ({**GOOD, "input": 3}, "input must be a string"),
+    "crooked history": ({**GOOD, "history": [["only a question"]]}, "history"),
+    "history without answer": ({**GOOD, "history": [["Q", ""]]}, "no answer"),
+    "two questions": (turns("human", "human", "gpt"), "user speaks where assistant should"),
+    "two answers": (turns("human", "gpt", "gpt"), "assistant speaks where user or tool should"),
+    "late system": (turns("human", "gpt", "system"), "system speaks where"),
+    "system twice": ({**turns("system", "human", "gpt"), "system": "S"}, "system speaks where"),
+    "unanswered": (turns("human", "gpt", "human"), "no answer"),
+    "only a system prompt": (turns("system"), "no answer"),
+    "unknown speaker": (turns("human", "bard"), "turn 2: the speaker 'bard'"),
+    "no turns": ({"conversations": []}, "the conversation is empty"),
+    "turns not a list": ({"conversations": {"a": 1}}, "conversations must be a list"),
+    "turn not an object": ({"messages": ["hello"]}, "turn 1: a turn is a JSON object"),
+    "empty turn": ({"messages": [user("")]}, "turn 1: the user turn is empty"),
+    "list content": ({"messages": [user(["a"])]}, "content must be a string"),
+    "bad tools": ({**turns("human", "gpt"), "tools": "[{"}, "in tools, line 1 column 3"),
+    "firefly without target": ({"kind": "NLI", "input": "Q"}, "no answer"),
+    "not an object": (["Q", "A"], "a row is a JSON object"),
+    "half a character": ({**GOOD, "output": "\ud800"}, "surrogate"),
+}
+
+
+class TestBrokenRows:
+    @pytest.mark.parametrize("name", BROKEN)
+    def test_is_named_with_file_and_row(self, tmp_path, name):
+        record, reason = BROKEN[name]
+        path = tmp_path / "data.json"
+        path.write_text(json.dumps([GOOD, GOOD, record]))
+        with pytest.raises(UserError) as caught:
+            load_rows(path)
+        message = str(caught.value)
+        assert f"{path}, row 3: " in message and reason in message
+        assert "1 of 3 rows" in message and "--skip_bad_rows" in message and "\n" not in message
+
+    def test_are_left_out_and_counted_on_request(self, tmp_path):
+        records = [record for record, _ in BROKEN.values()]
+        path = tmp_path / "data.json"
+        path.write_text(json.dumps([GOOD, *records, GOOD]))
+        skipped = []
+        rows = load_rows(path, skipped)
+        assert [row.index for row in rows] == [0, len(records) + 1]
+        assert len(skipped) == len(records) and all(str(path) in message for message in skipped)
+
+    def test_json_error_in_a_line_names_line_and_column(self, tmp_path):
+        good = json.dumps(GOOD)
+        path = write(tmp_path / "data.jsonl", f'{good}\n\n{good[:-1]}, }}\n{good}\n')
+        with pytest.raises(UserError, match=rf"row 2 \(line 3\): line 3 column {len(good) + 2}"):
+            load_rows(path)
+        skipped = []
+        assert [row.index for row in load_rows(path, skipped)] == [0, 2]
+        assert len(skipped) == 1
+
+    def test_json_error_in_an_array_names_line_and_column(self, tmp_path):
+        path = write(tmp_path / "data.json", '[\n{"instruction": "Q",\n "output" "A"}\n]')
+        for skipped in (None, []):
+            with pytest.raises(UserError, match=r"data\.json, line 3 column 11: not valid JSON"):
+                load_rows(path, skipped)
+
+    def test_only_broken_rows_is_an_error_even_when_they_are_skipped(self, tmp_path):
+        good = write(tmp_path / "a.json", [GOOD])
+        bad = write(tmp_path / "b.json", [{"a": 1, "b": 2}])
+        with pytest.raises(UserError, match=r"b\.json, row 1: the columns \(a, b\)") as caught:
+            load_rows(f"{good},{bad}", skipped=[])
+        for name in ("alpaca", "sharegpt", "openai", "firefly"):
+            assert name in str(caught.value)
+
+    @pytest.mark.parametrize("content", ["", " \n", "[]", "Hi", "[" * 100_000, "[1" + "0" * 5000])
+    def test_files_that_hold_no_rows(self, tmp_path, content):
+        path = write(tmp_path / "data.json", content)
+        with pytest.raises(UserError, match="data.json"):
+            load_rows(path)
+
+    def test_files_that_are_not_there_or_not_text(self, tmp_path):
+        with pytest.raises(UserError, match="nothing.json: there is no such file"):
+            load_rows(tmp_path / "nothing.json")
+        with pytest.raises(UserError, match="is a folder"):
+            load_rows(tmp_path)
+        with pytest.raises(UserError, match="names no file"):
+            load_rows(" , ")
+        path = tmp_path / "latin.json"
+        path.write_bytes('[\n{"instruction": "café"}]'.encode("latin-1"))
+        with pytest.raises(UserError, match="line 2: not UTF-8"):
+            load_rows(path)
+
+    def test_texts_without_text(self, tmp_path):
+        path = write(tmp_path / "data.json", [{"text": "a"}, {"body": "b"}])
+        with pytest.raises(UserError, match=r'row 2: there is no column "text", only body'):
+            load_texts(path)
+        with pytest.raises(UserError, match="there is no text in it"):
+            load_texts(write(tmp_path / "a.txt", "\n \n"))
+
+
+class TestSplit:
+    rows = [Row(messages=[], index=number) for number in range(50)]
+
+    def test_is_a_reproducible_partition_in_order(self):
+        training, validation = split(self.rows, 0.1, seed=1)
+        assert len(validation) == 5
+        assert split(self.rows, 0.1, seed=1) == (training, validation)
+        assert split(self.rows, 0.1, seed=2)[1] != validation
+        for part in (training, validation):
+            assert part == sorted(part, key=lambda row: row.index)
+        together = sorted(training + validation, key=lambda row: row.index)
+        assert together == self.rows
+
+    def test_from_one_on_it_is_a_number_of_rows(self):
+        assert len(split(self.rows, 7, seed=0)[1]) == len(split(self.rows, 7.0, seed=0)[1]) == 7
+
+    @pytest.mark.parametrize("validation", [0, -1, 0.001, 1.5, 50, 0.999, float("nan")])
+    def test_nothing_left_on_a_side_is_an_error(self, validation):
+        with pytest.raises(UserError, match="--validation_split"):
+            split(self.rows, validation, seed=0)
+
+
+class TestRealFiles:
+    @pytest.mark.parametrize(
+        "name, count",
+        [
+            ("alpaca_en_demo.json", 999),
+            ("alpaca_zh_demo.json", 1000),
+            ("oaast_sft_zh.json", 766),
+            ("identity.json", 91),
+            ("cherry_alpaca.json", 5096),
+            ("cherry_alpaca_5_percent.json", 3111),
+            ("compare_alpaca.json", 10),
+            ("glaive_toolcall_zh_demo.json", 300),
+            ("firefly_6_rows.jsonl", 6),
+        ],
+    )
+    def test_every_row_loads(self, shared_data, name, count):
+        rows = load_rows(shared_data / "instruct" / name)
+        assert [row.index for row in rows] == list(range(count))
+        assert all(row.messages[-1]["role"] == "assistant" for row in rows)
+
+    def test_history_becomes_turns(self, shared_data):
+        path = shared_data / "instruct" / "oaast_sft_zh.json"
+        records = json.loads(path.read_text(encoding="utf-8"))
+        for row, record in zip(load_rows(path), records, strict=True):
+            texts = [message["content"] for message in row.messages]
+            turns = [text for pair in record["history"] for text in pair]
+            assert texts == [*turns, record["instruction"], record["output"]]
+
+    def test_tool_calls_are_parsed(self, shared_data):
+        path = shared_data / "instruct" / "glaive_toolcall_zh_demo.json"
+        rows, records = load_rows(path), json.loads(path.read_text(encoding="utf-8"))
+        calls = [call for row in rows for m in row.messages for call in m.get("tool_calls", [])]
+        assert len(calls) == 216 and all(isinstance(call["arguments"], dict) for call in calls)
+        assert [row.tools or [] for row in rows] == [json.loads(one["tools"]) for one in records]
+
+    @pytest.mark.parametrize("name", ["dpo_en_demo.json", "oaast_rm_zh.json"])
+    def test_preference_data_is_refused_by_name(self, shared_data, name):
+        with pytest.raises(UserError, match=f"{name}, row 1: preference data"):
+            load_rows(shared_data / "instruct" / name)
+
+    @pytest.mark.parametrize("name, count", [("wiki_demo.txt", 30), ("c4_demo.jsonl", 300)])
+    def test_plain_text_loads_as_text_only(self, shared_data, name, count):
+        path = shared_data / "instruct" / name
+        assert len(load_texts(path)) == count
+        with pytest.raises(UserError, match="--stage pt"):
+            load_rows(path)

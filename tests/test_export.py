@@ -1,0 +1,98 @@
+"""export.py: what it writes is what was trained, for transformers and for peft."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import command
+from safetensors.torch import load_file
+
+from minisft.lora import LoraConfig, add_lora
+from minisft.weights import load_adapter, load_model, save_adapter
+
+TOKENS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    """An adapter with values, on `checkpoint`, that also has an output matrix of its own."""
+    model = load_model(checkpoint)
+    config = LoraConfig(rank=4, alpha=8, modules_to_save=("lm_head",))
+    add_lora(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    save_adapter(model, tmp_path / "adapter", config, checkpoint)
+    return tmp_path / "adapter"
+
+
+@torch.no_grad()
+def adapted_logits(checkpoint, adapter):
+    model = load_model(checkpoint)
+    load_adapter(model, adapter)
+    return model.logits(model(TOKENS))
+
+
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+def test_merged_in_transformers(shard, checkpoint, adapter, tmp_path):
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    out = tmp_path / "merged"
+    done = command("--model_name_or_path", checkpoint, "--adapter", adapter, "--format", "hf",
+                   "--max_shard_size", shard, "--output_dir", out, script="export.py")
+    assert done.returncode == 0, done.stderr
+    assert (len(list(out.glob("*.safetensors"))) > 1) == (shard == "40KB")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(TOKENS).logits, adapted_logits(checkpoint, adapter),
+                                   rtol=1e-5, atol=1e-5)
+    assert theirs.generation_config.eos_token_id == [2, 3]
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    ours = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    assert theirs("the cat sat").input_ids == ours("the cat sat").input_ids
+
+
+def test_types_out(checkpoint, adapter, tmp_path):
+    for flag, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        out = tmp_path / flag
+        done = command("--model_name_or_path", checkpoint, "--adapter", adapter, "--dtype", flag,
+                       "--output_dir", out, script="export.py")
+        assert done.returncode == 0, done.stderr
+        tensors = load_file(out / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+        assert json.loads((out / "config.json").read_text())["dtype"] == flag
+        model = load_model(checkpoint)
+        load_adapter(model, adapter)
+        layer = model.model.layers[1].mlp.down_proj
+        merged = layer.base_layer.weight + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+        assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], merged.to(dtype))
+
+
+def test_peft_format(checkpoint, adapter, tmp_path):
+    done = command("--model_name_or_path", checkpoint, "--adapter", adapter, "--format", "peft",
+                   "--output_dir", tmp_path / "out", script="export.py")
+    assert done.returncode == 0, done.stderr
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(TOKENS).logits, adapted_logits(checkpoint, adapter),
+                                   rtol=0, atol=1e-6)
+
+
+def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
+    before = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    for words, message in (
+        (["--output_dir", checkpoint], "also read from"),
+        (["--output_dir", adapter, "--overwrite_output_dir"], "also read from"),
+        (["--output_dir", tmp_path / "out", "--max_shard_size", "big"], "not a size"),
+        (["--output_dir", tmp_path / "out", "--adapter", checkpoint], "adapter_config.json"),
+    ):
+        done = command("--model_name_or_path", checkpoint, "--adapter", adapter, *words,
+                       script="export.py")
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    done = command("--model_name_or_path", checkpoint, "--format", "peft", "--output_dir",
+                   tmp_path / "out", script="export.py")
+    assert done.returncode == 2 and "--adapter" in done.stderr
+    assert before == {path: path.read_bytes() for path in checkpoint.iterdir()}
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,109 @@
+"""Flags, recipes and the record of a run."""
+
+import tomllib
+
+import pytest
+import torch
+
+from minisft.options import (
+    OptionParser,
+    UserError,
+    add_model_flags,
+    check_output_dir,
+    resolve_device,
+    resolve_dtype,
+    save_options,
+)
+
+
+def new_parser():
+    parser = OptionParser()
+    add, switch = add_model_flags(parser)
+    add("--lora_rank", type=int, default=8, help="rank")
+    add("--learning_rate", type=float, help="peak")
+    add("--names", default="a", help="a list")
+    switch("--plot_loss", "draw")
+    return parser
+
+
+MODEL = ["--model_name_or_path", "m"]
+
+
+def test_hyphens_and_switches():
+    options = new_parser().parse_options(
+        ["--model-name-or-path", "some-model", "--lora-rank=4", "--plot-loss"])
+    assert options.model_name_or_path == "some-model"
+    assert options.lora_rank == 4 and options.plot_loss is True
+    assert new_parser().parse_options([*MODEL, "--plot_loss", "False"]).plot_loss is False
+
+
+def test_recipe_and_command_line(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model_name_or_path = "m"\nlora-rank = 16\nlearning_rate = 1e-3\n'
+                      'plot_loss = true\nnames = ["x", "y"]\ndtype = "bfloat16"\n')
+    options = new_parser().parse_options(["--config", str(recipe), "--lora_rank", "2"])
+    assert (options.lora_rank, options.learning_rate, options.plot_loss) == (2, 1e-3, True)
+    assert options.names == "x,y" and options.model_name_or_path == "m"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("lora_rnk = 4", "did you mean --lora_rank"),
+    ('lora_rank = "many"', "lora_rank"),
+    ('dtype = "float8"', "float32"),
+    ("plot_loss = 5", "true nor false"),
+    ("lora_rank = ", "TOML"),
+])
+def test_bad_recipes(text, message, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    with pytest.raises(UserError, match=message):
+        new_parser().parse_options([*MODEL, "--config", str(recipe)])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([*MODEL, "--lora_rnk", "4"], "did you mean --lora_rank"),
+    ([*MODEL, "--lora_rank", "many"], "many"),
+    ([*MODEL, "--dtype", "float8"], "float8"),
+    ([*MODEL, "stray"], "stray"),
+    ([], "--model_name_or_path"),
+])
+def test_bad_command_lines(arguments, message):
+    with pytest.raises(UserError, match=message):
+        new_parser().parse_options(arguments)
+
+
+def test_record_repeats_the_run(tmp_path):
+    arguments = [*MODEL, "--names", 'quoted "words", 中文 \\ back', "--learning_rate", "3e-5"]
+    options = new_parser().parse_options(arguments)
+    save_options(options, tmp_path / "options.toml")
+    again = new_parser().parse_options(["--config", str(tmp_path / "options.toml")])
+    assert {**vars(again), "config": None} == vars(options)
+    assert tomllib.loads((tmp_path / "options.toml").read_text())["learning_rate"] == 3e-5
+
+
+def test_types_and_devices(monkeypatch):
+    def resolved(*arguments, native=False):
+        monkeypatch.setattr("minisft.options.multiplies_bfloat16", lambda device: native)
+        options = new_parser().parse_options([*MODEL, *arguments])
+        return resolve_dtype(options, torch.device("cpu"))
+
+    assert resolved() == torch.float32 and resolved(native=True) == torch.bfloat16
+    assert resolved("--bf16") == torch.bfloat16 and resolved("--fp16") == torch.float16
+    assert resolved("--dtype", "float16", native=True) == torch.float16
+    for arguments in (["--bf16", "--fp16"], ["--fp16", "--dtype", "float32"]):
+        with pytest.raises(UserError, match="contradicts"):
+            resolved(*arguments)
+    for name in ("cuda:77", "gpu"):
+        with pytest.raises(UserError, match=name):
+            resolve_device(new_parser().parse_options([*MODEL, "--device", name]))
+
+
+def test_output_folder(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    assert check_output_dir(tmp_path / "new", False) == tmp_path / "new"
+    check_output_dir(tmp_path / "full", True)
+    for path, overwrite, inputs in (("full", False, []), ("full/file", True, []),
+                                    ("full", True, [tmp_path / "full"])):
+        with pytest.raises(UserError, match="--output_dir"):
+            check_output_dir(tmp_path / path, overwrite, *inputs)

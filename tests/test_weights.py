@@ -1,0 +1,172 @@
+"""Checkpoints in and out: sharding, tied weights, memory, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import CONFIG
+from safetensors.torch import load_file, save_file
+
+from minisft.config import ModelConfig
+from minisft.model import CausalLM
+from minisft.options import UserError
+from minisft.weights import load_model, parse_size, resolve, save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def new_model(**changes):
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict({**CONFIG, **changes}))
+    model.initialize()
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["1GB", "20KB", "1KB"])
+def test_round_trip_and_transformers(tied, shard, tmp_path):
+    model = new_model(tie_word_embeddings=tied)
+    save_model(model, tmp_path, max_shard_size=parse_size(shard))
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) == 1) == (shard == "1GB")
+    if shard == "20KB":
+        assert max(path.stat().st_size for path in files) < 21000
+    again = load_model(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value) and torch.equal(theirs[name], value)
+    stored = [name for path in files for name in load_file(path)]
+    assert len(stored) == len(set(stored)) and ("lm_head.weight" in stored) == (not tied)
+
+
+def test_sharded_by_transformers(tmp_path):
+    config = transformers.AutoConfig.for_model(**CONFIG)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    ours = load_model(tmp_path).state_dict()
+    assert set(ours) == set(theirs.state_dict())
+    assert all(torch.equal(ours[name], value) for name, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32])
+def test_types(stored, wanted, tmp_path):
+    model = new_model()
+    save_model(model, tmp_path, stored)
+    weight = load_model(tmp_path, wanted).lm_head.weight
+    assert weight.dtype == wanted
+    assert torch.equal(weight, model.lm_head.weight.to(stored).to(wanted))
+    assert ModelConfig.load(tmp_path).dtype == str(stored).removeprefix("torch.")
+
+
+MEASURE = """
+import sys, torch
+from minisft import weights
+
+def status(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[name].split()[0]) * 1024
+
+model_dir, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+before = status("VmRSS")
+model = weights.load_model(model_dir, dtype)
+print((status("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("wanted", ["bfloat16", "float32"])
+def test_memory_holds_the_weights_once(wanted, tmp_path):
+    """Peak memory of loading is at most 1.15 x the weights, with and without conversion."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+             "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 4096}
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict({**CONFIG, **sizes})).bfloat16()
+    save_model(model.to_empty(device="cpu"), tmp_path)
+    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, wanted], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    assert 0.9 < float(done.stdout) <= 1.15
+
+
+def damaged(tmp_path, change):
+    """A checkpoint on disk after `change(weights, config)`; the error of loading it."""
+    save_model(new_model(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path)
+    return str(caught.value)
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    def lose(tensors, config):
+        del tensors["model.norm.weight"]
+
+    def add(tensors, config):
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+
+    def reshape(tensors, config):
+        tensors["model.norm.weight"] = torch.zeros(33)
+
+    def integer(tensors, config):
+        tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int8)
+
+    def layers(tensors, config):
+        config["num_hidden_layers"] = 3
+
+    assert "missing: model.norm.weight" in damaged(tmp_path, lose)
+    assert "unexpected: model.layers.0.self_attn.q_proj.bias" in damaged(tmp_path, add)
+    assert "[33]" in damaged(tmp_path, reshape) and "int8" in damaged(tmp_path, integer)
+    assert "model.layers.2" in damaged(tmp_path, layers)
+
+
+def test_broken_files(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_model(tmp_path)
+    save_model(new_model(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    for broken in (content[:-100], content[:5], b"", b"\xff" * 8 + content[8:], content + b"x"):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"model\.safetensors"):
+            load_model(tmp_path)
+    path.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="pickled"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "lost.safetensors", 7])
+def test_untrusted_index(shard, tmp_path):
+    save_model(new_model(), tmp_path, max_shard_size=20000)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = shard
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is not a file in"):
+        load_model(tmp_path)
+
+
+def test_resolve(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no such folder"):
+        resolve(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        resolve(str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="download it first"):
+        resolve("nobody/no-such-model-here")
+
+
+def test_sizes():
+    assert parse_size("5GB") == 5 * 10**9 and parse_size("1.5mb") == 1500000
+    assert parse_size("123") == 123
+    with pytest.raises(UserError, match="much"):
+        parse_size("much")
