@@ -134,6 +134,10 @@ def load_examples(options, tokenizer, template, config, say):
         if not examples:
             raise UserError(f"{what}: nothing to learn is left within {limit} tokens; raise "
                             "--cutoff_len")
+        largest = max(example.ids.max() for example in examples)
+        if largest >= config.vocab_size:
+            raise UserError(f"the tokenizer gives id {largest}, the model's vocabulary has "
+                            f"{config.vocab_size}; is it the tokenizer of this checkpoint?")
         return examples
 
     rows, held_out = read(options.dataset)[: options.max_samples], None
@@ -182,6 +186,7 @@ def train(options, model, examples, eval_examples, dtype, device):
 
     from minisft import batching, parallel
     from minisft.metrics import Progress
+    from minisft.objective import mean_loss
     from minisft.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 
     rank, world_size = parallel.rank(), parallel.world_size()
@@ -224,7 +229,8 @@ def train(options, model, examples, eval_examples, dtype, device):
             due = last or options.eval_steps and progress.step % options.eval_steps == 0
             if eval_examples and due:
                 began = time.monotonic()
-                loss = evaluate(model, eval_examples, options.per_device_eval_batch_size, autocast)
+                with autocast:
+                    loss = mean_loss(model, eval_examples, options.per_device_eval_batch_size)
                 progress.record_evaluation(loss, time.monotonic() - began)
     progress.close()
 
@@ -264,27 +270,6 @@ def train_step(wrapped, model, batches, optimizer, autocast, scaler, max_grad_no
     scaler.update()
     optimizer.zero_grad()
     return total, num_targets, grad_norm
-
-
-def evaluate(model, examples, batch_size, autocast):
-    """Mean loss per supervised token of the held-out examples, over all processes."""
-    import torch
-
-    from minisft import batching, parallel
-    from minisft.objective import next_token_loss
-
-    model.eval()
-    device = model.model.embed_tokens.weight.device
-    rows = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
-    rows = rows[parallel.rank() :: parallel.world_size()]
-    loss_sum, num_targets = 0.0, 0
-    with torch.inference_mode(), autocast:
-        for start in range(0, len(rows), batch_size):
-            batch = [examples[row] for row in rows[start : start + batch_size]]
-            loss, count = next_token_loss(model, *batching.collate(batch, device))
-            loss_sum, num_targets = loss_sum + loss.item(), num_targets + count
-    loss_sum, num_targets = parallel.sum_over_processes([loss_sum, num_targets], device)
-    return loss_sum / num_targets
 
 
 def main():

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from minisft import parallel
+from minisft.batching import collate
+
 # Rows of logits held at a time: with a vocabulary of 128k in float32 a chunk takes 0.5 GB.
 CHUNK_SIZE = 1024
 
@@ -49,3 +52,19 @@ def cross_entropy_sum(logits, hidden, targets):
 
 def _chunk_loss(logits, hidden, targets):
     return F.cross_entropy(logits(hidden).float(), targets, reduction="sum")
+
+
+@torch.inference_mode()
+def mean_loss(model, examples, batch_size):
+    """Loss per supervised token of held-out Examples, over all processes; every row once."""
+    model.eval()
+    device = model.model.embed_tokens.weight.device
+    rows = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
+    rows = rows[parallel.rank() :: parallel.world_size()]
+    loss_sum, num_targets = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = [examples[row] for row in rows[start : start + batch_size]]
+        loss, count = next_token_loss(model, *collate(batch, device))
+        loss_sum, num_targets = loss_sum + loss.item(), num_targets + count
+    loss_sum, num_targets = parallel.sum_over_processes([loss_sum, num_targets], device)
+    return loss_sum / num_targets

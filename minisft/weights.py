@@ -49,7 +49,7 @@ def resolve(name_or_path, needed="config.json"):
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name_or_path}: no such folder here, and it could not be had from the hub ({reason}); "
+            f"{name_or_path}: no such folder here, and not to be had from the hub ({reason}); "
             "download it first and give its folder"
         ) from error
 

@@ -2,15 +2,12 @@
 
 import functools
 import json
-import os
 
 import pytest
 
 from minisft.options import UserError
 from minisft.template import TEMPLATES, get_template
 from minisft.tokenizer import Tokenizer
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 TINYLLAMA = "tokenizers/TinyLlama-1.1B-Chat-v0.6"
 MISTRAL = "tokenizers/Mistral-7B-Instruct-v0.2"
