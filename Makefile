@@ -24,7 +24,7 @@ demo: $(RUNTIME)
 	$(PYTHON) examples/demo.py
 
 test: $(TESTING)
-	$(PYTHON) -m pytest -q
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 	$(PYTHON) -m ruff check .
 
 clean:

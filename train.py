@@ -10,8 +10,8 @@ supervised tokens over micro-batches and processes, divides once by their number
 """
 
 import math
+import sys
 import time
-from pathlib import Path
 
 from minisft.options import (
     SCHEDULES,
@@ -80,6 +80,12 @@ def parse_options(arguments=None):
     add("--logging_steps", type=int, default=10, help="steps between lines of metrics.jsonl")
     add("--eval_steps", type=int, help="steps between evaluations (default: at the end)")
     add("--per_device_eval_batch_size", type=int, default=8, help="rows of an evaluation batch")
+    add("--save_steps", type=int, default=500, help="steps between checkpoints")
+    add("--save_total_limit", type=int, default=2, help="checkpoints kept; the best one always is")
+    add("--resume_from_checkpoint", metavar="auto|DIR",
+        help="go on from a checkpoint; auto: from the newest complete one, if there is any")
+    switch("--load_best_model_at_end", "in the end take the weights with the lowest eval loss")
+    add("--early_stopping_patience", type=int, help="stop after so many evaluations without gain")
     switch("--plot_loss", "draw loss.png into the output folder (needs matplotlib)")
     return check_options(parser.parse_options(arguments))
 
@@ -89,7 +95,7 @@ def check_options(options):
     positive = ("cutoff_len", "block_size", "lora_rank", "num_train_epochs", "logging_steps",
                 "per_device_train_batch_size", "per_device_eval_batch_size",
                 "gradient_accumulation_steps", "max_steps", "eval_steps", "max_samples",
-                "learning_rate")
+                "learning_rate", "save_steps", "save_total_limit", "early_stopping_patience")
     for name in positive:
         value = getattr(options, name)
         if value is not None and value <= 0:
@@ -98,8 +104,9 @@ def check_options(options):
         raise UserError(f"--lora_dropout {options.lora_dropout}: must be in [0, 1)")
     if options.eval_dataset and options.validation_split:
         raise UserError("--eval_dataset and --validation_split: give one of the two")
-    if options.eval_steps and not (options.eval_dataset or options.validation_split):
-        raise UserError("--eval_steps needs --eval_dataset or --validation_split")
+    for name in ("eval_steps", "load_best_model_at_end", "early_stopping_patience"):
+        if getattr(options, name) and not (options.eval_dataset or options.validation_split):
+            raise UserError(f"--{name} needs --eval_dataset or --validation_split")
     if options.finetuning_type == "full" and (options.adapter or options.modules_to_save):
         raise UserError("--adapter and --modules_to_save belong to --finetuning_type lora")
     if options.train_from_scratch and options.finetuning_type != "full":
@@ -180,62 +187,50 @@ def load_trainable(options, model_dir, dtype, device):
     return model, config
 
 
-def train(options, model, examples, eval_examples, dtype, device):
-    """The training loop. Leaves the model trained, in place."""
-    import torch
-
+def train(run, examples, eval_examples):
+    """The training loop. Returns the signal that interrupted it, or None when it is through."""
     from minisft import batching, parallel
-    from minisft.metrics import Progress
-    from minisft.objective import mean_loss
-    from minisft.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+    from minisft.checkpoint import Interruption
+    from minisft.optimizer import learning_rate_at, set_learning_rate
 
+    options, progress = run.options, run.progress
     rank, world_size = parallel.rank(), parallel.world_size()
-    batch_size = options.per_device_train_batch_size
-    rows_per_step = batch_size * options.gradient_accumulation_steps * world_size
-    steps_per_epoch = math.ceil(len(examples) / rows_per_step)
-    total_steps = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
-    warmup_steps = options.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = math.ceil(total_steps * options.warmup_ratio)
-
-    optimizer = build_optimizer(
-        model, options.learning_rate, options.weight_decay,
-        (options.adam_beta1, options.adam_beta2), options.adam_epsilon,
-    )
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    model.model.gradient_checkpointing = options.gradient_checkpointing
-    wrapped = parallel.wrap(model)
     lengths = [len(example.ids) for example in examples]
-    progress = Progress(total_steps, Path(options.output_dir) / "metrics.jsonl", device)
+    with Interruption() as interruption:
+        while progress.step < run.total_steps:
+            epoch, done = divmod(progress.step, run.steps_per_epoch)
+            steps = batching.steps_of_epoch(lengths, run.rows_per_step, options.seed, epoch)
+            for step_rows in steps[done : done + run.total_steps - progress.step]:
+                rate = learning_rate_at(progress.step, run.total_steps, options.learning_rate,
+                                        options.lr_scheduler_type, run.warmup_steps, options.lr_end)
+                set_learning_rate(run.optimizer, rate)
+                batches = [
+                    batching.collate([examples[row] for row in rows], run.device)
+                    for rows in batching.micro_batches(
+                        step_rows, options.per_device_train_batch_size, rank, world_size)
+                ]
+                loss_sum, num_targets, grad_norm = train_step(run, batches)
+                progress.add(loss_sum, num_targets, sum(lengths[row] for row in step_rows))
+                if due(run, options.logging_steps):
+                    progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
+                if eval_examples and due(run, options.eval_steps):
+                    evaluate(run, eval_examples)
+                    if early(run):
+                        return None
+                stopped = parallel.any_process(interruption.signal, run.device)
+                if stopped or (due(run, options.save_steps) and progress.step < run.total_steps):
+                    run.save_checkpoint()
+                if stopped:
+                    return stopped
+    return None
 
-    for epoch in range(math.ceil(total_steps / steps_per_epoch)):
-        steps = batching.steps_of_epoch(lengths, rows_per_step, options.seed, epoch)
-        for step_rows in steps[: total_steps - progress.step]:
-            rate = learning_rate_at(progress.step, total_steps, options.learning_rate,
-                                    options.lr_scheduler_type, warmup_steps, options.lr_end)
-            set_learning_rate(optimizer, rate)
-            batches = [
-                batching.collate([examples[row] for row in rows], device)
-                for rows in batching.micro_batches(step_rows, batch_size, rank, world_size)
-            ]
-            loss_sum, num_targets, grad_norm = train_step(
-                wrapped, model, batches, optimizer, autocast, scaler, options.max_grad_norm, device
-            )
-            progress.add(loss_sum, num_targets, sum(lengths[row] for row in step_rows))
-            last = progress.step == total_steps
-            if last or progress.step % options.logging_steps == 0:
-                progress.record(progress.step / steps_per_epoch, rate, grad_norm)
-            due = last or options.eval_steps and progress.step % options.eval_steps == 0
-            if eval_examples and due:
-                began = time.monotonic()
-                with autocast:
-                    loss = mean_loss(model, eval_examples, options.per_device_eval_batch_size)
-                progress.record_evaluation(loss, time.monotonic() - began)
-    progress.close()
+
+def due(run, every):
+    """Whether something done `every` so many steps, and at the end, is due after this step."""
+    return run.progress.step == run.total_steps or every and run.progress.step % every == 0
 
 
-def train_step(wrapped, model, batches, optimizer, autocast, scaler, max_grad_norm, device):
+def train_step(run, batches):
     """One optimizer step over this process's micro-batches.
 
     Returns this process's summed loss, the number of tokens it was summed over on all processes,
@@ -246,41 +241,71 @@ def train_step(wrapped, model, batches, optimizer, autocast, scaler, max_grad_no
     from minisft import parallel
     from minisft.objective import next_token_loss
 
-    model.train()
+    run.model.train()
     # The loss of a step is the mean over all its supervised tokens, so they are counted first.
     mine = sum(int(supervised[:, 1:].sum()) for _, supervised in batches)
-    (num_targets,) = parallel.sum_over_processes([mine], device)
+    (num_targets,) = parallel.sum_over_processes([mine], run.device)
     total = 0.0
     for index, (tokens, supervised) in enumerate(batches):
-        with parallel.gradient_sync(wrapped, index == len(batches) - 1):
-            with autocast:
-                loss_sum, _ = next_token_loss(wrapped, tokens, supervised, model.logits)
+        with parallel.gradient_sync(run.wrapped, index == len(batches) - 1):
+            with run.autocast:
+                loss_sum, _ = next_token_loss(run.wrapped, tokens, supervised, run.model.logits)
             # DDP takes the mean over processes; the gradient wanted is that of their sum.
-            scaler.scale(loss_sum * (parallel.world_size() / num_targets)).backward()
+            run.scaler.scale(loss_sum * (parallel.world_size() / num_targets)).backward()
         total = total + loss_sum.detach()
 
-    scaler.unscale_(optimizer)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf).item()
+    run.scaler.unscale_(run.optimizer)
+    trained = [one for group in run.optimizer.param_groups for one in group["params"]]
+    max_norm = run.options.max_grad_norm or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, max_norm).item()
     # In float16 an overflow now and then is how the loss scale is found; that step is skipped.
-    if not math.isfinite(grad_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
-        raise UserError(f"the gradient's norm is {grad_norm}; stopped before the weights were "
-                        "changed. Lower --learning_rate, or use --dtype float32")
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
+    finding_scale = run.scaler.is_enabled() and run.scaler.get_scale() > 1
+    if not math.isfinite(grad_norm) and not finding_scale:
+        raise UserError(f"step {run.progress.step + 1}: the gradient's norm is {grad_norm}; "
+                        "stopped before the weights were changed. Lower --learning_rate, or use "
+                        "--dtype float32")
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
     return total, num_targets, grad_norm
+
+
+def evaluate(run, examples):
+    """Log the loss on held-out rows; with --load_best_model_at_end save the model if it is best."""
+    from minisft.objective import mean_loss
+
+    began = time.monotonic()
+    with run.autocast:
+        loss = mean_loss(run.model, examples, run.options.per_device_eval_batch_size)
+    run.progress.record_evaluation(loss, time.monotonic() - began)
+    run.best["evaluations_since"] += 1
+    if loss < run.best["loss"]:
+        run.best = {"step": run.progress.step, "loss": loss, "evaluations_since": 0}
+        if run.options.load_best_model_at_end:
+            run.save_checkpoint()
+
+
+def early(run):
+    """Whether the loss has not improved for --early_stopping_patience evaluations."""
+    patience = run.options.early_stopping_patience
+    if patience is None or run.best["evaluations_since"] < patience:
+        return False
+    run.progress.say(f"stopped at step {run.progress.step}: no better evaluation in {patience}")
+    return True
 
 
 def main():
     options = parse_options()
-    output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir,
-                                  options.model_name_or_path, options.adapter)
+    output_dir = check_output_dir(
+        options.output_dir, options.overwrite_output_dir or options.resume_from_checkpoint,
+        options.model_name_or_path, options.adapter,
+    )
 
     import torch
 
-    from minisft import parallel
+    from minisft import checkpoint, parallel
     from minisft.config import ModelConfig
+    from minisft.run import Run
     from minisft.template import get_template
     from minisft.tokenizer import Tokenizer
     from minisft.weights import resolve
@@ -313,10 +338,26 @@ def main():
         f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
         f"{parallel.world_size()} process(es)")
 
+    resumed = None
+    if options.resume_from_checkpoint:
+        resumed = checkpoint.find(output_dir, options.resume_from_checkpoint, say)
+        say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         save_options(options, output_dir / "options.toml")
-    train(options, model, examples, eval_examples, dtype, device)
+    run = Run(options, model, lora_config, len(examples), dtype, device, resumed)
+    interrupted = train(run, examples, eval_examples)
+    run.progress.close()
+    if interrupted:
+        say(f"stopped and saved at step {run.progress.step}; go on with\n"
+            f"  python train.py --config {output_dir / 'options.toml'} "
+            "--resume_from_checkpoint auto")
+        parallel.stop()
+        sys.exit(128 + interrupted)
+    if options.load_best_model_at_end:
+        best = output_dir / f"checkpoint-{run.best['step']}"
+        checkpoint.restore_weights(model, best)
+        say(f"took the weights of {best}, evaluation loss {run.best['loss']:.4f}")
     if is_main:
         save(options, model, lora_config, tokenizer, model_dir, output_dir)
         say(f"saved to {output_dir}")

@@ -23,14 +23,30 @@ class Progress:
     `tokens` are all tokens of the rows, without padding; losses are per supervised token.
     """
 
-    def __init__(self, total_steps, path, device="cpu"):
+    def __init__(self, total_steps, path, device="cpu", state=None):
         self.is_main = parallel.rank() == 0
-        self.file = open(path, "w", encoding="utf-8") if self.is_main else None
-        silent = not (self.is_main and sys.stderr.isatty())
-        self.bar = tqdm(total=total_steps, unit="step", disable=silent)
         self.device = device
         self.step = self.tokens = 0
         self._begin_interval()
+        earlier = []
+        if state:
+            self.step, self.tokens = state["step"], state["tokens"]
+            self.loss_sum = state["loss_sum"] if self.is_main else 0.0
+            self.num_targets, self.num_tokens = state["num_targets"], 0
+        self.file = None
+        if self.is_main:
+            if state:
+                earlier = [row for row in read_metrics(path) if row["step"] <= self.step]
+            self.file = open(path, "w", encoding="utf-8")
+            self.file.writelines(json.dumps(row) + "\n" for row in earlier)
+        silent = not (self.is_main and sys.stderr.isatty())
+        self.bar = tqdm(total=total_steps, initial=self.step, unit="step", disable=silent)
+
+    def state(self):
+        """What `state` takes, to count on from here after an interruption."""
+        (loss_sum,) = parallel.sum_over_processes([float(self.loss_sum)], self.device)
+        return {"step": self.step, "tokens": self.tokens, "loss_sum": loss_sum,
+                "num_targets": self.num_targets}
 
     def _begin_interval(self):
         self.loss_sum, self.num_targets, self.num_tokens = 0.0, 0, 0
@@ -81,10 +97,11 @@ class Progress:
             self.file.flush()
 
 
-def read_metrics(run_dir):
-    """The objects of a run's metrics.jsonl, as a list of dicts."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def read_metrics(path):
+    """The objects of a metrics.jsonl, as a list of dicts; a last line cut off is left out."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_loss(run_dir):
@@ -95,9 +112,10 @@ def plot_loss(run_dir):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
+    rows = read_metrics(Path(run_dir) / "metrics.jsonl")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss per token")
     for name, style in (("loss", "-"), ("eval_loss", "o-")):
-        points = [(row["step"], row[name]) for row in read_metrics(run_dir) if name in row]
+        points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
     axes.grid(alpha=0.3)

@@ -147,11 +147,15 @@ def _convert_one(action, value):
     return action.type(str(value)) if action.type else str(value)
 
 
+# What a record leaves out: how to write and where to go on from belongs to one invocation.
+UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
+
+
 def save_options(options, path):
     """Write the resolved options as TOML, so that `--config` can repeat the run."""
     lines = []
     for name, value in sorted(vars(options).items()):
-        if name in ("config", "debug") or value is None:
+        if name in UNRECORDED or value is None:
             continue
         # JSON strings, numbers, lists and booleans are also TOML.
         lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")

@@ -47,6 +47,24 @@ def sum_over_processes(values, device):
     return total.tolist()
 
 
+def any_process(number, device):
+    """The largest of the processes' numbers; None counts as 0, and 0 is returned as None."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number or 0, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest) or None
+
+
+def gather(value):
+    """The picklable values of all processes, in the order of their ranks."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def wrap(model):
     """The model whose backward pass averages gradients over processes; itself if there is one."""
     if world_size() == 1:

@@ -239,6 +239,8 @@ def generation_eos(model_dir, config):
     """`eos_token_id` (int, list or None) of generation_config.json, else of config.json."""
     path = Path(model_dir) / "generation_config.json"
     content = read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
     return content.get("eos_token_id", config.eos_token_id)
 
 

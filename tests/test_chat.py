@@ -191,6 +191,10 @@ def test_terminal_with_ctrl_c(terminal, tiny_chat_model_dir, tmp_path):
     screen = terminal("--max_new_tokens", "15000")
     assert "template chatml · cpu float32 · context 20000" in screen.wait_for("/help lists")
     for pause in (0, 0.02, 0.3):
+        # From the start again, for which this model is known to go on for long.
+        screen.wait_for(PROMPT)
+        screen.press("/reset\r")
+        screen.wait_for("(forgotten)")
         screen.wait_for(PROMPT)
         screen.press("the cat 你好\r")
         screen.wait_for("你好\r\n")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     "train score select export chat eval",
     "ifd selection gguf_export multiple_choice compare assistant",
-    "generate checkpoint weights batching objective metrics parallel",
+    "generate run checkpoint weights batching objective metrics parallel",
     "model lora quantize tokenizer template dataset formats optimizer kmeans",
     "config",
     "options",
@@ -73,7 +73,7 @@ def test_help_is_fast_and_every_flag_is_read(script):
     assert time.monotonic() - began < 2.0  # far below what loading torch takes on a busy machine
     flags = set(re.findall(r"^  (?:-\w, )?--(\w+)", done.stdout, re.MULTILINE)) - {"help"}
     assert len(flags) > 5
-    sources = [path for path in ROOMS if path.stem in ("options", "assistant")] + [script]
+    sources = [path for path in ROOMS if path.stem in ("options", "assistant", "run")] + [script]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unread = {flag for flag in flags
               if not re.search(rf"options\.{flag}\b|\"{flag}\"|\.{flag}\b", text)}

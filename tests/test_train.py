@@ -15,6 +15,7 @@ from minisft import batching
 from minisft.config import ModelConfig
 from minisft.metrics import read_metrics
 from minisft.model import CausalLM
+from minisft.run import Run
 from minisft.weights import load_model, save_adapter, save_model
 
 STEPS, BATCH_SIZE, ACCUMULATION = 30, 3, 2
@@ -28,6 +29,10 @@ def learnable_examples(count=190):
         ids = (start + np.arange(length)).astype(np.int32)
         examples.append(batching.Example(ids, np.arange(length) >= generator.integers(1, length)))
     return examples
+
+
+def metrics_of(run_dir):
+    return read_metrics(run_dir / "metrics.jsonl")
 
 
 class TrainerOnOurBatches(transformers.Trainer):
@@ -81,8 +86,9 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True)
 
     losses, norms, rates = trainer_losses(theirs, options, examples, tmp_path)
-    train.train(options, ours, examples, None, torch.float32, torch.device("cpu"))
-    metrics = read_metrics(tmp_path)
+    run = Run(options, ours, lora_config, len(examples), torch.float32, torch.device("cpu"))
+    train.train(run, examples, None)
+    metrics = metrics_of(tmp_path)
 
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([row["loss"] for row in metrics], losses, rtol=0, atol=1e-4)
@@ -112,7 +118,7 @@ def test_command_line_run(checkpoint, rows_file, tmp_path):
         "tokenizer.json"}
     weights = [(output / "adapter_model.safetensors").read_bytes() for output in outputs]
     assert weights[0] == weights[1]
-    metrics = read_metrics(outputs[0])
+    metrics = metrics_of(outputs[0])
     logged = [row for row in metrics if "loss" in row]
     assert set(logged[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens",
                               "tokens_per_second"}
@@ -152,7 +158,7 @@ def test_pretraining(checkpoint, tmp_path):
                    "--learning_rate", 3e-3, "--output_dir", tmp_path / "out", "--logging_steps", 1,
                    "--num_train_epochs", 15)
     assert done.returncode == 0, done.stderr
-    losses = [row["loss"] for row in read_metrics(tmp_path / "out") if "loss" in row]
+    losses = [row["loss"] for row in metrics_of(tmp_path / "out") if "loss" in row]
     assert losses[-1] < losses[0] / 2
 
 
@@ -162,7 +168,7 @@ def test_half_precision(dtype, checkpoint, rows_file, tmp_path):
                    "plain", "--output_dir", tmp_path / "out", "--max_steps", 12, "--dtype", dtype,
                    "--learning_rate", 1e-2, "--gradient_checkpointing", "--logging_steps", 1)
     assert done.returncode == 0, done.stderr
-    losses = [row["loss"] for row in read_metrics(tmp_path / "out") if "loss" in row]
+    losses = [row["loss"] for row in metrics_of(tmp_path / "out") if "loss" in row]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
@@ -230,7 +236,7 @@ def test_two_processes_train_as_one(finetuning_type, checkpoint, tmp_path):
                   before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("saved to") == 1
-    for first, second in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"),
+    for first, second in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"),
                              strict=True):
         for name in set(first) - {"tokens_per_second"}:
             assert first[name] == pytest.approx(second[name], rel=1e-4)

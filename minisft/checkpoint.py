@@ -1,0 +1,187 @@
+"""Save and resume a run, atomically and exactly.
+
+    path = save(output_dir, step=40, write_weights=lambda folder: ..., state={...}, keep=2)
+    path = find(output_dir, "auto", print)         # the newest complete one, or None
+    state = load_state(path)
+
+A checkpoint is a folder `checkpoint-STEP` with the trained weights (an adapter, or the model in
+float32), `trainer_state.pt` (optimizer, random states, counters) and `complete.json`, which lists
+the size and SHA-256 of every file. It is written under another name, the list last, and renamed
+when all of it is on disk: whatever happens in between, a folder of that name is whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from minisft.options import UserError
+from minisft.weights import ADAPTER_WEIGHTS, PEFT_PREFIX, read_tensor, tensor_files
+
+STATE, MARKER = "trainer_state.pt", "complete.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def save(output_dir, step, write_weights, state, keep=None, best=None):
+    """Write `checkpoint-STEP`, then remove all but the newest `keep` and the one of step `best`.
+
+    write_weights(folder) writes the trained weights. Returns the folder. Where the disk is full or
+    fails, the unfinished folder is removed and UserError raised; older checkpoints stay.
+    """
+    output_dir = Path(output_dir)
+    final, partial = (output_dir / f"checkpoint-{step}{end}" for end in ("", ".partial"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_weights(partial)
+        torch.save(state, partial / STATE)
+        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        (partial / MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
+        for path in [*partial.iterdir(), partial]:
+            _flush(path)
+        if final.exists():
+            _remove(final)
+        os.rename(partial, final)
+        _flush(output_dir)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{final} could not be written: {error}; what was saved before is intact, "
+                        "go on from it with --resume_from_checkpoint auto") from error
+    _rotate(output_dir, keep, {step, best})
+    return final
+
+
+def _rotate(output_dir, keep, wanted):
+    old = [path for _, path in _checkpoints(output_dir)][keep:] if keep else []
+    for path in old:
+        if int(NAME.fullmatch(path.name)[1]) not in wanted:
+            _remove(path)
+
+
+def _remove(path):
+    # Without its marker a folder is no checkpoint, so a half-removed one is never taken for one.
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _fingerprint(path):
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _flush(path):
+    """Wait until a file, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checkpoints(output_dir):
+    """(step, folder) of what is called a checkpoint, the newest first."""
+    found = [(int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*")
+             if (match := NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def find(output_dir, which, say):
+    """The checkpoint to resume from: the folder `which`, or with "auto" the newest complete one.
+
+    say(text) is told of every damaged one that is passed over. Returns None if "auto" finds none;
+    a damaged `which` raises UserError.
+    """
+    if which != "auto":
+        fault = damage(Path(which))
+        if fault:
+            raise UserError(f"--resume_from_checkpoint {which}: {fault}")
+        return Path(which)
+    for _, path in _checkpoints(output_dir):
+        fault = damage(path)
+        if fault is None:
+            return path
+        say(f"skipped {path}: {fault}")
+    return None
+
+
+def damage(path):
+    """What is wrong with a checkpoint folder, in words; None if it is whole."""
+    if not path.is_dir():
+        return "there is no such folder"
+    try:
+        files = json.loads((path / MARKER).read_text())["files"]
+        for name, expected in files.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _fingerprint(path / name) != expected:
+                return f"{name} has changed since it was saved"
+    except FileNotFoundError:
+        return f"not complete: {MARKER} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MARKER} cannot be read: {error}"
+    return None
+
+
+def load_state(path):
+    """The `state` that was saved, on the CPU. Only plain data is unpickled, never code."""
+    return torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
+
+
+@torch.no_grad()
+def restore_weights(model, path):
+    """Give the trainable parameters of `model` their values from a checkpoint."""
+    path = Path(path)
+    adapter = path / ADAPTER_WEIGHTS
+    files = {} if adapter.is_file() else tensor_files(path)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        try:
+            tensor = (read_tensor(files[name], name) if files
+                      else read_tensor(adapter, PEFT_PREFIX + name))
+            parameter.copy_(tensor)
+        except (KeyError, UserError, RuntimeError) as error:
+            raise UserError(f"{path}: {name} does not fit; was the run started with other "
+                            "options?") from error
+
+
+def random_state(device):
+    """The state of every random generator that training draws from in this process."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state, device):
+    """Put back what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class Interruption:
+    """Inside `with`: the first SIGTERM or Ctrl-C is noted in `signal`, the second one acts."""
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self._note)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        if self.signal is not None:
+            self.__exit__()
+            signal.raise_signal(number)
+        self.signal = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,88 @@
+"""The state of a training run, from its options or from a checkpoint.
+
+    run = Run(options, model, lora_config, num_rows=1000, dtype=torch.float32, device=device)
+    run.save_checkpoint()                                  # runs/demo/checkpoint-STEP
+    run = Run(..., checkpoint="runs/demo/checkpoint-40")   # goes on exactly from there
+
+The steps themselves are in `train.py`.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from minisft import parallel
+from minisft.checkpoint import load_state, random_state, restore_weights, save, set_random_state
+from minisft.metrics import Progress
+from minisft.optimizer import build_optimizer
+from minisft.options import UserError
+from minisft.weights import save_adapter, save_model
+
+
+class Run:
+    """What a training run consists of: handed from step to step, saved and resumed as one."""
+
+    def __init__(self, options, model, lora_config, num_rows, dtype, device, checkpoint=None):
+        state = load_state(checkpoint) if checkpoint else None
+        self.options, self.model, self.lora_config = options, model, lora_config
+        self.device = device
+        self.rows_per_step = (options.per_device_train_batch_size
+                              * options.gradient_accumulation_steps * parallel.world_size())
+        if state:
+            # Kept also with another number of processes: the same rows make up every step.
+            self.rows_per_step = state["rows_per_step"]
+        self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
+        self.total_steps = options.max_steps or math.ceil(
+            self.steps_per_epoch * options.num_train_epochs)
+        self.warmup_steps = options.warmup_steps
+        if self.warmup_steps is None:
+            self.warmup_steps = math.ceil(self.total_steps * options.warmup_ratio)
+        self.optimizer = build_optimizer(
+            model, options.learning_rate, options.weight_decay,
+            (options.adam_beta1, options.adam_beta2), options.adam_epsilon,
+        )
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.best = {"step": None, "loss": math.inf, "evaluations_since": 0}
+        self.identity = {"num_rows": num_rows, "seed": options.seed}
+        if state:
+            if state["identity"] != self.identity:
+                raise UserError(f"{checkpoint} belongs to a run with {state['identity']}, not "
+                                f"{self.identity}")
+            restore_weights(model, checkpoint)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.best = state["best"]
+            self._restore_random(state["random"])
+        model.model.gradient_checkpointing = options.gradient_checkpointing
+        self.wrapped = parallel.wrap(model)
+        self.progress = Progress(self.total_steps, Path(options.output_dir) / "metrics.jsonl",
+                                 device, state and state["progress"])
+
+    def _restore_random(self, states):
+        if len(states) == parallel.world_size():
+            set_random_state(states[parallel.rank()], self.device)
+        elif parallel.rank() == 0:
+            print(f"{parallel.world_size()} processes instead of {len(states)}: every step still "
+                  f"has the same {self.rows_per_step} rows; dropout is drawn anew")
+
+    def save_checkpoint(self):
+        """Write the state of all processes to `checkpoint-STEP`, in the first process."""
+        state = {
+            "identity": self.identity, "rows_per_step": self.rows_per_step, "best": self.best,
+            "progress": self.progress.state(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": parallel.gather(random_state(self.device)),
+        }
+
+        def write_weights(folder):
+            if self.lora_config:
+                save_adapter(self.model, folder, self.lora_config, self.options.model_name_or_path)
+            else:
+                save_model(self.model, folder)
+
+        if parallel.rank() == 0:
+            save(self.options.output_dir, self.progress.step, write_weights, state,
+                 self.options.save_total_limit, self.best["step"])
+        parallel.barrier()

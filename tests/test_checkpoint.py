@@ -1,0 +1,219 @@
+"""Resume is exact, whatever happened; damaged checkpoints are named and passed over."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, command
+from safetensors.torch import load_file
+
+from minisft import checkpoint
+from minisft.metrics import read_metrics
+from minisft.options import UserError
+
+# Dropout, accumulation, an epoch that does not divide into steps, and steps that do not divide
+# into saves: what an inexact resume would get wrong.
+RUN = ["--template", "plain", "--lora_dropout", 0.2, "--per_device_train_batch_size", 2,
+       "--gradient_accumulation_steps", 2, "--learning_rate", 5e-3, "--logging_steps", 2]
+
+
+@pytest.fixture
+def flags(checkpoint, rows_file):
+    return ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--max_samples", 23, *RUN]
+
+
+def final(run_dir):
+    name = "adapter_model.safetensors"
+    return load_file(run_dir / (name if (run_dir / name).exists() else "model.safetensors"))
+
+
+def assert_equal_runs(first, second):
+    """Weights bit for bit, and every logged figure but the speed."""
+    weights, others = final(first), final(second)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    logs = [[{name: value for name, value in row.items() if name != "tokens_per_second"}
+             for row in read_metrics(run / "metrics.jsonl")] for run in (first, second)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("finetuning_type", ["lora", "full"])
+def test_resumed_equals_undisturbed(finetuning_type, flags, tmp_path):
+    flags = [*flags, "--finetuning_type", finetuning_type, "--max_steps", 15]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command(*flags, "--output_dir", whole).returncode == 0
+    flags += ["--output_dir", parts, "--save_steps", 5, "--save_total_limit", 5]
+    assert command(*flags).returncode == 0
+    for step in (10, 5):
+        (parts / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+        done = command(*flags, "--resume_from_checkpoint", parts / f"checkpoint-{step}")
+        assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+        assert_equal_runs(whole, parts)
+
+
+def test_killed_twenty_times(flags, tmp_path):
+    """SIGKILL at 20 random moments, inside saving too: the end is that of the undisturbed run."""
+    flags = [*flags, "--max_steps", 250, "--save_steps", 2]
+    assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
+    words = [sys.executable, ROOT / "tests/kill_and_resume.py", 20, 1, tmp_path / "killed", *flags]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.startswith("20 killed")
+    assert int(done.stdout.split()[2]) >= 1, "no kill fell into saving"
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_say_how_to_go_on(number, flags, tmp_path):
+    flags = [*flags, "--max_steps", 250]
+    assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
+    words = [sys.executable, ROOT / "train.py", *flags, "--output_dir", tmp_path / "stopped"]
+    process = subprocess.Popen(list(map(str, words)), cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    while len(read_metrics(log)) < 3:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    advice = output.strip().splitlines()[-1].split()
+    assert advice[:2] == ["python", "train.py"] and "Traceback" not in errors
+    assert command(*advice[2:]).returncode == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_another_number_of_processes(flags, tmp_path):
+    """One process, then two from its checkpoint: the same rows in every step, so the same run."""
+    flags = [word for word in flags if word not in ("--lora_dropout", 0.2)] + ["--max_steps", 12]
+    assert command(*flags, "--output_dir", tmp_path / "one").returncode == 0
+    flags += ["--output_dir", tmp_path / "two"]
+    assert command(*flags, "--save_steps", 7).returncode == 0
+    done = command(*flags, "--resume_from_checkpoint", "auto",
+                   before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    assert done.returncode == 0, done.stderr
+    assert "2 processes instead of 1" in done.stdout
+    first, second = final(tmp_path / "one"), final(tmp_path / "two")
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_best_and_early_stopping(flags, tmp_path):
+    """The best evaluation's weights are what is left; no gain ends the run."""
+    done = command(*flags, "--validation_split", 6, "--eval_steps", 1, "--learning_rate", 0.2,
+                   "--max_steps", 40, "--load_best_model_at_end", "--early_stopping_patience", 3,
+                   "--save_steps", 1, "--save_total_limit", 1, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    losses = [row["eval_loss"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")
+              if "eval_loss" in row]
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == best + 3 < 40
+    assert f"checkpoint-{best}," in done.stdout
+    kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in final(tmp_path / "out").items())
+
+
+# checkpoint.py by itself
+
+
+def write(folder, value):
+    def weights(path):
+        (path / "weights").write_bytes(value * 1000)
+
+    return checkpoint.save(folder, int(value), weights, {"value": value}, keep=2, best=1)
+
+
+def test_rotation_keeps_the_best_and_the_newest(tmp_path):
+    for value in (b"1", b"2", b"3", b"4"):
+        write(tmp_path, value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    assert checkpoint.load_state(tmp_path / "checkpoint-4") == {"value": b"4"}
+
+
+def flip_a_byte(path):
+    content = bytearray((path / "weights").read_bytes())
+    content[500] ^= 1
+    (path / "weights").write_bytes(content)
+
+
+DAMAGES = {
+    "has changed": flip_a_byte,
+    "weights is missing": lambda path: (path / "weights").unlink(),
+    "trainer_state.pt is missing": lambda path: (path / "trainer_state.pt").unlink(),
+    "complete.json is missing": lambda path: (path / "complete.json").unlink(),
+    "cannot be read": lambda path: (path / "complete.json").write_text('{"files"'),
+    "no file list": lambda path: (path / "complete.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_checkpoints_are_named_and_skipped(message, tmp_path):
+    for value in (b"2", b"3"):
+        write(tmp_path, value)
+    DAMAGES[message](tmp_path / "checkpoint-3")
+    said = []
+    assert checkpoint.find(tmp_path, "auto", said.append) == tmp_path / "checkpoint-2"
+    assert len(said) == 1 and "checkpoint-3" in said[0]
+    assert message in said[0] or message == "no file list"
+    with pytest.raises(UserError, match="checkpoint-3"):
+        checkpoint.find(tmp_path, str(tmp_path / "checkpoint-3"), said.append)
+
+
+def test_full_disk_leaves_what_was_there(tmp_path):
+    """A file that cannot grow, as on a full disk: one line, and the checkpoint before is whole."""
+    write(tmp_path, b"2")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(UserError, match="could not be written"):
+            write(tmp_path, b"3")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert checkpoint.damage(tmp_path / "checkpoint-2") is None
+
+
+def test_full_disk_in_a_run(flags, tmp_path):
+    """The run stops with one line; what it saved before can be gone on from."""
+    flags = [*flags, "--max_steps", 12, "--save_steps", 4, "--output_dir", tmp_path / "out"]
+    assert command(*flags).returncode == 0
+    newest = checkpoint.find(tmp_path / "out", "auto", print)
+    limited = [sys.executable, "-c",
+               "import resource, runpy, signal, sys; sys.argv = sys.argv[1:];"
+               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+               "runpy.run_path(sys.argv[0], run_name='__main__')", "train.py",
+               *map(str, [*flags, "--save_steps", 1, "--resume_from_checkpoint", "auto",
+                          "--max_steps", 20])]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "could not be written" in done.stderr and "--resume_from_checkpoint" in done.stderr
+    assert checkpoint.find(tmp_path / "out", "auto", print) == newest
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_state_is_plain_data(tmp_path):
+    """A pickle that would run code is refused."""
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    (tmp_path / "checkpoint-1").mkdir()
+    torch.save(Evil(), tmp_path / "checkpoint-1" / checkpoint.STATE)
+    with pytest.raises(Exception, match="weights_only|Weights only"):
+        checkpoint.load_state(tmp_path / "checkpoint-1")
+
+
+def test_other_run_is_refused(flags, tmp_path):
+    flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
+    assert command(*flags).returncode == 0
+    done = command(*flags, "--seed", 7, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 2 and "belongs to a run" in done.stderr
+    assert json.loads((tmp_path / "out/checkpoint-2/complete.json").read_text())["step"] == 2
