@@ -92,7 +92,7 @@ def _files(dataset):
     for path in paths:
         if not path.is_file():
             what = "is a folder, not a file" if path.is_dir() else "there is no such file"
-            raise UserError(f"--dataset {path}: {what}")
+            raise UserError(f"{path}: {what}")
     if not paths:
         raise UserError("--dataset names no file")
     return paths

@@ -106,12 +106,12 @@ def test_command_line_run(checkpoint, rows_file, tmp_path):
     """LoRA by command line, from a recipe, twice: equal files; then full."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('template = "alpaca"\nnum_train_epochs = 2\nlearning_rate = 0.005\n'
-                      'lora_dropout = 0.1\nlogging_steps = 2\neval_steps = 3\n')
+                      'logging_steps = 2\neval_steps = 3\n')
     shared = ["--config", recipe, "--model-name-or-path", checkpoint, "--dataset", rows_file,
               "--validation_split", 6]
     outputs = [tmp_path / "a", tmp_path / "b"]
     for output in outputs:
-        done = command(*shared, "--output_dir", output)
+        done = command(*shared, "--lora_dropout", 0.1, "--output_dir", output)
         assert done.returncode == 0, done.stderr
     assert {path.name for path in outputs[0].iterdir()} >= {
         "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "options.toml",
@@ -192,6 +192,11 @@ def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_pa
     (["--bf16", "--dtype", "float16"], "--bf16"),
     (["--device", "cuda:99"], "cuda:99"),
     (["--eval_steps", "5"], "--eval_steps"),
+    (["--max_grad_norm", "-1"], "--max_grad_norm"),
+    (["--seed", "-1"], "--seed"),
+    (["--learning_rate", "nan"], "--learning_rate"),
+    (["--stage", "pt", "--default_system", "x"], "--default_system"),
+    (["--lr_end", "1e-5"], "--lr_end"),
     (["--finetuning_type", "full", "--modules_to_save", "lm_head"], "--modules_to_save"),
     (["--model_name_or_path", "/nowhere"], "/nowhere"),
     (["--config", "nowhere.toml"], "nowhere.toml"),
