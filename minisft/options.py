@@ -150,9 +150,9 @@ def _read_toml(path):
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--config {path}: not valid TOML: {error}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
 
 
 def _converted(action, value, path):
@@ -190,6 +190,12 @@ def save_options(options, path):
         # JSON strings, numbers, lists and booleans are also TOML.
         lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def recorded_options(folder):
+    """The options that `save_options` left in a folder, as a dict; empty where it did not."""
+    path = Path(folder) / "options.toml"
+    return _read_toml(path) if path.is_file() else {}
 
 
 def run(main):
