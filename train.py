@@ -35,12 +35,19 @@ def parse_options(arguments=None):
     add, switch = parser.section("data")
     add("--stage", choices=["sft", "pt"], default="sft",
         help="sft: answers in conversations; pt: all of plain text")
-    add("--dataset", required=True, help="file of rows, or several separated by commas")
-    add("--eval_dataset", help="file of rows held out for evaluation")
+    add("--dataset", help="files, folders and names in dataset_info.json, separated by commas")
+    add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    add("--train_dir", help="folder of files, instead of --dataset")
+    add("--mix", metavar="FILE:RATIO",
+        help="blend in general data, as this share of all rows (0.15 to 0.3 is usual)")
+    add("--eval_dataset", help="the same as --dataset, held out for evaluation")
+    add("--valid_dir", help="folder of files held out, instead of --eval_dataset")
     add("--validation_split", type=float,
         help="hold out this share (below 1) or number of rows of --dataset")
     add("--max_samples", type=int, help="use only the first rows, for a quick try")
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
+    add("--dataloader_num_workers", type=int, default=2,
+        help="processes that read and encode rows ahead of training (0: none)")
     add("--template", default="auto", help="conversation format, by name (auto: the checkpoint's)")
     add("--default_system", help="system prompt of conversations that have none")
     add("--cutoff_len", type=int, default=1024, help="longer rows are cut to this many tokens")
@@ -102,11 +109,16 @@ def check_options(options):
             raise UserError(f"--{name} {value}: must be greater than zero")
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora_dropout {options.lora_dropout}: must be in [0, 1)")
-    if options.eval_dataset and options.validation_split:
-        raise UserError("--eval_dataset and --validation_split: give one of the two")
+    if bool(options.dataset) == bool(options.train_dir):
+        raise UserError("--dataset and --train_dir: give one of the two")
+    held_out = [options.eval_dataset, options.valid_dir, options.validation_split]
+    if sum(map(bool, held_out)) > 1:
+        raise UserError("--eval_dataset, --valid_dir and --validation_split: give one of them")
     for name in ("eval_steps", "load_best_model_at_end", "early_stopping_patience"):
-        if getattr(options, name) and not (options.eval_dataset or options.validation_split):
-            raise UserError(f"--{name} needs --eval_dataset or --validation_split")
+        if getattr(options, name) and not any(held_out):
+            raise UserError(f"--{name} needs --eval_dataset, --valid_dir or --validation_split")
+    if options.dataloader_num_workers < 0:
+        raise UserError("--dataloader_num_workers: must be zero or more")
     if options.finetuning_type == "full" and (options.adapter or options.modules_to_save):
         raise UserError("--adapter and --modules_to_save belong to --finetuning_type lora")
     if options.train_from_scratch and options.finetuning_type != "full":
@@ -118,43 +130,33 @@ def check_options(options):
     return options
 
 
-def load_examples(options, tokenizer, template, config, say):
-    """(training examples, evaluation examples or None), encoded and cut."""
+def load_data(options, tokenizer, template, config, say):
+    """(Batches to train on, held-out examples or None). Mistakes in the rows are found here."""
     from minisft import batching, dataset
 
-    limit = min(options.cutoff_len if options.stage == "sft" else options.block_size,
+    plain_text = options.stage == "pt"
+    limit = min(options.block_size if plain_text else options.cutoff_len,
                 config.max_position_embeddings)
     skipped = [] if options.skip_bad_rows else None
-
-    def read(path):
-        return (dataset.load_texts(path) if options.stage == "pt"
-                else dataset.load_rows(path, skipped=skipped))
-
-    def encode(rows, what):
-        if options.stage == "pt":
-            examples = batching.encode_texts(rows, tokenizer, limit)
-        else:
-            examples, report = batching.encode_rows(rows, template, limit)
-            if report.num_cut or report.num_dropped:
-                say(f"{what}: {report.num_cut} of {len(rows)} rows cut to {limit} tokens, "
-                    f"{report.num_dropped} dropped because no answer was left")
-        if not examples:
-            raise UserError(f"{what}: nothing to learn is left within {limit} tokens; raise "
-                            "--cutoff_len")
-        largest = max(example.ids.max() for example in examples)
-        if largest >= config.vocab_size:
-            raise UserError(f"the tokenizer gives id {largest}, the model's vocabulary has "
-                            f"{config.vocab_size}; is it the tokenizer of this checkpoint?")
-        return examples
-
-    rows, held_out = read(options.dataset)[: options.max_samples], None
-    if options.eval_dataset:
-        held_out = read(options.eval_dataset)
+    reading = dict(dataset_dir=options.dataset_dir, plain_text=plain_text, skipped=skipped,
+                   seed=options.seed, say=say)
+    rows = dataset.open_rows(options.dataset or options.train_dir, **reading)
+    rows, held_out = rows[: options.max_samples], None
+    if options.eval_dataset or options.valid_dir:
+        held_out = dataset.open_rows(options.eval_dataset or options.valid_dir, **reading)
     elif options.validation_split:
         rows, held_out = dataset.split(rows, options.validation_split, options.seed)
+    if options.mix:
+        rows = dataset.mix(rows, options.mix, **reading)
     if skipped:
         say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
-    return encode(rows, "training"), held_out and encode(held_out, "evaluation")
+    settings = dict(vocab_size=config.vocab_size, seed=options.seed,
+                    num_workers=options.dataloader_num_workers)
+    if plain_text:
+        batches = batching.batches_of_texts(rows, tokenizer, limit, **settings)
+    else:
+        batches = batching.batches_of_rows(rows, template, limit, **settings)
+    return batches, held_out and batches.held_out(held_out, say)
 
 
 def load_trainable(options, model_dir, dtype, device):
@@ -187,7 +189,7 @@ def load_trainable(options, model_dir, dtype, device):
     return model, config
 
 
-def train(run, examples, eval_examples):
+def train(run, batches, eval_examples):
     """The training loop. Returns the signal that interrupted it, or None when it is through."""
     from minisft import batching, parallel
     from minisft.checkpoint import Interruption
@@ -195,33 +197,31 @@ def train(run, examples, eval_examples):
 
     options, progress = run.options, run.progress
     rank, world_size = parallel.rank(), parallel.world_size()
-    lengths = [len(example.ids) for example in examples]
     with Interruption() as interruption:
-        while progress.step < run.total_steps:
-            epoch, done = divmod(progress.step, run.steps_per_epoch)
-            steps = batching.steps_of_epoch(lengths, run.rows_per_step, options.seed, epoch)
-            for step_rows in steps[done : done + run.total_steps - progress.step]:
-                rate = learning_rate_at(progress.step, run.total_steps, options.learning_rate,
-                                        options.lr_scheduler_type, run.warmup_steps, options.lr_end)
-                set_learning_rate(run.optimizer, rate)
-                batches = [
-                    batching.collate([examples[row] for row in rows], run.device)
-                    for rows in batching.micro_batches(
-                        step_rows, options.per_device_train_batch_size, rank, world_size)
-                ]
-                loss_sum, num_targets, grad_norm = train_step(run, batches)
-                progress.add(loss_sum, num_targets, sum(lengths[row] for row in step_rows))
-                if due(run, options.logging_steps):
-                    progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
-                if eval_examples and due(run, options.eval_steps):
-                    evaluate(run, eval_examples)
-                    if early(run):
-                        return None
-                stopped = parallel.any_process(interruption.signal, run.device)
-                if stopped or (due(run, options.save_steps) and progress.step < run.total_steps):
-                    run.save_checkpoint()
-                if stopped:
-                    return stopped
+        for examples in batches.steps(run.rows_per_step, progress.step, run.total_steps):
+            rate = learning_rate_at(progress.step, run.total_steps, options.learning_rate,
+                                    options.lr_scheduler_type, run.warmup_steps, options.lr_end)
+            set_learning_rate(run.optimizer, rate)
+            micro_batches = [
+                batching.collate(part, run.device)
+                for part in batching.micro_batches(
+                    examples, options.per_device_train_batch_size, rank, world_size)
+            ]
+            loss_sum, num_targets, grad_norm = train_step(run, micro_batches)
+            progress.add(loss_sum, num_targets, sum(len(example.ids) for example in examples))
+            if due(run, options.logging_steps):
+                progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
+            if due(run, run.steps_per_epoch) and (report := batches.take_report()):
+                progress.say(f"epoch {math.ceil(progress.step / run.steps_per_epoch)}: {report}")
+            if eval_examples and due(run, options.eval_steps):
+                evaluate(run, eval_examples)
+                if early(run):
+                    return None
+            stopped = parallel.any_process(interruption.signal, run.device)
+            if stopped or (due(run, options.save_steps) and progress.step < run.total_steps):
+                run.save_checkpoint()
+            if stopped:
+                return stopped
     return None
 
 
@@ -251,7 +251,7 @@ def train_step(run, batches):
             with run.autocast:
                 loss_sum, _ = next_token_loss(run.wrapped, tokens, supervised, run.model.logits)
             # DDP takes the mean over processes; the gradient wanted is that of their sum.
-            run.scaler.scale(loss_sum * (parallel.world_size() / num_targets)).backward()
+            run.scaler.scale(loss_sum * (parallel.world_size() / max(1, num_targets))).backward()
         total = total + loss_sum.detach()
 
     run.scaler.unscale_(run.optimizer)
@@ -325,8 +325,8 @@ def main():
     if options.stage == "sft":
         template = get_template(options.template, tokenizer, options.default_system)
         say(f"template: {template.name}")
-    examples, eval_examples = load_examples(options, tokenizer, template, config, say)
-    for example in examples[: options.show_samples if template else 0]:
+    batches, eval_examples = load_data(options, tokenizer, template, config, say)
+    for example in batches.first(options.show_samples if template else 0):
         say(template.show(example.ids.tolist(), example.supervised.tolist()) + "\n")
 
     torch.manual_seed(options.seed)
@@ -334,7 +334,7 @@ def main():
     torch.manual_seed(options.seed + parallel.rank())  # dropout differs between processes
     num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     num_parameters = sum(one.numel() for one in model.parameters())
-    say(f"{len(examples)} rows; training {num_trained:,} of {num_parameters:,} parameters "
+    say(f"{len(batches.rows):,} rows; training {num_trained:,} of {num_parameters:,} parameters "
         f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
         f"{parallel.world_size()} process(es)")
 
@@ -345,8 +345,8 @@ def main():
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         save_options(options, output_dir / "options.toml")
-    run = Run(options, model, lora_config, len(examples), dtype, device, resumed)
-    interrupted = train(run, examples, eval_examples)
+    run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed)
+    interrupted = train(run, batches, eval_examples)
     run.progress.close()
     if interrupted:
         say(f"stopped and saved at step {run.progress.step}; go on with\n"
