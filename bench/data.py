@@ -56,8 +56,9 @@ def measure(data, model, folder, workers):
     metrics, began, first, peak = folder / "metrics.jsonl", time.monotonic(), None, 0
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--model_name_or_path", model, "--dataset", data,
-         "--template", "alpaca", "--cutoff_len", "256", "--max_steps", str(STEPS), "--logging_steps", "1",
-         "--dataloader_num_workers", str(workers), "--output_dir", folder],
+         "--template", "alpaca", "--cutoff_len", "256", "--max_steps", str(STEPS),
+         "--logging_steps", "1", "--dataloader_num_workers", str(workers),
+         "--output_dir", folder],
         stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, memory_of(process.pid))

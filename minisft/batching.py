@@ -12,7 +12,10 @@ a step is found again from its number. What a step holds depends on the data, th
 """
 
 import math
+import os
 import signal
+import threading
+import time
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -294,7 +297,7 @@ def _ahead(reader, tasks, num_workers):
     # With a generator of its own, lest the loader draws from the one that dropout uses.
     yield from DataLoader(
         reader, batch_size=None, sampler=tasks, num_workers=num_workers, prefetch_factor=1,
-        collate_fn=_unchanged, worker_init_fn=_ignore_signals, generator=torch.Generator(),
+        collate_fn=_unchanged, worker_init_fn=_begin_worker, generator=torch.Generator(),
     )
 
 
@@ -302,10 +305,18 @@ def _unchanged(window):
     return window
 
 
-def _ignore_signals(worker):
-    """Ctrl-C and SIGTERM are for the process that trains, which ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _begin_worker(number):
+    """A worker ends with the process that trains: neither before it nor after it."""
+    for name in (signal.SIGINT, signal.SIGTERM):  # which it deals with itself
+        signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent):
+    # The loader looks for its parent too, but not while a window waits to be taken.
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def micro_batches(step_rows, batch_size, rank=0, world_size=1):

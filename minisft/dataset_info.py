@@ -193,7 +193,7 @@ def _registered(name, entry, dataset_dir, plain_text):
         raise UserError(f"{place}: num_samples must be a whole number above zero")
     description = _description(name, place, entry, columns, plain_text)
     paths = _paths(place, entry, dataset_dir, plain_text)
-    if "file_sha1" in entry:
+    if entry.get("file_sha1"):
         _check_sha1(place, paths, entry["file_sha1"])
     return Source(name, paths, description, number)
 

@@ -2,13 +2,16 @@
 
 import json
 import pickle
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from minisft.batching import (
-    PAD_MULTIPLE,
     WINDOW_STEPS,
     Batches,
     EncodeReport,
@@ -45,6 +48,12 @@ def rows_of(steps):
 
 def flat(lists):
     return [value for one in lists for value in one]
+
+
+def running(process_id):
+    """Whether a process is there and not only waiting for its end to be noted."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", process_id], capture_output=True, text=True)
+    return done.stdout.strip()[:1] not in ("", "Z")
 
 
 def epoch_of(batches, rows_per_step, epoch):
@@ -173,6 +182,26 @@ class TestWorkers:
         assert sorted(message.split(": ")[0].split(", ")[1] for message in report.broken) == [
             "row 30 (line 30)", "row 32 (line 32)"]
         assert "2 broken rows left out, the first" in str(report)
+
+    def test_workers_end_with_a_killed_parent(self):
+        """Also while they hold windows that nobody takes any more."""
+        program = (
+            "import multiprocessing, sys, time; sys.path[:0] = ['.', 'tests']\n"
+            "from test_batching import EXAMPLES, Batches, as_they_are\n"
+            "batches = Batches(EXAMPLES, as_they_are, num_workers=2)\n"
+            "steps = batches.steps(8, 0, 10**6); next(steps)\n"
+            "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+            "time.sleep(60)")
+        parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True,
+                                  stdout=subprocess.PIPE)
+        workers = parent.stdout.readline().split()
+        assert len(workers) == 2 and all(map(running, workers))
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 20
+        while any(map(running, workers)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
     def test_all_a_worker_needs_can_be_sent_to_it(self, file, tiny_tokenizer_dir):
         """Pickled, as where processes are not forked."""

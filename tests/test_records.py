@@ -18,8 +18,9 @@ class TestRows:
     @pytest.fixture
     def lines(self, tmp_path):
         generator = np.random.default_rng(0)
-        records = [{**GOOD, "output": "a" + "颜x\u2028"[number % 3] * int(generator.integers(1, 300))}
-                   for number in range(500)]
+        lengths = map(int, generator.integers(1, 300, 500))
+        records = [{**GOOD, "output": "a" + "颜x\u2028"[length % 3] * length}
+                   for length in lengths]
         gaps = ["\n" + "\r\n  \n\t\n"[: 2 * int(generator.integers(0, 4))] for _ in records]
         lines = [" " * (number % 2) + json.dumps(record, ensure_ascii=False) + gap
                  for number, (record, gap) in enumerate(zip(records, gaps, strict=True))]
