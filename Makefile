@@ -5,7 +5,8 @@
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
 
-.PHONY: demo test base data clean
+.PHONY: demo test clean
+.DEFAULT_GOAL := demo
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 $(PYTHON):
@@ -28,4 +29,4 @@ test: $(TESTING)
 	$(PYTHON) -m ruff check .
 
 clean:
-	rm -rf runs $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -11,7 +11,7 @@ from minisft.options import OptionParser, UserError, add_model_flags, check_outp
 
 def parse_options(arguments=None):
     parser = OptionParser(description=__doc__.split("\n")[0])
-    add, switch = add_model_flags(parser, auto_dtype="the type that the checkpoint is stored in")
+    add, switch = add_model_flags(parser, auto_dtype="the checkpoint's; float32 for peft")
     add("--adapter", help="LoRA adapter to merge (hf) or to write (peft)")
     add, switch = parser.section("output")
     add("--format", choices=["hf", "peft"], default="hf", help="whole model, or adapter alone")
@@ -32,7 +32,6 @@ def main():
     import torch
 
     from minisft import weights
-    from minisft.config import ModelConfig
     from minisft.lora import merge_lora
     from minisft.options import resolve_device, resolve_dtype
     from minisft.tokenizer import Tokenizer
@@ -40,8 +39,9 @@ def main():
     max_shard_size = weights.parse_size(options.max_shard_size)
     model_dir = weights.resolve(options.model_name_or_path)
     device = resolve_device(options)
-    stored = getattr(torch, ModelConfig.load(model_dir).dtype)
-    dtype = resolve_dtype(options, device, auto=stored)
+    stored = weights.stored_dtype(model_dir)
+    auto = torch.float32 if options.format == "peft" else stored
+    dtype = resolve_dtype(options, device, auto)
     model = weights.load_model(model_dir, stored, device)
     tokenizer = Tokenizer.load(model_dir)
 

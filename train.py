@@ -12,6 +12,7 @@ supervised tokens over micro-batches and processes, divides once by their number
 import math
 import sys
 import time
+from pathlib import Path
 
 from minisft.options import (
     SCHEDULES,
@@ -19,11 +20,16 @@ from minisft.options import (
     UserError,
     add_model_flags,
     check_output_dir,
+    count,
+    natural,
+    not_negative,
+    positive,
     resolve_device,
     resolve_dtype,
-    run,
     save_options,
+    share,
 )
+from minisft.options import run as run_script
 
 
 def parse_options(arguments=None):
@@ -42,90 +48,93 @@ def parse_options(arguments=None):
         help="blend in general data, as this share of all rows (0.15 to 0.3 is usual)")
     add("--eval_dataset", help="the same as --dataset, held out for evaluation")
     add("--valid_dir", help="folder of files held out, instead of --eval_dataset")
-    add("--validation_split", type=float,
+    add("--validation_split", type=positive,
         help="hold out this share (below 1) or number of rows of --dataset")
-    add("--max_samples", type=int, help="use only the first rows, for a quick try")
+    add("--max_samples", type=count, help="use only the first rows, for a quick try")
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
-    add("--dataloader_num_workers", type=int, default=2,
+    add("--dataloader_num_workers", type=natural, default=2,
         help="processes that read and encode rows ahead of training (0: none)")
     add("--template", default="auto", help="conversation format, by name (auto: the checkpoint's)")
     add("--default_system", help="system prompt of conversations that have none")
-    add("--cutoff_len", type=int, default=1024, help="longer rows are cut to this many tokens")
-    add("--block_size", type=int, default=512, help="tokens of a block with --stage pt")
-    add("--show_samples", type=int, default=0, help="print N rows, what is learned in colour")
+    add("--cutoff_len", type=count, default=1024, help="longer rows are cut to this many tokens")
+    add("--block_size", type=count, default=512, help="tokens of a block with --stage pt")
+    add("--show_samples", type=natural, default=0, help="print N rows, what is learned in colour")
 
     add, switch = parser.section("what is trained")
     add("--finetuning_type", choices=["lora", "full"], default="lora", help="what is trained")
-    add("--lora_rank", type=int, default=8, help="rank of the adapter")
-    add("--lora_alpha", type=float, help="scale of the adapter, over its rank (2 x rank)")
-    add("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
+    add("--lora_rank", type=count, default=8, help="rank of the adapter")
+    add("--lora_alpha", type=positive, help="scale of the adapter, over its rank (2 x rank)")
+    add("--lora_dropout", type=share, default=0.0, help="dropout on the adapter's input")
     add("--lora_target", default="all", help="all, or module names separated by commas")
     switch("--use_rslora", "scale by alpha over the root of the rank")
     add("--modules_to_save", default="", help="train these in full: embed_tokens,lm_head")
 
     add, switch = parser.section("optimisation")
-    add("--num_train_epochs", type=float, default=3.0, help="passes over the rows")
-    add("--max_steps", type=int, help="stop after this many optimizer steps instead")
-    add("--per_device_train_batch_size", type=int, default=8, help="rows of a micro-batch")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of a step")
-    add("--learning_rate", type=float, help="peak (1e-4 for lora, 1e-5 for full)")
+    add("--num_train_epochs", type=positive, default=3.0, help="passes over the rows")
+    add("--max_steps", type=count, help="stop after this many optimizer steps instead")
+    add("--per_device_train_batch_size", type=count, default=8, help="rows of a micro-batch")
+    add("--gradient_accumulation_steps", type=count, default=1, help="micro-batches of a step")
+    add("--learning_rate", type=positive, help="peak (1e-4 for lora, 1e-5 for full)")
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="course after warm-up")
-    add("--lr_end", type=float, default=0.0, help="where the polynomial course arrives")
-    add("--warmup_ratio", type=float, default=0.03, help="share of the steps to warm up over")
-    add("--warmup_steps", type=int, help="number of steps to warm up over, instead")
-    add("--weight_decay", type=float, default=0.0, help="of matrices; norms and biases have none")
-    add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's mean")
-    add("--adam_beta2", type=float, default=0.999, help="decay of AdamW's square")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
-    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm (0: do not)")
+    add("--lr_end", type=not_negative, default=0.0, help="where the polynomial course arrives")
+    add("--warmup_ratio", type=share, default=0.03, help="share of the steps to warm up over")
+    add("--warmup_steps", type=natural, help="number of steps to warm up over, instead")
+    add("--weight_decay", type=not_negative, default=0.0, help="of matrices only")
+    add("--adam_beta1", type=share, default=0.9, help="decay of AdamW's mean")
+    add("--adam_beta2", type=share, default=0.999, help="decay of AdamW's square")
+    add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon")
+    add("--max_grad_norm", type=not_negative, default=1.0, help="clip the gradient to it; 0: no")
     switch("--gradient_checkpointing", "compute activations twice instead of keeping them")
-    add("--seed", type=int, default=42, help="of the order of rows, adapter start and dropout")
+    add("--seed", type=natural, default=42, help="of the order of rows, adapter start and dropout")
 
     add, switch = parser.section("output")
     add("--output_dir", required=True, help="folder for the adapter or model, log and options")
     switch("--overwrite_output_dir", "write into a folder that has something in it")
-    add("--logging_steps", type=int, default=10, help="steps between lines of metrics.jsonl")
-    add("--eval_steps", type=int, help="steps between evaluations (default: at the end)")
-    add("--per_device_eval_batch_size", type=int, default=8, help="rows of an evaluation batch")
-    add("--save_steps", type=int, default=500, help="steps between checkpoints")
-    add("--save_total_limit", type=int, default=2, help="checkpoints kept; the best one always is")
+    add("--logging_steps", type=count, default=10, help="steps between lines of metrics.jsonl")
+    add("--eval_steps", type=count, help="steps between evaluations (default: at the end)")
+    add("--per_device_eval_batch_size", type=count, default=8, help="rows of an evaluation batch")
+    add("--save_steps", type=count, default=500, help="steps between checkpoints")
+    add("--save_total_limit", type=count, default=2, help="checkpoints kept, and the best")
     add("--resume_from_checkpoint", metavar="auto|DIR",
         help="go on from a checkpoint; auto: from the newest complete one, if there is any")
     switch("--load_best_model_at_end", "in the end take the weights with the lowest eval loss")
-    add("--early_stopping_patience", type=int, help="stop after so many evaluations without gain")
+    add("--early_stopping_patience", type=count, help="stop after so many evaluations without gain")
     switch("--plot_loss", "draw loss.png into the output folder (needs matplotlib)")
-    return check_options(parser.parse_options(arguments))
+    options = parser.parse_options(arguments)
+    return check_options(options, parser.given(options))
 
 
-def check_options(options):
-    """Refuse what cannot work before anything is loaded; fill in defaults that depend."""
-    positive = ("cutoff_len", "block_size", "lora_rank", "num_train_epochs", "logging_steps",
-                "per_device_train_batch_size", "per_device_eval_batch_size",
-                "gradient_accumulation_steps", "max_steps", "eval_steps", "max_samples",
-                "learning_rate", "save_steps", "save_total_limit", "early_stopping_patience")
-    for name in positive:
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} {value}: must be greater than zero")
-    if not 0 <= options.lora_dropout < 1:
-        raise UserError(f"--lora_dropout {options.lora_dropout}: must be in [0, 1)")
-    if bool(options.dataset) == bool(options.train_dir):
-        raise UserError("--dataset and --train_dir: give one of the two")
+OF_LORA = {"adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora",
+           "modules_to_save"}
+OF_SFT = {"template", "default_system", "cutoff_len", "show_samples"}
+
+
+def check_options(options, given):
+    """Refuse what cannot work before anything is loaded; fill in defaults that depend.
+
+    given: the names of the flags that were set to something else than their default.
+    """
+    full, pretraining = options.finetuning_type == "full", options.stage == "pt"
     held_out = [options.eval_dataset, options.valid_dir, options.validation_split]
-    if sum(map(bool, held_out)) > 1:
-        raise UserError("--eval_dataset, --valid_dir and --validation_split: give one of them")
-    for name in ("eval_steps", "load_best_model_at_end", "early_stopping_patience"):
-        if getattr(options, name) and not any(held_out):
-            raise UserError(f"--{name} needs --eval_dataset, --valid_dir or --validation_split")
-    if options.dataloader_num_workers < 0:
-        raise UserError("--dataloader_num_workers: must be zero or more")
-    if options.finetuning_type == "full" and (options.adapter or options.modules_to_save):
-        raise UserError("--adapter and --modules_to_save belong to --finetuning_type lora")
-    if options.train_from_scratch and options.finetuning_type != "full":
-        raise UserError("--train_from_scratch needs --finetuning_type full")
+    for names, wrong, way_out in (
+        (OF_LORA, full, "belongs to --finetuning_type lora"),
+        (OF_SFT, pretraining, "belongs to --stage sft"),
+        ({"block_size"}, not pretraining, "belongs to --stage pt"),
+        ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
+        ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
+        ({"eval_steps", "load_best_model_at_end", "early_stopping_patience"}, not held_out,
+         "needs --eval_dataset or --validation_split"),
+        ({"validation_split"}, options.eval_dataset, "contradicts --eval_dataset"),
+        (OF_LORA - {"adapter", "lora_dropout"}, options.adapter,
+         "is the adapter's own, which --adapter brings"),
+    ):
+        if wrong and names & given:
+            raise UserError(f"--{min(names & given)} {way_out}")
+    if not (options.dataset or options.train_dir):
+        raise UserError("give --dataset or --train_dir: what to train on (see --help)")
     if options.learning_rate is None:
-        options.learning_rate = 1e-4 if options.finetuning_type == "lora" else 1e-5
-    if options.lora_alpha is None:
+        options.learning_rate = 1e-5 if full else 1e-4
+    if options.lora_alpha is None and not (full or options.adapter):
         options.lora_alpha = 2.0 * options.lora_rank
     return options
 
@@ -135,8 +144,10 @@ def load_data(options, tokenizer, template, config, say):
     from minisft import batching, dataset
 
     plain_text = options.stage == "pt"
-    limit = min(options.block_size if plain_text else options.cutoff_len,
-                config.max_position_embeddings)
+    flag = "block_size" if plain_text else "cutoff_len"
+    limit = min(getattr(options, flag), config.context_length)
+    if limit < getattr(options, flag):
+        say(f"--{flag}: {limit} tokens, which is the context that the model is made for")
     skipped = [] if options.skip_bad_rows else None
     reading = dict(dataset_dir=options.dataset_dir, plain_text=plain_text, skipped=skipped,
                    seed=options.seed, say=say)
@@ -176,17 +187,23 @@ def load_trainable(options, model_dir, dtype, device):
         return load_model(model_dir, torch.float32, device).requires_grad_(True), None
     model = load_model(model_dir, dtype, device)
     if options.adapter:
-        config = load_adapter(model, resolve(options.adapter, "adapter_config.json"))
+        adapter_dir = resolve(options.adapter, "adapter_config.json")
+        config = load_adapter(model, adapter_dir, options.lora_dropout)
         resume_lora(model, config)
         return model, config
-    targets = LINEAR_NAMES if options.lora_target == "all" else options.lora_target.split(",")
+    targets = listed(options.lora_target)
     config = LoraConfig(
         rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
-        target_modules=tuple(targets), use_rslora=options.use_rslora,
-        modules_to_save=tuple(filter(None, options.modules_to_save.split(","))),
+        target_modules=LINEAR_NAMES if targets == ("all",) else targets,
+        use_rslora=options.use_rslora, modules_to_save=listed(options.modules_to_save),
     )
     add_lora(model, config)
     return model, config
+
+
+def listed(text):
+    """Names separated by commas, as a tuple."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def train(run, batches, eval_examples):
@@ -296,10 +313,10 @@ def early(run):
 
 def main():
     options = parse_options()
-    output_dir = check_output_dir(
-        options.output_dir, options.overwrite_output_dir or options.resume_from_checkpoint,
-        options.model_name_or_path, options.adapter,
-    )
+    allowed = options.overwrite_output_dir or (
+        options.resume_from_checkpoint and (Path(options.output_dir) / "options.toml").exists())
+    output_dir = check_output_dir(options.output_dir, allowed, options.model_name_or_path,
+                                  options.adapter)
 
     import torch
 
@@ -344,6 +361,8 @@ def main():
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if resumed is None:
+            checkpoint.remove_all(output_dir)
         save_options(options, output_dir / "options.toml")
     run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed)
     interrupted = train(run, batches, eval_examples)
@@ -354,7 +373,7 @@ def main():
             "--resume_from_checkpoint auto")
         parallel.stop()
         sys.exit(128 + interrupted)
-    if options.load_best_model_at_end:
+    if options.load_best_model_at_end and run.best["step"]:
         best = output_dir / f"checkpoint-{run.best['step']}"
         checkpoint.restore_weights(model, best)
         say(f"took the weights of {best}, evaluation loss {run.best['loss']:.4f}")
@@ -386,4 +405,4 @@ def save(options, model, lora_config, tokenizer, model_dir, output_dir):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

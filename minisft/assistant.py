@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from minisft import weights
 from minisft.generate import stream
 from minisft.model import KeyValueCache
-from minisft.options import UserError, resolve_device, resolve_dtype
+from minisft.options import UserError, recorded_options, resolve_device, resolve_dtype
 from minisft.template import get_template
 from minisft.tokenizer import StreamDecoder, Tokenizer
 
@@ -20,8 +20,10 @@ from minisft.tokenizer import StreamDecoder, Tokenizer
 class Assistant:
     """A checkpoint, an adapter (not merged) and a template, ready to answer.
 
+    template: a name, or "auto" for the one that the adapter or the model was trained with by
+    train.py, or else the one that the checkpoint's chat template is.
     max_length: the tokens a conversation with its answer may have; by default the model's
-    `max_position_embeddings`. Raises UserError where a part is missing or does not fit.
+    `context_length`. Raises UserError where a part is missing or does not fit.
     """
 
     def __init__(self, path, adapter=None, template="auto", device="auto", dtype="auto",
@@ -33,7 +35,10 @@ class Assistant:
         model_dir = weights.resolve(path)
         # The quick parts first: a mistake in them should not wait for the weights.
         self.tokenizer = Tokenizer.load(model_dir)
-        self.template = get_template(template, self.tokenizer)
+        trained = recorded_options(adapter if adapter is not None else model_dir)
+        if template == "auto":
+            template = trained.get("template", "auto")
+        self.template = get_template(template, self.tokenizer, trained.get("default_system"))
         self.model = weights.load_model(model_dir, self.dtype, self.device)
         if adapter is not None:
             weights.load_adapter(self.model, weights.resolve(adapter, weights.ADAPTER_CONFIG))
@@ -41,7 +46,7 @@ class Assistant:
             self.model.to(self.dtype).eval()
         config = self.model.config
         self.stop_ids = self.template.stop_token_ids(weights.generation_eos(model_dir, config))
-        self.max_length = max_length or config.max_position_embeddings
+        self.max_length = max_length or config.context_length
         self.cut_short = False  # whether the last answer ended for want of room
         self._cache, self._cached_ids = KeyValueCache(config), []
 

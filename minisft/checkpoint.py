@@ -64,6 +64,13 @@ def _rotate(output_dir, keep, wanted):
             _remove(path)
 
 
+def remove_all(output_dir):
+    """Remove the checkpoints of an earlier run, which a new one would take for its own."""
+    for path in Path(output_dir).glob("checkpoint-*"):
+        if NAME.match(path.name) and path.is_dir():
+            _remove(path)
+
+
 def _remove(path):
     # Without its marker a folder is no checkpoint, so a half-removed one is never taken for one.
     (path / MARKER).unlink(missing_ok=True)

@@ -104,10 +104,20 @@ class ModelConfig:
 
     def to_dict(self):
         """The config.json to write: what was read, with the fields that can have changed since."""
-        content = dict(self.original)
-        for name in ("vocab_size", "tie_word_embeddings"):
-            content[name] = getattr(self, name)
+        content = {name: value for name, value in vars(self).items() if name != "original"}
+        if self.original:
+            changeable = ("vocab_size", "tie_word_embeddings")
+            content = {**self.original, **{name: content[name] for name in changeable}}
         return content
+
+    @property
+    def context_length(self):
+        """How many positions the model is made for, rotary scaling included."""
+        scaling = self.rope_scaling or {}
+        stretched = 0
+        if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
+            stretched = int(scaling["factor"] * scaling["original_max_position_embeddings"])
+        return max(self.max_position_embeddings, stretched)
 
     @property
     def dtype(self):
@@ -156,7 +166,8 @@ def _rotary(content, source):
         if not isinstance(scaling.get(name), (int, float)):
             raise UserError(f"{source}: rope type '{rope_type}' needs the number '{name}'")
     if scaling.get("original_max_position_embeddings") is None:
-        scaling["original_max_position_embeddings"] = content.get("max_position_embeddings", 2048)
+        scaling["original_max_position_embeddings"] = content.get(
+            "original_max_position_embeddings", content.get("max_position_embeddings", 2048))
     return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 

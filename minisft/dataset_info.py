@@ -135,7 +135,7 @@ def find_sources(dataset, dataset_dir="data", plain_text=False, say=print):
         elif Path(name).is_dir():
             sources.append(Source(name, data_files(name, plain_text)))
         else:
-            raise UserError(f"--dataset {name}: there is no such file{_meant(name, entries)}")
+            raise UserError(f"{name}: there is no such file{_meant(name, entries)}")
     if not sources:
         raise UserError("--dataset names no file")
     return sources

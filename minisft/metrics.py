@@ -91,10 +91,16 @@ class Progress:
 
     def _write(self, **values):
         if self.file:
-            rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value
-                       for name, value in values.items()}
-            self.file.write(json.dumps(rounded) + "\n")
+            rounded = {name: _rounded(value) for name, value in values.items()}
+            self.file.write(json.dumps(rounded, allow_nan=False) + "\n")
             self.file.flush()
+
+
+def _rounded(value):
+    """Six significant digits; None for what JSON has no number for."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def read_metrics(path):
@@ -115,7 +121,8 @@ def plot_loss(run_dir):
     rows = read_metrics(Path(run_dir) / "metrics.jsonl")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss per token")
     for name, style in (("loss", "-"), ("eval_loss", "o-")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows
+                  if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
     axes.grid(alpha=0.3)

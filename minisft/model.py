@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device)
         x = self.embed_tokens(tokens)
-        cos, sin = self._angles(positions, past + T, x.dtype)
+        cos, sin = self._angles(positions, x.dtype)
         masks = self._masks(T, past + T, mask, tokens.device)
         for index, layer in enumerate(self.layers):
             arguments = (x, cos, sin, masks[self.config.layer_types[index]], cache, index)
@@ -235,8 +235,11 @@ class Decoder(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def _angles(self, positions, length, dtype):
+    def _angles(self, positions, dtype):
         """cos and sin (B or 1, 1, T, d) of every position, computed in float32."""
+        scaling, length = self.config.rope_scaling, 0
+        if scaling and scaling["rope_type"] == "dynamic":
+            length = int(positions.max()) + 1
         frequencies, factor = rotary_frequencies(self.config, length, positions.device)
         angles = positions[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)

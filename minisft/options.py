@@ -12,6 +12,7 @@ what stands on the command line wins.
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 import tomllib
@@ -42,6 +43,29 @@ def optional_int(text):
     return None if str(text).lower() == "none" else int(text)
 
 
+def _number(kind, fits, words):
+    """An argparse type: a number of this kind for which fits(number) holds."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {words}")
+        return value
+
+    parse.__name__ = "N" if kind is int else "X"
+    return parse
+
+
+count = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+natural = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+share = _number(float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one, and the kind of value a flag takes."""
 
@@ -50,7 +74,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X"}.get(action.type, "TEXT")
+        name = getattr(action.type, "__name__", "TEXT")
+        return {"int": "N", "float": "X"}.get(name, name if len(name) == 1 else "TEXT")
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -80,6 +105,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse_options(self, arguments=None):
         """Read the recipe, then the command line over it; unknown names raise UserError."""
+        self.built_in = {action.dest: action.default for action in self._actions}
         arguments = sys.argv[1:] if arguments is None else arguments
         arguments = [_underscores(word) for word in arguments]
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -93,11 +119,15 @@ class OptionParser(argparse.ArgumentParser):
                 raise UserError(f"unknown flag {word.split('=')[0]}{self._meant(word[2:])}")
         return self.parse_args(arguments)
 
+    def given(self, options):
+        """The names of the options that differ from what the parser was built with."""
+        return {name for name, value in vars(options).items() if value != self.built_in[name]}
+
     def _apply_recipe(self, path):
         actions = {action.dest: action for action in self._actions}
         for name, value in _read_toml(path).items():
             action = actions.get(name.replace("-", "_"))
-            if action is None or action.dest in ("help", "config"):
+            if action is None or action.dest in ("help", "config", "debug"):
                 raise UserError(f"{path}: unknown option '{name}'{self._meant(name)}")
             self.set_defaults(**{action.dest: _converted(action, value, path)})
             action.required = False
@@ -120,9 +150,9 @@ def _read_toml(path):
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--config {path}: not valid TOML: {error}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
 
 
 def _converted(action, value, path):
@@ -162,6 +192,12 @@ def save_options(options, path):
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def recorded_options(folder):
+    """The options that `save_options` left in a folder, as a dict; empty where it did not."""
+    path = Path(folder) / "options.toml"
+    return _read_toml(path) if path.is_file() else {}
+
+
 def run(main):
     """Call `main()`; a UserError becomes one line on standard error and exit status 2."""
     debug = "--debug" in sys.argv
@@ -179,6 +215,11 @@ def run(main):
         # The reader of a pipe (`| head`) has left: nothing to say, and nowhere to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def add_model_flags(parser, auto_dtype="bfloat16 where the processor multiplies it, else float32"):
@@ -194,7 +235,7 @@ def add_model_flags(parser, auto_dtype="bfloat16 where the processor multiplies 
 
 
 def resolve_device(options):
-    """The torch.device for `--device`; UserError where there is no such device."""
+    """The torch.device of `--device`: the CPU or a GPU; UserError where there is none such."""
     import torch
 
     name = options.device
@@ -204,6 +245,8 @@ def resolve_device(options):
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs here; "
                         "use --device cpu")

@@ -19,6 +19,13 @@ from minisft.optimizer import build_optimizer
 from minisft.options import UserError
 from minisft.weights import save_adapter, save_model
 
+# What a resumed run must have in common with the one before: the rows and what they train.
+IDENTITY = (
+    "seed", "stage", "template", "default_system", "cutoff_len", "block_size", "max_samples",
+    "validation_split", "finetuning_type", "lora_rank", "lora_alpha", "lora_target", "use_rslora",
+    "modules_to_save",
+)
+
 
 class Run:
     """What a training run consists of: handed from step to step, saved and resumed as one."""
@@ -45,20 +52,26 @@ class Run:
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.best = {"step": None, "loss": math.inf, "evaluations_since": 0}
-        self.identity = {"num_rows": num_rows, "seed": options.seed}
+        self.identity = {"num_rows": num_rows}
+        self.identity |= {name: getattr(options, name) for name in IDENTITY}
         if state:
-            if state["identity"] != self.identity:
-                raise UserError(f"{checkpoint} belongs to a run with {state['identity']}, not "
-                                f"{self.identity}")
+            self._check_identity(state["identity"], checkpoint)
             restore_weights(model, checkpoint)
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            self.best = state["best"]
+            if Path(checkpoint).parent.resolve() == Path(options.output_dir).resolve():
+                self.best = state["best"]
             self._restore_random(state["random"])
         model.model.gradient_checkpointing = options.gradient_checkpointing
         self.wrapped = parallel.wrap(model)
         self.progress = Progress(self.total_steps, Path(options.output_dir) / "metrics.jsonl",
                                  device, state and state["progress"])
+
+    def _check_identity(self, saved, checkpoint):
+        for name, value in self.identity.items():
+            if saved[name] != value:
+                raise UserError(f"{checkpoint} is from a run with {name} {saved[name]}, not "
+                                f"{value}; give the same, or start anew in another folder")
 
     def _restore_random(self, states):
         if len(states) == parallel.world_size():

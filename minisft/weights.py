@@ -25,7 +25,12 @@ from minisft.options import UserError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
-HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
+HUB_PATTERNS = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors",
+                ADAPTER_WEIGHTS]
+# What these formats call their files; a folder holds one of them, never two.
+WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+# How adapters start without changing the base they are added to.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def resolve(name_or_path, needed="config.json"):
@@ -57,9 +62,8 @@ def resolve(name_or_path, needed="config.json"):
 def tensor_files(model_dir):
     """{tensor name: file} of a checkpoint, from its index or its single file."""
     model_dir = Path(model_dir)
-    index_path = model_dir / INDEX
-    if not index_path.is_file():
-        path = model_dir / WEIGHTS
+    index_path, path = model_dir / INDEX, model_dir / WEIGHTS
+    if path.is_file() or not index_path.is_file():
         if not path.is_file():
             found = [one.name for one in model_dir.glob("*.bin")]
             hint = ("; pickled .bin files are never opened: convert them to safetensors"
@@ -117,6 +121,16 @@ def read_tensor(path, name):
         return file.get_tensor(name).clone()
 
 
+def stored_dtype(model_dir):
+    """The torch.dtype that a checkpoint's embedding has on disk."""
+    name = "model.embed_tokens.weight"
+    path = tensor_files(model_dir).get(name)
+    if path is None:
+        raise UserError(f"{model_dir}: there is no tensor {name}")
+    with _opened(path) as file:
+        return file.get_slice(name)[:0].dtype
+
+
 def load_model(model_dir, dtype=torch.float32, device="cpu"):
     """The CausalLM of a checkpoint folder, frozen, its weights as `dtype` on `device`.
 
@@ -165,10 +179,14 @@ def parse_size(text):
     units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
     try:
         if text[-2:].upper() in units:
-            return int(float(text[:-2]) * units[text[-2:].upper()])
-        return int(text)
-    except ValueError as error:
-        raise UserError(f"'{text}' is not a size; write 5GB, 500MB or a number of bytes") from error
+            size = int(float(text[:-2]) * units[text[-2:].upper()])
+        else:
+            size = int(text)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise UserError(f"'{text}' is not a size; write 5GB, 500MB or a number of bytes")
+    return size
 
 
 def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
@@ -193,6 +211,7 @@ def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(index, output_dir / INDEX)
+    _remove_others(output_dir, names if count == 1 else [*names, INDEX])
     config = model.config.to_dict()
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -209,6 +228,14 @@ def _shards(tensors, dtype, max_shard_size):
         shards[-1].append(name)
         size += nbytes
     return shards
+
+
+def _remove_others(output_dir, written):
+    """Remove weights that an earlier save left: who loads the folder might take those."""
+    for pattern in WEIGHT_FILES:
+        for path in Path(output_dir).glob(pattern):
+            if path.name not in written:
+                path.unlink()
 
 
 def write_safetensors(tensors, path):
@@ -254,22 +281,35 @@ def save_adapter(model, output_dir, config, base_model, dtype=None):
     tensors = {PEFT_PREFIX + name: parameter.detach().to("cpu", dtype).contiguous()
                for name, parameter in trained.items()}
     write_safetensors(tensors, output_dir / ADAPTER_WEIGHTS)
+    _remove_others(output_dir, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
+    ranks = {name: module.lora_A.out_features for name, module in model.named_modules()
+             if isinstance(module, LoRALinear)}
     write_json({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
         "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
-        "target_modules": list(config.target_modules), "use_rslora": config.use_rslora,
+        "target_modules": _target_modules(model, ranks), "use_rslora": config.use_rslora,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
         "modules_to_save": list(config.modules_to_save) or None,
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
     }, output_dir / ADAPTER_CONFIG)
 
 
-def load_adapter(model, adapter_dir):
+def _target_modules(model, adapted):
+    """The last parts of the adapted modules' names, or their whole names where those say more."""
+    short = {name.rpartition(".")[2] for name in adapted}
+    plain = [name for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in short]
+    return sorted(short if not plain else adapted)
+
+
+def load_adapter(model, adapter_dir, dropout=0.0):
     """Wrap `model` with the adapter in a PEFT folder, in place; returns its LoraConfig.
 
-    Which modules are adapted, and with what rank, is read from the tensors themselves.
+    Which modules are adapted, and with what rank, is read from the tensors themselves. `dropout`
+    is for training it further.
     """
     adapter_dir = Path(adapter_dir)
-    config = _adapter_config(adapter_dir / ADAPTER_CONFIG)
+    config = replace(_adapter_config(adapter_dir / ADAPTER_CONFIG), dropout=dropout)
     path = adapter_dir / ADAPTER_WEIGHTS
     if not path.is_file():
         raise UserError(f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}")
@@ -303,19 +343,27 @@ def _adapter_config(path):
     content = read_json(path)
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         raise UserError(f"{path}: not a LoRA adapter (peft_type is not LORA)")
-    for name in ("use_dora", "alpha_pattern", "fan_in_fan_out", "lora_bias"):
+    for name in ("use_dora", "alpha_pattern", "fan_in_fan_out", "lora_bias", "use_qalora",
+                 "alora_invocation_tokens", "use_bdlora", "trainable_token_indices",
+                 "layer_replication", "arrow_config"):
         if content.get(name):
             raise UserError(f"{path}: {name} is not supported")
+    if content.get("init_lora_weights") not in PLAIN_STARTS:
+        raise UserError(f"{path}: init_lora_weights '{content['init_lora_weights']}' has changed "
+                        "the base; save the adapter as plain LoRA (see PEFT's documentation)")
     if content.get("bias", "none") != "none":
         raise UserError(f"{path}: bias '{content['bias']}' is not supported (only none)")
     targets = content.get("target_modules") or ()
+    saved = tuple(name.removeprefix("model.") for name in content.get("modules_to_save") or ())
+    if not set(saved) <= set(SAVEABLE):
+        raise UserError(f"{path}: modules_to_save {list(saved)}; only {', '.join(SAVEABLE)} are "
+                        "supported")
     try:
         return LoraConfig(
             rank=int(content["r"]), alpha=float(content["lora_alpha"]),
-            dropout=float(content.get("lora_dropout") or 0.0),
             target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
             use_rslora=bool(content.get("use_rslora")),
-            modules_to_save=tuple(content.get("modules_to_save") or ()),
+            modules_to_save=saved,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: needs the numbers r and lora_alpha: {error}") from error
@@ -325,8 +373,3 @@ def _module_name(path, key):
     if not key.startswith(PEFT_PREFIX):
         raise UserError(f"{path}: tensor {key} does not begin with {PEFT_PREFIX}")
     return key.removeprefix(PEFT_PREFIX).replace(".modules_to_save.", ".").replace(".default.", ".")
-
-
-def is_lora(model):
-    """Whether any module is wrapped by LoRA."""
-    return any(isinstance(module, LoRALinear) for module in model.modules())

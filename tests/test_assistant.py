@@ -1,6 +1,7 @@
 """assistant.py: turns answered as by transformers, within the context, without repeated work."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -171,3 +172,15 @@ def test_common_prefix():
     assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
     assert common_prefix([1, 2], [1, 2, 4]) == common_prefix([1, 2, 4], [1, 2]) == 2
     assert common_prefix([], [1]) == common_prefix([2], [1]) == 0
+
+
+def test_auto_takes_the_template_of_the_training(tiny_chat_model_dir, tmp_path):
+    """What train.py recorded beside an adapter or a model comes before the checkpoint's own."""
+    folder = tmp_path / "trained"
+    shutil.copytree(tiny_chat_model_dir, folder)
+    assert Assistant(folder).template.name == "chatml"
+    (folder / "options.toml").write_text('template = "alpaca"\ndefault_system = "Be brief."\n')
+    trained = Assistant(folder)
+    assert trained.template.name == "alpaca"
+    assert "Be brief." in trained.template.render([{"role": "user", "content": "hi"}])
+    assert Assistant(folder, template="plain").template.name == "plain"

@@ -157,3 +157,36 @@ def test_mistakes_are_named(base_dir, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
     with pytest.raises(UserError, match="use_dora"):
         load_adapter(load_model(base_dir), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": r".*layers\.1\.(self_attn\.q_proj|mlp\.up_proj)"},
+    {"target_modules": "all-linear"},
+    {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+], ids=["regex", "all-linear", "rank_pattern", "one layer"])
+def test_unusual_adapters_come_and_go(settings, base_dir, tmp_path):
+    """peft -> ours -> peft: what is adapted, and with what rank, stays."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(
+        r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(base_dir)
+    config = load_adapter(ours, tmp_path / "theirs")
+    save_adapter(ours, tmp_path / "ours", config, base_dir)
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    with torch.no_grad():
+        expected = theirs.eval()(TOKENS).logits
+        torch.testing.assert_close(again(TOKENS).logits, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(ours, TOKENS), expected, rtol=0, atol=1e-6)
+
+
+def test_adapters_of_a_changed_base_are_refused(base_dir, tmp_path):
+    """PiSSA moves part of the base into the adapter: added to the plain base it is wrong."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="pissa"):
+        load_adapter(load_model(base_dir), tmp_path / "adapter")

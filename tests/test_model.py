@@ -83,7 +83,7 @@ def test_logits_equal_transformers(name, tmp_path):
     compare(theirs, ours, length=200)  # beyond max_position_embeddings and every window
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3 rope", "yarn", "linear rope"])
+@pytest.mark.parametrize("name", ["llama", "llama3 rope", "yarn", "linear rope", "dynamic rope"])
 def test_logits_at_far_positions(name, tmp_path):
     theirs = reference({**SMALL, **VARIANTS[name]}, tmp_path)
     positions = torch.arange(5000, 5024)[None]
@@ -114,9 +114,10 @@ def test_real_configs(shared_data, tmp_path):
         full = ModelConfig.load(directory)
         assert full.hidden_size == content["hidden_size"]
         ratio = content["num_attention_heads"] // content["num_key_value_heads"]
-        content.update(num_hidden_layers=2, hidden_size=16 * ratio, intermediate_size=48, vocab_size=128,
-                       num_attention_heads=2 * ratio, num_key_value_heads=2, head_dim=16,
-                       bos_token_id=1, eos_token_id=2, initializer_range=0.3)
+        content.update(num_hidden_layers=2, hidden_size=16 * ratio, intermediate_size=48,
+                       vocab_size=128, num_attention_heads=2 * ratio,
+                       num_key_value_heads=2, head_dim=16, bos_token_id=1, eos_token_id=2,
+                       initializer_range=0.3)
         work = tmp_path / directory.name
         work.mkdir()
         theirs = reference(content, work)

@@ -82,4 +82,4 @@ def test_help_is_fast_and_every_flag_is_read(script):
 
 def test_no_long_files():
     for path in [*SCRIPTS, *ROOMS]:
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 420, path

@@ -109,12 +109,12 @@ def test_command_line_run(checkpoint, rows_file, tmp_path):
     """LoRA by command line, from a recipe, twice: equal files; then full."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('template = "alpaca"\nnum_train_epochs = 2\nlearning_rate = 0.005\n'
-                      'lora_dropout = 0.1\nlogging_steps = 2\neval_steps = 3\n')
+                      'logging_steps = 2\neval_steps = 3\n')
     shared = ["--config", recipe, "--model-name-or-path", checkpoint, "--dataset", rows_file,
               "--validation_split", 6]
     outputs = [tmp_path / "a", tmp_path / "b"]
     for output in outputs:
-        done = command(*shared, "--output_dir", output)
+        done = command(*shared, "--lora_dropout", 0.1, "--output_dir", output)
         assert done.returncode == 0, done.stderr
     assert {path.name for path in outputs[0].iterdir()} >= {
         "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "options.toml",
@@ -221,6 +221,11 @@ def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_pa
     (["--bf16", "--dtype", "float16"], "--bf16"),
     (["--device", "cuda:99"], "cuda:99"),
     (["--eval_steps", "5"], "--eval_steps"),
+    (["--max_grad_norm", "-1"], "--max_grad_norm"),
+    (["--seed", "-1"], "--seed"),
+    (["--learning_rate", "nan"], "--learning_rate"),
+    (["--stage", "pt", "--default_system", "x"], "--default_system"),
+    (["--lr_end", "1e-5"], "--lr_end"),
     (["--finetuning_type", "full", "--modules_to_save", "lm_head"], "--modules_to_save"),
     (["--model_name_or_path", "/nowhere"], "/nowhere"),
     (["--config", "nowhere.toml"], "nowhere.toml"),
@@ -273,3 +278,38 @@ def test_two_processes_train_as_one(finetuning_type, checkpoint, tmp_path):
     first, second = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_no_picture_without_matplotlib(checkpoint, rows_file, tmp_path, monkeypatch):
+    """--plot_loss then says what is missing and where the numbers are."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
+    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
+                   "plain", "--max_steps", 2, "--plot_loss", "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "matplotlib" in done.stdout and "metrics.jsonl" in done.stdout
+    assert metrics_of(tmp_path / "out")
+
+
+def test_picture(checkpoint, rows_file, tmp_path):
+    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
+                   "plain", "--max_steps", 2, "--plot_loss", "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_float16_overflow_skips_the_step(tmp_path):
+    """While the loss scale is being found, an overflow changes no weight and ends no run."""
+    options = train.parse_options(["--model_name_or_path", "-", "--dataset", "-", "--output_dir",
+                                   str(tmp_path), "--finetuning_type", "full"])
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    model.initialize()
+    run = Run(options, model, None, 4, torch.float16, torch.device("cpu"))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = model.model.norm.weight.clone()
+    batch = batching.collate(learnable_examples(2))
+    _, _, grad_norm = train.train_step(run, [batch])
+    assert not np.isfinite(grad_norm) and torch.equal(model.model.norm.weight, before)
+    assert run.scaler.get_scale() < 2.0**60

@@ -12,9 +12,17 @@ from conftest import CONFIG
 from safetensors.torch import load_file, save_file
 
 from minisft.config import ModelConfig
+from minisft.lora import LoraConfig, add_lora
 from minisft.model import CausalLM
 from minisft.options import UserError
-from minisft.weights import load_model, parse_size, resolve, save_model
+from minisft.weights import (
+    load_model,
+    parse_size,
+    resolve,
+    save_adapter,
+    save_model,
+    stored_dtype,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -170,3 +178,26 @@ def test_sizes():
     assert parse_size("123") == 123
     with pytest.raises(UserError, match="much"):
         parse_size("much")
+
+
+def test_what_an_earlier_save_left_is_not_loaded(tmp_path):
+    """Shards over a single file and back, an adapter over a model: one of them remains."""
+    for number, size in enumerate(("1GB", "20KB", "1GB")):
+        model = new_model()
+        model.model.norm.weight.data.fill_(number)
+        save_model(model, tmp_path, max_shard_size=parse_size(size))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        for loaded in (load_model(tmp_path), theirs):
+            assert (loaded.model.norm.weight == number).all()
+    add_lora(model, LoraConfig())
+    save_adapter(model, tmp_path, LoraConfig(), "base")
+    assert not list(tmp_path.glob("model*.safetensors"))
+    save_model(new_model(), tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+
+
+def test_stored_type_is_that_of_the_file(tmp_path):
+    save_model(new_model(), tmp_path, torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    assert stored_dtype(tmp_path) == torch.bfloat16
