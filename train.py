@@ -122,9 +122,12 @@ def check_options(options, given):
         ({"block_size"}, not pretraining, "belongs to --stage pt"),
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
-        ({"eval_steps", "load_best_model_at_end", "early_stopping_patience"}, not held_out,
-         "needs --eval_dataset or --validation_split"),
-        ({"validation_split"}, options.eval_dataset, "contradicts --eval_dataset"),
+        ({"eval_steps", "load_best_model_at_end", "early_stopping_patience"}, not any(held_out),
+         "needs --eval_dataset, --valid_dir or --validation_split"),
+        ({"validation_split"}, options.eval_dataset or options.valid_dir,
+         "contradicts --eval_dataset and --valid_dir"),
+        ({"valid_dir"}, options.eval_dataset, "contradicts --eval_dataset"),
+        ({"train_dir"}, options.dataset, "contradicts --dataset"),
         (OF_LORA - {"adapter", "lora_dropout"}, options.adapter,
          "is the adapter's own, which --adapter brings"),
     ):
@@ -219,12 +222,10 @@ def train(run, batches, eval_examples):
             rate = learning_rate_at(progress.step, run.total_steps, options.learning_rate,
                                     options.lr_scheduler_type, run.warmup_steps, options.lr_end)
             set_learning_rate(run.optimizer, rate)
-            micro_batches = [
-                batching.collate(part, run.device)
-                for part in batching.micro_batches(
-                    examples, options.per_device_train_batch_size, rank, world_size)
-            ]
-            loss_sum, num_targets, grad_norm = train_step(run, micro_batches)
+            parts = batching.micro_batches(examples, options.per_device_train_batch_size,
+                                           rank, world_size)
+            loss_sum, num_targets, grad_norm = train_step(
+                run, [batching.collate(part, run.device) for part in parts])
             progress.add(loss_sum, num_targets, sum(len(example.ids) for example in examples))
             if due(run, options.logging_steps):
                 progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)

@@ -216,7 +216,7 @@ def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_pa
     (["--dataset", "nowhere.json"], "nowhere.json"),
     (["--train_dir", "."], "--train_dir"),
     (["--mix", "rows.json"], "FILE:RATIO"),
-    (["--valid_dir", ".", "--validation_split", "3"], "--valid_dir"),
+    (["--valid_dir", ".", "--validation_split", "3"], "--validation_split"),
     (["--cutoff_len", "3"], "--cutoff_len"),
     (["--bf16", "--dtype", "float16"], "--bf16"),
     (["--device", "cuda:99"], "cuda:99"),
