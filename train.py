@@ -41,12 +41,19 @@ def parse_options(arguments=None):
     add, switch = parser.section("data")
     add("--stage", choices=["sft", "pt"], default="sft",
         help="sft: answers in conversations; pt: all of plain text")
-    add("--dataset", required=True, help="file of rows, or several separated by commas")
-    add("--eval_dataset", help="file of rows held out for evaluation")
+    add("--dataset", help="files, folders and names in dataset_info.json, separated by commas")
+    add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    add("--train_dir", help="folder of files, instead of --dataset")
+    add("--mix", metavar="FILE:RATIO",
+        help="blend in general data, as this share of all rows (0.15 to 0.3 is usual)")
+    add("--eval_dataset", help="the same as --dataset, held out for evaluation")
+    add("--valid_dir", help="folder of files held out, instead of --eval_dataset")
     add("--validation_split", type=positive,
         help="hold out this share (below 1) or number of rows of --dataset")
     add("--max_samples", type=count, help="use only the first rows, for a quick try")
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
+    add("--dataloader_num_workers", type=natural, default=2,
+        help="processes that read and encode rows ahead of training (0: none)")
     add("--template", default="auto", help="conversation format, by name (auto: the checkpoint's)")
     add("--default_system", help="system prompt of conversations that have none")
     add("--cutoff_len", type=count, default=1024, help="longer rows are cut to this many tokens")
@@ -99,7 +106,7 @@ def parse_options(arguments=None):
 
 OF_LORA = {"adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora",
            "modules_to_save"}
-OF_SFT = {"template", "default_system", "cutoff_len", "show_samples", "skip_bad_rows"}
+OF_SFT = {"template", "default_system", "cutoff_len", "show_samples"}
 
 
 def check_options(options, given):
@@ -108,21 +115,26 @@ def check_options(options, given):
     given: the names of the flags that were set to something else than their default.
     """
     full, pretraining = options.finetuning_type == "full", options.stage == "pt"
-    held_out = options.eval_dataset or options.validation_split
+    held_out = [options.eval_dataset, options.valid_dir, options.validation_split]
     for names, wrong, way_out in (
         (OF_LORA, full, "belongs to --finetuning_type lora"),
         (OF_SFT, pretraining, "belongs to --stage sft"),
         ({"block_size"}, not pretraining, "belongs to --stage pt"),
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
-        ({"eval_steps", "load_best_model_at_end", "early_stopping_patience"}, not held_out,
-         "needs --eval_dataset or --validation_split"),
-        ({"validation_split"}, options.eval_dataset, "contradicts --eval_dataset"),
+        ({"eval_steps", "load_best_model_at_end", "early_stopping_patience"}, not any(held_out),
+         "needs --eval_dataset, --valid_dir or --validation_split"),
+        ({"validation_split"}, options.eval_dataset or options.valid_dir,
+         "contradicts --eval_dataset and --valid_dir"),
+        ({"valid_dir"}, options.eval_dataset, "contradicts --eval_dataset"),
+        ({"train_dir"}, options.dataset, "contradicts --dataset"),
         (OF_LORA - {"adapter", "lora_dropout"}, options.adapter,
          "is the adapter's own, which --adapter brings"),
     ):
         if wrong and names & given:
             raise UserError(f"--{min(names & given)} {way_out}")
+    if not (options.dataset or options.train_dir):
+        raise UserError("give --dataset or --train_dir: what to train on (see --help)")
     if options.learning_rate is None:
         options.learning_rate = 1e-5 if full else 1e-4
     if options.lora_alpha is None and not (full or options.adapter):
@@ -130,44 +142,35 @@ def check_options(options, given):
     return options
 
 
-def load_examples(options, tokenizer, template, config, say):
-    """(training examples, evaluation examples or None), encoded and cut."""
+def load_data(options, tokenizer, template, config, say):
+    """(Batches to train on, held-out examples or None). Mistakes in the rows are found here."""
     from minisft import batching, dataset
 
-    flag = "block_size" if options.stage == "pt" else "cutoff_len"
+    plain_text = options.stage == "pt"
+    flag = "block_size" if plain_text else "cutoff_len"
     limit = min(getattr(options, flag), config.context_length)
     if limit < getattr(options, flag):
         say(f"--{flag}: {limit} tokens, which is the context that the model is made for")
     skipped = [] if options.skip_bad_rows else None
-
-    def read(path):
-        return (dataset.load_texts(path) if options.stage == "pt"
-                else dataset.load_rows(path, skipped=skipped))
-
-    def encode(rows, what):
-        if options.stage == "pt":
-            examples = batching.encode_texts(rows, tokenizer, limit)
-        else:
-            examples, report = batching.encode_rows(rows, template, limit)
-            if report.num_cut or report.num_dropped:
-                say(f"{what}: {report.num_cut} of {len(rows)} rows cut to {limit} tokens, "
-                    f"{report.num_dropped} dropped because no answer was left")
-        if not examples:
-            raise UserError(f"{what}: nothing to learn is left within {limit} tokens (--{flag})")
-        largest = max(example.ids.max() for example in examples)
-        if largest >= config.vocab_size:
-            raise UserError(f"the tokenizer gives id {largest}, the model's vocabulary has "
-                            f"{config.vocab_size}; is it the tokenizer of this checkpoint?")
-        return examples
-
-    rows, held_out = read(options.dataset)[: options.max_samples], None
-    if options.eval_dataset:
-        held_out = read(options.eval_dataset)
+    reading = dict(dataset_dir=options.dataset_dir, plain_text=plain_text, skipped=skipped,
+                   seed=options.seed, say=say)
+    rows = dataset.open_rows(options.dataset or options.train_dir, **reading)
+    rows, held_out = rows[: options.max_samples], None
+    if options.eval_dataset or options.valid_dir:
+        held_out = dataset.open_rows(options.eval_dataset or options.valid_dir, **reading)
     elif options.validation_split:
         rows, held_out = dataset.split(rows, options.validation_split, options.seed)
+    if options.mix:
+        rows = dataset.mix(rows, options.mix, **reading)
     if skipped:
         say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
-    return encode(rows, "training"), held_out and encode(held_out, "evaluation")
+    settings = dict(vocab_size=config.vocab_size, seed=options.seed,
+                    num_workers=options.dataloader_num_workers)
+    if plain_text:
+        batches = batching.batches_of_texts(rows, tokenizer, limit, **settings)
+    else:
+        batches = batching.batches_of_rows(rows, template, limit, **settings)
+    return batches, held_out and batches.held_out(held_out, say)
 
 
 def load_trainable(options, model_dir, dtype, device):
@@ -206,7 +209,7 @@ def listed(text):
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def train(run, examples, eval_examples):
+def train(run, batches, eval_examples):
     """The training loop. Returns the signal that interrupted it, or None when it is through."""
     from minisft import batching, parallel
     from minisft.checkpoint import Interruption
@@ -214,33 +217,29 @@ def train(run, examples, eval_examples):
 
     options, progress = run.options, run.progress
     rank, world_size = parallel.rank(), parallel.world_size()
-    lengths = [len(example.ids) for example in examples]
     with Interruption() as interruption:
-        while progress.step < run.total_steps:
-            epoch, done = divmod(progress.step, run.steps_per_epoch)
-            steps = batching.steps_of_epoch(lengths, run.rows_per_step, options.seed, epoch)
-            for step_rows in steps[done : done + run.total_steps - progress.step]:
-                rate = learning_rate_at(progress.step, run.total_steps, options.learning_rate,
-                                        options.lr_scheduler_type, run.warmup_steps, options.lr_end)
-                set_learning_rate(run.optimizer, rate)
-                batches = [
-                    batching.collate([examples[row] for row in rows], run.device)
-                    for rows in batching.micro_batches(
-                        step_rows, options.per_device_train_batch_size, rank, world_size)
-                ]
-                loss_sum, num_targets, grad_norm = train_step(run, batches)
-                progress.add(loss_sum, num_targets, sum(lengths[row] for row in step_rows))
-                if due(run, options.logging_steps):
-                    progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
-                if eval_examples and due(run, options.eval_steps):
-                    evaluate(run, eval_examples)
-                    if early(run):
-                        return None
-                stopped = parallel.any_process(interruption.signal, run.device)
-                if stopped or (due(run, options.save_steps) and progress.step < run.total_steps):
-                    run.save_checkpoint()
-                if stopped:
-                    return stopped
+        for examples in batches.steps(run.rows_per_step, progress.step, run.total_steps):
+            rate = learning_rate_at(progress.step, run.total_steps, options.learning_rate,
+                                    options.lr_scheduler_type, run.warmup_steps, options.lr_end)
+            set_learning_rate(run.optimizer, rate)
+            parts = batching.micro_batches(examples, options.per_device_train_batch_size,
+                                           rank, world_size)
+            loss_sum, num_targets, grad_norm = train_step(
+                run, [batching.collate(part, run.device) for part in parts])
+            progress.add(loss_sum, num_targets, sum(len(example.ids) for example in examples))
+            if due(run, options.logging_steps):
+                progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
+            if due(run, run.steps_per_epoch) and (report := batches.take_report()):
+                progress.say(f"epoch {math.ceil(progress.step / run.steps_per_epoch)}: {report}")
+            if eval_examples and due(run, options.eval_steps):
+                evaluate(run, eval_examples)
+                if early(run):
+                    return None
+            stopped = parallel.any_process(interruption.signal, run.device)
+            if stopped or (due(run, options.save_steps) and progress.step < run.total_steps):
+                run.save_checkpoint()
+            if stopped:
+                return stopped
     return None
 
 
@@ -270,7 +269,7 @@ def train_step(run, batches):
             with run.autocast:
                 loss_sum, _ = next_token_loss(run.wrapped, tokens, supervised, run.model.logits)
             # DDP takes the mean over processes; the gradient wanted is that of their sum.
-            run.scaler.scale(loss_sum * (parallel.world_size() / num_targets)).backward()
+            run.scaler.scale(loss_sum * (parallel.world_size() / max(1, num_targets))).backward()
         total = total + loss_sum.detach()
 
     run.scaler.unscale_(run.optimizer)
@@ -344,8 +343,8 @@ def main():
     if options.stage == "sft":
         template = get_template(options.template, tokenizer, options.default_system)
         say(f"template: {template.name}")
-    examples, eval_examples = load_examples(options, tokenizer, template, config, say)
-    for example in examples[: options.show_samples if template else 0]:
+    batches, eval_examples = load_data(options, tokenizer, template, config, say)
+    for example in batches.first(options.show_samples if template else 0):
         say(template.show(example.ids.tolist(), example.supervised.tolist()) + "\n")
 
     torch.manual_seed(options.seed)
@@ -353,7 +352,7 @@ def main():
     torch.manual_seed(options.seed + parallel.rank())  # dropout differs between processes
     num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     num_parameters = sum(one.numel() for one in model.parameters())
-    say(f"{len(examples)} rows; training {num_trained:,} of {num_parameters:,} parameters "
+    say(f"{len(batches.rows):,} rows; training {num_trained:,} of {num_parameters:,} parameters "
         f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
         f"{parallel.world_size()} process(es)")
 
@@ -366,8 +365,8 @@ def main():
         if resumed is None:
             checkpoint.remove_all(output_dir)
         save_options(options, output_dir / "options.toml")
-    run = Run(options, model, lora_config, len(examples), dtype, device, resumed)
-    interrupted = train(run, examples, eval_examples)
+    run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed)
+    interrupted = train(run, batches, eval_examples)
     run.progress.close()
     if interrupted:
         say(f"stopped and saved at step {run.progress.step}; go on with\n"

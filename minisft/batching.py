@@ -1,19 +1,39 @@
 """Rows become batches: encoded, cut, grouped by length, padded to their own longest row.
 
-    examples, report = encode_rows(rows, template, cutoff_len=1024)
-    for step_rows in steps_of_epoch([len(one.ids) for one in examples], 32, seed=0, epoch=0):
-        tokens, supervised = collate([examples[row] for row in step_rows])
+    batches = batches_of_rows(rows, template, cutoff_len=1024, seed=0, num_workers=2)
+    for examples in batches.steps(rows_per_step=32, start=0, stop=1000):
+        tokens, supervised = collate(examples)
+
+The rows of an epoch are shuffled by number and dealt out in windows of a hundred steps or so. A
+worker process reads and encodes a window ahead of training, sorts it by length and cuts it into
+steps, which then are shuffled. So whatever the size of the data, a window is all that is held, and
+a step is found again from its number. What a step holds depends on the data, the seed and
+`rows_per_step`; never on workers, processes or micro-batches.
 """
 
-from dataclasses import dataclass
+import math
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
+from minisft import dataset
+from minisft.options import UserError
+
 # Lengths are rounded up to a multiple: fewer shapes to prepare kernels for, aligned rows.
 PAD_MULTIPLE = 8
-# Rows are shuffled, then sorted by length within windows of this many steps.
-WINDOW_STEPS = 128
+# A window has at most so many steps, and fewer where their rows would be larger than this.
+WINDOW_STEPS, WINDOW_BYTES = 128, 2 * 2**20
+# Texts stay together, in the order of the file, in runs of about so many blocks.
+RUN_BLOCKS = 4
+# What is encoded before training: rows to see that they can be learned from, bytes of text to
+# estimate how many tokens all of it is.
+SAMPLE_ROWS, SAMPLE_BYTES = 128, 2**20
 
 
 @dataclass
@@ -26,19 +46,49 @@ class Example:
 
 @dataclass
 class EncodeReport:
-    """How many rows were cut to the length limit, and how many had nothing left to learn."""
+    """How many rows were encoded, cut to the length limit, left with nothing to learn, broken."""
 
+    num_rows: int = 0
     num_cut: int = 0
     num_dropped: int = 0
+    broken: list = field(default_factory=list)  # a message each
+
+    def add(self, other):
+        """Count what `other` counted too."""
+        self.num_rows += other.num_rows
+        self.num_cut += other.num_cut
+        self.num_dropped += other.num_dropped
+        self.broken += other.broken
+
+    def __bool__(self):
+        """Whether anything happened to any row."""
+        return bool(self.num_cut or self.broken)
+
+    def __str__(self):
+        """A line for people."""
+        said = []
+        if self.num_cut:
+            said.append(f"{self.num_cut} of {self.num_rows} rows cut to the length limit, "
+                        f"{self.num_dropped} dropped because no answer was left")
+        if self.broken:
+            said.append(f"{len(self.broken)} broken rows left out, the first: {self.broken[0]}")
+        return "; ".join(said)
 
 
-def encode_rows(rows, template, cutoff_len):
-    """Conversations -> (list of Example, EncodeReport). A cut answer ends without EOS."""
+def encode_rows(rows, template, cutoff_len, vocab_size=None):
+    """Conversations -> (list of Example, EncodeReport). A cut answer ends without EOS.
+
+    UserError where the template or a vocabulary of `vocab_size` cannot take a row.
+    """
     examples, report = [], EncodeReport()
     for row in rows:
-        ids, supervised = template.encode(row.messages, row.tools)
-        if len(ids) > cutoff_len:
-            report.num_cut += 1
+        try:
+            ids, supervised = template.encode(row.messages, row.tools)
+            _check_vocabulary(ids, vocab_size)
+        except UserError as error:
+            raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
+        report.num_rows += 1
+        report.num_cut += len(ids) > cutoff_len
         example = Example(
             np.asarray(ids[:cutoff_len], np.int32), np.asarray(supervised[:cutoff_len], bool)
         )
@@ -49,41 +99,224 @@ def encode_rows(rows, template, cutoff_len):
     return examples, report
 
 
-def encode_texts(texts, tokenizer, block_size):
-    """Plain texts -> Examples of `block_size` tokens, every token learned.
+def encode_texts(texts, tokenizer, block_size, vocab_size=None):
+    """Plain texts -> (list of Example of `block_size` tokens, all learned; EncodeReport).
 
     Texts follow one another, each between BOS (where the tokenizer adds one) and EOS, and are cut
     into blocks; the last block is shorter.
     """
-    stream = []
+    begin = [tokenizer.bos_token_id] if tokenizer.add_bos_token else []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces, report = [np.zeros(0, np.int32)], EncodeReport()
     for text in texts:
-        if tokenizer.add_bos_token:
-            stream.append(tokenizer.bos_token_id)
-        stream.extend(tokenizer.encode(text))
-        if tokenizer.eos_token_id is not None:
-            stream.append(tokenizer.eos_token_id)
-    stream = np.asarray(stream, np.int32)
+        report.num_rows += 1
+        ids = begin + tokenizer.encode(text) + end
+        _check_vocabulary(ids, vocab_size)
+        pieces.append(np.asarray(ids, np.int32))
+    stream = np.concatenate(pieces)
     blocks = [stream[start : start + block_size] for start in range(0, len(stream), block_size)]
-    return [Example(block, np.ones(len(block), bool)) for block in blocks if len(block) > 1]
+    return [Example(block, np.ones(len(block), bool)) for block in blocks if len(block) > 1], report
 
 
-def steps_of_epoch(lengths, rows_per_step, seed, epoch):
-    """The rows of every optimizer step of an epoch: a list of arrays of row numbers.
+def encoded(rows, encode, numbers=None):
+    """Read the rows of these numbers (all of them) and encode them -> (Examples, EncodeReport)."""
+    broken = []
+    examples, report = encode(dataset.read(rows, broken, numbers))
+    report.broken += broken
+    return examples, report
 
-    Each row comes once; rows of a step have similar lengths and are sorted by them. The order
-    depends on seed and epoch alone, not on how a step is split into micro-batches or processes.
+
+def _check_vocabulary(ids, vocab_size):
+    if vocab_size is not None and max(ids, default=0) >= vocab_size:
+        raise UserError(f"the tokenizer gives id {max(ids)}, the model's vocabulary has "
+                        f"{vocab_size}; is it the tokenizer of this checkpoint?")
+
+
+def _check_learnable(examples):
+    if not examples:
+        raise UserError("nothing to learn is left of the rows within the length limit; raise "
+                        "--cutoff_len")
+
+
+def batches_of_rows(rows, template, cutoff_len, vocab_size=None, seed=0, num_workers=0):
+    """The Batches of conversations; UserError if rows from all over have nothing to learn."""
+    encode = partial(encode_rows, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
+    sample = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
+    _check_learnable(encoded(rows, encode, sample)[0])
+    return Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()))
+
+
+def batches_of_texts(texts, tokenizer, block_size, vocab_size=None, seed=0, num_workers=0):
+    """The Batches of plain texts, cut into blocks a window at a time.
+
+    How many blocks long texts come to is estimated from a sample; a step may then have a few
+    more or less than `rows_per_step`, and none is left out. Every window ends in a shorter block.
     """
-    padded = -(-np.asarray(lengths) // PAD_MULTIPLE)
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(padded))
-    window = rows_per_step * WINDOW_STEPS
-    steps = []
-    for start in range(0, len(order), window):
-        rows = order[start : start + window]
-        # Rows of one padded length stay shuffled, so that other rows meet in every epoch.
-        rows = rows[np.argsort(padded[rows], kind="stable")]
-        steps += [rows[at : at + rows_per_step] for at in range(0, len(rows), rows_per_step)]
-    return [steps[index] for index in generator.permutation(len(steps))]
+    encode = partial(encode_texts, tokenizer=tokenizer, block_size=block_size,
+                     vocab_size=vocab_size)
+    sizes, run_bytes = texts.sizes(), RUN_BLOCKS * 4 * block_size  # a token is about 4 bytes
+    starts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // run_bytes, prepend=-1))
+    runs, run_sizes = np.append(starts, len(texts)), np.add.reduceat(sizes, starts)
+    count = max(4, SAMPLE_BYTES // run_bytes)
+    sample = np.unique(np.linspace(0, len(starts) - 1, count).astype(int))
+    examples, _ = encoded(texts, encode, _numbers_in(runs, sample))
+    _check_learnable(examples)
+    num_tokens = sum(len(example.ids) for example in examples)
+    total_tokens = num_tokens * run_sizes.sum() / run_sizes[sample].sum()
+    return Batches(texts, encode, seed, num_workers, total_bytes=int(sizes.sum()),
+                   num_examples=max(1, math.ceil(total_tokens / block_size)),
+                   runs=runs, run_sizes=run_sizes)
+
+
+class Batches:
+    """The optimizer steps of all epochs, any of them found by its number.
+
+    rows: a sequence. encode: list of its items -> (list of Example, EncodeReport); both are handed
+    to worker processes. num_examples: how many Examples an epoch has about; the rows, if not given.
+    runs: bounds of the rows that stay together and in order, with their sizes; each alone if None.
+    """
+
+    def __init__(self, rows, encode, seed=0, num_workers=0, total_bytes=0, num_examples=None,
+                 runs=None, run_sizes=None):
+        self.rows, self.encode, self.seed, self.num_workers = rows, encode, seed, num_workers
+        self.num_examples = num_examples or len(rows)
+        self.example_bytes = total_bytes / self.num_examples
+        self.runs, self.run_sizes = runs, run_sizes
+        self.report = EncodeReport()
+
+    def steps_per_epoch(self, rows_per_step):
+        """Every row once; the last step of an epoch may have fewer."""
+        return math.ceil(self.num_examples / rows_per_step)
+
+    def first(self, count):
+        """The Examples of the first rows, to be looked at."""
+        return encoded(self.rows[:count], self.encode)[0]
+
+    def held_out(self, rows, say):
+        """The Examples of rows to evaluate on, encoded like these and held in memory."""
+        examples, report = encoded(rows, self.encode)
+        if report:
+            say(f"evaluation: {report}")
+        _check_learnable(examples)
+        return examples
+
+    def steps(self, rows_per_step, start, stop):
+        """Yield the Examples (a list) of the optimizer steps `start` to `stop` - 1 of the run.
+
+        Steps are counted through all epochs. Only the window that `start` is in is read again.
+        Rows without anything to learn are left out; where that takes all, a list is empty.
+        """
+        tasks = self._windows(rows_per_step, start, stop)
+        reader = _WindowReader(self.rows, self.encode)
+        for first, window in _ahead(reader, tasks, self.num_workers):
+            if isinstance(window, UserError):
+                raise window
+            steps, report = window
+            self.report.add(report)
+            yield from steps[max(0, start - first) : stop - first]
+
+    def take_report(self):
+        """The EncodeReport of the windows used since this was last asked."""
+        report, self.report = self.report, EncodeReport()
+        return report
+
+    def _windows(self, rows_per_step, start, stop):
+        """Yield (number of its first step, row numbers, number of steps, seed) of each window."""
+        per_epoch = self.steps_per_epoch(rows_per_step)
+        fitting = WINDOW_BYTES // max(1, round(rows_per_step * self.example_bytes))
+        per_window = min(WINDOW_STEPS, max(1, fitting))
+        while start < stop:
+            epoch, step = divmod(start, per_epoch)
+            rows_between = self._shuffled(epoch)
+            for first in range(step - step % per_window, per_epoch, per_window):
+                if epoch * per_epoch + first >= stop:
+                    return
+                last = min(first + per_window, per_epoch)
+                numbers = rows_between(first * rows_per_step, last * rows_per_step)
+                yield epoch * per_epoch + first, numbers, last - first, [self.seed, epoch, first]
+            start = (epoch + 1) * per_epoch
+
+    def _shuffled(self, epoch):
+        """A function: two positions among the Examples of an epoch -> numbers of the rows there."""
+        generator = np.random.default_rng([self.seed, epoch])
+        if self.runs is None:
+            count = len(self.rows)
+            order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.int64)
+            generator.shuffle(order)
+            return lambda start, end: order[start:end]
+        order = generator.permutation(len(self.run_sizes))
+        ends = np.cumsum(self.run_sizes[order])
+        middles = (ends - self.run_sizes[order] / 2) * (self.num_examples / ends[-1])
+
+        def rows_between(start, end):
+            first, last = np.searchsorted(middles, [start, end])
+            return _numbers_in(self.runs, order[first:last])
+
+        return rows_between
+
+
+class _WindowReader:
+    """What a worker does: read and encode the rows of a window, and cut it into steps."""
+
+    def __init__(self, rows, encode):
+        self.rows, self.encode = rows, encode
+
+    def __getitem__(self, task):
+        first, numbers, num_steps, seed = task
+        try:
+            examples, report = encoded(self.rows, self.encode, numbers)
+        except UserError as error:
+            return first, UserError(str(error))  # raised where it is read, without a traceback
+        return first, (_cut(examples, num_steps, np.random.default_rng(seed)), report)
+
+
+def _cut(examples, num_steps, generator):
+    """Examples -> a list of steps, lists of Examples of similar length, in random order.
+
+    Steps differ by one Example at most. Those of one padded length are shuffled, so that other
+    rows meet in every epoch.
+    """
+    padded = -(-np.array([len(example.ids) for example in examples], int) // PAD_MULTIPLE)
+    order = generator.permutation(len(examples))
+    steps = np.array_split(order[np.argsort(padded[order], kind="stable")], num_steps)
+    return [[examples[row] for row in steps[step]] for step in generator.permutation(num_steps)]
+
+
+def _numbers_in(runs, chosen):
+    """The numbers of the rows that are in these runs."""
+    return np.concatenate([np.arange(0), *(np.arange(runs[run], runs[run + 1]) for run in chosen)])
+
+
+def _ahead(reader, tasks, num_workers):
+    """Yield `reader[task]` of all tasks in order; with workers, before it is asked for."""
+    if num_workers == 0:
+        yield from map(reader.__getitem__, tasks)
+        return
+    from torch.utils.data import DataLoader
+
+    # With a generator of its own, lest the loader draws from the one that dropout uses.
+    yield from DataLoader(
+        reader, batch_size=None, sampler=tasks, num_workers=num_workers, prefetch_factor=1,
+        collate_fn=_unchanged, worker_init_fn=_begin_worker, generator=torch.Generator(),
+    )
+
+
+def _unchanged(window):
+    return window
+
+
+def _begin_worker(number):
+    """A worker ends with the process that trains: neither before it nor after it."""
+    for name in (signal.SIGINT, signal.SIGTERM):  # which it deals with itself
+        signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent):
+    # The loader looks for its parent too, but not while a window waits to be taken.
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def micro_batches(step_rows, batch_size, rank=0, world_size=1):
@@ -94,7 +327,7 @@ def micro_batches(step_rows, batch_size, rank=0, world_size=1):
     """
     stride = batch_size * world_size
     return [step_rows[start : start + stride][rank::world_size]
-            for start in range(0, len(step_rows), stride)]
+            for start in range(0, max(1, len(step_rows)), stride)]
 
 
 def collate(examples, device="cpu"):

@@ -14,6 +14,8 @@ Alpaca's "input", an assistant message "tool_calls": [{"name": str, "arguments":
 
 import json
 
+from minisft.options import UserError
+
 KNOWN_FORMATS = (
     "alpaca (instruction, input, output), sharegpt (conversations), openai (messages) and "
     "firefly (kind, input, target)"
@@ -33,8 +35,10 @@ ROLES = {
     "tool": "tool",
 }
 
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
-class BadRow(ValueError):
+
+class BadRow(UserError):
     """What is wrong with a row; the caller adds the file and the number of the row."""
 
 
@@ -51,10 +55,7 @@ def parse_json(text, first_line=1):
 
 
 def conversation(record):
-    """One parsed row -> (messages, tools or None); BadRow says why it cannot be learned from.
-
-    A BadRow in the place of the row (a line that is not JSON) is raised as it is.
-    """
+    """One parsed row -> (messages, tools or None); BadRow says why it cannot be learned from."""
     record = _columns(record)
     if "chosen" in record and "rejected" in record:
         raise BadRow(PREFERENCE_DATA)
@@ -73,6 +74,32 @@ def conversation(record):
     return messages, tools
 
 
+def sharegpt(messages, tools=None):
+    """A conversation as a row in the sharegpt format: the inverse of `conversation`.
+
+    Alpaca's second field follows the first on a line of its own; calls of functions are JSON.
+    """
+    row, turns = {}, []
+    for message in messages:
+        content, speaker = message["content"], SPEAKERS[message["role"]]
+        if message.get("tool_calls"):
+            if content.strip():
+                raise BadRow("an answer that also calls a function, which sharegpt cannot say")
+            calls = message["tool_calls"]
+            speaker = "function_call"
+            content = json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False)
+        if message.get("input"):
+            content = "\n".join(filter(None, [content, message["input"]]))
+        if speaker == "system":
+            row["system"] = content
+        else:
+            turns.append({"from": speaker, "value": content})
+    row["conversations"] = turns
+    if tools:
+        row["tools"] = json.dumps(tools, ensure_ascii=False)
+    return row
+
+
 def text_of(record):
     """One parsed row -> its column "text", for pre-training; BadRow if there is none."""
     record = _columns(record)
@@ -83,8 +110,6 @@ def text_of(record):
 
 
 def _columns(record):
-    if isinstance(record, BadRow):
-        raise record
     if not isinstance(record, dict):
         raise BadRow(f"a row is a JSON object with named columns, not {_kind(record)}")
     return record

@@ -18,7 +18,8 @@ CONFIG = {  # a Llama that computes in no time
 
 def command(*arguments, script="train.py", before=()):
     """Run a script as a user would; `before` stands between the interpreter and its name."""
-    words = [sys.executable, *before, str(ROOT / script), *map(str, arguments)]
+    words = [sys.executable, *before, *([str(ROOT / script)] if script else []),
+             *map(str, arguments)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

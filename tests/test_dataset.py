@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from conftest import command
 
-from minisft.dataset import Row, load_rows, load_texts, split
+from minisft.dataset import convert, load_rows, load_texts, mix, open_rows, split
 from minisft.options import UserError
 
 
@@ -260,25 +261,80 @@ class TestBrokenRows:
 
 
 class TestSplit:
-    rows = [Row(messages=[], index=number) for number in range(50)]
+    @pytest.fixture
+    def rows(self, tmp_path):
+        return open_rows(write(tmp_path / "rows.json", [GOOD] * 50))
 
-    def test_is_a_reproducible_partition_in_order(self):
-        training, validation = split(self.rows, 0.1, seed=1)
+    def test_is_a_reproducible_partition_in_order(self, rows):
+        training, validation = split(rows, 0.1, seed=1)
         assert len(validation) == 5
-        assert split(self.rows, 0.1, seed=1) == (training, validation)
-        assert split(self.rows, 0.1, seed=2)[1] != validation
+        assert [list(part) for part in split(rows, 0.1, seed=1)] == [
+            list(training), list(validation)]
+        assert list(split(rows, 0.1, seed=2)[1]) != list(validation)
         for part in (training, validation):
-            assert part == sorted(part, key=lambda row: row.index)
-        together = sorted(training + validation, key=lambda row: row.index)
-        assert together == self.rows
+            assert list(part) == sorted(part, key=lambda row: row.index)
+        together = sorted([*training, *validation], key=lambda row: row.index)
+        assert together == list(rows)
 
-    def test_from_one_on_it_is_a_number_of_rows(self):
-        assert len(split(self.rows, 7, seed=0)[1]) == len(split(self.rows, 7.0, seed=0)[1]) == 7
+    def test_from_one_on_it_is_a_number_of_rows(self, rows):
+        assert len(split(rows, 7, seed=0)[1]) == len(split(rows, 7.0, seed=0)[1]) == 7
 
     @pytest.mark.parametrize("validation", [0, -1, 0.001, 1.5, 50, 0.999, float("nan")])
-    def test_nothing_left_on_a_side_is_an_error(self, validation):
+    def test_nothing_left_on_a_side_is_an_error(self, validation, rows):
         with pytest.raises(UserError, match="--validation_split"):
-            split(self.rows, validation, seed=0)
+            split(rows, validation, seed=0)
+
+
+class TestFolders:
+    def test_all_files_of_rows_below(self, tmp_path):
+        folder = tmp_path / "rows"
+        for name in ("b.json", "a/z.jsonl", ".cache/c.json", "dataset_info.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write(folder / name, [{**GOOD, "output": name}])
+        write(folder / "notes.txt", "text")
+        assert [row.messages[-1]["content"] for row in open_rows(folder)] == ["a/z.jsonl", "b.json"]
+        (folder / "a" / "z.jsonl").write_text('{"text": "one"}')
+        (folder / "b.json").write_text('[{"text": "two"}]')
+        assert load_texts(folder) == ["one", "two", "text"]
+
+    def test_empty_folder(self, tmp_path):
+        with pytest.raises(UserError, match=r"no \.json, \.jsonl file in it"):
+            open_rows(tmp_path)
+
+
+class TestMix:
+    @pytest.fixture
+    def files(self, tmp_path):
+        main = write(tmp_path / "main.json", [GOOD] * 80)
+        general = write(tmp_path / "general.json", [{**GOOD, "output": str(n)} for n in range(50)])
+        return main, general
+
+    def answers(self, rows):
+        return [row.messages[-1]["content"] for row in rows if "general" in row.source]
+
+    def test_share_of_all_rows(self, files):
+        main, general = files
+        said = []
+        rows = mix(open_rows(main), f"{general}:0.2", seed=1, say=said.append)
+        assert len(rows) == 100 and len(set(self.answers(rows))) == 20
+        assert said == [f"mixed in 20 rows of {general} to 80"]
+        again, other = (mix(open_rows(main), f"{general}:0.2", seed=seed, say=said.append)
+                        for seed in (1, 2))
+        assert self.answers(again) == self.answers(rows) != self.answers(other)
+
+    def test_rows_come_again_when_there_are_too_few(self, files):
+        main, general = files
+        said = []
+        rows = mix(open_rows(main), f"{general}:0.6", say=said.append)
+        answers = self.answers(rows)
+        assert len(answers) == 120
+        assert {answers.count(one) for one in set(answers)} == {2, 3} and len(set(answers)) == 50
+        assert any("has only 50 rows" in line for line in said)
+
+    @pytest.mark.parametrize("ratio", ["", ":", ":x", ":0", ":1", ":-0.5", ":0.0001", ":nan"])
+    def test_ratios_that_mean_nothing(self, files, ratio):
+        with pytest.raises(UserError, match="--mix .* FILE:RATIO"):
+            mix(open_rows(files[0]), f"{files[1].name}{ratio}")
 
 
 class TestRealFiles:
@@ -327,3 +383,62 @@ class TestRealFiles:
         assert len(load_texts(path)) == count
         with pytest.raises(UserError, match="--stage pt"):
             load_rows(path)
+
+
+class TestConvert:
+    """python -m minisft.dataset convert IN OUT"""
+
+    def run(self, *words):
+        return command("convert", *words, before=["-m", "minisft.dataset"], script=None)
+
+    @pytest.mark.parametrize("ending", [".json", ".jsonl"])
+    def test_firefly_becomes_sharegpt(self, shared_data, tmp_path, ending):
+        source, target = shared_data / "instruct" / "firefly_6_rows.jsonl", tmp_path / f"o{ending}"
+        done = self.run(source, target)
+        assert done.returncode == 0 and "6 rows" in done.stdout, done.stderr
+        originals = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+        text = target.read_bytes().decode("utf-8")
+        rows = json.loads(text) if ending == ".json" else list(map(json.loads, text.splitlines()))
+        assert rows == [{"conversations": [{"from": "human", "value": one["input"]},
+                                           {"from": "gpt", "value": one["target"]}]}
+                        for one in originals]
+        assert originals[0]["target"][:10] in text  # as characters, not as escapes
+        assert list(tmp_path.iterdir()) == [target]
+
+    def test_every_format_means_the_same_afterwards(self, shared_data, tmp_path):
+        for name in ("glaive_toolcall_zh_demo", "oaast_sft_zh", "alpaca_zh_demo"):
+            source, target = shared_data / "instruct" / f"{name}.json", tmp_path / f"{name}.json"
+            convert(source, target)
+            for before, after in zip(load_rows(source), load_rows(target), strict=True):
+                for message in before.messages:
+                    if more := message.pop("input", None):
+                        message["content"] += "\n" + more
+                assert (after.messages, after.tools) == (before.messages, before.tools)
+
+    def test_mistakes_leave_nothing_behind(self, tmp_path):
+        good = write(tmp_path / "good.json", [GOOD])
+        bad = write(tmp_path / "bad.json", [GOOD, {}])
+        output = tmp_path / "out.json"
+        for words, message in (((bad, output), "row 2"), ((good, good), "is there already"),
+                               ((good, good, "--overwrite"), "is also read from"),
+                               ((good, tmp_path / "no" / "out.json"), "No such file"),
+                               ((tmp_path / "none.json", output), "no such file")):
+            done = self.run(*words)
+            assert done.returncode == 2 and done.stderr.startswith("error: "), words
+            assert message in done.stderr and done.stderr.count("\n") == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "good.json"]
+        assert json.loads(good.read_text()) == [GOOD]
+        done = self.run(bad, output, "--skip_bad_rows")
+        assert "1 rows; 1 broken rows left out, the first: " in done.stdout
+        assert "sharegpt" in self.run("--help").stdout
+
+    def test_a_full_disk_leaves_the_old_file(self, tmp_path, monkeypatch):
+        good, output = write(tmp_path / "good.json", [GOOD]), write(tmp_path / "out.json", [])
+
+        def full(handle):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(UserError, match="out.json: No space left"):
+            convert(good, output, overwrite=True)
+        assert output.read_text() == "[]" and len(list(tmp_path.iterdir())) == 2

@@ -31,6 +31,10 @@ def learnable_examples(count=190):
     return examples
 
 
+def already_encoded(examples):
+    return batching.Batches(examples, lambda chosen: (chosen, batching.EncodeReport()))
+
+
 def metrics_of(run_dir):
     return read_metrics(run_dir / "metrics.jsonl")
 
@@ -44,11 +48,10 @@ class TrainerOnOurBatches(transformers.Trainer):
 
 def trainer_losses(model, options, examples, work):
     """Losses of transformers' Trainer on exactly the batches that our loop forms."""
-    batches, step_rows = [], batching.steps_of_epoch(
-        [len(one.ids) for one in examples], BATCH_SIZE * ACCUMULATION, options.seed, epoch=0)
-    for rows in step_rows:
-        for micro in batching.micro_batches(rows, BATCH_SIZE):
-            tokens, supervised = batching.collate([examples[row] for row in micro])
+    batches = []
+    for step in already_encoded(examples).steps(BATCH_SIZE * ACCUMULATION, 0, STEPS):
+        for micro in batching.micro_batches(step, BATCH_SIZE):
+            tokens, supervised = batching.collate(micro)
             labels = torch.where(supervised, tokens, -100)
             batches.append({"input_ids": tokens, "labels": labels})
     arguments = transformers.TrainingArguments(
@@ -87,7 +90,7 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
 
     losses, norms, rates = trainer_losses(theirs, options, examples, tmp_path)
     run = Run(options, ours, lora_config, len(examples), torch.float32, torch.device("cpu"))
-    train.train(run, examples, None)
+    train.train(run, already_encoded(examples), None)
     metrics = metrics_of(tmp_path)
 
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
@@ -136,6 +139,28 @@ def test_command_line_run(checkpoint, rows_file, tmp_path):
     again = command("--config", outputs[0] / "options.toml", "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == weights[0]
+
+
+def test_data_by_name_by_folder_and_mixed(checkpoint, rows_file, tmp_path):
+    """The same rows by every way of naming them, one with workers and one without."""
+    folder, info = tmp_path / "rows", tmp_path / "info"
+    for path in (folder, info):
+        path.mkdir()
+    (folder / "a.json").write_bytes(rows_file.read_bytes())
+    (info / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "../rows/a.json"}}))
+    shared = ["--model_name_or_path", checkpoint, "--template", "plain", "--max_steps", 6,
+              "--mix", f"{rows_file}:0.25", "--cutoff_len", 12]
+    first = command(*shared, "--dataset", "mine", "--dataset_dir", info, "--eval_dataset", "mine",
+                    "--dataloader_num_workers", 2, "--output_dir", tmp_path / "first")
+    assert first.returncode == 0, first.stderr
+    assert f"mixed in 8 rows of {rows_file} to 24" in first.stdout and "32 rows" in first.stdout
+    assert "epoch 1: " in first.stdout and "rows cut to the length limit" in first.stdout
+    second = command(*shared, "--train_dir", folder, "--valid_dir", folder,
+                     "--dataloader_num_workers", 0, "--output_dir", tmp_path / "second")
+    assert second.returncode == 0, second.stderr
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors")
+                     for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_recipe_of_a_run_repeats_it(checkpoint, rows_file, tmp_path):
@@ -189,6 +214,10 @@ def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_pa
     (["--learning_rate", "-1"], "--learning_rate"),
     (["--lora_target", "wq"], "q_proj"),
     (["--dataset", "nowhere.json"], "nowhere.json"),
+    (["--train_dir", "."], "--train_dir"),
+    (["--mix", "rows.json"], "FILE:RATIO"),
+    (["--valid_dir", ".", "--validation_split", "3"], "--validation_split"),
+    (["--cutoff_len", "3"], "--cutoff_len"),
     (["--bf16", "--dtype", "float16"], "--bf16"),
     (["--device", "cuda:99"], "cuda:99"),
     (["--eval_steps", "5"], "--eval_steps"),
