@@ -389,10 +389,12 @@ def save(options, model, lora_config, tokenizer, model_dir, output_dir):
     import torch
 
     from minisft.metrics import plot_loss
-    from minisft.weights import copy_generation_config, save_adapter, save_model
+    from minisft.weights import copy_generation_config, save_adapter, save_model, stored_dtype
 
     if lora_config is None:
-        save_model(model, output_dir, getattr(torch, model.config.dtype))
+        dtype = getattr(torch, model.config.dtype)
+        save_model(model, output_dir,
+                   dtype if options.train_from_scratch else stored_dtype(model_dir))
         copy_generation_config(model_dir, output_dir)
     else:
         save_adapter(model, output_dir, lora_config, options.model_name_or_path)
