@@ -22,7 +22,7 @@ $(TESTING): requirements-dev.txt requirements.txt requirements-extras.txt | $(PY
 endif
 
 demo: $(RUNTIME)
-	$(PYTHON) examples/demo.py
+	OMP_NUM_THREADS=1 $(PYTHON) examples/demo.py
 
 test: $(TESTING)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
