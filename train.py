@@ -14,132 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from minisft.options import (
-    SCHEDULES,
-    OptionParser,
-    UserError,
-    add_model_flags,
-    check_output_dir,
-    count,
-    natural,
-    not_negative,
-    positive,
-    resolve_device,
-    resolve_dtype,
-    save_options,
-    share,
-)
+from minisft.options import UserError, check_output_dir, resolve_device, resolve_dtype, save_options
 from minisft.options import run as run_script
-
-
-def parse_options(arguments=None):
-    parser = OptionParser(description=__doc__.split("\n")[0])
-    add, switch = add_model_flags(parser)
-    add("--adapter", help="go on training this LoRA adapter")
-    switch("--train_from_scratch", "ignore the checkpoint's weights: start from random ones")
-
-    add, switch = parser.section("data")
-    add("--stage", choices=["sft", "pt"], default="sft",
-        help="sft: answers in conversations; pt: all of plain text")
-    add("--dataset", help="files, folders and names in dataset_info.json, separated by commas")
-    add("--dataset_dir", default="data", help="folder of dataset_info.json")
-    add("--train_dir", help="folder of files, instead of --dataset")
-    add("--mix", metavar="FILE:RATIO",
-        help="blend in general data, as this share of all rows (0.15 to 0.3 is usual)")
-    add("--eval_dataset", help="the same as --dataset, held out for evaluation")
-    add("--valid_dir", help="folder of files held out, instead of --eval_dataset")
-    add("--validation_split", type=positive,
-        help="hold out this share (below 1) or number of rows of --dataset")
-    add("--max_samples", type=count, help="use only the first rows, for a quick try")
-    switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
-    add("--dataloader_num_workers", type=natural, default=2,
-        help="processes that read and encode rows ahead of training (0: none)")
-    add("--template", default="auto", help="conversation format, by name (auto: the checkpoint's)")
-    add("--default_system", help="system prompt of conversations that have none")
-    add("--cutoff_len", type=count, default=1024, help="longer rows are cut to this many tokens")
-    add("--block_size", type=count, default=512, help="tokens of a block with --stage pt")
-    add("--show_samples", type=natural, default=0, help="print N rows, what is learned in colour")
-
-    add, switch = parser.section("what is trained")
-    add("--finetuning_type", choices=["lora", "full"], default="lora", help="what is trained")
-    add("--lora_rank", type=count, default=8, help="rank of the adapter")
-    add("--lora_alpha", type=positive, help="scale of the adapter, over its rank (2 x rank)")
-    add("--lora_dropout", type=share, default=0.0, help="dropout on the adapter's input")
-    add("--lora_target", default="all", help="all, or module names separated by commas")
-    switch("--use_rslora", "scale by alpha over the root of the rank")
-    add("--modules_to_save", default="", help="train these in full: embed_tokens,lm_head")
-
-    add, switch = parser.section("optimisation")
-    add("--num_train_epochs", type=positive, default=3.0, help="passes over the rows")
-    add("--max_steps", type=count, help="stop after this many optimizer steps instead")
-    add("--per_device_train_batch_size", type=count, default=8, help="rows of a micro-batch")
-    add("--gradient_accumulation_steps", type=count, default=1, help="micro-batches of a step")
-    add("--learning_rate", type=positive, help="peak (1e-4 for lora, 1e-5 for full)")
-    add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="course after warm-up")
-    add("--lr_end", type=not_negative, default=0.0, help="where the polynomial course arrives")
-    add("--warmup_ratio", type=share, default=0.03, help="share of the steps to warm up over")
-    add("--warmup_steps", type=natural, help="number of steps to warm up over, instead")
-    add("--weight_decay", type=not_negative, default=0.0, help="of matrices only")
-    add("--adam_beta1", type=share, default=0.9, help="decay of AdamW's mean")
-    add("--adam_beta2", type=share, default=0.999, help="decay of AdamW's square")
-    add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon")
-    add("--max_grad_norm", type=not_negative, default=1.0, help="clip the gradient to it; 0: no")
-    switch("--gradient_checkpointing", "compute activations twice instead of keeping them")
-    add("--seed", type=natural, default=42, help="of the order of rows, adapter start and dropout")
-
-    add, switch = parser.section("output")
-    add("--output_dir", required=True, help="folder for the adapter or model, log and options")
-    switch("--overwrite_output_dir", "write into a folder that has something in it")
-    add("--logging_steps", type=count, default=10, help="steps between lines of metrics.jsonl")
-    add("--eval_steps", type=count, help="steps between evaluations (default: at the end)")
-    add("--per_device_eval_batch_size", type=count, default=8, help="rows of an evaluation batch")
-    add("--save_steps", type=count, default=500, help="steps between checkpoints")
-    add("--save_total_limit", type=count, default=2, help="checkpoints kept, and the best")
-    add("--resume_from_checkpoint", metavar="auto|DIR",
-        help="go on from a checkpoint; auto: from the newest complete one, if there is any")
-    switch("--load_best_model_at_end", "in the end take the weights with the lowest eval loss")
-    add("--early_stopping_patience", type=count, help="stop after so many evaluations without gain")
-    switch("--plot_loss", "draw loss.png into the output folder (needs matplotlib)")
-    options = parser.parse_options(arguments)
-    return check_options(options, parser.given(options))
-
-
-OF_LORA = {"adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora",
-           "modules_to_save"}
-OF_SFT = {"template", "default_system", "cutoff_len", "show_samples"}
-
-
-def check_options(options, given):
-    """Refuse what cannot work before anything is loaded; fill in defaults that depend.
-
-    given: the names of the flags that were set to something else than their default.
-    """
-    full, pretraining = options.finetuning_type == "full", options.stage == "pt"
-    held_out = [options.eval_dataset, options.valid_dir, options.validation_split]
-    for names, wrong, way_out in (
-        (OF_LORA, full, "belongs to --finetuning_type lora"),
-        (OF_SFT, pretraining, "belongs to --stage sft"),
-        ({"block_size"}, not pretraining, "belongs to --stage pt"),
-        ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
-        ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
-        ({"eval_steps", "load_best_model_at_end", "early_stopping_patience"}, not any(held_out),
-         "needs --eval_dataset, --valid_dir or --validation_split"),
-        ({"validation_split"}, options.eval_dataset or options.valid_dir,
-         "contradicts --eval_dataset and --valid_dir"),
-        ({"valid_dir"}, options.eval_dataset, "contradicts --eval_dataset"),
-        ({"train_dir"}, options.dataset, "contradicts --dataset"),
-        (OF_LORA - {"adapter", "lora_dropout"}, options.adapter,
-         "is the adapter's own, which --adapter brings"),
-    ):
-        if wrong and names & given:
-            raise UserError(f"--{min(names & given)} {way_out}")
-    if not (options.dataset or options.train_dir):
-        raise UserError("give --dataset or --train_dir: what to train on (see --help)")
-    if options.learning_rate is None:
-        options.learning_rate = 1e-5 if full else 1e-4
-    if options.lora_alpha is None and not (full or options.adapter):
-        options.lora_alpha = 2.0 * options.lora_rank
-    return options
+from minisft.training_options import parse_options
 
 
 def load_data(options, tokenizer, template, config, say):
@@ -314,10 +191,10 @@ def early(run):
 
 def main():
     options = parse_options()
-    allowed = options.overwrite_output_dir or (
-        options.resume_from_checkpoint and (Path(options.output_dir) / "options.toml").exists())
-    output_dir = check_output_dir(options.output_dir, allowed, options.model_name_or_path,
-                                  options.adapter)
+    resuming = options.resume_from_checkpoint
+    allowed = resuming and (Path(options.output_dir) / "options.toml").exists()
+    output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir or allowed,
+                                  options.model_name_or_path, options.adapter)
 
     import torch
 
@@ -328,18 +205,11 @@ def main():
     from minisft.tokenizer import Tokenizer
     from minisft.weights import resolve
 
+    say = parallel.say
     device = parallel.start(resolve_device(options))
     dtype = resolve_dtype(options, device)
-    is_main = parallel.rank() == 0
-
-    def say(text):
-        if is_main:
-            print(text, flush=True)
-
     model_dir = resolve(options.model_name_or_path)
-    config = ModelConfig.load(model_dir)
-    tokenizer = Tokenizer.load(model_dir)
-    template = None
+    config, tokenizer, template = ModelConfig.load(model_dir), Tokenizer.load(model_dir), None
     if options.stage == "sft":
         template = get_template(options.template, tokenizer, options.default_system)
         say(f"template: {template.name}")
@@ -350,17 +220,16 @@ def main():
     torch.manual_seed(options.seed)
     model, lora_config = load_trainable(options, model_dir, dtype, device)
     torch.manual_seed(options.seed + parallel.rank())  # dropout differs between processes
-    num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     num_parameters = sum(one.numel() for one in model.parameters())
+    num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     say(f"{len(batches.rows):,} rows; training {num_trained:,} of {num_parameters:,} parameters "
         f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
         f"{parallel.world_size()} process(es)")
 
-    resumed = None
-    if options.resume_from_checkpoint:
-        resumed = checkpoint.find(output_dir, options.resume_from_checkpoint, say)
+    resumed = checkpoint.find(output_dir, resuming, say) if resuming else None
+    if resuming:
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
-    if is_main:
+    if parallel.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         if resumed is None:
             checkpoint.remove_all(output_dir)
@@ -369,42 +238,45 @@ def main():
     interrupted = train(run, batches, eval_examples)
     run.progress.close()
     if interrupted:
-        say(f"stopped and saved at step {run.progress.step}; go on with\n"
-            f"  python train.py --config {output_dir / 'options.toml'} "
-            "--resume_from_checkpoint auto")
-        parallel.stop()
+        say(f"stopped and saved at step {run.progress.step}; go on with\n  python train.py "
+            f"--config {output_dir / 'options.toml'} --resume_from_checkpoint auto")
+    else:
+        save(run, tokenizer, model_dir, output_dir)
+    parallel.stop()
+    if interrupted:
         sys.exit(128 + interrupted)
+
+
+def save(run, tokenizer, model_dir, output_dir):
+    """Write the adapter, or the whole model in the type its checkpoint had; draw the losses."""
+    import torch
+
+    from minisft import checkpoint, parallel
+    from minisft.metrics import plot_loss
+    from minisft.weights import copy_generation_config, save_adapter, save_model, stored_dtype
+
+    options, model, say = run.options, run.model, parallel.say
     if options.load_best_model_at_end and run.best["step"]:
         best = output_dir / f"checkpoint-{run.best['step']}"
         checkpoint.restore_weights(model, best)
         say(f"took the weights of {best}, evaluation loss {run.best['loss']:.4f}")
-    if is_main:
-        save(options, model, lora_config, tokenizer, model_dir, output_dir)
-        say(f"saved to {output_dir}")
-    parallel.stop()
-
-
-def save(options, model, lora_config, tokenizer, model_dir, output_dir):
-    """Write the adapter, or the whole model in the type its checkpoint had."""
-    import torch
-
-    from minisft.metrics import plot_loss
-    from minisft.weights import copy_generation_config, save_adapter, save_model, stored_dtype
-
-    if lora_config is None:
-        dtype = getattr(torch, model.config.dtype)
-        save_model(model, output_dir,
-                   dtype if options.train_from_scratch else stored_dtype(model_dir))
-        copy_generation_config(model_dir, output_dir)
+    if parallel.rank() != 0:
+        return
+    if run.lora_config:
+        save_adapter(model, output_dir, run.lora_config, options.model_name_or_path)
     else:
-        save_adapter(model, output_dir, lora_config, options.model_name_or_path)
+        fresh = options.train_from_scratch
+        dtype = getattr(torch, model.config.dtype) if fresh else stored_dtype(model_dir)
+        save_model(model, output_dir, dtype)
+        copy_generation_config(model_dir, output_dir)
     tokenizer.save(output_dir)
+    say(f"saved to {output_dir}")
     if options.plot_loss:
         try:
-            print(f"drew {plot_loss(output_dir)}")
+            say(f"drew {plot_loss(output_dir)}")
         except ImportError:
-            print("--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
-                  f"{output_dir / 'metrics.jsonl'}")
+            say("--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
+                f"{output_dir / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def say(text):
+    """Print, in the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def world_size():
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -45,6 +45,9 @@ class Run:
         self.warmup_steps = options.warmup_steps
         if self.warmup_steps is None:
             self.warmup_steps = math.ceil(self.total_steps * options.warmup_ratio)
+        if self.warmup_steps >= self.total_steps:
+            parallel.say(f"the warm-up takes all {self.total_steps} steps, so the learning rate "
+                         "never reaches its peak: lower --warmup_steps or --warmup_ratio")
         self.optimizer = build_optimizer(
             model, options.learning_rate, options.weight_decay,
             (options.adam_beta1, options.adam_beta2), options.adam_epsilon,
@@ -76,9 +79,9 @@ class Run:
     def _restore_random(self, states):
         if len(states) == parallel.world_size():
             set_random_state(states[parallel.rank()], self.device)
-        elif parallel.rank() == 0:
-            print(f"{parallel.world_size()} processes instead of {len(states)}: every step still "
-                  f"has the same {self.rows_per_step} rows; dropout is drawn anew")
+        else:
+            parallel.say(f"{parallel.world_size()} processes instead of {len(states)}: every step "
+                         f"still has the same {self.rows_per_step} rows; dropout is drawn anew")
 
     def save_checkpoint(self):
         """Write the state of all processes to `checkpoint-STEP`, in the first process."""

@@ -16,7 +16,7 @@ LAYERS = [
     "ifd selection gguf_export multiple_choice compare assistant",
     "generate run checkpoint weights batching objective metrics parallel",
     "model lora quantize tokenizer template dataset dataset_info records formats optimizer kmeans",
-    "config",
+    "config training_options",
     "options",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
@@ -73,7 +73,8 @@ def test_help_is_fast_and_every_flag_is_read(script):
     assert time.monotonic() - began < 2.0  # far below what loading torch takes on a busy machine
     flags = set(re.findall(r"^  (?:-\w, )?--(\w+)", done.stdout, re.MULTILINE)) - {"help"}
     assert len(flags) > 5
-    sources = [path for path in ROOMS if path.stem in ("options", "assistant", "run")] + [script]
+    readers = ("options", "training_options", "assistant", "run")
+    sources = [path for path in ROOMS if path.stem in readers] + [script]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unread = {flag for flag in flags
               if not re.search(rf"options\.{flag}\b|\"{flag}\"|\.{flag}\b", text)}
