@@ -50,9 +50,11 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        # The factors are kept in float32; multiply in the type of the activations.
-        low = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
-        return self.base_layer(x) + self.scaling * F.linear(low, self.lora_B.weight.to(x.dtype))
+        """y (..., out_features) of x (..., in_features)."""
+        # The factors are kept in float32; multiply in the type of the activations. Scaling comes
+        # before B, where the tensor is only `rank` wide.
+        low = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype)) * self.scaling
+        return self.base_layer(x) + F.linear(low, self.lora_B.weight.to(x.dtype))
 
     @torch.no_grad()
     def merged(self, dtype=None):

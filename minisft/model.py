@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, with the root mean square in float32 (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 (arXiv 1910.07467)."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -29,9 +29,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * wide.to(x.dtype)).to(x.dtype)
+        """The same shape and type as x (..., width)."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_frequencies(config, length, device=None):
@@ -93,21 +92,25 @@ def _yarn_frequencies(frequencies, scaling, theta, width):
 
 
 def rotate(x, cos, sin):
-    """Rotate pairs (i, i + d/2) of x (B, heads, T, d) by angles; cos, sin (B or 1, 1, T, d)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    """Rotate pairs (i, i + d/2) of x (B, heads, T, d); cos, sin (B or 1, 1, T, d).
+
+    (left, right) becomes (left cos - right sin, right cos + left sin); the minus is in `sin`.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class KeyValueCache:
     """Keys and values of the tokens seen so far, one pair of (B, K, capacity, d) per layer.
 
     Handed to `forward`, never kept in modules. Grows by doubling, so that a new token costs a
-    write, not a copy of the past. `length` counts the tokens held.
+    write, not a copy of the past. `length` counts the tokens held; `angles` are the rotary cos and
+    sin of the first positions, computed once.
     """
 
     def __init__(self, config):
         self.length = 0
         self.pairs = [None] * config.num_hidden_layers
+        self.angles = None
 
     def append(self, layer, keys, values):
         """Add (B, K, T, d) of one layer; returns views of all keys and values (B, K, S, d)."""
@@ -157,19 +160,26 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         else:
-            self.q_norm = self.k_norm = nn.Identity()
+            self.q_norm = self.k_norm = None
 
     def forward(self, x, cos, sin, mask, cache, layer):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.num_heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim))
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
         v = self.v_proj(x).view(B, T, self.num_key_value_heads, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        # Without a mask every query sees the keys up to its own; one query alone sees them all.
+        if T == 1:
+            # One token sees all keys: the heads that share keys can stand where time does.
+            q = q.view(B, self.num_key_value_heads, -1, self.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, K, H/K, d)
+            return self.o_proj(y.view(B, 1, -1))
+        # Without a mask every query sees the keys up to its own.
         y = F.scaled_dot_product_attention(  # (B, H, T, d)
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -220,10 +230,11 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, positions, mask, cache):
         T, past = tokens.shape[1], cache.length if cache is not None else 0
-        if positions is None:
-            positions = torch.arange(past, past + T, device=tokens.device)
         x = self.embed_tokens(tokens)
-        cos, sin = self._angles(positions, x.dtype)
+        if positions is None:
+            cos, sin = self._next_angles(past, past + T, x, cache)
+        else:
+            cos, sin = self._angles(positions, x.dtype)
         masks = self._masks(T, past + T, mask, tokens.device)
         for index, layer in enumerate(self.layers):
             arguments = (x, cos, sin, masks[self.config.layer_types[index]], cache, index)
@@ -235,16 +246,26 @@ class Decoder(nn.Module):
             cache.length += T
         return self.norm(x)
 
+    def _next_angles(self, start, end, x, cache):
+        """_angles of positions start..end - 1; a cache keeps a table of them, grown by doubling."""
+        scaling = self.config.rope_scaling
+        if cache is None or scaling and scaling["rope_type"] == "dynamic":
+            return self._angles(torch.arange(start, end, device=x.device), x.dtype)
+        if cache.angles is None or cache.angles[0].shape[2] < end:
+            table = torch.arange(max(2 * end, 64), device=x.device)
+            cache.angles = self._angles(table, x.dtype)
+        return tuple(part[:, :, start:end] for part in cache.angles)
+
     def _angles(self, positions, dtype):
-        """cos and sin (B or 1, 1, T, d) of every position, computed in float32."""
+        """cos and signed sin (B or 1, 1, T, d) of every position, computed in float32."""
         scaling, length = self.config.rope_scaling, 0
         if scaling and scaling["rope_type"] == "dynamic":
             length = int(positions.max()) + 1
         frequencies, factor = rotary_frequencies(self.config, length, positions.device)
         angles = positions[..., None].float() * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
         angles = angles.view(-1, 1, *angles.shape[-2:])
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _masks(self, T, S, mask, device):
         """The mask of each layer type: None (causal), or True where a query may see a key."""
