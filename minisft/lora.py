@@ -51,10 +51,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """y (..., out_features) of x (..., in_features)."""
-        # The factors are kept in float32; multiply in the type of the activations. Scaling comes
-        # before B, where the tensor is only `rank` wide.
-        low = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype)) * self.scaling
-        return self.base_layer(x) + F.linear(low, self.lora_B.weight.to(x.dtype))
+        # The factors are kept in float32; multiply in the type of the activations.
+        low = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
+        return self.base_layer(x) + self.scaling * F.linear(low, self.lora_B.weight.to(x.dtype))
 
     @torch.no_grad()
     def merged(self, dtype=None):
