@@ -24,7 +24,7 @@ WEIGHTS = {
     "odd_one": 3,
     "add": 3,
     "add_large": 3,
-    "owners": 2,
+    "owners": 3,
     "longest": 1.5,
     "compare": 1.5,
     "opposite": 1.5,

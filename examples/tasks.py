@@ -142,7 +142,10 @@ def membership(rng):
 
 
 def owners(rng):
-    """Two people, each with a coloured thing; the question is about one of them."""
+    """Two people, each with a coloured thing; the question is about one of them.
+
+    The slots with `other` tell of the other one, so that statements can be about both.
+    """
     names, names_zh = rng.sample(PEOPLE, 2), rng.sample(PEOPLE_ZH, 2)
     colors, things = rng.sample(COLORS, 2), rng.sample(THINGS, 2)
     asked = rng.randrange(2)
@@ -154,9 +157,15 @@ def owners(rng):
         "who": names[asked],
         "color": colors[asked][0],
         "thing": things[asked][0],
+        "other_who": names[1 - asked],
+        "other_color": colors[1 - asked][0],
+        "other_thing": things[1 - asked][0],
         "who_zh": names_zh[asked],
         "color_zh": colors[asked][1],
         "thing_zh": things[asked][1],
+        "other_who_zh": names_zh[1 - asked],
+        "other_color_zh": colors[1 - asked][1],
+        "other_thing_zh": things[1 - asked][1],
     }
 
 

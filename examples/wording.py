@@ -155,31 +155,31 @@ TASKS = [
         "add", add, "{total}",
         [
             "What is {left} + {right}?", "Add {left} and {right}.",
-            "Add the numbers. | {left} {right}",
+            "Add the numbers. | {left} + {right}",
         ],
         ["{left} plus {right} is {total}.", "{left} + {right}={total}"],
     ),
     Task(
         "add_zh", add, "{total}",
-        ["{left}加{right}等于多少？", "求两个数的和。 | {left} {right}"],
+        ["{left}加{right}等于多少？", "求两个数的和。 | {left}和{right}"],
         ["{left}加{right}等于{total}。", "{left}和{right}的和是{total}。"],
     ),
     Task(
         "add_large", add_large, "{total}",
         [
             "What is {left} + {right}?", "Add {left} and {right}.",
-            "Add the numbers. | {left} {right}",
+            "Add the numbers. | {left} + {right}",
         ],
         ["{left} plus {right} is {total}.", "{left} + {right}={total}"],
     ),
     Task(
         "larger", compare, "{larger}",
-        ["Which number is larger, {left} or {right}?", "Give the larger number. | {left} {right}"],
+        ["Of {left} and {right}, which is larger?", "Give the larger number. | {left} and {right}"],
         ["Of {left} and {right}, {larger} is larger.", "larger of {left} and {right}={larger}"],
     ),
     Task(
         "smaller_zh", compare, "{smaller}",
-        ["{left}和{right}哪个更小？", "写出更小的数。 | {left} {right}"],
+        ["{left}和{right}，更小的是哪个？", "写出更小的数。 | {left}、{right}"],
         ["{left}和{right}，更小的是{smaller}。", "更小的数：{left}、{right}，{smaller}。"],
     ),
     Task(
@@ -190,22 +190,29 @@ TASKS = [
     Task(
         "color_of", owners, "{color}",
         ["What color is the {thing}? | {text}", "{text} What is the color of the {thing}?"],
-        ["The {thing} is {color}.", "color of the {thing}={color}"],
+        [
+            "The {thing} is {color}.", "color of the {thing}={color}",
+            "The {other_thing} is {other_color}.", "color of the {other_thing}={other_color}",
+        ],
         context="{text}",
     ),
     Task(
         "owner", owners, "{who}",
         ["Who has the {thing}? | {text}", "{text} Who has something {color}?"],
         [
-            "{who} has the {thing}.", "The one with the {thing} is {who}.",
-            "owner of something {color}={who}",
+            "The one with the {thing} is {who}.", "owner of something {color}={who}",
+            "The one with the {other_thing} is {other_who}.",
+            "owner of something {other_color}={other_who}",
         ],
         context="{text}",
     ),
     Task(
         "owner_zh", owners, "{who_zh}",
         ["谁有{thing_zh}？ | {text_zh}", "{text_zh}{color_zh}的东西是谁的？"],
-        ["有{thing_zh}的是{who_zh}。", "{color_zh}的东西是{who_zh}的。"],
+        [
+            "有{thing_zh}的是{who_zh}。", "{color_zh}的东西是{who_zh}的。",
+            "有{other_thing_zh}的是{other_who_zh}。", "{other_color_zh}的东西是{other_who_zh}的。",
+        ],
         context="{text_zh}",
     ),
     Task(
