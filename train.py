@@ -102,7 +102,7 @@ def train(run, batches, eval_examples):
             parts = batching.micro_batches(examples, options.per_device_train_batch_size,
                                            rank, world_size)
             loss_sum, num_targets, grad_norm = train_step(
-                run, [batching.collate(part, run.device) for part in parts])
+                run, [batching.collate(part, run.device, run.pad_multiple) for part in parts])
             progress.add(loss_sum, num_targets, sum(len(example.ids) for example in examples))
             if due(run, options.logging_steps):
                 progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)

@@ -27,6 +27,7 @@ from minisft.options import UserError
 
 # Lengths are rounded up to a multiple: fewer shapes to prepare kernels for, aligned rows.
 PAD_MULTIPLE = 8
+COMPILED_PAD_MULTIPLE = 128  # few different shapes for compiled layers
 # A window has at most so many steps, and fewer where their rows would be larger than this.
 WINDOW_STEPS, WINDOW_BYTES = 128, 2 * 2**20
 # Texts stay together, in the order of the file, in runs of about so many blocks.
@@ -330,14 +331,14 @@ def micro_batches(step_rows, batch_size, rank=0, world_size=1):
             for start in range(0, max(1, len(step_rows)), stride)]
 
 
-def collate(examples, device="cpu"):
+def collate(examples, device="cpu", pad_multiple=PAD_MULTIPLE):
     """Examples -> tokens (B, T) int64 and supervised (B, T) bool, padded on the right.
 
     Padding is never supervised, and a row's own tokens never see it; its id is of no importance.
-    No examples give one row of padding.
+    T is a multiple of `pad_multiple`. No examples give one row of padding.
     """
     longest = max([len(one.ids) for one in examples], default=1)
-    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    width = -(-longest // pad_multiple) * pad_multiple
     tokens = torch.zeros(max(1, len(examples)), width, dtype=torch.int64)
     supervised = torch.zeros_like(tokens, dtype=torch.bool)
     for row, example in enumerate(examples):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from minisft import parallel
+from minisft.batching import COMPILED_PAD_MULTIPLE, PAD_MULTIPLE
 from minisft.checkpoint import load_state, random_state, restore_weights, save, set_random_state
 from minisft.metrics import Progress
 from minisft.optimizer import build_optimizer
@@ -66,6 +67,11 @@ class Run:
                 self.best = state["best"]
             self._restore_random(state["random"])
         model.model.gradient_checkpointing = options.gradient_checkpointing
+        self.pad_multiple = PAD_MULTIPLE
+        if options.compile:
+            self.pad_multiple = COMPILED_PAD_MULTIPLE
+            for layer in model.model.layers:
+                layer.compile()
         self.wrapped = parallel.wrap(model)
         self.progress = Progress(self.total_steps, Path(options.output_dir) / "metrics.jsonl",
                                  device, state and state["progress"])

@@ -84,6 +84,7 @@ def _add_optimisation_flags(add, switch):
     add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon")
     add("--max_grad_norm", type=not_negative, default=1.0, help="clip the gradient to it; 0: no")
     switch("--gradient_checkpointing", "compute activations twice instead of keeping them")
+    switch("--compile", "compile the layers: minutes at the start, faster steps on a GPU")
     add("--seed", type=natural, default=42, help="of the order of rows, adapter start and dropout")
 
 

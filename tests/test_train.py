@@ -105,6 +105,26 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
             torch.testing.assert_close(parameter, final[name], rtol=0, atol=2e-4)
 
 
+def test_compiled_layers_compute_the_same(tmp_path):
+    """--compile pads to other lengths and fuses operations; the losses stay."""
+    losses = []
+    for switches in ([], ["--compile"]):
+        torch.manual_seed(0)
+        options = train.parse_options([
+            "--model_name_or_path", "-", "--dataset", "-", "--finetuning_type", "full",
+            "--output_dir", str(tmp_path), "--max_steps", "4", "--learning_rate", "5e-3",
+            "--logging_steps", "1", *switches])
+        model = CausalLM(ModelConfig.from_dict(CONFIG))
+        model.initialize()
+        examples = learnable_examples(32)  # whole batches only, so one shape to compile
+        run = Run(options, model, None, len(examples), torch.float32, torch.device("cpu"))
+        train.train(run, already_encoded(examples), None)
+        compiled = [layer for layer in model.model.layers if layer._compiled_call_impl]
+        assert len(compiled) == (len(model.model.layers) if switches else 0)
+        losses.append([row["loss"] for row in metrics_of(tmp_path)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-4)
+
+
 def test_command_line_run(checkpoint, rows_file, tmp_path):
     """LoRA by command line, from a recipe, twice: equal files; then full."""
     recipe = tmp_path / "recipe.toml"

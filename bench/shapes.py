@@ -1,0 +1,73 @@
+"""Checkpoints with random weights and the shapes of well-known models, for the benchmarks.
+
+    write_checkpoint("runs/shape", "tinyllama", num_layers=2)
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from minisft.config import ModelConfig
+from minisft.model import CausalLM
+
+COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+          "eos_token_id": 2, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
+SHAPES = {
+    "small": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172,
+              "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+              "max_position_embeddings": 2048},
+    "tinyllama": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+                  "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+                  "max_position_embeddings": 2048},
+    "llama3-8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+                  "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+                  "max_position_embeddings": 8192, "rope_theta": 500000.0},
+}
+
+
+def write_checkpoint(folder, shape, num_layers=None, dtype=torch.bfloat16, tokenizer_dir=None):
+    """Write config.json, one safetensors file a layer and an index; returns the ModelConfig.
+
+    tokenizer_dir: its tokenizer files are copied along.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = COMMON | SHAPES[shape] | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    content["num_hidden_layers"] = num_layers or content["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    config = ModelConfig.from_dict(content)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in CausalLM(config).state_dict().items()}
+    generator, shards, weight_map = torch.Generator().manual_seed(0), {}, {}
+    for name in shapes:
+        shard = name.split(".")[2] if name.startswith("model.layers.") else "rest"
+        shards.setdefault(f"model-{shard}.safetensors", []).append(name)
+    for file, names in shards.items():
+        tensors = {name: random_tensor(name, shapes[name], generator).to(dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    for path in Path(tokenizer_dir).glob("*token*") if tokenizer_dir else ():
+        shutil.copy(path, folder)
+    return config
+
+
+def random_tensor(name, shape, generator):
+    """Norms one, all else normal with the usual spread."""
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    return torch.randn(shape, generator=generator) * 0.02
+
+
+def parameters_of(config):
+    """(those of the layers and the output matrix, which every token is multiplied by; all)."""
+    with torch.device("meta"):
+        model = CausalLM(dataclasses.replace(config))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embedding = config.vocab_size * config.hidden_size
+    return total - (0 if config.tie_word_embeddings else embedding), total
