@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from minisft import weights
+from minisft.batching import check_vocabulary
 from minisft.generate import stream
 from minisft.model import KeyValueCache
 from minisft.options import UserError, recorded_options, resolve_device, resolve_dtype
@@ -34,14 +35,17 @@ class Assistant:
         self.dtype = resolve_dtype(wanted, self.device)
         model_dir = weights.resolve(path)
         # The quick parts first: a mistake in them should not wait for the weights.
+        adapter_dir = None
+        if adapter is not None:
+            adapter_dir = weights.resolve(adapter, weights.ADAPTER_CONFIG)
         self.tokenizer = Tokenizer.load(model_dir)
-        trained = recorded_options(adapter if adapter is not None else model_dir)
+        trained = recorded_options(adapter_dir or model_dir)
         if template == "auto":
             template = trained.get("template", "auto")
         self.template = get_template(template, self.tokenizer, trained.get("default_system"))
         self.model = weights.load_model(model_dir, self.dtype, self.device)
-        if adapter is not None:
-            weights.load_adapter(self.model, weights.resolve(adapter, weights.ADAPTER_CONFIG))
+        if adapter_dir:
+            weights.load_adapter(self.model, adapter_dir)
             # An adapter comes in float32: convert it here, not again for every token.
             self.model.to(self.dtype).eval()
         config = self.model.config
@@ -70,9 +74,11 @@ class Assistant:
         """Yield the answer to `messages` piece by piece, each piece whole characters.
 
         Ids that this conversation shares with the one before are not computed again. One answer
-        at a time; it may be left in the middle.
+        at a time; it may be left in the middle. Raises UserError where there is no room for one or
+        the tokenizer is another model's.
         """
         ids = self.template.encode_prompt(messages)
+        check_vocabulary(ids, self.model.config.vocab_size)
         room = self.max_length - len(ids)
         if room < 1:
             raise UserError(f"the conversation has {len(ids)} tokens, the limit is "

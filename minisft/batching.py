@@ -84,7 +84,7 @@ def encode_rows(rows, template, cutoff_len, vocab_size=None):
     for row in rows:
         try:
             ids, supervised = template.encode(row.messages, row.tools)
-            _check_vocabulary(ids, vocab_size)
+            check_vocabulary(ids, vocab_size)
         except UserError as error:
             raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
         report.num_rows += 1
@@ -111,7 +111,7 @@ def encode_texts(texts, tokenizer, block_size, vocab_size=None):
     for text in texts:
         report.num_rows += 1
         ids = begin + tokenizer.encode(text) + end
-        _check_vocabulary(ids, vocab_size)
+        check_vocabulary(ids, vocab_size)
         pieces.append(np.asarray(ids, np.int32))
     stream = np.concatenate(pieces)
     blocks = [stream[start : start + block_size] for start in range(0, len(stream), block_size)]
@@ -126,7 +126,8 @@ def encoded(rows, encode, numbers=None):
     return examples, report
 
 
-def _check_vocabulary(ids, vocab_size):
+def check_vocabulary(ids, vocab_size):
+    """UserError if an id is none of the model's `vocab_size` (None: any will do)."""
     if vocab_size is not None and max(ids, default=0) >= vocab_size:
         raise UserError(f"the tokenizer gives id {max(ids)}, the model's vocabulary has "
                         f"{vocab_size}; is it the tokenizer of this checkpoint?")

@@ -184,3 +184,21 @@ def test_auto_takes_the_template_of_the_training(tiny_chat_model_dir, tmp_path):
     assert trained.template.name == "alpaca"
     assert "Be brief." in trained.template.render([{"role": "user", "content": "hi"}])
     assert Assistant(folder, template="plain").template.name == "plain"
+
+
+def test_a_checkpoint_of_a_run_takes_the_template_of_the_run(tiny_chat_model_dir, tmp_path):
+    model, lora = load_model(tiny_chat_model_dir), LoraConfig(rank=2)
+    add_lora(model, lora)
+    save_adapter(model, tmp_path / "checkpoint-10", lora, tiny_chat_model_dir)
+    (tmp_path / "options.toml").write_text('template = "alpaca"\n')
+    assert Assistant(tiny_chat_model_dir, tmp_path / "checkpoint-10").template.name == "alpaca"
+
+
+def test_the_tokenizer_of_another_model_is_told(shared_data, tiny_chat_model_dir, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny_chat_model_dir / name, tmp_path / name)
+    for path in (shared_data / "tokenizers/Qwen2.5").glob("tokenizer*"):
+        shutil.copyfile(path, tmp_path / path.name)
+    assistant = Assistant(tmp_path, device="cpu", dtype="float32")
+    with pytest.raises(UserError, match="vocabulary has 300; is it the tokenizer of this"):
+        answer_of(assistant, [user("你好")])
