@@ -128,6 +128,22 @@ def test_llama3_as_published(shared_data):
     assert template.render([SYSTEM, QUESTION, ANSWER]) == expected + "Two *marks*.<|eot_id|>"
 
 
+def test_llama3_of_a_checkpoint_of_llama_31_or_32(shared_data):
+    """Its chat template opens with a system turn of two lines, whether there is a prompt or not."""
+    tokenizer = Tokenizer.load(shared_data / LLAMA3)
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    expected = "<|begin_of_text|>" + head.format("system") + dates + "{}<|eot_id|>"
+    expected += head.format("user") + "Hi<|eot_id|>"
+    tokenizer.chat_template = "'<|start_header_id|>' '<|eot_id|>' " + dates.replace("\n", "\\n")
+    for name in ("auto", "llama3"):
+        template = get_template(name, tokenizer)
+        assert template.render(turns("Hi")) == expected.format("")
+        assert template.render([SYSTEM, *turns("Hi")]) == expected.format(SYSTEM["content"])
+        check_prefixes_and_spans(template)
+    assert "Cutting" not in get_template("alpaca", tokenizer).render(turns("Hi"))
+
+
 def test_llama2_as_published(shared_data):
     template = get_template("llama2", load(shared_data / TINYLLAMA))
     expected = (
@@ -346,3 +362,6 @@ def test_show_colours_what_is_supervised(tiny_tokenizer_dir):
         "<s><|im_start|>user\n你<|im_end|>\n<|im_start|>assistant\n"
         "\033[32m猫 the cat<|im_end|>\033[0m\n"
     )
+    crooked = template.show(*template.encode(turns("\x1b[0m\r\n\t你\x9b", "\x00")))
+    assert r"\x1b[0m\x0d" in crooked and "\n\t你\\x9b" in crooked and r"\x00" in crooked
+    assert crooked.count("\x1b") == 2
