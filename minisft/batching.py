@@ -127,7 +127,7 @@ def encoded(rows, encode, numbers=None):
 
 
 def check_vocabulary(ids, vocab_size):
-    """UserError if an id is none of the model's `vocab_size` (None: any will do)."""
+    """UserError where the model's vocabulary (None: not known) has no place for an id."""
     if vocab_size is not None and max(ids, default=0) >= vocab_size:
         raise UserError(f"the tokenizer gives id {max(ids)}, the model's vocabulary has "
                         f"{vocab_size}; is it the tokenizer of this checkpoint?")

@@ -97,6 +97,7 @@ class _File:
     plain_text: bool
 
     def read(self, index):
+        """The Row (or str) of a record; BadRow names file and row."""
         path = self.records.path
         try:
             record = self.records[index]
@@ -287,6 +288,7 @@ def convert(dataset, output_path, overwrite=False, skipped=None, **options):
 
 
 def main():
+    """The command `convert`."""
     parser = OptionParser(prog="python -m minisft.dataset",
                           description="convert instruction data to the sharegpt format")
     parser.add_argument("command", choices=["convert"], help="what to do")
