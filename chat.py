@@ -23,6 +23,7 @@ from minisft.options import (
     run,
 )
 
+BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with
 INTERRUPTED = 130  # exit status, as a shell has it: 128 + SIGINT
 HELP = """\
 /reset          forget the conversation (the system prompt stays)
@@ -94,6 +95,7 @@ def parse_options():
 def read_question(prompt):
     """The text of --prompt, from standard input for `-`; None if it was not given."""
     text = sys.stdin.read() if prompt == "-" else as_text(prompt)
+    text = text and text.removeprefix(BYTE_ORDER_MARK)
     if text is not None and not text.strip():
         raise UserError("--prompt: the question is empty")
     return text
@@ -136,7 +138,7 @@ def read_line():
         if sys.stdin.isatty():  # the answers go to a file, into which input() would prompt
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        return line.rstrip("\r\n") if line else None
+        return line.removeprefix(BYTE_ORDER_MARK).rstrip("\r\n") if line else None
     try:
         import readline  # noqa: F401  (its import gives input() editing and history)
     except ImportError:

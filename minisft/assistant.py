@@ -64,7 +64,8 @@ class Assistant:
         while (length := len(self.template.encode_prompt(messages))) > limit:
             shorter = without_oldest_turn(messages)
             if shorter is None:
-                raise UserError(f"the message is too long: {length} tokens with its template, the "
+                raise UserError(f"the message is too long: {length} tokens with its template"
+                                f"{' and the system prompt' if head_of(messages) else ''}, the "
                                 f"limit is {limit} (of {self.max_length}, the rest is kept for "
                                 "the answer); shorten it")
             messages = shorter
@@ -101,12 +102,17 @@ class Assistant:
             self.cut_short = len(answer) == sampling.max_new_tokens
 
 
+def head_of(messages):
+    """How many messages come before the first turn: 1 with a system prompt, else 0."""
+    return int(bool(messages) and messages[0]["role"] == "system")
+
+
 def without_oldest_turn(messages):
     """The conversation without its first question and all up to the next; None if it is the only.
 
     A system prompt at the head stays.
     """
-    head = 1 if messages and messages[0]["role"] == "system" else 0
+    head = head_of(messages)
     for index in range(head + 1, len(messages)):
         if messages[index]["role"] == "user":
             return messages[:head] + messages[index:]

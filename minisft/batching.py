@@ -18,6 +18,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -190,8 +191,9 @@ class Batches:
         return math.ceil(self.num_examples / rows_per_step)
 
     def first(self, count):
-        """The Examples of the first rows, to be looked at."""
-        return encoded(self.rows[:count], self.encode)[0]
+        """The first `count` Examples, of rows that leave something to learn, to be looked at."""
+        each = (encoded(self.rows, self.encode, [row])[0] for row in range(len(self.rows)))
+        return list(islice(chain.from_iterable(each), count))
 
     def held_out(self, rows, say):
         """The Examples of rows to evaluate on, encoded like these and held in memory."""

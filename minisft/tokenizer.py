@@ -76,12 +76,16 @@ class Tokenizer:
         return self._added[id].encode() if id in self._added else self.engine.token_bytes(id)
 
     def save(self, output_dir):
-        """Copy the tokenizer's files, byte for byte, into an existing or new folder."""
+        """Copy the tokenizer's files, byte for byte, into an existing or new folder.
+
+        Another tokenizer's files that are there go: who loads the folder would read those too.
+        """
         output_dir = Path(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         if output_dir.resolve() == self.model_dir.resolve():
             return
         for path in (self.model_dir / name for name in FILES):
+            (output_dir / path.name).unlink(missing_ok=True)
             if path.is_file():
                 shutil.copyfile(path, output_dir / path.name)
 

@@ -97,7 +97,9 @@ def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
         assistant.fit([SYSTEM, user("x" * 300)], max_new_tokens=20)
     # However long an answer may be, half of the context is left to the question.
     assert assistant.fit([user("short")], max_new_tokens=5000) == [user("short")]
-    with pytest.raises(UserError, match="the limit is 50"):
+    with pytest.raises(UserError, match="tokens with its template and the system prompt, the li"):
+        assistant.fit([{**SYSTEM, "content": "x" * 300}, user("short")], max_new_tokens=20)
+    with pytest.raises(UserError, match="tokens with its template, the limit is 50"):
         assistant.fit([user("x" * 60)], max_new_tokens=5000)
 
 

@@ -72,7 +72,8 @@ def test_one_question_prints_the_answer_only(tiny_chat_model_dir, oracle):
     expected = oracle([{"role": "system", "content": "简洁"}, user("the cat 你好")])
     status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "the cat 你好", input="no")
     assert (status, answer) == (0, expected + "\n")
-    status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "-", input="the cat 你好")
+    status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "-",
+                             input="\ufeffthe cat 你好")  # as some editors begin a file
     assert (status, answer) == (0, expected + "\n")
 
 
@@ -105,7 +106,7 @@ def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
 
 def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
     """The wide space of Chinese input and a tab part a command from its argument."""
-    lines = [f"/save {tmp_path}/x", "/system　你是诗人", "/你好", "/SAVE x",
+    lines = [f"\ufeff/save {tmp_path}/x", "/system　你是诗人", "/你好", "/SAVE x",
              f"  /save\t{tmp_path}/对话.json", "/save ~/chat.json", "/save ~/no/x", "/system",
              "the mat", "/quit now", "never"]
     with pytest.MonkeyPatch.context() as patch:
