@@ -116,11 +116,8 @@ TEMPLATES = {
     "plain": Format(system="{content}\n", user="{content}\n", answer="{content}{eos}"),
 }
 
-# System prompts that a checkpoint's own chatml template falls back on, longest first.
-QWEN_SYSTEMS = (
-    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    "You are a helpful assistant.",
-)
+# The system prompt that a checkpoint's chatml template falls back on, as its source spells it.
+CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"\\]+)<\|im_end\|>")
 
 # Llama 3.1 and 3.2 open every system prompt with these lines. The second is the date that their
 # chat template has where it is not told the day: training and chat agree on one.
@@ -142,8 +139,8 @@ def get_template(name, tokenizer, default_system=None):
     if name not in TEMPLATES:
         raise UserError(f"unknown template '{name}'; choose one of: auto, {', '.join(TEMPLATES)}")
     if default_system is None and name == "chatml":
-        known = [text for text in QWEN_SYSTEMS if text in (tokenizer.chat_template or "")]
-        default_system = known[0] if known else None
+        own = CHATML_SYSTEM.search(tokenizer.chat_template or "")
+        default_system = own and own[1]
     has_dates = LLAMA31_DATES.split("\n")[0] in (tokenizer.chat_template or "")
     preface = LLAMA31_DATES if name == "llama3" and has_dates else ""
     return Template(name, tokenizer, default_system, preface)

@@ -296,6 +296,12 @@ def test_chatml_default_system_prompt(shared_data, tiny_tokenizer_dir):
     assert get_template("chatml", bare).render(question) == tail
     with_tools = get_template("chatml", bare).render(question, TOOLS)
     assert with_tools.startswith("<|im_start|>system\n# Tools\n")
+    for text in ("You are a helpful assistant", "You are an AI named Smol, by 小明"):
+        # As in Qwen1.5 (without a full stop) and in SmolLM2.
+        other = Tokenizer.load(tiny_tokenizer_dir)
+        other.chat_template = "{% if x %}{{ '<|im_start|>system\\n" + text + "<|im_end|>\\n' }}"
+        assert get_template("auto", other).render(question) == (
+            f"<|im_start|>system\n{text}<|im_end|>\n{tail}")
     own = get_template("chatml", bare, default_system="Be.").render(question)
     assert own == "<|im_start|>system\nBe.<|im_end|>\n" + tail
 
