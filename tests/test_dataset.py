@@ -445,6 +445,15 @@ class TestConvert:
         assert "1 rows; 1 broken rows left out, the first: " in done.stdout
         assert "sharegpt" in self.run("--help").stdout
 
+    def test_what_sharegpt_cannot_say_is_a_broken_row(self, tmp_path):
+        call = assistant("Well,", tool_calls=[{"name": "f", "arguments": {}}])
+        bad = write(tmp_path / "bad.json", [GOOD, {"messages": [user("Q"), call]}])
+        skipped = []
+        assert convert(bad, tmp_path / "out.json", skipped=skipped) == 1
+        assert len(skipped) == 1 and "bad.json, row 2: an answer that also calls" in skipped[0]
+        with pytest.raises(UserError, match=r"bad\.json, row 2: an answer .*--skip_bad_rows"):
+            convert(bad, tmp_path / "other.json")
+
     def test_a_full_disk_leaves_the_old_file(self, tmp_path, monkeypatch):
         good, output = write(tmp_path / "good.json", [GOOD]), write(tmp_path / "out.json", [])
 
