@@ -169,8 +169,9 @@ class Template:
             self.control_ids["{eos}"] = tokenizer.eos_token_id
         for token, id in self.control_ids.items():
             if id is None:
+                wanted = "an eos_token" if token == "{eos}" else f"the token {token}"
                 raise UserError(
-                    f"template {name} needs the token {token}, which the tokenizer of "
+                    f"template {name} needs {wanted}, which the tokenizer of "
                     f"{tokenizer.model_dir} does not have; choose another --template"
                 )
         self.control_ids["{bos}"] = tokenizer.bos_token_id  # None, as in Qwen: none is written

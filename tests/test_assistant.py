@@ -6,12 +6,15 @@ import shutil
 import pytest
 import torch
 import transformers
+from conftest import CONFIG
 
 from minisft.assistant import Assistant, common_prefix, without_oldest_turn
+from minisft.config import ModelConfig
 from minisft.generate import Sampling
 from minisft.lora import LoraConfig, add_lora, merge_lora
+from minisft.model import CausalLM
 from minisft.options import UserError
-from minisft.weights import load_adapter, load_model, save_adapter
+from minisft.weights import load_adapter, load_model, save_adapter, save_model
 
 GREEDY = Sampling(max_new_tokens=30, greedy=True)
 SYSTEM = {"role": "system", "content": "You are terse. 简洁。"}
@@ -196,11 +199,11 @@ def test_a_checkpoint_of_a_run_takes_the_template_of_the_run(tiny_chat_model_dir
     assert Assistant(tiny_chat_model_dir, tmp_path / "checkpoint-10").template.name == "alpaca"
 
 
-def test_the_tokenizer_of_another_model_is_told(shared_data, tiny_chat_model_dir, tmp_path):
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(tiny_chat_model_dir / name, tmp_path / name)
-    for path in (shared_data / "tokenizers/Qwen2.5").glob("tokenizer*"):
-        shutil.copyfile(path, tmp_path / path.name)
-    assistant = Assistant(tmp_path, device="cpu", dtype="float32")
-    with pytest.raises(UserError, match="vocabulary has 300; is it the tokenizer of this"):
+def test_the_tokenizer_of_another_model_is_told(tiny_tokenizer_dir, tmp_path):
+    model = CausalLM(ModelConfig.from_dict({**CONFIG, "vocab_size": 100}))
+    model.initialize()
+    save_model(model, tmp_path)
+    shutil.copytree(tiny_tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    assistant = Assistant(tmp_path, template="plain", device="cpu", dtype="float32")
+    with pytest.raises(UserError, match="vocabulary has 100; is it the tokenizer of this"):
         answer_of(assistant, [user("你好")])

@@ -128,12 +128,12 @@ def test_llama3_as_published(shared_data):
     assert template.render([SYSTEM, QUESTION, ANSWER]) == expected + "Two *marks*.<|eot_id|>"
 
 
-def test_llama3_of_a_checkpoint_of_llama_31_or_32(shared_data):
+def test_llama3_of_a_checkpoint_of_llama_31_or_32(tiny_tokenizer_dir):
     """Its chat template opens with a system turn of two lines, whether there is a prompt or not."""
-    tokenizer = Tokenizer.load(shared_data / LLAMA3)
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    expected = "<|begin_of_text|>" + head.format("system") + dates + "{}<|eot_id|>"
+    expected = "<s>" + head.format("system") + dates + "{}<|eot_id|>"
     expected += head.format("user") + "Hi<|eot_id|>"
     tokenizer.chat_template = "'<|start_header_id|>' '<|eot_id|>' " + dates.replace("\n", "\\n")
     for name in ("auto", "llama3"):
@@ -310,6 +310,10 @@ def test_templates_that_do_not_fit_are_refused(shared_data):
     llama2, llama3 = load(shared_data / TINYLLAMA), load(shared_data / LLAMA3)
     with pytest.raises(UserError, match="llama3 needs the token <|start_header_id|>"):
         get_template("llama3", llama2)
+    endless = Tokenizer.load(shared_data / TINYLLAMA)
+    endless.eos_token_id = None
+    with pytest.raises(UserError, match="alpaca needs an eos_token, which the tokenizer of"):
+        get_template("alpaca", endless)
     with pytest.raises(UserError, match="unknown template 'lama'; choose one of: auto, llama3, .*"):
         get_template("lama", llama2)
     with pytest.raises(UserError, match="no chat template.*alpaca"):
