@@ -177,6 +177,8 @@ class Terminal:
     def __init__(self, *arguments, output=None):
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
+            # Whoever started the tests in the background has had Ctrl-C ignored.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             if output:
                 os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
             os.execve(sys.executable, [sys.executable, str(SCRIPT), *map(str, arguments)],
