@@ -10,7 +10,8 @@ PYTHON ?= $(VENV)/bin/python
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 $(PYTHON):
-	python3 -m venv $(VENV)
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	python3 -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 RUNTIME := $(VENV)/runtime.stamp
 TESTING := $(VENV)/testing.stamp
 $(RUNTIME): requirements.txt | $(PYTHON)

@@ -23,10 +23,11 @@ from minisft.options import (
     run,
 )
 
+BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with
 INTERRUPTED = 130  # exit status, as a shell has it: 128 + SIGINT
 HELP = """\
 /reset          forget the conversation (the system prompt stays)
-/system TEXT    set the system prompt; without TEXT, remove it
+/system TEXT    set the system prompt; without TEXT, go back to the template's own, if any
 /save FILE      write the conversation as JSON that train.py reads
 /help           this list
 /quit           leave (Ctrl-D does too)
@@ -34,8 +35,10 @@ Ctrl-C stops an answer."""
 
 
 def main():
+    """Answer --prompt, or hold a conversation until the input ends."""
     options = parse_options()
-    sys.stdin = sys.stdin or open(os.devnull)  # None if started with it closed
+    # None if started with them closed.
+    sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout):
         # Whatever the locale says; bytes that are no text become a replacement character.
         stream.reconfigure(encoding="utf-8", errors="replace")
@@ -66,6 +69,7 @@ def main():
 
 
 def parse_options():
+    """The options of the command line; UserError for a flag or value that makes no sense."""
     parser = OptionParser(description="Talk to a model: in the terminal, or one question.")
     add_model_flags(parser)
     add, _ = parser.section("conversation")
@@ -91,6 +95,7 @@ def parse_options():
 def read_question(prompt):
     """The text of --prompt, from standard input for `-`; None if it was not given."""
     text = sys.stdin.read() if prompt == "-" else as_text(prompt)
+    text = text and text.removeprefix(BYTE_ORDER_MARK)
     if text is not None and not text.strip():
         raise UserError("--prompt: the question is empty")
     return text
@@ -108,10 +113,13 @@ def converse(conversation, assistant, sampling):
         try:
             line = read_line()
             interrupted = False
-            if line is None or line.strip() == "/quit":
+            if line is None:
                 return
-            if is_command(line):
-                conversation.command(*line.strip().partition(" ")[::2])
+            name, argument = split_command(line)
+            if name == "/quit":
+                return
+            if name:
+                conversation.command(name, argument)
             elif line.strip():
                 conversation.ask(line, assistant, sampling)
         except UserError as error:
@@ -126,9 +134,11 @@ def converse(conversation, assistant, sampling):
 
 def read_line():
     """The next line of input, or None at its end."""
-    if not sys.stdin.isatty():
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if sys.stdin.isatty():  # the answers go to a file, into which input() would prompt
+            print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        return line.rstrip("\r\n") if line else None
+        return line.removeprefix(BYTE_ORDER_MARK).rstrip("\r\n") if line else None
     try:
         import readline  # noqa: F401  (its import gives input() editing and history)
     except ImportError:
@@ -142,10 +152,15 @@ def read_line():
         return None
 
 
-def is_command(line):
-    """`/word ...`; a line like `/etc/hosts is missing` is a message."""
-    word = line.strip().partition(" ")[0]
-    return word.startswith("/") and word[1:].isalpha()
+def split_command(line):
+    """(`/word`, what follows it) of a command; ("", the line) of a message.
+
+    Only a word of ASCII letters is a command: `/etc/hosts is missing` and `/你好` are messages.
+    """
+    word, *rest = line.split(maxsplit=1) or [""]  # also at the wide space of Chinese input
+    if word.startswith("/") and word.isascii() and word[1:].isalpha():
+        return word, rest[0].strip() if rest else ""
+    return "", line
 
 
 class Conversation:
@@ -181,14 +196,16 @@ class Conversation:
             complete = True
         except KeyboardInterrupt:
             notice("\n(stopped)")
-        if answer:
+        # A turn without words could not be learned from, so it is no part of what /save writes.
+        if answer.strip():
             self.turns = turns + [{"role": "assistant", "content": answer}]
             self.seen_from = first
+        elif complete:
+            notice("(no answer: the question is not remembered)")
         return complete
 
     def command(self, name, argument):
         """Carry out `/name argument`; UserError if there is no such command."""
-        argument = argument.strip()
         if name == "/help":
             notice(HELP)
         elif name == "/reset":
@@ -206,6 +223,9 @@ class Conversation:
         """Write the conversation as a data set of one row; no other file is overwritten."""
         if not path:
             raise UserError("/save needs the name of a file")
+        if not self.turns:
+            raise UserError("there is nothing to save yet")
+        path = os.path.expanduser(path)
         text = json.dumps([{"messages": self.messages(self.turns)}], ensure_ascii=False, indent=2)
         try:
             with open(path, "w" if path in self.saved_to else "x", encoding="utf-8") as file:
@@ -213,7 +233,8 @@ class Conversation:
         except FileExistsError as error:
             raise UserError(f"{path} exists; choose another name") from error
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: {reason}; choose another name") from error
         self.saved_to.add(path)
         notice(f"({len(self.turns)} messages saved to {path})")
 

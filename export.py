@@ -6,7 +6,17 @@
 hf is the folder that transformers, vLLM and others load; peft is the adapter alone.
 """
 
-from minisft.options import OptionParser, UserError, add_model_flags, check_output_dir, run
+from argparse import Namespace
+
+from minisft.options import (
+    OptionParser,
+    UserError,
+    add_model_flags,
+    check_output_dir,
+    recorded_options,
+    run,
+    save_options,
+)
 
 
 def parse_options(arguments=None):
@@ -55,6 +65,10 @@ def main():
         weights.save_model(model, output_dir, dtype, max_shard_size)
         weights.copy_generation_config(model_dir, output_dir)
     tokenizer.save(output_dir)
+    # What chat.py looks for: the form of the conversations that the model was trained on.
+    trained = recorded_options(adapter_dir if options.adapter else model_dir)
+    form = {name: trained.get(name) for name in ("template", "default_system")}
+    save_options(Namespace(**form), output_dir / "options.toml")
     print(f"wrote {output_dir}")
 
 

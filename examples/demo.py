@@ -23,6 +23,7 @@ QUESTIONS = 6  # how many held-out questions the conversation at the end shows
 
 
 def parse_options():
+    """The options of the command line."""
     parser = OptionParser(description=__doc__.split("\n")[0])
     add, _ = parser.section("demo")
     add("--recipe", default=str(ROOT / "examples/demo.toml"), help="options of train.py")
@@ -46,6 +47,7 @@ def exact_match(assistant, rows):
 
 
 def main():
+    """Train, measure before and after, and show a conversation."""
     options = parse_options()
     command = ["train.py", "--config", options.recipe, "--output_dir", options.output_dir,
                "--overwrite_output_dir"]

@@ -78,6 +78,7 @@ def spoil(rows, rng):
 
 
 def bad_answer(row, flaw, answers, rng):
+    """An answer to `row` with this flaw; now and then "" or the right one, which do not count."""
     if flaw == "wrong_answer":
         return rng.choice(answers)
     if flaw == "truncated":
@@ -104,11 +105,13 @@ def statements(count, rng):
 
 
 def write_json(path, rows):
+    """Write a JSON array with one row a line."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def main():
+    """Write the files; the same seeds give the same rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pretrain", action="store_true", help="also write the text for the base")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help="where to write")

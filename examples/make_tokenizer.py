@@ -46,6 +46,7 @@ def training_text(rng):
 
 
 def splitter(rule):
+    """A pre-tokenizer that cuts by a regular expression and then works on bytes."""
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(rule), "isolated"),
@@ -55,6 +56,7 @@ def splitter(rule):
 
 
 def train_tokenizer():
+    """A tokenizers.Tokenizer of VOCAB_SIZE tokens; the same every time."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitter(TRAINING_SPLIT)
@@ -76,6 +78,7 @@ def train_tokenizer():
 
 
 def main():
+    """Write the two files of the tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help="where to write")
     output_dir = parser.parse_args().output_dir

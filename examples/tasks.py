@@ -27,6 +27,7 @@ from lexicon import (
 
 
 def word(rng):
+    """A word, its letters and its Chinese."""
     english, chinese = rng.choice(WORDS)
     return {
         "word": english,
@@ -40,12 +41,14 @@ def word(rng):
 
 
 def opposite(rng):
+    """A word and its opposite."""
     pair = rng.choice(OPPOSITES)
     one = rng.randrange(2)
     return {"word": pair[one], "answer": pair[1 - one]}
 
 
 def opposite_zh(rng):
+    """A Chinese word and its opposite."""
     pair = rng.choice(OPPOSITES_ZH)
     one = rng.randrange(2)
     return {"word": pair[one], "answer": pair[1 - one]}
@@ -55,10 +58,12 @@ def opposite_zh(rng):
 
 
 def words(rng, low=2, high=5):
+    """`low` to `high` different English words."""
     return [english for english, _ in rng.sample(WORDS, rng.randint(low, high))]
 
 
 def word_list(rng):
+    """Two to five words, forwards and backwards."""
     english, chinese = zip(*rng.sample(WORDS, rng.randint(2, 5)), strict=True)
     return {
         "list": ", ".join(english),
@@ -71,6 +76,7 @@ def word_list(rng):
 
 
 def longest(rng):
+    """Three words of which one is the longest."""
     while True:
         options = words(rng, 3, 3)
         lengths = sorted(len(option) for option in options)
@@ -98,10 +104,12 @@ def odd_one(rng):
 
 
 def add(rng):
+    """A sum of two digits."""
     return _sum(rng.randint(0, 9), rng.randint(0, 9))
 
 
 def add_large(rng):
+    """A sum of two numbers of two digits."""
     return _sum(rng.randint(10, 99), rng.randint(10, 99))
 
 
@@ -110,11 +118,13 @@ def _sum(left, right):
 
 
 def compare(rng):
+    """Two numbers below 100, the larger and the smaller."""
     left, right = rng.sample(range(100), 2)
     return {"left": left, "right": right, "larger": max(left, right), "smaller": min(left, right)}
 
 
 def sort_numbers(rng):
+    """Three to five digits, and the same in order."""
     numbers = rng.sample(range(10), rng.randint(3, 5))
     return {
         "list": " ".join(map(str, numbers)),
@@ -126,6 +136,7 @@ def sort_numbers(rng):
 
 
 def membership(rng):
+    """A word and a category, half the time its own."""
     english, chinese = rng.choice(WORDS)
     true = rng.random() < 0.5
     category = CATEGORY_OF[english] if true else rng.choice(list(NOUNS))
@@ -187,6 +198,7 @@ def swap(rng):
 
 
 def record(rng):
+    """A person with age and city, as a sentence and as JSON."""
     name, city, age = rng.choice(PEOPLE), rng.choice(CITIES), rng.randint(5, 80)
     name_zh, city_zh = rng.choice(PEOPLE_ZH), rng.choice(CITIES_ZH)
     return {

@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from minisft import weights
+from minisft.batching import check_vocabulary
 from minisft.generate import stream
 from minisft.model import KeyValueCache
 from minisft.options import UserError, recorded_options, resolve_device, resolve_dtype
@@ -34,14 +35,17 @@ class Assistant:
         self.dtype = resolve_dtype(wanted, self.device)
         model_dir = weights.resolve(path)
         # The quick parts first: a mistake in them should not wait for the weights.
+        adapter_dir = None
+        if adapter is not None:
+            adapter_dir = weights.resolve(adapter, weights.ADAPTER_CONFIG)
         self.tokenizer = Tokenizer.load(model_dir)
-        trained = recorded_options(adapter if adapter is not None else model_dir)
+        trained = recorded_options(adapter_dir or model_dir)
         if template == "auto":
             template = trained.get("template", "auto")
         self.template = get_template(template, self.tokenizer, trained.get("default_system"))
         self.model = weights.load_model(model_dir, self.dtype, self.device)
-        if adapter is not None:
-            weights.load_adapter(self.model, weights.resolve(adapter, weights.ADAPTER_CONFIG))
+        if adapter_dir:
+            weights.load_adapter(self.model, adapter_dir)
             # An adapter comes in float32: convert it here, not again for every token.
             self.model.to(self.dtype).eval()
         config = self.model.config
@@ -60,7 +64,8 @@ class Assistant:
         while (length := len(self.template.encode_prompt(messages))) > limit:
             shorter = without_oldest_turn(messages)
             if shorter is None:
-                raise UserError(f"the message is too long: {length} tokens with its template, the "
+                raise UserError(f"the message is too long: {length} tokens with its template"
+                                f"{' and the system prompt' if head_of(messages) else ''}, the "
                                 f"limit is {limit} (of {self.max_length}, the rest is kept for "
                                 "the answer); shorten it")
             messages = shorter
@@ -70,9 +75,11 @@ class Assistant:
         """Yield the answer to `messages` piece by piece, each piece whole characters.
 
         Ids that this conversation shares with the one before are not computed again. One answer
-        at a time; it may be left in the middle.
+        at a time; it may be left in the middle. Raises UserError where there is no room for one or
+        the tokenizer is another model's.
         """
         ids = self.template.encode_prompt(messages)
+        check_vocabulary(ids, self.model.config.vocab_size)
         room = self.max_length - len(ids)
         if room < 1:
             raise UserError(f"the conversation has {len(ids)} tokens, the limit is "
@@ -95,12 +102,17 @@ class Assistant:
             self.cut_short = len(answer) == sampling.max_new_tokens
 
 
+def head_of(messages):
+    """How many messages come before the first turn: 1 with a system prompt, else 0."""
+    return int(bool(messages) and messages[0]["role"] == "system")
+
+
 def without_oldest_turn(messages):
     """The conversation without its first question and all up to the next; None if it is the only.
 
     A system prompt at the head stays.
     """
-    head = 1 if messages and messages[0]["role"] == "system" else 0
+    head = head_of(messages)
     for index in range(head + 1, len(messages)):
         if messages[index]["role"] == "user":
             return messages[:head] + messages[index:]

@@ -18,6 +18,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def encode_rows(rows, template, cutoff_len, vocab_size=None):
     for row in rows:
         try:
             ids, supervised = template.encode(row.messages, row.tools)
-            _check_vocabulary(ids, vocab_size)
+            check_vocabulary(ids, vocab_size)
         except UserError as error:
             raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
         report.num_rows += 1
@@ -112,7 +113,7 @@ def encode_texts(texts, tokenizer, block_size, vocab_size=None):
     for text in texts:
         report.num_rows += 1
         ids = begin + tokenizer.encode(text) + end
-        _check_vocabulary(ids, vocab_size)
+        check_vocabulary(ids, vocab_size)
         pieces.append(np.asarray(ids, np.int32))
     stream = np.concatenate(pieces)
     blocks = [stream[start : start + block_size] for start in range(0, len(stream), block_size)]
@@ -127,7 +128,8 @@ def encoded(rows, encode, numbers=None):
     return examples, report
 
 
-def _check_vocabulary(ids, vocab_size):
+def check_vocabulary(ids, vocab_size):
+    """UserError where the model's vocabulary (None: not known) has no place for an id."""
     if vocab_size is not None and max(ids, default=0) >= vocab_size:
         raise UserError(f"the tokenizer gives id {max(ids)}, the model's vocabulary has "
                         f"{vocab_size}; is it the tokenizer of this checkpoint?")
@@ -190,8 +192,9 @@ class Batches:
         return math.ceil(self.num_examples / rows_per_step)
 
     def first(self, count):
-        """The Examples of the first rows, to be looked at."""
-        return encoded(self.rows[:count], self.encode)[0]
+        """The first `count` Examples, of rows that leave something to learn, to be looked at."""
+        each = (encoded(self.rows, self.encode, [row])[0] for row in range(len(self.rows)))
+        return list(islice(chain.from_iterable(each), count))
 
     def held_out(self, rows, say):
         """The Examples of rows to evaluate on, encoded like these and held in memory."""

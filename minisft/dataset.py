@@ -97,6 +97,7 @@ class _File:
     plain_text: bool
 
     def read(self, index):
+        """The Row (or str) of a record; BadRow names file and row."""
         path = self.records.path
         try:
             record = self.records[index]
@@ -270,11 +271,9 @@ def convert(dataset, output_path, overwrite=False, skipped=None, **options):
     partial_path, count = output_path.with_name(output_path.name + ".partial"), 0
     try:
         with open(partial_path, "w", encoding="utf-8") as file:
-            for number in range(len(rows)):
-                for row in read(rows, skipped, [number]):
-                    line = json.dumps(sharegpt(row.messages, row.tools), ensure_ascii=False)
-                    file.write((between if count else begin) + line)
-                    count += 1
+            for line in _sharegpt_lines(rows, skipped):
+                file.write((between if count else begin) + line)
+                count += 1
             file.write(end)
             file.flush()
             os.fsync(file.fileno())
@@ -286,7 +285,21 @@ def convert(dataset, output_path, overwrite=False, skipped=None, **options):
     return count
 
 
+def _sharegpt_lines(rows, skipped):
+    """Yield the JSON of each row; one that sharegpt cannot say is a broken one."""
+    for number in range(len(rows)):
+        for row in read(rows, skipped, [number]):
+            try:
+                yield json.dumps(sharegpt(row.messages, row.tools), ensure_ascii=False)
+            except BadRow as error:
+                message = f"{row.source}, row {row.index + 1}: {error}"
+                if skipped is None:
+                    raise UserError(f"{message} (--skip_bad_rows leaves such rows out)") from error
+                skipped.append(message)
+
+
 def main():
+    """The command `convert`."""
     parser = OptionParser(prog="python -m minisft.dataset",
                           description="convert instruction data to the sharegpt format")
     parser.add_argument("command", choices=["convert"], help="what to do")

@@ -67,8 +67,10 @@ def conversation(record):
         messages = _exchange(_string(record, "input"), "", _string(record, "target"))
     else:
         raise BadRow(_unknown_columns(record))
-    messages = _system(record) + messages
-    tools = _list(record, "tools") or None
+    # A blank system prompt is as good as none: the template's own holds.
+    messages = [message for message in _system(record) + messages
+                if message["role"] != "system" or message["content"].strip()]
+    tools = _tools(record)
     _check_order(messages)
     _check_unicode([messages, tools])
     return messages, tools
@@ -118,7 +120,7 @@ def _columns(record):
 def _unknown_columns(record):
     found = f"the columns ({', '.join(map(str, record)) or 'none'}) are those of no known format"
     plain = "; plain text is for --stage pt" if "text" in record else ""
-    return f"{found}: {KNOWN_FORMATS}{plain}"
+    return f"{found}: {KNOWN_FORMATS}{plain}; other names can be given in dataset_info.json"
 
 
 def _alpaca(record):
@@ -149,10 +151,8 @@ def _exchange(question, more, answer):
 def _turns(record):
     """A list of from/value or role/content turns -> messages."""
     turns = _list(record, "conversations" if "conversations" in record else "messages")
-    if not turns:
-        raise BadRow("the conversation is empty")
     messages = []
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in enumerate(turns or [], start=1):
         try:
             messages.append(_message(turn))
         except BadRow as error:
@@ -173,11 +173,14 @@ def _message(turn):
         if calls:
             message.update(content="", tool_calls=calls)
     elif turn.get("tool_calls"):
+        if message["role"] != "assistant":
+            raise BadRow(f"the {speaker} turn has tool_calls, which only an answer can have")
         message["tool_calls"] = _tool_calls(turn["tool_calls"])
         if not message["tool_calls"]:
             raise BadRow("tool_calls must be a list of calls, each with name and arguments")
-    # What a tool returned may well be nothing; a question or an answer may not.
-    if message["role"] != "tool" and not content.strip() and "tool_calls" not in message:
+    # A system prompt and what a tool returned may be nothing; a question or an answer may not.
+    speaks = message["role"] in ("user", "assistant") and "tool_calls" not in message
+    if speaks and not content.strip():
         raise BadRow(f"the {speaker} turn is empty")
     return message
 
@@ -203,8 +206,18 @@ def _system(record):
     return [{"role": "system", "content": system}] if system else []
 
 
+def _tools(record):
+    """The descriptions of functions in the column "tools", None where there are none."""
+    tools = _list(record, "tools") or None
+    if tools and not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("tools must be a list of objects, each the description of a function")
+    return tools
+
+
 def _check_order(messages):
     """[system], then user or tool, then assistant, in turn; a turn may bring several results."""
+    if not messages:
+        raise BadRow("the conversation is empty")
     previous = "assistant"
     for message in messages[1:] if messages[0]["role"] == "system" else messages:
         role = message["role"]

@@ -193,8 +193,12 @@ def save_options(options, path):
 
 
 def recorded_options(folder):
-    """The options that `save_options` left in a folder, as a dict; empty where it did not."""
-    path = Path(folder) / "options.toml"
+    """The options that `save_options` left in a folder, as a dict; empty where it did not.
+
+    A checkpoint's are those of the run whose folder it is in.
+    """
+    folder = Path(folder).resolve()
+    path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "options.toml"
     return _read_toml(path) if path.is_file() else {}
 
 

@@ -13,7 +13,6 @@ as it stands behind the prompt; so the ids before an answer in training are the 
 use, and only the answer with its end-of-turn token is supervised.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +20,7 @@ from operator import itemgetter
 
 from minisft.options import UserError
 from minisft.tokenizer import StreamDecoder
+from minisft.tool_calls import call_text, merge_tool_messages, offer
 
 
 @dataclass(frozen=True)
@@ -116,35 +116,22 @@ TEMPLATES = {
     "plain": Format(system="{content}\n", user="{content}\n", answer="{content}{eos}"),
 }
 
-# System prompts that a checkpoint's own chatml template falls back on, longest first.
-QWEN_SYSTEMS = (
-    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    "You are a helpful assistant.",
-)
+# The system prompt that a checkpoint's chatml template falls back on, as its source spells it.
+CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"\\]+)<\|im_end\|>")
 
-# Qwen2.5's way of offering functions; other templates use the same words in their system prompt.
-TOOLS = """
-
-# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>{tools}
-</tools>
-
-For each function call, return a json object with function name and arguments within \
-<tool_call></tool_call> XML tags:
-<tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call>"""
+# Llama 3.1 and 3.2 open every system prompt with these lines. The second is the date that their
+# chat template has where it is not told the day: training and chat agree on one.
+LLAMA31_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+# What stands for a control character, which would steer the terminal that a row is shown on.
+VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 def get_template(name, tokenizer, default_system=None):
     """The template `name`, or with "auto" the one that the checkpoint's chat template is.
 
     default_system: the system prompt of conversations without one; "" for none at all; None for
-    the template's own, which for chatml is the one in the checkpoint's chat template.
+    the template's own, which for chatml is the one in the checkpoint's chat template. llama3 also
+    puts the lines of Llama 3.1 before it where the checkpoint's chat template does.
     Raises UserError for an unknown name and where the tokenizer lacks the template's tokens.
     """
     if name == "auto":
@@ -152,9 +139,11 @@ def get_template(name, tokenizer, default_system=None):
     if name not in TEMPLATES:
         raise UserError(f"unknown template '{name}'; choose one of: auto, {', '.join(TEMPLATES)}")
     if default_system is None and name == "chatml":
-        known = [text for text in QWEN_SYSTEMS if text in (tokenizer.chat_template or "")]
-        default_system = known[0] if known else None
-    return Template(name, tokenizer, default_system)
+        own = CHATML_SYSTEM.search(tokenizer.chat_template or "")
+        default_system = own and own[1]
+    has_dates = LLAMA31_DATES.split("\n")[0] in (tokenizer.chat_template or "")
+    preface = LLAMA31_DATES if name == "llama3" and has_dates else ""
+    return Template(name, tokenizer, default_system, preface)
 
 
 def recognise(chat_template):
@@ -172,16 +161,17 @@ def recognise(chat_template):
 class Template:
     """A `Format` with a tokenizer: renders and encodes conversations."""
 
-    def __init__(self, name, tokenizer, default_system=None):
+    def __init__(self, name, tokenizer, default_system=None, preface=""):
         self.name, self.tokenizer, self.form = name, tokenizer, TEMPLATES[name]
-        self.default_system = default_system
+        self.default_system, self.preface = default_system, preface
         self.control_ids = {token: tokenizer.token_id(token) for token in self.form.control}
         if "{eos}" in self.form.answer:
             self.control_ids["{eos}"] = tokenizer.eos_token_id
         for token, id in self.control_ids.items():
             if id is None:
+                wanted = "an eos_token" if token == "{eos}" else f"the token {token}"
                 raise UserError(
-                    f"template {name} needs the token {token}, which the tokenizer of "
+                    f"template {name} needs {wanted}, which the tokenizer of "
                     f"{tokenizer.model_dir} does not have; choose another --template"
                 )
         self.control_ids["{bos}"] = tokenizer.bos_token_id  # None, as in Qwen: none is written
@@ -215,13 +205,16 @@ class Template:
         return ids - {None}
 
     def show(self, ids, supervised):
-        """The text of a row for a terminal, what is supervised in green."""
+        """The text of a row for a terminal, what is supervised in green.
+
+        Control characters but tab and line feed are spelled out, such as `\\x0d`.
+        """
         stream = StreamDecoder(self.tokenizer, skip_special_tokens=False)
         shown, was_learned = "", False
         for id, learned in zip(ids, supervised, strict=True):
             if learned != was_learned:
                 shown += "\033[32m" if learned else "\033[0m"
-            shown, was_learned = shown + stream.push(id), learned
+            shown, was_learned = shown + stream.push(id).translate(VISIBLE), learned
         return shown + stream.flush() + ("\033[0m" if was_learned else "")
 
     def _encode(self, segments):
@@ -289,9 +282,9 @@ class Template:
         if system is None:
             with_input = turns[0]["input"] and self.form.default_system_with_input
             system = with_input or self.form.default_system
+        system = self.preface + system
         if tools:
-            lines = "".join(["\n" + json.dumps(tool, ensure_ascii=False) for tool in tools])
-            system = (system + TOOLS.replace("{tools}", lines)).lstrip("\n")
+            system = offer(system, tools)
         return system, turns
 
     def _cleaned(self, message, number):
@@ -311,29 +304,6 @@ class Template:
         if self.form.strip:
             content = content.strip()
         return {"role": role, "content": content, "input": second}
-
-
-def call_text(call, number):
-    """A call of a function, `{"name", "arguments"}`, as Qwen2.5 writes it."""
-    call = call.get("function", call)
-    if not {"name", "arguments"} <= call.keys():
-        raise UserError(f"message {number}: a tool call needs a name and arguments")
-    arguments = json.dumps(call["arguments"], ensure_ascii=False)
-    return f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>'
-
-
-def merge_tool_messages(messages):
-    """What functions returned, one or several in a row, is one user turn (as in Qwen2.5)."""
-    turns = []
-    for message in messages:
-        if message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if turns and turns[-1]["role"] == "tool":
-                turns[-1]["content"] += "\n" + text
-                continue
-            message = {**message, "content": text}
-        turns.append(message)
-    return turns
 
 
 def check_alternation(turns):

@@ -6,12 +6,15 @@ import shutil
 import pytest
 import torch
 import transformers
+from conftest import CONFIG
 
 from minisft.assistant import Assistant, common_prefix, without_oldest_turn
+from minisft.config import ModelConfig
 from minisft.generate import Sampling
 from minisft.lora import LoraConfig, add_lora, merge_lora
+from minisft.model import CausalLM
 from minisft.options import UserError
-from minisft.weights import load_adapter, load_model, save_adapter
+from minisft.weights import load_adapter, load_model, save_adapter, save_model
 
 GREEDY = Sampling(max_new_tokens=30, greedy=True)
 SYSTEM = {"role": "system", "content": "You are terse. 简洁。"}
@@ -97,7 +100,9 @@ def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
         assistant.fit([SYSTEM, user("x" * 300)], max_new_tokens=20)
     # However long an answer may be, half of the context is left to the question.
     assert assistant.fit([user("short")], max_new_tokens=5000) == [user("short")]
-    with pytest.raises(UserError, match="the limit is 50"):
+    with pytest.raises(UserError, match="tokens with its template and the system prompt, the li"):
+        assistant.fit([{**SYSTEM, "content": "x" * 300}, user("short")], max_new_tokens=20)
+    with pytest.raises(UserError, match="tokens with its template, the limit is 50"):
         assistant.fit([user("x" * 60)], max_new_tokens=5000)
 
 
@@ -184,3 +189,21 @@ def test_auto_takes_the_template_of_the_training(tiny_chat_model_dir, tmp_path):
     assert trained.template.name == "alpaca"
     assert "Be brief." in trained.template.render([{"role": "user", "content": "hi"}])
     assert Assistant(folder, template="plain").template.name == "plain"
+
+
+def test_a_checkpoint_of_a_run_takes_the_template_of_the_run(tiny_chat_model_dir, tmp_path):
+    model, lora = load_model(tiny_chat_model_dir), LoraConfig(rank=2)
+    add_lora(model, lora)
+    save_adapter(model, tmp_path / "checkpoint-10", lora, tiny_chat_model_dir)
+    (tmp_path / "options.toml").write_text('template = "alpaca"\n')
+    assert Assistant(tiny_chat_model_dir, tmp_path / "checkpoint-10").template.name == "alpaca"
+
+
+def test_the_tokenizer_of_another_model_is_told(tiny_tokenizer_dir, tmp_path):
+    model = CausalLM(ModelConfig.from_dict({**CONFIG, "vocab_size": 100}))
+    model.initialize()
+    save_model(model, tmp_path)
+    shutil.copytree(tiny_tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    assistant = Assistant(tmp_path, template="plain", device="cpu", dtype="float32")
+    with pytest.raises(UserError, match="vocabulary has 100; is it the tokenizer of this"):
+        answer_of(assistant, [user("你好")])

@@ -283,6 +283,14 @@ def test_ids_that_the_model_does_not_have():
         encode_texts(["b"], Letters(), 8, vocab_size=98)
 
 
+def test_the_first_examples_are_ones_that_are_learned_from(tmp_path):
+    lines = [{"instruction": "a" * size, "output": "b"} for size in (9, 2, 9, 3, 1)]
+    (tmp_path / "rows.json").write_text(json.dumps(lines))
+    batches = batches_of_rows(open_rows(tmp_path / "rows.json"), Letters(), cutoff_len=6)
+    assert [len(example.ids) for example in batches.first(2)] == [4, 5]
+    assert len(batches.first(9)) == 3
+
+
 def test_nothing_to_learn(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"instruction": "long question", "output": "a"}]))

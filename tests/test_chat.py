@@ -72,7 +72,8 @@ def test_one_question_prints_the_answer_only(tiny_chat_model_dir, oracle):
     expected = oracle([{"role": "system", "content": "简洁"}, user("the cat 你好")])
     status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "the cat 你好", input="no")
     assert (status, answer) == (0, expected + "\n")
-    status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "-", input="the cat 你好")
+    status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "-",
+                             input="\ufeffthe cat 你好")  # as some editors begin a file
     assert (status, answer) == (0, expected + "\n")
 
 
@@ -101,6 +102,41 @@ def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
                  "error: /save needs", "no/folder", "(system prompt removed)", "/save FILE"):
         assert part in said
     assert "\033" not in said
+
+
+def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
+    """The wide space of Chinese input and a tab part a command from its argument."""
+    lines = [f"\ufeff/save {tmp_path}/x", "/system　你是诗人", "/你好", "/SAVE x",
+             f"  /save\t{tmp_path}/对话.json", "/save ~/chat.json", "/save ~/no/x", "/system",
+             "the mat", "/quit now", "never"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "HOME", str(tmp_path))
+        status, printed, said = chat(tiny_chat_model_dir, *GREEDY, "--max_new_tokens", "20",
+                                     input="\n".join(lines))
+    messages = [{"role": "system", "content": "你是诗人"}, user("/你好")]
+    messages.append({"role": "assistant", "content": oracle(messages)})
+    answer = oracle([*messages[1:], user("the mat")])
+    assert (status, printed) == (0, f"{messages[-1]['content']}\n{answer}\n")
+    for name in ("对话.json", "chat.json"):
+        assert json.loads((tmp_path / name).read_text("utf-8")) == [{"messages": messages}]
+    assert f"error: {tmp_path}/no/x: No such file or directory; choose another name\n" in said
+    assert "error: there is nothing to save yet" in said and "/SAVE is not a command" in said
+
+
+def test_a_turn_without_an_answer_is_told_and_forgotten(tiny_chat_model_dir, tmp_path):
+    for path in tiny_chat_model_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(300)]}))
+    status, printed, said = chat(tmp_path, *GREEDY, input=f"the cat\n/save {tmp_path}/saved.json")
+    assert (status, printed) == (0, "\n") and not (tmp_path / "saved.json").exists()
+    assert "(no answer: the question is not remembered)" in said and "nothing to save" in said
+
+
+def test_standard_output_that_is_closed(tiny_chat_model_dir):
+    words = [sys.executable, SCRIPT, "--model_name_or_path", tiny_chat_model_dir, "--prompt", "x"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words, "--max_new_tokens", "2"],
+                          capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_model_dir, oracle):
@@ -138,9 +174,13 @@ def test_mistakes_are_one_line_and_status_2(tiny_chat_model_dir, flags, said):
 class Terminal:
     """chat.py on a terminal of its own: press keys, wait for what appears."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, output=None):
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
+            # Whoever started the tests in the background has had Ctrl-C ignored.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if output:
+                os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
             os.execve(sys.executable, [sys.executable, str(SCRIPT), *map(str, arguments)],
                       ENVIRONMENT)
         self.screen = b""
@@ -174,8 +214,9 @@ class Terminal:
 def terminal(tiny_chat_model_dir):
     started = []
 
-    def start(*flags):
-        started.append(Terminal("--model_name_or_path", tiny_chat_model_dir, *GREEDY, *flags))
+    def start(*flags, **output):
+        started.append(
+            Terminal("--model_name_or_path", tiny_chat_model_dir, *GREEDY, *flags, **output))
         return started[-1]
 
     yield start
@@ -237,6 +278,18 @@ def test_terminal_answers_as_a_pipe_does_and_ctrl_d_leaves(terminal, tiny_chat_m
     screen.wait_for(PROMPT)
     screen.press("\x04")
     assert screen.exit_status() == 0
+
+
+def test_typed_questions_with_the_answers_going_to_a_file(terminal, oracle, tmp_path):
+    screen = terminal("--max_new_tokens", "20", output=tmp_path / "answers.txt")
+    screen.wait_for("/help lists")
+    screen.wait_for("> ")
+    screen.press("the cat 你好\r")
+    screen.wait_for("> ")
+    screen.press("\x04")
+    assert screen.exit_status() == 0
+    answer = oracle([user("the cat 你好")])
+    assert (tmp_path / "answers.txt").read_bytes().decode() == answer + "\n"
 
 
 def test_question_interrupted_by_ctrl_c_exits_130(terminal):

@@ -94,6 +94,15 @@ class TestFormats:
             "assistant",
         ]
 
+    @pytest.mark.parametrize("blank", ["", None, " \n"])
+    def test_a_blank_system_prompt_is_none(self, tmp_path, blank):
+        expected = [user("Name a colour."), assistant("Red.")]
+        turns = [("system", blank), ("human", "Name a colour."), ("gpt", "Red.")]
+        for record in ({**GOOD, "system": blank},
+                       {"conversations": [{"from": name, "value": text} for name, text in turns]},
+                       {"messages": [{"role": "system", "content": blank}, *expected]}):
+            assert conversation_of(tmp_path, record)[0] == expected
+
     @pytest.mark.parametrize("value", ["add(1, 2)", '{"arguments": {}}', '{"name": "add"', "[]"])
     def test_function_call_that_is_no_call_stays_as_it_stands(self, tmp_path, value):
         turns = [("human", "Q"), ("function_call", value), ("observation", ""), ("gpt", "A")]
@@ -184,6 +193,10 @@ BROKEN = {
     "empty turn": ({"messages": [user("")]}, "turn 1: the user turn is empty"),
     "list content": ({"messages": [user(["a"])]}, "content must be a string"),
     "bad tools": ({**turns("human", "gpt"), "tools": "[{"}, "in tools, line 1 column 3"),
+    "tools of nothing": ({**turns("human", "gpt"), "tools": [1, "add"]}, "a list of objects"),
+    "a call by the user": ({"messages": [user("Q", tool_calls=[{"name": "f", "arguments": {}}]),
+                                         assistant("A")]}, "which only an answer can have"),
+    "only a blank system prompt": ({"messages": [{"role": "system", "content": ""}]}, "is empty"),
     "firefly without target": ({"kind": "NLI", "input": "Q"}, "no answer"),
     "not an object": (["Q", "A"], "a row is a JSON object"),
     "half a character": ({**GOOD, "output": "\ud800"}, "surrogate"),
@@ -231,7 +244,7 @@ class TestBrokenRows:
         bad = write(tmp_path / "b.json", [{"a": 1, "b": 2}])
         with pytest.raises(UserError, match=r"b\.json, row 1: the columns \(a, b\)") as caught:
             load_rows(f"{good},{bad}", skipped=[])
-        for name in ("alpaca", "sharegpt", "openai", "firefly"):
+        for name in ("alpaca", "sharegpt", "openai", "firefly", "dataset_info.json"):
             assert name in str(caught.value)
 
     @pytest.mark.parametrize("content", ["", " \n", "[]", "Hi", "[" * 100_000, "[1" + "0" * 5000])
@@ -431,6 +444,15 @@ class TestConvert:
         done = self.run(bad, output, "--skip_bad_rows")
         assert "1 rows; 1 broken rows left out, the first: " in done.stdout
         assert "sharegpt" in self.run("--help").stdout
+
+    def test_what_sharegpt_cannot_say_is_a_broken_row(self, tmp_path):
+        call = assistant("Well,", tool_calls=[{"name": "f", "arguments": {}}])
+        bad = write(tmp_path / "bad.json", [GOOD, {"messages": [user("Q"), call]}])
+        skipped = []
+        assert convert(bad, tmp_path / "out.json", skipped=skipped) == 1
+        assert len(skipped) == 1 and "bad.json, row 2: an answer that also calls" in skipped[0]
+        with pytest.raises(UserError, match=r"bad\.json, row 2: an answer .*--skip_bad_rows"):
+            convert(bad, tmp_path / "other.json")
 
     def test_a_full_disk_leaves_the_old_file(self, tmp_path, monkeypatch):
         good, output = write(tmp_path / "good.json", [GOOD]), write(tmp_path / "out.json", [])

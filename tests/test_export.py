@@ -10,6 +10,7 @@ from conftest import command
 from safetensors.torch import load_file
 
 from minisft.lora import LoraConfig, add_lora
+from minisft.options import recorded_options
 from minisft.weights import load_adapter, load_model, save_adapter
 
 TOKENS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -51,6 +52,24 @@ def test_merged_in_transformers(shard, checkpoint, adapter, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     ours = transformers.AutoTokenizer.from_pretrained(checkpoint)
     assert theirs("the cat sat").input_ids == ours("the cat sat").input_ids
+
+
+@pytest.mark.parametrize("format", ["hf", "peft"])
+def test_the_form_of_the_training_goes_along(format, checkpoint, adapter, tmp_path):
+    """So that chat.py asks the merged model as it was trained, not as its base was."""
+    (checkpoint / "options.toml").write_text('template = "zephyr"\n')
+    (adapter / "options.toml").write_text(
+        'template = "alpaca"\ndefault_system = "简洁"\nseed = 3\n', encoding="utf-8")
+    for words, expected in ((["--adapter", adapter], ("alpaca", "简洁")), ([], ("zephyr", None))):
+        if format == "peft" and not words:
+            continue
+        out = tmp_path / f"out{len(words)}"
+        done = command("--model_name_or_path", checkpoint, *words, "--format", format,
+                       "--output_dir", out, script="export.py")
+        assert done.returncode == 0, done.stderr
+        trained = recorded_options(out)
+        assert (trained["template"], trained.get("default_system")) == expected
+        assert "seed" not in trained
 
 
 def test_types_out(checkpoint, adapter, tmp_path):

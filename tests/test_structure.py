@@ -15,7 +15,8 @@ LAYERS = [
     "train score select export chat eval",
     "ifd selection gguf_export multiple_choice compare assistant",
     "generate run checkpoint weights batching objective metrics parallel",
-    "model lora quantize tokenizer template dataset dataset_info records formats optimizer kmeans",
+    "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
+    "dataset_info records formats optimizer kmeans",
     "config training_options",
     "options",
 ]

@@ -128,6 +128,22 @@ def test_llama3_as_published(shared_data):
     assert template.render([SYSTEM, QUESTION, ANSWER]) == expected + "Two *marks*.<|eot_id|>"
 
 
+def test_llama3_of_a_checkpoint_of_llama_31_or_32(tiny_tokenizer_dir):
+    """Its chat template opens with a system turn of two lines, whether there is a prompt or not."""
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    expected = "<s>" + head.format("system") + dates + "{}<|eot_id|>"
+    expected += head.format("user") + "Hi<|eot_id|>"
+    tokenizer.chat_template = "'<|start_header_id|>' '<|eot_id|>' " + dates.replace("\n", "\\n")
+    for name in ("auto", "llama3"):
+        template = get_template(name, tokenizer)
+        assert template.render(turns("Hi")) == expected.format("")
+        assert template.render([SYSTEM, *turns("Hi")]) == expected.format(SYSTEM["content"])
+        check_prefixes_and_spans(template)
+    assert "Cutting" not in get_template("alpaca", tokenizer).render(turns("Hi"))
+
+
 def test_llama2_as_published(shared_data):
     template = get_template("llama2", load(shared_data / TINYLLAMA))
     expected = (
@@ -280,6 +296,12 @@ def test_chatml_default_system_prompt(shared_data, tiny_tokenizer_dir):
     assert get_template("chatml", bare).render(question) == tail
     with_tools = get_template("chatml", bare).render(question, TOOLS)
     assert with_tools.startswith("<|im_start|>system\n# Tools\n")
+    for text in ("You are a helpful assistant", "You are an AI named Smol, by 小明"):
+        # As in Qwen1.5 (without a full stop) and in SmolLM2.
+        other = Tokenizer.load(tiny_tokenizer_dir)
+        other.chat_template = "{% if x %}{{ '<|im_start|>system\\n" + text + "<|im_end|>\\n' }}"
+        assert get_template("auto", other).render(question) == (
+            f"<|im_start|>system\n{text}<|im_end|>\n{tail}")
     own = get_template("chatml", bare, default_system="Be.").render(question)
     assert own == "<|im_start|>system\nBe.<|im_end|>\n" + tail
 
@@ -288,6 +310,10 @@ def test_templates_that_do_not_fit_are_refused(shared_data):
     llama2, llama3 = load(shared_data / TINYLLAMA), load(shared_data / LLAMA3)
     with pytest.raises(UserError, match="llama3 needs the token <|start_header_id|>"):
         get_template("llama3", llama2)
+    endless = Tokenizer.load(shared_data / TINYLLAMA)
+    endless.eos_token_id = None
+    with pytest.raises(UserError, match="alpaca needs an eos_token, which the tokenizer of"):
+        get_template("alpaca", endless)
     with pytest.raises(UserError, match="unknown template 'lama'; choose one of: auto, llama3, .*"):
         get_template("lama", llama2)
     with pytest.raises(UserError, match="no chat template.*alpaca"):
@@ -346,3 +372,6 @@ def test_show_colours_what_is_supervised(tiny_tokenizer_dir):
         "<s><|im_start|>user\n你<|im_end|>\n<|im_start|>assistant\n"
         "\033[32m猫 the cat<|im_end|>\033[0m\n"
     )
+    crooked = template.show(*template.encode(turns("\x1b[0m\r\n\t你\x9b", "\x00")))
+    assert r"\x1b[0m\x0d" in crooked and "\n\t你\\x9b" in crooked and r"\x00" in crooked
+    assert crooked.count("\x1b") == 2

@@ -219,10 +219,13 @@ def test_tokens_listed_beside_a_model_file(shared_data, tmp_path):
 
 
 def test_saving_copies_the_files_byte_for_byte(tiny_tokenizer_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "chat_template.jinja").write_text("another model's")
     Tokenizer.load(tiny_tokenizer_dir).save(tmp_path / "out")
     Tokenizer.load(tmp_path / "out").save(tmp_path / "out")  # its own folder: nothing to do
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tiny_tokenizer_dir / name).read_bytes()
+    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
