@@ -49,7 +49,7 @@ class Sampling:
     @property
     def takes_best(self):
         """Whether the most probable token is taken, without drawing."""
-        return self.greedy or self.temperature == 0
+        return self.greedy or self.temperature < 1e-6  # dividing by less would overflow
 
 
 def generate(model, prompts, sampling, stop_ids=(), rows=None):
@@ -101,11 +101,17 @@ def _steps(model, prompts, sampling, stop_ids, cache, rows=None):
     for row, ids in enumerate(prompts):
         if len(ids) <= cache.length:
             raise UserError(f"prompt {row} is empty: there is nothing to go on from")
+        if max(ids) >= model.config.vocab_size:
+            raise UserError(f"prompt {row}: token {max(ids)} is outside the model's vocabulary of "
+                            f"{model.config.vocab_size}; the tokenizer belongs to another model")
     if not prompts:
         return
     batch = _Batch(model, prompts, sampling, cache, rows)
     for step in range(sampling.max_new_tokens):
         logits = model.logits(batch.advance(model)[:, -1])
+        if step == 0 and not logits.isfinite().all():
+            raise UserError("the model's scores are not finite numbers: its weights are damaged, "
+                            "or too large for this type; try --dtype float32")
         tokens = next_tokens(logits, sampling, batch.seen, batch.streams)
         chosen = tokens.tolist()
         writing = [place for place, token in enumerate(chosen) if token not in stop_ids]
@@ -190,6 +196,7 @@ def next_tokens(logits, sampling, seen=None, streams=()):
     place = torch.searchsorted(
         cumulative, drawn.to(logits.device) * cumulative[:, -1:], right=True
     )
+    place = place.clamp(max=candidates.shape[-1] - 1)  # where rounding leaves nothing above it
     return candidates.gather(-1, place).squeeze(-1)
 
 

@@ -225,3 +225,23 @@ def test_empty_prompts(pair):
     assert generate(pair[1], [], Sampling()) == []
     with pytest.raises(UserError, match="prompt 1 is empty"):
         generate(pair[1], [[3], []], Sampling())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(greedy=True), Sampling(temperature=1.0, seed=1)])
+def test_scores_that_are_no_numbers_and_foreign_tokens(pair, sampling):
+    _, model = pair
+    with pytest.raises(UserError, match="token 97 is outside"):
+        generate(model, [[1], [97]], sampling)
+    weight = model.model.norm.weight
+    kept, weight.data = weight.data, torch.full_like(weight, float("nan"))
+    try:
+        with pytest.raises(UserError, match="not finite"):
+            generate(model, [[1, 2]], sampling)
+    finally:
+        weight.data = kept
+
+
+def test_a_temperature_next_to_zero_is_greedy(pair):
+    _, model = pair
+    cold = Sampling(max_new_tokens=9, temperature=1e-42, top_k=0, top_p=1, seed=1)
+    assert generate(model, PROMPTS, cold) == generate(model, PROMPTS, Sampling(9, greedy=True))
