@@ -17,7 +17,7 @@ from minisft.quantize import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(64, 128), (256, 2048), (7, 96), (100, 64), (5, 7)]
+SHAPES = [(64, 128), (256, 2048), (7, 96), (100, 64), (9, 15)]
 
 
 def weight_of(shape, dtype):
@@ -46,7 +46,7 @@ def test_packed_bytes_and_values_equal_bitsandbytes(shape, dtype):
     # A scale differs only where two levels are as near to the step of their look-up table, which
     # has 2**16 entries between -1 and 1.
     largest = in_blocks(weight.float().flatten(), 64).abs().amax(1) - mean
-    scaled = largest / nested_scales.clamp(min=1e-30).repeat_interleave(256)[: len(largest)]
+    scaled = largest / nested_scales.repeat_interleave(256)[: len(largest)]
     levels = dynamic_levels()
     ours, others = ((levels[one.int()] - scaled).abs() for one in (scales, their_scales))
     assert (ours <= others).all() and (others - ours).max() < 2**-15
