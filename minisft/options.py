@@ -19,13 +19,24 @@ import tomllib
 import traceback
 from pathlib import Path
 
+from minisft import failure
+
 # Choices that stand in the help, which is to appear without loading what implements them.
 SCHEDULES = ["cosine", "linear", "constant", "polynomial"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
+# A file may hold a name of a million letters, or one that would steer the terminal.
+LONGEST_MESSAGE = 2000
 
 
 class UserError(ValueError):
     """A mistake that the user can mend; its message names the place and the way out."""
+
+    def __str__(self):
+        """The message as one line, whatever stood in the files that it quotes."""
+        text = super().__str__()
+        if len(text) > LONGEST_MESSAGE:
+            text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+        return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def boolean(text):
@@ -203,27 +214,51 @@ def recorded_options(folder):
 
 
 def run(main):
-    """Call `main()`; a UserError becomes one line on standard error and exit status 2."""
-    debug = "--debug" in sys.argv
+    """Call `main()`; a UserError becomes one line on standard error and exit status 2.
+
+    Of several processes under torchrun, the first to fail says why.
+    """
     try:
         main()
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if not failure.claim():
+            failure.give_way()
+        status = _tell(error)
+        failure.told()
+        failure.leave(status)
+
+
+def _tell(error):
+    """Say on standard error why the script ends, in one line or a traceback -> exit status."""
+    if isinstance(error, BrokenPipeError):
         # The reader of a pipe (`| head`) has left: nothing to say, and nowhere to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        return 141
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    message = _in_one_line(error)
+    if message is None or "--debug" in sys.argv:
+        traceback.print_exception(error)
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if message is None else 2
+
+
+def _in_one_line(error):
+    """What a person is told of an error that is no fault of the program; else None."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or ''}: {error.strerror}"
+    # Those of torch, which is not loaded here, are known by name.
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    if of_torch or isinstance(error, MemoryError):
+        reason = str(error).strip().partition("\n")[0]
+        return f"out of memory: use smaller batches, or a smaller model ({reason})"
+    return None
 
 
 def add_model_flags(parser, auto_dtype="bfloat16 where the processor multiplies it, else float32"):

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from minisft import failure
+
 
 def start(device):
     """Join the processes that torchrun started; returns this process's device."""
@@ -18,6 +20,7 @@ def start(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    failure.end_with_others()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 

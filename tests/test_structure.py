@@ -16,9 +16,11 @@ LAYERS = [
     "ifd selection gguf_export multiple_choice compare assistant",
     "generate run checkpoint weights batching objective metrics parallel",
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
-    "dataset_info records formats optimizer kmeans",
+    "dataset_info records formats optimizer kmeans tensor_files",
     "config training_options",
+    "json_files",
     "options",
+    "failure",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 SCRIPTS = [path for path in sorted(ROOT.glob("*.py"))]
