@@ -19,7 +19,6 @@ import signal
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from minisft.options import UserError
 from minisft.tensor_files import read_header, tensor_files
@@ -50,7 +49,7 @@ def save(output_dir, step, write_weights, state, keep=None, best=None):
             _remove(final)
         os.rename(partial, final)
         _flush(output_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, UserError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{final} could not be written: {error}; what was saved before is intact, "
                         "go on from it with --resume_from_checkpoint auto") from error

@@ -43,10 +43,14 @@ def read_json(path, missing=None):
 
 
 def write_json(content, path):
-    """Write JSON beside the place, then rename: a file under its name is always whole."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write JSON beside the place, then rename; UserError where that cannot be done."""
+    partial, text = Path(f"{path}.partial"), json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written: {error.strerror}") from error
 
 
 def is_whole(value, least=0, most=2**53):

@@ -70,8 +70,9 @@ def _number(kind, fits, words):
     return parse
 
 
-count = _number(int, lambda value: value >= 1, "a whole number of at least 1")
-natural = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+MOST = 2**53  # more than anything that is counted here, and no more than libraries can take
+count = _number(int, lambda value: 1 <= value < MOST, "a whole number of at least 1, below 2**53")
+natural = _number(int, lambda value: 0 <= value < MOST, "a whole number of at least 0, below 2**53")
 positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 share = _number(float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
@@ -252,12 +253,12 @@ def _in_one_line(error):
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or ''}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     # Those of torch, which is not loaded here, are known by name.
     of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     if of_torch or isinstance(error, MemoryError):
-        reason = str(error).strip().partition("\n")[0]
-        return f"out of memory: use smaller batches, or a smaller model ({reason})"
+        reason = str(error).partition("\n")[0]
+        return f"out of memory: use smaller batches, or a smaller model {reason}".rstrip()
     return None
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from minisft.json_files import is_whole, read_json
@@ -179,10 +180,17 @@ def listed(names, limit=5):
 
 
 def write_safetensors(tensors, path):
-    """Write beside the place, then rename: a file under its name is always whole."""
+    """Write beside the place, then rename: a file under its name is always whole.
+
+    Raises UserError, and leaves nothing behind, where it cannot be written: a full disk.
+    """
     partial = Path(f"{path}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(mode)  # save_file makes it private to its owner
-    os.replace(partial, path)
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(mode)  # save_file makes it private to its owner
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written: {error}") from error

@@ -125,11 +125,13 @@ def parse_size(text):
 def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     """Write config.json and safetensors, in shards of at most `max_shard_size` bytes.
 
-    `dtype` converts on the way out; a shard is converted only when it is written.
+    `dtype` converts on the way out; a shard is converted only when it is written. UserError where
+    there is no room for them all: then nothing is written.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach() for name, value in model.state_dict().items()}
+    _check_room(output_dir, tensors, dtype)
     shards = _shards(tensors, dtype, max_shard_size)
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [
@@ -149,6 +151,14 @@ def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_json(config, output_dir / "config.json")
+
+
+def _check_room(output_dir, tensors, dtype):
+    needed = sum(one.numel() * (dtype or one.dtype).itemsize for one in tensors.values())
+    free = shutil.disk_usage(output_dir).free
+    if needed > free:
+        raise UserError(f"{output_dir}: the weights take {needed / 1e9:,.1f} GB, and the disk has "
+                        f"{free / 1e9:,.1f} GB free")
 
 
 def _shards(tensors, dtype, max_shard_size):

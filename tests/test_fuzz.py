@@ -116,7 +116,8 @@ def make_tokenizers(root, tiny_tokenizer_dir):
     with open(root / "pieces" / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text), model_writer=file, vocab_size=280, byte_fallback=True,
-            model_type="bpe", normalization_rule_name="identity", minloglevel=2, hard_vocab_limit=False)
+            model_type="bpe", normalization_rule_name="identity", hard_vocab_limit=False,
+            minloglevel=2)
 
 
 def make_data(folder):
@@ -214,9 +215,10 @@ USES = {"checkpoint": use_checkpoint, "shards": use_checkpoint, "adapter": use_a
 # How it is mutated
 
 NASTY = [None, True, False, 0, -1, 1, 2, 3, 7, 10**6, 2**31, 2**63, -(2**63), 10**40, 0.5, -0.0,
-         1e-320, 1e308, float("nan"), float("inf"), -float("inf"), "", "x", "\0", "\ud83d", "\n\x1b[2J",
-         "../../etc/passwd", "1", "a" * 10**5, "中文", "<s>", "full_attention", "F64", "I64", [],
-         {}, [[]], [None], [1, 2], ["a", "a"], {"a": 1}, [0] * 10**4, {"content": 5}, [-1, 2**70]]
+         1e-320, 1e308, float("nan"), float("inf"), -float("inf"), "", "x", "1", "\0", "\ud83d",
+         "\n\x1b[2J", "../../etc/passwd", "a" * 10**5, "中文", "<s>", "full_attention", "F64",
+         "I64", [], {}, [[]], [None], [1, 2], ["a", "a"], {"a": 1}, [0] * 10**4, {"content": 5},
+         [-1, 2**70]]
 
 
 def mutate_bytes(content, generator):
