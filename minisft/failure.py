@@ -41,8 +41,7 @@ def told():
 
 
 def leave(status):
-    """End this process. Under torchrun at once: at an exit in good order, peers may be waited for.
-    """
+    """End this process; under torchrun at once, without the exit in order, which may wait."""
     if _file() is None:
         sys.exit(status)
     sys.stdout.flush()

@@ -113,6 +113,7 @@ class OptionParser(argparse.ArgumentParser):
         return group.add_argument, switch
 
     def error(self, message):
+        """A mistake in the command line is a UserError."""
         raise UserError(f"{message} (see --help)")
 
     def parse_options(self, arguments=None):
