@@ -19,10 +19,10 @@ import signal
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from minisft.options import UserError
-from minisft.weights import ADAPTER_WEIGHTS, PEFT_PREFIX, read_tensor, tensor_files
+from minisft.tensor_files import read_header, tensor_files
+from minisft.weights import ADAPTER_WEIGHTS, PEFT_PREFIX
 
 STATE, MARKER = "trainer_state.pt", "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -49,7 +49,7 @@ def save(output_dir, step, write_weights, state, keep=None, best=None):
             _remove(final)
         os.rename(partial, final)
         _flush(output_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, UserError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{final} could not be written: {error}; what was saved before is intact, "
                         "go on from it with --resume_from_checkpoint auto") from error
@@ -124,6 +124,8 @@ def damage(path):
         return "there is no such folder"
     try:
         files = json.loads((path / MARKER).read_text())["files"]
+        if STATE not in files:
+            return f"{MARKER} does not list {STATE}"
         for name, expected in files.items():
             if not (path / name).is_file():
                 return f"{name} is missing"
@@ -138,7 +140,13 @@ def damage(path):
 
 def load_state(path):
     """The `state` that was saved, on the CPU. Only plain data is unpickled, never code."""
-    return torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)
+    path = Path(path) / STATE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, and of many lines
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read ({reason}); go on from another checkpoint") from (
+            error)
 
 
 @torch.no_grad()
@@ -146,17 +154,16 @@ def restore_weights(model, path):
     """Give the trainable parameters of `model` their values from a checkpoint."""
     path = Path(path)
     adapter = path / ADAPTER_WEIGHTS
-    files = {} if adapter.is_file() else tensor_files(path)
+    prefix = PEFT_PREFIX if adapter.is_file() else ""
+    files = read_header(adapter) if prefix else tensor_files(path)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        try:
-            tensor = (read_tensor(files[name], name) if files
-                      else read_tensor(adapter, PEFT_PREFIX + name))
-            parameter.copy_(tensor)
-        except (KeyError, UserError, RuntimeError) as error:
+        stored = files.get(prefix + name)
+        if stored is None or stored.shape != parameter.shape:
             raise UserError(f"{path}: {name} does not fit; was the run started with other "
-                            "options?") from error
+                            "options?")
+        parameter.copy_(stored.read())
 
 
 def random_state(device):

@@ -5,14 +5,23 @@
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minisft.json_files import is_number, is_whole, read_json, token_ids
 from minisft.options import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+                "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads")
+# Where null says something: no window, as many as other heads; elsewhere it is as if left out.
+MEANT_NULL = ("sliding_window", "num_key_value_heads", "head_dim")
+# More than any model has, and little enough that its shape can be computed with.
+LARGEST = {"num_hidden_layers": 2**10, "vocab_size": 2**24, "max_position_embeddings": 2**40}
 
 # What a family assumes where its config.json is silent (from the configuration classes of
 # transformers; checkpoints older than a field rely on it).
@@ -70,24 +79,17 @@ class ModelConfig:
     def load(cls, model_dir):
         """Read `model_dir/config.json`; UserError says what is missing or not supported."""
         path = Path(model_dir) / "config.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; a checkpoint has a config.json") from error
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON: {error}") from error
-        return cls.from_dict(content, source=path)
+        return cls.from_dict(read_json(path), source=path)
 
     @classmethod
     def from_dict(cls, content, source="config.json"):
         """Build from the parsed config.json; unsupported features raise UserError, named."""
-        if not isinstance(content, dict):
-            raise UserError(f"{source}: expected a JSON object")
         _refuse_unsupported(content, source)
         family = content["model_type"]
         values = dict(FAMILY_DEFAULTS[family])
         names = {one.name for one in dataclasses.fields(cls)} - {"original", "qkv_bias", "qk_norm"}
-        values.update({name: content[name] for name in names if name in content})
+        values.update({name: content[name] for name in names if name in content
+                       and (content[name] is not None or name in MEANT_NULL)})
         values.update(_rotary(content, source))
         if family in ("qwen2", "qwen3") and not content.get("use_sliding_window"):
             values["sliding_window"] = None
@@ -100,6 +102,7 @@ class ModelConfig:
         if family == "qwen2":
             values["attention_bias"] = False
         _check_sizes(values, source)
+        _check_others(values, source)
         return cls(**values, original=content)
 
     def to_dict(self):
@@ -143,7 +146,7 @@ def _refuse_unsupported(content, source):
     if content.get("quantization_config"):
         raise UserError(f"{source}: this checkpoint is stored quantised (quantization_config); "
                         "use the original, unquantised one")
-    if content.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+    if content.get("partial_rotary_factor") not in (None, 1.0):
         raise UserError(f"{source}: partial_rotary_factor is not supported")
 
 
@@ -161,35 +164,64 @@ def _rotary(content, source):
     if rope_type not in ROPE_TYPES:
         raise UserError(f"{source}: rope type '{rope_type}' is not supported; minisft computes "
                         f"{', '.join(ROPE_TYPES)}")
-    needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    for name in needed.get(rope_type, ("factor",)):
-        if not isinstance(scaling.get(name), (int, float)):
-            raise UserError(f"{source}: rope type '{rope_type}' needs the number '{name}'")
     if scaling.get("original_max_position_embeddings") is None:
         scaling["original_max_position_embeddings"] = content.get(
             "original_max_position_embeddings", content.get("max_position_embeddings", 2048))
+    needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    needed = needed.get(rope_type, ("factor",))
+    for name in ROPE_NUMBERS:
+        value = scaling.get(name)
+        if not is_number(value) and (value is not None or name in needed):
+            raise UserError(f"{source}: rope type '{rope_type}' needs the number '{name}', not "
+                            f"{value!r}")
     return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 
 def _check_sizes(values, source):
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads")
-    for name in required:
+    """Sizes are whole numbers that a model can have, and fit one another."""
+    for name in REQUIRED:
         if name not in values:
             raise UserError(f"{source}: '{name}' is missing")
-    for name in (*required, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-        value = values.get(name)
-        if value is None and name not in required:
-            continue
-        if type(value) is not int or value < 1:
-            raise UserError(f"{source}: {name} must be a positive whole number, not {value!r}")
-    heads, key_value_heads = values["num_attention_heads"], values.get("num_key_value_heads")
-    if heads % (key_value_heads or heads):
+    for name in (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        most = LARGEST.get(name, 2**20)
+        if values.get(name) is not None and not is_whole(values[name], 1, most):
+            raise UserError(f"{source}: {name} must be a whole number from 1 to {most:,}, not "
+                            f"{values[name]!r}")
+    heads = values["num_attention_heads"]
+    key_value_heads = values.get("num_key_value_heads") or heads
+    if heads % key_value_heads:
         raise UserError(f"{source}: num_attention_heads {heads} is not a multiple of "
                         f"num_key_value_heads {key_value_heads}")
-    if values.get("head_dim") is None and values["hidden_size"] % heads:
-        raise UserError(f"{source}: hidden_size is not a multiple of num_attention_heads")
-    layer_types = values.get("layer_types")
-    if layer_types is not None and len(layer_types) != values["num_hidden_layers"]:
-        raise UserError(f"{source}: layer_types names {len(layer_types)} layers, "
-                        f"num_hidden_layers is {values['num_hidden_layers']}")
+    head_dim = values.get("head_dim")
+    if head_dim is None:
+        head_dim, rest = divmod(values["hidden_size"], heads)
+        if rest:
+            raise UserError(f"{source}: hidden_size is not a multiple of num_attention_heads")
+    if head_dim % 2 or head_dim < 4:
+        raise UserError(f"{source}: the width of a head is {head_dim}; it must be even, at least 4")
+
+
+def _check_others(values, source):
+    """The fields that are not sizes, each of its kind."""
+    for name, above in (("rms_norm_eps", 0), ("rope_theta", 1), ("initializer_range", 0)):
+        if name in values and not is_number(values[name], above):
+            raise UserError(f"{source}: {name} must be a number above {above}, not "
+                            f"{values[name]!r}")
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if type(values.get(name, False)) is not bool:
+            raise UserError(f"{source}: {name} must be true or false, not {values[name]!r}")
+    for name in ("bos_token_id", "eos_token_id"):
+        token_ids(values.get(name), source, name)
+    window = values.get("sliding_window")
+    if window is not None and not is_whole(window, 1):
+        raise UserError(f"{source}: sliding_window must be a whole number of at least 1, or null, "
+                        f"not {window!r}")
+    if not is_whole(values.get("max_window_layers", 0)):
+        raise UserError(f"{source}: max_window_layers must be a whole number, not "
+                        f"{values['max_window_layers']!r}")
+    num_layers, layer_types = values["num_hidden_layers"], values.get("layer_types")
+    if layer_types is not None and not (
+            isinstance(layer_types, list) and len(layer_types) == num_layers
+            and all(one in LAYER_TYPES for one in layer_types)):
+        raise UserError(f"{source}: layer_types must name one of {', '.join(LAYER_TYPES)} for each "
+                        f"of the {num_layers} layers of num_hidden_layers")

@@ -19,13 +19,24 @@ import tomllib
 import traceback
 from pathlib import Path
 
+from minisft import failure
+
 # Choices that stand in the help, which is to appear without loading what implements them.
 SCHEDULES = ["cosine", "linear", "constant", "polynomial"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
+# A file may hold a name of a million letters, or one that would steer the terminal.
+LONGEST_MESSAGE = 2000
 
 
 class UserError(ValueError):
     """A mistake that the user can mend; its message names the place and the way out."""
+
+    def __str__(self):
+        """The message as one line, whatever stood in the files that it quotes."""
+        text = super().__str__()
+        if len(text) > LONGEST_MESSAGE:
+            text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+        return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def boolean(text):
@@ -59,8 +70,9 @@ def _number(kind, fits, words):
     return parse
 
 
-count = _number(int, lambda value: value >= 1, "a whole number of at least 1")
-natural = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+MOST = 2**53  # more than anything that is counted here, and no more than libraries can take
+count = _number(int, lambda value: 1 <= value < MOST, "a whole number of at least 1, below 2**53")
+natural = _number(int, lambda value: 0 <= value < MOST, "a whole number of at least 0, below 2**53")
 positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 share = _number(float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
@@ -101,6 +113,7 @@ class OptionParser(argparse.ArgumentParser):
         return group.add_argument, switch
 
     def error(self, message):
+        """A mistake in the command line is a UserError."""
         raise UserError(f"{message} (see --help)")
 
     def parse_options(self, arguments=None):
@@ -203,27 +216,51 @@ def recorded_options(folder):
 
 
 def run(main):
-    """Call `main()`; a UserError becomes one line on standard error and exit status 2."""
-    debug = "--debug" in sys.argv
+    """Call `main()`; a UserError becomes one line on standard error and exit status 2.
+
+    Of several processes under torchrun, the first to fail says why.
+    """
     try:
         main()
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if not failure.claim():
+            failure.give_way()
+        status = _tell(error)
+        failure.told()
+        failure.leave(status)
+
+
+def _tell(error):
+    """Say on standard error why the script ends, in one line or a traceback -> exit status."""
+    if isinstance(error, BrokenPipeError):
         # The reader of a pipe (`| head`) has left: nothing to say, and nowhere to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        return 141
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    message = _in_one_line(error)
+    if message is None or "--debug" in sys.argv:
+        traceback.print_exception(error)
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if message is None else 2
+
+
+def _in_one_line(error):
+    """What a person is told of an error that is no fault of the program; else None."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # Those of torch, which is not loaded here, are known by name.
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    if of_torch or isinstance(error, MemoryError):
+        reason = str(error).partition("\n")[0]
+        return f"out of memory: use smaller batches, or a smaller model {reason}".rstrip()
+    return None
 
 
 def add_model_flags(parser, auto_dtype="bfloat16 where the processor multiplies it, else float32"):

@@ -10,13 +10,23 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from minisft import failure
+from minisft.options import UserError
+
 
 def start(device):
-    """Join the processes that torchrun started; returns this process's device."""
+    """Join the processes that torchrun started; returns this process's device.
+
+    From then on all end when one fails. UserError where there is no GPU left for this one.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    failure.end_with_others()
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"--nproc_per_node: more processes than the {count} GPUs here")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

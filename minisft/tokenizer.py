@@ -19,8 +19,9 @@ import codecs
 import shutil
 from pathlib import Path
 
+from minisft.json_files import is_whole, read_json, token_ids
 from minisft.options import UserError
-from minisft.tokenizer_engines import SentencePieceEngine, TokenizersEngine, read_json
+from minisft.tokenizer_engines import SentencePieceEngine, TokenizersEngine
 
 FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
@@ -33,7 +34,7 @@ class Tokenizer:
 
     def __init__(self, model_dir):
         self.model_dir = Path(model_dir)
-        self.config = read_json(self.model_dir / "tokenizer_config.json")
+        self.config = self._neighbour("tokenizer_config.json")
         self.engine = self._open_engine()
         self._added = self._tokens_added_by_config()
         self._added_ids = {text: id for id, text in self._added.items()}
@@ -55,8 +56,7 @@ class Tokenizer:
 
     def encode(self, text, continuation=False):
         """str -> ids, without BOS and EOS; with `continuation` as the text stands in mid-line."""
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair becomes "?"
-        return self.engine.encode(text, continuation) if text else []
+        return self.engine.encode(_whole_characters(text), continuation) if text else []
 
     def decode(self, ids, skip_special_tokens=True):
         """ids -> str; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
@@ -73,7 +73,9 @@ class Tokenizer:
 
     def token_bytes(self, id):
         """The UTF-8 bytes, possibly part of a character, that one token stands for."""
-        return self._added[id].encode() if id in self._added else self.engine.token_bytes(id)
+        if id in self._added:
+            return self._added[id].encode("utf-8", "replace")
+        return self.engine.token_bytes(id)
 
     def save(self, output_dir):
         """Copy the tokenizer's files, byte for byte, into an existing or new folder.
@@ -103,24 +105,38 @@ class Tokenizer:
             way_out = "copy one from the checkpoint that the model was made from"
         raise UserError(f"{self.model_dir}: no tokenizer.json and no tokenizer.model; {way_out}")
 
+    def _neighbour(self, name):
+        """What a JSON file of the folder says; {} where there is none."""
+        return read_json(self.model_dir / name, missing={})
+
     def _tokens_added_by_config(self):
         """Control tokens the engine's file does not have but its neighbours list: id -> text."""
         listed = self.config.get("added_tokens_decoder") or {}
-        added = {id: text for text, id in read_json(self.model_dir / "added_tokens.json").items()}
-        added |= {int(id): entry["content"] for id, entry in listed.items()}
-        return {id: text for id, text in added.items() if self.engine.token_id(text) is None}
+        try:
+            added = {id: text for text, id in self._neighbour("added_tokens.json").items()}
+            added |= {int(id): entry["content"] for id, entry in listed.items()}
+            if not all(is_whole(id, most=2**31 - 1) for id in added):
+                raise ValueError("an id is not a whole number that fits 31 bits")
+            return {id: text for id, text in added.items() if self.engine.token_id(text) is None}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.model_dir}: added_tokens.json or added_tokens_decoder in "
+                            f"tokenizer_config.json lists no tokens ({error!r})") from error
 
     def _named_id(self, name):
         """The id of `bos_token` and the like, from the first file that says."""
-        for source in (self.config, read_json(self.model_dir / "special_tokens_map.json")):
-            if name in source:
-                token = source[name]
-                token = token["content"] if isinstance(token, dict) else token
-                return None if token is None else self.token_id(token)
+        for file_name in ("tokenizer_config.json", "special_tokens_map.json"):
+            content = self._neighbour(file_name)
+            if name in content:
+                token = content[name]
+                token = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(token, str | None):
+                    raise UserError(f"{self.model_dir / file_name}: {name} must be text, not "
+                                    f"{token!r}")
+                return None if token is None else self.token_id(_whole_characters(token))
         for file_name in ("config.json", "generation_config.json"):
-            ids = read_json(self.model_dir / file_name).get(f"{name}_id")
-            if ids is not None:
-                return ids[0] if isinstance(ids, list) else ids
+            stated = self._neighbour(file_name).get(f"{name}_id")
+            if ids := token_ids(stated, self.model_dir / file_name, f"{name}_id"):
+                return ids[0]
         return self.engine.default_ids.get(name)
 
     def _bos_policy(self):
@@ -131,12 +147,14 @@ class Tokenizer:
     def _read_chat_template(self):
         path = self.model_dir / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
-        template = read_json(self.model_dir / "chat_template.json").get("chat_template")
+            return path.read_text(encoding="utf-8", errors="replace")
+        template = self._neighbour("chat_template.json").get("chat_template")
         template = self.config.get("chat_template") or template
         if isinstance(template, list):  # several named ones: [{"name": ..., "template": ...}]
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return template
+            named = [entry for entry in template if isinstance(entry, dict)]
+            named = [entry.get("template") for entry in named if entry.get("name") == "default"]
+            template = named[-1] if named else None
+        return template if isinstance(template, str) else None
 
 
 class StreamDecoder:
@@ -167,3 +185,8 @@ class StreamDecoder:
             self.at_start = False
             return text.removeprefix(" ")
         return text
+
+
+def _whole_characters(text):
+    """Half a surrogate pair becomes "?"; the engines take none."""
+    return text.encode("utf-8", "replace").decode()

@@ -12,6 +12,7 @@ import json
 import re
 from functools import cache
 
+from minisft.json_files import read_json
 from minisft.options import UserError
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
@@ -23,13 +24,18 @@ class TokenizersEngine:
     def __init__(self, path, config):
         import tokenizers
 
-        spec = as_transformers_reads_it(read_json(path), config)
-        inside, self.prefix_after_special = without_prefix(spec)
+        spec = read_json(path)
         try:
+            spec = as_transformers_reads_it(spec, config)
+            # First as it is, for what the library refuses need not be taken apart.
             self.start = self.inside = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            inside, self.prefix_after_special = without_prefix(spec)
             if inside:
                 self.inside = tokenizers.Tokenizer.from_str(json.dumps(inside))
-        except Exception as error:  # the library raises plain Exception
+        except BaseException as error:
+            # The library raises plain Exception, and where it panics not even that.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             way_out = "download it again, or update the library"
             raise UserError(f"{path}: tokenizers cannot read it ({error}); {way_out}") from error
         for backend in (self.start, self.inside):
@@ -87,13 +93,13 @@ class SentencePieceEngine:
 
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self.vocab_size = self.processor.vocab_size()
+            self.pieces = [self.processor.id_to_piece(id) for id in range(self.vocab_size)]
+        except (RuntimeError, OSError, ValueError) as error:
             way_out = "download it again (or, for Llama 3, the tokenizer.json)"
             raise UserError(f"{path}: not a SentencePiece model; {way_out}") from error
-        self.vocab_size = self.processor.vocab_size()
         self.strips_space = self.processor.normalize("a").startswith(SPACE)
         self.prefix_after_special = bool(config.get("legacy", False))
-        self.pieces = [self.processor.id_to_piece(id) for id in range(self.vocab_size)]
         is_control, is_unknown = self.processor.is_control, self.processor.is_unknown
         every_id = range(self.vocab_size)
         self.special_ids = {id for id in every_id if is_control(id) or is_unknown(id)}
@@ -140,7 +146,7 @@ def as_transformers_reads_it(spec, config):
     It puts one leading space unless the text has one, and after control tokens only when `legacy`;
     the files of Llama 2's time, taken by the letter, add it always.
     """
-    name = config.get("tokenizer_class") or ""
+    name = str(config.get("tokenizer_class") or "")
     byte_level = "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
     if name.removesuffix("Fast") != "LlamaTokenizer" or byte_level:
         return spec
@@ -194,16 +200,3 @@ def byte_of_character():
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): bytes([byte]) for byte in printable}
     return table | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}
-
-
-def read_json(path):
-    """A JSON object from a file; {} where there is no such file, UserError where it is broken."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
-    return content

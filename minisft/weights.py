@@ -5,24 +5,27 @@
     save_model(model, "copy")
 """
 
-import contextlib
-import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from minisft.config import ModelConfig
+from minisft.json_files import is_number, is_whole, read_json, token_ids, write_json
 from minisft.lora import SAVEABLE, LoraConfig, LoRALinear, freeze, train_fully, wrap
 from minisft.model import CausalLM
 from minisft.options import UserError
+from minisft.tensor_files import (
+    INDEX,
+    WEIGHTS,
+    listed,
+    read_header,
+    tensor_files,
+    write_safetensors,
+)
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 HUB_PATTERNS = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors",
@@ -59,76 +62,13 @@ def resolve(name_or_path, needed="config.json"):
         ) from error
 
 
-def tensor_files(model_dir):
-    """{tensor name: file} of a checkpoint, from its index or its single file."""
-    model_dir = Path(model_dir)
-    index_path, path = model_dir / INDEX, model_dir / WEIGHTS
-    if path.is_file() or not index_path.is_file():
-        if not path.is_file():
-            found = [one.name for one in model_dir.glob("*.bin")]
-            hint = ("; pickled .bin files are never opened: convert them to safetensors"
-                    if found else "")
-            raise UserError(f"{model_dir}: neither {WEIGHTS} nor {INDEX} is there{hint}")
-        return dict.fromkeys(_names(path), path)
-    index = read_json(index_path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index_path}: has no weight_map")
-    files = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        # The index is untrusted: a shard is a plain file name beside it.
-        if Path(shard).name != shard or not (model_dir / shard).is_file():
-            raise UserError(f"{index_path}: '{shard}' is not a file in {model_dir}")
-        for name in _names(model_dir / shard):
-            if name in files:
-                raise UserError(f"{model_dir}: tensor {name} is in {files[name].name} and {shard}")
-            files[name] = model_dir / shard
-    lost = sorted(set(weight_map) - set(files))
-    if lost:
-        raise UserError(f"{index_path}: tensors not in any shard: {_listed(lost)}")
-    return files
-
-
-def read_json(path):
-    """The parsed file, or a UserError with its name and the place of the fault."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-
-
-@contextlib.contextmanager
-def _opened(path):
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not a safetensors file: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _names(path):
-    with _opened(path) as file:
-        return list(file.keys())
-
-
-def read_tensor(path, name):
-    """One tensor in memory of its own (the file is mapped only while it is read)."""
-    with _opened(path) as file:
-        return file.get_tensor(name).clone()
-
-
 def stored_dtype(model_dir):
     """The torch.dtype that a checkpoint's embedding has on disk."""
     name = "model.embed_tokens.weight"
-    path = tensor_files(model_dir).get(name)
-    if path is None:
+    stored = tensor_files(model_dir).get(name)
+    if stored is None:
         raise UserError(f"{model_dir}: there is no tensor {name}")
-    with _opened(path) as file:
-        return file.get_slice(name)[:0].dtype
+    return stored.dtype
 
 
 def load_model(model_dir, dtype=torch.float32, device="cpu"):
@@ -139,39 +79,32 @@ def load_model(model_dir, dtype=torch.float32, device="cpu"):
     """
     config = ModelConfig.load(model_dir)
     files = tensor_files(model_dir)
+    last = f"model.layers.{config.num_hidden_layers - 1}."
+    if not any(name.startswith(last) for name in files):
+        # Found here, lest a wrong number of layers is built, a million perhaps.
+        raise UserError(f"{model_dir}: the weights do not fit config.json; missing: {last}*")
     with torch.device("meta"):
         model = CausalLM(config)
     expected = dict(model.named_parameters())
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    unexpected = [name for name in files
-                  if name not in expected and name not in ignored and "rotary_emb" not in name]
-    missing = [name for name in expected if name not in files]
-    if missing or unexpected:
-        raise UserError(f"{model_dir}: the weights do not fit config.json;"
-                        + (f" missing: {_listed(missing)}" if missing else "")
-                        + (f" unexpected: {_listed(unexpected)}" if unexpected else ""))
+    _check_names(model_dir, files, expected, config.tie_word_embeddings)
     for name, parameter in expected.items():
-        with _opened(files[name]) as file:
-            tensor = file.get_tensor(name)
-            _check_tensor(files[name], name, tensor, parameter.shape)
-            tensor = tensor.to(device=device, dtype=dtype, copy=True)
+        files[name].check(parameter.shape, "config.json says")
+    for name in expected:
+        tensor = files[name].read().to(device=device, dtype=dtype)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
     return model.eval()
 
 
-def _check_tensor(path, name, tensor, shape):
-    if tensor.shape != shape:
-        raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, config.json says "
-                        f"{list(shape)}")
-    if not tensor.is_floating_point():
-        raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}, "
-                        "not a floating-point type")
-
-
-def _listed(names, limit=5):
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _check_names(model_dir, files, expected, tied):
+    ignored = {"lm_head.weight"} if tied else set()
+    unexpected = [name for name in files
+                  if name not in expected and name not in ignored and "rotary_emb" not in name]
+    missing = [name for name in expected if name not in files]
+    if missing or unexpected:
+        raise UserError(f"{model_dir}: the weights do not fit config.json;"
+                        + (f" missing: {listed(missing)}" if missing else "")
+                        + (f" unexpected: {listed(unexpected)}" if unexpected else ""))
 
 
 def parse_size(text):
@@ -192,11 +125,13 @@ def parse_size(text):
 def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     """Write config.json and safetensors, in shards of at most `max_shard_size` bytes.
 
-    `dtype` converts on the way out; a shard is converted only when it is written.
+    `dtype` converts on the way out; a shard is converted only when it is written. UserError where
+    there is no room for them all: then nothing is written.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach() for name, value in model.state_dict().items()}
+    _check_room(output_dir, tensors, dtype)
     shards = _shards(tensors, dtype, max_shard_size)
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [
@@ -216,6 +151,14 @@ def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_json(config, output_dir / "config.json")
+
+
+def _check_room(output_dir, tensors, dtype):
+    needed = sum(one.numel() * (dtype or one.dtype).itemsize for one in tensors.values())
+    free = shutil.disk_usage(output_dir).free
+    if needed > free:
+        raise UserError(f"{output_dir}: the weights take {needed / 1e9:,.1f} GB, and the disk has "
+                        f"{free / 1e9:,.1f} GB free")
 
 
 def _shards(tensors, dtype, max_shard_size):
@@ -238,23 +181,6 @@ def _remove_others(output_dir, written):
                 path.unlink()
 
 
-def write_safetensors(tensors, path):
-    """Write beside the place, then rename: a file under its name is always whole."""
-    partial = Path(f"{path}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(mode)  # save_file makes it private to its owner
-    os.replace(partial, path)
-
-
-def write_json(content, path):
-    """Write JSON beside the place, then rename."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def copy_generation_config(model_dir, output_dir):
     """generation_config.json travels along, where there is one."""
     path = Path(model_dir) / "generation_config.json"
@@ -265,10 +191,9 @@ def copy_generation_config(model_dir, output_dir):
 def generation_eos(model_dir, config):
     """`eos_token_id` (int, list or None) of generation_config.json, else of config.json."""
     path = Path(model_dir) / "generation_config.json"
-    content = read_json(path) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content.get("eos_token_id", config.eos_token_id)
+    stated = read_json(path, missing={}).get("eos_token_id", config.eos_token_id)
+    token_ids(stated, path, "eos_token_id")
+    return stated
 
 
 def save_adapter(model, output_dir, config, base_model, dtype=None):
@@ -313,35 +238,50 @@ def load_adapter(model, adapter_dir, dropout=0.0):
     path = adapter_dir / ADAPTER_WEIGHTS
     if not path.is_file():
         raise UserError(f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}")
-    with _opened(path) as file:
-        tensors = {_module_name(path, key): file.get_tensor(key).float() for key in file.keys()}
+    stored = _by_place(path)
     device = model.model.embed_tokens.weight.device
     freeze(model)
     train_fully(model, config.modules_to_save)
     modules = dict(model.named_modules())
-    for name, tensor in tensors.items():
-        module, found, _ = name.partition(".lora_A.")
-        if found:
-            if not isinstance(modules.get(module), nn.Linear):
-                raise UserError(f"{path}: the model has no linear module {module}")
-            wrap(model, module, replace(config, rank=tensor.shape[0]))
+    for name, tensor in stored.items():
+        module = name.removesuffix(".lora_A.weight")
+        if module == name:
+            continue
+        if not isinstance(modules.get(module), nn.Linear):
+            raise UserError(f"{path}: the model has no linear module {module}")
+        rank = tensor.shape[0] if tensor.shape else 0
+        tensor.check((max(rank, 1), modules[module].in_features), "this base model needs")
+        wrap(model, module, replace(config, rank=rank))
     parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
+    for name, tensor in stored.items():
         if name not in parameters:
             raise UserError(f"{path}: the model has no place for {name}")
-        if tensor.shape != parameters[name].shape:
-            raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, the model needs "
-                            f"{list(parameters[name].shape)}; is this the adapter's base model?")
-        parameters[name].data = tensor.to(device)
-    lost = [name for name in parameters if ".lora_" in name and name not in tensors]
+        tensor.check(parameters[name].shape, "this base model needs")
+    lost = [name for name in parameters if ".lora_" in name and name not in stored]
     if lost:
-        raise UserError(f"{path}: tensors are missing: {_listed(lost)}")
+        raise UserError(f"{path}: tensors are missing: {listed(lost)}")
+    for name, tensor in stored.items():
+        parameters[name].data = tensor.read().float().to(device)
     return config
+
+
+def _by_place(path):
+    """{name in the model: StoredTensor} of an adapter's file."""
+    places = {}
+    for key, tensor in read_header(path).items():
+        name = key.removeprefix(PEFT_PREFIX)
+        if name == key:
+            raise UserError(f"{path}: tensor {key} does not begin with {PEFT_PREFIX}")
+        name = name.replace(".modules_to_save.", ".").replace(".default.", ".")
+        if name in places:
+            raise UserError(f"{path}: {places[name].name} and {key} are the same")
+        places[name] = tensor
+    return places
 
 
 def _adapter_config(path):
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+    if content.get("peft_type") != "LORA":
         raise UserError(f"{path}: not a LoRA adapter (peft_type is not LORA)")
     for name in ("use_dora", "alpha_pattern", "fan_in_fan_out", "lora_bias", "use_qalora",
                  "alora_invocation_tokens", "use_bdlora", "trainable_token_indices",
@@ -353,23 +293,22 @@ def _adapter_config(path):
                         "the base; save the adapter as plain LoRA (see PEFT's documentation)")
     if content.get("bias", "none") != "none":
         raise UserError(f"{path}: bias '{content['bias']}' is not supported (only none)")
-    targets = content.get("target_modules") or ()
-    saved = tuple(name.removeprefix("model.") for name in content.get("modules_to_save") or ())
+    targets, saved = (_names(path, content, key) for key in ("target_modules", "modules_to_save"))
+    saved = tuple(name.removeprefix("model.") for name in saved)
     if not set(saved) <= set(SAVEABLE):
         raise UserError(f"{path}: modules_to_save {list(saved)}; only {', '.join(SAVEABLE)} are "
                         "supported")
-    try:
-        return LoraConfig(
-            rank=int(content["r"]), alpha=float(content["lora_alpha"]),
-            target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
-            use_rslora=bool(content.get("use_rslora")),
-            modules_to_save=saved,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: needs the numbers r and lora_alpha: {error}") from error
+    rank, alpha = content.get("r"), content.get("lora_alpha")
+    if not is_whole(rank, 1, 2**20) or not is_number(alpha, above=-1e12):
+        raise UserError(f"{path}: needs the numbers r and lora_alpha, not {rank!r} and {alpha!r}")
+    return LoraConfig(rank=rank, alpha=float(alpha), target_modules=targets,
+                      use_rslora=bool(content.get("use_rslora")), modules_to_save=saved)
 
 
-def _module_name(path, key):
-    if not key.startswith(PEFT_PREFIX):
-        raise UserError(f"{path}: tensor {key} does not begin with {PEFT_PREFIX}")
-    return key.removeprefix(PEFT_PREFIX).replace(".modules_to_save.", ".").replace(".default.", ".")
+def _names(path, content, key):
+    """The names in a list, or the one name, that adapter_config.json has under a key."""
+    value = content.get(key) or []
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{path}: {key} must be a list of names, not {value!r}")
+    return tuple(value)

@@ -12,6 +12,7 @@ from minisft.options import (
     check_output_dir,
     resolve_device,
     resolve_dtype,
+    run,
     save_options,
 )
 
@@ -107,3 +108,45 @@ def test_output_folder(tmp_path):
                                     ("full", True, [tmp_path / "full"])):
         with pytest.raises(UserError, match="--output_dir"):
             check_output_dir(tmp_path / path, overwrite, *inputs)
+
+
+def failing(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize(("error", "status", "said"), [
+    (UserError("rows.json: empty"), 2, "error: rows.json: empty\n"),
+    (UserError("a\nb\x1b[2J \ud83d 中文"), 2, r"error: a\nb\x1b[2J \ud83d 中文" + "\n"),
+    (FileNotFoundError(2, "No such file", "x.json"), 2, "error: x.json: No such file\n"),
+    (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
+    (MemoryError(), 2, "error: out of memory: use smaller batches, or a smaller model\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+])
+def test_failures_in_one_line(error, status, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(failing(error))
+    assert (ended.value.code, capsys.readouterr().err) == (status, said)
+
+
+def test_a_fault_of_the_program_shows_where(capsys, monkeypatch):
+    """So does a mistake of the user with --debug."""
+    for error, status, words in ((ZeroDivisionError(), 1, []), (UserError(), 2, ["--debug"])):
+        monkeypatch.setattr("sys.argv", ["train.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            run(failing(error))
+        shown = capsys.readouterr().err
+        assert ended.value.code == status and shown.startswith("Traceback")
+        assert "in main" in shown
+
+
+def test_out_of_memory_is_told_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: torch.empty(2**60))
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: ")
+
+
+def test_long_messages_keep_both_ends():
+    text = str(UserError("config.json: " + "x" * 10**6 + " is no number"))
+    assert len(text) < 2100 and text.startswith("config.json: x") and text.endswith("is no number")

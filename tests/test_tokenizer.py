@@ -247,6 +247,32 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("tokenizer_config.json", '{"bos_token": ["<s>"]}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<t>"}}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"-1": {"content": "<t>"}}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": ["<t>"]}'),
+    ("added_tokens.json", '{"<t>": 1e3}'),
+    ("special_tokens_map.json", '{"eos_token": {"content": 5}}'),
+    ("config.json", '{"pad_token_id": "x"}'),
+    ("generation_config.json", '{"pad_token_id": [99999999999]}'),
+])
+def test_neighbours_that_make_no_sense_are_named(tmp_path, tiny_tokenizer_dir, name, content):
+    (tmp_path / "tokenizer.json").write_bytes((tiny_tokenizer_dir / "tokenizer.json").read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=name):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_panic_of_the_library_is_a_damaged_file(tmp_path, tiny_tokenizer_dir):
+    """A prefix longer than a token makes the library end in a way that is no Exception."""
+    spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
+    spec["model"]["continuing_subword_prefix"] = "x" * 100
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="tokenizer.json: tokenizers cannot read it"):
+        Tokenizer.load(tmp_path)
+
+
 def test_half_a_surrogate_pair_is_no_accident(tiny_tokenizer_dir):
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a?b"

@@ -274,30 +274,32 @@ def test_output_folder_is_not_overwritten(checkpoint, rows_file, tmp_path):
 
 
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
-def test_two_processes_train_as_one(finetuning_type, checkpoint, tmp_path):
-    """Ragged rows whose last step does not go round: equal losses and weights."""
+def test_any_number_of_processes_trains_as_one(finetuning_type, checkpoint, tmp_path):
+    """Ragged rows whose last step does not go round, for 1, 2 and 3: equal losses and weights."""
     rows = [{"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
-            for number in range(19)]
+            for number in range(20)]
     path = tmp_path / "ragged.json"
     path.write_text(json.dumps(rows))
     shared = ["--model_name_or_path", checkpoint, "--dataset", path, "--template", "plain",
               "--finetuning_type", finetuning_type, "--learning_rate", 1e-3, "--logging_steps", 1,
-              "--num_train_epochs", 2, "--validation_split", 4]
-    one = command(*shared, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
-    two = command(*shared, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2,
-                  "--output_dir", tmp_path / "two",
-                  before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("saved to") == 1
-    for first, second in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"),
-                             strict=True):
-        for name in set(first) - {"tokens_per_second"}:
-            assert first[name] == pytest.approx(second[name], rel=1e-4)
+              "--num_train_epochs", 2, "--validation_split", 4, "--dataloader_num_workers", 0]
+    for processes, batch_size, accumulation in ((1, 6, 1), (2, 1, 3), (3, 2, 1)):
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        done = command(*shared, "--per_device_train_batch_size", batch_size,
+                       "--gradient_accumulation_steps", accumulation,
+                       "--output_dir", tmp_path / str(processes),
+                       before=launcher if processes > 1 else ())
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("saved to") == 1
     name = "adapter_model.safetensors" if finetuning_type == "lora" else "model.safetensors"
-    first, second = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
-    for key, value in first.items():
-        torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
+    metrics, weights = metrics_of(tmp_path / "1"), load_file(tmp_path / "1" / name)
+    assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 7))
+    for other in (tmp_path / "2", tmp_path / "3"):
+        for first, second in zip(metrics, metrics_of(other), strict=True):
+            for figure in set(first) - {"tokens_per_second"}:
+                assert first[figure] == pytest.approx(second[figure], rel=1e-4)
+        for key, value in load_file(other / name).items():
+            torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=1e-5)
 
 
 def test_no_picture_without_matplotlib(checkpoint, rows_file, tmp_path, monkeypatch):
