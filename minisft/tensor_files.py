@@ -13,6 +13,7 @@ and an index can name nothing but files beside it.
 
 import json
 import math
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +47,25 @@ class StoredTensor:
     nbytes: int
 
     def read(self):
-        """The tensor, in memory of its own: later changes of the file do not reach it."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        """The tensor, its pages brought in from the file as they are used.
+
+        They are shared with other processes that read the file; writing to them changes a copy.
+        """
+        inside = self.start % mmap.ALLOCATIONGRANULARITY
         try:
             with open(self.path, "rb") as file:
-                file.seek(self.start)
-                count = file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+                if os.fstat(file.fileno()).st_size < self.start + self.nbytes:
+                    raise UserError(f"{self.path}: became shorter while it was being read")
+                if not self.nbytes:
+                    return torch.empty(self.shape, dtype=self.dtype)
+                pages = mmap.mmap(file.fileno(), inside + self.nbytes, access=mmap.ACCESS_COPY,
+                                  offset=self.start - inside)
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from error
-        if count != self.nbytes:
-            raise UserError(f"{self.path}: became shorter while it was being read")
-        return tensor
+        data = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=inside)
+        if inside % self.dtype.itemsize:  # numbers in memory stand at multiples of their size
+            data = data.clone()
+        return data.view(self.dtype).view(self.shape)
 
     def check(self, shape, wanted_by):
         """UserError unless the tensor is of floating-point type and has this shape."""

@@ -82,6 +82,8 @@ def status(name):
 model_dir, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 before = status("VmRSS")
 model = weights.load_model(model_dir, dtype)
+for parameter in model.parameters():
+    parameter.view(-1).view(torch.uint8)[::4096].sum()  # mapped pages come in when touched
 print((status("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters()))
 """
 
