@@ -44,6 +44,7 @@ def load_data(options, tokenizer, template, config, say):
     settings = dict(vocab_size=config.vocab_size, seed=options.seed,
                     num_workers=options.dataloader_num_workers)
     if plain_text:
+        settings["packing"] = options.packing
         batches = batching.batches_of_texts(rows, tokenizer, limit, **settings)
     else:
         batches = batching.batches_of_rows(rows, template, limit, **settings)
@@ -102,7 +103,7 @@ def train(run, batches, eval_examples):
             parts = batching.micro_batches(examples, options.per_device_train_batch_size,
                                            rank, world_size)
             loss_sum, num_targets, grad_norm = train_step(
-                run, [batching.collate(part, run.device, run.pad_multiple) for part in parts])
+                run, [run.collate(part, run.device) for part in parts])
             progress.add(loss_sum, num_targets, sum(len(example.ids) for example in examples))
             if due(run, options.logging_steps):
                 progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
@@ -138,13 +139,13 @@ def train_step(run, batches):
 
     run.model.train()
     # The loss of a step is the mean over all its supervised tokens, so they are counted first.
-    mine = sum(int(supervised[:, 1:].sum()) for _, supervised in batches)
+    mine = sum(int(supervised[:, 1:].sum()) for _, supervised, _ in batches)
     (num_targets,) = parallel.sum_over_processes([mine], run.device)
     total = 0.0
-    for index, (tokens, supervised) in enumerate(batches):
+    for index, batch in enumerate(batches):
         with parallel.gradient_sync(run.wrapped, index == len(batches) - 1):
             with run.autocast:
-                loss_sum, _ = next_token_loss(run.wrapped, tokens, supervised, run.model.logits)
+                loss_sum, _ = next_token_loss(run.wrapped, *batch, logits=run.model.logits)
             # DDP takes the mean over processes; the gradient wanted is that of their sum.
             run.scaler.scale(loss_sum * (parallel.world_size() / max(1, num_targets))).backward()
         total = total + loss_sum.detach()

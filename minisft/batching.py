@@ -2,7 +2,7 @@
 
     batches = batches_of_rows(rows, template, cutoff_len=1024, seed=0, num_workers=2)
     for examples in batches.steps(rows_per_step=32, start=0, stop=1000):
-        tokens, supervised = collate(examples)
+        tokens, supervised, _ = collate(examples)
 
 The rows of an epoch are shuffled by number and dealt out in windows of a hundred steps or so. A
 worker process reads and encodes a window ahead of training, sorts it by length and cuts it into
@@ -40,10 +40,14 @@ SAMPLE_ROWS, SAMPLE_BYTES = 128, 2**20
 
 @dataclass
 class Example:
-    """One row: token ids (T,) int32 and whether each is to be learned (T,) bool."""
+    """One row: token ids (T,) int32 and whether each is to be learned (T,) bool.
+
+    lengths: of the texts in it that are not to see each other; None for a single one.
+    """
 
     ids: np.ndarray
     supervised: np.ndarray
+    lengths: list | None = None
 
 
 @dataclass
@@ -101,11 +105,11 @@ def encode_rows(rows, template, cutoff_len, vocab_size=None):
     return examples, report
 
 
-def encode_texts(texts, tokenizer, block_size, vocab_size=None):
+def encode_texts(texts, tokenizer, block_size, vocab_size=None, packing=False):
     """Plain texts -> (list of Example of `block_size` tokens, all learned; EncodeReport).
 
     Texts follow one another, each between BOS (where the tokenizer adds one) and EOS, and are cut
-    into blocks; the last block is shorter.
+    into blocks; the last block is shorter. packing: the blocks say where their texts end.
     """
     begin = [tokenizer.bos_token_id] if tokenizer.add_bos_token else []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -115,9 +119,15 @@ def encode_texts(texts, tokenizer, block_size, vocab_size=None):
         ids = begin + tokenizer.encode(text) + end
         check_vocabulary(ids, vocab_size)
         pieces.append(np.asarray(ids, np.int32))
-    stream = np.concatenate(pieces)
-    blocks = [stream[start : start + block_size] for start in range(0, len(stream), block_size)]
-    return [Example(block, np.ones(len(block), bool)) for block in blocks if len(block) > 1], report
+    stream, ends = np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces])
+    examples = []
+    for start in range(0, len(stream), block_size):
+        block = stream[start : start + block_size]
+        inside = ends[(ends > start) & (ends < start + len(block))] - start
+        lengths = np.diff([0, *np.unique(inside), len(block)]).tolist() if packing else None
+        if len(block) > 1:
+            examples.append(Example(block, np.ones(len(block), bool), lengths))
+    return examples, report
 
 
 def encoded(rows, encode, numbers=None):
@@ -149,14 +159,15 @@ def batches_of_rows(rows, template, cutoff_len, vocab_size=None, seed=0, num_wor
     return Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()))
 
 
-def batches_of_texts(texts, tokenizer, block_size, vocab_size=None, seed=0, num_workers=0):
+def batches_of_texts(texts, tokenizer, block_size, vocab_size=None, seed=0, num_workers=0,
+                     packing=False):
     """The Batches of plain texts, cut into blocks a window at a time.
 
     How many blocks long texts come to is estimated from a sample; a step may then have a few
     more or less than `rows_per_step`, and none is left out. Every window ends in a shorter block.
     """
     encode = partial(encode_texts, tokenizer=tokenizer, block_size=block_size,
-                     vocab_size=vocab_size)
+                     vocab_size=vocab_size, packing=packing)
     sizes, run_bytes = texts.sizes(), RUN_BLOCKS * 4 * block_size  # a token is about 4 bytes
     starts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // run_bytes, prepend=-1))
     runs, run_sizes = np.append(starts, len(texts)), np.add.reduceat(sizes, starts)
@@ -335,7 +346,7 @@ def micro_batches(step_rows, batch_size, rank=0, world_size=1):
 
 
 def collate(examples, device="cpu", pad_multiple=PAD_MULTIPLE):
-    """Examples -> tokens (B, T) int64 and supervised (B, T) bool, padded on the right.
+    """Examples -> tokens (B, T) int64 and supervised (B, T) bool, padded on the right; None.
 
     Padding is never supervised, and a row's own tokens never see it; its id is of no importance.
     T is a multiple of `pad_multiple`. No examples give one row of padding.
@@ -347,4 +358,18 @@ def collate(examples, device="cpu", pad_multiple=PAD_MULTIPLE):
     for row, example in enumerate(examples):
         tokens[row, : len(example.ids)] = torch.from_numpy(example.ids)
         supervised[row, : len(example.ids)] = torch.from_numpy(example.supervised)
-    return tokens.to(device, non_blocking=True), supervised.to(device, non_blocking=True)
+    return tokens.to(device, non_blocking=True), supervised.to(device, non_blocking=True), None
+
+
+def pack(examples, device="cpu"):
+    """Examples -> tokens (1, T), supervised (1, T) and the lengths of the rows in it, unpadded.
+
+    The first token of a row is never learned: what stands before it is another row.
+    """
+    if not examples:
+        return collate(examples, device)
+    lengths = [length for one in examples for length in one.lengths or [len(one.ids)]]
+    tokens = torch.from_numpy(np.concatenate([one.ids for one in examples]).astype(np.int64))
+    supervised = torch.from_numpy(np.concatenate([one.supervised for one in examples]))
+    supervised[np.cumsum([0, *lengths[:-1]])] = False
+    return tokens[None].to(device), supervised[None].to(device), lengths

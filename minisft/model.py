@@ -162,7 +162,7 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x, cos, sin, mask, cache, layer):
+    def forward(self, x, cos, sin, mask, cache, layer, lengths=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
@@ -177,11 +177,19 @@ class Attention(nn.Module):
             q = q.view(B, self.num_key_value_heads, -1, self.head_dim)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, K, H/K, d)
             return self.o_proj(y.view(B, 1, -1))
-        # Without a mask every query sees the keys up to its own.
-        y = F.scaled_dot_product_attention(  # (B, H, T, d)
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+        if lengths is None:
+            y = _attend(q, k, v, mask)
+        else:  # each row of the pack by itself
+            rows = zip(*(one.split(lengths, dim=2) for one in (q, k, v)), mask, strict=True)
+            y = torch.cat([_attend(*row) for row in rows], dim=2)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def _attend(q, k, v, mask):
+    """(B, H, T, d). Without a mask every query sees the keys up to its own."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
 
 
 class MLP(nn.Module):
@@ -208,8 +216,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+    def forward(self, x, cos, sin, mask, cache, layer, lengths=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer, lengths)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -228,16 +236,24 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens, positions, mask, cache):
+    def forward(self, tokens, positions, mask, cache, lengths):
         T, past = tokens.shape[1], cache.length if cache is not None else 0
         x = self.embed_tokens(tokens)
+        if lengths is not None:
+            rows = [torch.arange(length, device=tokens.device) for length in lengths]
+            positions = torch.cat(rows)
         if positions is None:
             cos, sin = self._next_angles(past, past + T, x, cache)
         else:
             cos, sin = self._angles(positions, x.dtype)
-        masks = self._masks(T, past + T, mask, tokens.device)
+        if lengths is None:
+            masks = self._masks(T, past + T, mask, tokens.device)
+        else:
+            rows = [self._masks(length, length, None, tokens.device) for length in lengths]
+            masks = {name: [row[name] for row in rows] for name in rows[0]}
         for index, layer in enumerate(self.layers):
-            arguments = (x, cos, sin, masks[self.config.layer_types[index]], cache, index)
+            arguments = (x, cos, sin, masks[self.config.layer_types[index]], cache, index,
+                         lengths)
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
@@ -294,15 +310,17 @@ class CausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens, positions=None, mask=None, cache=None):
+    def forward(self, tokens, positions=None, mask=None, cache=None, lengths=None):
         """Hidden states (B, T, D) of tokens (B, T).
 
         positions: (T,) or (B, T), for the rotary embedding; by default they go on from the cache.
         mask: True where a query may see a key, broadcastable to (B, 1, T, S); by default causal.
             With rows padded on the right no mask is needed: a real token never sees what follows.
         cache: a KeyValueCache, read and extended.
+        lengths: of rows that stand one after another in the single row of a packed batch; they
+            do not see each other, and positions start anew in each. Without mask and cache.
         """
-        return self.model(tokens, positions, mask, cache)
+        return self.model(tokens, positions, mask, cache, lengths)
 
     def logits(self, hidden):
         """Scores of the vocabulary (..., V) at hidden states (..., D)."""

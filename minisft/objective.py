@@ -19,16 +19,16 @@ from minisft.batching import collate
 CHUNK_SIZE = 1024
 
 
-def next_token_loss(model, tokens, supervised, logits=None):
+def next_token_loss(model, tokens, supervised, lengths=None, logits=None):
     """The summed cross-entropy (a scalar in float32) of supervised tokens, and their count.
 
     model: gives hidden states (B, T, D) of tokens (B, T). logits: hidden states -> scores,
     `model.logits` unless the model is wrapped.
     supervised: bool (B, T), True where the token itself is to be learned. The state before it
-    predicts it, so the first token of a row never is.
+    predicts it, so the first token of a row never is. lengths: of the rows, in a packed batch.
     """
     logits = logits or model.logits
-    hidden = model(tokens)
+    hidden = model(tokens, lengths=lengths)
     learned = supervised[:, 1:]
     chosen, targets = hidden[:, :-1][learned], tokens[:, 1:][learned]  # (N, D), (N,)
     if len(targets) == 0:

@@ -8,12 +8,12 @@ The steps themselves are in `train.py`.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from minisft import parallel
-from minisft.batching import COMPILED_PAD_MULTIPLE, PAD_MULTIPLE
+from minisft import batching, parallel
 from minisft.checkpoint import load_state, random_state, restore_weights, save, set_random_state
 from minisft.metrics import Progress
 from minisft.optimizer import build_optimizer
@@ -67,9 +67,9 @@ class Run:
                 self.best = state["best"]
             self._restore_random(state["random"])
         model.model.gradient_checkpointing = options.gradient_checkpointing
-        self.pad_multiple = PAD_MULTIPLE
+        self.collate = batching.pack if options.packing else batching.collate
         if options.compile:
-            self.pad_multiple = COMPILED_PAD_MULTIPLE
+            self.collate = partial(batching.collate, pad_multiple=batching.COMPILED_PAD_MULTIPLE)
             for layer in model.model.layers:
                 layer.compile()
         self.wrapped = parallel.wrap(model)

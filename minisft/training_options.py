@@ -83,6 +83,7 @@ def _add_optimisation_flags(add, switch):
     add("--adam_beta2", type=share, default=0.999, help="decay of AdamW's square")
     add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon")
     add("--max_grad_norm", type=not_negative, default=1.0, help="clip the gradient to it; 0: no")
+    switch("--packing", "lay the rows of a micro-batch one after another instead of padding them")
     switch("--gradient_checkpointing", "compute activations twice instead of keeping them")
     switch("--compile", "compile the layers: minutes at the start, faster steps on a GPU")
     add("--seed", type=natural, default=42, help="of the order of rows, adapter start and dropout")
@@ -120,6 +121,7 @@ def check_options(options, given):
         (OF_SFT, pretraining, "belongs to --stage sft"),
         ({"block_size"}, not pretraining, "belongs to --stage pt"),
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
+        ({"packing"}, options.compile, "contradicts --compile"),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
         ({"eval_steps", "load_best_model_at_end", "early_stopping_patience"}, not any(held_out),
          "needs --eval_dataset, --valid_dir or --validation_split"),

@@ -242,7 +242,7 @@ def test_little_padding_on_real_rows(shared_data, rows_per_step):
 def test_collate_pads_on_the_right():
     examples = [Example(np.array([1, 2, 3], np.int32), np.array([False, True, True])),
                 Example(np.arange(9, dtype=np.int32), np.ones(9, bool))]
-    tokens, supervised = collate(examples)
+    tokens, supervised, _ = collate(examples)
     assert tokens.shape == (2, 16) and tokens.dtype == torch.int64
     assert tokens[0, :3].tolist() == [1, 2, 3] and tokens[1, :9].tolist() == list(range(9))
     assert supervised.sum() == 11 and not supervised[0, 3:].any() and not supervised[1, 9:].any()
@@ -304,6 +304,12 @@ class TestTexts:
         assert [block.ids.tolist() for block in blocks] == [[0, 97, 98, 99], [1, 0, 100, 101]]
         assert all(block.supervised.all() for block in blocks) and report.num_rows == 2
         assert encode_texts([], Letters(), block_size=4)[0] == []
+
+    def test_packed_blocks_know_where_their_texts_end(self):
+        blocks, _ = encode_texts(["abc", "de", "", "f"], Letters(), block_size=6, packing=True)
+        assert [block.ids.tolist() for block in blocks] == [
+            [0, 97, 98, 99, 1, 0], [100, 101, 1, 0, 1, 0], [102, 1]]
+        assert [block.lengths for block in blocks] == [[5, 1], [3, 2, 1], [2]]
 
     def texts(self, tmp_path, count):
         generator = np.random.default_rng(0)

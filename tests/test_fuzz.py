@@ -180,7 +180,7 @@ def use_tokenizer(folder):
 
 
 def make_batch(examples):
-    tokens, _ = batching.collate(examples)
+    tokens, _, _ = batching.collate(examples)
     assert tokens.min() >= 0 and tokens.max() < 300
 
 

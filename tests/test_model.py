@@ -63,6 +63,21 @@ def reference(content, directory):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2, window", "qwen3"])
+def test_packed_rows_do_not_see_each_other(name, tmp_path):
+    """transformers' logits of each row alone, out of one packed row; windows included."""
+    content = {**SMALL, **VARIANTS[name]}
+    theirs = reference(content, tmp_path)
+    ours, lengths = load_model(tmp_path), [30, 1, 7, 41]
+    tokens = torch.randint(0, ours.config.vocab_size, (1, sum(lengths)),
+                           generator=torch.Generator().manual_seed(2))
+    actual = ours.logits(ours(tokens, lengths=lengths))
+    expected = [theirs(row).logits for row in tokens.split(lengths, dim=1)]
+    torch.testing.assert_close(actual, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
+    assert (actual - ours.logits(ours(tokens))).abs().max() > 0.1  # as if it were one text
+
+
+@torch.no_grad()
 def compare(theirs, ours, length, positions=None):
     tokens = torch.randint(0, ours.config.vocab_size, (2, length),
                            generator=torch.Generator().manual_seed(1))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minisft import objective
-from minisft.batching import Example, collate, micro_batches
+from minisft.batching import Example, collate, micro_batches, pack
 from minisft.config import ModelConfig
 from minisft.model import CausalLM
 from minisft.objective import next_token_loss
@@ -34,7 +34,7 @@ def ragged_examples(count, seed=0):
 
 def test_equals_masked_cross_entropy():
     model = new_model()
-    tokens, supervised = collate(ragged_examples(5))
+    tokens, supervised, _ = collate(ragged_examples(5))
     loss, count = next_token_loss(model, tokens, supervised)
     labels = torch.where(supervised, tokens, -100)
     logits = model.logits(model(tokens))
@@ -92,14 +92,30 @@ def test_no_logits_for_prompts_and_padding():
         seen.append(len(hidden))
         return model.logits(hidden)
 
-    _, count = next_token_loss(model, *collate(ragged_examples(8)), logits)
+    _, count = next_token_loss(model, *collate(ragged_examples(8)), logits=logits)
     assert sum(seen) == count
+
+
+def test_packed_rows_have_the_loss_and_gradient_of_padded_ones():
+    examples = ragged_examples(6)
+    examples[2].supervised[:] = True  # its first token, in the middle of the pack, is no target
+    results = []
+    for batch in (collate(examples), pack(examples)):
+        model = new_model()
+        loss, count = next_token_loss(model, *batch)
+        loss.backward()
+        results.append((loss, count, [one.grad for one in model.parameters()]))
+    (padded, count, gradients), (packed, packed_count, packed_gradients) = results
+    assert count == packed_count and pack(examples)[0].numel() == sum(
+        len(one.ids) for one in examples)
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=0)
+    torch.testing.assert_close(packed_gradients, gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_batch_without_supervised_tokens():
     """Exactly zero, and connected to every parameter, as averaging over processes needs."""
     model = new_model()
-    tokens, supervised = collate(ragged_examples(2))
+    tokens, supervised, _ = collate(ragged_examples(2))
     loss, count = next_token_loss(model, tokens, torch.zeros_like(supervised))
     loss.backward()
     assert loss.item() == 0.0 and count == 0

@@ -51,7 +51,7 @@ def trainer_losses(model, options, examples, work):
     batches = []
     for step in already_encoded(examples).steps(BATCH_SIZE * ACCUMULATION, 0, STEPS):
         for micro in batching.micro_batches(step, BATCH_SIZE):
-            tokens, supervised = batching.collate(micro)
+            tokens, supervised, _ = batching.collate(micro)
             labels = torch.where(supervised, tokens, -100)
             batches.append({"input_ids": tokens, "labels": labels})
     arguments = transformers.TrainingArguments(
@@ -335,3 +335,24 @@ def test_float16_overflow_skips_the_step(tmp_path):
     _, _, grad_norm = train.train_step(run, [batch])
     assert not np.isfinite(grad_norm) and torch.equal(model.model.norm.weight, before)
     assert run.scaler.get_scale() < 2.0**60
+
+
+@pytest.mark.parametrize("stage", ["sft", "pt"])
+def test_packing_by_command_line(checkpoint, rows_file, tmp_path, stage):
+    """Conversations lose nothing but their padding; texts no longer see the one before."""
+    data, losses = rows_file, []
+    if stage == "pt":
+        data = tmp_path / "text.txt"
+        data.write_text("once upon a time\nthere was a cat\nit sat\n" * 40, encoding="utf-8")
+    flags = ["--template", "plain"] if stage == "sft" else [
+        "--block_size", 32, "--finetuning_type", "full"]
+    for switch in ((), ("--packing",)):
+        done = command("--model_name_or_path", checkpoint, "--dataset", data, "--stage", stage,
+                       *flags, "--max_steps", 3, "--logging_steps", 1, "--learning_rate", "1e-3",
+                       "--output_dir", tmp_path / f"out{len(switch)}", *switch)
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in metrics_of(tmp_path / f"out{len(switch)}")])
+    if stage == "sft":
+        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    else:
+        assert losses[0] != losses[1]
