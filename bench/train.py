@@ -90,7 +90,7 @@ def train_minisft(options, rows):
     import numpy as np
     import torch
 
-    from minisft import batching
+    from minisft import batching, encoding
     from minisft.metrics import read_metrics
     from minisft.run import Run
     from minisft.training_options import parse_options as training_options
@@ -106,9 +106,9 @@ def train_minisft(options, rows):
         "--per_device_train_batch_size", str(options.batch_size), "--num_train_epochs", "1",
         "--logging_steps", "1", "--save_steps", "1000000", *switches])
     model, lora_config = load_trainable(settings, folder / "model", dtype, device)
-    examples = [batching.Example(np.array(ids), np.array(supervised)) for ids, supervised in rows]
+    examples = [encoding.Example(np.array(ids), np.array(supervised)) for ids, supervised in rows]
     run = Run(settings, model, lora_config, len(examples), dtype, device)
-    batches = batching.Batches(examples, lambda chosen: (chosen, batching.EncodeReport()))
+    batches = batching.Batches(examples, lambda chosen: (chosen, encoding.EncodeReport()))
     train(run, batches, None)
     run.progress.close()
     log = read_metrics(folder / "metrics.jsonl")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from minisft import weights
-from minisft.batching import check_vocabulary
+from minisft.encoding import check_vocabulary
 from minisft.generate import stream
 from minisft.model import KeyValueCache
 from minisft.options import UserError, recorded_options, resolve_device, resolve_dtype

@@ -14,16 +14,13 @@ from conftest import ROOT
 from minisft.batching import (
     WINDOW_STEPS,
     Batches,
-    EncodeReport,
-    Example,
     batches_of_rows,
     batches_of_texts,
     collate,
-    encode_rows,
-    encode_texts,
     micro_batches,
 )
 from minisft.dataset import Row, open_rows
+from minisft.encoding import EncodeReport, Example, encode_rows, encode_texts
 from minisft.options import UserError
 from minisft.template import get_template
 from minisft.tokenizer import Tokenizer

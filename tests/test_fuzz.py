@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train
-from minisft import batching, checkpoint, dataset, weights
+from minisft import batching, checkpoint, dataset, encoding, weights
 from minisft.config import ModelConfig
 from minisft.generate import Sampling, generate
 from minisft.lora import LoraConfig, add_lora, merge_lora
@@ -174,9 +174,9 @@ def use_tokenizer(folder):
                 raise
             continue  # auto names the templates to choose from
         rows = [dataset.Row(CONVERSATION, source=str(folder))]
-        examples, _ = batching.encode_rows(rows, template, 32, 300)
+        examples, _ = encoding.encode_rows(rows, template, 32, 300)
         make_batch(examples)
-    batching.encode_texts(["the cat <s> 中文 \0"], tokenizer, 8, 2**20)
+    encoding.encode_texts(["the cat <s> 中文 \0"], tokenizer, 8, 2**20)
 
 
 def make_batch(examples):

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from minisft import objective
-from minisft.batching import Example, collate, micro_batches, pack
+from minisft.batching import collate, micro_batches, pack
 from minisft.config import ModelConfig
+from minisft.encoding import Example
 from minisft.model import CausalLM
 from minisft.objective import next_token_loss
 

@@ -16,7 +16,7 @@ LAYERS = [
     "ifd selection gguf_export multiple_choice compare assistant",
     "generate run checkpoint weights batching objective metrics parallel",
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
-    "dataset_info records formats optimizer kmeans tensor_files",
+    "dataset_info records formats encoding optimizer kmeans tensor_files",
     "config training_options",
     "json_files",
     "options",

@@ -11,7 +11,7 @@ from conftest import CONFIG, command
 from safetensors.torch import load_file, save_file
 
 import train
-from minisft import batching
+from minisft import batching, encoding
 from minisft.config import ModelConfig
 from minisft.metrics import read_metrics
 from minisft.model import CausalLM
@@ -27,12 +27,12 @@ def learnable_examples(count=190):
     for _ in range(count):
         length, start = generator.integers(6, 40), generator.integers(0, 64)
         ids = (start + np.arange(length)).astype(np.int32)
-        examples.append(batching.Example(ids, np.arange(length) >= generator.integers(1, length)))
+        examples.append(encoding.Example(ids, np.arange(length) >= generator.integers(1, length)))
     return examples
 
 
 def already_encoded(examples):
-    return batching.Batches(examples, lambda chosen: (chosen, batching.EncodeReport()))
+    return batching.Batches(examples, lambda chosen: (chosen, encoding.EncodeReport()))
 
 
 def metrics_of(run_dir):
