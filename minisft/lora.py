@@ -7,14 +7,17 @@
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from minisft.options import UserError
+from minisft.quantize import QuantizedLinear
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR = (nn.Linear, QuantizedLinear)
 SAVEABLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
@@ -40,7 +43,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base_layer, config):
         super().__init__()
-        device = base_layer.weight.device
+        device = next(chain(base_layer.parameters(), base_layer.buffers())).device
         self.base_layer = base_layer
         self.lora_A = nn.Linear(base_layer.in_features, config.rank, bias=False, device=device)
         self.lora_B = nn.Linear(config.rank, base_layer.out_features, bias=False, device=device)
@@ -57,11 +60,17 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self, dtype=None):
-        """The base layer with the update added to its weight, in float32, cast once."""
+        """The base layer with the update added to its weight, in float32, cast once.
+
+        A quantised base becomes a plain Linear: the sum is no longer on the quantised levels.
+        """
         update = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
-        weight = self.base_layer.weight
-        weight.data = (weight.float() + update).to(dtype or weight.dtype)
-        return self.base_layer
+        base, weight = self.base_layer, self.base_layer.weight
+        linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        linear.bias = base.bias
+        linear.weight = nn.Parameter((weight.float() + update).to(dtype or weight.dtype),
+                                     requires_grad=False)
+        return linear
 
 
 def freeze(model):
@@ -85,7 +94,7 @@ def add_lora(model, config):
     freeze(model)
     targets = {
         name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[-1] in config.target_modules
+        if isinstance(module, LINEAR) and name.split(".")[-1] in config.target_modules
     }
     missing = set(config.target_modules) - {name.split(".")[-1] for name in targets}
     if missing:
