@@ -77,6 +77,19 @@ def load_model(model_dir, dtype=torch.float32, device="cpu"):
     Tensors are read and converted one by one, so that memory holds the weights once. Missing,
     unexpected or misshapen tensors raise UserError with their names.
     """
+    model, stored = open_model(model_dir)
+    for name in dict(model.named_parameters()):
+        tensor = stored[name].read().to(device=device, dtype=dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
+    return model.eval()
+
+
+def open_model(model_dir):
+    """(the CausalLM of a checkpoint folder on the meta device, {name: StoredTensor}).
+
+    All that load_model checks is checked, and nothing large is read.
+    """
     config = ModelConfig.load(model_dir)
     files = tensor_files(model_dir)
     last = f"model.layers.{config.num_hidden_layers - 1}."
@@ -85,19 +98,13 @@ def load_model(model_dir, dtype=torch.float32, device="cpu"):
         raise UserError(f"{model_dir}: the weights do not fit config.json; missing: {last}*")
     with torch.device("meta"):
         model = CausalLM(config)
+    _check_fit(model_dir, files, model)
+    return model, files
+
+
+def _check_fit(model_dir, files, model):
     expected = dict(model.named_parameters())
-    _check_names(model_dir, files, expected, config.tie_word_embeddings)
-    for name, parameter in expected.items():
-        files[name].check(parameter.shape, "config.json says")
-    for name in expected:
-        tensor = files[name].read().to(device=device, dtype=dtype)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
-    return model.eval()
-
-
-def _check_names(model_dir, files, expected, tied):
-    ignored = {"lm_head.weight"} if tied else set()
+    ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     unexpected = [name for name in files
                   if name not in expected and name not in ignored and "rotary_emb" not in name]
     missing = [name for name in expected if name not in files]
@@ -105,6 +112,8 @@ def _check_names(model_dir, files, expected, tied):
         raise UserError(f"{model_dir}: the weights do not fit config.json;"
                         + (f" missing: {listed(missing)}" if missing else "")
                         + (f" unexpected: {listed(unexpected)}" if unexpected else ""))
+    for name, parameter in expected.items():
+        files[name].check(parameter.shape, "config.json says")
 
 
 def parse_size(text):
@@ -235,10 +244,7 @@ def load_adapter(model, adapter_dir, dropout=0.0):
     """
     adapter_dir = Path(adapter_dir)
     config = replace(_adapter_config(adapter_dir / ADAPTER_CONFIG), dropout=dropout)
-    path = adapter_dir / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}")
-    stored = _by_place(path)
+    path, stored = adapter_dir / ADAPTER_WEIGHTS, adapter_tensors(adapter_dir)
     device = model.model.embed_tokens.weight.device
     freeze(model)
     train_fully(model, config.modules_to_save)
@@ -265,9 +271,11 @@ def load_adapter(model, adapter_dir, dropout=0.0):
     return config
 
 
-def _by_place(path):
-    """{name in the model: StoredTensor} of an adapter's file."""
-    places = {}
+def adapter_tensors(adapter_dir):
+    """{name in the model: StoredTensor} of the adapter in a PEFT folder."""
+    path, places = Path(adapter_dir) / ADAPTER_WEIGHTS, {}
+    if not path.is_file():
+        raise UserError(f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}")
     for key, tensor in read_header(path).items():
         name = key.removeprefix(PEFT_PREFIX)
         if name == key:

@@ -1,0 +1,309 @@
+"""A checkpoint, with or without an adapter, as the one file that llama.cpp and Ollama run.
+
+    summary = export_model("examples/base", "base-q8_0.gguf", "q8_0", adapter_dir="runs/cherry")
+    export_adapter("examples/base", "runs/cherry", "cherry.gguf", "f16")    # for llama.cpp's --lora
+
+Tensors go from the checkpoint's files to the GGUF file a few million numbers at a time: read, add
+the adapter's update, reorder, convert, write. Memory holds a few such pieces, however large the
+model is. The file appears under its name when it is whole.
+"""
+
+import math
+import os
+import shutil
+import sys
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFValueType, LlamaFileType
+from tqdm import tqdm
+
+from minisft import weights
+from minisft.gguf_mapping import (
+    ARCHITECTURES,
+    ROTARY_DIVISORS,
+    architecture_fields,
+    gguf_name,
+    interleaved,
+    is_rotated,
+    known_differences,
+    rotary_divisors,
+)
+from minisft.gguf_vocabulary import vocabulary_fields
+from minisft.json_files import read_json
+from minisft.kquants import quantize_q4_k, quantize_q6_k
+from minisft.lora import LoRALinear
+from minisft.options import UserError
+from minisft.tokenizer import Tokenizer
+
+# --quantization -> the type of the file and of most of its matrices.
+QUANTIZATIONS = {
+    "f32": (LlamaFileType.ALL_F32, Type.F32), "f16": (LlamaFileType.MOSTLY_F16, Type.F16),
+    "bf16": (LlamaFileType.MOSTLY_BF16, Type.BF16), "q8_0": (LlamaFileType.MOSTLY_Q8_0, Type.Q8_0),
+    "q4_0": (LlamaFileType.MOSTLY_Q4_0, Type.Q4_0), "q4_1": (LlamaFileType.MOSTLY_Q4_1, Type.Q4_1),
+    "q5_0": (LlamaFileType.MOSTLY_Q5_0, Type.Q5_0), "q5_1": (LlamaFileType.MOSTLY_Q5_1, Type.Q5_1),
+    "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
+    "q6_k": (LlamaFileType.MOSTLY_Q6_K, Type.Q6_K),
+}
+TORCH_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
+K_QUANTS = {Type.Q4_K: quantize_q4_k, Type.Q6_K: quantize_q6_k}
+# What a row takes whose length the blocks of a type do not divide (llama.cpp's choice).
+FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
+# The largest number that fits; the scales of quantised blocks are float16.
+LARGEST = {type: torch.finfo(dtype).max for type, dtype in TORCH_TYPES.items()}
+PIECE_SIZE = 2**22  # numbers converted at a time: enough to amortise the call, little memory
+# generation_config.json -> the defaults that llama.cpp's server takes over.
+SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "repetition_penalty": "penalty_repeat"}
+
+
+@dataclass
+class Tensor:
+    """A tensor of the file to be: its type, and where its rows come from."""
+
+    name: str
+    shape: tuple
+    type: Type
+    read: object  # (begin, end) -> these rows, float32
+    rows_together: int = 1  # reading may cut only at multiples of this
+
+    @property
+    def nbytes(self):
+        """What it takes in the file."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * block_bytes
+
+    def pieces(self):
+        """(begin, end) of pieces of about PIECE_SIZE numbers, in order."""
+        row = math.prod(self.shape[1:])
+        step = max(1, PIECE_SIZE // (row * self.rows_together)) * self.rows_together
+        return [(begin, min(begin + step, self.shape[0]))
+                for begin in range(0, self.shape[0], step)]
+
+    def converted(self, begin, end):
+        """Rows begin..end-1 as the bytes of the file; UserError for what the type cannot hold."""
+        rows = self.read(begin, end)
+        largest = rows.abs().max().item()
+        limit = LARGEST.get(self.type, LARGEST[Type.F16])
+        if not largest <= limit:  # so that NaN fails too
+            fault = ("holds NaN" if math.isnan(largest) else
+                     f"holds {largest:.4g}; {self.type.name.lower()} reaches to {limit:.4g}: "
+                     "try --quantization bf16 or f32")
+            raise UserError(f"{self.name}: {fault}")
+        if self.type in TORCH_TYPES:
+            return rows.to(TORCH_TYPES[self.type]).view(torch.uint8).numpy()
+        with np.errstate(all="ignore"):  # a block of zeros has no scale to divide by
+            if self.type in K_QUANTS:
+                return K_QUANTS[self.type](rows.numpy())
+            return gguf.quants.quantize(rows.numpy(), self.type)
+
+
+def export_model(model_dir, output, quantization, adapter_dir=None, name=None):
+    """Write checkpoint `model_dir`, with the adapter merged if there is one; returns a summary.
+
+    name: what programs show for the model, by default the folder's. The summary is {"tensors",
+    "parameters", "bytes", "types": {type name: tensors}, "notes": sentences on what llama.cpp will
+    do differently}. Raises UserError where the model cannot be expressed, a number does not fit the
+    type, or the disk is too small; no file is left then.
+    """
+    model_dir = Path(model_dir)
+    model, stored = weights.open_model(model_dir)
+    adapter = {}
+    if adapter_dir is not None:
+        weights.load_adapter(model, adapter_dir)
+        adapter = weights.adapter_tensors(adapter_dir)
+    config, tensors = model.config, model_tensors(model, stored, adapter, quantization)
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    metadata = {
+        "general.type": "model",
+        "general.name": name or model_dir.resolve().name,
+        "general.size_label": gguf.size_label(parameters, 0, 0, 0),
+        **sampling_fields(model_dir),
+        **architecture_fields(config),
+        "general.file_type": int(QUANTIZATIONS[quantization][0]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        **vocabulary_fields(Tokenizer.load(model_dir), config.vocab_size,
+                            weights.generation_eos(model_dir, config)),
+    }
+    write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
+    return summary_of(output, tensors, parameters, known_differences(config))
+
+
+def model_tensors(model, stored, adapter, quantization):
+    """The tensors of the file, in the order of the model; adapted ones merged as they are read."""
+    config, tensors = model.config, []
+    scalings = {name: module.scaling for name, module in model.named_modules()
+                if isinstance(module, LoRALinear)}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        module, _, kind = name.rpartition(".")
+        # An adapter brings whole modules too; where it has parted lm_head from a tied embedding
+        # without training it, the embedding is still its source.
+        source = adapter.get(name) or stored.get(name) or stored["model.embed_tokens.weight"]
+        factors = ()
+        if module in scalings and kind == "weight":
+            factors = (adapter[f"{module}.lora_A.weight"], adapter[f"{module}.lora_B.weight"],
+                       scalings[module])
+        head_dim = config.head_dim if is_rotated(name, config.model_type) else None
+        type = tensor_type(gguf_name(name), parameter.shape, quantization, config)
+        tensors.append(Tensor(gguf_name(name), tuple(parameter.shape), type,
+                              partial(read_rows, source, factors, head_dim), head_dim or 1))
+    divisors = rotary_divisors(config)
+    if divisors is not None:
+        tensors.append(Tensor(ROTARY_DIVISORS, tuple(divisors.shape), Type.F32,
+                              lambda begin, end: divisors[begin:end]))
+    return tensors
+
+
+def read_rows(source, factors, head_dim, begin, end):
+    """Rows of a stored tensor in float32, LoRA's update added, reordered where heads rotate."""
+    rows = source.read(begin, end).float()
+    if factors:
+        A, B, scaling = factors
+        rows += scaling * (B.read(begin, end).float() @ A.read().float())
+    return interleaved(rows, head_dim).contiguous() if head_dim else rows
+
+
+def tensor_type(name, shape, quantization, config):
+    """The type of a tensor in the file: llama.cpp's own choice for its quantised files.
+
+    Vectors are few and matter: float32. The output matrix (a tied embedding is one) decides between
+    tokens and stays finer than the rest; in q4_k_m so do the values and the down projections of the
+    first and last eighth of the layers and of every third between.
+    """
+    type = QUANTIZATIONS[quantization][1]
+    if len(shape) == 1:
+        return Type.F32
+    if type in TORCH_TYPES:
+        return type
+    output = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
+    if name == output and type != Type.Q8_0:
+        type = Type.Q6_K
+    if quantization == "q4_k_m" and name.endswith(("attn_v.weight", "ffn_down.weight")):
+        layer, eighth = int(name.split(".")[1]), config.num_hidden_layers // 8
+        last = 7 * config.num_hidden_layers // 8
+        if layer < eighth or layer >= last or (layer - eighth) % 3 == 2:
+            type = Type.Q6_K
+    if shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
+        type = FALLBACKS.get(type, Type.F16)
+    return type if shape[-1] % gguf.GGML_QUANT_SIZES[type][0] == 0 else Type.F16
+
+
+def write_gguf(output, architecture, metadata, tensors):
+    """Write the file beside its place and rename it when it is whole. UserError leaves nothing."""
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    total = sum(tensor.nbytes for tensor in tensors)
+    free = shutil.disk_usage(output.parent).free
+    if total > free:
+        raise UserError(f"{output}: needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB")
+    unfinished = Path(f"{output}.partial")
+    writer = gguf.GGUFWriter(None, architecture)
+    _add_metadata(writer, metadata)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, tensor.type)
+    try:
+        writer.write_header_to_file(unfinished)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        _write_tensors(writer, tensors, total)
+        writer.close()
+        os.replace(unfinished, output)
+    finally:
+        writer.close()
+        unfinished.unlink(missing_ok=True)
+
+
+def _add_metadata(writer, metadata):
+    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32,
+             str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
+    for key, value in metadata.items():
+        if type(value) is int and not 0 <= value < 2**32:
+            raise UserError(f"{key}: {value} does not fit a GGUF file")
+        writer.add_key_value(key, value, kinds[type(value)])
+
+
+def _write_tensors(writer, tensors, total):
+    """Convert pieces on all processors, write them in their order; a few wait in memory."""
+    (file,), workers, waiting = writer.fout, torch.get_num_threads(), deque()
+    bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+
+    def write_oldest():
+        begin, future = waiting.popleft()
+        if begin == 0:  # tensors begin at multiples of the alignment
+            writer.write_padding(file, file.tell())
+        data = future.result()
+        data.tofile(file)
+        bar.update(data.nbytes)
+
+    with ThreadPoolExecutor(workers) as pool, bar:
+        for tensor in tensors:
+            for begin, end in tensor.pieces():
+                waiting.append((begin, pool.submit(tensor.converted, begin, end)))
+                if len(waiting) > 2 * workers:
+                    write_oldest()
+        while waiting:
+            write_oldest()
+    writer.write_padding(file, file.tell())
+
+
+def sampling_fields(model_dir):
+    """The sampling that generation_config.json recommends, as metadata."""
+    content = read_json(Path(model_dir) / "generation_config.json", missing={})
+    return {f"general.sampling.{ours}": content[theirs] for theirs, ours in SAMPLING.items()
+            if type(content.get(theirs)) in (int, float) and content[theirs] >= 0}
+
+
+def summary_of(output, tensors, parameters, notes=()):
+    """What export_model and export_adapter return."""
+    types = Counter(tensor.type.name for tensor in tensors)
+    size = Path(output).stat().st_size
+    return {"tensors": len(tensors), "parameters": parameters, "bytes": size,
+            "types": dict(types), "notes": list(notes)}
+
+
+def export_adapter(model_dir, adapter_dir, output, quantization):
+    """Write the adapter alone, for llama.cpp's `--lora`; returns a summary like export_model's."""
+    model, _ = weights.open_model(model_dir)
+    lora, adapter = weights.load_adapter(model, adapter_dir), weights.adapter_tensors(adapter_dir)
+    config, tensors = model.config, []
+    if lora.modules_to_save:
+        raise UserError(f"{adapter_dir}: has trained {', '.join(lora.modules_to_save)} in full, "
+                        "which --lora cannot express; use --format gguf")
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRALinear):
+            continue
+        A, B = (adapter[f"{name}.lora_{one}.weight"] for one in "AB")
+        # llama.cpp multiplies by alpha / rank, whatever kind of LoRA it is.
+        factor = module.scaling * A.shape[0] / lora.alpha
+        head_dim = config.head_dim if is_rotated(f"{name}.weight", config.model_type) else None
+        tensors += [
+            _adapter_tensor(f"{name}.weight", "a", A, quantization, 1.0, None),
+            _adapter_tensor(f"{name}.weight", "b", B, quantization, factor, head_dim)]
+    metadata = {
+        "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": lora.alpha,
+        "general.name": Path(adapter_dir).resolve().name,
+        "general.file_type": int(QUANTIZATIONS[quantization][0]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
+    write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
+    return summary_of(output, tensors, sum(math.prod(tensor.shape) for tensor in tensors))
+
+
+def _adapter_tensor(name, side, stored, quantization, factor, head_dim):
+    def read(begin, end):
+        return factor * read_rows(stored, (), head_dim, begin, end)
+
+    type = QUANTIZATIONS[quantization][1]
+    if stored.shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
+        type = Type.F16
+    return Tensor(f"{gguf_name(name)}.lora_{side}", stored.shape, type, read, head_dim or 1)

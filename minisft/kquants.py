@@ -1,0 +1,149 @@
+"""K-quants: blocks of 256 numbers whose scales are quantised too (Q4_K and Q6_K of llama.cpp).
+
+    data = quantize_q4_k(np.random.randn(8, 512).astype(np.float32))     # (8, 288), uint8
+    gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q4_K)          # (8, 512), float32
+
+Q4_K has 8 groups of 32: x = d * scale * q - d_min * minimum, with q in 0..15, scale and minimum in
+0..63, d and d_min in float16: 4.5 bits a number. Q6_K has 16 groups of 16: x = d * scale * q with q
+in -32..31 and scale in -128..127: 6.5625 bits. Rounding to the grid that spans a group is not the
+best one can do: several slightly finer and coarser grids are tried, the best scale for each is the
+solution of a least squares problem, and the grid with the smallest error wins. Numbers weigh more
+the larger they are.
+
+Shapes: N blocks, G groups of a block, n numbers of a group.
+"""
+
+import numpy as np
+
+BLOCK = 256
+BLOCKS_AT_A_TIME = 512  # the arrays of so many stay in the processor's cache
+TINY = 1e-15  # the largest number of a group that counts as zero
+
+
+def quantize_q4_k(rows):
+    """float32 (R, C), C a multiple of 256 -> uint8 (R, C / 256 * 144)."""
+    return _by_blocks(rows, _q4_k_blocks, 144)
+
+
+def quantize_q6_k(rows):
+    """float32 (R, C), C a multiple of 256 -> uint8 (R, C / 256 * 210)."""
+    return _by_blocks(rows, _q6_k_blocks, 210)
+
+
+def _by_blocks(rows, quantize, block_bytes):
+    blocks = np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, BLOCK)
+    data = np.empty((len(blocks), block_bytes), dtype=np.uint8)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for start in range(0, len(blocks), BLOCKS_AT_A_TIME):
+            some = slice(start, start + BLOCKS_AT_A_TIME)
+            data[some] = quantize(blocks[some])
+    return data.reshape(len(rows), -1)
+
+
+def _q4_k_blocks(blocks):
+    groups = blocks.reshape(-1, 8, 32)
+    root_mean_square = np.sqrt(np.square(groups).mean(-1, keepdims=True))
+    scale, minimum = affine_fit(groups, root_mean_square + np.abs(groups), 15)
+    d, scale = _six_bits(scale)  # (N, 1), (N, 8)
+    d_min, minimum = _six_bits(minimum)
+    step = (_as_stored(d) * scale)[..., None]
+    offset = (_as_stored(d_min) * minimum)[..., None]
+    levels = np.where(step == 0, 0, np.rint((groups + offset) / step)).clip(0, 15).astype(np.uint8)
+    low, high = levels[:, 0::2], levels[:, 1::2]  # two groups share 32 bytes
+    nibbles = (low | high << 4).reshape(-1, 128)
+    return np.concatenate([_float16_bytes(d), _float16_bytes(d_min), _packed(scale, minimum),
+                           nibbles], axis=1)
+
+
+def _six_bits(values):
+    """Non-negative (N, 8) -> the float32 unit (N, 1) and how many of it each is, 0..63."""
+    largest = values.max(-1, keepdims=True)
+    counts = np.where(largest > 0, np.rint(values * (63 / largest)), 0)
+    return largest / 63, counts.astype(np.uint8).clip(0, 63)
+
+
+def _packed(scale, minimum):
+    """Two times eight 6-bit numbers in 12 bytes: the first four whole, the others in the gaps."""
+    first = scale[:, :4] | (scale[:, 4:] >> 4) << 6
+    second = minimum[:, :4] | (minimum[:, 4:] >> 4) << 6
+    third = scale[:, 4:] & 15 | (minimum[:, 4:] & 15) << 4
+    return np.concatenate([first, second, third], axis=1)
+
+
+def _q6_k_blocks(blocks):
+    groups = blocks.reshape(-1, 16, 16)
+    scale = symmetric_fit(groups, np.square(groups), 32)
+    largest = np.take_along_axis(scale, np.abs(scale).argmax(-1)[:, None], axis=-1)
+    empty = np.abs(largest) < TINY
+    d = np.where(empty, 0, largest / -128)
+    scale = np.where(empty, 0, np.rint(scale / np.where(empty, 1, d))).clip(-128, 127)
+    step = (_as_stored(d) * scale)[..., None]
+    levels = np.where(step == 0, 0, np.rint(groups / step)).clip(-32, 31) + 32
+    # Four runs of 32 in each half: low four bits of two runs to a byte, high two of four.
+    runs = levels.astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = runs[:, :, :2] & 15 | (runs[:, :, 2:] & 15) << 4
+    high = runs >> 4
+    high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
+    return np.concatenate([low.reshape(-1, 128), high.reshape(-1, 64),
+                           scale.astype(np.int8).view(np.uint8), _float16_bytes(d)], axis=1)
+
+
+def affine_fit(x, weights, top):
+    """The scale and minimum (N, G) for x ~ scale * q - minimum, with q in 0..top, both >= 0.
+
+    x and weights: (N, G, n). Tries grids from 1 coarser to 1 finer than the one that spans x.
+    """
+    low = np.minimum(x.min(-1), 0)
+    span = x.max(-1) - low
+    sum_w, sum_x, sum_xx = weights.sum(-1), _dot(weights, x), _dot(weights * x, x)
+    best_scale, best_low, best_error = span / top, low, None
+    for grid in (top, *np.arange(top - 1, top + 1.05, 0.1, dtype=np.float32)):
+        q = np.rint((x - low[..., None]) * (grid / span)[..., None]).clip(0, top)
+        weighted = weights * q
+        sum_q, sum_qq, sum_qx = weighted.sum(-1), _dot(weighted, q), _dot(weighted, x)
+        if best_error is None:  # the spanning grid, as it is
+            scale, offset, solvable = best_scale, best_low, span > 0
+        else:
+            determinant = sum_w * sum_qq - sum_q * sum_q
+            scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
+            offset = (sum_qq * sum_x - sum_q * sum_qx) / determinant
+            above = offset > 0
+            scale = np.where(above, sum_qx / sum_qq, scale)
+            offset = np.where(above, 0, offset)
+            solvable = determinant > 0
+        error = (scale * scale * sum_qq + offset * offset * sum_w + sum_xx
+                 + 2 * (scale * offset * sum_q - scale * sum_qx - offset * sum_x))
+        if best_error is None:
+            best_error = error
+        better = solvable & (error < best_error)
+        best_scale = np.where(better, scale, best_scale)
+        best_low = np.where(better, offset, best_low)
+        best_error = np.where(better, error, best_error)
+    return np.where(span > 0, best_scale, 0), -best_low
+
+
+def symmetric_fit(x, weights, top):
+    """The scale (N, G), of either sign, for x ~ scale * q, with q in -top..top-1."""
+    extreme = np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], axis=-1)  # (N, G, 1)
+    weighted_x = weights * x
+    best_scale = best_gain = np.zeros(x.shape[:-1], dtype=np.float32)
+    for grid in (top, *np.arange(top - 0.9, top + 0.95, 0.1, dtype=np.float32)):
+        q = np.rint(x * (-grid / extreme)).clip(-top, top - 1)
+        sum_qx, sum_qq = _dot(weighted_x, q), _dot(weights * q, q)
+        scale = sum_qx / sum_qq
+        better = (sum_qq > 0) & (scale * sum_qx > best_gain)  # what the error shrinks by
+        best_gain = np.where(better, scale * sum_qx, best_gain)
+        best_scale = np.where(better, scale, best_scale)
+    return np.where(np.abs(extreme[..., 0]) < TINY, 0, best_scale)
+
+
+def _dot(left, right):
+    return np.einsum("ngi,ngi->ng", left, right)
+
+
+def _as_stored(values):
+    return values.astype(np.float16).astype(np.float32)
+
+
+def _float16_bytes(values):
+    return values.astype(np.float16).view(np.uint8)
