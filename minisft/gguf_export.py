@@ -32,7 +32,7 @@ from minisft.gguf_mapping import (
     architecture_fields,
     gguf_name,
     interleaved,
-    is_rotated,
+    is_interleaved,
     known_differences,
     rotary_divisors,
 )
@@ -138,7 +138,7 @@ def export_model(model_dir, output, quantization, adapter_dir=None, name=None):
 
 def model_tensors(model, stored, adapter, quantization):
     """The tensors of the file, in the order of the model; adapted ones merged as they are read."""
-    config, tensors = model.config, []
+    config, architecture, tensors = model.config, ARCHITECTURES[model.config.model_type], []
     scalings = {name: module.scaling for name, module in model.named_modules()
                 if isinstance(module, LoRALinear)}
     for name, parameter in model.named_parameters():
@@ -153,7 +153,7 @@ def model_tensors(model, stored, adapter, quantization):
         if module in scalings and kind == "weight":
             factors = (adapter[f"{module}.lora_A.weight"], adapter[f"{module}.lora_B.weight"],
                        scalings[module])
-        head_dim = config.head_dim if is_rotated(name, config.model_type) else None
+        head_dim = config.head_dim if is_interleaved(name, architecture) else None
         type = tensor_type(gguf_name(name), parameter.shape, quantization, config)
         tensors.append(Tensor(gguf_name(name), tuple(parameter.shape), type,
                               partial(read_rows, source, factors, head_dim), head_dim or 1))
@@ -275,7 +275,7 @@ def export_adapter(model_dir, adapter_dir, output, quantization):
     """Write the adapter alone, for llama.cpp's `--lora`; returns a summary like export_model's."""
     model, _ = weights.open_model(model_dir)
     lora, adapter = weights.load_adapter(model, adapter_dir), weights.adapter_tensors(adapter_dir)
-    config, tensors = model.config, []
+    config, architecture, tensors = model.config, ARCHITECTURES[model.config.model_type], []
     if lora.modules_to_save:
         raise UserError(f"{adapter_dir}: has trained {', '.join(lora.modules_to_save)} in full, "
                         "which --lora cannot express; use --format gguf")
@@ -285,7 +285,7 @@ def export_adapter(model_dir, adapter_dir, output, quantization):
         A, B = (adapter[f"{name}.lora_{one}.weight"] for one in "AB")
         # llama.cpp multiplies by alpha / rank, whatever kind of LoRA it is.
         factor = module.scaling * A.shape[0] / lora.alpha
-        head_dim = config.head_dim if is_rotated(f"{name}.weight", config.model_type) else None
+        head_dim = config.head_dim if is_interleaved(f"{name}.weight", architecture) else None
         tensors += [
             _adapter_tensor(f"{name}.weight", "a", A, quantization, 1.0, None),
             _adapter_tensor(f"{name}.weight", "b", B, quantization, factor, head_dim)]
@@ -295,7 +295,7 @@ def export_adapter(model_dir, adapter_dir, output, quantization):
         "general.file_type": int(QUANTIZATIONS[quantization][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
-    write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
+    write_gguf(output, architecture, metadata, tensors)
     return summary_of(output, tensors, sum(math.prod(tensor.shape) for tensor in tensors))
 
 

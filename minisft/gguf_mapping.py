@@ -60,8 +60,8 @@ def deinterleaved(rows, head_dim):
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def is_rotated(name, architecture):
-    """Whether the rows of this tensor (by its name in the checkpoint) must be interleaved."""
+def is_interleaved(name, architecture):
+    """Whether this tensor (by its name in the checkpoint) has its rows interleaved in the file."""
     return architecture == "llama" and name.rpartition(".")[0].endswith(("q_proj", "k_proj"))
 
 

@@ -167,7 +167,10 @@ def _model_pieces(tokenizer, path):
     """{id: (score, type)} of a tokenizer.model."""
     import sentencepiece
 
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: not a SentencePiece model; download it again") from error
     pieces = {}
     for id in range(model.vocab_size()):
         if tokenizer.token_text(id) != model.id_to_piece(id):

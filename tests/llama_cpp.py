@@ -50,7 +50,10 @@ class Server:
 
     def log_probabilities(self, ids, vocab_size):
         """Those of every token (V,) to follow `ids`."""
-        answer = self.complete(ids, 1, n_probs=vocab_size)
+        # The server reports none where the token it takes is part of a character, so have it take
+        # one that is not; what it reports is from before such a bias.
+        whole = [[self.tokenize("the")[-1], 1e6]]
+        answer = self.complete(ids, 1, n_probs=vocab_size, logit_bias=whole)
         values = np.full(vocab_size, np.nan)
         for entry in answer["completion_probabilities"][0]["top_logprobs"]:
             values[entry["id"]] = entry["logprob"]
