@@ -91,35 +91,40 @@ def _q6_k_blocks(blocks):
 def affine_fit(x, weights, top):
     """The scale and minimum (N, G) for x ~ scale * q - minimum, with q in 0..top, both >= 0.
 
-    x and weights: (N, G, n). Tries grids from 1 coarser to 1 finer than the one that spans x.
+    x and weights: (N, G, n). Begins with the grid that spans x; then tries grids from 1 coarser to
+    1 finer, each laid from the best minimum so far.
     """
-    low = np.minimum(x.min(-1), 0)
-    span = x.max(-1) - low
+    high, low = x.max(-1), np.minimum(x.min(-1), 0)
     sum_w, sum_x, sum_xx = weights.sum(-1), _dot(weights, x), _dot(weights * x, x)
-    best_scale, best_low, best_error = span / top, low, None
+    flat = high == low
+    best_scale, best_error = (high - low) / top, None
     for grid in (top, *np.arange(top - 1, top + 1.05, 0.1, dtype=np.float32)):
-        q = np.rint((x - low[..., None]) * (grid / span)[..., None]).clip(0, top)
+        q = x - low[..., None]
+        q *= (grid / (high - low))[..., None]
+        np.rint(q, out=q)
+        np.clip(q, 0, top, out=q)
         weighted = weights * q
         sum_q, sum_qq, sum_qx = weighted.sum(-1), _dot(weighted, q), _dot(weighted, x)
-        if best_error is None:  # the spanning grid, as it is
-            scale, offset, solvable = best_scale, best_low, span > 0
-        else:
-            determinant = sum_w * sum_qq - sum_q * sum_q
-            scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
-            offset = (sum_qq * sum_x - sum_q * sum_qx) / determinant
-            above = offset > 0
-            scale = np.where(above, sum_qx / sum_qq, scale)
-            offset = np.where(above, 0, offset)
-            solvable = determinant > 0
-        error = (scale * scale * sum_qq + offset * offset * sum_w + sum_xx
-                 + 2 * (scale * offset * sum_q - scale * sum_qx - offset * sum_x))
+
+        def error(scale, offset, sum_q=sum_q, sum_qq=sum_qq, sum_qx=sum_qx):
+            """The weighted sum of (scale * q + offset - x)^2."""
+            return (scale * scale * sum_qq + offset * offset * sum_w + sum_xx
+                    + 2 * (scale * offset * sum_q - scale * sum_qx - offset * sum_x))
+
         if best_error is None:
-            best_error = error
-        better = solvable & (error < best_error)
+            best_error = error(best_scale, low)
+            continue
+        determinant = sum_w * sum_qq - sum_q * sum_q
+        scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
+        offset = (sum_qq * sum_x - sum_q * sum_qx) / determinant
+        scale = np.where(offset > 0, sum_qx / sum_qq, scale)
+        offset = np.minimum(offset, 0)
+        new_error = error(scale, offset)
+        better = (determinant > 0) & (new_error < best_error)
         best_scale = np.where(better, scale, best_scale)
-        best_low = np.where(better, offset, best_low)
-        best_error = np.where(better, error, best_error)
-    return np.where(span > 0, best_scale, 0), -best_low
+        best_error = np.where(better, new_error, best_error)
+        low = np.where(better, offset, low)
+    return np.where(flat, 0, best_scale), -low
 
 
 def symmetric_fit(x, weights, top):
@@ -128,7 +133,9 @@ def symmetric_fit(x, weights, top):
     weighted_x = weights * x
     best_scale = best_gain = np.zeros(x.shape[:-1], dtype=np.float32)
     for grid in (top, *np.arange(top - 0.9, top + 0.95, 0.1, dtype=np.float32)):
-        q = np.rint(x * (-grid / extreme)).clip(-top, top - 1)
+        q = x * (-grid / extreme)
+        np.rint(q, out=q)
+        np.clip(q, -top, top - 1, out=q)
         sum_qx, sum_qq = _dot(weighted_x, q), _dot(weights * q, q)
         scale = sum_qx / sum_qq
         better = (sum_qq > 0) & (scale * sum_qx > best_gain)  # what the error shrinks by
