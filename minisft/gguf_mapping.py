@@ -144,3 +144,98 @@ def known_differences(config):
         sentences.append("llama.cpp does not use this model's sliding window: answers differ "
                          f"beyond {config.sliding_window} tokens")
     return sentences
+
+
+def checkpoint_name(name):
+    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`; others as they are."""
+    module, _, kind = name.rpartition(".")
+    layer = ""
+    if module.startswith("blk."):
+        number, _, module = module.removeprefix("blk.").partition(".")
+        layer = f"model.layers.{number}."
+    for theirs, ours in MODULES.items():
+        if ours == module and bool(layer) == (not theirs.startswith(("model.", "lm_head"))):
+            return f"{layer}{theirs}.{kind}"
+    return name
+
+
+def config_fields(metadata, tensor_names, divisors=None):
+    """The config.json that a GGUF file's metadata describe; UserError where minisft has no such.
+
+    tensor_names: those of the file, by which biases and an output matrix are known. divisors: the
+    numbers of ROTARY_DIVISORS, if the file has it.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture not in FAMILIES:
+        raise UserError(f"architecture '{architecture}' is not supported; minisft knows "
+                        f"{', '.join(FAMILIES)}")
+
+    def get(name, default=None):
+        value = metadata.get(f"{architecture}.{name}", default)
+        if type(value) not in (int, float):
+            raise UserError(f"{architecture}.{name} is {value!r}; a number is needed")
+        return value
+
+    heads, width = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", width // max(heads, 1))
+    for name, needed in (("attention.value_length", head_dim), ("expert_count", 0),
+                         ("rope.dimension_count", head_dim)):
+        if get(name, needed) != needed:
+            raise UserError(f"{architecture}.{name} {get(name)} is not supported (only {needed})")
+    config = {
+        "architectures": [f"{architecture.title()}ForCausalLM"],
+        "model_type": FAMILIES[architecture],
+        "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())),
+        "hidden_size": width,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in tensor_names,
+        "attention_bias": "blk.0.attn_output.bias" in tensor_names,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensor_names,
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "hidden_act": "silu",
+    }
+    scaling = _scaling(metadata, architecture, get)
+    if divisors is not None:
+        scaling = llama3_scaling(divisors, config)
+    return {**config, **({"rope_scaling": scaling} if scaling else {})}
+
+
+def _scaling(metadata, architecture, get):
+    """rope_scaling of the types `linear` and `yarn`; None for none."""
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise UserError(f"{architecture}.rope.scaling.type '{kind}' is not supported")
+    scaling = {"rope_type": kind, "factor": get("rope.scaling.factor")}
+    original = get("rope.scaling.original_context_length", get("context_length"))
+    scaling["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        for name in ("beta_fast", "beta_slow"):
+            if f"{architecture}.rope.scaling.yarn_{name}" in metadata:
+                scaling[name] = get(f"rope.scaling.yarn_{name}")
+        correction = get("rope.scaling.attn_factor", 1.0)
+        if correction != 1:
+            scaling["attention_factor"] = correction * _usual_temperature(scaling["factor"])
+    return scaling
+
+
+def llama3_scaling(divisors, config):
+    """The rope_scaling of type llama3 that gives these divisors (a tensor), found by trying.
+
+    The largest divisor is the factor; 1 and 4 bound the frequencies that are blended in every
+    published model, and the original context is a power of two.
+    """
+    for exponent in range(4, 24):
+        scaling = {"rope_type": "llama3", "factor": divisors.max().item(), "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": 2**exponent}
+        found = rotary_divisors(ModelConfig.from_dict({**config, "rope_scaling": scaling}))
+        if found.shape == divisors.shape and (found - divisors).abs().max() < 1e-4:
+            return scaling
+    raise UserError(f"{ROTARY_DIVISORS} holds divisors that llama3 scaling does not give")

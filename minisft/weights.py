@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minisft import gguf_import
 from minisft.config import ModelConfig
 from minisft.json_files import is_number, is_whole, read_json, token_ids, write_json
 from minisft.lora import SAVEABLE, LoraConfig, LoRALinear, freeze, train_fully, wrap
@@ -39,6 +40,7 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 def resolve(name_or_path, needed="config.json"):
     """The local folder of a checkpoint or adapter; a hub id is downloaded or found in the cache.
 
+    A GGUF file is unpacked into one.
     Raises UserError where there is neither such a folder nor a way to the hub.
     """
     path = Path(name_or_path).expanduser()
@@ -46,6 +48,8 @@ def resolve(name_or_path, needed="config.json"):
         if not (path / needed).is_file():
             raise UserError(f"{path}: there is no {needed} in this folder")
         return path
+    if path.is_file() and path.suffix == gguf_import.SUFFIX and needed == "config.json":
+        return gguf_import.unpack(path)
     if path.exists():
         raise UserError(f"{path}: is a file; give the folder that holds it")
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
@@ -62,10 +66,15 @@ def resolve(name_or_path, needed="config.json"):
         ) from error
 
 
+def _stored_tensors(model_dir):
+    path = Path(model_dir) / gguf_import.GGUF
+    return gguf_import.stored_tensors(path) if path.is_file() else tensor_files(model_dir)
+
+
 def stored_dtype(model_dir):
     """The torch.dtype that a checkpoint's embedding has on disk."""
     name = "model.embed_tokens.weight"
-    stored = tensor_files(model_dir).get(name)
+    stored = _stored_tensors(model_dir).get(name)
     if stored is None:
         raise UserError(f"{model_dir}: there is no tensor {name}")
     return stored.dtype
@@ -91,7 +100,7 @@ def open_model(model_dir):
     All that load_model checks is checked, and nothing large is read.
     """
     config = ModelConfig.load(model_dir)
-    files = tensor_files(model_dir)
+    files = _stored_tensors(model_dir)
     last = f"model.layers.{config.num_hidden_layers - 1}."
     if not any(name.startswith(last) for name in files):
         # Found here, lest a wrong number of layers is built, a million perhaps.
