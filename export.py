@@ -33,6 +33,8 @@ def parse_options(arguments=None):
     add("--output_dir", help="folder to write: hf, peft")
     add("--output", help="file to write: gguf, gguf-lora")
     add("--quantization", choices=QUANTIZATIONS, default="f16", help="type of the numbers in gguf")
+    add("--template", default="auto",
+        help="conversation format to write into gguf (auto: the trained, else the checkpoint's)")
     switch("--overwrite_output_dir", "write into a folder that has something in it, over a file")
     add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")
     options = parser.parse_options(arguments)
@@ -47,7 +49,7 @@ def check_options(options, given):
     if needed not in given:
         raise UserError(f"--format {options.format} needs --{needed}")
     unread = {unread} | ({"dtype", "bf16", "fp16", "max_shard_size", "device"} if to_file
-                         else {"quantization"})
+                         else {"quantization", "template"})
     if unread & given:
         hint = "; --quantization says the type" if to_file else ""
         raise UserError(f"--format {options.format} does not read --{min(unread & given)}{hint}")
@@ -78,10 +80,11 @@ def write_gguf(options):
     else:
         paths = [options.model_name_or_path, options.adapter]
         name = " + ".join(Path(path).resolve().name for path in paths if path)
-        summary = export_model(model_dir, output, options.quantization, adapter_dir, name)
-    bits = 8 * summary["bytes"] / summary["parameters"]
+        summary = export_model(model_dir, output, options.quantization, adapter_dir, name,
+                               options.template)
     types = ", ".join(f"{count} {name}" for name, count in summary["types"].items())
-    print(f"wrote {output}: {summary['bytes'] / 1e6:,.1f} MB, {bits:.2f} bits per weight, "
+    print(f"wrote {output}: {summary['bytes'] / 1e6:,.1f} MB, {summary['bits_per_weight']:.2f} "
+          f"bits per weight, "
           f"{summary['tensors']} tensors ({types})")
     for note in summary["notes"]:
         print(f"note: {note}")

@@ -5,27 +5,20 @@
 
 Tensors go from the checkpoint's files to the GGUF file a few million numbers at a time: read, add
 the adapter's update, reorder, convert, write. Memory holds a few such pieces, however large the
-model is. The file appears under its name when it is whole.
+model is.
 """
 
 import math
-import os
-import shutil
-import sys
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import gguf
-import numpy as np
-import torch
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFValueType, LlamaFileType
-from tqdm import tqdm
+from gguf import LlamaFileType
 
 from minisft import weights
+from minisft.chat_template import as_jinja
 from minisft.gguf_mapping import (
     ARCHITECTURES,
     ROTARY_DIVISORS,
@@ -36,11 +29,12 @@ from minisft.gguf_mapping import (
     known_differences,
     rotary_divisors,
 )
-from minisft.gguf_vocabulary import vocabulary_fields
+from minisft.gguf_vocabulary import tokenizer_differences, vocabulary_fields
+from minisft.gguf_writer import TORCH_TYPES, Tensor, write_gguf
 from minisft.json_files import read_json
-from minisft.kquants import quantize_q4_k, quantize_q6_k
 from minisft.lora import LoRALinear
-from minisft.options import UserError
+from minisft.options import UserError, recorded_options
+from minisft.template import get_template, recognise
 from minisft.tokenizer import Tokenizer
 
 # --quantization -> the type of the file and of most of its matrices.
@@ -52,65 +46,20 @@ QUANTIZATIONS = {
     "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
     "q6_k": (LlamaFileType.MOSTLY_Q6_K, Type.Q6_K),
 }
-TORCH_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
-K_QUANTS = {Type.Q4_K: quantize_q4_k, Type.Q6_K: quantize_q6_k}
 # What a row takes whose length the blocks of a type do not divide (llama.cpp's choice).
 FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
-# The largest number that fits; the scales of quantised blocks are float16.
-LARGEST = {type: torch.finfo(dtype).max for type, dtype in TORCH_TYPES.items()}
-PIECE_SIZE = 2**22  # numbers converted at a time: enough to amortise the call, little memory
 # generation_config.json -> the defaults that llama.cpp's server takes over.
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
             "repetition_penalty": "penalty_repeat"}
 
 
-@dataclass
-class Tensor:
-    """A tensor of the file to be: its type, and where its rows come from."""
-
-    name: str
-    shape: tuple
-    type: Type
-    read: object  # (begin, end) -> these rows, float32
-    rows_together: int = 1  # reading may cut only at multiples of this
-
-    @property
-    def nbytes(self):
-        """What it takes in the file."""
-        block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // block * block_bytes
-
-    def pieces(self):
-        """(begin, end) of pieces of about PIECE_SIZE numbers, in order."""
-        row = math.prod(self.shape[1:])
-        step = max(1, PIECE_SIZE // (row * self.rows_together)) * self.rows_together
-        return [(begin, min(begin + step, self.shape[0]))
-                for begin in range(0, self.shape[0], step)]
-
-    def converted(self, begin, end):
-        """Rows begin..end-1 as the bytes of the file; UserError for what the type cannot hold."""
-        rows = self.read(begin, end)
-        largest = rows.abs().max().item()
-        limit = LARGEST.get(self.type, LARGEST[Type.F16])
-        if not largest <= limit:  # so that NaN fails too
-            fault = ("holds NaN" if math.isnan(largest) else
-                     f"holds {largest:.4g}; {self.type.name.lower()} reaches to {limit:.4g}: "
-                     "try --quantization bf16 or f32")
-            raise UserError(f"{self.name}: {fault}")
-        if self.type in TORCH_TYPES:
-            return rows.to(TORCH_TYPES[self.type]).view(torch.uint8).numpy()
-        with np.errstate(all="ignore"):  # a block of zeros has no scale to divide by
-            if self.type in K_QUANTS:
-                return K_QUANTS[self.type](rows.numpy())
-            return gguf.quants.quantize(rows.numpy(), self.type)
-
-
-def export_model(model_dir, output, quantization, adapter_dir=None, name=None):
+def export_model(model_dir, output, quantization, adapter_dir=None, name=None, template="auto"):
     """Write checkpoint `model_dir`, with the adapter merged if there is one; returns a summary.
 
-    name: what programs show for the model, by default the folder's. The summary is {"tensors",
-    "parameters", "bytes", "types": {type name: tensors}, "notes": sentences on what llama.cpp will
-    do differently}. Raises UserError where the model cannot be expressed, a number does not fit the
+    name: what programs show for the model, by default the folder's. template: the conversation
+    format that they are to use, see chat_fields. The summary is {"tensors", "parameters", "bytes",
+    "bits_per_weight", "types": {type name: tensors}, "notes": sentences on what llama.cpp will do
+    differently}. Raises UserError where the model cannot be expressed, a number does not fit the
     type, or the disk is too small; no file is left then.
     """
     model_dir = Path(model_dir)
@@ -120,20 +69,52 @@ def export_model(model_dir, output, quantization, adapter_dir=None, name=None):
         weights.load_adapter(model, adapter_dir)
         adapter = weights.adapter_tensors(adapter_dir)
     config, tensors = model.config, model_tensors(model, stored, adapter, quantization)
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    tokenizer = Tokenizer.load(model_dir)
+    chat, stop_ids = chat_fields(tokenizer, template, adapter_dir or model_dir,
+                                 weights.generation_eos(model_dir, config))
     metadata = {
         "general.type": "model",
         "general.name": name or model_dir.resolve().name,
-        "general.size_label": gguf.size_label(parameters, 0, 0, 0),
+        "general.size_label": gguf.size_label(num_parameters(tensors), 0, 0, 0),
         **sampling_fields(model_dir),
         **architecture_fields(config),
         "general.file_type": int(QUANTIZATIONS[quantization][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **vocabulary_fields(Tokenizer.load(model_dir), config.vocab_size,
-                            weights.generation_eos(model_dir, config)),
+        **vocabulary_fields(tokenizer, config.vocab_size, stop_ids),
+        **chat,
     }
     write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
-    return summary_of(output, tensors, parameters, known_differences(config))
+    notes = known_differences(config) + tokenizer_differences(tokenizer)
+    return summary_of(output, tensors, notes)
+
+
+def chat_fields(tokenizer, name, trained_dir, listed_stops):
+    """(the chat template as metadata, the ids that end an answer).
+
+    name: one of our templates, or "auto" for the one that `trained_dir` was trained with by
+    train.py, or else the checkpoint's own, which is written as it is.
+    """
+    trained = recorded_options(trained_dir)
+    name = trained.get("template", "auto") if name == "auto" else name
+    own = tokenizer.chat_template
+    try:
+        template = get_template(name, tokenizer, trained.get("default_system"))
+    except UserError:
+        if name != "auto":
+            raise
+        return ({"tokenizer.chat_template": own} if own else {}), listed_stops
+    stop_ids = list(template.stop_token_ids(listed_stops))
+    if name != "auto" and (trained.get("default_system") is not None or not is_form(own, name)):
+        own = as_jinja(template)
+    return {"tokenizer.chat_template": own}, stop_ids
+
+
+def is_form(chat_template, name):
+    """Whether a checkpoint's chat template is the one of our templates with this name."""
+    try:
+        return recognise(chat_template) == name
+    except UserError:
+        return False
 
 
 def model_tensors(model, stored, adapter, quantization):
@@ -198,64 +179,6 @@ def tensor_type(name, shape, quantization, config):
     return type if shape[-1] % gguf.GGML_QUANT_SIZES[type][0] == 0 else Type.F16
 
 
-def write_gguf(output, architecture, metadata, tensors):
-    """Write the file beside its place and rename it when it is whole. UserError leaves nothing."""
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(tensor.nbytes for tensor in tensors)
-    free = shutil.disk_usage(output.parent).free
-    if total > free:
-        raise UserError(f"{output}: needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB")
-    unfinished = Path(f"{output}.partial")
-    writer = gguf.GGUFWriter(None, architecture)
-    _add_metadata(writer, metadata)
-    for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, tensor.type)
-    try:
-        writer.write_header_to_file(unfinished)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        _write_tensors(writer, tensors, total)
-        writer.close()
-        os.replace(unfinished, output)
-    finally:
-        writer.close()
-        unfinished.unlink(missing_ok=True)
-
-
-def _add_metadata(writer, metadata):
-    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32,
-             str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
-    for key, value in metadata.items():
-        if type(value) is int and not 0 <= value < 2**32:
-            raise UserError(f"{key}: {value} does not fit a GGUF file")
-        writer.add_key_value(key, value, kinds[type(value)])
-
-
-def _write_tensors(writer, tensors, total):
-    """Convert pieces on all processors, write them in their order; a few wait in memory."""
-    (file,), workers, waiting = writer.fout, torch.get_num_threads(), deque()
-    bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-
-    def write_oldest():
-        begin, future = waiting.popleft()
-        if begin == 0:  # tensors begin at multiples of the alignment
-            writer.write_padding(file, file.tell())
-        data = future.result()
-        data.tofile(file)
-        bar.update(data.nbytes)
-
-    with ThreadPoolExecutor(workers) as pool, bar:
-        for tensor in tensors:
-            for begin, end in tensor.pieces():
-                waiting.append((begin, pool.submit(tensor.converted, begin, end)))
-                if len(waiting) > 2 * workers:
-                    write_oldest()
-        while waiting:
-            write_oldest()
-    writer.write_padding(file, file.tell())
-
-
 def sampling_fields(model_dir):
     """The sampling that generation_config.json recommends, as metadata."""
     content = read_json(Path(model_dir) / "generation_config.json", missing={})
@@ -263,12 +186,18 @@ def sampling_fields(model_dir):
             if type(content.get(theirs)) in (int, float) and content[theirs] >= 0}
 
 
-def summary_of(output, tensors, parameters, notes=()):
+def num_parameters(tensors):
+    """How many numbers they hold."""
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def summary_of(output, tensors, notes=()):
     """What export_model and export_adapter return."""
+    parameters = num_parameters(tensors)
+    bits = 8 * sum(tensor.nbytes for tensor in tensors) / parameters
     types = Counter(tensor.type.name for tensor in tensors)
-    size = Path(output).stat().st_size
-    return {"tensors": len(tensors), "parameters": parameters, "bytes": size,
-            "types": dict(types), "notes": list(notes)}
+    return {"tensors": len(tensors), "parameters": parameters, "bits_per_weight": bits,
+            "bytes": Path(output).stat().st_size, "types": dict(types), "notes": list(notes)}
 
 
 def export_adapter(model_dir, adapter_dir, output, quantization):
@@ -296,7 +225,7 @@ def export_adapter(model_dir, adapter_dir, output, quantization):
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
     write_gguf(output, architecture, metadata, tensors)
-    return summary_of(output, tensors, sum(math.prod(tensor.shape) for tensor in tensors))
+    return summary_of(output, tensors)
 
 
 def _adapter_tensor(name, side, stored, quantization, factor, head_dim):

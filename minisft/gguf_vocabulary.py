@@ -54,10 +54,21 @@ def vocabulary_fields(tokenizer, rows, stop_ids=None):
     }
     fields |= {name: id for name, id in ids.items() if id is not None and 0 <= id < rows}
     fields["add_bos_token"] = tokenizer.add_bos_token
-    named = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
-    if tokenizer.chat_template:
-        named["tokenizer.chat_template"] = tokenizer.chat_template
-    return named
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+
+
+def tokenizer_differences(tokenizer):
+    """Sentences on where llama.cpp will make other ids of a conversation than we do."""
+    if getattr(tokenizer.engine, "byte_level", False) or not _is_prefixed(tokenizer):
+        return []
+    if tokenizer.prefix_after_special:
+        return []
+    return ["llama.cpp puts a space before text behind a control token: if the chat template has "
+            "such text, prompts get tokens that they did not have in training"]
+
+
+def _is_prefixed(tokenizer):
+    return tokenizer.encode("a") != tokenizer.encode("a", continuation=True)
 
 
 def _check_size(tokenizer, rows):
@@ -158,9 +169,8 @@ def _sentencepiece(tokenizer, rows):
         tokens.append(text)
         scores.append(score)
         types.append(kind)
-    prefixed = tokenizer.encode("a") != tokenizer.encode("a", continuation=True)
     return {"model": "llama", "pre": "default", "tokens": tokens, "scores": scores,
-            "token_type": types, "add_space_prefix": prefixed}
+            "token_type": types, "add_space_prefix": _is_prefixed(tokenizer)}
 
 
 def _model_pieces(tokenizer, path):

@@ -7,10 +7,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, command
+from conftest import CONFIG
 from llama_cpp import Server
 
-from minisft import gguf_export, weights
+from minisft import gguf_export, gguf_writer, weights
 from minisft.config import ModelConfig
 from minisft.gguf_export import export_adapter, export_model, tensor_type
 from minisft.lora import LoraConfig, add_lora
@@ -180,7 +180,7 @@ def test_adapter_with_an_embedding_of_its_own(tmp_path, tiny_tokenizer_dir):
 
 def test_large_tensors_go_in_pieces(checkpoint, adapter, tmp_path, monkeypatch):
     export_model(checkpoint, tmp_path / "whole.gguf", "q8_0", adapter)
-    monkeypatch.setattr(gguf_export, "PIECE_SIZE", 1500)  # less than two heads of q_proj
+    monkeypatch.setattr(gguf_writer, "PIECE_SIZE", 1500)  # less than two heads of q_proj
     export_model(checkpoint, tmp_path / "pieces.gguf", "q8_0", adapter)
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
 

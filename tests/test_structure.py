@@ -17,7 +17,7 @@ LAYERS = [
     "generate run checkpoint weights batching objective metrics parallel",
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
     "dataset_info records formats encoding optimizer kmeans tensor_files "
-    "gguf_file gguf_mapping gguf_vocabulary gguf_import kquants",
+    "chat_template gguf_file gguf_mapping gguf_vocabulary gguf_import gguf_writer kquants",
     "config training_options",
     "json_files",
     "options",
