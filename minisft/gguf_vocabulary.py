@@ -11,8 +11,6 @@ nearly right, and nobody would notice.
 
 from itertools import groupby
 
-import numpy as np
-
 from minisft.json_files import read_json
 from minisft.options import UserError
 
@@ -206,29 +204,33 @@ def _json_pieces(tokenizer):
     """
     path = tokenizer.model_dir / "tokenizer.json"
     model = read_json(path)["model"]
-    vocabulary, ranks = model["vocab"], {}
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise UserError(f"{path}: GGUF needs BPE with byte_fallback, or a tokenizer.model")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge)
+             for merge in model["merges"]]
+    ranks, pieces = {}, {}
     for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(left + right, rank)
-    listed = set(map(tuple, pairs))
-    made = [left + right for left, right in pairs]
-    if len(list(groupby(made))) > len(ranks):
-        raise UserError(f"{path}: its merges are not in the order of the pieces that they make, in "
-                        "which llama.cpp merges; put the model's tokenizer.model beside it")
-    for piece in ranks:
+    for piece, id in model["vocab"].items():
+        is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+        kind = UNKNOWN if piece == model.get("unk_token") else BYTE if is_byte else NORMAL
+        if id not in tokenizer.engine.added_text or kind == UNKNOWN:
+            pieces[id] = float(-ranks.get(piece, len(pairs))), kind
+    _check_merges(path, pairs, model["vocab"],
+                  [piece for piece, id in model["vocab"].items()
+                   if pieces.get(id, (0, UNKNOWN))[1] == NORMAL])
+    return pieces
+
+
+def _check_merges(path, pairs, vocabulary, pieces):
+    listed, way_out = set(pairs), "put the model's tokenizer.model beside it"
+    for piece in pieces:
         for cut in range(1, len(piece)):
             pair = piece[:cut], piece[cut:]
-            if all(part in vocabulary for part in pair) and pair not in listed:
+            if pair[0] in vocabulary and pair[1] in vocabulary and pair not in listed:
                 raise UserError(f"{path}: '{pair[0]}' and '{pair[1]}' are not merged there, but "
-                                "would be by llama.cpp; put the model's tokenizer.model beside it")
-    added, unknown = tokenizer.engine.added_text, model.get("unk_token")
-    lowest = -float(len(pairs))
-    pieces = {}
-    for piece, id in vocabulary.items():
-        is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-        kind = UNKNOWN if piece == unknown else BYTE if is_byte else NORMAL
-        if id not in added or kind == UNKNOWN:
-            pieces[id] = float(np.float32(-ranks.get(piece, -lowest))), kind
-    return pieces
+                                f"would be by llama.cpp; {way_out}")
+    made = [left + right for left, right in pairs]
+    if len(list(groupby(made))) > len(set(made)):
+        raise UserError(f"{path}: its merges are not in the order of the pieces that they make, in "
+                        f"which llama.cpp merges; {way_out}")

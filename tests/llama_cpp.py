@@ -43,6 +43,11 @@ class Server:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
+    def get(self, path):
+        """The JSON object at a path."""
+        with urllib.request.urlopen(self.server.listening_address + path, timeout=120) as answer:
+            return json.load(answer)
+
     def tokenize(self, text, add_special=False, parse_special=False):
         """The ids of a text."""
         return self.post("/tokenize", content=text, add_special=add_special,

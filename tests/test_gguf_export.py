@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG
+from conftest import CONFIG, command
 from llama_cpp import Server
 
 from minisft import gguf_export, gguf_writer, weights
@@ -240,3 +240,80 @@ def test_metadata(checkpoint, tmp_path):
         tokenizer.token_text(id) for id in range(tokenizer.vocab_size)]
     assert len(vocabulary["tokens"]) == VOCAB
     assert vocabulary["token_type"][:8] == [3] * 7 + [1]
+
+
+def export(*words):
+    return command(*words, script="export.py")
+
+
+def test_command(checkpoint, adapter, tmp_path):
+    path = tmp_path / "new folder" / "model.gguf"
+    words = ["--model_name_or_path", checkpoint, "--adapter", adapter, "--output", path]
+    done = export(*words, "--format", "gguf", "--quantization", "q8_0")
+    assert done.returncode == 0, done.stderr
+    assert "8.58 bits per weight, 21 tensors (16 Q8_0, 5 F32)" in done.stdout
+    fields, _ = read(path)
+    assert fields["general.name"] == "checkpoint + adapter"
+    assert [one.name for one in path.parent.iterdir()] == ["model.gguf"]
+    done = export(*words, "--format", "gguf-lora", "--overwrite_output_dir")
+    assert done.returncode == 0, done.stderr
+    fields, tensors = read(path)
+    assert fields["adapter.type"] == "lora" and len(tensors) == 2 * 2 * 7
+
+
+def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
+    taken = tmp_path / "taken.gguf"
+    taken.write_bytes(b"precious")
+    out = tmp_path / "out.gguf"
+    for words, message in (
+        (["--format", "gguf"], "needs --output"),
+        (["--format", "gguf", "--output", out, "--output_dir", "x"], "does not read --output_dir"),
+        (["--format", "gguf", "--output", out, "--dtype", "float16"], "--quantization says"),
+        (["--format", "hf", "--output_dir", "x", "--quantization", "q8_0"], "--quantization"),
+        (["--format", "gguf-lora", "--output", out], "needs --adapter"),
+        (["--format", "gguf", "--output", taken], "exists"),
+        (["--format", "gguf", "--output", tmp_path], "is a folder"),
+        (["--format", "gguf", "--output", taken / "x.gguf"], str(taken)),
+        (["--format", "gguf", "--output", out, "--template", "lama2"], "unknown template"),
+    ):
+        done = export("--model_name_or_path", checkpoint, *words)
+        assert done.returncode == 2 and message in done.stderr, (words, done.stderr)
+        assert done.stderr.count("\n") == 1
+    assert taken.read_bytes() == b"precious"
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["adapter", "checkpoint", "taken.gguf"]
+
+
+@pytest.mark.parametrize("value, quantization, message", [
+    (float("nan"), "f32", "holds NaN"), (float("inf"), "bf16", "holds inf"),
+    (7e4, "f16", "7e+04"), (-7e4, "q4_k_m", "--quantization bf16 or f32")])
+def test_numbers_that_do_not_fit(value, quantization, message, checkpoint, tmp_path):
+    model = weights.load_model(checkpoint)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    weights.save_model(model, checkpoint)
+    with pytest.raises(UserError, match=f"blk.1.ffn_up.weight.*{message.replace('+', '.')}"):
+        export_model(checkpoint, tmp_path / "out" / "model.gguf", quantization)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_models_that_llama_cpp_cannot_run(tmp_path, tiny_tokenizer_dir):
+    for content, message in (
+        ({"model_type": "qwen2", "head_dim": 32}, "head_dim 32"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention biases"),
+        ({"rope_scaling": {"rope_type": "yarn", "truncate": False, **STRETCHED}}, "truncate"),
+    ):
+        folder = save(tmp_path / message, tiny_tokenizer_dir, content)
+        with pytest.raises(UserError, match=message):
+            export_model(folder, tmp_path / "model.gguf", "f16")
+    folder = save(tmp_path / "windowed", tiny_tokenizer_dir, {
+        "model_type": "mistral", "sliding_window": 100,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
+    notes = export_model(folder, tmp_path / "model.gguf", "f16")["notes"]
+    assert "beyond 100 tokens" in " ".join(notes) and "dynamic" in " ".join(notes)
+
+
+def test_a_full_disk_is_said_before_writing(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(gguf_writer.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="the disk has"):
+        export_model(checkpoint, tmp_path / "model.gguf", "f16")
+    assert not list(tmp_path.glob("model.gguf*"))
