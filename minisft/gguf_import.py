@@ -16,6 +16,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from minisft.gguf_file import read_gguf
 from minisft.gguf_mapping import (
     ROTARY_DIVISORS,
@@ -74,6 +76,12 @@ def stored_tensors(path):
 
     path = Path(path)
     file = read_gguf(path)
+    for type in {gguf.GGMLQuantizationType(placed.type) for placed in file.tensors.values()}:
+        try:
+            gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[type][1]), np.uint8), type)
+        except NotImplementedError as error:
+            raise UserError(f"{path}: has tensors of the type {type.name}, which cannot be read "
+                            "here; get a file of another type, such as Q8_0") from error
     architecture = file.metadata["general.architecture"]
     head_dim = config_fields(file.metadata, file.tensors)["head_dim"]
     types = {gguf.GGMLQuantizationType.F16: torch.float16,

@@ -8,6 +8,7 @@ Both directions are here, side by side, so that what is exported is what is read
 """
 
 import math
+from functools import partial
 
 from minisft.config import ModelConfig
 from minisft.model import rotary_frequencies
@@ -170,12 +171,7 @@ def config_fields(metadata, tensor_names, divisors=None):
         raise UserError(f"architecture '{architecture}' is not supported; minisft knows "
                         f"{', '.join(FAMILIES)}")
 
-    def get(name, default=None):
-        value = metadata.get(f"{architecture}.{name}", default)
-        if type(value) not in (int, float):
-            raise UserError(f"{architecture}.{name} is {value!r}; a number is needed")
-        return value
-
+    get = partial(_number, metadata, architecture)
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // max(heads, 1))
     for name, needed in (("attention.value_length", head_dim), ("expert_count", 0),
@@ -198,12 +194,18 @@ def config_fields(metadata, tensor_names, divisors=None):
         "attention_bias": "blk.0.attn_output.bias" in tensor_names,
         "mlp_bias": "blk.0.ffn_up.bias" in tensor_names,
         "rope_theta": get("rope.freq_base", 10000.0),
-        "hidden_act": "silu",
     }
     scaling = _scaling(metadata, architecture, get)
     if divisors is not None:
         scaling = llama3_scaling(divisors, config)
-    return {**config, **({"rope_scaling": scaling} if scaling else {})}
+    return {**config, "rope_scaling": scaling}
+
+
+def _number(metadata, architecture, name, default=None):
+    value = metadata.get(f"{architecture}.{name}", default)
+    if type(value) not in (int, float):
+        raise UserError(f"{architecture}.{name} is {value!r}; a number is needed")
+    return value
 
 
 def _scaling(metadata, architecture, get):

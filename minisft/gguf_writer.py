@@ -59,7 +59,8 @@ class Tensor:
     def converted(self, begin, end):
         """Rows begin..end-1 as the bytes of the file; UserError for what the type cannot hold."""
         rows = self.read(begin, end)
-        largest = rows.abs().max().item()
+        low, high = torch.aminmax(rows)
+        largest = torch.maximum(-low, high).item()
         limit = LARGEST.get(self.type, LARGEST[Type.F16])
         if not largest <= limit:  # so that NaN fails too
             fault = ("holds NaN" if math.isnan(largest) else

@@ -10,13 +10,14 @@ best one can do: several slightly finer and coarser grids are tried, the best sc
 solution of a least squares problem, and the grid with the smallest error wins. Numbers weigh more
 the larger they are.
 
-Shapes: N blocks, G groups of a block, n numbers of a group.
+Shapes: N blocks, M groups, n numbers of a group. Groups lie in columns, so that the arithmetic runs
+along long rows.
 """
 
 import numpy as np
 
 BLOCK = 256
-BLOCKS_AT_A_TIME = 512  # the arrays of so many stay in the processor's cache
+BLOCKS_AT_A_TIME = 1024  # enough to amortise the calls, the arrays still fit the caches
 TINY = 1e-15  # the largest number of a group that counts as zero
 
 
@@ -42,10 +43,10 @@ def _by_blocks(rows, quantize, block_bytes):
 
 def _q4_k_blocks(blocks):
     groups = blocks.reshape(-1, 8, 32)
-    root_mean_square = np.sqrt(np.square(groups).mean(-1, keepdims=True))
-    scale, minimum = affine_fit(groups, root_mean_square + np.abs(groups), 15)
-    d, scale = _six_bits(scale)  # (N, 1), (N, 8)
-    d_min, minimum = _six_bits(minimum)
+    x = np.ascontiguousarray(groups.reshape(-1, 32).T)
+    root_mean_square = np.sqrt(np.square(x).mean(0))
+    fits = affine_fit(x, root_mean_square + np.abs(x), 15)
+    (d, scale), (d_min, minimum) = (_six_bits(fit.reshape(-1, 8)) for fit in fits)
     step = (_as_stored(d) * scale)[..., None]
     offset = (_as_stored(d_min) * minimum)[..., None]
     levels = np.where(step == 0, 0, np.rint((groups + offset) / step)).clip(0, 15).astype(np.uint8)
@@ -72,7 +73,8 @@ def _packed(scale, minimum):
 
 def _q6_k_blocks(blocks):
     groups = blocks.reshape(-1, 16, 16)
-    scale = symmetric_fit(groups, np.square(groups), 32)
+    x = np.ascontiguousarray(groups.reshape(-1, 16).T)
+    scale = symmetric_fit(x, np.square(x), 32).reshape(-1, 16)
     largest = np.take_along_axis(scale, np.abs(scale).argmax(-1)[:, None], axis=-1)
     empty = np.abs(largest) < TINY
     d = np.where(empty, 0, largest / -128)
@@ -89,22 +91,19 @@ def _q6_k_blocks(blocks):
 
 
 def affine_fit(x, weights, top):
-    """The scale and minimum (N, G) for x ~ scale * q - minimum, with q in 0..top, both >= 0.
+    """The scale and minimum (M,) for x ~ scale * q - minimum, with q in 0..top, both >= 0.
 
-    x and weights: (N, G, n). Begins with the grid that spans x; then tries grids from 1 coarser to
-    1 finer, each laid from the best minimum so far.
+    x and weights: (n, M). Begins with the grid that spans x; then tries grids from 1 coarser to 1
+    finer, each laid from the best minimum so far.
     """
-    high, low = x.max(-1), np.minimum(x.min(-1), 0)
-    sum_w, sum_x, sum_xx = weights.sum(-1), _dot(weights, x), _dot(weights * x, x)
+    high, low = x.max(0), np.minimum(x.min(0), 0)
+    sum_w, sum_x, sum_xx = weights.sum(0), (weights * x).sum(0), (weights * x * x).sum(0)
     flat = high == low
     best_scale, best_error = (high - low) / top, None
+    q, product = np.empty_like(x), np.empty_like(x)
     for grid in (top, *np.arange(top - 1, top + 1.05, 0.1, dtype=np.float32)):
-        q = x - low[..., None]
-        q *= (grid / (high - low))[..., None]
-        np.rint(q, out=q)
-        np.clip(q, 0, top, out=q)
-        weighted = weights * q
-        sum_q, sum_qq, sum_qx = weighted.sum(-1), _dot(weighted, q), _dot(weighted, x)
+        np.subtract(x, low, out=q)
+        sum_q, sum_qq, sum_qx = _sums(q, grid / (high - low), (0, top), x, weights, product)
 
         def error(scale, offset, sum_q=sum_q, sum_qq=sum_qq, sum_qx=sum_qx):
             """The weighted sum of (scale * q + offset - x)^2."""
@@ -128,24 +127,30 @@ def affine_fit(x, weights, top):
 
 
 def symmetric_fit(x, weights, top):
-    """The scale (N, G), of either sign, for x ~ scale * q, with q in -top..top-1."""
-    extreme = np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], axis=-1)  # (N, G, 1)
-    weighted_x = weights * x
-    best_scale = best_gain = np.zeros(x.shape[:-1], dtype=np.float32)
+    """The scale (M,), of either sign, for x ~ scale * q, with q in -top..top-1; x: (n, M)."""
+    extreme = np.take_along_axis(x, np.abs(x).argmax(0)[None], axis=0)[0]
+    best_scale = best_gain = np.zeros_like(extreme)
+    q, product = np.empty_like(x), np.empty_like(x)
     for grid in (top, *np.arange(top - 0.9, top + 0.95, 0.1, dtype=np.float32)):
-        q = x * (-grid / extreme)
-        np.rint(q, out=q)
-        np.clip(q, -top, top - 1, out=q)
-        sum_qx, sum_qq = _dot(weighted_x, q), _dot(weights * q, q)
+        np.copyto(q, x)
+        _, sum_qq, sum_qx = _sums(q, -grid / extreme, (-top, top - 1), x, weights, product)
         scale = sum_qx / sum_qq
         better = (sum_qq > 0) & (scale * sum_qx > best_gain)  # what the error shrinks by
         best_gain = np.where(better, scale * sum_qx, best_gain)
         best_scale = np.where(better, scale, best_scale)
-    return np.where(np.abs(extreme[..., 0]) < TINY, 0, best_scale)
+    return np.where(np.abs(extreme) < TINY, 0, best_scale)
 
 
-def _dot(left, right):
-    return np.einsum("ngi,ngi->ng", left, right)
+def _sums(q, factor, limits, x, weights, product):
+    """Round q * factor; the weighted sums (M,) of q, q q and q x. Works in `q` and `product`."""
+    q *= factor
+    np.rint(q, out=q)
+    np.clip(q, *limits, out=q)
+    np.multiply(weights, q, out=product)
+    sum_q = product.sum(0)
+    q *= product
+    product *= x
+    return sum_q, q.sum(0), product.sum(0)
 
 
 def _as_stored(values):
