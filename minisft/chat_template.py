@@ -16,6 +16,7 @@ SKELETON = """\
 {%- set system = messages[0]['content']STRIP -%}
 {%- set turns = messages[1:] -%}
 {%- endif -%}
+{%- set system = PREFACE + system -%}
 {{- BEGIN -}}
 {%- if system -%}
 {{- SYSTEM -}}
@@ -48,6 +49,7 @@ def as_jinja(template):
     default = form.default_system if default is None else default
     parts = {
         "DEFAULT": json.dumps(default, ensure_ascii=False),
+        "PREFACE": json.dumps(template.preface),
         "STRIP": " | trim" if form.strip else "",
         "BEGIN": _expression(form.begin),
         "SYSTEM": _expression(form.system.replace("{content}", "{system}")),
