@@ -47,7 +47,7 @@ def test_round_trip_is_exact(family, tmp_path, tiny_tokenizer_dir):
         one, other = (weights.load_model(each)(tokens) for each in (folder, back))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # the rotation comes through too
     tokenizers = [Tokenizer.load(one) for one in (folder, back)]
-    for text in ("the cat sat on the mat", " hat</s>  <|im_end|>\n12345 3.14", "你好 é 👩‍👧"):
+    for text in ("the Cat sat on the MAT", " hat</s>  <|im_end|>\n12345 3.14", "你好 é 👩‍👧"):
         assert len({tuple(one.encode(text)) for one in tokenizers}) == 1
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "add_bos_token", "special_ids"):
         assert getattr(tokenizers[0], name) == getattr(tokenizers[1], name)
@@ -115,7 +115,9 @@ def test_large_counts_take_no_memory(exported):
         target = exported.with_name("hostile.gguf")
         target.write_bytes(data)
         tracemalloc.start()
-        with pytest.raises(UserError, match="hostile.gguf: damaged"):
+        fault = {"shape": "has the shape|lies at bytes", "offset": "lies at bytes"}
+        with pytest.raises(UserError, match="hostile.gguf: damaged.*"
+                           + fault.get(name, "entries follow")):
             opened(target)
         assert tracemalloc.get_traced_memory()[1] < 3 * len(content), name
         tracemalloc.stop()
