@@ -1,8 +1,8 @@
 """What a checkpoint's tensors and config fields are called in a GGUF file, and how they lie there.
 
     gguf_name("model.layers.0.self_attn.q_proj.weight")     # "blk.0.attn_q.weight"
-    metadata = architecture_fields(ModelConfig.load("examples/base"))
-    config_fields(metadata)                                  # the config.json they stand for
+    metadata = {"general.architecture": "llama"} | architecture_fields(config)
+    config_fields(metadata, tensor_names)                    # the config.json they stand for
 
 Both directions are here, side by side, so that what is exported is what is read back.
 """

@@ -1,6 +1,6 @@
 """A tokenizer as the metadata of a GGUF file: what llama.cpp needs to make the same ids.
 
-    fields = vocabulary_fields(Tokenizer.load("examples/base"), rows=6000)
+    fields = vocabulary_fields(Tokenizer.load("examples/base"), rows=1536)
     fields["tokenizer.ggml.tokens"][:3]
 
 Two kinds. SentencePiece becomes the model `llama`: pieces with scores, merged by score. Byte-level
