@@ -1,14 +1,18 @@
 """Write a model for others to use: merge an adapter, convert, split into shards.
 
     python export.py --model_name_or_path base --adapter runs/cherry --format hf --output_dir merged
-    python export.py --model_name_or_path base --adapter runs/cherry --format peft --output_dir out
+    python export.py --model_name_or_path base --adapter runs/cherry --format gguf \
+        --quantization q4_k_m --output cherry.gguf
 
-hf is the folder that transformers, vLLM and others load; peft is the adapter alone.
+hf is the folder that transformers, vLLM and others load, peft the adapter alone; gguf is the file
+that llama.cpp, Ollama and LM Studio run, gguf-lora the adapter alone for llama.cpp's --lora.
 """
 
 from argparse import Namespace
+from pathlib import Path
 
 from minisft.options import (
+    QUANTIZATIONS,
     OptionParser,
     UserError,
     add_model_flags,
@@ -22,20 +26,84 @@ from minisft.options import (
 def parse_options(arguments=None):
     parser = OptionParser(description=__doc__.split("\n")[0])
     add, switch = add_model_flags(parser, auto_dtype="the checkpoint's; float32 for peft")
-    add("--adapter", help="LoRA adapter to merge (hf) or to write (peft)")
+    add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
-    add("--format", choices=["hf", "peft"], default="hf", help="whole model, or adapter alone")
-    add("--output_dir", required=True, help="folder to write")
-    switch("--overwrite_output_dir", "write into a folder that has something in it")
+    add("--format", choices=["hf", "peft", "gguf", "gguf-lora"], default="hf",
+        help="whole model (hf, gguf), or adapter alone (peft, gguf-lora)")
+    add("--output_dir", help="folder to write: hf, peft")
+    add("--output", help="file to write: gguf, gguf-lora")
+    add("--quantization", choices=QUANTIZATIONS, default="f16", help="type of the numbers in gguf")
+    add("--template", default="auto",
+        help="conversation format to write into gguf (auto: the trained, else the checkpoint's)")
+    switch("--overwrite_output_dir", "write into a folder that has something in it, over a file")
     add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")
     options = parser.parse_options(arguments)
-    if options.format == "peft" and not options.adapter:
-        raise UserError("--format peft needs --adapter")
+    check_options(options, parser.given(options))
     return options
+
+
+def check_options(options, given):
+    """UserError for flags that are missing or that this format does not read."""
+    to_file = options.format.startswith("gguf")
+    needed, unread = (("output", "output_dir") if to_file else ("output_dir", "output"))
+    if needed not in given:
+        raise UserError(f"--format {options.format} needs --{needed}")
+    unread = {unread} | ({"dtype", "bf16", "fp16", "max_shard_size", "device"} if to_file
+                         else {"quantization", "template"})
+    if unread & given:
+        hint = "; --quantization says the type" if to_file else ""
+        raise UserError(f"--format {options.format} does not read --{min(unread & given)}{hint}")
+    if options.format in ("peft", "gguf-lora") and not options.adapter:
+        raise UserError(f"--format {options.format} needs --adapter")
 
 
 def main():
     options = parse_options()
+    if options.format.startswith("gguf"):
+        write_gguf(options)
+    else:
+        write_folder(options)
+
+
+def write_gguf(options):
+    """The GGUF formats: tensor by tensor from file to file, the model is never loaded."""
+    output = check_output_file(options)
+
+    from minisft import weights
+    from minisft.gguf_export import export_adapter, export_model
+
+    model_dir, adapter_dir = weights.resolve(options.model_name_or_path), None
+    if options.adapter:
+        adapter_dir = weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
+    if options.format == "gguf-lora":
+        summary = export_adapter(model_dir, adapter_dir, output, options.quantization)
+    else:
+        paths = [options.model_name_or_path, options.adapter]
+        name = " + ".join(Path(path).resolve().name for path in paths if path)
+        summary = export_model(model_dir, output, options.quantization, adapter_dir, name,
+                               options.template)
+    types = ", ".join(f"{count} {name}" for name, count in summary["types"].items())
+    print(f"wrote {output}: {summary['bytes'] / 1e6:,.1f} MB, {summary['bits_per_weight']:.2f} "
+          f"bits per weight, "
+          f"{summary['tensors']} tensors ({types})")
+    for note in summary["notes"]:
+        print(f"note: {note}")
+
+
+def check_output_file(options):
+    """The Path of --output; UserError where something is there that is not meant to go."""
+    path = Path(options.output)
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; name a file in it")
+    if path.resolve() == Path(options.model_name_or_path).resolve():
+        raise UserError(f"--output {path}: is also read from; choose another")
+    if path.exists() and not options.overwrite_output_dir:
+        raise UserError(f"--output {path}: exists; choose another, or give --overwrite_output_dir")
+    return path
+
+
+def write_folder(options):
+    """The formats that are folders."""
     output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir,
                                   options.model_name_or_path, options.adapter)
 

@@ -24,6 +24,7 @@ from minisft import failure
 # Choices that stand in the help, which is to appear without loading what implements them.
 SCHEDULES = ["cosine", "linear", "constant", "polynomial"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
+QUANTIZATIONS = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
 # A file may hold a name of a million letters, or one that would steer the terminal.
 LONGEST_MESSAGE = 2000
 

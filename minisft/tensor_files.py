@@ -45,27 +45,31 @@ class StoredTensor:
     shape: tuple
     start: int  # in the file
     nbytes: int
+    unpack: object = None  # bytes of some rows (uint8) -> these rows; None where they are the rows
 
-    def read(self):
-        """The tensor, its pages brought in from the file as they are used.
+    def read(self, begin=0, end=None):
+        """The tensor, or its rows begin..end-1, pages brought in from the file as they are used.
 
         They are shared with other processes that read the file; writing to them changes a copy.
         """
-        inside = self.start % mmap.ALLOCATIONGRANULARITY
+        shape = self.shape if end is None else (end - begin, *self.shape[1:])
+        row_bytes = self.nbytes // (self.shape or (1,))[0] if self.nbytes else 0
+        start, nbytes = self.start + begin * row_bytes, (shape or (1,))[0] * row_bytes
+        inside = start % mmap.ALLOCATIONGRANULARITY
         try:
             with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self.start + self.nbytes:
+                if os.fstat(file.fileno()).st_size < start + nbytes:
                     raise UserError(f"{self.path}: became shorter while it was being read")
-                if not self.nbytes:
-                    return torch.empty(self.shape, dtype=self.dtype)
-                pages = mmap.mmap(file.fileno(), inside + self.nbytes, access=mmap.ACCESS_COPY,
-                                  offset=self.start - inside)
+                if not nbytes:
+                    return torch.empty(shape, dtype=self.dtype)
+                pages = mmap.mmap(file.fileno(), inside + nbytes, access=mmap.ACCESS_COPY,
+                                  offset=start - inside)
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from error
-        data = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=inside)
+        data = torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=inside)
         if inside % self.dtype.itemsize:  # numbers in memory stand at multiples of their size
             data = data.clone()
-        return data.view(self.dtype).view(self.shape)
+        return self.unpack(data) if self.unpack else data.view(self.dtype).view(shape)
 
     def check(self, shape, wanted_by):
         """UserError unless the tensor is of floating-point type and has this shape."""

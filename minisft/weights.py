@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minisft import gguf_import
 from minisft.config import ModelConfig
 from minisft.json_files import is_number, is_whole, read_json, token_ids, write_json
 from minisft.lora import SAVEABLE, LoraConfig, LoRALinear, freeze, train_fully, wrap
@@ -39,6 +40,7 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 def resolve(name_or_path, needed="config.json"):
     """The local folder of a checkpoint or adapter; a hub id is downloaded or found in the cache.
 
+    A GGUF file is unpacked into one.
     Raises UserError where there is neither such a folder nor a way to the hub.
     """
     path = Path(name_or_path).expanduser()
@@ -46,6 +48,8 @@ def resolve(name_or_path, needed="config.json"):
         if not (path / needed).is_file():
             raise UserError(f"{path}: there is no {needed} in this folder")
         return path
+    if path.is_file() and path.suffix == gguf_import.SUFFIX and needed == "config.json":
+        return gguf_import.unpack(path)
     if path.exists():
         raise UserError(f"{path}: is a file; give the folder that holds it")
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
@@ -62,10 +66,15 @@ def resolve(name_or_path, needed="config.json"):
         ) from error
 
 
+def _stored_tensors(model_dir):
+    path = Path(model_dir) / gguf_import.GGUF
+    return gguf_import.stored_tensors(path) if path.is_file() else tensor_files(model_dir)
+
+
 def stored_dtype(model_dir):
     """The torch.dtype that a checkpoint's embedding has on disk."""
     name = "model.embed_tokens.weight"
-    stored = tensor_files(model_dir).get(name)
+    stored = _stored_tensors(model_dir).get(name)
     if stored is None:
         raise UserError(f"{model_dir}: there is no tensor {name}")
     return stored.dtype
@@ -77,27 +86,34 @@ def load_model(model_dir, dtype=torch.float32, device="cpu"):
     Tensors are read and converted one by one, so that memory holds the weights once. Missing,
     unexpected or misshapen tensors raise UserError with their names.
     """
+    model, stored = open_model(model_dir)
+    for name in dict(model.named_parameters()):
+        tensor = stored[name].read().to(device=device, dtype=dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
+    return model.eval()
+
+
+def open_model(model_dir):
+    """(the CausalLM of a checkpoint folder on the meta device, {name: StoredTensor}).
+
+    All that load_model checks is checked, and nothing large is read.
+    """
     config = ModelConfig.load(model_dir)
-    files = tensor_files(model_dir)
+    files = _stored_tensors(model_dir)
     last = f"model.layers.{config.num_hidden_layers - 1}."
     if not any(name.startswith(last) for name in files):
         # Found here, lest a wrong number of layers is built, a million perhaps.
         raise UserError(f"{model_dir}: the weights do not fit config.json; missing: {last}*")
     with torch.device("meta"):
         model = CausalLM(config)
+    _check_fit(model_dir, files, model)
+    return model, files
+
+
+def _check_fit(model_dir, files, model):
     expected = dict(model.named_parameters())
-    _check_names(model_dir, files, expected, config.tie_word_embeddings)
-    for name, parameter in expected.items():
-        files[name].check(parameter.shape, "config.json says")
-    for name in expected:
-        tensor = files[name].read().to(device=device, dtype=dtype)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
-    return model.eval()
-
-
-def _check_names(model_dir, files, expected, tied):
-    ignored = {"lm_head.weight"} if tied else set()
+    ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     unexpected = [name for name in files
                   if name not in expected and name not in ignored and "rotary_emb" not in name]
     missing = [name for name in expected if name not in files]
@@ -105,6 +121,8 @@ def _check_names(model_dir, files, expected, tied):
         raise UserError(f"{model_dir}: the weights do not fit config.json;"
                         + (f" missing: {listed(missing)}" if missing else "")
                         + (f" unexpected: {listed(unexpected)}" if unexpected else ""))
+    for name, parameter in expected.items():
+        files[name].check(parameter.shape, "config.json says")
 
 
 def parse_size(text):
@@ -235,10 +253,7 @@ def load_adapter(model, adapter_dir, dropout=0.0):
     """
     adapter_dir = Path(adapter_dir)
     config = replace(_adapter_config(adapter_dir / ADAPTER_CONFIG), dropout=dropout)
-    path = adapter_dir / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}")
-    stored = _by_place(path)
+    path, stored = adapter_dir / ADAPTER_WEIGHTS, adapter_tensors(adapter_dir)
     device = model.model.embed_tokens.weight.device
     freeze(model)
     train_fully(model, config.modules_to_save)
@@ -265,9 +280,11 @@ def load_adapter(model, adapter_dir, dropout=0.0):
     return config
 
 
-def _by_place(path):
-    """{name in the model: StoredTensor} of an adapter's file."""
-    places = {}
+def adapter_tensors(adapter_dir):
+    """{name in the model: StoredTensor} of the adapter in a PEFT folder."""
+    path, places = Path(adapter_dir) / ADAPTER_WEIGHTS, {}
+    if not path.is_file():
+        raise UserError(f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}")
     for key, tensor in read_header(path).items():
         name = key.removeprefix(PEFT_PREFIX)
         if name == key:

@@ -16,7 +16,8 @@ LAYERS = [
     "ifd selection gguf_export multiple_choice compare assistant",
     "generate run checkpoint weights batching objective metrics parallel",
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
-    "dataset_info records formats encoding optimizer kmeans tensor_files",
+    "dataset_info records formats encoding optimizer kmeans tensor_files "
+    "chat_template gguf_file gguf_mapping gguf_vocabulary gguf_import gguf_writer kquants",
     "config training_options",
     "json_files",
     "options",

@@ -1,0 +1,161 @@
+"""K-quants: blocks of 256 numbers whose scales are quantised too (Q4_K and Q6_K of llama.cpp).
+
+    data = quantize_q4_k(np.random.randn(8, 512).astype(np.float32))     # (8, 288), uint8
+    gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q4_K)          # (8, 512), float32
+
+Q4_K has 8 groups of 32: x = d * scale * q - d_min * minimum, with q in 0..15, scale and minimum in
+0..63, d and d_min in float16: 4.5 bits a number. Q6_K has 16 groups of 16: x = d * scale * q with q
+in -32..31 and scale in -128..127: 6.5625 bits. Rounding to the grid that spans a group is not the
+best one can do: several slightly finer and coarser grids are tried, the best scale for each is the
+solution of a least squares problem, and the grid with the smallest error wins. Numbers weigh more
+the larger they are.
+
+Shapes: N blocks, M groups, n numbers of a group. Groups lie in columns, so that the arithmetic runs
+along long rows.
+"""
+
+import numpy as np
+
+BLOCK = 256
+BLOCKS_AT_A_TIME = 1024  # enough to amortise the calls, the arrays still fit the caches
+TINY = 1e-15  # the largest number of a group that counts as zero
+
+
+def quantize_q4_k(rows):
+    """float32 (R, C), C a multiple of 256 -> uint8 (R, C / 256 * 144)."""
+    return _by_blocks(rows, _q4_k_blocks, 144)
+
+
+def quantize_q6_k(rows):
+    """float32 (R, C), C a multiple of 256 -> uint8 (R, C / 256 * 210)."""
+    return _by_blocks(rows, _q6_k_blocks, 210)
+
+
+def _by_blocks(rows, quantize, block_bytes):
+    blocks = np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, BLOCK)
+    data = np.empty((len(blocks), block_bytes), dtype=np.uint8)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for start in range(0, len(blocks), BLOCKS_AT_A_TIME):
+            some = slice(start, start + BLOCKS_AT_A_TIME)
+            data[some] = quantize(blocks[some])
+    return data.reshape(len(rows), -1)
+
+
+def _q4_k_blocks(blocks):
+    groups = blocks.reshape(-1, 8, 32)
+    x = np.ascontiguousarray(groups.reshape(-1, 32).T)
+    root_mean_square = np.sqrt(np.square(x).mean(0))
+    fits = affine_fit(x, root_mean_square + np.abs(x), 15)
+    (d, scale), (d_min, minimum) = (_six_bits(fit.reshape(-1, 8)) for fit in fits)
+    step = (_as_stored(d) * scale)[..., None]
+    offset = (_as_stored(d_min) * minimum)[..., None]
+    levels = np.where(step == 0, 0, np.rint((groups + offset) / step)).clip(0, 15).astype(np.uint8)
+    low, high = levels[:, 0::2], levels[:, 1::2]  # two groups share 32 bytes
+    nibbles = (low | high << 4).reshape(-1, 128)
+    return np.concatenate([_float16_bytes(d), _float16_bytes(d_min), _packed(scale, minimum),
+                           nibbles], axis=1)
+
+
+def _six_bits(values):
+    """Non-negative (N, 8) -> the float32 unit (N, 1) and how many of it each is, 0..63."""
+    largest = values.max(-1, keepdims=True)
+    counts = np.where(largest > 0, np.rint(values * (63 / largest)), 0)
+    return largest / 63, counts.astype(np.uint8).clip(0, 63)
+
+
+def _packed(scale, minimum):
+    """Two times eight 6-bit numbers in 12 bytes: the first four whole, the others in the gaps."""
+    first = scale[:, :4] | (scale[:, 4:] >> 4) << 6
+    second = minimum[:, :4] | (minimum[:, 4:] >> 4) << 6
+    third = scale[:, 4:] & 15 | (minimum[:, 4:] & 15) << 4
+    return np.concatenate([first, second, third], axis=1)
+
+
+def _q6_k_blocks(blocks):
+    groups = blocks.reshape(-1, 16, 16)
+    x = np.ascontiguousarray(groups.reshape(-1, 16).T)
+    scale = symmetric_fit(x, np.square(x), 32).reshape(-1, 16)
+    largest = np.take_along_axis(scale, np.abs(scale).argmax(-1)[:, None], axis=-1)
+    empty = np.abs(largest) < TINY
+    d = np.where(empty, 0, largest / -128)
+    scale = np.where(empty, 0, np.rint(scale / np.where(empty, 1, d))).clip(-128, 127)
+    step = (_as_stored(d) * scale)[..., None]
+    levels = np.where(step == 0, 0, np.rint(groups / step)).clip(-32, 31) + 32
+    # Four runs of 32 in each half: low four bits of two runs to a byte, high two of four.
+    runs = levels.astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = runs[:, :, :2] & 15 | (runs[:, :, 2:] & 15) << 4
+    high = runs >> 4
+    high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
+    return np.concatenate([low.reshape(-1, 128), high.reshape(-1, 64),
+                           scale.astype(np.int8).view(np.uint8), _float16_bytes(d)], axis=1)
+
+
+def affine_fit(x, weights, top):
+    """The scale and minimum (M,) for x ~ scale * q - minimum, with q in 0..top, both >= 0.
+
+    x and weights: (n, M). Begins with the grid that spans x; then tries grids from 1 coarser to 1
+    finer, each laid from the best minimum so far.
+    """
+    high, low = x.max(0), np.minimum(x.min(0), 0)
+    sum_w, sum_x, sum_xx = weights.sum(0), (weights * x).sum(0), (weights * x * x).sum(0)
+    flat = high == low
+    best_scale, best_error = (high - low) / top, None
+    q, product = np.empty_like(x), np.empty_like(x)
+    for grid in (top, *np.arange(top - 1, top + 1.05, 0.1, dtype=np.float32)):
+        np.subtract(x, low, out=q)
+        sum_q, sum_qq, sum_qx = _sums(q, grid / (high - low), (0, top), x, weights, product)
+
+        def error(scale, offset, sum_q=sum_q, sum_qq=sum_qq, sum_qx=sum_qx):
+            """The weighted sum of (scale * q + offset - x)^2."""
+            return (scale * scale * sum_qq + offset * offset * sum_w + sum_xx
+                    + 2 * (scale * offset * sum_q - scale * sum_qx - offset * sum_x))
+
+        if best_error is None:
+            best_error = error(best_scale, low)
+            continue
+        determinant = sum_w * sum_qq - sum_q * sum_q
+        scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
+        offset = (sum_qq * sum_x - sum_q * sum_qx) / determinant
+        scale = np.where(offset > 0, sum_qx / sum_qq, scale)
+        offset = np.minimum(offset, 0)
+        new_error = error(scale, offset)
+        better = (determinant > 0) & (new_error < best_error)
+        best_scale = np.where(better, scale, best_scale)
+        best_error = np.where(better, new_error, best_error)
+        low = np.where(better, offset, low)
+    return np.where(flat, 0, best_scale), -low
+
+
+def symmetric_fit(x, weights, top):
+    """The scale (M,), of either sign, for x ~ scale * q, with q in -top..top-1; x: (n, M)."""
+    extreme = np.take_along_axis(x, np.abs(x).argmax(0)[None], axis=0)[0]
+    best_scale = best_gain = np.zeros_like(extreme)
+    q, product = np.empty_like(x), np.empty_like(x)
+    for grid in (top, *np.arange(top - 0.9, top + 0.95, 0.1, dtype=np.float32)):
+        np.copyto(q, x)
+        _, sum_qq, sum_qx = _sums(q, -grid / extreme, (-top, top - 1), x, weights, product)
+        scale = sum_qx / sum_qq
+        better = (sum_qq > 0) & (scale * sum_qx > best_gain)  # what the error shrinks by
+        best_gain = np.where(better, scale * sum_qx, best_gain)
+        best_scale = np.where(better, scale, best_scale)
+    return np.where(np.abs(extreme) < TINY, 0, best_scale)
+
+
+def _sums(q, factor, limits, x, weights, product):
+    """Round q * factor; the weighted sums (M,) of q, q q and q x. Works in `q` and `product`."""
+    q *= factor
+    np.rint(q, out=q)
+    np.clip(q, *limits, out=q)
+    np.multiply(weights, q, out=product)
+    sum_q = product.sum(0)
+    q *= product
+    product *= x
+    return sum_q, q.sum(0), product.sum(0)
+
+
+def _as_stored(values):
+    return values.astype(np.float16).astype(np.float32)
+
+
+def _float16_bytes(values):
+    return values.astype(np.float16).view(np.uint8)

@@ -1,0 +1,78 @@
+"""llama.cpp as an oracle: its server, in this process, on a free port of the loopback device.
+
+    with Server("model.gguf") as server:
+        server.tokenize("Hello")
+        server.log_probabilities([1, 5, 7])     # of the next token, the whole vocabulary
+"""
+
+import json
+import urllib.request
+
+import numpy as np
+import xllamacpp
+
+
+class Server:
+    """A running model. `lora`: an adapter's file."""
+
+    def __init__(self, path, context=256, lora=None):
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx, parameters.warmup, parameters.n_parallel = context, False, 1
+        parameters.cpuparams.n_threads = 1
+        # Both are needed for float32 to be float32 all the way.
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        if lora:
+            adapter = xllamacpp.CommonAdapterLoraInfo()
+            adapter.path, adapter.scale = str(lora), 1.0
+            parameters.lora_adapters = [adapter]
+        self.server = xllamacpp.Server(parameters)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        del self.server
+
+    def post(self, path, **content):
+        """The answer to a request, both JSON objects."""
+        request = urllib.request.Request(self.server.listening_address + path,
+                                         json.dumps(content).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+
+    def get(self, path):
+        """The JSON object at a path."""
+        with urllib.request.urlopen(self.server.listening_address + path, timeout=120) as answer:
+            return json.load(answer)
+
+    def tokenize(self, text, add_special=False, parse_special=False):
+        """The ids of a text."""
+        return self.post("/tokenize", content=text, add_special=add_special,
+                         parse_special=parse_special)["tokens"]
+
+    def log_probabilities(self, ids, vocab_size):
+        """Those of every token (V,) to follow `ids`."""
+        # The server reports none where the token it takes is part of a character, so have it take
+        # one that is not; what it reports is from before such a bias.
+        whole = [[self.tokenize("the")[-1], 1e6]]
+        answer = self.complete(ids, 1, n_probs=vocab_size, logit_bias=whole)
+        values = np.full(vocab_size, np.nan)
+        for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+            values[entry["id"]] = entry["logprob"]
+        return values
+
+    def greedy(self, ids, length):
+        """The ids of a greedy continuation."""
+        return self.complete(ids, length)["tokens"]
+
+    def complete(self, ids, length, **more):
+        """One greedy completion; see llama.cpp's server for `more`."""
+        return self.post("/completion", prompt=ids, n_predict=length, temperature=0,
+                         ignore_eos=True, return_tokens=True, cache_prompt=False, **more)
+
+    def render(self, messages):
+        """A conversation up to where the answer begins, by the file's own chat template."""
+        return self.post("/apply-template", messages=messages)["prompt"]

@@ -1,0 +1,319 @@
+"""GGUF export: llama.cpp computes from the file what we compute from the checkpoint."""
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, command
+from llama_cpp import Server
+
+from minisft import gguf_export, gguf_writer, weights
+from minisft.config import ModelConfig
+from minisft.gguf_export import export_adapter, export_model, tensor_type
+from minisft.lora import LoraConfig, add_lora
+from minisft.model import CausalLM
+from minisft.options import QUANTIZATIONS, UserError
+from minisft.tokenizer import Tokenizer
+
+VOCAB = 300
+STOPS = [1, 2, 3, 6]  # EOS, config.json's eos_token_id, and two that llama.cpp knows by name
+SMALL = {**CONFIG, "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96,
+         "initializer_range": 0.3, "max_position_embeddings": 512}
+STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STRETCHED}
+FAMILIES = {
+    "llama": {},
+    "llama, tied, llama3 rotation": {"tie_word_embeddings": True, "rope_scaling": LLAMA3},
+    "llama, linear rotation": {"rope_scaling": {"type": "linear", **STRETCHED}},
+    "llama, YaRN": {"rope_scaling": {"rope_type": "yarn", **STRETCHED}},
+    "llama, YaRN, its own temperature": {"rope_scaling": {
+        "rope_type": "yarn", "attention_factor": 1.3, "beta_fast": 16.0, **STRETCHED}},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, wide heads": {"head_dim": 32, "rope_theta": 500000.0},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+}
+
+
+def save(folder, tokenizer_dir, content):
+    """A random checkpoint; biases and norms, which start as zeros and ones, random too."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict({**SMALL, **content}))
+    model.initialize()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    weights.save_model(model, folder)
+    for path in tokenizer_dir.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_tokenizer_dir):
+    return save(tmp_path / "checkpoint", tiny_tokenizer_dir, {})
+
+
+def prompts(vocab_size=VOCAB):
+    """Ids: one, a few, and more than STRETCHED's original context."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(8, vocab_size, (length,), generator=generator).tolist()
+            for length in (1, 17, 150)]
+
+
+@torch.no_grad()
+def our_log_probabilities(folder, ids, adapter=None):
+    model = weights.load_model(folder)
+    if adapter is not None:
+        weights.load_adapter(model, adapter)
+    hidden = model(torch.tensor([ids]))[0, -1]
+    return torch.log_softmax(model.logits(hidden), dim=-1).numpy()
+
+
+@torch.no_grad()
+def our_greedy(folder, ids, length):
+    model, ids = weights.load_model(folder), list(ids)
+    for _ in range(length):
+        logits = model.logits(model(torch.tensor([ids]))[0, -1])
+        logits[STOPS] = -torch.inf  # llama.cpp is told not to stop, and leaves them out
+        ids.append(int(logits.argmax()))
+    return ids[-length:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_the_same(family, tmp_path, tiny_tokenizer_dir):
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, FAMILIES[family])
+    export_model(folder, tmp_path / "model.gguf", "f32")
+    with Server(tmp_path / "model.gguf") as server:
+        for ids in prompts():
+            theirs = server.log_probabilities(ids, VOCAB)
+            np.testing.assert_allclose(theirs, our_log_probabilities(folder, ids), atol=1e-4)
+        assert server.greedy(prompts()[1], 40) == our_greedy(folder, prompts()[1], 40)
+
+
+def test_without_interleaving_it_would_not(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_export, "is_interleaved", lambda name, architecture: False)
+    export_model(checkpoint, tmp_path / "model.gguf", "f32")
+    ids = prompts()[1]
+    with Server(tmp_path / "model.gguf") as server:
+        difference = server.log_probabilities(ids, VOCAB) - our_log_probabilities(checkpoint, ids)
+    assert np.abs(difference).max() > 1
+
+
+def test_the_published_text(shared_data, tmp_path):
+    folder = shared_data / "models" / "stories260K"
+    export_model(folder, tmp_path / "model.gguf", "f32")
+    published = json.loads((folder / "greedy_256_ids.json").read_text())
+    with Server(tmp_path / "model.gguf", context=512) as server:
+        assert server.greedy(published[:1], 256) == published[1:]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_every_type_runs(quantization, tmp_path, tiny_tokenizer_dir):
+    wide = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, wide)
+    export_model(folder, tmp_path / "model.gguf", quantization)
+    limit = {"f32": 1e-4, "f16": 0.02, "bf16": 0.15, "q8_0": 0.15, "q6_k": 0.25}.get(
+        quantization, 1.5)
+    ids = prompts()[1]
+    with Server(tmp_path / "model.gguf") as server:
+        difference = server.log_probabilities(ids, VOCAB) - our_log_probabilities(folder, ids)
+    assert np.abs(difference).max() < limit
+
+
+def read(path):
+    """({key: value}, {name: (type, float32 numbers)}) by the gguf package."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {one.name: (one.tensor_type.name, gguf.quants.dequantize(one.data, one.tensor_type))
+               for one in reader.tensors}
+    return fields, tensors
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    """An adapter with values on `checkpoint`, one module of another rank."""
+    model = weights.load_model(checkpoint)
+    config = LoraConfig(rank=4, alpha=6, use_rslora=True)
+    add_lora(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    weights.save_adapter(model, tmp_path / "adapter", config, checkpoint)
+    return tmp_path / "adapter"
+
+
+def test_adapter_merged_and_as_lora(checkpoint, adapter, tmp_path):
+    export_model(checkpoint, tmp_path / "merged.gguf", "f32", adapter)
+    export_model(checkpoint, tmp_path / "base.gguf", "f32")
+    export_adapter(checkpoint, adapter, tmp_path / "lora.gguf", "f32")
+    ids = prompts()[1]
+    expected = our_log_probabilities(checkpoint, ids, adapter)
+    assert np.abs(expected - our_log_probabilities(checkpoint, ids)).max() > 0.5
+    with Server(tmp_path / "merged.gguf") as server:
+        np.testing.assert_allclose(server.log_probabilities(ids, VOCAB), expected, atol=1e-4)
+    with Server(tmp_path / "base.gguf", lora=tmp_path / "lora.gguf") as server:
+        np.testing.assert_allclose(server.log_probabilities(ids, VOCAB), expected, atol=1e-4)
+
+
+def test_adapter_with_an_embedding_of_its_own(tmp_path, tiny_tokenizer_dir):
+    """A tied model whose adapter has trained the embedding: the two part."""
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, {"tie_word_embeddings": True})
+    model = weights.load_model(folder)
+    config = LoraConfig(rank=2, target_modules=("q_proj",), modules_to_save=("embed_tokens",))
+    add_lora(model, config)
+    model.model.embed_tokens.weight.data += torch.randn_like(model.model.embed_tokens.weight)
+    weights.save_adapter(model, tmp_path / "adapter", config, folder)
+    export_model(folder, tmp_path / "model.gguf", "f32", tmp_path / "adapter")
+    ids = prompts()[1]
+    with Server(tmp_path / "model.gguf") as server:
+        np.testing.assert_allclose(server.log_probabilities(ids, VOCAB),
+                                   our_log_probabilities(folder, ids, tmp_path / "adapter"),
+                                   atol=1e-4)
+    with pytest.raises(UserError, match="embed_tokens"):
+        export_adapter(folder, tmp_path / "adapter", tmp_path / "lora.gguf", "f32")
+
+
+def test_large_tensors_go_in_pieces(checkpoint, adapter, tmp_path, monkeypatch):
+    export_model(checkpoint, tmp_path / "whole.gguf", "q8_0", adapter)
+    monkeypatch.setattr(gguf_writer, "PIECE_SIZE", 1500)  # less than two heads of q_proj
+    export_model(checkpoint, tmp_path / "pieces.gguf", "q8_0", adapter)
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
+
+
+def test_which_tensor_gets_which_type():
+    """What llama-quantize says it chose (build of llama-cpp-python 0.3.36) for 9 layers."""
+    config = ModelConfig.from_dict({**SMALL, "num_hidden_layers": 9})
+
+    def types(quantization, name, width=256):
+        return [tensor_type(f"blk.{layer}.{name}.weight", (8, width), quantization, config).name
+                for layer in range(9)]
+
+    finer = ["Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K", "Q6_K"]
+    assert types("q4_k_m", "attn_v") == types("q4_k_m", "ffn_down") == finer
+    assert types("q4_k_m", "attn_q") == ["Q4_K"] * 9
+    assert types("q4_k_m", "attn_q", width=96) == ["Q5_0"] * 9
+    assert types("q6_k", "ffn_up", width=96) == ["Q8_0"] * 9
+    assert types("q4_0", "ffn_up", width=100) == ["F16"] * 9
+    for quantization, output in (("q4_0", "Q6_K"), ("q8_0", "Q8_0"), ("f16", "F16")):
+        assert tensor_type("output.weight", (8, 256), quantization, config).name == output
+    assert tensor_type("token_embd.weight", (8, 256), "q4_0", config).name == "Q4_0"
+    config.tie_word_embeddings = True
+    assert tensor_type("token_embd.weight", (8, 256), "q4_0", config).name == "Q6_K"
+    assert tensor_type("token_embd.weight", (8, 96), "q4_0", config).name == "Q8_0"
+    assert tensor_type("output_norm.weight", (256,), "q4_0", config).name == "F32"
+
+
+def test_metadata(checkpoint, tmp_path):
+    """The fields that llama.cpp's own converter writes (llama-cpp-python 0.3.36), and its values.
+
+    On purpose ours has in addition: key_length and value_length, add_space_prefix and
+    padding_token_id also where they are what llama.cpp assumes; and not: add_eos_token and
+    add_sep_token, both false.
+    """
+    (checkpoint / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 20}')
+    export_model(checkpoint, tmp_path / "model.gguf", "q8_0", name="My model")
+    fields, _ = read(tmp_path / "model.gguf")
+    vocabulary = {name: fields.pop(f"tokenizer.ggml.{name}")
+                  for name in ("tokens", "token_type", "merges")}
+    expected = {
+        "general.architecture": "llama", "general.type": "model", "general.name": "My model",
+        "general.size_label": "100K", "general.file_type": 7, "general.quantization_version": 2,
+        "general.sampling.temp": 0.5, "general.sampling.top_k": 20,
+        "llama.block_count": 2, "llama.context_length": 512, "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96, "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2, "llama.rope.freq_base": 10000.0,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-6), "llama.vocab_size": VOCAB,
+        "llama.rope.dimension_count": 16, "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16, "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 1, "tokenizer.ggml.add_bos_token": True,
+    }
+    assert {name: value for name, value in fields.items() if "GGUF" not in name} == expected
+    tokenizer = Tokenizer.load(checkpoint)
+    assert vocabulary["tokens"][:tokenizer.vocab_size] == [
+        tokenizer.token_text(id) for id in range(tokenizer.vocab_size)]
+    assert len(vocabulary["tokens"]) == VOCAB
+    assert vocabulary["token_type"][:8] == [3] * 7 + [1]
+
+
+def export(*words):
+    return command(*words, script="export.py")
+
+
+def test_command(checkpoint, adapter, tmp_path):
+    path = tmp_path / "new folder" / "model.gguf"
+    words = ["--model_name_or_path", checkpoint, "--adapter", adapter, "--output", path]
+    done = export(*words, "--format", "gguf", "--quantization", "q8_0")
+    assert done.returncode == 0, done.stderr
+    assert "8.58 bits per weight, 21 tensors (16 Q8_0, 5 F32)" in done.stdout
+    fields, _ = read(path)
+    assert fields["general.name"] == "checkpoint + adapter"
+    assert [one.name for one in path.parent.iterdir()] == ["model.gguf"]
+    done = export(*words, "--format", "gguf-lora", "--overwrite_output_dir")
+    assert done.returncode == 0, done.stderr
+    fields, tensors = read(path)
+    assert fields["adapter.type"] == "lora" and len(tensors) == 2 * 2 * 7
+
+
+def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
+    taken = tmp_path / "taken.gguf"
+    taken.write_bytes(b"precious")
+    out = tmp_path / "out.gguf"
+    for words, message in (
+        (["--format", "gguf"], "needs --output"),
+        (["--format", "gguf", "--output", out, "--output_dir", "x"], "does not read --output_dir"),
+        (["--format", "gguf", "--output", out, "--dtype", "float16"], "--quantization says"),
+        (["--format", "hf", "--output_dir", "x", "--quantization", "q8_0"], "--quantization"),
+        (["--format", "gguf-lora", "--output", out], "needs --adapter"),
+        (["--format", "gguf", "--output", taken], "exists"),
+        (["--format", "gguf", "--output", tmp_path], "is a folder"),
+        (["--format", "gguf", "--output", taken / "x.gguf"], str(taken)),
+        (["--format", "gguf", "--output", out, "--template", "lama2"], "unknown template"),
+    ):
+        done = export("--model_name_or_path", checkpoint, *words)
+        assert done.returncode == 2 and message in done.stderr, (words, done.stderr)
+        assert done.stderr.count("\n") == 1
+    assert taken.read_bytes() == b"precious"
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["adapter", "checkpoint", "taken.gguf"]
+
+
+@pytest.mark.parametrize("value, quantization, message", [
+    (float("nan"), "f32", "holds NaN"), (float("inf"), "bf16", "holds inf"),
+    (7e4, "f16", "7e+04"), (-7e4, "q4_k_m", "--quantization bf16 or f32")])
+def test_numbers_that_do_not_fit(value, quantization, message, checkpoint, tmp_path):
+    model = weights.load_model(checkpoint)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    weights.save_model(model, checkpoint)
+    with pytest.raises(UserError, match=f"blk.1.ffn_up.weight.*{message.replace('+', '.')}"):
+        export_model(checkpoint, tmp_path / "out" / "model.gguf", quantization)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_models_that_llama_cpp_cannot_run(tmp_path, tiny_tokenizer_dir):
+    for content, message in (
+        ({"model_type": "qwen2", "head_dim": 32}, "head_dim 32"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention biases"),
+        ({"rope_scaling": {"rope_type": "yarn", "truncate": False, **STRETCHED}}, "truncate"),
+    ):
+        folder = save(tmp_path / message, tiny_tokenizer_dir, content)
+        with pytest.raises(UserError, match=message):
+            export_model(folder, tmp_path / "model.gguf", "f16")
+    folder = save(tmp_path / "windowed", tiny_tokenizer_dir, {
+        "model_type": "mistral", "sliding_window": 100,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
+    notes = export_model(folder, tmp_path / "model.gguf", "f16")["notes"]
+    assert "beyond 100 tokens" in " ".join(notes) and "dynamic" in " ".join(notes)
+
+
+def test_a_full_disk_is_said_before_writing(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(gguf_writer.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="the disk has"):
+        export_model(checkpoint, tmp_path / "model.gguf", "f16")
+    assert not list(tmp_path.glob("model.gguf*"))

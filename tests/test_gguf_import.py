@@ -1,0 +1,174 @@
+"""Reading GGUF back: bit for bit, with llama.cpp's ids; hostile files are refused at once."""
+
+import random
+import shutil
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from conftest import command
+from llama_cpp import Server
+from test_gguf_export import FAMILIES, VOCAB, prompts, save
+
+from minisft import weights
+from minisft.config import ModelConfig
+from minisft.gguf_export import export_model
+from minisft.gguf_file import read_gguf
+from minisft.options import UserError
+from minisft.tokenizer import Tokenizer
+
+DERIVED = ("original", "initializer_range", "bos_token_id", "eos_token_id", "model_type",
+           "max_window_layers", "attention_bias")
+
+
+@pytest.fixture
+def exported(tmp_path, tiny_tokenizer_dir):
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, {"rope_theta": 20000.0})
+    export_model(folder, tmp_path / "model.gguf", "f32")
+    return tmp_path / "model.gguf"
+
+
+def opened(path):
+    return weights.resolve(str(path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_exact(family, tmp_path, tiny_tokenizer_dir):
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, FAMILIES[family])
+    export_model(folder, tmp_path / "model.gguf", "f32")
+    back = opened(tmp_path / "model.gguf")
+    ours, theirs = (dict(weights.load_model(one).named_parameters()) for one in (folder, back))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tokens = torch.tensor([prompts()[2]])
+    with torch.no_grad():
+        one, other = (weights.load_model(each)(tokens) for each in (folder, back))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # the rotation comes through too
+    tokenizers = [Tokenizer.load(one) for one in (folder, back)]
+    for text in ("the Cat sat on the MAT", " hat</s>  <|im_end|>\n12345 3.14", "你好 é 👩‍👧"):
+        assert len({tuple(one.encode(text)) for one in tokenizers}) == 1
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "add_bos_token", "special_ids"):
+        assert getattr(tokenizers[0], name) == getattr(tokenizers[1], name)
+
+
+@pytest.mark.parametrize("quantization", ["f16", "bf16", "q8_0", "q5_1", "q4_k_m"])
+def test_quantised_files_read_as_llama_cpp_reads_them(quantization, tmp_path, tiny_tokenizer_dir):
+    wide = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, wide)
+    export_model(folder, tmp_path / "model.gguf", quantization)
+    model, ids = weights.load_model(opened(tmp_path / "model.gguf")), prompts()[1]
+    with torch.no_grad():
+        ours = torch.log_softmax(model.logits(model(torch.tensor([ids]))[0, -1]), -1).numpy()
+    with Server(tmp_path / "model.gguf") as server:
+        theirs = server.log_probabilities(ids, VOCAB)
+    # llama.cpp rounds the activations as well, we do not.
+    assert np.abs(ours - theirs).max() < 0.15
+
+
+def test_what_was_exported_can_be_exported_again(exported, tmp_path):
+    done = command("--model_name_or_path", exported, "--output_dir", tmp_path / "again",
+                   script="export.py")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (weights.load_model(one).state_dict()
+                    for one in (tmp_path / "model", tmp_path / "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    export_model(opened(exported), tmp_path / "again.gguf", "f32", name="model")
+    assert (tmp_path / "again.gguf").read_bytes() == exported.read_bytes()
+
+
+def test_chat_on_a_gguf_file(tiny_chat_model_dir, tmp_path):
+    export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
+    words = ["--prompt", "the cat", "--greedy", "--max_new_tokens", "12"]
+    answers = [command("--model_name_or_path", model, *words, script="chat.py")
+               for model in (tiny_chat_model_dir, tmp_path / "model.gguf")]
+    assert answers[1].returncode == 0, answers[1].stderr
+    assert answers[0].stdout == answers[1].stdout != ""
+
+
+def damaged(path, data, position=0):
+    """A copy of `path` with other bytes from `position` on."""
+    content = bytearray(path.read_bytes())
+    content[position:position + len(data)] = data
+    target = path.with_name("damaged.gguf")
+    target.write_bytes(content)
+    return target
+
+
+def test_large_counts_take_no_memory(exported):
+    huge = struct.pack("<Q", 2**62)
+    first_key = 4 + 4 + 8 + 8
+    kinds = {
+        "tensors": damaged(exported, huge, 8).read_bytes(),
+        "fields": damaged(exported, huge, 16).read_bytes(),
+        "key": damaged(exported, huge, first_key).read_bytes(),
+    }
+    content = exported.read_bytes()
+    for name in (b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_type"):
+        place = content.index(name) + len(name) + 4 + 4
+        kinds[name] = damaged(exported, struct.pack("<Q", 2**40), place).read_bytes()
+    place = content.index(b"token_embd.weight") + len(b"token_embd.weight")
+    kinds["shape"] = damaged(exported, huge, place + 4).read_bytes()
+    kinds["offset"] = damaged(exported, huge, place + 4 + 8 + 8 + 4).read_bytes()
+    for name, data in kinds.items():
+        target = exported.with_name("hostile.gguf")
+        target.write_bytes(data)
+        tracemalloc.start()
+        fault = {"shape": "has the shape|lies at bytes", "offset": "lies at bytes"}
+        with pytest.raises(UserError, match="hostile.gguf: damaged.*"
+                           + fault.get(name, "entries follow")):
+            opened(target)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(content), name
+        tracemalloc.stop()
+
+
+def test_truncated_and_garbled_files(exported):
+    content = exported.read_bytes()
+    head = content.index(b"output_norm.weight") + 60
+    generator = random.Random(0)
+    for length in [*range(0, head, 97), head, len(content) - 1]:
+        target = exported.with_name("short.gguf")
+        target.write_bytes(content[:length])
+        with pytest.raises(UserError, match="short.gguf"):
+            opened(target)
+    survivors = 0
+    for _ in range(150):
+        place = generator.randrange(head)
+        target = damaged(exported, generator.randbytes(generator.choice([1, 2, 8])), place)
+        try:
+            folder = opened(target)
+            Tokenizer.load(folder)
+            weights.load_model(folder)
+            survivors += 1  # a changed token's text, say, is a file like another
+        except UserError:
+            pass
+    assert survivors < 120
+
+
+def test_what_minisft_does_not_know(exported):
+    content = exported.read_bytes()
+    for old, new, message in (
+        (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0falco", "falco"),
+        (b"\x05\0\0\0\0\0\0\0gpt-2", b"\x05\0\0\0\0\0\0\0gpt-3", "gpt-3"),
+        (b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight", "ffn_xx"),
+    ):
+        assert content.count(old) == 1
+        target = damaged(exported, new, content.index(old))
+        with pytest.raises(UserError, match=message):
+            weights.load_model(opened(target))
+    shutil.copyfile(exported, exported.with_name("plain.bin"))
+    with pytest.raises(UserError, match="is a file"):
+        weights.resolve(str(exported.with_name("plain.bin")))
+
+
+def test_the_config_comes_back(tmp_path, tiny_tokenizer_dir):
+    for index, content in enumerate(FAMILIES.values()):
+        folder = save(tmp_path / str(index), tiny_tokenizer_dir, content)
+        export_model(folder, tmp_path / "model.gguf", "q8_0")
+        ours, theirs = (vars(ModelConfig.load(one)) for one in (folder, opened(
+            tmp_path / "model.gguf")))
+        for name in ours.keys() - set(DERIVED) - {"rope_scaling"}:
+            assert ours[name] == pytest.approx(theirs[name]), name
+        assert (ours["rope_scaling"] is None) == (theirs["rope_scaling"] is None)
+        assert read_gguf(tmp_path / "model.gguf").metadata["general.file_type"] == 7

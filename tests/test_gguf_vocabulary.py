@@ -1,0 +1,246 @@
+"""Vocabulary and chat template in a GGUF file: llama.cpp makes our ids of our text."""
+
+import json
+import re
+import shutil
+import unicodedata
+
+import jinja2
+import pytest
+import tokenizers
+import torch
+from llama_cpp import Server
+
+from minisft import weights
+from minisft.chat_template import as_jinja
+from minisft.config import ModelConfig
+from minisft.gguf_export import export_model
+from minisft.gguf_vocabulary import (
+    WORDS,
+    pre_tokenizer_name,
+    tokenizer_differences,
+    vocabulary_fields,
+)
+from minisft.model import CausalLM
+from minisft.options import UserError
+from minisft.template import TEMPLATES, Template, get_template, recognise
+from minisft.tokenizer import Tokenizer
+
+# Folder with the tokenizer, rows of the embedding, family.
+REAL = {
+    "TinyLlama-1.1B-Chat-v0.6": (32000, "llama"),
+    "Mistral-7B-Instruct-v0.2": (32000, "mistral"),
+    "Llama-3": (128256, "llama"),
+    "Qwen2.5": (151936, "qwen2"),
+}
+AWKWARD = [
+    "trailing  ", "a   b     c", "\ttab\t\ttab", "\n\n\nlines", "a\r\nb", "你好，世界",
+    "全角　空格", "👩‍👩‍👧 🇨🇳 ❤️", "é", "<0x0A>", "<unk><s></s>", "x</s>y",
+    "<|im_start|>user\n<|im_end|>",
+    "<|eot_id|>", "[INST] [/INST]", "12345 3.14", "'s'LL I'Ve", "def f(x):\n    return x**2\n",
+    "\ufeffbom", "a\u200bb", "ﬁﬂ ½ ²", "नमस्ते สวัสดี", "x" * 200, "=" * 70,
+]
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hello there!"}],
+    [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Say 你好\nnow"}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+     {"role": "user", "content": "What is 2+2?"}],
+]
+
+
+def narrow_model(folder, rows, family):
+    """A checkpoint of one narrow layer with so many rows in its embedding."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict({
+        "model_type": family, "vocab_size": rows, "hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "tie_word_embeddings": True}))
+    model.initialize()
+    weights.save_model(model, folder)
+
+
+@pytest.fixture(scope="module")
+def exported(shared_data, tmp_path_factory):
+    """A function: name in REAL -> (checkpoint folder, GGUF file), made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("real") / name
+            narrow_model(folder, *REAL[name])
+            for path in (shared_data / "tokenizers" / name).glob("*token*"):
+                shutil.copyfile(path, folder / path.name)
+            if name == "Llama-3":
+                path = shared_data / "tokenizers" / "Llama-3.2-1B" / "tokenizer_config.json"
+                shutil.copyfile(path, folder / path.name)
+            template = "llama3" if name == "Llama-3" else "auto"
+            export_model(folder, f"{folder}.gguf", "q8_0", template=template)
+            made[name] = folder, f"{folder}.gguf"
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def strings(shared_data):
+    """500 and more, English, Chinese and awkward. None begins with a space: see below."""
+    found = list(AWKWARD)
+    for name in ("alpaca_en_demo", "alpaca_zh_demo"):
+        rows = json.loads((shared_data / "instruct" / f"{name}.json").read_text(encoding="utf-8"))
+        for row in rows[::8]:
+            found += [row["instruction"][:300], row["output"][:300]]
+    found = [unicodedata.normalize("NFC", text.lstrip(" ")) for text in found if text.strip()]
+    assert len(found) > 500
+    return found
+
+
+def check_ids(server, path, tokenizer, strings):
+    """llama.cpp's ids of every string, and those of the file read back, are ours."""
+    read_back = Tokenizer.load(weights.resolve(str(path)))
+    for text in strings:
+        ids = tokenizer.encode(text)
+        assert server.tokenize(text) == ids == read_back.encode(text), text
+    bos = [tokenizer.bos_token_id] * tokenizer.add_bos_token
+    assert server.tokenize("Hi", add_special=True) == bos + tokenizer.encode("Hi")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_ids_and_prompts_equal_ours(name, exported, strings):
+    folder, path = exported(name)
+    tokenizer = Tokenizer.load(folder)
+    with Server(path) as server:
+        check_ids(server, path, tokenizer, strings)
+        if "TinyLlama" in name:
+            return  # see below for its prompts
+        template = get_template("llama3" if name == "Llama-3" else "auto", tokenizer)
+        # Mistral's own chat template refuses system prompts.
+        for messages in CONVERSATIONS[::2] if "Mistral" in name else CONVERSATIONS:
+            prompt = server.render(messages)
+            ids = server.tokenize(prompt, add_special=True, parse_special=True)
+            assert ids == template.encode_prompt(messages)
+
+
+def test_ids_of_a_trained_model(shared_data, strings, tmp_path):
+    folder, path = shared_data / "models" / "stories260K", tmp_path / "model.gguf"
+    export_model(folder, path, "f16")
+    with Server(path) as server:
+        check_ids(server, path, Tokenizer.load(folder), strings)
+
+
+def test_where_llama_cpp_puts_a_space_of_its_own(exported):
+    """SentencePiece tokenizers: behind a control token, and before a text that begins with one."""
+    folder, path = exported("TinyLlama-1.1B-Chat-v0.6")
+    tokenizer = Tokenizer.load(folder)
+    assert "control token" in tokenizer_differences(tokenizer)[0]
+    ours = get_template("auto", tokenizer).encode_prompt(CONVERSATIONS[0])
+    with Server(path) as server:
+        prompt = server.render(CONVERSATIONS[0])
+        theirs = server.tokenize(prompt, add_special=True, parse_special=True)
+        place = ours.index(tokenizer.eos_token_id) + 1
+        assert theirs == [*ours[:place], tokenizer.token_id("▁"), *ours[place:]]
+        assert len(server.tokenize("  two")) == len(tokenizer.encode("  two"))
+        assert server.tokenize("  two") != tokenizer.encode("  two")
+        # Read back, the file is taken as llama.cpp takes it.
+        read_back = Tokenizer.load(weights.resolve(str(path)))
+        assert server.tokenize("  two") == read_back.encode("  two")
+        assert theirs == get_template("auto", read_back).encode_prompt(CONVERSATIONS[0])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_our_templates_as_jinja(name, tiny_tokenizer_dir):
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
+    for default_system, preface in ((None, ""), ("", "Date: {today}\n"), ('A "default".\n', "")):
+        template = Template(name, tokenizer, default_system, preface)
+        jinja = jinja2.Environment().from_string(as_jinja(template))
+        for messages in CONVERSATIONS + [[{"role": "user", "content": " spaces "}]]:
+            text = jinja.render(messages=messages, add_generation_prompt=True, bos_token="<s>",
+                                eos_token="</s>")
+            assert text == template.render(messages, add_generation_prompt=True)
+    if name != "plain":  # what our own code takes it for, when it reads the file back
+        assert recognise(as_jinja(template)) == name
+
+
+def test_the_template_of_the_training_is_written(tiny_chat_model_dir, tmp_path):
+    """A model with a chatml template, trained with another: people must ask it in that other."""
+    folder = shutil.copytree(tiny_chat_model_dir, tmp_path / "model")
+    (folder / "options.toml").write_text('template = "alpaca"\n')
+    export_model(folder, tmp_path / "model.gguf", "f16")
+    ours = get_template("alpaca", Tokenizer.load(folder))
+    with Server(tmp_path / "model.gguf", context=512) as server:
+        for messages in CONVERSATIONS[:2]:
+            ids = server.tokenize(server.render(messages), add_special=True, parse_special=True)
+            assert ids == ours.encode_prompt(messages)
+    (folder / "options.toml").write_text('template = "chatml"\n')
+    export_model(folder, tmp_path / "model.gguf", "f16")  # its own, as it is
+    with Server(tmp_path / "model.gguf") as server:
+        assert "{% for message in messages %}" in server.get("/props")["chat_template"]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "smaug-bpe"])
+def test_other_ways_to_cut_words(pre, tiny_tokenizer_dir, strings, tmp_path):
+    """A small byte-level BPE trained with each pre-tokenizer that no real one here has."""
+    spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
+    if pre == "smollm":
+        digits = {"type": "Digits", "individual_digits": True}
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits,
+                                                                       spec["pre_tokenizer"]]}
+    if pre == "smaug-bpe":
+        split = {"type": "Split", "behavior": "Isolated", "invert": False,
+                 "pattern": {"Regex": WORDS % r"\p{N}{1,3}"}}
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+            split, {**spec["pre_tokenizer"], "use_regex": False}]}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet,
+                                             special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(strings + ["a  1234 x!!", "'s 2023"] * 50, trainer)
+    narrow_model(tmp_path / "model", 1000, "llama")
+    backend.save(str(tmp_path / "model" / "tokenizer.json"))
+    export_model(tmp_path / "model", tmp_path / "model.gguf", "f16")
+    tokenizer = Tokenizer.load(tmp_path / "model")
+    assert vocabulary_fields(tokenizer, 1000)["tokenizer.ggml.pre"] == pre
+    with Server(tmp_path / "model.gguf") as server:
+        for text in strings:
+            assert server.tokenize(text) == tokenizer.encode(text), text
+
+
+def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):
+    """tokenizer.json alone: the scores are the ranks of its merges."""
+    folder, _ = exported("TinyLlama-1.1B-Chat-v0.6")
+    folder = shutil.copytree(folder, tmp_path / "model")
+    (folder / "tokenizer.model").unlink()
+    export_model(folder, tmp_path / "model.gguf", "q8_0")
+    tokenizer = Tokenizer.load(folder)
+    with Server(tmp_path / "model.gguf") as server:
+        for text in strings:
+            assert server.tokenize(text) == tokenizer.encode(text), text
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    merges = spec["model"]["merges"]
+    made = ["".join(merge.split(" ")) for merge in merges]
+    shared = next(place for place, piece in enumerate(made) if made.count(piece) > 1)
+    moved = [*merges[:shared], *merges[shared + 1:], merges[shared]]
+    for damage, message in ((merges[:500] + merges[501:], "not merged there"), (moved, "order")):
+        spec["model"]["merges"] = damage
+        path.write_text(json.dumps(spec), encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            vocabulary_fields(Tokenizer.load(folder), 32000)
+
+
+def test_what_cannot_be_expressed(tiny_tokenizer_dir, tmp_path):
+    spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
+    with pytest.raises(UserError, match="'.+' has the id 2.., but the embedding has 250 rows"):
+        vocabulary_fields(tokenizer, 250)
+    for change, message in (
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer is none of those"),
+        ({"pre_tokenizer": {**spec["pre_tokenizer"], "add_prefix_space": True}}, "pre_tokenizer"),
+        ({"normalizer": {"type": "Lowercase"}}, "no normalizer Lowercase"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pre_tokenizer_name({**spec, **change})
+    with pytest.raises(UserError, match=re.escape("room for two stop tokens")):
+        vocabulary_fields(tokenizer, 300, [10, 11, 12])
+    fields = vocabulary_fields(tokenizer, 300, [1, 10, 11, 6])
+    assert fields["tokenizer.ggml.eot_token_id"] == 10
+    assert fields["tokenizer.ggml.eom_token_id"] == 11
