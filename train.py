@@ -66,7 +66,7 @@ def load_trainable(options, model_dir, dtype, device):
         return model.to(device), None
     if options.finetuning_type == "full":
         return load_model(model_dir, torch.float32, device).requires_grad_(True), None
-    model = load_model(model_dir, dtype, device)
+    model = load_model(model_dir, dtype, device, options.quantization_bit)
     if options.adapter:
         adapter_dir = resolve(options.adapter, "adapter_config.json")
         config = load_adapter(model, adapter_dir, options.lora_dropout)

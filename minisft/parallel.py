@@ -85,7 +85,8 @@ def wrap(model):
     """The model whose backward pass averages gradients over processes; itself if there is one."""
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # What a model has in buffers is a frozen, quantised base: equal everywhere as it is.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def barrier():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
+PIECE = BLOCK_SIZE * 2**16  # weights that are worked on at a time, in float32
 # As published with the paper: 8 quantiles below zero, zero, 7 above, divided by the largest.
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -40,7 +41,7 @@ def dynamic_levels():
 def nearest(values, levels):
     """Index (uint8) of the level next to each value; in the middle the lower one."""
     middles = (levels[:-1] + levels[1:]) / 2
-    return torch.bucketize(values, middles).to(torch.uint8)
+    return torch.bucketize(values, middles, out_int32=True).to(torch.uint8)
 
 
 def in_blocks(values, block_size):
@@ -70,8 +71,9 @@ def quantize_nf4(weight):
     largest, which is taken off before they are quantised.
     """
     levels = torch.tensor(NF4_LEVELS, device=weight.device)
-    values = weight.detach().float().flatten()
-    indices, largest = quantize_blocks(values, levels, BLOCK_SIZE)
+    pieces = weight.detach().flatten().split(PIECE)
+    indices, largest = map(torch.cat, zip(*(
+        quantize_blocks(piece.float(), levels, BLOCK_SIZE) for piece in pieces), strict=True))
     indices = F.pad(indices, (0, len(indices) % 2), value=NF4_LEVELS.index(0.0))
     mean = largest.mean()
     scales, nested_scales = quantize_blocks(

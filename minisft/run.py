@@ -24,7 +24,7 @@ from minisft.weights import save_adapter, save_model
 IDENTITY = (
     "seed", "stage", "template", "default_system", "cutoff_len", "block_size", "max_samples",
     "validation_split", "finetuning_type", "lora_rank", "lora_alpha", "lora_target", "use_rslora",
-    "modules_to_save",
+    "modules_to_save", "quantization_bit",
 )
 
 

@@ -26,6 +26,8 @@ def parse_options(arguments=None):
     parser = OptionParser(description="Fine-tune (or pre-train) a Llama-family model.")
     add, switch = add_model_flags(parser)
     add("--adapter", help="go on training this LoRA adapter")
+    add("--quantization_bit", type=int, choices=[4, 8],
+        help="hold the frozen base in so many bits: QLoRA (4: NF4, 8: rows of int8)")
     switch("--train_from_scratch", "ignore the checkpoint's weights: start from random ones")
     _add_data_flags(*parser.section("data"))
     _add_tuning_flags(*parser.section("what is trained"))
@@ -120,6 +122,8 @@ def check_options(options, given):
         (OF_LORA, full, "belongs to --finetuning_type lora"),
         (OF_SFT, pretraining, "belongs to --stage sft"),
         ({"block_size"}, not pretraining, "belongs to --stage pt"),
+        ({"quantization_bit"}, full, "belongs to --finetuning_type lora"),
+        ({"quantization_bit"}, options.compile, "contradicts --compile"),
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"packing"}, options.compile, "contradicts --compile"),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),

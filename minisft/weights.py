@@ -15,9 +15,10 @@ from torch import nn
 from minisft import gguf_import
 from minisft.config import ModelConfig
 from minisft.json_files import is_number, is_whole, read_json, token_ids, write_json
-from minisft.lora import SAVEABLE, LoraConfig, LoRALinear, freeze, train_fully, wrap
+from minisft.lora import LINEAR, SAVEABLE, LoraConfig, LoRALinear, freeze, train_fully, wrap
 from minisft.model import CausalLM
 from minisft.options import UserError
+from minisft.quantize import QuantizedLinear
 from minisft.tensor_files import (
     INDEX,
     WEIGHTS,
@@ -80,17 +81,25 @@ def stored_dtype(model_dir):
     return stored.dtype
 
 
-def load_model(model_dir, dtype=torch.float32, device="cpu"):
+def load_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=None):
     """The CausalLM of a checkpoint folder, frozen, its weights as `dtype` on `device`.
 
     Tensors are read and converted one by one, so that memory holds the weights once. Missing,
-    unexpected or misshapen tensors raise UserError with their names.
+    unexpected or misshapen tensors raise UserError with their names. quantization_bit: 4 or 8, to
+    hold the linear layers of the decoder so; the embedding and the output matrix stay `dtype`.
     """
     model, stored = open_model(model_dir)
     for name in dict(model.named_parameters()):
-        tensor = stored[name].read().to(device=device, dtype=dtype)
+        tensor = stored[name].read().to(device)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
+        module = model.get_submodule(parent)
+        if (quantization_bit and child == "weight" and parent.startswith("model.layers.")
+                and isinstance(module, nn.Linear)):
+            owner, _, attribute = parent.rpartition(".")
+            layer = QuantizedLinear.from_weight(tensor, quantization_bit)
+            setattr(model.get_submodule(owner), attribute, layer)
+        else:
+            setattr(module, child, nn.Parameter(tensor.to(dtype), requires_grad=False))
     return model.eval()
 
 
@@ -241,7 +250,7 @@ def _target_modules(model, adapted):
     """The last parts of the adapted modules' names, or their whole names where those say more."""
     short = {name.rpartition(".")[2] for name in adapted}
     plain = [name for name, module in model.named_modules()
-             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in short]
+             if isinstance(module, LINEAR) and name.rpartition(".")[2] in short]
     return sorted(short if not plain else adapted)
 
 
@@ -262,7 +271,7 @@ def load_adapter(model, adapter_dir, dropout=0.0):
         module = name.removesuffix(".lora_A.weight")
         if module == name:
             continue
-        if not isinstance(modules.get(module), nn.Linear):
+        if not isinstance(modules.get(module), LINEAR):
             raise UserError(f"{path}: the model has no linear module {module}")
         rank = tensor.shape[0] if tensor.shape else 0
         tensor.check((max(rank, 1), modules[module].in_features), "this base model needs")

@@ -4,7 +4,12 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes import functional
+from conftest import command
+from safetensors.torch import load_file
 
+from minisft.lora import LoraConfig, add_lora, merge_lora
+from minisft.metrics import read_metrics
+from minisft.objective import next_token_loss
 from minisft.quantize import (
     NF4_LEVELS,
     QuantizedLinear,
@@ -15,6 +20,7 @@ from minisft.quantize import (
     quantize_nf4,
     quantize_rows,
 )
+from minisft.weights import load_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 128), (256, 2048), (7, 96), (100, 64), (9, 15)]
@@ -109,3 +115,57 @@ def test_zeros_and_a_state_dict(bits):
     filled = QuantizedLinear.from_weight(weight_of((4, 70), torch.float32), bits)
     other.load_state_dict(filled.state_dict())
     assert torch.equal(other.weight, filled.weight)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_loaded_model_computes_with_the_dequantised_weights(bits, checkpoint, tmp_path):
+    """Loss, gradients of the adapter and the merged model are those of a plain model that has the
+    dequantised weights; embedding and output matrix are left alone."""
+    quantized, plain = load_model(checkpoint, quantization_bit=bits), load_model(checkpoint)
+    names = [name for name, module in quantized.named_modules()
+             if isinstance(module, QuantizedLinear)]
+    assert len(names) == 7 * quantized.config.num_hidden_layers
+    for name in names:
+        plain.get_submodule(name).weight.data = quantized.get_submodule(name).weight
+    tokens = torch.randint(0, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    supervised = torch.ones_like(tokens, dtype=torch.bool)
+    results = []
+    for model in (quantized, plain):
+        torch.manual_seed(3)
+        add_lora(model, LoraConfig(rank=4))
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        loss, _ = next_token_loss(model, tokens, supervised)
+        loss.backward()
+        gradients = [one.grad for one in model.parameters() if one.requires_grad]
+        merge_lora(model)
+        results.append((loss, gradients, model(tokens)))
+        assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    (loss, gradients, merged), (expected, expected_gradients, expected_merged) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged, expected_merged, rtol=1e-4, atol=1e-5)
+
+
+def test_training_in_four_bits_by_command_line(checkpoint, rows_file, tmp_path):
+    """QLoRA learns, is interrupted and goes on, to the adapter of the run in one go."""
+    flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--template", "plain",
+             "--quantization_bit", 4, "--learning_rate", "5e-3", "--logging_steps", 1,
+             "--save_steps", 3, "--lora_dropout", "0.1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder, more in ((whole, ["--max_steps", 6]), (parts, ["--max_steps", 6])):
+        done = command(*flags, *more, "--output_dir", folder)
+        assert done.returncode == 0, done.stderr
+    (parts / "adapter_model.safetensors").unlink()
+    done = command(*flags, "--max_steps", 6, "--output_dir", parts, "--resume_from_checkpoint",
+                   parts / "checkpoint-3")
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    losses = [row["loss"] for row in read_metrics(whole / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
+                   "plain", "--quantization_bit", 4, "--finetuning_type", "full",
+                   "--output_dir", tmp_path / "no")
+    assert done.returncode == 2 and "--quantization_bit belongs to" in done.stderr
