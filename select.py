@@ -70,7 +70,7 @@ def parse_options(arguments=None):
         help="percentiles of perplexity in a cluster")
     add("--pool", type=positive, default=3.0, help="ifd+kcenter chooses among so many times N rows")
     add("--match", metavar="F", help="a selection, written by select.py, whose lengths to match")
-    add("--dedup", type=positive, nargs="?", const=0.9, 
+    add("--dedup", type=positive, nargs="?", const=0.9,
         help="first drop instructions that share this much (0.9, if no number is given) of their "
         "runs of five characters with an earlier one")
     add("--seed", type=natural, default=42, help="of k-means and of random choice")

@@ -267,9 +267,10 @@ def draw(inputs, chosen, strategy, output):
         axes[0].set(xlabel=name, ylabel="rows")
         axes[0].legend()
     if inputs.embeddings is not None:
-        rows, cluster = inputs.clustered or (np.arange(len(inputs.embeddings)), "#b0b8c0")
+        rows, cluster = inputs.clustered or (np.arange(len(inputs.embeddings)), None)
         points = principal_components(inputs.embeddings)
-        axes[-1].scatter(*points[rows].T, c=cluster, cmap="tab20", s=4, alpha=0.5, linewidths=0)
+        colors = {"color": "#b0b8c0"} if cluster is None else {"c": cluster, "cmap": "tab20"}
+        axes[-1].scatter(*points[rows].T, s=4, alpha=0.5, linewidths=0, **colors)
         axes[-1].scatter(*points[chosen].T, s=14, facecolors="none", edgecolors="black",
                          linewidths=0.6, label="chosen")
         axes[-1].set(xlabel="first principal component", ylabel="second")
