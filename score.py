@@ -189,7 +189,7 @@ def report(options, files, reasons, speed, say):
     say(f"wrote {', '.join(map(str, written))}; {speed:,.1f} rows/s")
     for reason, number in reasons.most_common():
         if reason != "scored":
-            say(f"{number:,} rows not scored: {reason}")
+            say(f"not scored {number:,}: {reason}")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,9 @@ def check_options(options, given):
             raise UserError(f"--{min(names & given)} {why}")
     if missing := set(STRATEGIES[strategy]) - given:
         raise UserError(f"--strategy {strategy} needs --{min(missing)} (see --help)")
+    if options.embeddings and not options.embeddings.endswith(".embeddings.npy"):
+        raise UserError(f"--embeddings {options.embeddings}: give the file that ends in "
+                        ".embeddings.npy")
     if not fixed and not (options.sample_rate or options.sample_number):
         raise UserError("give --sample_rate or --sample_number: how many rows to choose")
     for flag, low, high in (("sample_rate", 0, 1), ("pool", 1, float("inf")), ("dedup", 0.7, 1)):
@@ -161,7 +164,7 @@ def main():
     print(f"{output}: {len(chosen):,} of {len(rows):,} rows by {options.strategy}; answers of "
           f"{means[0]:,.1f} {inputs.unit} on average (all rows: {means[1]:,.1f})")
     for why, count in candidates.dropped.items():
-        print(f"{count:,} rows dropped: {why}")
+        print(f"dropped {count:,}: {why}")
     if any(file.description for file in rows.files):
         print("its columns are named as before: give it an entry of its own in dataset_info.json")
     if options.plot:

@@ -257,8 +257,6 @@ def read_embeddings(path, num_rows):
     UserError where one is missing or not a number.
     """
     path = Path(path)
-    if not path.name.endswith(".embeddings.npy"):
-        raise UserError(f"--embeddings {path}: give the file that ends in .embeddings.npy")
     embeddings = load_array(path, (num_rows, None))
     name = path.name.removesuffix(".embeddings.npy") + ".perplexity.npy"
     perplexity = np.array(load_array(path.with_name(name), (num_rows,)))

@@ -32,14 +32,14 @@ def test_lloyd_equals_scikit_learn(offset):
 
 def test_seeding_is_as_good_as_theirs():
     points = blobs(spread=0.2)
-    ours = [kmeans.kmeans(points, 12, seed).inertia for seed in range(5)]
-    theirs = [KMeans(12, n_init=1, random_state=seed).fit(points).inertia_ for seed in range(5)]
+    ours = [kmeans.kmeans(points, 12, seed).inertia for seed in range(40)]
+    theirs = [KMeans(12, n_init=1, random_state=seed).fit(points).inertia_ for seed in range(40)]
     assert min(ours) == pytest.approx(min(theirs), rel=1e-4)  # both find the blobs
-    assert np.mean(ours) < 1.1 * np.mean(theirs)
+    assert np.mean(ours) < 1.08 * np.mean(theirs)
     # Seeds drawn uniformly miss blobs: the rule is what finds them.
     space, generator = Space(points), np.random.default_rng(0)
     uniform = [lloyd(space, points[generator.choice(len(points), 12)] - space.mean, 100, 1e-4)
-               for _ in range(5)]
+               for _ in range(40)]
     assert np.mean([one.inertia for one in uniform]) > 1.5 * np.mean(ours)
 
 
