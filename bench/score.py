@@ -82,9 +82,11 @@ def compare(options, model_dir):
     rows = dataset.open_rows(options.dataset, skipped=[])
     encoder = ifd.Encoder(rows, template, 512)
     numbers = np.arange(min(options.num_rows, len(rows)))
-    prepared = [
-        (*[part for one in score.sequences for part in (one.ids.tolist(), int(one.answer.argmax()))],
-         score.index) for score in encoder[numbers] if len(score.sequences) == 2]
+    prepared = []
+    for one in encoder[numbers]:
+        if len(one.sequences) == 2:
+            parts = [(part.ids.tolist(), int(part.answer.argmax())) for part in one.sequences]
+            prepared.append((*parts[0], *parts[1], one.index))
     ours = load_model(model_dir, dtype, device)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device)
 
@@ -109,9 +111,9 @@ def compare(options, model_dir):
         speeds["theirs"].append([len(prepared) / (b - a) for a, b in zip(began, middle)])  # noqa: B905
         speeds["ours"].append([len(prepared) / (b - a) for a, b in zip(middle, ended)])  # noqa: B905
         worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
-    print(f"{len(prepared)} rows, {device}, {options.dtype}, "
-          f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), {options.rounds} rounds in turns; "
-          f"largest relative difference of a score {worst:.1e}")
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    print(f"{len(prepared)} rows, {device}, {options.dtype}, {threads} thread(s), "
+          f"{options.rounds} rounds in turns; largest relative difference of a score {worst:.1e}")
     for clock, name in enumerate(("rows/s", "rows per CPU second")):
         medians = [statistics.median(one[clock] for one in speeds[side]) for side in speeds]
         print(f"{name:20} ours {medians[0]:>9,.2f}   theirs {medians[1]:>9,.2f}   "
@@ -152,7 +154,7 @@ def memory(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_name_or_path")
-    parser.add_argument("--config_dir", help="folder of a config.json: random weights of that shape")
+    parser.add_argument("--config_dir", help="folder of a config.json, for random weights")
     parser.add_argument("--num_hidden_layers", type=int)
     parser.add_argument("--tokenizer_dir", help="where its tokenizer is, if not there")
     parser.add_argument("--dataset")
