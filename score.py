@@ -59,8 +59,8 @@ def parse_options(arguments=None):
     add, switch = parser.section("what is computed")
     add("--mode", choices=["ifd", "embed", "all"], default="ifd",
         help="scores; embeddings and perplexity of the instructions; or both")
-    add("--batch_tokens", type=count, default=8192,
-        help="tokens that go through the model together, padding included")
+    add("--batch_tokens", type=count, help="tokens that go through the model together, padding "
+        "included (2048 on a CPU, whose caches they fit, 8192 on a GPU)")
     add("--output", required=True, help="scores.jsonl; other files get their names from it")
     switch("--overwrite", "start anew where scores of another model, template or file are")
     parser.epilog = EPILOGUE
@@ -106,7 +106,8 @@ def main():
     if adapter_dir:
         add_adapter(model, adapter_dir)
     # Every process scores rows of its own; what is finished is written by the first.
-    mine = ifd.score(model, encoder, pending, options.batch_tokens, options.dataloader_num_workers)
+    batch_tokens = options.batch_tokens or (8192 if device.type == "cuda" else 2048)
+    mine = ifd.score(model, encoder, pending, batch_tokens, options.dataloader_num_workers)
     reasons, began = Counter(), time.monotonic()
     bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row",
                disable=not (is_main and sys.stderr.isatty()))

@@ -161,7 +161,7 @@ def main():
     parser.add_argument("--template", default="alpaca")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--num_rows", type=int, default=200)
-    parser.add_argument("--batch_tokens", type=int, default=8192)
+    parser.add_argument("--batch_tokens", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure memory instead")

@@ -1,7 +1,7 @@
 """Instruction-Following Difficulty: how much a row's instruction helps to predict its answer.
 
     encoder = Encoder(rows, template, max_length=512)
-    for scores in score(model, encoder, numbers=range(len(rows)), batch_tokens=8192):
+    for scores in score(model, encoder, numbers=range(len(rows)), batch_tokens=2048):
         print(scores[0].as_dict())
 
     ifd = s(A|Q) / s(A)                      (arXiv 2308.12032)
@@ -16,6 +16,7 @@ The embedding of a row is the mean of the last hidden states over the prompt of 
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,11 +26,15 @@ import torch.nn.functional as F
 from minisft import parallel
 from minisft.batching import PAD_MULTIPLE, Example, ahead, check_vocabulary, collate
 from minisft.formats import BadRow
+from minisft.model import KeyValueCache
 from minisft.objective import CHUNK_SIZE
 from minisft.options import UserError
 
 # Rows that are read, sorted by length and cut into batches together.
 WINDOW_ROWS = 1024
+# Rows go into batches of their own where so many of a window begin with the same so many tokens,
+# and the beginning of a batch is computed once where it has at least this many.
+COMMON_ROWS, COMMON_TOKENS, SHARED_TOKENS = 32, 24, 16
 
 
 @dataclass
@@ -168,8 +173,23 @@ def score(model, encoder, numbers, batch_tokens, num_workers=0):
             raise window
         yield [one for one in window if not one.sequences]
         passes = [(sequence, one) for one in window for sequence in one.sequences]
-        for batch in cut(passes, batch_tokens):
-            yield compute(model, batch)
+        for family in families(passes):
+            for batch in cut(family, batch_tokens):
+                yield compute(model, batch)
+
+
+def families(passes):
+    """(Sequence, Score) pairs -> lists of those that begin alike, which `states` makes use of.
+
+    Those behind the answer marker alone, those of each common beginning (such as the text that
+    precedes every instruction in a template), and the rest.
+    """
+    groups = defaultdict(list)
+    for one in passes:
+        sequence = one[0]
+        groups[sequence.ids[:COMMON_TOKENS].tobytes() if sequence.conditioned else None].append(one)
+    rest = [one for group in groups.values() if len(group) < COMMON_ROWS for one in group]
+    return [*(group for group in groups.values() if len(group) >= COMMON_ROWS), rest]
 
 
 def cut(passes, batch_tokens):
@@ -215,7 +235,7 @@ def measure(model, sequences):
     tokens, answer = collate([Example(one.ids, one.answer) for one in sequences], device)  # (B, T)
     lengths = torch.tensor([one.prompt_length for one in sequences], device=device)
     prompt = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-    hidden = model(tokens)  # (B, T, D)
+    hidden = states(model, tokens)  # (B, T, D)
     counted = (answer | prompt)[:, 1:]
     losses = torch.zeros(counted.shape, device=device)
     losses[counted] = token_losses(model, hidden[:, :-1][counted], tokens[:, 1:][counted])
@@ -225,6 +245,24 @@ def measure(model, sequences):
         embeddings = (pooled / lengths.clamp(min=1)[:, None]).cpu().numpy()
     sums = [(losses * of[:, 1:]).sum(1, dtype=torch.float64).tolist() for of in (answer, prompt)]
     return *sums, embeddings
+
+
+def states(model, tokens):
+    """Hidden states (B, T, D) of tokens (B, T); what all rows begin with goes through once."""
+    alike = int((tokens == tokens[:1]).all(0).int().cumprod(0).sum())
+    alike = min(alike, tokens.shape[1] - 1)
+    if alike < SHARED_TOKENS or len(tokens) == 1 or is_dynamic(model.config):
+        return model(tokens)
+    cache = KeyValueCache(model.config)
+    beginning = model(tokens[:1, :alike], cache=cache)
+    cache.select([0] * len(tokens))
+    rest = model(tokens[:, alike:], cache=cache)
+    return torch.cat([beginning.expand(len(tokens), -1, -1), rest], 1)
+
+
+def is_dynamic(config):
+    """Whether positions are rotated by angles that depend on how long the whole row is."""
+    return (config.rope_scaling or {}).get("rope_type") == "dynamic"
 
 
 def token_losses(model, hidden, targets):

@@ -1,7 +1,7 @@
 """The files that score.py leaves: written as results come, gone on with, read again by select.py.
 
     files = ScoreFiles("scores.jsonl", record, num_rows=300, parts=("ifd", "embed"), width=64)
-    for scores in ifd.score(model, encoder, files.pending(), batch_tokens=8192):
+    for scores in ifd.score(model, encoder, files.pending(), batch_tokens=2048):
         files.add(scores)
     files.finish()
 

@@ -23,9 +23,14 @@ class Urn:
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
         self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1)))
+        self.config = SimpleNamespace(num_hidden_layers=1, rope_scaling=None)
 
-    def __call__(self, tokens):
-        return torch.nn.functional.one_hot(tokens, self.vocab_size).cumsum(1).float()
+    def __call__(self, tokens, cache=None):
+        counts = torch.nn.functional.one_hot(tokens, self.vocab_size).cumsum(1).float()
+        if cache is not None:  # which holds the counts so far
+            counts += cache.pairs[0][0][:, None] if cache.pairs[0] else 0
+            cache.pairs[0] = (counts[:, -1],)
+        return counts
 
     def logits(self, hidden):
         return (1 + hidden).log()
