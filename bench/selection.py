@@ -272,6 +272,8 @@ def main():
     results = read_results(path, identity(options))
     if not options.write_docs:
         run_missing(options, path, results)
+    if not results:
+        sys.exit(f"{path}: there are no results yet")
     lines = summary(results)
     draw(lines, DOCS / "selection.png" if options.write_docs else path.with_name("selection.png"))
     if options.write_docs:
