@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from minisft import parallel
-from minisft.batching import PAD_MULTIPLE, Example, ahead, check_vocabulary, collate
+from minisft.batching import PAD_MULTIPLE, ahead, collate
+from minisft.encoding import Example, check_vocabulary
 from minisft.formats import BadRow
 from minisft.model import KeyValueCache
 from minisft.objective import CHUNK_SIZE
@@ -232,7 +233,8 @@ def measure(model, sequences):
     Logits are computed only where the next token counts.
     """
     device = model.model.embed_tokens.weight.device
-    tokens, answer = collate([Example(one.ids, one.answer) for one in sequences], device)  # (B, T)
+    tokens, answer, *_ = collate(
+        [Example(one.ids, one.answer) for one in sequences], device)  # (B, T)
     lengths = torch.tensor([one.prompt_length for one in sequences], device=device)
     prompt = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
     hidden = states(model, tokens)  # (B, T, D)

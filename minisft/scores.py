@@ -24,9 +24,8 @@ import numpy as np
 from minisft.dataset import Rows
 from minisft.options import UserError
 from minisft.records import open_records
-from minisft.tensor_files import tensor_files
 from minisft.tokenizer import FILES as TOKENIZER_FILES
-from minisft.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, write_json
+from minisft.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, stored_tensors, write_json
 
 NUMBERS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl", "num_answer_tokens")
 
@@ -57,7 +56,7 @@ def record_of_data(rows):
 def record_of_model(model_dir, adapter_dir=None):
     """The hashes of everything in the two folders that a score depends on, by file name."""
     model_dir = Path(model_dir)
-    files = {"config.json", *(one.path.name for one in tensor_files(model_dir).values())}
+    files = {"config.json", *(one.path.name for one in stored_tensors(model_dir).values())}
     files |= {name for name in TOKENIZER_FILES if (model_dir / name).is_file()}
     record = {"model": {name: sha256(model_dir / name) for name in sorted(files)}}
     names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
