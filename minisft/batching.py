@@ -115,7 +115,7 @@ class Batches:
         """
         tasks = self._windows(rows_per_step, start, stop)
         reader = _WindowReader(self.rows, self.encode)
-        for first, window in _ahead(reader, tasks, self.num_workers):
+        for first, window in ahead(reader, tasks, self.num_workers):
             if isinstance(window, UserError):
                 raise window
             steps, report = window
@@ -194,7 +194,7 @@ def _numbers_in(runs, chosen):
     return np.concatenate([np.arange(0), *(np.arange(runs[run], runs[run + 1]) for run in chosen)])
 
 
-def _ahead(reader, tasks, num_workers):
+def ahead(reader, tasks, num_workers):
     """Yield `reader[task]` of all tasks in order; with workers, before it is asked for."""
     if num_workers == 0:
         yield from map(reader.__getitem__, tasks)

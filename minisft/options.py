@@ -79,8 +79,8 @@ not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number of 
 share = _number(float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one, and the kind of value a flag takes."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one, the kind of value a flag takes, and text as it stands."""
 
     def _get_help_string(self, action):
         silent = action.default in (None, False, "", argparse.SUPPRESS)

@@ -87,12 +87,16 @@ class Lines:
     def __len__(self):
         return len(self.starts) - 1
 
+    def raw(self, number):
+        """The bytes of a line, without its end."""
+        # Blank lines may follow, up to where the next record starts.
+        return self._read(number).split(b"\n", 1)[0].removeprefix(codecs.BOM_UTF8)
+
     def __getitem__(self, number):
         """The parsed JSON or the text of a line; BadRow where it is neither."""
-        # Blank lines may follow, up to where the next record starts.
-        content = self._read(number).split(b"\n", 1)[0]
+        content = self.raw(number)
         try:
-            text = content.decode("utf-8-sig")
+            text = content.decode()
         except UnicodeDecodeError as error:
             raise BadRow("not UTF-8 text; convert the file") from error
         return parse_json(text, self.line(number)) if self.is_json else text.rstrip("\r")

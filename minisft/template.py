@@ -190,6 +190,16 @@ class Template:
         ids, _ = self._encode(self._segments(messages, tools, add_generation_prompt=True))
         return ids
 
+    def encode_marker(self):
+        """The prompt with nothing of the conversation in it -> ids: BOS, and what opens an answer.
+
+        For alpaca that is `### Response:`; where the user's turn itself ends in the marker, as in
+        `[INST] {content} [/INST]`, what follows the user's words.
+        """
+        marker = self.form.assistant or self.form.user.rpartition("{content}")[2].lstrip(" ")
+        begin = "{bos}" if self.writes_bos else ""
+        return self._encode([*self._fill(begin), *self._fill(marker)])[0]
+
     def render(self, messages, tools=None, add_generation_prompt=False):
         """The conversation as text, control tokens spelled out as the published format does."""
         segments = self._segments(messages, tools, add_generation_prompt)

@@ -67,7 +67,8 @@ def resolve(name_or_path, needed="config.json"):
         ) from error
 
 
-def _stored_tensors(model_dir):
+def stored_tensors(model_dir):
+    """{tensor name: StoredTensor} of a checkpoint folder, whichever kind of file it has."""
     path = Path(model_dir) / gguf_import.GGUF
     return gguf_import.stored_tensors(path) if path.is_file() else tensor_files(model_dir)
 
@@ -75,7 +76,7 @@ def _stored_tensors(model_dir):
 def stored_dtype(model_dir):
     """The torch.dtype that a checkpoint's embedding has on disk."""
     name = "model.embed_tokens.weight"
-    stored = _stored_tensors(model_dir).get(name)
+    stored = stored_tensors(model_dir).get(name)
     if stored is None:
         raise UserError(f"{model_dir}: there is no tensor {name}")
     return stored.dtype
@@ -109,7 +110,7 @@ def open_model(model_dir):
     All that load_model checks is checked, and nothing large is read.
     """
     config = ModelConfig.load(model_dir)
-    files = _stored_tensors(model_dir)
+    files = stored_tensors(model_dir)
     last = f"model.layers.{config.num_hidden_layers - 1}."
     if not any(name.startswith(last) for name in files):
         # Found here, lest a wrong number of layers is built, a million perhaps.

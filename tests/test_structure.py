@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From what a script does down to what everything is made of; imports stay in a line or go down.
 LAYERS = [
     "train score select export chat eval",
-    "ifd selection gguf_export multiple_choice compare assistant",
+    "ifd scores selection gguf_export multiple_choice compare assistant",
     "generate run checkpoint weights batching objective metrics parallel",
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
     "dataset_info records formats encoding optimizer kmeans tensor_files "

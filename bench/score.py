@@ -1,0 +1,179 @@
+"""score.py beside the reference way: batch size 1, logits everywhere, a loop over tokens.
+
+    python bench/score.py --model_name_or_path ../shared/data/models/stories260K --dataset F.json
+    python bench/score.py --config_dir C --num_hidden_layers 2 --tokenizer_dir T --dataset F.json
+    python bench/score.py --memory                  # 2,000 and 200,000 rows, peak memory of each
+
+The reference way is what is usual (arXiv 2308.12032): transformers, two passes a row, the logits of
+every position, and for every token a log-softmax of its own. With --config_dir a model of random
+weights has the shape that a config.json there says. Both sides score the same rows in turns; ours
+reads, encodes and writes them too, theirs is given token ids.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def random_checkpoint(options, folder):
+    """A checkpoint of random weights in the shape of --config_dir, with its tokenizer."""
+    import torch
+
+    from minisft.config import ModelConfig
+    from minisft.model import CausalLM
+    from minisft.weights import read_json, save_model
+
+    content = read_json(Path(options.config_dir) / "config.json")
+    if options.num_hidden_layers:
+        content["num_hidden_layers"] = options.num_hidden_layers
+    model = CausalLM(ModelConfig.from_dict(content))
+    model.initialize(torch.Generator().manual_seed(0))
+    save_model(model, folder)
+    for path in Path(options.tokenizer_dir or options.config_dir).glob("token*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def reference(model, rows, device):
+    """Rows of (ids, start of the answer, ids of the direct pass, its start) -> their IFD."""
+    import torch
+    from torch.nn import NLLLoss
+    from torch.nn.functional import log_softmax
+
+    def mean_loss(ids, start):
+        ids = torch.tensor([ids], device=device)
+        labels = ids.clone()
+        labels[0, :start] = -100
+        with torch.no_grad():
+            logits = model(ids, labels=labels, output_hidden_states=True).logits
+        losses = []
+        for place in range(1, ids.shape[1]):
+            distribution = log_softmax(logits[0, place - 1], dim=-1)
+            losses.append(NLLLoss()(distribution[None], ids[0, place][None]).cpu())
+        return torch.stack(losses[start - 1 :]).mean().item()
+
+    return [mean_loss(*row[:2]) / mean_loss(*row[2:]) for row in rows]
+
+
+def compare(options, model_dir):
+    """Score the same rows both ways, in turns, and print rows per second."""
+    import numpy as np
+    import torch
+    import transformers
+
+    from minisft import dataset, ifd
+    from minisft.scores import ScoreFiles
+    from minisft.template import get_template
+    from minisft.tokenizer import Tokenizer
+    from minisft.weights import load_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, options.dtype)
+    template = get_template(options.template, Tokenizer.load(model_dir))
+    rows = dataset.open_rows(options.dataset, skipped=[])
+    encoder = ifd.Encoder(rows, template, 512)
+    numbers = np.arange(min(options.num_rows, len(rows)))
+    prepared = []
+    for one in encoder[numbers]:
+        if len(one.sequences) == 2:
+            parts = [(part.ids.tolist(), int(part.answer.argmax())) for part in one.sequences]
+            prepared.append((*parts[0], *parts[1], one.index))
+    ours = load_model(model_dir, dtype, device)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device)
+
+    def score(folder):
+        files = ScoreFiles(Path(folder) / "scores.jsonl", {}, len(numbers), ("ifd",), 0)
+        values = {}
+        for scores in ifd.score(ours, encoder, numbers, options.batch_tokens, options.workers):
+            files.add(scores)
+            values.update((one.index, one.as_dict()["ifd"]) for one in scores)
+        files.finish()
+        return [values[row[-1]] for row in prepared]
+
+    reference(theirs.eval(), [row[:4] for row in prepared[:2]], device)
+    speeds, worst = {"ours": [], "theirs": []}, 0.0
+    for _ in range(options.rounds):
+        began = time.perf_counter(), time.process_time()
+        expected = reference(theirs, [row[:4] for row in prepared], device)
+        middle = time.perf_counter(), time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            found = score(folder)
+        ended = time.perf_counter(), time.process_time()
+        speeds["theirs"].append([len(prepared) / (b - a) for a, b in zip(began, middle)])  # noqa: B905
+        speeds["ours"].append([len(prepared) / (b - a) for a, b in zip(middle, ended)])  # noqa: B905
+        worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    print(f"{len(prepared)} rows, {device}, {options.dtype}, {threads} thread(s), "
+          f"{options.rounds} rounds in turns; largest relative difference of a score {worst:.1e}")
+    for clock, name in enumerate(("rows/s", "rows per CPU second")):
+        medians = [statistics.median(one[clock] for one in speeds[side]) for side in speeds]
+        print(f"{name:20} ours {medians[0]:>9,.2f}   theirs {medians[1]:>9,.2f}   "
+              f"= {medians[0] / medians[1]:.1f} x")
+
+
+def memory(options):
+    """Peak memory of score.py on few and on many rows of the embedded data, repeated."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in
+             json.loads((ROOT / "examples/data/train.json").read_text("utf-8"))]
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (2_000, options.many_rows):
+            path = Path(folder) / f"{count}.jsonl"
+            with open(path, "w", encoding="utf-8") as file:
+                for number in range(count):
+                    file.write(lines[number % len(lines)] + "\n")
+            began = time.monotonic()
+            process = subprocess.Popen(
+                [sys.executable, ROOT / "score.py", "--model_name_or_path", ROOT / "examples/base",
+                 "--dataset", path, "--template", "plain", "--mode", options.mode,
+                 "--dataloader_num_workers", "0", "--output", path.with_suffix(".scores.jsonl")],
+                stdout=subprocess.DEVNULL)
+            status, peaks[count] = Path(f"/proc/{process.pid}/status"), 0
+            while process.poll() is None:
+                for line in status.read_text().splitlines():
+                    if line.startswith("VmHWM:"):
+                        peaks[count] = int(line.split()[1]) * 1024
+                time.sleep(0.1)
+            if process.returncode:
+                sys.exit(process.returncode)
+            print(f"{count:>9,} rows  {peaks[count] / 2**20:>7,.0f} MiB peak  "
+                  f"{time.monotonic() - began:>7.0f} s", flush=True)
+    few, many = peaks.values()
+    print(f"{many - few:,} bytes more, {(many - few) / options.many_rows:.1f} a row")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("--config_dir", help="folder of a config.json, for random weights")
+    parser.add_argument("--num_hidden_layers", type=int)
+    parser.add_argument("--tokenizer_dir", help="where its tokenizer is, if not there")
+    parser.add_argument("--dataset")
+    parser.add_argument("--template", default="alpaca")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--num_rows", type=int, default=200)
+    parser.add_argument("--batch_tokens", type=int, default=2048)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="measure memory instead")
+    parser.add_argument("--many_rows", type=int, default=200_000)
+    parser.add_argument("--mode", default="ifd", help="of score.py, for --memory")
+    options = parser.parse_args()
+    if options.memory:
+        return memory(options)
+    with tempfile.TemporaryDirectory() as folder:
+        compare(options, random_checkpoint(options, Path(folder)) if options.config_dir
+                else Path(options.model_name_or_path))
+
+
+if __name__ == "__main__":
+    main()

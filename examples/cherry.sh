@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# From data to cherry data (arXiv 2308.12032): find the few per cent of rows that teach most, train
+# on them, evaluate. Any model and data set; without settings, the embedded ones, in a few minutes.
+#
+#   MODEL=TinyLlama/TinyLlama-1.1B-Chat-v1.0 DATASET=alpaca_data.json HELDOUT=heldout.json \
+#       TEMPLATE=alpaca CLUSTERS=100 OUTPUT=runs/alpaca TRAIN="--learning_rate 2e-4" \
+#       examples/cherry.sh
+#
+# Interrupted, it goes on where it stopped when it is run again. With more than one GPU, put
+# torchrun --nproc_per_node N in the place of python (PYTHON=...).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+MODEL=${MODEL:-examples/base}
+DATASET=${DATASET:-examples/data/train.json}
+HELDOUT=${HELDOUT:-examples/data/heldout.json}
+TEMPLATE=${TEMPLATE:-plain}
+OUTPUT=${OUTPUT:-runs/cherry}
+CLUSTERS=${CLUSTERS:-30} # 100 for a data set like Alpaca
+PER_CLUSTER=${PER_CLUSTER:-10}
+SAMPLE_RATE=${SAMPLE_RATE:-0.05}
+EPOCHS=${EPOCHS:-3}
+TRAIN=${TRAIN:---lora_rank 16 --learning_rate 2e-3 --adam_beta2 0.98}
+PYTHON=${PYTHON:-python}
+
+about=(--model_name_or_path "$MODEL" --template "$TEMPLATE")
+rows=(--dataset "$DATASET" --skip_bad_rows)
+# shellcheck disable=SC2086  # PYTHON and TRAIN are several words
+run() { echo "\$ $PYTHON $*"; $PYTHON "$@"; }
+train() { # folder, flags; not again once the adapter is there
+    [ -e "$1/adapter_model.safetensors" ] || run train.py "${about[@]}" $TRAIN --output_dir "$1" \
+        --resume_from_checkpoint auto "${@:2}"
+}
+mkdir -p "$OUTPUT"
+
+# 1. Embed the instructions with the model as it is.
+run score.py "${about[@]}" "${rows[@]}" --mode embed --output "$OUTPUT/before.jsonl"
+
+# 2. A few rows of every kind, of middling perplexity: the pre-experience.
+run select.py "${rows[@]}" --embeddings "$OUTPUT/before.embeddings.npy" --strategy cluster \
+    --clusters "$CLUSTERS" --per_cluster "$PER_CLUSTER" --output "$OUTPUT/pre.json" --overwrite
+
+# 3. One epoch on them, so that the model knows what following an instruction is.
+train "$OUTPUT/pre" --dataset "$OUTPUT/pre.json" --num_train_epochs 1
+
+# 4. What does each instruction help this model with its answer?
+run score.py "${about[@]}" "${rows[@]}" --adapter "$OUTPUT/pre" --output "$OUTPUT/scores.jsonl"
+
+# 5. The rows where it helps, and helps least: there is most to learn.
+run select.py "${rows[@]}" --scores "$OUTPUT/scores.jsonl" --strategy ifd \
+    --sample_rate "$SAMPLE_RATE" --output "$OUTPUT/cherry.json" --overwrite
+
+# 6. Train the model itself on those, and evaluate on rows that nobody has seen.
+train "$OUTPUT/model" --dataset "$OUTPUT/cherry.json" --num_train_epochs "$EPOCHS" \
+    --eval_dataset "$HELDOUT"
+tail -n 1 "$OUTPUT/model/metrics.jsonl"

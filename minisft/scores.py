@@ -1,0 +1,271 @@
+"""The files that score.py leaves: written as results come, gone on with, read again by select.py.
+
+    files = ScoreFiles("scores.jsonl", record, num_rows=300, parts=("ifd", "embed"), width=64)
+    for scores in ifd.score(model, encoder, files.pending(), batch_tokens=2048):
+        files.add(scores)
+    files.finish()
+
+    scores.jsonl             one JSON object a row: index, losses, ratios, number of tokens, reason
+    scores.embeddings.npy    (rows, D) float32
+    scores.perplexity.npy    (rows,) float32 of the prompts; NaN: not computed, inf: cannot be
+    scores.record.json       what all of this was computed from, by content
+
+A row's index is its number in the files of the data set, from 0, broken rows counted too.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from minisft.dataset import Rows
+from minisft.options import UserError
+from minisft.records import open_records
+from minisft.tokenizer import FILES as TOKENIZER_FILES
+from minisft.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, stored_tensors, write_json
+
+NUMBERS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl", "num_answer_tokens")
+
+
+def paths(output):
+    """{what: path} of the files that belong to `--output`."""
+    output = Path(output)
+    return {"scores": output} | {
+        what: output.with_name(f"{output.stem}.{what}.{ending}") for what, ending in
+        (("embeddings", "npy"), ("perplexity", "npy"), ("record", "json"))}
+
+
+def every_record(rows):
+    """All records of the files of `rows`, whether they were opened to leave some out or not."""
+    return Rows(rows.files, None, rows.skip_bad_rows)
+
+
+def record_of_data(rows):
+    """What identifies the rows: hash of each file, its number of records, how columns are named."""
+    files = []
+    for file in rows.files:
+        described = asdict(file.description) if file.description else {}
+        described.pop("name", None)
+        files.append({"sha256": sha256(file.records.path), "rows": len(file.records)} | described)
+    return files
+
+
+def record_of_model(model_dir, adapter_dir=None):
+    """The hashes of everything in the two folders that a score depends on, by file name."""
+    model_dir = Path(model_dir)
+    files = {"config.json", *(one.path.name for one in stored_tensors(model_dir).values())}
+    files |= {name for name in TOKENIZER_FILES if (model_dir / name).is_file()}
+    record = {"model": {name: sha256(model_dir / name) for name in sorted(files)}}
+    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    record["adapter"] = adapter_dir and {name: sha256(Path(adapter_dir) / name) for name in names}
+    return record
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ScoreFiles:
+    """The files under `output`, new or gone on with.
+
+    record: what the scores are computed from; files that were computed from anything else raise
+    UserError, unless `overwrite`. width: D of the embeddings.
+    """
+
+    def __init__(self, output, record, num_rows, parts, width, overwrite=False):
+        self.paths, self.parts = paths(output), parts
+        if overwrite:
+            for path in self.paths.values():
+                path.unlink(missing_ok=True)
+        self._check(record)
+        self.paths["record"].parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, self.paths["record"])
+        self.scored, self.embedded = np.ones(num_rows, bool), np.ones(num_rows, bool)
+        if "ifd" in parts:
+            self.scored = self._open_scores(num_rows)
+        if "embed" in parts:
+            self.embedded = self._open_embeddings(num_rows, width)
+
+    def pending(self):
+        """The numbers of the rows that are still to be computed."""
+        return np.flatnonzero(~(self.scored & self.embedded))
+
+    def add(self, scores):
+        """Write finished Scores, whatever their order."""
+        lines = [json.dumps(one.as_dict(), ensure_ascii=False) + "\n" for one in scores
+                 if not self.scored[one.index]]
+        if lines:
+            with open(self.paths["scores"], "a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        new = [one for one in scores if not self.embedded[one.index]]
+        if new:
+            numbers = [one.index for one in new]
+            # Mapped for this call only, so that pages which are written do not count as memory.
+            embeddings, perplexity = (np.load(self.paths[what], mmap_mode="r+")
+                                      for what in ("embeddings", "perplexity"))
+            embeddings[numbers] = [np.zeros(embeddings.shape[1]) if one.embedding is None
+                                   else one.embedding for one in new]
+            perplexity[numbers] = [one.perplexity() for one in new]
+
+    def finish(self):
+        """Put the lines of the scores in the order of the rows."""
+        if "ifd" not in self.parts:
+            return
+        path = self.paths["scores"]
+        records = open_records(path)
+        order = np.argsort([records[number]["index"] for number in range(len(records))])
+        if (np.diff(order) > 0).all():
+            return
+        partial = Path(f"{path}.partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            for number in order:
+                file.write(json.dumps(records[int(number)], ensure_ascii=False) + "\n")
+        os.replace(partial, path)
+
+    def _check(self, record):
+        there = [path for what, path in self.paths.items() if what != "record" and path.exists()]
+        if there and not self.paths["record"].exists():
+            raise UserError(f"{there[0]}: is there already, and no {self.paths['record'].name} "
+                            "that says what it belongs to; choose another --output, or give "
+                            "--overwrite to lose it")
+        found = read_record(self.paths["record"]) if there else record
+        # What is there was computed with `found`; what is to come, with `record`.
+        for what, value in record.items():
+            if what != "names" and found.get(what) != value:
+                raise UserError(
+                    f"{there[0]}: was computed with another {what}{_named(found, record, what)}; "
+                    "scores of two kinds are never mixed: choose another --output, or give "
+                    "--overwrite to lose what is there")
+
+    def _open_scores(self, num_rows):
+        path = self.paths["scores"]
+        done = np.zeros(num_rows, bool)
+        if not path.exists():
+            path.touch()
+        with open(path, "rb+") as file:
+            place = 0
+            for line in file:
+                if not line.endswith(b"\n"):  # the run was killed while it wrote this
+                    file.truncate(place)
+                    break
+                place += len(line)
+                done[_parse(path, line, num_rows)["index"]] = True
+        return done
+
+    def _open_embeddings(self, num_rows, width):
+        embeddings, perplexity = self.paths["embeddings"], self.paths["perplexity"]
+        if not (embeddings.exists() and perplexity.exists()):
+            np.lib.format.open_memmap(embeddings, "w+", np.float32, (num_rows, width))
+            partial = perplexity.with_name(perplexity.name + ".partial")
+            with open(partial, "wb") as file:
+                np.save(file, np.full(num_rows, np.nan, np.float32))
+            os.replace(partial, perplexity)
+        return ~np.isnan(load_array(perplexity, (num_rows,)))
+
+
+def _parse(path, line, num_rows):
+    """One line of scores; UserError where it is none, or of a row that there is not."""
+    try:
+        score = json.loads(line)
+        index = score["index"]
+        good = type(index) is int and all(
+            score[name] is None or type(score[name]) in (int, float) for name in NUMBERS)
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise UserError(f"{path}: not a line of score.py: {line[:80].decode(errors='replace')!r}")
+    if not 0 <= index < num_rows:
+        raise UserError(f"{path}: has a score of row {index + 1}, and the data set has {num_rows}")
+    return score
+
+
+def _named(found, record, what):
+    """" (A, not B)" in words for people, where these differ."""
+    old, new = (one.get("names", {}).get(what, one.get(what)) for one in (found, record))
+    return f" ({old}, not {new})" if old != new else ", changed since under the same name"
+
+
+def read_record(path):
+    """The object in a record; UserError where there is none."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: not a record of score.py")
+    return record
+
+
+def check_belongs(path, dataset):
+    """UserError unless the results at `path` are of what `record_of_data` gives for `dataset`."""
+    path = Path(path)
+    stem = path.name.removesuffix(".embeddings.npy") if path.suffix == ".npy" else path.stem
+    record_path = path.with_name(f"{stem}.record.json")
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; score.py writes it")
+    if not record_path.exists():
+        raise UserError(f"{path}: there is no {record_path.name} beside it, which score.py writes "
+                        "and which says what file the scores belong to")
+    record = read_record(record_path)
+    if record.get("dataset") != dataset:
+        name = record.get("names", {}).get("dataset")
+        raise UserError(f"{path}: belongs to another file than --dataset, or that file has changed "
+                        f"since (it was computed from {name}); run score.py on --dataset")
+
+
+def read_scores(path, num_rows):
+    """{name: array (rows,)} of a complete scores.jsonl: the NUMBERS, NaN for null, and `reason`.
+
+    UserError where a row is missing.
+    """
+    columns = {name: np.full(num_rows, np.nan) for name in NUMBERS}
+    columns["reason"] = np.full(num_rows, None, object)
+    done = np.zeros(num_rows, bool)
+    with open(path, "rb") as file:
+        for line in file:
+            score = _parse(path, line, num_rows)
+            done[score["index"]] = True
+            for name in columns:
+                if score.get(name) is not None:
+                    columns[name][score["index"]] = score[name]
+    if not done.all():
+        raise UserError(f"{path}: has {done.sum():,} of {num_rows:,} rows; score.py goes on where "
+                        "it stopped if it is run again")
+    return columns
+
+
+def load_array(path, shape):
+    """A float32 .npy, mapped and not read; UserError unless it has this shape (None: any width)."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    fits = array.ndim == len(shape) and all(
+        wanted in (None, found) for wanted, found in zip(shape, array.shape, strict=True))
+    if not fits or array.dtype != np.float32:
+        raise UserError(f"{path}: has {array.dtype} of shape {list(array.shape)}, and the data "
+                        f"set needs float32 of {[n or 'D' for n in shape]}; was it computed from "
+                        "another file?")
+    return array
+
+
+def read_embeddings(path, num_rows):
+    """(embeddings (rows, D), perplexity (rows,)) that score.py has computed for all rows.
+
+    UserError where one is missing or not a number.
+    """
+    path = Path(path)
+    embeddings = load_array(path, (num_rows, None))
+    name = path.name.removesuffix(".embeddings.npy") + ".perplexity.npy"
+    perplexity = np.array(load_array(path.with_name(name), (num_rows,)))
+    if np.isnan(perplexity).any():
+        raise UserError(f"{path}: row {np.isnan(perplexity).argmax() + 1} has no embedding yet; "
+                        "score.py goes on where it stopped if it is run again")
+    for start in range(0, num_rows, 4096):
+        broken = ~np.isfinite(embeddings[start : start + 4096]).all(1)
+        if broken.any():
+            raise UserError(f"{path}: the embedding of row {start + broken.argmax() + 1} is not "
+                            "finite; is the model broken, or --dtype too small for it?")
+    return embeddings, perplexity

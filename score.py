@@ -1,0 +1,197 @@
+"""Score every row of a data set by Instruction-Following Difficulty; embed its instructions.
+
+    python score.py --model_name_or_path examples/base --dataset examples/data/train.json \
+        --template alpaca --output runs/scores.jsonl
+
+    torchrun --nproc_per_node 2 score.py ...     # the same on two GPUs or processes
+
+--mode ifd writes one JSON object a row to --output: the loss of the answer behind its instruction
+and alone, and their ratios. --mode embed writes beside it scores.embeddings.npy and
+scores.perplexity.npy, for choosing by cluster. Run it again to go on where it was interrupted.
+"""
+
+import sys
+import time
+from collections import Counter
+
+from minisft.options import (
+    OptionParser,
+    add_model_flags,
+    count,
+    natural,
+    recorded_options,
+    resolve_device,
+    resolve_dtype,
+    run,
+)
+
+EPILOGUE = """\
+What comes out, a line of JSON for every row of the data set:
+  index              number of the row in its file, from 0 (through all files, if there are several)
+  loss_conditioned   mean negative log-likelihood of the answer's tokens behind the prompt
+  loss_direct        the same behind the answer marker alone
+  ifd                loss_conditioned / loss_direct: near 1, the instruction hardly helps
+  ifd_ppl            the ratio of the perplexities, exp(loss_conditioned - loss_direct)
+  num_answer_tokens  without the one that ends the turn; of all answers in a conversation
+  reason             why the row has no score, else null
+Then choose the rows worth training on:
+  python select.py --dataset F --scores scores.jsonl --strategy ifd --sample_rate 0.05 --output F2
+"""
+
+
+def parse_options(arguments=None):
+    parser = OptionParser(description=__doc__.split("\n")[0])
+    add, switch = add_model_flags(parser)
+    add("--adapter", help="score with this LoRA adapter, such as the pre-experience")
+
+    add, switch = parser.section("data")
+    add("--dataset", required=True,
+        help="files, folders and names in dataset_info.json, separated by commas")
+    add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    switch("--skip_bad_rows", "give broken rows a reason instead of stopping")
+    add("--template", default="auto",
+        help="conversation format, by name (auto: what the adapter or model was trained with)")
+    add("--default_system", help="system prompt of conversations that have none")
+    add("--max_length", type=count, default=512, help="longer rows are reported, not scored")
+    add("--dataloader_num_workers", type=natural, default=2,
+        help="processes that read and encode rows ahead (0: none)")
+
+    add, switch = parser.section("what is computed")
+    add("--mode", choices=["ifd", "embed", "all"], default="ifd",
+        help="scores; embeddings and perplexity of the instructions; or both")
+    add("--batch_tokens", type=count, help="tokens that go through the model together, padding "
+        "included (2048 on a CPU, whose caches they fit, 8192 on a GPU)")
+    add("--output", required=True, help="scores.jsonl; other files get their names from it")
+    switch("--overwrite", "start anew where scores of another model, template or file are")
+    parser.epilog = EPILOGUE
+    return parser.parse_options(arguments)
+
+
+def main():
+    options = parse_options()
+
+    from tqdm import tqdm
+
+    from minisft import ifd, parallel
+    from minisft.dataset import open_rows
+    from minisft.scores import ScoreFiles, every_record
+    from minisft.weights import load_model, resolve
+
+    device = parallel.start(resolve_device(options))
+    dtype = resolve_dtype(options, device)
+    is_main = parallel.rank() == 0
+
+    def say(text):
+        if is_main:
+            print(text, flush=True)
+
+    skipped = [] if options.skip_bad_rows else None
+    rows = every_record(open_rows(options.dataset, options.dataset_dir, skipped=skipped, say=say))
+    model_dir = resolve(options.model_name_or_path)
+    adapter_dir = options.adapter and resolve(options.adapter, "adapter_config.json")
+    template, max_length, config = load_template(options, model_dir, adapter_dir, say)
+    parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
+    encoder = ifd.Encoder(rows, template, max_length, config.vocab_size, parts)
+    pending = None
+    if is_main:
+        record = describe(options, model_dir, adapter_dir, template, max_length, dtype, rows)
+        files = ScoreFiles(options.output, record, len(rows), parts, config.hidden_size,
+                           options.overwrite)
+        pending = files.pending()
+    pending = parallel.gather(pending)[0]
+    say(f"{len(rows):,} rows, {len(pending):,} to do; template {template.name}, {device}, "
+        f"{str(dtype).removeprefix('torch.')}, {parallel.world_size()} process(es)")
+
+    model = load_model(model_dir, dtype, device)
+    if adapter_dir:
+        add_adapter(model, adapter_dir)
+    # Every process scores rows of its own; what is finished is written by the first.
+    batch_tokens = options.batch_tokens or (8192 if device.type == "cuda" else 2048)
+    mine = ifd.score(model, encoder, pending, batch_tokens, options.dataloader_num_workers)
+    reasons, began = Counter(), time.monotonic()
+    bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row",
+               disable=not (is_main and sys.stderr.isatty()))
+    for finished in together(mine):
+        if is_main:
+            files.add(finished)
+        reasons.update((one.reason or "scored").split(":")[0] for one in finished)
+        bar.update(len(finished))
+    bar.close()
+    if is_main:
+        files.finish()
+        report(options, files, reasons, len(pending) / (time.monotonic() - began), say)
+    parallel.stop()
+
+
+def together(mine):
+    """Yield what all processes have finished in a round as one list, until the last is through."""
+    from minisft import parallel
+
+    while True:
+        results = parallel.gather(next(mine, None))
+        if all(one is None for one in results):
+            return
+        yield [score for one in results for score in one or []]
+
+
+def load_template(options, model_dir, adapter_dir, say):
+    """(template, longest row in tokens, config): all but the weights, since it loads quickly."""
+    from minisft.config import ModelConfig
+    from minisft.template import get_template
+    from minisft.tokenizer import Tokenizer
+
+    config = ModelConfig.load(model_dir)
+    max_length = min(options.max_length, config.context_length)
+    if max_length < options.max_length:
+        say(f"--max_length: {max_length} tokens, which is the context that the model is made for")
+    trained = recorded_options(adapter_dir or model_dir)
+    name, default_system = options.template, options.default_system
+    if name == "auto":
+        name = trained.get("template", "auto")
+        default_system = trained.get("default_system") if default_system is None else default_system
+    return get_template(name, Tokenizer.load(model_dir), default_system), max_length, config
+
+
+def add_adapter(model, adapter_dir):
+    """Load the adapter and merge it: fewer multiplications for every row.
+
+    In less than float32 a merged weight would be rounded, so there it stays apart.
+    """
+    import torch
+
+    from minisft.lora import merge_lora
+    from minisft.weights import load_adapter
+
+    dtype = model.model.embed_tokens.weight.dtype
+    load_adapter(model, adapter_dir)
+    if dtype == torch.float32:
+        merge_lora(model)
+    model.to(dtype).eval()
+
+
+def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows):
+    """Everything that the scores depend on, by content, and by name for people."""
+    from minisft.scores import record_of_data, record_of_model
+
+    return {
+        **record_of_model(model_dir, adapter_dir), "dataset": record_of_data(rows),
+        "template": template.name, "default_system": template.default_system,
+        "max_length": max_length, "dtype": str(dtype).removeprefix("torch."),
+        "names": {"model": options.model_name_or_path, "adapter": options.adapter,
+                  "dataset": options.dataset},
+    }
+
+
+def report(options, files, reasons, speed, say):
+    """Say what was done and what was not."""
+    written = [files.paths["scores"]] if options.mode != "embed" else []
+    if options.mode != "ifd":
+        written += [files.paths["embeddings"], files.paths["perplexity"]]
+    say(f"wrote {', '.join(map(str, written))}; {speed:,.1f} rows/s")
+    for reason, number in reasons.most_common():
+        if reason != "scored":
+            say(f"not scored {number:,}: {reason}")
+
+
+if __name__ == "__main__":
+    run(main)

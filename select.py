@@ -1,0 +1,298 @@
+"""Choose the rows worth training on, by the scores and embeddings that score.py has computed.
+
+    python select.py --dataset examples/data/train.json --scores runs/scores.jsonl \
+        --strategy ifd --sample_rate 0.05 --output runs/cherry.json
+
+    python select.py --dataset examples/data/train.json --embeddings runs/scores.embeddings.npy \
+        --strategy cluster --clusters 100 --per_cluster 10 --output runs/pre.json
+
+This file has the name of a module of the standard library, which `selectors`, `subprocess` and so
+torch import. Imported as that, it hands over to the real one; nothing may be imported before.
+"""
+
+if __name__ == "select":
+    import sys
+    from importlib.machinery import ExtensionFileLoader, PathFinder
+    from importlib.util import module_from_spec
+
+    for folder in sys.path:
+        found = PathFinder.find_spec("select", [folder])
+        if found and isinstance(found.loader, ExtensionFileLoader):
+            break
+    else:
+        raise ImportError("the standard library's module 'select' is not to be found")
+    # What stands in sys.modules is what the import gives, now and from now on.
+    sys.modules["select"] = module_from_spec(found)
+    found.loader.exec_module(sys.modules["select"])
+
+STRATEGIES = {  # and what each needs
+    "ifd": ("scores",), "ifd_ppl": ("scores",), "ppl": ("scores",), "longest": (), "random": (),
+    "random_matched": ("match",), "cluster": ("embeddings",), "kcenter": ("embeddings",),
+    "ifd+kcenter": ("scores", "embeddings"),
+}
+EPILOGUE = """\
+Strategies:
+  ifd             the highest ratio of losses below 1 (above, the instruction does not help)
+  ifd_ppl         the highest ratio of perplexities below 1
+  ppl             the middle band: around the median perplexity of the answer behind its prompt
+  cluster         k-means of the embeddings, then --per_cluster rows of each cluster, spread over
+                  --band percentiles of the instruction's perplexity: the pre-experience set
+  kcenter         each row as far as can be from those before it: diversity, outliers included
+  ifd+kcenter     of the --pool x N rows with the highest ifd below 1, N by kcenter
+  longest         the longest answers: in tokens with --scores, else in characters
+  random          the baseline
+  random_matched  random rows with the lengths of the selection --match: the control for the
+                  question whether a strategy only finds long answers
+The output has the format and the order of --dataset. Beside it stands OUTPUT.manifest: strategy,
+seed, hashes of the inputs, the numbers of the chosen rows, what was dropped and why.
+"""
+
+
+def parse_options(arguments=None):
+    from minisft.options import OptionParser, count, natural, positive
+
+    parser = OptionParser(description=__doc__.split("\n")[0])
+    add, switch = parser.section("data")
+    add("--dataset", required=True, help="files, folders and names in dataset_info.json")
+    add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    switch("--skip_bad_rows", "never choose broken rows, instead of stopping")
+    add("--scores", metavar="F.jsonl", help="written by score.py --mode ifd or all")
+    add("--embeddings", metavar="F.embeddings.npy", help="by score.py --mode embed or all")
+
+    add, switch = parser.section("what is chosen")
+    add("--strategy", choices=list(STRATEGIES), required=True, help="see below")
+    add("--sample_rate", type=positive, help="this share of all rows, such as 0.05")
+    add("--sample_number", type=count, help="this many rows")
+    add("--clusters", type=count, default=100, help="of k-means")
+    add("--per_cluster", type=count, default=10, help="rows of each cluster")
+    add("--starts", type=count, default=1, help="k-means is begun so often; the best is taken")
+    add("--band", type=band, default=[25.0, 75.0], metavar="LOW,HIGH",
+        help="percentiles of perplexity in a cluster")
+    add("--pool", type=positive, default=3.0, help="ifd+kcenter chooses among so many times N rows")
+    add("--match", metavar="F", help="a selection, written by select.py, whose lengths to match")
+    add("--dedup", type=positive, nargs="?", const=0.9,
+        help="first drop instructions that share this much (0.9, if no number is given) of their "
+        "runs of five characters with an earlier one")
+    add("--seed", type=natural, default=42, help="of k-means and of random choice")
+
+    add, switch = parser.section("output")
+    add("--output", required=True, help="file to write, in the format of --dataset")
+    switch("--overwrite", "replace the file if it is there")
+    switch("--plot", "draw OUTPUT.png: the scores, the clusters and what was chosen (matplotlib)")
+    parser.epilog = EPILOGUE
+    options = parser.parse_options(arguments)
+    check_options(options, parser.given(options))
+    return options
+
+
+def band(text):
+    """`25,75` -> [25.0, 75.0]."""
+    low, high = map(float, text.split(","))
+    if not 0 <= low < high <= 100:
+        raise ValueError(text)
+    return [low, high]
+
+
+def check_options(options, given):
+    """Refuse what cannot work before anything is read. given: the flags that were set."""
+    from minisft.options import UserError
+
+    strategy = options.strategy
+    clustered, fixed = strategy == "cluster", strategy in ("cluster", "random_matched")
+    by = "--clusters and --per_cluster" if clustered else "--match"
+    for names, wrong, why in (
+        ({"clusters", "per_cluster", "starts", "band"}, not clustered, "needs --strategy cluster"),
+        ({"pool"}, strategy != "ifd+kcenter", "needs --strategy ifd+kcenter"),
+        ({"match"}, strategy != "random_matched", "needs --strategy random_matched"),
+        ({"sample_rate", "sample_number"}, fixed, f"contradicts --strategy {strategy}, for which "
+         f"{by} says how many rows are chosen"),
+        ({"sample_rate"}, options.sample_number, "contradicts --sample_number: give one of them"),
+    ):
+        if wrong and names & given:
+            raise UserError(f"--{min(names & given)} {why}")
+    if missing := set(STRATEGIES[strategy]) - given:
+        raise UserError(f"--strategy {strategy} needs --{min(missing)} (see --help)")
+    if options.embeddings and not options.embeddings.endswith(".embeddings.npy"):
+        raise UserError(f"--embeddings {options.embeddings}: give the file that ends in "
+                        ".embeddings.npy")
+    if not fixed and not (options.sample_rate or options.sample_number):
+        raise UserError("give --sample_rate or --sample_number: how many rows to choose")
+    for flag, low, high in (("sample_rate", 0, 1), ("pool", 1, float("inf")), ("dedup", 0.7, 1)):
+        value = getattr(options, flag)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{flag} {value}: must be from {low} to {high}")
+    if options.plot:
+        if not (options.scores or options.embeddings):
+            raise UserError("--plot draws --scores and --embeddings: give one of them")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise UserError("--plot needs matplotlib (requirements-extras.txt)") from error
+
+
+def main():
+    options = parse_options()
+
+    from minisft import selection
+    from minisft.dataset import open_rows
+    from minisft.scores import every_record, record_of_data
+
+    skipped = [] if options.skip_bad_rows else None
+    rows = every_record(open_rows(options.dataset, options.dataset_dir, skipped=skipped))
+    output = check_output(options, rows)
+    dataset = record_of_data(rows)
+    inputs = read_inputs(options, len(rows), dataset)
+    candidates = selection.Candidates(len(rows))
+    inputs.lengths, inputs.unit = selection.lengths_of(rows, candidates), "characters"
+    if options.dedup:
+        selection.drop_duplicates(rows, candidates, options.dedup)
+    if inputs.scores:
+        inputs.lengths, inputs.unit = inputs.scores["num_answer_tokens"], "tokens"
+
+    number = options.sample_number or round(len(rows) * (options.sample_rate or 0)) or 1
+    chosen, clusters = choose(options, inputs, candidates, number)
+    means = [float(inputs.lengths[some].mean()) for some in (chosen, slice(None))]
+    manifest = {
+        "strategy": options.strategy, "seed": options.seed, "options": vars(options),
+        "dataset": dataset, "inputs": inputs.hashes,
+        "rows": len(rows), "dropped": candidates.dropped,
+        "not_chosen": len(candidates.rows) - len(chosen), "num_chosen": len(chosen),
+        "answer_length": {"unit": inputs.unit, "mean_chosen": means[0], "mean_all": means[1]},
+        **clusters, "chosen": chosen.tolist(),
+    }
+    write(rows.files, chosen, manifest, output)
+    print(f"{output}: {len(chosen):,} of {len(rows):,} rows by {options.strategy}; answers of "
+          f"{means[0]:,.1f} {inputs.unit} on average (all rows: {means[1]:,.1f})")
+    for why, count in candidates.dropped.items():
+        print(f"dropped {count:,}: {why}")
+    if any(file.description for file in rows.files):
+        print("its columns are named as before: give it an entry of its own in dataset_info.json")
+    if options.plot:
+        print(f"drew {selection.draw(inputs, chosen, options.strategy, output)}")
+
+
+def check_output(options, rows):
+    """The Path to write. UserError where it is read from too, or is there already."""
+    from pathlib import Path
+
+    from minisft.options import UserError
+
+    path = Path(options.output)
+    read = [*(file.records.path for file in rows.files), options.scores, options.embeddings,
+            options.match]
+    if any(one and path.resolve() == Path(one).resolve() for one in read):
+        raise UserError(f"--output {path}: is also read from; choose another")
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; give the name of a file")
+    if path.exists() and not options.overwrite:
+        raise UserError(f"--output {path}: is there already; choose another, or give --overwrite")
+    return path
+
+
+def read_inputs(options, num_rows, dataset):
+    """What the flags name, checked to belong to the data set, as selection.Inputs."""
+    from pathlib import Path
+
+    from minisft import scores
+    from minisft.options import UserError
+    from minisft.selection import Inputs
+
+    inputs = Inputs()
+    if options.scores:
+        scores.check_belongs(options.scores, dataset)
+        inputs.scores = scores.read_scores(options.scores, num_rows)
+    if options.embeddings:
+        scores.check_belongs(options.embeddings, dataset)
+        inputs.embeddings, inputs.perplexity = scores.read_embeddings(options.embeddings, num_rows)
+    if options.match:
+        manifest = scores.read_record(Path(options.match + ".manifest"))
+        if manifest.get("dataset") != dataset:
+            raise UserError(f"--match {options.match}: was chosen from another file than --dataset")
+        inputs.reference = manifest["chosen"]
+    inputs.hashes = {flag: scores.sha256(path) for flag in ("scores", "embeddings", "match")
+                     if (path := getattr(options, flag))}
+    return inputs
+
+
+def choose(options, inputs, candidates, number):
+    """(numbers of the chosen rows in the order of the file, what the manifest says of clusters)."""
+    import numpy as np
+
+    from minisft import selection
+    from minisft.kmeans import kmeans
+
+    generator, about = np.random.default_rng(options.seed), {}
+    strategy, scores = options.strategy, inputs.scores
+    if "scores" in STRATEGIES[strategy]:
+        candidates.drop_unscored(scores["reason"])
+    if strategy in ("ifd", "ifd_ppl", "ifd+kcenter"):
+        name = "ifd_ppl" if strategy == "ifd_ppl" else "ifd"
+        candidates.drop(~(scores[name] < 1), f"{name} of 1 or more")
+    if strategy == "cluster":
+        candidates.drop(np.isinf(inputs.perplexity), "no perplexity")
+    rows = candidates.rows
+
+    if strategy in ("ifd", "ifd_ppl"):
+        chosen = selection.highest(scores[name], rows, number)
+    elif strategy == "ppl":
+        chosen = selection.middle(scores["loss_conditioned"], rows, number)
+    elif strategy == "cluster":
+        found = kmeans(inputs.embeddings[rows], options.clusters, options.seed, options.starts)
+        chosen = selection.from_clusters(found.assignment, inputs.perplexity, rows,
+                                         options.per_cluster, options.band)
+        inputs.clustered = rows, found.assignment
+        sizes = np.bincount(found.assignment, minlength=options.clusters)
+        about = {"clusters": {"inertia": found.inertia, "steps": found.num_steps,
+                              "sizes": sizes.tolist()}}
+    elif strategy == "kcenter":
+        chosen = selection.k_center(inputs.embeddings, rows, number)
+    elif strategy == "ifd+kcenter":
+        selection.enough(rows, number)
+        pool = selection.highest(scores["ifd"], rows, min(len(rows), round(options.pool * number)))
+        chosen = selection.k_center(inputs.embeddings, pool, number)
+    elif strategy == "longest":
+        chosen = selection.highest(inputs.lengths, rows, number)
+    elif strategy == "random":
+        chosen = selection.at_random(rows, number, generator)
+    else:
+        reference = np.array(inputs.reference)
+        chosen = selection.matched(inputs.lengths, rows, reference, generator)
+        about = {"also_in_match": len(np.intersect1d(chosen, reference))}
+    return np.sort(chosen), about
+
+
+def write(files, chosen, manifest, output):
+    """Write the chosen records, as they are in their files, and the manifest; both or none."""
+    import json
+    import os
+
+    import numpy as np
+
+    ends = np.cumsum([len(file.records) for file in files])
+    array = all(not hasattr(file.records, "raw") for file in files)
+    begin, between, end = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial, manifest_partial = (output.with_name(output.name + ending)
+                                 for ending in (".partial", ".manifest.partial"))
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            for count, number in enumerate(chosen.tolist()):
+                place = int(np.searchsorted(ends, number, side="right"))
+                records = files[place].records
+                local = number - int(ends[place]) + len(records)
+                raw = (records.raw(local).decode() if hasattr(records, "raw")
+                       else json.dumps(records[local], ensure_ascii=False))
+                file.write((between if count else begin) + raw.strip())
+            file.write(end)
+        manifest_partial.write_text(json.dumps(manifest, ensure_ascii=False) + "\n", "utf-8")
+        os.replace(partial, output)
+        os.replace(manifest_partial, f"{output}.manifest")
+    finally:
+        partial.unlink(missing_ok=True)
+        manifest_partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    from minisft.options import run
+
+    run(main)

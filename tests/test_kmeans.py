@@ -1,0 +1,110 @@
+"""k-means: scikit-learn finds the same from the same centers, and nothing better from its own."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+
+from minisft import kmeans
+from minisft.kmeans import Space, lloyd, seed_centers
+from minisft.options import UserError
+
+
+def blobs(rows=1500, width=24, number=12, spread=0.5, seed=0, offset=0.0):
+    generator = np.random.default_rng(seed)
+    centers = generator.standard_normal((number, width))
+    points = centers[generator.integers(number, size=rows)]
+    return (points + spread * generator.standard_normal((rows, width)) + offset).astype(np.float32)
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_lloyd_equals_scikit_learn(offset):
+    points = blobs(offset=offset)
+    start = points[np.random.default_rng(3).choice(len(points), 20, replace=False)]
+    theirs = KMeans(20, init=start, n_init=1, tol=0, max_iter=100, algorithm="lloyd").fit(points)
+    space = Space(points)
+    ours = lloyd(space, start - space.mean, 100, 0)
+    assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-4)
+    np.testing.assert_array_equal(ours.assignment, theirs.labels_)
+    np.testing.assert_allclose(ours.centers, theirs.cluster_centers_, rtol=1e-5, atol=1e-4)
+
+
+def test_seeding_is_as_good_as_theirs():
+    points = blobs(spread=0.2)
+    ours = [kmeans.kmeans(points, 12, seed).inertia for seed in range(40)]
+    theirs = [KMeans(12, n_init=1, random_state=seed).fit(points).inertia_ for seed in range(40)]
+    assert min(ours) == pytest.approx(min(theirs), rel=1e-4)  # both find the blobs
+    assert np.mean(ours) < 1.08 * np.mean(theirs)
+    # Seeds drawn uniformly miss blobs: the rule is what finds them.
+    space, generator = Space(points), np.random.default_rng(0)
+    uniform = [lloyd(space, points[generator.choice(len(points), 12)] - space.mean, 100, 1e-4)
+               for _ in range(40)]
+    assert np.mean([one.inertia for one in uniform]) > 1.5 * np.mean(ours)
+
+
+def test_seeds_are_points_and_apart():
+    points = blobs(spread=0.01)
+    space = Space(points)
+    seeds = seed_centers(space, 12, np.random.default_rng(0)) + space.mean
+    distances = np.square(points[:, None] - seeds).sum(2)
+    assert (distances.min(0) < 1e-6).all()
+    assert distances.min(1).max() < 0.1  # one in every blob
+
+
+def test_reproducible_and_best_of_several():
+    points = blobs(spread=2.0)
+    one, other = (kmeans.kmeans(points, 20, seed=1) for _ in range(2))
+    np.testing.assert_array_equal(one.assignment, other.assignment)
+    assert (kmeans.kmeans(points, 20, seed=2).assignment != one.assignment).any()
+    assert kmeans.kmeans(points, 20, seed=1, num_starts=4).inertia <= one.inertia
+
+
+def test_what_is_returned_belongs_together():
+    points = blobs(spread=2.0)
+    found = kmeans.kmeans(points, 20, tolerance=0)
+    distances = np.square(points[:, None].astype(float) - found.centers).sum(2)
+    np.testing.assert_array_equal(found.assignment, distances.argmin(1))
+    assert found.inertia == pytest.approx(distances.min(1).sum(), rel=1e-5)
+    for cluster in range(20):
+        np.testing.assert_allclose(points[found.assignment == cluster].mean(0),
+                                   found.centers[cluster], rtol=1e-4, atol=1e-4)
+
+
+def test_tolerance_stops_early():
+    points = blobs(spread=3.0)
+    assert kmeans.kmeans(points, 20, tolerance=1e-2).num_steps < (
+        kmeans.kmeans(points, 20, tolerance=0).num_steps)
+    assert kmeans.kmeans(points, 20, max_steps=2, tolerance=0).num_steps == 2
+
+
+def test_empty_clusters_are_reseeded():
+    points = blobs(spread=0.1)
+    space = Space(points)
+    start = np.concatenate([points[:8], np.full((4, points.shape[1]), 100.0, np.float32)])
+    found = lloyd(space, start - space.mean, 100, 0)
+    assert len(np.unique(found.assignment)) == 12
+    assert np.abs(found.centers).max() < 10
+
+
+def test_equal_points_and_one_cluster():
+    points = np.ones((10, 3), np.float32)
+    found = kmeans.kmeans(points, 4)
+    assert found.inertia == 0 and (found.centers == 1).all()
+    points = blobs(rows=50)
+    np.testing.assert_allclose(kmeans.kmeans(points, 1).centers[0], points.mean(0), atol=1e-5)
+    assert kmeans.kmeans(points, 50).inertia == pytest.approx(0, abs=1e-6)
+    with pytest.raises(UserError, match="51 clusters of 50 rows"):
+        kmeans.kmeans(points, 51)
+
+
+def test_memory_is_bounded(tmp_path):
+    np.save(tmp_path / "points.npy", blobs(rows=30_000, width=128))
+    points = np.load(tmp_path / "points.npy", mmap_mode="r")
+    tracemalloc.start()
+    try:
+        kmeans.kmeans(points, 100, max_steps=3)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < points.nbytes / 2  # no copy of the points, nor rows x clusters

@@ -1,0 +1,272 @@
+"""score.py: values equal transformers row by row; runs that stop, go on, and refuse to mix."""
+
+import functools
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command
+
+import score as script
+from minisft.options import UserError
+
+NUM_ROWS = 300
+PROMPT = "Below is an instruction that describes a task{}. Write a response that appropriately " \
+    "completes the request.\n\n### Instruction:\n{}\n\n{}### Response:"
+FIELDS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def real(shared_data, tmp_path_factory):
+    """(model folder, 300 rows of cherry_alpaca that have an answer, a file of them)."""
+    content = (shared_data / "instruct/cherry_alpaca.json").read_text(encoding="utf-8")
+    rows = [row for row in json.loads(content) if row["output"].strip()][:NUM_ROWS]
+    path = tmp_path_factory.mktemp("cherry") / "rows.json"
+    path.write_text(json.dumps(rows))
+    return shared_data / "models/stories260K", rows, path
+
+
+@functools.cache
+def row_by_row(model_dir, rows_path):
+    """The plain way: transformers, one row at a time, two passes, logits for every position."""
+    import sentencepiece
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model_dir / "tokenizer.model"))
+    whole = transformers.AutoTokenizer.from_pretrained(model_dir)
+
+    def look(ids, start):
+        """(mean loss of ids[start:], mean of the last hidden states of all ids)"""
+        with torch.no_grad():
+            out = model(torch.tensor([ids]), output_hidden_states=True)
+        targets, logits = torch.tensor(ids[start:]), out.logits[0, start - 1 : -1].double()
+        loss = torch.nn.functional.cross_entropy(logits, targets).item()
+        return loss, out.hidden_states[-1][0].mean(0).numpy()
+
+    expected = []
+    for row in json.loads(rows_path.read_text()):
+        more = ", paired with an input that provides further context" if row["input"] else ""
+        given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        prompt = whole(PROMPT.format(more, row["instruction"], given)).input_ids
+        marker = [1, *tokenizer.encode("### Response:")]
+        # Behind a digit no space is put before the answer, and nothing merges with it.
+        answer = whole("0" + row["output"], add_special_tokens=False).input_ids
+        zero = whole("0", add_special_tokens=False).input_ids
+        assert answer[: len(zero)] == zero
+        answer = answer[len(zero) :]
+        if len(prompt + answer) + 1 > 512:  # with its end
+            expected.append(None)
+            continue
+        conditioned, _ = look(prompt + answer, len(prompt))
+        direct, _ = look(marker + answer, len(marker))
+        # A third of the embeddings will do.
+        prompt_loss, embedding = look(prompt, 1) if len(expected) % 3 == 0 else (None, None)
+        expected.append({
+            "num_answer_tokens": len(answer), "loss_conditioned": conditioned,
+            "loss_direct": direct, "ifd": conditioned / direct,
+            "ifd_ppl": math.exp(conditioned) / math.exp(direct),
+            "embedding": embedding, "perplexity": prompt_loss and math.exp(prompt_loss)})
+    return expected
+
+
+def check(scores, expected):
+    assert [one["index"] for one in scores] == list(range(len(expected)))
+    for one, reference in zip(scores, expected, strict=True):
+        if reference is None:
+            assert one["reason"].startswith("longer than max_length") and one["ifd"] is None
+            continue
+        assert one["reason"] is None
+        assert one["num_answer_tokens"] == reference["num_answer_tokens"]
+        for name in FIELDS:
+            assert one[name] == pytest.approx(reference[name], rel=1e-4), (one["index"], name)
+
+
+def words_of(model, rows, output, *more):
+    return [*map(str, ("--model_name_or_path", model, "--dataset", rows, "--template", "alpaca",
+                       "--dataloader_num_workers", 0, "--dtype", "float32", "--output", output,
+                       *more))]
+
+
+def score(model, rows, output, *more, before=()):
+    return command(*words_of(model, rows, output, *more), script="score.py", before=before)
+
+
+def score_here(monkeypatch, *words):
+    """The same in this process, which has loaded torch already; mistakes raise UserError."""
+    monkeypatch.setattr(sys, "argv", ["score.py", *words_of(*words)])
+    script.main()
+
+
+def test_equals_transformers_row_by_row(real, tmp_path):
+    model, _, path = real
+    expected = row_by_row(model, path)
+    assert sum(one is not None for one in expected) > 150
+    done = score(model, path, tmp_path / "s.jsonl", "--mode", "all")
+    assert done.returncode == 0, done.stderr
+    check(read(tmp_path / "s.jsonl"), expected)
+    embeddings = np.load(tmp_path / "s.embeddings.npy", mmap_mode="r")
+    perplexity = np.load(tmp_path / "s.perplexity.npy", mmap_mode="r")
+    assert embeddings.dtype == perplexity.dtype == np.float32
+    assert np.isfinite(embeddings).all() and embeddings.shape == (NUM_ROWS, 64)
+    for number, one in enumerate(expected):
+        if one and one["perplexity"]:
+            np.testing.assert_allclose(embeddings[number], one["embedding"], rtol=1e-3, atol=1e-4)
+            assert perplexity[number] == pytest.approx(one["perplexity"], rel=1e-4)
+
+
+def test_batch_order_and_processes_make_no_difference(real, tmp_path):
+    model, rows, path = real
+    order = random.Random(1).sample(range(NUM_ROWS), NUM_ROWS)
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("".join(json.dumps(rows[number]) + "\n" for number in order))
+    done = score(model, shuffled, tmp_path / "s.jsonl", "--batch_tokens", 700,
+                 before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    expected = row_by_row(model, path)
+    check(read(tmp_path / "s.jsonl"), [expected[number] for number in order])
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A file of 400 rows with something of everything, and a broken one."""
+    generator = random.Random(0)
+    rows = [{"instruction": "the cat " * generator.randint(1, 9),
+             "output": "sat on the mat " * generator.randint(1, 9)} for _ in range(400)]
+    rows[7] = {"conversations": [{"from": "human", "value": "the rat"},
+                                 {"from": "gpt", "value": "sat"},
+                                 {"from": "human", "value": "the hat"},
+                                 {"from": "gpt", "value": "on the mat"}]}
+    rows[11]["output"] = ""
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_killed_it_goes_on(checkpoint, many, tmp_path, monkeypatch, capfd):
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "s.jsonl"
+    words = ["--skip_bad_rows", "--mode", "all", "--batch_tokens", 128]
+    score_here(monkeypatch, checkpoint, many, whole, *words)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "score.py", "--model_name_or_path", checkpoint, "--dataset", many,
+         "--template", "alpaca", "--dataloader_num_workers", "0", "--dtype", "float32",
+         "--output", output, *map(str, words)], stdout=subprocess.DEVNULL)
+    while not output.exists() or output.read_bytes().count(b"\n") < 30:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = output.read_bytes()
+    finished = left.count(b"\n")
+    assert 30 <= finished < 400
+    output.write_bytes(left + b'{"index": 12, "loss_cond')  # as if it was in the middle of a line
+    score_here(monkeypatch, checkpoint, many, output, *words)
+    # Of the last batch the lines may have been written and the embeddings not.
+    to_do = int(re.findall("400 rows, ([0-9]+) to do", capfd.readouterr().out)[-1])
+    assert 400 - finished <= to_do < 400 - finished + 30
+    # Batches were cut elsewhere, so the last digits may differ; which rows there are may not.
+    for ours, theirs in zip(read(output), read(whole), strict=True):
+        assert ours["index"] == theirs["index"] and ours["reason"] == theirs["reason"]
+        assert ours["num_answer_tokens"] == theirs["num_answer_tokens"]
+        if theirs["reason"] is None:
+            assert ours["ifd"] == pytest.approx(theirs["ifd"], rel=1e-5)
+    broken = read(output)[11]
+    assert broken["reason"].startswith("broken: ") and "there is no answer" in broken["reason"]
+    for name in ("embeddings", "perplexity"):
+        ours, theirs = (np.load(tmp_path / f"{stem}.{name}.npy") for stem in ("s", "whole"))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    score_here(monkeypatch, checkpoint, many, output, *words)
+    assert "400 rows, 0 to do" in capfd.readouterr().out
+
+
+def test_scores_are_never_mixed(checkpoint, rows_file, tmp_path, monkeypatch):
+    output = tmp_path / "s.jsonl"
+    assert score(checkpoint, rows_file, output).returncode == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("s.*")}
+    assert set(before) == {output, tmp_path / "s.record.json"}
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text().replace("\n", " "))
+    changed = tmp_path / "changed.json"
+    changed.write_text(rows_file.read_text().replace("Say", "Sing"))
+    for model, rows, more, message in (
+        (other, rows_file, [], f"another model ({checkpoint}, not {other})"),
+        (checkpoint, changed, [], f"another dataset ({rows_file}, not {changed})"),
+        (checkpoint, rows_file, ["--template", "plain"], "another template (alpaca, not plain)"),
+        (checkpoint, rows_file, ["--max_length", 64], "another max_length (512, not 64)"),
+        (checkpoint, rows_file, ["--dtype", "bfloat16"], "another dtype (float32, not bfloat16)"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            score_here(monkeypatch, model, rows, output, *more)
+        assert before == {path: path.read_bytes() for path in tmp_path.glob("s.*")}
+    rows_file.write_text(changed.read_text())
+    done = score(checkpoint, rows_file, output)
+    assert done.returncode == 2 and "changed since under the same name" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("s.*")}
+    (tmp_path / "s.record.json").unlink()
+    with pytest.raises(UserError, match="no s.record.json"):
+        score_here(monkeypatch, checkpoint, rows_file, output)
+    score_here(monkeypatch, checkpoint, rows_file, output, "--overwrite")
+    assert [one["index"] for one in read(output)] == list(range(24))
+
+
+def test_mistakes(checkpoint, rows_file, many, tmp_path, monkeypatch):
+    output = tmp_path / "out" / "s.jsonl"
+    for words, message in (
+        (["--dataset", many], "row 12 .*there is no answer"),
+        (["--dataset", tmp_path / "none.json"], "no such file"),
+        (["--template", "none"], "unknown template"),
+        (["--adapter", checkpoint], "adapter_config.json"),
+        (["--batch_tokens", "0"], "whole number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            score_here(monkeypatch, checkpoint, rows_file, output, *words)
+    done = score(checkpoint, many, output)
+    assert done.returncode == 2 and "there is no answer" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not output.parent.exists()
+    output.parent.mkdir()
+    (output.parent / "s.record.json").write_text("{}")
+    output.write_text("something else\n")
+    with pytest.raises(UserError, match="another model"):
+        score_here(monkeypatch, checkpoint, rows_file, output)
+    assert output.read_text() == "something else\n"
+
+
+def test_an_adapter_is_used(checkpoint, rows_file, tmp_path, monkeypatch):
+    from minisft.lora import LoraConfig, add_lora, merge_lora
+    from minisft.weights import load_model, save_adapter, save_model
+
+    model, config = load_model(checkpoint), LoraConfig(rank=4, alpha=8)
+    add_lora(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(model, tmp_path / "adapter", config, checkpoint)
+    merge_lora(model)
+    merged = shutil.copytree(checkpoint, tmp_path / "merged")
+    save_model(model, merged)
+    score_here(monkeypatch, checkpoint, rows_file, tmp_path / "a.jsonl", "--adapter",
+               tmp_path / "adapter")
+    score_here(monkeypatch, merged, rows_file, tmp_path / "m.jsonl")
+    score_here(monkeypatch, checkpoint, rows_file, tmp_path / "b.jsonl")
+    adapted, merged, base = ([one["ifd"] for one in read(tmp_path / f"{name}.jsonl")]
+                             for name in "amb")
+    np.testing.assert_allclose(adapted, merged, rtol=1e-5)
+    assert np.abs(np.array(adapted) - base).max() > 1e-2
+    with pytest.raises(UserError, match="another adapter"):
+        score_here(monkeypatch, checkpoint, rows_file, tmp_path / "a.jsonl")

@@ -1,0 +1,331 @@
+"""select.py: a name that the standard library has, files in their own format, mistakes."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, command
+
+from minisft.options import UserError
+from minisft.scores import paths, read_record
+
+NOT_BUILT_IN = pytest.mark.skipif(
+    "select" in sys.builtin_module_names,
+    reason="this Python has `select` built in, where our file cannot come before it")
+
+
+def python(*words, input=None, cwd=ROOT):
+    return subprocess.run([sys.executable, *words], cwd=cwd, input=input, capture_output=True,
+                          text=True, timeout=300)
+
+
+@NOT_BUILT_IN
+class TestTheName:
+    """In the root of the repository `import select` finds our file, which hands over."""
+
+    USE = ("import select, selectors, subprocess; print(select.__file__); "
+           "print(select.select([], [], [], 0)); "
+           "print(len(selectors.DefaultSelector().get_map())); "
+           "print(subprocess.run(['echo', 'hello'], capture_output=True, text=True).stdout)")
+
+    @pytest.mark.parametrize("words", [["-c", USE], ["-i", "-q"], ["-"]], ids=["-c", "REPL", "-"])
+    def test_python_started_here(self, words):
+        done = python(*words, input=self.USE + "\n")
+        assert done.returncode == 0, done.stderr
+        path, nothing, number, hello = done.stdout.split("\n")[:4]
+        assert path.endswith(".so") and nothing == "([], [], [])" and number == "0"
+        assert hello == "hello"
+
+    def test_our_file_is_what_is_found(self):
+        code = "import importlib.util; print(importlib.util.find_spec('select').origin)"
+        assert python("-c", code).stdout.strip() == str(ROOT / "select.py")
+
+    def test_twice_on_the_path(self, tmp_path):
+        (tmp_path / "select.py").write_text((ROOT / "select.py").read_text())
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {self.USE}"
+        done = python("-c", code)
+        assert done.returncode == 0 and done.stdout.splitlines()[0].endswith(".so")
+
+    def test_nothing_else_is_imported(self):
+        code = ("import sys; before = set(sys.modules); import select; "
+                "print(sorted(set(sys.modules) - before))")
+        loaded = python("-S", "-c", code).stdout
+        assert "argparse" not in loaded and "minisft" not in loaded and "'select'" in loaded
+
+    @pytest.mark.parametrize("words", [
+        ["train.py", "--help"], ["score.py", "--help"], ["select.py", "--help"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "select.py", "--help"],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_options.py", "-k", "hyphen"],
+    ], ids=["train", "score", "select", "torchrun", "pytest"])
+    def test_commands(self, words):
+        done = python(*words)
+        assert done.returncode == 0, done.stderr
+        assert "usage:" in done.stdout or "passed" in done.stdout
+
+    def test_torch_in_a_worker(self):
+        code = ("import torch, torch.distributed.run, multiprocessing as m\n"
+                "import concurrent.futures as f\n"
+                "if __name__ == '__main__':\n"
+                "    with f.ProcessPoolExecutor(1, m.get_context('spawn')) as pool:\n"
+                "        print(pool.submit(abs, -3).result())")
+        done = python("-c", code)
+        assert done.stdout.strip() == "3", done.stderr
+
+
+NUM_ROWS = 60
+
+
+def fingerprint(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """(file of rows, scores, embeddings): what score.py would leave, with numbers of our own."""
+    generator = np.random.default_rng(0)
+    rows = [{"instruction": f"Do {'xyz'[n % 3] * 5} {n * n}", "input": "", "output": "y" * (n + 1),
+             "number": n, "extra": 1.50} for n in range(NUM_ROWS)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    output = tmp_path / "scores.jsonl"
+    ifd = generator.permutation(NUM_ROWS) / 40
+    lines = [{"index": n, "loss_conditioned": float(generator.random()) + 1, "loss_direct": 2.0,
+              "ifd": ifd[n], "ifd_ppl": ifd[n] ** 2, "num_answer_tokens": n % 20 + 1,
+              "reason": None} for n in range(NUM_ROWS)]
+    lines[5] |= dict.fromkeys(("loss_conditioned", "loss_direct", "ifd", "ifd_ppl"))
+    lines[5]["reason"] = "longer than max_length: 600 tokens, of 512"
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    where = paths(output)
+    np.save(where["embeddings"], generator.standard_normal((NUM_ROWS, 8)).astype(np.float32))
+    np.save(where["perplexity"], generator.random(NUM_ROWS).astype(np.float32) + 1)
+    record = {"dataset": [{"sha256": fingerprint(path), "rows": NUM_ROWS}], "names": {}}
+    where["record"].write_text(json.dumps(record))
+    return path, output, where["embeddings"]
+
+
+def select_here(monkeypatch, *words):
+    """Run the script in this process; mistakes raise UserError."""
+    source = (ROOT / "select.py").read_text(encoding="utf-8").replace("run(main)", "main()")
+    monkeypatch.setattr(sys, "argv", ["select.py", *map(str, words)])
+    exec(compile(source, "select.py", "exec"), {"__name__": "__main__"})
+
+
+@pytest.fixture
+def choose(data, tmp_path, monkeypatch):
+    """A function: flags -> (numbers of the rows chosen, manifest)."""
+    path, scores, embeddings = data
+
+    def run(*words, output=tmp_path / "out.json"):
+        select_here(monkeypatch, "--dataset", path, "--output", output, "--overwrite", *words)
+        chosen = [row["number"] for row in json.loads(output.read_text())]
+        manifest = read_record(tmp_path / "out.json.manifest")
+        assert manifest["chosen"] == chosen == sorted(chosen)
+        return chosen, manifest
+
+    return run
+
+
+def test_through_the_command_line(data, tmp_path):
+    path, scores, _ = data
+    done = command("--dataset", path, "--scores", scores, "--strategy", "ifd", "--sample_rate",
+                   0.1, "--output", tmp_path / "out.json", script="select.py")
+    assert done.returncode == 0, done.stderr
+    ours = json.loads((tmp_path / "out.json").read_text())
+    ifd = [json.loads(line)["ifd"] for line in scores.read_text().splitlines()]
+    below = sorted((value, n) for n, value in enumerate(ifd)
+                   if value is not None and value < 1)
+    expected = sorted(n for _, n in below[-6:])
+    theirs = json.loads(path.read_text())
+    assert ours == [theirs[n] for n in expected]  # whole rows, in the order of the file
+    assert "6 of 60 rows by ifd" in done.stdout
+    manifest = read_record(tmp_path / "out.json.manifest")
+    assert manifest["inputs"] == {"scores": fingerprint(scores)}
+    assert manifest["dataset"] == [{"sha256": fingerprint(path), "rows": 60}]
+    assert manifest["dropped"] == {"longer than max_length": 1,
+                                   "ifd of 1 or more": 60 - 1 - len(below)}
+    assert (manifest["num_chosen"], manifest["strategy"], manifest["seed"]) == (6, "ifd", 42)
+    assert manifest["not_chosen"] + 6 == len(below)
+    assert manifest["options"]["sample_rate"] == 0.1
+    from minisft.dataset import load_rows
+    assert len(load_rows(tmp_path / "out.json")) == 6  # train.py reads it
+
+
+def test_strategies(choose, data):
+    path, scores, embeddings = data
+    lines = [json.loads(line) for line in scores.read_text().splitlines()]
+    few = ["--sample_number", 7]
+    by_scores, both = ["--scores", scores, *few], ["--scores", scores, "--embeddings", embeddings]
+    ifd, _ = choose("--strategy", "ifd", *by_scores)
+    assert choose("--strategy", "ifd_ppl", *by_scores)[0] == ifd  # the square has the same order
+    ppl, _ = choose("--strategy", "ppl", *by_scores)
+    losses = sorted(line["loss_conditioned"] for line in lines if line["ifd"] is not None)
+    assert sorted(lines[n]["loss_conditioned"] for n in ppl) == losses[26:33]
+    longest, manifest = choose("--strategy", "longest", *few)
+    assert longest == list(range(53, 60)) and manifest["answer_length"]["unit"] == "characters"
+    longest, manifest = choose("--strategy", "longest", *by_scores)
+    assert manifest["answer_length"] == {"unit": "tokens", "mean_all": 10.5,
+                                         "mean_chosen": (20 * 3 + 19 * 3 + 18) / 7}
+    random, _ = choose("--strategy", "random", *few)
+    assert random == choose("--strategy", "random", *few)[0]
+    assert random != choose("--strategy", "random", *few, "--seed", 1)[0]
+    cluster, manifest = choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters",
+                               6, "--per_cluster", 3, "--starts", 2)
+    assert len(cluster) <= 18 and sum(manifest["clusters"]["sizes"]) == 60
+    kcenter, _ = choose("--strategy", "kcenter", "--embeddings", embeddings, *few)
+    assert len(kcenter) == 7
+    mixed, _ = choose("--strategy", "ifd+kcenter", *both, *few)
+    pool, _ = choose("--strategy", "ifd", "--scores", scores, "--sample_number", 21)
+    assert len(mixed) == 7 and set(mixed) <= set(pool) and mixed != ifd
+    only, _ = choose("--strategy", "ifd+kcenter", *both, *few, "--pool", 1)
+    assert only == ifd
+
+
+def test_random_matched(choose, data, tmp_path):
+    choose("--strategy", "longest", "--sample_number", 20)
+    for ending in ("", ".manifest"):
+        (tmp_path / f"long.json{ending}").write_bytes((tmp_path / f"out.json{ending}").read_bytes())
+    matched, manifest = choose("--strategy", "random_matched", "--match", tmp_path / "long.json")
+    assert matched == list(range(40, 60)) and manifest["also_in_match"] == 20
+    data[0].write_text(data[0].read_text() + " ")
+    with pytest.raises(UserError, match="chosen from another file"):
+        choose("--strategy", "random_matched", "--match", tmp_path / "long.json")
+
+
+def test_dedup(choose, data):
+    rows = json.loads(data[0].read_text())
+    for row in rows[:10]:
+        row["instruction"] = "The SAME, instruction"
+    data[0].write_text(json.dumps(rows))
+    chosen, manifest = choose("--strategy", "random", "--sample_number", 51, "--dedup", 1)
+    assert chosen == [0, *range(10, 60)]
+    assert manifest["dropped"] == {"near-identical instruction": 9}
+
+
+@pytest.mark.parametrize("kind", ["lines", "folder"])
+def test_format_and_order_stay(kind, tmp_path, monkeypatch):
+    lines = [f'{{"messages": [{{"role": "user", "content": "q{n}"}},  {{"role": "assistant", '
+             f'"content": "caf\\u00e9 颜 {n}"}}], "id": {n}.0}}' for n in range(30)]
+    source = tmp_path / "source"
+    source.mkdir()
+    if kind == "lines":
+        text = "\ufeff" + "\n".join(lines[:10]) + "\n \n" + "\n".join(lines[10:])
+        (source / "a.jsonl").write_text(text, "utf-8")
+    else:
+        (source / "a.json").write_text("[" + ",".join(lines[:10]) + "]", "utf-8")
+        (source / "b.jsonl").write_text("\n".join(lines[10:]), "utf-8")
+    output = tmp_path / "new" / "out.jsonl"
+    select_here(monkeypatch, "--dataset", source, "--strategy", "random", "--sample_rate", 0.5,
+                "--output", output)
+    written = output.read_text("utf-8").splitlines()
+    numbers = read_record(tmp_path / "new/out.jsonl.manifest")["chosen"]
+    assert len(numbers) == 15
+    assert [json.loads(line) for line in written] == [json.loads(lines[n]) for n in numbers]
+    if kind == "lines":
+        assert written == [lines[n] for n in numbers]  # byte for byte
+
+
+def test_bad_input(choose, data, tmp_path, monkeypatch):
+    path, scores, embeddings = data
+    (tmp_path / "out.json").write_text("precious")
+    before = (tmp_path / "out.json").read_bytes()
+    few = ["--sample_number", 5]
+    by_ifd = ["--strategy", "ifd", "--scores", scores]
+    by_cluster = ["--strategy", "cluster", "--embeddings", embeddings]
+
+    def refused(message, *words):
+        with pytest.raises(UserError, match=message):
+            choose(*words)
+        assert (tmp_path / "out.json").read_bytes() == before
+
+    refused("--strategy ifd needs --scores", "--strategy", "ifd", *few)
+    refused("needs --embeddings", "--strategy", "kcenter", *few)
+    refused("needs --match", "--strategy", "random_matched")
+    refused("give --sample_rate or --sample_number", *by_ifd)
+    refused("contradicts --sample_number", *by_ifd, *few, "--sample_rate", 0.1)
+    refused("contradicts --strategy cluster", *by_cluster, *few)
+    refused("--clusters needs --strategy cluster", *by_ifd, *few, "--clusters", 3)
+    refused("--sample_rate 1.5: must be from 0 to 1", *by_ifd, "--sample_rate", 1.5)
+    refused("--dedup 0.2: must be", *by_ifd, *few, "--dedup", 0.2)
+    refused("'75,25' is not|invalid band value: '75,25'", *by_cluster, "--band", "75,25")
+    refused("59 rows are wanted and only", *by_ifd, "--sample_number", 59)
+    refused("61 clusters of 60 rows", *by_cluster, "--clusters", 61)
+    refused("--output .* is also read from", *by_ifd, *few, "--output", scores)
+    refused("is a folder", *by_ifd, *few, "--output", tmp_path)
+    refused("give the file that ends in .embeddings.npy", "--strategy", "kcenter", *few,
+            "--embeddings", paths(scores)["perplexity"])
+
+    values = np.load(embeddings)
+    values[17, 3] = np.nan
+    np.save(embeddings, values)
+    refused("embedding of row 18 is not finite", *by_cluster, "--clusters", 5)
+    np.save(embeddings, values[:50])
+    refused("was it computed from another file", *by_cluster, "--clusters", 5)
+    embeddings.write_bytes(b"not an array")
+    refused("cannot be read", *by_cluster, "--clusters", 5)
+    lines = scores.read_text().splitlines(keepends=True)
+    scores.write_text("".join(lines[:40]))
+    refused("has 40 of 60 rows; score.py goes on", *by_ifd, *few)
+    scores.write_text("".join(lines).replace('"index": 3,', '"index": 300,'))
+    refused("has a score of row 301, and the data set has 60", *by_ifd, *few)
+    scores.write_text("".join(lines).replace('"ifd": ', '"ifd": "x', 1))
+    refused("not a line of score.py", *by_ifd, *few)
+    scores.write_text("".join(lines))
+    record = paths(scores)["record"]
+    content = record.read_text()
+    path.write_text(path.read_text() + "\n")
+    refused("belongs to another file than --dataset, or that file has changed", *by_ifd, *few)
+    record.unlink()
+    refused("no scores.record.json beside it", *by_ifd, *few)
+    record.write_text(content)
+    rows = json.loads(path.read_text())
+    rows[8]["output"] = " "
+    path.write_text(json.dumps(rows))
+    refused("row 9.*there is no answer", "--strategy", "random", *few)
+    chosen, manifest = choose("--strategy", "random", "--sample_number", 59, "--skip_bad_rows")
+    assert 8 not in chosen and manifest["dropped"] == {"broken": 1}
+    with pytest.raises(UserError, match="is there already"):
+        select_here(monkeypatch, "--dataset", path, "--strategy", "random", *few, "--output",
+                    tmp_path / "out.json", "--skip_bad_rows")
+
+
+def test_perplexities_not_yet_computed(choose, data):
+    path, scores, embeddings = data
+    values = np.load(paths(scores)["perplexity"])
+    values[30] = np.inf
+    np.save(paths(scores)["perplexity"], values)
+    _, manifest = choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters", 3)
+    assert manifest["dropped"] == {"no perplexity": 1} and 30 not in manifest["chosen"]
+    values[31] = np.nan
+    np.save(paths(scores)["perplexity"], values)
+    with pytest.raises(UserError, match="row 32 has no embedding yet"):
+        choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters", 3)
+
+
+def test_plot(choose, data, tmp_path):
+    path, scores, embeddings = data
+    for words in (["--strategy", "ifd", "--scores", scores, "--sample_number", 5],
+                  ["--strategy", "cluster", "--scores", scores, "--embeddings", embeddings,
+                   "--clusters", 4]):
+        (tmp_path / "out.png").unlink(missing_ok=True)
+        choose(*words, "--plot")
+        assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="--plot draws"):
+        choose("--strategy", "random", "--sample_number", 5, "--plot")
+
+
+def test_a_full_disk_leaves_the_old_file(choose, data, tmp_path, monkeypatch):
+    choose("--strategy", "random", "--sample_number", 5)
+    before = (tmp_path / "out.json").read_bytes(), (tmp_path / "out.json.manifest").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError):
+        choose("--strategy", "random", "--sample_number", 6)
+    assert before == ((tmp_path / "out.json").read_bytes(),
+                      (tmp_path / "out.json.manifest").read_bytes())
+    assert not list(tmp_path.glob("*.partial"))

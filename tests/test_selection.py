@@ -1,0 +1,154 @@
+"""The strategies: each against its definition, spelled out."""
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+
+from minisft import selection
+from minisft.options import UserError
+
+GENERATOR = np.random.default_rng(0)
+VALUES = GENERATOR.permutation(50).astype(float)
+ROWS = np.flatnonzero(VALUES < 40)
+
+
+def test_highest_and_middle():
+    assert sorted(VALUES[selection.highest(VALUES, ROWS, 3)]) == [37, 38, 39]
+    assert sorted(VALUES[selection.middle(VALUES, ROWS, 4)]) == [18, 19, 20, 21]
+    equal = np.zeros(10)
+    assert selection.highest(equal, np.arange(2, 9), 3).tolist() == [2, 3, 4]
+    for choose in (selection.highest, selection.middle):
+        assert set(choose(VALUES, ROWS, 40)) == set(ROWS)
+        with pytest.raises(UserError, match="41 rows are wanted and only 40"):
+            choose(VALUES, ROWS, 41)
+
+
+def test_at_random():
+    first, again, other = (selection.at_random(ROWS, 20, np.random.default_rng(seed))
+                           for seed in (1, 1, 2))
+    assert len(set(first)) == 20 and set(first) <= set(ROWS)
+    assert (first == again).all() and set(first) != set(other)
+    with pytest.raises(UserError, match="only 40"):
+        selection.at_random(ROWS, 41, GENERATOR)
+
+
+def test_from_clusters():
+    rows = np.arange(10, 71)
+    perplexity = np.full(100, np.nan)
+    perplexity[10:70] = np.random.default_rng(3).permutation(60)
+    perplexity[70] = 5
+    assignment = np.repeat([0, 1, 2], [41, 15, 5])
+    chosen = selection.from_clusters(assignment, perplexity, rows, 6, [25, 75])
+    by_cluster = [chosen[np.isin(chosen, rows[assignment == cluster])] for cluster in range(3)]
+    assert [len(some) for some in by_cluster] == [6, 6, 5]  # the last has no more
+    for cluster, some in enumerate(by_cluster[:2]):
+        all_of_it = perplexity[rows[assignment == cluster]]
+        low, high = np.percentile(all_of_it, [25, 75])
+        band = np.sort(all_of_it[(all_of_it >= low) & (all_of_it <= high)])
+        assert perplexity[some].min() == band[0] and perplexity[some].max() == band[-1]
+        ranks = np.searchsorted(band, np.sort(perplexity[some]))
+        assert np.ptp(np.diff(ranks)) <= 1  # evenly spread
+
+
+def test_k_center():
+    points = np.random.default_rng(1).standard_normal((60, 5)).astype(np.float32) + 3
+    rows = np.arange(5, 60)
+    chosen = selection.k_center(points, rows, 12)
+    mean = points[rows].mean(0)
+    expected = [rows[np.square(points[rows] - mean).sum(1).argmin()]]
+    while len(expected) < 12:  # by definition, with every distance
+        distances = np.square(points[rows][:, None] - points[expected]).sum(2).min(1)
+        expected.append(rows[distances.argmax()])
+    assert chosen.tolist() == expected
+    same = selection.k_center(np.ones((20, 3), np.float32), np.arange(20), 20)
+    assert sorted(same) == list(range(20))
+    with pytest.raises(UserError, match="only 55"):
+        selection.k_center(points, rows, 56)
+
+
+def test_matched_has_the_lengths():
+    generator = np.random.default_rng(2)
+    lengths = generator.geometric(0.02, 5000)
+    reference = np.argsort(-lengths)[:2000:4]  # long ones
+    chosen = selection.matched(lengths, np.arange(5000), reference, np.random.default_rng(0))
+    assert len(chosen) == len(set(chosen)) == len(reference)
+    ours, theirs = np.sort(lengths[chosen]), np.sort(lengths[reference])
+    grid = np.unique(lengths)
+    gap = np.abs(np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right"))
+    assert gap.max() <= len(reference) / selection.LENGTH_RANGES + 1
+    assert lengths[chosen].mean() == pytest.approx(lengths[reference].mean(), rel=0.02)
+    assert lengths[reference].mean() > 1.5 * lengths.mean()
+    assert len(np.intersect1d(chosen, reference)) < 0.6 * len(reference)  # and yet random
+    other = selection.matched(lengths, np.arange(5000), reference, np.random.default_rng(1))
+    assert set(other) != set(chosen)
+
+
+@pytest.mark.parametrize("lengths", [[5] * 30, [1, 2] * 15, list(range(30))])
+def test_matched_with_few_lengths(lengths):
+    lengths = np.array(lengths)
+    for reference in (np.array([3]), np.array([0, 1, 2, 29]), np.arange(30)):
+        chosen = selection.matched(lengths, np.arange(30), reference, GENERATOR)
+        assert len(set(chosen)) == len(reference)
+        assert lengths[chosen].min() >= lengths[reference].min()
+        assert lengths[chosen].max() <= lengths[reference].max()
+
+
+def shares(left, right):
+    """The share of the runs of five characters that two texts have in common, by sets."""
+    left, right = ({text[start : start + 5] for start in range(max(1, len(text) - 4))}
+                   for text in (left, right))
+    return len(left & right) / len(left | right)
+
+
+def test_overlap_is_of_runs_of_five():
+    for left, right in (("the cat sat on the mat", "the cat sat on the hat"), ("abc", "abc"),
+                        ("abc", "abd"), ("今天天气很好啊", "今天天气很好吗"), ("a" * 20, "a" * 9)):
+        found = selection.overlap(*map(selection.shingles_of, (left, right)))
+        assert found == pytest.approx(shares(left, right))
+
+
+def test_near_duplicates():
+    texts = [
+        "Name three countries in Europe and describe the food that people eat there.",
+        "Write a poem about a tree.",
+        "name  THREE countries in Europe, and describe the food that people eat there!",
+        "Name three countries in Europe and describe the food that people eat here.",
+        "Name three animals in Africa and say what they eat.",
+        "Write a poem about a tree",
+        "写一首关于树的诗。", "写一首关于树的诗", "写一首关于海的长诗。",
+        "?", "!",
+    ]
+    found = selection.near_duplicates(texts, 0.85).tolist()
+    assert [number for number, one in enumerate(found) if one] == [2, 3, 5, 7, 10]
+    assert selection.near_duplicates(texts, 1.0).tolist() == [
+        number in (2, 5, 7, 10) for number in range(len(texts))]
+
+
+def test_near_duplicates_are_all_found():
+    generator = np.random.default_rng(0)
+    letters = np.array(list("abcdefghij klmno"))
+    originals = ["".join(generator.choice(letters, 120)) for _ in range(300)]
+    changed = [text[:60] + "z" + text[61:] for text in originals]
+    found = selection.near_duplicates(originals + changed, 0.85)
+    assert not found[:300].any() and found[300:].all()
+
+
+def test_principal_components_equal_scikit_learn():
+    generator = np.random.default_rng(0)
+    points = generator.standard_normal((1500, 40)).astype(np.float32)
+    points = points * np.linspace(4, 0.5, 40, dtype=np.float32) + 20
+    ours = selection.principal_components(points)
+    theirs = PCA(2, svd_solver="full").fit_transform(points)
+    for axis in range(2):
+        assert abs(np.corrcoef(ours[:, axis], theirs[:, axis])[0, 1]) > 0.99
+        assert ours[:, axis].std() == pytest.approx(theirs[:, axis].std(), rel=1e-3)
+
+
+def test_candidates_are_counted():
+    candidates = selection.Candidates(6)
+    candidates.drop(np.array([True] * 2 + [False] * 4), "short")
+    candidates.drop(np.array([True] * 3 + [False] * 3), "long")
+    reasons = np.array([None] * 3 + ["longer: 9", "longer: 8", None], object)
+    candidates.drop_unscored(reasons)
+    assert candidates.rows.tolist() == [5]
+    assert candidates.dropped == {"short": 2, "long": 1, "longer": 2}
