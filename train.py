@@ -87,7 +87,7 @@ def listed(text):
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def train(run, batches, eval_examples):
+def train(run, batches, eval_examples, template=None):
     """The training loop. Returns the signal that interrupted it, or None when it is through."""
     from minisft import batching, parallel
     from minisft.checkpoint import Interruption
@@ -110,7 +110,7 @@ def train(run, batches, eval_examples):
             if due(run, run.steps_per_epoch) and (report := batches.take_report()):
                 progress.say(f"epoch {math.ceil(progress.step / run.steps_per_epoch)}: {report}")
             if eval_examples and due(run, options.eval_steps):
-                evaluate(run, eval_examples)
+                evaluate(run, eval_examples, template)
                 if early(run):
                     return None
             stopped = parallel.any_process(interruption.signal, run.device)
@@ -166,14 +166,20 @@ def train_step(run, batches):
     return total, num_targets, grad_norm
 
 
-def evaluate(run, examples):
-    """Log the loss on held-out rows; with --load_best_model_at_end save the model if it is best."""
+def evaluate(run, examples, template):
+    """Log the loss on held-out rows; with --load_best_model_at_end save the model if it is best.
+
+    With --eval_exact_match also the share of them that the model answers as they do.
+    """
+    from minisft.exact_match import exact_match
     from minisft.objective import mean_loss
 
-    began = time.monotonic()
+    began, batch_size, right = time.monotonic(), run.options.per_device_eval_batch_size, None
     with run.autocast:
-        loss = mean_loss(run.model, examples, run.options.per_device_eval_batch_size)
-    run.progress.record_evaluation(loss, time.monotonic() - began)
+        loss = mean_loss(run.model, examples, batch_size)
+        if run.options.eval_exact_match:
+            right = exact_match(run.model, examples, template, batch_size)
+    run.progress.record_evaluation(loss, time.monotonic() - began, right)
     run.best["evaluations_since"] += 1
     if loss < run.best["loss"]:
         run.best = {"step": run.progress.step, "loss": loss, "evaluations_since": 0}
@@ -236,7 +242,7 @@ def main():
             checkpoint.remove_all(output_dir)
         save_options(options, output_dir / "options.toml")
     run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed)
-    interrupted = train(run, batches, eval_examples)
+    interrupted = train(run, batches, eval_examples, template)
     run.progress.close()
     if interrupted:
         say(f"stopped and saved at step {run.progress.step}; go on with\n  python train.py "

@@ -71,11 +71,17 @@ class Progress:
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s")
         self._begin_interval()
 
-    def record_evaluation(self, loss, seconds):
-        """Write an evaluation that took `seconds`, which do not count as training time."""
+    def record_evaluation(self, loss, seconds, exact_match=None):
+        """Write an evaluation that took `seconds`, which do not count as training time.
+
+        exact_match: the share of held-out rows that were answered right, where that was asked for.
+        """
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        self._write(step=self.step, eval_loss=loss, eval_perplexity=perplexity)
-        self.say(f"step {self.step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        measured = {} if exact_match is None else {"eval_exact_match": exact_match}
+        self._write(step=self.step, eval_loss=loss, eval_perplexity=perplexity, **measured)
+        right = f", exact match {100 * exact_match:.1f} %" if measured else ""
+        self.say(f"step {self.step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}"
+                 + right)
         self.began += seconds
 
     def say(self, text):
@@ -125,6 +131,13 @@ def plot_loss(run_dir):
                   if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
+    right = [(row["step"], 100 * row["eval_exact_match"]) for row in rows
+             if "eval_exact_match" in row]
+    if right:
+        axes.plot([], [], "g^:", label="exact match")  # named in the legend of the losses
+        other = axes.twinx()
+        other.plot(*zip(*right, strict=True), "g^:")
+        other.set(ylabel="exact match, %", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(run_dir) / "loss.png"

@@ -96,6 +96,7 @@ def _add_output_flags(add, switch):
     switch("--overwrite_output_dir", "write into a folder that has something in it")
     add("--logging_steps", type=count, default=10, help="steps between lines of metrics.jsonl")
     add("--eval_steps", type=count, help="steps between evaluations (default: at the end)")
+    switch("--eval_exact_match", "also answer the held-out rows and count the right answers")
     add("--per_device_eval_batch_size", type=count, default=8, help="rows of an evaluation batch")
     add("--save_steps", type=count, default=500, help="steps between checkpoints")
     add("--save_total_limit", type=count, default=2, help="checkpoints kept, and the best")
@@ -108,7 +109,7 @@ def _add_output_flags(add, switch):
 
 OF_LORA = {"adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora",
            "modules_to_save"}
-OF_SFT = {"template", "default_system", "cutoff_len", "show_samples"}
+OF_SFT = {"template", "default_system", "cutoff_len", "show_samples", "eval_exact_match"}
 
 
 def check_options(options, given):
@@ -127,8 +128,8 @@ def check_options(options, given):
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"packing"}, options.compile, "contradicts --compile"),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
-        ({"eval_steps", "load_best_model_at_end", "early_stopping_patience"}, not any(held_out),
-         "needs --eval_dataset, --valid_dir or --validation_split"),
+        ({"eval_steps", "load_best_model_at_end", "early_stopping_patience", "eval_exact_match"},
+         not any(held_out), "needs --eval_dataset, --valid_dir or --validation_split"),
         ({"validation_split"}, options.eval_dataset or options.valid_dir,
          "contradicts --eval_dataset and --valid_dir"),
         ({"valid_dir"}, options.eval_dataset, "contradicts --eval_dataset"),

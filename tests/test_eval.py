@@ -1,0 +1,165 @@
+"""eval.py through the command line, and the figures it reports."""
+
+import csv
+import json
+
+import pytest
+from conftest import command
+from scipy import stats
+
+from minisft.benchmarks import Question, Subject
+from minisft.choice_report import compare_with, read_rows, summarize, table, write_rows
+from minisft.confidence import macro_interval, mcnemar, mean_interval, wilson
+from minisft.options import UserError
+
+
+def row(id, answer, prediction, run=0, num_fewshot=1):
+    return {"run": run, "id": id, "answer": answer, "prediction": prediction, "A": -1.25, "B": -2.0,
+            "C": -3.0, "D": -4.5, "num_fewshot": num_fewshot, "is_cut": False}
+
+
+def subject_of(key, count, group=""):
+    questions = [Question(str(number), "Q", ("a", "b", "c", "d"), "A") for number in range(count)]
+    return Subject(key, key, group, questions, questions)
+
+
+def test_intervals_and_tests_equal_scipy_and_the_known_ones():
+    for right, total in ((0, 5), (3, 7), (835, 1346), (9, 9)):
+        interval = stats.binomtest(right, total).proportion_ci(method="wilson")
+        assert wilson(right / total, total) == pytest.approx((interval.low, interval.high))
+    for lost, gained in ((0, 0), (3, 9), (20, 18), (0, 6)):
+        expected = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1
+        assert mcnemar(lost, gained) == pytest.approx(expected)
+    low, high = macro_interval([(0.6, 1346)])
+    assert (high - low) / (2 * 1.96) == pytest.approx(0.0134, abs=1e-4)  # 1.3 points
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (mean, high - mean) == (2.0, pytest.approx(1.96 / 3**0.5, abs=1e-3))
+
+
+def test_averages_over_subjects_and_over_questions():
+    subjects = [subject_of("law", 4, "Humanities"), subject_of("art", 1, "Humanities")]
+    rows_of = {"law": [row(str(n), "A", "ABBB"[n]) for n in range(4)], "art": [row("0", "A", "A")]}
+    summary = summarize(subjects, rows_of, num_fewshot=3)
+    assert summary["macro"]["accuracy"] == pytest.approx((0.25 + 1) / 2)
+    assert summary["weighted"]["accuracy"] == pytest.approx(2 / 5)
+    assert summary["weighted"]["interval"] == wilson(2 / 5, 5)
+    assert summary["groups"]["Humanities"]["macro"] == summary["macro"]
+    # Three were asked for; law could have shown three, art one.
+    assert summary["dropped_demonstrations"] == 4 * 2
+    assert summary["questions_with_dropped_demonstrations"] == 4
+    assert "mean over subjects" in table(summary) and "62.5 %" in table(summary)
+
+
+def test_repetitions_are_averaged_and_do_not_narrow_the_interval():
+    subject = subject_of("law", 2)
+    once = [row("0", "A", "A"), row("1", "A", "B")]
+    again = [row("0", "A", "A", run=1), row("1", "A", "A", run=1)]
+    summary = summarize([subject], {"law": once + again}, 1)
+    assert summary["weighted"]["accuracy"] == 0.75
+    assert summary["weighted"]["interval"] == wilson(0.75, 2)
+    assert summary["macro_of_each_run"] == [0.5, 1.0]
+
+
+def test_rows_come_back_and_are_paired_with_a_baseline(tmp_path):
+    rows = [row(str(n), "A", "AABB"[n]) for n in range(4)]
+    write_rows(tmp_path / "law.csv", [row(str(n), "A", "ABAB"[n]) for n in range(4)])
+    assert [one["prediction"] for one in read_rows(tmp_path / "law.csv")] == list("ABAB")
+    assert read_rows(tmp_path / "law.csv")[0] == row("0", "A", "A")
+    change = compare_with([subject_of("law", 4)], {"law": rows}, tmp_path)
+    assert (change["only_baseline_right"], change["only_this_right"]) == (1, 1)
+    assert (change["difference"], change["p_value"]) == (0.0, 1.0)
+    with pytest.raises(UserError, match="art.csv is not there"):
+        compare_with([subject_of("art", 1)], {"art": rows}, tmp_path)
+    (tmp_path / "law.csv").write_text("run,id\n0,1\n")
+    with pytest.raises(UserError, match="not a subject's results"):
+        read_rows(tmp_path / "law.csv")
+
+
+@pytest.fixture
+def benchmark_dir(tmp_path):
+    """Two subjects of C-Eval's form; the test split has no answers."""
+    folder = tmp_path / "ceval"
+    for split in ("dev", "val", "test"):
+        (folder / split).mkdir(parents=True)
+        for key, count in (("law", 3), ("art", 2)):
+            answer = "" if split == "test" else ",B"
+            lines = ["id,question,A,B,C,D" + ",answer" * bool(answer)]
+            lines += [f"{10 + n},Who {n}?,the cat,the rat,a hat,it{answer}" for n in range(count)]
+            (folder / split / f"{key}_{split}.csv").write_text("\n".join(lines) + "\n")
+    names = {"law": {"name": "法学", "category": "Humanities"},
+             "art": {"name": "艺术学", "category": "STEM"}}
+    (folder / "subject_mapping.json").write_text(json.dumps(names))
+    return folder
+
+
+def ceval(checkpoint, benchmark_dir, output_dir, *more, before=()):
+    return command("ceval", "--model_name_or_path", checkpoint, "--data_dir", benchmark_dir,
+                   "--num_fewshot", 2, "--device", "cpu", "--dtype", "float32",
+                   "--output_dir", output_dir, *more, script="eval.py", before=before)
+
+
+def predictions(path):
+    with open(path, encoding="utf-8") as file:
+        return [line["prediction"] for line in csv.DictReader(file)]
+
+
+def test_a_run_its_resumption_and_two_processes(checkpoint, benchmark_dir, tmp_path):
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())
+    assert set(summary["subjects"]) == {"law", "art"} and set(summary["groups"]) == {
+        "Humanities", "STEM"}
+    assert summary["num_questions"] == 5 and "2-shot" in summary["protocol"]
+    rows_dir = tmp_path / "one" / "ceval-val"
+    right = [one == "B" for one in predictions(rows_dir / "law.csv")]
+    assert summary["subjects"]["law"]["accuracy"] == sum(right) / 3
+    assert f"{100 * summary['macro']['accuracy']:.1f} %" in done.stdout
+
+    # What is finished stays as it is, the rest is done; other options are refused.
+    kept = (rows_dir / "law.csv").read_text().removesuffix("0\n") + "1\n"
+    (rows_dir / "law.csv").write_text(kept)
+    expected = (rows_dir / "art.csv").read_text()
+    (rows_dir / "art.csv").unlink()
+    assert ceval(checkpoint, benchmark_dir, tmp_path / "one").returncode == 2
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume")
+    assert done.returncode == 0 and "2 questions in 1 subjects" in done.stdout
+    assert (rows_dir / "law.csv").read_text() == kept
+    assert (rows_dir / "art.csv").read_text() == expected
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--n_times", 2)
+    assert done.returncode == 2 and "n_times 1, not 2" in done.stderr
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "two", "--n_times", 2,
+                 "--baseline_dir", tmp_path / "one", before=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "ceval-val" / "art.csv").read_text().startswith(expected)
+    assert done.stdout.count("mean over subjects") == 1 and "McNemar" in done.stdout
+
+
+def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, tmp_path):
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "out", "--split", "test",
+                 "--template", "chatml", "--subjects", "law")
+    assert done.returncode == 0, done.stderr
+    handed_in = json.loads((tmp_path / "out" / "submission.json").read_text())
+    assert list(handed_in) == ["law"] and list(handed_in["law"]) == ["10", "11", "12"]
+    assert list(handed_in["law"].values()) == predictions(
+        tmp_path / "out" / "ceval-test" / "law.csv")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert "macro" not in summary and "template chatml" in summary["protocol"]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["hellaswag"], "'hellaswag' is nothing to measure"),
+    (["mmlu", "--model_name_or_path", "x"], "--data_dir"),
+    (["cmmlu", "--data_dir", "x", "--model_name_or_path", "x", "--output_dir", "y", "--split",
+      "val"], "CMMLU has test, dev"),
+    (["ceval", "--data_di", "x"], "did you mean --data_dir"),
+])
+def test_mistakes_are_one_line(words, said):
+    done = command(*words, script="eval.py")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_first_word_is_explained():
+    done = command("--help", script="eval.py")
+    assert done.returncode == 0 and "ceval, cmmlu, mmlu or compare" in done.stdout

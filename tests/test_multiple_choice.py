@@ -1,0 +1,258 @@
+"""multiple_choice.py, benchmarks.py: scores equal lm-evaluation-harness's on real files."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+
+from minisft.benchmarks import BENCHMARKS, LETTERS, Question, Subject, read_subjects
+from minisft.multiple_choice import (
+    Prompts,
+    answer_subject,
+    choose_demonstrations,
+    log_likelihoods,
+    shared_length,
+)
+from minisft.options import UserError
+from minisft.template import get_template
+from minisft.tokenizer import Tokenizer
+from minisft.weights import load_model
+
+SAMPLES = 4
+FILES = {  # benchmark: a subject, its rows, its demonstrations, and how the harness asks
+    "ceval": ("law", "val/law_val.csv", "dev/law_dev.csv", "question", "answer", ""),
+    "cmmlu": ("anatomy", "test/anatomy.csv", "dev/anatomy.csv", "Question", "Answer", ""),
+    "mmlu": ("anatomy", "val/anatomy_val.csv", "dev/anatomy_dev.csv", "question", "answer", " "),
+}
+
+
+def small_model(folder, tokenizer_dir, vocab_size, **settings):
+    """A random Llama, beside somebody's real tokenizer."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (tokenizer_dir / name).is_file():
+            shutil.copyfile(tokenizer_dir / name, folder / name)
+    torch.manual_seed(0)
+    config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
+              "max_position_embeddings": 4096, "vocab_size": vocab_size, **settings}
+    kind = transformers.MistralConfig if "sliding_window" in settings else transformers.LlamaConfig
+    model = transformers.AutoModelForCausalLM.from_config(kind(**config))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama2_dir(shared_data, tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("models") / "llama2",
+                       shared_data / "tokenizers" / "TinyLlama-1.1B-Chat-v0.6", 32000)
+
+
+@pytest.fixture(scope="module")
+def harness(shared_data, llama2_dir, tmp_path_factory):
+    """What lm-evaluation-harness finds, from task files that say the prompt in its own terms."""
+    folder = tmp_path_factory.mktemp("tasks")
+    headings = {"ceval": "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n",
+                "cmmlu": "以下是关于解剖学的单项选择题，请直接给出正确答案的选项。\n\n",
+                "mmlu": "The following are multiple choice questions (with answers) about anatomy."
+                        "\n\n"}
+    endings = {"ceval": "答案：", "cmmlu": "答案是：", "mmlu": "Answer:"}
+    for name, (_, rows, shown, question, answer, delimiter) in FILES.items():
+        files = {"dev": str(shared_data / "eval" / name / shown),
+                 "rows": str(shared_data / "eval" / name / rows)}
+        header = {"names": [question, *LETTERS, answer], "header": None} if name == "mmlu" else {}
+        task = {
+            "task": name, "dataset_path": "csv", "test_split": "rows", "fewshot_split": "dev",
+            "dataset_kwargs": {"data_files": files, **header},
+            "fewshot_config": {"sampler": "first_n"}, "output_type": "multiple_choice",
+            "description": headings[name], "doc_to_target": answer, "doc_to_choice": list(LETTERS),
+            "doc_to_text": "题目：" * (name == "cmmlu") + "{{" + question + ".strip()}}\nA. {{A}}\n"
+                           "B. {{B}}\nC. {{C}}\nD. {{D}}\n" + endings[name],
+            "target_delimiter": delimiter,
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML too
+    words = [sys.executable, ROOT / "tests" / "lm_eval_oracle.py", llama2_dir, folder, "4096",
+             str(SAMPLES), "0", "5"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def first_questions(shared_data, name, num_fewshot, count=SAMPLES):
+    key, rows, *_ = FILES[name]
+    (subject,) = read_subjects(BENCHMARKS[name], shared_data / "eval" / name, rows.split("/")[0],
+                               num_fewshot, [key])
+    return replace(subject, questions=subject.questions[:count])
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 5])
+@pytest.mark.parametrize("name", list(FILES))
+def test_log_likelihoods_equal_lm_evaluation_harness(
+    harness, shared_data, llama2_dir, name, num_fewshot
+):
+    subject = first_questions(shared_data, name, num_fewshot)
+    prompts = Prompts(BENCHMARKS[name], Tokenizer.load(llama2_dir), max_length=4096)
+    rows = answer_subject(load_model(llama2_dir), prompts, subject, num_fewshot, batch_size=3)
+    ours = torch.tensor([[row[letter] for letter in LETTERS] for row in rows])
+    theirs = torch.tensor(harness[name][str(num_fewshot)])
+    assert ours.shape == (SAMPLES, 4) and {row["num_fewshot"] for row in rows} == {num_fewshot}
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def alone(model, ids, option):
+    """log P(option | ids) by transformers, the whole text at once."""
+    logits = model(torch.tensor([ids + option])).logits[0].log_softmax(-1)
+    return sum(float(logits[len(ids) - 1 + place, id]) for place, id in enumerate(option))
+
+
+@pytest.mark.parametrize("template_name", [None, "chatml", "alpaca"])
+def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir, template_name):
+    folder = small_model(tmp_path / "model", tiny_tokenizer_dir, 300)
+    tokenizer = Tokenizer.load(folder)
+    template = template_name and get_template(template_name, tokenizer)
+    questions = [Question(str(number), "the cat " * (1 + 3 * number), ("a", "b 猫", "", "d"), "B")
+                 for number in range(5)]
+    subject = Subject("cats", "cats", "", questions[1:], questions[:1])
+    prompts = Prompts(BENCHMARKS["ceval"], tokenizer, template)
+    made = [prompts.prompt(subject, subject.demonstrations, one) for one in subject.questions]
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = [[alone(oracle, one.ids, option) for option in one.options] for one in made]
+    for batch_size in (1, 3, 8):
+        found = log_likelihoods(load_model(folder), made, batch_size)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
+    if template:  # the letter stands where the model was trained to write it
+        message = {"role": "user", "content": BENCHMARKS["ceval"].heading.format(subject="cats")
+                   + questions[1].asked(BENCHMARKS["ceval"])}
+        one = prompts.prompt(subject, [], questions[1])
+        assert one.ids == template.encode_prompt([message])
+        whole, _ = template.encode([message, {"role": "assistant", "content": "C"}])
+        assert whole[: len(one.ids) + 1] == one.ids + one.options[2]
+
+
+def test_options_of_several_tokens_and_a_sliding_window(tmp_path, shared_data):
+    stories = shared_data / "models" / "stories260K"
+    folder = small_model(tmp_path / "model", stories, 512, sliding_window=96)
+    subject = first_questions(shared_data, "mmlu", 1, 3)
+    prompts = Prompts(BENCHMARKS["mmlu"], Tokenizer.load(folder))
+    made = [prompts.prompt(subject, subject.demonstrations[:1], one) for one in subject.questions]
+    assert {len(option) for option in made[0].options} == {1, 2}
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = [[alone(oracle, one.ids, option) for option in one.options] for one in made]
+    found = log_likelihoods(load_model(folder), made)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_the_letter_is_the_token_of_its_place(llama2_dir):
+    tokenizer = Tokenizer.load(llama2_dir)
+    subject = Subject("law", "法学", "", [Question("0", "一", ("a", "b", "c", "d"), "A")])
+    prompt = Prompts(BENCHMARKS["ceval"], tokenizer).prompt(subject, [], subject.questions[0])
+    assert prompt.options[0] == [29909] and tokenizer.encode("A") == [319]
+    assert tokenizer.decode(prompt.ids) == (
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
+        "一\nA. a\nB. b\nC. c\nD. d\n答案：")
+
+
+def test_demonstrations_that_find_no_room_are_dropped(tiny_tokenizer_dir):
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
+    questions = [Question(str(number), "the cat " * 5, ("a", "b", "c", "d"), "B")
+                 for number in range(4)]
+    subject = Subject("cats", "cats", "", questions, questions)
+    whole = Prompts(BENCHMARKS["mmlu"], tokenizer).prompt(subject, questions[:3], questions[3])
+    room = Prompts(BENCHMARKS["mmlu"], tokenizer, max_length=len(whole.ids) + 1)
+    assert room.prompt(subject, questions[:3], questions[3]).num_fewshot == 3
+    room.max_length = len(whole.ids) - 1
+    fitted = room.prompt(subject, questions[:3], questions[3])
+    assert (fitted.num_fewshot, fitted.is_cut) == (2, False)
+    room.max_length = 20
+    cut = room.prompt(subject, questions[:3], questions[3])
+    assert (cut.num_fewshot, cut.is_cut, cut.ids[0]) == (0, True, tokenizer.bos_token_id)
+    assert len(cut.ids) + max(map(len, cut.options)) - 1 == 20
+    assert cut.ids[1:] == whole.ids[-(len(cut.ids) - 1) :]
+
+
+def test_repetitions_draw_other_demonstrations():
+    shown = [Question(str(number), "", ("",) * 4, "A") for number in range(8)]
+    subject = Subject("law", "law", "", [], shown)
+    assert choose_demonstrations(subject, 5) == shown[:5]
+    drawn = [choose_demonstrations(subject, 5, run, seed=7) for run in (1, 2)]
+    assert drawn[0] != drawn[1] != shown[:5]
+    assert drawn[0] == choose_demonstrations(subject, 5, 1, seed=7)
+    assert all(len({one.id for one in some}) == 5 for some in drawn)
+
+
+def test_shared_length():
+    assert shared_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
+    assert shared_length([[1, 9], [2, 9], [1, 9]]) == 0
+    assert shared_length([[], []]) == 0
+
+
+HEADERS = {"ceval": "id,question,A,B,C,D,answer,explanation\n3,Q,a,b,c,d,B,why\n",
+           "cmmlu": ",Question,A,B,C,D,Answer\n3,Q,a,b,c,d,B\n", "mmlu": "Q,a,b,c,d,B\n"}
+
+
+def data_folder(tmp_path, content, name="law", mapping='{"law": ["Law", "法学", "Humanities"]}'):
+    folder = tmp_path / "data"
+    for split in ("dev", "val", "test"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        (folder / split / f"{name}_{split}.csv").write_text(content, encoding="utf-8")
+    (folder / "subject_mapping.json").write_text(mapping, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", list(HEADERS))
+def test_headers_mappings_and_zips(tmp_path, name, packed):
+    folder = data_folder(tmp_path, "\ufeff" + HEADERS[name])
+    if packed:
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+            for path in folder.rglob("*.*"):
+                archive.write(path, "inside/" + path.relative_to(folder).as_posix())
+            archive.writestr("__MACOSX/val/._law_val.csv", "junk")
+        folder = tmp_path / "data.zip"
+    (subject,) = read_subjects(BENCHMARKS[name], folder, "test", num_fewshot=5)
+    number = "0" if name == "mmlu" else "3"
+    assert subject.questions == [Question(number, "Q", ("a", "b", "c", "d"), "B")]
+    assert (subject.name, subject.group) == ("法学", "Humanities")
+    assert subject.demonstrations == subject.questions
+
+
+@pytest.mark.parametrize("content, said", [
+    ("id,question,A,B,C,answer\n0,Q,a,b,c,B\n", "column d is missing"),
+    ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,E\n", "line 2: the answer is 'E'"),
+    ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d\n", "line 2: 6 columns where the first row has 7"),
+    ("id,question,A,B,C,D,answer\n", "no questions"), ("", "no questions"),
+    ("a,b\n", "but 2 columns"),
+    ("Q,a,b,c,d\n", "has no answers"), ('Q,"a,b,c,d,B\n', "line"),
+])
+def test_bad_files_are_named(tmp_path, content, said):
+    folder = data_folder(tmp_path, content)
+    with pytest.raises(UserError, match=said) as error:
+        read_subjects(BENCHMARKS["ceval"], folder, "val", 2)
+    assert "law_" in str(error.value)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    folder, ceval = data_folder(tmp_path, HEADERS["ceval"]), BENCHMARKS["ceval"]
+    with pytest.raises(UserError, match="no CSV files in a folder 'train'.*dev, test, val"):
+        read_subjects(ceval, folder, "train")
+    with pytest.raises(UserError, match="--subjects art.*law"):
+        read_subjects(ceval, folder, "val", 0, ["art"])
+    (folder / "dev" / "law_dev.csv").unlink()
+    with pytest.raises(UserError, match="law has no demonstrations"):
+        read_subjects(ceval, folder, "val", 1)
+    (folder / "subject_mapping.json").write_text("[]")
+    with pytest.raises(UserError, match="subject_mapping.json: expected"):
+        read_subjects(ceval, folder, "val", 0)
+    (folder / "subject_mapping.json").unlink()
+    with pytest.raises(UserError, match="what the subject law is called"):
+        read_subjects(ceval, folder, "val", 0)
+    assert read_subjects(BENCHMARKS["mmlu"], folder, "val", 0)[0].name == "law"
+    with pytest.raises(UserError, match="neither a folder nor a zip"):
+        read_subjects(ceval, folder / "val" / "law_val.csv", "val")
