@@ -100,7 +100,7 @@ def reference_losses(assistant, items, batch_size):
     losses = [None] * len(items)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        tokens, supervised = collate([examples[row] for row in rows], device)
+        tokens, supervised, _ = collate([examples[row] for row in rows], device)
         learned = supervised[:, 1:]
         logits = model.logits(model(tokens)[:, :-1][learned])
         each = F.cross_entropy(logits.float(), tokens[:, 1:][learned], reduction="none")
