@@ -249,7 +249,7 @@ def compare_protocol(options, count):
     return (f"{count} questions of {options.dataset}, template {options.template}, answers of at "
             f"most {options.max_new_tokens} tokens written {way}; {', '.join(options.models)}; "
             "BLEU by sacrebleu (zh), ROUGE F by rouge-score, both by character in Chinese; "
-            "intervals 95 %, normal for means, Wilson's for the judge")
+            "intervals 95 %, normal for means, Wilson's for shares")
 
 
 def judge_answers(options, results, output_dir):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from minisft.batching import collate
-from minisft.confidence import mcnemar, mean_interval
+from minisft.confidence import mcnemar, mean_interval, wilson
 from minisft.dataset import Row
 from minisft.encoding import check_vocabulary, encode_rows
 from minisft.generate import generate
@@ -122,7 +122,8 @@ def measure(items, answers, losses):
     mean = {}
     for name in MEASURES[1:]:
         middle, low, high = mean_interval([row[name] for row in rows])
-        mean[name] = {"mean": middle, "interval": (low, high)}
+        mean[name] = {"mean": middle, "interval": (max(0.0, low), min(1.0, high))}
+    mean["exact_match"]["interval"] = wilson(mean["exact_match"]["mean"], len(rows))
     mean["bleu_2"] = {"mean": corpus_bleu2([one["answer"] for one in answers],
                                            [item.reference for item in items])}
     read = [(loss, item) for loss, item in zip(losses, items, strict=True) if loss]

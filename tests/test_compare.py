@@ -105,6 +105,8 @@ def test_reference_losses_equal_transformers(assistant, tiny_chat_model_dir):
     assert report["perplexity"] == pytest.approx(math.exp(losses[0][0] / losses[0][1]))
     assert report["bits_per_character"] == pytest.approx(losses[0][0] / math.log(2) / 7)
     assert report["references_without_room"] == 2
+    assert report["mean"]["exact_match"]["mean"] == 0
+    assert report["mean"]["exact_match"]["interval"] == pytest.approx((0, 0.5615), abs=1e-4)
 
 
 def test_differences_are_paired():
