@@ -193,6 +193,8 @@ def compare(options):
     from minisft.compare import differences, measure, parse_model, read_items
     from minisft.text_metrics import scorers
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("compare runs in one process: start it without torchrun")
     models = [parse_model(one) for one in options.models]
     names = [name for name, _, _ in models]
     if len(set(names)) < len(names):
