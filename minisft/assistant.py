@@ -2,20 +2,35 @@
 
     assistant = Assistant("examples/base", adapter="runs/demo")
     messages = [{"role": "user", "content": "What is 2 + 2?"}]
-    for piece in assistant.stream(messages, Sampling(greedy=True)):
+    for piece in assistant.stream(messages):
         print(piece, end="", flush=True)
+    responses, scores = assistant.inference([{"messages": messages}], Sampling(greedy=True))
+
+Any number of threads may use one Assistant: token by token, streams take turns in the order in
+which they ask, and a batch waits for its turn.
 """
 
+import re
+import time
+import warnings
+from bisect import bisect_left
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 from minisft import weights
 from minisft.encoding import check_vocabulary
-from minisft.generate import stream
-from minisft.model import KeyValueCache
+from minisft.generate import Sampling, generate_scored, stream
 from minisft.options import UserError, recorded_options, resolve_device, resolve_dtype
+from minisft.sharing import Caches, Turns, sharing_weights
 from minisft.template import get_template
 from minisft.tokenizer import StreamDecoder, Tokenizer
+
+USUAL = Sampling()
+# No text has so many characters to a token: a longer one is refused before it is encoded.
+CHARACTERS_PER_TOKEN = 64
+# What no keyboard types and no terminal should be sent: all but tab and the ends of lines, pages.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 class Assistant:
@@ -24,11 +39,14 @@ class Assistant:
     template: a name, or "auto" for the one that the adapter or the model was trained with by
     train.py, or else the one that the checkpoint's chat template is.
     max_length: the tokens a conversation with its answer may have; by default the model's
-    `context_length`. Raises UserError where a part is missing or does not fit.
+    `context_length`. kept_conversations: how many have their keys and values kept for the next
+    turn. model: the checkpoint as `load_model` gives it, where several Assistants share it.
+    turns: those of the device, where several share it. Raises UserError where a part is missing or
+    does not fit.
     """
 
     def __init__(self, path, adapter=None, template="auto", device="auto", dtype="auto",
-                 max_length=None):
+                 max_length=None, kept_conversations=1, model=None, turns=None):
         wanted = SimpleNamespace(device=device, bf16=False, fp16=False,
                                  dtype=str(dtype).removeprefix("torch."))
         self.device = resolve_device(wanted)
@@ -43,7 +61,10 @@ class Assistant:
         if template == "auto":
             template = trained.get("template", "auto")
         self.template = get_template(template, self.tokenizer, trained.get("default_system"))
-        self.model = weights.load_model(model_dir, self.dtype, self.device)
+        if model is None:
+            self.model = weights.load_model(model_dir, self.dtype, self.device)
+        else:
+            self.model = sharing_weights(model)
         if adapter_dir:
             weights.load_adapter(self.model, adapter_dir)
             # An adapter comes in float32: convert it here, not again for every token.
@@ -51,77 +72,217 @@ class Assistant:
         config = self.model.config
         self.stop_ids = self.template.stop_token_ids(weights.generation_eos(model_dir, config))
         self.max_length = max_length or config.context_length
-        self.cut_short = False  # whether the last answer ended for want of room
-        self._cache, self._cached_ids = KeyValueCache(config), []
+        self.turns = turns or Turns()
+        parts = [Path(path).resolve().name, adapter and Path(adapter).resolve().name]
+        self.name = " + ".join(filter(None, parts))
+        self.caches = Caches(config, kept_conversations)
 
-    def fit(self, messages, max_new_tokens):
+    @property
+    def description(self):
+        """What answers, in a line for people."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (f"{self.name} · template {self.template.name} · {self.device} {dtype} · context "
+                f"{self.max_length}")
+
+    def fit(self, messages, max_new_tokens, tools=None):
         """`messages` less their oldest turns, so that prompt and answer fit the context.
 
         An answer gets room for `max_new_tokens`, but no more than half of the context. The system
-        prompt stays. Raises UserError if the last turn alone is too long.
+        prompt stays. Raises UserError if the last turn alone is too long, if it is empty, and for
+        messages that are none.
         """
+        check_messages(messages)
         limit = self.max_length - min(max_new_tokens, self.max_length // 2)
-        while (length := len(self.template.encode_prompt(messages))) > limit:
-            shorter = without_oldest_turn(messages)
-            if shorter is None:
-                raise UserError(f"the message is too long: {length} tokens with its template"
-                                f"{' and the system prompt' if head_of(messages) else ''}, the "
-                                f"limit is {limit} (of {self.max_length}, the rest is kept for "
-                                "the answer); shorten it")
-            messages = shorter
-        return messages
 
-    def stream(self, messages, sampling):
-        """Yield the answer to `messages` piece by piece, each piece whole characters.
+        def fits(start):
+            kept = messages[:head] + messages[start:]
+            return (characters(kept) <= limit * CHARACTERS_PER_TOKEN
+                    and len(self.template.encode_prompt(kept, tools)) <= limit)
 
-        Ids that this conversation shares with the one before are not computed again. One answer
-        at a time; it may be left in the middle. Raises UserError where there is no room for one or
-        the tokenizer is another model's.
+        head = head_of(messages)
+        if fits(head):
+            return messages
+        questions = [index for index in range(head, len(messages))
+                     if messages[index].get("role") == "user"]
+        place = bisect_left(questions, True, lo=1, key=fits)
+        if place < len(questions):
+            return messages[:head] + messages[questions[place] :]
+        kept = messages[:head] + messages[questions[-1] if questions else head :]
+        length = f"{characters(kept):,} characters"
+        if characters(kept) <= limit * CHARACTERS_PER_TOKEN:
+            length = f"{len(self.template.encode_prompt(kept, tools))} tokens with its template"
+        raise UserError(f"the message is too long: {length}{' and the system prompt' * head}, the "
+                        f"limit is {limit} tokens (of {self.max_length}, the rest is kept for the "
+                        "answer); shorten it")
+
+    def stream(self, messages, sampling=USUAL, tools=None, say=warnings.warn):
+        """The Answer to one conversation, to be read piece by piece; it may be left in the middle.
+
+        Ids that it shares with a conversation before are not computed again. say: told where the
+        oldest turns had to be left out. Raises UserError for messages that cannot be answered.
         """
-        ids = self.template.encode_prompt(messages)
+        began = time.perf_counter()
+        ids = self.prompt_ids(messages, sampling, tools, say)
+        return Answer(self, ids, self._limited(sampling, ids), began)
+
+    def inference(self, conversations, sampling=USUAL, batch_size=8, rows=None,
+                  say=warnings.warn):
+        """Answer [{"messages": [...], "tools": [...] or none}, ...] -> (responses, scores).
+
+        scores: the mean log-probability of each answer's tokens, its end included (see
+        `generate_scored`); 0 is certain. Batches are of similar length, and the answers what each
+        conversation gets alone. rows: the number of each, which chooses its random stream.
+        """
+        prompts = []
+        for number, one in enumerate(conversations, start=1):
+            try:
+                messages, tools = parts_of(one)
+                prompts.append(self.prompt_ids(messages, sampling, tools,
+                                            lambda text, at=number: say(f"{name_of(at)}: {text}")))
+            except UserError as error:
+                raise UserError(f"{name_of(number)}: {error}") from error
+        rows = range(len(prompts)) if rows is None else rows
+        responses, scores = [""] * len(prompts), [0.0] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        for first in range(0, len(order), batch_size):
+            places = order[first : first + batch_size]
+            batch = [prompts[place] for place in places]
+            limits = [self._limited(sampling, ids).max_new_tokens for ids in batch]
+            with self.turns:
+                answers, found = generate_scored(self.model, batch, sampling, self.stop_ids,
+                                                 [rows[place] for place in places], limits)
+            for place, answer, score in zip(places, answers, found, strict=True):
+                responses[place] = self.tokenizer.decode(answer).lstrip(self.leading)
+                scores[place] = score
+        return responses, scores
+
+    @property
+    def leading(self):
+        """A space that the template writes before every answer, which is not part of it."""
+        return " " if self.template.form.answer.startswith(" ") else ""
+
+    def prompt_ids(self, messages, sampling, tools=None, say=warnings.warn):
+        """The ids of what fits; UserError also where the tokenizer is another model's."""
+        kept = self.fit(messages, sampling.max_new_tokens, tools)
+        if len(kept) < len(messages):
+            say(f"the conversation is longer than {self.max_length} tokens: the oldest "
+                f"{len(messages) - len(kept)} messages are not seen")
+        ids = self.template.encode_prompt(kept, tools)
         check_vocabulary(ids, self.model.config.vocab_size)
+        return ids
+
+    def _limited(self, sampling, ids):
+        """The sampling, with no more tokens than there is room for behind `ids`."""
         room = self.max_length - len(ids)
-        if room < 1:
-            raise UserError(f"the conversation has {len(ids)} tokens, the limit is "
-                            f"{self.max_length}")
-        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        # The last id is computed in any case: what follows it is wanted.
-        self._cache.truncate(common_prefix(self._cached_ids, ids[:-1]))
-        decoder, answer = StreamDecoder(self.tokenizer), []
-        # A space that the template writes before every answer is not part of it.
-        leading = " " if self.template.form.answer.startswith(" ") else ""
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+
+
+class Answer:
+    """An answer as it is written: iterate for its pieces, each of whole characters.
+
+    The figures hold for what has come so far: `text`, `num_tokens`, `seconds_to_first_token` (None
+    before it) and `seconds` since the question, of whose `num_prompt_tokens` the first `num_reused`
+    were known; `cut_short` where the answer ended for want of room.
+    """
+
+    def __init__(self, assistant, ids, sampling, began):
+        self.num_prompt_tokens, self.num_reused, self.num_tokens = len(ids), 0, 0
+        self.seconds_to_first_token, self.seconds = None, 0.0
+        self.text, self.cut_short = "", False
+        self._pieces = self._write(assistant, ids, sampling, began)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
+
+    def close(self):
+        """Stop here. What has been computed is kept for the next turn."""
+        self._pieces.close()
+
+    @property
+    def tokens_per_second(self):
+        """How fast the tokens after the first came; None before there are two."""
+        if self.num_tokens < 2:
+            return None
+        return (self.num_tokens - 1) / max(1e-9, self.seconds - self.seconds_to_first_token)
+
+    def figures(self):
+        """The figures, in a line for people."""
+        if not self.num_tokens:
+            return "no answer"
+        first = f"the first after {self.seconds_to_first_token:.2f} s"
+        parts = [f"{self.num_tokens} tokens", first]
+        if self.tokens_per_second:
+            parts.append(f"then {self.tokens_per_second:,.1f} tokens/s")
+        parts.append(f"{self.num_reused} of {self.num_prompt_tokens} prompt tokens were known")
+        return ", ".join(parts)
+
+    def _write(self, assistant, ids, sampling, began):
+        cache = assistant.caches.take(ids)
+        self.num_reused = cache.length
+        decoder, chosen, leading = StreamDecoder(assistant.tokenizer), [], assistant.leading
+        steps = stream(assistant.model, ids, sampling, assistant.stop_ids, cache)
         try:
-            for token in stream(self.model, ids, sampling, self.stop_ids, self._cache):
-                answer.append(token)
+            while (token := assistant.turns.call(next, steps, None)) is not None:
+                chosen.append(token)
+                self._count(began)
                 piece = decoder.push(token).lstrip(leading)
                 leading = "" if piece else leading
                 yield piece
             yield decoder.flush()
         finally:
-            self._cached_ids = (ids + answer)[: self._cache.length]
-            self.cut_short = len(answer) == sampling.max_new_tokens
+            self.cut_short = self.num_tokens == sampling.max_new_tokens
+            assistant.caches.give_back((ids + chosen)[: cache.length], cache)
+
+    def _count(self, began):
+        self.num_tokens += 1
+        self.seconds = time.perf_counter() - began
+        if self.seconds_to_first_token is None:
+            self.seconds_to_first_token = self.seconds
+
+
+def parts_of(conversation):
+    """(messages, tools or None) of {"messages", "tools"}; UserError for anything else."""
+    if not isinstance(conversation, dict) or "messages" not in conversation:
+        raise UserError('not of the form {"messages": [{"role": ..., "content": ...}, ...]}')
+    return conversation["messages"], conversation.get("tools")
+
+
+def name_of(number):
+    """What a conversation of a batch is called in messages."""
+    return f"conversation {number}"
+
+
+def check_messages(messages):
+    """UserError unless messages are such, and each question is text for people to read.
+
+    Who speaks when is left to the template.
+    """
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        raise UserError('messages must be a list of {"role": ..., "content": ...}')
+    for number, message in enumerate(messages, start=1):
+        text = message.get("content") or ""
+        if message.get("role") not in ("system", "user") or not isinstance(text, str):
+            continue
+        name = "the message" if number == len(messages) else f"message {number}"
+        if message["role"] == "system":
+            name = "the system prompt"
+        elif not text.strip() and not message.get("input"):
+            raise UserError(f"{name} is empty")
+        if found := CONTROL_CHARACTERS.search(text):
+            raise UserError(f"{name} has the control character U+{ord(found[0]):04X} (character "
+                            f"{found.start() + 1}); remove it")
+
+
+def characters(messages):
+    """How many characters the messages have together."""
+    return sum(len(str(one.get("content") or "")) for one in messages)
 
 
 def head_of(messages):
     """How many messages come before the first turn: 1 with a system prompt, else 0."""
-    return int(bool(messages) and messages[0]["role"] == "system")
-
-
-def without_oldest_turn(messages):
-    """The conversation without its first question and all up to the next; None if it is the only.
-
-    A system prompt at the head stays.
-    """
-    head = head_of(messages)
-    for index in range(head + 1, len(messages)):
-        if messages[index]["role"] == "user":
-            return messages[:head] + messages[index:]
-    return None
-
-
-def common_prefix(left, right):
-    """How many ids at the beginning are the same."""
-    for index, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return index
-    return min(len(left), len(right))
+    return int(bool(messages) and messages[0].get("role") == "system")

@@ -2,6 +2,7 @@
 
     sampling = Sampling(max_new_tokens=64, greedy=True)
     answers = generate(model, [[1, 403, 407], [1, 5]], sampling, stop_ids={2})
+    answers, scores = generate_scored(model, [[1, 403, 407], [1, 5]], sampling, stop_ids={2})
     for token in stream(model, [1, 403, 407], sampling, stop_ids={2}):
         print(token)
 
@@ -65,6 +66,21 @@ def generate(model, prompts, sampling, stop_ids=(), rows=None):
     return answers
 
 
+def generate_scored(model, prompts, sampling, stop_ids=(), rows=None, limits=None):
+    """Like `generate`, with scores -> (answers, the mean log-probability of each).
+
+    The mean goes over all ids that were chosen, the stop id included, in the model's distribution
+    as it is, before penalty, temperature and filters: how sure the model is of what it says.
+    limits: the longest answer to each prompt, where not all may have `max_new_tokens`.
+    """
+    answers, chosen = [[] for _ in prompts], [[] for _ in prompts]
+    cache = KeyValueCache(model.config)
+    for step in _steps(model, prompts, sampling, stop_ids, cache, rows, limits, chosen):
+        for row, token in step:
+            answers[row].append(token)
+    return answers, [sum(one) / len(one) for one in chosen]
+
+
 def stream(model, prompt_ids, sampling, stop_ids=(), cache=None):
     """Yield the ids of one answer as they are chosen; the stop id ends it and is not yielded.
 
@@ -96,8 +112,11 @@ def generate_naive(model, prompt_ids, sampling, stop_ids=(), row=0):
 
 
 @torch.inference_mode()
-def _steps(model, prompts, sampling, stop_ids, cache, rows=None):
-    """Yield, for every step, the list of (row, id) of the rows that are still writing."""
+def _steps(model, prompts, sampling, stop_ids, cache, rows=None, limits=None, scores=None):
+    """Yield, for every step, the list of (row, id) of the rows that are still writing.
+
+    scores: a list for each prompt, to which go the log-probabilities of all ids chosen.
+    """
     for row, ids in enumerate(prompts):
         if len(ids) <= cache.length:
             raise UserError(f"prompt {row} is empty: there is nothing to go on from")
@@ -107,19 +126,25 @@ def _steps(model, prompts, sampling, stop_ids, cache, rows=None):
     if not prompts:
         return
     batch = _Batch(model, prompts, sampling, cache, rows)
-    for step in range(sampling.max_new_tokens):
+    limits = limits or [sampling.max_new_tokens] * len(prompts)
+    for step in range(1, max(limits) + 1):
         logits = model.logits(batch.advance(model)[:, -1])
-        if step == 0 and not logits.isfinite().all():
+        if step == 1 and not logits.isfinite().all():
             raise UserError("the model's scores are not finite numbers: its weights are damaged, "
                             "or too large for this type; try --dtype float32")
         tokens = next_tokens(logits, sampling, batch.seen, batch.streams)
         chosen = tokens.tolist()
+        if scores is not None:
+            certain = logits.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+            for row, score in zip(batch.rows, certain.tolist(), strict=True):
+                scores[row].append(score)
         writing = [place for place, token in enumerate(chosen) if token not in stop_ids]
+        if writing:
+            yield [(batch.rows[place], chosen[place]) for place in writing]
+        writing = [place for place in writing if step < limits[batch.rows[place]]]
         if not writing:
             return
-        yield [(batch.rows[place], chosen[place]) for place in writing]
-        if step + 1 < sampling.max_new_tokens:
-            batch.extend(tokens, writing)
+        batch.extend(tokens, writing)
 
 
 class _Batch:

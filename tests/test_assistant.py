@@ -2,18 +2,20 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 import transformers
-from conftest import CONFIG
+from conftest import CONFIG, command
 
-from minisft.assistant import Assistant, common_prefix, without_oldest_turn
+from minisft.assistant import Assistant, check_messages
 from minisft.config import ModelConfig
 from minisft.generate import Sampling
 from minisft.lora import LoraConfig, add_lora, merge_lora
 from minisft.model import CausalLM
 from minisft.options import UserError
+from minisft.sharing import Caches, Turns, common_prefix
 from minisft.weights import load_adapter, load_model, save_adapter, save_model
 
 GREEDY = Sampling(max_new_tokens=30, greedy=True)
@@ -96,7 +98,7 @@ def test_oldest_turns_give_way_but_never_the_system_prompt(tiny_chat_model_dir):
 
 def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
-    with pytest.raises(UserError, match="the limit is 80 .of 100"):
+    with pytest.raises(UserError, match="the limit is 80 tokens .of 100"):
         assistant.fit([SYSTEM, user("x" * 300)], max_new_tokens=20)
     # However long an answer may be, half of the context is left to the question.
     assert assistant.fit([user("short")], max_new_tokens=5000) == [user("short")]
@@ -109,11 +111,13 @@ def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
 def test_answers_end_at_the_context_and_say_so(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=60)
     messages = [user("the cat")]
-    pieces = list(assistant.stream(messages, Sampling(5000, greedy=True)))
+    answer = assistant.stream(messages, Sampling(5000, greedy=True))
+    pieces = list(answer)
     assert len(assistant.template.encode_prompt(messages)) + len(pieces) - 1 == 60
-    assert assistant.cut_short
+    assert answer.cut_short and answer.num_tokens == len(pieces) - 1
     assistant.stop_ids = set(range(300))
-    assert answer_of(assistant, messages) == "" and not assistant.cut_short
+    answer = assistant.stream(messages, GREEDY)
+    assert "".join(answer) == "" and not answer.cut_short
 
 
 def test_stop_ids_are_the_template_s_and_the_checkpoint_s(assistant, tiny_chat_model_dir, tmp_path):
@@ -162,21 +166,246 @@ def one_hot(token, hidden):
     return torch.nn.functional.one_hot(torch.full(hidden.shape[:1], token), 300).float()
 
 
-def test_oldest_turn_with_tools_goes_whole():
+def test_oldest_turn_with_tools_goes_whole(tiny_chat_model_dir):
     messages = [
-        user("a"), {"role": "assistant", "content": "call"}, {"role": "tool", "content": "1"},
+        user("a"), {"role": "assistant", "content": "call"}, {"role": "tool", "content": "1" * 90},
         {"role": "assistant", "content": "b"}, user("c"),
     ]
-    assert without_oldest_turn([SYSTEM, *messages]) == [SYSTEM, user("c")]
-    assert without_oldest_turn(messages) == [user("c")]
-    assert without_oldest_turn([SYSTEM, user("c")]) is None
-    assert without_oldest_turn([]) is None
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
+    assert assistant.fit([SYSTEM, *messages], 20) == [SYSTEM, user("c")]
+    assert assistant.fit(messages, 20) == [user("c")]
+    assert assistant.fit([SYSTEM, *messages], 20)[1:] == assistant.fit(messages, 20)
 
 
 def test_common_prefix():
     assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
     assert common_prefix([1, 2], [1, 2, 4]) == common_prefix([1, 2, 4], [1, 2]) == 2
     assert common_prefix([], [1]) == common_prefix([2], [1]) == 0
+
+
+CONVERSATIONS = [
+    {"messages": [user("the cat")]},
+    {"messages": [SYSTEM, user("你好 🙂 the mat"), {"role": "assistant", "content": "the hat"},
+                  user("on the mat and the rat sat on the hat")]},
+    {"messages": [user("x"), {"role": "assistant", "content": "call"},
+                  {"role": "tool", "content": "7"}], "tools": [{"name": "add"}]},
+    {"messages": [user("the rat sat on the hat and the cat sat on the rat")]},
+    {"messages": [user("y")]},
+]
+
+
+def test_inference_equals_transformers_with_its_scores(assistant, oracle):
+    """Scores: the mean of compute_transition_scores, the end token counted."""
+    assert [] == assistant.inference([])[0] == assistant.inference([])[1]
+    responses, scores = assistant.inference(CONVERSATIONS, GREEDY, batch_size=3)
+    for one, response, score in zip(CONVERSATIONS, responses, scores, strict=True):
+        ids = torch.tensor([assistant.template.encode_prompt(one["messages"], one.get("tools"))])
+        output = oracle.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+            max_new_tokens=30, eos_token_id=sorted(assistant.stop_ids),
+            output_logits=True, return_dict_in_generate=True)
+        expected = oracle.compute_transition_scores(
+            output.sequences, output.logits, normalize_logits=True).mean().item()
+        assert response == assistant.tokenizer.decode(output.sequences[0, ids.shape[1] :].tolist())
+        assert score == pytest.approx(expected, abs=1e-4)
+    assert len(set(responses)) == len(responses)
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(200, greedy=True), Sampling(200, temperature=1.3, seed=4, repetition_penalty=1.1),
+], ids=["greedy", "sampled"])
+def test_a_batch_gives_what_each_gives_alone(tiny_chat_model_dir, sampling):
+    """Also where each row has another room for its answer, and when a seed draws."""
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=150)
+    conversations = CONVERSATIONS[:2] + CONVERSATIONS[3:]
+    with pytest.warns(UserWarning, match="conversation 2: the conversation is longer than 150"):
+        together = assistant.inference(conversations, sampling)
+    for row, one in enumerate(conversations):
+        response, score = assistant.inference([one], sampling, rows=[row], say=list)
+        assert response[0] == together[0][row]
+        assert score[0] == pytest.approx(together[1][row], abs=1e-4)
+    alone = assistant.stream(CONVERSATIONS[0]["messages"], sampling)
+    assert "".join(alone) == together[0][0]
+    assert alone.cut_short and alone.num_prompt_tokens + alone.num_tokens == 150
+
+
+def test_long_histories_are_cut_by_stream_and_inference_which_say_so(tiny_chat_model_dir):
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=150)
+    turns = [SYSTEM]
+    for number in range(300):
+        turns += [user(f"question {number}"), {"role": "assistant", "content": f"answer {number}"}]
+    messages, said = [*turns, user("last")], []
+    short = assistant.fit(messages, 20)
+    expected = answer_of(assistant, short, Sampling(20, greedy=True))
+    answer = assistant.stream(messages, Sampling(20, greedy=True), say=said.append)
+    assert "".join(answer) == expected
+    responses, _ = assistant.inference([{"messages": messages}], Sampling(20, greedy=True),
+                                       say=said.append)
+    assert responses == [expected]
+    cut = f"the oldest {len(messages) - len(short)} messages are not seen"
+    assert [cut in line for line in said] == [True, True] and said[1].startswith("conversation 1: ")
+
+
+@pytest.mark.parametrize("messages, said", [
+    ([user("ok"), {"role": "assistant", "content": "\x07"}, user(" \n\u3000")],
+     "the message is empty"),
+    ([user(""), {"role": "assistant", "content": "a"}, user("b")], "message 1 is empty"),
+    ([user("abc\x1b[31m")], r"the message has the control character U\+001B \(character 4\)"),
+    ([{"role": "system", "content": "a\0"}, user("b")], "the system prompt has the control char"),
+    ([SYSTEM], "at least one user message"),
+    ([], "at least one user message"),
+    ([user("a"), user("b")], "must alternate, user first: user user"),
+    ([{"role": "assistant", "content": "a"}, user("b")], "must alternate"),
+    ([user("a"), {"role": "assistant", "content": "b"}], "a prompt ends with a user's"),
+    ([{"role": "nobody", "content": "b"}], "has the role 'nobody'"),
+    ([{"content": "b"}], "has the role None"),
+    ([user(None)], "the message is empty"),
+    ([user(7)], "content is not text"),
+    ("hello", "messages must be a list"),
+    (["hello"], "messages must be a list"),
+    ([user("好 " * 5_000_000)], "too long: 10,000,000 characters, the limit is 19970 tokens"),
+])
+def test_what_cannot_be_answered_is_told(assistant, messages, said):
+    before = answer_of(assistant, [user("the cat")])
+    with pytest.raises(UserError, match=said):
+        assistant.stream(messages, GREEDY)
+    with pytest.raises(UserError, match="conversation 2: .*(" + said + ")"):
+        assistant.inference([{"messages": [user("x")]}, {"messages": messages}], GREEDY)
+    assert answer_of(assistant, [user("the cat")]) == before
+
+
+def test_other_things_are_no_conversations(assistant):
+    for wrong in (user("x"), [user("x")], "x", None):
+        with pytest.raises(UserError, match='conversation 1: not of the form {"messages"'):
+            assistant.inference([wrong])
+    check_messages([user("tab\t and\r\nlines\f are text")])
+
+
+def test_threads_get_what_each_gets_alone_and_in_turns(assistant, oracle):
+    """Eight conversations at once: token by token, none waits for another to end."""
+    questions = [f"the {word} {number}" for number, word in enumerate(["cat", "mat"] * 4)]
+    expected = [transformers_answer(oracle, assistant, [user(one)]) for one in questions]
+    answers, finished, barrier = [""] * 8, [], threading.Barrier(8)
+
+    def ask(place):
+        barrier.wait()
+        for piece in assistant.stream([user(questions[place])], GREEDY):
+            answers[place] += piece
+        finished.append([len(one) > 0 for one in answers])
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(60)
+    assert answers == expected
+    assert all(finished[0])  # when the first was done, all others had begun
+
+
+def test_turns_go_by_the_order_of_asking():
+    turns, order = Turns(), []
+
+    def take(number):
+        for _ in range(3):
+            with turns:
+                order.append(number)
+
+    with turns:
+        threads = [threading.Thread(target=take, args=(number,)) for number in range(3)]
+        for number, one in enumerate(threads):
+            one.start()
+            while len(turns._waiting) < number + 2:
+                pass
+    for one in threads:
+        one.join(10)
+    assert order == [0, 1, 2] * 3
+    turns.__enter__()  # as if Ctrl-C had come between entering and what follows
+    with turns:
+        pass
+    assert not turns._waiting
+
+
+def test_conversations_in_turn_compute_only_what_is_new(tiny_chat_model_dir):
+    """Three people one after another; the tokens through the model are counted."""
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", kept_conversations=3)
+    computed, lengths = [], {}
+    assistant.model.register_forward_pre_hook(lambda _, given: computed.append(given[0].shape[1]))
+    histories = [[SYSTEM, user(f"{name} the cat sat on the mat")] for name in ("ann", "bob", "cy")]
+    assistant.stop_ids = {260}  # an answer of a few whole tokens, dictated below
+    dictated = assistant.tokenizer.encode("the hat") + [260]
+    for turn in range(3):
+        for messages in histories:
+            computed.clear()
+            spoken = iter(dictated)
+            assistant.model.logits = lambda hidden, spoken=spoken: one_hot(next(spoken), hidden)
+            answer = assistant.stream(messages, GREEDY)
+            assert "".join(answer) == "the hat"
+            new = answer.num_prompt_tokens - answer.num_reused
+            assert computed == [new] + [1] * (len(dictated) - 1)
+            if turn:  # what was said since, and the form around it
+                known = lengths[id(messages)] + len(dictated) - 1
+                assert answer.num_reused == known and new < 25 < known
+            lengths[id(messages)] = answer.num_prompt_tokens
+            messages += [{"role": "assistant", "content": "the hat"}, user("on")]
+    assert "prompt tokens were known" in answer.figures() and "tokens/s" in answer.figures()
+
+
+@torch.inference_mode()
+def test_caches_keep_the_latest_and_take_the_longest():
+    """Beginnings that others are in are copied: the numbers below stand for keys and values."""
+    config = ModelConfig.from_dict(CONFIG)
+    caches = Caches(config, limit=2)
+
+    def keep(ids):
+        cache = caches.take(ids)
+        known = cache.length
+        held = [] if not known else cache.pairs[1][0][0, 0, :known, 0].tolist()
+        assert held == ids[:known]
+        new = torch.tensor(ids[known:]).float()[None, None, :, None]
+        for layer in range(config.num_hidden_layers):
+            cache.append(layer, new, new)
+        cache.length = len(ids)
+        caches.give_back(ids, cache)
+        return known
+
+    first, second = [1, *range(10, 20)], [1, *range(30, 40)]
+    assert [keep(first), keep(second)] == [0, 1]
+    assert keep(first) == 10 and keep(second + [5]) == 11  # never the last id; each has its own
+    assert keep(first[:4] + [9]) == 4  # a copy; the one that was not used for longest goes
+    assert keep(second + [5, 6]) == 12 and keep(first) == 4
+    one = Caches(config, limit=1)
+    one.give_back(first, caches.take(first))
+    assert one.take(first[:4] + [9]).length == 4 and not one._kept
+
+
+def test_an_adapter_beside_its_base_shares_the_weights(assistant, tiny_chat_model_dir, tmp_path):
+    model = load_model(tiny_chat_model_dir)
+    lora = LoraConfig(rank=4, modules_to_save=("embed_tokens",))
+    add_lora(model, lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        model.model.embed_tokens.weight.mul_(1.1)
+    save_adapter(model, tmp_path, lora, tiny_chat_model_dir)
+    shared = load_model(tiny_chat_model_dir)
+    options = {"device": "cpu", "dtype": "float32", "model": shared}
+    tuned = Assistant(tiny_chat_model_dir, tmp_path, **options)
+    plain = Assistant(tiny_chat_model_dir, **options)
+    alone = Assistant(tiny_chat_model_dir, tmp_path, device="cpu", dtype="float32")
+    messages = [user("the cat sat on")]
+    assert answer_of(plain, messages) == answer_of(assistant, messages)
+    assert answer_of(tuned, messages) == answer_of(alone, messages) != answer_of(plain, messages)
+    places = [one.model.layers[0].mlp for one in (shared, plain.model)]
+    base_layer = tuned.model.model.layers[0].mlp.up_proj.base_layer
+    assert len({one.up_proj.weight.data_ptr() for one in places}
+               | {base_layer.weight.data_ptr()}) == 1
+
+
+def test_minisft_has_the_assistant_without_loading_torch():
+    code = ("import sys, minisft; assert 'torch' not in sys.modules; "
+            "assert minisft.Assistant.__module__ == 'minisft.assistant'")
+    assert command("-c", code, script=None).returncode == 0
 
 
 def test_auto_takes_the_template_of_the_training(tiny_chat_model_dir, tmp_path):

@@ -153,7 +153,7 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
     assert first and (status, printed) == (0, "".join(answer + "\n" for answer in answers))
     assert f"(the conversation is longer than 150 tokens: the oldest {first} messages" in said
     assert said.count("error: the message is too long") == 1
-    assert "the limit is 130 (of 150" in said
+    assert "the limit is 130 tokens (of 150" in said
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -163,7 +163,7 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
     (["--prompt", "x", "--top_p", "0"], "--top_p must be above 0"),
     (["--prompt", "x", "--template", "nonsense"], "unknown template 'nonsense'"),
     (["--prompt", "x", "--adapter", "/nowhere"], "/nowhere"),
-    (["--prompt", "x" * 300, "--max_length", "100"], "the limit is 50 (of 100"),
+    (["--prompt", "x" * 300, "--max_length", "100"], "the limit is 50 tokens (of 100"),
 ])
 def test_mistakes_are_one_line_and_status_2(tiny_chat_model_dir, flags, said):
     status, printed, complaint = chat(tiny_chat_model_dir, *flags)
