@@ -10,6 +10,7 @@ Without a terminal and without --prompt, every line of standard input is a turn 
 Answers go to standard output, everything else to standard error.
 """
 
+import dataclasses
 import os
 import sys
 
@@ -27,9 +28,6 @@ from minisft.options import (
 BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with
 INTERRUPTED = 130  # exit status, as a shell has it: 128 + SIGINT
 KEPT_ON_THE_WEB = 8  # conversations whose next turn computes only what is new
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "greedy",
-            "seed")
-SETTINGS = ("model_name_or_path", "adapter", "template", "max_length", *SAMPLING)
 
 
 def main():
@@ -46,7 +44,10 @@ def main():
     # Imported here, since `--help` and a mistyped flag should not wait for torch.
     from minisft.generate import Sampling
 
-    sampling = Sampling(**{name: getattr(options, name) for name in SAMPLING})
+    sampling = Sampling(
+        options.max_new_tokens, options.temperature, options.top_k, options.top_p,
+        options.repetition_penalty, options.greedy, options.seed,
+    )
     if options.file:
         answer_file(options, system, sampling)
     elif options.web:
@@ -167,7 +168,9 @@ def answer_file(options, system, sampling):
     """A file of prompts, answered into another file."""
     from minisft import prompts
 
-    settings = {"system": system, **{name: getattr(options, name) for name in SETTINGS}}
+    settings = {"system": system, **dataclasses.asdict(sampling)}
+    for name in ("model_name_or_path", "adapter", "template", "max_length"):
+        settings[name] = getattr(options, name)
     number = prompts.answer_file(load_assistant(options), options.file, options.output, sampling,
                                  options.batch_size, system, settings)
     print(f"{options.output}: {number} answers", file=sys.stderr)

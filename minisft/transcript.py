@@ -51,16 +51,16 @@ class Transcript:
         except OSError as error:
             raise UserError(f"--log {self.path}: {error.strerror}") from error
 
-    def follow(self, conversation, pieces):
+    def follow(self, conversation, pieces, **more):
         """Yield the pieces of an answer; what has come is written every second and at the end."""
         part, written, end = "", time.monotonic(), "stopped"
         try:
             for piece in pieces:
                 part += piece
                 if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
-                    self.write(conversation, "assistant", part)
+                    self.write(conversation, "assistant", part, **more)
                     part, written = "", time.monotonic()
                 yield piece
             end = "complete"
         finally:
-            self.write(conversation, "assistant", part, end=end)
+            self.write(conversation, "assistant", part, **more, end=end)
