@@ -303,8 +303,9 @@ def _connect(gr, page, talk, chats, notice, box, controls, buttons):
     for chat in chats:
         chat.edit(edit, [talk, *controls], **answering)
     buttons["stop"].click(page.stop, talk, None, api_name="stop", queue=False)
-    buttons["clear"].click(lambda talk: flat(page.clear(talk)), talk, outputs, api_name="clear",
-                           queue=False)
+    # The Chatbot's own bin empties what is shown: it means the conversation, as the button does.
+    gr.on([buttons["clear"].click, *(chat.clear for chat in chats)],
+          lambda talk: flat(page.clear(talk)), talk, outputs, api_name="clear", queue=False)
 
 
 def launch(page, host, port, password=None, share=False):

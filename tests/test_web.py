@@ -1,0 +1,433 @@
+"""web.py: what a Page does, how it is served, and how it behaves in a real browser."""
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command
+
+from minisft import transcript, web
+from minisft.assistant import Assistant
+from minisft.generate import Sampling
+from minisft.options import UserError
+from minisft.transcript import Transcript
+from minisft.web import Page, Talk, shown
+
+CHROMIUM = Path("/usr/bin/chromium")
+GREEDY = Sampling(max_new_tokens=20, greedy=True)
+VALUES = (20, 1.0, 0, 1.0, 1.0, True, None)  # the same, as the page's controls have it
+SYSTEM = "简洁 be brief"
+NASTY = """<script>window.hit = 1</script> <b>bold?</b> <img src=x onerror="window.hit = 2">
+![far](http://FAR/x.png) [link](javascript:window.hit=3) <iframe src="http://FAR">
+
+```html
+<script>window.hit = 4</script>
+```
+"""
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def load(model_dir, **more):
+    return Assistant(model_dir, device="cpu", dtype="float32", kept_conversations=8, **more)
+
+
+@pytest.fixture
+def page(tiny_chat_model_dir):
+    return Page([load(tiny_chat_model_dir)], GREEDY)
+
+
+@pytest.fixture
+def alone(tiny_chat_model_dir):
+    """A function: messages -> the answer of an Assistant that nobody else asks."""
+    assistant = load(tiny_chat_model_dir)
+    return lambda *messages: "".join(assistant.stream(list(messages), GREEDY))
+
+
+def last(views):
+    """The last view, after which an answer is there or refused."""
+    *_, view = views
+    return view
+
+
+def dictate(assistant, tokens, pause=0.0):
+    """Have the model answer these tokens, whatever it is asked."""
+    tokens = iter(tokens)
+
+    def logits(hidden):
+        time.sleep(pause)
+        chosen = torch.full(hidden.shape[:1], next(tokens))
+        return torch.nn.functional.one_hot(chosen, 300).float()
+
+    assistant.model.logits = logits
+
+
+def endless(assistant):
+    dictate(assistant, itertools.cycle(assistant.tokenizer.encode("on and ")), pause=0.01)
+
+
+def test_turns_with_history_retry_edit_and_clear(page, alone):
+    talk = Talk()
+    views = list(page.ask(talk, "the cat <b>", SYSTEM, *VALUES))
+    system, first = {"role": "system", "content": SYSTEM}, user("the cat <b>")
+    answer = {"role": "assistant", "content": alone(system, first)}
+    chat = [user(shown("the cat <b>")), {**answer, "content": shown(answer["content"])}]
+    assert views[0] == ([[chat[0], {"role": "assistant", "content": "…"}]], "", "")
+    assert views[-1][0] == [chat] and views[-1][2] is None
+    assert "20 tokens, the first after" in views[-1][1] and "cut because" in views[-1][1]
+    second = alone(system, first, answer, user("你好"))
+    (chat,), said, _ = last(page.ask(talk, "你好", SYSTEM, *VALUES))
+    assert [turn.answers for turn in talk.turns] == [[answer["content"]], [second]]
+    known = int(said.split(" of ")[0].split()[-1])
+    assert known > 30  # of the first turn, which is not computed again
+    assert last(page.retry(talk, SYSTEM, *VALUES))[0] == [chat]
+    edited = last(page.edit(talk, 0, "the mat", "", *VALUES))[0][0]
+    assert edited == [user("the mat"),
+                      {"role": "assistant", "content": shown(alone(user("the mat")))}]
+    rows = json.loads(page.export(talk))
+    assert rows == [{"model": page.assistants[0].name, "messages": [
+        user("the mat"), {"role": "assistant", "content": talk.turns[0].answers[0]}]}]
+    assert page.clear(talk) == ([[]], "", None) and talk.turns == []
+    assert "no answer yet" in last(page.retry(talk, "", *VALUES))[1]
+
+
+@pytest.mark.parametrize("question, values, said", [
+    ("x" * 500, VALUES, "tokens with its template, the limit is 280 tokens (of 300"),
+    ("x" * 10_000_000, VALUES, "10,000,000 characters, the limit is 280 tokens (of 300"),
+    ("  \n", VALUES, "the message is empty"),
+    ("a\x1b[2J", VALUES, "the control character U+001B (character 2)"),
+    ("ok", (20, -1.0, *VALUES[2:]), "--temperature must be"),
+    ("ok", (None, *VALUES[1:]), "The model failed"),
+])
+def test_what_is_refused_is_given_back_and_nothing_is_lost(
+        tiny_chat_model_dir, question, values, said):
+    page, talk = Page([load(tiny_chat_model_dir, max_length=300)], GREEDY), Talk()
+    before = last(page.ask(talk, "the cat", "", *VALUES))[0]
+    chats, notice, box = last(page.ask(talk, question, "", *values))
+    assert (chats, box) == (before, question) and said in notice
+    chats, notice, box = last(page.edit(talk, 0, question, "", *values))
+    assert (chats, box) == (before, None) and said in notice
+    assert len(last(page.ask(talk, "the mat", "", *VALUES))[0][0]) == 4
+
+
+def test_a_failing_model_shows_a_message_and_the_page_lives_on(page, capsys):
+    talk, assistant = Talk(), page.assistants[0]
+    before, logits = last(page.ask(talk, "the cat", "", *VALUES))[0], assistant.model.logits
+
+    def fail(hidden):
+        raise RuntimeError("out of <memory>")
+
+    assistant.model.logits = fail
+    chats, notice, box = last(page.ask(talk, "the mat", "", *VALUES))
+    assert (chats, box) == (before, "the mat")
+    assert "**The model failed: out of &lt;memory>**" in notice
+    assert "RuntimeError: out of <memory>" in capsys.readouterr().err
+    assistant.model.logits = logits
+    assert last(page.ask(talk, box, "", *VALUES))[0][0][:2] == before[0]
+
+
+def test_stop_keeps_what_has_come_and_only_one_answer_at_a_time(page):
+    talk = Talk()
+    endless(page.assistants[0])
+    views = page.ask(talk, "go", "", 15_000, *VALUES[1:])
+    while len(next(views)[0][0][1]["content"]) < 8:
+        pass
+    chats, notice, box = last(page.ask(talk, "more", "", *VALUES))
+    assert "stop it first" in notice and box == "more" and len(chats[0]) == 2
+    page.stop(talk)
+    chats, notice, _ = last(views)
+    assert "Stopped" in notice and chats[0][1]["content"].startswith("on and ")
+    assert talk.turns[0].answers[0].startswith("on and ")
+    views = page.ask(talk, "go", "", *VALUES)
+    next(views), views.close()  # a visitor who leaves
+    assert not talk.busy and len(talk.turns) == 1
+    views = page.ask(talk, "go", "", 15_000, *VALUES[1:])
+    next(views), next(views), page.clear(talk)
+    assert last(views)[0] == [[]] and talk.turns == []
+
+
+def test_two_models_side_by_side_each_with_its_own_history(
+        tiny_chat_model_dir, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(transcript, "SECONDS_BETWEEN_PARTS", 1000)
+    page = Page([load(tiny_chat_model_dir), load(tiny_chat_model_dir, template="plain")], GREEDY,
+                transcript=Transcript(tmp_path / "log"))
+    talk = Talk()
+    for question in ("the cat", "the mat"):
+        chats, notice, _ = last(page.ask(talk, question, "", *VALUES))
+    first, second = ([turn.answers[place] for turn in talk.turns] for place in (0, 1))
+    assert first[1] == alone(user("the cat"), {"role": "assistant", "content": first[0]},
+                             user("the mat"))
+    assert first != second and notice.count("tokens/s") == 2 and len(chats) == 2
+    assert [row["messages"][-1]["content"] for row in json.loads(page.export(talk))] == [
+        first[1], second[1]]
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["content"] for line in lines if line["role"] == "user"] == ["the cat", "the mat"]
+    answers = {line["content"] for line in lines if line["role"] == "assistant"}
+    assert answers == {*first, *second} and {line["conversation"] for line in lines} == {1}
+
+
+def test_markup_of_answers_is_shown_and_code_is_left_alone():
+    assert shown("a <b> & ![x](y)") == "a &lt;b> &amp; !\u200b[x](y)"
+    for code in ("```html\n<b> & ![x]\n```", "~~~\n<b>", "`<b>`", "`` a`<b> ``",
+                 "> ```\n> <b>\n> ```", "````\n```\n<b>\n````"):
+        assert shown(f"<i>\n{code}") == f"&lt;i>\n{code}"
+    assert shown("```\n<b>\n```\n<i>") == "```\n<b>\n```\n&lt;i>"
+    assert shown("`<b>\n`") == "`&lt;b>\n`"  # no code over a line's end
+
+
+# Served
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def served(tiny_chat_model_dir):
+    """(a Page, its address), served by gradio in this process."""
+    page = Page([load(tiny_chat_model_dir)], Sampling(max_new_tokens=500, greedy=True))
+    port = free_port()
+    blocks = web.launch(page, "127.0.0.1", port)
+    yield page, f"http://127.0.0.1:{port}/"
+    blocks.close(verbose=False)
+
+
+def client_of(address):
+    from gradio_client import Client
+
+    return Client(address, verbose=False, analytics_enabled=False)
+
+
+def test_eight_clients_at_once_each_get_their_answers(served, alone):
+    _, address = served
+    clients, answers = [client_of(address) for _ in range(8)], {}
+    barrier = threading.Barrier(8)
+
+    def ask(number):
+        barrier.wait()
+        for question in (f"the cat {number}", "and?"):
+            chat, *_ = clients[number].predict(question, "", *VALUES, api_name="/ask")
+        answers[number] = [message["content"][0]["text"] for message in chat]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(100)
+    for number in range(8):
+        messages = [user(f"the cat {number}")]
+        messages += [{"role": "assistant", "content": alone(*messages)}, user("and?")]
+        messages += [{"role": "assistant", "content": alone(*messages)}]
+        assert answers[number] == [shown(message["content"]) for message in messages]
+
+
+def test_every_response_carries_the_policy(served):
+    _, address = served
+    for path in ("", "config", "theme.css", "nowhere"):
+        assert header_of(address, path, "content-security-policy") == web.POLICY
+
+
+def header_of(address, path, name, **headers):
+    connection = http.client.HTTPConnection(address.split("/")[2], timeout=20)
+    connection.request("GET", f"/{path}", headers=headers)
+    return connection.getresponse().getheader(name)
+
+
+def status_of(address, path="config"):
+    connection = http.client.HTTPConnection(address.split("/")[2], timeout=20)
+    connection.request("GET", f"/{path}")
+    return connection.getresponse().status
+
+
+def test_gradio_missing_is_told(monkeypatch):
+    monkeypatch.setattr(web, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install -r requirements-extras.txt"):
+        web.check_gradio()
+
+
+def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat_model_dir):
+    port = free_port()
+    words = [sys.executable, ROOT / "chat.py", "--model_name_or_path", tiny_chat_model_dir,
+             "--web", "--server_port", str(port), "--compare_with", "none", "--device", "cpu"]
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env={**os.environ, "MINISFT_PASSWORD": "geheim"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        line = process.stderr.readline()
+        address = f"http://127.0.0.1:{port}/"
+        assert line.startswith(address)
+        assert status_of(address) == 401
+        from gradio_client import Client
+
+        with pytest.raises(Exception, match="(?i)login|credential|auth"):
+            Client(address, auth=("ann", "falsch"), verbose=False, analytics_enabled=False)
+        client = Client(address, auth=("ann", "geheim"), verbose=False, analytics_enabled=False)
+        left, right, *_ = client.predict("the cat", "", *VALUES, api_name="/ask")
+        assert left == right and len(left) == 2
+        listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
+                     if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")]
+        assert listening == [f"0100007F:{port:04X}"]  # 127.0.0.1 only
+        second = command("--model_name_or_path", tiny_chat_model_dir, "--web", "--device", "cpu",
+                         "--server_port", port, script="chat.py")
+        assert second.returncode == 2 and f"error: --server_port {port}: cannot" in second.stderr
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 0 and "Traceback" not in said
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM.exists():
+        pytest.skip(f"there is no {CHROMIUM} to test in")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, served):
+    """A function that opens the page as another visitor; no visitor may ask another machine."""
+    contexts, hosts = [], set()
+
+    def visit():
+        contexts.append(browser.new_context(accept_downloads=True))
+        tab = contexts[-1].new_page()
+        tab.on("requestfinished", lambda request: hosts.add(request.url.split("/")[2])
+               if request.url.startswith("http") else None)
+        tab.goto(served[1])
+        tab.locator("#box textarea").wait_for()
+        return tab
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert hosts == {served[1].split("/")[2]}
+
+
+def say(tab, question):
+    tab.locator("#box textarea").fill(question)
+    tab.locator("#box textarea").press("Enter")
+
+
+def wait_for(tab, text, within="#notice"):
+    tab.wait_for_function("([place, text]) => document.querySelector(place).innerText"
+                          ".includes(text)", arg=[within, text], timeout=30_000)
+
+
+def test_browser_two_turns_stop_and_download(served, visit):
+    page, tab = served[0], visit()
+    assistant, logits = page.assistants[0], page.assistants[0].model.logits
+    encode = assistant.tokenizer.encode
+    try:
+        dictate(assistant, [*encode("鲁迅原名周树人。"), 1])
+        say(tab, "鲁迅是谁？")
+        wait_for(tab, "鲁迅原名周树人。", "#chat0")
+        wait_for(tab, "prompt tokens were known")
+        endless(assistant)
+        say(tab, "and then?")
+        wait_for(tab, "on and on and on", "#chat0")
+        assert tab.locator("#box textarea").input_value() == ""
+        tab.locator("#stop").click()
+        wait_for(tab, "Stopped.")
+        length = len(tab.locator("#chat0").inner_text())
+        time.sleep(0.3)
+        assert len(tab.locator("#chat0").inner_text()) == length
+        with tab.expect_download() as download:
+            tab.locator("#download").click()
+        (row,) = json.loads(Path(download.value.path()).read_text("utf-8"))
+        assert [one["role"] for one in row["messages"]] == ["user", "assistant"] * 2
+        assert row["messages"][1]["content"] == "鲁迅原名周树人。"
+        assert row["messages"][3]["content"].startswith("on and on")
+        dictate(assistant, [*encode("again"), 1])
+        tab.locator("#retry").click()
+        wait_for(tab, "again", "#chat0")
+        wait_for(tab, "prompt tokens were known")
+        assert "on and on" not in tab.locator("#chat0").inner_text()
+        tab.locator("#box textarea").fill("x" * 30_000)
+        tab.locator("#box textarea").press("Enter")
+        wait_for(tab, "the limit is 19500 tokens (of 20000")
+        assert len(tab.locator("#box textarea").input_value()) == 30_000
+        tab.locator("#clear").click()
+        tab.wait_for_function("() => !document.querySelector('#chat0').innerText.includes('鲁迅')")
+    finally:
+        assistant.model.logits = logits
+
+
+@pytest.fixture
+def far():
+    """(its name, how often it was called) of a server that is not the page's."""
+    called = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def listen():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    called.append(connection.recv(100))
+                    connection.close()
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}", called
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_browser_nothing_in_an_answer_runs_or_loads(served, visit, far):
+    page, tab, (name, called) = served[0], visit(), far
+    assistant, logits = page.assistants[0], page.assistants[0].model.logits
+    try:
+        dictate(assistant, [*assistant.tokenizer.encode(NASTY.replace("FAR", name)), 1])
+        tab.locator("#box textarea").fill("<script>window.hit = 5</script>")
+        tab.locator("#box textarea").press("Enter")
+        wait_for(tab, "window.hit = 4", "#chat0")
+        time.sleep(0.5)
+        said = tab.locator("#chat0").inner_text()
+        # All of it can be read, also what no page would show.
+        for text in ("<script>window.hit = 1</script>", "<b>bold?</b>", "<iframe src=", "onerror",
+                     "<script>window.hit = 5</script>"):
+            assert text in said
+        tab.get_by_text("link", exact=True).click()
+        assert tab.evaluate("() => window.hit") is None
+        # The policy alone would hold too: what is put into the page by force loads nothing.
+        tab.evaluate("name => document.body.insertAdjacentHTML('beforeend', "
+                     "`<img src='http://${name}/y.png'><iframe src='http://${name}/'></iframe>`)",
+                     name)
+        time.sleep(0.5)
+        assert called == []
+    finally:
+        assistant.model.logits = logits
+
+
+def test_browser_eight_visitors_at_once(visit, alone):
+    tabs = [visit() for _ in range(8)]
+    for number, tab in enumerate(tabs):
+        say(tab, f"the cat {number}")
+    for number, tab in enumerate(tabs):
+        wait_for(tab, "prompt tokens were known")
+        said = "".join(tab.locator("#chat0").inner_text().split())
+        expected = alone(user(f"the cat {number}"))
+        letters = "".join(one for one in expected if one.isalnum() and one.isascii())
+        assert letters and letters in "".join(
+            one for one in said if one.isalnum() and one.isascii())
