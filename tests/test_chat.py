@@ -161,6 +161,16 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
     (["--prompt", " "], "the question is empty"),
     (["--max_length", "1"], "--max_length must be at least 2"),
     (["--prompt", "x", "--top_p", "0"], "--top_p must be above 0"),
+    (["--prompt", "a\x1b[2J"], "the message has the control character U+001B (character 2)"),
+    (["--prompt", "x", "--web"], "--prompt and --web exclude each other"),
+    (["--prompt", "x", "--system", "y", "--identity", "z"], "--system and --identity exclude"),
+    (["--prompt", "x", "--identity", "/nowhere"], "--identity /nowhere: No such file"),
+    (["--prompt", "x", "--identity", "/dev/null"], "--identity /dev/null: the file is empty"),
+    (["--prompt", "x", "--log", "/nowhere/log"], "--log /nowhere/log: No such file"),
+    (["--file", "x"], "--file needs --output"),
+    (["--file", "x", "--output", "y", "--log", "z"], "--log is for conversations"),
+    (["--output", "x"], "--output belongs to --file"),
+    (["--compare_with", "none"], "--compare_with belongs to --web"),
     (["--prompt", "x", "--template", "nonsense"], "unknown template 'nonsense'"),
     (["--prompt", "x", "--adapter", "/nowhere"], "/nowhere"),
     (["--prompt", "x" * 300, "--max_length", "100"], "the limit is 50 tokens (of 100"),
@@ -169,6 +179,67 @@ def test_mistakes_are_one_line_and_status_2(tiny_chat_model_dir, flags, said):
     status, printed, complaint = chat(tiny_chat_model_dir, *flags)
     assert (status, printed) == (2, "")
     assert complaint.startswith("error: ") and said in complaint and complaint.count("\n") == 1
+
+
+def test_identity_is_the_standing_instruction(tiny_chat_model_dir, oracle, tmp_path):
+    (tmp_path / "identity.txt").write_text("你是小明。\nBe brief.\n\n", encoding="utf-8-sig")
+    lines = ["the cat", "/system other", "/reset", "the mat", "/system", "/reset", "the rat"]
+    status, printed, _ = chat(tiny_chat_model_dir, *GREEDY, "--max_new_tokens", "20", "--identity",
+                              tmp_path / "identity.txt", input="\n".join(lines))
+    answers = [oracle([{"role": "system", "content": system}, user(question)])
+               for system, question in (("你是小明。\nBe brief.", "the cat"), ("other", "the mat"),
+                                        ("你是小明。\nBe brief.", "the rat"))]
+    assert (status, printed) == (0, "".join(answer + "\n" for answer in answers))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    flags = ["--prompt", "x", "--identity", tmp_path / "latin.txt"]
+    status, _, said = chat(tiny_chat_model_dir, *flags)
+    assert status == 2 and "latin.txt: not UTF-8 text" in said
+
+
+def test_log_and_stats_and_what_is_refused(tiny_chat_model_dir, oracle, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"cut by a crash": "')
+    lines = ["/stats", "the cat", "\x07bell", "/reset", "/system be brief", "你好", "and", "/stats"]
+    status, printed, said = chat(tiny_chat_model_dir, *GREEDY, "--max_new_tokens", "20", "--log",
+                                 log, input="\n".join(lines))
+    system = {"role": "system", "content": "be brief"}
+    answers = [oracle([user("the cat")]), oracle([system, user("你好")])]
+    told = [user("the cat"), {"role": "assistant", "content": answers[0]}, system, user("你好"),
+            {"role": "assistant", "content": answers[1]}, user("and")]
+    answers.append(oracle([system, *told[3:]]))
+    told.append({"role": "assistant", "content": answers[2]})
+    assert (status, printed) == (0, "".join(answer + "\n" for answer in answers))
+    assert "(no answer yet)" in said and "the control character U+0007 (character 1)" in said
+    figures = re.search(r"\(20 tokens, the first after [\d.]+ s, then [\d,.]+ tokens/s, (\d+) of "
+                        r"(\d+) prompt tokens were known\)", said)
+    assert 20 < int(figures[1]) < int(figures[2])
+    begun, *rows = log.read_text("utf-8").splitlines()
+    assert begun == '{"cut by a crash": "'
+    rows, joined = [json.loads(row) for row in rows], []
+    for row in rows:  # an answer that took more than a second is in several rows
+        if joined and row["role"] == joined[-1]["role"] == "assistant":
+            joined[-1]["content"] += row["content"]
+        else:
+            joined.append({"role": row["role"], "content": row["content"]})
+    assert joined == told
+    assert [row["conversation"] for row in rows if row["role"] == "user"] == [1, 2, 2]
+    assert [row["end"] for row in rows if "end" in row] == ["complete"] * 3
+
+
+def test_a_crash_loses_nothing_of_the_transcript(terminal, tmp_path):
+    screen = terminal("--max_new_tokens", "15000", "--log", tmp_path / "log")
+    screen.wait_for(PROMPT)
+    screen.press("the cat 你好\r")
+    screen.wait_for_more()
+    deadline = time.monotonic() + 30
+    while (tmp_path / "log").read_text("utf-8").count("\n") < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(screen.pid, signal.SIGKILL)
+    rows = [json.loads(line) for line in (tmp_path / "log").read_text("utf-8").splitlines()]
+    assert [row["role"] for row in rows[:3]] == ["user", "assistant", "assistant"]
+    assert rows[0]["content"] == "the cat 你好" and all(row["content"] for row in rows)
+    assert not any("end" in row for row in rows)
 
 
 class Terminal:

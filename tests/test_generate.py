@@ -8,7 +8,15 @@ import torch
 import transformers
 from transformers import generation
 
-from minisft.generate import Sampling, distribution, generate, generate_naive, next_tokens, stream
+from minisft.generate import (
+    Sampling,
+    distribution,
+    generate,
+    generate_naive,
+    generate_scored,
+    next_tokens,
+    stream,
+)
 from minisft.model import KeyValueCache
 from minisft.options import UserError
 from minisft.weights import load_model
@@ -97,6 +105,26 @@ def test_ragged_batch_equals_each_alone_and_uncached(pair, sampling):
         assert answers[row] == alone[0] == generate_naive(model, ids, sampling, stop_ids, row)
     assert list(stream(model, PROMPTS[0], sampling, stop_ids)) == answers[0]
     assert len({len(answer) for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(20, greedy=True), Sampling(20, temperature=1.5, seed=3, repetition_penalty=1.3),
+], ids=["greedy", "sampled"])
+def test_scores_are_the_mean_log_probability_of_what_was_chosen(pair, sampling):
+    """Of the whole sequence through transformers' model at once; limits cut each row alone."""
+    theirs, ours = pair
+    stop_ids = {generate(ours, PROMPTS, sampling)[1][6]}
+    whole = generate(ours, PROMPTS, sampling, stop_ids)
+    limits = [5, 20, 1, 9]
+    answers, scores = generate_scored(ours, PROMPTS, sampling, stop_ids, limits=limits)
+    assert answers == [one[:limit] for one, limit in zip(whole, limits, strict=True)]
+    assert len(whole[1]) < 20
+    for ids, answer, limit, score in zip(PROMPTS, answers, limits, scores, strict=True):
+        chosen = answer + (list(stop_ids) if len(answer) < limit else [])
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids + chosen])).logits[0, len(ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(chosen)[:, None]).mean()
+        assert score == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_published_story(stories, shared_data):

@@ -1,0 +1,153 @@
+"""Files of prompts through chat.py: in order, in batches, gone on with after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, command
+
+from minisft import prompts
+from minisft.assistant import Assistant
+from minisft.generate import Sampling
+from minisft.options import UserError
+
+SAMPLED = Sampling(12, temperature=1.3, seed=5)
+TEXTS = [f"the {'cat and the ' * (number % 5)}hat {number} 你好" for number in range(11)]
+
+
+@pytest.fixture
+def assistant(tiny_chat_model_dir):
+    return Assistant(tiny_chat_model_dir, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n".join(TEXTS) + "\n", encoding="utf-8")
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def ask(text):
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+def test_the_command_answers_in_order_what_each_gets_alone(
+        tiny_chat_model_dir, assistant, prompts_file, tmp_path):
+    flags = ["--model_name_or_path", tiny_chat_model_dir, "--device", "cpu", "--dtype", "float32",
+             "--file", prompts_file, "--output", tmp_path / "answers.jsonl", "--batch_size", 4,
+             "--max_new_tokens", 12, "--temperature", 1.3, "--top_k", 0, "--top_p", 1, "--seed", 5]
+    done = command(*flags, script="chat.py")
+    assert done.returncode == 0 and done.stderr.endswith("answers.jsonl: 11 answers\n")
+    sampling = Sampling(12, temperature=1.3, top_k=0, top_p=1, seed=5)
+    rows = read(tmp_path / "answers.jsonl")
+    for number, (row, text) in enumerate(zip(rows, TEXTS, strict=True)):
+        responses, scores = assistant.inference([ask(text)], sampling, rows=[number])
+        assert row["messages"] == [*ask(text)["messages"],
+                                   {"role": "assistant", "content": responses[0]}]
+        assert row["score"] == pytest.approx(scores[0], abs=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.txt"]
+    done = command(*flags, script="chat.py")
+    assert done.returncode == 2 and "answers.jsonl: is there already" in done.stderr
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny_chat_model_dir, assistant, prompts_file, tmp_path):
+    output, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    whole = tmp_path / "whole.jsonl"
+    prompts.answer_file(assistant, prompts_file, whole, SAMPLED, 2)
+    answer, answered = assistant.inference, []
+
+    def interrupted(conversations, *arguments, **more):
+        if len(answered) >= 6:
+            raise KeyboardInterrupt
+        answered.extend(conversations)
+        return answer(conversations, *arguments, **more)
+
+    assistant.inference = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2)
+    assert len(read(partial)) == 1 + 6 and not output.exists()
+    partial.write_bytes(partial.read_bytes()[:-4])  # cut in the last line
+    with pytest.raises(UserError, match="was begun with another top_k; remove it"):
+        prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2, settings={"top_k": 7})
+    again = []
+    assistant.inference = lambda given, *rest, **more: (
+        again.extend(given) or answer(given, *rest, **more))
+    assert prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2) == 11
+    assert len(again) == 11 - 5
+    for row, expected in zip(read(output), read(whole), strict=True):
+        assert row["messages"] == expected["messages"]
+        assert row["score"] == pytest.approx(expected["score"], abs=1e-4)
+    assert not partial.exists()
+
+
+def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path):
+    path = tmp_path / "many.txt"
+    path.write_text("the cat\n" * 3000)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "chat.py", "--model_name_or_path", tiny_chat_model_dir, "--file",
+         path, "--output", tmp_path / "out", "--batch_size", "1", "--device", "cpu"],
+        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    partial, deadline = tmp_path / "out.partial", time.monotonic() + 60
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows = partial.read_bytes().splitlines(keepends=True)
+    assert all(json.loads(row) for row in rows if row.endswith(b"\n"))
+
+
+def test_rows_of_many_forms(assistant, tmp_path):
+    """An answer that a row has is not seen; a system prompt of its own comes before the file's."""
+    rows = [
+        "only text", {"prompt": "p"}, {"question_id": 1, "text": "t", "category": "c"},
+        {"instruction": "i", "input": "x", "output": "secret", "history": [["a", "b"]]},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "m"}]},
+        {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "secret"}]},
+        {"kind": "k", "input": "f", "target": "secret"},
+        {"messages": [{"role": "user", "content": "u"}], "tools": [{"name": "add"}]},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    output = tmp_path / "answers.jsonl"
+    prompts.answer_file(assistant, tmp_path / "rows.json", output, Sampling(3, greedy=True),
+                        system="general")
+    answers = read(output)
+    general, own = [{"role": "system", "content": text} for text in ("general", "s")]
+    asked = [row["messages"][:-1] for row in answers]
+    assert [messages[0] for messages in asked] == [general] * 4 + [own] + [general] * 3
+    assert [messages[-1]["content"] for messages in asked] == [
+        "only text", "p", "t", "i", "m", "h", "f", "u"]
+    assert len(asked[3]) == 4 and asked[3][-1]["input"] == "x"
+    assert "secret" not in output.read_text() and prompts.UNSEEN not in output.read_text()
+    assert answers[-1]["tools"] == [{"name": "add"}]
+    responses, _ = assistant.inference(
+        [{"messages": asked[-1], "tools": [{"name": "add"}]}], Sampling(3, greedy=True))
+    assert answers[-1]["messages"][-1]["content"] == responses[0]
+
+
+def test_rows_that_cannot_be_asked_are_listed_before_anything_is(assistant, tmp_path):
+    lines = ['{"prompt": "good"}', '{"prompt": " "}', "", '{"prompt": "a\\u0007"}', "{broken",
+             '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+             '{"other": 1}', json.dumps({"prompt": "x" * 30_000})]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(lines))
+    assistant.inference = None
+    with pytest.raises(UserError) as error:
+        prompts.answer_file(assistant, path, tmp_path / "out", Sampling(3))
+    for said in ("rows that cannot be asked:", "row 2 (line 2): there is no question",
+                 "row 3 (line 4): the message has the control character U+0007",
+                 "row 4 (line 5)", "row 5 (line 6): ", "row 6 (line 7): ",
+                 "row 7 (line 8): the message is too long"):
+        assert said in str(error.value)
+    path.write_text('{"prompt": ""}\n' * 30)
+    with pytest.raises(UserError, match="and 20 more of 30 rows"):
+        prompts.answer_file(assistant, path, tmp_path / "out", Sampling(3))
+    assert list(tmp_path.iterdir()) == [path]
