@@ -157,7 +157,7 @@ class Page:
         """An Answer from each model; UserError for what cannot be asked."""
         max_new_tokens, temperature, top_k, top_p, penalty, greedy, seed = sampling
         sampling = Sampling(int(max_new_tokens), temperature, int(top_k), top_p, penalty, greedy,
-                            None if seed is None else int(seed))
+                            seed_of(seed))
         question = {"role": "user", "content": turn.question}
         return [assistant.stream([*self._messages(earlier, place, system), question], sampling,
                                  say=lambda text: notes.append(f"{text.capitalize()}."))
@@ -191,6 +191,14 @@ class Page:
             cut = ", cut because the room for it was used up" if answer.cut_short else ""
             parts.append(name + answer.figures() + cut)
         return " · ".join(parts)
+
+
+def seed_of(text):
+    """The seed that a visitor has typed, None for an empty field."""
+    try:
+        return int(text) if text and text.strip() else None
+    except ValueError as error:
+        raise UserError(f"the seed must be a whole number or empty, not '{text}'") from error
 
 
 def shown(text):
@@ -269,13 +277,17 @@ def _controls(gr, page):
         with gr.Row():
             return [
                 system,
-                gr.Slider(1, longest, sampling.max_new_tokens, step=1, label="Longest answer"),
-                gr.Slider(0, 2, sampling.temperature, label="Temperature"),
-                gr.Slider(0, 200, sampling.top_k, step=1, label="Top k (0: all)"),
-                gr.Slider(0.01, 1, sampling.top_p, label="Top p (1: all)"),
-                gr.Slider(0.5, 2, sampling.repetition_penalty, label="Repetition penalty"),
+                gr.Slider(1, longest, sampling.max_new_tokens, step=1, label="Longest answer",
+                          min_width=200),
+                gr.Slider(0, 2, sampling.temperature, label="Temperature", min_width=200),
+                gr.Slider(0, 200, sampling.top_k, step=1, label="Top k (0: all)", min_width=200),
+                gr.Slider(0.01, 1, sampling.top_p, label="Top p (1: all)", min_width=200),
+                gr.Slider(0.5, 2, sampling.repetition_penalty, label="Repetition penalty",
+                          min_width=200),
                 gr.Checkbox(sampling.greedy, label="Greedy"),
-                gr.Number(sampling.seed, label="Seed (empty: always different)", precision=0),
+                # A Textbox, since a Number that is left empty says 0.
+                gr.Textbox("" if sampling.seed is None else str(sampling.seed), elem_id="seed",
+                           label="Seed (empty: different each time)"),
             ]
 
 

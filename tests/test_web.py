@@ -110,6 +110,7 @@ def test_turns_with_history_retry_edit_and_clear(page, alone):
     ("  \n", VALUES, "the message is empty"),
     ("a\x1b[2J", VALUES, "the control character U+001B (character 2)"),
     ("ok", (20, -1.0, *VALUES[2:]), "--temperature must be"),
+    ("ok", (*VALUES[:-1], "x7"), "the seed must be a whole number or empty, not 'x7'"),
     ("ok", (None, *VALUES[1:]), "The model failed"),
 ])
 def test_what_is_refused_is_given_back_and_nothing_is_lost(
@@ -179,6 +180,15 @@ def test_two_models_side_by_side_each_with_its_own_history(
     assert answers == {*first, *second} and {line["conversation"] for line in lines} == {1}
 
 
+def test_a_seed_repeats_and_none_does_not(page):
+    talk, drawn = Talk(), (12, 2.0, 0, 1.0, 1.0, False)
+    answers = [last(page.edit(talk, 0, "the cat", "", *drawn, seed))[0] for seed in
+               ("7", " 7 ", "8", "", None, "")]
+    assert answers[0] == answers[1]
+    assert all(one != other for place, one in enumerate(answers[1:]) for other in answers[:place]
+               if place)
+
+
 def test_markup_of_answers_is_shown_and_code_is_left_alone():
     assert shown("a <b> & ![x](y)") == "a &lt;b> &amp; !\u200b[x](y)"
     for code in ("```html\n<b> & ![x]\n```", "~~~\n<b>", "`<b>`", "`` a`<b> ``",
@@ -200,7 +210,7 @@ def free_port():
 @pytest.fixture(scope="module")
 def served(tiny_chat_model_dir):
     """(a Page, its address), served by gradio in this process."""
-    page = Page([load(tiny_chat_model_dir)], Sampling(max_new_tokens=500, greedy=True))
+    page = Page([load(tiny_chat_model_dir)], Sampling(max_new_tokens=400, greedy=True))
     port = free_port()
     blocks = web.launch(page, "127.0.0.1", port)
     yield page, f"http://127.0.0.1:{port}/"
@@ -367,9 +377,21 @@ def test_browser_two_turns_stop_and_download(served, visit):
         wait_for(tab, "again", "#chat0")
         wait_for(tab, "prompt tokens were known")
         assert "on and on" not in tab.locator("#chat0").inner_text()
+        tab.locator("#chat0 button[aria-label='Edit']").first.click()
+        tab.locator("#chat0 textarea").fill("Who was it?")
+        dictate(assistant, [*encode("nobody"), 1])
+        tab.locator("#chat0 button[aria-label='Submit']").click()
+        wait_for(tab, "nobody", "#chat0")
+        assert "again" not in tab.locator("#chat0").inner_text()
+        assert "Who was it?" in tab.locator("#chat0").inner_text()
+        dictate(assistant, [*encode("鲁迅"), 1])
+        say(tab, "and?")
+        wait_for(tab, "鲁迅", "#chat0")
+        tab.get_by_text("System prompt and sampling").click()
+        assert tab.locator("#seed input, #seed textarea").input_value() == ""
         tab.locator("#box textarea").fill("x" * 30_000)
         tab.locator("#box textarea").press("Enter")
-        wait_for(tab, "the limit is 19500 tokens (of 20000")
+        wait_for(tab, "the limit is 19600 tokens (of 20000")
         assert len(tab.locator("#box textarea").input_value()) == 30_000
         tab.locator("#clear").click()
         tab.wait_for_function("() => !document.querySelector('#chat0').innerText.includes('鲁迅')")
