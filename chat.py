@@ -179,6 +179,7 @@ def answer_file(options, system, sampling):
 def serve(options, system, sampling):
     """A page for the browser, until Ctrl-C."""
     from minisft import web
+    from minisft.page import Page
     from minisft.transcript import Transcript
 
     web.check_gradio()
@@ -187,7 +188,7 @@ def serve(options, system, sampling):
         assistants = [load_assistant(options, kept_conversations=KEPT_ON_THE_WEB)]
     else:
         assistants = load_pair(options)
-    page = web.Page(assistants, sampling, system or "", transcript)
+    page = Page(assistants, sampling, system or "", transcript)
     web.serve(page, options.server_name, options.server_port,
               options.password or os.environ.get("MINISFT_PASSWORD"), options.share)
 

@@ -50,7 +50,12 @@ def answer_file(assistant, path, output_path, sampling, batch_size=8, system=Non
         for end in range(len(missing), 0, -batch_size):
             rows = missing[max(0, end - batch_size) : end]
             batch = [dict(zip(("messages", "tools"), prompts[row], strict=True)) for row in rows]
-            found = assistant.inference(batch, sampling, batch_size, rows, say=lambda text: None)
+            try:
+                found = assistant.inference(batch, sampling, batch_size, rows, lambda text: None)
+            except KeyboardInterrupt:
+                bar.write(f"{len(answers.rows)} of {len(prompts)} answers are in {answers.path}; "
+                          "the same command goes on from there", file=sys.stderr)
+                raise
             answers.add(rows, *found)
             bar.update(len(rows))
     answers.finish(output_path, prompts)
@@ -96,7 +101,7 @@ class Prompts:
         if faults:
             rest = len(faults) - LISTED
             more = [f"and {rest} more of {len(self)} rows"] if rest > 0 else []
-            raise UserError("\n  ".join(["rows that cannot be asked:", *faults[:LISTED], *more]))
+            raise UserError(f"rows that cannot be asked: {'; '.join(faults[:LISTED] + more)}")
         return lengths
 
 

@@ -386,7 +386,7 @@ def test_an_adapter_beside_its_base_shares_the_weights(assistant, tiny_chat_mode
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-        model.model.embed_tokens.weight.mul_(1.1)
+        model.model.embed_tokens.weight.normal_(std=0.3)
     save_adapter(model, tmp_path, lora, tiny_chat_model_dir)
     shared = load_model(tiny_chat_model_dir)
     options = {"device": "cpu", "dtype": "float32", "model": shared}

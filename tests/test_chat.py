@@ -230,7 +230,9 @@ def test_a_crash_loses_nothing_of_the_transcript(terminal, tmp_path):
     screen = terminal("--max_new_tokens", "15000", "--log", tmp_path / "log")
     screen.wait_for(PROMPT)
     screen.press("the cat 你好\r")
+    screen.wait_for("你好\r\n")
     screen.wait_for_more()
+    assert json.loads((tmp_path / "log").read_text("utf-8").splitlines()[0])["role"] == "user"
     deadline = time.monotonic() + 30
     while (tmp_path / "log").read_text("utf-8").count("\n") < 3:
         assert time.monotonic() < deadline

@@ -58,7 +58,7 @@ def test_the_command_answers_in_order_what_each_gets_alone(
     assert done.returncode == 2 and "answers.jsonl: is there already" in done.stderr
 
 
-def test_a_killed_run_goes_on_where_it_was(tiny_chat_model_dir, assistant, prompts_file, tmp_path):
+def test_a_killed_run_goes_on_where_it_was(assistant, prompts_file, tmp_path, capsys):
     output, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
     whole = tmp_path / "whole.jsonl"
     prompts.answer_file(assistant, prompts_file, whole, SAMPLED, 2)
@@ -73,6 +73,7 @@ def test_a_killed_run_goes_on_where_it_was(tiny_chat_model_dir, assistant, promp
     assistant.inference = interrupted
     with pytest.raises(KeyboardInterrupt):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2)
+    assert "6 of 11 answers are in" in capsys.readouterr().err
     assert len(read(partial)) == 1 + 6 and not output.exists()
     partial.write_bytes(partial.read_bytes()[:-4])  # cut in the last line
     with pytest.raises(UserError, match="was begun with another top_k; remove it"):

@@ -1,4 +1,4 @@
-"""web.py: what a Page does, how it is served, and how it behaves in a real browser."""
+"""page.py and web.py: what a Page does, how it is served, and how it behaves in a real browser."""
 
 import contextlib
 import http.client
@@ -21,8 +21,8 @@ from minisft import transcript, web
 from minisft.assistant import Assistant
 from minisft.generate import Sampling
 from minisft.options import UserError
+from minisft.page import Page, Talk, shown
 from minisft.transcript import Transcript
-from minisft.web import Page, Talk, shown
 
 CHROMIUM = Path("/usr/bin/chromium")
 GREEDY = Sampling(max_new_tokens=20, greedy=True)
