@@ -15,7 +15,8 @@ LAYERS = [
     "train score select export chat eval",
     "ifd scores selection gguf_export multiple_choice choice_report judge compare report_page "
     "assistant text_metrics prompts terminal page web",
-    "generate exact_match sharing transcript run checkpoint weights batching objective metrics parallel",
+    "generate exact_match sharing transcript run checkpoint weights batching objective metrics "
+    "parallel",
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
     "dataset_info records formats encoding benchmarks optimizer kmeans tensor_files "
     "chat_template gguf_file gguf_mapping gguf_vocabulary gguf_import gguf_writer kquants",
@@ -56,7 +57,9 @@ def test_imports_go_down():
 
 
 CORE = {"torch", "sentencepiece", "tokenizers", "safetensors", "numpy", "gguf", "tqdm",
-        "huggingface_hub", "minisft", "matplotlib", "gradio", "starlette", *sys.stdlib_module_names}
+        "huggingface_hub", "minisft", "matplotlib", "sacrebleu", "rouge_score",
+        "gradio", "starlette",
+        *sys.stdlib_module_names}
 
 
 def test_only_the_core_libraries():
