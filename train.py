@@ -114,7 +114,9 @@ def train(run, batches, eval_examples, template=None):
                 if early(run):
                     return None
             stopped = parallel.any_process(interruption.signal, run.device)
-            if stopped or (due(run, options.save_steps) and progress.step < run.total_steps):
+            is_best = options.load_best_model_at_end and run.best["step"] == progress.step
+            if stopped or is_best or (
+                    due(run, options.save_steps) and progress.step < run.total_steps):
                 run.save_checkpoint()
             if stopped:
                 return stopped
@@ -167,7 +169,7 @@ def train_step(run, batches):
 
 
 def evaluate(run, examples, template):
-    """Log the loss on held-out rows; with --load_best_model_at_end save the model if it is best.
+    """Log the loss on held-out rows, and remember the step if it is the best.
 
     With --eval_exact_match also the share of them that the model answers as they do.
     """
@@ -176,15 +178,13 @@ def evaluate(run, examples, template):
 
     began, batch_size, right = time.monotonic(), run.options.per_device_eval_batch_size, None
     with run.autocast:
-        loss = mean_loss(run.model, examples, batch_size)
+        loss = mean_loss(run.model, examples, batch_size, run.collate)
         if run.options.eval_exact_match:
             right = exact_match(run.model, examples, template, batch_size)
     run.progress.record_evaluation(loss, time.monotonic() - began, right)
     run.best["evaluations_since"] += 1
     if loss < run.best["loss"]:
         run.best = {"step": run.progress.step, "loss": loss, "evaluations_since": 0}
-        if run.options.load_best_model_at_end:
-            run.save_checkpoint()
 
 
 def early(run):
@@ -207,6 +207,7 @@ def main():
 
     from minisft import checkpoint, parallel
     from minisft.config import ModelConfig
+    from minisft.quantize import count_parameters
     from minisft.run import Run
     from minisft.template import get_template
     from minisft.tokenizer import Tokenizer
@@ -227,7 +228,7 @@ def main():
     torch.manual_seed(options.seed)
     model, lora_config = load_trainable(options, model_dir, dtype, device)
     torch.manual_seed(options.seed + parallel.rank())  # dropout differs between processes
-    num_parameters = sum(one.numel() for one in model.parameters())
+    num_parameters = count_parameters(model)
     num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     say(f"{len(batches.rows):,} rows; training {num_trained:,} of {num_parameters:,} parameters "
         f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
@@ -238,10 +239,10 @@ def main():
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
     if parallel.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if resumed is None:
-            checkpoint.remove_all(output_dir)
-        save_options(options, output_dir / "options.toml")
     run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed)
+    if parallel.rank() == 0:  # only now that nothing speaks against the run
+        checkpoint.remove_others(output_dir, resumed, run.progress.step)
+        save_options(options, output_dir / "options.toml")
     interrupted = train(run, batches, eval_examples, template)
     run.progress.close()
     if interrupted:
@@ -265,8 +266,11 @@ def save(run, tokenizer, model_dir, output_dir):
     options, model, say = run.options, run.model, parallel.say
     if options.load_best_model_at_end and run.best["step"]:
         best = output_dir / f"checkpoint-{run.best['step']}"
-        checkpoint.restore_weights(model, best)
-        say(f"took the weights of {best}, evaluation loss {run.best['loss']:.4f}")
+        if fault := checkpoint.damage(best):
+            say(f"{best}: {fault}; the last weights are saved instead of the best")
+        else:
+            checkpoint.restore_weights(model, best)
+            say(f"took the weights of {best}, evaluation loss {run.best['loss']:.4f}")
     if parallel.rank() != 0:
         return
     if run.lora_config:

@@ -45,9 +45,12 @@ def save(output_dir, step, write_weights, state, keep=None, best=None):
         (partial / MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
         for path in [*partial.iterdir(), partial]:
             _flush(path)
-        if final.exists():
-            _remove(final)
-        os.rename(partial, final)
+        if final.exists():  # one of the same step must not be lost before this one is in place
+            old = final.rename(f"{final}.old")
+            os.rename(partial, final)
+            _remove(old)
+        else:
+            os.rename(partial, final)
         _flush(output_dir)
     except (OSError, RuntimeError, UserError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -64,10 +67,16 @@ def _rotate(output_dir, keep, wanted):
             _remove(path)
 
 
-def remove_all(output_dir):
-    """Remove the checkpoints of an earlier run, which a new one would take for its own."""
+def remove_others(output_dir, resumed, step):
+    """Remove the checkpoints that a run from here on would take for its own, and are not.
+
+    resumed: the folder that it goes on from, at `step`; None for a new run. Of the same output
+    folder the earlier ones stay, since they are this run's past.
+    """
+    own = resumed and Path(resumed).parent.resolve() == Path(output_dir).resolve()
     for path in Path(output_dir).glob("checkpoint-*"):
-        if NAME.match(path.name) and path.is_dir():
+        number = NAME.match(path.name)
+        if number and path.is_dir() and not (own and int(number[1]) <= step):
             _remove(path)
 
 
@@ -115,6 +124,9 @@ def find(output_dir, which, say):
         if fault is None:
             return path
         say(f"skipped {path}: {fault}")
+    if _checkpoints(output_dir):
+        raise UserError(f"{output_dir}: none of its checkpoints is whole; "
+                        "--overwrite_output_dir, without resuming, starts anew and removes them")
     return None
 
 
@@ -182,7 +194,10 @@ def set_random_state(state, device):
 
 
 class Interruption:
-    """Inside `with`: the first SIGTERM or Ctrl-C is noted in `signal`, the second one acts."""
+    """Inside `with`: the first SIGTERM or Ctrl-C is noted in `signal`; a second Ctrl-C acts.
+
+    A second SIGTERM does not: a cluster sends it to the whole group, and torchrun passes it on.
+    """
 
     def __enter__(self):
         self.signal = None
@@ -191,10 +206,10 @@ class Interruption:
         return self
 
     def _note(self, number, frame):
-        if self.signal is not None:
+        if self.signal is not None and number == signal.SIGINT:
             self.__exit__()
             signal.raise_signal(number)
-        self.signal = number
+        self.signal = self.signal or number
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -8,6 +8,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -37,8 +38,10 @@ class Progress:
         if self.is_main:
             if state:
                 earlier = [row for row in read_metrics(path) if row["step"] <= self.step]
-            self.file = open(path, "w", encoding="utf-8")
-            self.file.writelines(json.dumps(row) + "\n" for row in earlier)
+            partial = Path(f"{path}.partial")  # a full disk leaves the log of before
+            partial.write_text("".join(json.dumps(row) + "\n" for row in earlier), "utf-8")
+            os.replace(partial, path)
+            self.file = open(path, "a", encoding="utf-8")
         silent = not (self.is_main and sys.stderr.isatty())
         self.bar = tqdm(total=total_steps, initial=self.step, unit="step", disable=silent)
 

@@ -56,8 +56,11 @@ def _chunk_loss(logits, hidden, targets):
 
 
 @torch.inference_mode()
-def mean_loss(model, examples, batch_size):
-    """Loss per supervised token of held-out Examples, over all processes; every row once."""
+def mean_loss(model, examples, batch_size, collate=collate):
+    """Loss per supervised token of held-out Examples, over all processes; every row once.
+
+    collate: how Examples become a batch: `collate` or `pack` of batching.py.
+    """
     model.eval()
     device = model.model.embed_tokens.weight.device
     rows = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))

@@ -203,7 +203,9 @@ def save_options(options, path):
             continue
         # JSON strings, numbers, lists and booleans are also TOML.
         lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial = Path(f"{path}.partial")  # a full disk leaves the record of before
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def recorded_options(folder):
@@ -327,8 +329,9 @@ def check_output_dir(output_dir, overwrite, *inputs):
         raise UserError(f"--output_dir {path}: is a file")
     for source in inputs:
         # Weights may be mapped from the files of the input; writing there would destroy both.
-        if source and path.resolve() == Path(source).resolve():
-            raise UserError(f"--output_dir {path}: is also read from; choose another")
+        if source and Path(source).exists() and (
+                Path(source).resolve().is_relative_to(path.resolve())):
+            raise UserError(f"--output_dir {path}: is also read from ({source}); choose another")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(f"--output_dir {path}: has something in it; choose another, or give "
                         "--overwrite_output_dir")

@@ -106,6 +106,13 @@ def dequantize_rows(steps, largest, dtype):
     return (steps.float() * (largest / 127.0)[:, None]).to(dtype)
 
 
+def count_parameters(model):
+    """How many numbers a model consists of, those that are held in 4 or 8 bits included."""
+    quantized = sum(module.in_features * module.out_features for module in model.modules()
+                    if isinstance(module, QuantizedLinear))
+    return quantized + sum(parameter.numel() for parameter in model.parameters())
+
+
 class Multiply(torch.autograd.Function):
     """x @ weight.T with a weight that is made for the moment and made again to go backward."""
 

@@ -62,7 +62,8 @@ class Run:
             self._check_identity(state["identity"], checkpoint)
             restore_weights(model, checkpoint)
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty where the run so far was not in float16
+                self.scaler.load_state_dict(state["scaler"])
             if Path(checkpoint).parent.resolve() == Path(options.output_dir).resolve():
                 self.best = state["best"]
             self._restore_random(state["random"])

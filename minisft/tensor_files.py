@@ -13,7 +13,6 @@ and an index can name nothing but files beside it.
 
 import json
 import math
-import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,23 +50,25 @@ class StoredTensor:
         """The tensor, or its rows begin..end-1, pages brought in from the file as they are used.
 
         They are shared with other processes that read the file; writing to them changes a copy.
+        Whoever changes the file in place, instead of replacing it, changes the tensor.
         """
         shape = self.shape if end is None else (end - begin, *self.shape[1:])
         row_bytes = self.nbytes // (self.shape or (1,))[0] if self.nbytes else 0
         start, nbytes = self.start + begin * row_bytes, (shape or (1,))[0] * row_bytes
-        inside = start % mmap.ALLOCATIONGRANULARITY
+        if not nbytes:
+            return torch.empty(shape, dtype=self.dtype)
         try:
-            with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < start + nbytes:
-                    raise UserError(f"{self.path}: became shorter while it was being read")
-                if not nbytes:
-                    return torch.empty(shape, dtype=self.dtype)
-                pages = mmap.mmap(file.fileno(), inside + nbytes, access=mmap.ACCESS_COPY,
-                                  offset=start - inside)
+            if self.path.stat().st_size < start + nbytes:
+                raise UserError(f"{self.path}: became shorter while it was being read")
+            # Not Python's mmap, which keeps a file open for as long as it maps it.
+            pages = torch.from_file(str(self.path), shared=False, size=start + nbytes,
+                                    dtype=torch.uint8)
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from error
-        data = torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=inside)
-        if inside % self.dtype.itemsize:  # numbers in memory stand at multiples of their size
+        except RuntimeError as error:
+            raise UserError(f"{self.path}: cannot be mapped: {error}") from error
+        data = pages[start:]
+        if data.data_ptr() % self.dtype.itemsize:  # numbers stand at multiples of their size
             data = data.clone()
         return self.unpack(data) if self.unpack else data.view(self.dtype).view(shape)
 

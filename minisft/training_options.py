@@ -128,6 +128,8 @@ def check_options(options, given):
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"packing"}, options.compile, "contradicts --compile"),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
+        ({"load_best_model_at_end", "early_stopping_patience"}, not options.eval_steps,
+         "needs --eval_steps: evaluations along the way"),
         ({"eval_steps", "load_best_model_at_end", "early_stopping_patience", "eval_exact_match"},
          not any(held_out), "needs --eval_dataset, --valid_dir or --validation_split"),
         ({"validation_split"}, options.eval_dataset or options.valid_dir,
