@@ -18,6 +18,7 @@ from minisft.batching import (
     batches_of_texts,
     collate,
     micro_batches,
+    pack,
 )
 from minisft.dataset import Row, open_rows
 from minisft.encoding import EncodeReport, Example, encode_rows, encode_texts
@@ -307,6 +308,8 @@ class TestTexts:
         assert [block.ids.tolist() for block in blocks] == [
             [0, 97, 98, 99, 1, 0], [100, 101, 1, 0, 1, 0], [102, 1]]
         assert [block.lengths for block in blocks] == [[5, 1], [3, 2, 1], [2]]
+        *_, lengths = pack(blocks[:2])
+        assert lengths == [5, 1, 3, 2, 1]
 
     def texts(self, tmp_path, count):
         generator = np.random.default_rng(0)

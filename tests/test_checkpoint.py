@@ -1,6 +1,5 @@
 """Resume is exact, whatever happened; damaged checkpoints are named and passed over."""
 
-import json
 import resource
 import signal
 import subprocess
@@ -238,6 +237,41 @@ def test_state_is_plain_data(tmp_path):
 def test_other_run_is_refused(flags, tmp_path):
     flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
+    written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     done = command(*flags, "--seed", 7, "--resume_from_checkpoint", "auto")
     assert done.returncode == 2 and "seed 42, not 7" in done.stderr
-    assert json.loads((tmp_path / "out/checkpoint-2/complete.json").read_text())["step"] == 2
+    assert written == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*")
+                       if path.is_file()}  # the record, the log and the checkpoints too
+
+
+def test_no_checkpoint_is_whole(flags, tmp_path):
+    """All damaged: said, and left where they are, since their weights may still be wanted."""
+    flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
+    assert command(*flags).returncode == 0
+    state = tmp_path / "out/checkpoint-2/trainer_state.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"?")
+    done = command(*flags, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 2 and "none of its checkpoints is whole" in done.stderr
+    assert state.exists()
+
+
+def test_checkpoints_of_an_abandoned_branch_go(tmp_path):
+    """Going on from step 5, what was at 10 and 15 is another run's: `auto` must not take it."""
+    for step in (5, 10, 15):
+        checkpoint.save(tmp_path, step, lambda folder: None, {"step": step})
+    checkpoint.remove_others(tmp_path, tmp_path / "checkpoint-5", 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    checkpoint.save(tmp_path, 5, lambda folder: None, {"step": "again"})
+    assert checkpoint.load_state(tmp_path / "checkpoint-5") == {"step": "again"}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+    checkpoint.remove_others(tmp_path, tmp_path / "elsewhere/checkpoint-9", 9)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_adapter_that_is_read_is_not_removed(flags, tmp_path):
+    flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
+    assert command(*flags).returncode == 0
+    flags = [word for word in flags if word not in ("--lora_dropout", 0.2)]
+    done = command(*flags, "--adapter", tmp_path / "out/checkpoint-2", "--overwrite_output_dir")
+    assert done.returncode == 2 and "is also read from" in done.stderr
+    assert (tmp_path / "out/checkpoint-2/adapter_model.safetensors").exists()

@@ -71,6 +71,18 @@ def test_types(stored, wanted, tmp_path):
     assert ModelConfig.load(tmp_path).dtype == str(stored).removeprefix("torch.")
 
 
+def test_no_file_stays_open(tmp_path):
+    """A model of many tensors needs no more open files than one of few."""
+    save_model(new_model(), tmp_path)
+    code = ("import resource, sys; from minisft.weights import load_model\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))\n"
+            "load_model(sys.argv[1])")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(new_model().parameters())) > 20
+
+
 MEASURE = """
 import sys, torch
 from minisft import weights
