@@ -49,7 +49,7 @@ def compare(model, reference, batch_size, options, device):
     def theirs():
         return reference.generate(
             prompts.to(device), attention_mask=mask.to(device), do_sample=False, pad_token_id=0,
-            max_new_tokens=count, min_new_tokens=count)[:, prompts.shape[1]:].tolist()
+            max_new_tokens=count)[:, prompts.shape[1]:].tolist()
 
     same = ours() == theirs()  # also the warm-up
     turns = [(seconds_of(ours, device), seconds_of(theirs, device))
@@ -110,6 +110,7 @@ def main():
             write_checkpoint(folder, options.shape, options.num_layers)
         model = load_model(source, dtype, device)
         reference = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+        reference.generation_config.eos_token_id = None  # ours has no end either
         print(f"{source if options.model_name_or_path else options.shape}, {device}, "
               f"{options.dtype}, {torch.get_num_threads()} threads, {options.max_new_tokens} new "
               "tokens")

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${1:-python}
 GPU="--device cuda --dtype bfloat16"
 "$PYTHON" -c "import torch; print(torch.__version__, torch.cuda.get_device_name())"; date -u +%F
-"$PYTHON" -m pytest -q tests/test_cuda.py
+"$PYTHON" -m pytest -q tests/test_cuda.py || exit 1
 for shape in tinyllama llama3-8b; do
     for type in lora full; do
         [ "$shape $type" = "llama3-8b full" ] && layers="--num_layers 8" || layers=""
