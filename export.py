@@ -24,6 +24,7 @@ from minisft.options import (
 
 
 def parse_options(arguments=None):
+    """The options of export.py, checked; from the command line if no words are given."""
     parser = OptionParser(description=__doc__.split("\n")[0])
     add, switch = add_model_flags(parser, auto_dtype="the checkpoint's; float32 for peft")
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")

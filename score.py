@@ -40,6 +40,7 @@ Then choose the rows worth training on:
 
 
 def parse_options(arguments=None):
+    """The options of score.py, from the command line if no words are given."""
     parser = OptionParser(description=__doc__.split("\n")[0])
     add, switch = add_model_flags(parser)
     add("--adapter", help="score with this LoRA adapter, such as the pre-experience")
@@ -79,12 +80,7 @@ def main():
 
     device = parallel.start(resolve_device(options))
     dtype = resolve_dtype(options, device)
-    is_main = parallel.rank() == 0
-
-    def say(text):
-        if is_main:
-            print(text, flush=True)
-
+    is_main, say = parallel.rank() == 0, parallel.say
     skipped = [] if options.skip_bad_rows else None
     rows = every_record(open_rows(options.dataset, options.dataset_dir, skipped=skipped, say=say))
     model_dir = resolve(options.model_name_or_path)

@@ -49,6 +49,7 @@ seed, hashes of the inputs, the numbers of the chosen rows, what was dropped and
 
 
 def parse_options(arguments=None):
+    """The options of select.py, checked; from the command line if no words are given."""
     from minisft.options import OptionParser, count, natural, positive
 
     parser = OptionParser(description=__doc__.split("\n")[0])

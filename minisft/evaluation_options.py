@@ -6,9 +6,9 @@
 """
 
 from minisft.options import (
-    DTYPES,
     OptionParser,
     UserError,
+    add_device_flags,
     add_model_flags,
     count,
     natural,
@@ -52,10 +52,7 @@ def parse_compare_options(arguments):
     add, switch = parser.section("models")
     add("--models", nargs="+", required=True, metavar="NAME=DIR[+ADAPTER]",
         help="models and their names; the others are compared with the first")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: a GPU if there is one)")
-    add("--dtype", choices=DTYPES, default="auto", help="type of the numbers")
-    switch("--bf16", "short for --dtype bfloat16")
-    switch("--fp16", "short for --dtype float16")
+    add_device_flags(add, switch)
     add("--template", default="auto",
         help="conversation format of all models (auto: what each was trained with)")
     add, switch = parser.section("questions and answers")

@@ -163,6 +163,8 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = None
 
     def forward(self, x, cos, sin, mask, cache, layer, lengths=None):
+        """(B, T, D) of x (B, T, D); arguments as `CausalLM.forward` has them, one mask a row with
+        `lengths`. layer: the number of this layer, under which `cache` holds its keys."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
@@ -203,6 +205,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x):
+        """(B, T, D) of x (B, T, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -217,6 +220,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, mask, cache, layer, lengths=None):
+        """(B, T, D) of x (B, T, D); the other arguments are handed to the attention."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer, lengths)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -237,6 +241,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens, positions, mask, cache, lengths):
+        """Hidden states (B, T, D) of tokens (B, T), as `CausalLM.forward` describes."""
         T, past = tokens.shape[1], cache.length if cache is not None else 0
         x = self.embed_tokens(tokens)
         if lengths is not None:

@@ -266,16 +266,24 @@ def _in_one_line(error):
     return None
 
 
-def add_model_flags(parser, auto_dtype="bfloat16 where the processor multiplies it, else float32"):
+AUTO_DTYPE = "bfloat16 where the processor multiplies it, else float32"
+
+
+def add_model_flags(parser, auto_dtype=AUTO_DTYPE):
     """The flags of every script that loads a model; returns the section for more of them."""
     add, switch = parser.section("model")
     add("--model_name_or_path", required=True, help="folder of a checkpoint, or hub id")
+    add_device_flags(add, switch, auto_dtype)
+    return add, switch
+
+
+def add_device_flags(add, switch, auto_dtype=AUTO_DTYPE):
+    """Where models compute, and in which type of numbers, for resolve_device and resolve_dtype."""
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: a GPU if there is one)")
     add("--dtype", choices=DTYPES, default="auto",
         help=f"type of the numbers (auto: {auto_dtype})")
     switch("--bf16", "short for --dtype bfloat16")
     switch("--fp16", "short for --dtype float16")
-    return add, switch
 
 
 def resolve_device(options):
