@@ -14,7 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-from minisft.options import UserError, check_output_dir, resolve_device, resolve_dtype, save_options
+from minisft.options import (
+    UserError,
+    check_output_dir,
+    multiplies_bfloat16,
+    resolve_device,
+    resolve_dtype,
+    save_options,
+)
 from minisft.options import run as run_script
 from minisft.training_options import parse_options
 
@@ -96,7 +103,7 @@ def train(run, batches, eval_examples, template=None):
     options, progress = run.options, run.progress
     rank, world_size = parallel.rank(), parallel.world_size()
     with Interruption() as interruption:
-        for examples in batches.steps(run.rows_per_step, progress.step, run.total_steps):
+        for examples in steps_to_go(run, batches):
             rate = learning_rate_at(progress.step, run.total_steps, options.learning_rate,
                                     options.lr_scheduler_type, run.warmup_steps, options.lr_end)
             set_learning_rate(run.optimizer, rate)
@@ -121,6 +128,19 @@ def train(run, batches, eval_examples, template=None):
             if stopped:
                 return stopped
     return None
+
+
+def steps_to_go(run, batches):
+    """Yield the rows of every step; before a broken row ends the run, what was learned is saved."""
+    first = run.progress.step
+    try:
+        yield from batches.steps(run.rows_per_step, first, run.total_steps)
+    except UserError as error:
+        if run.progress.step == first:
+            raise
+        run.save_checkpoint()
+        raise UserError(f"{error}; saved at step {run.progress.step}: mend the row and go on with "
+                        "--resume_from_checkpoint auto") from error
 
 
 def due(run, every):
@@ -216,6 +236,9 @@ def main():
     say = parallel.say
     device = parallel.start(resolve_device(options))
     dtype = resolve_dtype(options, device)
+    if dtype == torch.bfloat16 and not multiplies_bfloat16(device):
+        say("bfloat16 halves the memory of the base, but this processor only emulates it: "
+            "--dtype float32 is faster here")
     model_dir = resolve(options.model_name_or_path)
     config, tokenizer, template = ModelConfig.load(model_dir), Tokenizer.load(model_dir), None
     if options.stage == "sft":
@@ -246,8 +269,8 @@ def main():
     interrupted = train(run, batches, eval_examples, template)
     run.progress.close()
     if interrupted:
-        say(f"stopped and saved at step {run.progress.step}; go on with\n  python train.py "
-            f"--config {output_dir / 'options.toml'} --resume_from_checkpoint auto")
+        say(f"stopped and saved at step {run.progress.step}; go on with\n  {parallel.launcher()} "
+            f"train.py --config {output_dir / 'options.toml'} --resume_from_checkpoint auto")
     else:
         save(run, tokenizer, model_dir, output_dir)
     parallel.stop()
@@ -257,22 +280,40 @@ def main():
 
 def save(run, tokenizer, model_dir, output_dir):
     """Write the adapter, or the whole model in the type its checkpoint had; draw the losses."""
-    import torch
-
     from minisft import checkpoint, parallel
     from minisft.metrics import plot_loss
-    from minisft.weights import copy_generation_config, save_adapter, save_model, stored_dtype
 
-    options, model, say = run.options, run.model, parallel.say
+    options, say = run.options, parallel.say
     if options.load_best_model_at_end and run.best["step"]:
         best = output_dir / f"checkpoint-{run.best['step']}"
         if fault := checkpoint.damage(best):
             say(f"{best}: {fault}; the last weights are saved instead of the best")
         else:
-            checkpoint.restore_weights(model, best)
+            checkpoint.restore_weights(run.model, best)
             say(f"took the weights of {best}, evaluation loss {run.best['loss']:.4f}")
     if parallel.rank() != 0:
         return
+    try:
+        write_result(run, tokenizer, model_dir, output_dir)
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; make room, and --resume_from_checkpoint auto goes on from the "
+                        "last checkpoint") from error
+    say(f"saved to {output_dir}")
+    if options.plot_loss:
+        try:
+            say(f"drew {plot_loss(output_dir)}")
+        except ImportError:
+            say("--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
+                f"{output_dir / 'metrics.jsonl'}")
+
+
+def write_result(run, tokenizer, model_dir, output_dir):
+    """Write what was trained and the tokenizer, as chat.py, export.py and eval.py read them."""
+    import torch
+
+    from minisft.weights import copy_generation_config, save_adapter, save_model, stored_dtype
+
+    model, options = run.model, run.options
     if run.lora_config:
         save_adapter(model, output_dir, run.lora_config, options.model_name_or_path)
     else:
@@ -281,13 +322,6 @@ def save(run, tokenizer, model_dir, output_dir):
         save_model(model, output_dir, dtype)
         copy_generation_config(model_dir, output_dir)
     tokenizer.save(output_dir)
-    say(f"saved to {output_dir}")
-    if options.plot_loss:
-        try:
-            say(f"drew {plot_loss(output_dir)}")
-        except ImportError:
-            say("--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
-                f"{output_dir / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -151,10 +151,13 @@ def damage(path):
 
 
 def load_state(path):
-    """The `state` that was saved, on the CPU. Only plain data is unpickled, never code."""
+    """The `state` that was saved, on the CPU. Only plain data is unpickled, never code.
+
+    Tensors are mapped from the file, so that the processes of a machine share what they read.
+    """
     path = Path(path) / STATE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many kinds, and of many lines
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read ({reason}); go on from another checkpoint") from (

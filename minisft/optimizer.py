@@ -21,6 +21,12 @@ def build_optimizer(model, learning_rate, weight_decay=0.0, betas=(0.9, 0.999), 
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
 
 
+def load_optimizer(optimizer, state):
+    """Take over the moments in a `state_dict`; rates, decay and betas stay those of `optimizer`."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
 def learning_rate_at(step, total_steps, peak, schedule="cosine", warmup_steps=0, end=0.0):
     """The rate of optimizer step `step` (from 0): linear warm-up from zero, then the schedule.
 

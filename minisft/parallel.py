@@ -54,6 +54,13 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launcher():
+    """The words before `train.py` that start as many processes again."""
+    if world_size() == 1:
+        return "python"
+    return f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+
+
 def sum_over_processes(values, device):
     """Element-wise sum of a list of numbers over all processes."""
     if world_size() == 1:

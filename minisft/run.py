@@ -16,7 +16,7 @@ import torch
 from minisft import batching, parallel
 from minisft.checkpoint import load_state, random_state, restore_weights, save, set_random_state
 from minisft.metrics import Progress
-from minisft.optimizer import build_optimizer
+from minisft.optimizer import build_optimizer, load_optimizer
 from minisft.options import UserError
 from minisft.weights import save_adapter, save_model
 
@@ -26,6 +26,9 @@ IDENTITY = (
     "validation_split", "finetuning_type", "lora_rank", "lora_alpha", "lora_target", "use_rslora",
     "modules_to_save", "quantization_bit",
 )
+# May be otherwise in a resumed run, and nobody needs to be told.
+OF_THE_CALL = {"config", "resume_from_checkpoint", "overwrite_output_dir", "output_dir",
+               "show_samples", "plot_loss"}
 
 
 class Run:
@@ -37,9 +40,11 @@ class Run:
         self.device = device
         self.rows_per_step = (options.per_device_train_batch_size
                               * options.gradient_accumulation_steps * parallel.world_size())
-        if state:
+        if state and self.rows_per_step != state["rows_per_step"]:
             # Kept also with another number of processes: the same rows make up every step.
             self.rows_per_step = state["rows_per_step"]
+            parallel.say(f"every step still has the same {self.rows_per_step} rows, whatever the "
+                         "batch size, accumulation and number of processes are now")
         self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
         self.total_steps = options.max_steps or math.ceil(
             self.steps_per_epoch * options.num_train_epochs)
@@ -60,8 +65,9 @@ class Run:
         self.identity |= {name: getattr(options, name) for name in IDENTITY}
         if state:
             self._check_identity(state["identity"], checkpoint)
+            self._tell_changes(state["options"])
             restore_weights(model, checkpoint)
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             if state["scaler"]:  # empty where the run so far was not in float16
                 self.scaler.load_state_dict(state["scaler"])
             if Path(checkpoint).parent.resolve() == Path(options.output_dir).resolve():
@@ -83,17 +89,23 @@ class Run:
                 raise UserError(f"{checkpoint} is from a run with {name} {saved[name]}, not "
                                 f"{value}; give the same, or start anew in another folder")
 
+    def _tell_changes(self, before):
+        for name, value in vars(self.options).items():
+            if name not in OF_THE_CALL and before.get(name) != value:
+                parallel.say(f"--{name} is {value} from here on; it was {before.get(name)}")
+
     def _restore_random(self, states):
         if len(states) == parallel.world_size():
             set_random_state(states[parallel.rank()], self.device)
         else:
-            parallel.say(f"{parallel.world_size()} processes instead of {len(states)}: every step "
-                         f"still has the same {self.rows_per_step} rows; dropout is drawn anew")
+            parallel.say(f"{parallel.world_size()} processes instead of {len(states)}: dropout is "
+                         "drawn anew")
 
     def save_checkpoint(self):
         """Write the state of all processes to `checkpoint-STEP`, in the first process."""
         state = {
-            "identity": self.identity, "rows_per_step": self.rows_per_step, "best": self.best,
+            "identity": self.identity, "options": vars(self.options),
+            "rows_per_step": self.rows_per_step, "best": self.best,
             "progress": self.progress.state(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": parallel.gather(random_state(self.device)),

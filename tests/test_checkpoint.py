@@ -1,5 +1,6 @@
 """Resume is exact, whatever happened; damaged checkpoints are named and passed over."""
 
+import json
 import resource
 import signal
 import subprocess
@@ -69,11 +70,16 @@ def test_killed_twenty_times(flags, tmp_path):
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_say_how_to_go_on(number, flags, tmp_path):
-    flags = [*flags, "--max_steps", 250]
-    assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
-    words = [sys.executable, ROOT / "train.py", *flags, "--output_dir", tmp_path / "stopped"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize("before, number", [
+    ([], signal.SIGTERM), ([], signal.SIGINT), (TORCHRUN, signal.SIGTERM)])
+def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
+    flags = [*flags, "--max_steps", 100]
+    assert command(*flags, "--output_dir", tmp_path / "whole", before=before).returncode == 0
+    words = [sys.executable, *before, ROOT / "train.py", *flags,
+             "--output_dir", tmp_path / "stopped"]
     process = subprocess.Popen(list(map(str, words)), cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = tmp_path / "stopped" / "metrics.jsonl"
@@ -81,10 +87,11 @@ def test_signals_save_and_say_how_to_go_on(number, flags, tmp_path):
         time.sleep(0.01)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
-    advice = output.strip().splitlines()[-1].split()
-    assert advice[:2] == ["python", "train.py"] and "Traceback" not in errors
-    assert command(*advice[2:]).returncode == 0
+    if not before:
+        assert process.returncode == 128 + number and "Traceback" not in errors, errors
+    start, advice = output.strip().splitlines()[-1].split("train.py")
+    assert start.split() == (["torchrun", *before[2:]] if before else ["python"])
+    assert command(*advice.split(), before=before).returncode == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -95,9 +102,10 @@ def test_another_number_of_processes(flags, tmp_path):
     flags += ["--output_dir", tmp_path / "two"]
     assert command(*flags, "--save_steps", 7).returncode == 0
     done = command(*flags, "--resume_from_checkpoint", "auto",
-                   before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+                   before=TORCHRUN)
     assert done.returncode == 0, done.stderr
     assert "2 processes instead of 1" in done.stdout
+    assert "every step still has the same" in done.stdout
     first, second = final(tmp_path / "one"), final(tmp_path / "two")
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
@@ -203,8 +211,9 @@ def test_full_disk_leaves_what_was_there(tmp_path):
     assert checkpoint.damage(tmp_path / "checkpoint-2") is None
 
 
-def test_full_disk_in_a_run(flags, tmp_path):
-    """The run stops with one line; what it saved before can be gone on from."""
+@pytest.mark.parametrize("save_steps", [1, 99])
+def test_full_disk_in_a_run(save_steps, flags, tmp_path):
+    """In a checkpoint or at the end: one line; what was saved before can be gone on from."""
     flags = [*flags, "--max_steps", 12, "--save_steps", 4, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
     newest = checkpoint.find(tmp_path / "out", "auto", print)
@@ -213,7 +222,7 @@ def test_full_disk_in_a_run(flags, tmp_path):
                "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
                "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
                "runpy.run_path(sys.argv[0], run_name='__main__')", "train.py",
-               *map(str, [*flags, "--save_steps", 1, "--resume_from_checkpoint", "auto",
+               *map(str, [*flags, "--save_steps", save_steps, "--resume_from_checkpoint", "auto",
                           "--max_steps", 20])]
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -242,6 +251,47 @@ def test_other_run_is_refused(flags, tmp_path):
     assert done.returncode == 2 and "seed 42, not 7" in done.stderr
     assert written == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*")
                        if path.is_file()}  # the record, the log and the checkpoints too
+
+
+def test_what_changed_is_said_and_holds(flags, tmp_path):
+    """Flags of the call win over what the checkpoint holds, but for the rows of a step."""
+    flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
+    assert command(*flags).returncode == 0
+    done = command(*flags, "--resume_from_checkpoint", "auto", "--weight_decay", 0.5,
+                   "--gradient_accumulation_steps", 3, "--save_steps", 1, "--max_steps", 4)
+    assert done.returncode == 0, done.stderr
+    assert "--weight_decay is 0.5 from here on; it was 0.0" in done.stdout
+    assert "--gradient_accumulation_steps is 3" in done.stdout
+    assert "every step still has the same 4 rows" in done.stdout
+    assert "--dataset" not in done.stdout
+    state = checkpoint.load_state(tmp_path / "out/checkpoint-3")
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_a_broken_row_met_late(flags, tmp_path, rows_file):
+    """In a file too large to be checked first: what was learned before it is saved, and once it
+    is mended the run ends as if nothing had been."""
+    rows = json.loads(rows_file.read_text())
+    good = [{**row, "history": []} for row in rows for _ in range(-(-200 // len(rows)))]
+    broken = [dict(row) for row in good]
+    broken[200]["history"] = [["one alone"]]  # its turn comes after step 128
+    flags = [word for word in flags if word not in ("--max_samples", 23)]
+    flags = [*flags, "--gradient_accumulation_steps", 1, "--num_train_epochs", 1,
+             "--per_device_train_batch_size", 1]
+    rows_file.write_text(json.dumps(good))
+    assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
+    rows_file.write_text(json.dumps(broken))
+    words = [sys.executable, "-c", "import runpy, sys; from minisft import dataset;"
+             "dataset.CHECKED_BYTES = dataset.CHECKED_ROWS = 1; sys.argv = sys.argv[1:];"
+             "runpy.run_path(sys.argv[0], run_name='__main__')", "train.py", *flags]
+    done = subprocess.run(list(map(str, [*words, "--output_dir", tmp_path / "late"])), cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "row 201" in done.stderr, done.stderr
+    assert "saved at step" in done.stderr and done.stderr.count("\n") == 1
+    rows_file.write_text(json.dumps(good))
+    done = command(*flags, "--output_dir", tmp_path / "late", "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
+    assert_equal_runs(tmp_path / "whole", tmp_path / "late")
 
 
 def test_no_checkpoint_is_whole(flags, tmp_path):
