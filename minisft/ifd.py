@@ -21,14 +21,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from minisft import parallel
 from minisft.batching import PAD_MULTIPLE, ahead, collate
 from minisft.encoding import Example, check_vocabulary
 from minisft.formats import BadRow
 from minisft.model import KeyValueCache
-from minisft.objective import CHUNK_SIZE
+from minisft.objective import token_losses
 from minisft.options import UserError
 
 # Rows that are read, sorted by length and cut into batches together.
@@ -240,7 +239,7 @@ def measure(model, sequences):
     hidden = states(model, tokens)  # (B, T, D)
     counted = (answer | prompt)[:, 1:]
     losses = torch.zeros(counted.shape, device=device)
-    losses[counted] = token_losses(model, hidden[:, :-1][counted], tokens[:, 1:][counted])
+    losses[counted] = token_losses(model.logits, hidden[:, :-1][counted], tokens[:, 1:][counted])
     embeddings = [None] * len(sequences)
     if lengths.any():
         pooled = (prompt.float()[:, None] @ hidden.float()).squeeze(1)
@@ -265,10 +264,3 @@ def states(model, tokens):
 def is_dynamic(config):
     """Whether positions are rotated by angles that depend on how long the whole row is."""
     return (config.rope_scaling or {}).get("rope_type") == "dynamic"
-
-
-def token_losses(model, hidden, targets):
-    """-log softmax(logits)[target] of N states (N, D) -> (N,) float32, a chunk at a time."""
-    chunks = zip(hidden.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True)
-    return torch.cat([F.cross_entropy(model.logits(states).float(), wanted, reduction="none")
-                      for states, wanted in chunks])

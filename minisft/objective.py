@@ -7,6 +7,8 @@ A sum, because the mean over a step's tokens is only known when all micro-batche
 have counted theirs; a mean of means would weigh the tokens of short batches more.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -34,25 +36,51 @@ def next_token_loss(model, tokens, supervised, lengths=None, logits=None):
     if len(targets) == 0:
         # Nothing to learn: exactly zero, yet connected to every parameter.
         return (logits(hidden[:, :1]).float() * 0.0).sum(), 0
-    return cross_entropy_sum(logits, chosen, targets), len(targets)
+    return token_losses(logits, chosen, targets).sum(), len(targets)
 
 
-def cross_entropy_sum(logits, hidden, targets):
-    """Sum of -log softmax(logits(hidden))[target] over N states (N, D), a chunk at a time.
+def token_losses(logits, hidden, targets):
+    """-log softmax(logits(hidden))[target] of N states (N, D) -> (N,) in float32.
 
-    The logits of a chunk are computed again for its gradient instead of kept.
+    Only a chunk of logits is held at a time. With a frozen output matrix its gradient is computed
+    at once; with a trained one the chunk is computed again in the backward pass.
     """
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for chunk, wanted in zip(hidden.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True):
-        if torch.is_grad_enabled() and len(hidden) > CHUNK_SIZE:
-            total = total + checkpoint(_chunk_loss, logits, chunk, wanted, use_reentrant=False)
-        else:
-            total = total + _chunk_loss(logits, chunk, wanted)
-    return total
+    if torch.is_grad_enabled() and not logits(hidden[:0].detach()).requires_grad:
+        return _FrozenHead.apply(hidden, logits, targets)
+    again = torch.is_grad_enabled() and len(hidden) > CHUNK_SIZE
+    compute = partial(checkpoint, _losses, use_reentrant=False) if again else _losses
+    chunks = zip(hidden.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True)
+    return torch.cat([compute(logits, chunk, wanted) for chunk, wanted in chunks])
 
 
-def _chunk_loss(logits, hidden, targets):
-    return F.cross_entropy(logits(hidden).float(), targets, reduction="sum")
+def _losses(logits, hidden, targets):
+    return F.cross_entropy(logits(hidden).float(), targets, reduction="none")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """`token_losses` where only the states are trained.
+
+    The loss of a token depends on its own state alone: so the gradients (N, D) that the backward
+    pass has to weigh are known as soon as the chunk's logits are, and take the room of the states.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, logits, targets):
+        losses, gradients = [], torch.empty_like(hidden)
+        for start in range(0, len(hidden), CHUNK_SIZE):
+            part = slice(start, start + CHUNK_SIZE)
+            with torch.enable_grad():
+                chunk = hidden[part].detach().requires_grad_()
+                each = _losses(logits, chunk, targets[part])
+                (gradients[part],) = torch.autograd.grad(each.sum(), chunk)
+            losses.append(each.detach())
+        ctx.save_for_backward(gradients)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, weights):
+        (gradients,) = ctx.saved_tensors
+        return gradients * weights.to(gradients.dtype)[:, None], None, None
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from minisft.batching import collate, micro_batches, pack
 from minisft.config import ModelConfig
 from minisft.encoding import Example
 from minisft.model import CausalLM
-from minisft.objective import next_token_loss
+from minisft.objective import next_token_loss, token_losses
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
@@ -45,8 +45,9 @@ def test_equals_masked_cross_entropy():
     assert count == (labels[:, 1:] != -100).sum()
 
 
-def step_gradients(examples, batch_size):
+def step_gradients(examples, batch_size, frozen_head=False):
     model = new_model()
+    model.lm_head.requires_grad_(not frozen_head)
     rows = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
     total = sum(int(example.supervised[1:].sum()) for example in examples)
     for batch in micro_batches(torch.tensor(rows), batch_size):
@@ -76,14 +77,30 @@ def test_mean_of_means_would_differ():
     assert abs(torch.stack(means).mean() - loss / count) > 1e-2
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 50])
-def test_chunks_change_nothing(chunk_size, monkeypatch):
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("chunk_size", [1, 7, 50, 1024])
+def test_chunks_and_a_frozen_head_change_nothing(chunk_size, frozen_head, monkeypatch):
     examples = ragged_examples(8)
     expected = step_gradients(examples, 8)
     monkeypatch.setattr(objective, "CHUNK_SIZE", chunk_size)
-    actual = step_gradients(examples, 8)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7)
+    actual = step_gradients(examples, 8, frozen_head)
+    if frozen_head:
+        assert actual.pop("lm_head.weight") is None
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_may_weigh_differently():
+    """What a preference asks for: a gradient for every token's loss, not only for their sum."""
+    model, (tokens, supervised, _) = new_model(), collate(ragged_examples(8))
+    weights = torch.randn(int(supervised[:, 1:].sum()), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for frozen in (False, True):
+        model.lm_head.requires_grad_(not frozen)
+        hidden = model(tokens)[:, :-1][supervised[:, 1:]]
+        losses = token_losses(model.logits, hidden, tokens[:, 1:][supervised[:, 1:]])
+        gradients.append(torch.autograd.grad((losses * weights).sum(), hidden)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_no_logits_for_prompts_and_padding():
