@@ -2,13 +2,18 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from conftest import CONFIG
+from conftest import CONFIG, command
+from safetensors.torch import load_file
 
+from minisft.batching import collate, pack
 from minisft.config import ModelConfig
+from minisft.encoding import Example
 from minisft.generate import Sampling, generate
 from minisft.lora import LoraConfig, add_lora
+from minisft.metrics import read_metrics
 from minisft.model import CausalLM
 from minisft.objective import next_token_loss
 
@@ -60,3 +65,47 @@ def test_generates_the_same(models):
     sampling = Sampling(max_new_tokens=20, greedy=True)
     cpu, gpu = (generate(model.eval(), prompts, sampling, {2}) for model in models)
     assert cpu == gpu
+
+
+RUN = ["--template", "plain", "--per_device_train_batch_size", 2, "--learning_rate", 5e-3,
+       "--logging_steps", 1, "--max_steps", 8, "--device", "cuda"]
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_resumes_exactly(checkpoint, rows_file, tmp_path):
+    """Dropout's random state on the GPU is saved too."""
+    flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, *RUN,
+             "--lora_dropout", 0.2]
+    assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
+    flags += ["--output_dir", tmp_path / "parts", "--save_steps", 3]
+    assert command(*flags).returncode == 0
+    done = command(*flags, "--resume_from_checkpoint", tmp_path / "parts/checkpoint-3")
+    assert done.returncode == 0, done.stderr
+    parts = adapter(tmp_path / "parts")
+    for name, value in adapter(tmp_path / "whole").items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [
+    ["--packing"], ["--compile"], ["--gradient_checkpointing"], ["--bf16"], ["--fp16"],
+    ["--quantization_bit", 4], ["--quantization_bit", 8], ["--finetuning_type", "full"]])
+def test_every_way_to_train_learns(extra, checkpoint, rows_file, tmp_path):
+    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, *RUN, *extra,
+                   "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    losses = [row["loss"] for row in read_metrics(tmp_path / "out/metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+def test_packed_loss_is_the_padded_one(models):
+    _, model = models
+    draw = np.random.default_rng(0)
+    examples = [Example(draw.integers(0, CONFIG["vocab_size"], length), np.arange(length) > 3)
+                for length in (9, 30, 17)]
+    padded, count = next_token_loss(model, *collate(examples, "cuda"))
+    packed, packed_count = next_token_loss(model, *pack(examples, "cuda"))
+    assert count == packed_count
+    torch.testing.assert_close(packed, padded, rtol=1e-4, atol=0)
