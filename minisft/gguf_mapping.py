@@ -11,8 +11,8 @@ import math
 from functools import partial
 
 from minisft.config import ModelConfig
-from minisft.model import rotary_frequencies
 from minisft.options import UserError
+from minisft.rotary import rotary_frequencies
 
 # llama.cpp runs Mistral by its code for Llama; which of the two it was, a file does not say.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

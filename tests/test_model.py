@@ -7,8 +7,9 @@ import torch
 import transformers
 
 from minisft.config import ModelConfig
-from minisft.model import CausalLM, KeyValueCache, rotary_frequencies
+from minisft.model import CausalLM, KeyValueCache, Linear
 from minisft.options import UserError
+from minisft.rotary import rotary_frequencies
 from minisft.weights import load_model
 
 SMALL = {
@@ -222,3 +223,15 @@ def test_published_greedy_text(shared_data):
             ids.append(int(best))
             tokens = best[None]
     assert ids[-256:] == expected[-256:]
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (8, 1), (3, 40), (5, 40)])
+def test_few_rows_multiplied_from_the_other_side(rows):
+    """Linear equals torch's, in value and layout, with and without the shortcut."""
+    torch.manual_seed(0)
+    layer, x = Linear(512, 768, bias=False), torch.randn(*rows, 512)
+    expected = torch.nn.functional.linear(x, layer.weight)
+    with torch.no_grad():
+        actual = layer(x)
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
