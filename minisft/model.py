@@ -12,6 +12,9 @@ Shapes: B batch, T time (tokens of this call), S time of all keys (cache and thi
 width, H query heads, K key/value heads, d width of a head, V vocabulary.
 """
 
+from functools import partial
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -113,9 +116,11 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x, cos, sin, mask, cache, layer, lengths=None):
-        """(B, T, D) of x (B, T, D); arguments as `CausalLM.forward` has them, one mask a row with
-        `lengths`. layer: the number of this layer, under which `cache` holds its keys."""
+    def forward(self, x, cos, sin, attend, cache, layer):
+        """(B, T, D) of x (B, T, D); cos, sin: of the positions; attend: (q, k, v) -> (B, H, T, d).
+
+        layer: the number of this layer, under which `cache` holds its keys.
+        """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
@@ -125,24 +130,38 @@ class Attention(nn.Module):
         q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        if T == 1:
-            # One token sees all keys: the heads that share keys can stand where time does.
-            q = q.view(B, self.num_key_value_heads, -1, self.head_dim)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, K, H/K, d)
-            return self.o_proj(y.view(B, 1, -1))
-        if lengths is None:
-            y = _attend(q, k, v, mask)
-        else:  # each row of the pack by itself
-            rows = zip(*(one.split(lengths, dim=2) for one in (q, k, v)), mask, strict=True)
-            y = torch.cat([_attend(*row) for row in rows], dim=2)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
 
 
-def _attend(q, k, v, mask):
-    """(B, H, T, d). Without a mask every query sees the keys up to its own."""
+def attend_causally(q, k, v, mask):
+    """(B, H, T, d) of q (B, H, T, d) and k, v (B, K, S, d); without a mask, queries see the keys up
+    to their own."""
+    B, H, T, d = q.shape
+    if T == 1:  # It sees all keys: the heads that share keys can stand where time does.
+        y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, d), k, v, attn_mask=mask)
+        return y.view(B, H, 1, d)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
+def attend_in_rows(q, k, v, lengths, masks):
+    """The same for rows of a pack (1, H, T, d), each by itself."""
+    rows = zip(*(one.split(lengths, dim=2) for one in (q, k, v)), masks, strict=True)
+    return torch.cat([attend_causally(*row) for row in rows], dim=2)
+
+
+def attend_in_rows_at_once(q, k, v, bounds, longest, window):
+    """The same on a GPU in half precision, by the flash kernel for rows of any lengths.
+
+    bounds: (N + 1,) int32, where the rows begin and end. window: how many keys before its own a
+    query sees, -1 for all.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (one[0].transpose(0, 1).to(v.dtype) for one in (q, k, v))  # (T, H or K, d)
+    y = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(window, 0),
+                    enable_gqa=True)
+    return y.transpose(0, 1)[None]
 
 
 class MLP(nn.Module):
@@ -170,9 +189,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, cache, layer, lengths=None):
+    def forward(self, x, cos, sin, attend, cache, layer):
         """(B, T, D) of x (B, T, D); the other arguments are handed to the attention."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer, lengths)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -204,12 +223,11 @@ class Decoder(nn.Module):
             cos, sin = self._angles(positions, x.dtype)
         if lengths is None:
             masks = self._masks(T, past + T, mask, tokens.device)
+            attend = {name: partial(attend_causally, mask=one) for name, one in masks.items()}
         else:
-            rows = [self._masks(length, length, None, tokens.device) for length in lengths]
-            masks = {name: [row[name] for row in rows] for name in rows[0]}
+            attend = self._attend_in_rows(lengths, x)
         for index, layer in enumerate(self.layers):
-            arguments = (x, cos, sin, masks[self.config.layer_types[index]], cache, index,
-                         lengths)
+            arguments = (x, cos, sin, attend[self.config.layer_types[index]], cache, index)
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
@@ -217,6 +235,19 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += T
         return self.norm(x)
+
+    def _attend_in_rows(self, lengths, x):
+        """What the attention of each layer type is in a pack of rows."""
+        half = torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
+        if x.is_cuda and half:
+            bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
+            every = partial(attend_in_rows_at_once, bounds=bounds, longest=max(lengths))
+            window = self.config.sliding_window
+            return {"full_attention": partial(every, window=-1),
+                    "sliding_attention": partial(every, window=(window or 0) - 1)}
+        masks = [self._masks(length, length, None, x.device) for length in lengths]
+        return {name: partial(attend_in_rows, lengths=lengths, masks=[row[name] for row in masks])
+                for name in masks[0]}
 
     def _next_angles(self, start, end, x, cache):
         """_angles of positions start..end - 1; a cache keeps a table of them, grown by doubling."""

@@ -7,7 +7,13 @@ import torch
 import transformers
 
 from minisft.config import ModelConfig
-from minisft.model import CausalLM, KeyValueCache, Linear
+from minisft.model import (
+    CausalLM,
+    KeyValueCache,
+    Linear,
+    attend_in_rows,
+    attend_in_rows_at_once,
+)
 from minisft.options import UserError
 from minisft.rotary import rotary_frequencies
 from minisft.weights import load_model
@@ -235,3 +241,31 @@ def test_few_rows_multiplied_from_the_other_side(rows):
         actual = layer(x)
     assert actual.is_contiguous()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def varlen_by_rows(q, k, v, bounds, bounds_k, longest, longest_k, window_size, enable_gqa):
+    """What torch documents of varlen_attn: rows (T, heads, d) one after another, a left window."""
+    assert enable_gqa and bounds.dtype == torch.int32 and longest == bounds.diff().max()
+    rows = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        near = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            near = near.triu(-window_size[0])
+        parts = (one[start:end].transpose(0, 1) for one in (q, k, v))
+        rows.append(torch.nn.functional.scaled_dot_product_attention(
+            *parts, attn_mask=near, enable_gqa=True).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_rows_of_a_pack_at_once(window, monkeypatch):
+    """The GPU's way through a pack hands over what the CPU's way does row by row."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_rows)
+    torch.manual_seed(0)
+    lengths = [3, 9, 1, 5]
+    q, k, v = (torch.randn(1, heads, sum(lengths), 16) for heads in (4, 2, 2))
+    masks = [torch.ones(n, n, dtype=torch.bool).tril().triu(1 - (window or n)) for n in lengths]
+    expected = attend_in_rows(q, k, v, lengths, masks)
+    bounds = torch.tensor([0, 3, 12, 13, 18], dtype=torch.int32)
+    actual = attend_in_rows_at_once(q, k, v, bounds, 9, -1 if window is None else window - 1)
+    torch.testing.assert_close(actual, expected)
