@@ -35,7 +35,7 @@ def parse_options(arguments=None):
     add("--output", help="file to write: gguf, gguf-lora")
     add("--quantization", choices=QUANTIZATIONS, default="f16", help="type of the numbers in gguf")
     add("--template", default="auto",
-        help="conversation format to write into gguf (auto: the trained, else the checkpoint's)")
+        help="conversation format that goes along (auto: the trained, else the checkpoint's)")
     switch("--overwrite_output_dir", "write into a folder that has something in it, over a file")
     add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")
     options = parser.parse_options(arguments)
@@ -49,8 +49,11 @@ def check_options(options, given):
     needed, unread = (("output", "output_dir") if to_file else ("output_dir", "output"))
     if needed not in given:
         raise UserError(f"--format {options.format} needs --{needed}")
-    unread = {unread} | ({"dtype", "bf16", "fp16", "max_shard_size", "device"} if to_file
-                         else {"quantization", "template"})
+    unread = {unread} | ({"dtype", "bf16", "fp16", "device"} if to_file else {"quantization"})
+    if options.format != "hf":
+        unread |= {"max_shard_size"}
+    if options.format == "gguf-lora":
+        unread |= {"template"}
     if unread & given:
         hint = "; --quantization says the type" if to_file else ""
         raise UserError(f"--format {options.format} does not read --{min(unread & given)}{hint}")
@@ -93,6 +96,8 @@ def write_gguf(options):
 
 def check_output_file(options):
     """The Path of --output; UserError where something is there that is not meant to go."""
+    from minisft.gguf_file import is_gguf
+
     path = Path(options.output)
     if path.is_dir():
         raise UserError(f"--output {path}: is a folder; name a file in it")
@@ -100,6 +105,8 @@ def check_output_file(options):
         raise UserError(f"--output {path}: is also read from; choose another")
     if path.exists() and not options.overwrite_output_dir:
         raise UserError(f"--output {path}: exists; choose another, or give --overwrite_output_dir")
+    if path.exists() and not is_gguf(path):
+        raise UserError(f"--output {path}: exists and is no GGUF file; choose another")
     return path
 
 
@@ -111,6 +118,7 @@ def write_folder(options):
     import torch
 
     from minisft import weights
+    from minisft.chat_template import conversation_form
     from minisft.lora import merge_lora
     from minisft.options import resolve_device, resolve_dtype
     from minisft.tokenizer import Tokenizer
@@ -124,20 +132,24 @@ def write_folder(options):
     model = weights.load_model(model_dir, stored, device)
     tokenizer = Tokenizer.load(model_dir)
 
+    trained_dir = model_dir  # or the adapter's
     if options.adapter:
-        adapter_dir = weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
-        lora_config = weights.load_adapter(model, adapter_dir)
+        trained_dir = weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
+        lora_config = weights.load_adapter(model, trained_dir)
+    chat_template, stop_ids = conversation_form(tokenizer, options.template, trained_dir,
+                                                weights.generation_eos(model_dir, model.config))
     if options.format == "peft":
         weights.save_adapter(model, output_dir, lora_config, options.model_name_or_path, dtype)
     else:
         merge_lora(model, dtype)
         weights.save_model(model, output_dir, dtype, max_shard_size)
-        weights.copy_generation_config(model_dir, output_dir)
-    tokenizer.save(output_dir)
+        weights.save_generation_config(model_dir, output_dir, model.config, stop_ids)
+    tokenizer.save(output_dir, chat_template)
     # What chat.py looks for: the form of the conversations that the model was trained on.
-    trained = recorded_options(adapter_dir if options.adapter else model_dir)
-    form = {name: trained.get(name) for name in ("template", "default_system")}
-    save_options(Namespace(**form), output_dir / "options.toml")
+    trained = recorded_options(trained_dir)
+    name = trained.get("template") if options.template == "auto" else options.template
+    save_options(Namespace(template=name, default_system=trained.get("default_system")),
+                 output_dir / "options.toml")
     print(f"wrote {output_dir}")
 
 

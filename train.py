@@ -272,13 +272,13 @@ def main():
         say(f"stopped and saved at step {run.progress.step}; go on with\n  {parallel.launcher()} "
             f"train.py --config {output_dir / 'options.toml'} --resume_from_checkpoint auto")
     else:
-        save(run, tokenizer, model_dir, output_dir)
+        save(run, tokenizer, template, model_dir, output_dir)
     parallel.stop()
     if interrupted:
         sys.exit(128 + interrupted)
 
 
-def save(run, tokenizer, model_dir, output_dir):
+def save(run, tokenizer, template, model_dir, output_dir):
     """Write the adapter, or the whole model in the type its checkpoint had; draw the losses."""
     from minisft import checkpoint, parallel
     from minisft.metrics import plot_loss
@@ -294,7 +294,7 @@ def save(run, tokenizer, model_dir, output_dir):
     if parallel.rank() != 0:
         return
     try:
-        write_result(run, tokenizer, model_dir, output_dir)
+        write_result(run, tokenizer, template, model_dir, output_dir)
     except (OSError, UserError) as error:
         raise UserError(f"{error}; make room, and --resume_from_checkpoint auto goes on from the "
                         "last checkpoint") from error
@@ -307,21 +307,24 @@ def save(run, tokenizer, model_dir, output_dir):
                 f"{output_dir / 'metrics.jsonl'}")
 
 
-def write_result(run, tokenizer, model_dir, output_dir):
+def write_result(run, tokenizer, template, model_dir, output_dir):
     """Write what was trained and the tokenizer, as chat.py, export.py and eval.py read them."""
     import torch
 
-    from minisft.weights import copy_generation_config, save_adapter, save_model, stored_dtype
+    from minisft import weights
+    from minisft.chat_template import chat_template_text
 
     model, options = run.model, run.options
     if run.lora_config:
-        save_adapter(model, output_dir, run.lora_config, options.model_name_or_path)
+        weights.save_adapter(model, output_dir, run.lora_config, options.model_name_or_path)
     else:
         fresh = options.train_from_scratch
-        dtype = getattr(torch, model.config.dtype) if fresh else stored_dtype(model_dir)
-        save_model(model, output_dir, dtype)
-        copy_generation_config(model_dir, output_dir)
-    tokenizer.save(output_dir)
+        dtype = getattr(torch, model.config.dtype) if fresh else weights.stored_dtype(model_dir)
+        weights.save_model(model, output_dir, dtype)
+        listed = weights.generation_eos(model_dir, model.config)
+        weights.save_generation_config(model_dir, output_dir, model.config,
+                                       template.stop_token_ids(listed) if template else listed)
+    tokenizer.save(output_dir, template and chat_template_text(template, options.default_system))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
 from minisft import weights
-from minisft.chat_template import as_jinja
+from minisft.chat_template import conversation_form
 from minisft.gguf_mapping import (
     ARCHITECTURES,
     ROTARY_DIVISORS,
@@ -33,8 +33,7 @@ from minisft.gguf_vocabulary import tokenizer_differences, vocabulary_fields
 from minisft.gguf_writer import TORCH_TYPES, Tensor, write_gguf
 from minisft.json_files import read_json
 from minisft.lora import LoRALinear
-from minisft.options import UserError, recorded_options
-from minisft.template import get_template, recognise
+from minisft.options import UserError
 from minisft.tokenizer import Tokenizer
 
 # --quantization -> the type of the file and of most of its matrices.
@@ -57,10 +56,10 @@ def export_model(model_dir, output, quantization, adapter_dir=None, name=None, t
     """Write checkpoint `model_dir`, with the adapter merged if there is one; returns a summary.
 
     name: what programs show for the model, by default the folder's. template: the conversation
-    format that they are to use, see chat_fields. The summary is {"tensors", "parameters", "bytes",
-    "bits_per_weight", "types": {type name: tensors}, "notes": sentences on what llama.cpp will do
-    differently}. Raises UserError where the model cannot be expressed, a number does not fit the
-    type, or the disk is too small; no file is left then.
+    format that they are to use, see conversation_form. The summary is {"tensors", "parameters",
+    "bytes", "bits_per_weight", "types": {type name: tensors}, "notes": sentences on what llama.cpp
+    will do differently}. Raises UserError where the model cannot be expressed, a number does not
+    fit the type, or the disk is too small; no file is left then.
     """
     model_dir = Path(model_dir)
     model, stored = weights.open_model(model_dir)
@@ -70,8 +69,9 @@ def export_model(model_dir, output, quantization, adapter_dir=None, name=None, t
         adapter = weights.adapter_tensors(adapter_dir)
     config, tensors = model.config, model_tensors(model, stored, adapter, quantization)
     tokenizer = Tokenizer.load(model_dir)
-    chat, stop_ids = chat_fields(tokenizer, template, adapter_dir or model_dir,
-                                 weights.generation_eos(model_dir, config))
+    chat_template, stop_ids = conversation_form(tokenizer, template, adapter_dir or model_dir,
+                                                weights.generation_eos(model_dir, config),
+                                                for_llama_cpp=True)
     metadata = {
         "general.type": "model",
         "general.name": name or model_dir.resolve().name,
@@ -81,40 +81,12 @@ def export_model(model_dir, output, quantization, adapter_dir=None, name=None, t
         "general.file_type": int(QUANTIZATIONS[quantization][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **vocabulary_fields(tokenizer, config.vocab_size, stop_ids),
-        **chat,
     }
+    if chat_template is not None:
+        metadata["tokenizer.chat_template"] = chat_template
     write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
     notes = known_differences(config) + tokenizer_differences(tokenizer)
     return summary_of(output, tensors, notes)
-
-
-def chat_fields(tokenizer, name, trained_dir, listed_stops):
-    """(the chat template as metadata, the ids that end an answer).
-
-    name: one of our templates, or "auto" for the one that `trained_dir` was trained with by
-    train.py, or else the checkpoint's own, which is written as it is.
-    """
-    trained = recorded_options(trained_dir)
-    name = trained.get("template", "auto") if name == "auto" else name
-    own = tokenizer.chat_template
-    try:
-        template = get_template(name, tokenizer, trained.get("default_system"))
-    except UserError:
-        if name != "auto":
-            raise
-        return ({"tokenizer.chat_template": own} if own else {}), listed_stops
-    stop_ids = list(template.stop_token_ids(listed_stops))
-    if name != "auto" and (trained.get("default_system") is not None or not is_form(own, name)):
-        own = as_jinja(template)
-    return {"tokenizer.chat_template": own}, stop_ids
-
-
-def is_form(chat_template, name):
-    """Whether a checkpoint's chat template is the one of our templates with this name."""
-    try:
-        return recognise(chat_template) == name
-    except UserError:
-        return False
 
 
 def model_tensors(model, stored, adapter, quantization):

@@ -18,7 +18,7 @@ import numpy as np
 
 from minisft.options import UserError
 
-VERSIONS = (2, 3)
+MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "u1", 10: "u8",
            11: "i8", 12: "f8"}
 BOOL, STRING, ARRAY = 7, 8, 9
@@ -50,6 +50,12 @@ class GGUFFile:
 
 class Damaged(ValueError):
     """What is wrong with a file."""
+
+
+def is_gguf(path):
+    """Whether a file begins as GGUF files do, whatever its name: Ollama's have no suffix."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def read_gguf(path):
@@ -100,9 +106,22 @@ class Cursor:
         # Tokens of some vocabularies are not valid UTF-8.
         return self.take(length).decode("utf-8", "replace" if most is None else "strict")
 
+    def texts(self, count):
+        """The next `count` strings, as `text` reads them: by a short way, for vocabularies."""
+        read, texts = self.file.read, []
+        for _ in range(count):
+            length = int.from_bytes(read(8), "little")
+            if self.position + 8 + length > self.size:
+                raise Damaged(f"at byte {self.position:,} a string of {length:,} bytes begins")
+            self.position += 8 + length
+            texts.append(read(length).decode("utf-8", "replace"))
+        return texts
+
 
 def _read(path, cursor):
-    if cursor.take(4) != b"GGUF":
+    from gguf import GGML_QUANT_SIZES
+
+    if cursor.take(len(MAGIC)) != MAGIC:
         raise Damaged("it does not begin with GGUF")
     version = cursor.number("I")
     if version not in VERSIONS:
@@ -118,8 +137,13 @@ def _read(path, cursor):
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise Damaged(f"general.alignment is {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
-    tensors = {name: _placed(name, entry, start, alignment, cursor.size)
+    sizes = {int(type): pair for type, pair in GGML_QUANT_SIZES.items()}
+    if unknown := {kind for _, kind, _ in entries.values()} - sizes.keys():
+        raise UserError(f"{path}: has tensors of the type {min(unknown)}, which is not known here; "
+                        "update the gguf package, or get a file of another type, such as Q8_0")
+    tensors = {name: _placed(name, entry, sizes, start, alignment, cursor.size)
                for name, entry in entries.items()}
+    _check_apart(tensors)
     return GGUFFile(path, metadata, tensors)
 
 
@@ -148,7 +172,7 @@ def _value(cursor, kind):
 def _array(cursor):
     kind = cursor.number("I")
     if kind == STRING:
-        return [cursor.text() for _ in range(cursor.count(STRING_BYTES))]
+        return cursor.texts(cursor.count(STRING_BYTES))
     if kind not in SCALARS:
         raise Damaged(f"at byte {cursor.position:,} there is an array of the type {kind}")
     dtype = np.dtype("<" + SCALARS[kind])
@@ -165,13 +189,8 @@ def _tensor(cursor):
     return name, (dimensions, cursor.number("I"), cursor.number("Q"))
 
 
-def _placed(name, entry, start, alignment, size):
-    from gguf import GGML_QUANT_SIZES
-
+def _placed(name, entry, sizes, start, alignment, size):
     dimensions, kind, offset = entry
-    sizes = {int(type): pair for type, pair in GGML_QUANT_SIZES.items()}
-    if kind not in sizes:
-        raise Damaged(f"'{name}' is of the unknown type {kind}")
     block, block_bytes = sizes[kind]
     if dimensions[0] % block or not all(dimensions):
         raise Damaged(f"'{name}' has the shape {dimensions}, in blocks of {block}")
@@ -180,3 +199,12 @@ def _placed(name, entry, start, alignment, size):
         raise Damaged(f"'{name}' lies at bytes {start + offset:,} to {start + offset + nbytes:,} "
                       f"of {size:,}")
     return PlacedTensor(kind, tuple(reversed(dimensions)), start + offset, nbytes)
+
+
+def _check_apart(tensors):
+    """Tensors that share bytes would take more memory than the file's size lets one think."""
+    end, before = 0, None
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+        if tensor.start < end:
+            raise Damaged(f"'{name}' lies on '{before}'")
+        end, before = tensor.start + tensor.nbytes, name

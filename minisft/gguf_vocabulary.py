@@ -42,8 +42,10 @@ def vocabulary_fields(tokenizer, rows, stop_ids=None):
     _check_size(tokenizer, rows)
     byte_level = getattr(tokenizer.engine, "byte_level", False)
     fields = _byte_level(tokenizer, rows) if byte_level else _sentencepiece(tokenizer, rows)
+    bos = tokenizer.bos_token_id
     ids = {
-        "bos_token_id": tokenizer.bos_token_id,
+        # llama.cpp needs one, and takes 11 where none is stated: the place-holder is Qwen's.
+        "bos_token_id": tokenizer.pad_token_id if bos is None else bos,
         "eos_token_id": tokenizer.eos_token_id,
         "unknown_token_id": next(
             (id for id, kind in enumerate(fields["token_type"]) if kind == UNKNOWN), None),
@@ -57,16 +59,10 @@ def vocabulary_fields(tokenizer, rows, stop_ids=None):
 
 def tokenizer_differences(tokenizer):
     """Sentences on where llama.cpp will make other ids of a conversation than we do."""
-    if getattr(tokenizer.engine, "byte_level", False) or not _is_prefixed(tokenizer):
-        return []
-    if tokenizer.prefix_after_special:
+    if not tokenizer.leading_space or tokenizer.prefix_after_special:
         return []
     return ["llama.cpp puts a space before text behind a control token: if the chat template has "
             "such text, prompts get tokens that they did not have in training"]
-
-
-def _is_prefixed(tokenizer):
-    return tokenizer.encode("a") != tokenizer.encode("a", continuation=True)
 
 
 def _check_size(tokenizer, rows):
@@ -168,7 +164,7 @@ def _sentencepiece(tokenizer, rows):
         scores.append(score)
         types.append(kind)
     return {"model": "llama", "pre": "default", "tokens": tokens, "scores": scores,
-            "token_type": types, "add_space_prefix": _is_prefixed(tokenizer)}
+            "token_type": types, "add_space_prefix": tokenizer.leading_space}
 
 
 def _model_pieces(tokenizer, path):

@@ -13,6 +13,7 @@ as it stands behind the prompt; so the ids before an answer in training are the 
 use, and only the answer with its end-of-turn token is supervised.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -116,7 +117,10 @@ TEMPLATES = {
     "plain": Format(system="{content}\n", user="{content}\n", answer="{content}{eos}"),
 }
 
-# The system prompt that a checkpoint's chatml template falls back on, as its source spells it.
+# The system prompt that a chat template falls back on, as its source spells it: in those that
+# chat_template.py writes, and in Qwen's chatml.
+OUR_SYSTEM = re.compile(
+    r'\{%- set system = ("(?:[^"\\\x00-\x1f]|\\["\\nrtbf]|\\u[0-9a-f]{4})*") -%}')
 CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"\\]+)<\|im_end\|>")
 
 # Llama 3.1 and 3.2 open every system prompt with these lines. The second is the date that their
@@ -138,12 +142,29 @@ def get_template(name, tokenizer, default_system=None):
         name = recognise(tokenizer.chat_template)
     if name not in TEMPLATES:
         raise UserError(f"unknown template '{name}'; choose one of: auto, {', '.join(TEMPLATES)}")
-    if default_system is None and name == "chatml":
-        own = CHATML_SYSTEM.search(tokenizer.chat_template or "")
-        default_system = own and own[1]
+    if default_system is None:
+        default_system = stated_system(name, tokenizer.chat_template)
     has_dates = LLAMA31_DATES.split("\n")[0] in (tokenizer.chat_template or "")
     preface = LLAMA31_DATES if name == "llama3" and has_dates else ""
     return Template(name, tokenizer, default_system, preface)
+
+
+def stated_system(name, chat_template):
+    """The system prompt that a chat template gives conversations without one; None: the form's."""
+    text = chat_template or ""
+    if (ours := OUR_SYSTEM.match(text)) and is_form(text, name):
+        stated = json.loads(ours[1])
+        return None if stated == TEMPLATES[name].default_system else stated
+    own = CHATML_SYSTEM.search(text) if name == "chatml" else None
+    return own and own[1]
+
+
+def is_form(chat_template, name):
+    """Whether a checkpoint's chat template is the one of our templates with this name."""
+    try:
+        return recognise(chat_template) == name
+    except UserError:
+        return False
 
 
 def recognise(chat_template):

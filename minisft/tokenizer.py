@@ -19,7 +19,7 @@ import codecs
 import shutil
 from pathlib import Path
 
-from minisft.json_files import is_whole, read_json, token_ids
+from minisft.json_files import is_whole, read_json, token_ids, write_json
 from minisft.options import UserError
 from minisft.tokenizer_engines import SentencePieceEngine, TokenizersEngine
 
@@ -49,6 +49,11 @@ class Tokenizer:
         # Whether text after a control token gets the leading space too (Llama's "legacy" way).
         self.prefix_after_special = self.engine.prefix_after_special
 
+    @property
+    def leading_space(self):
+        """Whether a text gets a space in front, as SentencePiece models of the Llama kind do it."""
+        return self.encode("a") != self.encode("a", continuation=True)
+
     @classmethod
     def load(cls, model_dir):
         """From a local folder; UserError names the file that is missing or broken."""
@@ -77,10 +82,11 @@ class Tokenizer:
             return self._added[id].encode("utf-8", "replace")
         return self.engine.token_bytes(id)
 
-    def save(self, output_dir):
+    def save(self, output_dir, chat_template=None):
         """Copy the tokenizer's files, byte for byte, into an existing or new folder.
 
         Another tokenizer's files that are there go: who loads the folder would read those too.
+        chat_template: one to write instead of the tokenizer's own.
         """
         output_dir = Path(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -90,6 +96,11 @@ class Tokenizer:
             (output_dir / path.name).unlink(missing_ok=True)
             if path.is_file():
                 shutil.copyfile(path, output_dir / path.name)
+        if chat_template not in (None, self.chat_template):
+            (output_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+            if "chat_template" in self.config:  # which is all that old programs read
+                write_json({**self.config, "chat_template": chat_template},
+                           output_dir / "tokenizer_config.json")
 
     def _open_engine(self):
         json_path, model_path = self.model_dir / FILES[0], self.model_dir / FILES[1]

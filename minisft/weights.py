@@ -14,6 +14,7 @@ from torch import nn
 
 from minisft import gguf_import
 from minisft.config import ModelConfig
+from minisft.gguf_file import is_gguf
 from minisft.json_files import is_number, is_whole, read_json, token_ids, write_json
 from minisft.lora import LINEAR, SAVEABLE, LoraConfig, LoRALinear, freeze, train_fully, wrap
 from minisft.model import CausalLM
@@ -47,9 +48,12 @@ def resolve(name_or_path, needed="config.json"):
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / needed).is_file():
-            raise UserError(f"{path}: there is no {needed} in this folder")
+            files = sorted(path.glob("*.gguf")) if needed == "config.json" else []
+            hint = f"; to read a GGUF file, give the file: {files[0]}" if files else ""
+            raise UserError(f"{path}: there is no {needed} in this folder{hint}")
         return path
-    if path.is_file() and path.suffix == gguf_import.SUFFIX and needed == "config.json":
+    if needed == "config.json" and path.is_file() and (
+            path.suffix.lower() == ".gguf" or is_gguf(path)):
         return gguf_import.unpack(path)
     if path.exists():
         raise UserError(f"{path}: is a file; give the folder that holds it")
@@ -209,19 +213,20 @@ def _remove_others(output_dir, written):
                 path.unlink()
 
 
-def copy_generation_config(model_dir, output_dir):
-    """generation_config.json travels along, where there is one."""
-    path = Path(model_dir) / "generation_config.json"
-    if path.is_file():
-        shutil.copyfile(path, Path(output_dir) / path.name)
+def save_generation_config(model_dir, output_dir, config, stop_ids):
+    """generation_config.json travels along; where it lacks ids that end an answer, with those."""
+    content = read_json(Path(model_dir) / "generation_config.json", missing={})
+    if set(stop_ids) - set(generation_eos(model_dir, config)):
+        content = {"bos_token_id": config.bos_token_id, **content, "eos_token_id": sorted(stop_ids)}
+    if content:
+        write_json(content, Path(output_dir) / "generation_config.json")
 
 
 def generation_eos(model_dir, config):
-    """`eos_token_id` (int, list or None) of generation_config.json, else of config.json."""
+    """The ids of `eos_token_id` in generation_config.json, else in config.json, as a list."""
     path = Path(model_dir) / "generation_config.json"
     stated = read_json(path, missing={}).get("eos_token_id", config.eos_token_id)
-    token_ids(stated, path, "eos_token_id")
-    return stated
+    return token_ids(stated, path, "eos_token_id")
 
 
 def save_adapter(model, output_dir, config, base_model, dtype=None):

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,14 @@ CONFIG = {  # a Llama that computes in no time
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2,
 }
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hello there!"}],
+    [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Say 你好\nnow"}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+     {"role": "user", "content": "What is 2+2?"}],
+]
 
 
 def command(*arguments, script="train.py", before=()):
@@ -51,6 +60,13 @@ def tiny_tokenizer_dir(tmp_path_factory):
     backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def without_bos(tokenizer_dir, folder):
+    """A copy of a tokenizer that has no BOS, as Qwen's."""
+    shutil.copytree(tokenizer_dir, folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": null}')
     return folder
 
 

@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 
 from minisft.lora import LoraConfig, add_lora
 from minisft.options import recorded_options
+from minisft.template import get_template
+from minisft.tokenizer import Tokenizer
 from minisft.weights import load_adapter, load_model, save_adapter
 
+QUESTION = [{"role": "user", "content": "the cat?"}]
 TOKENS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -70,6 +73,14 @@ def test_the_form_of_the_training_goes_along(format, checkpoint, adapter, tmp_pa
         trained = recorded_options(out)
         assert (trained["template"], trained.get("default_system")) == expected
         assert "seed" not in trained
+        # Other programs find it too.
+        theirs = transformers.AutoTokenizer.from_pretrained(out)
+        ours = get_template(expected[0], Tokenizer.load(checkpoint), expected[1])
+        assert theirs.apply_chat_template(QUESTION, add_generation_prompt=True,
+                                          return_dict=False) == ours.encode_prompt(QUESTION)
+        if format == "hf":  # config.json's, and the end of the template's answers
+            stops = transformers.GenerationConfig.from_pretrained(out).eos_token_id
+            assert stops == [1, 2]
 
 
 def test_types_out(checkpoint, adapter, tmp_path):
@@ -106,6 +117,9 @@ def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
         (["--output_dir", adapter, "--overwrite_output_dir"], "also read from"),
         (["--output_dir", tmp_path / "out", "--max_shard_size", "big"], "not a size"),
         (["--output_dir", tmp_path / "out", "--adapter", checkpoint], "adapter_config.json"),
+        (["--output_dir", tmp_path / "out", "--template", "lama2"], "unknown template"),
+        (["--output_dir", tmp_path / "out", "--format", "peft", "--max_shard_size", "1GB"],
+         "does not read --max_shard_size"),
     ):
         done = command("--model_name_or_path", checkpoint, "--adapter", adapter, *words,
                        script="export.py")

@@ -5,14 +5,13 @@ import re
 import shutil
 import unicodedata
 
-import jinja2
 import pytest
 import tokenizers
 import torch
+from conftest import CONVERSATIONS, without_bos
 from llama_cpp import Server
 
 from minisft import weights
-from minisft.chat_template import as_jinja
 from minisft.config import ModelConfig
 from minisft.gguf_export import export_model
 from minisft.gguf_vocabulary import (
@@ -23,7 +22,7 @@ from minisft.gguf_vocabulary import (
 )
 from minisft.model import CausalLM
 from minisft.options import UserError
-from minisft.template import TEMPLATES, Template, get_template, recognise
+from minisft.template import TEMPLATES, get_template
 from minisft.tokenizer import Tokenizer
 
 # Folder with the tokenizer, rows of the embedding, family.
@@ -40,12 +39,6 @@ AWKWARD = [
     "<|eot_id|>", "[INST] [/INST]", "12345 3.14", "'s'LL I'Ve", "def f(x):\n    return x**2\n",
     "\ufeffbom", "a\u200bb", "ﬁﬂ ½ ²", "नमस्ते สวัสดี", "x" * 200, "=" * 70,
 ]
-CONVERSATIONS = [
-    [{"role": "user", "content": "Hello there!"}],
-    [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Say 你好\nnow"}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
-     {"role": "user", "content": "What is 2+2?"}],
-]
 
 
 def narrow_model(folder, rows, family):
@@ -57,6 +50,16 @@ def narrow_model(folder, rows, family):
         "tie_word_embeddings": True}))
     model.initialize()
     weights.save_model(model, folder)
+
+
+def keep_tokens_below(count, path):
+    """Cut a large vocabulary, for speed; its control tokens keep their places behind the gap."""
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    model = spec["model"]
+    model["vocab"] = {token: id for token, id in model["vocab"].items() if id < count}
+    model["merges"] = [[left, right] for left, right in model["merges"]
+                       if {left, right, left + right} <= model["vocab"].keys()]
+    path.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,7 @@ def exported(shared_data, tmp_path_factory):
             for path in (shared_data / "tokenizers" / name).glob("*token*"):
                 shutil.copyfile(path, folder / path.name)
             if name == "Llama-3":
+                keep_tokens_below(20_000, folder / "tokenizer.json")
                 path = shared_data / "tokenizers" / "Llama-3.2-1B" / "tokenizer_config.json"
                 shutil.copyfile(path, folder / path.name)
             template = "llama3" if name == "Llama-3" else "auto"
@@ -146,34 +150,28 @@ def test_where_llama_cpp_puts_a_space_of_its_own(exported):
         assert theirs == get_template("auto", read_back).encode_prompt(CONVERSATIONS[0])
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_our_templates_as_jinja(name, tiny_tokenizer_dir):
-    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
-    for default_system, preface in ((None, ""), ("", "Date: {today}\n"), ('A "default".\n', "")):
-        template = Template(name, tokenizer, default_system, preface)
-        jinja = jinja2.Environment().from_string(as_jinja(template))
-        for messages in CONVERSATIONS + [[{"role": "user", "content": " spaces "}]]:
-            text = jinja.render(messages=messages, add_generation_prompt=True, bos_token="<s>",
-                                eos_token="</s>")
-            assert text == template.render(messages, add_generation_prompt=True)
-    if name != "plain":  # what our own code takes it for, when it reads the file back
-        assert recognise(as_jinja(template)) == name
-
-
-def test_the_template_of_the_training_is_written(tiny_chat_model_dir, tmp_path):
-    """A model with a chatml template, trained with another: people must ask it in that other."""
-    folder = shutil.copytree(tiny_chat_model_dir, tmp_path / "model")
-    (folder / "options.toml").write_text('template = "alpaca"\n')
-    export_model(folder, tmp_path / "model.gguf", "f16")
-    ours = get_template("alpaca", Tokenizer.load(folder))
-    with Server(tmp_path / "model.gguf", context=512) as server:
-        for messages in CONVERSATIONS[:2]:
-            ids = server.tokenize(server.render(messages), add_special=True, parse_special=True)
-            assert ids == ours.encode_prompt(messages)
-    (folder / "options.toml").write_text('template = "chatml"\n')
-    export_model(folder, tmp_path / "model.gguf", "f16")  # its own, as it is
-    with Server(tmp_path / "model.gguf") as server:
-        assert "{% for message in messages %}" in server.get("/props")["chat_template"]
+@pytest.mark.parametrize("has_bos", [True, False])
+def test_the_template_of_the_training_is_written(has_bos, tiny_tokenizer_dir, tmp_path):
+    """People must ask a model in the form it was trained with, whatever its base came with."""
+    folder = tmp_path / "model"
+    if has_bos:
+        shutil.copytree(tiny_tokenizer_dir, folder)
+    else:
+        without_bos(tiny_tokenizer_dir, folder)
+    narrow_model(folder, 300, "llama")
+    for name in TEMPLATES:
+        system = "Be kind." if name != "plain" else ""  # which our own code cannot read back
+        record = f'template = "{name}"\ndefault_system = "{system}"\n'
+        (folder / "options.toml").write_text(record)
+        export_model(folder, tmp_path / "model.gguf", "f16")
+        ours = get_template(name, Tokenizer.load(folder), system)
+        read_back = Tokenizer.load(weights.resolve(str(tmp_path / "model.gguf")))
+        back = ours if name == "plain" else get_template("auto", read_back)
+        with Server(tmp_path / "model.gguf", context=512) as server:
+            for messages in CONVERSATIONS:
+                prompt = server.render(messages)
+                ids = server.tokenize(prompt, add_special=True, parse_special=True)
+                assert ids == ours.encode_prompt(messages) == back.encode_prompt(messages), name
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "smaug-bpe"])

@@ -155,6 +155,10 @@ def test_command_line_run(checkpoint, rows_file, tmp_path):
     tuned = load_model(tmp_path / "full")
     assert not torch.equal(tuned.model.embed_tokens.weight,
                            load_model(checkpoint).model.embed_tokens.weight)
+    for output in (outputs[0], tmp_path / "full"):  # programs that load it ask it as trained
+        assert "### Response:" in (output / "chat_template.jinja").read_text()
+    stops = json.loads((tmp_path / "full" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [1, 2]
 
     again = command("--config", outputs[0] / "options.toml", "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
