@@ -40,7 +40,7 @@ from minisft.options import UserError
 from minisft.tensor_files import StoredTensor
 
 GGUF = "model.gguf"  # what the file is called in its folder
-SUFFIX = ".gguf"
+KINDS = {0, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}  # 0: not said
 # Other names that llama.cpp has for the same ways to cut text into words.
 ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
@@ -53,6 +53,7 @@ def unpack(path):
     path = Path(path).resolve()
     file = read_gguf(path)
     try:
+        _refuse_parts(file.metadata.get("split.count"))
         config = config_fields(file.metadata, file.tensors, _divisors(path, file))
         tokenizer_files = _tokenizer_files(file.metadata, config["vocab_size"])
     except UserError as error:
@@ -67,6 +68,12 @@ def unpack(path):
                                     else json.dumps(content, ensure_ascii=False).encode())
     (folder / GGUF).symlink_to(path)
     return folder
+
+
+def _refuse_parts(number):
+    if type(number) is int and number > 1:
+        raise UserError(f"one of the {number} parts of a model; make one file of them with "
+                        "llama.cpp's llama-gguf-split --merge")
 
 
 def stored_tensors(path):
@@ -135,12 +142,17 @@ def _tokenizer_files(metadata, vocab_size):
     kinds = [NORMAL] * vocab_size if kinds is None else kinds
     if not _is_list_of(tokens, str) or not _is_list_of(kinds, int) or len(kinds) != len(tokens):
         raise UserError("tokenizer.ggml.tokens and token_type are no lists of equal length")
+    if not set(kinds) <= KINDS:
+        raise UserError(f"tokenizer.ggml.token_type: {min(set(kinds) - KINDS)} is no type of token")
     model = fields.get("model")
     if model not in ("llama", "gpt2"):
         raise UserError(f"the tokenizer model '{model}' is not supported; known are llama, gpt2")
     make = _sentencepiece_model if model == "llama" else _tokenizer_json
-    files = make(fields, tokens, kinds)
-    files["tokenizer_config.json"] = _tokenizer_config(metadata, fields, tokens)
+    files, config = make(fields, tokens, kinds), _tokenizer_config(metadata, fields, tokens)
+    if model == "gpt2" and config["add_bos_token"] and config["bos_token"]:
+        bos = config["bos_token"], fields["bos_token_id"]
+        files["tokenizer.json"]["post_processor"] = _post_processor(*bos)
+    files["tokenizer_config.json"] = config
     stops = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
     files["generation_config.json"] = {"eos_token_id": [id for id in stops if id is not None]}
     return files
@@ -162,8 +174,15 @@ def _tokenizer_config(metadata, fields, tokens):
     config = {f"{name}_token": None if id is None else tokens[id] for name, id in ids.items()}
     # llama.cpp puts a space after control tokens too, what transformers calls legacy.
     config |= {"add_bos_token": bool(add_bos), "legacy": True}
+    # By which transformers knows how to read the files beside it.
+    name = "LlamaTokenizer" if fields["model"] == "llama" else "PreTrainedTokenizerFast"
+    config |= {"tokenizer_class": name, "add_prefix_space": _adds_space(fields)}
     template = metadata.get("tokenizer.chat_template")
     return {**config, **({"chat_template": template} if isinstance(template, str) else {})}
+
+
+def _adds_space(fields):
+    return bool(fields.get("add_space_prefix", True))
 
 
 def _tokenizer_json(fields, tokens, kinds):
@@ -196,6 +215,14 @@ def _tokenizer_json(fields, tokens, kinds):
     }}
 
 
+def _post_processor(token, id):
+    """What puts BOS before a text in transformers, which takes it from tokenizer.json alone."""
+    bos = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {"type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, second],
+            "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}}}
+
+
 def _sentencepiece_model(fields, tokens, kinds):
     """A tokenizer.model: SentencePiece's protocol buffer, of which few fields are needed.
 
@@ -213,7 +240,7 @@ def _sentencepiece_model(fields, tokens, kinds):
         pieces.append(_field(1, _field(1, token.encode()) + b"\x15" + struct.pack("<f", score)
                              + _field(3, kind)))
     trainer = _field(3, 2) + _field(35, int(BYTE in kinds))
-    normalizer = _field(3, int(fields.get("add_space_prefix", True))) + _field(4, 0)
+    normalizer = _field(3, int(_adds_space(fields))) + _field(4, 0)
     return {"tokenizer.model": b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)}
 
 

@@ -210,12 +210,14 @@ def _number(metadata, architecture, name, default=None):
 
 def _scaling(metadata, architecture, get):
     """rope_scaling of the types `linear` and `yarn`; None for none."""
-    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if kind == "none":
+    # As llama.cpp takes it: a factor alone is a linear one, and had another name once.
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "linear")
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0))
+    if kind == "none" or factor in (0, 1):
         return None
     if kind not in ("linear", "yarn"):
         raise UserError(f"{architecture}.rope.scaling.type '{kind}' is not supported")
-    scaling = {"rope_type": kind, "factor": get("rope.scaling.factor")}
+    scaling = {"rope_type": kind, "factor": factor}
     original = get("rope.scaling.original_context_length", get("context_length"))
     scaling["original_max_position_embeddings"] = original
     if kind == "yarn":

@@ -95,6 +95,8 @@ def write_gguf(output, architecture, metadata, tensors):
         _write_tensors(writer, tensors, total)
         writer.close()
         os.replace(unfinished, output)
+    except OSError as error:  # numpy's have no strerror
+        raise UserError(f"{output}: could not be written: {error.strerror or error}") from error
     finally:
         writer.close()
         unfinished.unlink(missing_ok=True)

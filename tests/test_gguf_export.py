@@ -1,7 +1,9 @@
 """GGUF export: llama.cpp computes from the file what we compute from the checkpoint."""
 
 import json
+import resource
 import shutil
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -13,7 +15,7 @@ from llama_cpp import Server
 from minisft import gguf_export, gguf_writer, weights
 from minisft.config import ModelConfig
 from minisft.gguf_export import export_adapter, export_model, tensor_type
-from minisft.lora import LoraConfig, add_lora
+from minisft.lora import LoraConfig, LoRALinear, add_lora
 from minisft.model import CausalLM
 from minisft.options import QUANTIZATIONS, UserError
 from minisft.tokenizer import Tokenizer
@@ -140,6 +142,8 @@ def adapter(checkpoint, tmp_path):
     model = weights.load_model(checkpoint)
     config = LoraConfig(rank=4, alpha=6, use_rslora=True)
     add_lora(model, config)
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = LoRALinear(attention.q_proj.base_layer, replace(config, rank=2))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -271,6 +275,9 @@ def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
         (["--format", "gguf", "--output", out, "--dtype", "float16"], "--quantization says"),
         (["--format", "hf", "--output_dir", "x", "--quantization", "q8_0"], "--quantization"),
         (["--format", "gguf-lora", "--output", out], "needs --adapter"),
+        (["--format", "gguf-lora", "--output", out, "--adapter", adapter, "--template", "alpaca"],
+         "does not read --template"),
+        (["--format", "gguf", "--output", taken, "--overwrite_output_dir"], "is no GGUF file"),
         (["--format", "gguf", "--output", taken], "exists"),
         (["--format", "gguf", "--output", tmp_path], "is a folder"),
         (["--format", "gguf", "--output", taken / "x.gguf"], str(taken)),
@@ -309,6 +316,17 @@ def test_models_that_llama_cpp_cannot_run(tmp_path, tiny_tokenizer_dir):
         "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
     notes = export_model(folder, tmp_path / "model.gguf", "f16")["notes"]
     assert "beyond 100 tokens" in " ".join(notes) and "dynamic" in " ".join(notes)
+
+
+def test_a_disk_that_fills_while_writing(checkpoint, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="model.gguf: could not be written"):
+            export_model(checkpoint, tmp_path / "model.gguf", "f32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("model.gguf*"))
 
 
 def test_a_full_disk_is_said_before_writing(checkpoint, tmp_path, monkeypatch):

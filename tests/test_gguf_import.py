@@ -1,13 +1,17 @@
 """Reading GGUF back: bit for bit, with llama.cpp's ids; hostile files are refused at once."""
 
+import csv
+import json
 import random
 import shutil
 import struct
 import tracemalloc
 
+import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import command
 from llama_cpp import Server
 from test_gguf_export import FAMILIES, VOCAB, prompts, save
@@ -16,6 +20,7 @@ from minisft import weights
 from minisft.config import ModelConfig
 from minisft.gguf_export import export_model
 from minisft.gguf_file import read_gguf
+from minisft.gguf_mapping import config_fields
 from minisft.options import UserError
 from minisft.tokenizer import Tokenizer
 
@@ -87,6 +92,68 @@ def test_chat_on_a_gguf_file(tiny_chat_model_dir, tmp_path):
     assert answers[0].stdout == answers[1].stdout != ""
 
 
+def test_transformers_reads_what_is_unpacked(exported, shared_data, tmp_path):
+    """The tokenizer of a folder that export.py --format hf makes of a GGUF file."""
+    export_model(shared_data / "models" / "stories260K", tmp_path / "stories.gguf", "f16")
+    for path in (exported, tmp_path / "stories.gguf"):
+        folder = opened(path)
+        ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        for text in ("the cat", " Two  spaces.\n\nOnce upon", "12345 3.14 你好 é 👩‍👧\ttab"):
+            assert theirs(text).input_ids == [ours.bos_token_id, *ours.encode(text)], text
+        assert theirs.eos_token_id == ours.eos_token_id
+
+
+def test_measured_like_the_checkpoint(tiny_chat_model_dir, rows_file, tmp_path):
+    """eval.py's and score.py's rows of a file are those of the model that went into it."""
+    path, benchmark = tmp_path / "model.gguf", tmp_path / "ceval"
+    export_model(tiny_chat_model_dir, path, "f32")
+    for split, count in (("dev", 2), ("val", 7)):
+        (benchmark / split).mkdir(parents=True)
+        lines = [f"{n},Who {n}?,the cat,the rat,a hat,it,B" for n in range(count)]
+        (benchmark / split / f"law_{split}.csv").write_text(
+            "\n".join(["id,question,A,B,C,D,answer", *lines]) + "\n")
+    (benchmark / "subject_mapping.json").write_text('{"law": {"name": "法学", "category": "X"}}')
+    for number, model in enumerate((tiny_chat_model_dir, path)):
+        shared = ["--model_name_or_path", model, "--dtype", "float32"]
+        done = command("ceval", *shared, "--data_dir", benchmark, "--num_fewshot", 2,
+                       "--template", "auto", "--output_dir", tmp_path / str(number),
+                       script="eval.py")
+        assert done.returncode == 0, done.stderr
+        done = command(*shared, "--dataset", rows_file, "--mode", "all", "--template", "auto",
+                       "--dataloader_num_workers", 0, "--output", tmp_path / f"{number}.jsonl",
+                       script="score.py")
+        assert done.returncode == 0, done.stderr
+    rows = [[line for line in csv.DictReader(one.open())]
+            for one in sorted(tmp_path.glob("[01]/ceval-val/law.csv"))]
+    scores = [[json.loads(line) for line in one.read_text().splitlines()]
+              for one in sorted(tmp_path.glob("[01].jsonl"))]
+    for ours, theirs in (rows, scores):
+        assert len(ours) == len(theirs) >= 7
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.keys() == other.keys()
+            for name, value in one.items():
+                try:
+                    assert float(other[name]) == pytest.approx(float(value), rel=1e-5)
+                except (TypeError, ValueError):
+                    assert other[name] == value
+    embeddings = [np.load(tmp_path / f"{number}.embeddings.npy") for number in (0, 1)]
+    np.testing.assert_allclose(*embeddings, rtol=1e-5, atol=1e-6)
+
+
+def test_compared_with_the_checkpoint(tiny_chat_model_dir, rows_file, tmp_path):
+    """eval.py compare: the same answers from both."""
+    export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
+    done = command("compare", "--models", f"folder={tiny_chat_model_dir}",
+                   f"file={tmp_path / 'model.gguf'}", "--dataset", rows_file, "--max_samples", 3,
+                   "--max_new_tokens", 8, "--dtype", "float32", "--temperature", 0,
+                   "--output_dir", tmp_path / "out", script="eval.py")
+    assert done.returncode == 0, done.stderr
+    folder, file = (json.loads((tmp_path / "out" / "answers" / f"{name}.json").read_text())
+                    for name in ("folder", "file"))
+    assert folder["answers"] == file["answers"]
+    np.testing.assert_allclose(folder["losses"], file["losses"], rtol=1e-5)
+
+
 def damaged(path, data, position=0):
     """A copy of `path` with other bytes from `position` on."""
     content = bytearray(path.read_bytes())
@@ -146,18 +213,66 @@ def test_truncated_and_garbled_files(exported):
     assert survivors < 120
 
 
+def test_tensors_that_share_bytes(exported):
+    """A small file could name the same bytes a thousand times, and each would take memory."""
+    name = b"output_norm.weight"
+    place = exported.read_bytes().index(name) + len(name) + 4 + 8 + 4
+    with pytest.raises(UserError, match="'.+' lies on '.+'"):
+        opened(damaged(exported, struct.pack("<Q", 0), place))
+
+
+def test_one_part_of_a_split_model(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model-00001-of-00003.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="one of the 3 parts of a model.*--merge"):
+        opened(tmp_path / "model-00001-of-00003.gguf")
+
+
+def test_a_file_is_known_by_its_beginning(exported):
+    for name in ("sha256-70c2f9ff", "MODEL.GGUF"):
+        path = shutil.copyfile(exported, exported.with_name(name))
+        weights.load_model(opened(path))
+    with pytest.raises(UserError, match="no config.json.*give the file: .*model.gguf"):
+        opened(exported.parent)
+
+
+def test_linear_scaling_as_older_files_say_it(exported):
+    file = read_gguf(exported)
+    for added, factor in (({"llama.rope.scaling.factor": 4.0}, 4.0),
+                          ({"llama.rope.scale_linear": 2.0}, 2.0),
+                          ({"llama.rope.scale_linear": 1.0}, None),
+                          ({"llama.rope.scaling.factor": 4.0,
+                            "llama.rope.scaling.type": "none"}, None)):
+        scaling = config_fields({**file.metadata, **added}, file.tensors)["rope_scaling"]
+        assert scaling and (scaling["rope_type"], scaling["factor"]) == ("linear", factor) or (
+            scaling is factor is None)
+
+
+def test_types_of_tokens_that_are_none(exported):
+    name = b"tokenizer.ggml.token_type"
+    place = exported.read_bytes().index(name) + len(name) + 4 + 4 + 8 + 20 * 4
+    for kind in (-5, 77):
+        with pytest.raises(UserError, match=f"token_type: {kind} is no type"):
+            opened(damaged(exported, struct.pack("<i", kind), place))
+
+
 def test_what_minisft_does_not_know(exported):
     content = exported.read_bytes()
     for old, new, message in (
         (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0falco", "falco"),
         (b"\x05\0\0\0\0\0\0\0gpt-2", b"\x05\0\0\0\0\0\0\0gpt-3", "gpt-3"),
         (b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight", "ffn_xx"),
+        (b"output_norm.weight" + struct.pack("<IQI", 1, 64, 0),  # Q4_0_4_4, which is gone
+         b"output_norm.weight" + struct.pack("<IQI", 1, 64, 31), "type 31, which is not known"),
     ):
         assert content.count(old) == 1
         target = damaged(exported, new, content.index(old))
         with pytest.raises(UserError, match=message):
             weights.load_model(opened(target))
-    shutil.copyfile(exported, exported.with_name("plain.bin"))
+    exported.with_name("plain.bin").write_bytes(b"GGML" + content[4:])
     with pytest.raises(UserError, match="is a file"):
         weights.resolve(str(exported.with_name("plain.bin")))
 
