@@ -120,9 +120,10 @@ def _byte_level(tokenizer, rows):
 
 def pre_tokenizer_name(spec, source="tokenizer.json"):
     """llama.cpp's name for the way a tokenizer.json cuts text into words; UserError if none."""
-    normalizer = (spec.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):  # llama.cpp leaves NFC to whoever writes the text
-        raise UserError(f"{source}: llama.cpp has no normalizer {normalizer} for byte-level BPE")
+    normalizer = spec.get("normalizer") or {}
+    steps = {step.get("type") for step in normalizer.get("normalizers", [normalizer])}
+    if unknown := steps - {None, "NFC"}:  # llama.cpp leaves NFC to whoever writes the text
+        raise UserError(f"{source}: llama.cpp has no normalizer {min(unknown)} for byte-level BPE")
     pre_tokenizer = spec.get("pre_tokenizer") or {}
     steps = [_step(step) for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
     key = (*steps, bool(spec["model"].get("ignore_merges")))

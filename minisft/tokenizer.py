@@ -41,7 +41,8 @@ class Tokenizer:
         self.vocab_size = self.engine.vocab_size + len(self._added)
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
-        self.pad_token_id = self._named_id("pad_token") or self.eos_token_id or 0
+        pad_ids = (self._named_id("pad_token"), self.eos_token_id, 0)
+        self.pad_token_id = next(id for id in pad_ids if id is not None)
         named = {self.bos_token_id, self.eos_token_id, self._named_id("unk_token")} - {None}
         self.special_ids = self.engine.special_ids | named | self._added.keys()
         self.add_bos_token = self._bos_policy()

@@ -217,7 +217,8 @@ def test_metadata(checkpoint, tmp_path):
 
     On purpose ours has in addition: key_length and value_length, add_space_prefix and
     padding_token_id also where they are what llama.cpp assumes; and not: add_eos_token and
-    add_sep_token, both false.
+    add_sep_token, both false. The name is the folder's, not in title case; <unk> of SentencePiece
+    has the type that its model gives it.
     """
     (checkpoint / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 20}')
     export_model(checkpoint, tmp_path / "model.gguf", "q8_0", name="My model")

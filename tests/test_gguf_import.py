@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import struct
+import sys
 import tracemalloc
 
 import gguf
@@ -16,6 +17,8 @@ from conftest import command
 from llama_cpp import Server
 from test_gguf_export import FAMILIES, VOCAB, prompts, save
 
+import eval as eval_script
+import score
 from minisft import weights
 from minisft.config import ModelConfig
 from minisft.gguf_export import export_model
@@ -98,44 +101,67 @@ def test_transformers_reads_what_is_unpacked(exported, shared_data, tmp_path):
     for path in (exported, tmp_path / "stories.gguf"):
         folder = opened(path)
         ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
-        for text in ("the cat", " Two  spaces.\n\nOnce upon", "12345 3.14 你好 é 👩‍👧\ttab"):
+        for text in ("the cat", "Two  spaces.\n\nOnce upon", "12345 3.14 你好 é 👩‍👧\ttab"):
             assert theirs(text).input_ids == [ours.bos_token_id, *ours.encode(text)], text
         assert theirs.eos_token_id == ours.eos_token_id
 
 
-def test_measured_like_the_checkpoint(tiny_chat_model_dir, rows_file, tmp_path):
-    """eval.py's and score.py's rows of a file are those of the model that went into it."""
-    path, benchmark = tmp_path / "model.gguf", tmp_path / "ceval"
-    export_model(tiny_chat_model_dir, path, "f32")
+@pytest.fixture
+def run_script(monkeypatch):
+    """A function that runs a script: one GGUF file as a user does, a checkpoint here, to be quick.
+
+    run_script(module, model, *words) with `model` for --model_name_or_path.
+    """
+
+    def run(module, model, *words):
+        words = [*words, "--model_name_or_path", model, "--dtype", "float32"]
+        if model.suffix == ".gguf":
+            done = command(*words, script=f"{module.__name__}.py")
+            assert done.returncode == 0, done.stderr
+        else:
+            monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+            module.main()
+
+    return run
+
+
+def same(rows, others):
+    """Whether tables have equal fields, numbers up to rounding."""
+    assert len(rows) == len(others) > 5
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            if name in ("A", "B", "C", "D") or isinstance(value, float):
+                assert float(other[name]) == pytest.approx(float(value), rel=1e-5)
+            else:
+                assert other[name] == value, name
+
+
+def test_eval_of_a_file_is_that_of_the_checkpoint(run_script, tiny_chat_model_dir, tmp_path):
+    export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
+    benchmark, rows = tmp_path / "ceval", []
     for split, count in (("dev", 2), ("val", 7)):
         (benchmark / split).mkdir(parents=True)
         lines = [f"{n},Who {n}?,the cat,the rat,a hat,it,B" for n in range(count)]
         (benchmark / split / f"law_{split}.csv").write_text(
             "\n".join(["id,question,A,B,C,D,answer", *lines]) + "\n")
     (benchmark / "subject_mapping.json").write_text('{"law": {"name": "法学", "category": "X"}}')
-    for number, model in enumerate((tiny_chat_model_dir, path)):
-        shared = ["--model_name_or_path", model, "--dtype", "float32"]
-        done = command("ceval", *shared, "--data_dir", benchmark, "--num_fewshot", 2,
-                       "--template", "auto", "--output_dir", tmp_path / str(number),
-                       script="eval.py")
-        assert done.returncode == 0, done.stderr
-        done = command(*shared, "--dataset", rows_file, "--mode", "all", "--template", "auto",
-                       "--dataloader_num_workers", 0, "--output", tmp_path / f"{number}.jsonl",
-                       script="score.py")
-        assert done.returncode == 0, done.stderr
-    rows = [[line for line in csv.DictReader(one.open())]
-            for one in sorted(tmp_path.glob("[01]/ceval-val/law.csv"))]
-    scores = [[json.loads(line) for line in one.read_text().splitlines()]
-              for one in sorted(tmp_path.glob("[01].jsonl"))]
-    for ours, theirs in (rows, scores):
-        assert len(ours) == len(theirs) >= 7
-        for one, other in zip(ours, theirs, strict=True):
-            assert one.keys() == other.keys()
-            for name, value in one.items():
-                try:
-                    assert float(other[name]) == pytest.approx(float(value), rel=1e-5)
-                except (TypeError, ValueError):
-                    assert other[name] == value
+    for number, model in enumerate((tiny_chat_model_dir, tmp_path / "model.gguf")):
+        run_script(eval_script, model, "ceval", "--data_dir", benchmark, "--num_fewshot", 2,
+                   "--template", "auto", "--output_dir", tmp_path / str(number))
+        with open(tmp_path / str(number) / "ceval-val" / "law.csv", encoding="utf-8") as file:
+            rows.append(list(csv.DictReader(file)))
+    same(*rows)
+
+
+def test_score_of_a_file_is_that_of_the_checkpoint(run_script, tiny_chat_model_dir, rows_file,
+                                                   tmp_path):
+    export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
+    for number, model in enumerate((tiny_chat_model_dir, tmp_path / "model.gguf")):
+        run_script(score, model, "--dataset", rows_file, "--mode", "all", "--template", "auto",
+                   "--dataloader_num_workers", 0, "--output", tmp_path / f"{number}.jsonl")
+    same(*([json.loads(line) for line in (tmp_path / f"{number}.jsonl").read_text().splitlines()]
+           for number in (0, 1)))
     embeddings = [np.load(tmp_path / f"{number}.embeddings.npy") for number in (0, 1)]
     np.testing.assert_allclose(*embeddings, rtol=1e-5, atol=1e-6)
 
@@ -175,6 +201,8 @@ def test_large_counts_take_no_memory(exported):
     for name in (b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_type"):
         place = content.index(name) + len(name) + 4 + 4
         kinds[name] = damaged(exported, struct.pack("<Q", 2**40), place).read_bytes()
+    place = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 4 + 4 + 8
+    kinds["token"] = damaged(exported, huge, place).read_bytes()
     place = content.index(b"token_embd.weight") + len(b"token_embd.weight")
     kinds["shape"] = damaged(exported, huge, place + 4).read_bytes()
     kinds["offset"] = damaged(exported, huge, place + 4 + 8 + 8 + 4).read_bytes()
@@ -182,7 +210,8 @@ def test_large_counts_take_no_memory(exported):
         target = exported.with_name("hostile.gguf")
         target.write_bytes(data)
         tracemalloc.start()
-        fault = {"shape": "has the shape|lies at bytes", "offset": "lies at bytes"}
+        fault = {"shape": "has the shape|lies at bytes", "offset": "lies at bytes",
+                 "token": "a string of 4,611,686,018,427,387,904 bytes begins"}
         with pytest.raises(UserError, match="hostile.gguf: damaged.*"
                            + fault.get(name, "entries follow")):
             opened(target)

@@ -168,6 +168,8 @@ def test_the_template_of_the_training_is_written(has_bos, tiny_tokenizer_dir, tm
         read_back = Tokenizer.load(weights.resolve(str(tmp_path / "model.gguf")))
         back = ours if name == "plain" else get_template("auto", read_back)
         with Server(tmp_path / "model.gguf", context=512) as server:
+            # Without one it would take token 11, here a comma.
+            assert server.get("/props")["bos_token"] == ("<s>" if has_bos else "</s>")
             for messages in CONVERSATIONS:
                 prompt = server.render(messages)
                 ids = server.tokenize(prompt, add_special=True, parse_special=True)
@@ -234,9 +236,13 @@ def test_what_cannot_be_expressed(tiny_tokenizer_dir, tmp_path):
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer is none of those"),
         ({"pre_tokenizer": {**spec["pre_tokenizer"], "add_prefix_space": True}}, "pre_tokenizer"),
         ({"normalizer": {"type": "Lowercase"}}, "no normalizer Lowercase"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}},
+         "no normalizer NFKC"),
     ):
         with pytest.raises(UserError, match=message):
             pre_tokenizer_name({**spec, **change})
+    nothing = {"type": "Sequence", "normalizers": []}  # DeepSeek's distilled Llama and Qwen
+    assert pre_tokenizer_name({**spec, "normalizer": nothing}) == "gpt-2"
     with pytest.raises(UserError, match=re.escape("room for two stop tokens")):
         vocabulary_fields(tokenizer, 300, [10, 11, 12])
     fields = vocabulary_fields(tokenizer, 300, [1, 10, 11, 6])

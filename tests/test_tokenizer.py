@@ -276,3 +276,11 @@ def test_a_panic_of_the_library_is_a_damaged_file(tmp_path, tiny_tokenizer_dir):
 def test_half_a_surrogate_pair_is_no_accident(tiny_tokenizer_dir):
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a?b"
+
+
+def test_the_padding_token_may_be_the_first(tiny_tokenizer_dir, tmp_path):
+    for token, expected in (("<s>", 0), (None, 1), ("<|im_end|>", 3)):
+        Tokenizer.load(tiny_tokenizer_dir).save(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": "</s>", "pad_token": token}))
+        assert Tokenizer.load(tmp_path).pad_token_id == expected
