@@ -144,7 +144,10 @@ def tensor_type(name, shape, quantization, config):
     if quantization == "q4_k_m" and name.endswith(("attn_v.weight", "ffn_down.weight")):
         layer, eighth = int(name.split(".")[1]), config.num_hidden_layers // 8
         last = 7 * config.num_hidden_layers // 8
-        if layer < eighth or layer >= last or (layer - eighth) % 3 == 2:
+        # For the values of a 70B model, few and shared by many heads, llama.cpp takes Q5_K, which
+        # is not written here.
+        is_shared = config.num_hidden_layers == 80 and name.endswith("attn_v.weight")
+        if layer < eighth or layer >= last or (layer - eighth) % 3 == 2 or is_shared:
             type = Type.Q6_K
     if shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
         type = FALLBACKS.get(type, Type.F16)

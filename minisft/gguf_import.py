@@ -187,7 +187,7 @@ def _adds_space(fields):
 
 def _tokenizer_json(fields, tokens, kinds):
     """Byte-level BPE."""
-    pre, merges = fields.get("pre"), fields.get("merges")
+    pre, merges = str(fields.get("pre")), fields.get("merges")
     steps = {name: steps for steps, name in PRE_TOKENIZERS.items()}.get(ALIASES.get(pre, pre))
     if steps is None:
         raise UserError(f"the pre-tokenizer '{pre}' is not known; known are "

@@ -16,7 +16,6 @@ from minisft.rotary import rotary_frequencies
 
 # llama.cpp runs Mistral by its code for Llama; which of the two it was, a file does not say.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 MODULES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -167,9 +166,9 @@ def config_fields(metadata, tensor_names, divisors=None):
     numbers of ROTARY_DIVISORS, if the file has it.
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in FAMILIES:
+    if architecture not in ARCHITECTURES.values():
         raise UserError(f"architecture '{architecture}' is not supported; minisft knows "
-                        f"{', '.join(FAMILIES)}")
+                        f"{', '.join(sorted(set(ARCHITECTURES.values())))}")
 
     get = partial(_number, metadata, architecture)
     heads, width = get("attention.head_count"), get("embedding_length")
@@ -180,7 +179,7 @@ def config_fields(metadata, tensor_names, divisors=None):
             raise UserError(f"{architecture}.{name} {get(name)} is not supported (only {needed})")
     config = {
         "architectures": [f"{architecture.title()}ForCausalLM"],
-        "model_type": FAMILIES[architecture],
+        "model_type": architecture,
         "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())),
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length"),

@@ -216,8 +216,9 @@ def _remove_others(output_dir, written):
 def save_generation_config(model_dir, output_dir, config, stop_ids):
     """generation_config.json travels along; where it lacks ids that end an answer, with those."""
     content = read_json(Path(model_dir) / "generation_config.json", missing={})
-    if set(stop_ids) - set(generation_eos(model_dir, config)):
-        content = {"bos_token_id": config.bos_token_id, **content, "eos_token_id": sorted(stop_ids)}
+    listed = generation_eos(model_dir, config)
+    if more := sorted(set(stop_ids) - set(listed)):
+        content = {"bos_token_id": config.bos_token_id, **content, "eos_token_id": listed + more}
     if content:
         write_json(content, Path(output_dir) / "generation_config.json")
 

@@ -80,7 +80,7 @@ def test_the_form_of_the_training_goes_along(format, checkpoint, adapter, tmp_pa
                                           return_dict=False) == ours.encode_prompt(QUESTION)
         if format == "hf":  # config.json's, and the end of the template's answers
             stops = transformers.GenerationConfig.from_pretrained(out).eos_token_id
-            assert stops == [1, 2]
+            assert stops == [2, 1]
 
 
 def test_types_out(checkpoint, adapter, tmp_path):

@@ -200,6 +200,11 @@ def test_which_tensor_gets_which_type():
     finer = ["Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K", "Q6_K"]
     assert types("q4_k_m", "attn_v") == types("q4_k_m", "ffn_down") == finer
     assert types("q4_k_m", "attn_q") == ["Q4_K"] * 9
+    config.num_hidden_layers = 80
+    assert types("q4_k_m", "ffn_down") == ["Q6_K"] * 9
+    assert tensor_type("blk.10.ffn_down.weight", (8, 256), "q4_k_m", config).name == "Q4_K"
+    assert tensor_type("blk.10.attn_v.weight", (8, 256), "q4_k_m", config).name == "Q6_K"
+    config.num_hidden_layers = 9
     assert types("q4_k_m", "attn_q", width=96) == ["Q5_0"] * 9
     assert types("q6_k", "ffn_up", width=96) == ["Q8_0"] * 9
     assert types("q4_0", "ffn_up", width=100) == ["F16"] * 9

@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -19,7 +20,7 @@ from test_gguf_export import FAMILIES, VOCAB, prompts, save
 
 import eval as eval_script
 import score
-from minisft import weights
+from minisft import gguf_import, weights
 from minisft.config import ModelConfig
 from minisft.gguf_export import export_model
 from minisft.gguf_file import read_gguf
@@ -240,6 +241,23 @@ def test_truncated_and_garbled_files(exported):
         except UserError:
             pass
     assert survivors < 120
+
+
+def test_fields_of_any_kind(exported, monkeypatch):
+    """Whatever stands in a field, the file is opened or refused in a line."""
+    file, refused = read_gguf(exported), 0
+    for name in [*file.metadata, "llama.rope.scaling.type", "llama.rope.scaling.factor",
+                 "tokenizer.ggml.scores", "tokenizer.ggml.add_space_prefix"]:
+        for value in (-1, 2**40, float("nan"), float("inf"), True, "", "x", [], ["x"], [1]):
+            changed = replace(file, metadata={**file.metadata, name: value})
+            monkeypatch.setattr(gguf_import, "read_gguf", lambda path, changed=changed: changed)
+            try:
+                folder = opened(exported)
+                Tokenizer.load(folder)
+                weights.open_model(folder)
+            except UserError:
+                refused += 1
+    assert refused > 100
 
 
 def test_tensors_that_share_bytes(exported):

@@ -158,7 +158,7 @@ def test_command_line_run(checkpoint, rows_file, tmp_path):
     for output in (outputs[0], tmp_path / "full"):  # programs that load it ask it as trained
         assert "### Response:" in (output / "chat_template.jinja").read_text()
     stops = json.loads((tmp_path / "full" / "generation_config.json").read_text())["eos_token_id"]
-    assert stops == [1, 2]
+    assert stops == [2, 1]
 
     again = command("--config", outputs[0] / "options.toml", "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
