@@ -170,7 +170,7 @@ def config_fields(metadata, tensor_names, divisors=None):
         raise UserError(f"architecture '{architecture}' is not supported; minisft knows "
                         f"{', '.join(sorted(set(ARCHITECTURES.values())))}")
 
-    get = partial(_number, metadata, architecture)
+    get, tokens = partial(_number, metadata, architecture), metadata.get("tokenizer.ggml.tokens")
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // max(heads, 1))
     for name, needed in (("attention.value_length", head_dim), ("expert_count", 0),
@@ -180,7 +180,7 @@ def config_fields(metadata, tensor_names, divisors=None):
     config = {
         "architectures": [f"{architecture.title()}ForCausalLM"],
         "model_type": architecture,
-        "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())),
+        "vocab_size": len(tokens) if isinstance(tokens, list) else 0,
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
