@@ -150,13 +150,14 @@ def together(mine):
 def load_template(options, model_dir, adapter_dir, say):
     """(template, longest row in tokens, config): all but the weights, since it loads quickly."""
     from minisft.config import ModelConfig
+    from minisft.ifd import longest_row
     from minisft.template import get_template
     from minisft.tokenizer import Tokenizer
 
     config = ModelConfig.load(model_dir)
-    max_length = min(options.max_length, config.context_length)
+    max_length = min(options.max_length, longest_row(config))
     if max_length < options.max_length:
-        say(f"--max_length: {max_length} tokens, which is the context that the model is made for")
+        say(f"--max_length: {max_length} tokens, as far as this model can score rows")
     trained = recorded_options(adapter_dir or model_dir)
     name, default_system = options.template, options.default_system
     if name == "auto":

@@ -289,6 +289,25 @@ def test_a_run_that_fails_early_leaves_nothing(checkpoint, rows_file, tmp_path, 
     assert json.loads((tmp_path / "s.record.json").read_text())["max_length"] == 64
 
 
+def test_dynamic_rotary_scaling(checkpoint, many, tmp_path, monkeypatch):
+    """Rows for which the angles would depend on the batch are reported; others have one score."""
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {
+        "max_position_embeddings": 44, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}))
+    found = []
+    for batch_tokens in (1, 100_000):
+        output = tmp_path / f"{batch_tokens}.jsonl"
+        score_here(monkeypatch, checkpoint, many, output, "--batch_tokens", batch_tokens,
+                   "--template", "plain", "--skip_bad_rows")
+        found.append(read(output))
+    reasons = {one["reason"] and one["reason"].split(", ")[-1] for one in found[0]}
+    assert {None, "of 40"} <= reasons
+    for one, other in zip(*found, strict=True):
+        assert one["reason"] == other["reason"]
+        if one["ifd"]:
+            assert one["ifd"] == pytest.approx(other["ifd"], rel=1e-5)
+
+
 def test_an_adapter_is_used(checkpoint, rows_file, tmp_path, monkeypatch):
     from minisft.lora import LoraConfig, add_lora, merge_lora
     from minisft.weights import load_model, save_adapter, save_model
