@@ -16,6 +16,7 @@ from collections import Counter
 
 from minisft.options import (
     OptionParser,
+    UserError,
     add_model_flags,
     count,
     natural,
@@ -62,7 +63,8 @@ def parse_options(arguments=None):
         help="scores; embeddings and perplexity of the instructions; or both")
     add("--batch_tokens", type=count, help="tokens that go through the model together, padding "
         "included (2048 on a CPU, whose caches they fit, 8192 on a GPU)")
-    add("--output", required=True, help="scores.jsonl; other files get their names from it")
+    add("--output", required=True, metavar="F.jsonl",
+        help="file of the scores; other files get their names from it")
     switch("--overwrite", "start anew where scores of another model, template or file are")
     parser.epilog = EPILOGUE
     return parser.parse_options(arguments)
@@ -83,6 +85,7 @@ def main():
     is_main, say = parallel.rank() == 0, parallel.say
     skipped = [] if options.skip_bad_rows else None
     rows = every_record(open_rows(options.dataset, options.dataset_dir, skipped=skipped, say=say))
+    check_output(options, rows)
     model_dir = resolve(options.model_name_or_path)
     adapter_dir = options.adapter and resolve(options.adapter, "adapter_config.json")
     template, max_length, config = load_template(options, model_dir, adapter_dir, say)
@@ -119,6 +122,20 @@ def main():
     parallel.stop()
 
 
+def check_output(options, rows):
+    """UserError where --output, or a file named after it, is no file to write or is read from."""
+    from minisft.scores import paths
+
+    if not options.output.endswith(".jsonl"):
+        raise UserError(f"--output {options.output}: give the name of a file that ends in .jsonl")
+    read = [file.records.path.resolve() for file in rows.files]
+    for path in paths(options.output).values():
+        if path.resolve() in read:
+            raise UserError(f"--output {options.output}: {path} is also read from; choose another")
+        if path.is_dir():
+            raise UserError(f"--output {options.output}: {path} is a folder; choose another")
+
+
 def together(mine):
     """Yield what all processes have finished in a round as one list, until the last is through."""
     from minisft import parallel
@@ -133,13 +150,14 @@ def together(mine):
 def load_template(options, model_dir, adapter_dir, say):
     """(template, longest row in tokens, config): all but the weights, since it loads quickly."""
     from minisft.config import ModelConfig
+    from minisft.ifd import longest_row
     from minisft.template import get_template
     from minisft.tokenizer import Tokenizer
 
     config = ModelConfig.load(model_dir)
-    max_length = min(options.max_length, config.context_length)
+    max_length = min(options.max_length, longest_row(config))
     if max_length < options.max_length:
-        say(f"--max_length: {max_length} tokens, which is the context that the model is made for")
+        say(f"--max_length: {max_length} tokens, as far as this model can score rows")
     trained = recorded_options(adapter_dir or model_dir)
     name, default_system = options.template, options.default_system
     if name == "auto":

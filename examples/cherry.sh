@@ -6,8 +6,8 @@
 #       TEMPLATE=alpaca CLUSTERS=100 OUTPUT=runs/alpaca TRAIN="--learning_rate 2e-4" \
 #       examples/cherry.sh
 #
-# Interrupted, it goes on where it stopped when it is run again. With more than one GPU, put
-# torchrun --nproc_per_node N in the place of python (PYTHON=...).
+# Interrupted, it goes on where it stopped when it is run again; run with another SAMPLE_RATE, only
+# the last two steps are new. With more than one GPU: PYTHON="torchrun --nproc_per_node N".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,9 +27,17 @@ about=(--model_name_or_path "$MODEL" --template "$TEMPLATE")
 rows=(--dataset "$DATASET" --skip_bad_rows)
 # shellcheck disable=SC2086  # PYTHON and TRAIN are several words
 run() { echo "\$ $PYTHON $*"; $PYTHON "$@"; }
-train() { # folder, flags; not again once the adapter is there
-    [ -e "$1/adapter_model.safetensors" ] || run train.py "${about[@]}" $TRAIN --output_dir "$1" \
-        --resume_from_checkpoint auto "${@:2}"
+train() { # folder, data, flags; not again once the adapter is there, if it came of the same
+    local made
+    made="${about[*]} $TRAIN ${*:2} $(cksum < "$2")"
+    if [ ! -e "$1/adapter_model.safetensors" ]; then
+        echo "$made" > "$1.made_by"
+        run train.py "${about[@]}" $TRAIN --output_dir "$1" --resume_from_checkpoint auto \
+            --dataset "${@:2}"
+    elif [ "$made" != "$(cat "$1.made_by")" ]; then
+        echo "error: $1: was trained with other settings or rows; give another OUTPUT" >&2
+        exit 2
+    fi
 }
 mkdir -p "$OUTPUT"
 
@@ -41,16 +49,16 @@ run select.py "${rows[@]}" --embeddings "$OUTPUT/before.embeddings.npy" --strate
     --clusters "$CLUSTERS" --per_cluster "$PER_CLUSTER" --output "$OUTPUT/pre.json" --overwrite
 
 # 3. One epoch on them, so that the model knows what following an instruction is.
-train "$OUTPUT/pre" --dataset "$OUTPUT/pre.json" --num_train_epochs 1
+train "$OUTPUT/pre" "$OUTPUT/pre.json" --num_train_epochs 1
 
 # 4. What does each instruction help this model with its answer?
 run score.py "${about[@]}" "${rows[@]}" --adapter "$OUTPUT/pre" --output "$OUTPUT/scores.jsonl"
 
 # 5. The rows where it helps, and helps least: there is most to learn.
 run select.py "${rows[@]}" --scores "$OUTPUT/scores.jsonl" --strategy ifd \
-    --sample_rate "$SAMPLE_RATE" --output "$OUTPUT/cherry.json" --overwrite
+    --sample_rate "$SAMPLE_RATE" --output "$OUTPUT/cherry-$SAMPLE_RATE.json" --overwrite
 
 # 6. Train the model itself on those, and evaluate on rows that nobody has seen.
-train "$OUTPUT/model" --dataset "$OUTPUT/cherry.json" --num_train_epochs "$EPOCHS" \
+train "$OUTPUT/model-$SAMPLE_RATE" "$OUTPUT/cherry-$SAMPLE_RATE.json" --num_train_epochs "$EPOCHS" \
     --eval_dataset "$HELDOUT"
-tail -n 1 "$OUTPUT/model/metrics.jsonl"
+tail -n 1 "$OUTPUT/model-$SAMPLE_RATE/metrics.jsonl"

@@ -92,6 +92,17 @@ def _exponential(value):
     return math.exp(value) if value < 700 else math.inf
 
 
+def longest_row(config):
+    """How many tokens a row may have.
+
+    With dynamic rotary scaling, beyond the positions that the model was trained on, all angles
+    depend on the longest row of a batch, padding included: there a row has no score of its own.
+    """
+    if (config.rope_scaling or {}).get("rope_type") == "dynamic":
+        return config.max_position_embeddings // PAD_MULTIPLE * PAD_MULTIPLE
+    return config.context_length
+
+
 class Encoder:
     """Row numbers -> Scores to be computed. It can be handed to a worker process.
 
@@ -252,15 +263,10 @@ def states(model, tokens):
     """Hidden states (B, T, D) of tokens (B, T); what all rows begin with goes through once."""
     alike = int((tokens == tokens[:1]).all(0).int().cumprod(0).sum())
     alike = min(alike, tokens.shape[1] - 1)
-    if alike < SHARED_TOKENS or len(tokens) == 1 or is_dynamic(model.config):
+    if alike < SHARED_TOKENS or len(tokens) == 1:
         return model(tokens)
     cache = KeyValueCache(model.config)
     beginning = model(tokens[:1, :alike], cache=cache)
     cache.select([0] * len(tokens))
     rest = model(tokens[:, alike:], cache=cache)
     return torch.cat([beginning.expand(len(tokens), -1, -1), rest], 1)
-
-
-def is_dynamic(config):
-    """Whether positions are rotated by angles that depend on how long the whole row is."""
-    return (config.rope_scaling or {}).get("rope_type") == "dynamic"

@@ -71,25 +71,23 @@ def sha256(path):
 
 
 class ScoreFiles:
-    """The files under `output`, new or gone on with.
+    """The files under `output`, new or gone on with. Nothing is written before the first `add`.
 
     record: what the scores are computed from; files that were computed from anything else raise
     UserError, unless `overwrite`. width: D of the embeddings.
     """
 
     def __init__(self, output, record, num_rows, parts, width, overwrite=False):
-        self.paths, self.parts = paths(output), parts
-        if overwrite:
-            for path in self.paths.values():
-                path.unlink(missing_ok=True)
-        self._check(record)
-        self.paths["record"].parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, self.paths["record"])
+        self.paths, self.parts, self.record = paths(output), parts, record
+        self.shape, self.overwrite, self.has_begun = (num_rows, width), overwrite, False
         self.scored, self.embedded = np.ones(num_rows, bool), np.ones(num_rows, bool)
+        self.end = 0  # of the last whole line of the scores, in bytes
+        if not overwrite:
+            self._check()
         if "ifd" in parts:
-            self.scored = self._open_scores(num_rows)
+            self.scored = self._find_scored()
         if "embed" in parts:
-            self.embedded = self._open_embeddings(num_rows, width)
+            self.embedded = self._find_embedded()
 
     def pending(self):
         """The numbers of the rows that are still to be computed."""
@@ -97,6 +95,8 @@ class ScoreFiles:
 
     def add(self, scores):
         """Write finished Scores, whatever their order."""
+        if not self.has_begun:
+            self._begin()
         lines = [json.dumps(one.as_dict(), ensure_ascii=False) + "\n" for one in scores
                  if not self.scored[one.index]]
         if lines:
@@ -127,45 +127,62 @@ class ScoreFiles:
                 file.write(json.dumps(records[int(number)], ensure_ascii=False) + "\n")
         os.replace(partial, path)
 
-    def _check(self, record):
+    def _begin(self):
+        """Make the files ready to be added to."""
+        self.has_begun = True
+        if self.overwrite:
+            for path in self.paths.values():
+                path.unlink(missing_ok=True)
+        self.paths["record"].parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.record, self.paths["record"])
+        if "ifd" in self.parts:
+            with open(self.paths["scores"], "ab") as file:
+                file.truncate(self.end)  # a run that was killed may have left part of a line
+        if "embed" in self.parts and not self._has_embeddings():
+            embeddings, perplexity = self.paths["embeddings"], self.paths["perplexity"]
+            np.lib.format.open_memmap(embeddings, "w+", np.float32, self.shape)
+            partial = perplexity.with_name(perplexity.name + ".partial")
+            with open(partial, "wb") as file:
+                np.save(file, np.full(self.shape[0], np.nan, np.float32))
+            os.replace(partial, perplexity)
+
+    def _check(self):
         there = [path for what, path in self.paths.items() if what != "record" and path.exists()]
         if there and not self.paths["record"].exists():
             raise UserError(f"{there[0]}: is there already, and no {self.paths['record'].name} "
                             "that says what it belongs to; choose another --output, or give "
                             "--overwrite to lose it")
-        found = read_record(self.paths["record"]) if there else record
-        # What is there was computed with `found`; what is to come, with `record`.
-        for what, value in record.items():
+        found = read_record(self.paths["record"]) if there else self.record
+        # What is there was computed with `found`; what is to come, with `self.record`.
+        for what, value in self.record.items():
             if what != "names" and found.get(what) != value:
+                named = _named(found, self.record, what)
                 raise UserError(
-                    f"{there[0]}: was computed with another {what}{_named(found, record, what)}; "
-                    "scores of two kinds are never mixed: choose another --output, or give "
-                    "--overwrite to lose what is there")
+                    f"{there[0]}: was computed with another {what}{named}; scores of two "
+                    "kinds are never mixed: choose another --output, or give --overwrite to lose "
+                    "what is there")
 
-    def _open_scores(self, num_rows):
-        path = self.paths["scores"]
+    def _find_scored(self):
+        path, num_rows = self.paths["scores"], self.shape[0]
         done = np.zeros(num_rows, bool)
-        if not path.exists():
-            path.touch()
-        with open(path, "rb+") as file:
-            place = 0
+        if self.overwrite or not path.exists():
+            return done
+        with open(path, "rb") as file:
             for line in file:
-                if not line.endswith(b"\n"):  # the run was killed while it wrote this
-                    file.truncate(place)
+                if not line.endswith(b"\n"):
                     break
-                place += len(line)
+                self.end += len(line)
                 done[_parse(path, line, num_rows)["index"]] = True
         return done
 
-    def _open_embeddings(self, num_rows, width):
-        embeddings, perplexity = self.paths["embeddings"], self.paths["perplexity"]
-        if not (embeddings.exists() and perplexity.exists()):
-            np.lib.format.open_memmap(embeddings, "w+", np.float32, (num_rows, width))
-            partial = perplexity.with_name(perplexity.name + ".partial")
-            with open(partial, "wb") as file:
-                np.save(file, np.full(num_rows, np.nan, np.float32))
-            os.replace(partial, perplexity)
-        return ~np.isnan(load_array(perplexity, (num_rows,)))
+    def _find_embedded(self):
+        if self.overwrite or not self._has_embeddings():
+            return np.zeros(self.shape[0], bool)
+        load_array(self.paths["embeddings"], self.shape)
+        return ~np.isnan(load_array(self.paths["perplexity"], self.shape[:1]))
+
+    def _has_embeddings(self):
+        return self.paths["embeddings"].exists() and self.paths["perplexity"].exists()
 
 
 def _parse(path, line, num_rows):
@@ -173,7 +190,7 @@ def _parse(path, line, num_rows):
     try:
         score = json.loads(line)
         index = score["index"]
-        good = type(index) is int and all(
+        good = type(index) is int and isinstance(score["reason"], str | None) and all(
             score[name] is None or type(score[name]) in (int, float) for name in NUMBERS)
     except (ValueError, KeyError, TypeError):
         good = False
@@ -251,15 +268,19 @@ def load_array(path, shape):
     return array
 
 
+def perplexity_path(embeddings_path):
+    """The Path of the perplexities that belong to embeddings."""
+    path = Path(embeddings_path)
+    return path.with_name(path.name.removesuffix(".embeddings.npy") + ".perplexity.npy")
+
+
 def read_embeddings(path, num_rows):
     """(embeddings (rows, D), perplexity (rows,)) that score.py has computed for all rows.
 
     UserError where one is missing or not a number.
     """
-    path = Path(path)
     embeddings = load_array(path, (num_rows, None))
-    name = path.name.removesuffix(".embeddings.npy") + ".perplexity.npy"
-    perplexity = np.array(load_array(path.with_name(name), (num_rows,)))
+    perplexity = np.array(load_array(perplexity_path(path), (num_rows,)))
     if np.isnan(perplexity).any():
         raise UserError(f"{path}: row {np.isnan(perplexity).argmax() + 1} has no embedding yet; "
                         "score.py goes on where it stopped if it is run again")

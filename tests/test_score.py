@@ -247,6 +247,67 @@ def test_mistakes(checkpoint, rows_file, many, tmp_path, monkeypatch):
     assert output.read_text() == "something else\n"
 
 
+def test_what_is_read_is_never_written(checkpoint, many, tmp_path, monkeypatch):
+    before = many.read_bytes()
+    for output, message in (
+        (many, "many.jsonl is also read from"),
+        (tmp_path / "scores.json", "ends in .jsonl"),  # beside scores.jsonl it had its record
+        (tmp_path, "ends in .jsonl"),
+        (tmp_path / "folder.jsonl", "folder.jsonl is a folder"),
+    ):
+        (tmp_path / "folder.jsonl").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=message):
+            score_here(monkeypatch, checkpoint, many, output, "--overwrite", "--skip_bad_rows")
+    other = tmp_path / "s.record.json"  # as a data set, however unlikely
+    other.write_text(json.dumps([{"instruction": "the cat", "output": "sat"}]))
+    with pytest.raises(UserError, match="s.record.json is also read from"):
+        score_here(monkeypatch, checkpoint, other, tmp_path / "s.jsonl", "--overwrite")
+    assert many.read_bytes() == before and not list(tmp_path.glob("*.npy"))
+
+
+def test_a_run_that_fails_early_leaves_nothing(checkpoint, rows_file, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    output, words = tmp_path / "s.jsonl", ["--mode", "all"]
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(UserError, match="missing: model.norm.weight"):
+        score_here(monkeypatch, broken, rows_file, output, *words)
+    assert not list(tmp_path.glob("s.*"))
+    score_here(monkeypatch, checkpoint, rows_file, output, *words)
+    before = {path: path.read_bytes() for path in tmp_path.glob("s.*")}
+    assert len(before) == 4
+    # --overwrite is for scores that take the place of those there, not for an error.
+    with pytest.raises(UserError, match="missing: model.norm.weight"):
+        score_here(monkeypatch, broken, rows_file, output, *words, "--overwrite")
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("s.*")}
+    score_here(monkeypatch, checkpoint, rows_file, output, "--overwrite", "--max_length", 64)
+    assert {path.name for path in tmp_path.glob("s.*")} == {"s.jsonl", "s.record.json"}
+    assert len(read(output)) == 24
+    assert json.loads((tmp_path / "s.record.json").read_text())["max_length"] == 64
+
+
+def test_dynamic_rotary_scaling(checkpoint, many, tmp_path, monkeypatch):
+    """Rows for which the angles would depend on the batch are reported; others have one score."""
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {
+        "max_position_embeddings": 44, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}))
+    found = []
+    for batch_tokens in (1, 100_000):
+        output = tmp_path / f"{batch_tokens}.jsonl"
+        score_here(monkeypatch, checkpoint, many, output, "--batch_tokens", batch_tokens,
+                   "--template", "plain", "--skip_bad_rows")
+        found.append(read(output))
+    reasons = {one["reason"] and one["reason"].split(", ")[-1] for one in found[0]}
+    assert {None, "of 40"} <= reasons
+    for one, other in zip(*found, strict=True):
+        assert one["reason"] == other["reason"]
+        if one["ifd"]:
+            assert one["ifd"] == pytest.approx(other["ifd"], rel=1e-5)
+
+
 def test_an_adapter_is_used(checkpoint, rows_file, tmp_path, monkeypatch):
     from minisft.lora import LoraConfig, add_lora, merge_lora
     from minisft.weights import load_model, save_adapter, save_model

@@ -1,0 +1,69 @@
+"""examples/cherry.sh: the commands of the recipe, what is not done again, what is refused."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT, command
+
+# In the place of Python: notes the command and leaves the files that the script would.
+STAND_IN = """#!/usr/bin/env bash
+printf '%q ' "$@" >> "$LOG"; echo >> "$LOG"
+while [ $# -gt 0 ]; do
+    case $1 in
+        --output) echo "$CLUSTERS" > "$2" ;;
+        --output_dir) mkdir -p "$2"; touch "$2/adapter_model.safetensors"
+                      echo "{}" > "$2/metrics.jsonl" ;;
+    esac
+    shift
+done
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A function: settings -> (exit status, commands that were given, standard error)."""
+    stand_in, log = tmp_path / "python", tmp_path / "log"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+
+    def run(**settings):
+        log.write_text("")
+        done = subprocess.run(
+            ["bash", ROOT / "examples/cherry.sh"], capture_output=True, text=True, timeout=60,
+            env=os.environ | {"PYTHON": str(stand_in), "LOG": str(log), "CLUSTERS": "30",
+                              "OUTPUT": str(tmp_path / "with space")} | settings)
+        commands = [shlex.split(line) for line in log.read_text().splitlines()]
+        return done.returncode, commands, done.stderr
+
+    return run
+
+
+def test_the_steps(recipe):
+    status, commands, error = recipe()
+    assert status == 0, error
+    assert [words[0] for words in commands] == [
+        f"{name}.py" for name in ("score", "select", "train", "score", "select", "train")]
+    flags = {name: set(command("--help", script=name).stdout.split())
+             for name in ("score.py", "select.py", "train.py")}
+    for words in commands:
+        assert {word for word in words if word.startswith("--")} <= flags[words[0]]
+
+
+def test_what_is_done_again(recipe):
+    recipe()
+    names = [words[0] for words in recipe()[1]]
+    assert names == ["score.py", "select.py", "score.py", "select.py"]
+    status, commands, _ = recipe(SAMPLE_RATE="0.1")
+    trained = [words for words in commands if words[0] == "train.py"]
+    assert status == 0 and len(trained) == 1
+    assert "cherry-0.1.json" in " ".join(trained[0]) and "model-0.1" in " ".join(trained[0])
+
+
+@pytest.mark.parametrize("setting", [{"EPOCHS": "7"}, {"TRAIN": "--learning_rate 1e-3"},
+                                     {"HELDOUT": "other.json"}, {"CLUSTERS": "31"}])
+def test_results_of_other_settings_are_not_shown(recipe, setting):
+    assert recipe()[0] == 0
+    status, _, error = recipe(**setting)
+    assert status == 2 and "was trained with other settings or rows" in error
