@@ -78,7 +78,7 @@ def parse_options(arguments=None):
 
     add, switch = parser.section("output")
     add("--output", required=True, help="file to write, in the format of --dataset")
-    switch("--overwrite", "replace the file if it is there")
+    switch("--overwrite", "replace what is there of the file, its manifest and its picture")
     switch("--plot", "draw OUTPUT.png: the scores, the clusters and what was chosen (matplotlib)")
     parser.epilog = EPILOGUE
     options = parser.parse_options(arguments)
@@ -132,7 +132,11 @@ def check_options(options, given):
 
 
 def main():
+    import os
+
     options = parse_options()
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun one process does it all
 
     from minisft import selection
     from minisft.dataset import open_rows
@@ -173,20 +177,28 @@ def main():
 
 
 def check_output(options, rows):
-    """The Path to write. UserError where it is read from too, or is there already."""
+    """The Path to write. UserError where a file to write is read from too, or is there already."""
     from pathlib import Path
 
     from minisft.options import UserError
+    from minisft.scores import perplexity_path
 
     path = Path(options.output)
+    written = [path, Path(f"{path}.manifest"), *([path.with_suffix(".png")] * options.plot)]
+    if options.plot and path.suffix == ".png":
+        raise UserError(f"--output {path}: is where --plot draws; give the rows another name")
     read = [*(file.records.path for file in rows.files), options.scores, options.embeddings,
-            options.match]
-    if any(one and path.resolve() == Path(one).resolve() for one in read):
-        raise UserError(f"--output {path}: is also read from; choose another")
-    if path.is_dir():
-        raise UserError(f"--output {path}: is a folder; give the name of a file")
-    if path.exists() and not options.overwrite:
-        raise UserError(f"--output {path}: is there already; choose another, or give --overwrite")
+            options.embeddings and perplexity_path(options.embeddings), options.match,
+            options.match and options.match + ".manifest"]
+    read = {Path(one).resolve() for one in read if one}
+    for one in written:
+        if one.resolve() in read:
+            raise UserError(f"--output {path}: {one} is also read from; choose another")
+        if one.is_dir():
+            raise UserError(f"--output {path}: {one} is a folder; give the name of a file")
+        if one.exists() and not options.overwrite:
+            raise UserError(f"--output {path}: {one} is there already; choose another, or give "
+                            "--overwrite")
     return path
 
 
@@ -209,10 +221,24 @@ def read_inputs(options, num_rows, dataset):
         manifest = scores.read_record(Path(options.match + ".manifest"))
         if manifest.get("dataset") != dataset:
             raise UserError(f"--match {options.match}: was chosen from another file than --dataset")
-        inputs.reference = manifest["chosen"]
+        inputs.reference = checked_numbers(manifest.get("chosen"), num_rows, options.match)
     inputs.hashes = {flag: scores.sha256(path) for flag in ("scores", "embeddings", "match")
                      if (path := getattr(options, flag))}
+    if options.embeddings:
+        inputs.hashes["perplexity"] = scores.sha256(scores.perplexity_path(options.embeddings))
     return inputs
+
+
+def checked_numbers(numbers, num_rows, path):
+    """The row numbers in a manifest; UserError where they are none."""
+    from minisft.json_files import is_whole
+    from minisft.options import UserError
+
+    if not (isinstance(numbers, list) and numbers
+            and all(is_whole(number, most=num_rows - 1) for number in numbers)):
+        raise UserError(f"--match {path}: {path}.manifest does not say which rows were chosen; is "
+                        "it one that select.py wrote?")
+    return numbers
 
 
 def choose(options, inputs, candidates, number):
@@ -221,6 +247,7 @@ def choose(options, inputs, candidates, number):
 
     from minisft import selection
     from minisft.kmeans import kmeans
+    from minisft.options import UserError
 
     generator, about = np.random.default_rng(options.seed), {}
     strategy, scores = options.strategy, inputs.scores
@@ -259,6 +286,8 @@ def choose(options, inputs, candidates, number):
         reference = np.array(inputs.reference)
         chosen = selection.matched(inputs.lengths, rows, reference, generator)
         about = {"also_in_match": len(np.intersect1d(chosen, reference))}
+    if not len(chosen):
+        raise UserError("no row is chosen: there is none in the --band of any cluster; widen it")
     return np.sort(chosen), about
 
 

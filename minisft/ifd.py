@@ -115,6 +115,9 @@ class Encoder:
         self.rows, self.template, self.parts = rows, template, parts
         self.max_length, self.vocab_size = max_length, vocab_size
         self.marker = template.encode_marker()
+        if not self.marker:
+            raise UserError(f"template {template.name}: nothing of what opens an answer is left by "
+                            "this tokenizer, so no answer can be scored alone; choose another")
 
     def __getitem__(self, numbers):
         """A list of Score, or the UserError that stops the run (a worker cannot raise it)."""

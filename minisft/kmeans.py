@@ -69,7 +69,6 @@ class Space:
         product -= offset
         return product
 
-
     def distances(self, centers):
         """(K, N): squared distances of all points from a few centers, which are from the mean."""
         squares = np.empty((len(centers), len(self.points)), np.float32)

@@ -181,6 +181,10 @@ def matched(lengths, rows, reference, generator):
         inside = rows[(lengths[rows] > below) & (lengths[rows] >= first)
                       & (lengths[rows] <= above)]
         count = int(((wanted > below) & (wanted <= above)).sum())
+        if count > len(inside):
+            raise UserError(f"--match has {count:,} rows of a length that only {len(inside):,} of "
+                            "the rows have which can be chosen here; choose --match with the same "
+                            "--dedup and --skip_bad_rows")
         chosen.append(at_random(inside, count, generator) if count else inside[:0])
         below = above
     return np.concatenate(chosen)
@@ -199,7 +203,9 @@ def near_duplicates(texts, similarity):
     duplicate, kept = np.zeros(len(texts), bool), {}
     for number in range(len(texts)):
         shingles = shingles_of(texts[number])
-        signature = (shingles[:, None] * factors[0] + factors[1]).min(0)
+        # In blocks: of a text of a million characters all hashes at once would fill the memory.
+        signature = np.min([(shingles[start : start + 4096, None] * factors[0] + factors[1]).min(0)
+                            for start in range(0, len(shingles), 4096)], axis=0)
         keys = [(band, signature[band : band + BAND].tobytes())
                 for band in range(0, NUM_HASHES, BAND)]
         candidates = {kept[key] for key in keys if key in kept}

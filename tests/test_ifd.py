@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from test_template import LLAMA3, QWEN, TINYLLAMA, fitting
 
@@ -175,6 +176,20 @@ def test_markers(shared_data, name):
     text = "".join(tokenizer.token_text(id) for id in marker).replace("▁", " ")
     text = text.replace("<0x0A>", "\n").replace("Ċ", "\n").replace("<s>", "").lstrip(" ")
     assert text.removeprefix("<|begin_of_text|>") == MARKERS[name]
+
+
+def test_a_marker_without_tokens(tmp_path):
+    """Without a token before the answer its first one would have no loss when it stands alone."""
+    vocabulary = {"</s>": 0, "<unk>": 1, "the": 2, "cat": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    template = get_template("plain", Tokenizer.load(tmp_path))
+    with pytest.raises(UserError, match="template plain: nothing of what opens an answer"):
+        ifd.Encoder(rows_of(("the", "cat")), template, 100)
 
 
 def test_rows_without_a_score_say_why(alpaca):

@@ -153,6 +153,15 @@ def test_through_the_command_line(data, tmp_path):
     assert len(load_rows(tmp_path / "out.json")) == 6  # train.py reads it
 
 
+def test_several_processes_write_one_file(data, tmp_path):
+    done = command("--dataset", data[0], "--strategy", "random", "--sample_number", 7, "--output",
+                   tmp_path / "out.json", script="select.py",
+                   before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("7 of 60 rows") == 1
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 7
+
+
 def test_strategies(choose, data):
     path, scores, embeddings = data
     lines = [json.loads(line) for line in scores.read_text().splitlines()]
@@ -174,6 +183,8 @@ def test_strategies(choose, data):
     cluster, manifest = choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters",
                                6, "--per_cluster", 3, "--starts", 2)
     assert len(cluster) <= 18 and sum(manifest["clusters"]["sizes"]) == 60
+    assert manifest["inputs"] == {"embeddings": fingerprint(embeddings),
+                                  "perplexity": fingerprint(paths(scores)["perplexity"])}
     kcenter, _ = choose("--strategy", "kcenter", "--embeddings", embeddings, *few)
     assert len(kcenter) == 7
     mixed, _ = choose("--strategy", "ifd+kcenter", *both, *few)
@@ -189,6 +200,13 @@ def test_random_matched(choose, data, tmp_path):
         (tmp_path / f"long.json{ending}").write_bytes((tmp_path / f"out.json{ending}").read_bytes())
     matched, manifest = choose("--strategy", "random_matched", "--match", tmp_path / "long.json")
     assert matched == list(range(40, 60)) and manifest["also_in_match"] == 20
+    manifest_path = tmp_path / "long.json.manifest"
+    whole = json.loads(manifest_path.read_text())
+    for wrong in (None, [], ["a"], [1.5], [-1], [60], [True]):
+        manifest_path.write_text(json.dumps(whole | {"chosen": wrong}))
+        with pytest.raises(UserError, match="does not say which rows were chosen"):
+            choose("--strategy", "random_matched", "--match", tmp_path / "long.json")
+    manifest_path.write_text(json.dumps(whole))
     data[0].write_text(data[0].read_text() + " ")
     with pytest.raises(UserError, match="chosen from another file"):
         choose("--strategy", "random_matched", "--match", tmp_path / "long.json")
@@ -254,6 +272,9 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("61 clusters of 60 rows", *by_cluster, "--clusters", 61)
     refused("--output .* is also read from", *by_ifd, *few, "--output", scores)
     refused("is a folder", *by_ifd, *few, "--output", tmp_path)
+    refused("is also read from", *by_cluster, "--output", paths(scores)["perplexity"])
+    refused("is where --plot draws", *by_ifd, *few, "--plot", "--output", tmp_path / "x.png")
+    refused("no row is chosen", *by_cluster, "--clusters", 1, "--band", "49.99,50")
     refused("give the file that ends in .embeddings.npy", "--strategy", "kcenter", *few,
             "--embeddings", paths(scores)["perplexity"])
 
@@ -271,6 +292,8 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     scores.write_text("".join(lines).replace('"index": 3,', '"index": 300,'))
     refused("has a score of row 301, and the data set has 60", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"ifd": ', '"ifd": "x', 1))
+    refused("not a line of score.py", *by_ifd, *few)
+    scores.write_text("".join(lines).replace('"reason": null', '"reason": 5', 1))
     refused("not a line of score.py", *by_ifd, *few)
     scores.write_text("".join(lines))
     record = paths(scores)["record"]
@@ -304,7 +327,7 @@ def test_perplexities_not_yet_computed(choose, data):
         choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters", 3)
 
 
-def test_plot(choose, data, tmp_path):
+def test_plot(choose, data, tmp_path, monkeypatch):
     path, scores, embeddings = data
     for words in (["--strategy", "ifd", "--scores", scores, "--sample_number", 5],
                   ["--strategy", "cluster", "--scores", scores, "--embeddings", embeddings,
@@ -312,6 +335,14 @@ def test_plot(choose, data, tmp_path):
         (tmp_path / "out.png").unlink(missing_ok=True)
         choose(*words, "--plot")
         assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "out.json").unlink()
+    for there, other in (("out.json.manifest", "out.png"), ("out.png", "out.json.manifest")):
+        (tmp_path / other).unlink(missing_ok=True)
+        (tmp_path / there).write_text("precious")
+        with pytest.raises(UserError, match=f"{there} is there already"):
+            select_here(monkeypatch, "--dataset", path, "--strategy", "ifd", "--scores", scores,
+                        "--sample_number", 5, "--plot", "--output", tmp_path / "out.json")
+        assert (tmp_path / there).read_text() == "precious"
     with pytest.raises(UserError, match="--plot draws"):
         choose("--strategy", "random", "--sample_number", 5, "--plot")
 

@@ -1,5 +1,7 @@
 """The strategies: each against its definition, spelled out."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
@@ -93,6 +95,12 @@ def test_matched_with_few_lengths(lengths):
         assert lengths[chosen].max() <= lengths[reference].max()
 
 
+def test_matched_where_rows_of_the_match_are_dropped():
+    lengths = np.arange(30)
+    with pytest.raises(UserError, match="--match has .* rows of a length that only"):
+        selection.matched(lengths, np.arange(20), np.arange(15, 30), GENERATOR)
+
+
 def shares(left, right):
     """The share of the runs of five characters that two texts have in common, by sets."""
     left, right = ({text[start : start + 5] for start in range(max(1, len(text) - 4))}
@@ -131,6 +139,18 @@ def test_near_duplicates_are_all_found():
     changed = [text[:60] + "z" + text[61:] for text in originals]
     found = selection.near_duplicates(originals + changed, 0.85)
     assert not found[:300].any() and found[300:].all()
+
+
+def test_a_long_text_takes_little_memory():
+    text = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 200_000)))
+    tracemalloc.start()
+    try:
+        found = selection.near_duplicates([text, "short", text[1:]], 0.9)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.tolist() == [False, False, True]
+    assert peak < 64 * 2**20  # a tenth of what all hashes of all its runs would take
 
 
 def test_principal_components_equal_scikit_learn():
