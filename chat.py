@@ -24,8 +24,8 @@ from minisft.options import (
     resolve_dtype,
     run,
 )
+from minisft.terminal import BYTE_ORDER_MARK
 
-BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with
 INTERRUPTED = 130  # exit status, as a shell has it: 128 + SIGINT
 KEPT_ON_THE_WEB = 8  # conversations whose next turn computes only what is new
 
@@ -34,7 +34,8 @@ def main():
     """Answer --prompt or --file, serve a page, or hold a conversation until the input ends."""
     options = parse_options()
     # None if started with them closed.
-    sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout, sys.stderr = (one or open(os.devnull, "w") for one in (sys.stdout, sys.stderr))
     for stream in (sys.stdin, sys.stdout):
         # Whatever the locale says; bytes that are no text become a replacement character.
         stream.reconfigure(encoding="utf-8", errors="replace")
@@ -97,6 +98,10 @@ def check_options(options, given):
     """UserError where flags contradict each other or would not be heeded."""
     if options.max_length is not None and options.max_length < 2:
         raise UserError(f"--max_length must be at least 2, not {options.max_length}")
+    if options.server_port > 65535:
+        raise UserError(f"--server_port must be at most 65535, not {options.server_port}")
+    if options.password == "":
+        raise UserError("--password is empty, which would let everybody in; leave it out for that")
     for exclusive in (("prompt", "file", "web"), ("system", "identity")):
         if len(both := [f"--{name}" for name in exclusive if name in given]) > 1:
             raise UserError(f"{' and '.join(both)} exclude each other; give one")

@@ -91,12 +91,13 @@ class Assistant:
         prompt stays. Raises UserError if the last turn alone is too long, if it is empty, and for
         messages that are none.
         """
-        check_messages(messages)
+        check_messages(messages, tools)
         limit = self.max_length - min(max_new_tokens, self.max_length // 2)
 
         def fits(start):
+            """Whether there is room for the system prompt and the messages from `start` on."""
             kept = messages[:head] + messages[start:]
-            return (characters(kept) <= limit * CHARACTERS_PER_TOKEN
+            return (characters(kept, tools) <= limit * CHARACTERS_PER_TOKEN
                     and len(self.template.encode_prompt(kept, tools)) <= limit)
 
         head = head_of(messages)
@@ -108,8 +109,8 @@ class Assistant:
         if place < len(questions):
             return messages[:head] + messages[questions[place] :]
         kept = messages[:head] + messages[questions[-1] if questions else head :]
-        length = f"{characters(kept):,} characters"
-        if characters(kept) <= limit * CHARACTERS_PER_TOKEN:
+        length = f"{characters(kept, tools):,} characters"
+        if characters(kept, tools) <= limit * CHARACTERS_PER_TOKEN:
             length = f"{len(self.template.encode_prompt(kept, tools))} tokens with its template"
         raise UserError(f"the message is too long: {length}{' and the system prompt' * head}, the "
                         f"limit is {limit} tokens (of {self.max_length}, the rest is kept for the "
@@ -257,30 +258,41 @@ def name_of(number):
     return f"conversation {number}"
 
 
-def check_messages(messages):
+def check_messages(messages, tools=None):
     """UserError unless messages are such, and each question is text for people to read.
 
     Who speaks when is left to the template.
     """
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
         raise UserError('messages must be a list of {"role": ..., "content": ...}')
+    if not isinstance(tools or [], list) or not all(isinstance(one, dict) for one in tools or []):
+        raise UserError("tools must be a list of objects, each the description of a function")
     for number, message in enumerate(messages, start=1):
-        text = message.get("content") or ""
-        if message.get("role") not in ("system", "user") or not isinstance(text, str):
-            continue
+        if not isinstance(message.get("tool_calls") or [], list):
+            raise UserError(f"message {number}: tool_calls must be a list")
         name = "the message" if number == len(messages) else f"message {number}"
-        if message["role"] == "system":
-            name = "the system prompt"
-        elif not text.strip() and not message.get("input"):
-            raise UserError(f"{name} is empty")
-        if found := CONTROL_CHARACTERS.search(text):
-            raise UserError(f"{name} has the control character U+{ord(found[0]):04X} (character "
-                            f"{found.start() + 1}); remove it")
+        if message.get("role") == "system":
+            check_text(message.get("content"), "the system prompt")
+        elif message.get("role") == "user":
+            if not message.get("input") and not str(message.get("content") or "").strip():
+                raise UserError(f"{name} is empty")
+            check_text(message.get("content"), name)
+            check_text(message.get("input"), f'the "input" of {name}')
 
 
-def characters(messages):
-    """How many characters the messages have together."""
-    return sum(len(str(one.get("content") or "")) for one in messages)
+def check_text(text, name):
+    """UserError unless `text` is text, or None, without characters that nobody types."""
+    if not isinstance(text or "", str):
+        raise UserError(f"{name}: content is not text")
+    if found := CONTROL_CHARACTERS.search(text or ""):
+        raise UserError(f"{name} has the control character U+{ord(found[0]):04X} (character "
+                        f"{found.start() + 1}); remove it")
+
+
+def characters(messages, tools=None):
+    """How many characters the messages and the functions that are offered have together."""
+    return len(str(tools or "")) + sum(
+        len(str(value or "")) for one in messages for name, value in one.items() if name != "role")
 
 
 def head_of(messages):

@@ -6,7 +6,7 @@
         print(chats[0][-1]["content"])
 
 Each visitor has a Talk on the server, of which the browser shows a picture: an error, or a page
-that is closed, loses none of it. web.py shows this with gradio, which is not needed here.
+that is loaded again, loses none of it. web.py shows this with gradio, which is not needed here.
 """
 
 import json
@@ -22,9 +22,14 @@ from minisft.options import UserError
 from minisft.transcript import Transcript
 
 SECONDS_BETWEEN_VIEWS = 0.05
-# Blocks between fences (an open one goes to the end) and code between backticks.
-CODE = re.compile(r"(^[ \t>]*(?P<fence>`{3,}|~{3,})[\s\S]*?(?:^[ \t>]*(?P=fence)[`~]*[ \t]*$|\Z)"
-                  r"|(?P<ticks>(?<!`)`+(?!`))[^\n]+?(?<!`)(?P=ticks)(?!`))", re.MULTILINE)
+KEPT_TALKS = 1000  # visitors whose conversation is there when they load the page again
+# Blocks between fences, in lists too (an open one goes to the end), and code between backticks.
+CODE = re.compile(
+    r"(^[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})"
+    r"[\s\S]*?(?:^[ \t>]*(?P=fence)[`~]*[ \t]*$|\Z)"
+    r"|(?P<ticks>(?<!`)`+(?!`))[^\n]+?(?<!`)(?P=ticks)(?!`))", re.MULTILINE)
+JOINER = "\u2060"  # has no width, and behind "<" makes it no tag
+MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
 
 
 @dataclass
@@ -57,6 +62,18 @@ class Page:
     def __init__(self, assistants, sampling, system="", transcript=None):
         self.assistants, self.sampling, self.system = assistants, sampling, system
         self.transcript, self.numbers = transcript or Transcript(), count(1)
+        self.talks = {}  # visitor: Talk, the one who came last at the end
+
+    def come_back(self, visitor):
+        """The Talk of a visitor, by a name that nobody else can guess; a new one for a new name.
+
+        An answer that is still being written for the page as it was before ends.
+        """
+        self.talks[visitor] = talk = self.talks.pop(visitor, None) or Talk()
+        talk.busy, talk.stopping = False, True
+        while len(self.talks) > KEPT_TALKS:
+            self.talks.pop(next(iter(self.talks)))
+        return talk
 
     def ask(self, talk, question, system, *sampling):
         """Answer a question; sampling: the fields of Sampling in their order."""
@@ -70,7 +87,11 @@ class Page:
         return self._answer(talk, earlier, last.question, system, sampling, box=None)
 
     def edit(self, talk, index, question, system, *sampling):
-        """Ask another question in place of message `index`; what came after it goes."""
+        """Ask another question in place of message `index`; what came after it goes.
+
+        The question is as it was edited on the page: with what `shown` has put into it.
+        """
+        question = question.replace(JOINER, "")
         return self._answer(talk, talk.turns[: index // 2], question, system, sampling, box=None)
 
     def stop(self, talk):
@@ -83,10 +104,11 @@ class Page:
         return self.view(talk, "")
 
     def export(self, talk):
-        """The conversation as JSON that train.py reads, a row for each model."""
+        """The conversation as JSON that train.py reads, a row for each model that has answered."""
         rows = [{"model": one.name, "messages": self._messages(talk.turns, place, talk.system)}
-                for place, one in enumerate(self.assistants)]
-        return json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
+                for place, one in enumerate(self.assistants)
+                if any(turn.answers[place].strip() for turn in talk.turns)]
+        return json.dumps(rows, ensure_ascii=False, indent=2) + "\n" if rows else ""
 
     def view(self, talk, notice, box=None):
         """(chats, notice, box) of what has been said."""
@@ -187,14 +209,15 @@ def seed_of(text):
 def shown(text):
     """Text of anyone as Markdown that is only read: tags stand as they are, images are links.
 
-    What is code needs no escape. The page's sanitizer and POLICY stand behind this.
+    What would be markup gets a JOINER, which nobody sees and the page's copies leave out; code is
+    left alone. The page's sanitizer and POLICY stand behind this.
     """
     parts, end = [], 0
     for code in CODE.finditer(text):
-        parts += [_escaped(text[end : code.start()]), code[0]]
+        parts += [_marked(text[end : code.start()]), code[0]]
         end = code.end()
-    return "".join(parts) + _escaped(text[end:])
+    return "".join(parts) + _marked(text[end:])
 
 
-def _escaped(text):
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("![", "!\u200b[")
+def _marked(text):
+    return MARKUP.sub(lambda found: found[0] + JOINER, text)

@@ -24,6 +24,7 @@ from minisft.options import UserError
 from minisft.records import open_records
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "text")
+FORMAT_COLUMNS = {"instruction", "messages", "conversations", "kind"}  # not of a bare prompt
 UNSEEN = "(the answer)"  # fills the place of the answer while a row is checked
 LISTED = 10  # bad rows that are named before the rest is only counted
 
@@ -163,24 +164,26 @@ class Answers:
 def question_of(record):
     """One record -> (messages up to where the answer begins, tools or None), or BadRow."""
     record = {"prompt": record} if isinstance(record, str) else record
-    if isinstance(record, dict):
-        record = dict(record)
-        for name in PROMPT_COLUMNS:
-            if isinstance(record.get(name), str) and not record.keys() & {"instruction", "messages",
-                                                                         "conversations", "kind"}:
-                record = {**record, "instruction": record[name]}
-        turns = record.get("conversations", record.get("messages"))
-        if "instruction" in record:
-            record["output"] = UNSEEN
-        elif isinstance(turns, list) and turns:
-            last = turns[-1] if isinstance(turns[-1], dict) else {}
-            if ROLES.get(last.get("from", last.get("role"))) != "assistant":
-                turns = [*turns, {"role": "assistant", "content": UNSEEN}]
-            record["conversations" if "conversations" in record else "messages"] = turns
-        elif "input" in record:
-            record["target"] = UNSEEN
-    messages, tools = conversation(record)
+    messages, tools = conversation(unanswered(record) if isinstance(record, dict) else record)
     return messages[:-1], tools
+
+
+def unanswered(record):
+    """A record in a format of training data, with UNSEEN in the place of its answer."""
+    prompt = next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)),
+                  None)
+    if prompt is not None and not record.keys() & FORMAT_COLUMNS:
+        record = {**record, "instruction": prompt}
+    if "instruction" in record:
+        return {**record, "output": UNSEEN}
+    name = "conversations" if "conversations" in record else "messages"
+    turns = record.get(name)
+    if isinstance(turns, list) and turns:
+        last = turns[-1] if isinstance(turns[-1], dict) else {}
+        if ROLES.get(last.get("from", last.get("role"))) != "assistant":
+            turns = [*turns, {"role": "assistant", "content": UNSEEN}]
+        return {**record, name: turns}
+    return {**record, "target": UNSEEN} if "input" in record else record
 
 
 def digest(path):

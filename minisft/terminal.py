@@ -60,10 +60,11 @@ def read_line():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         return line.removeprefix(BYTE_ORDER_MARK).rstrip("\r\n") if line else None
-    try:
-        import readline  # noqa: F401  (its import gives input() editing and history)
-    except ImportError:
-        pass
+    with contextlib.suppress(ImportError):
+        import readline  # gives input() editing and history
+
+        # What is pasted is one message, however many lines it has.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     # \001 and \002 tell readline which characters of the prompt have no width.
     prompt = "\001\033[1;32m\002>\001\033[0m\002 " if coloured(sys.stdout) else "> "
     try:
@@ -85,11 +86,11 @@ def split_command(line):
 
 
 class Conversation:
-    """What was said, and which of it the model still sees."""
+    """What was said, under which system prompt, and what is done with it."""
 
     def __init__(self, system=None, transcript=None):
         self.standing, self.system, self.transcript = system, system, transcript or Transcript()
-        self.turns, self.seen_from, self.saved_to = [], 0, set()
+        self.turns, self.saved_to = [], set()
         self.number, self.logged_system = 1, None  # of this conversation in the transcript
         self.answer = None  # the last one
 
@@ -103,12 +104,8 @@ class Conversation:
         Ctrl-C keeps what has come, or nothing of the turn if nothing has.
         """
         turns = self.turns + [{"role": "user", "content": question}]
-        messages = assistant.fit(self.messages(turns[self.seen_from :]), sampling.max_new_tokens)
-        first = len(turns) - len(messages) + bool(self.system)
-        if first > self.seen_from:
-            notice(f"(the conversation is longer than {assistant.max_length} tokens: "
-                   f"the oldest {first} messages are no longer seen)")
-        self.answer = answer = assistant.stream(messages, sampling)
+        self.answer = answer = assistant.stream(
+            self.messages(turns), sampling, say=lambda text: notice(f"({text})"))
         complete = False
         try:
             with contextlib.closing(self._logged(question, answer)) as pieces:
@@ -125,7 +122,6 @@ class Conversation:
             # A turn without words could not be learned from: it is no part of what /save writes.
             if answer.text.strip():
                 self.turns = turns + [{"role": "assistant", "content": answer.text}]
-                self.seen_from = first
         if complete and not answer.text.strip():
             notice("(no answer: the question is not remembered)")
         return complete
@@ -143,7 +139,7 @@ class Conversation:
         if name == "/help":
             notice(HELP)
         elif name == "/reset":
-            self.turns, self.seen_from = [], 0
+            self.turns = []
             self.number, self.logged_system = self.number + 1, None
             notice("(forgotten)")
         elif name == "/system":

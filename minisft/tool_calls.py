@@ -35,8 +35,8 @@ def offer(system, tools):
 
 def call_text(call, number):
     """A call of a function, `{"name", "arguments"}`, as Qwen2.5 writes it."""
-    call = call.get("function", call)
-    if not {"name", "arguments"} <= call.keys():
+    call = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
         raise UserError(f"message {number}: a tool call needs a name and arguments")
     arguments = json.dumps(call["arguments"], ensure_ascii=False)
     name = json.dumps(call["name"], ensure_ascii=False)

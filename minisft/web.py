@@ -13,8 +13,10 @@ import threading
 from importlib.util import find_spec
 
 from minisft.options import UserError
-from minisft.page import Talk
+from minisft.page import JOINER, Talk
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LARGEST_REQUEST = 32 * 2**20  # bytes
 AT_ONCE = 8  # answers that are written at the same time; other visitors wait in the queue
 QUEUE_SIZE = 64
 # The browser's part of the promise: it loads and sends nothing from or to elsewhere, whatever an
@@ -24,27 +26,54 @@ POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; 
           "connect-src 'self'; frame-src 'none'; object-src 'none'; base-uri 'self'; "
           "form-action 'self'; frame-ancestors 'self'")
 SAVE = """(text) => {
+    if (!text) return;
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
     link.download = "conversation.json";
     link.click();
 }"""
+# A name that this tab keeps when the page is loaded again, and that nobody can guess.
+VISITOR = """() => sessionStorage.visitor ||=
+    Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-")"""
+# What is copied from the page is what was said, without the joiners of page.shown.
+COPIES = """() => {
+    const said = text => text.replaceAll("JOINER", ""), clipboard = navigator.clipboard;
+    if (clipboard) {
+        const write = clipboard.writeText.bind(clipboard);
+        clipboard.writeText = text => write(said(text));
+    }
+    document.addEventListener("copy", event => {
+        const text = getSelection().toString();
+        if (said(text) !== text) {
+            event.clipboardData.setData("text/plain", said(text));
+            event.preventDefault();
+        }
+    });
+}""".replace("JOINER", JOINER)
 
 
 class Policy:
-    """ASGI middleware: every response tells the browser the POLICY."""
+    """ASGI middleware: every response tells the browser the POLICY; no request is too large."""
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
+        """Hand a request to the app, or refuse it."""
         async def send_with_policy(message):
+            """Send the app's message, the POLICY among its headers."""
             if message["type"] == "http.response.start":
                 header = (b"content-security-policy", POLICY.encode())
                 message = {**message, "headers": [*message.get("headers", []), header]}
             await send(message)
 
-        await self.app(scope, receive, send_with_policy)
+        headers = dict(scope.get("headers", ()))
+        size = headers.get(b"content-length", b"0")
+        if b"transfer-encoding" in headers or int(size) > LARGEST_REQUEST:
+            await send_with_policy({"type": "http.response.start", "status": 413})
+            await send({"type": "http.response.body", "body": b"The request is too large."})
+        else:
+            await self.app(scope, receive, send_with_policy)
 
 
 def check_gradio():
@@ -71,13 +100,13 @@ def build(page):
                          autofocus=True, submit_btn=True, elem_id="box")
         with gr.Row():
             stop, retry, clear, download = (
-                gr.Button(label, elem_id=label.lower(), size="sm")
+                # Narrow enough for a phone to have all of them in a row.
+                gr.Button(label, elem_id=label.lower(), size="sm", min_width=60)
                 for label in ("Stop", "Retry", "Clear", "Download"))
         controls = _controls(gr, page)
-        saved = gr.Textbox(visible=False)
         _connect(gr, page, talk, chats, notice, box, controls,
                  {"stop": stop, "retry": retry, "clear": clear})
-        download.click(page.export, talk, saved, queue=False).then(None, saved, None, js=SAVE)
+        _keep(gr, page, talk, chats, notice, download, blocks)
     return blocks
 
 
@@ -85,19 +114,23 @@ def _controls(gr, page):
     """The components of system prompt and sampling, in the order in which handlers take them."""
     sampling = page.sampling
     longest = max(assistant.max_length for assistant in page.assistants)
+
+    def slider(label, lowest, highest, value, **more):
+        """A slider that reaches to the value of the command line, wherever that is."""
+        return gr.Slider(min(lowest, value), max(highest, value), value, label=label, min_width=200,
+                         **more)
+
     with gr.Accordion("System prompt and sampling", open=False):
         system = gr.Textbox(page.system, label="System prompt", lines=2, max_lines=12,
                             elem_id="system")
         with gr.Row():
             return [
                 system,
-                gr.Slider(1, longest, sampling.max_new_tokens, step=1, label="Longest answer",
-                          min_width=200),
-                gr.Slider(0, 2, sampling.temperature, label="Temperature", min_width=200),
-                gr.Slider(0, 200, sampling.top_k, step=1, label="Top k (0: all)", min_width=200),
-                gr.Slider(0.01, 1, sampling.top_p, label="Top p (1: all)", min_width=200),
-                gr.Slider(0.5, 2, sampling.repetition_penalty, label="Repetition penalty",
-                          min_width=200),
+                slider("Longest answer", 1, longest, min(sampling.max_new_tokens, longest), step=1),
+                slider("Temperature", 0, 2, sampling.temperature),
+                slider("Top k (0: all)", 0, 200, sampling.top_k, step=1),
+                slider("Top p (1: all)", 0.01, 1, sampling.top_p),
+                slider("Repetition penalty", 0.5, 2, sampling.repetition_penalty),
                 gr.Checkbox(sampling.greedy, label="Greedy"),
                 # A Textbox, since a Number that is left empty says 0.
                 gr.Textbox("" if sampling.seed is None else str(sampling.seed), elem_id="seed",
@@ -110,16 +143,20 @@ def _connect(gr, page, talk, chats, notice, box, controls, buttons):
     outputs = [*chats, notice, box]
 
     def flat(view):
+        """What a Page shows, as the values of the outputs."""
         columns, said, text = view
         return [*columns, said, gr.skip() if text is None else text]
 
     def ask(talk, question, *values):
+        """The views of an answer to what was typed."""
         yield from map(flat, page.ask(talk, question, *values))
 
     def retry(talk, *values):
+        """The views of another answer."""
         yield from map(flat, page.retry(talk, *values))
 
     def edit(event: gr.EditData, talk, *values):
+        """The views of an answer to a question that was edited."""
         yield from map(flat, page.edit(talk, event.index, event.value, *values))
 
     answering = {"outputs": outputs, "concurrency_limit": AT_ONCE, "concurrency_id": "answers",
@@ -134,33 +171,59 @@ def _connect(gr, page, talk, chats, notice, box, controls, buttons):
           lambda talk: flat(page.clear(talk)), talk, outputs, api_name="clear", queue=False)
 
 
+def _keep(gr, page, talk, chats, notice, download, blocks):
+    """Let visitors take their conversation along, and find it when they load the page again."""
+    saved, visitor = gr.Textbox(visible=False), gr.Textbox(visible=False)
+
+    def export(talk):
+        """The conversation for SAVE, and what is said where there is none."""
+        text = page.export(talk)
+        return text, gr.skip() if text else "There is nothing to download yet."
+
+    def come_back(visitor):
+        """The conversation of someone who was here before, and what of it is shown."""
+        talk = page.come_back(visitor)
+        return talk, *page.view(talk, "")[0]
+
+    download.click(export, talk, [saved, notice], api_name="export", queue=False).then(
+        None, saved, None, js=SAVE)
+    blocks.load(come_back, visitor, [talk, *chats], js=VISITOR, queue=False,
+                api_visibility="private")
+
+
 def launch(page, host, port, password=None, share=False):
     """Start to serve a Page; returns the gradio Blocks, of which `close()` ends it."""
     # Before gradio is imported: it asks its makers' server for its newest version otherwise.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     def knows_password(name, given):
+        """Whether `given` is the password, in a time that does not tell how far it is right."""
         return hmac.compare_digest(given.encode(), password.encode())
 
-    blocks = build(page).queue(max_size=QUEUE_SIZE)
+    blocks, guards = build(page).queue(max_size=QUEUE_SIZE), [Middleware(Policy)]
+    if host in LOOPBACK and not share:
+        # Another site could give its own name this machine's address and so speak to the page.
+        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
     try:
         blocks.launch(
             server_name=host, server_port=port, share=share, quiet=True, footer_links=[],
             auth=knows_password if password else None, auth_message="Any name will do.",
-            app_kwargs={"middleware": [Middleware(Policy)]}, prevent_thread_lock=True,
+            app_kwargs={"middleware": guards}, prevent_thread_lock=True, js=COPIES,
             max_file_size=1, ssr_mode=False, mcp_server=False, pwa=False, run_history=False,
         )
     except OSError as error:
-        raise UserError(f"--server_port {port}: cannot be served at on {host} ({error}); choose "
-                        "another") from error
+        raise UserError(f"--server_port {port}: cannot be served at on {host}: the port is in use, "
+                        "or the address is not this machine's; choose another port or "
+                        "--server_name") from error
     return blocks
 
 
 def serve(page, host, port, password=None, share=False):
     """Serve a Page until Ctrl-C."""
     blocks = launch(page, host, port, password, share)
-    open_to_all = host not in ("127.0.0.1", "localhost", "::1") or share
+    open_to_all = host not in LOOPBACK or share
     if open_to_all and not password:
         print("anyone who can reach this machine can use the page: consider --password",
               file=sys.stderr)

@@ -261,6 +261,11 @@ def test_long_histories_are_cut_by_stream_and_inference_which_say_so(tiny_chat_m
     ([{"content": "b"}], "has the role None"),
     ([user(None)], "the message is empty"),
     ([user(7)], "content is not text"),
+    ([{**user("x"), "input": ["y"]}], 'the "input" of the message: content is not text'),
+    ([{**user("x"), "input": "y\x07"}], 'the "input" of the message has the control character'),
+    ([{**user("x"), "input": "y" * 10_000_000}], "too long: 10,000,001 characters"),
+    ([user("x"), {"role": "assistant", "tool_calls": 5}, user("y")], "message 2: tool_calls must"),
+    ([user("x"), {"role": "assistant", "tool_calls": ["f"]}, user("y")], "2: a tool call needs a"),
     ("hello", "messages must be a list"),
     (["hello"], "messages must be a list"),
     ([user("好 " * 5_000_000)], "too long: 10,000,000 characters, the limit is 19970 tokens"),
@@ -272,6 +277,14 @@ def test_what_cannot_be_answered_is_told(assistant, messages, said):
     with pytest.raises(UserError, match="conversation 2: .*(" + said + ")"):
         assistant.inference([{"messages": [user("x")]}, {"messages": messages}], GREEDY)
     assert answer_of(assistant, [user("the cat")]) == before
+
+
+def test_functions_that_are_none_are_told(assistant):
+    for tools in ("add", [1], {"name": "add"}):
+        with pytest.raises(UserError, match="tools must be a list of objects"):
+            assistant.stream([user("x")], GREEDY, tools)
+    with pytest.raises(UserError, match="too long: 10,000,0.. characters, the limit"):
+        assistant.stream([user("x")], GREEDY, [{"description": "f" * 10_000_000}])
 
 
 def test_other_things_are_no_conversations(assistant):

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import readline
 import select
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from minisft.tokenizer import Tokenizer
 SCRIPT = Path(__file__).resolve().parent.parent / "chat.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8"}
 PROMPT = "\033[1;32m>\033[0m "
+ENTERED = "\r\n\033[?2004l\r"  # a line has been read; what is pasted is no longer marked as such
 GREEDY = ["--dtype", "float32", "--device", "cpu", "--greedy"]
 
 
@@ -132,11 +134,14 @@ def test_a_turn_without_an_answer_is_told_and_forgotten(tiny_chat_model_dir, tmp
     assert "(no answer: the question is not remembered)" in said and "nothing to save" in said
 
 
-def test_standard_output_that_is_closed(tiny_chat_model_dir):
-    words = [sys.executable, SCRIPT, "--model_name_or_path", tiny_chat_model_dir, "--prompt", "x"]
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words, "--max_new_tokens", "2"],
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_standard_output_or_error_that_is_closed(tiny_chat_model_dir, closed):
+    words = [sys.executable, SCRIPT, "--model_name_or_path", tiny_chat_model_dir, "--prompt", "x",
+             "--max_new_tokens", "2"]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *words],
                           capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert bool(done.stdout) == (closed == "2>&-")
 
 
 def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_model_dir, oracle):
@@ -171,6 +176,8 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
     (["--file", "x", "--output", "y", "--log", "z"], "--log is for conversations"),
     (["--output", "x"], "--output belongs to --file"),
     (["--compare_with", "none"], "--compare_with belongs to --web"),
+    (["--web", "--server_port", "65536"], "--server_port must be at most 65535"),
+    (["--web", "--password", ""], "--password is empty"),
     (["--prompt", "x", "--template", "nonsense"], "unknown template 'nonsense'"),
     (["--prompt", "x", "--adapter", "/nowhere"], "/nowhere"),
     (["--prompt", "x" * 300, "--max_length", "100"], "the limit is 50 tokens (of 100"),
@@ -230,7 +237,7 @@ def test_a_crash_loses_nothing_of_the_transcript(terminal, tmp_path):
     screen = terminal("--max_new_tokens", "15000", "--log", tmp_path / "log")
     screen.wait_for(PROMPT)
     screen.press("the cat 你好\r")
-    screen.wait_for("你好\r\n")
+    screen.wait_for("你好" + ENTERED)
     screen.wait_for_more()
     assert json.loads((tmp_path / "log").read_text("utf-8").splitlines()[0])["role"] == "user"
     deadline = time.monotonic() + 30
@@ -311,7 +318,7 @@ def test_terminal_with_ctrl_c(terminal, tiny_chat_model_dir, tmp_path):
         screen.wait_for("(forgotten)")
         screen.wait_for(PROMPT)
         screen.press("the cat 你好\r")
-        screen.wait_for("你好\r\n")
+        screen.wait_for("你好" + ENTERED)
         screen.wait_for_more()
         time.sleep(pause)
         screen.press("\x03")
@@ -343,7 +350,7 @@ def test_terminal_answers_as_a_pipe_does_and_ctrl_d_leaves(terminal, tiny_chat_m
     screen.wait_for(PROMPT)
     # Editing goes by characters, not bytes or columns: two are taken back.
     screen.press("the cat 你好吗呢\x7f\x7f\r")
-    screen.wait_for("\r\n")
+    screen.wait_for(ENTERED)
     shown = screen.wait_for("\033[2m(cut")
     expected = oracle([user("the cat 你好")])
     visible = [one for one in expected if one.isprintable() or one > "\x9f"]
@@ -351,6 +358,20 @@ def test_terminal_answers_as_a_pipe_does_and_ctrl_d_leaves(terminal, tiny_chat_m
     screen.wait_for(PROMPT)
     screen.press("\x04")
     assert screen.exit_status() == 0
+
+
+@pytest.mark.skipif("libedit" in readline.__doc__, reason="libedit does not know pasted text")
+def test_what_is_pasted_is_one_message(terminal, oracle, tmp_path):
+    """However many lines it has: a terminal says where it begins and ends."""
+    screen = terminal("--max_new_tokens", "20")
+    screen.wait_for(PROMPT)
+    screen.press("\033[200~the cat\r你好\r/quit\033[201~\r")
+    screen.wait_for("(cut")
+    screen.wait_for(PROMPT)
+    screen.press(f"/save {tmp_path}/saved.json\r")
+    screen.wait_for("(2 messages saved")
+    question, answer = json.loads((tmp_path / "saved.json").read_text("utf-8"))[0]["messages"]
+    assert question == user("the cat\n你好\n/quit") and answer["content"] == oracle([question])
 
 
 def test_typed_questions_with_the_answers_going_to_a_file(terminal, oracle, tmp_path):

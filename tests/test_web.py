@@ -11,17 +11,19 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT
 
 from minisft import transcript, web
 from minisft.assistant import Assistant
 from minisft.generate import Sampling
 from minisft.options import UserError
-from minisft.page import Page, Talk, shown
+from minisft.page import JOINER, Page, Talk, shown
 from minisft.transcript import Transcript
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -100,7 +102,7 @@ def test_turns_with_history_retry_edit_and_clear(page, alone):
     rows = json.loads(page.export(talk))
     assert rows == [{"model": page.assistants[0].name, "messages": [
         user("the mat"), {"role": "assistant", "content": talk.turns[0].answers[0]}]}]
-    assert page.clear(talk) == ([[]], "", None) and talk.turns == []
+    assert page.clear(talk) == ([[]], "", None) and talk.turns == [] and page.export(talk) == ""
     assert "no answer yet" in last(page.retry(talk, "", *VALUES))[1]
 
 
@@ -134,7 +136,7 @@ def test_a_failing_model_shows_a_message_and_the_page_lives_on(page, capsys):
     assistant.model.logits = fail
     chats, notice, box = last(page.ask(talk, "the mat", "", *VALUES))
     assert (chats, box) == (before, "the mat")
-    assert "**The model failed: out of &lt;memory>**" in notice
+    assert f"**The model failed: out of <{JOINER}memory>**" in notice
     assert "RuntimeError: out of <memory>" in capsys.readouterr().err
     assistant.model.logits = logits
     assert last(page.ask(talk, box, "", *VALUES))[0][0][:2] == before[0]
@@ -189,13 +191,42 @@ def test_a_seed_repeats_and_none_does_not(page):
                if place)
 
 
-def test_markup_of_answers_is_shown_and_code_is_left_alone():
-    assert shown("a <b> & ![x](y)") == "a &lt;b> &amp; !\u200b[x](y)"
+def test_markup_is_shown_and_all_else_is_left_alone():
+    marked = f"a <{JOINER}b> &{JOINER}amp; !{JOINER}[x](y) <{JOINER}/b> <{JOINER}!-- <{JOINER}?"
+    assert shown(marked.replace(JOINER, "")) == marked
+    assert shown(plain := "a < b && c<1; AT&T a&b. <- =<3 wow! [x](y)") == plain
     for code in ("```html\n<b> & ![x]\n```", "~~~\n<b>", "`<b>`", "`` a`<b> ``",
-                 "> ```\n> <b>\n> ```", "````\n```\n<b>\n````"):
-        assert shown(f"<i>\n{code}") == f"&lt;i>\n{code}"
-    assert shown("```\n<b>\n```\n<i>") == "```\n<b>\n```\n&lt;i>"
-    assert shown("`<b>\n`") == "`&lt;b>\n`"  # no code over a line's end
+                 "> ```\n> <b>\n> ```", "````\n```\n<b>\n````", "- ```c\n  <b>\n  ```",
+                 "10) - ~~~\n      <b>"):
+        assert shown(f"<i>\n{code}") == f"<{JOINER}i>\n{code}"
+    assert shown("```\n<b>\n```\n<i>") == f"```\n<b>\n```\n<{JOINER}i>"
+    assert shown("`<b>\n`") == f"`<{JOINER}b>\n`"  # no code over a line's end
+    assert shown("```a`b <i>") == f"```a`b <{JOINER}i>"  # no fence has a backtick behind it
+
+
+def test_an_edited_question_is_what_was_typed(page, alone):
+    """The field for it holds what the page shows."""
+    talk = Talk()
+    question = "List<int> & &lt; ![x](y) a < b"
+    (chat,), *_ = last(page.ask(talk, question, "", *VALUES))
+    assert chat[0]["content"] != question
+    last(page.edit(talk, 0, chat[0]["content"] + "?", "", *VALUES))
+    assert talk.turns[0].question == question + "?"
+    assert talk.turns[0].answers == [alone(user(question + "?"))]
+
+
+def test_a_visitor_who_comes_back_finds_the_conversation(page, monkeypatch):
+    monkeypatch.setattr("minisft.page.KEPT_TALKS", 2)
+    ann, bob = page.come_back("ann"), page.come_back("bob")
+    assert ann is page.come_back("ann") is not bob
+    page.come_back("cy")
+    assert page.come_back("ann") is ann and page.come_back("bob") is not bob
+    before = page.ask(ann, "the cat", "", *VALUES)
+    next(before), next(before)  # nobody asks for the rest of it now
+    assert not page.come_back("ann").busy
+    chats, *_ = last(page.ask(ann, "the mat", "", *VALUES))
+    assert len(chats[0]) == 4 and "Stopped" in last(before)[1]
+    assert page.view(ann, "")[0][0][2:] == chats[0][2:]
 
 
 # Served
@@ -217,51 +248,90 @@ def served(tiny_chat_model_dir):
     blocks.close(verbose=False)
 
 
-def client_of(address):
-    from gradio_client import Client
+def request(address, path, body=None, **headers):
+    """(status, headers, text) of a request: a GET, or a POST of a body."""
+    connection = http.client.HTTPConnection(address.split("/")[2], timeout=60)
+    connection.request("GET" if body is None else "POST", f"/{path}", body,
+                       {name.replace("_", "-"): value for name, value in headers.items()})
+    response = connection.getresponse()
+    return response.status, response.headers, response.read().decode()
 
-    return Client(address, verbose=False, analytics_enabled=False)
+
+def ask_over_http(address, question, session, **headers):
+    """The texts of the chats after a question, as a program without a browser asks it."""
+    body = json.dumps({"data": [question, "", *VALUES], "session_hash": session})
+    *_, text = request(address, "gradio_api/call/ask", body, Content_Type="application/json",
+                       **headers)
+    *_, text = request(address, f"gradio_api/call/ask/{json.loads(text)['event_id']}", **headers)
+    views = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    return [[message["content"][0]["text"] for message in chat] for chat in views[-1]
+            if isinstance(chat, list)]
+
+
+def ask_twice(address, number):
+    """The texts of a new conversation of two turns."""
+    session = str(uuid.uuid4())
+    ask_over_http(address, f"the cat {number}", session)
+    (chat,) = ask_over_http(address, "and?", session)
+    return chat
+
+
+def expected_of(alone, number):
+    """What `ask_twice` gets where nobody else asks."""
+    messages = [user(f"the cat {number}")]
+    messages += [{"role": "assistant", "content": alone(*messages)}, user("and?")]
+    messages += [{"role": "assistant", "content": alone(*messages)}]
+    return [shown(message["content"]) for message in messages]
 
 
 def test_eight_clients_at_once_each_get_their_answers(served, alone):
     _, address = served
-    clients, answers = [client_of(address) for _ in range(8)], {}
-    barrier = threading.Barrier(8)
-
-    def ask(number):
-        barrier.wait()
-        for question in (f"the cat {number}", "and?"):
-            chat, *_ = clients[number].predict(question, "", *VALUES, api_name="/ask")
-        answers[number] = [message["content"][0]["text"] for message in chat]
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join(100)
-    for number in range(8):
-        messages = [user(f"the cat {number}")]
-        messages += [{"role": "assistant", "content": alone(*messages)}, user("and?")]
-        messages += [{"role": "assistant", "content": alone(*messages)}]
-        assert answers[number] == [shown(message["content"]) for message in messages]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask_twice, [address] * 8, range(8)))
+    assert answers == [expected_of(alone, number) for number in range(8)]
 
 
 def test_every_response_carries_the_policy(served):
     _, address = served
     for path in ("", "config", "theme.css", "nowhere"):
-        assert header_of(address, path, "content-security-policy") == web.POLICY
+        assert request(address, path)[1]["content-security-policy"] == web.POLICY
 
 
-def header_of(address, path, name, **headers):
-    connection = http.client.HTTPConnection(address.split("/")[2], timeout=20)
-    connection.request("GET", f"/{path}", headers=headers)
-    return connection.getresponse().getheader(name)
+def test_an_address_that_cannot_be_served_at_is_told(served):
+    page, address = served
+    port = int(address.split(":")[2].strip("/"))
+    with pytest.raises(UserError, match=f"--server_port {port}: cannot be .* the port is in use"):
+        web.launch(page, "127.0.0.1", port)
+    with pytest.raises(UserError, match="at on 192.0.2.1: .* the address is not this machine's"):
+        web.launch(page, "192.0.2.1", free_port())
 
 
-def status_of(address, path="config"):
-    connection = http.client.HTTPConnection(address.split("/")[2], timeout=20)
-    connection.request("GET", f"/{path}")
-    return connection.getresponse().status
+def test_requests_that_no_visitor_sends_are_refused(served, monkeypatch):
+    """By a site that has given its name this machine's address; too large; of unknown size."""
+    _, address = served
+    assert request(address, "config", Host="localhost:1")[0] == 200
+    assert request(address, "config", Host="far.example:7860")[0] == 400
+    monkeypatch.setattr(web, "LARGEST_REQUEST", 1000)
+    for body, status in ((b"x" * 1000, 422), (b"x" * 1001, 413), (iter([b"x"]), 413)):
+        got, headers, _ = request(address, "gradio_api/call/ask", body)
+        assert got == status and headers["content-security-policy"] == web.POLICY
+    for path in ("/etc/passwd", "../../etc/passwd", "README.md"):
+        assert request(address, f"gradio_api/file={path}")[0] == 403
+
+
+def test_the_controls_take_whatever_the_command_line_may_say(tiny_chat_model_dir):
+    """A slider refuses what is outside of it, and with it every question."""
+    import gradio
+
+    for sampling, told in (
+        (Sampling(512), [100, 0.95, 50, 0.7, 1.0]),  # more than the context
+        (Sampling(20, 3.5, 5000, 0.001, 4.0), [20, 3.5, 5000, 0.001, 4.0]),
+        (Sampling(1, 0.0, 0, 1.0, 0.1), [1, 0, 0, 1, 0.1]),
+    ):
+        page = Page([load(tiny_chat_model_dir, max_length=100)], sampling)
+        sliders = [block for block in web.build(page).blocks.values()
+                   if isinstance(block, gradio.Slider)]
+        assert [one.preprocess(one.value) for one in sliders] == told
 
 
 def test_gradio_missing_is_told(monkeypatch):
@@ -281,20 +351,16 @@ def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat
         line = process.stderr.readline()
         address = f"http://127.0.0.1:{port}/"
         assert line.startswith(address)
-        assert status_of(address) == 401
-        from gradio_client import Client
-
-        with pytest.raises(Exception, match="(?i)login|credential|auth"):
-            Client(address, auth=("ann", "falsch"), verbose=False, analytics_enabled=False)
-        client = Client(address, auth=("ann", "geheim"), verbose=False, analytics_enabled=False)
-        left, right, *_ = client.predict("the cat", "", *VALUES, api_name="/ask")
-        assert left == right and len(left) == 2
+        assert request(address, "config")[0] == 401
+        form = {"Content_Type": "application/x-www-form-urlencoded"}
+        assert request(address, "login", "username=ann&password=falsch", **form)[0] == 400
+        status, headers, _ = request(address, "login", "username=ann&password=geheim", **form)
+        cookie = "; ".join(one.split(";")[0] for one in headers.get_all("set-cookie"))
+        left, right = ask_over_http(address, "the cat", "ann", Cookie=cookie)
+        assert status == 200 and left == right and len(left) == 2
         listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
                      if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")]
         assert listening == [f"0100007F:{port:04X}"]  # 127.0.0.1 only
-        second = command("--model_name_or_path", tiny_chat_model_dir, "--web", "--device", "cpu",
-                         "--server_port", port, script="chat.py")
-        assert second.returncode == 2 and f"error: --server_port {port}: cannot" in second.stderr
     finally:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
@@ -344,7 +410,7 @@ def say(tab, question):
 
 
 def wait_for(tab, text, within="#notice"):
-    tab.wait_for_function("([place, text]) => document.querySelector(place).innerText"
+    tab.wait_for_function("([place, text]) => document.querySelector(place)?.innerText"
                           ".includes(text)", arg=[within, text], timeout=30_000)
 
 
@@ -353,6 +419,8 @@ def test_browser_two_turns_stop_and_download(served, visit):
     assistant, logits = page.assistants[0], page.assistants[0].model.logits
     encode = assistant.tokenizer.encode
     try:
+        tab.locator("#download").click()
+        wait_for(tab, "There is nothing to download yet.")
         dictate(assistant, [*encode("鲁迅原名周树人。"), 1])
         say(tab, "鲁迅是谁？")
         wait_for(tab, "鲁迅原名周树人。", "#chat0")
@@ -393,6 +461,14 @@ def test_browser_two_turns_stop_and_download(served, visit):
         tab.locator("#box textarea").press("Enter")
         wait_for(tab, "the limit is 19600 tokens (of 20000")
         assert len(tab.locator("#box textarea").input_value()) == 30_000
+        endless(assistant)
+        say(tab, "more")
+        wait_for(tab, "on and on", "#chat0")
+        tab.reload()
+        wait_for(tab, "on and on", "#chat0")
+        dictate(assistant, [*encode("周树人"), 1])
+        say(tab, "who?")
+        wait_for(tab, "周树人", "#chat0")
         tab.locator("#clear").click()
         tab.wait_for_function("() => !document.querySelector('#chat0').innerText.includes('鲁迅')")
     finally:
@@ -425,7 +501,7 @@ def test_browser_nothing_in_an_answer_runs_or_loads(served, visit, far):
         tab.locator("#box textarea").press("Enter")
         wait_for(tab, "window.hit = 4", "#chat0")
         time.sleep(0.5)
-        said = tab.locator("#chat0").inner_text()
+        said = tab.locator("#chat0").inner_text().replace(JOINER, "")
         # All of it can be read, also what no page would show.
         for text in ("<script>window.hit = 1</script>", "<b>bold?</b>", "<iframe src=", "onerror",
                      "<script>window.hit = 5</script>"):
@@ -442,14 +518,60 @@ def test_browser_nothing_in_an_answer_runs_or_loads(served, visit, far):
         assistant.model.logits = logits
 
 
-def test_browser_eight_visitors_at_once(visit, alone):
-    tabs = [visit() for _ in range(8)]
+def test_browser_visitors_among_eight_at_once(served, visit, alone):
+    """Three in browsers, five by programs; and a page that is loaded again shows what was said."""
+    tabs = [visit() for _ in range(3)]
+    with ThreadPoolExecutor(5) as pool:
+        others = pool.map(ask_twice, [served[1]] * 5, range(3, 8))
+        for number, tab in enumerate(tabs):
+            say(tab, f"the cat {number}")
+        for tab in tabs:
+            wait_for(tab, "prompt tokens were known")
+        assert list(others) == [expected_of(alone, number) for number in range(3, 8)]
     for number, tab in enumerate(tabs):
-        say(tab, f"the cat {number}")
-    for number, tab in enumerate(tabs):
+        expected = letters_of(alone(user(f"the cat {number}")))
+        assert expected and expected in letters_of(tab.locator("#chat0").inner_text())
+    tabs[0].reload()
+    wait_for(tabs[0], "the cat 0", "#chat0")
+    said = letters_of(tabs[0].locator("#chat0").inner_text())
+    assert letters_of(alone(user("the cat 0"))) in said
+    say(tabs[0], "and?")
+    wait_for(tabs[0], "prompt tokens were known")
+    assert "the cat 0" in tabs[0].locator("#chat0").inner_text()
+
+
+def letters_of(text):
+    """What Markdown and line ends leave as it is."""
+    return "".join(one for one in text if one.isalnum() and one.isascii())
+
+
+def test_browser_copies_and_edits_what_was_said(served, visit):
+    """The page's own marks are in neither."""
+    page, tab = served[0], visit()
+    assistant, logits = page.assistants[0], page.assistants[0].model.logits
+    said = "a < b && List<int> ![x](y)\n\n```c\nList<int>\n```"
+    try:
+        dictate(assistant, [*assistant.tokenizer.encode(said), 1])
+        say(tab, "is <b> & &lt; ok?")
         wait_for(tab, "prompt tokens were known")
-        said = "".join(tab.locator("#chat0").inner_text().split())
-        expected = alone(user(f"the cat {number}"))
-        letters = "".join(one for one in expected if one.isalnum() and one.isascii())
-        assert letters and letters in "".join(
-            one for one in said if one.isalnum() and one.isascii())
+        tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        tab.locator("#chat0 button[aria-label='Copy message']").last.click()
+        assert tab.evaluate("() => navigator.clipboard.readText()") == said
+        tab.locator("#chat0").click()
+        tab.locator("#chat0 .user p, #chat0 .user").last.evaluate("""place => {
+            getSelection().selectAllChildren(place);
+            document.execCommand("copy");
+        }""")
+        copied = tab.evaluate("() => navigator.clipboard.readText()")
+        assert copied.strip() == "is <b> & &lt; ok?"
+        tab.locator("#chat0 button[aria-label='Edit']").first.click()
+        field = tab.locator("#chat0 textarea")
+        assert field.input_value().replace(JOINER, "") == "is <b> & &lt; ok?"
+        dictate(assistant, [*assistant.tokenizer.encode("yes"), 1])
+        field.press("End")
+        field.press("!")
+        tab.locator("#chat0 button[aria-label='Submit']").click()
+        wait_for(tab, "yes", "#chat0")
+        assert "is <b> & &lt; ok?!" in tab.locator("#chat0").inner_text().replace(JOINER, "")
+    finally:
+        assistant.model.logits = logits
