@@ -210,42 +210,31 @@ def protocol(benchmark, options, assistant, template):
 def compare(options):
     """Answers of all models, one after another; then their measures, the judge, the page."""
     from minisft import dataset
-    from minisft.compare import check_model, differences, measure, parse_model, read_items
+    from minisft.compare import differences, measure, parse_models, read_items
     from minisft.generate import Sampling
     from minisft.report_page import draw_bars, measure_lines, verdict_lines, write_results
     from minisft.text_metrics import scorers
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("compare runs in one process: start it without torchrun")
-    models = [parse_model(one) for one in options.models]
-    names = [name for name, _, _ in models]
-    if len(set(names)) < len(names):
-        raise UserError("--models: two have the same name")
+    models = parse_models(options.models)
     output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir
                                   or options.resume, *[path for one in models for path in one[1:]])
     check_resumable(options, ANSWER_IDENTITY)
-    # What is missing or wrong is said before anything is computed.
-    scorers()
-    for _, path, adapter in models:
-        check_model(path, adapter)
+    scorers()  # here too what is not installed is said before anything is computed
     load_judge = judge_of(options) if options.judge_model else None
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p,
                         seed=options.seed)
     rows = dataset.open_rows(options.dataset, dataset_dir=options.dataset_dir)
     items = read_items(rows[: options.max_samples])
-    answers_dir = output_dir / "answers"
-    answers_dir.mkdir(parents=True, exist_ok=True)
-    if not options.resume:
-        remove([*answers_dir.glob("*.json"), *map(output_dir.joinpath, COMPARISON_FILES)])
-    save_options(options, output_dir / "options.toml")
+    answers_dir = begin_comparison(options, output_dir)
     results = {"protocol": compare_protocol(options, len(items)), "models": {}, "questions": [
         {"question": item.question, "reference": item.reference} for item in items]}
     for model in models:
         answers, losses = answers_of(model, options, items, sampling, answers_dir)
         results["models"][model[0]] = measure(items, answers, losses) | {"answers": answers}
-    first = results["models"][names[0]]
-    results["differences_to_first"] = {
-        name: differences(first, results["models"][name]) for name in names[1:]}
+    (_, first), *others = results["models"].items()
+    results["differences_to_first"] = {name: differences(first, one) for name, one in others}
     print("\n".join(measure_lines(results)))
     write_results(results, output_dir)  # which a judge that fails does not take away
     try:
@@ -257,6 +246,16 @@ def compare(options):
         print("\n".join(verdict_lines(results)))
         write_results(results, output_dir)
     print(f"wrote {output_dir / 'report.html'}")
+
+
+def begin_comparison(options, output_dir):
+    """Prepare the folder; returns that of the answers."""
+    folder = output_dir / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not options.resume:
+        remove([*folder.glob("*.json"), *map(output_dir.joinpath, COMPARISON_FILES)])
+    save_options(options, output_dir / "options.toml")
+    return folder
 
 
 def answers_of(model, options, items, sampling, folder):

@@ -57,6 +57,16 @@ def fingerprint(items):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def parse_models(texts):
+    """What --models says -> [(name, model, adapter or None)], each of which is there."""
+    models = [parse_model(one) for one in texts]
+    if len({name for name, _, _ in models}) < len(models):
+        raise UserError("--models: two have the same name")
+    for _, model, adapter in models:
+        check_model(model, adapter)
+    return models
+
+
 def parse_model(text):
     """`NAME=DIR` or `NAME=DIR+ADAPTER` -> (name, model, adapter or None)."""
     name, _, place = text.partition("=")

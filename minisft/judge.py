@@ -87,6 +87,10 @@ class RemoteJudge:
     def __init__(self, url, name, key, timeout=120, retries=5, pause=1.0):
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--judge_url {url}: begins with neither http:// nor https://")
+        key = (key or "").strip()  # files that keys are kept in end with a new line
+        for what, text in (("--judge_url", url), ("OPENAI_API_KEY", key)):
+            if not (text.isascii() and text.isprintable()) or " " in text:
+                raise UserError(f"{what}: has a space, or a character that is not ASCII")
         self.url, self.name, self.key = url.rstrip("/") + "/chat/completions", name, key
         self.timeout, self.retries, self.pause = timeout, retries, pause
 

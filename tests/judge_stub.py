@@ -27,6 +27,8 @@ class Stub(BaseHTTPRequestHandler):
             first_time = [one[3] for one in server.requests].count(question) <= 2
         if question == "busy" and first_time:
             return self.reply(429, b"", {"Retry-After": "0"})
+        if question == "patient" and first_time:
+            return self.reply(429, b"quota", {"Retry-After": "99999"})
         if question == "broken" and first_time:
             return self.reply(503, b"")
         if question == "slow" and first_time:

@@ -49,7 +49,34 @@ def test_rouge_equals_the_library_character_by_character():
     assert oracle.score("今天", "今天")["rougeL"].fmeasure == 0.0  # why we bring our own
 
 
+def spelled_out(text):
+    """Ideographs as words that rouge-score's own tokenizer knows."""
+    return "".join(f" u{ord(one):x} " if "\u4e00" <= one <= "\u9fff" else one for one in text)
+
+
+@pytest.mark.parametrize("name", ["alpaca_en_demo", "alpaca_zh_demo"])
+def test_real_rows_score_as_the_libraries_say(shared_data, name):
+    texts = [row.messages[-1]["content"]
+             for row in load_rows(str(shared_data / "instruct" / f"{name}.json"))[:60]]
+    # Letters of other scripts, accented ones among them, are ours alone.
+    texts = [text for text in texts if all(one.isascii() or not one.isalnum()
+                                           or "\u4e00" <= one <= "\u9fff" for one in text)]
+    rouge = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
+    bleu = sacrebleu.BLEU(tokenize="zh", max_ngram_order=2, effective_order=True)
+    pairs = list(zip(texts, texts[1:], strict=False))
+    assert len(pairs) > 40
+    for answer, reference in pairs:
+        found = row_scores(answer, reference)
+        expected = rouge.score(spelled_out(reference), spelled_out(answer))
+        assert [found["rouge_1"], found["rouge_2"], found["rouge_l"]] == pytest.approx(
+            [expected[key].fmeasure for key in ("rouge1", "rouge2", "rougeL")])
+        score = bleu.sentence_score(answer, [reference]).score
+        assert found["bleu_2"] == pytest.approx(score / 100)
+    assert sum(row_scores(*pair)["rouge_l"] > 0.1 for pair in pairs) > 10
+
+
 def test_bleu_is_sacrebleus_of_two_grams():
+    assert row_scores("shoe", "shoe")["bleu_2"] == 1  # though one word has no pairs
     answers, references = zip(*PAIRS, strict=True)
     oracle = sacrebleu.BLEU(tokenize="zh", max_ngram_order=2)
     expected = oracle.corpus_score(answers, [references])

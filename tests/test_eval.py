@@ -41,6 +41,11 @@ def test_intervals_and_tests_equal_scipy_and_the_known_ones():
         assert mcnemar(lost, gained) == pytest.approx(expected)
     low, high = macro_interval([(0.6, 1346)])
     assert (high - low) / (2 * 1.96) == pytest.approx(0.0134, abs=1e-4)  # 1.3 points
+    # Four parts of 100 are as good as one of 400, up to the moderation of the shares.
+    low, high = macro_interval([(0.5, 100)] * 4)
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / 400**0.5, abs=1e-3)
+    low, high = macro_interval([(1.0, 5), (1.0, 5)])
+    assert low == pytest.approx(1 - 1.96 * (6 / 49 / 5 / 2) ** 0.5, abs=1e-3) and high == 1
     mean, low, high = mean_interval([1.0, 2.0, 3.0])
     assert (mean, high - mean) == (2.0, pytest.approx(1.96 / 3**0.5, abs=1e-3))
 
@@ -62,11 +67,13 @@ def test_averages_over_subjects_and_over_questions():
 def test_repetitions_are_averaged_and_do_not_narrow_the_interval():
     subject = subject_of("law", 2)
     once = [row("0", "A", "A"), row("1", "A", "B")]
-    again = [row("0", "A", "A", run=1), row("1", "A", "A", run=1)]
+    again = [row("0", "A", "A", run=1), row("1", "A", "A", run=1) | {"is_cut": True}]
+    once[1]["is_cut"] = True
     summary = summarize([subject], {"law": once + again}, 1)
     assert summary["weighted"]["accuracy"] == 0.75
     assert summary["weighted"]["interval"] == wilson(0.75, 2)
     assert summary["macro_of_each_run"] == [0.5, 1.0]
+    assert (summary["num_questions"], summary["questions_cut"]) == (2, 1)
 
 
 def test_rows_come_back_and_are_paired_with_a_baseline(tmp_path):

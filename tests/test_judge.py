@@ -53,7 +53,7 @@ def stub():
 
 
 def remote(stub, **settings):
-    return RemoteJudge(stub.url, "stub", "secret", **{"pause": 0.01, "timeout": 0.3, **settings})
+    return RemoteJudge(stub.url, "stub", "secret\n", **{"pause": 0.01, "timeout": 0.3, **settings})
 
 
 def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, tmp_path):
@@ -61,8 +61,14 @@ def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, tmp_path)
                    Comparison("broken", "same", "size"), Comparison("slow", "a", "longer"),
                    Comparison("html", "a", "longer"), Comparison("nonsense", "a", "longer"),
                    Comparison("first", "a", "longer")]
-    path, seen = tmp_path / "verdicts.jsonl", []
-    verdicts = judge(remote(stub), comparisons, path, seen.append)
+    path, seen, written = tmp_path / "verdicts.jsonl", [], []
+
+    def advance(count):
+        seen.append(count)
+        written.append(path.read_text().count("\n") if path.exists() else 0)
+
+    verdicts = judge(remote(stub), comparisons, path, advance)
+    assert written == list(range(15))  # on disk as soon as it is known
     outcomes = [outcome(*pair) for pair in verdicts]
     # A judge that always takes the first place contradicts itself: that is a tie.
     assert outcomes == ["win", "loss", "tie", "win", "win", None, "tie"]
@@ -73,6 +79,10 @@ def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, tmp_path)
     assert asked.count("plain") == 2 and asked.count("busy") == asked.count("slow") == 4
     before = len(asked)
     assert judge(remote(stub), comparisons, path) == verdicts and len(stub.requests) == before
+    another = remote(stub)
+    another.name = "another"
+    assert judge(another, comparisons[:1], path) == verdicts[:1]
+    assert len(stub.requests) == before + 2  # what one judge said is not what another says
     report = tally(verdicts)
     assert (report["win"]["count"], report["tie"]["count"], report["loss"]["count"]) == (3, 2, 1)
     assert report["unreadable"] == 1 and report["win"]["share"] == 0.5
@@ -94,6 +104,16 @@ def test_a_run_that_broke_goes_on_where_it_stopped(stub, tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_a_server_says_how_long_to_wait_up_to_a_minute(stub, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("minisft.judge.time.sleep", pauses.append)
+    prompt, _ = Comparison("patient", "a", "longer").prompts()
+    assert parse_verdict(remote(stub).ask(prompt)) == 2 and pauses == [60, 60]
+    pauses.clear()
+    prompt, _ = Comparison("broken", "a", "longer").prompts()  # which says nothing of it
+    assert parse_verdict(remote(stub, pause=3).ask(prompt)) == 2 and pauses == [3, 6]
+
+
 def test_a_judge_that_refuses_is_not_asked_again(stub, tmp_path):
     with pytest.raises(UserError, match='401.*"no such key".*OPENAI_API_KEY'):
         judge(remote(stub), [Comparison("refused", "a", "b")], tmp_path / "v.jsonl")
@@ -102,6 +122,11 @@ def test_a_judge_that_refuses_is_not_asked_again(stub, tmp_path):
     assert {one[1] for one in stub.requests if one[0] == "/other"} == {None}
     with pytest.raises(UserError, match="http"):
         RemoteJudge("ftp://somewhere", "x", None)
+    with pytest.raises(UserError, match="--judge_url: has a space"):
+        RemoteJudge("http://some where", "x", None)
+    with pytest.raises(UserError, match="OPENAI_API_KEY: has a space, or") as error:
+        RemoteJudge(stub.url, "x", "geheim–1")
+    assert "geheim" not in str(error.value)
     with pytest.raises(UserError, match="--judge_url http://127.0.0.1:9"):
         judge(RemoteJudge("http://127.0.0.1:9", "x", None, retries=1, pause=0.01),
               [Comparison("plain", "a", "b")], tmp_path / "w.jsonl")

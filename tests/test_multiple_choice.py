@@ -223,7 +223,7 @@ def test_headers_mappings_and_zips(tmp_path, name, packed):
         with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
             for path in folder.rglob("*.*"):
                 archive.write(path, "inside/" + path.relative_to(folder).as_posix())
-            archive.writestr("__MACOSX/val/._law_val.csv", "junk")
+            archive.writestr("__MACOSX/test/._law_test.csv", "junk")
         folder = tmp_path / "data.zip"
     (subject,) = read_subjects(BENCHMARKS[name], folder, "test", num_fewshot=5)
     number = "0" if name == "mmlu" else "3"
