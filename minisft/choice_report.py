@@ -147,7 +147,7 @@ def compare_with(baseline, rows_of):
     pairs = [(before[row["id"]], row["prediction"] == row["answer"])
              for key, before in baseline.items() for row in rows_of[key]
              if row["run"] == 0 and row["id"] in before]
-    difference, low, high = mean_interval([after - before for before, after in pairs])
+    difference, low, high = mean_interval([after - before for before, after in pairs], -1, 1)
     lost, gained = (sum(pair == wanted for pair in pairs)
                     for wanted in ((True, False), (False, True)))
     return {"num_questions": len(pairs), "difference": difference, "interval": (low, high),

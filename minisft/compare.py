@@ -157,8 +157,8 @@ def measure(items, answers, losses):
         row["perplexity"] = _exp(loss[0] / loss[1]) if loss else None
     mean = {}
     for name in MEASURES[1:]:
-        middle, low, high = mean_interval([row[name] for row in rows])
-        mean[name] = {"mean": middle, "interval": (max(0.0, low), min(1.0, high))}
+        middle, low, high = mean_interval([row[name] for row in rows], 0, 1)
+        mean[name] = {"mean": middle, "interval": (low, high)}
     mean["exact_match"]["interval"] = wilson(mean["exact_match"]["mean"], len(rows))
     mean["bleu_2"] = {"mean": corpus_bleu2([one["answer"] for one in answers],
                                            [item.reference for item in items])}
@@ -191,7 +191,7 @@ def differences(first, other):
     for name in MEASURES:
         pairs = [(one[name], two[name]) for one, two in
                  zip(first["rows"], other["rows"], strict=True)]
-        middle, low, high = mean_interval([two - one for one, two in pairs])
+        middle, low, high = mean_interval([two - one for one, two in pairs], -1, 1)
         found[name] = {"mean": middle, "interval": (low, high)}
     # `pairs` are now those of the last measure, the exact match.
     lost, gained = (sum(pair == wanted for pair in pairs) for wanted in ((1.0, 0.0), (0.0, 1.0)))

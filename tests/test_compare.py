@@ -72,11 +72,11 @@ def test_real_rows_score_as_the_libraries_say(shared_data, name):
             [expected[key].fmeasure for key in ("rouge1", "rouge2", "rougeL")])
         score = bleu.sentence_score(answer, [reference]).score
         assert found["bleu_2"] == pytest.approx(score / 100)
-    assert sum(row_scores(*pair)["rouge_l"] > 0.1 for pair in pairs) > 10
+    assert sum(row_scores(*pair)["rouge_l"] > 0 for pair in pairs) > 20
 
 
 def test_bleu_is_sacrebleus_of_two_grams():
-    assert row_scores("shoe", "shoe")["bleu_2"] == 1  # though one word has no pairs
+    assert row_scores("shoe", "shoe")["bleu_2"] == pytest.approx(1)  # though one word has no pairs
     answers, references = zip(*PAIRS, strict=True)
     oracle = sacrebleu.BLEU(tokenize="zh", max_ngram_order=2)
     expected = oracle.corpus_score(answers, [references])

@@ -46,8 +46,10 @@ def test_intervals_and_tests_equal_scipy_and_the_known_ones():
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / 400**0.5, abs=1e-3)
     low, high = macro_interval([(1.0, 5), (1.0, 5)])
     assert low == pytest.approx(1 - 1.96 * (6 / 49 / 5 / 2) ** 0.5, abs=1e-3) and high == 1
-    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    mean, low, high = mean_interval([1.0, 2.0, 3.0], 0, 4)
     assert (mean, high - mean) == (2.0, pytest.approx(1.96 / 3**0.5, abs=1e-3))
+    assert mean_interval([0.0, 1.0], 0, 1)[1:] == (0, 1)
+    assert mean_interval([0.25], -1, 1) == (0.25, -1, 1)
 
 
 def test_averages_over_subjects_and_over_questions():
