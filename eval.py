@@ -1,4 +1,4 @@
-"""Measure a model: multiple-choice benchmarks, and free answers of several models side by side.
+r"""Measure a model: multiple-choice benchmarks, and free answers of several models side by side.
 
     python eval.py ceval --model_name_or_path base --adapter runs/cherry \
         --data_dir ceval-exam --output_dir runs/cherry-ceval
@@ -8,7 +8,6 @@
 The first word says what is measured: ceval, cmmlu, mmlu or compare; each has its own --help.
 """
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -26,9 +25,10 @@ from minisft.options import (
 
 CHOICES = ("ceval", "cmmlu", "mmlu")
 # What the rows of a run that is gone on with must have in common with those it has.
-IDENTITY = ("model_name_or_path", "adapter", "dtype", "bf16", "fp16", "data_dir", "num_fewshot",
-            "template", "max_length", "max_samples", "n_times", "seed")
-# The same for the answers of a comparison.
+IDENTITY = ("model_name_or_path", "adapter", "dtype", "bf16", "fp16", "data_dir", "split",
+            "num_fewshot", "template", "max_length", "max_samples", "n_times", "seed")
+COMPARISON_FILES = ("verdicts.jsonl", "results.json", "report.html", "report.png")
+# The same as IDENTITY for the answers of a comparison.
 ANSWER_IDENTITY = ("models", "dtype", "bf16", "fp16", "template", "dataset", "max_samples",
                    "max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
@@ -48,18 +48,22 @@ def main():
 
 def multiple_choice(name, options):
     """Answer the questions of a benchmark, subject by subject, and sum up."""
+    from minisft.benchmarks import BENCHMARKS
+    from minisft.choice_report import read_baseline, read_finished, write_rows
+
+    benchmark = BENCHMARKS[name]
+    options.split = options.split or benchmark.splits[0]
     output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir
                                   or options.resume, options.model_name_or_path, options.adapter)
     check_resumable(options, IDENTITY)
 
+    subjects, rows_dir = read_questions(benchmark, options), output_dir / f"{name}-{options.split}"
+    baseline = options.baseline_dir and read_baseline(
+        subjects, Path(options.baseline_dir) / rows_dir.name)
+
     from minisft import multiple_choice, parallel
     from minisft.assistant import Assistant
-    from minisft.benchmarks import BENCHMARKS
-    from minisft.choice_report import read_rows, write_rows
 
-    benchmark = BENCHMARKS[name]
-    options.split = options.split or benchmark.splits[0]
-    subjects = read_questions(benchmark, options)
     device = parallel.start(resolve_device(options))
     # A plain text needs no template; that of this name fits every tokenizer.
     template = "plain" if options.template == "none" else options.template
@@ -69,7 +73,6 @@ def multiple_choice(name, options):
     max_length = min(options.max_length or assistant.max_length, assistant.max_length)
     prompts = multiple_choice.Prompts(benchmark, assistant.tokenizer, template, max_length)
 
-    rows_dir = output_dir / f"{name}-{options.split}"
     waiting = begin(options, output_dir, rows_dir, subjects)
     mine = waiting[parallel.rank() :: parallel.world_size()]
     with progress_bar(sum(len(one.questions) for one in mine) * options.n_times) as bar:
@@ -83,8 +86,9 @@ def multiple_choice(name, options):
             write_rows(rows_dir / f"{subject.key}.csv", rows)
     parallel.barrier()
     if parallel.rank() == 0:
-        rows_of = {one.key: read_rows(rows_dir / f"{one.key}.csv") for one in subjects}
-        report_choices(benchmark, options, assistant, template, subjects, rows_of, rows_dir)
+        rows_of = {one.key: read_finished(rows_dir / f"{one.key}.csv", one, options.n_times)
+                   for one in subjects}
+        report_choices(benchmark, options, assistant, template, subjects, rows_of, baseline)
     parallel.stop()
 
 
@@ -116,19 +120,33 @@ def check_resumable(options, identity):
 def begin(options, output_dir, rows_dir, subjects):
     """Prepare the folder; returns the subjects still to do, the largest first."""
     from minisft import parallel
+    from minisft.choice_report import read_finished
 
-    done = {path.stem for path in rows_dir.glob("*.csv")} if options.resume else set()
+    done = set()
+    for subject in subjects if options.resume else ():
+        path = rows_dir / f"{subject.key}.csv"
+        if path.is_file():
+            read_finished(path, subject, options.n_times)
+            done.add(subject.key)
     parallel.barrier()  # nobody writes before all have looked
     if parallel.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for path in rows_dir.glob("*.csv") if not options.resume else ():
-            path.unlink()
+        if not options.resume:
+            remove([*rows_dir.glob("*.csv"), output_dir / "summary.json",
+                    output_dir / "submission.json"])
         save_options(options, output_dir / "options.toml")
     parallel.barrier()
     waiting = [one for one in subjects if one.key not in done]
+    kept = f"; {len(done)} subjects are done" * bool(done)
     parallel.say(f"{sum(len(one.questions) for one in waiting):,} questions in {len(waiting)} "
-                 f"subjects; {len(subjects) - len(waiting)} subjects are done")
+                 f"subjects{kept}")
     return sorted(waiting, key=lambda one: -len(one.questions))
+
+
+def remove(paths):
+    """What an earlier run left: mixed with what comes now, it would pass for this run's."""
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def progress_bar(total, name=None):
@@ -141,7 +159,7 @@ def progress_bar(total, name=None):
                 disable=parallel.rank() != 0 or not sys.stderr.isatty())
 
 
-def report_choices(benchmark, options, assistant, template, subjects, rows_of, rows_dir):
+def report_choices(benchmark, options, assistant, template, subjects, rows_of, baseline):
     """Write summary.json, and submission.json where the answers are not told; print a table."""
     from minisft import choice_report
     from minisft.json_files import write_json
@@ -150,9 +168,8 @@ def report_choices(benchmark, options, assistant, template, subjects, rows_of, r
     summary = {"protocol": protocol(benchmark, options, assistant, template)}
     summary |= choice_report.summarize(subjects, rows_of, options.num_fewshot)
     if "macro" in summary:
-        if options.baseline_dir:
-            summary["baseline"] = choice_report.compare_with(
-                subjects, rows_of, Path(options.baseline_dir) / rows_dir.name)
+        if baseline:
+            summary["baseline"] = choice_report.compare_with(baseline, rows_of)
         print(choice_report.table(summary))
     else:
         write_json(choice_report.submission(subjects, rows_of), output_dir / "submission.json")
@@ -160,12 +177,15 @@ def report_choices(benchmark, options, assistant, template, subjects, rows_of, r
     if "baseline" in summary:
         change = summary["baseline"]
         low, high = change["interval"]
-        print(f"against the baseline: {100 * change['difference']:+.1f} points "
-              f"({100 * low:+.1f} to {100 * high:+.1f}), McNemar's p = {change['p_value']:.3g}")
-    if summary["dropped_demonstrations"] or summary["questions_cut"]:
+        print(f"against the baseline, over {change['num_questions']} questions: "
+              f"{100 * change['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
+              f"McNemar's p = {change['p_value']:.3g}")
+    if summary["dropped_demonstrations"]:
         print(f"{summary['questions_with_dropped_demonstrations']} questions had no room for all "
-              f"demonstrations: {summary['dropped_demonstrations']} were dropped; "
-              f"{summary['questions_cut']} questions had to be cut themselves")
+              f"demonstrations: {summary['dropped_demonstrations']} were dropped")
+    if summary["questions_cut"]:
+        print(f"{summary['questions_cut']} questions were too long even alone and lost their "
+              "beginning")
     write_json(summary, output_dir / "summary.json")
     print(f"{summary['protocol']}\nwrote {output_dir / 'summary.json'}")
 
@@ -190,56 +210,77 @@ def protocol(benchmark, options, assistant, template):
 def compare(options):
     """Answers of all models, one after another; then their measures, the judge, the page."""
     from minisft import dataset
-    from minisft.compare import differences, measure, parse_model, read_items
+    from minisft.compare import differences, measure, parse_models, read_items
+    from minisft.generate import Sampling
+    from minisft.report_page import draw_bars, measure_lines, verdict_lines, write_results
     from minisft.text_metrics import scorers
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("compare runs in one process: start it without torchrun")
-    models = [parse_model(one) for one in options.models]
-    names = [name for name, _, _ in models]
-    if len(set(names)) < len(names):
-        raise UserError("--models: two have the same name")
+    models = parse_models(options.models)
     output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir
                                   or options.resume, *[path for one in models for path in one[1:]])
     check_resumable(options, ANSWER_IDENTITY)
-    scorers()  # what is not installed is said before anything is computed
+    scorers()  # here too what is not installed is said before anything is computed
+    load_judge = judge_of(options) if options.judge_model else None
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p,
+                        seed=options.seed)
     rows = dataset.open_rows(options.dataset, dataset_dir=options.dataset_dir)
     items = read_items(rows[: options.max_samples])
-    (output_dir / "answers").mkdir(parents=True, exist_ok=True)
-    save_options(options, output_dir / "options.toml")
+    answers_dir = begin_comparison(options, output_dir)
     results = {"protocol": compare_protocol(options, len(items)), "models": {}, "questions": [
         {"question": item.question, "reference": item.reference} for item in items]}
     for model in models:
-        answers, losses = answers_of(model, options, items, output_dir / "answers")
+        answers, losses = answers_of(model, options, items, sampling, answers_dir)
         results["models"][model[0]] = measure(items, answers, losses) | {"answers": answers}
-    first = results["models"][names[0]]
-    results["differences_to_first"] = {
-        name: differences(first, results["models"][name]) for name in names[1:]}
-    if options.judge_model:
-        results["judge"] = judge_answers(options, results, output_dir)
-    report_comparison(results, output_dir)
+    (_, first), *others = results["models"].items()
+    results["differences_to_first"] = {name: differences(first, one) for name, one in others}
+    print("\n".join(measure_lines(results)))
+    write_results(results, output_dir)  # which a judge that fails does not take away
+    try:
+        draw_bars(results, output_dir / "report.png")
+    except ImportError:
+        print("no report.png: it needs matplotlib (requirements-extras.txt)")
+    if load_judge:
+        results["judge"] = judge_answers(load_judge, options, results, output_dir)
+        print("\n".join(verdict_lines(results)))
+        write_results(results, output_dir)
+    print(f"wrote {output_dir / 'report.html'}")
 
 
-def answers_of(model, options, items, folder):
+def begin_comparison(options, output_dir):
+    """Prepare the folder; returns that of the answers."""
+    folder = output_dir / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not options.resume:
+        remove([*folder.glob("*.json"), *map(output_dir.joinpath, COMPARISON_FILES)])
+    save_options(options, output_dir / "options.toml")
+    return folder
+
+
+def answers_of(model, options, items, sampling, folder):
     """(answers, losses of the references) of one model; those of --resume where there are any."""
     from minisft.assistant import Assistant
-    from minisft.compare import answer_items, reference_losses
-    from minisft.generate import Sampling
+    from minisft.compare import answer_items, fingerprint, reference_losses
     from minisft.json_files import read_json, write_json
 
     name, path, adapter = model
     kept = folder / f"{name}.json"
     if options.resume and kept.is_file():
         content = read_json(kept)
+        if content.get("questions") != fingerprint(items):
+            raise UserError(f"{kept}: answers other questions than {options.dataset} has now; "
+                            "remove it, or give another --output_dir")
         return content["answers"], content["losses"]
     device = resolve_device(options)
     assistant = Assistant(path, adapter, options.template, device, resolve_dtype(options, device))
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p,
-                        seed=options.seed)
     with progress_bar(len(items), name) as bar:
         answers = answer_items(assistant, items, sampling, options.batch_size, bar.update)
+    if all(one["is_skipped"] for one in answers):
+        raise UserError(f"--max_new_tokens {sampling.max_new_tokens}: no question leaves room for "
+                        f"that in {name}'s context of {assistant.max_length} tokens; give less")
     losses = reference_losses(assistant, items, options.batch_size)
-    write_json({"answers": answers, "losses": losses}, kept)
+    write_json({"questions": fingerprint(items), "answers": answers, "losses": losses}, kept)
     return answers, losses
 
 
@@ -254,21 +295,34 @@ def compare_protocol(options, count):
             "intervals 95 %, normal for means, Wilson's for shares")
 
 
-def judge_answers(options, results, output_dir):
-    """What the judge says of every model against the first."""
+def judge_of(options):
+    """A function that gives the judge; what is wrong with it is said now."""
     from minisft import judge
     from minisft.assistant import Assistant
+    from minisft.compare import check_model, split_adapter
 
     if options.judge_url:
-        ask = judge.RemoteJudge(options.judge_url, options.judge_model,
-                                os.environ.get("OPENAI_API_KEY"))
-    else:
-        path, _, adapter = options.judge_model.partition("+")
+        remote = judge.RemoteJudge(options.judge_url, options.judge_model,
+                                   os.environ.get("OPENAI_API_KEY"))
+        return lambda: remote
+    path, adapter = split_adapter(options.judge_model)
+    check_model(path, adapter)
+
+    def load():
         device = resolve_device(options)
-        ask = judge.LocalJudge(
-            Assistant(path, adapter or None, options.judge_template, device,
-                      resolve_dtype(options, device)),
-            options.judge_model, options.batch_size)
+        assistant = Assistant(path, adapter, options.judge_template, device,
+                              resolve_dtype(options, device))
+        name = f"{options.judge_model}, template {assistant.template.name}"
+        return judge.LocalJudge(assistant, name, options.batch_size)
+
+    return load
+
+
+def judge_answers(load_judge, options, results, output_dir):
+    """What the judge says of every model against the first."""
+    from minisft import judge
+
+    ask = load_judge()
     (_, first), *others = results["models"].items()
     comparisons = {name: [
         judge.Comparison(item["question"], one["answer"], two["answer"])
@@ -276,36 +330,13 @@ def judge_answers(options, results, output_dir):
                                   strict=True)] for name, report in others}
     flat = [one for some in comparisons.values() for one in some]
     print(judge.cost_line(flat, options.judge_price_in, options.judge_price_out), flush=True)
-    path = output_dir / "verdicts.jsonl"
-    if not options.resume:
-        path.unlink(missing_ok=True)
     with progress_bar(2 * len(flat), "judge") as bar:
-        outcomes = {name: judge.judge(ask, some, path, bar.update)
+        verdicts = {name: judge.judge(ask, some, output_dir / "verdicts.jsonl", bar.update)
                     for name, some in comparisons.items()}
-    return {"name": options.judge_model, "outcomes": outcomes,
-            "against_first": {name: judge.tally(some) for name, some in outcomes.items()}}
-
-
-def report_comparison(results, output_dir):
-    """Write results.json, the page and the picture; print the figures."""
-    from minisft.json_files import write_json
-    from minisft.report_page import NAMES, draw_bars, page
-
-    write_json(results, output_dir / "results.json")
-    (output_dir / "report.html").write_text(page(results), encoding="utf-8")
-    for name, report in results["models"].items():
-        figures = ", ".join(f"{title} {100 * report['mean'][key]['mean']:.1f}"
-                            for key, title in NAMES.items())
-        print(f"{name}: {figures}, perplexity {report['perplexity'] or math.nan:.2f}")
-    for name, report in results.get("judge", {}).get("against_first", {}).items():
-        print(f"{name} against {next(iter(results['models']))}: "
-              + ", ".join(f"{report[one]['count']} {one}" for one in ("win", "tie", "loss"))
-              + f", {report['unreadable']} unreadable")
-    try:
-        draw_bars(results, output_dir / "report.png")
-    except ImportError:
-        print("no report.png: it needs matplotlib (requirements-extras.txt)")
-    print(f"wrote {output_dir / 'report.html'}")
+    return {"name": ask.name,
+            "outcomes": {name: [judge.outcome(*pair) for pair in pairs]
+                         for name, pairs in verdicts.items()},
+            "against_first": {name: judge.tally(pairs) for name, pairs in verdicts.items()}}
 
 
 if __name__ == "__main__":

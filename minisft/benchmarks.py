@@ -13,13 +13,16 @@ import csv
 import io
 import json
 import zipfile
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from minisft.options import UserError
 
 LETTERS = ("A", "B", "C", "D")
 MAPPINGS = ("subject_mapping.json", "mapping.json")
+# What reading a zip raises where it is damaged, cut, encrypted or packed in a way unknown here.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,14 @@ def read_subjects(benchmark, data_dir, split, num_fewshot=0, wanted=()):
                         f"are {', '.join(sorted(found))}")
     demonstrations, names = files.subjects("dev") if num_fewshot else {}, files.mapping()
     subjects = []
-    for key in sorted(wanted or found):
+    for key in sorted(set(wanted) or found):
         if num_fewshot and key not in demonstrations:
             raise UserError(f"{data_dir}: the subject {key} has no demonstrations (a file in the "
                             "folder 'dev'); add it, or give --num_fewshot 0")
         if benchmark.needs_names and key not in names:
             raise UserError(f"{data_dir}: {MAPPINGS[0]} does not say what the subject {key} is "
                             f'called in the prompt; add {{"{key}": {{"name": ..., "category": '
-                            "...}} to it")
+                            "...}} to it (docs/evaluation.md says where it is published)")
         name, group = names.get(key, (key.replace("_", " "), ""))
         shown = files.questions(demonstrations[key], answered=True) if num_fewshot else []
         subjects.append(Subject(key, name, group, files.questions(found[key]), shown))
@@ -121,11 +124,15 @@ class Files:
         if self.root.is_dir():
             names = [path.relative_to(self.root).as_posix() for path in self.root.rglob("*.*")]
         elif zipfile.is_zipfile(self.root):
-            self.archive = zipfile.ZipFile(self.root)
+            try:
+                self.archive = zipfile.ZipFile(self.root)
+            except ZIP_ERRORS as error:
+                raise UserError(f"--data_dir {data_dir}: {error}; download it again") from error
             names = self.archive.namelist()
         else:
             state = "is neither a folder nor a zip" if self.root.exists() else "no such folder"
-            raise UserError(f"--data_dir {data_dir}: {state}; give the benchmark's folder or zip")
+            raise UserError(f"--data_dir {data_dir}: {state}; give the benchmark's folder (other "
+                            "archives unpacked) or zip")
         paths = [PurePosixPath(name) for name in names]
         # Archives made on a Mac have a second tree of files that only look like these.
         self.paths = sorted(path for path in paths
@@ -149,12 +156,13 @@ class Files:
 
     def text(self, path):
         """A file's text, with or without a byte order mark."""
-        name = str(path)
-        content = self.archive.read(name) if self.archive else (self.root / name).read_bytes()
+        place = self.root / path
         try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.root / name}: not UTF-8 text ({error.reason})") from error
+            content = self.archive.read(str(path)) if self.archive else place.read_bytes()
+        except ZIP_ERRORS as error:
+            raise UserError(f"{place}: cannot be read ({error}); download the zip again, or "
+                            "unpack it yourself") from error
+        return _decoded(content, place)
 
     def mapping(self):
         """Subject -> (name, group), from either published form of the mapping; {} without one.
@@ -167,15 +175,13 @@ class Files:
         beside = [path for path in beside if path.is_file()]
         if not found and not beside:
             return {}
-        path = found[0] if found else beside[0]
-        text = self.text(path) if found else path.read_text(encoding="utf-8-sig")
+        place = self.root / found[0] if found else beside[0]
+        text = self.text(found[0]) if found else _decoded(place.read_bytes(), place)
         try:
-            return {key: tuple(entry[-2:]) if isinstance(entry, list)
-                    else (entry["name"], entry["category"])
-                    for key, entry in json.loads(text).items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{path}: expected {{"subject": {{"name": ..., "category": ...}}}} '
-                            f"for every subject ({error})") from error
+            return {key: _name_and_group(entry) for key, entry in json.loads(text).items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f'{place}: expected {{"subject": {{"name": ..., '
+                            f'"category": ...}}}} for every subject ({error})') from error
 
     def questions(self, path, answered=False):
         """The Questions of a CSV file; with `answered` a file without answers is an error."""
@@ -189,10 +195,31 @@ class Files:
         columns, has_header = _columns(first, place) if rows else ({}, False)
         if not rows[has_header:]:
             raise UserError(f"{place}: there are no questions in it")
-        if answered and "answer" not in columns:
+        questions = [_question(row, columns, len(first), number, f"{place}, line {line}")
+                     for number, (line, row) in enumerate(rows[has_header:])]
+        answers = [one.answer for one in questions]
+        if None in answers and any(answers):
+            line = rows[has_header:][answers.index(None)][0]
+            raise UserError(f"{place}, line {line}: there is no answer, though other rows have one")
+        if None in answers and answered:
             raise UserError(f"{place}: has no answers, so it cannot be shown as demonstrations")
-        return [_question(row, columns, len(first), number, f"{place}, line {line}")
-                for number, (line, row) in enumerate(rows[has_header:])]
+        if len({one.id for one in questions}) < len(questions):
+            questions = [replace(one, id=str(number)) for number, one in enumerate(questions)]
+        return questions
+
+
+def _decoded(content, place):
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 text ({error.reason})") from error
+
+
+def _name_and_group(entry):
+    name, group = entry[-2:] if isinstance(entry, list) else (entry["name"], entry["category"])
+    if not (isinstance(name, str) and isinstance(group, str)):
+        raise TypeError(f"{name!r}, {group!r}: no text")
+    return name, group
 
 
 def _columns(first, place):
@@ -216,10 +243,9 @@ def _question(row, columns, width, number, place):
     if len(row) != width:
         raise UserError(f"{place}: {len(row)} columns where the first row has {width}")
     cells = {name: row[index] for name, index in columns.items()}
-    answer = cells.get("answer")
-    if answer is not None:
-        answer = answer.strip()
-        if answer not in LETTERS:
-            raise UserError(f"{place}: the answer is '{answer}', which is none of A, B, C, D")
+    # Where answers are kept back there is no such column, or an empty one.
+    answer = cells.get("answer", "").strip() or None
+    if answer not in (None, *LETTERS):
+        raise UserError(f"{place}: the answer is '{answer}', which is none of A, B, C, D")
     options = tuple(cells[letter.lower()] for letter in LETTERS)
     return Question(cells.get("id", str(number)), cells["question"].strip(), options, answer)

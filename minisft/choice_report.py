@@ -46,6 +46,39 @@ def read_rows(path):
         raise UserError(f"{path}: not a subject's results ({error}); remove it") from error
 
 
+def read_finished(path, subject, num_runs):
+    """The rows of a finished subject; UserError if they are not of the questions it has now."""
+    rows = read_rows(path)
+    wanted = [(run, one.id, one.answer) for run in range(num_runs) for one in subject.questions]
+    if [(row["run"], row["id"], row["answer"]) for row in rows] != wanted:
+        raise UserError(f"{path}: is not about the questions that {subject.key} has now; remove "
+                        "it, or give another --output_dir")
+    return rows
+
+
+def read_baseline(subjects, folder):
+    """Which questions an earlier run got right: {subject: {question id: bool}}.
+
+    folder: of that run's CSV files. Of repetitions the first one counts. UserError where there is
+    nothing to compare with.
+    """
+    found, common = {}, 0
+    for subject in subjects:
+        path, asked = Path(folder) / f"{subject.key}.csv", {one.id for one in subject.questions}
+        if not path.is_file():
+            raise UserError(f"--baseline_dir: {path} is not there; give the output folder of a run "
+                            "over the same benchmark, split and subjects")
+        if any(one.answer is None for one in subject.questions):
+            raise UserError(f"--baseline_dir: the answers of {subject.key} are not told in this "
+                            "split, so nobody knows which run was right")
+        found[subject.key] = {row["id"]: row["prediction"] == row["answer"]
+                              for row in read_rows(path) if row["run"] == 0}
+        common += len(asked & set(found[subject.key]))
+    if not common:
+        raise UserError(f"--baseline_dir {folder}: has no question in common with this run")
+    return found
+
+
 def summarize(subjects, rows_of, num_fewshot):
     """Accuracies of subjects, groups and all, with intervals, and what was dropped; a dict.
 
@@ -106,24 +139,15 @@ def submission(subjects, rows_of):
             for one in subjects}
 
 
-def compare_with(subjects, rows_of, baseline_dir):
+def compare_with(baseline, rows_of):
     """The difference to an earlier run over the questions of both: interval, McNemar's test.
 
-    baseline_dir: the folder of that run's CSV files. Of repetitions the first one counts.
+    baseline: what `read_baseline` found. Of repetitions the first one counts.
     """
-    pairs = []
-    for subject in subjects:
-        path = Path(baseline_dir) / f"{subject.key}.csv"
-        if not path.is_file():
-            raise UserError(f"--baseline_dir: {path} is not there; give the output folder of a run "
-                            "over the same benchmark, split and subjects")
-        before = {row["id"]: row["prediction"] == row["answer"]
-                  for row in read_rows(path) if row["run"] == 0}
-        pairs += [(before[row["id"]], row["prediction"] == row["answer"])
-                  for row in rows_of[subject.key] if row["run"] == 0 and row["id"] in before]
-    if not pairs:
-        raise UserError(f"--baseline_dir {baseline_dir}: has no question in common with this run")
-    difference, low, high = mean_interval([after - before for before, after in pairs])
+    pairs = [(before[row["id"]], row["prediction"] == row["answer"])
+             for key, before in baseline.items() for row in rows_of[key]
+             if row["run"] == 0 and row["id"] in before]
+    difference, low, high = mean_interval([after - before for before, after in pairs], -1, 1)
     lost, gained = (sum(pair == wanted for pair in pairs)
                     for wanted in ((True, False), (False, True)))
     return {"num_questions": len(pairs), "difference": difference, "interval": (low, high),

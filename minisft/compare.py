@@ -8,12 +8,16 @@
 An answer depends on its question, the seed and its number, not on the batch it was in.
 """
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from minisft import weights
 from minisft.batching import collate
 from minisft.confidence import mcnemar, mean_interval, wilson
 from minisft.dataset import Row
@@ -31,6 +35,7 @@ class Item:
 
     messages: list
     reference: str
+    tools: list | None = None
 
     @property
     def question(self):
@@ -43,17 +48,47 @@ class Item:
 
 def read_items(rows):
     """Rows of a data set -> Items: the last turn is the reference."""
-    return [Item(row.messages[:-1], row.messages[-1]["content"]) for row in rows]
+    return [Item(row.messages[:-1], row.messages[-1]["content"], row.tools) for row in rows]
+
+
+def fingerprint(items):
+    """A short text that is another one for other questions or references."""
+    content = [[item.messages, item.reference, item.tools] for item in items]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def parse_models(texts):
+    """What --models says -> [(name, model, adapter or None)], each of which is there."""
+    models = [parse_model(one) for one in texts]
+    if len({name for name, _, _ in models}) < len(models):
+        raise UserError("--models: two have the same name")
+    for _, model, adapter in models:
+        check_model(model, adapter)
+    return models
 
 
 def parse_model(text):
     """`NAME=DIR` or `NAME=DIR+ADAPTER` -> (name, model, adapter or None)."""
     name, _, place = text.partition("=")
-    model, _, adapter = place.partition("+")
-    if not name or not model or not all(one.isalnum() or one in "-_." for one in name):
+    model, adapter = split_adapter(place)
+    if not name[:1].isalnum() or not model or not all(
+            one.isalnum() or one in "-_." for one in name):
         raise UserError(f"--models {text}: write NAME=DIR or NAME=DIR+ADAPTER, the name of "
                         "letters, digits, '-', '_' and '.'")
-    return name, model, adapter or None
+    return name, model, adapter
+
+
+def split_adapter(place):
+    """`DIR` or `DIR+ADAPTER` -> (model, adapter or None); a folder may have a + in its name."""
+    model, _, adapter = (place, "", "") if Path(place).exists() else place.partition("+")
+    return model, adapter or None
+
+
+def check_model(model, adapter):
+    """UserError where there is no such model, or no such adapter."""
+    weights.resolve(model)
+    if adapter:
+        weights.resolve(adapter, weights.ADAPTER_CONFIG)
 
 
 def answer_items(assistant, items, sampling, batch_size, advance=lambda count: None):
@@ -63,7 +98,7 @@ def answer_items(assistant, items, sampling, batch_size, advance=lambda count: N
     answer is empty. Cut is an answer that had to end for want of tokens.
     """
     template, tokenizer = assistant.template, assistant.tokenizer
-    prompts = [template.encode_prompt(item.messages) for item in items]
+    prompts = [template.encode_prompt(item.messages, item.tools) for item in items]
     for ids in prompts:
         check_vocabulary(ids, assistant.model.config.vocab_size)
     limit = assistant.max_length - sampling.max_new_tokens
@@ -93,7 +128,8 @@ def reference_losses(assistant, items, batch_size):
     examples = []
     for item in items:
         messages = [*item.messages, {"role": "assistant", "content": item.reference}]
-        found, report = encode_rows([Row(messages)], assistant.template, assistant.max_length)
+        found, report = encode_rows([Row(messages, item.tools)], assistant.template,
+                                    assistant.max_length)
         examples.append(found[0] if found and not report.num_cut else None)
     order = sorted((row for row, one in enumerate(examples) if one is not None),
                    key=lambda row: len(examples[row].ids))
@@ -121,8 +157,8 @@ def measure(items, answers, losses):
         row["perplexity"] = _exp(loss[0] / loss[1]) if loss else None
     mean = {}
     for name in MEASURES[1:]:
-        middle, low, high = mean_interval([row[name] for row in rows])
-        mean[name] = {"mean": middle, "interval": (max(0.0, low), min(1.0, high))}
+        middle, low, high = mean_interval([row[name] for row in rows], 0, 1)
+        mean[name] = {"mean": middle, "interval": (low, high)}
     mean["exact_match"]["interval"] = wilson(mean["exact_match"]["mean"], len(rows))
     mean["bleu_2"] = {"mean": corpus_bleu2([one["answer"] for one in answers],
                                            [item.reference for item in items])}
@@ -155,7 +191,7 @@ def differences(first, other):
     for name in MEASURES:
         pairs = [(one[name], two[name]) for one, two in
                  zip(first["rows"], other["rows"], strict=True)]
-        middle, low, high = mean_interval([two - one for one, two in pairs])
+        middle, low, high = mean_interval([two - one for one, two in pairs], -1, 1)
         found[name] = {"mean": middle, "interval": (low, high)}
     # `pairs` are now those of the last measure, the exact match.
     lost, gained = (sum(pair == wanted for pair in pairs) for wanted in ((1.0, 0.0), (0.0, 1.0)))

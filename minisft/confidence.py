@@ -37,14 +37,17 @@ def macro_interval(parts):
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def mean_interval(values):
-    """The mean of numbers and its normal interval: (mean, low, high); of one value no width."""
+def mean_interval(values, least, most):
+    """The mean of numbers and its normal interval: (mean, low, high), within what is possible.
+
+    One value says nothing of the others: its interval is all that is possible.
+    """
     mean = sum(values) / len(values)
     if len(values) < 2:
-        return mean, mean, mean
+        return mean, least, most
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     half = Z * math.sqrt(variance / len(values))
-    return mean, mean - half, mean + half
+    return mean, max(least, mean - half), min(most, mean + half)
 
 
 def mcnemar(only_first, only_second):

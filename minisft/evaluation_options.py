@@ -42,7 +42,18 @@ def parse_choice_options(name, arguments):
     switch("--overwrite_output_dir", "write into a folder that has something in it")
     switch("--resume", "keep the subjects that are finished in that folder, do the others")
     add("--baseline_dir", help="an earlier run's output folder: test the difference to it")
-    return parser.parse_options(arguments)
+    options = parser.parse_options(arguments)
+    check_options(options)
+    if options.n_times > 1 and not options.num_fewshot:
+        raise UserError("--n_times repeats with other demonstrations; with --num_fewshot 0 there "
+                        "are none")
+    return options
+
+
+def check_options(options):
+    """UserError where flags that both parsers have contradict each other."""
+    if options.resume and options.overwrite_output_dir:
+        raise UserError("--resume keeps what --overwrite_output_dir throws away: give one of them")
 
 
 def parse_compare_options(arguments):
@@ -76,8 +87,12 @@ def parse_compare_options(arguments):
     switch("--overwrite_output_dir", "write into a folder that has something in it")
     switch("--resume", "keep the answers and verdicts that are in that folder, get the others")
     options = parser.parse_options(arguments)
+    check_options(options)
     if options.judge_url and not options.judge_model:
         raise UserError("--judge_url needs --judge_model: what the model is called there")
+    if options.judge_url and options.judge_template != "auto":
+        raise UserError("--judge_template is for a judge of ours; one behind --judge_url has its "
+                        "own format")
     if options.judge_model and len(options.models) < 2:
         raise UserError("--judge_model needs two models or more to compare")
     return options

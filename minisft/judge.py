@@ -25,7 +25,8 @@ from minisft.options import UserError
 
 MAX_NEW_TOKENS = 512  # of a judgement
 WORKERS = 4  # requests under way at a time
-VERDICT = re.compile(r"verdict\W*(1|2|tie)\b", re.IGNORECASE)
+LONGEST_PAUSE = 60  # seconds between requests, whatever a server asks for
+VERDICT = re.compile(r"verdict\W*(?:answer\W*)?(1|2|tie)(?![0-9a-z])", re.IGNORECASE)
 INSTRUCTION = """\
 Two assistants answered the question below. Judge which answer is better: correct, to the point, \
 complete, in the language of the question. Neither their order nor their length counts. Give your \
@@ -72,7 +73,7 @@ class LocalJudge:
                      for text in prompts[start : start + self.batch_size]]
             answers = answer_items(self.assistant, items, sampling, self.batch_size)
             for place, one in enumerate(answers, start):
-                yield place, one["answer"]
+                yield place, "(no room in the context)" if one["is_skipped"] else one["answer"]
 
 
 class RemoteJudge:
@@ -86,6 +87,10 @@ class RemoteJudge:
     def __init__(self, url, name, key, timeout=120, retries=5, pause=1.0):
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--judge_url {url}: begins with neither http:// nor https://")
+        key = (key or "").strip()  # files that keys are kept in end with a new line
+        for what, text in (("--judge_url", url), ("OPENAI_API_KEY", key)):
+            if not (text.isascii() and text.isprintable()) or " " in text:
+                raise UserError(f"{what}: has a space, or a character that is not ASCII")
         self.url, self.name, self.key = url.rstrip("/") + "/chat/completions", name, key
         self.timeout, self.retries, self.pause = timeout, retries, pause
 
@@ -103,23 +108,24 @@ class RemoteJudge:
         """The judge's text for one prompt."""
         body = json.dumps({"model": self.name, "temperature": 0, "max_tokens": MAX_NEW_TOKENS,
                            "messages": [{"role": "user", "content": prompt}]}).encode()
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
         for attempt in range(self.retries + 1):
             wait = self.pause * 2**attempt
             try:
-                request = urllib.request.Request(self.url, body, headers)
+                request = urllib.request.Request(self.url, body,
+                                                 {"Content-Type": "application/json"})
+                if self.key:  # not for another server, where this one points to one
+                    request.add_unredirected_header("Authorization", f"Bearer {self.key}")
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     text = json.load(reply)["choices"][0]["message"]["content"]
-                return text if isinstance(text, str) else ""
+                # Half a surrogate pair may be in JSON, but in no file.
+                return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
             except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}"
+                reason = f"{error.code} {error.reason}{_said(error)}"
                 if error.code not in (408, 429) and error.code < 500:
                     raise UserError(f"--judge_url {self.url}: {reason}; see its address, "
                                     "--judge_model and the key in OPENAI_API_KEY") from error
                 told = error.headers.get("Retry-After", "")
-                wait = float(told) if told.isdigit() else wait
+                wait = min(float(told), LONGEST_PAUSE) if told.isdecimal() else wait
             except (OSError, http.client.HTTPException) as error:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
             except (ValueError, LookupError, TypeError):
@@ -130,6 +136,15 @@ class RemoteJudge:
                         "so far are kept, go on with --resume")
 
 
+def _said(error):
+    """The beginning of what a server says besides a status: which of model, key, quota it is."""
+    try:
+        text = error.read(500).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        text = ""
+    return f" ({' '.join(text.split())})" if text.strip() else ""
+
+
 def parse_verdict(text):
     """1, 2 or "tie" from a judge's text: the last verdict in it; None where there is none."""
     found = VERDICT.findall(text)
@@ -137,10 +152,10 @@ def parse_verdict(text):
 
 
 def judge(ask, comparisons, path, advance=lambda count: None):
-    """The outcome of each Comparison for the other model: "win", "tie", "loss", or None.
+    """Of each Comparison both verdicts: with the baseline's answer first, with the other's first.
 
-    It wins with both verdicts, or with one and a tie; verdicts that contradict each other are a
-    tie. None: a verdict could not be read. path: the JSON lines in which verdicts are kept.
+    1, 2, "tie", or None where it could not be read. path: the JSON lines in which verdicts are
+    kept; those that are in it are not asked for again.
     """
     known = _known(path)
     prompts = [text for one in comparisons for text in one.prompts()]
@@ -155,23 +170,27 @@ def judge(ask, comparisons, path, advance=lambda count: None):
             file.flush()
             advance(1)
     verdicts = [known[key] for key in keys]
-    return [_outcome(*pair) for pair in zip(verdicts[::2], verdicts[1::2], strict=True)]
+    return list(zip(verdicts[::2], verdicts[1::2], strict=True))
 
 
 def _known(path):
     """key -> verdict of the lines that were written whole."""
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        path.write_text("".join(whole), encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    *whole, cut = text.split("\n")  # at no other end of line, which a judge may have written
+    if cut:
+        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
     try:
         return {line["key"]: line["verdict"] for line in map(json.loads, whole)}
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: not a file of verdicts; remove it") from error
 
 
-def _outcome(baseline_first, other_first):
+def outcome(baseline_first, other_first):
+    """What two verdicts mean for the other model: "win", "tie", "loss", or None if one is missing.
+
+    It wins with both, or with one and a tie; verdicts that contradict each other are a tie.
+    """
     if baseline_first is None or other_first is None:
         return None
     points = {1: -1, 2: 1, "tie": 0}
@@ -179,10 +198,19 @@ def _outcome(baseline_first, other_first):
     return "win" if total > 0 else "loss" if total < 0 else "tie"
 
 
-def tally(outcomes):
-    """Wins, ties and losses with the Wilson interval of each share, and a sign test's p-value."""
+def tally(verdicts):
+    """Wins, ties and losses with the Wilson interval of each share, and a sign test's p-value.
+
+    verdicts: what `judge` returns. `contradicting` counts the ties whose two verdicts named the
+    same place, `first_place` the share of the verdicts for an answer that named the one shown
+    first: both orders were asked, so a judge without a liking for a place gives one half.
+    """
+    outcomes = [outcome(*pair) for pair in verdicts]
     read = [one for one in outcomes if one]
-    report = {"unreadable": len(outcomes) - len(read)}
+    places = [one for pair in verdicts if None not in pair for one in pair if one != "tie"]
+    report = {"unreadable": len(outcomes) - len(read),
+              "contradicting": sum(pair in ((1, 1), (2, 2)) for pair in verdicts),
+              "first_place": places.count(1) / len(places) if places else None}
     for name in ("win", "tie", "loss"):
         share = read.count(name) / max(1, len(read))
         report[name] = {"count": read.count(name), "share": share,
@@ -196,8 +224,8 @@ def cost_line(comparisons, price_in=0.0, price_out=0.0):
     Tokens are estimated: one for each Chinese character, for each four bytes of other text.
     """
     texts = [text for one in comparisons for text in one.prompts()]
-    wide = sum(character > "\u2e7f" for text in texts for character in text)
-    tokens_in = wide + (sum(map(len, texts)) - wide) // 4
+    others = "".join(one for text in texts for one in text if one <= "\u2e7f")
+    tokens_in = sum(map(len, texts)) - len(others) + len(others.encode()) // 4
     tokens_out = len(texts) * MAX_NEW_TOKENS
     cost = (tokens_in * price_in + tokens_out * price_out) / 10**6
     return (f"judging: {len(texts):,} requests, about {tokens_in:,} tokens to read, at most "

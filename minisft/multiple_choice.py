@@ -63,7 +63,11 @@ class Prompts:
         start = shared_length([self._ids(subject, demonstrations, question, None), *wholes])
         rests = [ids[start:] for ids in wholes]
         end = shared_length([ids[::-1] for ids in rests])
-        return wholes[0][:start], [ids[: len(ids) - end] for ids in rests]
+        options = [ids[: len(ids) - end] for ids in rests]
+        if not all(options) or len(set(map(tuple, options))) < len(options):
+            raise UserError("the tokenizer does not tell the letters A, B, C and D apart, so no "
+                            "model with it can answer; is it the tokenizer of this checkpoint?")
+        return wholes[0][:start], options
 
     def _ids(self, subject, demonstrations, question, letter):
         """Ids of the whole text, up to where the letter is to come if that is None."""

@@ -1,38 +1,56 @@
-"""The comparison of models as one HTML page that needs nothing from anywhere, and as a picture.
+"""The comparison of models as lines, as one HTML page that needs nothing from anywhere, as bars.
 
-    Path("report.html").write_text(page(results), encoding="utf-8")
+    print(*measure_lines(results), sep="\\n")
+    write_results(results, Path("runs/comparison"))
     draw_bars(results, "report.png")
 
 `results` is what eval.py compare writes as results.json. What models and data sets wrote is text
 here, never markup, and the page forbids itself (Content-Security-Policy) every request.
 """
 
+import math
+import warnings
 from html import escape
+
+from minisft.json_files import write_json
 
 NAMES = {"bleu_2": "BLEU-2", "rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L",
          "exact_match": "exact match"}
+# Counts of what did not go as it should, and how a person is told.
+TROUBLES = {
+    "answers_cut": "answers were cut at --max_new_tokens",
+    "questions_without_room": "questions left no room for an answer, which counts as an empty one",
+    "references_without_room": "references had no room and do not count in the perplexity",
+}
+# Those that come with the system or its browsers, for names of models in Chinese.
+CHINESE_FONTS = {"Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
+                 "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC"}
 WORDS = {"win": "won", "tie": "tied", "loss": "lost", None: "unreadable"}
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8881; --good: #2a8a4a; --bad: #b33; }
+:root { color-scheme: light dark; --line: #8885; --soft: #8881; --good: #17713a; --bad: #b02a2a; }
+@media (prefers-color-scheme: dark) { :root { --good: #6fd193; --bad: #ff9a92; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 90rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 0; }
+h1, h2, p, .text { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
 small { opacity: .7; }
-form { position: sticky; top: 0; background: Canvas; padding: .6rem 0; display: flex;
+form { position: sticky; z-index: 1; top: 0; background: Canvas; padding: .6rem 0; display: flex;
   flex-wrap: wrap; gap: .6rem; align-items: center; border-bottom: 1px solid var(--line); }
 input, select { font: inherit; padding: .35rem .5rem; max-width: 100%; }
 input { flex: 1 1 12rem; }
 article { border: 1px solid var(--line); border-radius: .5rem; margin: 1rem 0; padding: .8rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.text { white-space: pre-wrap; }
 .answers { display: grid; gap: .8rem; margin-top: .8rem;
   grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
 .answers > section { background: var(--soft); border-radius: .4rem; padding: .6rem; }
-.win { color: var(--good); } .loss { color: var(--bad); }
+.win { color: var(--good); opacity: 1; } .loss { color: var(--bad); opacity: 1; }
+@media (max-width: 40rem) { td small { display: block; } th, td { padding: .3rem .4rem; } }
 [hidden] { display: none; }
 """
 
@@ -54,6 +72,56 @@ form.addEventListener("input", filter);
 form.addEventListener("submit", event => event.preventDefault());
 filter();
 """
+
+
+def measure_lines(results):
+    """The figures of every model, what went wrong, and the differences to the first model."""
+    lines = []
+    for name, report in results["models"].items():
+        figures = ", ".join(f"{title} {100 * report['mean'][key]['mean']:.1f}"
+                            for key, title in NAMES.items())
+        perplexity = report["perplexity"] and f"{report['perplexity']:,.2f}"
+        lines.append(f"{name}: {figures}, perplexity {perplexity or 'unknown'}")
+        lines += [f"{name}: {report[key]} of {len(report['rows'])} {what}"
+                  for key, what in TROUBLES.items() if report[key]]
+    return lines + difference_lines(results)
+
+
+def difference_lines(results):
+    """By how much every other model differs from the first, row by row, with intervals."""
+    first, *others = results["models"]
+    lines = []
+    for name in others:
+        found = results["differences_to_first"][name]
+        parts = [f"{NAMES[key]} {100 * found[key]['mean']:+.1f} points ("
+                 + " to ".join(f"{100 * bound:+.1f}" for bound in found[key]["interval"]) + ")"
+                 for key in ("rouge_l", "exact_match")]
+        lines.append(f"{name} less {first}: {', '.join(parts)}, McNemar's p = "
+                     f"{found['exact_match']['p_value']:.3g}")
+    return lines
+
+
+def verdict_lines(results):
+    """What the judge said of every model against the first."""
+    first = next(iter(results["models"]))
+    return [f"{name} against {first}: "
+            + ", ".join(f"{report[one]['count']} {one}" for one in ("win", "tie", "loss"))
+            + f", {report['unreadable']} unreadable; {_reliability(report)}"
+            for name, report in results["judge"]["against_first"].items()]
+
+
+def _reliability(report):
+    """How far the judge looked at the order of the answers only."""
+    if report["first_place"] is None:
+        return "no verdict for an answer"
+    return (f"{report['contradicting']} of the ties because it contradicted itself, "
+            f"{100 * report['first_place']:.0f} % of its choices for the answer shown first")
+
+
+def write_results(results, output_dir):
+    """Write results.json and report.html."""
+    write_json(results, output_dir / "results.json")
+    (output_dir / "report.html").write_text(page(results), encoding="utf-8")
 
 
 def page(results):
@@ -81,6 +149,7 @@ def page(results):
 <h1>{escape(" / ".join(models))}</h1>
 <p>{escape(results["protocol"])}</p>
 <div class="scroll">{_measures(results, models)}</div>
+{"".join(f"<p>{escape(line)}</p>" for line in difference_lines(results))}
 {_verdicts(results, models)}
 <form>
 <input name="search" type="search" placeholder="search questions and answers" aria-label="search">
@@ -106,6 +175,7 @@ def _measures(results, models):
         ("answer_characters", "answer length, characters"),
         ("answers_cut", "answers cut for length"),
         ("questions_without_room", "questions too long for the context"),
+        ("references_without_room", "references too long for the context"),
     ):
         lines.append((title, [_number(report[name]) for report in reports]))
     rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in [title, *cells]) + "</tr>"
@@ -137,7 +207,8 @@ def _verdicts(results, models):
             for one in ("win", "tie", "loss"))
         lines.append(f"<p>{escape(name)} against {escape(models[0])}, judged by "
                      f"{escape(results['judge']['name'])}: {shares}; unreadable "
-                     f"{report['unreadable']}; sign test p = {report['p_value']:.3g}</p>")
+                     f"{report['unreadable']}; {_reliability(report)}; sign test p = "
+                     f"{report['p_value']:.3g}</p>")
     return "\n".join(lines)
 
 
@@ -178,22 +249,29 @@ def draw_bars(results, path):
 
     Raises ImportError where matplotlib is not installed.
     """
+    from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot(ylabel="%", ylim=(0, 100))
-    models = results["models"]
-    width = 0.8 / len(models)
-    for number, (name, report) in enumerate(models.items()):
-        entries = [report["mean"][measure] for measure in NAMES]
-        heights = [100 * entry["mean"] for entry in entries]
-        bounds = [entry.get("interval", (entry["mean"], entry["mean"])) for entry in entries]
-        spread = [[max(0, height - 100 * low) for height, (low, _) in zip(heights, bounds,
-                                                                       strict=True)],
-                  [max(0, 100 * high - height) for height, (_, high) in zip(heights, bounds,
-                                                                         strict=True)]]
-        places = [place + (number - (len(models) - 1) / 2) * width for place in range(len(NAMES))]
-        axes.bar(places, heights, width, yerr=spread, capsize=2, label=name)
-    axes.set_xticks(range(len(NAMES)), NAMES.values())
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    fonts = ["DejaVu Sans", *CHINESE_FONTS & set(font_manager.get_font_names())]
+    with rc_context({"font.family": fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # where there is no such font: boxes
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.add_subplot(ylabel="%", ylim=(0, 100))
+        width = 0.8 / len(results["models"])
+        for number, (name, report) in enumerate(results["models"].items()):
+            first = (number - (len(results["models"]) - 1) / 2) * width
+            entries = [report["mean"][measure] for measure in NAMES]
+            axes.bar([place + first for place in range(len(NAMES))],
+                     [100 * entry["mean"] for entry in entries], width,
+                     yerr=list(zip(*map(_reach, entries), strict=True)), capsize=2, label=name)
+        axes.set_xticks(range(len(NAMES)), NAMES.values())
+        axes.legend()
+        figure.savefig(path, dpi=120)
+
+
+def _reach(entry):
+    """How far an interval reaches below and above its mean, in percent; NaN draws nothing."""
+    if "interval" not in entry:
+        return math.nan, math.nan
+    low, high = entry["interval"]
+    return 100 * max(0, entry["mean"] - low), 100 * max(0, high - entry["mean"])

@@ -1,43 +1,38 @@
-"""Log-likelihoods by lm-evaluation-harness, for test_multiple_choice.py, as JSON on its output.
+"""Log-likelihoods by lm-evaluation-harness, for test_multiple_choice.py.
 
-    python tests/lm_eval_oracle.py MODEL_DIR TASK_DIR MAX_LENGTH LIMIT NUM_FEWSHOT...
-
-TASK_DIR holds the YAML files of the tasks. A process of its own, since the harness must find its
-environment set before it is imported. Prints {task: {number of shots: [[of A, B, C, D], ...]}}.
+    found = log_likelihoods(model_dir, task_dir, shots=(0, 5), max_length=4096, limit=4)
+    found["ceval"][5]                        # of every question [of A, B, C, D]
 """
 
-import json
 import os
-import sys
-import tempfile
 
-cache = tempfile.TemporaryDirectory()
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=cache.name,
-                  HF_DATASETS_CACHE=cache.name, TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import lm_eval  # noqa: E402
+from lm_eval import evaluator  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+# It would ask pip for the versions of everything that is installed, which takes a second each time.
+evaluator.add_env_info = lambda results: None
 
-def main():
-    model_dir, task_dir, max_length, limit, *shots = sys.argv[1:]
-    stdout, sys.stdout = sys.stdout, sys.stderr
-    model = HFLM(pretrained=model_dir, max_length=int(max_length), dtype="float32", device="cpu",
+
+def log_likelihoods(model_dir, task_dir, shots, max_length, limit):
+    """{task: {number of shots: [[of A, B, C, D], ...]}} of the first `limit` rows of each task.
+
+    task_dir holds the YAML files of the tasks.
+    """
+    model = HFLM(pretrained=str(model_dir), max_length=max_length, dtype="float32", device="cpu",
                  batch_size=4)
-    tasks = TaskManager(include_path=task_dir, include_defaults=False)
-    names = sorted(os.path.splitext(name)[0] for name in os.listdir(task_dir))
+    tasks = TaskManager(include_path=str(task_dir), include_defaults=False)
+    names = sorted(path.stem for path in task_dir.glob("*.yaml"))
     found = {name: {} for name in names}
     for count in shots:
         results = lm_eval.simple_evaluate(
-            model=model, tasks=names, task_manager=tasks, num_fewshot=int(count),
-            limit=int(limit), log_samples=True, bootstrap_iters=0)
+            model=model, tasks=names, task_manager=tasks, num_fewshot=count, limit=limit,
+            log_samples=True, bootstrap_iters=0)
         for name in names:
             samples = sorted(results["samples"][name], key=lambda one: one["doc_id"])
             found[name][count] = [[float(option[0]) for option in one["filtered_resps"]]
                                   for one in samples]
-    json.dump(found, stdout)
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -1,43 +1,32 @@
-"""eval.py compare and its rooms: measures equal the libraries', a judge that may be ill, a page."""
+"""eval.py compare, compare.py, text_metrics.py: measures equal the libraries'; the whole run."""
 
 import json
 import math
-import re
-import threading
-import time
-from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import sys
 
 import pytest
 import sacrebleu
 import torch
 import transformers
 from conftest import command
+from judge_stub import serving
 from rouge_score import rouge_scorer
 
+import eval as script
 from minisft.assistant import Assistant
 from minisft.compare import (
     Item,
     answer_items,
     differences,
+    fingerprint,
     measure,
     parse_model,
     read_items,
     reference_losses,
 )
-from minisft.dataset import load_rows
+from minisft.dataset import Row, load_rows
 from minisft.generate import Sampling
-from minisft.judge import (
-    Comparison,
-    LocalJudge,
-    RemoteJudge,
-    cost_line,
-    judge,
-    parse_verdict,
-    tally,
-)
 from minisft.options import UserError
-from minisft.report_page import page
 from minisft.text_metrics import Splitter, corpus_bleu2, row_scores
 
 PAIRS = [("the cat sat", "a cat sat down"), ("今天天气很好", "今天天气不错"),
@@ -60,7 +49,34 @@ def test_rouge_equals_the_library_character_by_character():
     assert oracle.score("今天", "今天")["rougeL"].fmeasure == 0.0  # why we bring our own
 
 
+def spelled_out(text):
+    """Ideographs as words that rouge-score's own tokenizer knows."""
+    return "".join(f" u{ord(one):x} " if "\u4e00" <= one <= "\u9fff" else one for one in text)
+
+
+@pytest.mark.parametrize("name", ["alpaca_en_demo", "alpaca_zh_demo"])
+def test_real_rows_score_as_the_libraries_say(shared_data, name):
+    texts = [row.messages[-1]["content"]
+             for row in load_rows(str(shared_data / "instruct" / f"{name}.json"))[:60]]
+    # Letters of other scripts, accented ones among them, are ours alone.
+    texts = [text for text in texts if all(one.isascii() or not one.isalnum()
+                                           or "\u4e00" <= one <= "\u9fff" for one in text)]
+    rouge = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
+    bleu = sacrebleu.BLEU(tokenize="zh", max_ngram_order=2, effective_order=True)
+    pairs = list(zip(texts, texts[1:], strict=False))
+    assert len(pairs) > 40
+    for answer, reference in pairs:
+        found = row_scores(answer, reference)
+        expected = rouge.score(spelled_out(reference), spelled_out(answer))
+        assert [found["rouge_1"], found["rouge_2"], found["rouge_l"]] == pytest.approx(
+            [expected[key].fmeasure for key in ("rouge1", "rouge2", "rougeL")])
+        score = bleu.sentence_score(answer, [reference]).score
+        assert found["bleu_2"] == pytest.approx(score / 100)
+    assert sum(row_scores(*pair)["rouge_l"] > 0 for pair in pairs) > 20
+
+
 def test_bleu_is_sacrebleus_of_two_grams():
+    assert row_scores("shoe", "shoe")["bleu_2"] == pytest.approx(1)  # though one word has no pairs
     answers, references = zip(*PAIRS, strict=True)
     oracle = sacrebleu.BLEU(tokenize="zh", max_ngram_order=2)
     expected = oracle.corpus_score(answers, [references])
@@ -73,6 +89,12 @@ def test_bleu_is_sacrebleus_of_two_grams():
 ITEMS = [Item([{"role": "user", "content": text}], reference) for text, reference in (
     ("the cat", "the mat"), ("where is the rat and the hat?", "on the mat 垫子"), ("你好", "yes"))]
 SAMPLING = Sampling(max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, seed=5)
+
+
+@pytest.fixture
+def stub():
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +112,28 @@ def test_answers_do_not_depend_on_the_batch(assistant):
     skipped = answer_items(short, ITEMS, SAMPLING, 8)
     assert [one["is_skipped"] for one in skipped] == [False, True, False]
     assert skipped[0] == together[0] and skipped[1]["answer"] == ""
+
+
+def test_functions_that_a_row_offers_are_offered(assistant):
+    tools = [{"name": "find_hat", "description": "", "parameters": {}}]
+    with_tools = [Item(item.messages, item.reference, tools) for item in ITEMS]
+    assert read_items([Row([*ITEMS[0].messages, {"role": "assistant", "content": "the mat"}],
+                           tools)]) == with_tools[:1]
+    assert fingerprint(with_tools) != fingerprint(ITEMS) == fingerprint(list(ITEMS))
+    lengths = []
+    for items in (ITEMS, with_tools):
+        encode = assistant.template.encode_prompt
+        lengths.append([len(encode(item.messages, item.tools)) for item in items])
+        prompts = []
+        assistant.template.encode_prompt = lambda *given, to=prompts, by=encode: (
+            to.append(by(*given)) or to[-1])
+        answer_items(assistant, items, SAMPLING, 8)
+        del assistant.template.encode_prompt
+        assert [len(ids) for ids in prompts] == lengths[-1]
+    assert all(two > one + 20 for one, two in zip(*lengths, strict=True))
+    plain, told = (reference_losses(assistant, items, 2) for items in (ITEMS, with_tools))
+    assert all(one[1] == two[1] and abs(one[0] - two[0]) > 1e-3
+               for one, two in zip(plain, told, strict=True))
 
 
 def test_reference_losses_equal_transformers(assistant, tiny_chat_model_dir):
@@ -119,176 +163,41 @@ def test_differences_are_paired():
     assert found["exact_match"]["p_value"] == 1.0
 
 
-def test_names_of_models():
+def test_names_of_models(tmp_path):
+    (tmp_path / "c++").mkdir()
+    assert parse_model(f"a={tmp_path}/c++") == ("a", f"{tmp_path}/c++", None)
     assert parse_model("base=some/dir") == ("base", "some/dir", None)
     assert parse_model("tuned=dir+runs/a") == ("tuned", "dir", "runs/a")
-    for wrong in ("dir", "=dir", "a=", "a/b=dir"):
+    for wrong in ("dir", "=dir", "a=", "a/b=dir", "_a=dir"):
         with pytest.raises(UserError, match="write NAME=DIR"):
             parse_model(wrong)
 
 
-@pytest.mark.parametrize("text, verdict", [
-    ("Because.\nVerdict: 1", 1), ("**Verdict:** 2", 2), ("verdict - TIE", "tie"),
-    ("Verdict: 1? No.\nVerdict: 2", 2), ("The first.", None), ("Verdict: 12", None), ("", None),
-])
-def test_verdicts_are_read(text, verdict):
-    assert parse_verdict(text) == verdict
+ROWS = [{"instruction": "plain", "output": "the mat"},
+        {"instruction": "<script>alert(1)</script> 你好", "output": "</script><b>是"},
+        {"instruction": "the rat", "output": "the hat"}]
 
 
-class Stub(BaseHTTPRequestHandler):
-    """A judge that prefers the longer answer; for some questions it is ill first, or for good."""
-
-    def do_POST(self):
-        server, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
-        request = json.loads(body)
-        prompt = request["messages"][0]["content"]
-        question = re.search(r"\[Question\]\n(.*)\n", prompt)[1]
-        with server.lock:
-            server.requests.append((self.path, self.headers.get("Authorization"), request["model"],
-                                    question))
-            first_time = [one[3] for one in server.requests].count(question) <= 2
-        if question == "busy" and first_time:
-            return self.reply(429, b"", {"Retry-After": "0"})
-        if question == "broken" and first_time:
-            return self.reply(503, b"")
-        if question == "slow" and first_time:
-            time.sleep(0.6)
-        if question == "html" and first_time:
-            return self.reply(200, b"<html>")
-        if question == "down" and server.is_down:
-            return self.reply(500, b"")
-        if question == "refused":
-            return self.reply(401, b"")
-        first, second = re.search(r"\[Answer 1\]\n(.*)\n\n\[Answer 2\]\n(.*)\n", prompt).groups()
-        better = 1 if len(first) > len(second) else 2 if len(first) < len(second) else "tie"
-        text = {"nonsense": "I like both", "first": "Verdict: 1"}.get(question,
-                                                                      f"So.\nVerdict: {better}")
-        content = {"choices": [{"message": {"content": text}}]}
-        return self.reply(200, json.dumps(content).encode())
-
-    def reply(self, status, body, headers=()):
-        try:
-            self.send_response(status)
-            for name, value in {"Content-Length": len(body), **dict(headers)}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-        except OSError:
-            pass  # who asked has given up waiting
-
-    def log_message(self, *_):
-        pass
+def words_for(model_dir, tmp_path, *more):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    return ["compare", "--models", f"base={model_dir}", f"same={model_dir}", "--dataset",
+            tmp_path / "rows.json", "--max_new_tokens", 5, "--device", "cpu", "--dtype", "float32",
+            "--output_dir", tmp_path / "out", *more]
 
 
-@pytest.fixture
-def stub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    server.requests, server.lock, server.is_down = [], threading.Lock(), True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def run_here(monkeypatch, *words):
+    """The script in this process, for what the command line adds nothing to but time."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    script.main()
 
 
-def remote(stub, **settings):
-    return RemoteJudge(stub.url, "stub", "secret", **{"pause": 0.01, "timeout": 0.3, **settings})
-
-
-def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, tmp_path):
-    comparisons = [Comparison("plain", "a", "longer"), Comparison("busy", "longer", "b"),
-                   Comparison("broken", "same", "size"), Comparison("slow", "a", "longer"),
-                   Comparison("html", "a", "longer"), Comparison("nonsense", "a", "longer"),
-                   Comparison("first", "a", "longer")]
-    path, seen = tmp_path / "verdicts.jsonl", []
-    outcomes = judge(remote(stub), comparisons, path, seen.append)
-    # A judge that always takes the first place contradicts itself: that is a tie.
-    assert outcomes == ["win", "loss", "tie", "win", "win", None, "tie"]
-    assert sum(seen) == 14
-    assert {one[:3] for one in stub.requests} == {
-        ("/v1/chat/completions", "Bearer secret", "stub")}
-    asked = [one[3] for one in stub.requests]
-    assert asked.count("plain") == 2 and asked.count("busy") == asked.count("slow") == 4
-    before = len(asked)
-    assert judge(remote(stub), comparisons, path) == outcomes and len(stub.requests) == before
-    report = tally(outcomes)
-    assert (report["win"]["count"], report["tie"]["count"], report["loss"]["count"]) == (3, 2, 1)
-    assert report["unreadable"] == 1 and report["win"]["share"] == 0.5
-    low, high = report["win"]["interval"]
-    assert low < 0.5 < high
-
-
-def test_a_run_that_broke_goes_on_where_it_stopped(stub, tmp_path):
-    comparisons = [Comparison("plain", "a", "longer"), Comparison("down", "a", "longer")]
-    path = tmp_path / "verdicts.jsonl"
-    with pytest.raises(UserError, match="500 .*3 times.*--resume"):
-        judge(remote(stub, retries=2), comparisons, path)
-    assert len(path.read_text().splitlines()) == 2
-    with open(path, "a") as file:
-        file.write('{"key": "cut o')  # killed while it wrote
-    stub.is_down, stub.requests[:] = False, []
-    assert judge(remote(stub), comparisons, path) == ["win", "win"]
-    assert {one[3] for one in stub.requests} == {"down"}
-    assert all(json.loads(line) for line in path.read_text().splitlines())
-
-
-def test_a_judge_that_refuses_is_not_asked_again(stub, tmp_path):
-    with pytest.raises(UserError, match="401.*OPENAI_API_KEY"):
-        judge(remote(stub), [Comparison("refused", "a", "b")], tmp_path / "v.jsonl")
-    with pytest.raises(UserError, match="http"):
-        RemoteJudge("ftp://somewhere", "x", None)
-    with pytest.raises(UserError, match="--judge_url http://127.0.0.1:9"):
-        judge(RemoteJudge("http://127.0.0.1:9", "x", None, retries=1, pause=0.01),
-              [Comparison("plain", "a", "b")], tmp_path / "w.jsonl")
-
-
-def test_a_model_of_ours_as_judge(assistant, tmp_path):
-    ask = LocalJudge(assistant, "ours", 2)
-    texts = dict(ask(["Which?", "the cat", "you?"]))
-    expected = answer_items(assistant, [Item([{"role": "user", "content": "the cat"}], "")],
-                            Sampling(max_new_tokens=512, greedy=True), 1)
-    assert sorted(texts) == [0, 1, 2] and texts[1] == expected[0]["answer"]
-
-
-def test_the_cost_is_told_before():
-    comparisons = [Comparison("问题" * 100, "a" * 400, "b" * 400)] * 3
-    line = cost_line(comparisons, 2.0, 8.0)
-    assert line.startswith("judging: 6 requests, about ") and "at most 3,072 to write" in line
-    told = int(re.search(r"about ([\d,]+) tokens", line)[1].replace(",", ""))
-    assert 6 * (200 + 200) < told < 6 * (200 + 200 + 250)
-    assert f"{(told * 2 + 3072 * 8) / 1e6:.2f}" in line
-
-
-class Reader(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.texts = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-
-    def handle_data(self, text):
-        self.texts.append(text)
-
-
-def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path):
-    rows = [{"instruction": "plain", "output": "the mat"},
-            {"instruction": "<script>alert(1)</script> 你好", "output": "</script><b>是"},
-            {"instruction": "the rat", "output": "the hat"}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = ["compare", "--models", f"base={tiny_chat_model_dir}", f"same={tiny_chat_model_dir}",
-             "--dataset", tmp_path / "rows.json", "--max_new_tokens", 5, "--device", "cpu",
-             "--dtype", "float32", "--judge_model", "stub", "--judge_url", stub.url,
-             "--output_dir", tmp_path / "out"]
+def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path, monkeypatch, capsys):
+    words = words_for(tiny_chat_model_dir, tmp_path, "--judge_model", "stub", "--judge_url",
+                      stub.url)
     done = command(*words, script="eval.py")
     assert done.returncode == 0, done.stderr
     assert "judging: 6 requests" in done.stdout and "0 win, 3 tie, 0 loss" in done.stdout
+    assert "same less base: ROUGE-L +0.0 points (+0.0 to +0.0)" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["models"]) == {"base", "same"}
     assert results["models"]["base"] == results["models"]["same"]
@@ -296,24 +205,70 @@ def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path):
     assert (tmp_path / "out" / "report.png").stat().st_size > 1000
     assert len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == 3  # same texts
 
-    text = (tmp_path / "out" / "report.html").read_text()
-    assert text == page(results)
-    reader = Reader(text)
-    assert reader.tags.count("article") == 3 and reader.tags.count("script") == 1
-    assert not {"src", "href", "action"} & {name for name, _ in reader.attributes}
-    assert "url(" not in text and "@import" not in text and "default-src 'none'" in text
-    assert any("<script>alert(1)</script> 你好" in one for one in reader.texts)
-    assert any("</script><b>是" in one for one in reader.texts)
-
-    # Kept answers are taken as they are; other settings would not fit to them.
+    # Kept answers are taken as they are; other settings or questions would not fit to them.
     kept = tmp_path / "out" / "answers" / "same.json"
     content = json.loads(kept.read_text())
     content["answers"][0]["answer"] = "the mat"
     kept.write_text(json.dumps(content))
-    done = command(*words, "--resume", script="eval.py")
-    assert done.returncode == 0 and "exact match 33.3" in done.stdout
-    done = command(*words, "--resume", "--seed", 7, script="eval.py")
-    assert done.returncode == 2 and "seed 42, not 7" in done.stderr
+    run_here(monkeypatch, *words, "--resume")
+    assert "exact match 33.3" in capsys.readouterr().out
+    with pytest.raises(UserError, match="seed 42, not 7"):
+        run_here(monkeypatch, *words, "--resume", "--seed", 7)
+    (tmp_path / "rows.json").write_text(json.dumps([*ROWS[:2], {**ROWS[2], "output": "a hat"}]))
+    with pytest.raises(UserError, match="base.json: answers other questions"):
+        run_here(monkeypatch, *words, "--resume")
+
+
+def test_answers_of_an_earlier_run_are_not_mixed_in(tiny_chat_model_dir, tmp_path, monkeypatch):
+    words = words_for(tiny_chat_model_dir, tmp_path)
+    run_here(monkeypatch, *words)
+    kept = tmp_path / "out" / "answers" / "same.json"
+    kept.write_text(kept.read_text().replace('"answer": "', '"answer": "stale '))
+    # It is thrown away, and then the new run breaks before it comes to this model.
+    monkeypatch.setattr(script, "answers_of", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        run_here(monkeypatch, *words, "--overwrite_output_dir")
+    assert not (tmp_path / "out" / "results.json").exists()
+    monkeypatch.undo()
+    run_here(monkeypatch, *words, "--resume")
+    assert "stale" not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_what_is_wrong_is_said_before_anything_is_computed(
+    tiny_chat_model_dir, tmp_path, monkeypatch, capsys
+):
+    model, words = tiny_chat_model_dir, words_for(tiny_chat_model_dir, tmp_path)
+    monkeypatch.setattr(script, "answers_of", lambda *_: pytest.fail("computed"))
+    for more, said in (
+        (["--judge_model", tmp_path / "nowhere"], "nowhere: no such folder"),
+        (["--judge_model", f"{model}+{tmp_path}"], "there is no adapter_config.json"),
+        (["--judge_model", "x", "--judge_url", "localhost:80"], "neither http:// nor https://"),
+        (["--judge_model", "x", "--judge_url", "http://x", "--judge_template", "alpaca"],
+         "--judge_template is for a judge of ours"),
+        (["--judge_url", "http://x"], "--judge_url needs --judge_model"),
+        (["--models", f"a={model}", f"b={tmp_path / 'nowhere'}"], "nowhere: no such folder"),
+        (["--models", f"a={model}", f"a={model}"], "two have the same name"),
+        (["--top_p", "1.5"], "--top_p must be"), (["--resume", "--overwrite_output_dir"], "one of"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_here(monkeypatch, *words, *more)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    # Answers as long as the context: no question could be asked, so nothing is measured.
+    with pytest.raises(UserError, match="--max_new_tokens 20000: no question leaves room .* base's "
+                                        "context of 20000"):
+        run_here(monkeypatch, *words, "--max_new_tokens", 20000)
+
+
+def test_a_judge_that_fails_leaves_the_measures(tiny_chat_model_dir, stub, tmp_path, monkeypatch):
+    words = words_for(tiny_chat_model_dir, tmp_path, "--judge_model", "stub", "--judge_url",
+                      stub.url)
+    (tmp_path / "rows.json").write_text(json.dumps([{**ROWS[0], "instruction": "refused"}]))
+    with pytest.raises(UserError, match="401"):
+        run_here(monkeypatch, *words)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "judge" not in results and set(results["models"]) == {"base", "same"}
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_real_rows_become_items(shared_data):

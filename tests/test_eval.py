@@ -2,13 +2,22 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import command
 from scipy import stats
 
 from minisft.benchmarks import Question, Subject
-from minisft.choice_report import compare_with, read_rows, summarize, table, write_rows
+from minisft.choice_report import (
+    compare_with,
+    read_baseline,
+    read_finished,
+    read_rows,
+    summarize,
+    table,
+    write_rows,
+)
 from minisft.confidence import macro_interval, mcnemar, mean_interval, wilson
 from minisft.options import UserError
 
@@ -32,8 +41,15 @@ def test_intervals_and_tests_equal_scipy_and_the_known_ones():
         assert mcnemar(lost, gained) == pytest.approx(expected)
     low, high = macro_interval([(0.6, 1346)])
     assert (high - low) / (2 * 1.96) == pytest.approx(0.0134, abs=1e-4)  # 1.3 points
-    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    # Four parts of 100 are as good as one of 400, up to the moderation of the shares.
+    low, high = macro_interval([(0.5, 100)] * 4)
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / 400**0.5, abs=1e-3)
+    low, high = macro_interval([(1.0, 5), (1.0, 5)])
+    assert low == pytest.approx(1 - 1.96 * (6 / 49 / 5 / 2) ** 0.5, abs=1e-3) and high == 1
+    mean, low, high = mean_interval([1.0, 2.0, 3.0], 0, 4)
     assert (mean, high - mean) == (2.0, pytest.approx(1.96 / 3**0.5, abs=1e-3))
+    assert mean_interval([0.0, 1.0], 0, 1)[1:] == (0, 1)
+    assert mean_interval([0.25], -1, 1) == (0.25, -1, 1)
 
 
 def test_averages_over_subjects_and_over_questions():
@@ -53,26 +69,43 @@ def test_averages_over_subjects_and_over_questions():
 def test_repetitions_are_averaged_and_do_not_narrow_the_interval():
     subject = subject_of("law", 2)
     once = [row("0", "A", "A"), row("1", "A", "B")]
-    again = [row("0", "A", "A", run=1), row("1", "A", "A", run=1)]
+    again = [row("0", "A", "A", run=1), row("1", "A", "A", run=1) | {"is_cut": True}]
+    once[1]["is_cut"] = True
     summary = summarize([subject], {"law": once + again}, 1)
     assert summary["weighted"]["accuracy"] == 0.75
     assert summary["weighted"]["interval"] == wilson(0.75, 2)
     assert summary["macro_of_each_run"] == [0.5, 1.0]
+    assert (summary["num_questions"], summary["questions_cut"]) == (2, 1)
 
 
 def test_rows_come_back_and_are_paired_with_a_baseline(tmp_path):
-    rows = [row(str(n), "A", "AABB"[n]) for n in range(4)]
+    rows = [row(str(n), "A", "AABA"[n]) for n in range(4)]
     write_rows(tmp_path / "law.csv", [row(str(n), "A", "ABAB"[n]) for n in range(4)])
     assert [one["prediction"] for one in read_rows(tmp_path / "law.csv")] == list("ABAB")
     assert read_rows(tmp_path / "law.csv")[0] == row("0", "A", "A")
-    change = compare_with([subject_of("law", 4)], {"law": rows}, tmp_path)
-    assert (change["only_baseline_right"], change["only_this_right"]) == (1, 1)
-    assert (change["difference"], change["p_value"]) == (0.0, 1.0)
+    baseline = read_baseline([subject_of("law", 4)], tmp_path)
+    change = compare_with(baseline, {"law": [*rows, row("0", "A", "B", run=1)]})
+    assert (change["only_baseline_right"], change["only_this_right"]) == (1, 2)
+    assert (change["num_questions"], change["difference"], change["p_value"]) == (4, 0.25, 1.0)
     with pytest.raises(UserError, match="art.csv is not there"):
-        compare_with([subject_of("art", 1)], {"art": rows}, tmp_path)
+        read_baseline([subject_of("art", 1)], tmp_path)
+    other = replace(subject_of("law", 1), questions=[Question("9", "Q", ("",) * 4, "A")])
+    with pytest.raises(UserError, match="no question in common"):
+        read_baseline([other], tmp_path)
     (tmp_path / "law.csv").write_text("run,id\n0,1\n")
     with pytest.raises(UserError, match="not a subject's results"):
         read_rows(tmp_path / "law.csv")
+
+
+def test_rows_of_other_questions_are_not_gone_on_with(tmp_path):
+    path, law = tmp_path / "law.csv", subject_of("law", 2)
+    rows = [row(str(n), "A", "B", run=run) for run in range(2) for n in range(2)]
+    write_rows(path, rows)
+    assert read_finished(path, law, 2) == rows
+    for wrong in (rows[:3], [], rows[:2], [row("0", "B", "B"), *rows[1:]], [*rows[:3], rows[0]]):
+        write_rows(path, wrong)
+        with pytest.raises(UserError, match="law.csv: is not about the questions"):
+            read_finished(path, law, 2)
 
 
 @pytest.fixture
@@ -125,8 +158,8 @@ def test_a_run_its_resumption_and_two_processes(checkpoint, benchmark_dir, tmp_p
     assert done.returncode == 0 and "2 questions in 1 subjects" in done.stdout
     assert (rows_dir / "law.csv").read_text() == kept
     assert (rows_dir / "art.csv").read_text() == expected
-    done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--n_times", 2)
-    assert done.returncode == 2 and "n_times 1, not 2" in done.stderr
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--split", "dev")
+    assert done.returncode == 2 and "split val, not dev" in done.stderr
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = ceval(checkpoint, benchmark_dir, tmp_path / "two", "--n_times", 2,
@@ -148,12 +181,26 @@ def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, t
     assert "macro" not in summary and "template chatml" in summary["protocol"]
 
 
+def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchmark_dir, tmp_path):
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "out", "--baseline_dir", tmp_path / "none")
+    assert done.returncode == 2 and "art.csv is not there" in done.stderr
+    write_rows(tmp_path / "base" / "ceval-test" / "law.csv", [row("10", "A", "A")])
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "out", "--baseline_dir", tmp_path / "base",
+                 "--split", "test", "--subjects", "law, law")
+    assert done.returncode == 2 and "the answers of law are not told" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("words, said", [
     (["hellaswag"], "'hellaswag' is nothing to measure"),
     (["mmlu", "--model_name_or_path", "x"], "--data_dir"),
     (["cmmlu", "--data_dir", "x", "--model_name_or_path", "x", "--output_dir", "y", "--split",
       "val"], "CMMLU has test, dev"),
     (["ceval", "--data_di", "x"], "did you mean --data_dir"),
+    (["ceval", "--data_dir", "x", "--model_name_or_path", "x", "--output_dir", "y",
+      "--num_fewshot", "0", "--n_times", "2"], "--n_times repeats with other demonstrations"),
+    (["mmlu", "--data_dir", "x", "--model_name_or_path", "x", "--output_dir", "y", "--resume",
+      "--overwrite_output_dir"], "give one of them"),
 ])
 def test_mistakes_are_one_line(words, said):
     done = command(*words, script="eval.py")
@@ -163,3 +210,4 @@ def test_mistakes_are_one_line(words, said):
 def test_the_first_word_is_explained():
     done = command("--help", script="eval.py")
     assert done.returncode == 0 and "ceval, cmmlu, mmlu or compare" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100  # commands are broken as they are written

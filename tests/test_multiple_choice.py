@@ -1,16 +1,15 @@
 """multiple_choice.py, benchmarks.py: scores equal lm-evaluation-harness's on real files."""
 
+import itertools
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 
 from minisft.benchmarks import BENCHMARKS, LETTERS, Question, Subject, read_subjects
 from minisft.multiple_choice import (
@@ -55,10 +54,11 @@ def llama2_dir(shared_data, tmp_path_factory):
                        shared_data / "tokenizers" / "TinyLlama-1.1B-Chat-v0.6", 32000)
 
 
-@pytest.fixture(scope="module")
-def harness(shared_data, llama2_dir, tmp_path_factory):
+def harness(shared_data, llama2_dir, folder):
     """What lm-evaluation-harness finds, from task files that say the prompt in its own terms."""
-    folder = tmp_path_factory.mktemp("tasks")
+    from lm_eval_oracle import log_likelihoods as found_by_harness
+
+    (folder / "tasks").mkdir()
     headings = {"ceval": "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n",
                 "cmmlu": "以下是关于解剖学的单项选择题，请直接给出正确答案的选项。\n\n",
                 "mmlu": "The following are multiple choice questions (with answers) about anatomy."
@@ -70,19 +70,15 @@ def harness(shared_data, llama2_dir, tmp_path_factory):
         header = {"names": [question, *LETTERS, answer], "header": None} if name == "mmlu" else {}
         task = {
             "task": name, "dataset_path": "csv", "test_split": "rows", "fewshot_split": "dev",
-            "dataset_kwargs": {"data_files": files, **header},
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache"), **header},
             "fewshot_config": {"sampler": "first_n"}, "output_type": "multiple_choice",
             "description": headings[name], "doc_to_target": answer, "doc_to_choice": list(LETTERS),
             "doc_to_text": "题目：" * (name == "cmmlu") + "{{" + question + ".strip()}}\nA. {{A}}\n"
                            "B. {{B}}\nC. {{C}}\nD. {{D}}\n" + endings[name],
             "target_delimiter": delimiter,
         }
-        (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML too
-    words = [sys.executable, ROOT / "tests" / "lm_eval_oracle.py", llama2_dir, folder, "4096",
-             str(SAMPLES), "0", "5"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+        (folder / "tasks" / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML too
+    return found_by_harness(llama2_dir, folder / "tasks", (0, 5), 4096, SAMPLES)
 
 
 def first_questions(shared_data, name, num_fewshot, count=SAMPLES):
@@ -92,18 +88,16 @@ def first_questions(shared_data, name, num_fewshot, count=SAMPLES):
     return replace(subject, questions=subject.questions[:count])
 
 
-@pytest.mark.parametrize("num_fewshot", [0, 5])
-@pytest.mark.parametrize("name", list(FILES))
-def test_log_likelihoods_equal_lm_evaluation_harness(
-    harness, shared_data, llama2_dir, name, num_fewshot
-):
-    subject = first_questions(shared_data, name, num_fewshot)
-    prompts = Prompts(BENCHMARKS[name], Tokenizer.load(llama2_dir), max_length=4096)
-    rows = answer_subject(load_model(llama2_dir), prompts, subject, num_fewshot, batch_size=3)
-    ours = torch.tensor([[row[letter] for letter in LETTERS] for row in rows])
-    theirs = torch.tensor(harness[name][str(num_fewshot)])
-    assert ours.shape == (SAMPLES, 4) and {row["num_fewshot"] for row in rows} == {num_fewshot}
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+def test_log_likelihoods_equal_lm_evaluation_harness(shared_data, llama2_dir, tmp_path):
+    theirs, model = harness(shared_data, llama2_dir, tmp_path), load_model(llama2_dir)
+    for name, num_fewshot in itertools.product(FILES, (0, 5)):
+        subject = first_questions(shared_data, name, num_fewshot)
+        prompts = Prompts(BENCHMARKS[name], Tokenizer.load(llama2_dir), max_length=4096)
+        rows = answer_subject(model, prompts, subject, num_fewshot, batch_size=3)
+        ours = torch.tensor([[row[letter] for letter in LETTERS] for row in rows])
+        assert ours.shape == (SAMPLES, 4) and {row["num_fewshot"] for row in rows} == {num_fewshot}
+        torch.testing.assert_close(ours, torch.tensor(theirs[name][num_fewshot]), rtol=0, atol=1e-4,
+                                   msg=lambda text, at=(name, num_fewshot): f"{at}: {text}")
 
 
 def alone(model, ids, option):
@@ -157,6 +151,21 @@ def test_the_letter_is_the_token_of_its_place(llama2_dir):
     assert tokenizer.decode(prompt.ids) == (
         "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
         "一\nA. a\nB. b\nC. c\nD. d\n答案：")
+
+
+def test_a_tokenizer_without_the_letters_is_refused():
+    known = {"A": 1, "B": 2}
+    for letters in ({}, known, {**known, "C": 3}):
+        tokenizer = SimpleNamespace(add_bos_token=False, bos_token_id=None, encode=lambda text,
+                                    ids=letters: [ids.get(one, 0) for one in text])
+        question = Question("0", "一", ("a", "b", "c", "d"), "A")
+        prompts = Prompts(BENCHMARKS["ceval"], tokenizer)
+        if len(letters) == 3:  # one unknown letter is still told from the others
+            assert prompts.prompt(Subject("", "", "", []), [], question).options == [[1], [2], [3],
+                                                                                     [0]]
+            continue
+        with pytest.raises(UserError, match="does not tell the letters"):
+            prompts.prompt(Subject("", "", "", []), [], question)
 
 
 def test_demonstrations_that_find_no_room_are_dropped(tiny_tokenizer_dir):
@@ -214,18 +223,51 @@ def test_headers_mappings_and_zips(tmp_path, name, packed):
         with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
             for path in folder.rglob("*.*"):
                 archive.write(path, "inside/" + path.relative_to(folder).as_posix())
-            archive.writestr("__MACOSX/val/._law_val.csv", "junk")
+            archive.writestr("__MACOSX/test/._law_test.csv", "junk")
         folder = tmp_path / "data.zip"
     (subject,) = read_subjects(BENCHMARKS[name], folder, "test", num_fewshot=5)
     number = "0" if name == "mmlu" else "3"
     assert subject.questions == [Question(number, "Q", ("a", "b", "c", "d"), "B")]
     assert (subject.name, subject.group) == ("法学", "Humanities")
     assert subject.demonstrations == subject.questions
+    assert len(read_subjects(BENCHMARKS[name], folder, "test", 0, ["law", "law"])) == 1
+
+
+def test_a_damaged_zip_is_named(tmp_path):
+    folder = data_folder(tmp_path, HEADERS["ceval"] * 200)
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for one in sorted(folder.rglob("*.*")):
+            archive.write(one, one.relative_to(folder).as_posix())
+    whole = path.read_bytes()
+    place = whole.index(b"val/law_val.csv") + 30
+    encrypted = bytearray(whole)
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := encrypted.find(mark, at + 1)) >= 0:
+            encrypted[at + offset] |= 1
+    for content in (whole[:place] + bytes(30) + whole[place + 30 :], encrypted):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="data.zip.*download the zip again"):
+            read_subjects(BENCHMARKS["ceval"], path, "val")
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="neither a folder nor a zip"):
+        read_subjects(BENCHMARKS["ceval"], path, "val")
+
+
+def test_answers_that_are_kept_back_and_numbers_that_are_not_unique(tmp_path):
+    rows = "id,question,A,B,C,D,answer\n7,Q,a,b,c,d,\n7,R,a,b,c,d,\n"
+    (subject,) = read_subjects(BENCHMARKS["ceval"], data_folder(tmp_path, rows), "test")
+    assert [one.answer for one in subject.questions] == [None, None]
+    assert [one.id for one in subject.questions] == ["0", "1"]
+    with pytest.raises(UserError, match="law_dev.csv: has no answers"):
+        read_subjects(BENCHMARKS["ceval"], tmp_path / "data", "test", 1)
 
 
 @pytest.mark.parametrize("content, said", [
     ("id,question,A,B,C,answer\n0,Q,a,b,c,B\n", "column d is missing"),
     ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,E\n", "line 2: the answer is 'E'"),
+    ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,A\n1,Q,a,b,c,d,\n", "line 3: there is no answer"),
     ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d\n", "line 2: 6 columns where the first row has 7"),
     ("id,question,A,B,C,D,answer\n", "no questions"), ("", "no questions"),
     ("a,b\n", "but 2 columns"),
@@ -247,9 +289,10 @@ def test_what_is_missing_is_named(tmp_path):
     (folder / "dev" / "law_dev.csv").unlink()
     with pytest.raises(UserError, match="law has no demonstrations"):
         read_subjects(ceval, folder, "val", 1)
-    (folder / "subject_mapping.json").write_text("[]")
-    with pytest.raises(UserError, match="subject_mapping.json: expected"):
-        read_subjects(ceval, folder, "val", 0)
+    for wrong in ("[]", '{"law": ["Law"]}', '{"law": {"name": 3, "category": null}}', "[" * 9999):
+        (folder / "subject_mapping.json").write_text(wrong)
+        with pytest.raises(UserError, match="subject_mapping.json: expected"):
+            read_subjects(ceval, folder, "val", 0)
     (folder / "subject_mapping.json").unlink()
     with pytest.raises(UserError, match="what the subject law is called"):
         read_subjects(ceval, folder, "val", 0)

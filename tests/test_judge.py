@@ -1,0 +1,153 @@
+"""judge.py: verdicts, and a judge behind an address that may be ill, slow or far away."""
+
+import json
+import re
+
+import pytest
+from judge_stub import serving
+
+from minisft.assistant import Assistant
+from minisft.compare import Item, answer_items
+from minisft.generate import Sampling
+from minisft.judge import (
+    Comparison,
+    LocalJudge,
+    RemoteJudge,
+    cost_line,
+    judge,
+    outcome,
+    parse_verdict,
+    tally,
+)
+from minisft.options import UserError
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("Because.\nVerdict: 1", 1), ("**Verdict:** 2", 2), ("verdict - TIE", "tie"),
+    ("Verdict: 1? No.\nVerdict: 2", 2), ("The first.", None), ("Verdict: 12", None), ("", None),
+    ("Verdict: Answer 2.", 2), ("Verdict: [[1]]", 1), ("Verdict：1。因为它短", 1),
+    ("Verdict:2更好", 2),
+])
+def test_verdicts_are_read(text, verdict):
+    assert parse_verdict(text) == verdict
+
+
+def test_what_two_verdicts_mean():
+    # First with the baseline's answer in front, then with the other's.
+    expected = {(2, 1): "win", (2, "tie"): "win", ("tie", 1): "win", (1, 2): "loss",
+                (1, "tie"): "loss", ("tie", 2): "loss", ("tie", "tie"): "tie", (1, 1): "tie",
+                (2, 2): "tie", (None, 1): None, (2, None): None}
+    assert {pair: outcome(*pair) for pair in expected} == expected
+    always_first = tally([(1, 1)] * 9 + [(2, 1)])
+    assert always_first["contradicting"] == 9 and always_first["tie"]["count"] == 9
+    assert always_first["first_place"] == 19 / 20
+    fair = tally([(2, 1), (1, 2), ("tie", "tie"), (None, 1), (None, 2)])
+    assert fair["first_place"] == 0.5 and (fair["contradicting"], fair["unreadable"]) == (0, 2)
+    assert tally([(None, None)])["first_place"] is None
+
+
+@pytest.fixture
+def stub():
+    with serving() as server:
+        yield server
+
+
+def remote(stub, **settings):
+    return RemoteJudge(stub.url, "stub", "secret\n", **{"pause": 0.01, "timeout": 0.3, **settings})
+
+
+def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, tmp_path):
+    comparisons = [Comparison("plain", "a", "longer"), Comparison("busy", "longer", "b"),
+                   Comparison("broken", "same", "size"), Comparison("slow", "a", "longer"),
+                   Comparison("html", "a", "longer"), Comparison("nonsense", "a", "longer"),
+                   Comparison("first", "a", "longer")]
+    path, seen, written = tmp_path / "verdicts.jsonl", [], []
+
+    def advance(count):
+        seen.append(count)
+        written.append(path.read_text().count("\n") if path.exists() else 0)
+
+    verdicts = judge(remote(stub), comparisons, path, advance)
+    assert written == list(range(15))  # on disk as soon as it is known
+    outcomes = [outcome(*pair) for pair in verdicts]
+    # A judge that always takes the first place contradicts itself: that is a tie.
+    assert outcomes == ["win", "loss", "tie", "win", "win", None, "tie"]
+    assert sum(seen) == 14
+    assert {one[:3] for one in stub.requests} == {
+        ("/v1/chat/completions", "Bearer secret", "stub")}
+    asked = [one[3] for one in stub.requests]
+    assert asked.count("plain") == 2 and asked.count("busy") == asked.count("slow") == 4
+    before = len(asked)
+    assert judge(remote(stub), comparisons, path) == verdicts and len(stub.requests) == before
+    another = remote(stub)
+    another.name = "another"
+    assert judge(another, comparisons[:1], path) == verdicts[:1]
+    assert len(stub.requests) == before + 2  # what one judge said is not what another says
+    report = tally(verdicts)
+    assert (report["win"]["count"], report["tie"]["count"], report["loss"]["count"]) == (3, 2, 1)
+    assert report["unreadable"] == 1 and report["win"]["share"] == 0.5
+    low, high = report["win"]["interval"]
+    assert low < 0.5 < high
+
+
+def test_a_run_that_broke_goes_on_where_it_stopped(stub, tmp_path):
+    comparisons = [Comparison("plain", "a", "longer"), Comparison("down", "a", "longer")]
+    path = tmp_path / "verdicts.jsonl"
+    with pytest.raises(UserError, match="500 .*3 times.*--resume"):
+        judge(remote(stub, retries=2), comparisons, path)
+    assert len(path.read_text().splitlines()) == 2
+    with open(path, "a") as file:
+        file.write('{"key": "cut o')  # killed while it wrote
+    stub.is_down, stub.requests[:] = False, []
+    assert judge(remote(stub), comparisons, path) == [(2, 1), (2, 1)]
+    assert {one[3] for one in stub.requests} == {"down"}
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_server_says_how_long_to_wait_up_to_a_minute(stub, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("minisft.judge.time.sleep", pauses.append)
+    prompt, _ = Comparison("patient", "a", "longer").prompts()
+    assert parse_verdict(remote(stub).ask(prompt)) == 2 and pauses == [60, 60]
+    pauses.clear()
+    prompt, _ = Comparison("broken", "a", "longer").prompts()  # which says nothing of it
+    assert parse_verdict(remote(stub, pause=3).ask(prompt)) == 2 and pauses == [3, 6]
+
+
+def test_a_judge_that_refuses_is_not_asked_again(stub, tmp_path):
+    with pytest.raises(UserError, match='401.*"no such key".*OPENAI_API_KEY'):
+        judge(remote(stub), [Comparison("refused", "a", "b")], tmp_path / "v.jsonl")
+    with pytest.raises(UserError, match="not a chat completion"):
+        judge(remote(stub, retries=0), [Comparison("elsewhere", "a", "b")], tmp_path / "u.jsonl")
+    assert {one[1] for one in stub.requests if one[0] == "/other"} == {None}
+    with pytest.raises(UserError, match="http"):
+        RemoteJudge("ftp://somewhere", "x", None)
+    with pytest.raises(UserError, match="--judge_url: has a space"):
+        RemoteJudge("http://some where", "x", None)
+    with pytest.raises(UserError, match="OPENAI_API_KEY: has a space, or") as error:
+        RemoteJudge(stub.url, "x", "geheim–1")
+    assert "geheim" not in str(error.value)
+    with pytest.raises(UserError, match="--judge_url http://127.0.0.1:9"):
+        judge(RemoteJudge("http://127.0.0.1:9", "x", None, retries=1, pause=0.01),
+              [Comparison("plain", "a", "b")], tmp_path / "w.jsonl")
+
+
+def test_a_model_of_ours_as_judge(tiny_chat_model_dir):
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32")
+    ask = LocalJudge(assistant, "ours", 2)
+    texts = dict(ask(["Which?", "the cat", "you?"]))
+    expected = answer_items(assistant, [Item([{"role": "user", "content": "the cat"}], "")],
+                            Sampling(max_new_tokens=512, greedy=True), 1)
+    assert sorted(texts) == [0, 1, 2] and texts[1] == expected[0]["answer"]
+    short = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=40)
+    texts = dict(LocalJudge(short, "ours", 2)(["the cat " * 30]))
+    assert texts == {0: "(no room in the context)"}
+
+
+def test_the_cost_is_told_before():
+    comparisons = [Comparison("问题" * 100, "a" * 400, "b" * 400)] * 3
+    line = cost_line(comparisons, 2.0, 8.0)
+    assert line.startswith("judging: 6 requests, about ") and "at most 3,072 to write" in line
+    told = int(re.search(r"about ([\d,]+) tokens", line)[1].replace(",", ""))
+    assert 6 * (200 + 200) < told < 6 * (200 + 200 + 250)
+    assert f"{(told * 2 + 3072 * 8) / 1e6:.2f}" in line
