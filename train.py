@@ -6,12 +6,15 @@
     torchrun --nproc_per_node 2 train.py ...     # the same on two GPUs or processes
 
 The whole training loop is in `train` below: for every optimizer step it adds up the loss of the
-supervised tokens over micro-batches and processes, divides once by their number, clips, steps.
+supervised tokens (or of rows with several answers, --stage rm and dpo) over micro-batches and
+processes, divides once by their number, clips, steps.
 """
 
 import math
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from minisft.options import (
@@ -28,16 +31,16 @@ from minisft.training_options import parse_options
 
 def load_data(options, tokenizer, template, config, say):
     """(Batches to train on, held-out examples or None). Mistakes in the rows are found here."""
-    from minisft import batching, dataset
+    from minisft import batching, dataset, encoding
 
-    plain_text = options.stage == "pt"
+    plain_text, ranking = options.stage == "pt", options.stage in ("rm", "dpo")
     flag = "block_size" if plain_text else "cutoff_len"
     limit = min(getattr(options, flag), config.context_length)
     if limit < getattr(options, flag):
         say(f"--{flag}: {limit} tokens, which is the context that the model is made for")
     skipped = [] if options.skip_bad_rows else None
-    reading = dict(dataset_dir=options.dataset_dir, plain_text=plain_text, skipped=skipped,
-                   seed=options.seed, say=say)
+    reading = dict(dataset_dir=options.dataset_dir, plain_text=plain_text, ranking=ranking,
+                   skipped=skipped, seed=options.seed, say=say)
     rows = dataset.open_rows(options.dataset or options.train_dir, **reading)
     rows, held_out = rows[: options.max_samples], None
     if options.eval_dataset or options.valid_dir:
@@ -54,6 +57,8 @@ def load_data(options, tokenizer, template, config, say):
         settings["packing"] = options.packing
         batches = batching.batches_of_texts(rows, tokenizer, limit, **settings)
     else:
+        if ranking:  # a reward is that of a whole conversation
+            settings["encode"] = partial(encoding.encode_rankings, whole=options.stage == "rm")
         batches = batching.batches_of_rows(rows, template, limit, **settings)
     return batches, held_out and batches.held_out(held_out, say)
 
@@ -65,25 +70,31 @@ def load_trainable(options, model_dir, dtype, device):
     from minisft.config import ModelConfig
     from minisft.lora import LINEAR_NAMES, LoraConfig, add_lora, resume_lora
     from minisft.model import CausalLM
+    from minisft.reward import load_reward_model
     from minisft.weights import load_adapter, load_model, resolve
+
+    load, head = load_model, ()
+    if options.stage == "rm":
+        load, head = load_reward_model, ("score",)
 
     if options.train_from_scratch:
         model = CausalLM(ModelConfig.load(model_dir))
         model.initialize(torch.Generator().manual_seed(options.seed))
         return model.to(device), None
     if options.finetuning_type == "full":
-        return load_model(model_dir, torch.float32, device).requires_grad_(True), None
-    model = load_model(model_dir, dtype, device, options.quantization_bit)
+        return load(model_dir, torch.float32, device).requires_grad_(True), None
+    model = load(model_dir, dtype, device, options.quantization_bit)
     if options.adapter:
         adapter_dir = resolve(options.adapter, "adapter_config.json")
         config = load_adapter(model, adapter_dir, options.lora_dropout)
+        config.modules_to_save = tuple(dict.fromkeys((*config.modules_to_save, *head)))
         resume_lora(model, config)
         return model, config
     targets = listed(options.lora_target)
     config = LoraConfig(
         rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
         target_modules=LINEAR_NAMES if targets == ("all",) else targets,
-        use_rslora=options.use_rslora, modules_to_save=listed(options.modules_to_save),
+        use_rslora=options.use_rslora, modules_to_save=(*listed(options.modules_to_save), *head),
     )
     add_lora(model, config)
     return model, config
@@ -109,9 +120,9 @@ def train(run, batches, eval_examples, template=None):
             set_learning_rate(run.optimizer, rate)
             parts = batching.micro_batches(examples, options.per_device_train_batch_size,
                                            rank, world_size)
-            loss_sum, num_targets, grad_norm = train_step(
+            sums, total, grad_norm = train_step(
                 run, [run.collate(part, run.device) for part in parts])
-            progress.add(loss_sum, num_targets, sum(len(example.ids) for example in examples))
+            progress.add(sums, total, sum(len(example.ids) for example in examples))
             if due(run, options.logging_steps):
                 progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
             if due(run, run.steps_per_epoch) and (report := batches.take_report()):
@@ -151,26 +162,25 @@ def due(run, every):
 def train_step(run, batches):
     """One optimizer step over this process's micro-batches.
 
-    Returns this process's summed loss, the number of tokens it was summed over on all processes,
-    and the norm of the gradient before clipping.
+    Returns {figure: sum} of this process, the number of tokens (or rows of preferences) that all
+    processes' sums are over, and the norm of the gradient before clipping.
     """
     import torch
 
     from minisft import parallel
-    from minisft.objective import next_token_loss
 
     run.model.train()
     # The loss of a step is the mean over all its supervised tokens, so they are counted first.
-    mine = sum(int(supervised[:, 1:].sum()) for _, supervised, _ in batches)
-    (num_targets,) = parallel.sum_over_processes([mine], run.device)
-    total = 0.0
+    totals = parallel.sum_over_processes(run.objective.count(batches), run.device)
+    total, sums = totals[0], Counter()
     for index, batch in enumerate(batches):
         with parallel.gradient_sync(run.wrapped, index == len(batches) - 1):
             with run.autocast:
-                loss_sum, _ = next_token_loss(run.wrapped, *batch, logits=run.model.logits)
+                found = run.objective(run.wrapped, batch, totals)
             # DDP takes the mean over processes; the gradient wanted is that of their sum.
-            run.scaler.scale(loss_sum * (parallel.world_size() / max(1, num_targets))).backward()
-        total = total + loss_sum.detach()
+            loss = found["loss"] * (parallel.world_size() / max(1, total))
+            run.scaler.scale(loss).backward()
+        sums.update({name: value.detach() for name, value in found.items()})
 
     run.scaler.unscale_(run.optimizer)
     trained = [one for group in run.optimizer.param_groups for one in group["params"]]
@@ -185,26 +195,25 @@ def train_step(run, batches):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    return total, num_targets, grad_norm
+    return sums, total, grad_norm
 
 
 def evaluate(run, examples, template):
-    """Log the loss on held-out rows, and remember the step if it is the best.
+    """Log the figures of held-out rows, and remember the step if it is the best.
 
     With --eval_exact_match also the share of them that the model answers as they do.
     """
     from minisft.exact_match import exact_match
-    from minisft.objective import mean_loss
 
-    began, batch_size, right = time.monotonic(), run.options.per_device_eval_batch_size, None
+    began, batch_size = time.monotonic(), run.options.per_device_eval_batch_size
     with run.autocast:
-        loss = mean_loss(run.model, examples, batch_size, run.collate)
+        figures = run.objective.evaluate(examples, batch_size, run.collate)
         if run.options.eval_exact_match:
-            right = exact_match(run.model, examples, template, batch_size)
-    run.progress.record_evaluation(loss, time.monotonic() - began, right)
+            figures["exact_match"] = exact_match(run.model, examples, template, batch_size)
+    run.progress.record_evaluation(figures, time.monotonic() - began)
     run.best["evaluations_since"] += 1
-    if loss < run.best["loss"]:
-        run.best = {"step": run.progress.step, "loss": loss, "evaluations_since": 0}
+    if figures["loss"] < run.best["loss"]:
+        run.best = {"step": run.progress.step, "loss": figures["loss"], "evaluations_since": 0}
 
 
 def early(run):
@@ -225,7 +234,7 @@ def main():
 
     import torch
 
-    from minisft import checkpoint, parallel
+    from minisft import checkpoint, parallel, preference
     from minisft.config import ModelConfig
     from minisft.quantize import count_parameters
     from minisft.run import Run
@@ -241,12 +250,13 @@ def main():
             "--dtype float32 is faster here")
     model_dir = resolve(options.model_name_or_path)
     config, tokenizer, template = ModelConfig.load(model_dir), Tokenizer.load(model_dir), None
-    if options.stage == "sft":
+    if options.stage != "pt":
         template = get_template(options.template, tokenizer, options.default_system)
         say(f"template: {template.name}")
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
     for example in batches.first(options.show_samples if template else 0):
-        say(template.show(example.ids.tolist(), example.supervised.tolist()) + "\n")
+        for text in example.texts():
+            say(template.show(text.ids.tolist(), text.supervised.tolist()) + "\n")
 
     torch.manual_seed(options.seed)
     model, lora_config = load_trainable(options, model_dir, dtype, device)
@@ -262,7 +272,10 @@ def main():
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
     if parallel.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-    run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed)
+    objective = None
+    if options.stage in ("rm", "dpo"):
+        objective = preference.build(options, model, batches, eval_examples, dtype, say)
+    run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed, objective)
     if parallel.rank() == 0:  # only now that nothing speaks against the run
         checkpoint.remove_others(output_dir, resumed, run.progress.step)
         save_options(options, output_dir / "options.toml")

@@ -43,9 +43,13 @@ def _check_learnable(examples):
                         "--cutoff_len")
 
 
-def batches_of_rows(rows, template, cutoff_len, vocab_size=None, seed=0, num_workers=0):
-    """The Batches of conversations; UserError if rows from all over have nothing to learn."""
-    encode = partial(encode_rows, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
+def batches_of_rows(rows, template, cutoff_len, vocab_size=None, seed=0, num_workers=0,
+                    encode=encode_rows):
+    """The Batches of conversations; UserError if rows from all over have nothing to learn.
+
+    encode: of encoding.py, what makes Examples of rows: `encode_rows` or `encode_rankings`.
+    """
+    encode = partial(encode, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
     sample = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
     _check_learnable(encoded(rows, encode, sample)[0])
     return Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()))

@@ -15,13 +15,13 @@ import json
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from minisft.dataset_info import FILE_NAME, find_sources
-from minisft.formats import BadRow, conversation, sharegpt, text_of
+from minisft.formats import BadRow, conversation, ranking, sharegpt, text_of
 from minisft.options import OptionParser, UserError, run
 from minisft.records import open_records
 
@@ -39,6 +39,7 @@ class Row:
     tools: list | None = None
     source: str = ""
     index: int = 0  # in its file, from 0, counting broken rows too
+    worse: list = field(default_factory=list)  # conversations that end less well, in their order
 
 
 class Rows(Sequence):
@@ -94,7 +95,8 @@ class _File:
 
     records: object
     description: object  # of its columns, or None
-    plain_text: bool
+    plain_text: bool = False
+    ranking: bool = False
 
     def read(self, index):
         """The Row (or str) of a record; BadRow names file and row."""
@@ -105,6 +107,9 @@ class _File:
                 return self._text(record)
             if self.description:
                 record = self.description.rename(record)
+            if self.ranking:
+                (best, *worse), tools = ranking(record)
+                return Row(best, tools, str(path), index, worse)
             return Row(*conversation(record), source=str(path), index=index)
         except BadRow as error:
             raise BadRow(f"{path}, {self.records.place(index)}: {error}") from error
@@ -115,17 +120,19 @@ class _File:
         return text_of(self.description.text(record) if self.description else record)
 
 
-def open_rows(dataset, dataset_dir="data", plain_text=False, skipped=None, seed=0, say=print):
+def open_rows(dataset, dataset_dir="data", plain_text=False, ranking=False, skipped=None, seed=0,
+              say=print):
     """The rows of the data sets that `dataset` names (see dataset_info.py), in their order.
 
     plain_text: texts for --stage pt, each line of a .txt file and each "text" of a JSON file.
+    ranking: rows with several answers, for --stage rm and dpo; `Row.worse` has all but the best.
     skipped: a list to which a message goes for each broken row, which is then left out; without it
     the first one is a UserError. Files above CHECKED_BYTES are only checked as they are read.
     seed: of the choice of rows where an entry asks for a number of them. say: told what is special.
     """
     parts = []
-    for source in find_sources(dataset, dataset_dir, plain_text):
-        files = [_File(open_records(path, plain_text), source.description, plain_text)
+    for source in find_sources(dataset, dataset_dir, plain_text, ranking):
+        files = [_File(open_records(path, plain_text), source.description, plain_text, ranking)
                  for path in source.paths]
         rows = sum_of([_checked(Rows([file], None, skipped is not None), skipped)
                        for file in files])

@@ -24,6 +24,7 @@ FILE_NAME = "dataset_info.json"
 COLUMNS = {
     "prompt": "instruction", "query": "input", "response": "output", "history": "history",
     "messages": "conversations", "system": "system", "tools": "tools",
+    "chosen": "chosen", "rejected": "rejected",
 }
 DEFAULT_COLUMNS = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
@@ -79,7 +80,8 @@ class Description:
         """A row with the columns and speakers that formats.py knows, and no others."""
         if not isinstance(record, dict):
             return record
-        missing = [self.columns[role] for role in ("prompt", "response", "messages")
+        missing = [self.columns[role]
+                   for role in ("prompt", "response", "messages", "chosen", "rejected")
                    if role in self.columns and self.columns[role] not in record]
         if missing:
             found = ", ".join(map(str, record)) or "none"
@@ -87,9 +89,12 @@ class Description:
                          f"the columns are {found}")
         renamed = {COLUMNS[role]: record[column] for role, column in self.columns.items()
                    if column in record}
-        turns = renamed.get("conversations")
-        if isinstance(turns, list):
-            renamed["conversations"] = [self._turn(turn) for turn in turns]
+        for column in ("conversations", "chosen", "rejected"):
+            turns = renamed.get(column)
+            if isinstance(turns, list):
+                renamed[column] = [self._turn(turn) for turn in turns]
+            elif isinstance(turns, dict):
+                renamed[column] = self._turn(turns)
         return renamed
 
     def text(self, record):
@@ -118,11 +123,11 @@ class Description:
         return {"from": speakers[speaker], "value": turn.get(content), **calls}
 
 
-def find_sources(dataset, dataset_dir="data", plain_text=False, say=print):
+def find_sources(dataset, dataset_dir="data", plain_text=False, ranking=False):
     """The data sets that `--dataset` names, separated by commas -> list of Source.
 
     A name is a file, else an entry of `dataset_dir`/dataset_info.json, else a folder. plain_text:
-    for --stage pt, where .txt files of a folder count too. say: told about what is not read.
+    for --stage pt, where .txt files of a folder count too. ranking: for --stage rm and dpo.
     UserError says what a name that is none of these may have meant.
     """
     sources = []
@@ -131,7 +136,8 @@ def find_sources(dataset, dataset_dir="data", plain_text=False, say=print):
         if Path(name).is_file():
             sources.append(Source(name, [Path(name)]))
         elif name in entries:
-            sources.append(_registered(name, entries[name], Path(dataset_dir), plain_text))
+            sources.append(_registered(name, entries[name], Path(dataset_dir), plain_text,
+                                       ranking))
         elif Path(name).is_dir():
             sources.append(Source(name, data_files(name, plain_text)))
         else:
@@ -176,7 +182,7 @@ def _meant(name, entries):
     return f" or folder, and no data set of this name in {FILE_NAME} (see --dataset_dir)"
 
 
-def _registered(name, entry, dataset_dir, plain_text):
+def _registered(name, entry, dataset_dir, plain_text, ranking):
     place = f"{dataset_dir / FILE_NAME}, {name}"
     if not isinstance(entry, dict):
         raise UserError(f"{place}: must be an object")
@@ -184,7 +190,8 @@ def _registered(name, entry, dataset_dir, plain_text):
         if close := difflib.get_close_matches(key, ENTRY_KEYS, n=1, cutoff=0.8):
             raise UserError(f"{place}: unknown key '{key}'; did you mean '{close[0]}'?")
     columns = _object(place, entry, "columns") if "columns" in entry else None
-    if entry.get("ranking") or any(role in (columns or {}) for role in JUDGED):
+    judged = [role for role in JUDGED if role in (columns or {})]
+    if "kto_tag" in judged or (entry.get("ranking") or judged) and not ranking:
         raise UserError(f"{place}: {PREFERENCE_DATA}")
     if media := [role for role in MEDIA if role in (columns or {})]:
         raise UserError(f"{place}: has {' and '.join(media)}; only text is learned here")
@@ -215,14 +222,17 @@ def _description(name, place, entry, columns, plain_text):
                                ("tag", tags, DEFAULT_TAGS["sharegpt"])):
         for key in given.keys() - known.keys():
             raise UserError(f"{place}: unknown {kind} '{key}'; known are {', '.join(known)}")
-    needed = ("prompt",) if plain_text else ("prompt", "response")
-    for role in needed if formatting == "alpaca" else ("messages",):
+    answers = ("chosen", "rejected") if {"chosen", "rejected"} & columns.keys() else ()
+    needed = ("messages", *answers)
+    if formatting == "alpaca":
+        needed = ("prompt",) if plain_text else ("prompt", *(answers or ("response",)))
+    for role in needed:
         if columns.get(role) is None:
             hint = "; text without answers is for --stage pt" if role == "response" else ""
             raise UserError(f"{place}: columns must name '{role}'{hint}")
     used = ("prompt", "query", "response", "history") if formatting == "alpaca" else ("messages",)
     columns = {role: column for role, column in columns.items()
-               if column is not None and role in (*used, "system", "tools")}
+               if column is not None and role in (*used, "system", "tools", "chosen", "rejected")}
     return Description(name, columns, tags)
 
 

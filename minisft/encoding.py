@@ -16,12 +16,19 @@ from minisft.options import UserError
 class Example:
     """One row: token ids (T,) int32 and whether each is to be learned (T,) bool.
 
-    lengths: of the texts in it that are not to see each other; None for a single one.
+    lengths: of the texts in it that are not to see each other; None for a single one. Answers to
+    compare, each behind its prompt, are such texts, the best first.
     """
 
     ids: np.ndarray
     supervised: np.ndarray
     lengths: list | None = None
+
+    def texts(self):
+        """Its texts as Examples of their own."""
+        ends = np.cumsum(self.lengths or [len(self.ids)])[:-1]
+        return [Example(*one) for one in zip(np.split(self.ids, ends),
+                                             np.split(self.supervised, ends), strict=True)]
 
 
 @dataclass
@@ -31,6 +38,7 @@ class EncodeReport:
     num_rows: int = 0
     num_cut: int = 0
     num_dropped: int = 0
+    num_long: int = 0  # left out because they would have to be cut
     broken: list = field(default_factory=list)  # a message each
 
     def add(self, other):
@@ -38,11 +46,12 @@ class EncodeReport:
         self.num_rows += other.num_rows
         self.num_cut += other.num_cut
         self.num_dropped += other.num_dropped
+        self.num_long += other.num_long
         self.broken += other.broken
 
     def __bool__(self):
         """Whether anything happened to any row."""
-        return bool(self.num_cut or self.broken)
+        return bool(self.num_cut or self.num_long or self.broken)
 
     def __str__(self):
         """A line for people."""
@@ -50,6 +59,9 @@ class EncodeReport:
         if self.num_cut:
             said.append(f"{self.num_cut} of {self.num_rows} rows cut to the length limit, "
                         f"{self.num_dropped} dropped because no answer was left")
+        if self.num_long:
+            said.append(f"{self.num_long} of {self.num_rows} rows left out: longer than the length "
+                        "limit")
         if self.broken:
             said.append(f"{len(self.broken)} broken rows left out, the first: {self.broken[0]}")
         return "; ".join(said)
@@ -77,6 +89,55 @@ def encode_rows(rows, template, cutoff_len, vocab_size=None):
         else:
             report.num_dropped += 1
     return examples, report
+
+
+def encode_rankings(rows, template, cutoff_len, vocab_size=None, whole=False):
+    """Rows with several answers -> (list of Example with a text for each, EncodeReport).
+
+    Supervised is what follows the messages that all conversations of a row begin with. A row is
+    dropped where the limit leaves nothing of an answer. whole: also where it cuts one, since what
+    is then at the end is not what there was to judge.
+    """
+    examples, report = [], EncodeReport()
+    for row in rows:
+        conversations = [row.messages, *row.worse]
+        common = _common(conversations)
+        try:
+            texts = [_answer_alone(template, messages, row.tools, common)
+                     for messages in conversations]
+            check_vocabulary([max(text.ids) for text in texts], vocab_size)
+        except UserError as error:
+            raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
+        is_cut = any(len(text.ids) > cutoff_len for text in texts)
+        report.num_rows += 1
+        if is_cut and whole:
+            report.num_long += 1
+            continue
+        report.num_cut += is_cut
+        if not all(text.supervised[1:cutoff_len].any() for text in texts):
+            report.num_dropped += 1
+            continue
+        examples.append(Example(np.concatenate([text.ids[:cutoff_len] for text in texts]),
+                                np.concatenate([text.supervised[:cutoff_len] for text in texts]),
+                                [min(len(text.ids), cutoff_len) for text in texts]))
+    return examples, report
+
+
+def _common(conversations):
+    """How many messages all conversations begin with, of each at least the last one left."""
+    count, most = 0, min(map(len, conversations)) - 1
+    while count < most and all(one[count] == conversations[0][count] for one in conversations):
+        count += 1
+    return count
+
+
+def _answer_alone(template, messages, tools, start):
+    """The Example of a conversation in which the answers before message `start` are not learned."""
+    ids, supervised = (np.asarray(one) for one in template.encode(messages, tools))
+    answers = sum(message["role"] == "assistant" for message in messages[:start])
+    begins = np.flatnonzero(np.diff(supervised, prepend=False) & supervised)
+    supervised[: begins[answers]] = False  # a run for every answer
+    return Example(ids.astype(np.int32), supervised)
 
 
 def encode_texts(texts, tokenizer, block_size, vocab_size=None, packing=False):

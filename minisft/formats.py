@@ -7,6 +7,11 @@
     openai     messages: [{"role": "user", "content": ...}, {"role": "assistant", ...}], tools
     firefly    kind, input, target
 
+    conversations, tools = ranking({"prompt": "Add 1 2.", "chosen": "3", "rejected": "4"})
+
+Rows of preferences have one of the first three forms, and beside it `chosen` and `rejected` (texts,
+turns, or lists of turns), or in alpaca's a list of answers as `output`, the best first.
+
 Which format a row has, its columns say; other columns are not read. A conversation is a list of
 {"role": "system" | "user" | "assistant" | "tool", "content": str}. A user message may carry
 Alpaca's "input", an assistant message "tool_calls": [{"name": str, "arguments": dict}].
@@ -22,7 +27,11 @@ KNOWN_FORMATS = (
 )
 PREFERENCE_DATA = (
     "preference data (several answers to compare) do not say which single answer to learn; "
-    "give a file with one answer to each prompt"
+    "give a file with one answer to each prompt, or learn to prefer with --stage dpo or rm"
+)
+NO_PREFERENCE = (
+    "there is nothing to prefer: --stage rm and dpo need the columns chosen and rejected, or a "
+    "list of at least two answers as output"
 )
 ROLES = {
     "system": "system",
@@ -62,18 +71,77 @@ def conversation(record):
     if "instruction" in record:
         messages = _alpaca(record)
     elif "conversations" in record or "messages" in record:
-        messages = _turns(record)
+        messages = _turns(record, "conversations" if "conversations" in record else "messages")
     elif "target" in record or {"kind", "input"} <= record.keys():
         messages = _exchange(_string(record, "input"), "", _string(record, "target"))
     else:
         raise BadRow(_unknown_columns(record))
-    # A blank system prompt is as good as none: the template's own holds.
-    messages = [message for message in _system(record) + messages
-                if message["role"] != "system" or message["content"].strip()]
-    tools = _tools(record)
+    messages, tools = _with_system(record, messages), _tools(record)
     _check_order(messages)
     _check_unicode([messages, tools])
     return messages, tools
+
+
+def ranking(record):
+    """One parsed row of preferences -> (conversations, the best first, and tools or None).
+
+    Each is a list of messages; they differ in their last answer, or in all that follows a common
+    beginning. BadRow says why there is nothing to compare.
+    """
+    record = _columns(record)
+    if "chosen" in record and "rejected" in record:
+        answers = {name: _answer(name, record[name]) for name in ("chosen", "rejected")}
+        # The chosen conversation may be given whole; what stands in "prompt" is then in it.
+        whole = any(answer[0]["role"] != "assistant" for answer in answers.values())
+        prompt = [] if whole else _prompt(record)
+    elif isinstance(record.get("output"), list):
+        if len(record["output"]) < 2:
+            raise BadRow(NO_PREFERENCE)
+        answers = {f"answer {number} of output": answer
+                   for number, answer in enumerate(record["output"], start=1)}
+        answers = {name: _answer(name, answer) for name, answer in answers.items()}
+        prompt = _alpaca_prompt(record)
+    else:
+        raise BadRow(NO_PREFERENCE)
+    tools, conversations = _tools(record), []
+    for name, answer in answers.items():
+        messages = _with_system(record, prompt + answer)
+        try:
+            _check_order(messages)
+        except BadRow as error:
+            raise BadRow(f"with {name}: {error}") from error
+        conversations.append(messages)
+    _check_unicode([conversations, tools])
+    return conversations, tools
+
+
+def _prompt(record):
+    """The messages before the answers, in any of the formats."""
+    given = record.get("prompt")
+    if isinstance(given, list):
+        return _turns(record, "prompt")
+    if isinstance(given, str):
+        return [_question(given, "")]
+    if "conversations" in record or "messages" in record:
+        return _turns(record, "conversations" if "conversations" in record else "messages")
+    if "instruction" in record:
+        return _alpaca_prompt(record)
+    raise BadRow("chosen and rejected have no question: there is none of the columns prompt, "
+                 "instruction, conversations and messages, and they are not lists of turns that "
+                 "begin with the user's")
+
+
+def _answer(name, value):
+    """The messages of an answer: from a text, a turn or a list of turns."""
+    if isinstance(value, str):
+        value = {"role": "assistant", "content": value}
+    turns = value if isinstance(value, list) else [value]
+    if not turns:
+        raise BadRow(f"{name} is empty")
+    try:
+        return [_message(turn) for turn in turns]
+    except BadRow as error:
+        raise BadRow(f"{name}: {error}") from error
 
 
 def sharegpt(messages, tools=None):
@@ -124,35 +192,43 @@ def _unknown_columns(record):
 
 
 def _alpaca(record):
-    output = record.get("output")
-    if isinstance(output, list):
+    if isinstance(record.get("output"), list):
         raise BadRow(PREFERENCE_DATA)
+    return [*_alpaca_prompt(record), _reply(_string(record, "output"))]
+
+
+def _alpaca_prompt(record):
+    """The messages before the answer."""
     messages = []
     for pair in _list(record, "history") or []:
         if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
             raise BadRow("history must be a list of [question, answer] pairs of strings")
         messages += _exchange(pair[0], "", pair[1])
-    instruction, more = _string(record, "instruction"), _string(record, "input")
-    return messages + _exchange(instruction, more, _string(record, "output"))
+    return [*messages, _question(_string(record, "instruction"), _string(record, "input"))]
 
 
 def _exchange(question, more, answer):
     """The two messages of a question and its answer."""
+    return [_question(question, more), _reply(answer)]
+
+
+def _question(question, more):
     if not question.strip() and not more.strip():
         raise BadRow("there is no question")
+    user = {"role": "user", "content": question}
+    return {**user, "input": more} if more else user
+
+
+def _reply(answer):
     if not answer.strip():
         raise BadRow("there is no answer")
-    user = {"role": "user", "content": question}
-    if more:
-        user["input"] = more
-    return [user, {"role": "assistant", "content": answer}]
+    return {"role": "assistant", "content": answer}
 
 
-def _turns(record):
+def _turns(record, column):
     """A list of from/value or role/content turns -> messages."""
-    turns = _list(record, "conversations" if "conversations" in record else "messages")
     messages = []
-    for number, turn in enumerate(turns or [], start=1):
+    for number, turn in enumerate(_list(record, column) or [], start=1):
         try:
             messages.append(_message(turn))
         except BadRow as error:
@@ -201,9 +277,11 @@ def _tool_calls(value):
     return calls
 
 
-def _system(record):
-    system = _string(record, "system")
-    return [{"role": "system", "content": system}] if system else []
+def _with_system(record, messages):
+    """The messages behind the system prompt of the column "system"; a blank one is as none."""
+    system = {"role": "system", "content": _string(record, "system")}
+    return [message for message in [system, *messages]
+            if message["role"] != "system" or message["content"].strip()]
 
 
 def _tools(record):

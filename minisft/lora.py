@@ -5,6 +5,7 @@
     merge_lora(model)                      # W <- W + scaling * B A, plain Linear layers again
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from itertools import chain
@@ -18,7 +19,7 @@ from minisft.quantize import QuantizedLinear
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LINEAR = (nn.Linear, QuantizedLinear)
-SAVEABLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+SAVEABLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head", "score": "score"}
 
 
 @dataclass
@@ -125,10 +126,15 @@ def wrap(model, name, config):
 
 
 def train_fully(model, names):
-    """Make whole modules trainable: embed_tokens, lm_head. Tied ones part: each gets its own."""
+    """Make whole modules trainable: embed_tokens, lm_head. Tied ones part: each gets its own.
+
+    A reward model has `score` instead of lm_head.
+    """
+    there = [name for name, place in SAVEABLE.items() if name == "lm_head" and
+             model.config.tie_word_embeddings or hasattr(model, place.split(".")[0])]
     for name in names:
-        if name not in SAVEABLE:
-            raise UserError(f"--modules_to_save {name}: choose from {', '.join(SAVEABLE)}")
+        if name not in there:
+            raise UserError(f"--modules_to_save {name}: choose from {', '.join(there)}")
     if names and model.config.tie_word_embeddings:
         untie(model)
     for name in names:
@@ -141,6 +147,20 @@ def untie(model):
     model.lm_head = nn.Linear(*reversed(embedding.shape), bias=False, device="meta")
     model.lm_head.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
+
+
+def frozen_copy(model):
+    """The model as it is now, to stay so. What is not trained is shared with it, not copied.
+
+    An adapter that changes nothing yet is left away.
+    """
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())
+              if not tensor.requires_grad}
+    copied = copy.deepcopy(model, shared).requires_grad_(False).eval()
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, LoRALinear) and not module.lora_B.weight.any():
+            copied.set_submodule(name, module.base_layer)
+    return copied
 
 
 def merge_lora(model, dtype=None):

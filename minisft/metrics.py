@@ -1,7 +1,7 @@
 """What a run shows and leaves behind: a progress bar, metrics.jsonl, a picture of the loss.
 
     progress = Progress(total_steps=100, path="runs/cherry/metrics.jsonl")
-    progress.add(loss_sum=12.5, num_targets=10, num_tokens=40)
+    progress.add({"loss": 12.5}, total=10, num_tokens=40)
     progress.record(epoch=0.1, learning_rate=1e-4, grad_norm=0.7)
     plot_loss("runs/cherry")          # runs/cherry/loss.png
 """
@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,7 +22,8 @@ from minisft import parallel
 class Progress:
     """Counts a run's steps, losses and tokens. Only the first process shows and writes them.
 
-    `tokens` are all tokens of the rows, without padding; losses are per supervised token.
+    `tokens` are all tokens of the rows, without padding; losses and other figures are per
+    supervised token, or per row of preferences.
     """
 
     def __init__(self, total_steps, path, device="cpu", state=None):
@@ -32,8 +34,9 @@ class Progress:
         earlier = []
         if state:
             self.step, self.tokens = state["step"], state["tokens"]
-            self.loss_sum = state["loss_sum"] if self.is_main else 0.0
-            self.num_targets, self.num_tokens = state["num_targets"], 0
+            self.sums = Counter({name: value if self.is_main else 0.0
+                                 for name, value in state["sums"].items()})
+            self.total = state["total"]
         self.file = None
         if self.is_main:
             if state:
@@ -47,44 +50,45 @@ class Progress:
 
     def state(self):
         """What `state` takes, to count on from here after an interruption."""
-        (loss_sum,) = parallel.sum_over_processes([float(self.loss_sum)], self.device)
-        return {"step": self.step, "tokens": self.tokens, "loss_sum": loss_sum,
-                "num_targets": self.num_targets}
+        return {"step": self.step, "tokens": self.tokens, "sums": self._all_sums(),
+                "total": self.total}
 
     def _begin_interval(self):
-        self.loss_sum, self.num_targets, self.num_tokens = 0.0, 0, 0
+        self.sums, self.total, self.num_tokens = Counter(), 0, 0
         self.began = time.monotonic()
 
-    def add(self, loss_sum, num_targets, num_tokens):
-        """Count one optimizer step: this process's loss, all processes' tokens."""
+    def _all_sums(self):
+        """{figure: sum over all processes} since the last record."""
+        values = parallel.sum_over_processes(list(map(float, self.sums.values())), self.device)
+        return dict(zip(self.sums, values, strict=True))
+
+    def add(self, sums, total, num_tokens):
+        """Count one optimizer step.
+
+        sums: {figure: sum over this process's rows}. total: over how much all processes' sums
+        are, in supervised tokens or rows of preferences. num_tokens: of all processes.
+        """
         self.step += 1
         self.tokens += num_tokens
-        self.loss_sum = self.loss_sum + loss_sum
-        self.num_targets += num_targets
+        self.sums.update(sums)
+        self.total += total
         self.num_tokens += num_tokens
         self.bar.update()
 
     def record(self, epoch, learning_rate, grad_norm):
-        """Write the mean loss and the speed since the last record, over all processes."""
-        (loss_sum,) = parallel.sum_over_processes([float(self.loss_sum)], self.device)
-        loss = loss_sum / max(1, self.num_targets)
+        """Write the mean figures and the speed since the last record, over all processes."""
+        means = {name: value / max(1, self.total) for name, value in self._all_sums().items()}
         speed = self.num_tokens / max(1e-9, time.monotonic() - self.began)
-        self._write(step=self.step, epoch=epoch, loss=loss, learning_rate=learning_rate,
+        self._write(step=self.step, epoch=epoch, **means, learning_rate=learning_rate,
                     grad_norm=grad_norm, tokens=self.tokens, tokens_per_second=speed)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s")
+        self.bar.set_postfix_str(
+            f"{in_words(means)}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s")
         self._begin_interval()
 
-    def record_evaluation(self, loss, seconds, exact_match=None):
-        """Write an evaluation that took `seconds`, which do not count as training time.
-
-        exact_match: the share of held-out rows that were answered right, where that was asked for.
-        """
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        measured = {} if exact_match is None else {"eval_exact_match": exact_match}
-        self._write(step=self.step, eval_loss=loss, eval_perplexity=perplexity, **measured)
-        right = f", exact match {100 * exact_match:.1f} %" if measured else ""
-        self.say(f"step {self.step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}"
-                 + right)
+    def record_evaluation(self, figures, seconds):
+        """Write {figure: mean} of an evaluation that took `seconds`, no part of training time."""
+        self._write(step=self.step, **{f"eval_{name}": value for name, value in figures.items()})
+        self.say(f"step {self.step}: evaluation {in_words(figures)}")
         self.began += seconds
 
     def say(self, text):
@@ -103,6 +107,17 @@ class Progress:
             rounded = {name: _rounded(value) for name, value in values.items()}
             self.file.write(json.dumps(rounded, allow_nan=False) + "\n")
             self.file.flush()
+
+
+def in_words(figures):
+    """{"loss": 0.5, "accuracy": 0.75} -> "loss 0.5000, accuracy 75.0 %"."""
+    def said(name, value):
+        if name in ("accuracy", "exact_match"):
+            return f"{100 * value:.1f} %"
+        return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
+
+    return ", ".join(f"{name.replace('_', ' ')} {said(name, value)}"
+                     for name, value in figures.items())
 
 
 def _rounded(value):
@@ -128,7 +143,8 @@ def plot_loss(run_dir):
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     rows = read_metrics(Path(run_dir) / "metrics.jsonl")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss per token")
+    per = "row" if any("accuracy" in row for row in rows) else "token"
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel=f"loss per {per}")
     for name, style in (("loss", "-"), ("eval_loss", "o-")):
         points = [(row["step"], row[name]) for row in rows
                   if row.get(name) is not None]

@@ -7,6 +7,7 @@ A sum, because the mean over a step's tokens is only known when all micro-batche
 have counted theirs; a mean of means would weigh the tokens of short batches more.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -100,3 +101,25 @@ def mean_loss(model, examples, batch_size, collate=collate):
         loss_sum, num_targets = loss_sum + loss.item(), num_targets + count
     loss_sum, num_targets = parallel.sum_over_processes([loss_sum, num_targets], device)
     return loss_sum / num_targets
+
+
+class NextToken:
+    """The objective of --stage sft and pt: the mean loss of the supervised tokens of a step."""
+
+    collate = staticmethod(collate)
+
+    def __init__(self, model):
+        self.model = model
+
+    def count(self, batches):
+        """[supervised tokens of these batches]: what the sums of a step are divided by."""
+        return [sum(int(supervised[:, 1:].sum()) for _, supervised, _ in batches)]
+
+    def __call__(self, wrapped, batch, totals):
+        """{"loss": sum over tokens}; `wrapped`: the model, or what averages its gradients."""
+        return {"loss": next_token_loss(wrapped, *batch, logits=self.model.logits)[0]}
+
+    def evaluate(self, examples, batch_size, collate):
+        """{figure: mean} over held-out Examples."""
+        loss = mean_loss(self.model, examples, batch_size, collate)
+        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}

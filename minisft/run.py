@@ -16,6 +16,7 @@ import torch
 from minisft import batching, parallel
 from minisft.checkpoint import load_state, random_state, restore_weights, save, set_random_state
 from minisft.metrics import Progress
+from minisft.objective import NextToken
 from minisft.optimizer import build_optimizer, load_optimizer
 from minisft.options import UserError
 from minisft.weights import save_adapter, save_model
@@ -34,7 +35,8 @@ OF_THE_CALL = {"config", "resume_from_checkpoint", "overwrite_output_dir", "outp
 class Run:
     """What a training run consists of: handed from step to step, saved and resumed as one."""
 
-    def __init__(self, options, model, lora_config, num_rows, dtype, device, checkpoint=None):
+    def __init__(self, options, model, lora_config, num_rows, dtype, device, checkpoint=None,
+                 objective=None):
         state = load_state(checkpoint) if checkpoint else None
         self.options, self.model, self.lora_config = options, model, lora_config
         self.device = device
@@ -74,9 +76,10 @@ class Run:
                 self.best = state["best"]
             self._restore_random(state["random"])
         model.model.gradient_checkpointing = options.gradient_checkpointing
-        self.collate = batching.pack if options.packing else batching.collate
+        self.objective = objective or NextToken(model)
+        self.collate = batching.pack if options.packing else self.objective.collate
         if options.compile:
-            self.collate = partial(batching.collate, pad_multiple=batching.COMPILED_PAD_MULTIPLE)
+            self.collate = partial(self.collate, pad_multiple=batching.COMPILED_PAD_MULTIPLE)
             for layer in model.model.layers:
                 layer.compile()
         self.wrapped = parallel.wrap(model)

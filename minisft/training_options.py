@@ -31,6 +31,7 @@ def parse_options(arguments=None):
     switch("--train_from_scratch", "ignore the checkpoint's weights: start from random ones")
     _add_data_flags(*parser.section("data"))
     _add_tuning_flags(*parser.section("what is trained"))
+    _add_preference_flags(*parser.section("preferences (--stage dpo)"))
     _add_optimisation_flags(*parser.section("optimisation"))
     _add_output_flags(*parser.section("output"))
     options = parser.parse_options(arguments)
@@ -38,8 +39,9 @@ def parse_options(arguments=None):
 
 
 def _add_data_flags(add, switch):
-    add("--stage", choices=["sft", "pt"], default="sft",
-        help="sft: answers in conversations; pt: all of plain text")
+    add("--stage", choices=["sft", "pt", "rm", "dpo"], default="sft",
+        help="sft: answers in conversations; pt: all of plain text; of several answers the better: "
+        "rm: to reward it, dpo: to write it")
     add("--dataset", help="files, folders and names in dataset_info.json, separated by commas")
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
     add("--train_dir", help="folder of files, instead of --dataset")
@@ -70,12 +72,23 @@ def _add_tuning_flags(add, switch):
     add("--modules_to_save", default="", help="train these in full: embed_tokens,lm_head")
 
 
+def _add_preference_flags(add, switch):
+    add("--dpo_beta", type=positive, default=0.1, help="how much straying from the reference costs")
+    add("--dpo_label_smoothing", type=share, default=0.0,
+        help="the share of pairs that may be judged the wrong way round, below 0.5")
+    add("--dpo_ftx", type=not_negative, default=0.0,
+        help="add so many times the loss that --stage sft has on the best answers")
+    switch("--precompute_reference", "compute what the reference says once, before training: "
+           "faster steps, and with full training no second model in memory")
+
+
 def _add_optimisation_flags(add, switch):
     add("--num_train_epochs", type=positive, default=3.0, help="passes over the rows")
     add("--max_steps", type=count, help="stop after this many optimizer steps instead")
     add("--per_device_train_batch_size", type=count, default=8, help="rows of a micro-batch")
     add("--gradient_accumulation_steps", type=count, default=1, help="micro-batches of a step")
-    add("--learning_rate", type=positive, help="peak (1e-4 for lora, 1e-5 for full)")
+    add("--learning_rate", type=positive,
+        help="peak (1e-4 for lora, 1e-5 for full; with --stage dpo 5e-6 and 5e-7)")
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="course after warm-up")
     add("--lr_end", type=not_negative, default=0.0, help="where the polynomial course arrives")
     add("--warmup_ratio", type=share, default=0.03, help="share of the steps to warm up over")
@@ -109,7 +122,8 @@ def _add_output_flags(add, switch):
 
 OF_LORA = {"adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora",
            "modules_to_save"}
-OF_SFT = {"template", "default_system", "cutoff_len", "show_samples", "eval_exact_match"}
+OF_CONVERSATIONS = {"template", "default_system", "cutoff_len", "show_samples"}
+OF_DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 
 
 def check_options(options, given):
@@ -121,7 +135,13 @@ def check_options(options, given):
     held_out = [options.eval_dataset, options.valid_dir, options.validation_split]
     for names, wrong, way_out in (
         (OF_LORA, full, "belongs to --finetuning_type lora"),
-        (OF_SFT, pretraining, "belongs to --stage sft"),
+        (OF_CONVERSATIONS, pretraining, "belongs to conversations, not to --stage pt"),
+        (OF_DPO, options.stage != "dpo", "belongs to --stage dpo"),
+        ({"dpo_label_smoothing"}, options.dpo_label_smoothing >= 0.5,
+         f"{options.dpo_label_smoothing}: must be below 0.5, or the worse answers are learned"),
+        ({"eval_exact_match"}, options.stage != "sft", "belongs to --stage sft"),
+        ({"packing", "train_from_scratch"}, options.stage in ("rm", "dpo"),
+         f"contradicts --stage {options.stage}"),
         ({"block_size"}, not pretraining, "belongs to --stage pt"),
         ({"quantization_bit"}, full, "belongs to --finetuning_type lora"),
         ({"quantization_bit"}, options.compile, "contradicts --compile"),
@@ -144,7 +164,7 @@ def check_options(options, given):
     if not (options.dataset or options.train_dir):
         raise UserError("give --dataset or --train_dir: what to train on (see --help)")
     if options.learning_rate is None:
-        options.learning_rate = 1e-5 if full else 1e-4
+        options.learning_rate = (1e-5 if full else 1e-4) / (20 if options.stage == "dpo" else 1)
     if options.lora_alpha is None and not (full or options.adapter):
         options.lora_alpha = 2.0 * options.lora_rank
     return options

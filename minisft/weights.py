@@ -35,6 +35,7 @@ HUB_PATTERNS = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safeten
                 ADAPTER_WEIGHTS]
 # What these formats call their files; a folder holds one of them, never two.
 WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+A_REWARD_MODEL = "; it is a reward model, for score.py --mode reward: it writes no text"
 # How adapters start without changing the base they are added to.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -86,15 +87,17 @@ def stored_dtype(model_dir):
     return stored.dtype
 
 
-def load_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=None):
+def load_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=None,
+               build=CausalLM):
     """The CausalLM of a checkpoint folder, frozen, its weights as `dtype` on `device`.
 
     Tensors are read and converted one by one, so that memory holds the weights once. Missing,
     unexpected or misshapen tensors raise UserError with their names. quantization_bit: 4 or 8, to
     hold the linear layers of the decoder so; the embedding and the output matrix stay `dtype`.
+    build: CausalLM, or RewardModel, whose `score` is left on the meta device if there is none.
     """
-    model, stored = open_model(model_dir)
-    for name in dict(model.named_parameters()):
+    model, stored = open_model(model_dir, build)
+    for name in [name for name in dict(model.named_parameters()) if name in stored]:
         tensor = stored[name].read().to(device)
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(parent)
@@ -108,7 +111,7 @@ def load_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=No
     return model.eval()
 
 
-def open_model(model_dir):
+def open_model(model_dir, build=CausalLM):
     """(the CausalLM of a checkpoint folder on the meta device, {name: StoredTensor}).
 
     All that load_model checks is checked, and nothing large is read.
@@ -120,21 +123,24 @@ def open_model(model_dir):
         # Found here, lest a wrong number of layers is built, a million perhaps.
         raise UserError(f"{model_dir}: the weights do not fit config.json; missing: {last}*")
     with torch.device("meta"):
-        model = CausalLM(config)
+        model = build(config)
     _check_fit(model_dir, files, model)
     return model, files
 
 
 def _check_fit(model_dir, files, model):
     expected = dict(model.named_parameters())
-    ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if "score.weight" not in files:  # a reward model may get a new one
+        expected.pop("score.weight", None)
+    ignored = set() if hasattr(model, "lm_head") else {"lm_head.weight"}
     unexpected = [name for name in files
                   if name not in expected and name not in ignored and "rotary_emb" not in name]
     missing = [name for name in expected if name not in files]
     if missing or unexpected:
         raise UserError(f"{model_dir}: the weights do not fit config.json;"
                         + (f" missing: {listed(missing)}" if missing else "")
-                        + (f" unexpected: {listed(unexpected)}" if unexpected else ""))
+                        + (f" unexpected: {listed(unexpected)}" if unexpected else "")
+                        + (A_REWARD_MODEL if "score.weight" in unexpected else ""))
     for name, parameter in expected.items():
         files[name].check(parameter.shape, "config.json says")
 
@@ -244,7 +250,8 @@ def save_adapter(model, output_dir, config, base_model, dtype=None):
     ranks = {name: module.lora_A.out_features for name, module in model.named_modules()
              if isinstance(module, LoRALinear)}
     write_json({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
+        "peft_type": "LORA", "base_model_name_or_path": str(base_model),
+        "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
         "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
         "target_modules": _target_modules(model, ranks), "use_rslora": config.use_rslora,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
@@ -272,6 +279,8 @@ def load_adapter(model, adapter_dir, dropout=0.0):
     path, stored = adapter_dir / ADAPTER_WEIGHTS, adapter_tensors(adapter_dir)
     device = model.model.embed_tokens.weight.device
     freeze(model)
+    if "score" in config.modules_to_save and not hasattr(model, "score"):
+        raise UserError(f"{adapter_dir}{A_REWARD_MODEL[1:]}")
     train_fully(model, config.modules_to_save)
     modules = dict(model.named_modules())
     for name, tensor in stored.items():

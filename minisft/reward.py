@@ -1,0 +1,60 @@
+"""A reward model: the decoder, and a head that gives one number for a whole conversation.
+
+    model = load_reward_model("examples/base")        # with a new head, or its own if it has one
+    rewards = model.rewards(model(tokens)[rows, last])
+
+Its files are those of transformers' LlamaForSequenceClassification with one label: `score.weight`
+beside the decoder, no output matrix. An adapter has the head among its `modules_to_save`.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from minisft.model import Decoder
+from minisft.weights import load_model
+
+
+class RewardModel(nn.Module):
+    """`forward` gives hidden states, as CausalLM's does; `rewards` what they are worth."""
+
+    def __init__(self, config):
+        super().__init__()
+        # There is no output matrix that the embedding could be tied to.
+        self.config = replace(config, tie_word_embeddings=False)
+        self.config.original = _described(config)
+        self.model = Decoder(self.config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, tokens, lengths=None):
+        """Hidden states (B, T, D) of tokens (B, T), padded on the right."""
+        return self.model(tokens, None, None, None, lengths)
+
+    def rewards(self, hidden):
+        """Rewards (...) in float32 of the hidden states (..., D) of the last tokens."""
+        # Not a matrix product, which autocast would round to half precision.
+        return (hidden.float() * self.score.weight.float()).sum(-1)
+
+
+def _described(config):
+    """What config.json says of a reward model."""
+    family = config.to_dict()["model_type"].capitalize()
+    # In a batch transformers looks for the last token that is no padding: one that ends no answer.
+    pad = config.original.get("pad_token_id")
+    if pad is None or pad in config.eos_token_ids:
+        pad = config.bos_token_id
+    return {**config.to_dict(), "architectures": [f"{family}ForSequenceClassification"],
+            "pad_token_id": pad, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+
+def load_reward_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=None):
+    """The RewardModel of a checkpoint folder, frozen; arguments as `load_model` has them.
+
+    A language model's gets a new head, drawn as its weights once were, and in float32.
+    """
+    model = load_model(model_dir, dtype, device, quantization_bit, RewardModel)
+    if model.score.weight.is_meta:
+        weight = torch.randn(1, model.config.hidden_size) * model.config.initializer_range
+        model.score.weight = nn.Parameter(weight.to(device), requires_grad=False)
+    return model
