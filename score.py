@@ -1,4 +1,4 @@
-"""Score every row of a data set by Instruction-Following Difficulty; embed its instructions.
+"""Score every row of a data set by Instruction-Following Difficulty, or by a reward model.
 
     python score.py --model_name_or_path examples/base --dataset examples/data/train.json \
         --template alpaca --output runs/scores.jsonl
@@ -7,7 +7,8 @@
 
 --mode ifd writes one JSON object a row to --output: the loss of the answer behind its instruction
 and alone, and their ratios. --mode embed writes beside it scores.embeddings.npy and
-scores.perplexity.npy, for choosing by cluster. Run it again to go on where it was interrupted.
+scores.perplexity.npy, for choosing by cluster. --mode reward writes what a reward model (train.py
+--stage rm) gives the conversation. Run it again to go on where it was interrupted.
 """
 
 import sys
@@ -35,6 +36,8 @@ What comes out, a line of JSON for every row of the data set:
   ifd_ppl            the ratio of the perplexities, exp(loss_conditioned - loss_direct)
   num_answer_tokens  without the one that ends the turn; of all answers in a conversation
   reason             why the row has no score, else null
+With --mode reward, instead of losses and their ratios:
+  reward             of the whole conversation: only differences between answers mean something
 Then choose the rows worth training on:
   python select.py --dataset F --scores scores.jsonl --strategy ifd --sample_rate 0.05 --output F2
 """
@@ -59,8 +62,9 @@ def parse_options(arguments=None):
         help="processes that read and encode rows ahead (0: none)")
 
     add, switch = parser.section("what is computed")
-    add("--mode", choices=["ifd", "embed", "all"], default="ifd",
-        help="scores; embeddings and perplexity of the instructions; or both")
+    add("--mode", choices=["ifd", "embed", "all", "reward"], default="ifd",
+        help="ifd: scores; embed: embeddings and perplexity of the instructions; all: both; "
+        "reward: what a reward model says")
     add("--batch_tokens", type=count, help="tokens that go through the model together, padding "
         "included (2048 on a CPU, whose caches they fit, 8192 on a GPU)")
     add("--output", required=True, metavar="F.jsonl",
@@ -75,8 +79,9 @@ def main():
 
     from tqdm import tqdm
 
-    from minisft import ifd, parallel
+    from minisft import ifd, parallel, reward_scores
     from minisft.dataset import open_rows
+    from minisft.reward import check_head, load_reward_model
     from minisft.scores import ScoreFiles, every_record
     from minisft.weights import load_model, resolve
 
@@ -90,7 +95,12 @@ def main():
     adapter_dir = options.adapter and resolve(options.adapter, "adapter_config.json")
     template, max_length, config = load_template(options, model_dir, adapter_dir, say)
     parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
+    load, score = load_model, ifd.score
     encoder = ifd.Encoder(rows, template, max_length, config.vocab_size, parts)
+    if options.mode == "reward":
+        check_head(model_dir, adapter_dir)
+        load, score = load_reward_model, reward_scores.score
+        encoder = reward_scores.Encoder(rows, template, max_length, config.vocab_size)
     pending = None
     if is_main:
         record = describe(options, model_dir, adapter_dir, template, max_length, dtype, rows)
@@ -101,12 +111,12 @@ def main():
     say(f"{len(rows):,} rows, {len(pending):,} to do; template {template.name}, {device}, "
         f"{str(dtype).removeprefix('torch.')}, {parallel.world_size()} process(es)")
 
-    model = load_model(model_dir, dtype, device)
+    model = load(model_dir, dtype, device)
     if adapter_dir:
         add_adapter(model, adapter_dir)
     # Every process scores rows of its own; what is finished is written by the first.
     batch_tokens = options.batch_tokens or (8192 if device.type == "cuda" else 2048)
-    mine = ifd.score(model, encoder, pending, batch_tokens, options.dataloader_num_workers)
+    mine = score(model, encoder, pending, batch_tokens, options.dataloader_num_workers)
     reasons, began = Counter(), time.monotonic()
     bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row",
                disable=not (is_main and sys.stderr.isatty()))
@@ -188,6 +198,7 @@ def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows)
     from minisft.scores import record_of_data, record_of_model
 
     return {
+        "kind of scores": "rewards" if options.mode == "reward" else "losses",
         **record_of_model(model_dir, adapter_dir), "dataset": record_of_data(rows),
         "template": template.name, "default_system": template.default_system,
         "max_length": max_length, "dtype": str(dtype).removeprefix("torch."),
@@ -199,7 +210,7 @@ def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows)
 def report(options, files, reasons, speed, say):
     """Say what was done and what was not."""
     written = [files.paths["scores"]] if options.mode != "embed" else []
-    if options.mode != "ifd":
+    if options.mode in ("embed", "all"):
         written += [files.paths["embeddings"], files.paths["perplexity"]]
     say(f"wrote {', '.join(map(str, written))}; {speed:,.1f} rows/s")
     for reason, number in reasons.most_common():

@@ -26,15 +26,19 @@ if __name__ == "select":
     found.loader.exec_module(sys.modules["select"])
 
 STRATEGIES = {  # and what each needs
-    "ifd": ("scores",), "ifd_ppl": ("scores",), "ppl": ("scores",), "longest": (), "random": (),
-    "random_matched": ("match",), "cluster": ("embeddings",), "kcenter": ("embeddings",),
-    "ifd+kcenter": ("scores", "embeddings"),
+    "ifd": ("scores",), "ifd_ppl": ("scores",), "ppl": ("scores",), "reward": ("scores",),
+    "longest": (), "random": (), "random_matched": ("match",), "cluster": ("embeddings",),
+    "kcenter": ("embeddings",), "ifd+kcenter": ("scores", "embeddings"),
 }
+# Which of the scores a strategy goes by.
+SCORE_OF = {"ifd": "ifd", "ifd_ppl": "ifd_ppl", "ppl": "loss_conditioned", "reward": "reward",
+            "ifd+kcenter": "ifd"}
 EPILOGUE = """\
 Strategies:
   ifd             the highest ratio of losses below 1 (above, the instruction does not help)
   ifd_ppl         the highest ratio of perplexities below 1
   ppl             the middle band: around the median perplexity of the answer behind its prompt
+  reward          the highest reward of a reward model (score.py --mode reward)
   cluster         k-means of the embeddings, then --per_cluster rows of each cluster, spread over
                   --band percentiles of the instruction's perplexity: the pre-experience set
   kcenter         each row as far as can be from those before it: diversity, outliers included
@@ -57,7 +61,7 @@ def parse_options(arguments=None):
     add("--dataset", required=True, help="files, folders and names in dataset_info.json")
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
     switch("--skip_bad_rows", "never choose broken rows, instead of stopping")
-    add("--scores", metavar="F.jsonl", help="written by score.py --mode ifd or all")
+    add("--scores", metavar="F.jsonl", help="written by score.py, but for --mode embed")
     add("--embeddings", metavar="F.embeddings.npy", help="by score.py --mode embed or all")
 
     add, switch = parser.section("what is chosen")
@@ -213,7 +217,8 @@ def read_inputs(options, num_rows, dataset):
     inputs = Inputs()
     if options.scores:
         scores.check_belongs(options.scores, dataset)
-        inputs.scores = scores.read_scores(options.scores, num_rows)
+        inputs.scores = scores.read_scores(options.scores, num_rows,
+                                           SCORE_OF.get(options.strategy))
     if options.embeddings:
         scores.check_belongs(options.embeddings, dataset)
         inputs.embeddings, inputs.perplexity = scores.read_embeddings(options.embeddings, num_rows)
@@ -254,14 +259,14 @@ def choose(options, inputs, candidates, number):
     if "scores" in STRATEGIES[strategy]:
         candidates.drop_unscored(scores["reason"])
     if strategy in ("ifd", "ifd_ppl", "ifd+kcenter"):
-        name = "ifd_ppl" if strategy == "ifd_ppl" else "ifd"
+        name = SCORE_OF[strategy]
         candidates.drop(~(scores[name] < 1), f"{name} of 1 or more")
     if strategy == "cluster":
         candidates.drop(np.isinf(inputs.perplexity), "no perplexity")
     rows = candidates.rows
 
-    if strategy in ("ifd", "ifd_ppl"):
-        chosen = selection.highest(scores[name], rows, number)
+    if strategy in ("ifd", "ifd_ppl", "reward"):
+        chosen = selection.highest(scores[strategy], rows, number)
     elif strategy == "ppl":
         chosen = selection.middle(scores["loss_conditioned"], rows, number)
     elif strategy == "cluster":

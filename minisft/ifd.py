@@ -128,22 +128,15 @@ class Encoder:
 
     def _score(self, number):
         try:
-            row = self.rows[number]
+            ids, supervised = encode_row(self.rows, number, self.template, self.vocab_size)
         except BadRow as error:
-            if not self.rows.skip_bad_rows:
-                raise UserError(f"{error} (--skip_bad_rows leaves such rows out)") from error
             return Score(number, reason=f"broken: {error}")
-        try:
-            ids, supervised = self.template.encode(row.messages, row.tools)
-            check_vocabulary(ids, self.vocab_size)
-        except UserError as error:
-            raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
-        return self._sequences(number, np.asarray(ids, np.int32), np.asarray(supervised))
+        return self._sequences(number, ids, supervised)
 
     def _sequences(self, number, ids, supervised):
         """The passes that a row needs. The prompt's states are those of the pass with the answer,
         since a causal model has not seen the answer there."""
-        spans = self.answer_spans(ids, supervised)
+        spans = answer_spans(self.template, ids, supervised)
         score = Score(number, sum(end - start for start, end in spans))
         if len(ids) > self.max_length:
             score.reason = f"longer than max_length: {len(ids)} tokens, of {self.max_length}"
@@ -166,20 +159,42 @@ class Encoder:
             score.sequences.append(Sequence(alone, of_answer, conditioned=False))
         return score
 
-    def answer_spans(self, ids, supervised):
-        """[start, end) of every answer, without the token that ends its turn."""
-        edges = np.flatnonzero(np.diff(supervised, prepend=False, append=False))
-        control = self.template.control_ids.values()
-        return [(start, end - (int(ids[end - 1]) in control)) for start, end in
-                edges.reshape(-1, 2).tolist()]
+
+def answer_spans(template, ids, supervised):
+    """[start, end) of every answer, without the token that ends its turn."""
+    edges = np.flatnonzero(np.diff(supervised, prepend=False, append=False))
+    control = template.control_ids.values()
+    return [(start, end - (int(ids[end - 1]) in control)) for start, end in
+            edges.reshape(-1, 2).tolist()]
 
 
-def score(model, encoder, numbers, batch_tokens, num_workers=0):
+def encode_row(rows, number, template, vocab_size):
+    """(ids, supervised) of a row; BadRow for a broken one if `rows` were opened to skip such.
+
+    UserError for any other that cannot be read or encoded.
+    """
+    try:
+        row = rows[number]
+    except BadRow as error:
+        if not rows.skip_bad_rows:
+            raise UserError(f"{error} (--skip_bad_rows leaves such rows out)") from error
+        raise
+    try:
+        ids, supervised = template.encode(row.messages, row.tools)
+        check_vocabulary(ids, vocab_size)
+    except UserError as error:
+        raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
+    return np.asarray(ids, np.int32), np.asarray(supervised)
+
+
+def score(model, encoder, numbers, batch_tokens, num_workers=0, compute=None):
     """Yield a list of finished Scores for every batch; this process's share of the rows `numbers`.
 
     batch_tokens: the largest number of tokens, with padding, that go through the model together.
-    UserError for a row that cannot be read or encoded.
+    compute: what does a batch, `compute_losses` if None. UserError for a row that cannot be read or
+    encoded.
     """
+    compute = compute or compute_losses
     numbers = numbers[parallel.rank() :: parallel.world_size()]
     tasks = [numbers[start : start + WINDOW_ROWS] for start in range(0, len(numbers), WINDOW_ROWS)]
     for window in ahead(encoder, tasks, num_workers):
@@ -220,7 +235,7 @@ def cut(passes, batch_tokens):
         yield batch
 
 
-def compute(model, batch):
+def compute_losses(model, batch):
     """Add what a batch of (Sequence, Score) gives to the Scores; those then finished, as a list."""
     sequences, scores = zip(*batch, strict=True)
     answers, prompts, embeddings = measure(model, sequences)

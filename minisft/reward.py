@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from minisft.model import Decoder
-from minisft.weights import load_model
+from minisft.options import UserError
+from minisft.weights import adapter_tensors, load_model, stored_tensors
 
 
 class RewardModel(nn.Module):
@@ -27,9 +28,9 @@ class RewardModel(nn.Module):
         self.model = Decoder(self.config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, tokens, lengths=None):
-        """Hidden states (B, T, D) of tokens (B, T), padded on the right."""
-        return self.model(tokens, None, None, None, lengths)
+    def forward(self, tokens, cache=None):
+        """Hidden states (B, T, D) of tokens (B, T), padded on the right; `cache` as CausalLM's."""
+        return self.model(tokens, None, None, cache, None)
 
     def rewards(self, hidden):
         """Rewards (...) in float32 of the hidden states (..., D) of the last tokens."""
@@ -58,3 +59,11 @@ def load_reward_model(model_dir, dtype=torch.float32, device="cpu", quantization
         weight = torch.randn(1, model.config.hidden_size) * model.config.initializer_range
         model.score.weight = nn.Parameter(weight.to(device), requires_grad=False)
     return model
+
+
+def check_head(model_dir, adapter_dir=None):
+    """UserError unless the checkpoint or the adapter is a reward model's, with a trained head."""
+    stored = [stored_tensors(model_dir), adapter_tensors(adapter_dir) if adapter_dir else {}]
+    if not any("score.weight" in tensors for tensors in stored):
+        raise UserError(f"{adapter_dir or model_dir}: is no reward model (there is no score.weight "
+                        "in it); train.py --stage rm makes one")

@@ -5,7 +5,8 @@
         files.add(scores)
     files.finish()
 
-    scores.jsonl             one JSON object a row: index, losses, ratios, number of tokens, reason
+    scores.jsonl             one JSON object a row: index, losses and ratios, or a reward, number of
+                             tokens, reason
     scores.embeddings.npy    (rows, D) float32
     scores.perplexity.npy    (rows,) float32 of the prompts; NaN: not computed, inf: cannot be
     scores.record.json       what all of this was computed from, by content
@@ -27,7 +28,7 @@ from minisft.records import open_records
 from minisft.tokenizer import FILES as TOKENIZER_FILES
 from minisft.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, stored_tensors, write_json
 
-NUMBERS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl", "num_answer_tokens")
+NUMBERS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl", "num_answer_tokens", "reward")
 
 
 def paths(output):
@@ -84,7 +85,7 @@ class ScoreFiles:
         self.end = 0  # of the last whole line of the scores, in bytes
         if not overwrite:
             self._check()
-        if "ifd" in parts:
+        if {"ifd", "reward"} & set(parts):
             self.scored = self._find_scored()
         if "embed" in parts:
             self.embedded = self._find_embedded()
@@ -114,7 +115,7 @@ class ScoreFiles:
 
     def finish(self):
         """Put the lines of the scores in the order of the rows."""
-        if "ifd" not in self.parts:
+        if not {"ifd", "reward"} & set(self.parts):
             return
         path = self.paths["scores"]
         records = open_records(path)
@@ -135,7 +136,7 @@ class ScoreFiles:
                 path.unlink(missing_ok=True)
         self.paths["record"].parent.mkdir(parents=True, exist_ok=True)
         write_json(self.record, self.paths["record"])
-        if "ifd" in self.parts:
+        if {"ifd", "reward"} & set(self.parts):
             with open(self.paths["scores"], "ab") as file:
                 file.truncate(self.end)  # a run that was killed may have left part of a line
         if "embed" in self.parts and not self._has_embeddings():
@@ -191,8 +192,8 @@ def _parse(path, line, num_rows):
         score = json.loads(line)
         index = score["index"]
         good = type(index) is int and isinstance(score["reason"], str | None) and all(
-            score[name] is None or type(score[name]) in (int, float) for name in NUMBERS)
-    except (ValueError, KeyError, TypeError):
+            score.get(name) is None or type(score[name]) in (int, float) for name in NUMBERS)
+    except (ValueError, KeyError, TypeError, AttributeError):
         good = False
     if not good:
         raise UserError(f"{path}: not a line of score.py: {line[:80].decode(errors='replace')!r}")
@@ -232,10 +233,10 @@ def check_belongs(path, dataset):
                         f"since (it was computed from {name}); run score.py on --dataset")
 
 
-def read_scores(path, num_rows):
+def read_scores(path, num_rows, needed=None):
     """{name: array (rows,)} of a complete scores.jsonl: the NUMBERS, NaN for null, and `reason`.
 
-    UserError where a row is missing.
+    UserError where a row is missing, or does not say what is `needed` of it.
     """
     columns = {name: np.full(num_rows, np.nan) for name in NUMBERS}
     columns["reason"] = np.full(num_rows, None, object)
@@ -244,6 +245,9 @@ def read_scores(path, num_rows):
         for line in file:
             score = _parse(path, line, num_rows)
             done[score["index"]] = True
+            if needed and needed not in score:
+                mode = "reward" if needed == "reward" else "ifd"
+                raise UserError(f"{path}: has no {needed}; score.py --mode {mode} computes it")
             for name in columns:
                 if score.get(name) is not None:
                     columns[name][score["index"]] = score[name]

@@ -263,13 +263,17 @@ def draw(inputs, chosen, strategy, output):
     figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, panels)))
     if inputs.scores is not None:
-        name = "ifd_ppl" if strategy == "ifd_ppl" else "ifd"
+        has_rewards = np.isfinite(inputs.scores["reward"]).any()
+        name = "reward" if has_rewards else "ifd_ppl" if strategy == "ifd_ppl" else "ifd"
         values = inputs.scores[name]
         shown = values[np.isfinite(values)]
         bins = np.linspace(0, max(1.2, np.percentile(shown, 99)) if len(shown) else 1.2, 80)
+        if has_rewards:
+            bins = np.linspace(shown.min(), shown.max() + 1e-6, 80)
+        else:
+            axes[0].axvline(1, color="black", linewidth=0.8)
         axes[0].hist(shown, bins, color="#b0b8c0", label="all rows")
         axes[0].hist(values[chosen], bins, color="#d1495b", label="chosen")
-        axes[0].axvline(1, color="black", linewidth=0.8)
         axes[0].set(xlabel=name, ylabel="rows")
         axes[0].legend()
     if inputs.embeddings is not None:

@@ -163,8 +163,13 @@ def check_options(options, given):
             raise UserError(f"--{min(names & given)} {way_out}")
     if not (options.dataset or options.train_dir):
         raise UserError("give --dataset or --train_dir: what to train on (see --help)")
+    _fill_in(options, full)
+    return options
+
+
+def _fill_in(options, full):
+    """The defaults that depend on other options."""
     if options.learning_rate is None:
         options.learning_rate = (1e-5 if full else 1e-4) / (20 if options.stage == "dpo" else 1)
     if options.lora_alpha is None and not (full or options.adapter):
         options.lora_alpha = 2.0 * options.lora_rank
-    return options

@@ -280,7 +280,7 @@ def load_adapter(model, adapter_dir, dropout=0.0):
     device = model.model.embed_tokens.weight.device
     freeze(model)
     if "score" in config.modules_to_save and not hasattr(model, "score"):
-        raise UserError(f"{adapter_dir}{A_REWARD_MODEL[1:]}")
+        raise UserError(f"{adapter_dir}:{A_REWARD_MODEL[1:]}")
     train_fully(model, config.modules_to_save)
     modules = dict(model.named_modules())
     for name, tensor in stored.items():

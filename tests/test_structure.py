@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # From what a script does down to what everything is made of; imports stay in a line or go down.
 LAYERS = [
     "train score select export chat eval",
-    "ifd scores selection gguf_export multiple_choice choice_report judge compare report_page "
-    "assistant text_metrics prompts terminal page web",
+    "ifd reward_scores scores selection gguf_export multiple_choice choice_report judge compare "
+    "report_page assistant text_metrics prompts terminal page web",
     "generate exact_match sharing transcript run checkpoint weights batching objective preference "
     "reward metrics parallel",
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "

@@ -1,0 +1,554 @@
+"""Stages rm and dpo against trl's trainers, transformers and peft; through the scripts."""
+
+import copy
+import json
+import math
+import shutil
+import sys
+
+import datasets
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+import trl
+from conftest import CONFIG, command
+from safetensors.torch import load_file
+
+import chat
+import score
+import train
+from minisft import batching, encoding, preference
+from minisft.config import ModelConfig
+from minisft.lora import LoraConfig, add_lora, frozen_copy
+from minisft.metrics import read_metrics
+from minisft.model import CausalLM
+from minisft.options import UserError
+from minisft.reward import RewardModel, load_reward_model
+from minisft.run import Run
+from minisft.weights import load_model, save_adapter, save_model
+
+STEPS, ROWS_PER_STEP = 8, 6
+PAD = 0  # no row of these tests has it
+
+
+def ragged_rows(count, answers=2, seed=0):
+    """Rows of random tokens: a prompt, and `answers` answers, of all lengths."""
+    generator, examples = np.random.default_rng(seed), []
+    for _ in range(count):
+        prompt, texts = generator.integers(3, 120, generator.integers(1, 15)), []
+        for _ in range(answers):
+            answer = generator.integers(3, 120, generator.integers(2, 20))
+            texts.append(encoding.Example(np.append(prompt, answer).astype(np.int32),
+                                          np.arange(len(prompt) + len(answer)) >= len(prompt)))
+        examples.append(encoding.Example(np.concatenate([text.ids for text in texts]),
+                                         np.concatenate([text.supervised for text in texts]),
+                                         [len(text.ids) for text in texts]))
+    return examples
+
+
+def already_encoded(examples):
+    return batching.Batches(examples, lambda chosen: (chosen, encoding.EncodeReport()))
+
+
+def metrics_of(run_dir):
+    return read_metrics(run_dir / "metrics.jsonl")
+
+
+@pytest.fixture
+def base(tmp_path):
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    model.initialize()
+    save_model(model, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def parsed(base, *flags):
+    return train.parse_options([str(word) for word in (
+        "--model_name_or_path", base, "--dataset", "-", "--output_dir", base.parent,
+        "--dtype", "float32", "--logging_steps", 1, *flags)])
+
+
+# Against trl
+
+
+class OnOurBatches:
+    """Mixed into a trainer of trl: the rows of each step are those of our loop."""
+
+    batches = None
+
+    def get_train_dataloader(self):
+        return self.batches
+
+
+class TheirDPO(OnOurBatches, trl.DPOTrainer):
+    pass
+
+
+class TheirReward(OnOurBatches, trl.RewardTrainer):
+    pass
+
+
+def their_rows(examples):
+    """Examples as trl's collators take them."""
+    rows = []
+    for example in examples:
+        chosen, rejected = example.texts()
+        prompt = int((~chosen.supervised).sum())
+        rows.append({"prompt_ids": chosen.ids[:prompt].tolist(),
+                     "chosen_ids": chosen.ids[prompt:].tolist(),
+                     "rejected_ids": rejected.ids[prompt:].tolist()})
+    return rows
+
+
+def their_log(stage, model, reference, options, examples, tokenizer_dir, loss):
+    """What trl's trainer logs for every step on exactly the rows that ours take."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_dir / "tokenizer.json"), pad_token="<s>", eos_token="</s>")
+    assert tokenizer.pad_token_id == PAD
+    accumulation, size = options.gradient_accumulation_steps, options.per_device_train_batch_size
+    shared = dict(
+        output_dir=f"{options.output_dir}/theirs", max_steps=STEPS, logging_steps=1, report_to=[],
+        gradient_accumulation_steps=accumulation, learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=2, max_grad_norm=1.0, weight_decay=0.0,
+        save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, seed=0)
+    if stage == "dpo":
+        some = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+        trainer = TheirDPO(model, reference, trl.DPOConfig(**shared, **loss), train_dataset=some,
+                           processing_class=tokenizer)
+    else:
+        some = datasets.Dataset.from_list([{"chosen_ids": [5], "rejected_ids": [6]}])
+        trainer = TheirReward(model, trl.RewardConfig(**shared), train_dataset=some,
+                              processing_class=tokenizer)
+    batches = []
+    for step in already_encoded(examples).steps(ROWS_PER_STEP, 0, STEPS):
+        for micro in batching.micro_batches(step, size):
+            rows = their_rows(micro)
+            if stage == "rm":
+                rows = [{name: row["prompt_ids"] + row[name]
+                         for name in ("chosen_ids", "rejected_ids")} for row in rows]
+            batches.append(trainer.data_collator(rows))
+    trainer.batches = batches
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def start_of(stage, options, base, work):
+    """(our model, its LoraConfig, transformers' and peft's model with the same weights)."""
+    ours, lora_config = train.load_trainable(options, base, torch.float32, torch.device("cpu"))
+    kind, more = transformers.AutoModelForCausalLM, {}
+    if stage == "rm":
+        kind, more = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+    if lora_config:
+        save_adapter(ours, work / "start", lora_config, base)
+        theirs = kind.from_pretrained(base, dtype=torch.float32, **more)
+        return ours, lora_config, peft.PeftModel.from_pretrained(theirs, work / "start",
+                                                                 is_trainable=True)
+    save_model(ours, work / "start")
+    return ours, None, kind.from_pretrained(work / "start", dtype=torch.float32)
+
+
+CASES = {  # flags of ours, arguments of trl's
+    "dpo lora, accumulation": (["--per_device_train_batch_size", 2], {}),
+    "dpo full, precomputed": (["--finetuning_type", "full", "--per_device_train_batch_size", 3,
+                               "--precompute_reference", "--dpo_beta", 0.3], {"beta": 0.3}),
+    # The loss that is sorted over a batch of one is that of the pair: what smoothing means here.
+    "dpo lora, smoothing": (["--per_device_train_batch_size", 1, "--dpo_label_smoothing", 0.2],
+                            {"loss_type": ["aot"], "label_smoothing": 0.2}),
+    # A mean over the tokens of a batch, which here is the whole step.
+    "dpo full, SFT term": (["--finetuning_type", "full", "--per_device_train_batch_size", 6,
+                            "--dpo_ftx", 0.5],
+                           {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    "rm lora, accumulation": (["--per_device_train_batch_size", 2], {}),
+    "rm full": (["--finetuning_type", "full", "--per_device_train_batch_size", 3], {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_equal_trl(case, base, tiny_tokenizer_dir, tmp_path):
+    """Losses, accuracies, margins, rewards, gradient norms and final weights of eight steps."""
+    flags, loss = CASES[case]
+    stage, size = case[:3].strip(), flags[flags.index("--per_device_train_batch_size") + 1]
+    options = parsed(base, "--stage", stage, "--max_steps", STEPS, "--learning_rate", 5e-3,
+                     "--warmup_steps", 2, "--gradient_accumulation_steps", ROWS_PER_STEP // size,
+                     *flags)
+    examples = ragged_rows(STEPS * ROWS_PER_STEP)
+    ours, lora_config, theirs = start_of(stage, options, base, tmp_path)
+    reference = None if lora_config else copy.deepcopy(theirs)
+    expected = their_log(stage, theirs, reference, options, examples, tiny_tokenizer_dir, loss)
+
+    batches = already_encoded(examples)
+    objective = preference.build(options, ours, batches, None, torch.float32, print)
+    run = Run(options, ours, lora_config, len(examples), torch.float32, torch.device("cpu"), None,
+              objective)
+    train.train(run, batches, None)
+    names = {"loss": "loss", "grad_norm": "grad_norm", "accuracy": "accuracy", "margin": "margin"}
+    if stage == "dpo":
+        names |= {"accuracy": "rewards/accuracies", "margin": "rewards/margins",
+                  "reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected"}
+    found = metrics_of(tmp_path)
+    assert len(found) == len(expected) == STEPS
+    for name, theirs_name in names.items():
+        tolerance = {"rtol": 1e-3} if name == "grad_norm" else {"rtol": 0, "atol": 1e-4}
+        np.testing.assert_allclose([row[name] for row in found], [
+            row[theirs_name] for row in expected], err_msg=name, **tolerance)
+    assert len({row["loss"] for row in found}) == STEPS
+    final = {name.replace(".default", "").replace(".modules_to_save", "").removeprefix(
+        "base_model.model."): value for name, value in theirs.state_dict().items()}
+    trained = {name: value for name, value in ours.named_parameters() if value.requires_grad}
+    assert ("score.weight" in trained) == (stage == "rm")
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter, final[name], rtol=0, atol=2e-4)
+
+
+# The loss
+
+
+def new_objective(**settings):
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    model.initialize()
+    objective = preference.DirectPreference(model, **settings)
+    with torch.no_grad():  # as if it had been trained for a while
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return objective
+
+
+def new_reward_objective():
+    torch.manual_seed(0)
+    model = RewardModel(ModelConfig.from_dict(CONFIG))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.2)
+    return preference.Reward(model)
+
+
+def step_of(objective, examples, batch_size):
+    """(figures, gradients) of one step in micro-batches."""
+    batches = [objective.collate(examples[start : start + batch_size])
+               for start in range(0, len(examples), batch_size)]
+    totals, sums = objective.count(batches), {}
+    for batch in batches:
+        found = objective(objective.model, batch, totals)
+        (found["loss"] / totals[0]).backward()
+        sums = {name: sums.get(name, 0) + value.item() / totals[0]
+                for name, value in found.items()}
+    return sums, [parameter.grad for parameter in objective.model.parameters()]
+
+
+@pytest.mark.parametrize("new", [
+    lambda: new_objective(sft_weight=0.7, label_smoothing=0.1), new_reward_objective])
+def test_the_split_changes_nothing(new):
+    """Rows of two and of three answers, 8 x 1, 3 x 3 and 1 x 8; the evaluation agrees."""
+    examples = ragged_rows(5) + ragged_rows(3, answers=3, seed=1)
+    expected, gradients = step_of(new(), examples, 8)
+    for batch_size in (3, 1):
+        figures, others = step_of(new(), examples, batch_size)
+        assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
+    objective = new()
+    evaluated = objective.evaluate(examples, 3, objective.collate)
+    assert evaluated == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_several_answers_are_all_their_pairs():
+    """A row of three weighs as much as one of two, and is the mean over best, middle and worst."""
+    objective = new_reward_objective()
+    three, two = ragged_rows(1, answers=3), ragged_rows(1, seed=1)
+    figures, _ = step_of(objective, three + two, 2)
+    rewards = []
+    for text in three[0].texts() + two[0].texts():
+        tokens = torch.from_numpy(text.ids.astype(np.int64))[None]
+        rewards.append(objective.model.rewards(objective.model(tokens)[0, -1]).item())
+    losses = [-math.log(1 / (1 + math.exp(rewards[worse] - rewards[better])))
+              for better, worse in ((0, 1), (0, 2), (1, 2), (3, 4))]
+    assert figures["loss"] == pytest.approx((sum(losses[:3]) / 3 + losses[3]) / 2, rel=1e-5)
+
+
+def test_logits_of_answers_only_and_in_chunks(monkeypatch):
+    from minisft import objective as room
+
+    monkeypatch.setattr(room, "CHUNK_SIZE", 16)
+    examples, held = ragged_rows(6), []
+    objective = new_objective()
+    logits = objective.model.logits
+    objective.model.logits = lambda hidden: held.append(len(hidden)) or logits(hidden)
+    batch = objective.collate(examples)
+    objective(objective.model, batch, objective.count([batch]))
+    assert sum(held) == sum(int(example.supervised.sum()) for example in examples)
+    assert max(held) <= 16
+
+
+def test_at_the_start_model_and_reference_agree_in_half_precision():
+    """And still the model has its gradient: no cast of its weights is kept from the reference."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    model.initialize()
+    objective = preference.DirectPreference(model)
+    batch = objective.collate(ragged_rows(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective(model, batch, objective.count([batch]))
+    found["loss"].backward()
+    assert found["margin"] == 0 and found["loss"].item() == pytest.approx(4 * math.log(2), 1e-6)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_no_rows_give_exactly_nothing():
+    for objective in (new_objective(sft_weight=1.0), new_reward_objective()):
+        found = objective(objective.model, objective.collate([]), [3, 5])
+        found["loss"].backward()
+        assert all(value == 0 for value in found.values())
+        assert all(parameter.grad is not None and not parameter.grad.any()
+                   for parameter in objective.model.parameters())
+
+
+def test_the_reference_shares_what_is_not_trained():
+    """LoRA: nothing is copied, and a new adapter is off; a trained one is kept as it is."""
+    model = new_objective().model
+    plain = model.logits(model(torch.arange(3, 20)[None]))
+    add_lora(model, LoraConfig(rank=2, modules_to_save=("lm_head",)))
+    reference = frozen_copy(model)
+    assert not any("lora" in name for name, _ in reference.named_parameters())
+    own = {one.data_ptr() for one in model.parameters()}
+    copied = [name for name, one in reference.named_parameters() if one.data_ptr() not in own]
+    assert copied == ["lm_head.weight"]
+    for _ in range(2):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1
+        assert torch.equal(reference.logits(reference(torch.arange(3, 20)[None])), plain)
+        reference, plain = frozen_copy(model), model.logits(model(torch.arange(3, 20)[None]))
+
+
+# Through the scripts
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    """24 ragged rows, every third with three answers."""
+    path = tmp_path / "pairs.jsonl"
+    with open(path, "w") as file:
+        for number in range(24):
+            good, bad = f"yes {number}" * (1 + number % 5), "the cat sat " * (1 + 7 * number % 4)
+            row = {"instruction": f"Say {number}.", "input": "", "history": [["Hi", "Ho"]],
+                   "output": [good, bad, "no"][: 3 if number % 3 == 0 else 2]}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Run a script in this process, which has loaded torch; mistakes raise UserError."""
+    def started(script, *words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        script.main()
+        return capsys.readouterr().out
+    return started
+
+
+def words_of(checkpoint, pairs_file, output, *more):
+    return ["--model_name_or_path", checkpoint, "--dataset", pairs_file, "--template", "plain",
+            "--dtype", "float32", "--dataloader_num_workers", 0, "--learning_rate", 2e-3,
+            "--logging_steps", 1, "--per_device_train_batch_size", 4, "--output_dir", output, *more]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--stage", "dpo", "--dpo_ftx", 0.5, "--precompute_reference", "--finetuning_type", "lora"],
+    ["--stage", "rm", "--finetuning_type", "full"],
+])
+def test_two_processes_train_as_one(flags, checkpoint, pairs_file, tmp_path, here):
+    """The last step of an epoch does not go round; figures and weights are equal."""
+    flags = [*flags, "--num_train_epochs", 2, "--validation_split", 3, "--eval_steps", 3]
+    here(train, *words_of(checkpoint, pairs_file, tmp_path / "1", *flags,
+                          "--per_device_train_batch_size", 6))
+    done = command(*words_of(checkpoint, pairs_file, tmp_path / "2", *flags),
+                   "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 3,
+                   before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    assert done.returncode == 0, done.stderr
+    first, second = metrics_of(tmp_path / "1"), metrics_of(tmp_path / "2")
+    assert [row["step"] for row in first if "loss" in row] == list(range(1, 9))
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for figure in set(one) - {"tokens_per_second"}:
+            assert one[figure] == pytest.approx(other[figure], rel=1e-3, abs=1e-5), figure
+    assert {"accuracy", "margin", "reward_chosen", "reward_rejected"} < first[0].keys()
+    assert {"eval_loss", "eval_accuracy", "eval_margin"} < first[3].keys()
+    name = "model" if "full" in flags else "adapter_model"
+    ours, theirs = (load_file(tmp_path / run / f"{name}.safetensors") for run in "12")
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--stage", "dpo", "--finetuning_type", "full"],
+    ["--stage", "dpo", "--precompute_reference", "--modules_to_save", "lm_head"],
+    ["--stage", "rm", "--lora_dropout", 0.2],
+])
+def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here):
+    """The reference is what the first run began with, not what the resumed one finds."""
+    flags = [*flags, "--max_steps", 6, "--save_steps", 3]
+    here(train, *words_of(checkpoint, pairs_file, tmp_path / "whole", *flags))
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    for name in ("metrics.jsonl", "options.toml"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "resumed" / name)
+    here(train, *words_of(checkpoint, pairs_file, tmp_path / "resumed", *flags,
+                          "--resume_from_checkpoint", "auto"))
+    logs = [[{**row, "tokens_per_second": 0} for row in metrics_of(tmp_path / run)]
+            for run in ("whole", "resumed")]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+    name = "model.safetensors" if "full" in flags else "adapter_model.safetensors"
+    first, second = (load_file(tmp_path / run / name) for run in ("whole", "resumed"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_computed_before_or_along_the_way(checkpoint, pairs_file, tmp_path, here):
+    """--precompute_reference, --quantization_bit and --gradient_checkpointing: equal losses."""
+    logs = []
+    for number, more in enumerate(([], ["--precompute_reference"], ["--gradient_checkpointing"])):
+        said = here(train, *words_of(
+            checkpoint, pairs_file, tmp_path / str(number), "--stage", "dpo", "--max_steps", 4,
+            "--quantization_bit", 4, "--validation_split", 4, *more))
+        assert ("log-probabilities of 24 rows" in said) == (number == 1)
+        logs.append([row.get("loss", row.get("eval_loss")) for row in
+                     metrics_of(tmp_path / str(number))])
+    np.testing.assert_allclose(logs[1:], [logs[0]] * 2, rtol=1e-5)
+
+
+def test_it_learns_what_is_better(checkpoint, pairs_file, tmp_path, here):
+    """Accuracy rises on held-out rows; the evaluation is said; an adapter goes on from itself."""
+    for stage in ("dpo", "rm"):
+        said = here(train, *words_of(checkpoint, pairs_file, tmp_path / stage, "--stage", stage,
+                                     "--max_steps", 30, "--learning_rate", 1e-2, "--dpo_beta", 0.2)
+                    [: None if stage == "dpo" else -2], "--validation_split", 6)
+        log = metrics_of(tmp_path / stage)
+        assert log[-1]["eval_accuracy"] > 0.8 and log[-2]["loss"] < 0.3
+        assert "evaluation loss" in said and "accuracy" in said and "perplexity" not in said
+        here(train, *words_of(checkpoint, pairs_file, tmp_path / f"{stage}2", "--stage", stage,
+                              "--adapter", tmp_path / stage, "--max_steps", 1))
+        (again,) = metrics_of(tmp_path / f"{stage}2")
+        # dpo: what it begins with is the new reference.
+        assert again["loss"] == pytest.approx(math.log(2), 1e-4) if stage == "dpo" else (
+            again["loss"] < 0.3)
+
+
+def test_early_stopping_and_samples(checkpoint, pairs_file, tmp_path, here):
+    said = here(train, *words_of(
+        checkpoint, pairs_file, tmp_path / "out", "--stage", "dpo", "--max_steps", 40,
+        "--learning_rate", 0.5, "--validation_split", 6, "--eval_steps", 1, "--show_samples", 1,
+        "--early_stopping_patience", 2, "--load_best_model_at_end"))
+    assert "no better evaluation in 2" in said and "took the weights of" in said
+    assert metrics_of(tmp_path / "out")[-1]["step"] < 40
+    shown = [part.split("\033[0m")[0] for part in said.split("\033[32m")[1:]]
+    assert shown == ["yes 0</s>", "the cat sat </s>", "no</s>"]
+
+
+def test_skip_bad_rows(checkpoint, pairs_file, tmp_path, here):
+    with open(pairs_file, "a") as file:
+        file.write(json.dumps({"instruction": "a", "output": ["b"]}) + "\n")
+    words = words_of(checkpoint, pairs_file, tmp_path / "out", "--stage", "rm", "--max_steps", 1)
+    with pytest.raises(UserError, match=r"pairs.jsonl, row 25 \(line 25\): .*--skip_bad_rows"):
+        here(train, *words)
+    assert "1 broken rows left out" in here(train, *words, "--skip_bad_rows")
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--dpo_beta", "0.2"], "--dpo_beta belongs to --stage dpo"),
+    (["--stage", "rm", "--precompute_reference"], "--precompute_reference belongs to --stage dpo"),
+    (["--stage", "dpo", "--packing"], "--packing contradicts --stage dpo"),
+    (["--stage", "rm", "--packing"], "--packing contradicts --stage rm"),
+    (["--stage", "dpo", "--finetuning_type", "full", "--train_from_scratch"], "contradicts --st"),
+    (["--stage", "dpo", "--eval_exact_match", "--validation_split", "3"], "belongs to --stage sft"),
+    (["--stage", "dpo", "--block_size", "9"], "--block_size belongs to --stage pt"),
+    (["--stage", "pt", "--template", "alpaca"], "--template belongs to conversations"),
+    (["--stage", "dpo", "--dpo_label_smoothing", "0.5"], "must be below 0.5"),
+    (["--stage", "dpo", "--dpo_beta", "0"], "--dpo_beta"),
+])
+def test_contradictions(flags, message, base):
+    with pytest.raises(UserError, match=message):
+        parsed(base, *flags)
+
+
+# Reward models
+
+
+def their_rewards(folder, base, texts):
+    """What transformers (and peft) give to token ids, as one padded batch and one by one."""
+    kind = transformers.AutoModelForSequenceClassification
+    if (folder / "adapter_config.json").exists():
+        model = kind.from_pretrained(base, num_labels=1, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(model, folder)
+    else:
+        model = kind.from_pretrained(folder, dtype=torch.float32)
+        assert type(model).__name__ == "LlamaForSequenceClassification"
+    with torch.no_grad():
+        single = [model.eval()(torch.tensor([ids])).logits.item() for ids in texts]
+        if (pad := model.config.pad_token_id) is not None:
+            width = max(map(len, texts))
+            padded = torch.tensor([ids + [pad] * (width - len(ids)) for ids in texts])
+            assert model(padded).logits[:, 0].tolist() == pytest.approx(single, abs=1e-5)
+    return single
+
+
+@pytest.mark.parametrize("finetuning_type", ["full", "lora"])
+def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, tmp_path, here):
+    """As transformers and peft score what was saved; select.py chooses by it."""
+    here(train, *words_of(checkpoint, pairs_file, tmp_path / "rm", "--stage", "rm", "--max_steps",
+                          4, "--learning_rate", 1e-2, "--finetuning_type", finetuning_type))
+    rows = [{"instruction": f"Say {number}.", "output": "the cat " * (1 + number % 7)}
+            for number in range(20)]
+    rows[3]["output"] *= 100
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    place = ["--model_name_or_path", tmp_path / "rm"]
+    if finetuning_type == "lora":
+        place = ["--model_name_or_path", checkpoint, "--adapter", tmp_path / "rm"]
+    shared = ["--dataset", tmp_path / "rows.json", "--output", tmp_path / "s.jsonl"]
+    said = here(score, *place, *shared, "--mode", "reward", "--dtype", "float32",
+                "--dataloader_num_workers", 0)
+    assert "template plain" in said and "not scored 1: longer than max_length" in said
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(20)) and lines[3]["reward"] is None
+    from minisft.template import get_template
+    from minisft.tokenizer import Tokenizer
+
+    template = get_template("plain", Tokenizer.load(checkpoint))
+    texts = [template.encode([{"role": "user", "content": row["instruction"]},
+                              {"role": "assistant", "content": row["output"]}])[0]
+             for row in rows if len(row["output"]) < 100]
+    expected = their_rewards(tmp_path / "rm", checkpoint, texts)
+    found = [line["reward"] for line in lines if line["reason"] is None]
+    assert found == pytest.approx(expected, abs=1e-5) and max(found) - min(found) > 1e-2
+
+    for flags, message in (
+            ([*place, *shared, "--mode", "ifd"], "reward model|another kind of scores"),
+            (["--model_name_or_path", checkpoint, *shared, "--mode", "reward"],
+             "is no reward model")):
+        with pytest.raises(UserError, match=message):
+            here(score, *flags)
+    with pytest.raises(UserError, match="it is a reward model"):
+        here(chat, *place, "--template", "plain")
+    done = command(*shared[:2], "--scores", tmp_path / "s.jsonl", "--strategy", "reward",
+                   "--sample_number", 5, "--output", tmp_path / "best.json", script="select.py")
+    assert done.returncode == 0, done.stderr
+    best = sorted(sorted(range(20), key=lambda row: -(lines[row]["reward"] or -99))[:5])
+    assert json.loads((tmp_path / "best.json").read_text()) == [rows[row] for row in best]
+    done = command(*shared[:2], "--scores", tmp_path / "s.jsonl", "--strategy", "ifd",
+                   "--sample_number", 5, "--output", tmp_path / "more.json", script="select.py")
+    assert done.returncode == 2 and "has no ifd; score.py --mode ifd computes it" in done.stderr
+
+
+def test_a_reward_model_is_trained_further(checkpoint, pairs_file, tmp_path, here):
+    """A folder with a head keeps it; in half precision the loss stays finite."""
+    words = ["--stage", "rm", "--finetuning_type", "full", "--max_steps", 2]
+    here(train, *words_of(checkpoint, pairs_file, tmp_path / "first", *words))
+    head = load_reward_model(tmp_path / "first").score.weight
+    assert torch.equal(head, load_file(tmp_path / "first/model.safetensors")["score.weight"])
+    here(train, *words_of(tmp_path / "first", pairs_file, tmp_path / "second", *words,
+                          "--learning_rate", 1e-9, "--dtype", "bfloat16"))
+    torch.testing.assert_close(load_reward_model(tmp_path / "second").score.weight, head)
+    assert np.isfinite([row["loss"] for row in metrics_of(tmp_path / "second")]).all()
+    with pytest.raises(UserError, match="it is a reward model"):
+        load_model(tmp_path / "first")
