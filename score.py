@@ -93,12 +93,13 @@ def main():
     check_output(options, rows)
     model_dir = resolve(options.model_name_or_path)
     adapter_dir = options.adapter and resolve(options.adapter, "adapter_config.json")
+    if options.mode == "reward":
+        check_head(model_dir, adapter_dir)
     template, max_length, config = load_template(options, model_dir, adapter_dir, say)
     parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
     load, score = load_model, ifd.score
     encoder = ifd.Encoder(rows, template, max_length, config.vocab_size, parts)
     if options.mode == "reward":
-        check_head(model_dir, adapter_dir)
         load, score = load_reward_model, reward_scores.score
         encoder = reward_scores.Encoder(rows, template, max_length, config.vocab_size)
     pending = None

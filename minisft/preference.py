@@ -33,6 +33,7 @@ from tqdm import tqdm
 from minisft import batching, parallel
 from minisft.lora import frozen_copy
 from minisft.objective import token_losses
+from minisft.reward import choose_padding
 
 
 @dataclass
@@ -215,9 +216,10 @@ def precompute(model, batches, held_out, batch_size, dtype, say):
     return known
 
 
-def build(options, model, batches, held_out, dtype, say):
+def build(options, model, template, batches, held_out, dtype, say):
     """The objective of --stage rm or dpo; `model` is what training starts from."""
     if options.stage == "rm":
+        choose_padding(model, template)
         return Reward(model)
     known = None
     if options.precompute_reference:

@@ -41,12 +41,20 @@ class RewardModel(nn.Module):
 def _described(config):
     """What config.json says of a reward model."""
     family = config.to_dict()["model_type"].capitalize()
-    # In a batch transformers looks for the last token that is no padding: one that ends no answer.
-    pad = config.original.get("pad_token_id")
-    if pad is None or pad in config.eos_token_ids:
-        pad = config.bos_token_id
     return {**config.to_dict(), "architectures": [f"{family}ForSequenceClassification"],
-            "pad_token_id": pad, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+            "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+
+def choose_padding(model, template):
+    """Make config.json name a token to pad with, with which no conversation ends.
+
+    In a batch transformers takes for the last token the last one that is not this.
+    """
+    content = model.config.original
+    ends = template.stop_token_ids(model.config.eos_token_ids)
+    candidates = (content.get("pad_token_id"), template.tokenizer.bos_token_id,
+                  model.config.bos_token_id)
+    content["pad_token_id"] = next((id for id in candidates if id not in ends | {None}), None)
 
 
 def load_reward_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=None):
