@@ -272,10 +272,7 @@ def main():
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
     if parallel.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-    objective = None
-    if options.stage in ("rm", "dpo"):
-        objective = preference.build(options, model, template, batches, eval_examples,
-                                     dtype, say)
+    objective = preference.build(options, model, template, batches, eval_examples, dtype, say)
     run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed, objective)
     if parallel.rank() == 0:  # only now that nothing speaks against the run
         checkpoint.remove_others(output_dir, resumed, run.progress.step)

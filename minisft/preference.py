@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from minisft import batching, parallel
 from minisft.lora import frozen_copy
-from minisft.objective import token_losses
+from minisft.objective import NextToken, token_losses
 from minisft.reward import choose_padding
 
 
@@ -69,10 +69,10 @@ def collate(examples, device="cpu", pad_multiple=batching.PAD_MULTIPLE, referenc
     last = [len(text.ids) - 1 for text in texts] or [0]
     numbers = [torch.tensor(one, dtype=torch.int64, device=device)
                for one in (last, best, chosen, rejected)]
-    known = reference is not None and [
-        one for example in examples for one in reference[fingerprint(example)]]
-    return Answers(tokens, supervised, *numbers, torch.tensor(weights, device=device),
-                   torch.tensor(known or [0.0], device=device) if reference is not None else None)
+    if reference is not None:
+        known = [one for example in examples for one in reference[fingerprint(example)]]
+        reference = torch.tensor(known or [0.0], device=device)
+    return Answers(tokens, supervised, *numbers, torch.tensor(weights, device=device), reference)
 
 
 def fingerprint(example):
@@ -85,7 +85,7 @@ def compare(scores, batch, label_smoothing=0.0):
     """{figure: sum over the rows of a batch} of the answers' scores (B,); "loss" has a gradient.
 
     label_smoothing: the share of pairs that may have been judged the wrong way round; their loss
-    is that of the pair turned round (https://ericmitchell.ai/cdpo.pdf, equation 3).
+    is that of the pair turned round (https://ericmitchell.ai/cdpo.pdf).
     """
     chosen, rejected = scores[batch.chosen], scores[batch.rejected]
     losses = (-(1 - label_smoothing) * F.logsigmoid(chosen - rejected)
@@ -217,7 +217,9 @@ def precompute(model, batches, held_out, batch_size, dtype, say):
 
 
 def build(options, model, template, batches, held_out, dtype, say):
-    """The objective of --stage rm or dpo; `model` is what training starts from."""
+    """The objective of --stage; `model` is what training starts from."""
+    if options.stage in ("sft", "pt"):
+        return NextToken(model)
     if options.stage == "rm":
         choose_padding(model, template)
         return Reward(model)

@@ -1,6 +1,7 @@
 """On a GPU: the same numbers as on the CPU, to the rounding of its types. Skipped without one."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -114,3 +115,18 @@ def test_packed_loss_is_the_padded_one(models):
     rounded.backward()
     assert abs(padded - rounded) < 0.02 * padded
     assert all(one.grad.isfinite().all() for one in model.parameters() if one.requires_grad)
+
+
+@pytest.mark.parametrize("extra", [
+    ["--stage", "dpo", "--finetuning_type", "full"], ["--stage", "dpo", "--bf16"],
+    ["--stage", "dpo", "--precompute_reference", "--quantization_bit", 4, "--fp16"],
+    ["--stage", "rm", "--bf16"], ["--stage", "rm", "--finetuning_type", "full"]])
+def test_every_way_to_prefer_learns(extra, checkpoint, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Say {number}.", "chosen": f"yes {number}",
+                                        "rejected": "the cat sat"}) + "\n" for number in range(16)))
+    done = command("--model_name_or_path", checkpoint, "--dataset", path, *RUN, *extra,
+                   "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    log = read_metrics(tmp_path / "out/metrics.jsonl")
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["accuracy"] > 0.8

@@ -387,7 +387,7 @@ def test_two_processes_train_as_one(flags, checkpoint, pairs_file, tmp_path, her
 @pytest.mark.parametrize("flags", [
     ["--stage", "dpo", "--finetuning_type", "full"],
     ["--stage", "dpo", "--precompute_reference", "--modules_to_save", "lm_head"],
-    ["--stage", "rm", "--lora_dropout", 0.2],
+    ["--stage", "rm", "--lora_dropout", 0.2, "--quantization_bit", 8, "--gradient_checkpointing"],
 ])
 def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here):
     """The reference is what the first run began with, not what the resumed one finds."""
