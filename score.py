@@ -199,10 +199,10 @@ def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows)
     from minisft.scores import record_of_data, record_of_model
 
     return {
-        "kind of scores": "rewards" if options.mode == "reward" else "losses",
         **record_of_model(model_dir, adapter_dir), "dataset": record_of_data(rows),
         "template": template.name, "default_system": template.default_system,
         "max_length": max_length, "dtype": str(dtype).removeprefix("torch."),
+        "kind of scores": "rewards" if options.mode == "reward" else "losses",
         "names": {"model": options.model_name_or_path, "adapter": options.adapter,
                   "dataset": options.dataset},
     }
