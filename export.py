@@ -121,9 +121,10 @@ def write_folder(options):
     from minisft.chat_template import conversation_form
     from minisft.lora import merge_lora
     from minisft.options import resolve_device, resolve_dtype
+    from minisft.tensor_files import parse_size
     from minisft.tokenizer import Tokenizer
 
-    max_shard_size = weights.parse_size(options.max_shard_size)
+    max_shard_size = parse_size(options.max_shard_size)
     model_dir = weights.resolve(options.model_name_or_path)
     device = resolve_device(options)
     stored = weights.stored_dtype(model_dir)

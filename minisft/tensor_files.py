@@ -208,3 +208,18 @@ def write_safetensors(tensors, path):
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written: {error}") from error
+
+
+def parse_size(text):
+    """`5GB`, `500MB`, `100KB` (powers of ten) or a number of bytes -> bytes."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+    try:
+        if text[-2:].upper() in units:
+            size = int(float(text[:-2]) * units[text[-2:].upper()])
+        else:
+            size = int(text)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise UserError(f"'{text}' is not a size; write 5GB, 500MB or a number of bytes")
+    return size

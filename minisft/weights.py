@@ -145,21 +145,6 @@ def _check_fit(model_dir, files, model):
         files[name].check(parameter.shape, "config.json says")
 
 
-def parse_size(text):
-    """`5GB`, `500MB`, `100KB` (powers of ten) or a number of bytes -> bytes."""
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
-    try:
-        if text[-2:].upper() in units:
-            size = int(float(text[:-2]) * units[text[-2:].upper()])
-        else:
-            size = int(text)
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise UserError(f"'{text}' is not a size; write 5GB, 500MB or a number of bytes")
-    return size
-
-
 def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     """Write config.json and safetensors, in shards of at most `max_shard_size` bytes.
 

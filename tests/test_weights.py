@@ -15,9 +15,9 @@ from minisft.config import ModelConfig
 from minisft.lora import LoraConfig, add_lora
 from minisft.model import CausalLM
 from minisft.options import UserError
+from minisft.tensor_files import parse_size
 from minisft.weights import (
     load_model,
-    parse_size,
     resolve,
     save_adapter,
     save_model,
