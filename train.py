@@ -78,9 +78,10 @@ def load_trainable(options, model_dir, dtype, device):
         load, head = load_reward_model, ("score",)
 
     if options.train_from_scratch:
-        model = CausalLM(ModelConfig.load(model_dir))
+        with torch.device(device):
+            model = CausalLM(ModelConfig.load(model_dir))
         model.initialize(torch.Generator().manual_seed(options.seed))
-        return model.to(device), None
+        return model, None
     if options.finetuning_type == "full":
         return load(model_dir, torch.float32, device).requires_grad_(True), None
     model = load(model_dir, dtype, device, options.quantization_bit)
@@ -177,7 +178,7 @@ def train_step(run, batches):
         with parallel.gradient_sync(run.wrapped, index == len(batches) - 1):
             with run.autocast:
                 found = run.objective(run.wrapped, batch, totals)
-            # DDP takes the mean over processes; the gradient wanted is that of their sum.
+            # The mean over processes is taken; the gradient wanted is that of their sum.
             loss = found["loss"] * (parallel.world_size() / max(1, total))
             run.scaler.scale(loss).backward()
         sums.update({name: value.detach() for name, value in found.items()})
@@ -185,7 +186,7 @@ def train_step(run, batches):
     run.scaler.unscale_(run.optimizer)
     trained = [one for group in run.optimizer.param_groups for one in group["params"]]
     max_norm = run.options.max_grad_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, max_norm).item()
+    grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(trained, max_norm)).item()
     # In float16 an overflow now and then is how the loss scale is found; that step is skipped.
     finding_scale = run.scaler.is_enabled() and run.scaler.get_scale() > 1
     if not math.isfinite(grad_norm) and not finding_scale:
@@ -243,7 +244,7 @@ def main():
     from minisft.weights import resolve
 
     say = parallel.say
-    device = parallel.start(resolve_device(options))
+    device = parallel.start(resolve_device(options), options.parallel)
     dtype = resolve_dtype(options, device)
     if dtype == torch.bfloat16 and not multiplies_bfloat16(device):
         say("bfloat16 halves the memory of the base, but this processor only emulates it: "
@@ -259,7 +260,13 @@ def main():
             say(template.show(text.ids.tolist(), text.supervised.tolist()) + "\n")
 
     torch.manual_seed(options.seed)
-    model, lora_config = load_trainable(options, model_dir, dtype, device)
+    is_sharded = options.parallel == "fsdp"
+    model, lora_config = load_trainable(
+        options, model_dir, dtype, torch.device("meta") if is_sharded else device)
+    if is_sharded:
+        from minisft import fsdp
+
+        fsdp.distribute(model, lora_config, options, model_dir, dtype, device)
     torch.manual_seed(options.seed + parallel.rank())  # dropout differs between processes
     num_parameters = count_parameters(model)
     num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
@@ -267,7 +274,7 @@ def main():
         f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
         f"{parallel.world_size()} process(es)")
 
-    resumed = checkpoint.find(output_dir, resuming, say) if resuming else None
+    resumed = resuming and parallel.of_first(lambda: checkpoint.find(output_dir, resuming, say))
     if resuming:
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
     if parallel.rank() == 0:
@@ -297,20 +304,18 @@ def save(run, tokenizer, template, model_dir, output_dir):
     options, say = run.options, parallel.say
     if options.load_best_model_at_end and run.best["step"]:
         best = output_dir / f"checkpoint-{run.best['step']}"
-        if fault := checkpoint.damage(best):
+        if fault := parallel.of_first(lambda: checkpoint.damage(best)):
             say(f"{best}: {fault}; the last weights are saved instead of the best")
         else:
             checkpoint.restore_weights(run.model, best)
             say(f"took the weights of {best}, evaluation loss {run.best['loss']:.4f}")
-    if parallel.rank() != 0:
-        return
     try:
         write_result(run, tokenizer, template, model_dir, output_dir)
     except (OSError, UserError) as error:
         raise UserError(f"{error}; make room, and --resume_from_checkpoint auto goes on from the "
                         "last checkpoint") from error
     say(f"saved to {output_dir}")
-    if options.plot_loss:
+    if options.plot_loss and parallel.rank() == 0:
         try:
             say(f"drew {plot_loss(output_dir)}")
         except ImportError:
@@ -322,7 +327,7 @@ def write_result(run, tokenizer, template, model_dir, output_dir):
     """Write what was trained and the tokenizer, as chat.py, export.py and eval.py read them."""
     import torch
 
-    from minisft import weights
+    from minisft import parallel, weights
     from minisft.chat_template import chat_template_text
 
     model, options = run.model, run.options
@@ -332,6 +337,9 @@ def write_result(run, tokenizer, template, model_dir, output_dir):
         fresh = options.train_from_scratch
         dtype = getattr(torch, model.config.dtype) if fresh else weights.stored_dtype(model_dir)
         weights.save_model(model, output_dir, dtype)
+    if parallel.rank() != 0:
+        return
+    if not run.lora_config:
         listed = weights.generation_eos(model_dir, model.config)
         weights.save_generation_config(model_dir, output_dir, model.config,
                                        template.stop_token_ids(listed) if template else listed)

@@ -6,7 +6,8 @@
 
 A checkpoint is a folder `checkpoint-STEP` with the trained weights (an adapter, or the model in
 float32), `trainer_state.pt` (optimizer, random states, counters) and `complete.json`, which lists
-the size and SHA-256 of every file. It is written under another name, the list last, and renamed
+the size and SHA-256 of every file. Of a sharded model the state of the optimizer is in a folder of
+its own, written by all processes. It is written under another name, the list last, and renamed
 when all of it is on disk: whatever happens in between, a folder of that name is whole.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from minisft import parallel
 from minisft.options import UserError
 from minisft.tensor_files import read_header, tensor_files
 from minisft.weights import ADAPTER_WEIGHTS, PEFT_PREFIX
@@ -31,33 +33,47 @@ NAME = re.compile(r"checkpoint-(\d+)")
 def save(output_dir, step, write_weights, state, keep=None, best=None):
     """Write `checkpoint-STEP`, then remove all but the newest `keep` and the one of step `best`.
 
-    write_weights(folder) writes the trained weights. Returns the folder. Where the disk is full or
-    fails, the unfinished folder is removed and UserError raised; older checkpoints stay.
+    Every process calls it, and every one's write_weights(folder), which writes the trained weights
+    and what else is sharded; the rest is done by the first. Returns the folder. Where the disk is
+    full or fails, the unfinished folder is removed and UserError raised; older checkpoints stay.
     """
-    output_dir = Path(output_dir)
+    output_dir, is_first = Path(output_dir), parallel.rank() == 0
     final, partial = (output_dir / f"checkpoint-{step}{end}" for end in ("", ".partial"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        parallel.barrier()
         write_weights(partial)
-        torch.save(state, partial / STATE)
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-        (partial / MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
-        for path in [*partial.iterdir(), partial]:
-            _flush(path)
-        if final.exists():  # one of the same step must not be lost before this one is in place
-            old = final.rename(f"{final}.old")
-            os.rename(partial, final)
-            _remove(old)
-        else:
-            os.rename(partial, final)
-        _flush(output_dir)
+        parallel.barrier()
+        if is_first:
+            torch.save(state, partial / STATE)
+            _complete(partial, final, step)
+            _rotate(output_dir, keep, {step, best})
+        parallel.barrier()
     except (OSError, RuntimeError, UserError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{final} could not be written: {error}; what was saved before is intact, "
                         "go on from it with --resume_from_checkpoint auto") from error
-    _rotate(output_dir, keep, {step, best})
     return final
+
+
+def _complete(partial, final, step):
+    """Add the list of all files, wait until they are on disk, and give the folder its name."""
+    paths = sorted(partial.rglob("*"))
+    files = {path.relative_to(partial).as_posix(): _fingerprint(path)
+             for path in paths if path.is_file()}
+    (partial / MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    for path in [*paths, partial / MARKER, partial]:
+        _flush(path)
+    if final.exists():  # one of the same step must not be lost before this one is in place
+        old = final.rename(f"{final}.old")
+        os.rename(partial, final)
+        _remove(old)
+    else:
+        os.rename(partial, final)
+    _flush(final.parent)
 
 
 def _rotate(output_dir, keep, wanted):
@@ -171,14 +187,15 @@ def restore_weights(model, path):
     adapter = path / ADAPTER_WEIGHTS
     prefix = PEFT_PREFIX if adapter.is_file() else ""
     files = read_header(adapter) if prefix else tensor_files(path)
-    for name, parameter in model.named_parameters():
+    # Unlike named_parameters, state_dict puts nothing together that is sharded.
+    for name, parameter in model.state_dict(keep_vars=True).items():
         if not parameter.requires_grad:
             continue
         stored = files.get(prefix + name)
         if stored is None or stored.shape != parameter.shape:
             raise UserError(f"{path}: {name} does not fit; was the run started with other "
                             "options?")
-        parameter.copy_(stored.read())
+        parallel.fill(parameter, stored.read)
 
 
 def random_state(device):

@@ -42,9 +42,9 @@ class LoraConfig:
 class LoRALinear(nn.Module):
     """y = base_layer(x) + scaling * B A dropout(x); B starts at zero, so y starts at the base's."""
 
-    def __init__(self, base_layer, config):
+    def __init__(self, base_layer, config, device=None):
         super().__init__()
-        device = next(chain(base_layer.parameters(), base_layer.buffers())).device
+        device = device or next(chain(base_layer.parameters(), base_layer.buffers())).device
         self.base_layer = base_layer
         self.lora_A = nn.Linear(base_layer.in_features, config.rank, bias=False, device=device)
         self.lora_B = nn.Linear(config.rank, base_layer.out_features, bias=False, device=device)

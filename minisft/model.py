@@ -315,13 +315,18 @@ class CausalLM(nn.Module):
             return F.linear(hidden, self.model.embed_tokens.weight)
         return self.lm_head(hidden)
 
+    def initial_values(self, generator=None):
+        """Yield (parameter, fresh value): normal(0, initializer_range), biases 0, norms 1."""
+        for name, parameter in self.named_parameters():
+            value = torch.zeros(parameter.shape)
+            if name.endswith("norm.weight"):
+                value.fill_(1.0)
+            elif not name.endswith("bias"):
+                value.normal_(0.0, self.config.initializer_range, generator=generator)
+            yield parameter, value
+
     @torch.no_grad()
     def initialize(self, generator=None):
-        """Fresh weights: normal(0, initializer_range), biases zero, norms one."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        """Set every parameter to its fresh value, drawn on the CPU."""
+        for parameter, value in self.initial_values(generator):
+            parameter.copy_(value)

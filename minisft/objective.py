@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minisft import parallel
-from minisft.batching import collate
+from minisft.batching import collate, micro_batches
 
 # Rows of logits held at a time: with a vocabulary of 128k a chunk takes 0.5 GB in float32, and
 # about three times that while its gradient is computed.
@@ -92,11 +92,10 @@ def mean_loss(model, examples, batch_size, collate=collate):
     """
     model.eval()
     device = model.model.embed_tokens.weight.device
-    rows = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
-    rows = rows[parallel.rank() :: parallel.world_size()]
+    examples = sorted(examples, key=lambda example: len(example.ids))
     loss_sum, num_targets = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = [examples[row] for row in rows[start : start + batch_size]]
+    # As many batches on every process, some perhaps empty: those of a sharded model go together.
+    for batch in micro_batches(examples, batch_size, parallel.rank(), parallel.world_size()):
         loss, count = next_token_loss(model, *collate(batch, device))
         loss_sum, num_targets = loss_sum + loss.item(), num_targets + count
     loss_sum, num_targets = parallel.sum_over_processes([loss_sum, num_targets], device)

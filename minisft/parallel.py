@@ -1,10 +1,13 @@
 """Several processes under torchrun: who am I, sums over all, gradients averaged by DDP.
 
     torchrun --nproc_per_node 2 train.py ...
+
+A model that each process holds only a part of is made in fsdp.py; what others need of it is here.
 """
 
 import contextlib
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,13 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 from minisft import failure
 from minisft.options import UserError
 
+# How long one process may keep the others waiting: large checkpoints are written by the first.
+PATIENCE = timedelta(hours=2)
 
-def start(device):
+
+def start(device, kind="ddp"):
     """Join the processes that torchrun started; returns this process's device.
 
-    From then on all end when one fails. UserError where there is no GPU left for this one.
+    From then on all end when one fails. UserError where there is no GPU left for this one, or
+    where it is alone and the model is to be sharded (kind "fsdp").
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if kind == "fsdp":
+            raise UserError("--parallel fsdp shards the model over processes, and there is only "
+                            "one: start several with torchrun, or give --parallel ddp")
         return device
     failure.end_with_others()
     if device.type == "cuda":
@@ -28,7 +38,7 @@ def start(device):
             raise UserError(f"--nproc_per_node: more processes than the {count} GPUs here")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return device
 
 
@@ -88,6 +98,40 @@ def gather(value):
     return values
 
 
+def of_first(function):
+    """What function() returns in the first process, the only one to call it, for all of them."""
+    if world_size() == 1:
+        return function()
+    values = [function() if rank() == 0 else None]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def whole(tensor):
+    """The tensor; where it is sharded, all of it, put together by all processes at once."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def to_first(tensor, dtype=None):
+    """The whole tensor on the CPU in the first process, None in others. All have to call it."""
+    tensor = whole(tensor.detach())
+    return tensor.to("cpu", dtype or tensor.dtype).contiguous() if rank() == 0 else None
+
+
+@torch.no_grad()
+def fill(parameter, read):
+    """Give a parameter its values; where it is sharded, this process's part of them.
+
+    read(begin, end): the rows from begin to end - 1.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        parameter.copy_(read(0, len(parameter)))
+        return
+    each = -(-len(parameter) // world_size())  # the last processes may have fewer, or none
+    begin, end = (min(len(parameter), number * each) for number in (rank(), rank() + 1))
+    parameter.to_local().copy_(read(begin, end))
+
+
 def wrap(model):
     """The model whose backward pass averages gradients over processes; itself if there is one."""
     if world_size() == 1:
@@ -103,7 +147,10 @@ def barrier():
 
 
 def gradient_sync(model, wanted):
-    """Context of a backward pass: gradients are averaged in it only if `wanted`."""
-    if wanted or world_size() == 1:
+    """Context of a backward pass: gradients are averaged in it only if `wanted`.
+
+    Those of a sharded model always are, lest every process holds them all.
+    """
+    if wanted or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

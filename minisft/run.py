@@ -27,6 +27,8 @@ IDENTITY = (
     "validation_split", "finetuning_type", "lora_rank", "lora_alpha", "lora_target", "use_rslora",
     "modules_to_save", "quantization_bit",
 )
+# Folder of what AdamW keeps for a sharded model, in a checkpoint.
+MOMENTS = "optimizer"
 # May be otherwise in a resumed run, and nobody needs to be told.
 OF_THE_CALL = {"config", "resume_from_checkpoint", "overwrite_output_dir", "output_dir",
                "show_samples", "plot_loss"}
@@ -60,7 +62,9 @@ class Run:
             model, options.learning_rate, options.weight_decay,
             (options.adam_beta1, options.adam_beta2), options.adam_epsilon,
         )
-        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self.is_sharded = options.parallel == "fsdp"  # and then of `dtype` while it computes
+        self.autocast = torch.autocast(
+            device.type, dtype, enabled=dtype != torch.float32 and not self.is_sharded)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.best = {"step": None, "loss": math.inf, "evaluations_since": 0}
         self.identity = {"num_rows": num_rows}
@@ -69,7 +73,7 @@ class Run:
             self._check_identity(state["identity"], checkpoint)
             self._tell_changes(state["options"])
             restore_weights(model, checkpoint)
-            load_optimizer(self.optimizer, state["optimizer"])
+            self._load_optimizer(state["optimizer"], checkpoint)
             if state["scaler"]:  # empty where the run so far was not in float16
                 self.scaler.load_state_dict(state["scaler"])
             if Path(checkpoint).parent.resolve() == Path(options.output_dir).resolve():
@@ -82,7 +86,7 @@ class Run:
             self.collate = partial(self.collate, pad_multiple=batching.COMPILED_PAD_MULTIPLE)
             for layer in model.model.layers:
                 layer.compile()
-        self.wrapped = parallel.wrap(model)
+        self.wrapped = model if self.is_sharded else parallel.wrap(model)
         self.progress = Progress(self.total_steps, Path(options.output_dir) / "metrics.jsonl",
                                  device, state and state["progress"])
 
@@ -97,6 +101,18 @@ class Run:
             if name not in OF_THE_CALL and before.get(name) != value:
                 parallel.say(f"--{name} is {value} from here on; it was {before.get(name)}")
 
+    def _load_optimizer(self, state, checkpoint):
+        """state: None where the run that saved it was sharded, else a state_dict."""
+        if state and not self.is_sharded:
+            load_optimizer(self.optimizer, state)
+            return
+        from minisft import fsdp
+
+        if state:
+            fsdp.cut_moments(self.optimizer, state)
+        else:
+            fsdp.load_moments(self.model, self.optimizer, Path(checkpoint) / MOMENTS)
+
     def _restore_random(self, states):
         if len(states) == parallel.world_size():
             set_random_state(states[parallel.rank()], self.device)
@@ -105,12 +121,12 @@ class Run:
                          "drawn anew")
 
     def save_checkpoint(self):
-        """Write the state of all processes to `checkpoint-STEP`, in the first process."""
+        """Write the state of all processes to `checkpoint-STEP`. All of them call it."""
         state = {
             "identity": self.identity, "options": vars(self.options),
             "rows_per_step": self.rows_per_step, "best": self.best,
-            "progress": self.progress.state(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "progress": self.progress.state(), "scaler": self.scaler.state_dict(),
+            "optimizer": None if self.is_sharded else self.optimizer.state_dict(),
             "random": parallel.gather(random_state(self.device)),
         }
 
@@ -119,8 +135,10 @@ class Run:
                 save_adapter(self.model, folder, self.lora_config, self.options.model_name_or_path)
             else:
                 save_model(self.model, folder)
+            if self.is_sharded:
+                from minisft import fsdp
 
-        if parallel.rank() == 0:
-            save(self.options.output_dir, self.progress.step, write_weights, state,
-                 self.options.save_total_limit, self.best["step"])
-        parallel.barrier()
+                fsdp.save_moments(self.model, self.optimizer, folder / MOMENTS)
+
+        save(self.options.output_dir, self.progress.step, write_weights, state,
+             self.options.save_total_limit, self.best["step"])

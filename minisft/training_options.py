@@ -99,6 +99,8 @@ def _add_optimisation_flags(add, switch):
     add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon")
     add("--max_grad_norm", type=not_negative, default=1.0, help="clip the gradient to it; 0: no")
     switch("--packing", "lay the rows of a micro-batch one after another instead of padding them")
+    add("--parallel", choices=["ddp", "fsdp"], default="ddp",
+        help="of the processes of torchrun, each holds the model (ddp) or a part of it (fsdp)")
     switch("--gradient_checkpointing", "compute activations twice instead of keeping them")
     switch("--compile", "compile the layers: minutes at the start, faster steps on a GPU")
     add("--seed", type=natural, default=42, help="of the order of rows, adapter start and dropout")
@@ -147,6 +149,9 @@ def check_options(options, given):
         ({"quantization_bit"}, options.compile, "contradicts --compile"),
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"packing"}, options.compile, "contradicts --compile"),
+        ({"quantization_bit", "eval_exact_match"}, options.parallel == "fsdp",
+         "contradicts --parallel fsdp"),
+        ({"parallel"}, options.stage in ("rm", "dpo"), f"fsdp contradicts --stage {options.stage}"),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
         ({"load_best_model_at_end", "early_stopping_patience"}, not options.eval_steps,
          "needs --eval_steps: evaluations along the way"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisft import gguf_import
+from minisft import gguf_import, parallel
 from minisft.config import ModelConfig
 from minisft.gguf_file import is_gguf
 from minisft.json_files import is_number, is_whole, read_json, token_ids, write_json
@@ -148,27 +148,27 @@ def _check_fit(model_dir, files, model):
 def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     """Write config.json and safetensors, in shards of at most `max_shard_size` bytes.
 
-    `dtype` converts on the way out; a shard is converted only when it is written. UserError where
-    there is no room for them all: then nothing is written.
+    `dtype` converts on the way out; a shard is put together only when it is written. UserError
+    where there is no room for them all. Of several processes all call it, and the first writes.
     """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach() for name, value in model.state_dict().items()}
-    _check_room(output_dir, tensors, dtype)
-    shards = _shards(tensors, dtype, max_shard_size)
-    count = len(shards)
+    output_dir, tensors = Path(output_dir), model.state_dict()
+    sizes = {name: one.numel() * (dtype or one.dtype).itemsize for name, one in tensors.items()}
+    shards = _shards(sizes, max_shard_size)
+    count, is_first = len(shards), parallel.rank() == 0
     names = [WEIGHTS] if count == 1 else [
         f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
-    weight_map, total = {}, 0
+    if is_first:
+        _make_room(output_dir, sum(sizes.values()))
     for file_name, keys in zip(names, shards, strict=True):
-        shard = {key: tensors[key].to("cpu", dtype or tensors[key].dtype).contiguous()
-                 for key in keys}
-        write_safetensors(shard, output_dir / file_name)
-        weight_map.update(dict.fromkeys(keys, file_name))
-        total += sum(tensor.nbytes for tensor in shard.values())
+        shard = {key: parallel.to_first(tensors[key], dtype) for key in keys}
+        if is_first:
+            write_safetensors(shard, output_dir / file_name)
+    if not is_first:
+        return
     if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(index, output_dir / INDEX)
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        write_json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
+                   output_dir / INDEX)
     _remove_others(output_dir, names if count == 1 else [*names, INDEX])
     config = model.config.to_dict()
     config.pop("torch_dtype", None)
@@ -176,23 +176,23 @@ def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     write_json(config, output_dir / "config.json")
 
 
-def _check_room(output_dir, tensors, dtype):
-    needed = sum(one.numel() * (dtype or one.dtype).itemsize for one in tensors.values())
+def _make_room(output_dir, needed):
+    output_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output_dir).free
     if needed > free:
         raise UserError(f"{output_dir}: the weights take {needed / 1e9:,.1f} GB, and the disk has "
                         f"{free / 1e9:,.1f} GB free")
 
 
-def _shards(tensors, dtype, max_shard_size):
-    shards, size = [[]], 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if shards[-1] and size + nbytes > max_shard_size:
+def _shards(sizes, max_shard_size):
+    """The names in order, in lists whose sizes add up to at most that, if no single one is more."""
+    shards, filled = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_size:
             shards.append([])
-            size = 0
+            filled = 0
         shards[-1].append(name)
-        size += nbytes
+        filled += size
     return shards
 
 
@@ -222,14 +222,15 @@ def generation_eos(model_dir, config):
 
 
 def save_adapter(model, output_dir, config, base_model, dtype=None):
-    """Write the adapter of `model` as PEFT does: LoRA factors and `modules_to_save`."""
+    """Write the adapter of `model` as PEFT does; of several processes all call it, one writes."""
+    saved = [SAVEABLE[name] for name in config.modules_to_save]
+    tensors = {PEFT_PREFIX + name: parallel.to_first(tensor, dtype)
+               for name, tensor in model.state_dict().items()
+               if ".lora_" in name or name.removesuffix(".weight") in saved}
+    if parallel.rank() != 0:
+        return
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    trained = {name: parameter for name, parameter in model.named_parameters()
-               if ".lora_" in name or name.removesuffix(".weight") in
-               [SAVEABLE[saved] for saved in config.modules_to_save]}
-    tensors = {PEFT_PREFIX + name: parameter.detach().to("cpu", dtype).contiguous()
-               for name, parameter in trained.items()}
     write_safetensors(tensors, output_dir / ADAPTER_WEIGHTS)
     _remove_others(output_dir, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
     ranks = {name: module.lora_A.out_features for name, module in model.named_modules()

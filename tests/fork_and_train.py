@@ -1,0 +1,88 @@
+"""Run train.py in several processes, again and again, with torch loaded only once.
+
+    python tests/fork_and_train.py runs.json
+
+runs.json: a list of [number of processes, [flags of train.py], step or null], worked off in order.
+The processes of a run are forked from this one and get from the environment what torchrun gives;
+the last of them is sent a SIGTERM in that step. The status is 1 as soon as a run fails.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  (as sharding does; it and what follows for the children)
+
+import minisft.fsdp  # noqa: E402
+import minisft.run  # noqa: E402
+import minisft.tokenizer  # noqa: E402, F401
+import train  # noqa: E402
+
+
+def start(rank, processes, port, arguments, signalled):
+    """Fork one of the processes of a run; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_PORT=str(port),
+        LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost")
+    torch.set_num_threads(1)
+    sys.argv, status = ["train.py", *arguments], 0
+    if rank == processes - 1:
+        signal_in(signalled)
+    try:
+        train.main()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def signal_in(step):
+    """Have this process send itself a SIGTERM in a step of train.py."""
+    train_step = train.train_step
+
+    def signalled(run, batches):
+        if run.progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(run, batches)
+
+    train.train_step = signalled
+
+
+def train_with(processes, arguments, signalled=None):
+    """Whether a run with so many processes went well."""
+    expected = 0 if signalled is None else 128 + signal.SIGTERM
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = {start(rank, processes, port, arguments, signalled) for rank in range(processes)}
+    while children:
+        child, status = os.wait()
+        children.discard(child)
+        if os.waitstatus_to_exitcode(status) != expected:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            return False
+    return True
+
+
+def main():
+    for run_of in json.loads(Path(sys.argv[1]).read_text()):
+        if not train_with(*run_of):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
