@@ -26,13 +26,12 @@ def parse_options(arguments=None):
     parser = OptionParser(description="Fine-tune (or pre-train) a Llama-family model.")
     add, switch = add_model_flags(parser)
     add("--adapter", help="go on training this LoRA adapter")
-    add("--quantization_bit", type=int, choices=[4, 8],
-        help="hold the frozen base in so many bits: QLoRA (4: NF4, 8: rows of int8)")
     switch("--train_from_scratch", "ignore the checkpoint's weights: start from random ones")
     _add_data_flags(*parser.section("data"))
     _add_tuning_flags(*parser.section("what is trained"))
     _add_optimisation_flags(*parser.section("optimisation"))
     _add_output_flags(*parser.section("output"))
+    _add_plan_flags(*parser.section("plan"))
     options = parser.parse_options(arguments)
     return check_options(options, parser.given(options))
 
@@ -86,6 +85,8 @@ def _add_optimisation_flags(add, switch):
     add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon")
     add("--max_grad_norm", type=not_negative, default=1.0, help="clip the gradient to it; 0: no")
     switch("--packing", "lay the rows of a micro-batch one after another instead of padding them")
+    add("--parallel", choices=["ddp", "fsdp"], default="ddp",
+        help="of the processes of torchrun, each holds the model (ddp) or a part of it (fsdp)")
     switch("--gradient_checkpointing", "compute activations twice instead of keeping them")
     switch("--compile", "compile the layers: minutes at the start, faster steps on a GPU")
     add("--seed", type=natural, default=42, help="of the order of rows, adapter start and dropout")
@@ -107,8 +108,21 @@ def _add_output_flags(add, switch):
     switch("--plot_loss", "draw loss.png into the output folder (needs matplotlib)")
 
 
+def _add_plan_flags(add, switch):
+    switch("--dry_run", "only say what the run would take: parameters, steps, memory, time; needs "
+           "config.json alone, and nothing is downloaded, loaded or written")
+    add("--num_processes", type=count, help="plan for so many (default: this one, or torchrun's)")
+    add("--device_memory", metavar="SIZE", help="of each process, such as 80GB: does it fit?")
+    add("--tokens_per_second", type=positive,
+        help="speed of all processes together, as metrics.jsonl of a short run has it")
+    add("--device_tflops", type=positive,
+        help="else the speed that a device reaches, in 10^12 operations a second: on a GPU about "
+        "0.4 of what its data sheet says")
+
+
 OF_LORA = {"adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora",
            "modules_to_save"}
+OF_PLANS = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
 OF_SFT = {"template", "default_system", "cutoff_len", "show_samples", "eval_exact_match"}
 
 
@@ -125,6 +139,8 @@ def check_options(options, given):
         ({"block_size"}, not pretraining, "belongs to --stage pt"),
         ({"quantization_bit"}, full, "belongs to --finetuning_type lora"),
         ({"quantization_bit"}, options.compile, "contradicts --compile"),
+        (OF_PLANS, not options.dry_run, "belongs to --dry_run"),
+        ({"device_tflops"}, options.tokens_per_second, "contradicts --tokens_per_second"),
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"packing"}, options.compile, "contradicts --compile"),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
