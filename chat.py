@@ -152,7 +152,8 @@ def load_assistant(options, **more):
 
     device = resolve_device(options)
     return Assistant(options.model_name_or_path, options.adapter, options.template, device,
-                     resolve_dtype(options, device), options.max_length, **more)
+                     resolve_dtype(options, device), options.max_length,
+                     quantization_bit=options.quantization_bit, **more)
 
 
 def talk(options, system, sampling, question):
@@ -174,7 +175,7 @@ def answer_file(options, system, sampling):
     from minisft import prompts
 
     settings = {"system": system, **dataclasses.asdict(sampling)}
-    for name in ("model_name_or_path", "adapter", "template", "max_length"):
+    for name in ("model_name_or_path", "adapter", "template", "max_length", "quantization_bit"):
         settings[name] = getattr(options, name)
     number = prompts.answer_file(load_assistant(options), options.file, options.output, sampling,
                                  options.batch_size, system, settings)
@@ -207,7 +208,8 @@ def load_pair(options):
     from minisft.weights import load_model, resolve
 
     device = resolve_device(options)
-    model = load_model(resolve(options.model_name_or_path), resolve_dtype(options, device), device)
+    model = load_model(resolve(options.model_name_or_path), resolve_dtype(options, device), device,
+                       options.quantization_bit)
     shared = {"model": model, "turns": Turns(), "kept_conversations": KEPT_ON_THE_WEB}
     first = load_assistant(options, **shared)
     if options.compare_with == "none":

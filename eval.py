@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from minisft.evaluation_options import parse_choice_options, parse_compare_options
+from minisft.evaluation_options import in_bits, parse_choice_options, parse_compare_options
 from minisft.options import (
     UserError,
     check_output_dir,
@@ -25,12 +25,13 @@ from minisft.options import (
 
 CHOICES = ("ceval", "cmmlu", "mmlu")
 # What the rows of a run that is gone on with must have in common with those it has.
-IDENTITY = ("model_name_or_path", "adapter", "dtype", "bf16", "fp16", "data_dir", "split",
-            "num_fewshot", "template", "max_length", "max_samples", "n_times", "seed")
+IDENTITY = ("model_name_or_path", "adapter", "dtype", "bf16", "fp16", "quantization_bit",
+            "data_dir", "split", "num_fewshot", "template", "max_length", "max_samples", "n_times",
+            "seed")
 COMPARISON_FILES = ("verdicts.jsonl", "results.json", "report.html", "report.png")
 # The same as IDENTITY for the answers of a comparison.
-ANSWER_IDENTITY = ("models", "dtype", "bf16", "fp16", "template", "dataset", "max_samples",
-                   "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+ANSWER_IDENTITY = ("models", "dtype", "bf16", "fp16", "quantization_bit", "template", "dataset",
+                   "max_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 
 def main():
@@ -68,7 +69,7 @@ def multiple_choice(name, options):
     # A plain text needs no template; that of this name fits every tokenizer.
     template = "plain" if options.template == "none" else options.template
     assistant = Assistant(options.model_name_or_path, options.adapter, template, device,
-                          resolve_dtype(options, device))
+                          resolve_dtype(options, device), quantization_bit=options.quantization_bit)
     template = None if options.template == "none" else assistant.template
     max_length = min(options.max_length or assistant.max_length, assistant.max_length)
     prompts = multiple_choice.Prompts(benchmark, assistant.tokenizer, template, max_length)
@@ -198,7 +199,7 @@ def protocol(benchmark, options, assistant, template):
         options.max_samples)
     subjects = f"; subjects {options.subjects}" * bool(options.subjects)
     adapter = f" with {options.adapter}" * bool(options.adapter)
-    dtype = str(assistant.dtype).removeprefix("torch.")
+    dtype = str(assistant.dtype).removeprefix("torch.") + in_bits(options)
     shown = f"{options.num_fewshot}-shot" + " with the first rows of dev" * bool(
         options.num_fewshot)
     return (f"{benchmark.title}, {options.split} split{subjects}{limit}; {shown}{times}; the "
@@ -273,7 +274,8 @@ def answers_of(model, options, items, sampling, folder):
                             "remove it, or give another --output_dir")
         return content["answers"], content["losses"]
     device = resolve_device(options)
-    assistant = Assistant(path, adapter, options.template, device, resolve_dtype(options, device))
+    assistant = Assistant(path, adapter, options.template, device, resolve_dtype(options, device),
+                          quantization_bit=options.quantization_bit)
     with progress_bar(len(items), name) as bar:
         answers = answer_items(assistant, items, sampling, options.batch_size, bar.update)
     if all(one["is_skipped"] for one in answers):
@@ -290,7 +292,8 @@ def compare_protocol(options, count):
         f"at temperature {options.temperature}, top-k {options.top_k}, top-p {options.top_p}, seed "
         f"{options.seed}")
     return (f"{count} questions of {options.dataset}, template {options.template}, answers of at "
-            f"most {options.max_new_tokens} tokens written {way}; {', '.join(options.models)}; "
+            f"most {options.max_new_tokens} tokens written {way}; {', '.join(options.models)}"
+            f"{in_bits(options)}; "
             "BLEU by sacrebleu (zh), ROUGE F by rouge-score, both by character in Chinese; "
             "intervals 95 %, normal for means, Wilson's for shares")
 
@@ -311,7 +314,8 @@ def judge_of(options):
     def load():
         device = resolve_device(options)
         assistant = Assistant(path, adapter, options.judge_template, device,
-                              resolve_dtype(options, device))
+                              resolve_dtype(options, device),
+                              quantization_bit=options.quantization_bit)
         name = f"{options.judge_model}, template {assistant.template.name}"
         return judge.LocalJudge(assistant, name, options.batch_size)
 

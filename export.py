@@ -51,7 +51,7 @@ def check_options(options, given):
         raise UserError(f"--format {options.format} needs --{needed}")
     unread = {unread} | ({"dtype", "bf16", "fp16", "device"} if to_file else {"quantization"})
     if options.format != "hf":
-        unread |= {"max_shard_size"}
+        unread |= {"max_shard_size", "quantization_bit"}
     if options.format == "gguf-lora":
         unread |= {"template"}
     if unread & given:
@@ -79,6 +79,7 @@ def write_gguf(options):
     model_dir, adapter_dir = weights.resolve(options.model_name_or_path), None
     if options.adapter:
         adapter_dir = weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
+        tell_of_quantization(options, adapter_dir)
     if options.format == "gguf-lora":
         summary = export_adapter(model_dir, adapter_dir, output, options.quantization)
     else:
@@ -92,6 +93,16 @@ def write_gguf(options):
           f"{summary['tensors']} tensors ({types})")
     for note in summary["notes"]:
         print(f"note: {note}")
+
+
+def tell_of_quantization(options, adapter_dir):
+    """Say so where the adapter is not merged into the weights that it was trained on."""
+    trained = recorded_options(adapter_dir).get("quantization_bit")
+    if options.format in ("hf", "gguf") and trained != options.quantization_bit:
+        base = f"a base in {trained} bits" if trained else "the full base"
+        flag = f"--quantization_bit {trained}" if trained else "no --quantization_bit"
+        way_out = f"; {flag} merges into that one" if options.format == "hf" else ""
+        print(f"note: the adapter was trained on {base} and is merged into another{way_out}")
 
 
 def check_output_file(options):
@@ -130,13 +141,14 @@ def write_folder(options):
     stored = weights.stored_dtype(model_dir)
     auto = torch.float32 if options.format == "peft" else stored
     dtype = resolve_dtype(options, device, auto)
-    model = weights.load_model(model_dir, stored, device)
+    model = weights.load_model(model_dir, stored, device, options.quantization_bit)
     tokenizer = Tokenizer.load(model_dir)
 
     trained_dir = model_dir  # or the adapter's
     if options.adapter:
         trained_dir = weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
         lora_config = weights.load_adapter(model, trained_dir)
+        tell_of_quantization(options, trained_dir)
     chat_template, stop_ids = conversation_form(tokenizer, options.template, trained_dir,
                                                 weights.generation_eos(model_dir, model.config))
     if options.format == "peft":

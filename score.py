@@ -112,9 +112,9 @@ def main():
     say(f"{len(rows):,} rows, {len(pending):,} to do; template {template.name}, {device}, "
         f"{str(dtype).removeprefix('torch.')}, {parallel.world_size()} process(es)")
 
-    model = load(model_dir, dtype, device)
+    model = load(model_dir, dtype, device, options.quantization_bit)
     if adapter_dir:
-        add_adapter(model, adapter_dir)
+        add_adapter(model, adapter_dir, options.quantization_bit)
     # Every process scores rows of its own; what is finished is written by the first.
     batch_tokens = options.batch_tokens or (8192 if device.type == "cuda" else 2048)
     mine = score(model, encoder, pending, batch_tokens, options.dataloader_num_workers)
@@ -177,21 +177,22 @@ def load_template(options, model_dir, adapter_dir, say):
     return get_template(name, Tokenizer.load(model_dir), default_system), max_length, config
 
 
-def add_adapter(model, adapter_dir):
+def add_adapter(model, adapter_dir, quantization_bit):
     """Load the adapter and merge it: fewer multiplications for every row.
 
-    In less than float32 a merged weight would be rounded, so there it stays apart.
+    In less than float32 a merged weight would be rounded, and a quantised one would become large,
+    so there it stays apart.
     """
     import torch
 
-    from minisft.lora import merge_lora
+    from minisft.lora import convert_parameters, merge_lora
     from minisft.weights import load_adapter
 
     dtype = model.model.embed_tokens.weight.dtype
     load_adapter(model, adapter_dir)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and not quantization_bit:
         merge_lora(model)
-    model.to(dtype).eval()
+    convert_parameters(model.eval(), dtype)
 
 
 def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows):
@@ -202,6 +203,7 @@ def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows)
         **record_of_model(model_dir, adapter_dir), "dataset": record_of_data(rows),
         "template": template.name, "default_system": template.default_system,
         "max_length": max_length, "dtype": str(dtype).removeprefix("torch."),
+        "quantization_bit": options.quantization_bit,
         "kind of scores": "rewards" if options.mode == "reward" else "losses",
         "names": {"model": options.model_name_or_path, "adapter": options.adapter,
                   "dataset": options.dataset},

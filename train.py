@@ -68,7 +68,7 @@ def load_trainable(options, model_dir, dtype, device):
     import torch
 
     from minisft.config import ModelConfig
-    from minisft.lora import LINEAR_NAMES, LoraConfig, add_lora, resume_lora
+    from minisft.lora import LoraConfig, add_lora, resume_lora
     from minisft.model import CausalLM
     from minisft.reward import load_reward_model
     from minisft.weights import load_adapter, load_model, resolve
@@ -91,19 +91,10 @@ def load_trainable(options, model_dir, dtype, device):
         config.modules_to_save = tuple(dict.fromkeys((*config.modules_to_save, *head)))
         resume_lora(model, config)
         return model, config
-    targets = listed(options.lora_target)
-    config = LoraConfig(
-        rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
-        target_modules=LINEAR_NAMES if targets == ("all",) else targets,
-        use_rslora=options.use_rslora, modules_to_save=(*listed(options.modules_to_save), *head),
-    )
+    config = LoraConfig.from_options(options)
+    config.modules_to_save += head
     add_lora(model, config)
     return model, config
-
-
-def listed(text):
-    """Names separated by commas, as a tuple."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def train(run, batches, eval_examples, template=None):
@@ -228,6 +219,10 @@ def early(run):
 
 def main():
     options = parse_options()
+    if options.dry_run:
+        from minisft import plan
+
+        return plan.show(options, load_data)
     resuming = options.resume_from_checkpoint
     allowed = resuming and (Path(options.output_dir) / "options.toml").exists()
     output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir or allowed,

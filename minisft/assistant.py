@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from minisft import weights
 from minisft.encoding import check_vocabulary
 from minisft.generate import Sampling, generate_scored, stream
+from minisft.lora import convert_parameters
 from minisft.options import UserError, recorded_options, resolve_device, resolve_dtype
 from minisft.sharing import Caches, Turns, sharing_weights
 from minisft.template import get_template
@@ -41,12 +42,13 @@ class Assistant:
     max_length: the tokens a conversation with its answer may have; by default the model's
     `context_length`. kept_conversations: how many have their keys and values kept for the next
     turn. model: the checkpoint as `load_model` gives it, where several Assistants share it.
-    turns: those of the device, where several share it. Raises UserError where a part is missing or
-    does not fit.
+    turns: those of the device, where several share it. quantization_bit: 4 or 8, for less memory.
+    Raises UserError where a part is missing or does not fit.
     """
 
     def __init__(self, path, adapter=None, template="auto", device="auto", dtype="auto",
-                 max_length=None, kept_conversations=1, model=None, turns=None):
+                 max_length=None, kept_conversations=1, model=None, turns=None,
+                 quantization_bit=None):
         wanted = SimpleNamespace(device=device, bf16=False, fp16=False,
                                  dtype=str(dtype).removeprefix("torch."))
         self.device = resolve_device(wanted)
@@ -62,13 +64,13 @@ class Assistant:
             template = trained.get("template", "auto")
         self.template = get_template(template, self.tokenizer, trained.get("default_system"))
         if model is None:
-            self.model = weights.load_model(model_dir, self.dtype, self.device)
+            self.model = weights.load_model(model_dir, self.dtype, self.device, quantization_bit)
         else:
             self.model = sharing_weights(model)
         if adapter_dir:
             weights.load_adapter(self.model, adapter_dir)
             # An adapter comes in float32: convert it here, not again for every token.
-            self.model.to(self.dtype).eval()
+            convert_parameters(self.model.eval(), self.dtype)
         config = self.model.config
         self.stop_ids = self.template.stop_token_ids(weights.generation_eos(model_dir, config))
         self.max_length = max_length or config.context_length

@@ -56,6 +56,12 @@ def check_options(options):
         raise UserError("--resume keeps what --overwrite_output_dir throws away: give one of them")
 
 
+def in_bits(options):
+    """In words whether the models are quantised."""
+    bits = options.quantization_bit
+    return f" with linear layers in {bits} bits" if bits else ""
+
+
 def parse_compare_options(arguments):
     """The options of `eval.py compare`; UserError where flags do not go together."""
     parser = OptionParser(prog="eval.py compare",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minisft.options import UserError
-from minisft.quantize import QuantizedLinear
+from minisft.quantize import QuantizedLinear, plain_linear
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LINEAR = (nn.Linear, QuantizedLinear)
@@ -33,10 +33,25 @@ class LoraConfig:
     use_rslora: bool = False
     modules_to_save: tuple = ()
 
+    @classmethod
+    def from_options(cls, options):
+        """The adapter that the flags of train.py describe."""
+        targets = listed(options.lora_target)
+        return cls(
+            rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
+            target_modules=LINEAR_NAMES if targets == ("all",) else targets,
+            use_rslora=options.use_rslora, modules_to_save=listed(options.modules_to_save),
+        )
+
     @property
     def scaling(self):
         """The factor on B A (rsLoRA: arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+def listed(text):
+    """Names separated by commas, as a tuple."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 class LoRALinear(nn.Module):
@@ -66,18 +81,21 @@ class LoRALinear(nn.Module):
         A quantised base becomes a plain Linear: the sum is no longer on the quantised levels.
         """
         update = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
-        base, weight = self.base_layer, self.base_layer.weight
-        linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        linear.bias = base.bias
-        linear.weight = nn.Parameter((weight.float() + update).to(dtype or weight.dtype),
-                                     requires_grad=False)
-        return linear
+        weight = self.base_layer.weight
+        merged = (weight.float() + update).to(dtype or weight.dtype)
+        return plain_linear(merged, self.base_layer.bias)
 
 
 def freeze(model):
     """No parameter is trained."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+
+
+def convert_parameters(model, dtype):
+    """Hold every parameter as `dtype`, but not the scales of quantised layers. In place."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def trainable_in_float32(model):
@@ -164,8 +182,12 @@ def frozen_copy(model):
 
 
 def merge_lora(model, dtype=None):
-    """Fold every LoRALinear into its base layer, of type `dtype` if given. In place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.merged(dtype))
+    """Fold every LoRALinear into its base layer, of type `dtype` if given. In place.
+
+    Quantised layers become plain ones, also those without an adapter.
+    """
+    for kind in (LoRALinear, QuantizedLinear):  # of the second those that are not in the first
+        for name, module in list(model.named_modules()):
+            if isinstance(module, kind):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.merged(dtype))

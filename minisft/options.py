@@ -278,12 +278,14 @@ def add_model_flags(parser, auto_dtype=AUTO_DTYPE):
 
 
 def add_device_flags(add, switch, auto_dtype=AUTO_DTYPE):
-    """Where models compute, and in which type of numbers, for resolve_device and resolve_dtype."""
+    """Where models compute and in which type of numbers, for resolve_device and resolve_dtype."""
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: a GPU if there is one)")
     add("--dtype", choices=DTYPES, default="auto",
         help=f"type of the numbers (auto: {auto_dtype})")
     switch("--bf16", "short for --dtype bfloat16")
     switch("--fp16", "short for --dtype float16")
+    add("--quantization_bit", type=int, choices=[4, 8],
+        help="hold the frozen linear layers in so many bits (4: NF4, 8: rows of int8)")
 
 
 def resolve_device(options):

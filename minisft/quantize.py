@@ -88,9 +88,13 @@ def dequantize_nf4(packed, scales, nested_scales, mean, shape, dtype):
     pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
     largest = mean + dequantize_blocks(
         scales, nested_scales, dynamic_levels().to(packed.device), NESTED_BLOCK_SIZE)
-    values = pairs[packed.int()].view(-1)[: shape.numel()]
-    return (in_blocks(values, BLOCK_SIZE) * largest[:, None]).view(-1)[: shape.numel()].to(
-        dtype).view(shape)
+    weight = torch.empty(shape.numel(), dtype=dtype, device=packed.device)
+    pieces = zip(weight.split(PIECE), packed.split(PIECE // 2), largest.split(PIECE // BLOCK_SIZE),
+                 strict=True)
+    for piece, codes, most in pieces:  # float32 is there for a piece only
+        values = in_blocks(pairs[codes.int()].view(-1)[: len(piece)], BLOCK_SIZE)
+        piece.copy_((values * most[:, None]).view(-1)[: len(piece)])
+    return weight.view(shape)
 
 
 def quantize_rows(weight):
@@ -103,7 +107,7 @@ def quantize_rows(weight):
 
 def dequantize_rows(steps, largest, dtype):
     """The weight (out, in) that quantize_rows has kept."""
-    return (steps.float() * (largest / 127.0)[:, None]).to(dtype)
+    return steps.float().mul_((largest / 127.0)[:, None]).to(dtype)
 
 
 def count_parameters(model):
@@ -111,6 +115,13 @@ def count_parameters(model):
     quantized = sum(module.in_features * module.out_features for module in model.modules()
                     if isinstance(module, QuantizedLinear))
     return quantized + sum(parameter.numel() for parameter in model.parameters())
+
+
+def plain_linear(weight, bias):
+    """A frozen nn.Linear that holds this weight (out, in), not a copy of it."""
+    linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
+    return linear
 
 
 class Multiply(torch.autograd.Function):
@@ -160,6 +171,10 @@ class QuantizedLinear(nn.Module):
     def weight(self):
         """The weight in float32, made anew: what merging adds to, and what says the device."""
         return self.dequantized(torch.float32)
+
+    def merged(self, dtype=None):
+        """A plain nn.Linear with the dequantised weight, in float32 unless `dtype` is given."""
+        return plain_linear(self.dequantized(dtype or torch.float32), self.bias)
 
     def dequantized(self, dtype):
         """The weight (out, in) in `dtype`, made anew."""

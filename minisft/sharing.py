@@ -96,6 +96,7 @@ def sharing_weights(model):
     """A copy of a model with the same tensors in memory, to which an adapter can be added."""
     shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
               for parameter in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}  # of quantised layers
     return copy.deepcopy(model, shared)
 
 

@@ -26,14 +26,13 @@ def parse_options(arguments=None):
     parser = OptionParser(description="Fine-tune (or pre-train) a Llama-family model.")
     add, switch = add_model_flags(parser)
     add("--adapter", help="go on training this LoRA adapter")
-    add("--quantization_bit", type=int, choices=[4, 8],
-        help="hold the frozen base in so many bits: QLoRA (4: NF4, 8: rows of int8)")
     switch("--train_from_scratch", "ignore the checkpoint's weights: start from random ones")
     _add_data_flags(*parser.section("data"))
     _add_tuning_flags(*parser.section("what is trained"))
     _add_preference_flags(*parser.section("preferences (--stage dpo)"))
     _add_optimisation_flags(*parser.section("optimisation"))
     _add_output_flags(*parser.section("output"))
+    _add_plan_flags(*parser.section("plan"))
     options = parser.parse_options(arguments)
     return check_options(options, parser.given(options))
 
@@ -122,10 +121,23 @@ def _add_output_flags(add, switch):
     switch("--plot_loss", "draw loss.png into the output folder (needs matplotlib)")
 
 
+def _add_plan_flags(add, switch):
+    switch("--dry_run", "only say what the run would take: parameters, steps, memory, time; needs "
+           "config.json alone, and nothing is downloaded, loaded or written")
+    add("--num_processes", type=count, help="plan for so many (default: this one, or torchrun's)")
+    add("--device_memory", metavar="SIZE", help="of each process, such as 80GB: does it fit?")
+    add("--tokens_per_second", type=positive,
+        help="speed of all processes together, as metrics.jsonl of a short run has it")
+    add("--device_tflops", type=positive,
+        help="else the speed that a device reaches, in 10^12 operations a second: on a GPU about "
+        "0.4 of what its data sheet says")
+
+
 OF_LORA = {"adapter", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora",
            "modules_to_save"}
 OF_CONVERSATIONS = {"template", "default_system", "cutoff_len", "show_samples"}
 OF_DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
+OF_PLANS = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
 
 
 def check_options(options, given):
@@ -147,6 +159,9 @@ def check_options(options, given):
         ({"block_size"}, not pretraining, "belongs to --stage pt"),
         ({"quantization_bit"}, full, "belongs to --finetuning_type lora"),
         ({"quantization_bit"}, options.compile, "contradicts --compile"),
+        (OF_PLANS, not options.dry_run, "belongs to --dry_run"),
+        ({"dry_run"}, options.stage in ("rm", "dpo"), "plans --stage sft and pt only"),
+        ({"device_tflops"}, options.tokens_per_second, "contradicts --tokens_per_second"),
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"packing"}, options.compile, "contradicts --compile"),
         ({"quantization_bit", "eval_exact_match"}, options.parallel == "fsdp",

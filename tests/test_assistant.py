@@ -391,7 +391,8 @@ def test_caches_keep_the_latest_and_take_the_longest():
     assert one.take(first[:4] + [9]).length == 4 and not one._kept
 
 
-def test_an_adapter_beside_its_base_shares_the_weights(assistant, tiny_chat_model_dir, tmp_path):
+@pytest.mark.parametrize("bits", [None, 4])
+def test_an_adapter_beside_its_base_shares_the_weights(bits, tiny_chat_model_dir, tmp_path):
     model = load_model(tiny_chat_model_dir)
     lora = LoraConfig(rank=4, modules_to_save=("embed_tokens",))
     add_lora(model, lora)
@@ -401,18 +402,31 @@ def test_an_adapter_beside_its_base_shares_the_weights(assistant, tiny_chat_mode
                 parameter.normal_(std=0.1)
         model.model.embed_tokens.weight.normal_(std=0.3)
     save_adapter(model, tmp_path, lora, tiny_chat_model_dir)
-    shared = load_model(tiny_chat_model_dir)
-    options = {"device": "cpu", "dtype": "float32", "model": shared}
-    tuned = Assistant(tiny_chat_model_dir, tmp_path, **options)
-    plain = Assistant(tiny_chat_model_dir, **options)
-    alone = Assistant(tiny_chat_model_dir, tmp_path, device="cpu", dtype="float32")
+    shared = load_model(tiny_chat_model_dir, quantization_bit=bits)
+    options = {"device": "cpu", "dtype": "float32"}
+    tuned = Assistant(tiny_chat_model_dir, tmp_path, model=shared, **options)
+    plain = Assistant(tiny_chat_model_dir, model=shared, **options)
+    alone, assistant = (Assistant(tiny_chat_model_dir, adapter, quantization_bit=bits, **options)
+                        for adapter in (tmp_path, None))
     messages = [user("the cat sat on")]
     assert answer_of(plain, messages) == answer_of(assistant, messages)
     assert answer_of(tuned, messages) == answer_of(alone, messages) != answer_of(plain, messages)
-    places = [one.model.layers[0].mlp for one in (shared, plain.model)]
-    base_layer = tuned.model.model.layers[0].mlp.up_proj.base_layer
-    assert len({one.up_proj.weight.data_ptr() for one in places}
-               | {base_layer.weight.data_ptr()}) == 1
+    layers = [one.model.layers[0].mlp.up_proj for one in (shared, plain.model, tuned.model)]
+    layers[2] = layers[2].base_layer
+    assert len({(one.packed if bits else one.weight).data_ptr() for one in layers}) == 1
+
+
+def test_the_scales_of_a_quantised_base_stay_in_float32(tiny_chat_model_dir, tmp_path):
+    """Where the adapter is converted, they are not: rounded they would change every weight."""
+    model, lora = load_model(tiny_chat_model_dir), LoraConfig(rank=2)
+    add_lora(model, lora)
+    save_adapter(model, tmp_path, lora, tiny_chat_model_dir)
+    made = Assistant(tiny_chat_model_dir, tmp_path, device="cpu", dtype="bfloat16",
+                     quantization_bit=4)
+    layer = made.model.model.layers[0].mlp.up_proj
+    assert layer.lora_A.weight.dtype == torch.bfloat16
+    expected = load_model(tiny_chat_model_dir, quantization_bit=4).model.layers[0].mlp.up_proj
+    assert torch.equal(layer.base_layer.weight, expected.weight)
 
 
 def test_minisft_has_the_assistant_without_loading_torch():

@@ -202,7 +202,7 @@ def two_steps(options, folder, device):
     run = Run(options, model, None, 2, torch.float32, device)
     tokens = torch.arange(24, device=device).view(2, 12)
     steps = [train.train_step(run, [(tokens, tokens > 3, None)]) for _ in range(2)]
-    return run, [(float(loss), norm) for loss, _, norm in steps]
+    return run, [(float(sums["loss"]), norm) for sums, _, norm in steps]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(

@@ -1,5 +1,9 @@
 """quantize.py against bitsandbytes: the same bytes, the same numbers, the same gradients."""
 
+import csv
+import json
+import sys
+
 import bitsandbytes
 import pytest
 import torch
@@ -7,6 +11,9 @@ from bitsandbytes import functional
 from conftest import command
 from safetensors.torch import load_file
 
+import eval as evaluation
+import export
+import score
 from minisft.lora import LoraConfig, add_lora, merge_lora
 from minisft.metrics import read_metrics
 from minisft.objective import next_token_loss
@@ -20,7 +27,7 @@ from minisft.quantize import (
     quantize_nf4,
     quantize_rows,
 )
-from minisft.weights import load_model
+from minisft.weights import load_adapter, load_model, save_adapter
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 128), (256, 2048), (7, 96), (100, 64), (9, 15)]
@@ -169,3 +176,86 @@ def test_training_in_four_bits_by_command_line(checkpoint, rows_file, tmp_path):
                    "plain", "--quantization_bit", 4, "--finetuning_type", "full",
                    "--output_dir", tmp_path / "no")
     assert done.returncode == 2 and "--quantization_bit belongs to" in done.stderr
+
+
+@pytest.fixture
+def trained(tiny_chat_model_dir, tmp_path):
+    """An adapter on some of the layers, with values, whose run was in 4 bits."""
+    torch.manual_seed(5)
+    model, config = load_model(tiny_chat_model_dir), LoraConfig(
+        rank=4, target_modules=("q_proj", "up_proj"))
+    add_lora(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_adapter(model, tmp_path / "trained", config, tiny_chat_model_dir)
+    (tmp_path / "trained/options.toml").write_text('quantization_bit = 4\ntemplate = "chatml"\n')
+    return tmp_path / "trained"
+
+
+def call(monkeypatch, script, *words):
+    """A script's main in this process, which has loaded torch already."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+    script.main()
+
+
+@pytest.fixture
+def merged(tiny_chat_model_dir, trained, tmp_path, monkeypatch):
+    """The same as a plain checkpoint: the adapter added to the dequantised base."""
+    call(monkeypatch, export, "--model_name_or_path", tiny_chat_model_dir, "--adapter", trained,
+         "--quantization_bit", 4, "--output_dir", tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def test_export_merges_into_the_base_that_was_trained_on(
+        tiny_chat_model_dir, trained, merged, tmp_path, monkeypatch, capsys):
+    adapted = load_model(tiny_chat_model_dir, quantization_bit=4)
+    load_adapter(adapted, trained)
+    tokens = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(load_model(merged)(tokens), adapted(tokens), rtol=1e-4, atol=1e-5)
+    assert "note" not in capsys.readouterr().out
+    words = ("--model_name_or_path", tiny_chat_model_dir, "--adapter", trained)
+    call(monkeypatch, export, *words, "--output_dir", tmp_path / "full")
+    assert "--quantization_bit 4 merges into that one" in capsys.readouterr().out
+    full = load_model(tiny_chat_model_dir)
+    load_adapter(full, trained)
+    torch.testing.assert_close(load_model(tmp_path / "full")(tokens), full(tokens), rtol=1e-4,
+                               atol=1e-5)
+    assert (full(tokens) - adapted(tokens)).abs().max() > 0.1
+    done = command(*words, "--format", "gguf", "--quantization_bit", 4, "--output",
+                   tmp_path / "x.gguf", script="export.py")
+    assert done.returncode == 2 and "does not read --quantization_bit" in done.stderr
+
+
+def test_chat_score_and_eval_in_four_bits(
+        tiny_chat_model_dir, trained, merged, rows_file, tmp_path, monkeypatch):
+    """Base in 4 bits with its adapter, and both merged: the same answers and scores."""
+    models = {"quantized": [tiny_chat_model_dir, "--adapter", trained, "--quantization_bit", 4],
+              "merged": [merged]}
+    (tmp_path / "ceval/val").mkdir(parents=True)
+    with open(tmp_path / "ceval/val/law_val.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["id", "question", "A", "B", "C", "D", "answer"],
+                                    [0, "the cat?", "sat", "mat", "hat", "rat", "B"]])
+    (tmp_path / "ceval/subject_mapping.json").write_text(
+        '{"law": {"name": "法学", "category": "Humanities"}}')
+    found = {}
+    for name, model in models.items():
+        common = ["--model_name_or_path", *model, "--dtype", "float32", "--device", "cpu"]
+        done = command(*common, "--greedy", "--max_new_tokens", 12, "--prompt", "the cat",
+                       script="chat.py")
+        assert done.returncode == 0, done.stderr
+        call(monkeypatch, score, *common, "--dataset", rows_file, "--dataloader_num_workers", 0,
+             "--output", tmp_path / f"{name}.jsonl")
+        call(monkeypatch, evaluation, "ceval", *common, "--data_dir", tmp_path / "ceval",
+             "--num_fewshot", 0, "--output_dir", tmp_path / f"eval-{name}")
+        scores = [json.loads(line)["ifd"]
+                  for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        with open(tmp_path / f"eval-{name}/ceval-val/law.csv", encoding="utf-8") as file:
+            letters = [float(row[letter]) for row in csv.DictReader(file) for letter in "ABCD"]
+        protocol = json.loads((tmp_path / f"eval-{name}/summary.json").read_text())["protocol"]
+        assert ("linear layers in 4 bits" in protocol) == (name == "quantized")
+        found[name] = done.stdout, scores, letters
+    (answer, scores, letters), (expected, plain_scores, plain_letters) = found.values()
+    assert answer == expected
+    assert scores == pytest.approx(plain_scores, rel=1e-4)
+    assert letters == pytest.approx(plain_letters, rel=1e-4)

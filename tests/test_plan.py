@@ -1,0 +1,303 @@
+"""memory.py and plan.py: what is planned is what autograd keeps, what torch allocates, what
+train.py does; and every recipe can be planned."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIG, ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from minisft import batching, memory, plan
+from minisft.config import ModelConfig
+from minisft.lora import LoraConfig, add_lora
+from minisft.metrics import read_metrics
+from minisft.model import CausalLM
+from minisft.options import UserError
+from minisft.quantize import count_parameters
+from minisft.training_options import parse_options
+from minisft.weights import load_model, save_model
+
+sys.path.append(str(ROOT / "bench"))
+import peak  # noqa: E402
+
+RECIPES = sorted((ROOT / "examples/recipes").glob("*.toml"))
+SHAPE = {**CONFIG, "vocab_size": 500, "hidden_size": 96, "intermediate_size": 264,
+         "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 4}
+
+
+def saved(folder, fields, seed=0):
+    """A checkpoint with random weights in bfloat16 -> its ModelConfig."""
+    torch.manual_seed(seed)
+    model = CausalLM(ModelConfig.from_dict(fields))
+    model.initialize()
+    save_model(model, folder, torch.bfloat16)
+    return ModelConfig.load(folder)
+
+
+QWEN3 = {"model_type": "qwen3", "head_dim": 16}
+
+
+@pytest.mark.parametrize(("fields", "lora", "bits", "dtype", "packed"), [
+    ({}, LoraConfig(rank=5), None, torch.float32, False),
+    ({}, None, None, torch.float32, False),
+    ({}, LoraConfig(rank=5), None, torch.bfloat16, False),
+    ({}, None, None, torch.bfloat16, False),
+    ({}, LoraConfig(rank=5), 4, torch.float32, False),
+    ({}, LoraConfig(rank=5), 8, torch.bfloat16, False),
+    ({}, LoraConfig(target_modules=("q_proj", "v_proj")), None, torch.float32, False),
+    ({}, LoraConfig(target_modules=("o_proj", "down_proj")), None, torch.float32, True),
+    ({}, LoraConfig(dropout=0.1), None, torch.float32, False),
+    ({}, LoraConfig(dropout=0.1), None, torch.bfloat16, True),
+    ({}, LoraConfig(rank=5, modules_to_save=("embed_tokens",)), None, torch.bfloat16, False),
+    (QWEN3, LoraConfig(), None, torch.float32, True),
+    (QWEN3, None, None, torch.bfloat16, False),
+])
+def test_what_autograd_keeps_of_a_layer(fields, lora, bits, dtype, packed, tmp_path):
+    """The list in kept_in_layer is what autograd keeps, to the byte."""
+    saved(tmp_path, SHAPE | fields)
+    model = load_model(tmp_path, dtype if lora else torch.float32, quantization_bit=bits)
+    if lora:
+        add_lora(model, lora)
+    else:
+        model.requires_grad_(True)
+    model.train()
+    tokens = torch.randint(0, 500, (1, 48) if packed else (3, 16))
+    kept, known = {}, {one.untyped_storage().data_ptr()
+                       for one in (*model.parameters(), *model.buffers())}
+    layer = model.model.layers[1]
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.ndim > 1:  # not a norm's weight in another type, a few numbers
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    def begin(_, arguments):
+        known.update(one.untyped_storage().data_ptr() for one in arguments[1:3])  # cos and sin
+        hooks.__enter__()
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    layer.register_forward_pre_hook(begin)
+    layer.register_forward_hook(lambda *_: hooks.__exit__(None, None, None))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(tokens, lengths=[16, 30, 2] if packed else None)
+    step = memory.Step(48, 48, dtype, packed=packed)
+    planned = 48 * sum(memory.kept_in_layer(model, step).values())
+    planned += memory.cast_bytes(layer, step)
+    assert planned == sum(size for place, (size, _) in kept.items() if place not in known)
+
+
+@pytest.mark.parametrize(("fields", "batch_size", "length", "accumulated", "dtype", "flags"), [
+    ({}, 4, 128, 1, "float32", []),
+    ({"vocab_size": 20000}, 4, 400, 1, "float32", []),
+    ({}, 4, 128, 1, "float32", peak.CHECKPOINTING),
+    ({}, 4, 128, 1, "float32", peak.FULL),
+    ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 1, "float32", peak.FULL),
+    ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 3, "float32", peak.FULL),
+    ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 1, "float32", peak.FULL),
+    ({"vocab_size": 8000}, 4, 400, 2, "float32", peak.FULL + peak.CHECKPOINTING),
+    ({}, 4, 128, 1, "bfloat16", peak.FULL),
+    ({"hidden_size": 384}, 2, 64, 1, "float32", ["--quantization_bit", "4", "--packing"]),
+    ({"vocab_size": 20000}, 1, 64, 1, "float32", ["--modules_to_save", "embed_tokens,lm_head"]),
+])
+def test_planned_peak_is_the_measured_one(fields, batch_size, length, accumulated, dtype, flags,
+                                          tmp_path):
+    """Within a tenth of what torch's allocator gave out at its peak in a step of train.py."""
+    saved(tmp_path / "model", SHAPE | fields)
+    found = peak.measure(tmp_path, SHAPE | fields, batch_size, length, accumulated, dtype, flags)
+    assert found["planned"] == pytest.approx(found["tensors"], rel=0.1), found["at"]
+
+
+def test_parameters_are_those_of_transformers_and_peft(shared_data):
+    import peft
+    import transformers
+
+    folder = shared_data / "configs/Meta-Llama-3-8B-Instruct"
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(folder))
+        total = theirs.num_parameters()
+        theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+            r=64, target_modules="all-linear", modules_to_save=["lm_head"]))
+    for bits in (None, 4):
+        words = ["--quantization_bit", str(bits)] if bits else []
+        options = parse_options(["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-",
+                                 "--lora_rank", "64", "--modules_to_save", "lm_head", *words])
+        model = plan.planned_model(options, ModelConfig.load(folder), torch.bfloat16)
+        trained = memory.trained_numbers(model)
+        assert trained == theirs.get_nb_trainable_parameters()[0]
+        factors = trained - model.lm_head.weight.numel()
+        assert count_parameters(model) == total + factors
+        expected = 4 * trained + 2 * (total + factors - trained)
+        if bits:  # all but norms and embedding: 4 bits, and 8 for the scale of every 64 numbers
+            small = sum(one.numel() for one in model.parameters() if one.dtype == torch.bfloat16)
+            expected = 4 * trained + 2 * small + (total + factors - trained - small) * 4.127 / 8
+        assert memory.bytes_of(model) == pytest.approx(expected, rel=1e-5)
+
+
+HEAD = ["--modules_to_save", "lm_head"]  # torch cannot count while a frozen one is gone through
+
+
+@pytest.mark.parametrize("flags", [HEAD, HEAD + peak.CHECKPOINTING, peak.FULL])
+def test_operations_are_those_that_torch_counts(flags, tmp_path):
+    saved(tmp_path / "model", SHAPE)
+    run, batches = peak.prepare(tmp_path, SHAPE, 4, 16, 1, "float32", flags)
+    batches = [(tokens, torch.ones_like(supervised), None) for tokens, supervised, _ in batches]
+    with FlopCounterMode(display=False) as counter:
+        train.train_step(run, batches)
+    planned = plan.operations_per_token(run.model, 16, "--gradient_checkpointing" in flags)
+    # Not counted by torch here: attention, 2 per cent of it.
+    assert 0.93 < counter.get_total_flops() / (64 * planned) < 1.0
+
+
+def dry_run(monkeypatch, capsys, *words):
+    """What train.py --dry_run prints, in this process, which has loaded torch already."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", *map(str, words)])
+    train.main()
+    return capsys.readouterr().out
+
+
+def numbers(pattern, text):
+    return [float(one.replace(",", "")) for one in re.search(pattern, text).groups()]
+
+
+@pytest.mark.parametrize("stage", ["sft", "pt"])
+def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch, capsys):
+    rows = [{"instruction": "Say" + " it" * (number % 40), "output": "the cat " * (number % 7 + 1)}
+            for number in range(61)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows if stage == "sft" else
+                               [{"text": row["output"] * 9} for row in rows]))
+    words = ["--model_name_or_path", checkpoint, "--dataset", path, "--output_dir", tmp_path / "o",
+             "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--device",
+             "cpu", "--dtype", "float32", "--num_train_epochs", 1, "--stage", stage,
+             "--dataloader_num_workers", 0]
+    words += ["--template", "plain"] if stage == "sft" else ["--block_size", 32]
+    said = dry_run(monkeypatch, capsys, *words)
+    assert not (tmp_path / "o").exists()
+    collate, sizes = batching.collate, []
+
+    def collated(*arguments):
+        batch = collate(*arguments)
+        sizes.append(batch[0].numel())
+        return batch
+
+    monkeypatch.setattr(batching, "collate", collated)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    train.main()
+    last = read_metrics(tmp_path / "o/metrics.jsonl")[-1]
+    steps, = numbers(r"epoch, ([\d,]+) in all", said)
+    tokens, padding = numbers(r"([\d,]+) tokens, ([\d.]+)% padding", said)
+    assert steps == last["step"]
+    assert numbers(r"with ([\d,]+) tokens in the largest", said) == [max(sizes)]
+    if stage == "sft":
+        assert tokens == last["tokens"]
+        assert padding == pytest.approx(100 * (1 - tokens / sum(sizes)), abs=0.06)
+    else:  # blocks are counted as if all were full
+        assert tokens == pytest.approx(last["tokens"], 0.1) and padding == 0
+    trained, total = numbers(r"training ([\d,]+) of ([\d,]+) parameters",
+                             capsys.readouterr().out)
+    assert numbers(r"([\d,]+) parameters, of which ([\d,]+) are", said) == [total, trained]
+
+
+def test_of_many_rows_a_part_is_encoded(checkpoint, tmp_path, monkeypatch, capsys):
+    """Then tokens, padding and the largest micro-batch are about those of all."""
+    rows = [{"instruction": "Say" + " it" * (number * 7 % 50), "output": "the cat " * (number % 9)}
+            for number in range(900)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = ["--model_name_or_path", checkpoint, "--dataset", tmp_path / "rows.json", "--template",
+             "plain", "--skip_bad_rows", "--output_dir", "o", "--device", "cpu"]
+    patterns = (r"([\d,]+) tokens, ([\d.]+)% padding", r"with ([\d,]+) tokens in the largest")
+    every = dry_run(monkeypatch, capsys, *words)
+    monkeypatch.setattr(plan, "ENCODED_ROWS", 90)
+    monkeypatch.setattr(plan, "DEALT_ROWS", 450)
+    part = dry_run(monkeypatch, capsys, *words)
+    assert "; 90 of 800 rows, the others by their size" in part and "; " not in every.split("\n")[2]
+    for pattern, tolerance in zip(patterns, (0.1, 0.2), strict=True):
+        assert numbers(pattern, part) == pytest.approx(numbers(pattern, every), rel=tolerance,
+                                                       abs=3)
+
+
+LLAMA_70B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
+             "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+             "num_key_value_heads": 8, "max_position_embeddings": 8192}
+
+
+def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": "x" * 400, "output": "四个字节" * 100}] * 640))
+    words = ["--model_name_or_path", tmp_path, "--output_dir", tmp_path / "o", "--device", "cuda",
+             "--num_processes", 64, "--finetuning_type", "full", "--gradient_checkpointing",
+             "--device_memory", "80GB", "--per_device_train_batch_size", 1, "--parallel", "fsdp"]
+    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--device_tflops", 400)
+    assert "70,553,706,496 parameters, of which 70,553,706,496 are trained in full" in said
+    assert "estimated, a token for 4 bytes" in said and "640 rows, 256,000 tokens" in said
+    assert "10 an epoch, 30 in all" in said
+    # An eighth of 64 ranks' worth: 4 bytes of weight, 8 of averages, each over 64.
+    assert numbers(r"optimizer +([\d.]+)", said) == [pytest.approx(70.55 * 8 / 64, abs=0.01)]
+    assert numbers(r"gradients +([\d.]+)", said)[0] > 70.55 * 4 / 64
+    assert "fits        yes" in said
+    # 6 operations a weight and token, 2 more for checkpointing.
+    work, = numbers(r"tokens, ([\d.e+]+) operations", said)
+    assert work == pytest.approx(3 * 256_000 * 8 * 70e9, rel=0.05)
+    seconds, = numbers(r"time +([\d.]+) seconds", said)
+    assert seconds == pytest.approx(work / 64 / 400e12, abs=1)
+
+    said = dry_run(monkeypatch, capsys, *words[:-2], "--dataset", "nowhere.json", "--max_steps", 5)
+    assert "assumed, 1,024 tokens in every row" in said and "fits        NO" in said
+    assert not (tmp_path / "o").exists()
+
+
+def test_mistakes_of_planning(checkpoint, rows_file, monkeypatch, capsys):
+    common = ["--dataset", rows_file, "--output_dir", "o"]
+    with pytest.raises(UserError, match="downloads nothing; put its config.json"):
+        dry_run(monkeypatch, capsys, "--model_name_or_path", "nobody/nothing", *common)
+    with pytest.raises(UserError, match="not a size"):
+        dry_run(monkeypatch, capsys, "--model_name_or_path", checkpoint, *common, "--template",
+                "plain", "--device_memory", "much")
+    for words, said in ((["--num_processes", "2"], "belongs to --dry_run"),
+                        (["--dry_run", "--device_tflops", "1", "--tokens_per_second", "1"],
+                         "contradicts")):
+        with pytest.raises(UserError, match=said):
+            parse_options(["--model_name_or_path", "-", *map(str, common), *words])
+
+
+# What stands for the models and data that the recipes name: configs and files of shared/data.
+STAND_INS = {
+    "tinyllama_lora": ("TinyLlama-1.1B-Chat-v0.6", "cherry_alpaca_5_percent.json"),
+    "llama3_8b_lora": ("Meta-Llama-3-8B-Instruct", "alpaca_en_demo.json"),
+    "llama3_8b_qlora": ("Meta-Llama-3-8B-Instruct", "alpaca_en_demo.json"),
+    "llama3_8b_full": ("Meta-Llama-3-8B-Instruct", "alpaca_en_demo.json"),
+    "chinese_1_pretrain": ("Llama-3.1-8B", "wiki_demo.txt"),
+    "chinese_2_sft": ("Llama-3.1-8B", "alpaca_zh_demo.json"),
+    "qwen25_chatml": ("Qwen2.5-7B-Instruct", "glaive_toolcall_zh_demo.json"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_fit_where_they_say(recipe, shared_data, monkeypatch, capsys):
+    config, rows = STAND_INS[recipe.stem]
+    rows = shared_data / "instruct" / rows
+    mixed = ["--mix", f"{shared_data / 'instruct/c4_demo.jsonl'}:0.1"] if "mix =" in (
+        recipe.read_text()) else []
+    stated = re.search(r"(\d+)GB", recipe.read_text().split("model_name")[0])
+    said = dry_run(
+        monkeypatch, capsys, "--config", recipe, "--model_name_or_path",
+        shared_data / "configs" / config, "--dataset", rows, "--device", "cuda", "--num_processes",
+        8 if "full" in recipe.stem else 1, "--device_memory", f"{stated[1] if stated else 80}GB",
+        *mixed)
+    assert "fits        yes" in said and "estimated" in said
+    assert numbers(r"([\d,]+) in all", said)[0] > 1
+
+
+def test_every_recipe_is_planned_and_names_its_command():
+    assert {path.stem for path in RECIPES} == set(STAND_INS)
+    for recipe in RECIPES:
+        options = parse_options(["--config", str(recipe)])
+        assert options.dataset and Path(options.output_dir).parts[0] == "runs"
