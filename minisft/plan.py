@@ -24,8 +24,9 @@ from minisft.lora import LoraConfig, add_lora, resume_lora
 from minisft.options import UserError, resolve_device, resolve_dtype
 from minisft.quantize import count_parameters
 from minisft.template import get_template
+from minisft.tensor_files import parse_size
 from minisft.tokenizer import FILES, Tokenizer
-from minisft.weights import load_adapter, parse_size, resolve
+from minisft.weights import load_adapter, resolve
 
 # So many rows are encoded, the lengths of others estimated from their size; of larger data sets a
 # part is dealt out into batches, which is enough to know the padding.

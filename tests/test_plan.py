@@ -12,11 +12,12 @@ from conftest import CONFIG, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from minisft import batching, memory, plan
+from minisft import memory, plan
 from minisft.config import ModelConfig
 from minisft.lora import LoraConfig, add_lora
 from minisft.metrics import read_metrics
 from minisft.model import CausalLM
+from minisft.objective import NextToken
 from minisft.options import UserError
 from minisft.quantize import count_parameters
 from minisft.training_options import parse_options
@@ -180,14 +181,14 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
     words += ["--template", "plain"] if stage == "sft" else ["--block_size", 32]
     said = dry_run(monkeypatch, capsys, *words)
     assert not (tmp_path / "o").exists()
-    collate, sizes = batching.collate, []
+    collate, sizes = NextToken.collate, []
 
     def collated(*arguments):
         batch = collate(*arguments)
         sizes.append(batch[0].numel())
         return batch
 
-    monkeypatch.setattr(batching, "collate", collated)
+    monkeypatch.setattr(NextToken, "collate", staticmethod(collated))
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.main()
     last = read_metrics(tmp_path / "o/metrics.jsonl")[-1]
