@@ -220,7 +220,7 @@ def draw(lines, path):
     """Exact match over the share of rows, a line for each method, with its intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="share of the rows trained on", ylabel="exact match")
     for number, method in enumerate(METHODS):
         own = [line for line in lines if line[0] == method]
@@ -232,10 +232,12 @@ def draw(lines, path):
             shares = [rate * (1 + 0.03 * (number - 2)) for _, rate, *_ in own]
             axes.errorbar(shares, [line[2] for line in own], [line[3] or 0 for line in own],
                           marker="o", capsize=3, label=METHODS[method])
+    axes.set_xticks(sorted({rate for method, rate, *_ in lines if method not in WHOLE}))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
