@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 from minisft.options import (
@@ -27,40 +26,6 @@ from minisft.options import (
 )
 from minisft.options import run as run_script
 from minisft.training_options import parse_options
-
-
-def load_data(options, tokenizer, template, config, say):
-    """(Batches to train on, held-out examples or None). Mistakes in the rows are found here."""
-    from minisft import batching, dataset, encoding
-
-    plain_text, ranking = options.stage == "pt", options.stage in ("rm", "dpo")
-    flag = "block_size" if plain_text else "cutoff_len"
-    limit = min(getattr(options, flag), config.context_length)
-    if limit < getattr(options, flag):
-        say(f"--{flag}: {limit} tokens, which is the context that the model is made for")
-    skipped = [] if options.skip_bad_rows else None
-    reading = dict(dataset_dir=options.dataset_dir, plain_text=plain_text, ranking=ranking,
-                   skipped=skipped, seed=options.seed, say=say)
-    rows = dataset.open_rows(options.dataset or options.train_dir, **reading)
-    rows, held_out = rows[: options.max_samples], None
-    if options.eval_dataset or options.valid_dir:
-        held_out = dataset.open_rows(options.eval_dataset or options.valid_dir, **reading)
-    elif options.validation_split:
-        rows, held_out = dataset.split(rows, options.validation_split, options.seed)
-    if options.mix:
-        rows = dataset.mix(rows, options.mix, **reading)
-    if skipped:
-        say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
-    settings = dict(vocab_size=config.vocab_size, seed=options.seed,
-                    num_workers=options.dataloader_num_workers)
-    if plain_text:
-        settings["packing"] = options.packing
-        batches = batching.batches_of_texts(rows, tokenizer, limit, **settings)
-    else:
-        if ranking:  # a reward is that of a whole conversation
-            settings["encode"] = partial(encoding.encode_rankings, whole=options.stage == "rm")
-        batches = batching.batches_of_rows(rows, template, limit, **settings)
-    return batches, held_out and batches.held_out(held_out, say)
 
 
 def load_trainable(options, model_dir, dtype, device):
@@ -217,12 +182,33 @@ def early(run):
     return True
 
 
+def build_model(options, model_dir, dtype, device):
+    """(model, LoraConfig or None) to train, on `device`; with --parallel fsdp this process's part.
+
+    Leaves the random generators as training is to find them.
+    """
+    import torch
+
+    from minisft import parallel
+
+    torch.manual_seed(options.seed)
+    is_sharded = options.parallel == "fsdp"
+    model, lora_config = load_trainable(
+        options, model_dir, dtype, torch.device("meta") if is_sharded else device)
+    if is_sharded:
+        from minisft import fsdp
+
+        fsdp.distribute(model, lora_config, options, model_dir, dtype, device)
+    torch.manual_seed(options.seed + parallel.rank())  # dropout differs between processes
+    return model, lora_config
+
+
 def main():
     options = parse_options()
     if options.dry_run:
         from minisft import plan
 
-        return plan.show(options, load_data)
+        return plan.show(options)
     resuming = options.resume_from_checkpoint
     allowed = resuming and (Path(options.output_dir) / "options.toml").exists()
     output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir or allowed,
@@ -236,6 +222,7 @@ def main():
     from minisft.run import Run
     from minisft.template import get_template
     from minisft.tokenizer import Tokenizer
+    from minisft.training_data import load_data
     from minisft.weights import resolve
 
     say = parallel.say
@@ -254,15 +241,7 @@ def main():
         for text in example.texts():
             say(template.show(text.ids.tolist(), text.supervised.tolist()) + "\n")
 
-    torch.manual_seed(options.seed)
-    is_sharded = options.parallel == "fsdp"
-    model, lora_config = load_trainable(
-        options, model_dir, dtype, torch.device("meta") if is_sharded else device)
-    if is_sharded:
-        from minisft import fsdp
-
-        fsdp.distribute(model, lora_config, options, model_dir, dtype, device)
-    torch.manual_seed(options.seed + parallel.rank())  # dropout differs between processes
+    model, lora_config = build_model(options, model_dir, dtype, device)
     num_parameters = count_parameters(model)
     num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     say(f"{len(batches.rows):,} rows; training {num_trained:,} of {num_parameters:,} parameters "

@@ -111,12 +111,12 @@ class Progress:
 
 def in_words(figures):
     """{"loss": 0.5, "accuracy": 0.75} -> "loss 0.5000, accuracy 75.0 %"."""
-    def said(name, value):
+    def in_units(name, value):
         if name in ("accuracy", "exact_match"):
             return f"{100 * value:.1f} %"
         return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
 
-    return ", ".join(f"{name.replace('_', ' ')} {said(name, value)}"
+    return ", ".join(f"{name.replace('_', ' ')} {in_units(name, value)}"
                      for name, value in figures.items())
 
 

@@ -26,6 +26,7 @@ from minisft.quantize import count_parameters
 from minisft.template import get_template
 from minisft.tensor_files import parse_size
 from minisft.tokenizer import FILES, Tokenizer
+from minisft.training_data import load_data
 from minisft.weights import load_adapter, resolve
 
 # So many rows are encoded, the lengths of others estimated from their size; of larger data sets a
@@ -51,8 +52,8 @@ class Data:
     padding: float = 0.0
 
 
-def show(options, load_data):
-    """Print the plan of a run with the options of train.py. load_data: that of train.py."""
+def show(options):
+    """Print the plan of a run with the options of train.py."""
     if int(os.environ.get("RANK", 0)):  # torchrun's first process says it for all
         return
     model_dir = local_folder(options.model_name_or_path)
@@ -64,7 +65,7 @@ def show(options, load_data):
     dtype = resolve_dtype(options, torch.device(device), torch.bfloat16 if absent else None)
     num_processes = options.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     model = planned_model(options, config, dtype)
-    data = look_at_data(options, config, model_dir, load_data, num_processes)
+    data = look_at_data(options, config, model_dir, num_processes)
     step = memory.Step(
         *data.largest, dtype, device, options.gradient_checkpointing, options.packing,
         options.gradient_accumulation_steps > 1, num_processes, options.parallel == "fsdp")
@@ -105,7 +106,7 @@ def planned_model(options, config, dtype):
 # The rows
 
 
-def look_at_data(options, config, model_dir, load_data, num_processes):
+def look_at_data(options, config, model_dir, num_processes):
     """The Data of a run."""
     plain_text = options.stage == "pt"
     limit = min(options.block_size if plain_text else options.cutoff_len, config.context_length)

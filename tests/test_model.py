@@ -85,7 +85,7 @@ def test_packed_rows_do_not_see_each_other(name, tmp_path):
 
 
 @torch.no_grad()
-def compare(theirs, ours, length, positions=None):
+def assert_same_logits(theirs, ours, length, positions=None):
     tokens = torch.randint(0, ours.config.vocab_size, (2, length),
                            generator=torch.Generator().manual_seed(1))
     expected = theirs(tokens, position_ids=positions).logits
@@ -101,15 +101,15 @@ def test_logits_equal_transformers(name, tmp_path):
                if value is not None or key == "sliding_window"}
     theirs = reference(content, tmp_path)
     ours = load_model(tmp_path)
-    compare(theirs, ours, length=24)
-    compare(theirs, ours, length=200)  # beyond max_position_embeddings and every window
+    assert_same_logits(theirs, ours, length=24)
+    assert_same_logits(theirs, ours, length=200)  # beyond max_position_embeddings and every window
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3 rope", "yarn", "linear rope", "dynamic rope"])
 def test_logits_at_far_positions(name, tmp_path):
     theirs = reference({**SMALL, **VARIANTS[name]}, tmp_path)
     positions = torch.arange(5000, 5024)[None]
-    compare(theirs, load_model(tmp_path), 24, positions)
+    assert_same_logits(theirs, load_model(tmp_path), 24, positions)
 
 
 def test_rotary_type_changes_logits(tmp_path):
@@ -118,7 +118,7 @@ def test_rotary_type_changes_logits(tmp_path):
     ours = load_model(tmp_path)
     ours.config.rope_scaling["rope_type"] = "linear"
     with pytest.raises(AssertionError):
-        compare(theirs, ours, length=200)
+        assert_same_logits(theirs, ours, length=200)
 
 
 def real_configs(shared_data):
@@ -144,8 +144,8 @@ def test_real_configs(shared_data, tmp_path):
         work.mkdir()
         theirs = reference(content, work)
         ours = load_model(work)
-        compare(theirs, ours, 24)
-        compare(theirs, ours, 24, torch.arange(40000, 40024)[None])
+        assert_same_logits(theirs, ours, 24)
+        assert_same_logits(theirs, ours, 24, torch.arange(40000, 40024)[None])
 
 
 @torch.no_grad()
