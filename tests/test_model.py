@@ -231,16 +231,28 @@ def test_published_greedy_text(shared_data):
     assert ids[-256:] == expected[-256:]
 
 
-@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (8, 1), (3, 40), (5, 40)])
-def test_few_rows_multiplied_from_the_other_side(rows):
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (8, 1), (2, 40), (5, 40)])
+def test_few_rows_are_multiplied_by_onednn(rows, bias):
     """Linear equals torch's, in value and layout, with and without the shortcut."""
     torch.manual_seed(0)
-    layer, x = Linear(512, 768, bias=False), torch.randn(*rows, 512)
-    expected = torch.nn.functional.linear(x, layer.weight)
-    with torch.no_grad():
+    layer, x = Linear(512, 768, bias=bias), torch.randn(*rows, 512)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad(), torch.profiler.profile() as profile:
         actual = layer(x)
     assert actual.is_contiguous()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    used = any("_linear_pointwise" in event.name for event in profile.events())
+    assert used == (rows[0] * rows[1] <= 64 and torch.backends.mkldnn.is_available())
+
+
+def test_the_shortcut_keeps_out_of_autocast_and_half_precision():
+    layer, x = Linear(512, 768), torch.randn(1, 512)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16
+        assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert layer.float()(x.requires_grad_()).requires_grad
 
 
 def varlen_by_rows(q, k, v, bounds, bounds_k, longest, longest_k, window_size, enable_gqa):
