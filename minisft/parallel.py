@@ -136,8 +136,8 @@ def wrap(model):
     """The model whose backward pass averages gradients over processes; itself if there is one."""
     if world_size() == 1:
         return model
-    # What a model has in buffers is a frozen, quantised base: equal everywhere as it is.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # What a model has in buffers is a frozen, quantised base: it stays equal everywhere.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def barrier():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from forks import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {  # a Llama that computes in no time
@@ -25,8 +26,13 @@ CONVERSATIONS = [
 ]
 
 
-def command(*arguments, script="train.py", before=()):
-    """Run a script as a user would; `before` stands between the interpreter and its name."""
+def command(*arguments, script="train.py", before=(), processes=1):
+    """Run a script as a user would; `before` stands between the interpreter and its name.
+
+    Without it the process is forked, several as torchrun would start them.
+    """
+    if script and not before:
+        return run_script(script, arguments, processes)
     words = [sys.executable, *before, *([str(ROOT / script)] if script else []),
              *map(str, arguments)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  (which comes with the first optimizer)
 
 import train  # noqa: E402
 from minisft.options import run  # noqa: E402

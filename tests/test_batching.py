@@ -181,11 +181,14 @@ class TestWorkers:
             "row 30 (line 30)", "row 32 (line 32)"]
         assert "2 broken rows left out, the first" in str(report)
 
-    def test_workers_end_with_a_killed_parent(self):
-        """Also while they hold windows that nobody takes any more."""
+    @pytest.mark.parametrize("begins", [
+        "", "os.register_at_fork(after_in_child=lambda: print(os.getpid(), flush=True) or "
+            "time.sleep(1))"])
+    def test_workers_end_with_a_killed_parent(self, begins):
+        """Also while they hold windows that nobody takes, and where it is gone as they begin."""
         program = (
-            "import multiprocessing, sys, time; sys.path[:0] = ['.', 'tests']\n"
-            "from test_batching import EXAMPLES, Batches, as_they_are\n"
+            "import multiprocessing, os, sys, time; sys.path[:0] = ['.', 'tests']\n"
+            f"from test_batching import EXAMPLES, Batches, as_they_are; {begins}\n"
             "batches = Batches(EXAMPLES, as_they_are, num_workers=2)\n"
             "steps = batches.steps(8, 0, 10**6); next(steps)\n"
             "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
@@ -193,7 +196,7 @@ class TestWorkers:
         parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True,
                                   stdout=subprocess.PIPE)
         workers = parent.stdout.readline().split()
-        assert len(workers) == 2 and all(map(running, workers))
+        assert len(workers) == (1 if begins else 2) and all(map(running, workers))
         parent.kill()
         parent.wait()
         deadline = time.monotonic() + 20

@@ -288,13 +288,11 @@ def test_any_number_of_processes_trains_as_one(finetuning_type, checkpoint, tmp_
               "--finetuning_type", finetuning_type, "--learning_rate", 1e-3, "--logging_steps", 1,
               "--num_train_epochs", 2, "--validation_split", 4, "--dataloader_num_workers", 0]
     for processes, batch_size, accumulation in ((1, 6, 1), (2, 1, 3), (3, 2, 1)):
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         done = command(*shared, "--per_device_train_batch_size", batch_size,
                        "--gradient_accumulation_steps", accumulation,
-                       "--output_dir", tmp_path / str(processes),
-                       before=launcher if processes > 1 else ())
+                       "--output_dir", tmp_path / str(processes), processes=processes)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("saved to") == 1
+        assert done.stdout.count("saved to") == 1 and "Warning" not in done.stderr
     name = "adapter_model.safetensors" if finetuning_type == "lora" else "model.safetensors"
     metrics, weights = metrics_of(tmp_path / "1"), load_file(tmp_path / "1" / name)
     assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 7))
