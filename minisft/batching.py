@@ -12,10 +12,10 @@ a step is found again from its number. What a step holds depends on the data, th
 """
 
 import math
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from functools import partial
 from itertools import chain, islice
 
@@ -208,8 +208,7 @@ def ahead(reader, tasks, num_workers):
     # With a generator of its own, lest the loader draws from the one that dropout uses.
     yield from DataLoader(
         reader, batch_size=None, sampler=tasks, num_workers=num_workers, prefetch_factor=1,
-        collate_fn=_unchanged, worker_init_fn=partial(_begin_worker, os.getpid()),
-        generator=torch.Generator(),
+        collate_fn=_unchanged, worker_init_fn=_begin_worker, generator=torch.Generator(),
     )
 
 
@@ -217,18 +216,17 @@ def _unchanged(window):
     return window
 
 
-def _begin_worker(parent, number):
-    """A worker ends with the process that trains, `parent`: neither before it nor after it."""
+def _begin_worker(number):
+    """A worker ends with the process that trains: neither before it nor after it."""
     for name in (signal.SIGINT, signal.SIGTERM):  # which it deals with itself
         signal.signal(name, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent):
+def _end_with_parent():
     # The loader looks for its parent too, but not while a window waits to be taken, nor for one
     # that was gone before the worker began.
-    while os.getppid() == parent:
-        time.sleep(1)
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 

@@ -72,4 +72,5 @@ def _run(words, environment, said):
     first = [str(ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = [*first, *(path for path in sys.path if path and not path.startswith(str(ROOT)))]
     sys.argv = words
+    multiprocessing.set_start_method(None, force=True)  # what it would be in a fresh process
     runpy.run_path(words[0], run_name="__main__")
