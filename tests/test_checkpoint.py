@@ -76,8 +76,8 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 @pytest.mark.parametrize("before, number", [
     ([], signal.SIGTERM), ([], signal.SIGINT), (TORCHRUN, signal.SIGTERM)])
 def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
-    flags = [*flags, "--max_steps", 100]
-    assert command(*flags, "--output_dir", tmp_path / "whole", before=before).returncode == 0
+    flags, processes = [*flags, "--max_steps", 100], 2 if before else 1
+    assert command(*flags, "--output_dir", tmp_path / "whole", processes=processes).returncode == 0
     words = [sys.executable, *before, ROOT / "train.py", *flags,
              "--output_dir", tmp_path / "stopped"]
     process = subprocess.Popen(list(map(str, words)), cwd=ROOT, text=True,
@@ -91,7 +91,7 @@ def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
         assert process.returncode == 128 + number and "Traceback" not in errors, errors
     start, advice = output.strip().splitlines()[-1].split("train.py")
     assert start.split() == (["torchrun", *before[2:]] if before else ["python"])
-    assert command(*advice.split(), before=before).returncode == 0
+    assert command(*advice.split(), processes=processes).returncode == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
 
 
