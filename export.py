@@ -149,15 +149,15 @@ def write_folder(options):
         trained_dir = weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
         lora_config = weights.load_adapter(model, trained_dir)
         tell_of_quantization(options, trained_dir)
-    chat_template, stop_ids = conversation_form(tokenizer, options.template, trained_dir,
-                                                weights.generation_eos(model_dir, model.config))
+    form = conversation_form(tokenizer, options.template, trained_dir,
+                             weights.generation_eos(model_dir, model.config))
     if options.format == "peft":
         weights.save_adapter(model, output_dir, lora_config, options.model_name_or_path, dtype)
     else:
         merge_lora(model, dtype)
         weights.save_model(model, output_dir, dtype, max_shard_size)
-        weights.save_generation_config(model_dir, output_dir, model.config, stop_ids)
-    tokenizer.save(output_dir, chat_template)
+        weights.save_generation_config(model_dir, output_dir, model.config, form.stop_ids)
+    tokenizer.save(output_dir, form.chat_template)
     # What chat.py looks for: the form of the conversations that the model was trained on.
     trained = recorded_options(trained_dir)
     name = trained.get("template") if options.template == "auto" else options.template

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import gguf
+import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
@@ -47,9 +48,9 @@ QUANTIZATIONS = {
 }
 # What a row takes whose length the blocks of a type do not divide (llama.cpp's choice).
 FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
-# generation_config.json -> the defaults that llama.cpp's server takes over.
-SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
-            "repetition_penalty": "penalty_repeat"}
+# generation_config.json -> the defaults that llama.cpp's server takes over, and their types there.
+SAMPLING = {"temperature": ("temp", float), "top_k": ("top_k", np.int32), "top_p": ("top_p", float),
+            "min_p": ("min_p", float), "repetition_penalty": ("penalty_repeat", float)}
 
 
 def export_model(model_dir, output, quantization, adapter_dir=None, name=None, template="auto"):
@@ -69,9 +70,8 @@ def export_model(model_dir, output, quantization, adapter_dir=None, name=None, t
         adapter = weights.adapter_tensors(adapter_dir)
     config, tensors = model.config, model_tensors(model, stored, adapter, quantization)
     tokenizer = Tokenizer.load(model_dir)
-    chat_template, stop_ids = conversation_form(tokenizer, template, adapter_dir or model_dir,
-                                                weights.generation_eos(model_dir, config),
-                                                for_llama_cpp=True)
+    form = conversation_form(tokenizer, template, adapter_dir or model_dir,
+                             weights.generation_eos(model_dir, config), for_llama_cpp=True)
     metadata = {
         "general.type": "model",
         "general.name": name or model_dir.resolve().name,
@@ -80,12 +80,12 @@ def export_model(model_dir, output, quantization, adapter_dir=None, name=None, t
         **architecture_fields(config),
         "general.file_type": int(QUANTIZATIONS[quantization][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **vocabulary_fields(tokenizer, config.vocab_size, stop_ids),
+        **vocabulary_fields(tokenizer, config.vocab_size, form.stop_ids, form.writes_space),
     }
-    if chat_template is not None:
-        metadata["tokenizer.chat_template"] = chat_template
+    if form.chat_template is not None:
+        metadata["tokenizer.chat_template"] = form.chat_template
     write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
-    notes = known_differences(config) + tokenizer_differences(tokenizer)
+    notes = known_differences(config) + tokenizer_differences(form)
     return summary_of(output, tensors, notes)
 
 
@@ -157,8 +157,9 @@ def tensor_type(name, shape, quantization, config):
 def sampling_fields(model_dir):
     """The sampling that generation_config.json recommends, as metadata."""
     content = read_json(Path(model_dir) / "generation_config.json", missing={})
-    return {f"general.sampling.{ours}": content[theirs] for theirs, ours in SAMPLING.items()
-            if type(content.get(theirs)) in (int, float) and content[theirs] >= 0}
+    return {f"general.sampling.{ours}": kind(content[theirs])
+            for theirs, (ours, kind) in SAMPLING.items()
+            if type(content.get(theirs)) in (int, float) and 0 <= content[theirs] < 2**31}
 
 
 def num_parameters(tensors):

@@ -34,6 +34,7 @@ from minisft.gguf_vocabulary import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    WRITES_SPACE,
 )
 from minisft.json_files import write_json
 from minisft.options import UserError
@@ -173,7 +174,7 @@ def _tokenizer_config(metadata, fields, tokens):
             raise UserError(f"tokenizer.ggml: the {name} token {id!r} is not in the vocabulary")
     config = {f"{name}_token": None if id is None else tokens[id] for name, id in ids.items()}
     # llama.cpp puts a space after control tokens too, what transformers calls legacy.
-    config |= {"add_bos_token": bool(add_bos), "legacy": True}
+    config |= {"add_bos_token": bool(add_bos), "legacy": not fields.get(WRITES_SPACE, False)}
     # By which transformers knows how to read the files beside it.
     name = "LlamaTokenizer" if fields["model"] == "llama" else "PreTrainedTokenizerFast"
     config |= {"tokenizer_class": name, "add_prefix_space": _adds_space(fields)}
@@ -182,7 +183,7 @@ def _tokenizer_config(metadata, fields, tokens):
 
 
 def _adds_space(fields):
-    return bool(fields.get("add_space_prefix", True))
+    return bool(fields.get(WRITES_SPACE) or fields.get("add_space_prefix", True))
 
 
 def _tokenizer_json(fields, tokens, kinds):

@@ -16,6 +16,9 @@ from minisft.options import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 ADDED_SCORE = -1000.0  # of tokens that the merges never make
+# Tells our own code that the tokenizer puts a space before a text, though llama.cpp must not; see
+# ConversationForm.
+WRITES_SPACE = "minisft.chat_template_writes_space"
 
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -33,11 +36,12 @@ KNOWN_STOPS = {"<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|e
                "<|end|>", "<end_of_turn>", "</s>", "<EOT>"}
 
 
-def vocabulary_fields(tokenizer, rows, stop_ids=None):
+def vocabulary_fields(tokenizer, rows, stop_ids=None, writes_space=False):
     """The metadata {key: value} of a Tokenizer for an embedding of `rows` rows.
 
-    stop_ids: what ends an answer, an id or a list of them, as generation_config has it. Raises
-    UserError where llama.cpp could not make the same ids, or has no place for an id.
+    stop_ids: what ends an answer, an id or a list of them, as generation_config has it.
+    writes_space: see ConversationForm. Raises UserError where llama.cpp could not make the same
+    ids, or has no place for an id.
     """
     _check_size(tokenizer, rows)
     byte_level = getattr(tokenizer.engine, "byte_level", False)
@@ -54,15 +58,21 @@ def vocabulary_fields(tokenizer, rows, stop_ids=None):
     }
     fields |= {name: id for name, id in ids.items() if id is not None and 0 <= id < rows}
     fields["add_bos_token"] = tokenizer.add_bos_token
-    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    if writes_space:
+        fields |= {"tokenizer.ggml.add_space_prefix": False, WRITES_SPACE: True}
+    return fields
 
 
-def tokenizer_differences(tokenizer):
-    """Sentences on where llama.cpp will make other ids of a conversation than we do."""
-    if not tokenizer.leading_space or tokenizer.prefix_after_special:
-        return []
-    return ["llama.cpp puts a space before text behind a control token: if the chat template has "
-            "such text, prompts get tokens that they did not have in training"]
+def tokenizer_differences(form):
+    """Sentences on where llama.cpp will make other ids than we do, by the ConversationForm."""
+    if form.writes_space:
+        return ["llama.cpp puts no space before a text, lest it puts one behind every control "
+                "token too; begin texts for use without the chat template with a space"]
+    if not form.is_exact:
+        return ["llama.cpp puts a space before text directly behind a control token: where the "
+                "chat template has such text, prompts get a token that training did not have"]
+    return []
 
 
 def _check_size(tokenizer, rows):

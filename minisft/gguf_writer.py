@@ -103,8 +103,8 @@ def write_gguf(output, architecture, metadata, tensors):
 
 
 def _add_metadata(writer, metadata):
-    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32,
-             str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
+    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, np.int32: GGUFValueType.INT32,
+             float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
     for key, value in metadata.items():
         if type(value) is int and not 0 <= value < 2**32:
             raise UserError(f"{key}: {value} does not fit a GGUF file")

@@ -7,7 +7,12 @@ import pytest
 import transformers
 from conftest import CONVERSATIONS, without_bos
 
-from minisft.chat_template import as_jinja, chat_template_text, conversation_form
+from minisft.chat_template import (
+    ConversationForm,
+    as_jinja,
+    chat_template_text,
+    conversation_form,
+)
 from minisft.options import UserError
 from minisft.template import TEMPLATES, Template, get_template, recognise
 from minisft.tokenizer import Tokenizer
@@ -67,18 +72,20 @@ def test_which_form_is_written(tiny_chat_model_dir, tmp_path):
     tokenizer = Tokenizer.load(tiny_chat_model_dir)
     own, record = tokenizer.chat_template, tmp_path / "options.toml"
     chatml = get_template("chatml", tokenizer)
-    assert conversation_form(tokenizer, "auto", tmp_path, [1]) == (own, [1, 3])
-    assert conversation_form(tokenizer, "alpaca", tmp_path, [1])[0].count("### Response:") == 2
+    assert conversation_form(tokenizer, "auto", tmp_path, [1]) == ConversationForm(own, [1, 3])
+    text = conversation_form(tokenizer, "alpaca", tmp_path, [1]).chat_template
+    assert text.count("### Response:") == 2
     for recorded, expected in (('template = "chatml"', own), ('default_system = "x"', None),
                                ('template = "vicuna"', "ASSISTANT:"), ("seed = 1", own)):
         record.write_text(recorded)
-        text, stop_ids = conversation_form(tokenizer, "auto", tmp_path, [2])
-        assert expected in text if expected else text == as_jinja(
+        form = conversation_form(tokenizer, "auto", tmp_path, [2])
+        assert expected in form.chat_template if expected else form.chat_template == as_jinja(
             get_template("chatml", tokenizer, "x"))
-        assert stop_ids == ([1, 2] if "vicuna" in recorded else [1, 2, 3])
+        assert form.stop_ids == ([1, 2] if "vicuna" in recorded else [1, 2, 3])
     assert chat_template_text(chatml) == own
     tokenizer.chat_template = "one of its own"
-    assert conversation_form(tokenizer, "auto", tmp_path, [2]) == ("one of its own", [2])
+    form = conversation_form(tokenizer, "auto", tmp_path, [2])
+    assert form == ConversationForm("one of its own", [2])
     with pytest.raises(UserError, match="unknown template"):
         conversation_form(tokenizer, "nonsense", tmp_path, [2])
 

@@ -12,12 +12,13 @@ from conftest import CONVERSATIONS, without_bos
 from llama_cpp import Server
 
 from minisft import weights
+from minisft.chat_template import SPACE_BEFORE, as_jinja
 from minisft.config import ModelConfig
 from minisft.gguf_export import export_model
+from minisft.gguf_file import read_gguf
 from minisft.gguf_vocabulary import (
     WORDS,
     pre_tokenizer_name,
-    tokenizer_differences,
     vocabulary_fields,
 )
 from minisft.model import CausalLM
@@ -98,14 +99,14 @@ def strings(shared_data):
     return found
 
 
-def check_ids(server, path, tokenizer, strings):
-    """llama.cpp's ids of every string, and those of the file read back, are ours."""
+def check_ids(server, path, tokenizer, strings, space=""):
+    """llama.cpp's ids of every string behind `space`, and those of the file read back, are ours."""
     read_back = Tokenizer.load(weights.resolve(str(path)))
     for text in strings:
         ids = tokenizer.encode(text)
-        assert server.tokenize(text) == ids == read_back.encode(text), text
+        assert server.tokenize(space + text) == ids == read_back.encode(text), text
     bos = [tokenizer.bos_token_id] * tokenizer.add_bos_token
-    assert server.tokenize("Hi", add_special=True) == bos + tokenizer.encode("Hi")
+    assert server.tokenize(space + "Hi", add_special=True) == bos + tokenizer.encode("Hi")
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -113,9 +114,8 @@ def test_ids_and_prompts_equal_ours(name, exported, strings):
     folder, path = exported(name)
     tokenizer = Tokenizer.load(folder)
     with Server(path) as server:
-        check_ids(server, path, tokenizer, strings)
-        if "TinyLlama" in name:
-            return  # see below for its prompts
+        writes_space = "TinyLlama" in name  # the chat template does; see below
+        check_ids(server, path, tokenizer, strings, " " * writes_space)
         template = get_template("llama3" if name == "Llama-3" else "auto", tokenizer)
         # Mistral's own chat template refuses system prompts.
         for messages in CONVERSATIONS[::2] if "Mistral" in name else CONVERSATIONS:
@@ -131,23 +131,96 @@ def test_ids_of_a_trained_model(shared_data, strings, tmp_path):
         check_ids(server, path, Tokenizer.load(folder), strings)
 
 
-def test_where_llama_cpp_puts_a_space_of_its_own(exported):
-    """SentencePiece tokenizers: behind a control token, and before a text that begins with one."""
-    folder, path = exported("TinyLlama-1.1B-Chat-v0.6")
+@pytest.fixture
+def small_sentencepiece(shared_data, tmp_path):
+    """A function that makes a checkpoint folder whose tokenizer is SentencePiece's, of 512 pieces.
+
+    The words given are for tokenizer_config.json. `control`: control tokens to add.
+    """
+
+    def make(control=(), **config):
+        folder = tmp_path / "small"
+        narrow_model(folder, 520, "llama")
+        source = shared_data / "models" / "stories260K"
+        content = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(content | config))
+        content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+        example = content["added_tokens"][1]
+        content["added_tokens"] += [{**example, "id": id, "content": text}
+                                    for id, text in enumerate(control, 512)]
+        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+        return folder
+
+    return make
+
+
+def check_prompts(folder, template):
+    """llama.cpp's ids of what it renders, and those of the file read back, are ours.
+
+    Returns the chat template and whether llama.cpp puts a space before texts.
+    """
+    path = f"{folder}.gguf"
+    notes = export_model(folder, path, "f16", template=template.name)["notes"]
+    metadata, read_back = read_gguf(path).metadata, Tokenizer.load(weights.resolve(path))
+    back = template if template.name == "plain" else get_template("auto", read_back)
+    with Server(path, context=512) as server:
+        for messages in CONVERSATIONS:
+            prompt = server.render(messages)
+            ids = server.tokenize(prompt, add_special=True, parse_special=True)
+            assert ids == template.encode_prompt(messages) == back.encode_prompt(messages)
+    puts_space = metadata["tokenizer.ggml.add_space_prefix"]
+    assert notes == [] if puts_space else "begin texts for use without" in notes[0]
+    return metadata["tokenizer.chat_template"], puts_space
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_every_form_with_sentencepiece(form, legacy, small_sentencepiece):
+    """Spaces behind every control token (`legacy`), or before the first text only."""
+    folder = small_sentencepiece(TEMPLATES[form].control, legacy=legacy)
+    _, puts_space = check_prompts(folder, get_template(form, Tokenizer.load(folder)))
+    assert puts_space == (legacy or form == "llama2")
+
+
+@pytest.mark.parametrize("form, own", [
+    ("llama2", "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + "
+     "'[INST] ' + message['content'] + ' [/INST]' }}{% else %}{# <<SYS>> #}"
+     "{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"),
+    ("mistral", "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ "
+     "'[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
+     "{{ message['content'] + eos_token }}{% endif %}{% endfor %}"),
+    ("zephyr", "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + "
+     "message['content'] + eos_token + '\n' }}{% endfor %}{{ '<|assistant|>\n' }}"
+     "{# <|user|> #}"),
+    ("chatml", "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+     "message['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"),
+])
+def test_a_chat_template_of_its_own_is_kept(form, own, small_sentencepiece, monkeypatch):
+    """As far as can be: Ollama knows the published ones by their letters."""
+    monkeypatch.setattr("test_gguf_vocabulary.CONVERSATIONS", CONVERSATIONS[::2])  # no system
+    folder = small_sentencepiece(TEMPLATES[form].control, chat_template=own)
+    written, _ = check_prompts(folder, get_template(form, Tokenizer.load(folder)))
+    assert written == {"mistral": as_jinja(get_template(form, Tokenizer.load(folder))),
+                       "zephyr": SPACE_BEFORE + own}.get(form, own)
+
+
+def test_where_llama_cpp_puts_a_space_of_its_own(small_sentencepiece):
+    """Behind a control token, and before a text that begins with a space."""
+    folder = small_sentencepiece(chat_template=(  # of none of our forms
+        "{% for message in messages %}{{ '<|you|>' + message['content'] + eos_token }}{% endfor %}"
+        "{{ '<|me|>' }}"))
+    notes = export_model(folder, f"{folder}.gguf", "f16")["notes"]
+    assert "directly behind a control token" in notes[0]
     tokenizer = Tokenizer.load(folder)
-    assert "control token" in tokenizer_differences(tokenizer)[0]
-    ours = get_template("auto", tokenizer).encode_prompt(CONVERSATIONS[0])
-    with Server(path) as server:
-        prompt = server.render(CONVERSATIONS[0])
-        theirs = server.tokenize(prompt, add_special=True, parse_special=True)
-        place = ours.index(tokenizer.eos_token_id) + 1
-        assert theirs == [*ours[:place], tokenizer.token_id("▁"), *ours[place:]]
-        assert len(server.tokenize("  two")) == len(tokenizer.encode("  two"))
+    read_back = Tokenizer.load(weights.resolve(f"{folder}.gguf"))
+    with Server(f"{folder}.gguf") as server:
+        theirs = server.tokenize(server.render(CONVERSATIONS[0]), parse_special=True)
+        parts = [tokenizer.encode("<|you|>Hello there!"), tokenizer.encode("<|me|>")]
+        assert theirs == [*parts[0], tokenizer.eos_token_id, *parts[1]]
         assert server.tokenize("  two") != tokenizer.encode("  two")
         # Read back, the file is taken as llama.cpp takes it.
-        read_back = Tokenizer.load(weights.resolve(str(path)))
         assert server.tokenize("  two") == read_back.encode("  two")
-        assert theirs == get_template("auto", read_back).encode_prompt(CONVERSATIONS[0])
 
 
 @pytest.mark.parametrize("has_bos", [True, False])
@@ -209,6 +282,8 @@ def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):
     folder, _ = exported("TinyLlama-1.1B-Chat-v0.6")
     folder = shutil.copytree(folder, tmp_path / "model")
     (folder / "tokenizer.model").unlink()
+    path = folder / "tokenizer_config.json"  # without the chat template, which needs another space
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": None}))
     export_model(folder, tmp_path / "model.gguf", "q8_0")
     tokenizer = Tokenizer.load(folder)
     with Server(tmp_path / "model.gguf") as server:
