@@ -205,7 +205,9 @@ def export_adapter(model_dir, adapter_dir, output, quantization):
 
 
 def _adapter_tensor(name, side, stored, quantization, factor, head_dim):
+    """One of a module's two matrices, `a` or `b`, multiplied by `factor` as it is read."""
     def read(begin, end):
+        """Its rows begin..end-1."""
         return factor * read_rows(stored, (), head_dim, begin, end)
 
     type = QUANTIZATIONS[quantization][1]

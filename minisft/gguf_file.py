@@ -25,6 +25,7 @@ BOOL, STRING, ARRAY = 7, 8, 9
 # The least that one takes: key, type, value; name, number of dimensions, one of them, type, place.
 FIELD_BYTES, TENSOR_BYTES, STRING_BYTES = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8, 8
 MAX_NAME_BYTES = 65535
+MAX_HEADER_BYTES = 2**27  # a sparse file can have any size; the largest vocabularies take 20 MB
 MAX_DIMENSIONS = 4
 ALIGNMENT = 32
 
@@ -77,12 +78,13 @@ class Cursor:
     def __init__(self, file):
         self.file, self.position = file, 0
         self.size = os.fstat(file.fileno()).st_size
+        self.end = min(self.size, MAX_HEADER_BYTES)
 
     def take(self, count):
-        """The next `count` bytes."""
-        if count > self.size - self.position:
-            raise Damaged(f"at byte {self.position:,} it says that {count:,} bytes follow, but "
-                          f"{self.size - self.position:,} do")
+        """The next `count` bytes of what stands before the data."""
+        if count > self.end - self.position:
+            raise Damaged(f"at byte {self.position:,} it says that {count:,} bytes follow, for "
+                          f"which {self.end - self.position:,} are left")
         self.position += count
         return self.file.read(count)
 
@@ -93,7 +95,7 @@ class Cursor:
     def count(self, least_bytes):
         """The next 64-bit count of things that take at least so many bytes each."""
         count = self.number("Q")
-        if count * least_bytes > self.size - self.position:
+        if count * least_bytes > self.end - self.position:
             raise Damaged(f"at byte {self.position:,} it says that {count:,} entries follow, for "
                           "which it is too small")
         return count
@@ -111,7 +113,7 @@ class Cursor:
         read, texts = self.file.read, []
         for _ in range(count):
             length = int.from_bytes(read(8), "little")
-            if self.position + 8 + length > self.size:
+            if self.position + 8 + length > self.end:
                 raise Damaged(f"at byte {self.position:,} a string of {length:,} bytes begins")
             self.position += 8 + length
             texts.append(read(length).decode("utf-8", "replace"))
@@ -138,9 +140,10 @@ def _read(path, cursor):
         raise Damaged(f"general.alignment is {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
     sizes = {int(type): pair for type, pair in GGML_QUANT_SIZES.items()}
-    if unknown := {kind for _, kind, _ in entries.values()} - sizes.keys():
-        raise UserError(f"{path}: has tensors of the type {min(unknown)}, which is not known here; "
-                        "update the gguf package, or get a file of another type, such as Q8_0")
+    for name, (_, kind, _) in entries.items():
+        if kind not in sizes:
+            raise UserError(f"{path}: '{name}' is of the type {kind}, which is not known here; "
+                            "update the gguf package, or get a file of another type, such as Q8_0")
     tensors = {name: _placed(name, entry, sizes, start, alignment, cursor.size)
                for name, entry in entries.items()}
     _check_apart(tensors)

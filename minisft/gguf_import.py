@@ -84,11 +84,12 @@ def stored_tensors(path):
 
     path = Path(path)
     file = read_gguf(path)
-    for type in {gguf.GGMLQuantizationType(placed.type) for placed in file.tensors.values()}:
+    for type, name in {placed.type: name for name, placed in file.tensors.items()}.items():
+        type = gguf.GGMLQuantizationType(type)
         try:
             gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[type][1]), np.uint8), type)
         except NotImplementedError as error:
-            raise UserError(f"{path}: has tensors of the type {type.name}, which cannot be read "
+            raise UserError(f"{path}: '{name}' is of the type {type.name}, which cannot be read "
                             "here; get a file of another type, such as Q8_0") from error
     architecture = file.metadata["general.architecture"]
     head_dim = config_fields(file.metadata, file.tensors)["head_dim"]

@@ -169,14 +169,10 @@ def config_fields(metadata, tensor_names, divisors=None):
     if architecture not in ARCHITECTURES.values():
         raise UserError(f"architecture '{architecture}' is not supported; minisft knows "
                         f"{', '.join(sorted(set(ARCHITECTURES.values())))}")
-
     get, tokens = partial(_number, metadata, architecture), metadata.get("tokenizer.ggml.tokens")
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // max(heads, 1))
-    for name, needed in (("attention.value_length", head_dim), ("expert_count", 0),
-                         ("rope.dimension_count", head_dim)):
-        if get(name, needed) != needed:
-            raise UserError(f"{architecture}.{name} {get(name)} is not supported (only {needed})")
+    _refuse_variants(architecture, get, head_dim)
     config = {
         "architectures": [f"{architecture.title()}ForCausalLM"],
         "model_type": architecture,
@@ -198,6 +194,14 @@ def config_fields(metadata, tensor_names, divisors=None):
     if divisors is not None:
         scaling = llama3_scaling(divisors, config)
     return {**config, "rope_scaling": scaling}
+
+
+def _refuse_variants(architecture, get, head_dim):
+    """UserError for experts, and for heads of which keys, values and rotation differ in size."""
+    for name, needed in (("attention.value_length", head_dim), ("expert_count", 0),
+                         ("rope.dimension_count", head_dim)):
+        if get(name, needed) != needed:
+            raise UserError(f"{architecture}.{name} {get(name)} is not supported (only {needed})")
 
 
 def _number(metadata, architecture, name, default=None):

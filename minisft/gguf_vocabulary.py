@@ -113,6 +113,8 @@ def _byte_level(tokenizer, rows):
     source = f"{tokenizer.model_dir}/tokenizer.json"
     if model.get("type") != "BPE":
         raise UserError(f"{source}: a {model.get('type')} tokenizer; GGUF export knows BPE")
+    if not model["merges"]:
+        raise UserError(f"{source}: has no merges, without which GGUF has no BPE")
     ordinary = set(model["vocab"].values()) - set(tokenizer.engine.added_text)
     tokens, types = [], []
     for id in range(rows):

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,12 +78,8 @@ class Tensor:
 
 def write_gguf(output, architecture, metadata, tensors):
     """Write the file beside its place and rename it when it is whole. UserError leaves nothing."""
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(tensor.nbytes for tensor in tensors)
-    free = shutil.disk_usage(output.parent).free
-    if total > free:
-        raise UserError(f"{output}: needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB")
+    output, total = Path(output), sum(tensor.nbytes for tensor in tensors)
+    _make_room(output, total)
     unfinished = Path(f"{output}.partial")
     writer = gguf.GGUFWriter(None, architecture)
     _add_metadata(writer, metadata)
@@ -95,11 +92,24 @@ def write_gguf(output, architecture, metadata, tensors):
         _write_tensors(writer, tensors, total)
         writer.close()
         os.replace(unfinished, output)
-    except OSError as error:  # numpy's have no strerror
-        raise UserError(f"{output}: could not be written: {error.strerror or error}") from error
-    finally:
-        writer.close()
-        unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or "the disk is full"  # numpy's say how many bytes
+        raise UserError(f"{output}: could not be written: {reason}") from error
+    finally:  # where the disk is full, closing fails again; where it is read-only, removing
+        with suppress(OSError):
+            writer.close()
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def _make_room(output, total):
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: its folder cannot be made: {error.strerror}") from error
+    free = shutil.disk_usage(output.parent).free
+    if total > free:
+        raise UserError(f"{output}: needs {total / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f}")
 
 
 def _add_metadata(writer, metadata):
@@ -117,6 +127,7 @@ def _write_tensors(writer, tensors, total):
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
     def write_oldest():
+        """The piece that has waited longest, once it is converted."""
         begin, future = waiting.popleft()
         if begin == 0:  # tensors begin at multiples of the alignment
             writer.write_padding(file, file.tell())

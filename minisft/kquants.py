@@ -97,33 +97,41 @@ def affine_fit(x, weights, top):
     finer, each laid from the best minimum so far.
     """
     high, low = x.max(0), np.minimum(x.min(0), 0)
-    sum_w, sum_x, sum_xx = weights.sum(0), (weights * x).sum(0), (weights * x * x).sum(0)
-    flat = high == low
-    best_scale, best_error = (high - low) / top, None
-    q, product = np.empty_like(x), np.empty_like(x)
-    for grid in (top, *np.arange(top - 1, top + 1.05, 0.1, dtype=np.float32)):
+    flat, best_scale = high == low, (high - low) / top
+    of_x = weights.sum(0), (weights * x).sum(0), (weights * x * x).sum(0)
+    q, product = x - low, np.empty_like(x)
+    of_q = _sums(q, top / (high - low), (0, top), x, weights, product)
+    best_error = _affine_error(best_scale, low, of_q, of_x)
+    for grid in np.arange(top - 1, top + 1.05, 0.1, dtype=np.float32):
         np.subtract(x, low, out=q)
-        sum_q, sum_qq, sum_qx = _sums(q, grid / (high - low), (0, top), x, weights, product)
-
-        def error(scale, offset, sum_q=sum_q, sum_qq=sum_qq, sum_qx=sum_qx):
-            """The weighted sum of (scale * q + offset - x)^2."""
-            return (scale * scale * sum_qq + offset * offset * sum_w + sum_xx
-                    + 2 * (scale * offset * sum_q - scale * sum_qx - offset * sum_x))
-
-        if best_error is None:
-            best_error = error(best_scale, low)
-            continue
-        determinant = sum_w * sum_qq - sum_q * sum_q
-        scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
-        offset = (sum_qq * sum_x - sum_q * sum_qx) / determinant
-        scale = np.where(offset > 0, sum_qx / sum_qq, scale)
-        offset = np.minimum(offset, 0)
-        new_error = error(scale, offset)
-        better = (determinant > 0) & (new_error < best_error)
+        of_q = _sums(q, grid / (high - low), (0, top), x, weights, product)
+        scale, offset, is_unique = _affine_least_squares(of_q, of_x)
+        error = _affine_error(scale, offset, of_q, of_x)
+        better = is_unique & (error < best_error)
         best_scale = np.where(better, scale, best_scale)
-        best_error = np.where(better, new_error, best_error)
+        best_error = np.where(better, error, best_error)
         low = np.where(better, offset, low)
     return np.where(flat, 0, best_scale), -low
+
+
+def _affine_least_squares(of_q, of_x):
+    """The scale and the offset <= 0 with the smallest _affine_error, and whether there is one."""
+    (sum_q, sum_qq, sum_qx), (sum_w, sum_x, _) = of_q, of_x
+    determinant = sum_w * sum_qq - sum_q * sum_q
+    scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
+    offset = (sum_qq * sum_x - sum_q * sum_qx) / determinant
+    scale = np.where(offset > 0, sum_qx / sum_qq, scale)
+    return scale, np.minimum(offset, 0), determinant > 0
+
+
+def _affine_error(scale, offset, of_q, of_x):
+    """The weighted sum (M,) of (scale * q + offset - x)^2, by the weighted sums of its terms.
+
+    of_q: those of q, q q and q x; of_x: those of 1, x and x x.
+    """
+    (sum_q, sum_qq, sum_qx), (sum_w, sum_x, sum_xx) = of_q, of_x
+    return (scale * scale * sum_qq + offset * offset * sum_w + sum_xx
+            + 2 * (scale * offset * sum_q - scale * sum_qx - offset * sum_x))
 
 
 def symmetric_fit(x, weights, top):

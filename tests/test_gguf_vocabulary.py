@@ -258,10 +258,7 @@ def test_other_ways_to_cut_words(pre, tiny_tokenizer_dir, strings, tmp_path):
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits,
                                                                        spec["pre_tokenizer"]]}
     if pre == "smaug-bpe":
-        split = {"type": "Split", "behavior": "Isolated", "invert": False,
-                 "pattern": {"Regex": WORDS % r"\p{N}{1,3}"}}
-        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
-            split, {**spec["pre_tokenizer"], "use_regex": False}]}
+        spec["pre_tokenizer"] = cut_by(WORDS % r"\p{N}{1,3}")
     backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet,
@@ -302,6 +299,21 @@ def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):
             vocabulary_fields(Tokenizer.load(folder), 32000)
 
 
+# Mistral-Nemo's, which llama.cpp calls tekken: nearly that of Qwen 2.
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def cut_by(pattern):
+    """A pre_tokenizer of tokenizer.json."""
+    split = {"type": "Split", "behavior": "Isolated", "invert": False,
+             "pattern": {"Regex": pattern}}
+    return {"type": "Sequence", "pretokenizers": [
+        split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}
+
+
 def test_what_cannot_be_expressed(tiny_tokenizer_dir, tmp_path):
     spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
@@ -309,6 +321,7 @@ def test_what_cannot_be_expressed(tiny_tokenizer_dir, tmp_path):
         vocabulary_fields(tokenizer, 250)
     for change, message in (
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer is none of those"),
+        ({"pre_tokenizer": cut_by(TEKKEN)}, "pre_tokenizer is none of those"),
         ({"pre_tokenizer": {**spec["pre_tokenizer"], "add_prefix_space": True}}, "pre_tokenizer"),
         ({"normalizer": {"type": "Lowercase"}}, "no normalizer Lowercase"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}},
@@ -316,6 +329,11 @@ def test_what_cannot_be_expressed(tiny_tokenizer_dir, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             pre_tokenizer_name({**spec, **change})
+    folder = shutil.copytree(tiny_tokenizer_dir, tmp_path / "no merges")
+    (folder / "tokenizer.json").write_text(json.dumps(
+        {**spec, "model": {**spec["model"], "merges": []}}))
+    with pytest.raises(UserError, match="has no merges"):
+        vocabulary_fields(Tokenizer.load(folder), 300)
     nothing = {"type": "Sequence", "normalizers": []}  # DeepSeek's distilled Llama and Qwen
     assert pre_tokenizer_name({**spec, "normalizer": nothing}) == "gpt-2"
     with pytest.raises(UserError, match=re.escape("room for two stop tokens")):

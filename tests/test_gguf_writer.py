@@ -1,0 +1,72 @@
+"""GGUF files are written whole or not at all."""
+
+import resource
+import shutil
+
+import pytest
+from conftest import command
+
+from minisft import gguf_writer, weights
+from minisft.gguf_export import export_model
+from minisft.options import UserError
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+from minisft.gguf_writer import Tensor
+converted = Tensor.converted
+
+def interrupt(self, begin, end):
+    if self.name == "output_norm.weight":
+        os.kill(os.getpid(), signal.SIGINT)
+    return converted(self, begin, end)
+
+Tensor.converted = interrupt
+sys.argv = sys.argv[1:]
+runpy.run_path("export.py", run_name="__main__")
+"""
+
+
+def test_an_interrupt(checkpoint, tmp_path):
+    output = tmp_path / "out" / "model.gguf"
+    done = command("export.py", "--model_name_or_path", checkpoint, "--format", "gguf",
+                   "--output", output, script=None, before=["-c", INTERRUPTED])
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["/proc/no/such", "/sys"])
+def test_a_folder_that_cannot_be_written(folder, checkpoint):
+    with pytest.raises(UserError, match=f"{folder}.*"):
+        export_model(checkpoint, f"{folder}/model.gguf", "f16")
+
+
+@pytest.mark.parametrize("value, quantization, message", [
+    (float("nan"), "f32", "holds NaN"), (float("inf"), "bf16", "holds inf"),
+    (7e4, "f16", "7e+04"), (-7e4, "q4_k_m", "--quantization bf16 or f32")])
+def test_numbers_that_do_not_fit(value, quantization, message, checkpoint, tmp_path):
+    model = weights.load_model(checkpoint)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    weights.save_model(model, checkpoint)
+    with pytest.raises(UserError, match=f"blk.1.ffn_up.weight.*{message.replace('+', '.')}"):
+        export_model(checkpoint, tmp_path / "out" / "model.gguf", quantization)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [100, 50_000])
+def test_a_disk_that_fills_while_writing(size, checkpoint, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(UserError, match="model.gguf: could not be written"):
+            export_model(checkpoint, tmp_path / "model.gguf", "f32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("model.gguf*"))
+
+
+def test_a_full_disk_is_said_before_writing(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(gguf_writer.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="the disk has"):
+        export_model(checkpoint, tmp_path / "model.gguf", "f16")
+    assert not list(tmp_path.glob("model.gguf*"))
