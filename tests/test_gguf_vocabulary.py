@@ -311,7 +311,8 @@ def cut_by(pattern):
     split = {"type": "Split", "behavior": "Isolated", "invert": False,
              "pattern": {"Regex": pattern}}
     return {"type": "Sequence", "pretokenizers": [
-        split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}
+        split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False,
+                "trim_offsets": True}]}
 
 
 def test_what_cannot_be_expressed(tiny_tokenizer_dir, tmp_path):
