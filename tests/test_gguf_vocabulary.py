@@ -169,6 +169,8 @@ def check_prompts(folder, template):
             prompt = server.render(messages)
             ids = server.tokenize(prompt, add_special=True, parse_special=True)
             assert ids == template.encode_prompt(messages) == back.encode_prompt(messages)
+            answer = server.post("/v1/chat/completions", messages=messages, max_tokens=1)
+            assert answer["usage"]["prompt_tokens"] == len(ids)  # one BOS there, too
     puts_space = metadata["tokenizer.ggml.add_space_prefix"]
     assert notes == [] if puts_space else "begin texts for use without" in notes[0]
     return metadata["tokenizer.chat_template"], puts_space
