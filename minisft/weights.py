@@ -283,7 +283,7 @@ def load_adapter(model, adapter_dir, dropout=0.0):
         if name not in parameters:
             raise UserError(f"{path}: the model has no place for {name}")
         tensor.check(parameters[name].shape, "this base model needs")
-    lost = [name for name in parameters if ".lora_" in name and name not in stored]
+    lost = [name for name, one in parameters.items() if one.requires_grad and name not in stored]
     if lost:
         raise UserError(f"{path}: tensors are missing: {listed(lost)}")
     for name, tensor in stored.items():

@@ -154,7 +154,11 @@ def test_mistakes_are_named(base_dir, tmp_path):
     with pytest.raises(UserError, match="base model"):
         load_adapter(other, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "modules_to_save": ["lm_head"]}))
+    with pytest.raises(UserError, match="tensors are missing: lm_head.weight"):
+        load_adapter(load_model(base_dir), tmp_path / "adapter")
+    path.write_text(json.dumps({**content, "use_dora": True}))
     with pytest.raises(UserError, match="use_dora"):
         load_adapter(load_model(base_dir), tmp_path / "adapter")
 
