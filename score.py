@@ -29,11 +29,13 @@ from minisft.options import (
 
 EPILOGUE = """\
 What comes out, a line of JSON for every row of the data set:
-  index              number of the row in its file, from 0 (through all files, if there are several)
+  index              number of the row in its file, from 0 (through all files, if there are several;
+                     those that num_samples in dataset_info.json leaves out count, without scores)
   loss_conditioned   mean negative log-likelihood of the answer's tokens behind the prompt
   loss_direct        the same behind the answer marker alone
   ifd                loss_conditioned / loss_direct: near 1, the instruction hardly helps
-  ifd_ppl            the ratio of the perplexities, exp(loss_conditioned - loss_direct)
+  ifd_ppl            the ratio of the perplexities, exp(loss_conditioned - loss_direct); null
+                     where that is beyond 1e38
   num_answer_tokens  without the one that ends the turn; of all answers in a conversation
   reason             why the row has no score, else null
 With --mode reward, instead of losses and their ratios:
@@ -77,34 +79,23 @@ def parse_options(arguments=None):
 def main():
     options = parse_options()
 
-    from tqdm import tqdm
-
     from minisft import ifd, parallel, reward_scores
-    from minisft.dataset import open_rows
-    from minisft.reward import check_head, load_reward_model
-    from minisft.scores import ScoreFiles, every_record
-    from minisft.weights import load_model, resolve
+    from minisft.scores import ScoreFiles, open_every_record
 
     device = parallel.start(resolve_device(options))
-    dtype = resolve_dtype(options, device)
-    is_main, say = parallel.rank() == 0, parallel.say
+    dtype, say = resolve_dtype(options, device), parallel.say
     skipped = [] if options.skip_bad_rows else None
-    rows = every_record(open_rows(options.dataset, options.dataset_dir, skipped=skipped, say=say))
+    rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped, say)
     check_output(options, rows)
-    model_dir = resolve(options.model_name_or_path)
-    adapter_dir = options.adapter and resolve(options.adapter, "adapter_config.json")
-    if options.mode == "reward":
-        check_head(model_dir, adapter_dir)
-    template, max_length, config = load_template(options, model_dir, adapter_dir, say)
+    folders = find_model(options)
+    template, max_length, config = load_template(options, *folders, say)
     parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
-    load, score = load_model, ifd.score
-    encoder = ifd.Encoder(rows, template, max_length, config.vocab_size, parts)
-    if options.mode == "reward":
-        load, score = load_reward_model, reward_scores.score
-        encoder = reward_scores.Encoder(rows, template, max_length, config.vocab_size)
-    pending = None
-    if is_main:
-        record = describe(options, model_dir, adapter_dir, template, max_length, dtype, rows)
+    of_rewards = options.mode == "reward"
+    encoder = ifd.Encoder(rows, template, max_length, config.vocab_size, parts, drawn,
+                          reward_scores.Score if of_rewards else ifd.Score)
+    files = pending = None
+    if parallel.rank() == 0:
+        record = describe(options, *folders, template, max_length, dtype, rows, drawn)
         files = ScoreFiles(options.output, record, len(rows), parts, config.hidden_size,
                            options.overwrite)
         pending = files.pending()
@@ -112,25 +103,25 @@ def main():
     say(f"{len(rows):,} rows, {len(pending):,} to do; template {template.name}, {device}, "
         f"{str(dtype).removeprefix('torch.')}, {parallel.world_size()} process(es)")
 
-    model = load(model_dir, dtype, device, options.quantization_bit)
-    if adapter_dir:
-        add_adapter(model, adapter_dir, options.quantization_bit)
+    model = load_scorer(options, *folders, dtype, device)
     # Every process scores rows of its own; what is finished is written by the first.
     batch_tokens = options.batch_tokens or (8192 if device.type == "cuda" else 2048)
-    mine = score(model, encoder, pending, batch_tokens, options.dataloader_num_workers)
-    reasons, began = Counter(), time.monotonic()
-    bar = tqdm(total=len(rows), initial=len(rows) - len(pending), unit="row",
-               disable=not (is_main and sys.stderr.isatty()))
-    for finished in together(mine):
-        if is_main:
-            files.add(finished)
-        reasons.update((one.reason or "scored").split(":")[0] for one in finished)
-        bar.update(len(finished))
-    bar.close()
-    if is_main:
-        files.finish()
-        report(options, files, reasons, len(pending) / (time.monotonic() - began), say)
+    mine = ifd.score(model, encoder, pending, batch_tokens, options.dataloader_num_workers,
+                     reward_scores.compute_rewards if of_rewards else ifd.compute_losses)
+    write(mine, files, len(rows), len(pending), say)
     parallel.stop()
+
+
+def find_model(options):
+    """(folder of the model, of the adapter or None); UserError where they are not what is asked."""
+    from minisft.reward import check_head
+    from minisft.weights import resolve
+
+    model_dir = resolve(options.model_name_or_path)
+    adapter_dir = options.adapter and resolve(options.adapter, "adapter_config.json")
+    if options.mode == "reward":
+        check_head(model_dir, adapter_dir)
+    return model_dir, adapter_dir
 
 
 def check_output(options, rows):
@@ -145,17 +136,6 @@ def check_output(options, rows):
             raise UserError(f"--output {options.output}: {path} is also read from; choose another")
         if path.is_dir():
             raise UserError(f"--output {options.output}: {path} is a folder; choose another")
-
-
-def together(mine):
-    """Yield what all processes have finished in a round as one list, until the last is through."""
-    from minisft import parallel
-
-    while True:
-        results = parallel.gather(next(mine, None))
-        if all(one is None for one in results):
-            return
-        yield [score for one in results for score in one or []]
 
 
 def load_template(options, model_dir, adapter_dir, say):
@@ -177,6 +157,18 @@ def load_template(options, model_dir, adapter_dir, say):
     return get_template(name, Tokenizer.load(model_dir), default_system), max_length, config
 
 
+def load_scorer(options, model_dir, adapter_dir, dtype, device):
+    """The model that scores, a language model or a reward model, with its adapter."""
+    from minisft.reward import load_reward_model
+    from minisft.weights import load_model
+
+    load = load_reward_model if options.mode == "reward" else load_model
+    model = load(model_dir, dtype, device, options.quantization_bit)
+    if adapter_dir:
+        add_adapter(model, adapter_dir, options.quantization_bit)
+    return model
+
+
 def add_adapter(model, adapter_dir, quantization_bit):
     """Load the adapter and merge it: fewer multiplications for every row.
 
@@ -195,12 +187,12 @@ def add_adapter(model, adapter_dir, quantization_bit):
     convert_parameters(model.eval(), dtype)
 
 
-def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows):
+def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows, drawn):
     """Everything that the scores depend on, by content, and by name for people."""
     from minisft.scores import record_of_data, record_of_model
 
     return {
-        **record_of_model(model_dir, adapter_dir), "dataset": record_of_data(rows),
+        **record_of_model(model_dir, adapter_dir), "dataset": record_of_data(rows, drawn),
         "template": template.name, "default_system": template.default_system,
         "max_length": max_length, "dtype": str(dtype).removeprefix("torch."),
         "quantization_bit": options.quantization_bit,
@@ -210,15 +202,37 @@ def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows)
     }
 
 
-def report(options, files, reasons, speed, say):
-    """Say what was done and what was not."""
-    written = [files.paths["scores"]] if options.mode != "embed" else []
-    if options.mode in ("embed", "all"):
-        written += [files.paths["embeddings"], files.paths["perplexity"]]
-    say(f"wrote {', '.join(map(str, written))}; {speed:,.1f} rows/s")
-    for reason, number in reasons.most_common():
-        if reason != "scored":
-            say(f"not scored {number:,}: {reason}")
+def write(mine, files, num_rows, num_pending, say):
+    """Write the Scores of all processes as they come (files: None but in the first); tell of it."""
+    from tqdm import tqdm
+
+    reasons, began = Counter(), time.monotonic()
+    bar = tqdm(total=num_rows, initial=num_rows - num_pending, unit="row",
+               disable=not (files and sys.stderr.isatty()))
+    for finished in together(mine):
+        if files:
+            files.add(finished)
+        reasons.update((one.reason or "scored").split(":")[0] for one in finished)
+        bar.update(len(finished))
+    bar.close()
+    if files:
+        written = files.finish()
+        speed = num_pending / (time.monotonic() - began)
+        say(f"wrote {', '.join(map(str, written))}; {speed:,.1f} rows/s")
+        for reason, number in reasons.most_common():
+            if reason != "scored":
+                say(f"not scored {number:,}: {reason}")
+
+
+def together(mine):
+    """Yield what all processes have finished in a round as one list, until the last is through."""
+    from minisft import parallel
+
+    while True:
+        results = parallel.gather(next(mine, None))
+        if all(one is None for one in results):
+            return
+        yield [score for one in results for score in one or []]
 
 
 if __name__ == "__main__":

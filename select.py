@@ -143,41 +143,51 @@ def main():
         return  # under torchrun one process does it all
 
     from minisft import selection
-    from minisft.dataset import open_rows
-    from minisft.scores import every_record, record_of_data
+    from minisft.scores import open_every_record, record_of_data
 
     skipped = [] if options.skip_bad_rows else None
-    rows = every_record(open_rows(options.dataset, options.dataset_dir, skipped=skipped))
+    rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped)
     output = check_output(options, rows)
-    dataset = record_of_data(rows)
+    dataset = record_of_data(rows, drawn)
     inputs = read_inputs(options, len(rows), dataset)
     candidates = selection.Candidates(len(rows))
     inputs.lengths, inputs.unit = selection.lengths_of(rows, candidates), "characters"
+    candidates.drop(~drawn, "left out by num_samples")
+    everyone = candidates.rows
     if options.dedup:
         selection.drop_duplicates(rows, candidates, options.dedup)
     if inputs.scores:
         inputs.lengths, inputs.unit = inputs.scores["num_answer_tokens"], "tokens"
 
-    number = options.sample_number or round(len(rows) * (options.sample_rate or 0)) or 1
+    number = options.sample_number or round(len(everyone) * (options.sample_rate or 0)) or 1
     chosen, clusters = choose(options, inputs, candidates, number)
-    means = [float(inputs.lengths[some].mean()) for some in (chosen, slice(None))]
     manifest = {
         "strategy": options.strategy, "seed": options.seed, "options": vars(options),
-        "dataset": dataset, "inputs": inputs.hashes,
-        "rows": len(rows), "dropped": candidates.dropped,
-        "not_chosen": len(candidates.rows) - len(chosen), "num_chosen": len(chosen),
-        "answer_length": {"unit": inputs.unit, "mean_chosen": means[0], "mean_all": means[1]},
+        "dataset": dataset, "inputs": inputs.hashes, "rows": len(rows),
+        "dropped": candidates.dropped, "not_chosen": len(candidates.rows) - len(chosen),
+        "num_chosen": len(chosen), "answer_length": {
+            "unit": inputs.unit, "mean_chosen": float(inputs.lengths[chosen].mean()),
+            "mean_all": float(inputs.lengths[everyone].mean())},
         **clusters, "chosen": chosen.tolist(),
     }
-    write(rows.files, chosen, manifest, output)
-    print(f"{output}: {len(chosen):,} of {len(rows):,} rows by {options.strategy}; answers of "
-          f"{means[0]:,.1f} {inputs.unit} on average (all rows: {means[1]:,.1f})")
-    for why, count in candidates.dropped.items():
-        print(f"dropped {count:,}: {why}")
-    if any(file.description for file in rows.files):
-        print("its columns are named as before: give it an entry of its own in dataset_info.json")
+    selection.write(rows.files, chosen, manifest, output)
+    tell(manifest, rows.files)
     if options.plot:
-        print(f"drew {selection.draw(inputs, chosen, options.strategy, output)}")
+        from minisft.selection_plot import draw
+
+        print(f"drew {draw(inputs, chosen, options.strategy, output)}")
+
+
+def tell(manifest, files):
+    """Print what was chosen and what was not."""
+    lengths, output = manifest["answer_length"], manifest["options"]["output"]
+    print(f"{output}: {manifest['num_chosen']:,} of {manifest['rows']:,} rows "
+          f"by {manifest['strategy']}; answers of {lengths['mean_chosen']:,.1f} {lengths['unit']} "
+          f"on average (all rows: {lengths['mean_all']:,.1f})")
+    for why, count in manifest["dropped"].items():
+        print(f"dropped {count:,}: {why}")
+    if any(file.description for file in files):
+        print("its columns are named as before: give it an entry of its own in dataset_info.json")
 
 
 def check_output(options, rows):
@@ -251,38 +261,24 @@ def choose(options, inputs, candidates, number):
     import numpy as np
 
     from minisft import selection
-    from minisft.kmeans import kmeans
     from minisft.options import UserError
 
     generator, about = np.random.default_rng(options.seed), {}
     strategy, scores = options.strategy, inputs.scores
-    if "scores" in STRATEGIES[strategy]:
-        candidates.drop_unscored(scores["reason"])
-    if strategy in ("ifd", "ifd_ppl", "ifd+kcenter"):
-        name = SCORE_OF[strategy]
-        candidates.drop(~(scores[name] < 1), f"{name} of 1 or more")
-    if strategy == "cluster":
-        candidates.drop(np.isinf(inputs.perplexity), "no perplexity")
+    drop_unfit(strategy, inputs, candidates)
     rows = candidates.rows
-
     if strategy in ("ifd", "ifd_ppl", "reward"):
         chosen = selection.highest(scores[strategy], rows, number)
     elif strategy == "ppl":
         chosen = selection.middle(scores["loss_conditioned"], rows, number)
     elif strategy == "cluster":
-        found = kmeans(inputs.embeddings[rows], options.clusters, options.seed, options.starts)
-        chosen = selection.from_clusters(found.assignment, inputs.perplexity, rows,
-                                         options.per_cluster, options.band)
-        inputs.clustered = rows, found.assignment
-        sizes = np.bincount(found.assignment, minlength=options.clusters)
-        about = {"clusters": {"inertia": found.inertia, "steps": found.num_steps,
-                              "sizes": sizes.tolist()}}
+        chosen, about = choose_by_cluster(options, inputs, rows)
     elif strategy == "kcenter":
         chosen = selection.k_center(inputs.embeddings, rows, number)
     elif strategy == "ifd+kcenter":
         selection.enough(rows, number)
         pool = selection.highest(scores["ifd"], rows, min(len(rows), round(options.pool * number)))
-        chosen = selection.k_center(inputs.embeddings, pool, number)
+        chosen = selection.k_center(inputs.embeddings, np.sort(pool), number)
     elif strategy == "longest":
         chosen = selection.highest(inputs.lengths, rows, number)
     elif strategy == "random":
@@ -296,35 +292,34 @@ def choose(options, inputs, candidates, number):
     return np.sort(chosen), about
 
 
-def write(files, chosen, manifest, output):
-    """Write the chosen records, as they are in their files, and the manifest; both or none."""
-    import json
-    import os
-
+def drop_unfit(strategy, inputs, candidates):
+    """Drop the rows that lack what the strategy goes by."""
     import numpy as np
 
-    ends = np.cumsum([len(file.records) for file in files])
-    array = all(not hasattr(file.records, "raw") for file in files)
-    begin, between, end = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial, manifest_partial = (output.with_name(output.name + ending)
-                                 for ending in (".partial", ".manifest.partial"))
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            for count, number in enumerate(chosen.tolist()):
-                place = int(np.searchsorted(ends, number, side="right"))
-                records = files[place].records
-                local = number - int(ends[place]) + len(records)
-                raw = (records.raw(local).decode() if hasattr(records, "raw")
-                       else json.dumps(records[local], ensure_ascii=False))
-                file.write((between if count else begin) + raw.strip())
-            file.write(end)
-        manifest_partial.write_text(json.dumps(manifest, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(partial, output)
-        os.replace(manifest_partial, f"{output}.manifest")
-    finally:
-        partial.unlink(missing_ok=True)
-        manifest_partial.unlink(missing_ok=True)
+    if "scores" in STRATEGIES[strategy]:
+        candidates.drop_unscored(inputs.scores["reason"])
+    if strategy in ("ifd", "ifd_ppl", "ifd+kcenter"):
+        name = SCORE_OF[strategy]
+        candidates.drop(~(inputs.scores[name] < 1), f"{name} of 1 or more")
+    if strategy == "cluster":
+        candidates.drop(np.isinf(inputs.perplexity), "no perplexity")
+
+
+def choose_by_cluster(options, inputs, rows):
+    """(numbers of the chosen rows, what the manifest says of the clusters)."""
+    import numpy as np
+
+    from minisft import selection
+    from minisft.kmeans import kmeans
+
+    points = selection.Chosen(inputs.embeddings, rows)
+    found = kmeans(points, options.clusters, options.seed, options.starts)
+    inputs.clustered = rows, found.assignment
+    sizes = np.bincount(found.assignment, minlength=options.clusters)
+    chosen = selection.from_clusters(found.assignment, inputs.perplexity, rows,
+                                     options.per_cluster, options.band)
+    return chosen, {"clusters": {"inertia": found.inertia, "steps": found.num_steps,
+                                 "sizes": sizes.tolist()}}
 
 
 if __name__ == "__main__":

@@ -74,21 +74,25 @@ def encode_rows(rows, template, cutoff_len, vocab_size=None):
     """
     examples, report = [], EncodeReport()
     for row in rows:
-        try:
-            ids, supervised = template.encode(row.messages, row.tools)
-            check_vocabulary(ids, vocab_size)
-        except UserError as error:
-            raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
+        ids, supervised = encode_row(row, template, vocab_size)
         report.num_rows += 1
         report.num_cut += len(ids) > cutoff_len
-        example = Example(
-            np.asarray(ids[:cutoff_len], np.int32), np.asarray(supervised[:cutoff_len], bool)
-        )
+        example = Example(ids[:cutoff_len], supervised[:cutoff_len])
         if example.supervised[1:].any():
             examples.append(example)
         else:
             report.num_dropped += 1
     return examples, report
+
+
+def encode_row(row, template, vocab_size=None):
+    """A conversation -> (ids (T,) int32, supervised (T,) bool); UserError as from `encode_rows`."""
+    try:
+        ids, supervised = template.encode(row.messages, row.tools)
+        check_vocabulary(ids, vocab_size)
+    except UserError as error:
+        raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
+    return np.asarray(ids, np.int32), np.asarray(supervised, bool)
 
 
 def encode_rankings(rows, template, cutoff_len, vocab_size=None, whole=False):

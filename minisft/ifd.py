@@ -24,7 +24,7 @@ import torch
 
 from minisft import parallel
 from minisft.batching import PAD_MULTIPLE, ahead, collate
-from minisft.encoding import Example, check_vocabulary
+from minisft.encoding import Example, encode_row
 from minisft.formats import BadRow
 from minisft.model import KeyValueCache
 from minisft.objective import token_losses
@@ -77,10 +77,37 @@ class Score:
                 reason = "the loss without the instruction is zero"
             else:
                 ifd, ifd_ppl = conditioned / direct, _exponential(conditioned - direct)
+                if math.isinf(ifd_ppl):  # which JSON has no number for
+                    ifd_ppl = None
         values = dict(loss_conditioned=conditioned, loss_direct=direct, ifd=ifd, ifd_ppl=ifd_ppl)
         return {"index": self.index,
                 **{name: value and float(f"{value:.8g}") for name, value in values.items()},
                 "num_answer_tokens": self.num_answer_tokens, "reason": reason}
+
+    def add_sequences(self, ids, supervised, spans, encoder):
+        """The passes that the row needs, or why it has no score.
+
+        The prompt's states are those of the pass with the answer, since a causal model has not seen
+        the answer there.
+        """
+        if not self.num_answer_tokens:
+            self.reason = self.reason or "the answer has no tokens"
+        if "embed" in encoder.parts:
+            self.prompt_length = min(spans[-1][0], encoder.max_length)
+        if "ifd" not in encoder.parts or self.reason:
+            if self.prompt_length:
+                ids = ids[: self.prompt_length]
+                self.sequences = [Sequence(ids, np.zeros(len(ids), bool), self.prompt_length)]
+            return
+        answer = np.zeros(len(ids), bool)
+        for start, end in spans:
+            answer[start:end] = True
+        last = spans[-1][1]
+        self.sequences = [Sequence(ids[:last], answer[:last], self.prompt_length)]
+        for start, end in spans:
+            alone = np.array([*encoder.marker, *ids[start:end]], np.int32)
+            of_answer = np.arange(len(alone)) >= len(encoder.marker)
+            self.sequences.append(Sequence(alone, of_answer, conditioned=False))
 
     def perplexity(self):
         """Of the prompt, without its first token; inf where there is no other."""
@@ -89,7 +116,8 @@ class Score:
 
 
 def _exponential(value):
-    return math.exp(value) if value < 700 else math.inf
+    """exp, inf beyond what float32 holds."""
+    return math.exp(value) if value < 88 else math.inf
 
 
 def longest_row(config):
@@ -107,20 +135,23 @@ class Encoder:
     """Row numbers -> Scores to be computed. It can be handed to a worker process.
 
     parts: of "ifd" and "embed", what is wanted. Rows that cannot be scored get a reason: those
-    longer than `max_length`, and broken ones if `rows` were opened to skip them. What makes the
-    embedding is cut to `max_length`.
+    longer than `max_length`, those that num_samples in dataset_info.json leaves out (False in
+    `drawn`, bool (rows,)), and broken ones if `rows` were opened to skip them. What makes the
+    embedding is cut to `max_length`. kind: Score, or that of reward_scores.py.
     """
 
-    def __init__(self, rows, template, max_length, vocab_size=None, parts=("ifd",)):
+    def __init__(self, rows, template, max_length, vocab_size=None, parts=("ifd",), drawn=None,
+                 kind=Score):
         self.rows, self.template, self.parts = rows, template, parts
         self.max_length, self.vocab_size = max_length, vocab_size
+        self.drawn, self.kind = drawn, kind
         self.marker = template.encode_marker()
-        if not self.marker:
+        if "ifd" in parts and not self.marker:
             raise UserError(f"template {template.name}: nothing of what opens an answer is left by "
                             "this tokenizer, so no answer can be scored alone; choose another")
 
     def __getitem__(self, numbers):
-        """A list of Score, or the UserError that stops the run (a worker cannot raise it)."""
+        """A list of Scores, or the UserError that stops the run (a worker cannot raise it)."""
         try:
             return [self._score(int(number)) for number in numbers]
         except UserError as error:
@@ -128,35 +159,19 @@ class Encoder:
 
     def _score(self, number):
         try:
-            ids, supervised = encode_row(self.rows, number, self.template, self.vocab_size)
+            row = self.rows[number]
         except BadRow as error:
-            return Score(number, reason=f"broken: {error}")
-        return self._sequences(number, ids, supervised)
-
-    def _sequences(self, number, ids, supervised):
-        """The passes that a row needs. The prompt's states are those of the pass with the answer,
-        since a causal model has not seen the answer there."""
+            if not self.rows.skip_bad_rows:
+                raise UserError(f"{error} (--skip_bad_rows leaves such rows out)") from error
+            return self.kind(number, reason=f"broken: {error}")
+        if self.drawn is not None and not self.drawn[number]:
+            return self.kind(number, reason="not drawn: num_samples")
+        ids, supervised = encode_row(row, self.template, self.vocab_size)
         spans = answer_spans(self.template, ids, supervised)
-        score = Score(number, sum(end - start for start, end in spans))
+        score = self.kind(number, sum(end - start for start, end in spans))
         if len(ids) > self.max_length:
             score.reason = f"longer than max_length: {len(ids)} tokens, of {self.max_length}"
-        elif not score.num_answer_tokens:
-            score.reason = "the answer has no tokens"
-        score.prompt_length = min(spans[-1][0], self.max_length) if "embed" in self.parts else 0
-        if "ifd" not in self.parts or score.reason:
-            if score.prompt_length:
-                ids = ids[: score.prompt_length]
-                score.sequences = [Sequence(ids, np.zeros(len(ids), bool), score.prompt_length)]
-            return score
-        answer = np.zeros(len(ids), bool)
-        for start, end in spans:
-            answer[start:end] = True
-        score.sequences = [Sequence(ids[: spans[-1][1]], answer[: spans[-1][1]],
-                                    score.prompt_length)]
-        for start, end in spans:
-            alone = np.array([*self.marker, *ids[start:end]], np.int32)
-            of_answer = np.arange(len(alone)) >= len(self.marker)
-            score.sequences.append(Sequence(alone, of_answer, conditioned=False))
+        score.add_sequences(ids, supervised, spans, self)
         return score
 
 
@@ -166,25 +181,6 @@ def answer_spans(template, ids, supervised):
     control = template.control_ids.values()
     return [(start, end - (int(ids[end - 1]) in control)) for start, end in
             edges.reshape(-1, 2).tolist()]
-
-
-def encode_row(rows, number, template, vocab_size):
-    """(ids, supervised) of a row; BadRow for a broken one if `rows` were opened to skip such.
-
-    UserError for any other that cannot be read or encoded.
-    """
-    try:
-        row = rows[number]
-    except BadRow as error:
-        if not rows.skip_bad_rows:
-            raise UserError(f"{error} (--skip_bad_rows leaves such rows out)") from error
-        raise
-    try:
-        ids, supervised = template.encode(row.messages, row.tools)
-        check_vocabulary(ids, vocab_size)
-    except UserError as error:
-        raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
-    return np.asarray(ids, np.int32), np.asarray(supervised)
 
 
 def score(model, encoder, numbers, batch_tokens, num_workers=0, compute=None):

@@ -1,7 +1,7 @@
 """The reward of every row of a data set, for score.py --mode reward.
 
-    encoder = Encoder(rows, template, max_length=512)
-    for scores in score(model, encoder, range(len(rows)), batch_tokens=2048):
+    encoder = ifd.Encoder(rows, template, max_length=512, parts=("reward",), kind=Score)
+    for scores in ifd.score(model, encoder, numbers, batch_tokens=2048, compute=compute_rewards):
         print(scores[0].as_dict())         # {"index": 0, "reward": 1.25, ...}
 
 The reward is what the model's head says of the last token of the conversation (reward.py).
@@ -15,8 +15,6 @@ import torch
 from minisft import ifd
 from minisft.batching import collate
 from minisft.encoding import Example
-from minisft.formats import BadRow
-from minisft.options import UserError
 
 
 @dataclass
@@ -29,6 +27,11 @@ class Score:
     sequences: list = field(default_factory=list)  # the one still to be computed
     reward: float | None = None
 
+    def add_sequences(self, ids, supervised, _spans, _encoder):
+        """The one pass that the row needs, unless there is a reason against it."""
+        if not self.reason:
+            self.sequences = [ifd.Sequence(ids, supervised)]
+
     def as_dict(self):
         """The JSON object of the row: its reward, or a reason."""
         reward, reason = self.reward, self.reason
@@ -36,39 +39,6 @@ class Score:
             reward, reason = None, "the reward is not a finite number"
         return {"index": self.index, "reward": reward and float(f"{reward:.8g}"),
                 "num_answer_tokens": self.num_answer_tokens, "reason": reason}
-
-
-class Encoder:
-    """Row numbers -> Scores to be computed, as ifd.Encoder; rows that are too long get a reason."""
-
-    def __init__(self, rows, template, max_length, vocab_size=None):
-        self.rows, self.template = rows, template
-        self.max_length, self.vocab_size = max_length, vocab_size
-
-    def __getitem__(self, numbers):
-        """A list of Score, or the UserError that stops the run (a worker cannot raise it)."""
-        try:
-            return [self._score(int(number)) for number in numbers]
-        except UserError as error:
-            return UserError(str(error))
-
-    def _score(self, number):
-        try:
-            ids, supervised = ifd.encode_row(self.rows, number, self.template, self.vocab_size)
-        except BadRow as error:
-            return Score(number, reason=f"broken: {error}")
-        spans = ifd.answer_spans(self.template, ids, supervised)
-        score = Score(number, sum(end - start for start, end in spans))
-        if len(ids) > self.max_length:
-            score.reason = f"longer than max_length: {len(ids)} tokens, of {self.max_length}"
-        else:
-            score.sequences = [ifd.Sequence(ids, supervised)]
-        return score
-
-
-def score(model, encoder, numbers, batch_tokens, num_workers=0):
-    """Yield a list of finished Scores for every batch, as ifd.score."""
-    return ifd.score(model, encoder, numbers, batch_tokens, num_workers, compute_rewards)
 
 
 @torch.inference_mode()

@@ -11,7 +11,8 @@
     scores.perplexity.npy    (rows,) float32 of the prompts; NaN: not computed, inf: cannot be
     scores.record.json       what all of this was computed from, by content
 
-A row's index is its number in the files of the data set, from 0, broken rows counted too.
+A row's index is its number in the files of the data set, from 0. All records count, also broken
+ones and those that num_samples in dataset_info.json leaves out, so that it stays the same.
 """
 
 import hashlib
@@ -22,12 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
-from minisft.dataset import Rows
+from minisft.dataset import Rows, open_rows
 from minisft.options import UserError
 from minisft.records import open_records
 from minisft.tokenizer import FILES as TOKENIZER_FILES
 from minisft.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, stored_tensors, write_json
 
+# Of what num_samples draws: as train.py draws it, unless that is given another --seed.
+SEED = 42
 NUMBERS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl", "num_answer_tokens", "reward")
 
 
@@ -39,18 +42,27 @@ def paths(output):
         (("embeddings", "npy"), ("perplexity", "npy"), ("record", "json"))}
 
 
-def every_record(rows):
-    """All records of the files of `rows`, whether they were opened to leave some out or not."""
-    return Rows(rows.files, None, rows.skip_bad_rows)
+def open_every_record(dataset, dataset_dir, skipped, say=print):
+    """(all records of the files, bool (records,): which of them `open_rows` would have opened).
+
+    The others are broken, or num_samples in dataset_info.json leaves them out.
+    """
+    opened = open_rows(dataset, dataset_dir, skipped=skipped, seed=SEED, say=say)
+    every = Rows(opened.files, None, opened.skip_bad_rows)
+    drawn = np.zeros(len(every), bool)
+    drawn[slice(None) if opened.numbers is None else opened.numbers] = True
+    return every, drawn
 
 
-def record_of_data(rows):
-    """What identifies the rows: hash of each file, its number of records, how columns are named."""
+def record_of_data(rows, drawn):
+    """What identifies the rows: of each file its hash, how many records it has and how many of them
+    are opened (which they are follows from that), and how columns are named."""
     files = []
-    for file in rows.files:
+    for file, opened in zip(rows.files, np.split(drawn, rows.ends[:-1]), strict=True):
         described = asdict(file.description) if file.description else {}
         described.pop("name", None)
-        files.append({"sha256": sha256(file.records.path), "rows": len(file.records)} | described)
+        files.append({"sha256": sha256(file.records.path), "rows": len(file.records),
+                      "opened": int(opened.sum())} | described)
     return files
 
 
@@ -114,9 +126,15 @@ class ScoreFiles:
             perplexity[numbers] = [one.perplexity() for one in new]
 
     def finish(self):
-        """Put the lines of the scores in the order of the rows."""
-        if not {"ifd", "reward"} & set(self.parts):
-            return
+        """Put the lines of the scores in the order of the rows; the Paths of what is written."""
+        written = [self.paths[what] for what in ("embeddings", "perplexity")
+                   if "embed" in self.parts]
+        if {"ifd", "reward"} & set(self.parts):
+            self._sort()
+            written.insert(0, self.paths["scores"])
+        return written
+
+    def _sort(self):
         path = self.paths["scores"]
         records = open_records(path)
         order = np.argsort([records[number]["index"] for number in range(len(records))])

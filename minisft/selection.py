@@ -6,22 +6,19 @@
 Each function returns row numbers. Where two rows are equal, the earlier one in the file is taken.
 """
 
+import json
 import math
-import re
-import unicodedata
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from minisft.formats import BadRow
 from minisft.kmeans import Space
+from minisft.near_duplicates import near_duplicates
 from minisft.options import UserError
 
-# Near-identical texts: hashes of a signature, and how many of them must agree for a closer look.
-NUM_HASHES, BAND = 128, 4
-SHINGLE = 5  # characters
 # random_matched: the lengths to match are cut into so many ranges of equally many rows.
 LENGTH_RANGES = 20
 
@@ -38,6 +35,25 @@ class Inputs:
     unit: str = ""  # of the lengths
     clustered: tuple | None = None  # (row numbers, cluster of each)
     hashes: dict = field(default_factory=dict)  # of the files
+
+
+@dataclass
+class Chosen:
+    """Some rows of an array (N, D), which may be mapped: copied only as they are asked for."""
+
+    points: np.ndarray
+    rows: np.ndarray  # their numbers
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, places):
+        return self.points[self.rows[places]]
+
+    @property
+    def shape(self):
+        """(rows, D)"""
+        return len(self.rows), self.points.shape[1]
 
 
 class Candidates:
@@ -153,7 +169,7 @@ def k_center(embeddings, rows, number):
 
     The first is the row nearest to the mean of all.
     """
-    space = Space(embeddings[rows])
+    space = Space(Chosen(embeddings, rows))
     chosen = [space.squares.argmin()] if enough(rows, number) else []
     nearest = np.full(len(rows), np.inf, np.float32)
     while len(chosen) < number:
@@ -190,102 +206,27 @@ def matched(lengths, rows, reference, generator):
     return np.concatenate(chosen)
 
 
-def near_duplicates(texts, similarity):
-    """bool (N,): texts that are nearly one before them.
-
-    That is, of the runs of five characters that either of the two has, they share at least
-    `similarity`; case, punctuation and white space do not count. texts: a sequence, of which
-    those that are compared are read again. Candidates come from MinHash signatures (Broder 1997),
-    which find practically all pairs from 0.7 on.
-    """
-    generator = np.random.default_rng(0)
-    factors = generator.integers(1, 2**63, (2, NUM_HASHES), dtype=np.uint64) | np.uint64(1)
-    duplicate, kept = np.zeros(len(texts), bool), {}
-    for number in range(len(texts)):
-        shingles = shingles_of(texts[number])
-        # In blocks: of a text of a million characters all hashes at once would fill the memory.
-        signature = np.min([(shingles[start : start + 4096, None] * factors[0] + factors[1]).min(0)
-                            for start in range(0, len(shingles), 4096)], axis=0)
-        keys = [(band, signature[band : band + BAND].tobytes())
-                for band in range(0, NUM_HASHES, BAND)]
-        candidates = {kept[key] for key in keys if key in kept}
-        if any(overlap(shingles, shingles_of(texts[other])) >= similarity
-               for other in sorted(candidates)):
-            duplicate[number] = True
-        else:
-            for key in keys:
-                kept.setdefault(key, number)
-    return duplicate
-
-
-def shingles_of(text):
-    """The distinct runs of five characters of a text as hashes, uint64 (n,), n at least 1."""
-    text = re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
-    text = text.ljust(SHINGLE)
-    characters = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
-    windows = np.lib.stride_tricks.sliding_window_view(characters, SHINGLE)
-    hashes = np.zeros(len(windows), np.uint64)
-    for column in windows.T:
-        hashes = (hashes + column + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        hashes ^= hashes >> np.uint64(29)
-    return np.unique(hashes)
-
-
-def overlap(left, right):
-    """The share of their elements that two sets have in common (Jaccard)."""
-    common = len(np.intersect1d(left, right, assume_unique=True))
-    return common / (len(left) + len(right) - common)
-
-
-def principal_components(points, number=2, steps=8, seed=0):
-    """Points (N, D) -> (N, number), their projections on the directions of largest variance.
-
-    Subspace iteration in blocks (Halko et al. 2011): the points are read `steps` times.
-    """
-    space = Space(points)
-    width = min(number + 8, points.shape[1])
-    basis = np.random.default_rng(seed).standard_normal((points.shape[1], width))
-    for _ in range(steps):
-        image = np.zeros_like(basis)
-        for _, block in space.blocks():
-            centered = block - space.mean
-            image += centered.T @ (centered @ basis.astype(np.float32))
-        basis, variances, _ = np.linalg.svd(image, full_matrices=False)
-    axes = basis[:, :number].astype(np.float32)
-    return np.concatenate([(block - space.mean) @ axes for _, block in space.blocks()])
-
-
-def draw(inputs, chosen, strategy, output):
-    """Draw what there is, scores and embeddings, with the chosen rows marked; returns the path."""
-    from matplotlib.figure import Figure
-
-    panels = (inputs.scores is not None) + (inputs.embeddings is not None)
-    figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(1, panels)))
-    if inputs.scores is not None:
-        has_rewards = np.isfinite(inputs.scores["reward"]).any()
-        name = "reward" if has_rewards else "ifd_ppl" if strategy == "ifd_ppl" else "ifd"
-        values = inputs.scores[name]
-        shown = values[np.isfinite(values)]
-        bins = np.linspace(0, max(1.2, np.percentile(shown, 99)) if len(shown) else 1.2, 80)
-        if has_rewards:
-            bins = np.linspace(shown.min(), shown.max() + 1e-6, 80)
-        else:
-            axes[0].axvline(1, color="black", linewidth=0.8)
-        axes[0].hist(shown, bins, color="#b0b8c0", label="all rows")
-        axes[0].hist(values[chosen], bins, color="#d1495b", label="chosen")
-        axes[0].set(xlabel=name, ylabel="rows")
-        axes[0].legend()
-    if inputs.embeddings is not None:
-        rows, cluster = inputs.clustered or (np.arange(len(inputs.embeddings)), None)
-        points = principal_components(inputs.embeddings)
-        colors = {"color": "#b0b8c0"} if cluster is None else {"c": cluster, "cmap": "tab20"}
-        axes[-1].scatter(*points[rows].T, s=4, alpha=0.5, linewidths=0, **colors)
-        axes[-1].scatter(*points[chosen].T, s=14, facecolors="none", edgecolors="black",
-                         linewidths=0.6, label="chosen")
-        axes[-1].set(xlabel="first principal component", ylabel="second")
-        axes[-1].legend()
-    figure.suptitle(f"{strategy}: {len(chosen):,} rows chosen")
-    path = Path(output).with_suffix(".png")
-    figure.savefig(path, dpi=120)
-    return path
+def write(files, chosen, manifest, output):
+    """Write the chosen records, as they are in their files, and the manifest; both or none."""
+    ends = np.cumsum([len(file.records) for file in files])
+    array = all(not hasattr(file.records, "raw") for file in files)
+    begin, between, end = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial, manifest_partial = (output.with_name(output.name + ending)
+                                 for ending in (".partial", ".manifest.partial"))
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            for count, number in enumerate(chosen.tolist()):
+                place = int(np.searchsorted(ends, number, side="right"))
+                records = files[place].records
+                local = number - int(ends[place]) + len(records)
+                raw = (records.raw(local).decode() if hasattr(records, "raw")
+                       else json.dumps(records[local], ensure_ascii=False))
+                file.write((between if count else begin) + raw.strip())
+            file.write(end)
+        manifest_partial.write_text(json.dumps(manifest, ensure_ascii=False) + "\n", "utf-8")
+        os.replace(partial, output)
+        os.replace(manifest_partial, f"{output}.manifest")
+    finally:
+        partial.unlink(missing_ok=True)
+        manifest_partial.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The score of a row: by hand on a toy model, for every template, in any batch."""
 
+import json
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -29,7 +30,9 @@ class Urn:
     def __call__(self, tokens, cache=None):
         counts = torch.nn.functional.one_hot(tokens, self.vocab_size).cumsum(1).float()
         if cache is not None:  # which holds the counts so far
-            counts += cache.pairs[0][0][:, None] if cache.pairs[0] else 0
+            if cache.pairs[0]:  # of each row
+                assert len(cache.pairs[0][0]) == len(tokens)
+                counts += cache.pairs[0][0][:, None]
             cache.pairs[0] = (counts[:, -1],)
         return counts
 
@@ -210,6 +213,13 @@ def test_numbers_that_are_none():
     assert urn["reason"] == "the loss is not a finite number" and urn["loss_direct"] is None
     zero = ifd.Score(0, 2, conditioned=1.0, direct=0.0).as_dict()
     assert zero["ifd"] is None and "zero" in zero["reason"] and zero["loss_conditioned"] == 0.5
+    large = ifd.Score(0, 2, conditioned=2000.0, direct=1.0)  # JSON has no number for infinity
+    assert json.loads(json.dumps(large.as_dict(), allow_nan=False)) == {
+        "index": 0, "loss_conditioned": 1000.0, "loss_direct": 0.5, "ifd": 2000.0,
+        "ifd_ppl": None, "num_answer_tokens": 2, "reason": None}
+    for loss, expected in ((180.0, math.inf), (math.nan, math.inf), (2.0, math.e)):
+        one = ifd.Score(0, prompt=loss, prompt_length=3)
+        assert np.float32(one.perplexity()) == pytest.approx(expected)
 
 
 class Broken(Given):

@@ -30,6 +30,15 @@ def test_lloyd_equals_scikit_learn(offset):
     np.testing.assert_allclose(ours.centers, theirs.cluster_centers_, rtol=1e-5, atol=1e-4)
 
 
+def test_distances():
+    """Of points far from the origin, which are read from the disk a block at a time."""
+    points = blobs(offset=300.0)
+    centers = points[:3] + 1
+    space = Space(points)
+    np.testing.assert_allclose(space.distances(centers - space.mean),
+                               np.square(points - centers[:, None]).sum(2), rtol=1e-3)
+
+
 def test_seeding_is_as_good_as_theirs():
     points = blobs(spread=0.2)
     ours = [kmeans.kmeans(points, 12, seed).inertia for seed in range(40)]

@@ -224,6 +224,40 @@ def test_scores_are_never_mixed(checkpoint, rows_file, tmp_path, monkeypatch):
     assert [one["index"] for one in read(output)] == list(range(24))
 
 
+def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
+    """Only the rows that train.py would take are scored and chosen; numbers are the file's."""
+    from minisft.dataset import open_rows
+
+    output, chosen = tmp_path / "s.jsonl", tmp_path / "c.json"
+    rows = json.loads(rows_file.read_text())
+    rows[5]["output"] = ""
+    rows_file.write_text(json.dumps(rows))
+    info = tmp_path / "dataset_info.json"
+    info.write_text(json.dumps({"few": {"file_name": "rows.json", "num_samples": 10}}))
+    taken = [row.index for row in open_rows("few", tmp_path, skipped=[], seed=42)]
+    named = ["--dataset_dir", tmp_path, "--skip_bad_rows"]
+    score_here(monkeypatch, checkpoint, "few", output, "--mode", "all", *named)
+    lines = read(output)
+    assert [one["index"] for one in lines] == list(range(24))
+    assert [one["index"] for one in lines if one["reason"] is None] == taken
+    assert lines[5]["reason"].startswith("broken: ")
+    assert {one["reason"] for one in lines} >= {None, "not drawn: num_samples"}
+    for words, count in ((["--strategy", "random", "--sample_number", 10], 10),
+                         (["--strategy", "longest", "--scores", output, "--sample_rate", 0.5], 5)):
+        done = command("--dataset", "few", *named, "--output", chosen, "--overwrite", *words,
+                       script="select.py")
+        assert done.returncode == 0, done.stderr
+        assert "dropped 13: left out by num_samples" in done.stdout
+        manifest = json.loads((tmp_path / "c.json.manifest").read_text())
+        assert len(manifest["chosen"]) == count and set(manifest["chosen"]) <= set(taken)
+        assert manifest["answer_length"]["mean_all"] == np.mean(
+            [lines[n]["num_answer_tokens"] if "--scores" in words else len(rows[n]["output"])
+             for n in taken])
+    info.write_text(info.read_text().replace("10", "11"))
+    with pytest.raises(UserError, match="another dataset"):
+        score_here(monkeypatch, checkpoint, "few", output, *named)
+
+
 def test_mistakes(checkpoint, rows_file, many, tmp_path, monkeypatch):
     output = tmp_path / "out" / "s.jsonl"
     for words, message in (

@@ -101,8 +101,8 @@ def data(tmp_path):
     where = paths(output)
     np.save(where["embeddings"], generator.standard_normal((NUM_ROWS, 8)).astype(np.float32))
     np.save(where["perplexity"], generator.random(NUM_ROWS).astype(np.float32) + 1)
-    record = {"dataset": [{"sha256": fingerprint(path), "rows": NUM_ROWS}], "names": {}}
-    where["record"].write_text(json.dumps(record))
+    files = [{"sha256": fingerprint(path), "rows": NUM_ROWS, "opened": NUM_ROWS}]
+    where["record"].write_text(json.dumps({"dataset": files, "names": {}}))
     return path, output, where["embeddings"]
 
 
@@ -143,7 +143,7 @@ def test_through_the_command_line(data, tmp_path):
     assert "6 of 60 rows by ifd" in done.stdout
     manifest = read_record(tmp_path / "out.json.manifest")
     assert manifest["inputs"] == {"scores": fingerprint(scores)}
-    assert manifest["dataset"] == [{"sha256": fingerprint(path), "rows": 60}]
+    assert manifest["dataset"] == [{"sha256": fingerprint(path), "rows": 60, "opened": 60}]
     assert manifest["dropped"] == {"longer than max_length": 1,
                                    "ifd of 1 or more": 60 - 1 - len(below)}
     assert (manifest["num_chosen"], manifest["strategy"], manifest["seed"]) == (6, "ifd", 42)

@@ -4,9 +4,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from sklearn.decomposition import PCA
 
 from minisft import selection
+from minisft.kmeans import kmeans
 from minisft.options import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -68,6 +68,25 @@ def test_k_center():
         selection.k_center(points, rows, 56)
 
 
+def test_embeddings_are_not_copied(tmp_path):
+    """k-means and the farthest point take those of the candidates as they need them."""
+    points = np.random.default_rng(0).standard_normal((20_000, 128)).astype(np.float32)
+    np.save(tmp_path / "points.npy", points)
+    mapped = np.load(tmp_path / "points.npy", mmap_mode="r")
+    rows = np.delete(np.arange(len(points)), [7, 900])
+    tracemalloc.start()
+    try:
+        chosen = selection.k_center(mapped, rows, 5)
+        found = kmeans(selection.Chosen(mapped, rows), 20, max_steps=2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < points.nbytes / 4
+    assert chosen.tolist() == selection.k_center(points, rows, 5).tolist()
+    whole = kmeans(points[rows], 20, max_steps=2)
+    np.testing.assert_array_equal(found.assignment, whole.assignment)
+
+
 def test_matched_has_the_lengths():
     generator = np.random.default_rng(2)
     lengths = generator.geometric(0.02, 5000)
@@ -99,69 +118,6 @@ def test_matched_where_rows_of_the_match_are_dropped():
     lengths = np.arange(30)
     with pytest.raises(UserError, match="--match has .* rows of a length that only"):
         selection.matched(lengths, np.arange(20), np.arange(15, 30), GENERATOR)
-
-
-def shares(left, right):
-    """The share of the runs of five characters that two texts have in common, by sets."""
-    left, right = ({text[start : start + 5] for start in range(max(1, len(text) - 4))}
-                   for text in (left, right))
-    return len(left & right) / len(left | right)
-
-
-def test_overlap_is_of_runs_of_five():
-    for left, right in (("the cat sat on the mat", "the cat sat on the hat"), ("abc", "abc"),
-                        ("abc", "abd"), ("今天天气很好啊", "今天天气很好吗"), ("a" * 20, "a" * 9)):
-        found = selection.overlap(*map(selection.shingles_of, (left, right)))
-        assert found == pytest.approx(shares(left, right))
-
-
-def test_near_duplicates():
-    texts = [
-        "Name three countries in Europe and describe the food that people eat there.",
-        "Write a poem about a tree.",
-        "name  THREE countries in Europe, and describe the food that people eat there!",
-        "Name three countries in Europe and describe the food that people eat here.",
-        "Name three animals in Africa and say what they eat.",
-        "Write a poem about a tree",
-        "写一首关于树的诗。", "写一首关于树的诗", "写一首关于海的长诗。",
-        "?", "!",
-    ]
-    found = selection.near_duplicates(texts, 0.85).tolist()
-    assert [number for number, one in enumerate(found) if one] == [2, 3, 5, 7, 10]
-    assert selection.near_duplicates(texts, 1.0).tolist() == [
-        number in (2, 5, 7, 10) for number in range(len(texts))]
-
-
-def test_near_duplicates_are_all_found():
-    generator = np.random.default_rng(0)
-    letters = np.array(list("abcdefghij klmno"))
-    originals = ["".join(generator.choice(letters, 120)) for _ in range(300)]
-    changed = [text[:60] + "z" + text[61:] for text in originals]
-    found = selection.near_duplicates(originals + changed, 0.85)
-    assert not found[:300].any() and found[300:].all()
-
-
-def test_a_long_text_takes_little_memory():
-    text = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 200_000)))
-    tracemalloc.start()
-    try:
-        found = selection.near_duplicates([text, "short", text[1:]], 0.9)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert found.tolist() == [False, False, True]
-    assert peak < 64 * 2**20  # a tenth of what all hashes of all its runs would take
-
-
-def test_principal_components_equal_scikit_learn():
-    generator = np.random.default_rng(0)
-    points = generator.standard_normal((1500, 40)).astype(np.float32)
-    points = points * np.linspace(4, 0.5, 40, dtype=np.float32) + 20
-    ours = selection.principal_components(points)
-    theirs = PCA(2, svd_solver="full").fit_transform(points)
-    for axis in range(2):
-        assert abs(np.corrcoef(ours[:, axis], theirs[:, axis])[0, 1]) > 0.99
-        assert ours[:, axis].std() == pytest.approx(theirs[:, axis].std(), rel=1e-3)
 
 
 def test_candidates_are_counted():

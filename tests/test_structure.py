@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     "train score select export chat eval",
     "ifd reward_scores scores selection gguf_export multiple_choice choice_report judge compare "
-    "report_page assistant text_metrics prompts terminal page web",
+    "selection_plot report_page assistant text_metrics prompts terminal page web",
     "generate exact_match sharing transcript plan memory run fsdp checkpoint weights batching "
     "training_data objective preference reward metrics parallel",
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
-    "dataset_info records formats encoding benchmarks optimizer kmeans tensor_files "
-    "chat_template gguf_file gguf_mapping gguf_vocabulary gguf_import gguf_writer kquants",
+    "dataset_info records formats encoding benchmarks optimizer kmeans near_duplicates "
+    "tensor_files chat_template gguf_file gguf_mapping gguf_vocabulary gguf_import gguf_writer "
+    "kquants",
     "config training_options evaluation_options confidence rotary",
     "json_files",
     "options",

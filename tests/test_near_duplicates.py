@@ -1,0 +1,89 @@
+"""Texts that are nearly the same: shares by sets, all pairs found, little memory."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from minisft import near_duplicates as module
+from minisft.near_duplicates import near_duplicates
+
+
+def shares(left, right):
+    """The share of the runs of five characters that two texts have in common, by sets."""
+    left, right = ({text[start : start + 5] for start in range(max(1, len(text) - 4))}
+                   for text in (left, right))
+    return len(left & right) / len(left | right)
+
+
+def test_overlap_is_of_runs_of_five():
+    for left, right in (("the cat sat on the mat", "the cat sat on the hat"), ("abc", "abc"),
+                        ("abc", "abd"), ("今天天气很好啊", "今天天气很好吗"), ("a" * 20, "a" * 9)):
+        found = module.overlap(*map(module.shingles_of, (left, right)))
+        assert found == pytest.approx(shares(left, right))
+
+
+def test_near_duplicates():
+    texts = [
+        "Name three countries in Europe and describe the food that people eat there.",
+        "Write a poem about a tree.",
+        "name  THREE countries in Europe, and describe the food that people eat there!",
+        "Name three countries in Europe and describe the food that people eat here.",
+        "Name three animals in Africa and say what they eat.",
+        "Write a poem about a tree",
+        "写一首关于树的诗。", "写一首关于树的诗", "写一首关于海的长诗。",
+        "?", "!",
+    ]
+    found = near_duplicates(texts, 0.85).tolist()
+    assert [number for number, one in enumerate(found) if one] == [2, 3, 5, 7, 10]
+    assert near_duplicates(texts, 1.0).tolist() == [
+        number in (2, 5, 7, 10) for number in range(len(texts))]
+
+
+def test_near_duplicates_are_all_found():
+    generator = np.random.default_rng(0)
+    letters = np.array(list("abcdefghij klmno"))
+    originals = ["".join(generator.choice(letters, 120)) for _ in range(300)]
+    changed = [text[:60] + "z" + text[61:] for text in originals]
+    found = near_duplicates(originals + changed, 0.85)
+    assert not found[:300].any() and found[300:].all()
+
+
+def test_a_long_text_takes_little_memory():
+    text = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 200_000)))
+    tracemalloc.start()
+    try:
+        found = near_duplicates([text, "short", text[1:]], 0.9)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.tolist() == [False, False, True]
+    assert peak < 64 * 2**20  # a tenth of what all hashes of all its runs would take
+
+
+def test_many_texts_take_little_memory():
+    class Numbers:
+        """Three thousand different texts, of which none is held."""
+
+        def __len__(self):
+            return 3000
+
+        def __getitem__(self, number):
+            return str(np.random.default_rng(number).integers(10**18, size=2))
+
+    tracemalloc.start()
+    try:
+        assert not near_duplicates(Numbers(), 0.9).any()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 500 * 3000
+
+
+def test_a_signature_is_of_all_runs():
+    generator = np.random.default_rng(0)
+    shingles = np.unique(generator.integers(2**63, size=10_000, dtype=np.uint64))
+    factors, offsets = generator.integers(2**63, size=(2, 6), dtype=np.uint64)
+    expected = [min((value * factor + offset) % 2**64 for value in shingles.tolist())
+                for factor, offset in zip(factors.tolist(), offsets.tolist(), strict=True)]
+    assert module.signature_of(shingles, factors, offsets).tolist() == expected
