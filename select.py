@@ -144,6 +144,7 @@ def main():
 
     from minisft import selection
     from minisft.scores import open_every_record, record_of_data
+    from minisft.selection_plot import draw
 
     skipped = [] if options.skip_bad_rows else None
     rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped)
@@ -151,12 +152,12 @@ def main():
     dataset = record_of_data(rows, drawn)
     inputs = read_inputs(options, len(rows), dataset)
     candidates = selection.Candidates(len(rows))
-    inputs.lengths, inputs.unit = selection.lengths_of(rows, candidates), "characters"
+    inputs.lengths = selection.lengths_of(rows, candidates)
     candidates.drop(~drawn, "left out by num_samples")
     everyone = candidates.rows
     if options.dedup:
         selection.drop_duplicates(rows, candidates, options.dedup)
-    if inputs.scores:
+    if inputs.scores:  # better than characters
         inputs.lengths, inputs.unit = inputs.scores["num_answer_tokens"], "tokens"
 
     number = options.sample_number or round(len(everyone) * (options.sample_rate or 0)) or 1
@@ -173,8 +174,6 @@ def main():
     selection.write(rows.files, chosen, manifest, output)
     tell(manifest, rows.files)
     if options.plot:
-        from minisft.selection_plot import draw
-
         print(f"drew {draw(inputs, chosen, options.strategy, output)}")
 
 

@@ -6,8 +6,10 @@
 #       TEMPLATE=alpaca CLUSTERS=100 OUTPUT=runs/alpaca TRAIN="--learning_rate 2e-4" \
 #       examples/cherry.sh
 #
-# Interrupted, it goes on where it stopped when it is run again; run with another SAMPLE_RATE, only
-# the last two steps are new. With more than one GPU: PYTHON="torchrun --nproc_per_node N".
+# TRAIN goes to train.py: a LoRA adapter is trained, and with
+# TRAIN="--finetuning_type full --learning_rate 2e-5" all weights. Interrupted, the recipe goes on
+# where it stopped when it is run again; run with another SAMPLE_RATE, only the last two steps are
+# new. With more than one GPU: PYTHON="torchrun --nproc_per_node N".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,13 +29,13 @@ about=(--model_name_or_path "$MODEL" --template "$TEMPLATE")
 rows=(--dataset "$DATASET" --skip_bad_rows)
 # shellcheck disable=SC2086  # PYTHON and TRAIN are several words
 run() { echo "\$ $PYTHON $*"; $PYTHON "$@"; }
-train() { # folder, data, flags; not again once the adapter is there, if it came of the same
+train() { # folder, data, flags; not again once it is done, if it was with the same
     local made
     made="${about[*]} $TRAIN ${*:2} $(cksum < "$2")"
-    if [ ! -e "$1/adapter_model.safetensors" ]; then
-        echo "$made" > "$1.made_by"
+    if [ ! -e "$1.made_by" ] || [ ! -d "$1" ]; then
         run train.py "${about[@]}" $TRAIN --output_dir "$1" --resume_from_checkpoint auto \
             --dataset "${@:2}"
+        echo "$made" > "$1.made_by"
     elif [ "$made" != "$(cat "$1.made_by")" ]; then
         echo "error: $1: was trained with other settings or rows; give another OUTPUT" >&2
         exit 2
@@ -51,8 +53,12 @@ run select.py "${rows[@]}" --embeddings "$OUTPUT/before.embeddings.npy" --strate
 # 3. One epoch on them, so that the model knows what following an instruction is.
 train "$OUTPUT/pre" "$OUTPUT/pre.json" --num_train_epochs 1
 
-# 4. What does each instruction help this model with its answer?
-run score.py "${about[@]}" "${rows[@]}" --adapter "$OUTPUT/pre" --output "$OUTPUT/scores.jsonl"
+# 4. How much does each instruction help this model with its answer?
+scored=(--model_name_or_path "$OUTPUT/pre" --template "$TEMPLATE")
+if [ -e "$OUTPUT/pre/adapter_config.json" ]; then
+    scored=("${about[@]}" --adapter "$OUTPUT/pre")
+fi
+run score.py "${scored[@]}" "${rows[@]}" --output "$OUTPUT/scores.jsonl"
 
 # 5. The rows where it helps, and helps least: there is most to learn.
 run select.py "${rows[@]}" --scores "$OUTPUT/scores.jsonl" --strategy ifd \

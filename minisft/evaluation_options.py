@@ -37,10 +37,8 @@ def parse_choice_options(name, arguments):
         help="repeat with other demonstrations, or another order of them, and average")
     add("--seed", type=natural, default=42, help="of the demonstrations of the repetitions")
     add("--batch_size", type=count, default=8, help="questions that are computed together")
-    add, switch = parser.section("output")
-    add("--output_dir", required=True, help="folder for the results")
-    switch("--overwrite_output_dir", "write into a folder that has something in it")
-    switch("--resume", "keep the subjects that are finished in that folder, do the others")
+    add = add_output_flags(parser, "the results",
+                           "keep the subjects that are finished in that folder, do the others")
     add("--baseline_dir", help="an earlier run's output folder: test the difference to it")
     options = parser.parse_options(arguments)
     check_options(options)
@@ -48,6 +46,15 @@ def parse_choice_options(name, arguments):
         raise UserError("--n_times repeats with other demonstrations; with --num_fewshot 0 there "
                         "are none")
     return options
+
+
+def add_output_flags(parser, results, resume):
+    """Where the results go and what is done with those there; returns how to add another flag."""
+    add, switch = parser.section("output")
+    add("--output_dir", required=True, help=f"folder for {results}")
+    switch("--overwrite_output_dir", "write into a folder that has something in it")
+    switch("--resume", resume)
+    return add
 
 
 def check_options(options):
@@ -88,10 +95,8 @@ def parse_compare_options(arguments):
     add("--judge_url", help="such as http://127.0.0.1:8000/v1; key: OPENAI_API_KEY")
     add("--judge_price_in", type=not_negative, default=0.0, help="of a million tokens read")
     add("--judge_price_out", type=not_negative, default=0.0, help="of a million tokens written")
-    add, switch = parser.section("output")
-    add("--output_dir", required=True, help="folder for results.json, report.html and report.png")
-    switch("--overwrite_output_dir", "write into a folder that has something in it")
-    switch("--resume", "keep the answers and verdicts that are in that folder, get the others")
+    add_output_flags(parser, "results.json, report.html and report.png",
+                     "keep the answers and verdicts that are in that folder, get the others")
     options = parser.parse_options(arguments)
     check_options(options)
     if options.judge_url and not options.judge_model:

@@ -32,7 +32,7 @@ class Inputs:
     perplexity: np.ndarray | None = None  # of the instructions
     reference: list | None = None  # the rows of the selection whose lengths to match
     lengths: np.ndarray | None = None  # of the answers
-    unit: str = ""  # of the lengths
+    unit: str = "characters"  # of the lengths
     clustered: tuple | None = None  # (row numbers, cluster of each)
     hashes: dict = field(default_factory=dict)  # of the files
 

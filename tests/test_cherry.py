@@ -13,8 +13,10 @@ printf '%q ' "$@" >> "$LOG"; echo >> "$LOG"
 while [ $# -gt 0 ]; do
     case $1 in
         --output) echo "$CLUSTERS" > "$2" ;;
-        --output_dir) mkdir -p "$2"; touch "$2/adapter_model.safetensors"
-                      echo "{}" > "$2/metrics.jsonl" ;;
+        --output_dir) mkdir -p "$2"; echo "{}" > "$2/metrics.jsonl"
+                      if [ "$kind" != full ]; then touch "$2/adapter_config.json"; fi
+                      if [ -n "${FAIL:-}" ]; then exit 1; fi ;;
+        --finetuning_type) kind=$2 ;;
     esac
     shift
 done
@@ -51,8 +53,24 @@ def test_the_steps(recipe):
         assert {word for word in words if word.startswith("--")} <= flags[words[0]]
 
 
+def test_all_weights(recipe, tmp_path):
+    """Trained in full, the pre-experience is scored as a model, else as an adapter of the first."""
+    for kind in ("full", "lora"):
+        settings = {"TRAIN": f"--finetuning_type {kind}", "OUTPUT": str(tmp_path / kind)}
+        status, commands, error = recipe(**settings)
+        assert status == 0, error
+        flags = [dict(zip(words[1:], words[2:], strict=False)) for words in commands]
+        assert [flags[step]["--finetuning_type"] for step in (2, 5)] == [kind] * 2
+        assert [flags[step]["--model_name_or_path"] for step in (0, 2, 5)] == ["examples/base"] * 3
+        found = flags[3]["--model_name_or_path"], flags[3].get("--adapter")
+        pre = str(tmp_path / kind / "pre")
+        assert found == ((pre, None) if kind == "full" else ("examples/base", pre))
+
+
 def test_what_is_done_again(recipe):
-    recipe()
+    status, commands, _ = recipe(FAIL="1")
+    assert status == 1 and len(commands) == 3
+    assert [words[0] for words in recipe()[1]][2] == "train.py"  # which goes on
     names = [words[0] for words in recipe()[1]]
     assert names == ["score.py", "select.py", "score.py", "select.py"]
     status, commands, _ = recipe(SAMPLE_RATE="0.1")
