@@ -154,13 +154,13 @@ def main():
     candidates = selection.Candidates(len(rows))
     inputs.lengths = selection.lengths_of(rows, candidates)
     candidates.drop(~drawn, "left out by num_samples")
-    everyone = candidates.rows
+    inputs.rows = candidates.rows
     if options.dedup:
         selection.drop_duplicates(rows, candidates, options.dedup)
     if inputs.scores:  # better than characters
         inputs.lengths, inputs.unit = inputs.scores["num_answer_tokens"], "tokens"
 
-    number = options.sample_number or round(len(everyone) * (options.sample_rate or 0)) or 1
+    number = options.sample_number or round(len(inputs.rows) * (options.sample_rate or 0)) or 1
     chosen, clusters = choose(options, inputs, candidates, number)
     manifest = {
         "strategy": options.strategy, "seed": options.seed, "options": vars(options),
@@ -168,7 +168,7 @@ def main():
         "dropped": candidates.dropped, "not_chosen": len(candidates.rows) - len(chosen),
         "num_chosen": len(chosen), "answer_length": {
             "unit": inputs.unit, "mean_chosen": float(inputs.lengths[chosen].mean()),
-            "mean_all": float(inputs.lengths[everyone].mean())},
+            "mean_all": float(inputs.lengths[inputs.rows].mean())},
         **clusters, "chosen": chosen.tolist(),
     }
     selection.write(rows.files, chosen, manifest, output)

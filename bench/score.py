@@ -2,7 +2,7 @@
 
     python bench/score.py --model_name_or_path ../shared/data/models/stories260K --dataset F.json
     python bench/score.py --config_dir C --num_hidden_layers 2 --tokenizer_dir T --dataset F.json
-    python bench/score.py --memory                  # 2,000 and 200,000 rows, peak memory of each
+    python bench/score.py --memory           # peak memory for 2,000, 20,000 and 200,000 short rows
 
 The reference way is what is usual (arXiv 2308.12032): transformers, two passes a row, the logits of
 every position, and for every token a log-softmax of its own. With --config_dir a model of random
@@ -11,7 +11,6 @@ reads, encodes and writes them too, theirs is given token ids.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -121,34 +120,41 @@ def compare(options, model_dir):
 
 
 def memory(options):
-    """Peak memory of score.py on few and on many rows of the embedded data, repeated."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in
-             json.loads((ROOT / "examples/data/train.json").read_text("utf-8"))]
-    peaks = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for count in (2_000, options.many_rows):
-            path = Path(folder) / f"{count}.jsonl"
-            with open(path, "w", encoding="utf-8") as file:
-                for number in range(count):
-                    file.write(lines[number % len(lines)] + "\n")
+    """Peak memory of score.py on few and on many rows, all of them short."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, peaks = Path(options.folder or temporary), []
+        folder.mkdir(parents=True, exist_ok=True)
+        for count in options.row_counts:
+            path = folder / f"{count}.jsonl"
+            if not path.exists():
+                path.write_text("".join(f'{{"instruction": "Say {number}", "output": "ok"}}\n'
+                                        for number in range(count)))
             began = time.monotonic()
-            process = subprocess.Popen(
-                [sys.executable, ROOT / "score.py", "--model_name_or_path", ROOT / "examples/base",
-                 "--dataset", path, "--template", "plain", "--mode", options.mode,
-                 "--dataloader_num_workers", "0", "--output", path.with_suffix(".scores.jsonl")],
-                stdout=subprocess.DEVNULL)
-            status, peaks[count] = Path(f"/proc/{process.pid}/status"), 0
-            while process.poll() is None:
-                for line in status.read_text().splitlines():
-                    if line.startswith("VmHWM:"):
-                        peaks[count] = int(line.split()[1]) * 1024
-                time.sleep(0.1)
-            if process.returncode:
-                sys.exit(process.returncode)
-            print(f"{count:>9,} rows  {peaks[count] / 2**20:>7,.0f} MiB peak  "
+            peaks.append(peak_memory(options, path))
+            print(f"{count:>9,} rows  {peaks[-1] / 2**20:>7,.1f} MiB peak  "
                   f"{time.monotonic() - began:>7.0f} s", flush=True)
-    few, many = peaks.values()
-    print(f"{many - few:,} bytes more, {(many - few) / options.many_rows:.1f} a row")
+    few, many = options.row_counts[0], options.row_counts[-1]
+    print(f"{(peaks[-1] - peaks[0]) / (many - few):.1f} bytes for each row more")
+
+
+def peak_memory(options, path):
+    """Bytes that scoring the rows takes at most, by the system's account (mapped files too)."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "score.py", "--dataset", path, "--template", "plain",
+         "--model_name_or_path", options.model_name_or_path or ROOT / "examples/base",
+         "--mode", options.mode, "--dataloader_num_workers", "0",
+         "--output", path.with_suffix(".scores.jsonl")], stdout=subprocess.DEVNULL)
+    status, noted = Path(f"/proc/{process.pid}/status"), path.with_suffix(".peak")
+    peak = int(noted.read_text()) if noted.exists() else 0  # of a run that was stopped
+    while process.poll() is None:
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                peak = max(peak, int(line.split()[1]) * 1024)
+        noted.write_text(str(peak))
+        time.sleep(0.1)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return peak
 
 
 def main():
@@ -165,8 +171,9 @@ def main():
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
-    parser.add_argument("--many_rows", type=int, default=200_000)
-    parser.add_argument("--mode", default="ifd", help="of score.py, for --memory")
+    parser.add_argument("--row_counts", type=int, nargs="+", default=[2_000, 20_000, 200_000])
+    parser.add_argument("--mode", default="all", help="of score.py, for --memory")
+    parser.add_argument("--folder", help="keep the files here; run again, --memory goes on")
     options = parser.parse_args()
     if options.memory:
         return memory(options)

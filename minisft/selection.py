@@ -27,6 +27,7 @@ LENGTH_RANGES = 20
 class Inputs:
     """What there is to choose by; arrays are indexed by row number."""
 
+    rows: np.ndarray | None = None  # numbers of all that are neither broken nor left out
     scores: dict | None = None  # columns, as scores.read_scores gives them
     embeddings: np.ndarray | None = None  # (rows, D)
     perplexity: np.ndarray | None = None  # of the instructions

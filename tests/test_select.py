@@ -335,6 +335,9 @@ def test_plot(choose, data, tmp_path, monkeypatch):
         (tmp_path / "out.png").unlink(missing_ok=True)
         choose(*words, "--plot")
         assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    select_here(monkeypatch, "--dataset", path, "--strategy", "ifd", "--scores", scores, "--plot",
+                "--sample_number", 5, "--output", tmp_path / "选择.json")
+    assert (tmp_path / "选择.png").exists()
     (tmp_path / "out.json").unlink()
     for there, other in (("out.json.manifest", "out.png"), ("out.png", "out.json.manifest")):
         (tmp_path / other).unlink(missing_ok=True)

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from minisft import selection_plot
+from minisft import selection, selection_plot
 
 
 def test_principal_components_equal_scikit_learn():
@@ -16,3 +17,32 @@ def test_principal_components_equal_scikit_learn():
     for axis in range(2):
         assert abs(np.corrcoef(ours[:, axis], theirs[:, axis])[0, 1]) > 0.99
         assert ours[:, axis].std() == pytest.approx(theirs[:, axis].std(), rel=1e-3)
+
+
+def test_every_row_is_in_the_histogram():
+    """The chosen are in bars of their own colour; no bar reaches over 1; outliers are counted."""
+    values = np.concatenate([np.random.default_rng(0).normal(0.9, 0.1, 997), [0.01, 50.0, np.nan]])
+    scores = {"ifd": values, "reward": np.full(1000, np.nan)}
+    below = np.flatnonzero(values < 1)
+    axes = Figure().subplots()
+    selection_plot.draw_scores(axes, scores, below, "ifd")
+    every, chosen = (container.patches for container in axes.containers)
+    assert [sum(bar.get_height() for bar in bars) for bars in (every, chosen)] == [999, len(below)]
+    assert all(bar.get_x() + bar.get_width() < 1 + 1e-9 for bar in chosen if bar.get_height())
+    assert axes.get_xlim()[1] < 2  # one outlier does not make the rest a line
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        "above: the instruction does not help", "all rows", "chosen"}
+    assert "IFD" in axes.get_xlabel() and axes.get_ylabel() == "number of rows"
+
+
+def test_rows_without_an_embedding_are_not_drawn():
+    generator = np.random.default_rng(0)
+    embeddings = generator.standard_normal((50, 6)).astype(np.float32) + 100
+    embeddings[40:] = 0  # as score.py leaves broken rows
+    rows = np.arange(40)
+    for clustered in (None, (rows, rows % 7)):
+        axes = Figure().subplots()
+        selection_plot.draw_embeddings(
+            axes, selection.Inputs(rows, embeddings=embeddings, clustered=clustered), rows[:3])
+        every, chosen = (one.get_offsets() for one in axes.collections)
+        assert len(every) == 40 and (chosen == every[:3]).all() and np.abs(every).max() < 10
