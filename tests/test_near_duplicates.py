@@ -40,6 +40,16 @@ def test_near_duplicates():
         number in (2, 5, 7, 10) for number in range(len(texts))]
 
 
+def test_what_is_dropped_drops_nothing():
+    """A text that is like one which is dropped, and not like one which is kept, stays."""
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmno"), 200)
+    first = "".join(letters)
+    chain = [first, first[12:] + "qrstuvwxyz12", first[24:] + "qrstuvwxyz12" + "3456789zyxwv"]
+    shared = [shares(chain[one], chain[other]) for one, other in ((0, 1), (1, 2), (0, 2))]
+    assert min(shared[:2]) > 0.85 > 0.8 > shared[2]
+    assert near_duplicates(chain, 0.85).tolist() == [False, True, False]
+
+
 def test_near_duplicates_are_all_found():
     generator = np.random.default_rng(0)
     letters = np.array(list("abcdefghij klmno"))

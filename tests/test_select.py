@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, command
 
+from minisft.kmeans import kmeans
 from minisft.options import UserError
 from minisft.scores import paths, read_record
+from minisft.selection import from_clusters
 
 NOT_BUILT_IN = pytest.mark.skipif(
     "select" in sys.builtin_module_names,
@@ -182,6 +184,9 @@ def test_strategies(choose, data):
     assert random != choose("--strategy", "random", *few, "--seed", 1)[0]
     cluster, manifest = choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters",
                                6, "--per_cluster", 3, "--starts", 2)
+    points, perplexity = np.load(embeddings), np.load(paths(scores)["perplexity"])
+    assignment = kmeans(points, 6, seed=42, num_starts=2).assignment
+    assert set(cluster) == set(from_clusters(assignment, perplexity, np.arange(60), 3, [25, 75]))
     assert len(cluster) <= 18 and sum(manifest["clusters"]["sizes"]) == 60
     assert manifest["inputs"] == {"embeddings": fingerprint(embeddings),
                                   "perplexity": fingerprint(paths(scores)["perplexity"])}

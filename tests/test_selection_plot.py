@@ -38,11 +38,12 @@ def test_every_row_is_in_the_histogram():
 def test_rows_without_an_embedding_are_not_drawn():
     generator = np.random.default_rng(0)
     embeddings = generator.standard_normal((50, 6)).astype(np.float32) + 100
-    embeddings[40:] = 0  # as score.py leaves broken rows
-    rows = np.arange(40)
+    embeddings[:10] = 0  # as score.py leaves broken rows
+    rows = np.arange(10, 50)
     for clustered in (None, (rows, rows % 7)):
         axes = Figure().subplots()
         selection_plot.draw_embeddings(
             axes, selection.Inputs(rows, embeddings=embeddings, clustered=clustered), rows[:3])
         every, chosen = (one.get_offsets() for one in axes.collections)
-        assert len(every) == 40 and (chosen == every[:3]).all() and np.abs(every).max() < 10
+        np.testing.assert_allclose(every, selection_plot.principal_components(embeddings[rows]))
+        np.testing.assert_array_equal(chosen, every[:3])
