@@ -23,12 +23,12 @@ from torch import nn
 
 from minisft.lora import LoRALinear, convert_parameters, freeze
 from minisft.model import CausalLM
-from minisft.objective import CHUNK_SIZE
+from minisft.objective import chunk_size
 from minisft.quantize import PIECE, QuantizedLinear
 
 FLOAT32, INT64 = 4, 8
-# While the loss of a chunk is differentiated: log-probabilities, their gradient, the logits'.
-LOGIT_COPIES = 3
+# While the loss of a chunk is computed: logits and log-probabilities.
+LOGIT_COPIES = 2
 # AdamW's mean and mean square of every trained number.
 ADAM_STATES = 2
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
@@ -168,9 +168,10 @@ def moments(model, step):
     """The Moments of a step at which most can be held, in their order."""
     kept, working, gradient = activations(model, step), working_bytes(model, step), gradients(model)
     casts, casts_of_layer = cast_bytes(model, step), cast_bytes(model.model.layers[-1], step)
-    chunk = min(step.num_learned, CHUNK_SIZE) * model.config.vocab_size * FLOAT32
+    size = chunk_size(model.config.vocab_size)
+    chunk = min(step.num_learned, size) * model.config.vocab_size * FLOAT32
     # A trained output matrix has a gradient from every chunk: their sum, and the new one beside it.
-    head = gradient["head"] * (step.num_learned > CHUNK_SIZE)
+    head = gradient["head"] * (step.num_learned > size)
     yield moment(model, step, "the loss", kept["layers"] + kept["loss"], head,
                  logits=LOGIT_COPIES * chunk, casts=casts)
     if gradient["head"]:

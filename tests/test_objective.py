@@ -34,6 +34,7 @@ def ragged_examples(count, seed=0):
 
 
 def test_equals_masked_cross_entropy():
+    """The loss, its gradient and the count of tokens."""
     model = new_model()
     tokens, supervised, _ = collate(ragged_examples(5))
     loss, count = next_token_loss(model, tokens, supervised)
@@ -43,6 +44,9 @@ def test_equals_masked_cross_entropy():
                                ignore_index=-100, reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert count == (labels[:, 1:] != -100).sum()
+    trained = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(loss, trained),
+                               torch.autograd.grad(expected, trained), rtol=1e-5, atol=1e-5)
 
 
 def step_gradients(examples, batch_size, frozen_head=False):
@@ -82,12 +86,19 @@ def test_mean_of_means_would_differ():
 def test_chunks_and_a_frozen_head_change_nothing(chunk_size, frozen_head, monkeypatch):
     examples = ragged_examples(8)
     expected = step_gradients(examples, 8)
-    monkeypatch.setattr(objective, "CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(objective, "chunk_size", lambda vocab_size: chunk_size)
     actual = step_gradients(examples, 8, frozen_head)
     if frozen_head:
         assert actual.pop("lm_head.weight") is None
     for name, gradient in actual.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("vocab_size", [96, 8000, 128256, 2**21])
+def test_as_many_logits_at_a_time_for_any_vocabulary(vocab_size):
+    rows = objective.chunk_size(vocab_size)
+    assert rows % 64 == 0 and rows >= 64
+    assert rows == 64 or rows * vocab_size <= objective.CHUNK_LOGITS < (rows + 64) * vocab_size
 
 
 def test_tokens_may_weigh_differently():
