@@ -174,6 +174,11 @@ def attend_in_rows_at_once(q, k, v, bounds, longest, window):
     return y.transpose(0, 1)[None]
 
 
+def has_kernel_for_rows(x):
+    """Whether attend_in_rows_at_once can be computed where and as x is."""
+    return x.is_cuda and (torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
@@ -239,7 +244,8 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             arguments = (x, cos, sin, attend[self.config.layer_types[index]], cache, index)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, *arguments, use_reentrant=False)
+                with uncached_casts(x.device.type):
+                    x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
         if cache is not None:
@@ -248,13 +254,18 @@ class Decoder(nn.Module):
 
     def _attend_in_rows(self, lengths, x):
         """What the attention of each layer type is in a pack of rows."""
-        half = torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
-        if x.is_cuda and half:
+        if has_kernel_for_rows(x):
             bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
             every = partial(attend_in_rows_at_once, bounds=bounds, longest=max(lengths))
             window = self.config.sliding_window
             return {"full_attention": partial(every, window=-1),
                     "sliding_attention": partial(every, window=(window or 0) - 1)}
+        if self.layers[0]._compiled_call_impl:  # for which a list would be part of the code
+            T = sum(lengths)
+            row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(x.device)
+            mask = _causal(T, T, x.device) & (row == row[:, None])
+            return {name: partial(attend_causally, mask=torch.where(one, 0.0, -torch.inf))
+                    for name, one in self._masks(T, T, mask, x.device).items()}
         masks = [self._masks(length, length, None, x.device) for length in lengths]
         return {name: partial(attend_in_rows, lengths=lengths, masks=[row[name] for row in masks])
                 for name in masks[0]}
@@ -290,6 +301,12 @@ class Decoder(nn.Module):
             near = _causal(T, S, device).triu(S - T - window + 1)
             masks["sliding_attention"] = near if mask is None else mask & near
         return masks
+
+
+def uncached_casts(device_type):
+    """Autocast as it is, but copies of weights go with their layer; to go back they are new."""
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type),
+                          torch.is_autocast_enabled(device_type), cache_enabled=False)
 
 
 def _causal(T, S, device):

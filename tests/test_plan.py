@@ -103,6 +103,8 @@ def test_what_autograd_keeps_of_a_layer(fields, lora, bits, dtype, packed, tmp_p
     ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 1, "float32", peak.FULL),
     ({"vocab_size": 8000}, 4, 400, 2, "float32", peak.FULL + peak.CHECKPOINTING),
     ({}, 4, 128, 1, "bfloat16", peak.FULL),
+    ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 2, "bfloat16",
+     peak.FULL + peak.CHECKPOINTING),
     ({"hidden_size": 384}, 2, 64, 1, "float32", ["--quantization_bit", "4", "--packing"]),
     ({"vocab_size": 20000}, 1, 64, 1, "float32", ["--modules_to_save", "embed_tokens,lm_head"]),
 ])
