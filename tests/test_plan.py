@@ -117,6 +117,16 @@ def test_planned_peak_is_the_measured_one(fields, batch_size, length, accumulate
     assert found["planned"] == pytest.approx(found["tensors"], rel=0.1), found["at"]
 
 
+def test_checkpointed_layers_leave_no_copies_of_their_weights():
+    """In half precision, that is: autocast would keep those of all layers until the loss."""
+    model = CausalLM(ModelConfig.from_dict(SHAPE)).train()
+    model.model.gradient_checkpointing = True
+    with torch.autocast("cpu", torch.bfloat16):
+        held = peak.allocated(lambda: model(torch.zeros(1, 2, dtype=torch.int64)))
+    of_layer = memory.cast_bytes(model.model.layers[0], memory.Step(2, 2, torch.bfloat16))
+    assert of_layer > 100_000 and held < 1.5 * of_layer
+
+
 def test_parameters_are_those_of_transformers_and_peft(shared_data):
     import peft
     import transformers
