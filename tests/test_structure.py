@@ -20,7 +20,7 @@ LAYERS = [
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
     "dataset_info records formats encoding benchmarks optimizer kmeans tensor_files "
     "chat_template gguf_file gguf_mapping gguf_vocabulary gguf_import gguf_writer kquants",
-    "config training_options evaluation_options confidence rotary",
+    "config training_options evaluation_options confidence rotary attention",
     "json_files",
     "options",
     "failure",
