@@ -53,6 +53,8 @@ SETTINGS = {
     "full, checkpointing": (SMALL, 8, 256, 1, "float32", FULL + CHECKPOINTING),
     "full, accumulation": (SMALL, 4, 256, 2, "float32", FULL),
     "full, bfloat16": (SMALL, 8, 256, 1, "bfloat16", FULL),
+    "full, bfloat16, checkpointing, accumulation": (SMALL, 4, 256, 2, "bfloat16",
+                                                    FULL + CHECKPOINTING),
     "full, vocabulary of 128k": (LARGE_VOCABULARY, 8, 256, 1, "float32", FULL),
     "full, tied, accumulation": (LARGE_VOCABULARY | {"tie_word_embeddings": True}, 2, 256, 2,
                                  "float32", FULL),

@@ -2,6 +2,7 @@
 
     python bench/scaling.py               # both tables of docs/scaling.md, on an idle machine
     python bench/scaling.py --computed    # only the one that --dry_run computes, in seconds
+    python bench/scaling.py --only LoRA   # only one line of the measured one
 
 Measured: tokens a second of train.py's own steps on rows of random tokens in float32, on as many
 threads as torch takes, each setting in a process of its own, best of the steps after the first.
@@ -58,7 +59,7 @@ COMPUTED = {
     "in full, 8 processes, fsdp": [*LORA, *FULL, "--num_processes", "8", "--parallel", "fsdp"],
     "in full, 64 processes, fsdp": [*LORA, *FULL, "--num_processes", "64", "--parallel", "fsdp"],
 }
-NUM_STEPS = 5
+NUM_STEPS = 4
 
 
 def measure(name, folder):
@@ -80,12 +81,13 @@ def measure(name, folder):
     parallel.stop()
 
 
-def measured_rows():
-    """The rows of the measured table; a speed is that of all processes together."""
+def measured_rows(names):
+    """Rows of the measured table; a speed is that of all processes together."""
     from minisft import plan
 
     rows = []
-    for name, (fields, batch_size, length, count, flags) in MEASURED.items():
+    for name in names:
+        fields, batch_size, length, count, flags = MEASURED[name]
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder) / "model", fields)
@@ -132,6 +134,7 @@ def computed_rows():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--computed", action="store_true", help="only what is not measured")
+    parser.add_argument("--only", nargs="+", choices=MEASURED, help="leave the others as they are")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -139,15 +142,16 @@ def main():
         return
     from tables import update
 
-    update("scaling.md", "grows",
-           ["Llama-3-8B, GB at the peak", "weights", "gradients", "optimizer", "activations",
-            "logits", "together"], computed_rows(), order=COMPUTED)
+    if not options.only:
+        update("scaling.md", "grows",
+               ["Llama-3-8B, GB at the peak", "weights", "gradients", "optimizer", "activations",
+                "logits", "together"], computed_rows(), order=COMPUTED)
     if not options.computed:
         import torch
 
         update("scaling.md", "speed",
                ["what is turned", "micro-batch", "processes", "tokens/s", "10^9 operations/s"],
-               measured_rows(), order=MEASURED,
+               measured_rows(options.only or MEASURED), order=MEASURED,
                note=f"torch {torch.__version__}, {torch.get_num_threads()} threads a process.")
 
 

@@ -3,11 +3,13 @@
     python bench/train.py --num_layers 2 --tokenizer_dir TinyLlama --dataset alpaca_en_demo.json
     python bench/train.py --shape llama3-8b --device cuda --dtype bfloat16 --cutoff_len 2048 \\
         --synthetic_rows 256 --compile
+    python bench/train.py ... --sides minisft packed        # what --packing buys
 
 Both sides train the same rows, encoded by us, from the same random weights, in processes of their
 own that take turns. Only tokens that are not padding count, and only the second of two epochs, so
 that kernels are prepared and both sides have done the same rows. For Trainer there are its defaults
-(float32, rows in random order) and its best (the type named, rows grouped by length). Peak memory
+(float32, rows in random order) and its best (the type named, rows grouped by length). Padding is
+its share of all that was computed. Peak memory
 is the process's on the CPU and the allocator's on a GPU. The utilisation is that of the matrix
 multiplications the model needs, over what one large multiplication reaches on the same device.
 """
@@ -24,6 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(1, str(ROOT / "bench"))
+
+OURS = ("minisft", "packed")
 
 
 def parse_options():
@@ -44,7 +48,8 @@ def parse_options():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--sides", nargs="+", default=["minisft", "best", "defaults"])
+    parser.add_argument("--sides", nargs="+", default=["minisft", "best", "defaults"],
+                        choices=[*OURS, "best", "defaults"])
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 
@@ -86,7 +91,7 @@ def peak_memory(device):
 
 
 def train_minisft(options, rows):
-    """train.py's own steps over the rows -> seconds and tokens of every step."""
+    """train.py's own steps over the rows -> seconds, tokens and padding of every step."""
     import numpy as np
     import torch
 
@@ -100,6 +105,7 @@ def train_minisft(options, rows):
     folder = Path(options.folder)
     switches = [f"--{name}" for name in ("compile", "gradient_checkpointing")
                 if getattr(options, name)]
+    switches += ["--packing"] * (options.side == "packed")
     settings = training_options([
         "--model_name_or_path", str(folder / "model"), "--dataset", "-", "--template", "alpaca",
         "--output_dir", options.folder, "--finetuning_type", options.finetuning_type,
@@ -109,15 +115,24 @@ def train_minisft(options, rows):
     examples = [encoding.Example(np.array(ids), np.array(supervised)) for ids, supervised in rows]
     run = Run(settings, model, lora_config, len(examples), dtype, device)
     batches = batching.Batches(examples, lambda chosen: (chosen, encoding.EncodeReport()))
+    collate, computed = run.collate, []
+
+    def counted(*arguments):
+        batch = collate(*arguments)
+        computed.append(batch[0].numel())
+        return batch
+
+    run.collate = counted
     train(run, batches, None)
     run.progress.close()
     log = read_metrics(folder / "metrics.jsonl")
     tokens = np.diff([0, *(row["tokens"] for row in log)])
-    return (tokens / [row["tokens_per_second"] for row in log]).tolist(), tokens.tolist()
+    seconds = tokens / [row["tokens_per_second"] for row in log]
+    return seconds.tolist(), tokens.tolist(), (computed - tokens).tolist()
 
 
 def train_with_trainer(options, rows):
-    """Trainer's steps over the rows -> seconds and tokens of every step."""
+    """Trainer's steps over the rows -> seconds, tokens and padding of every step."""
     import time
 
     import numpy as np
@@ -136,11 +151,12 @@ def train_with_trainer(options, rows):
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear"))
         if options.gradient_checkpointing:
             model.enable_input_require_grads()
-    times, tokens = [], []
+    times, tokens, padding = [], [], []
 
     def collate(batch):
         width = -(-max(len(one["input_ids"]) for one in batch) // 8) * 8
         tokens.append(sum(len(one["input_ids"]) for one in batch))
+        padding.append(width * len(batch) - tokens[-1])
 
         def padded(name, filler):
             return torch.tensor([one[name] + [filler] * (width - len(one[name])) for one in batch])
@@ -171,11 +187,12 @@ def train_with_trainer(options, rows):
     )
     Trainer(model, arguments, train_dataset=data, data_collator=collate,
             callbacks=[Clock()]).train()
-    return np.diff(times).tolist(), tokens[: len(times) - 1]
+    steps = len(times) - 1
+    return np.diff(times).tolist(), tokens[:steps], padding[:steps]
 
 
 def one_side():
-    """In a process of its own: train, print seconds and tokens a step, and the peak of memory."""
+    """In a process of its own: train, print what was measured of every step, and of memory."""
     options = parse_options()
     import torch
     import transformers
@@ -184,9 +201,9 @@ def one_side():
     rows = json.loads((Path(options.folder) / "rows.json").read_text())
     if options.device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
-    train_side = train_minisft if options.side == "minisft" else train_with_trainer
-    seconds, tokens = train_side(options, rows)
-    print(json.dumps({"seconds": seconds, "tokens": tokens,
+    train_side = train_minisft if options.side in OURS else train_with_trainer
+    seconds, tokens, padding = train_side(options, rows)
+    print(json.dumps({"seconds": seconds, "tokens": tokens, "padding": padding,
                       "peak": peak_memory(torch.device(options.device))}))
 
 
@@ -232,8 +249,9 @@ def main():
                     stdout=subprocess.PIPE, text=True, check=True)
                 result = json.loads(done.stdout.splitlines()[-1])
                 warm = len(result["tokens"]) // 2  # the first epoch; the second has every row once
-                speed = sum(result["tokens"][warm:]) / sum(result["seconds"][warm:])
-                results[side].append((speed, result["peak"]))
+                tokens, padding = (sum(result[name][warm:]) for name in ("tokens", "padding"))
+                results[side].append((tokens / sum(result["seconds"][warm:]), result["peak"],
+                                      padding / (tokens + padding)))
         report(options, results, folder)
 
 
@@ -251,11 +269,12 @@ def report(options, results, folder):
     print(f"{options.shape}, {config.num_hidden_layers} layers, {options.finetuning_type}, "
           f"{len(rows)} rows of {length:.0f} tokens, batch {options.batch_size}, "
           f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads")
-    ours = results.get("minisft", [(math.nan, math.nan)])
+    ours = results.get("minisft", [(math.nan,)] * options.repeats)
     for side, runs in results.items():
-        speed, peak = (statistics.median(column) for column in zip(*runs, strict=True))
+        speed, peak, padding = (statistics.median(one) for one in zip(*runs, strict=True))
         ratio = statistics.median(mine[0] / run[0] for mine, run in zip(ours, runs, strict=True))
         print(f"{side:>10}: {speed:10,.1f} tokens/s, {peak / 2**20:9,.0f} MiB, "
+              f"{padding:5.1%} padding, "
               f"{speed * operations / fastest:4.0%} of the device, minisft / it {ratio:5.2f}")
 
 

@@ -23,12 +23,12 @@ from torch import nn
 
 from minisft.lora import LoRALinear, convert_parameters, freeze
 from minisft.model import CausalLM
-from minisft.objective import CHUNK_SIZE
+from minisft.objective import chunk_size
 from minisft.quantize import PIECE, QuantizedLinear
 
 FLOAT32, INT64 = 4, 8
-# While the loss of a chunk is differentiated: log-probabilities, their gradient, the logits'.
-LOGIT_COPIES = 3
+# While the loss of a chunk is computed: logits and log-probabilities.
+LOGIT_COPIES = 2
 # AdamW's mean and mean square of every trained number.
 ADAM_STATES = 2
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
@@ -167,23 +167,26 @@ def dropout_of(linear):
 def moments(model, step):
     """The Moments of a step at which most can be held, in their order."""
     kept, working, gradient = activations(model, step), working_bytes(model, step), gradients(model)
-    casts, casts_of_layer = cast_bytes(model, step), cast_bytes(model.model.layers[-1], step)
-    chunk = min(step.num_learned, CHUNK_SIZE) * model.config.vocab_size * FLOAT32
+    cast = cast_bytes(model.model.layers[-1], step)
+    casts = cast * (0 if step.checkpointing else len(model.model.layers))
+    cast_of_head = cast_bytes(output_module(model), step)
+    size = chunk_size(model.config.vocab_size)
+    chunk = min(step.num_learned, size) * model.config.vocab_size * FLOAT32
     # A trained output matrix has a gradient from every chunk: their sum, and the new one beside it.
-    head = gradient["head"] * (step.num_learned > CHUNK_SIZE)
+    head = gradient["head"] * (step.num_learned > size)
     yield moment(model, step, "the loss", kept["layers"] + kept["loss"], head,
-                 logits=LOGIT_COPIES * chunk, casts=casts)
+                 logits=LOGIT_COPIES * chunk, casts=casts + cast_of_head)
     if gradient["head"]:
         yield moment(model, step, "the output matrix's gradient", kept["layers"] + kept["loss"],
-                     head, gradient["head"], chunk, casts)
+                     head, gradient["head"], chunk, casts + cast_of_head)
     yield moment(model, step, "back through the last layer",
                  kept["layers"] + kept["again"] + working, gradient["head"], gradient["largest"],
-                 casts=casts_of_layer if step.checkpointing else casts)
+                 casts=max(cast, casts))
     tied = model.config.tie_word_embeddings
     earlier = gradient["all"] - gradient["layer"] - (0 if tied else gradient["embedding"])
     yield moment(model, step, "back through the first layer",
                  kept["first layer"] + kept["again"] + working, earlier, gradient["largest"],
-                 casts=casts_of_layer)
+                 casts=cast)
     # A tied embedding's is a sum, made beside both summands; to one of before another is added.
     yield moment(model, step, "the embedding's gradient", kept["stream"], gradient["all"],
                  gradient["embedding"] * (2 * tied + keeps_gradients(step)))
@@ -291,8 +294,12 @@ def output_module(model):
 
 
 def cast_bytes(module, step):
-    """Bytes of the copies, in the type of the activations, of what is trained in float32."""
+    """Bytes of the copies, in the type of the activations, of what is trained in float32.
+
+    module: a layer, or that of the output matrix. Copies live until they have been gone back
+    through; with checkpointing those of a layer go with it, and are made again.
+    """
     if step.sharded or step.dtype.itemsize == FLOAT32:
         return 0
-    return step.dtype.itemsize * sum(
-        trained_numbers(one) for one in module.modules() if isinstance(one, nn.Linear))
+    return step.dtype.itemsize * sum(trained_numbers(one) for one in module.modules()
+                                     if isinstance(one, (nn.Linear, nn.Embedding)))

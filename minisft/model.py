@@ -20,6 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from minisft.attention import (
+    attend_causally,
+    attend_in_rows,
+    attend_in_rows_at_once,
+    has_kernel_for_rows,
+)
 from minisft.rotary import rotary_frequencies, rotate
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -143,37 +149,6 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
 
 
-def attend_causally(q, k, v, mask):
-    """(B, H, T, d) of q (B, H, T, d) and k, v (B, K, S, d); without a mask, queries see the keys up
-    to their own."""
-    B, H, T, d = q.shape
-    if T == 1:  # It sees all keys: the heads that share keys can stand where time does.
-        y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, d), k, v, attn_mask=mask)
-        return y.view(B, H, 1, d)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-
-
-def attend_in_rows(q, k, v, lengths, masks):
-    """The same for rows of a pack (1, H, T, d), each by itself."""
-    rows = zip(*(one.split(lengths, dim=2) for one in (q, k, v)), masks, strict=True)
-    return torch.cat([attend_causally(*row) for row in rows], dim=2)
-
-
-def attend_in_rows_at_once(q, k, v, bounds, longest, window):
-    """The same on a GPU in half precision, by the flash kernel for rows of any lengths.
-
-    bounds: (N + 1,) int32, where the rows begin and end. window: how many keys before its own a
-    query sees, -1 for all.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (one[0].transpose(0, 1).to(v.dtype) for one in (q, k, v))  # (T, H or K, d)
-    y = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(window, 0),
-                    enable_gqa=True)
-    return y.transpose(0, 1)[None]
-
-
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
@@ -239,7 +214,8 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             arguments = (x, cos, sin, attend[self.config.layer_types[index]], cache, index)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, *arguments, use_reentrant=False)
+                with uncached_casts(x.device.type):
+                    x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
         if cache is not None:
@@ -248,13 +224,18 @@ class Decoder(nn.Module):
 
     def _attend_in_rows(self, lengths, x):
         """What the attention of each layer type is in a pack of rows."""
-        half = torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
-        if x.is_cuda and half:
+        if has_kernel_for_rows(x):
             bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
             every = partial(attend_in_rows_at_once, bounds=bounds, longest=max(lengths))
             window = self.config.sliding_window
             return {"full_attention": partial(every, window=-1),
                     "sliding_attention": partial(every, window=(window or 0) - 1)}
+        if self.layers[0]._compiled_call_impl:  # for which a list would be part of the code
+            T = sum(lengths)
+            row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(x.device)
+            mask = _causal(T, T, x.device) & (row == row[:, None])
+            return {name: partial(attend_causally, mask=torch.where(one, 0.0, -torch.inf))
+                    for name, one in self._masks(T, T, mask, x.device).items()}
         masks = [self._masks(length, length, None, x.device) for length in lengths]
         return {name: partial(attend_in_rows, lengths=lengths, masks=[row[name] for row in masks])
                 for name in masks[0]}
@@ -290,6 +271,12 @@ class Decoder(nn.Module):
             near = _causal(T, S, device).triu(S - T - window + 1)
             masks["sliding_attention"] = near if mask is None else mask & near
         return masks
+
+
+def uncached_casts(device_type):
+    """Autocast as it is, but copies of weights go with their layer; to go back they are new."""
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type),
+                          torch.is_autocast_enabled(device_type), cache_enabled=False)
 
 
 def _causal(T, S, device):

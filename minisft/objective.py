@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from minisft import parallel
 from minisft.batching import collate, micro_batches
 
-# Rows of logits held at a time: with a vocabulary of 128k a chunk takes 0.5 GB in float32, and
-# about three times that while its gradient is computed.
-CHUNK_SIZE = 1024
+# Logits held at a time, whatever the vocabulary: in float32 a quarter of a GB, and as much again
+# while they become log-probabilities.
+CHUNK_LOGITS = 2**26
 
 
 def next_token_loss(model, tokens, supervised, lengths=None, logits=None):
@@ -46,16 +46,44 @@ def token_losses(logits, hidden, targets):
     Only a chunk of logits is held at a time. With a frozen output matrix its gradient is computed
     at once; with a trained one the chunk is computed again in the backward pass.
     """
-    if torch.is_grad_enabled() and not logits(hidden[:0].detach()).requires_grad:
-        return _FrozenHead.apply(hidden, logits, targets)
-    again = torch.is_grad_enabled() and len(hidden) > CHUNK_SIZE
+    none = logits(hidden[:0].detach())  # says how wide they are, and whether the matrix is trained
+    size = chunk_size(none.shape[-1])
+    if torch.is_grad_enabled() and not none.requires_grad:
+        return _FrozenHead.apply(hidden, logits, targets, size)
+    again = torch.is_grad_enabled() and len(hidden) > size
     compute = partial(checkpoint, _losses, use_reentrant=False) if again else _losses
-    chunks = zip(hidden.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True)
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
     return torch.cat([compute(logits, chunk, wanted) for chunk, wanted in chunks])
 
 
+def chunk_size(vocab_size):
+    """How many states become logits at a time: some 64, so that products stay large."""
+    return max(1, CHUNK_LOGITS // vocab_size // 64) * 64
+
+
 def _losses(logits, hidden, targets):
-    return F.cross_entropy(logits(hidden).float(), targets, reduction="none")
+    return _CrossEntropy.apply(logits(hidden).float(), targets)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy of every row, with a gradient that takes the room of the log-probabilities.
+
+    torch holds three of this size in the backward pass: log-probabilities, the gradient of those,
+    and that of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        log_probs = F.log_softmax(logits, dim=-1)
+        ctx.save_for_backward(log_probs, targets)
+        return -log_probs.gather(-1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, weights):
+        log_probs, targets = ctx.saved_tensors
+        gradient = log_probs.exp_()  # softmax(logits), less one where the target is
+        gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
+        return gradient.mul_(weights[:, None]), None
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -66,10 +94,10 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, logits, targets):
+    def forward(ctx, hidden, logits, targets, size):
         losses, gradients = [], torch.empty_like(hidden)
-        for start in range(0, len(hidden), CHUNK_SIZE):
-            part = slice(start, start + CHUNK_SIZE)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
             with torch.enable_grad():
                 chunk = hidden[part].detach().requires_grad_()
                 each = _losses(logits, chunk, targets[part])
@@ -81,7 +109,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, weights):
         (gradients,) = ctx.saved_tensors
-        return gradients * weights.to(gradients.dtype)[:, None], None, None
+        return gradients * weights.to(gradients.dtype)[:, None], None, None, None
 
 
 @torch.inference_mode()

@@ -83,7 +83,8 @@ class Run:
         self.objective = objective or NextToken(model)
         self.collate = batching.pack if options.packing else self.objective.collate
         if options.compile:
-            self.collate = partial(self.collate, pad_multiple=batching.COMPILED_PAD_MULTIPLE)
+            if not options.packing:
+                self.collate = partial(self.collate, pad_multiple=batching.COMPILED_PAD_MULTIPLE)
             for layer in model.model.layers:
                 layer.compile()
         self.wrapped = model if self.is_sharded else parallel.wrap(model)

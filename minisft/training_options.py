@@ -163,7 +163,6 @@ def check_options(options, given):
         ({"dry_run"}, options.stage in ("rm", "dpo"), "plans --stage sft and pt only"),
         ({"device_tflops"}, options.tokens_per_second, "contradicts --tokens_per_second"),
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
-        ({"packing"}, options.compile, "contradicts --compile"),
         ({"quantization_bit", "eval_exact_match"}, options.parallel == "fsdp",
          "contradicts --parallel fsdp"),
         ({"parallel"}, options.stage in ("rm", "dpo"), f"fsdp contradicts --stage {options.stage}"),

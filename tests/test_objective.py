@@ -1,13 +1,18 @@
 """The loss: equal to a plain computation, and its gradient independent of how a step is split."""
 
+import random
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 from minisft import objective
 from minisft.batching import collate, micro_batches, pack
 from minisft.config import ModelConfig
-from minisft.encoding import Example
+from minisft.encoding import Example, encode_texts
 from minisft.model import CausalLM
 from minisft.objective import next_token_loss, token_losses
 
@@ -34,6 +39,7 @@ def ragged_examples(count, seed=0):
 
 
 def test_equals_masked_cross_entropy():
+    """The loss, its gradient and the count of tokens."""
     model = new_model()
     tokens, supervised, _ = collate(ragged_examples(5))
     loss, count = next_token_loss(model, tokens, supervised)
@@ -43,6 +49,9 @@ def test_equals_masked_cross_entropy():
                                ignore_index=-100, reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert count == (labels[:, 1:] != -100).sum()
+    trained = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(loss, trained),
+                               torch.autograd.grad(expected, trained), rtol=1e-5, atol=1e-5)
 
 
 def step_gradients(examples, batch_size, frozen_head=False):
@@ -82,12 +91,19 @@ def test_mean_of_means_would_differ():
 def test_chunks_and_a_frozen_head_change_nothing(chunk_size, frozen_head, monkeypatch):
     examples = ragged_examples(8)
     expected = step_gradients(examples, 8)
-    monkeypatch.setattr(objective, "CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(objective, "chunk_size", lambda vocab_size: chunk_size)
     actual = step_gradients(examples, 8, frozen_head)
     if frozen_head:
         assert actual.pop("lm_head.weight") is None
     for name, gradient in actual.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("vocab_size", [96, 8000, 128256, 2**21])
+def test_as_many_logits_at_a_time_for_any_vocabulary(vocab_size):
+    rows = objective.chunk_size(vocab_size)
+    assert rows % 64 == 0 and rows >= 64
+    assert rows == 64 or rows * vocab_size <= objective.CHUNK_LOGITS < (rows + 64) * vocab_size
 
 
 def test_tokens_may_weigh_differently():
@@ -128,6 +144,91 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones():
         len(one.ids) for one in examples)
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=0)
     torch.testing.assert_close(packed_gradients, gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_in_packed_blocks_have_the_losses_they_have_alone(monkeypatch):
+    """--stage pt --packing: of every token, in blocks of several texts and parts of long ones."""
+    draw, model, seen = random.Random(0), new_model(), []
+    letters = SimpleNamespace(bos_token_id=0, add_bos_token=True, eos_token_id=1, encode=lambda
+                              text: [3 + ord(letter) % 90 for letter in text])
+    texts = ["".join(draw.choices("abcdefgh ij", k=length)) for length in (5, 9, 70, 0, 3, 24, 1)]
+    blocks, _ = encode_texts(texts, letters, block_size=24, packing=True)
+    assert max(len(block.lengths) for block in blocks) > 2  # several texts
+    assert any(block.lengths == [24] for block in blocks)  # the middle of a long one
+    angles = model.model._angles
+    monkeypatch.setattr(model.model, "_angles", lambda positions, dtype: (
+        seen.append(positions) or angles(positions, dtype)))
+    tokens, supervised, lengths = pack(blocks)
+    states = model(tokens, lengths=lengths)[0, :-1][supervised[0, 1:]]
+    packed = token_losses(model.logits, states, tokens[0, 1:][supervised[0, 1:]])
+
+    alone = [torch.from_numpy(text.ids.astype("int64")) for block in blocks
+             for text in block.texts()]
+    assert torch.equal(seen[0], torch.cat([torch.arange(len(ids)) for ids in alone]))
+    expected = [F.cross_entropy(model.logits(model(ids[None]))[0, :-1], ids[1:], reduction="none")
+                for ids in alone]
+    torch.testing.assert_close(packed, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def packs(count):
+    """Packs of different numbers of rows and of tokens."""
+    return [pack(ragged_examples(3 + number % 4, seed=number)) for number in range(count)]
+
+
+def count_graphs(model, batches):
+    """(the losses and gradients of the batches, how many graphs were compiled for them)."""
+    counts = torch._dynamo.utils.counters
+    counts.clear()
+    results = []
+    for batch in batches:
+        model.zero_grad()
+        loss, _ = next_token_loss(model, *batch)
+        loss.backward()
+        results.append([loss.detach(), *(one.grad for one in model.parameters())])
+    return results, counts["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_packs_of_any_shape_are_compiled_as_one(kernel, monkeypatch):
+    """One graph for the first pack, one for all others; on a GPU by the kernel for ragged rows."""
+    torch._dynamo.reset()
+    plain, compiled = new_model(), new_model()
+    batches = packs(8)
+    expected, none = count_graphs(plain, batches)
+    if kernel:
+        monkeypatch.setattr("minisft.model.has_kernel_for_rows", lambda x: True)
+        varlen_on_the_cpu()
+    for layer in compiled.model.layers:
+        layer.compile(backend="aot_eager")
+    actual, graphs = count_graphs(compiled, batches)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert none == 0 and 0 < graphs <= 2
+
+
+def varlen_on_the_cpu():
+    """Teach torch's operators for ragged rows, as the compiler sees them, to compute on the CPU."""
+    from torch.nn.attention import varlen
+
+    def attend(q, k, v, bounds):
+        rows = zip(*(one.transpose(0, 1).tensor_split(bounds[1:-1].long(), dim=1)
+                     for one in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True)
+                          for row in rows], dim=1).transpose(0, 1).contiguous()
+
+    @varlen._varlen_attn.register_kernel("cpu")
+    def forward(q, k, v, bounds, bounds_k, longest, longest_k, is_causal, *_):
+        assert is_causal and longest == bounds.diff().max() and bounds.dtype == torch.int32
+        sums = torch.zeros(q.shape[1], q.shape[0])
+        return attend(q, k, v, bounds), sums, torch.zeros(2, dtype=torch.uint64)
+
+    def gradients(gradient, q, k, v, bounds):
+        q, k, v = (one.detach().requires_grad_() for one in (q, k, v))
+        return torch.autograd.grad(attend(q, k, v, bounds), (q, k, v), gradient)
+
+    @varlen._varlen_attn_backward.register_kernel("cpu")
+    def backward(gradient, q, k, v, out, sums, bounds, *_):
+        with ThreadPoolExecutor(1) as thread:  # inside an operator autograd is off
+            return thread.submit(gradients, gradient, q, k, v, bounds).result()
 
 
 def test_batch_without_supervised_tokens():

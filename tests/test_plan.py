@@ -12,7 +12,7 @@ from conftest import CONFIG, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from minisft import memory, plan
+from minisft import memory, objective, plan
 from minisft.config import ModelConfig
 from minisft.lora import LoraConfig, add_lora
 from minisft.metrics import read_metrics
@@ -103,15 +103,28 @@ def test_what_autograd_keeps_of_a_layer(fields, lora, bits, dtype, packed, tmp_p
     ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 1, "float32", peak.FULL),
     ({"vocab_size": 8000}, 4, 400, 2, "float32", peak.FULL + peak.CHECKPOINTING),
     ({}, 4, 128, 1, "bfloat16", peak.FULL),
+    ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 2, "bfloat16",
+     peak.FULL + peak.CHECKPOINTING),
     ({"hidden_size": 384}, 2, 64, 1, "float32", ["--quantization_bit", "4", "--packing"]),
     ({"vocab_size": 20000}, 1, 64, 1, "float32", ["--modules_to_save", "embed_tokens,lm_head"]),
 ])
 def test_planned_peak_is_the_measured_one(fields, batch_size, length, accumulated, dtype, flags,
-                                          tmp_path):
+                                          tmp_path, monkeypatch):
     """Within a tenth of what torch's allocator gave out at its peak in a step of train.py."""
+    monkeypatch.setattr(objective, "CHUNK_LOGITS", 2**23)  # several chunks in some of these
     saved(tmp_path / "model", SHAPE | fields)
     found = peak.measure(tmp_path, SHAPE | fields, batch_size, length, accumulated, dtype, flags)
     assert found["planned"] == pytest.approx(found["tensors"], rel=0.1), found["at"]
+
+
+def test_checkpointed_layers_leave_no_copies_of_their_weights():
+    """In half precision, that is: autocast would keep those of all layers until the loss."""
+    model = CausalLM(ModelConfig.from_dict(SHAPE)).train()
+    model.model.gradient_checkpointing = True
+    with torch.autocast("cpu", torch.bfloat16):
+        held = peak.allocated(lambda: model(torch.zeros(1, 2, dtype=torch.int64)))
+    of_layer = memory.cast_bytes(model.model.layers[0], memory.Step(2, 2, torch.bfloat16))
+    assert of_layer > 100_000 and held < 1.5 * of_layer
 
 
 def test_parameters_are_those_of_transformers_and_peft(shared_data):

@@ -272,7 +272,7 @@ def test_several_answers_are_all_their_pairs():
 def test_logits_of_answers_only_and_in_chunks(monkeypatch):
     from minisft import objective as room
 
-    monkeypatch.setattr(room, "CHUNK_SIZE", 16)
+    monkeypatch.setattr(room, "chunk_size", lambda vocab_size: 16)
     examples, held = ragged_rows(6), []
     objective = new_objective()
     logits = objective.model.logits

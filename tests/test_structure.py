@@ -21,7 +21,7 @@ LAYERS = [
     "dataset_info records formats encoding benchmarks optimizer kmeans near_duplicates "
     "tensor_files chat_template gguf_file gguf_mapping gguf_vocabulary gguf_import gguf_writer "
     "kquants",
-    "config training_options evaluation_options confidence rotary",
+    "config training_options evaluation_options confidence rotary attention",
     "json_files",
     "options",
     "failure",
