@@ -15,13 +15,16 @@ import time
 import warnings
 from bisect import bisect_left
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from minisft import weights
+from minisft.compiled import CompiledDecoder
 from minisft.encoding import check_vocabulary
 from minisft.generate import Sampling, generate_scored, stream
 from minisft.lora import convert_parameters
+from minisft.model import KeyValueCache
 from minisft.options import UserError, recorded_options, resolve_device, resolve_dtype
 from minisft.sharing import Caches, Turns, sharing_weights
 from minisft.template import get_template
@@ -43,12 +46,13 @@ class Assistant:
     `context_length`. kept_conversations: how many have their keys and values kept for the next
     turn. model: the checkpoint as `load_model` gives it, where several Assistants share it.
     turns: those of the device, where several share it. quantization_bit: 4 or 8, for less memory.
+    compiled: whether streams are written by a CompiledDecoder, with room for `max_length` tokens.
     Raises UserError where a part is missing or does not fit.
     """
 
     def __init__(self, path, adapter=None, template="auto", device="auto", dtype="auto",
                  max_length=None, kept_conversations=1, model=None, turns=None,
-                 quantization_bit=None):
+                 quantization_bit=None, compiled=False):
         wanted = SimpleNamespace(device=device, bf16=False, fp16=False,
                                  dtype=str(dtype).removeprefix("torch."))
         self.device = resolve_device(wanted)
@@ -64,20 +68,22 @@ class Assistant:
             template = trained.get("template", "auto")
         self.template = get_template(template, self.tokenizer, trained.get("default_system"))
         if model is None:
-            self.model = weights.load_model(model_dir, self.dtype, self.device, quantization_bit)
+            model = weights.load_model(model_dir, self.dtype, self.device, quantization_bit)
         else:
-            self.model = sharing_weights(model)
+            model = sharing_weights(model)
+        self.model, config = model, model.config
         if adapter_dir:
-            weights.load_adapter(self.model, adapter_dir)
+            weights.load_adapter(model, adapter_dir)
             # An adapter comes in float32: convert it here, not again for every token.
-            convert_parameters(self.model.eval(), self.dtype)
-        config = self.model.config
+            convert_parameters(model.eval(), self.dtype)
         self.stop_ids = self.template.stop_token_ids(weights.generation_eos(model_dir, config))
         self.max_length = max_length or config.context_length
         self.turns = turns or Turns()
         parts = [Path(path).resolve().name, adapter and Path(adapter).resolve().name]
         self.name = " + ".join(filter(None, parts))
-        self.caches = Caches(config, kept_conversations)
+        self.decoder = CompiledDecoder(model, self.max_length) if compiled else None
+        new_cache = self.decoder.new_cache if compiled else partial(KeyValueCache, config)
+        self.caches = Caches(new_cache, kept_conversations)
 
     @property
     def description(self):
@@ -228,7 +234,8 @@ class Answer:
         cache = assistant.caches.take(ids)
         self.num_reused = cache.length
         decoder, chosen, leading = StreamDecoder(assistant.tokenizer), [], assistant.leading
-        steps = stream(assistant.model, ids, sampling, assistant.stop_ids, cache)
+        steps = stream(assistant.model, ids, sampling, assistant.stop_ids, cache,
+                       assistant.decoder)
         try:
             while (token := assistant.turns.call(next, steps, None)) is not None:
                 chosen.append(token)

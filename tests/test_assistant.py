@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from minisft.assistant import Assistant, check_messages
 from minisft.config import ModelConfig
 from minisft.generate import Sampling
 from minisft.lora import LoraConfig, add_lora, merge_lora
-from minisft.model import CausalLM
+from minisft.model import CausalLM, KeyValueCache
 from minisft.options import UserError
 from minisft.sharing import Caches, Turns, common_prefix
 from minisft.weights import load_adapter, load_model, save_adapter, save_model
@@ -367,7 +368,7 @@ def test_conversations_in_turn_compute_only_what_is_new(tiny_chat_model_dir):
 def test_caches_keep_the_latest_and_take_the_longest():
     """Beginnings that others are in are copied: the numbers below stand for keys and values."""
     config = ModelConfig.from_dict(CONFIG)
-    caches = Caches(config, limit=2)
+    caches = Caches(partial(KeyValueCache, config), limit=2)
 
     def keep(ids):
         cache = caches.take(ids)
@@ -386,7 +387,7 @@ def test_caches_keep_the_latest_and_take_the_longest():
     assert keep(first) == 10 and keep(second + [5]) == 11  # never the last id; each has its own
     assert keep(first[:4] + [9]) == 4  # a copy; the one that was not used for longest goes
     assert keep(second + [5, 6]) == 12 and keep(first) == 4
-    one = Caches(config, limit=1)
+    one = Caches(partial(KeyValueCache, config), limit=1)
     one.give_back(first, caches.take(first))
     assert one.take(first[:4] + [9]).length == 4 and not one._kept
 
