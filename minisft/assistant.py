@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from minisft import weights
 from minisft.compiled import CompiledDecoder
 from minisft.encoding import check_vocabulary
@@ -102,27 +104,53 @@ class Assistant:
         check_messages(messages, tools)
         limit = self.max_length - min(max_new_tokens, self.max_length // 2)
 
-        def fits(start):
-            """Whether there is room for the system prompt and the messages from `start` on."""
-            kept = messages[:head] + messages[start:]
+        def fits(kept):
+            """Whether there is room for these messages; what is far too long is not encoded."""
             return (characters(kept, tools) <= limit * CHARACTERS_PER_TOKEN
                     and len(self.template.encode_prompt(kept, tools)) <= limit)
 
-        head = head_of(messages)
-        if fits(head):
+        if fits(messages):
             return messages
-        questions = [index for index in range(head, len(messages))
-                     if messages[index].get("role") == "user"]
-        place = bisect_left(questions, True, lo=1, key=fits)
-        if place < len(questions):
-            return messages[:head] + messages[questions[place] :]
-        kept = messages[:head] + messages[questions[-1] if questions else head :]
-        length = f"{characters(kept, tools):,} characters"
-        if characters(kept, tools) <= limit * CHARACTERS_PER_TOKEN:
-            length = f"{len(self.template.encode_prompt(kept, tools))} tokens with its template"
-        raise UserError(f"the message is too long: {length}{' and the system prompt' * head}, the "
-                        f"limit is {limit} tokens (of {self.max_length}, the rest is kept for the "
-                        "answer); shorten it")
+        head = head_of(messages)
+        questions = [place for place in range(head, len(messages))
+                     if messages[place].get("role") == "user"]
+        last = messages[:head] + messages[questions[-1] if questions else head :]
+        if not fits(last):
+            raise UserError(self._too_long(last, limit, tools))
+        starts = questions[self._first_kept(messages, questions, limit, tools) :]
+        candidates = (messages[:head] + messages[place:] for place in starts)
+        return next(filter(fits, candidates), last)
+
+    def _first_kept(self, messages, questions, limit, tools):
+        """The number of the question from which on the conversation is kept.
+
+        As if at every answer so far, once there was no room left, turns had been left out until
+        half of the room was free: most answers then have a prompt that begins as the one before
+        did, and the cache spares computing it.
+        """
+        answered = [*messages, {"role": "assistant", "content": "x"}]
+        _, supervised = self.template.encode(answered, tools)
+        edges = np.flatnonzero(np.diff(supervised, prepend=False, append=False))
+        prompts, ends = edges[::2], edges[1::2]  # where answers begin and end, in tokens
+        answers = [place for place, one in enumerate(messages) if one.get("role") == "assistant"]
+        begins = [ends[bisect_left(answers, place) - 1] for place in questions[1:]]
+        last = messages[: head_of(messages)] + messages[questions[-1] :]
+        head = len(self.template.encode_prompt(last, tools)) - (prompts[-1] - begins[-1])
+        begins, first = [head, *begins], 0
+        for prompt in prompts:
+            room = limit
+            while head + prompt - begins[first] > room and first + 1 < bisect_left(begins, prompt):
+                first, room = first + 1, limit // 2
+        return first
+
+    def _too_long(self, last, limit, tools):
+        """What to say where the last turn alone has no room."""
+        length = f"{characters(last, tools):,} characters"
+        if characters(last, tools) <= limit * CHARACTERS_PER_TOKEN:
+            length = f"{len(self.template.encode_prompt(last, tools))} tokens with its template"
+        return (f"the message is too long: {length}{' and the system prompt' * head_of(last)}, the "
+                f"limit is {limit} tokens (of {self.max_length}, the rest is kept for the "
+                "answer); shorten it")
 
     def stream(self, messages, sampling=USUAL, tools=None, say=warnings.warn):
         """The Answer to one conversation, to be read piece by piece; it may be left in the middle.

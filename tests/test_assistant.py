@@ -91,10 +91,50 @@ def test_oldest_turns_give_way_but_never_the_system_prompt(tiny_chat_model_dir):
     assert kept[0] == SYSTEM and kept[-1] == user("last")
     assert kept[1:] == (turns + [user("last")])[-len(kept) + 1 :]
     assert 3 < len(kept) < len(turns) and kept[1]["role"] == "user"
-    size = len(assistant.template.encode_prompt(kept))
-    one_more = [SYSTEM, *(turns + [user("last")])[-len(kept) - 1 :]]
-    assert size <= 130 < len(assistant.template.encode_prompt(one_more))
     assert assistant.fit(kept, max_new_tokens=20) == kept
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama2", "alpaca"])
+def test_turns_give_way_until_half_of_the_room_is_free(template, tiny_chat_model_dir):
+    """And only then, so that between such turns a prompt begins as the one before did."""
+    assistant = Assistant(tiny_chat_model_dir, template=template, device="cpu", dtype="float32",
+                          max_length=500)
+    length = lambda kept: len(assistant.template.encode_prompt(kept))  # noqa: E731
+    script, turns, first, jumps = [], [], 0, 0
+    for number in range(40):
+        script.append(user(f"question {number} " + "cat " * (5 * number % 7)))
+        if number % 3:
+            script += [{"role": "assistant", "content": "call"}, {"role": "tool", "content": "7"}]
+        script.append({"role": "assistant", "content": f"answer {number}"})
+    for turn in script:
+        if turn["role"] != "assistant" and length([SYSTEM, *turns[first:], turn]) > 450:
+            jumps += 1
+            while length([SYSTEM, *turns[first:], turn]) > 225:
+                first += 4 if turns[first + 1]["content"] == "call" else 2
+        turns.append(turn)
+        if turn["role"] != "assistant":
+            assert assistant.fit([SYSTEM, *turns], max_new_tokens=50) == [SYSTEM, *turns[first:]]
+    assert 3 <= jumps <= 12
+
+
+def test_most_turns_of_a_conversation_longer_than_the_context_compute_what_is_new(
+        tiny_chat_model_dir):
+    """The tokens through the model are counted, of 40 turns."""
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=300)
+    computed, messages, costs = [], [SYSTEM], []
+    assistant.model.register_forward_pre_hook(lambda _, given: computed.append(given[0].shape[1]))
+    assistant.stop_ids = {260}
+    dictated = assistant.tokenizer.encode("the hat") + [260]
+    for number in range(40):
+        messages.append(user(f"the cat {number}"))
+        spoken = iter(dictated)
+        assistant.model.logits = lambda hidden, spoken=spoken: one_hot(next(spoken), hidden)
+        computed.clear()
+        assert "".join(assistant.stream(messages, GREEDY, say=list)) == "the hat"
+        costs.append(sum(computed))
+        messages.append({"role": "assistant", "content": "the hat"})
+    dear = [cost for cost in costs[1:] if cost > 40]
+    assert 2 <= len(dear) <= 8 and max(dear) < 150
 
 
 def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
