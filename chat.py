@@ -1,9 +1,9 @@
 """Talk to a model: in the terminal, with one question, with a file of them, or on a web page.
 
     python chat.py --model_name_or_path examples/base --adapter runs/demo
-    python chat.py --model_name_or_path examples/base --prompt "What is 2 + 2?"
-    python chat.py --model_name_or_path examples/base --prompt - < question.txt
-    python chat.py --model_name_or_path examples/base --file prompts.jsonl --output answers.jsonl
+    python chat.py --model_name_or_path examples/base --adapter runs/demo --prompt "What is 2 + 2?"
+    python chat.py --model_name_or_path examples/base --template plain --prompt - < question.txt
+    python chat.py --model_name_or_path MODEL --file prompts.jsonl --output answers.jsonl
     python chat.py --model_name_or_path examples/base --adapter runs/demo --web --compare_with none
 
 Without a terminal and without --prompt, every line of standard input is a turn of one conversation.

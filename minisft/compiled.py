@@ -106,8 +106,9 @@ class CompiledDecoder:
 def next_logits(model, token, position, angles, pairs):
     """Logits (1, V) after `token` (1, 1) at `position` (1,), whose keys and values it writes.
 
-    angles: the rotary cos and sin (1, 1, S, d) of all positions. pairs: of each layer the keys and values (1, K, S, d) of the positions before, and of later
-    ones any finite numbers. What model.py does, without anything that depends on a length.
+    angles: the rotary cos and sin (1, 1, S, d) of all positions. pairs: of each layer the keys and
+    values (1, K, S, d) of the positions before, and of later ones any finite numbers. What model.py
+    does, without anything that depends on a length.
     """
     decoder, window = model.model, model.config.sliding_window
     x = decoder.embed_tokens(token)

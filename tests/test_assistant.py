@@ -156,6 +156,8 @@ def test_answers_end_at_the_context_and_say_so(tiny_chat_model_dir):
     pieces = list(answer)
     assert len(assistant.template.encode_prompt(messages)) + len(pieces) - 1 == 60
     assert answer.cut_short and answer.num_tokens == len(pieces) - 1
+    ((ids, cache),) = assistant.caches._kept
+    assert len(ids) == cache.length == 59  # the last token has not been through the model
     assistant.stop_ids = set(range(300))
     answer = assistant.stream(messages, GREEDY)
     assert "".join(answer) == "" and not answer.cut_short

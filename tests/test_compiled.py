@@ -108,7 +108,8 @@ def test_chat_compiles_and_tells_where_there_is_no_compiler(
              "--max_length", CAPACITY, "--device", "cpu", "--dtype", "float32", "--compile",
              "--prompt", "the cat"]
     done = command(*flags, script="chat.py")
-    answer = assistants[0].stream([{"role": "user", "content": "the cat"}], Sampling(20, greedy=True))
+    messages = [{"role": "user", "content": "the cat"}]
+    answer = assistants[0].stream(messages, Sampling(20, greedy=True))
     assert (done.returncode, done.stdout) == (0, "".join(answer) + "\n"), done.stderr
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
