@@ -50,7 +50,8 @@ def linear(x, weight, bias=None):
     """
     if weight.numel() >= 2**18 and x.numel() <= 64 * x.shape[-1] and HAS_ONEDNN and (
             x.is_cpu and x.dtype == weight.dtype == torch.float32) and not (
-            torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+            torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()):  # the compiler chooses by itself
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

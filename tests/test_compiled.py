@@ -11,7 +11,7 @@ from minisft.assistant import Assistant
 from minisft.compiled import CompiledDecoder, next_logits
 from minisft.config import ModelConfig
 from minisft.generate import Sampling
-from minisft.model import CausalLM, KeyValueCache
+from minisft.model import CausalLM, KeyValueCache, linear
 from minisft.options import UserError
 
 CAPACITY = 128
@@ -86,6 +86,13 @@ def test_answers_are_those_of_the_model_as_it_is_and_nothing_compiles_again(assi
     assert len({text for text, _ in answers}) == 4
     assert steps.count(0) == 4 and steps.count(1) > 50  # the questions, and every token after
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@torch.inference_mode()
+def test_matrices_that_onednn_multiplies_otherwise_compile_too():
+    x, weight = torch.randn(1, 256), torch.randn(1024, 256)
+    compiled = torch.compile(linear, fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, None), linear(x, weight, None))
 
 
 def test_no_room_left_is_told(assistants):

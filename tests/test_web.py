@@ -182,6 +182,20 @@ def test_two_models_side_by_side_each_with_its_own_history(
     assert answers == {*first, *second} and {line["conversation"] for line in lines} == {1}
 
 
+def test_a_question_that_one_model_left_unanswered_is_not_told_to_it_again(
+        tiny_chat_model_dir, alone):
+    page, talk = Page([load(tiny_chat_model_dir), load(tiny_chat_model_dir)], GREEDY), Talk()
+    silent = page.assistants[1]
+    stop_ids, silent.stop_ids = silent.stop_ids, set(range(300))
+    last(page.ask(talk, "the cat", "", *VALUES))
+    silent.stop_ids = stop_ids
+    last(page.ask(talk, "the mat", "", *VALUES))
+    assert talk.turns[0].answers == [alone(user("the cat")), ""]
+    assert talk.turns[1].answers[1] == alone(user("the mat"))
+    spoken, unspoken = json.loads(page.export(talk))
+    assert [len(row["messages"]) for row in (spoken, unspoken)] == [4, 2]
+
+
 def test_a_seed_repeats_and_none_does_not(page):
     talk, drawn = Talk(), (12, 2.0, 0, 1.0, 1.0, False)
     answers = [last(page.edit(talk, 0, "the cat", "", *drawn, seed))[0] for seed in
