@@ -2,12 +2,15 @@
 
     python bench/generate.py --model_name_or_path stories260K --batch_size 1 8
     python bench/generate.py --shape tinyllama --num_layers 2
-    python bench/generate.py --shape llama3-8b --device cuda --dtype bfloat16
+    python bench/generate.py --shape llama3-8b --device cuda --dtype bfloat16 --batch_size 1 \
+        --compile
 
 With a shape instead of a folder the weights are random. The two sides take turns; the ratio is the
-median over the turns. At batch size 1 every token reads all weights once, so memory bandwidth is
-the limit: the share of it that was reached is printed too (bandwidth measured by a copy), and how
-long the next turn of a conversation takes with its history in the cache and without.
+median over the turns. --compile: both compiled at batch size 1, ours as by chat.py --compile,
+transformers by its static cache, which it compiles for on a GPU. At batch size 1 every token reads
+all weights and the cache once, so memory bandwidth is the limit: the share of it that was reached
+is printed too (bandwidth measured by a copy), and how long the next turn of a conversation takes
+with its history in the cache and without.
 """
 
 import argparse
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from bench.shapes import SHAPES, parameters_of, write_checkpoint  # noqa: E402
+from minisft.compiled import CompiledDecoder  # noqa: E402
 from minisft.generate import Sampling, generate, stream  # noqa: E402
 from minisft.model import KeyValueCache  # noqa: E402
 from minisft.weights import load_model  # noqa: E402
@@ -36,20 +40,29 @@ def seconds_of(function, device):
     return time.perf_counter() - began
 
 
-def compare(model, reference, batch_size, options, device):
-    """Median tokens a second of both sides and the median ratio of their turns."""
+def compare(model, reference, batch_size, options, device, decoder):
+    """Median tokens a second of both sides and the median ratio of their turns.
+
+    decoder: a CompiledDecoder for a single prompt, or None.
+    """
     count = options.max_new_tokens
     prompts = torch.randint(3, model.config.vocab_size, (batch_size, options.prompt_length),
                             generator=torch.Generator().manual_seed(0))
     mask, sampling = torch.ones_like(prompts), Sampling(max_new_tokens=count, greedy=True)
 
+    cache = decoder and decoder.new_cache()
+    static = {"cache_implementation": "static"} if decoder else {}
+
     def ours():
-        return generate(model, prompts.tolist(), sampling, set())
+        if not decoder:
+            return generate(model, prompts.tolist(), sampling, set())
+        cache.truncate(0)
+        return [list(stream(model, prompts[0].tolist(), sampling, set(), cache, decoder))]
 
     def theirs():
         return reference.generate(
             prompts.to(device), attention_mask=mask.to(device), do_sample=False, pad_token_id=0,
-            max_new_tokens=count)[:, prompts.shape[1]:].tolist()
+            max_new_tokens=count, **static)[:, prompts.shape[1]:].tolist()
 
     same = ours() == theirs()  # also the warm-up
     turns = [(seconds_of(ours, device), seconds_of(theirs, device))
@@ -59,11 +72,17 @@ def compare(model, reference, batch_size, options, device):
 
 
 def bandwidth(device):
-    """Bytes a second that a copy of 256 MB moves, read and written."""
-    source = torch.ones(64 * 2**20, device=device)
+    """Bytes a second that a copy of 256 MiB (on a GPU 2 GiB) moves, read and written."""
+    source = torch.ones(2 ** (29 if device.type == "cuda" else 26), device=device)
     target = torch.empty_like(source)
     best = min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
     return 2 * source.nbytes / best
+
+
+def bytes_per_token(config, positions, dtype):
+    """What one token at batch size 1 reads: the weights, and the cache of so many positions."""
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions
+    return (parameters_of(config)[0] + cache) * dtype.itemsize
 
 
 def next_turn(model, options, device):
@@ -98,6 +117,8 @@ def main():
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_length", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--compile", action="store_true", help="at batch size 1")
+    parser.add_argument("--max_length", type=int, default=1024, help="of the compiled cache")
     parser.add_argument("--history", type=int, default=400, help="tokens of the earlier turns")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
@@ -115,13 +136,21 @@ def main():
               f"{options.dtype}, {torch.get_num_threads()} threads, {options.max_new_tokens} new "
               "tokens")
         for batch_size in options.batch_size:
-            ours, theirs, ratio, same = compare(model, reference, batch_size, options, device)
+            decoder = None
+            if options.compile and batch_size == 1:
+                decoder = CompiledDecoder(model, options.max_length)
+            ours, theirs, ratio, same = compare(
+                model, reference, batch_size, options, device, decoder)
             print(f"batch {batch_size:3}: minisft {ours:9,.1f} tokens/s, transformers "
                   f"{theirs:9,.1f}, ratio {ratio:.2f}, "
-                  f"{'the same' if same else 'different'} tokens")
+                  f"{'the same' if same else 'different'} tokens"
+                  f"{', both compiled' if decoder else ''}")
             if batch_size == 1:
-                read = parameters_of(model.config)[0] * dtype.itemsize * ours
-                print(f"           reads {read / 1e9:.1f} GB/s of weights, "
+                positions = options.prompt_length + options.max_new_tokens // 2  # in the middle
+                if decoder:
+                    positions = options.max_length
+                read = bytes_per_token(model.config, positions, dtype) * ours
+                print(f"           reads {read / 1e9:.1f} GB/s of weights and cache, "
                       f"{read / bandwidth(device):.0%} of the memory bandwidth")
         with_cache, without = next_turn(model, options, device)
         print(f"next turn after {options.history} tokens: first token in {with_cache * 1e3:.1f} ms "

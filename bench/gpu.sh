@@ -24,4 +24,6 @@ for shape in tinyllama llama3-8b; do
         bench train.py --shape $shape $layers --finetuning_type $type $LONG
     done
     bench generate.py --shape $shape --repeats 3
+    bench generate.py --shape $shape --repeats 3 --batch_size 1 --compile
 done
+bench generate.py --shape llama3-8b --repeats 3 --batch_size 1 --compile --max_length 8192

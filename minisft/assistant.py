@@ -15,13 +15,18 @@ import time
 import warnings
 from bisect import bisect_left
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from minisft import weights
+from minisft.compiled import CompiledDecoder
 from minisft.encoding import check_vocabulary
 from minisft.generate import Sampling, generate_scored, stream
 from minisft.lora import convert_parameters
+from minisft.model import KeyValueCache
 from minisft.options import UserError, recorded_options, resolve_device, resolve_dtype
 from minisft.sharing import Caches, Turns, sharing_weights
 from minisft.template import get_template
@@ -43,12 +48,13 @@ class Assistant:
     `context_length`. kept_conversations: how many have their keys and values kept for the next
     turn. model: the checkpoint as `load_model` gives it, where several Assistants share it.
     turns: those of the device, where several share it. quantization_bit: 4 or 8, for less memory.
+    compiled: whether streams are written by a CompiledDecoder, with room for `max_length` tokens.
     Raises UserError where a part is missing or does not fit.
     """
 
     def __init__(self, path, adapter=None, template="auto", device="auto", dtype="auto",
                  max_length=None, kept_conversations=1, model=None, turns=None,
-                 quantization_bit=None):
+                 quantization_bit=None, compiled=False):
         wanted = SimpleNamespace(device=device, bf16=False, fp16=False,
                                  dtype=str(dtype).removeprefix("torch."))
         self.device = resolve_device(wanted)
@@ -64,20 +70,22 @@ class Assistant:
             template = trained.get("template", "auto")
         self.template = get_template(template, self.tokenizer, trained.get("default_system"))
         if model is None:
-            self.model = weights.load_model(model_dir, self.dtype, self.device, quantization_bit)
+            model = weights.load_model(model_dir, self.dtype, self.device, quantization_bit)
         else:
-            self.model = sharing_weights(model)
+            model = sharing_weights(model)
+        self.model, config = model, model.config
         if adapter_dir:
-            weights.load_adapter(self.model, adapter_dir)
+            weights.load_adapter(model, adapter_dir)
             # An adapter comes in float32: convert it here, not again for every token.
-            convert_parameters(self.model.eval(), self.dtype)
-        config = self.model.config
+            convert_parameters(model.eval(), self.dtype)
         self.stop_ids = self.template.stop_token_ids(weights.generation_eos(model_dir, config))
         self.max_length = max_length or config.context_length
         self.turns = turns or Turns()
         parts = [Path(path).resolve().name, adapter and Path(adapter).resolve().name]
         self.name = " + ".join(filter(None, parts))
-        self.caches = Caches(config, kept_conversations)
+        self.decoder = CompiledDecoder(model, self.max_length) if compiled else None
+        new_cache = self.decoder.new_cache if compiled else partial(KeyValueCache, config)
+        self.caches = Caches(new_cache, kept_conversations)
 
     @property
     def description(self):
@@ -96,27 +104,53 @@ class Assistant:
         check_messages(messages, tools)
         limit = self.max_length - min(max_new_tokens, self.max_length // 2)
 
-        def fits(start):
-            """Whether there is room for the system prompt and the messages from `start` on."""
-            kept = messages[:head] + messages[start:]
+        def fits(kept):
+            """Whether there is room for these messages; what is far too long is not encoded."""
             return (characters(kept, tools) <= limit * CHARACTERS_PER_TOKEN
                     and len(self.template.encode_prompt(kept, tools)) <= limit)
 
-        head = head_of(messages)
-        if fits(head):
+        if fits(messages):
             return messages
-        questions = [index for index in range(head, len(messages))
-                     if messages[index].get("role") == "user"]
-        place = bisect_left(questions, True, lo=1, key=fits)
-        if place < len(questions):
-            return messages[:head] + messages[questions[place] :]
-        kept = messages[:head] + messages[questions[-1] if questions else head :]
-        length = f"{characters(kept, tools):,} characters"
-        if characters(kept, tools) <= limit * CHARACTERS_PER_TOKEN:
-            length = f"{len(self.template.encode_prompt(kept, tools))} tokens with its template"
-        raise UserError(f"the message is too long: {length}{' and the system prompt' * head}, the "
-                        f"limit is {limit} tokens (of {self.max_length}, the rest is kept for the "
-                        "answer); shorten it")
+        head = head_of(messages)
+        questions = [place for place in range(head, len(messages))
+                     if messages[place].get("role") == "user"]
+        last = messages[:head] + messages[questions[-1] if questions else head :]
+        if not fits(last):
+            raise UserError(self._too_long(last, limit, tools))
+        starts = questions[self._first_kept(messages, questions, limit, tools) :]
+        candidates = (messages[:head] + messages[place:] for place in starts)
+        return next(filter(fits, candidates), last)
+
+    def _first_kept(self, messages, questions, limit, tools):
+        """The number of the question from which on the conversation is kept.
+
+        As if at every answer so far, once there was no room left, turns had been left out until
+        half of the room was free: most answers then have a prompt that begins as the one before
+        did, and the cache spares computing it.
+        """
+        answered = [*messages, {"role": "assistant", "content": "x"}]
+        _, supervised = self.template.encode(answered, tools)
+        edges = np.flatnonzero(np.diff(supervised, prepend=False, append=False))
+        prompts, ends = edges[::2], edges[1::2]  # where answers begin and end, in tokens
+        answers = [place for place, one in enumerate(messages) if one.get("role") == "assistant"]
+        begins = [ends[bisect_left(answers, place) - 1] for place in questions[1:]]
+        last = messages[: head_of(messages)] + messages[questions[-1] :]
+        head = len(self.template.encode_prompt(last, tools)) - (prompts[-1] - begins[-1])
+        begins, first = [head, *begins], 0
+        for prompt in prompts:
+            room = limit
+            while head + prompt - begins[first] > room and first + 1 < bisect_left(begins, prompt):
+                first, room = first + 1, limit // 2
+        return first
+
+    def _too_long(self, last, limit, tools):
+        """What to say where the last turn alone has no room."""
+        length = f"{characters(last, tools):,} characters"
+        if characters(last, tools) <= limit * CHARACTERS_PER_TOKEN:
+            length = f"{len(self.template.encode_prompt(last, tools))} tokens with its template"
+        return (f"the message is too long: {length}{' and the system prompt' * head_of(last)}, the "
+                f"limit is {limit} tokens (of {self.max_length}, the rest is kept for the "
+                "answer); shorten it")
 
     def stream(self, messages, sampling=USUAL, tools=None, say=warnings.warn):
         """The Answer to one conversation, to be read piece by piece; it may be left in the middle.
@@ -228,7 +262,8 @@ class Answer:
         cache = assistant.caches.take(ids)
         self.num_reused = cache.length
         decoder, chosen, leading = StreamDecoder(assistant.tokenizer), [], assistant.leading
-        steps = stream(assistant.model, ids, sampling, assistant.stop_ids, cache)
+        steps = stream(assistant.model, ids, sampling, assistant.stop_ids, cache,
+                       assistant.decoder)
         try:
             while (token := assistant.turns.call(next, steps, None)) is not None:
                 chosen.append(token)

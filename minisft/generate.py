@@ -81,15 +81,16 @@ def generate_scored(model, prompts, sampling, stop_ids=(), rows=None, limits=Non
     return answers, [sum(one) / len(one) for one in chosen]
 
 
-def stream(model, prompt_ids, sampling, stop_ids=(), cache=None):
+def stream(model, prompt_ids, sampling, stop_ids=(), cache=None, decoder=None):
     """Yield the ids of one answer as they are chosen; the stop id ends it and is not yielded.
 
     cache: a KeyValueCache holding the first `cache.length` ids of the prompt, fewer than all of
     them; only the rest is computed. Afterwards it holds the prompt and the answer's ids that were
-    used: the first `cache.length` of both together.
+    used: the first `cache.length` of both together. decoder: a CompiledDecoder, to which the cache
+    belongs and in whose capacity there is room for prompt and answer.
     """
     cache = KeyValueCache(model.config) if cache is None else cache
-    for ((_, token),) in _steps(model, [prompt_ids], sampling, stop_ids, cache):
+    for ((_, token),) in _steps(model, [prompt_ids], sampling, stop_ids, cache, decoder=decoder):
         yield token
 
 
@@ -112,10 +113,12 @@ def generate_naive(model, prompt_ids, sampling, stop_ids=(), row=0):
 
 
 @torch.inference_mode()
-def _steps(model, prompts, sampling, stop_ids, cache, rows=None, limits=None, scores=None):
+def _steps(model, prompts, sampling, stop_ids, cache, rows=None, limits=None, scores=None,
+           decoder=None):
     """Yield, for every step, the list of (row, id) of the rows that are still writing.
 
-    scores: a list for each prompt, to which go the log-probabilities of all ids chosen.
+    scores: a list for each prompt, to which go the log-probabilities of all ids chosen. decoder:
+    what computes every step of a single row but the first.
     """
     for row, ids in enumerate(prompts):
         if len(ids) <= cache.length:
@@ -128,7 +131,10 @@ def _steps(model, prompts, sampling, stop_ids, cache, rows=None, limits=None, sc
     batch = _Batch(model, prompts, sampling, cache, rows)
     limits = limits or [sampling.max_new_tokens] * len(prompts)
     for step in range(1, max(limits) + 1):
-        logits = model.logits(batch.advance(model)[:, -1])
+        if step == 1 or decoder is None:
+            logits = model.logits(batch.advance(model)[:, -1])
+        else:
+            logits = decoder(batch.tokens, cache)
         if step == 1 and not logits.isfinite().all():
             raise UserError("the model's scores are not finite numbers: its weights are damaged, "
                             "or too large for this type; try --dtype float32")

@@ -56,7 +56,8 @@ def linear(x, weight, bias=None):
     """
     if weight.numel() >= 2**18 and x.numel() <= 64 * x.shape[-1] and HAS_ONEDNN and (
             x.is_cpu and x.dtype == weight.dtype == torch.float32) and not (
-            torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+            torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()):  # the compiler chooses by itself
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -74,11 +75,12 @@ class KeyValueCache:
 
     Handed to `forward`, never kept in modules. Grows by doubling, so that a new token costs a
     write, not a copy of the past. `length` counts the tokens held; `angles` are the rotary cos and
-    sin of the first positions, computed once.
+    sin of the first positions, computed once. capacity: how many tokens there is room for before
+    it has to grow; where none is yet there are zeros.
     """
 
-    def __init__(self, config):
-        self.length = 0
+    def __init__(self, config, capacity=64):
+        self.length, self.capacity = 0, capacity
         self.pairs = [None] * config.num_hidden_layers
         self.angles = None
 
@@ -96,8 +98,8 @@ class KeyValueCache:
 
     def _grown(self, layer, index, new, end):
         batch, heads, _, width = new.shape
-        capacity = max(end, 2 * self.length, 64)
-        store = new.new_empty(batch, heads, capacity, width)
+        capacity = max(end, 2 * self.length, self.capacity)
+        store = new.new_zeros(batch, heads, capacity, width)
         if self.length:
             store[:, :, : self.length] = self.pairs[layer][index][:, :, : self.length]
         return store
@@ -205,7 +207,7 @@ class Decoder(nn.Module):
         if positions is None:
             cos, sin = self._next_angles(past, past + T, x, cache)
         else:
-            cos, sin = self._angles(positions, x.dtype)
+            cos, sin = self.angles(positions, x.dtype)
         if lengths is None:
             masks = self._masks(T, past + T, mask, tokens.device)
             attend = {name: partial(attend_causally, mask=one) for name, one in masks.items()}
@@ -241,16 +243,16 @@ class Decoder(nn.Module):
                 for name in masks[0]}
 
     def _next_angles(self, start, end, x, cache):
-        """_angles of positions start..end - 1; a cache keeps a table of them, grown by doubling."""
+        """Angles of positions start..end - 1; a cache keeps a table of them, grown by doubling."""
         scaling = self.config.rope_scaling
         if cache is None or scaling and scaling["rope_type"] == "dynamic":
-            return self._angles(torch.arange(start, end, device=x.device), x.dtype)
+            return self.angles(torch.arange(start, end, device=x.device), x.dtype)
         if cache.angles is None or cache.angles[0].shape[2] < end:
             table = torch.arange(max(2 * end, 64), device=x.device)
-            cache.angles = self._angles(table, x.dtype)
+            cache.angles = self.angles(table, x.dtype)
         return tuple(part[:, :, start:end] for part in cache.angles)
 
-    def _angles(self, positions, dtype):
+    def angles(self, positions, dtype):
         """cos and signed sin (B or 1, 1, T, d) of every position, computed in float32."""
         scaling, length = self.config.rope_scaling, 0
         if scaling and scaling["rope_type"] == "dynamic":

@@ -1,6 +1,6 @@
 """What visitors of a page can do with a model: ask, stop, retry, edit, clear, take along.
 
-    page, talk = Page([Assistant("examples/base")], Sampling()), Talk()
+    page, talk = Page([Assistant("examples/base", "runs/demo")], Sampling()), Talk()
     sampling = (512, 0.95, 50, 0.7, 1.0, False, "")             # as the fields of Sampling
     for chats, notice, box in page.ask(talk, "What is 2 + 2?", "", *sampling):
         print(chats[0][-1]["content"])

@@ -1,6 +1,6 @@
 """What conversations share: turns at the device, keys and values, the weights themselves.
 
-    turns, caches = Turns(), Caches(model.config, limit=8)
+    turns, caches = Turns(), Caches(partial(KeyValueCache, model.config), limit=8)
     cache = caches.take(ids)            # holds as much of the beginning of ids as is known
     with turns:                         # one at a time, in the order of asking
         model(torch.tensor([ids[cache.length :]]), cache=cache)
@@ -13,8 +13,6 @@ from threading import Condition, Lock, get_ident
 
 import torch
 from torch import nn
-
-from minisft.model import KeyValueCache
 
 
 class Turns:
@@ -53,10 +51,13 @@ class Turns:
 
 
 class Caches:
-    """The keys and values of the last conversations, for any thread to go on from."""
+    """The keys and values of the last conversations, for any thread to go on from.
 
-    def __init__(self, config, limit):
-        self.config, self.limit = config, limit
+    new_cache: makes an empty KeyValueCache.
+    """
+
+    def __init__(self, new_cache, limit):
+        self.new_cache, self.limit = new_cache, limit
         self._kept, self._lock = [], Lock()  # (ids, cache), the latest used last
 
     def take(self, ids):
@@ -66,11 +67,11 @@ class Caches:
             overlaps = [common_prefix(known, ids[:-1]) for known, _ in self._kept]
             best = max(range(len(overlaps)), key=overlaps.__getitem__, default=None)
             if best is None:
-                return KeyValueCache(self.config)
+                return self.new_cache()
             known, cache = self._kept[best]
             if self.limit > 1 and 10 * overlaps[best] < 9 * len(known):
                 # Another conversation, perhaps with the same system prompt: it keeps its own.
-                return beginning_of(cache, overlaps[best], self.config)
+                return copy_of_beginning(cache, overlaps[best], self.new_cache())
             self._kept.pop(best)
         cache.truncate(overlaps[best])
         return cache
@@ -83,13 +84,12 @@ class Caches:
 
 
 @torch.inference_mode()
-def beginning_of(cache, length, config):
-    """A KeyValueCache of its own with the first `length` tokens of another."""
-    copied = KeyValueCache(config)
+def copy_of_beginning(cache, length, empty):
+    """The cache `empty`, which from then on has the first `length` tokens of another."""
     for layer, (keys, values) in enumerate(cache.pairs):
-        copied.append(layer, keys[:, :, :length], values[:, :, :length])
-    copied.length, copied.angles = length, cache.angles
-    return copied
+        empty.append(layer, keys[:, :, :length], values[:, :, :length])
+    empty.length, empty.angles = length, cache.angles
+    return empty
 
 
 def sharing_weights(model):

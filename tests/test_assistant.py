@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from minisft.assistant import Assistant, check_messages
 from minisft.config import ModelConfig
 from minisft.generate import Sampling
 from minisft.lora import LoraConfig, add_lora, merge_lora
-from minisft.model import CausalLM
+from minisft.model import CausalLM, KeyValueCache
 from minisft.options import UserError
 from minisft.sharing import Caches, Turns, common_prefix
 from minisft.weights import load_adapter, load_model, save_adapter, save_model
@@ -90,10 +91,50 @@ def test_oldest_turns_give_way_but_never_the_system_prompt(tiny_chat_model_dir):
     assert kept[0] == SYSTEM and kept[-1] == user("last")
     assert kept[1:] == (turns + [user("last")])[-len(kept) + 1 :]
     assert 3 < len(kept) < len(turns) and kept[1]["role"] == "user"
-    size = len(assistant.template.encode_prompt(kept))
-    one_more = [SYSTEM, *(turns + [user("last")])[-len(kept) - 1 :]]
-    assert size <= 130 < len(assistant.template.encode_prompt(one_more))
     assert assistant.fit(kept, max_new_tokens=20) == kept
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama2", "alpaca"])
+def test_turns_give_way_until_half_of_the_room_is_free(template, tiny_chat_model_dir):
+    """And only then, so that between such turns a prompt begins as the one before did."""
+    assistant = Assistant(tiny_chat_model_dir, template=template, device="cpu", dtype="float32",
+                          max_length=500)
+    length = lambda kept: len(assistant.template.encode_prompt(kept))  # noqa: E731
+    script, turns, first, jumps = [], [], 0, 0
+    for number in range(40):
+        script.append(user(f"question {number} " + "cat " * (5 * number % 7)))
+        if number % 3:
+            script += [{"role": "assistant", "content": "call"}, {"role": "tool", "content": "7"}]
+        script.append({"role": "assistant", "content": f"answer {number}"})
+    for turn in script:
+        if turn["role"] != "assistant" and length([SYSTEM, *turns[first:], turn]) > 450:
+            jumps += 1
+            while length([SYSTEM, *turns[first:], turn]) > 225:
+                first += 4 if turns[first + 1]["content"] == "call" else 2
+        turns.append(turn)
+        if turn["role"] != "assistant":
+            assert assistant.fit([SYSTEM, *turns], max_new_tokens=50) == [SYSTEM, *turns[first:]]
+    assert 3 <= jumps <= 12
+
+
+def test_most_turns_of_a_conversation_longer_than_the_context_compute_what_is_new(
+        tiny_chat_model_dir):
+    """The tokens through the model are counted, of 40 turns."""
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=300)
+    computed, messages, costs = [], [SYSTEM], []
+    assistant.model.register_forward_pre_hook(lambda _, given: computed.append(given[0].shape[1]))
+    assistant.stop_ids = {260}
+    dictated = assistant.tokenizer.encode("the hat") + [260]
+    for number in range(40):
+        messages.append(user(f"the cat {number}"))
+        spoken = iter(dictated)
+        assistant.model.logits = lambda hidden, spoken=spoken: one_hot(next(spoken), hidden)
+        computed.clear()
+        assert "".join(assistant.stream(messages, GREEDY, say=list)) == "the hat"
+        costs.append(sum(computed))
+        messages.append({"role": "assistant", "content": "the hat"})
+    dear = [cost for cost in costs[1:] if cost > 40]
+    assert 2 <= len(dear) <= 8 and max(dear) < 150
 
 
 def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
@@ -115,6 +156,8 @@ def test_answers_end_at_the_context_and_say_so(tiny_chat_model_dir):
     pieces = list(answer)
     assert len(assistant.template.encode_prompt(messages)) + len(pieces) - 1 == 60
     assert answer.cut_short and answer.num_tokens == len(pieces) - 1
+    ((ids, cache),) = assistant.caches._kept
+    assert len(ids) == cache.length == 59  # the last token has not been through the model
     assistant.stop_ids = set(range(300))
     answer = assistant.stream(messages, GREEDY)
     assert "".join(answer) == "" and not answer.cut_short
@@ -367,7 +410,7 @@ def test_conversations_in_turn_compute_only_what_is_new(tiny_chat_model_dir):
 def test_caches_keep_the_latest_and_take_the_longest():
     """Beginnings that others are in are copied: the numbers below stand for keys and values."""
     config = ModelConfig.from_dict(CONFIG)
-    caches = Caches(config, limit=2)
+    caches = Caches(partial(KeyValueCache, config), limit=2)
 
     def keep(ids):
         cache = caches.take(ids)
@@ -386,7 +429,7 @@ def test_caches_keep_the_latest_and_take_the_longest():
     assert keep(first) == 10 and keep(second + [5]) == 11  # never the last id; each has its own
     assert keep(first[:4] + [9]) == 4  # a copy; the one that was not used for longest goes
     assert keep(second + [5, 6]) == 12 and keep(first) == 4
-    one = Caches(config, limit=1)
+    one = Caches(partial(KeyValueCache, config), limit=1)
     one.give_back(first, caches.take(first))
     assert one.take(first[:4] + [9]).length == 4 and not one._kept
 

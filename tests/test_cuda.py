@@ -2,6 +2,8 @@
 
 import copy
 import json
+import threading
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ from conftest import CONFIG, command
 from safetensors.torch import load_file
 
 from minisft.batching import collate, pack
+from minisft.compiled import CompiledDecoder
 from minisft.config import ModelConfig
 from minisft.encoding import Example
-from minisft.generate import Sampling, generate
+from minisft.generate import Sampling, generate, stream
 from minisft.lora import LoraConfig, add_lora
 from minisft.metrics import read_metrics
 from minisft.model import CausalLM
@@ -66,6 +69,33 @@ def test_generates_the_same(models):
     sampling = Sampling(max_new_tokens=20, greedy=True)
     cpu, gpu = (generate(model.eval(), prompts, sampling, {2}) for model in models)
     assert cpu == gpu
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(40, greedy=True), Sampling(40, temperature=1.3, seed=4, repetition_penalty=1.1)])
+def test_a_compiled_step_as_a_graph_generates_the_same(models, sampling):
+    """Conversations in turn, each in a cache with a graph of its own, also from another thread."""
+    _, model = models
+    decoder = CompiledDecoder(model.eval(), 64)
+    caches = [decoder.new_cache() for _ in range(2)]
+    prompts, answers = [[1, 5, 9], [1, 7, 8, 9, 10, 11]], []
+    expected = generate(model, prompts, sampling, {2}, rows=[0, 0])
+
+    def answer():
+        streams = [stream(model, ids, sampling, {2}, cache, decoder)
+                   for ids, cache in zip(prompts, caches, strict=True)]
+        steps = list(zip_longest(*streams))
+        answers.append([[one for one in row if one is not None]
+                        for row in zip(*steps, strict=True)])
+        for cache in caches:
+            cache.truncate(2)  # the next turn goes on from there
+
+    for _ in range(2):
+        answer()
+    thread = threading.Thread(target=answer)
+    thread.start()
+    thread.join()
+    assert answers == [expected] * 3 and len(decoder.graphs) == 2
 
 
 RUN = ["--template", "plain", "--per_device_train_batch_size", 2, "--learning_rate", 5e-3,

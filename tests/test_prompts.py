@@ -89,6 +89,17 @@ def test_a_killed_run_goes_on_where_it_was(assistant, prompts_file, tmp_path, ca
     assert not partial.exists()
 
 
+def test_a_line_that_was_cut_harms_no_later_one(tmp_path):
+    """Begun, cut in the last line, gone on with, and gone on with again."""
+    path = tmp_path / "out.partial"
+    for row in range(3):
+        answers = prompts.Answers(path, {"seed": 1})
+        assert answers.rows == {one: ("yes", -0.5) for one in range(row)}
+        answers.add([row], ["yes"], [-0.5])
+        answers.close()
+        path.write_bytes(path.read_bytes() + b'[7, "n')
+
+
 def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path):
     path = tmp_path / "many.txt"
     path.write_text("the cat\n" * 3000)

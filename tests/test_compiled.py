@@ -1,0 +1,127 @@
+"""compiled.py: what the compiled step computes is what the model does; nothing compiles twice."""
+
+import threading
+
+import pytest
+import torch
+from conftest import CONFIG, command
+from torch._dynamo.utils import counters
+
+from minisft.assistant import Assistant
+from minisft.compiled import CompiledDecoder, next_logits
+from minisft.config import ModelConfig
+from minisft.generate import Sampling
+from minisft.model import CausalLM, KeyValueCache, linear
+from minisft.options import UserError
+
+CAPACITY = 128
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("fields", [
+    {"rope_scaling": LLAMA3}, {"model_type": "mistral", "sliding_window": 6},
+    {"model_type": "qwen2", "tie_word_embeddings": True}, {"model_type": "qwen3", "head_dim": 8},
+], ids=["llama", "mistral", "qwen2", "qwen3"])
+@torch.inference_mode()
+def test_the_step_gives_the_logits_of_the_model(fields):
+    """Written into a cache whose later places hold what is left of a longer conversation."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict({**CONFIG, **fields})).eval()
+    model.initialize()
+    tokens = torch.randint(3, 128, (1, 20))
+    growing, fixed = KeyValueCache(model.config), KeyValueCache(model.config, 32)
+    model(torch.randint(3, 128, (1, 25)), cache=fixed)
+    fixed.truncate(0)
+    for cache in (growing, fixed):
+        model(tokens[:, :4], cache=cache)
+    angles = model.model.angles(torch.arange(32), torch.float32)
+    for place in range(4, 20):
+        token = tokens[:, place : place + 1]
+        expected = model.logits(model(token, cache=growing)[:, -1])
+        found = next_logits(model, token, torch.tensor([place]), angles, fixed.pairs)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for theirs, ours in zip(growing.pairs, fixed.pairs, strict=True):
+        for one, other in zip(theirs, ours, strict=True):
+            torch.testing.assert_close(other[:, :, :20], one[:, :, :20], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def assistants(tiny_chat_model_dir):
+    """The same model (without, with) a compiled step."""
+    return [Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=CAPACITY,
+                      kept_conversations=2, compiled=compiled) for compiled in (False, True)]
+
+
+def converse(assistant, sampling):
+    """Two conversations in turn, of two turns each -> [(text, known tokens), ...]."""
+    conversations, said = [[{"role": "user", "content": "the cat"}],
+                           [{"role": "user", "content": "你好"}]], []
+    for _ in range(2):
+        for messages in conversations:
+            answer = assistant.stream(messages, sampling)
+            messages += [{"role": "assistant", "content": "".join(answer)},
+                         {"role": "user", "content": "and?"}]
+            said.append((answer.text, answer.num_reused))
+    return said
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(20, greedy=True), Sampling(20, temperature=1.3, seed=4, repetition_penalty=1.1),
+], ids=["greedy", "sampled"])
+def test_answers_are_those_of_the_model_as_it_is_and_nothing_compiles_again(assistants, sampling):
+    plain, compiled = assistants
+    graphs, steps = counters["stats"]["unique_graphs"], []
+    step = compiled.decoder.step
+    compiled.decoder.step = lambda *given: (steps.append(1), step(*given))[1]
+    expected, answers = converse(plain, sampling), []
+    compiled.model.register_forward_pre_hook(lambda *_: steps.append(0))
+    try:
+        thread = threading.Thread(target=lambda: answers.extend(converse(compiled, sampling)))
+        thread.start()  # as on the web page: not the thread that has compiled
+        thread.join(60)
+    finally:
+        compiled.decoder.step = step
+    assert answers == expected and all(known > 15 for _, known in expected[2:])
+    assert len({text for text, _ in answers}) == 4
+    assert steps.count(0) == 4 and steps.count(1) > 50  # the questions, and every token after
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@torch.inference_mode()
+def test_matrices_that_onednn_multiplies_otherwise_compile_too():
+    x, weight = torch.randn(1, 256), torch.randn(1024, 256)
+    compiled = torch.compile(linear, fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, None), linear(x, weight, None))
+
+
+def test_no_room_left_is_told(assistants):
+    decoder = assistants[1].decoder
+    cache = decoder.new_cache()
+    cache.length = CAPACITY
+    with pytest.raises(ValueError, match="no room for more than 128 tokens"):
+        decoder(torch.zeros(1, 1, dtype=torch.int64), cache)
+
+
+def test_what_cannot_be_compiled_is_told(monkeypatch):
+    config = {**CONFIG, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    with pytest.raises(UserError, match="--compile: this model's rotary positions"):
+        CompiledDecoder(CausalLM(ModelConfig.from_dict(config)), CAPACITY)
+
+    def fail(*_):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler\n\nmuch more")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **more: fail)
+    told = r"^--compile: did not succeed \(Inv.* C\+\+ compiler\); leave it out$"
+    with pytest.raises(UserError, match=told):
+        CompiledDecoder(CausalLM(ModelConfig.from_dict(CONFIG)).eval(), CAPACITY)
+
+
+def test_chat_compiles(tiny_chat_model_dir, assistants):
+    flags = ["--model_name_or_path", tiny_chat_model_dir, "--greedy", "--max_new_tokens", 20,
+             "--max_length", CAPACITY, "--device", "cpu", "--dtype", "float32", "--compile",
+             "--prompt", "the cat"]
+    done = command(*flags, script="chat.py")
+    messages = [{"role": "user", "content": "the cat"}]
+    answer = assistants[0].stream(messages, Sampling(20, greedy=True))
+    assert (done.returncode, done.stdout) == (0, "".join(answer) + "\n"), done.stderr
