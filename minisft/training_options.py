@@ -165,7 +165,6 @@ def check_options(options, given):
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"quantization_bit", "eval_exact_match"}, options.parallel == "fsdp",
          "contradicts --parallel fsdp"),
-        ({"parallel"}, options.stage in ("rm", "dpo"), f"fsdp contradicts --stage {options.stage}"),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
         ({"load_best_model_at_end", "early_stopping_patience"}, not options.eval_steps,
          "needs --eval_steps: evaluations along the way"),
