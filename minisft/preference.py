@@ -144,12 +144,7 @@ class DirectPreference:
                  is_sharded=False):
         self.model, self.beta = model, beta
         self.label_smoothing, self.sft_weight = label_smoothing, sft_weight
-        if known is None and is_sharded:
-            from minisft import fsdp
-
-            self.reference = fsdp.Before(model)
-        elif known is None:
-            self.reference = nullcontext(frozen_copy(model))
+        self.reference = reference_of(model, is_sharded) if known is None else None
         self.collate = partial(collate, reference=known)
 
     def count(self, batches):
@@ -176,6 +171,15 @@ class DirectPreference:
         """{figure: mean} over held-out Examples."""
         num_tokens = sum(int(one.texts()[0].supervised[1:].sum()) for one in examples)
         return mean_figures(self, examples, batch_size, collate, [len(examples), num_tokens])
+
+
+def reference_of(model, is_sharded):
+    """A context in which there is the model as it is now, whatever training makes of it."""
+    if not is_sharded:
+        return nullcontext(frozen_copy(model))
+    from minisft import fsdp
+
+    return fsdp.Before(model)
 
 
 @torch.inference_mode()

@@ -160,7 +160,6 @@ def check_options(options, given):
         ({"quantization_bit"}, full, "belongs to --finetuning_type lora"),
         ({"quantization_bit"}, options.compile, "contradicts --compile"),
         (OF_PLANS, not options.dry_run, "belongs to --dry_run"),
-        ({"dry_run"}, options.stage in ("rm", "dpo"), "plans --stage sft and pt only"),
         ({"device_tflops"}, options.tokens_per_second, "contradicts --tokens_per_second"),
         ({"train_from_scratch"}, not full, "needs --finetuning_type full"),
         ({"quantization_bit", "eval_exact_match"}, options.parallel == "fsdp",
