@@ -130,7 +130,7 @@ def tell_data(options, data, num_processes):
         return options.max_steps
     steps_per_epoch = math.ceil(data.num_examples / rows_per_step)
     num_steps = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
-    answers = f" of {data.num_texts:,} answers" if data.num_texts > data.num_examples else ""
+    answers = f", {data.num_texts:,} answers" if options.stage in ("rm", "dpo") else ""
     print(f"an epoch    {data.num_examples:,} rows{answers}, {data.num_tokens:,} tokens, "
           f"{data.padding:.1%} padding besides")
     print(f"steps       {steps_per_epoch:,} an epoch, {num_steps:,} in all, {told}")

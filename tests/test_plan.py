@@ -221,7 +221,7 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
     tokens, padding = numbers(r"([\d,]+) tokens, ([\d.]+)% padding", said)
     assert steps == last["step"]
     assert numbers(r"with ([\d,]+) tokens in the largest", said) == [max(sizes)]
-    assert ("61 rows of 138 answers" in said) == (stage in ("rm", "dpo"))
+    assert ("61 rows, 138 answers" in said) == (stage in ("rm", "dpo"))
     if stage != "pt":
         assert tokens == last["tokens"]
         assert padding == pytest.approx(100 * (1 - tokens / sum(sizes)), abs=0.06)
@@ -295,7 +295,7 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, caps
     assert "reference   a copy of 70,553,706,496" in said
     assert numbers(r"weights +([\d.]+)", said) == [
         pytest.approx(weights + 4 * 70.55 / 64, abs=0.01)]
-    assert "640 rows of 1,920 answers, 385,280 tokens" in said
+    assert "640 rows, 1,920 answers, 385,280 tokens" in said
     work, = numbers(r"tokens, ([\d.e+]+) operations", said)
     assert work == pytest.approx(3 * 640 * 3 * 400 * 10 * 70e9, rel=0.05)  # padding too
     said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo",
