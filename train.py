@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from minisft.options import (
@@ -253,8 +254,8 @@ def main():
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
     if parallel.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-    objective = preference.build(options, model, template, batches, eval_examples, dtype, say)
-    run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed, objective)
+    run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed,
+              partial(preference.build, template=template, batches=batches, held_out=eval_examples))
     if parallel.rank() == 0:  # only now that nothing speaks against the run
         checkpoint.remove_others(output_dir, resumed, run.progress.step)
         save_options(options, output_dir / "options.toml")

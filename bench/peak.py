@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,9 @@ SMALL = {"model_type": "llama", "vocab_size": 4000, "hidden_size": 384, "interme
 LARGE_VOCABULARY = SMALL | {"vocab_size": 128256, "hidden_size": 256, "num_hidden_layers": 2}
 QWEN3 = SMALL | {"model_type": "qwen3", "head_dim": 64}
 FULL, CHECKPOINTING = ["--finetuning_type", "full"], ["--gradient_checkpointing"]
-# name: (model, rows of a micro-batch, their length, micro-batches of a step, type, flags)
+REWARD, DPO = ["--stage", "rm"], ["--stage", "dpo"]
+# name: (model, rows of a micro-batch, their length, micro-batches of a step, type, flags); of the
+# two answers of a row each has that length.
 SETTINGS = {
     "LoRA": (SMALL, 8, 256, 1, "float32", []),
     "LoRA, half the batch": (SMALL, 4, 256, 1, "float32", []),
@@ -58,6 +61,14 @@ SETTINGS = {
     "full, vocabulary of 128k": (LARGE_VOCABULARY, 8, 256, 1, "float32", FULL),
     "full, tied, accumulation": (LARGE_VOCABULARY | {"tie_word_embeddings": True}, 2, 256, 2,
                                  "float32", FULL),
+    "reward, LoRA": (SMALL, 4, 256, 1, "float32", REWARD),
+    "reward, full": (SMALL, 4, 256, 1, "float32", REWARD + FULL),
+    "DPO, LoRA": (SMALL, 4, 256, 1, "float32", DPO),
+    "DPO, LoRA, vocabulary of 128k": (LARGE_VOCABULARY, 4, 256, 1, "float32", DPO),
+    "DPO, full": (SMALL, 4, 256, 1, "float32", DPO + FULL),
+    "DPO, full, checkpointing": (SMALL, 4, 256, 1, "float32", DPO + FULL + CHECKPOINTING),
+    "DPO, full, reference computed before": (SMALL, 4, 256, 1, "float32",
+                                             DPO + FULL + ["--precompute_reference"]),
 }
 HEADS = ["setting", "micro-batch", "planned, MiB", "tensors, MiB", "process, MiB",
          "planned / tensors", "planned / process", "the peak is at"]
@@ -90,7 +101,7 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
     import numpy as np
     import torch
 
-    from minisft import batching, encoding, parallel
+    from minisft import batching, encoding, parallel, preference
     from minisft.run import Run
     from minisft.training_options import parse_options
     from train import load_trainable
@@ -101,10 +112,19 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
         "--gradient_accumulation_steps", str(accumulated), *flags])
     device, dtype, draw = torch.device("cpu"), getattr(torch, dtype), np.random.default_rng(0)
     model, lora_config = load_trainable(options, folder / "model", dtype, device)
-    examples = [encoding.Example(draw.integers(0, fields["vocab_size"], length),
-                                 np.arange(length) >= (1 - SUPERVISED) * length)
+    lengths = [length] * 2 if options.stage in ("rm", "dpo") else [length]
+    supervised = np.tile(np.arange(length) >= (1 - SUPERVISED) * length, len(lengths))
+    examples = [encoding.Example(draw.integers(0, fields["vocab_size"], sum(lengths)), supervised,
+                                 lengths)
                 for _ in range(batch_size * accumulated * parallel.world_size())]
-    run = Run(options, model, lora_config, len(examples), dtype, device)
+    batches = batching.Batches(examples, lambda rows: (rows, encoding.EncodeReport()))
+
+    def objective(run):  # a reward model as it is, without a template to choose its padding by
+        if options.stage == "rm":
+            return preference.Reward(run.model)
+        return preference.build(run, None, batches, None)
+
+    run = Run(options, model, lora_config, len(examples), dtype, device, None, objective)
     parts = batching.micro_batches(examples, batch_size, parallel.rank(), parallel.world_size())
     return run, [run.collate(part, device) for part in parts]
 
@@ -138,15 +158,16 @@ def measure(folder, fields, batch_size, length, accumulated, dtype, flags):
         train_step(run, batches)
     process = status("VmHWM") - before
     states = [one for state in run.optimizer.state.values() for one in state.values()]
-    held = {one.data_ptr(): one.nbytes
-            for one in (*run.model.parameters(), *run.model.buffers(), *states)}
+    with getattr(run.objective, "reference", None) or nullcontext(run.model) as reference:
+        held = {one.data_ptr(): one.nbytes for one in (
+            *run.model.parameters(), *run.model.buffers(), *reference.parameters(), *states)}
     tensors = sum(held.values()) + allocated(lambda: train_step(run, batches))
     model = plan.planned_model(run.options, ModelConfig.load(folder / "model"),
                                getattr(torch, dtype))
-    step = memory.Step(
-        batch_size * length, sum(int(one[1][:, 1:].sum()) for one in batches) // accumulated,
-        getattr(torch, dtype), checkpointing=run.options.gradient_checkpointing,
-        packed=run.options.packing, accumulating=accumulated > 1)
+    tokens, supervised = ((one.tokens, one.supervised) if hasattr(one := batches[0], "tokens")
+                          else one[:2])
+    step = plan.planned_step(run.options, model, (tokens.numel(), int(supervised[:, 1:].sum())),
+                             getattr(torch, dtype), "cpu", 1)
     peak = max(memory.moments(model, step), key=lambda moment: moment.total)
     return {"planned": peak.total, "tensors": tensors, "process": process, "at": peak.name}
 
@@ -178,8 +199,9 @@ def main():
                               stderr=subprocess.DEVNULL, text=True, check=True,
                               env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)})
         found = json.loads(done.stdout.splitlines()[-1])
-        _, batch_size, length, accumulated, dtype, _ = SETTINGS[name]
-        row = [name, f"{batch_size} x {length:,}" + f" x {accumulated}" * (accumulated > 1),
+        _, batch_size, length, accumulated, dtype, flags = SETTINGS[name]
+        pairs = " x 2" if "--stage" in flags else ""
+        row = [name, f"{batch_size}{pairs} x {length:,}" + f" x {accumulated}" * (accumulated > 1),
                *(f"{found[one] / 2**20:,.0f}" for one in ("planned", "tensors", "process")),
                *(f"{found['planned'] / found[one]:.2f}" for one in ("tensors", "process")),
                found["at"]]

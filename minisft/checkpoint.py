@@ -87,12 +87,13 @@ def remove_others(output_dir, resumed, step):
     """Remove the checkpoints that a run from here on would take for its own, and are not.
 
     resumed: the folder that it goes on from, at `step`; None for a new run. Of the same output
-    folder the earlier ones stay, since they are this run's past.
+    folder the earlier ones stay, since they are this run's past; of unfinished ones none does.
     """
     own = resumed and Path(resumed).parent.resolve() == Path(output_dir).resolve()
     for path in Path(output_dir).glob("checkpoint-*"):
         number = NAME.match(path.name)
-        if number and path.is_dir() and not (own and int(number[1]) <= step):
+        is_past = own and number and number[0] == path.name and int(number[1]) <= step
+        if number and path.is_dir() and not is_past:
             _remove(path)
 
 

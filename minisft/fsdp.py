@@ -11,6 +11,8 @@ those of its rows. Embedding, last norm and output matrix are one more such grou
     distribute(model, lora_config, options, model_dir, dtype, device)
     save_moments(model, optimizer, "checkpoint-40/optimizer")    # every process its rows
     load_moments(model, optimizer, "checkpoint-40/optimizer")    # any number of processes
+    with Before(model) as reference:                             # as it was when this was made
+        hidden = reference(tokens)
 """
 
 import warnings
@@ -26,6 +28,7 @@ from minisft import parallel
 from minisft.config import ModelConfig
 from minisft.lora import LoRALinear
 from minisft.options import UserError
+from minisft.reward import new_head
 from minisft.weights import adapter_tensors, resolve, stored_tensors
 
 FILE_BYTES = 10**9  # of moments in a file, all of which is put together before it is written
@@ -46,7 +49,9 @@ def distribute(model, lora_config, options, model_dir, dtype, device):
         for parameter, value in model.initial_values(generator):
             parallel.fill(parameter, rows_of(value))
         return
-    load_rows(model, model_dir, options.adapter)
+    found = load_rows(model, model_dir, options.adapter)
+    if options.stage == "rm" and "score.weight" not in found:
+        parallel.fill(model.score.weight, rows_of(new_head(model.config)))
     if lora_config and not options.adapter:
         start_factors(model, lora_config)
 
@@ -66,7 +71,10 @@ def shard(model, dtype, device):
 
 
 def load_rows(model, model_dir, adapter=None):
-    """Read this process's rows of a checkpoint, and of an adapter, from the mapped files."""
+    """Read this process's rows of a checkpoint, and of an adapter, from the mapped files.
+
+    Returns the names of what there is.
+    """
     stored = stored_tensors(model_dir)
     if ModelConfig.load(model_dir).tie_word_embeddings:  # if an adapter has parted them since
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
@@ -77,6 +85,7 @@ def load_rows(model, model_dir, adapter=None):
     for name, parameter in model.named_parameters():
         if name in sources:
             parallel.fill(parameter, sources[name].read)
+    return sources.keys()
 
 
 def start_factors(model, lora_config):
@@ -94,17 +103,52 @@ def rows_of(tensor):
     return lambda begin, end: tensor[begin:end]
 
 
+def trained(model):
+    """{name: parameter} of what is trained, all of it cut."""
+    # Unlike named_parameters, state_dict has a group that is still together cut again first.
+    return {name: parameter for name, parameter in model.state_dict(keep_vars=True).items()
+            if parameter.requires_grad}
+
+
+class Before:
+    """`with Before(model) as model:` the model as it was when this was made, and in eval mode.
+
+    Of what is trained a copy of this process's rows is kept; inside of `with` it has their place,
+    and they have its. What is frozen is there only once. No gradient can be taken.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.rows = {name: parameter.detach().to_local().clone()
+                     for name, parameter in trained(model).items()}
+
+    def __enter__(self):
+        self.was_training = self.model.training
+        self._exchange()
+        return self.model.eval()
+
+    def __exit__(self, *_):
+        self._exchange()
+        self.model.train(self.was_training)
+
+    @torch.no_grad()
+    def _exchange(self):
+        for name, parameter in trained(self.model).items():
+            present = parameter.to_local()
+            kept = present.clone()
+            present.copy_(self.rows[name])
+            self.rows[name].copy_(kept)
+
+
 def moments(model, optimizer):
     """{name in the model and kind: tensor} of all that AdamW keeps; zeros before its first step."""
     state = {}
-    # Unlike named_parameters, state_dict has a group that is still together cut again first.
-    for name, parameter in model.state_dict(keep_vars=True).items():
-        if parameter.requires_grad:
-            own = optimizer.state[parameter]
-            if not own:
-                own["step"] = torch.zeros((), device=parameter.device)
-                own["exp_avg"], own["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-            state |= {f"{name}.{kind}": value for kind, value in own.items()}
+    for name, parameter in trained(model).items():
+        own = optimizer.state[parameter]
+        if not own:
+            own["step"] = torch.zeros((), device=parameter.device)
+            own["exp_avg"], own["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+        state |= {f"{name}.{kind}": value for kind, value in own.items()}
     return state
 
 
@@ -137,9 +181,9 @@ def load_moments(model, optimizer, folder):
 
 def cut_moments(optimizer, saved):
     """Take over this process's rows of the `state_dict` of a run that was not sharded."""
-    trained = [one for group in optimizer.param_groups for one in group["params"]]
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
     for number, values in saved["state"].items():
-        parameter, own = trained[number], optimizer.state[trained[number]]
+        parameter, own = parameters[number], optimizer.state[parameters[number]]
         own["step"] = values["step"].to(parameter.device)
         for kind in ("exp_avg", "exp_avg_sq"):
             own[kind] = torch.zeros_like(parameter)

@@ -39,7 +39,8 @@ class Step:
     """What the memory of a step depends on beside the model: one process's largest micro-batch.
 
     num_tokens: rows times padded length, or the packed length. num_learned: how many of them are
-    supervised. accumulating: a step has several micro-batches. sharded: FSDP, not DDP.
+    supervised, and so have logits. accumulating: a step has several micro-batches. sharded: FSDP,
+    not DDP. num_copied: numbers that are kept as they were beside the model, in float32.
     """
 
     num_tokens: int
@@ -51,6 +52,7 @@ class Step:
     accumulating: bool = False
     num_processes: int = 1
     sharded: bool = False
+    num_copied: int = 0
 
 
 @dataclass
@@ -66,10 +68,10 @@ class Moment:
         return sum(self.parts.values())
 
 
-def skeleton(config, dtype, quantization_bit=None):
+def skeleton(config, dtype, quantization_bit=None, build=CausalLM):
     """A model as load_model would load it, frozen, but without its numbers (on the meta device)."""
     with torch.device("meta"):
-        model = CausalLM(dataclasses.replace(config))
+        model = build(dataclasses.replace(config))
         for name, module in list(model.model.layers.named_modules()) if quantization_bit else ():
             if isinstance(module, nn.Linear):
                 owner, _, child = name.rpartition(".")
@@ -199,13 +201,14 @@ def moment(model, step, name, activations, done, new=0, logits=0, casts=0):
     casts: of weights in another type.
     """
     averages, parts = ADAM_STATES * gradients(model)["all"], 1
+    weights = bytes_of(model) + FLOAT32 * step.num_copied
     if step.sharded:
         whole_weights, new = gathered_bytes(model, step)
         casts, parts = casts + whole_weights, step.num_processes
     if keeps_gradients(step):  # to which the new one is added
         done = gradients(model)["all"]
     return Moment(name, {
-        "weights": bytes_of(model) // parts + casts, "gradients": done // parts + new,
+        "weights": weights // parts + casts, "gradients": done // parts + new,
         "optimizer": averages // parts, "activations": activations, "logits": logits})
 
 
@@ -288,7 +291,9 @@ def dequantized_bytes(layer, number):
 
 
 def output_module(model):
-    """The module whose weight gives the logits."""
+    """The module whose weight gives the logits, or the reward."""
+    if hasattr(model, "score"):
+        return model.score
     tied = model.config.tie_word_embeddings
     return model.model.embed_tokens if tied else model.lm_head
 

@@ -5,51 +5,28 @@
 
 All it needs is config.json. Where there is no tokenizer, lengths are estimated from the bytes of
 the rows; where there are no rows, every one is taken to be as long as the limit. It says which.
-The memory is that of memory.py; the batches are those that training would make.
+The memory is that of memory.py, the batches are those of lengths.py.
 """
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from minisft import batching, memory
+from minisft import memory
 from minisft.config import ModelConfig
-from minisft.dataset_info import find_sources
-from minisft.encoding import EncodeReport, Example, encoded
+from minisft.lengths import look_at_data
 from minisft.lora import LoraConfig, add_lora, resume_lora
+from minisft.model import CausalLM
 from minisft.options import UserError, resolve_device, resolve_dtype
 from minisft.quantize import count_parameters
-from minisft.template import get_template
+from minisft.reward import RewardModel
 from minisft.tensor_files import parse_size
-from minisft.tokenizer import FILES, Tokenizer
-from minisft.training_data import load_data
 from minisft.weights import load_adapter, resolve
 
-# So many rows are encoded, the lengths of others estimated from their size; of larger data sets a
-# part is dealt out into batches, which is enough to know the padding.
-ENCODED_ROWS, DEALT_ROWS = 5_000, 100_000
-BYTES_PER_TOKEN = 4  # of text in UTF-8, English or Chinese, within a third for most tokenizers
 # What a device's memory holds beside tensors, and loses to gaps between them.
 COMFORTABLE = 0.9
-
-
-@dataclass
-class Data:
-    """What is known of the rows. Totals are of one epoch; None where there are no rows.
-
-    largest: (tokens with padding, supervised tokens) of the largest micro-batch of any process.
-    padding: share of what is computed. origin: in words, where the lengths are from.
-    """
-
-    origin: str
-    largest: tuple
-    num_examples: int | None = None
-    num_tokens: int | None = None
-    padding: float = 0.0
 
 
 def show(options):
@@ -66,11 +43,9 @@ def show(options):
     num_processes = options.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     model = planned_model(options, config, dtype)
     data = look_at_data(options, config, model_dir, num_processes)
-    step = memory.Step(
-        *data.largest, dtype, device, options.gradient_checkpointing, options.packing,
-        options.gradient_accumulation_steps > 1, num_processes, options.parallel == "fsdp")
+    step = planned_step(options, model, data.largest, dtype, device, num_processes)
     print("a plan: nothing is downloaded, loaded or written")
-    tell_model(options, model, dtype, device, num_processes)
+    tell_model(options, model, step)
     num_steps = tell_data(options, data, num_processes)
     tell_memory(options, list(memory.moments(model, step)), step)
     tell_time(options, model, data, num_steps, num_processes)
@@ -92,134 +67,56 @@ def local_folder(name):
 
 def planned_model(options, config, dtype):
     """The model as train.py would train it, without its numbers."""
+    build, head = (RewardModel, ("score",)) if options.stage == "rm" else (CausalLM, ())
     if options.finetuning_type == "full":
-        return memory.skeleton(config, torch.float32).requires_grad_(True)
-    model = memory.skeleton(config, dtype, options.quantization_bit)
+        return memory.skeleton(config, torch.float32, build=build).requires_grad_(True)
+    model = memory.skeleton(config, dtype, options.quantization_bit, build)
     if options.adapter:
         adapter_dir = resolve(options.adapter, "adapter_config.json")
-        resume_lora(model, load_adapter(model, adapter_dir, options.lora_dropout))
+        lora_config = load_adapter(model, adapter_dir, options.lora_dropout)
+        lora_config.modules_to_save += head
+        resume_lora(model, lora_config)
     else:
-        add_lora(model, LoraConfig.from_options(options))
+        lora_config = LoraConfig.from_options(options)
+        lora_config.modules_to_save += head
+        add_lora(model, lora_config)
     return model
 
 
-# The rows
+def planned_step(options, model, largest, dtype, device, num_processes):
+    """The Step of a run whose largest micro-batch has so many (tokens, supervised ones)."""
+    num_tokens, num_learned = largest
+    is_sharded = options.parallel == "fsdp"
+    return memory.Step(
+        num_tokens, 0 if options.stage == "rm" else num_learned, dtype, device,
+        options.gradient_checkpointing, options.packing, options.gradient_accumulation_steps > 1,
+        num_processes, is_sharded, num_copied(options, model, is_sharded))
 
 
-def look_at_data(options, config, model_dir, num_processes):
-    """The Data of a run."""
-    plain_text = options.stage == "pt"
-    limit = min(options.block_size if plain_text else options.cutoff_len, config.context_length)
-    batch_size = options.per_device_train_batch_size
-    longest = (batch_size * padded(limit, options), batch_size * limit)
-    try:
-        find_sources(options.dataset or options.train_dir, options.dataset_dir, plain_text)
-    except UserError as error:
-        return Data(f"assumed, {limit:,} tokens in every row, as the rows are not here ({error})",
-                    longest)
-    if any((model_dir / name).is_file() for name in FILES[:2]):
-        tokenizer, origin = Tokenizer.load(model_dir), "counted by the tokenizer"
-        template = None if plain_text else get_template(
-            options.template, tokenizer, options.default_system)
-    else:
-        tokenizer = template = BytesAsTokens()
-        origin = f"estimated, a token for {BYTES_PER_TOKEN} bytes, as there is no tokenizer"
-    batches, _ = load_data(options, tokenizer, template, config, print)
-    if plain_text:
-        return Data(origin, longest, batches.num_examples, batches.num_examples * limit)
-    examples, note = stand_ins(batches, limit)
-    return dealt_out(examples, origin + note, batches, options, num_processes)
+def num_copied(options, model, is_sharded):
+    """How many numbers the reference of --stage dpo has for itself: copies of what is trained.
 
-
-class BytesAsTokens:
-    """Stands for tokenizer and template where there is none: ids of the right number, about."""
-
-    bos_token_id = eos_token_id = None
-    add_bos_token = False
-
-    def encode(self, text, tools=None):
-        """As Tokenizer.encode for str, as Template.encode for messages: only the length counts."""
-        if isinstance(text, str):
-            return [0] * -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
-        ids, supervised = [], []
-        for message in text:
-            new = self.encode(str(message.get("content") or "") + str(message.get("input") or ""))
-            ids += new
-            supervised += [message["role"] == "assistant"] * len(new)
-        return ids, supervised
-
-
-def stand_ins(batches, limit):
-    """(rows without content, as Examples whose ids and supervised are ranges; a note).
-
-    Of many rows a part, spread over all. Lengths are encoded, or estimated from a row's bytes.
+    Without a new adapter, which is left away where the reference is a module of its own.
     """
-    sizes = batches.rows.sizes()
-    part = spread(len(sizes), DEALT_ROWS)
-    chosen = part[spread(len(part), ENCODED_ROWS)]
-    found = {row: encoded(batches.rows, batches.encode, [row])[0] for row in chosen}
-    known = [example for examples in found.values() for example in examples]
-    num_tokens = sum(len(one.ids) for one in known)
-    per_byte = num_tokens / sizes[chosen].sum()
-    share = sum(int(one.supervised.sum()) for one in known) / max(1, num_tokens)
-    made = [Example(range(len(one.ids)), range(int(one.supervised.sum())), one.lengths)
-            for one in known]
-    for row in np.setdiff1d(part, chosen):
-        length = min(limit, max(2, round(sizes[row] * per_byte)))
-        made.append(Example(range(length), range(round(length * share))))
-    note = f"; {len(chosen):,} of {len(sizes):,} rows, the others by their size"
-    return made, note if len(chosen) < len(sizes) else ""
-
-
-def spread(count, most):
-    """At most so many numbers below `count`, at equal distances."""
-    return np.unique(np.linspace(0, count - 1, most).astype(int))
-
-
-def dealt_out(examples, origin, batches, options, num_processes):
-    """The Data of rows of these lengths, dealt out by batching.py as in training."""
-    if not examples:
-        raise UserError("no row has anything to learn")
-    dealer = batching.Batches(examples, lambda rows: (rows, EncodeReport()), options.seed,
-                              total_bytes=batches.example_bytes * len(examples))
-    batch_size = options.per_device_train_batch_size
-    rows_per_step = batch_size * options.gradient_accumulation_steps * num_processes
-    computed, largest = 0, (0, 0)
-    for rows in dealer.steps(rows_per_step, 0, dealer.steps_per_epoch(rows_per_step)):
-        for rank in range(num_processes):
-            for some in batching.micro_batches(rows, batch_size, rank, num_processes):
-                size = shape_of(some, options), sum(len(one.supervised) for one in some)
-                computed, largest = computed + size[0], max(largest, size)
-    num_tokens = sum(len(one.ids) for one in examples)
-    whole = batches.num_examples / len(spread(batches.num_examples, DEALT_ROWS))
-    return Data(origin, largest, batches.num_examples, round(num_tokens * whole),
-                1 - num_tokens / computed)
-
-
-def shape_of(rows, options):
-    """Tokens of a micro-batch, with what it is padded by."""
-    texts = [length for one in rows for length in one.lengths or [len(one.ids)]] or [1]
-    return sum(texts) if options.packing else len(texts) * padded(max(texts), options)
-
-
-def padded(length, options):
-    """The length of a row in a batch of which it is the longest."""
-    if options.packing:
-        return length
-    multiple = batching.COMPILED_PAD_MULTIPLE if options.compile else batching.PAD_MULTIPLE
-    return -(-length // multiple) * multiple
+    if options.stage != "dpo" or options.precompute_reference:
+        return 0
+    return sum(one.numel() for name, one in model.named_parameters() if one.requires_grad
+               and (is_sharded or options.adapter or ".lora_" not in name))
 
 
 # What is told
 
 
-def tell_model(options, model, dtype, device, num_processes):
+def tell_model(options, model, step):
     """Parameters, and how they are trained."""
     trained = memory.trained_numbers(model)
     how = "in full" if options.finetuning_type == "full" else "by LoRA"
     base = f", base in {options.quantization_bit} bits" if options.quantization_bit else ""
     print(f"model       {count_parameters(model):,} parameters, of which {trained:,} are trained "
-          f"{how}{base}, {str(dtype).removeprefix('torch.')} on {num_processes} x {device}")
+          f"{how}{base}, {str(step.dtype).removeprefix('torch.')} on {step.num_processes} x "
+          f"{step.device}")
+    if step.num_copied:
+        print(f"reference   a copy of {step.num_copied:,} of them, as they are at the beginning")
 
 
 def tell_data(options, data, num_processes):
@@ -233,7 +130,8 @@ def tell_data(options, data, num_processes):
         return options.max_steps
     steps_per_epoch = math.ceil(data.num_examples / rows_per_step)
     num_steps = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
-    print(f"an epoch    {data.num_examples:,} rows, {data.num_tokens:,} tokens, "
+    answers = f", {data.num_texts:,} answers" if options.stage in ("rm", "dpo") else ""
+    print(f"an epoch    {data.num_examples:,} rows{answers}, {data.num_tokens:,} tokens, "
           f"{data.padding:.1%} padding besides")
     print(f"steps       {steps_per_epoch:,} an epoch, {num_steps:,} in all, {told}")
     return num_steps
@@ -276,9 +174,12 @@ def tell_time(options, model, data, num_steps, num_processes):
         options.per_device_train_batch_size * options.gradient_accumulation_steps * num_processes)
     epochs = num_steps / math.ceil(steps_per_epoch)
     tokens = data.num_tokens * epochs
-    length = data.num_tokens / data.num_examples
-    operations = tokens / (1 - data.padding) * operations_per_token(
-        model, length, options.gradient_checkpointing)
+    length = data.num_tokens / data.num_texts
+    operations = epochs * operations_per_token(model, length, options.gradient_checkpointing)
+    if options.stage == "dpo":  # the reference reads along, or reads every row once
+        passes = 1 if options.precompute_reference else epochs
+        operations += passes * forward_operations(model, length)
+    operations *= data.num_tokens / (1 - data.padding)
     if options.tokens_per_second:
         seconds = tokens / options.tokens_per_second
         speed = f"{options.tokens_per_second:,g} tokens"
@@ -296,17 +197,30 @@ def operations_per_token(model, length, checkpointing):
     """Multiplications and additions to train on a token: 6 a trained weight, 4 a frozen one.
 
     Two go forward, two back to the layer's input, two to the weight's own gradient; two more are
-    forward again with checkpointing. In attention, both of whose factors have a gradient, a token
-    meets half of its row on average.
+    forward again with checkpointing. Of attention both factors have a gradient.
     """
-    config = model.config
-    embedding = 0 if config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
-    matrices = 2 * (count_parameters(model) - embedding)
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    looked_up = embedding * model.model.embed_tokens.weight.requires_grad
-    forward = matrices + attention
-    return (forward * (2 if checkpointing else 1) + matrices + 2 * attention
+    looked_up = num_looked_up(model) * model.model.embed_tokens.weight.requires_grad
+    forward = forward_operations(model, length)
+    return (forward * (2 if checkpointing else 1) + forward + attention_operations(model, length)
             + 2 * (memory.trained_numbers(model) - looked_up))
+
+
+def forward_operations(model, length):
+    """Multiplications and additions to take a token through the model: 2 a weight."""
+    matrices = count_parameters(model) - num_looked_up(model)
+    return 2 * matrices + attention_operations(model, length)
+
+
+def attention_operations(model, length):
+    """Those of them that multiply no weight: a token meets half of its row on average."""
+    config = model.config
+    return 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+
+
+def num_looked_up(model):
+    """How many numbers nothing is multiplied by: the embedding, unless it gives the logits too."""
+    tied = model.config.tie_word_embeddings
+    return 0 if tied else model.model.embed_tokens.weight.numel()
 
 
 def duration(seconds):

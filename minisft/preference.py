@@ -22,6 +22,7 @@ import hashlib
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -76,9 +77,9 @@ def collate(examples, device="cpu", pad_multiple=batching.PAD_MULTIPLE, referenc
 
 
 def fingerprint(example):
-    """16 bytes that tell an Example from others, wherever and whenever it is encoded."""
+    """A short text that tells an Example from others, wherever and whenever it is encoded."""
     content = [example.ids.tobytes(), example.supervised.tobytes(), repr(example.lengths).encode()]
-    return hashlib.blake2b(b"".join(content), digest_size=16).digest()
+    return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
 def compare(scores, batch, label_smoothing=0.0):
@@ -135,13 +136,15 @@ class DirectPreference:
     """The objective of --stage dpo, for a CausalLM as it is before training.
 
     sft_weight: of the loss that --stage sft would have on the best answers, which is added. known:
-    {fingerprint of an Example: the reference's log-probabilities}, instead of a reference.
+    {fingerprint of an Example: the reference's log-probabilities}, instead of a reference. That is
+    a frozen copy; of a sharded model, its rows of before.
     """
 
-    def __init__(self, model, beta=0.1, label_smoothing=0.0, sft_weight=0.0, known=None):
+    def __init__(self, model, beta=0.1, label_smoothing=0.0, sft_weight=0.0, known=None,
+                 is_sharded=False):
         self.model, self.beta = model, beta
         self.label_smoothing, self.sft_weight = label_smoothing, sft_weight
-        self.reference = frozen_copy(model) if known is None else None
+        self.reference = reference_of(model, is_sharded) if known is None else None
         self.collate = partial(collate, reference=known)
 
     def count(self, batches):
@@ -153,8 +156,8 @@ class DirectPreference:
         """{figure: sum over rows}, of which totals[0] is the number of rows in the whole step."""
         reference = batch.reference
         if reference is None:
-            with torch.no_grad():
-                reference = answer_log_probs(self.reference, self.reference.logits, batch)
+            with torch.no_grad(), self.reference as before:
+                reference = answer_log_probs(before, before.logits, batch)
         log_probs = answer_log_probs(wrapped, self.model.logits, batch)
         sums = compare(self.beta * (log_probs - reference), batch, self.label_smoothing)
         if self.sft_weight:
@@ -170,15 +173,24 @@ class DirectPreference:
         return mean_figures(self, examples, batch_size, collate, [len(examples), num_tokens])
 
 
+def reference_of(model, is_sharded):
+    """A context in which there is the model as it is now, whatever training makes of it."""
+    if not is_sharded:
+        return nullcontext(frozen_copy(model))
+    from minisft import fsdp
+
+    return fsdp.Before(model)
+
+
 @torch.inference_mode()
 def mean_figures(objective, examples, batch_size, collate, totals):
     """{figure: mean over the rows} of held-out Examples, over all processes; every row once."""
     model, sums = objective.model.eval(), Counter()
     device = model.model.embed_tokens.weight.device
-    rows = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
-    rows = rows[parallel.rank() :: parallel.world_size()]
-    for start in range(0, max(1, len(rows)), batch_size):  # once at least, for the figures' names
-        batch = [examples[row] for row in rows[start : start + batch_size]]
+    examples = sorted(examples, key=lambda example: len(example.ids))
+    # As many batches on every process, some perhaps empty: those of a sharded model go together.
+    for batch in batching.micro_batches(examples, batch_size, parallel.rank(),
+                                        parallel.world_size()):
         found = objective(model, collate(batch, device), totals)
         sums.update({name: value.item() for name, value in found.items()})
     values = parallel.sum_over_processes(list(sums.values()), device)
@@ -186,45 +198,50 @@ def mean_figures(objective, examples, batch_size, collate, totals):
 
 
 @torch.no_grad()
-def log_probs_of(model, examples, batch_size, autocast):
+def log_probs_of(model, examples, batch_size):
     """{fingerprint: log-probability of each text} of this process's share of the Examples."""
     model.eval()
     device, known = model.model.embed_tokens.weight.device, {}
     for part in batching.micro_batches(examples, batch_size, parallel.rank(),
                                        parallel.world_size()):
-        with autocast:
-            values = answer_log_probs(model, model.logits, collate(part, device)).tolist()
+        values = answer_log_probs(model, model.logits, collate(part, device)).tolist()
         for example in part:
             count = len(example.lengths)
             known[fingerprint(example)], values = values[:count], values[count:]
     return known
 
 
-def precompute(model, batches, held_out, batch_size, dtype, say):
-    """The log-probabilities of all rows, of training and held out, by the model as it is now."""
-    began, rows, known = time.monotonic(), batch_size * parallel.world_size(), {}
-    device = model.model.embed_tokens.weight.device
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def precompute(run, batches, held_out):
+    """Complete run.reference: the log-probabilities of all rows, of training and held out.
+
+    By the model as it is now. What a resumed run has brought with it is not computed again.
+    """
+    began, found, batch_size = time.monotonic(), {}, run.options.per_device_eval_batch_size
+    rows = batch_size * parallel.world_size()
     epoch = batches.steps(rows, 0, batches.steps_per_epoch(rows))
     silent = not (parallel.rank() == 0 and sys.stderr.isatty())
     for examples in tqdm(chain(epoch, [held_out or []]), "reference", unit="step", disable=silent):
-        known |= log_probs_of(model, examples, batch_size, autocast)
+        new = [example for example in examples if fingerprint(example) not in run.reference]
+        if new:
+            with run.autocast:
+                found |= log_probs_of(run.model, new, batch_size)
     batches.take_report()  # it is the first epoch's to tell
-    for others in parallel.gather(known):
-        known |= others
-    say(f"reference: log-probabilities of {len(known):,} rows in {time.monotonic() - began:.0f} s")
-    return known
+    before = len(run.reference)
+    for others in parallel.gather(found):
+        run.reference |= others
+    parallel.say(f"reference: log-probabilities of {len(run.reference):,} rows, {before:,} of them "
+                 f"from the checkpoint, {time.monotonic() - began:.0f} s")
 
 
-def build(options, model, template, batches, held_out, dtype, say):
-    """The objective of --stage; `model` is what training starts from."""
+def build(run, template, batches, held_out):
+    """The objective of --stage; `run.model` is what training starts from."""
+    options, model = run.options, run.model
     if options.stage in ("sft", "pt"):
         return NextToken(model)
     if options.stage == "rm":
         choose_padding(model, template)
         return Reward(model)
-    known = None
     if options.precompute_reference:
-        known = precompute(model, batches, held_out, options.per_device_eval_batch_size, dtype, say)
+        precompute(run, batches, held_out)
     return DirectPreference(model, options.dpo_beta, options.dpo_label_smoothing, options.dpo_ftx,
-                            known)
+                            run.reference if options.precompute_reference else None, run.is_sharded)

@@ -63,10 +63,14 @@ def load_reward_model(model_dir, dtype=torch.float32, device="cpu", quantization
     A language model's gets a new head, drawn as its weights once were, and in float32.
     """
     model = load_model(model_dir, dtype, device, quantization_bit, RewardModel)
-    if model.score.weight.is_meta:
-        weight = torch.randn(1, model.config.hidden_size) * model.config.initializer_range
-        model.score.weight = nn.Parameter(weight.to(device), requires_grad=False)
+    if model.score.weight.is_meta and torch.device(device).type != "meta":
+        model.score.weight = nn.Parameter(new_head(model.config).to(device), requires_grad=False)
     return model
+
+
+def new_head(config):
+    """A weight (1, D) for `score`, drawn on the CPU as the model's weights once were."""
+    return torch.randn(1, config.hidden_size) * config.initializer_range
 
 
 def check_head(model_dir, adapter_dir=None):

@@ -4,7 +4,8 @@
     run.save_checkpoint()                                  # runs/demo/checkpoint-STEP
     run = Run(..., checkpoint="runs/demo/checkpoint-40")   # goes on exactly from there
 
-The steps themselves are in `train.py`.
+The steps themselves are in `train.py`. `build_objective` is given the run when all is checked, and
+the model is still the one that training began with.
 """
 
 import math
@@ -38,7 +39,7 @@ class Run:
     """What a training run consists of: handed from step to step, saved and resumed as one."""
 
     def __init__(self, options, model, lora_config, num_rows, dtype, device, checkpoint=None,
-                 objective=None):
+                 build_objective=None):
         state = load_state(checkpoint) if checkpoint else None
         self.options, self.model, self.lora_config = options, model, lora_config
         self.device = device
@@ -72,6 +73,10 @@ class Run:
         if state:
             self._check_identity(state["identity"], checkpoint)
             self._tell_changes(state["options"])
+        # What --precompute_reference has found for the rows: {fingerprint: log-probabilities}.
+        self.reference = state["reference"] if state else {}
+        self.objective = build_objective(self) if build_objective else NextToken(model)
+        if state:
             restore_weights(model, checkpoint)
             self._load_optimizer(state["optimizer"], checkpoint)
             if state["scaler"]:  # empty where the run so far was not in float16
@@ -80,7 +85,6 @@ class Run:
                 self.best = state["best"]
             self._restore_random(state["random"])
         model.model.gradient_checkpointing = options.gradient_checkpointing
-        self.objective = objective or NextToken(model)
         self.collate = batching.pack if options.packing else self.objective.collate
         if options.compile:
             if not options.packing:
@@ -127,6 +131,7 @@ class Run:
             "identity": self.identity, "options": vars(self.options),
             "rows_per_step": self.rows_per_step, "best": self.best,
             "progress": self.progress.state(), "scaler": self.scaler.state_dict(),
+            "reference": self.reference,
             "optimizer": None if self.is_sharded else self.optimizer.state_dict(),
             "random": parallel.gather(random_state(self.device)),
         }
@@ -139,6 +144,8 @@ class Run:
             if self.is_sharded:
                 from minisft import fsdp
 
+                # If the first has failed, and cleared up, no other may make a folder after it.
+                parallel.barrier()
                 fsdp.save_moments(self.model, self.optimizer, folder / MOMENTS)
 
         save(self.options.output_dir, self.progress.step, write_weights, state,

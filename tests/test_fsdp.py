@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
-from minisft import checkpoint, fsdp
+from minisft import checkpoint, fsdp, parallel
 from minisft.config import ModelConfig
 from minisft.metrics import read_metrics
 from minisft.model import CausalLM
@@ -43,13 +43,13 @@ SHORT = {
 }
 
 
-def flags(processes, output_dir, *more):
+def flags(processes, output_dir, *more, kind="fsdp"):
     batch_size, accumulation = BATCHES[processes]
     words = ["--dataset", "rows.json", "--template", "plain", "--learning_rate", 1e-3,
              "--num_train_epochs", 2, "--logging_steps", 1, "--dataloader_num_workers", 0,
              "--per_device_train_batch_size", batch_size, "--gradient_accumulation_steps",
              accumulation, "--output_dir", output_dir, *more]
-    words += ["--parallel", "fsdp"] if processes > 1 else []
+    words += ["--parallel", kind] if processes > 1 else []
     return [processes, list(map(str, words))]
 
 
@@ -79,22 +79,32 @@ def planned():
 def runs(tmp_path_factory, tiny_tokenizer_dir):
     """The folder of all runs, made by a single process that forks."""
     folder = tmp_path_factory.mktemp("fsdp")
+    write_bases(folder, tiny_tokenizer_dir)
+    rows = [{"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
+            for number in range(23)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    train_forked(folder, planned())
+    return folder
+
+
+def write_bases(folder, tokenizer_dir):
+    """Two base models, one of them with a tied embedding."""
     for name in ("plain", "tied"):
         torch.manual_seed(0)
         model = CausalLM(ModelConfig.from_dict(
             {**CONFIG, "vocab_size": 300, "tie_word_embeddings": name == "tied"}))
         model.initialize()
         save_model(model, folder / name)
-        for path in tiny_tokenizer_dir.iterdir():
+        for path in tokenizer_dir.iterdir():
             shutil.copy(path, folder / name)
-    rows = [{"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
-            for number in range(23)]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    (folder / "runs.json").write_text(json.dumps(list(planned())))
+
+
+def train_forked(folder, plan):
+    """Work off a list of runs."""
+    (folder / "runs.json").write_text(json.dumps(list(plan)))
     done = subprocess.run([sys.executable, ROOT / "tests" / "fork_and_train.py", "runs.json"],
                           cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 def final(run_dir):
@@ -107,11 +117,14 @@ def logged(run_dir):
             for row in read_metrics(run_dir / "metrics.jsonl")]
 
 
-def assert_equal_runs(first, second, rtol=1e-4, atol=1e-5):
-    """Weights, losses, norms and evaluations, of the steps that the second has logged."""
+def assert_equal_runs(first, second, rtol=1e-4, atol=1e-5, near=None):
+    """Weights, losses, norms and evaluations, of the steps that the second has logged.
+
+    near: what figures may differ by that are about zero.
+    """
     rows = logged(second)
     for expected, row in zip(logged(first)[-len(rows):], rows, strict=True):
-        assert row == (pytest.approx(expected, rel=rtol) if rtol else expected)
+        assert row == (pytest.approx(expected, rel=rtol, abs=near) if rtol else expected)
     weights, others = final(first), final(second)
     assert weights.keys() == others.keys()
     for name, value in weights.items():
@@ -232,6 +245,30 @@ def test_on_each_device(device, runs, tmp_path):
                                        rtol=1e-3, atol=1e-4)
     finally:
         dist.destroy_process_group()
+
+
+def test_nothing_is_left_of_a_checkpoint_that_fails(runs, tmp_path, monkeypatch):
+    """The first process has failed and removed what there was; the other one adds nothing."""
+    options = train.parse_options([
+        "--model_name_or_path", "-", "--dataset", "-", "--output_dir", str(tmp_path / "out"),
+        "--finetuning_type", "full", "--parallel", "fsdp"])
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        run, _ = two_steps(options, runs / "plain", torch.device("cpu"))
+        together = [True]
+
+        def wait():  # the second time for what does not come
+            if not together:
+                raise RuntimeError("the other process has ended")
+            together.clear()
+
+        monkeypatch.setattr(parallel, "barrier", wait)
+        monkeypatch.setattr(parallel, "gather", lambda value: [value, value])
+        with pytest.raises(UserError, match="could not be written"):
+            run.save_checkpoint()
+    finally:
+        dist.destroy_process_group()
+    assert not (tmp_path / "out").exists()
 
 
 def test_damage_to_a_part_is_found(runs, tmp_path):

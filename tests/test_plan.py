@@ -12,7 +12,7 @@ from conftest import CONFIG, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from minisft import memory, objective, plan
+from minisft import batching, lengths, memory, objective, plan
 from minisft.config import ModelConfig
 from minisft.lora import LoraConfig, add_lora
 from minisft.metrics import read_metrics
@@ -107,6 +107,13 @@ def test_what_autograd_keeps_of_a_layer(fields, lora, bits, dtype, packed, tmp_p
      peak.FULL + peak.CHECKPOINTING),
     ({"hidden_size": 384}, 2, 64, 1, "float32", ["--quantization_bit", "4", "--packing"]),
     ({"vocab_size": 20000}, 1, 64, 1, "float32", ["--modules_to_save", "embed_tokens,lm_head"]),
+    ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 1, "float32",
+     peak.REWARD + peak.FULL),
+    ({"vocab_size": 20000}, 2, 128, 1, "float32", peak.REWARD),
+    ({"vocab_size": 20000}, 1, 64, 1, "float32", peak.DPO + ["--modules_to_save", "lm_head"]),
+    ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 1, "float32", peak.DPO + peak.FULL),
+    ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 1, "bfloat16",
+     peak.DPO + peak.FULL + ["--precompute_reference"]),
 ])
 def test_planned_peak_is_the_measured_one(fields, batch_size, length, accumulated, dtype, flags,
                                           tmp_path, monkeypatch):
@@ -180,27 +187,32 @@ def numbers(pattern, text):
     return [float(one.replace(",", "")) for one in re.search(pattern, text).groups()]
 
 
-@pytest.mark.parametrize("stage", ["sft", "pt"])
+@pytest.mark.parametrize("stage", ["sft", "pt", "rm", "dpo"])
 def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch, capsys):
     rows = [{"instruction": "Say" + " it" * (number % 40), "output": "the cat " * (number % 7 + 1)}
             for number in range(61)]
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps(rows if stage == "sft" else
-                               [{"text": row["output"] * 9} for row in rows]))
+    if stage == "pt":
+        rows = [{"text": row["output"] * 9} for row in rows]
+    for number, row in enumerate(rows if stage in ("rm", "dpo") else ()):
+        row["output"] = [row["output"], "no " * (number % 5 + 1), "well"][: 2 + (number % 4 == 0)]
+    path.write_text(json.dumps(rows))
     words = ["--model_name_or_path", checkpoint, "--dataset", path, "--output_dir", tmp_path / "o",
              "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--device",
              "cpu", "--dtype", "float32", "--num_train_epochs", 1, "--stage", stage,
              "--dataloader_num_workers", 0]
-    words += ["--template", "plain"] if stage == "sft" else ["--block_size", 32]
+    words += ["--block_size", 32] if stage == "pt" else ["--template", "plain"]
+    words += ["--finetuning_type", "full"] if stage == "dpo" else []
     said = dry_run(monkeypatch, capsys, *words)
     assert not (tmp_path / "o").exists()
-    collate, sizes = NextToken.collate, []
+    collate, sizes = batching.collate, []
 
     def collated(*arguments):
         batch = collate(*arguments)
         sizes.append(batch[0].numel())
         return batch
 
+    monkeypatch.setattr(batching, "collate", collated)  # as --stage rm and dpo have it
     monkeypatch.setattr(NextToken, "collate", staticmethod(collated))
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.main()
@@ -209,7 +221,8 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
     tokens, padding = numbers(r"([\d,]+) tokens, ([\d.]+)% padding", said)
     assert steps == last["step"]
     assert numbers(r"with ([\d,]+) tokens in the largest", said) == [max(sizes)]
-    if stage == "sft":
+    assert ("61 rows, 138 answers" in said) == (stage in ("rm", "dpo"))
+    if stage != "pt":
         assert tokens == last["tokens"]
         assert padding == pytest.approx(100 * (1 - tokens / sum(sizes)), abs=0.06)
     else:  # blocks are counted as if all were full
@@ -217,19 +230,26 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
     trained, total = numbers(r"training ([\d,]+) of ([\d,]+) parameters",
                              capsys.readouterr().out)
     assert numbers(r"([\d,]+) parameters, of which ([\d,]+) are", said) == [total, trained]
+    copied = re.search(r"reference   a copy of ([\d,]+)", said)
+    assert (stage == "dpo") == bool(copied and float(copied[1].replace(",", "")) == total)
 
 
-def test_of_many_rows_a_part_is_encoded(checkpoint, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch, capsys):
     """Then tokens, padding and the largest micro-batch are about those of all."""
     rows = [{"instruction": "Say" + " it" * (number * 7 % 50), "output": "the cat " * (number % 9)}
             for number in range(900)]
+    if stage == "dpo":
+        rows = [row | {"output": [row["output"], "no " * (number % 5 + 1)]}
+                for number, row in enumerate(rows) if row["output"]]
+        rows += [{"output": ["lonely"]}] * 100
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     words = ["--model_name_or_path", checkpoint, "--dataset", tmp_path / "rows.json", "--template",
-             "plain", "--skip_bad_rows", "--output_dir", "o", "--device", "cpu"]
+             "plain", "--skip_bad_rows", "--output_dir", "o", "--device", "cpu", "--stage", stage]
     patterns = (r"([\d,]+) tokens, ([\d.]+)% padding", r"with ([\d,]+) tokens in the largest")
     every = dry_run(monkeypatch, capsys, *words)
-    monkeypatch.setattr(plan, "ENCODED_ROWS", 90)
-    monkeypatch.setattr(plan, "DEALT_ROWS", 450)
+    monkeypatch.setattr(lengths, "ENCODED_ROWS", 90)
+    monkeypatch.setattr(lengths, "DEALT_ROWS", 450)
     part = dry_run(monkeypatch, capsys, *words)
     assert "; 90 of 800 rows, the others by their size" in part and "; " not in every.split("\n")[2]
     for pattern, tolerance in zip(patterns, (0.1, 0.2), strict=True):
@@ -265,6 +285,27 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, caps
 
     said = dry_run(monkeypatch, capsys, *words[:-2], "--dataset", "nowhere.json", "--max_steps", 5)
     assert "assumed, 1,024 tokens in every row" in said and "fits        NO" in said
+    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows)
+    weights, = numbers(r"weights +([\d.]+)", said)
+
+    # With a reference of its own: four bytes more, over 64; with all answers read by it too.
+    rows.write_text(json.dumps([{"instruction": "x" * 400, "output": ["四个字节" * 100, "y", "z"]}]
+                               * 640))
+    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo")
+    assert "reference   a copy of 70,553,706,496" in said
+    assert numbers(r"weights +([\d.]+)", said) == [
+        pytest.approx(weights + 4 * 70.55 / 64, abs=0.01)]
+    assert "640 rows, 1,920 answers, 385,280 tokens" in said
+    work, = numbers(r"tokens, ([\d.e+]+) operations", said)
+    assert work == pytest.approx(3 * 640 * 3 * 400 * 10 * 70e9, rel=0.05)  # padding too
+    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo",
+                   "--precompute_reference")
+    assert "reference" not in said
+    assert numbers(r"weights +([\d.]+)", said) == [weights]
+    # A reward model ends in a row of numbers.
+    said = dry_run(monkeypatch, capsys, *words, "--dataset", "nowhere.json", "--stage", "rm")
+    assert "in every answer of two" in said and numbers(r"logits +([\d.]+)", said) == [0]
+    assert f"{70_553_706_496 - 128_255 * 8192:,} parameters" in said
     assert not (tmp_path / "o").exists()
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 
 import datasets
 import numpy as np
@@ -182,9 +183,8 @@ def test_steps_equal_trl(case, base, tiny_tokenizer_dir, tmp_path):
 
     batches = already_encoded(examples)
     template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
-    objective = preference.build(options, ours, template, batches, None, torch.float32, print)
     run = Run(options, ours, lora_config, len(examples), torch.float32, torch.device("cpu"), None,
-              objective)
+              partial(preference.build, template=template, batches=batches, held_out=None))
     train.train(run, batches, None)
     names = {"loss": "loss", "grad_norm": "grad_norm", "accuracy": "accuracy", "margin": "margin"}
     if stage == "dpo":
@@ -357,39 +357,11 @@ def words_of(checkpoint, pairs_file, output, *more):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--stage", "dpo", "--dpo_ftx", 0.5, "--precompute_reference", "--finetuning_type", "lora"],
-    ["--stage", "rm", "--finetuning_type", "full"],
-])
-def test_two_processes_train_as_one(flags, checkpoint, pairs_file, tmp_path, here):
-    """The last step of an epoch does not go round; figures and weights are equal."""
-    flags = [*flags, "--num_train_epochs", 2, "--validation_split", 3, "--eval_steps", 3]
-    here(train, *words_of(checkpoint, pairs_file, tmp_path / "1", *flags,
-                          "--per_device_train_batch_size", 6))
-    done = command(*words_of(checkpoint, pairs_file, tmp_path / "2", *flags),
-                   "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 3,
-                   before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
-    assert done.returncode == 0, done.stderr
-    first, second = metrics_of(tmp_path / "1"), metrics_of(tmp_path / "2")
-    assert [row["step"] for row in first if "loss" in row] == list(range(1, 9))
-    for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        for figure in set(one) - {"tokens_per_second"}:
-            assert one[figure] == pytest.approx(other[figure], rel=1e-3, abs=1e-5), figure
-    assert {"accuracy", "margin", "reward_chosen", "reward_rejected"} < first[0].keys()
-    assert {"eval_loss", "eval_accuracy", "eval_margin"} < first[3].keys()
-    name = "model" if "full" in flags else "adapter_model"
-    ours, theirs = (load_file(tmp_path / run / f"{name}.safetensors") for run in "12")
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("flags", [
     ["--stage", "dpo", "--finetuning_type", "full"],
     ["--stage", "dpo", "--precompute_reference", "--modules_to_save", "lm_head"],
     ["--stage", "rm", "--lora_dropout", 0.2, "--quantization_bit", 8, "--gradient_checkpointing"],
 ])
-def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here):
+def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here, monkeypatch):
     """The reference is what the first run began with, not what the resumed one finds."""
     flags = [*flags, "--max_steps", 6, "--save_steps", 3]
     here(train, *words_of(checkpoint, pairs_file, tmp_path / "whole", *flags))
@@ -397,8 +369,10 @@ def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here):
     shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
     for name in ("metrics.jsonl", "options.toml"):
         shutil.copy(tmp_path / "whole" / name, tmp_path / "resumed" / name)
-    here(train, *words_of(checkpoint, pairs_file, tmp_path / "resumed", *flags,
-                          "--resume_from_checkpoint", "auto"))
+    monkeypatch.setattr(preference, "log_probs_of", None)  # nor is it computed again
+    said = here(train, *words_of(checkpoint, pairs_file, tmp_path / "resumed", *flags,
+                                 "--resume_from_checkpoint", "auto"))
+    assert ("rows, 24 of them from the checkpoint" in said) == ("--precompute_reference" in flags)
     logs = [[{**row, "tokens_per_second": 0} for row in metrics_of(tmp_path / run)]
             for run in ("whole", "resumed")]
     assert logs[0] == logs[1] and len(logs[0]) == 6
@@ -418,6 +392,27 @@ def test_computed_before_or_along_the_way(checkpoint, pairs_file, tmp_path, here
         logs.append([row.get("loss", row.get("eval_loss")) for row in
                      metrics_of(tmp_path / str(number))])
     np.testing.assert_allclose(logs[1:], [logs[0]] * 2, rtol=1e-5)
+
+
+def test_a_resumed_run_computes_only_what_is_new(checkpoint, pairs_file, tmp_path, here,
+                                                 monkeypatch):
+    """Of rows that it newly evaluates on, by the model of the beginning; if refused, nothing."""
+    words = words_of(checkpoint, pairs_file, tmp_path / "out", "--stage", "dpo", "--max_steps", 2,
+                     "--save_steps", 1, "--precompute_reference")
+    here(train, *words)
+    (tmp_path / "held_out.jsonl").write_text("\n".join(
+        line.replace("Say", "Tell") for line in pairs_file.read_text().splitlines()[:3]))
+    words += ["--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--eval_dataset",
+              tmp_path / "held_out.jsonl"]
+    said = here(train, *words, "--output_dir", tmp_path / "known")
+    assert "27 rows, 24 of them from the checkpoint" in said
+    words.remove("--precompute_reference")
+    here(train, *words, "--output_dir", tmp_path / "along")
+    known, along = (metrics_of(tmp_path / name) for name in ("known", "along"))
+    assert known[-1]["eval_loss"] == pytest.approx(along[-1]["eval_loss"], rel=1e-5)
+    monkeypatch.setattr(preference, "log_probs_of", None)
+    with pytest.raises(UserError, match="seed 42, not 7"):
+        here(train, *words, "--output_dir", tmp_path / "no", "--precompute_reference", "--seed", 7)
 
 
 def test_it_learns_what_is_better(checkpoint, pairs_file, tmp_path, here):

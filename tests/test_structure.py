@@ -15,8 +15,8 @@ LAYERS = [
     "train score select export chat eval",
     "ifd reward_scores scores selection gguf_export multiple_choice choice_report judge compare "
     "selection_plot report_page assistant text_metrics prompts terminal page web",
-    "generate compiled exact_match sharing transcript plan memory run fsdp checkpoint weights "
-    "batching training_data objective preference reward metrics parallel",
+    "generate compiled exact_match sharing transcript plan lengths memory run fsdp checkpoint "
+    "weights batching training_data objective preference reward metrics parallel",
     "model lora quantize tokenizer tokenizer_engines template tool_calls dataset "
     "dataset_info records formats encoding benchmarks optimizer kmeans near_duplicates "
     "tensor_files chat_template gguf_file gguf_mapping gguf_vocabulary gguf_import gguf_writer "

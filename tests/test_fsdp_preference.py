@@ -1,0 +1,126 @@
+"""Stages rm and dpo in several processes: what they train, sharded or each with all, is what one
+does."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_fsdp import assert_equal_runs, final, flags, logged, resumed, train_forked, write_bases
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import train
+from minisft import fsdp
+from minisft.encoding import Example
+from minisft.preference import DirectPreference, answer_log_probs, collate
+from minisft.reward import load_reward_model
+
+HELD_OUT = ["--validation_split", 5, "--eval_steps", 2, "--per_device_eval_batch_size", 1]
+# Eighteen ragged rows, every third with three answers, in six steps of six.
+KINDS = {
+    "dpo full": ["--model_name_or_path", "tied", "--stage", "dpo", "--finetuning_type", "full",
+                 "--dpo_ftx", 0.5, "--gradient_checkpointing", "--load_best_model_at_end",
+                 *HELD_OUT],
+    "dpo lora": ["--model_name_or_path", "plain", "--stage", "dpo", "--lora_rank", 3,
+                 "--modules_to_save", "lm_head", "--validation_split", 5],
+    "dpo known": ["--model_name_or_path", "plain", "--stage", "dpo", "--finetuning_type", "full",
+                  "--precompute_reference", *HELD_OUT],
+    "rm full": ["--model_name_or_path", "tied", "--stage", "rm", "--finetuning_type", "full",
+                *HELD_OUT],
+    "rm lora": ["--model_name_or_path", "plain", "--stage", "rm", "--lora_rank", 3,
+                "--validation_split", 5],
+}
+SHORT = {
+    "dpo adapter": ["--model_name_or_path", "plain", "--stage", "dpo", "--adapter", "dpo lora/2"],
+    "rm adapter": ["--model_name_or_path", "plain", "--stage", "rm", "--adapter", "rm lora/2"],
+    "rm again": ["--model_name_or_path", "rm full/2", "--stage", "rm", "--lora_rank", 2],
+    "dpo bfloat16": ["--model_name_or_path", "plain", "--stage", "dpo", "--finetuning_type",
+                     "full", "--dtype", "bfloat16"],
+    "rm bfloat16": ["--model_name_or_path", "plain", "--stage", "rm", "--dtype", "bfloat16"],
+}
+
+
+def planned():
+    for name, words in KINDS.items():
+        keep = ["--save_steps", 2, "--save_total_limit", 9]
+        yield flags(1, f"{name}/1", *words)
+        yield flags(2, f"{name}/2", *words, *keep)
+        yield resumed(4, f"{name}/2-4", *words, f"{name}/2/checkpoint-2")
+    for name in ("dpo lora", "rm full"):
+        yield flags(2, f"{name}/ddp", *KINDS[name], kind="ddp")
+    for name, words in SHORT.items():
+        for processes in (1, 2):
+            yield flags(processes, f"{name}/{processes}", *words, "--max_steps", 3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_tokenizer_dir):
+    """The folder of all runs."""
+    folder = tmp_path_factory.mktemp("preferences")
+    write_bases(folder, tiny_tokenizer_dir)
+    rows = [{"instruction": f"go {number}", "output": [
+        f"yes {number}" * (1 + number % 5), "the cat sat " * (1 + 7 * number % 4), "no"][
+            : 3 if number % 3 == 0 else 2]} for number in range(23)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    train_forked(folder, planned())
+    return folder
+
+
+@pytest.mark.parametrize("name, other", [
+    *((name, other) for name in KINDS for other in ("2", "2-4")),
+    ("dpo lora", "ddp"), ("rm full", "ddp")])
+def test_any_number_of_processes_trains_as_one(name, other, runs):
+    """Figures, norms of the gradient, weights and the head; resumed with twice as many."""
+    rows = [row for row in logged(runs / name / "1") if "loss" in row]
+    assert len(rows) == 6 and {"accuracy", "margin", "reward_chosen"} < rows[0].keys()
+    assert_equal_runs(runs / name / "1", runs / name / other, near=1e-5)
+    assert ("dpo" in name) == (rows[0]["margin"] == pytest.approx(0, abs=1e-5))
+    assert abs(rows[-1]["margin"]) > 1e-2
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_other_ways_to_train(name, runs):
+    """Going on from an adapter or a head that was trained; in half precision."""
+    if name.endswith("16"):  # one keeps more in float32 than the other
+        losses = [[row["loss"] for row in logged(runs / name / number)] for number in "12"]
+        assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    else:
+        assert_equal_runs(runs / name / "1", runs / name / "2", near=1e-5)
+
+
+def test_a_head_that_was_sharded_is_loaded(runs):
+    """Of one row, which one process had and the others did not."""
+    model = load_reward_model(runs / "rm full/2-4")
+    assert torch.equal(model.score.weight, final(runs / "rm full/2-4")["score.weight"])
+    start = load_file(runs / "rm full/2/checkpoint-2/model.safetensors")["score.weight"]
+    assert not torch.equal(model.score.weight, start)
+
+
+def test_the_reference_is_the_beginning(runs):
+    """Whatever training makes of the model; a copy is held of a process's own rows alone."""
+    options = train.parse_options([
+        "--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-", "--parallel", "fsdp",
+        "--adapter", str(runs / "dpo lora/2")])
+    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        model, config = train.load_trainable(
+            options, runs / "plain", torch.float32, torch.device("meta"))
+        fsdp.distribute(model, config, options, runs / "plain", torch.float32, torch.device("cpu"))
+        batch = collate([Example(np.arange(3, 40), np.arange(37) % 20 > 8, [20, 17])])
+        with torch.no_grad():
+            expected = answer_log_probs(model, model.logits, batch)
+            objective = DirectPreference(model, is_sharded=True)
+            for parameter in fsdp.trained(model).values():
+                parameter.to_local().add_(0.1)
+        held = objective.reference.rows
+        assert held.keys() == {name for name, one in model.named_parameters() if one.requires_grad}
+        assert 0 < sum(one.numel() for one in held.values()) < 20_000
+        with objective.reference as before, torch.no_grad():
+            found = answer_log_probs(before, before.logits, batch)
+        assert torch.equal(found, expected)
+        with torch.no_grad():
+            assert not torch.allclose(answer_log_probs(model, model.logits, batch), expected)
+    finally:
+        dist.destroy_process_group()
