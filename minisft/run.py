@@ -43,22 +43,7 @@ class Run:
         state = load_state(checkpoint) if checkpoint else None
         self.options, self.model, self.lora_config = options, model, lora_config
         self.device = device
-        self.rows_per_step = (options.per_device_train_batch_size
-                              * options.gradient_accumulation_steps * parallel.world_size())
-        if state and self.rows_per_step != state["rows_per_step"]:
-            # Kept also with another number of processes: the same rows make up every step.
-            self.rows_per_step = state["rows_per_step"]
-            parallel.say(f"every step still has the same {self.rows_per_step} rows, whatever the "
-                         "batch size, accumulation and number of processes are now")
-        self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
-        self.total_steps = options.max_steps or math.ceil(
-            self.steps_per_epoch * options.num_train_epochs)
-        self.warmup_steps = options.warmup_steps
-        if self.warmup_steps is None:
-            self.warmup_steps = math.ceil(self.total_steps * options.warmup_ratio)
-        if self.warmup_steps >= self.total_steps:
-            parallel.say(f"the warm-up takes all {self.total_steps} steps, so the learning rate "
-                         "never reaches its peak: lower --warmup_steps or --warmup_ratio")
+        self._count_steps(num_rows, state)
         self.optimizer = build_optimizer(
             model, options.learning_rate, options.weight_decay,
             (options.adam_beta1, options.adam_beta2), options.adam_epsilon,
@@ -77,13 +62,7 @@ class Run:
         self.reference = state["reference"] if state else {}
         self.objective = build_objective(self) if build_objective else NextToken(model)
         if state:
-            restore_weights(model, checkpoint)
-            self._load_optimizer(state["optimizer"], checkpoint)
-            if state["scaler"]:  # empty where the run so far was not in float16
-                self.scaler.load_state_dict(state["scaler"])
-            if Path(checkpoint).parent.resolve() == Path(options.output_dir).resolve():
-                self.best = state["best"]
-            self._restore_random(state["random"])
+            self._restore(state, checkpoint)
         model.model.gradient_checkpointing = options.gradient_checkpointing
         self.collate = batching.pack if options.packing else self.objective.collate
         if options.compile:
@@ -94,6 +73,36 @@ class Run:
         self.wrapped = model if self.is_sharded else parallel.wrap(model)
         self.progress = Progress(self.total_steps, Path(options.output_dir) / "metrics.jsonl",
                                  device, state and state["progress"])
+
+    def _count_steps(self, num_rows, state):
+        """How many rows are in a step, and how many steps in an epoch, the warm-up, the run."""
+        options = self.options
+        self.rows_per_step = (options.per_device_train_batch_size
+                              * options.gradient_accumulation_steps * parallel.world_size())
+        if state and self.rows_per_step != state["rows_per_step"]:
+            # Kept also with another number of processes: the same rows make up every step.
+            self.rows_per_step = state["rows_per_step"]
+            parallel.say(f"every step still has the same {self.rows_per_step} rows, whatever the "
+                         "batch size, accumulation and number of processes are now")
+        self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
+        self.total_steps = options.max_steps or math.ceil(
+            self.steps_per_epoch * options.num_train_epochs)
+        self.warmup_steps = options.warmup_steps
+        if self.warmup_steps is None:
+            self.warmup_steps = math.ceil(self.total_steps * options.warmup_ratio)
+        if self.warmup_steps >= self.total_steps:
+            parallel.say(f"the warm-up takes all {self.total_steps} steps, so the learning rate "
+                         "never reaches its peak: lower --warmup_steps or --warmup_ratio")
+
+    def _restore(self, state, checkpoint):
+        """Take over what training had changed when the checkpoint was saved."""
+        restore_weights(self.model, checkpoint)
+        self._load_optimizer(state["optimizer"], checkpoint)
+        if state["scaler"]:  # empty where the run so far was not in float16
+            self.scaler.load_state_dict(state["scaler"])
+        if Path(checkpoint).parent.resolve() == Path(self.options.output_dir).resolve():
+            self.best = state["best"]
+        self._restore_random(state["random"])
 
     def _check_identity(self, saved, checkpoint):
         for name, value in self.identity.items():
