@@ -27,3 +27,10 @@ for shape in tinyllama llama3-8b; do
     bench generate.py --shape $shape --repeats 3 --batch_size 1 --compile
 done
 bench generate.py --shape llama3-8b --repeats 3 --batch_size 1 --compile --max_length 8192
+DATA=../shared/data  # real tokenizers and rows, where they are
+if [ -d "$DATA" ]; then
+    echo "\$ bench/score.py"
+    "$PYTHON" bench/score.py --dtype bfloat16 --config_dir "$DATA/configs/TinyLlama-1.1B-Chat-v0.6" \
+        --tokenizer_dir "$DATA/tokenizers/TinyLlama-1.1B-Chat-v0.6" --batch_tokens 32768 --workers 4 \
+        --dataset "$DATA/instruct/cherry_alpaca.json" 2>"$ERRORS" || tail -3 "$ERRORS"
+fi

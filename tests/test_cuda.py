@@ -121,7 +121,8 @@ def test_resumes_exactly(checkpoint, rows_file, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [
-    ["--packing"], ["--compile"], ["--gradient_checkpointing"], ["--bf16"], ["--fp16"],
+    ["--packing"], ["--compile"], ["--packing", "--compile", "--bf16"],
+    ["--gradient_checkpointing"], ["--bf16"], ["--fp16"],
     ["--quantization_bit", 4], ["--quantization_bit", 8], ["--finetuning_type", "full"]])
 def test_every_way_to_train_learns(extra, checkpoint, rows_file, tmp_path):
     done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, *RUN, *extra,
