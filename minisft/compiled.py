@@ -80,7 +80,9 @@ class CompiledDecoder:
 
     def _replay(self, token, cache):
         if cache not in self.graphs:
-            self.graphs[cache] = self._captured(token, cache)
+            # Streams are those of the current GPU, which need not be the model's.
+            with torch.cuda.device(self.device):
+                self.graphs[cache] = self._captured(token, cache)
         graph, its_token, its_position, logits = self.graphs[cache]
         its_token.copy_(token)
         its_position.fill_(cache.length)
@@ -98,7 +100,7 @@ class CompiledDecoder:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may copy caches meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             logits = run()
         return graph, token, position, logits
 

@@ -98,6 +98,17 @@ def test_a_compiled_step_as_a_graph_generates_the_same(models, sampling):
     assert answers == [expected] * 3 and len(decoder.graphs) == 2
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU here")
+def test_a_graph_belongs_to_the_gpu_of_the_model(models):
+    """Which is not the current one: after --device cuda:1, or on a thread of the web page."""
+    model, sampling = models[0].eval().to("cuda:1"), Sampling(20, greedy=True)
+    expected = generate(model, [[1, 5, 9]], sampling, {2})
+    decoder = CompiledDecoder(model, 64)
+    for _ in range(2):
+        found = list(stream(model, [1, 5, 9], sampling, {2}, decoder.new_cache(), decoder))
+        assert found == expected[0]
+
+
 RUN = ["--template", "plain", "--per_device_train_batch_size", 2, "--learning_rate", 5e-3,
        "--logging_steps", 1, "--max_steps", 8, "--device", "cuda"]
 
