@@ -180,7 +180,11 @@ def unanswered(record):
     turns = record.get(name)
     if isinstance(turns, list) and turns:
         last = turns[-1] if isinstance(turns[-1], dict) else {}
-        if ROLES.get(last.get("from", last.get("role"))) != "assistant":
+        role = last.get("from", last.get("role"))
+        role = ROLES.get(role) if isinstance(role, str) else None
+        if role == "system":
+            raise BadRow("there is no question")
+        if role != "assistant":
             turns = [*turns, {"role": "assistant", "content": UNSEEN}]
         return {**record, name: turns}
     return {**record, "target": UNSEEN} if "input" in record else record

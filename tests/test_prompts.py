@@ -148,7 +148,9 @@ def test_rows_of_many_forms(assistant, tmp_path):
 def test_rows_that_cannot_be_asked_are_listed_before_anything_is(assistant, tmp_path):
     lines = ['{"prompt": "good"}', '{"prompt": " "}', "", '{"prompt": "a\\u0007"}', "{broken",
              '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
-             '{"other": 1}', json.dumps({"prompt": "x" * 30_000})]
+             '{"other": 1}', json.dumps({"prompt": "x" * 30_000}),
+             '{"messages": [{"role": "system", "content": "a"}]}',
+             '{"messages": [{"role": ["user"], "content": "a"}]}']
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(lines))
     assistant.inference = None
@@ -157,7 +159,8 @@ def test_rows_that_cannot_be_asked_are_listed_before_anything_is(assistant, tmp_
     for said in ("rows that cannot be asked:", "row 2 (line 2): there is no question",
                  "row 3 (line 4): the message has the control character U+0007",
                  "row 4 (line 5)", "row 5 (line 6): ", "row 6 (line 7): ",
-                 "row 7 (line 8): the message is too long"):
+                 "row 7 (line 8): the message is too long",
+                 "row 8 (line 9): there is no question", "row 9 (line 10): "):
         assert said in str(error.value)
     path.write_text('{"prompt": ""}\n' * 30)
     with pytest.raises(UserError, match="and 20 more of 30 rows"):
