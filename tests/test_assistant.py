@@ -105,7 +105,7 @@ def test_turns_give_way_until_half_of_the_room_is_free(template, tiny_chat_model
         script.append(user(f"question {number} " + "cat " * (5 * number % 7)))
         if number % 3:
             script += [{"role": "assistant", "content": "call"}, {"role": "tool", "content": "7"}]
-        script.append({"role": "assistant", "content": f"answer {number}"})
+        script.append({"role": "assistant", "content": f"answer {number}" + " hat" * (number % 5)})
     for turn in script:
         if turn["role"] != "assistant" and length([SYSTEM, *turns[first:], turn]) > 450:
             jumps += 1
