@@ -35,6 +35,16 @@ def test_every_row_is_in_the_histogram():
     assert "IFD" in axes.get_xlabel() and axes.get_ylabel() == "number of rows"
 
 
+@pytest.mark.parametrize(("strategy", "reward", "drawn"), [
+    ("ifd", np.nan, 20), ("ifd_ppl", np.nan, 30), ("reward", 1.0, 40)])
+def test_what_is_drawn_is_what_was_chosen_by(strategy, reward, drawn):
+    scores = {name: np.array([1.5] * count + [np.nan] * (40 - count))
+              for name, count in (("ifd", 20), ("ifd_ppl", 30))}
+    axes = Figure().subplots()
+    selection_plot.draw_scores(axes, {**scores, "reward": np.full(40, reward)}, [0], strategy)
+    assert sum(bar.get_height() for bar in axes.containers[0].patches) == drawn
+
+
 def test_rows_without_an_embedding_are_not_drawn():
     generator = np.random.default_rng(0)
     embeddings = generator.standard_normal((50, 6)).astype(np.float32) + 100
