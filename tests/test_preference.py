@@ -30,6 +30,8 @@ from minisft.reward import RewardModel, choose_padding, load_reward_model
 from minisft.run import Run
 from minisft.template import get_template
 from minisft.tokenizer import Tokenizer
+from minisft.training_data import load_data
+from minisft.training_options import parse_options
 from minisft.weights import load_adapter, load_model, save_adapter, save_model
 
 STEPS, ROWS_PER_STEP = 8, 6
@@ -570,3 +572,17 @@ def test_a_reward_model_is_not_padded_with_what_ends_conversations():
         template = SimpleNamespace(tokenizer=tokenizer, stop_token_ids=lambda _, ends=ends: ends)
         choose_padding(model, template)
         assert model.config.original["pad_token_id"] == padding
+
+
+@pytest.mark.parametrize(("stage", "kept"), [("dpo", 2), ("rm", 1)])
+def test_only_a_reward_needs_whole_conversations(stage, kept, checkpoint, tmp_path):
+    """Of an answer that is cut the beginning can be learned, but it was not what was judged."""
+    rows = [{"instruction": "Hi", "output": [answer, "no"]} for answer in ("yes", "yes " * 60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = parse_options(["--model_name_or_path", str(checkpoint), "--output_dir", "-",
+                             "--dataset", str(tmp_path / "rows.json"), "--cutoff_len", "40",
+                             "--stage", stage])
+    tokenizer = Tokenizer.load(checkpoint)
+    batches, _ = load_data(options, tokenizer, get_template("plain", tokenizer),
+                           ModelConfig.load(checkpoint), print)
+    assert len(batches.first(9)) == kept
