@@ -39,15 +39,19 @@ def show(options):
     if device != "cuda":  # which need not be here to be planned for
         device = resolve_device(options).type
     absent = device == "cuda" and not torch.cuda.is_available()
+    available = memory_of_device(options, device)
     dtype = resolve_dtype(options, torch.device(device), torch.bfloat16 if absent else None)
     num_processes = options.num_processes or int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes == 1 and options.parallel == "fsdp":
+        raise UserError("--parallel fsdp shards the model over processes: give --num_processes "
+                        "above 1, or --parallel ddp")
     model = planned_model(options, config, dtype)
     data = look_at_data(options, config, model_dir, num_processes)
     step = planned_step(options, model, data.largest, dtype, device, num_processes)
     print("a plan: nothing is downloaded, loaded or written")
     tell_model(options, model, step)
     num_steps = tell_data(options, data, num_processes)
-    tell_memory(options, list(memory.moments(model, step)), step)
+    tell_memory(list(memory.moments(model, step)), step, available)
     tell_time(options, model, data, num_steps, num_processes)
 
 
@@ -137,8 +141,11 @@ def tell_data(options, data, num_processes):
     return num_steps
 
 
-def tell_memory(options, moments, step):
-    """The parts of the memory: the most of each, and what they are when their sum is largest."""
+def tell_memory(moments, step, available):
+    """The parts of the memory: the most of each, and what they are when their sum is largest.
+
+    available: bytes that the device has, None where that is not known.
+    """
     peak = max(moments, key=lambda moment: moment.total)
     print("memory of each process, GB   at most   at the peak")
     for part in memory.PARTS:
@@ -146,7 +153,6 @@ def tell_memory(options, moments, step):
         print(f"  {part:<24} {most / 1e9:10,.2f} {peak.parts[part] / 1e9:13,.2f}")
     print(f"  {'together':<24} {'':10} {peak.total / 1e9:13,.2f}   at {peak.name}, with "
           f"{step.num_tokens:,} tokens in the largest micro-batch")
-    available = memory_of_device(options, step.device)
     if available is None:
         print("fits        not known: give --device_memory, such as 80GB")
         return
@@ -158,7 +164,10 @@ def tell_memory(options, moments, step):
 def memory_of_device(options, device):
     """Bytes of --device_memory, or of the device that is here; None where neither is known."""
     if options.device_memory:
-        return parse_size(options.device_memory)
+        try:
+            return parse_size(options.device_memory)
+        except UserError as error:
+            raise UserError(f"--device_memory: {error}") from error
     if device == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available():

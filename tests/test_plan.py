@@ -309,13 +309,27 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, caps
     assert not (tmp_path / "o").exists()
 
 
+def test_the_reference_has_a_copy_of_an_adapter_that_is_trained_on():
+    """Of a new one, which changes nothing yet, it has none."""
+    model = CausalLM(ModelConfig.from_dict(SHAPE))
+    add_lora(model, LoraConfig(rank=5))
+    words = ["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-", "--stage", "dpo"]
+    assert plan.num_copied(parse_options(words), model, is_sharded=False) == 0
+    copied = plan.num_copied(parse_options([*words, "--adapter", "a"]), model, is_sharded=False)
+    assert copied == memory.trained_numbers(model)
+
+
 def test_mistakes_of_planning(checkpoint, rows_file, monkeypatch, capsys):
     common = ["--dataset", rows_file, "--output_dir", "o"]
     with pytest.raises(UserError, match="downloads nothing; put its config.json"):
         dry_run(monkeypatch, capsys, "--model_name_or_path", "nobody/nothing", *common)
-    with pytest.raises(UserError, match="not a size"):
+    with pytest.raises(UserError, match="--device_memory: 'much' is not a size"):
         dry_run(monkeypatch, capsys, "--model_name_or_path", checkpoint, *common, "--template",
                 "plain", "--device_memory", "much")
+    assert "model " not in capsys.readouterr().out  # before half a plan is told
+    with pytest.raises(UserError, match="give --num_processes"):  # as the run would refuse it
+        dry_run(monkeypatch, capsys, "--model_name_or_path", checkpoint, *common, "--template",
+                "plain", "--parallel", "fsdp")
     for words, said in ((["--num_processes", "2"], "belongs to --dry_run"),
                         (["--dry_run", "--device_tflops", "1", "--tokens_per_second", "1"],
                          "contradicts")):

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -25,10 +26,12 @@ from minisft.lora import LoraConfig, add_lora, frozen_copy
 from minisft.metrics import read_metrics
 from minisft.model import CausalLM
 from minisft.options import UserError
-from minisft.reward import RewardModel, load_reward_model
+from minisft.reward import RewardModel, choose_padding, load_reward_model
 from minisft.run import Run
 from minisft.template import get_template
 from minisft.tokenizer import Tokenizer
+from minisft.training_data import load_data
+from minisft.training_options import parse_options
 from minisft.weights import load_adapter, load_model, save_adapter, save_model
 
 STEPS, ROWS_PER_STEP = 8, 6
@@ -546,3 +549,40 @@ def test_a_reward_model_is_trained_further(checkpoint, pairs_file, tmp_path, her
     assert np.isfinite([row["loss"] for row in metrics_of(tmp_path / "second")]).all()
     with pytest.raises(UserError, match="it is a reward model"):
         load_model(tmp_path / "first")
+
+
+def test_the_reference_drops_nothing():
+    """Also where it has an adapter with dropout and was copied while the model was training."""
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    add_lora(model, LoraConfig(dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter)
+    reference, tokens = frozen_copy(model.train()), torch.arange(3, 20)[None]
+    assert torch.equal(reference(tokens), reference(tokens))
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_a_reward_model_is_not_padded_with_what_ends_conversations():
+    """There transformers would take a token before the end for the last."""
+    tokenizer = SimpleNamespace(bos_token_id=1)
+    for ends, padding in (({7}, 1), ({2}, 7), ({1, 7}, None)):
+        model = RewardModel(ModelConfig.from_dict({**CONFIG, "bos_token_id": 1,
+                                                   "pad_token_id": 7}))
+        template = SimpleNamespace(tokenizer=tokenizer, stop_token_ids=lambda _, ends=ends: ends)
+        choose_padding(model, template)
+        assert model.config.original["pad_token_id"] == padding
+
+
+@pytest.mark.parametrize(("stage", "kept"), [("dpo", 2), ("rm", 1)])
+def test_only_a_reward_needs_whole_conversations(stage, kept, checkpoint, tmp_path):
+    """Of an answer that is cut the beginning can be learned, but it was not what was judged."""
+    rows = [{"instruction": "Hi", "output": [answer, "no"]} for answer in ("yes", "yes " * 60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = parse_options(["--model_name_or_path", str(checkpoint), "--output_dir", "-",
+                             "--dataset", str(tmp_path / "rows.json"), "--cutoff_len", "40",
+                             "--stage", stage])
+    tokenizer = Tokenizer.load(checkpoint)
+    batches, _ = load_data(options, tokenizer, get_template("plain", tokenizer),
+                           ModelConfig.load(checkpoint), print)
+    assert len(batches.first(9)) == kept
