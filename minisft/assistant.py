@@ -80,6 +80,9 @@ class Assistant:
             convert_parameters(model.eval(), self.dtype)
         self.stop_ids = self.template.stop_token_ids(weights.generation_eos(model_dir, config))
         self.max_length = max_length or config.context_length
+        if self.max_length > config.context_length:
+            raise UserError(f"--max_length: {path} is made for {config.context_length} tokens at "
+                            f"most, not {self.max_length}")
         self.turns = turns or Turns()
         parts = [Path(path).resolve().name, adapter and Path(adapter).resolve().name]
         self.name = " + ".join(filter(None, parts))

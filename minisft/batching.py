@@ -51,8 +51,10 @@ def batches_of_rows(rows, template, cutoff_len, vocab_size=None, seed=0, num_wor
     """
     encode = partial(encode, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
     sample = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
-    _check_learnable(encoded(rows, encode, sample)[0])
-    return Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()))
+    examples, report = encoded(rows, encode, sample)
+    _check_learnable(examples)
+    return Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()),
+                   sampled=report)
 
 
 def batches_of_texts(texts, tokenizer, block_size, vocab_size=None, seed=0, num_workers=0,
@@ -84,15 +86,16 @@ class Batches:
     rows: a sequence. encode: list of its items -> (list of Example, EncodeReport); both are handed
     to worker processes. num_examples: how many Examples an epoch has about; the rows, if not given.
     runs: bounds of the rows that stay together and in order, with their sizes; each alone if None.
+    sampled: the EncodeReport of rows from all over.
     """
 
     def __init__(self, rows, encode, seed=0, num_workers=0, total_bytes=0, num_examples=None,
-                 runs=None, run_sizes=None):
+                 runs=None, run_sizes=None, sampled=None):
         self.rows, self.encode, self.seed, self.num_workers = rows, encode, seed, num_workers
         self.num_examples = num_examples or len(rows)
         self.example_bytes = total_bytes / self.num_examples
         self.runs, self.run_sizes = runs, run_sizes
-        self.report = EncodeReport()
+        self.report, self.sampled = EncodeReport(), sampled or EncodeReport()
 
     def steps_per_epoch(self, rows_per_step):
         """Every row once; the last step of an epoch may have fewer."""

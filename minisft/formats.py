@@ -26,8 +26,8 @@ KNOWN_FORMATS = (
     "firefly (kind, input, target)"
 )
 PREFERENCE_DATA = (
-    "preference data (several answers to compare) do not say which single answer to learn; "
-    "give a file with one answer to each prompt, or learn to prefer with --stage dpo or rm"
+    "preference data (several answers to compare) do not say which single answer is meant; give a "
+    "file with one answer to each prompt, or learn to prefer with train.py --stage dpo or rm"
 )
 NO_PREFERENCE = (
     "there is nothing to prefer: --stage rm and dpo need the columns chosen and rejected, or a "
@@ -94,12 +94,10 @@ def ranking(record):
         # The chosen conversation may be given whole; what stands in "prompt" is then in it.
         whole = any(answer[0]["role"] != "assistant" for answer in answers.values())
         prompt = [] if whole else _prompt(record)
-    elif isinstance(record.get("output"), list):
-        if len(record["output"]) < 2:
-            raise BadRow(NO_PREFERENCE)
-        answers = {f"answer {number} of output": answer
-                   for number, answer in enumerate(record["output"], start=1)}
-        answers = {name: _answer(name, answer) for name, answer in answers.items()}
+    elif isinstance(record.get("output"), list) and len(record["output"]) > 1:
+        names = [f"answer {number} of output" for number in range(1, 1 + len(record["output"]))]
+        answers = {name: _answer(name, one)
+                   for name, one in zip(names, record["output"], strict=True)}
         prompt = _alpaca_prompt(record)
     else:
         raise BadRow(NO_PREFERENCE)
@@ -111,6 +109,9 @@ def ranking(record):
         except BadRow as error:
             raise BadRow(f"with {name}: {error}") from error
         conversations.append(messages)
+    questions = [[one for one in turns if one["role"] == "user"][:1] for turns in conversations]
+    if questions.count(questions[0]) < len(questions):
+        raise BadRow("the answers are to different questions, so neither is the better one")
     _check_unicode([conversations, tools])
     return conversations, tools
 

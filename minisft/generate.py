@@ -136,6 +136,7 @@ def _steps(model, prompts, sampling, stop_ids, cache, rows=None, limits=None, sc
         else:
             logits = decoder(batch.tokens, cache)
         if step == 1 and not logits.isfinite().all():
+            cache.truncate(0)  # nothing is to go on from what it holds
             raise UserError("the model's scores are not finite numbers: its weights are damaged, "
                             "or too large for this type; try --dtype float32")
         tokens = next_tokens(logits, sampling, batch.seen, batch.streams)

@@ -60,6 +60,7 @@ class Run:
             self._tell_changes(state["options"])
         # What --precompute_reference has found for the rows: {fingerprint: log-probabilities}.
         self.reference = state["reference"] if state else {}
+        # Before the checkpoint's weights: dpo's reference is the model that training began with.
         self.objective = build_objective(self) if build_objective else NextToken(model)
         if state:
             self._restore(state, checkpoint)

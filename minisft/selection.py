@@ -140,8 +140,9 @@ def at_random(rows, number, generator):
 def enough(rows, number):
     """`number`; UserError where there are fewer rows to choose from."""
     if number > len(rows):
-        raise UserError(f"{number:,} rows are wanted and only {len(rows):,} can be chosen from; "
-                        "lower --sample_number or --sample_rate")
+        raise UserError(f"{number:,} rows are wanted and only {len(rows):,} can be chosen "
+                        "from (the others have no score, or were dropped); lower --sample_number "
+                        "or --sample_rate")
     return number
 
 

@@ -37,4 +37,7 @@ def load_data(options, tokenizer, template, config, say):
         if ranking:  # a reward is that of a whole conversation
             settings["encode"] = partial(encoding.encode_rankings, whole=options.stage == "rm")
         batches = batching.batches_of_rows(rows, template, limit, **settings)
+    if batches.sampled.num_cut or batches.sampled.num_long:
+        say(f"a look at {batches.sampled.num_rows} rows: {batches.sampled}; --cutoff_len is "
+            f"{limit}")
     return batches, held_out and batches.held_out(held_out, say)

@@ -166,6 +166,7 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
     (["--tempature", "1"], "did you mean --temperature"),
     (["--prompt", " "], "the question is empty"),
     (["--max_length", "1"], "--max_length must be at least 2"),
+    (["--prompt", "x", "--max_length", "1000000"], "tokens at most, not 1000000"),
     (["--prompt", "x", "--top_p", "0"], "--top_p must be above 0"),
     (["--prompt", "a\x1b[2J"], "the message has the control character U+001B (character 2)"),
     (["--prompt", "x", "--web"], "--prompt and --web exclude each other"),

@@ -265,6 +265,10 @@ def test_scores_that_are_no_numbers_and_foreign_tokens(pair, sampling):
     try:
         with pytest.raises(UserError, match="not finite"):
             generate(model, [[1, 2]], sampling)
+        cache = KeyValueCache(model.config)
+        with pytest.raises(UserError, match="not finite"):
+            list(stream(model, [1, 2], sampling, cache=cache))
+        assert cache.length == 0  # nothing goes on from such keys
     finally:
         weight.data = kept
 

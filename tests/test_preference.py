@@ -574,15 +574,20 @@ def test_a_reward_model_is_not_padded_with_what_ends_conversations():
         assert model.config.original["pad_token_id"] == padding
 
 
-@pytest.mark.parametrize(("stage", "kept"), [("dpo", 2), ("rm", 1)])
-def test_only_a_reward_needs_whole_conversations(stage, kept, checkpoint, tmp_path):
-    """Of an answer that is cut the beginning can be learned, but it was not what was judged."""
+@pytest.mark.parametrize(("stage", "kept", "told"), [
+    ("dpo", 2, "1 of 2 rows cut to the length limit"), ("rm", 1, "1 of 2 rows left out: longer")])
+def test_only_a_reward_needs_whole_conversations(stage, kept, told, checkpoint, tmp_path):
+    """Of an answer that is cut the beginning can be learned, but it was not what was judged.
+
+    Before training begins it is told how many rows that is.
+    """
     rows = [{"instruction": "Hi", "output": [answer, "no"]} for answer in ("yes", "yes " * 60)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     options = parse_options(["--model_name_or_path", str(checkpoint), "--output_dir", "-",
                              "--dataset", str(tmp_path / "rows.json"), "--cutoff_len", "40",
                              "--stage", stage])
-    tokenizer = Tokenizer.load(checkpoint)
+    tokenizer, said = Tokenizer.load(checkpoint), []
     batches, _ = load_data(options, tokenizer, get_template("plain", tokenizer),
-                           ModelConfig.load(checkpoint), print)
+                           ModelConfig.load(checkpoint), said.append)
     assert len(batches.first(9)) == kept
+    assert told in said[-1] and "--cutoff_len is 40" in said[-1]

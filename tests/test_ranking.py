@@ -91,6 +91,8 @@ PROMPT = {"prompt": "Add."}
     ({"prompt": [assistant("Q")], "chosen": "3", "rejected": "4"}, "with chosen: assistant speaks"),
     ({"chosen": "3", "rejected": "4"}, "chosen and rejected have no question"),
     ({"chosen": [user("Q"), assistant("3")], "rejected": "4"}, "with rejected: assistant speaks"),
+    ({"chosen": [user("Q"), assistant("3")], "rejected": [user("Z"), assistant("4")]},
+     "the answers are to different questions"),
     ({**PROMPT, "chosen": "3", "rejected": "\ud800"}, "half of a surrogate pair"),
     (["3"], "a row is a JSON object"),
 ])
