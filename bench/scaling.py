@@ -152,7 +152,7 @@ def main():
         update("scaling.md", "speed",
                ["what is turned", "micro-batch", "processes", "tokens/s", "10^9 operations/s"],
                measured_rows(options.only or MEASURED), order=MEASURED,
-               note=f"torch {torch.__version__}, {torch.get_num_threads()} threads a process.")
+               note=f"torch {torch.__version__}, {torch.get_num_threads()} threads in all.")
 
 
 if __name__ == "__main__":
