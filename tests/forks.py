@@ -70,8 +70,9 @@ def _run(words, environment, said):
     os.environ.update(environment)
     os.chdir(ROOT)
     first = [str(ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    ours = {"", str(ROOT), str(ROOT / "tests")}  # an environment may lie in the project's folder
-    sys.path[:] = [*first, *(path for path in sys.path if path not in ours)]
+    ours = [path for path in sys.path if Path(path).is_relative_to(ROOT)  # what tests have added,
+            and not Path(path).is_relative_to(sys.prefix)]  # but not an environment that lies here
+    sys.path[:] = [*first, *(path for path in sys.path if path and path not in ours)]
     sys.argv = words
     multiprocessing.set_start_method(None, force=True)  # what it would be in a fresh process
     runpy.run_path(words[0], run_name="__main__")
