@@ -5,6 +5,9 @@
 The letters of the shapes are those of model.py.
 """
 
+import inspect
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -26,20 +29,26 @@ def attend_in_rows(q, k, v, lengths, masks):
     return torch.cat([attend_causally(*row) for row in rows], dim=2)
 
 
-def attend_in_rows_at_once(q, k, v, bounds, longest, window):
+def attend_in_rows_at_once(q, k, v, kernel, bounds, longest, window):
     """The same on a GPU in half precision, by the flash kernel for rows of any lengths.
 
-    bounds: (N + 1,) int32, where the rows begin and end. window: how many keys before its own a
-    query sees, -1 for all.
+    kernel: of `kernel_for_rows`. bounds: (N + 1,) int32, where the rows begin and end. window: how
+    many keys before its own a query sees, -1 for all.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     q, k, v = (one[0].transpose(0, 1).to(v.dtype) for one in (q, k, v))  # (T, H or K, d)
-    y = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(window, 0),
-                    enable_gqa=True)
+    y = kernel(q, k, v, bounds, bounds, longest, longest, window_size=(window, 0))
     return y.transpose(0, 1)[None]
 
 
 def has_kernel_for_rows(x):
     """Whether attend_in_rows_at_once can be computed where and as x is."""
     return x.is_cuda and (torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32)
+
+
+def kernel_for_rows():
+    """torch's varlen_attn, for keys of fewer heads than queries too."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before torch 2.12 it takes fewer heads without being told.
+    is_told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if is_told else varlen_attn

@@ -6,6 +6,7 @@ A model that each process holds only a part of is made in fsdp.py; what others n
 """
 
 import contextlib
+import inspect
 import os
 from datetime import timedelta
 
@@ -136,8 +137,11 @@ def wrap(model):
     """The model whose backward pass averages gradients over processes; itself if there is one."""
     if world_size() == 1:
         return model
-    # What a model has in buffers is a frozen, quantised base: it stays equal everywhere.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    # What a model has in buffers is a frozen, quantised base: it stays equal everywhere. The flag
+    # has another name before torch 2.13, and the old one is warned of from then on.
+    known = inspect.signature(DistributedDataParallel).parameters
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
 
 
 def barrier():

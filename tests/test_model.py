@@ -13,6 +13,7 @@ from minisft.model import (
     Linear,
     attend_in_rows,
     attend_in_rows_at_once,
+    kernel_for_rows,
 )
 from minisft.options import UserError
 from minisft.rotary import rotary_frequencies
@@ -279,5 +280,6 @@ def test_rows_of_a_pack_at_once(window, monkeypatch):
     masks = [torch.ones(n, n, dtype=torch.bool).tril().triu(1 - (window or n)) for n in lengths]
     expected = attend_in_rows(q, k, v, lengths, masks)
     bounds = torch.tensor([0, 3, 12, 13, 18], dtype=torch.int32)
-    actual = attend_in_rows_at_once(q, k, v, bounds, 9, -1 if window is None else window - 1)
+    actual = attend_in_rows_at_once(
+        q, k, v, kernel_for_rows(), bounds, 9, -1 if window is None else window - 1)
     torch.testing.assert_close(actual, expected)
