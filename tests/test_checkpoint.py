@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,10 +80,10 @@ def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
     flags, processes = [*flags, "--max_steps", 100], 2 if before else 1
     assert command(*flags, "--output_dir", tmp_path / "whole", processes=processes).returncode == 0
     words = [sys.executable, *before, ROOT / "train.py", *flags,
-             "--output_dir", tmp_path / "stopped"]
+             "--output_dir", tmp_path / "it was stopped"]
     process = subprocess.Popen(list(map(str, words)), cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    log = tmp_path / "stopped" / "metrics.jsonl"
+    log = tmp_path / "it was stopped" / "metrics.jsonl"
     while len(read_metrics(log)) < 3:
         time.sleep(0.01)
     process.send_signal(number)
@@ -91,8 +92,8 @@ def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
         assert process.returncode == 128 + number and "Traceback" not in errors, errors
     start, advice = output.strip().splitlines()[-1].split("train.py")
     assert start.split() == (["torchrun", *before[2:]] if before else ["python"])
-    assert command(*advice.split(), processes=processes).returncode == 0
-    assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
+    assert command(*shlex.split(advice), processes=processes).returncode == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "it was stopped")
 
 
 def test_another_number_of_processes(flags, tmp_path):
@@ -302,6 +303,17 @@ def test_no_checkpoint_is_whole(flags, tmp_path):
     done = command(*flags, "--resume_from_checkpoint", "auto")
     assert done.returncode == 2 and "none of its checkpoints is whole" in done.stderr
     assert state.exists()
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(flags, tmp_path):
+    flags = [*flags, "--output_dir", tmp_path / "out", "--max_steps"]
+    assert command(*flags, 2).returncode == 0
+    before = final(tmp_path / "out")
+    done = command(*flags, 4, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 2 and "holds a finished run" in done.stderr, done.stderr
+    assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
+    done = command(*flags, 4, "--resume_from_checkpoint", "auto", "--overwrite_output_dir")
+    assert done.returncode == 0 and read_metrics(tmp_path / "out/metrics.jsonl")[-1]["step"] == 4
 
 
 def test_checkpoints_of_an_abandoned_branch_go(tmp_path):
