@@ -84,7 +84,7 @@ def train(run, batches, eval_examples, template=None):
             progress.add(sums, total, sum(len(example.ids) for example in examples))
             if due(run, options.logging_steps):
                 progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
-            if due(run, run.steps_per_epoch) and (report := batches.take_report()):
+            if due(run, "epoch") and (report := batches.take_report()):
                 progress.say(f"epoch {math.ceil(progress.step / run.steps_per_epoch)}: {report}")
             if eval_examples and due(run, options.eval_steps):
                 evaluate(run, eval_examples, template)
@@ -114,7 +114,8 @@ def steps_to_go(run, batches):
 
 
 def due(run, every):
-    """Whether something done `every` so many steps, and at the end, is due after this step."""
+    """Whether something done `every` so many steps (or "epoch"), and at the end, is due now."""
+    every = run.steps_per_epoch if every == "epoch" else every
     return run.progress.step == run.total_steps or every and run.progress.step % every == 0
 
 

@@ -126,6 +126,21 @@ def test_best_and_early_stopping(flags, tmp_path):
     assert all(torch.equal(kept[name], value) for name, value in final(tmp_path / "out").items())
 
 
+def test_evaluations_and_checkpoints_after_each_epoch(flags, tmp_path):
+    """Of 17 rows in steps of four: five steps an epoch."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('eval_steps = "epoch"\nsave_steps = "epoch"\nsave_total_limit = 9\n')
+    done = command("--config", recipe, *flags, "--validation_split", 6, "--num_train_epochs", 3,
+                   "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "out/metrics.jsonl")
+            if "eval_loss" in row] == [5, 10, 15]
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
+        "checkpoint-10", "checkpoint-5"]
+    done = command(*flags, "--save_steps", "often", "--output_dir", tmp_path / "other")
+    assert done.returncode == 2 and "'often' is not a whole number" in done.stderr
+
+
 # checkpoint.py by itself
 
 
