@@ -331,6 +331,18 @@ def test_a_finished_run_without_checkpoints_is_not_begun_anew(flags, tmp_path):
     assert done.returncode == 0 and read_metrics(tmp_path / "out/metrics.jsonl")[-1]["step"] == 4
 
 
+def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
+    """It would be saved as the result, in the place of a later one."""
+    flags = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 4, "--max_steps"]
+    assert command(*flags, 6).returncode == 0
+    before = final(tmp_path / "out")
+    done = command(*flags, 3, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 2 and "is at step 4, beyond the 3" in done.stderr, done.stderr
+    assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
+    done = command(*flags, 4, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0, done.stderr  # nothing is left but to write the result
+
+
 def test_checkpoints_of_an_abandoned_branch_go(tmp_path):
     """Going on from step 5, what was at 10 and 15 is another run's: `auto` must not take it."""
     for step in (5, 10, 15):
