@@ -47,7 +47,7 @@ Strategies:
   random          the baseline
   random_matched  random rows with the lengths of the selection --match: the control for the
                   question whether a strategy only finds long answers
-The output has the format and the order of --dataset. Beside it stands OUTPUT.manifest: strategy,
+The output has the columns and the order of --dataset. Beside it stands OUTPUT.manifest: strategy,
 seed, hashes of the inputs, the numbers of the chosen rows, what was dropped and why.
 """
 
@@ -81,7 +81,7 @@ def parse_options(arguments=None):
     add("--seed", type=natural, default=42, help="of k-means and of random choice")
 
     add, switch = parser.section("output")
-    add("--output", required=True, help="file to write, in the format of --dataset")
+    add("--output", required=True, help="file to write: .jsonl for lines, .json for an array")
     switch("--overwrite", "replace what is there of the file, its manifest and its picture")
     switch("--plot", "draw OUTPUT.png: the scores, the clusters and what was chosen (matplotlib)")
     parser.epilog = EPILOGUE

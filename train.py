@@ -11,6 +11,7 @@ processes, divides once by their number, clips, steps.
 """
 
 import math
+import shlex
 import sys
 import time
 from collections import Counter
@@ -83,7 +84,7 @@ def train(run, batches, eval_examples, template=None):
             progress.add(sums, total, sum(len(example.ids) for example in examples))
             if due(run, options.logging_steps):
                 progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
-            if due(run, run.steps_per_epoch) and (report := batches.take_report()):
+            if due(run, "epoch") and (report := batches.take_report()):
                 progress.say(f"epoch {math.ceil(progress.step / run.steps_per_epoch)}: {report}")
             if eval_examples and due(run, options.eval_steps):
                 evaluate(run, eval_examples, template)
@@ -113,7 +114,8 @@ def steps_to_go(run, batches):
 
 
 def due(run, every):
-    """Whether something done `every` so many steps, and at the end, is due after this step."""
+    """Whether something done `every` so many steps (or "epoch"), and at the end, is due now."""
+    every = run.steps_per_epoch if every == "epoch" else every
     return run.progress.step == run.total_steps or every and run.progress.step % every == 0
 
 
@@ -204,6 +206,19 @@ def build_model(options, model_dir, dtype, device):
     return model, lora_config
 
 
+def can_go_on(output_dir):
+    """Whether this is the folder of a run to go on with; UserError where going on would lose one.
+
+    A short run has left its result and no checkpoint: it would begin anew and write over that.
+    """
+    written_last = ("tokenizer.json", "tokenizer.model")
+    is_finished = any((output_dir / name).exists() for name in written_last)
+    if is_finished and not any(output_dir.glob("checkpoint-*")):
+        raise UserError(f"--output_dir {output_dir}: holds a finished run and no checkpoint to go "
+                        "on from; choose another, or give --overwrite_output_dir to begin anew")
+    return (output_dir / "options.toml").exists()
+
+
 def main():
     options = parse_options()
     if options.dry_run:
@@ -211,9 +226,10 @@ def main():
 
         return plan.show(options)
     resuming = options.resume_from_checkpoint
-    allowed = resuming and (Path(options.output_dir) / "options.toml").exists()
-    output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir or allowed,
-                                  options.model_name_or_path, options.adapter)
+    output_dir = check_output_dir(
+        options.output_dir, options.overwrite_output_dir or (
+            resuming and can_go_on(Path(options.output_dir))),
+        options.model_name_or_path, options.adapter)
 
     import torch
 
@@ -262,8 +278,9 @@ def main():
     interrupted = train(run, batches, eval_examples, template)
     run.progress.close()
     if interrupted:
+        record = shlex.quote(str(output_dir / "options.toml"))
         say(f"stopped and saved at step {run.progress.step}; go on with\n  {parallel.launcher()} "
-            f"train.py --config {output_dir / 'options.toml'} --resume_from_checkpoint auto")
+            f"train.py --config {record} --resume_from_checkpoint auto")
     else:
         save(run, tokenizer, template, model_dir, output_dir)
     parallel.stop()

@@ -134,7 +134,8 @@ def find(output_dir, which, say):
     if which != "auto":
         fault = damage(Path(which))
         if fault:
-            raise UserError(f"--resume_from_checkpoint {which}: {fault}")
+            raise UserError(f"--resume_from_checkpoint {which}: {fault}; give the folder of a "
+                            "checkpoint, or auto for the newest in --output_dir")
         return Path(which)
     for _, path in _checkpoints(output_dir):
         fault = damage(path)

@@ -27,8 +27,6 @@ from minisft.records import open_records
 
 # Files up to this size are checked whole before training begins, of others the first rows.
 CHECKED_BYTES, CHECKED_ROWS = 64 * 2**20, 1000
-# Texts are handed out in runs of about this size, which keep the order of the file.
-RUN_BYTES = 64 * 2**10
 
 
 @dataclass
@@ -145,13 +143,8 @@ def open_rows(dataset, dataset_dir="data", plain_text=False, ranking=False, skip
 
 
 def load_rows(dataset, skipped=None, **options):
-    """`open_rows`, all of them read into a list."""
+    """`open_rows`, all of them read into a list; of plain text, str."""
     return read(open_rows(dataset, skipped=skipped, **options), skipped)
-
-
-def load_texts(dataset, **options):
-    """The texts of plain-text files, all read into a list of str."""
-    return list(open_rows(dataset, plain_text=True, **options))
 
 
 def read(rows, skipped, numbers=None):

@@ -176,6 +176,9 @@ def _entries(dataset_dir):
 
 
 def _meant(name, entries):
+    files = [name + ending for ending in (".json", ".jsonl") if Path(name + ending).is_file()]
+    if files:
+        return f" or folder; did you mean {' or '.join(files)}?"
     close = difflib.get_close_matches(name, entries, n=3)
     if close:
         return f", and {FILE_NAME} has none of this name; did you mean {' or '.join(close)}?"

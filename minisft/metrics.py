@@ -92,9 +92,10 @@ class Progress:
         self.began += seconds
 
     def say(self, text):
-        """Print a line above the bar."""
+        """Print a line above the bar, at once also where it goes into a file."""
         if self.is_main:
             self.bar.write(text)
+            sys.stdout.flush()
 
     def close(self):
         """Finish the bar and the file."""

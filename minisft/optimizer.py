@@ -30,8 +30,8 @@ def load_optimizer(optimizer, state):
 def learning_rate_at(step, total_steps, peak, schedule="cosine", warmup_steps=0, end=0.0):
     """The rate of optimizer step `step` (from 0): linear warm-up from zero, then the schedule.
 
-    The curves are those of transformers' schedulers of the same names; `end` is where the
-    polynomial (of degree one) arrives.
+    The curves are those of transformers' schedulers of the same names, but that "constant" is its
+    constant_with_warmup. `end` is where the polynomial (of degree one) arrives.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

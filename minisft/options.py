@@ -10,7 +10,6 @@ what stands on the command line wins.
 """
 
 import argparse
-import difflib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import traceback
 from pathlib import Path
 
 from minisft import failure
+from minisft.flag_names import meant
 
 # Choices that stand in the help, which is to appear without loading what implements them.
 SCHEDULES = ["cosine", "linear", "constant", "polynomial"]
@@ -130,7 +130,8 @@ class OptionParser(argparse.ArgumentParser):
         for word in arguments:
             # Before argparse looks for required flags, which a misspelt one would be.
             if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
-                raise UserError(f"unknown flag {word.split('=')[0]}{self._meant(word[2:])}")
+                name = word.split("=")[0]
+                raise UserError(f"unknown flag {name}{meant(name[2:], self.built_in)}")
         return self.parse_args(arguments)
 
     def given(self, options):
@@ -142,21 +143,21 @@ class OptionParser(argparse.ArgumentParser):
         for name, value in _read_toml(path).items():
             action = actions.get(name.replace("-", "_"))
             if action is None or action.dest in ("help", "config", "debug"):
-                raise UserError(f"{path}: unknown option '{name}'{self._meant(name)}")
+                raise UserError(f"{path}: unknown option '{name}'{meant(name, self.built_in)}")
             self.set_defaults(**{action.dest: _converted(action, value, path)})
             action.required = False
-
-    def _meant(self, name):
-        names = [action.dest for action in self._actions]
-        close = difflib.get_close_matches(name.split("=")[0], names, n=1)
-        return f"; did you mean --{close[0]}?" if close else ""
 
 
 def _underscores(word):
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+    return "--" + flag[2:].replace("-", "_") + equals + _at_home(value)
+
+
+def _at_home(text):
+    """The home folder for `~/`, which no shell puts in a recipe or behind `=`."""
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 def _read_toml(path):
@@ -188,7 +189,7 @@ def _convert_one(action, value):
         value = ",".join(map(str, value))
     if isinstance(action, argparse._StoreTrueAction):
         return boolean(value)
-    return action.type(str(value)) if action.type else str(value)
+    return action.type(str(value)) if action.type else _at_home(str(value))
 
 
 # What a record leaves out: how to write and where to go on from belongs to one invocation.

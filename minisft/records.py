@@ -18,6 +18,10 @@ from minisft.options import UserError
 
 BLOCK_SIZE = 4 * 2**20  # bytes searched for line ends at a time
 NEWLINE, SPACE = 10, 32
+# From other kinds of file that data sets come as.
+WAYS_OUT = dict.fromkeys((".csv", ".parquet"), "; convert it, for instance with pandas: "
+                         "read_csv or read_parquet, then to_json(..., orient='records', lines=True)"
+                         ) | dict.fromkeys((".gz", ".xz", ".zip", ".zst"), "; unpack it first")
 
 
 def open_records(path, plain_text=False):
@@ -40,6 +44,7 @@ def open_records(path, plain_text=False):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     what = "neither a JSON array nor JSON lines (plain text is for --stage pt, in a .txt file)"
+    what += WAYS_OUT.get(path.suffix.lower(), "")
     raise UserError(f"{path}: {what if start else 'the file is empty'}")
 
 

@@ -57,6 +57,10 @@ class Run:
         self.identity |= {name: getattr(options, name) for name in IDENTITY}
         if state:
             self._check_identity(state["identity"], checkpoint)
+            if state["progress"]["step"] > self.total_steps:
+                raise UserError(f"{checkpoint} is at step {state['progress']['step']}, beyond the "
+                                f"{self.total_steps} of this run: raise --max_steps or "
+                                "--num_train_epochs, or go on from an earlier checkpoint")
             self._tell_changes(state["options"])
         # What --precompute_reference has found for the rows: {fingerprint: log-probabilities}.
         self.reference = state["reference"] if state else {}

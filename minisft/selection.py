@@ -209,9 +209,13 @@ def matched(lengths, rows, reference, generator):
 
 
 def write(files, chosen, manifest, output):
-    """Write the chosen records, as they are in their files, and the manifest; both or none."""
+    """Write the chosen records, as they are in their files, and the manifest; both or none.
+
+    JSON lines to a .jsonl, an array to a .json; to another name what the files are.
+    """
     ends = np.cumsum([len(file.records) for file in files])
-    array = all(not hasattr(file.records, "raw") for file in files)
+    array = {".jsonl": False, ".json": True}.get(
+        output.suffix, all(not hasattr(file.records, "raw") for file in files))
     begin, between, end = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial, manifest_partial = (output.with_name(output.name + ending)

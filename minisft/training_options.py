@@ -18,6 +18,11 @@ from minisft.options import (
 )
 
 
+def count_or_epoch(text):
+    """An argparse type: a number of steps, or `epoch` for as many as an epoch has."""
+    return text if text == "epoch" else count(text)
+
+
 def parse_options(arguments=None):
     """The options of train.py, checked against each other; UserError names the flag at fault.
 
@@ -109,10 +114,12 @@ def _add_output_flags(add, switch):
     add("--output_dir", required=True, help="folder for the adapter or model, log and options")
     switch("--overwrite_output_dir", "write into a folder that has something in it")
     add("--logging_steps", type=count, default=10, help="steps between lines of metrics.jsonl")
-    add("--eval_steps", type=count, help="steps between evaluations (default: at the end)")
+    add("--eval_steps", type=count_or_epoch, metavar="N|epoch",
+        help="steps between evaluations, or epoch: after each (default: at the end)")
     switch("--eval_exact_match", "also answer the held-out rows and count the right answers")
     add("--per_device_eval_batch_size", type=count, default=8, help="rows of an evaluation batch")
-    add("--save_steps", type=count, default=500, help="steps between checkpoints")
+    add("--save_steps", type=count_or_epoch, default=500, metavar="N|epoch",
+        help="steps between checkpoints, or epoch: after each")
     add("--save_total_limit", type=count, default=2, help="checkpoints kept, and the best")
     add("--resume_from_checkpoint", metavar="auto|DIR",
         help="go on from a checkpoint; auto: from the newest complete one, if there is any")

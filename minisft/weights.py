@@ -51,6 +51,8 @@ def resolve(name_or_path, needed="config.json"):
         if not (path / needed).is_file():
             files = sorted(path.glob("*.gguf")) if needed == "config.json" else []
             hint = f"; to read a GGUF file, give the file: {files[0]}" if files else ""
+            inner = sorted(path.glob(f"snapshots/*/{needed}"))  # in the cache of the hub
+            hint = f"; did you mean {inner[-1].parent}?" if inner else hint
             raise UserError(f"{path}: there is no {needed} in this folder{hint}")
         return path
     if needed == "config.json" and path.is_file() and (
@@ -59,7 +61,8 @@ def resolve(name_or_path, needed="config.json"):
     if path.exists():
         raise UserError(f"{path}: is a file; give the folder that holds it")
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise UserError(f"{name_or_path}: no such folder")
+        hint = "" if "/" in name_or_path else ", and models on the hub are called OWNER/NAME"
+        raise UserError(f"{name_or_path}: no such folder{hint}")
     from huggingface_hub import snapshot_download
 
     try:

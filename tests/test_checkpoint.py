@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,10 +80,10 @@ def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
     flags, processes = [*flags, "--max_steps", 100], 2 if before else 1
     assert command(*flags, "--output_dir", tmp_path / "whole", processes=processes).returncode == 0
     words = [sys.executable, *before, ROOT / "train.py", *flags,
-             "--output_dir", tmp_path / "stopped"]
+             "--output_dir", tmp_path / "it was stopped"]
     process = subprocess.Popen(list(map(str, words)), cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    log = tmp_path / "stopped" / "metrics.jsonl"
+    log = tmp_path / "it was stopped" / "metrics.jsonl"
     while len(read_metrics(log)) < 3:
         time.sleep(0.01)
     process.send_signal(number)
@@ -91,8 +92,8 @@ def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
         assert process.returncode == 128 + number and "Traceback" not in errors, errors
     start, advice = output.strip().splitlines()[-1].split("train.py")
     assert start.split() == (["torchrun", *before[2:]] if before else ["python"])
-    assert command(*advice.split(), processes=processes).returncode == 0
-    assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
+    assert command(*shlex.split(advice), processes=processes).returncode == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "it was stopped")
 
 
 def test_another_number_of_processes(flags, tmp_path):
@@ -123,6 +124,21 @@ def test_best_and_early_stopping(flags, tmp_path):
     assert f"checkpoint-{best}," in done.stdout
     kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in final(tmp_path / "out").items())
+
+
+def test_evaluations_and_checkpoints_after_each_epoch(flags, tmp_path):
+    """Of 17 rows in steps of four: five steps an epoch."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('eval_steps = "epoch"\nsave_steps = "epoch"\nsave_total_limit = 9\n')
+    done = command("--config", recipe, *flags, "--validation_split", 6, "--num_train_epochs", 3,
+                   "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "out/metrics.jsonl")
+            if "eval_loss" in row] == [5, 10, 15]
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
+        "checkpoint-10", "checkpoint-5"]
+    done = command(*flags, "--save_steps", "often", "--output_dir", tmp_path / "other")
+    assert done.returncode == 2 and "'often' is not a whole number" in done.stderr
 
 
 # checkpoint.py by itself
@@ -302,6 +318,29 @@ def test_no_checkpoint_is_whole(flags, tmp_path):
     done = command(*flags, "--resume_from_checkpoint", "auto")
     assert done.returncode == 2 and "none of its checkpoints is whole" in done.stderr
     assert state.exists()
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(flags, tmp_path):
+    flags = [*flags, "--output_dir", tmp_path / "out", "--max_steps"]
+    assert command(*flags, 2).returncode == 0
+    before = final(tmp_path / "out")
+    done = command(*flags, 4, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 2 and "holds a finished run" in done.stderr, done.stderr
+    assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
+    done = command(*flags, 4, "--resume_from_checkpoint", "auto", "--overwrite_output_dir")
+    assert done.returncode == 0 and read_metrics(tmp_path / "out/metrics.jsonl")[-1]["step"] == 4
+
+
+def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
+    """It would be saved as the result, in the place of a later one."""
+    flags = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 4, "--max_steps"]
+    assert command(*flags, 6).returncode == 0
+    before = final(tmp_path / "out")
+    done = command(*flags, 3, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 2 and "is at step 4, beyond the 3" in done.stderr, done.stderr
+    assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
+    done = command(*flags, 4, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0, done.stderr  # nothing is left but to write the result
 
 
 def test_checkpoints_of_an_abandoned_branch_go(tmp_path):

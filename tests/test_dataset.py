@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import command
 
-from minisft.dataset import convert, load_rows, load_texts, mix, open_rows, split
+from minisft.dataset import convert, load_rows, mix, open_rows, split
 from minisft.options import UserError
 
 
@@ -164,8 +164,8 @@ class TestFiles:
     def test_texts(self, tmp_path):
         plain = write(tmp_path / "a.txt", "\ufefffirst line\r\n\n 第二行\nlast")
         lines = write(tmp_path / "b.jsonl", '{"text": "one\\ntwo"}\n{"text": " "}\n')
-        assert load_texts(plain) == ["first line", " 第二行", "last"]
-        assert load_texts(f"{plain},{lines}")[3:] == ["one\ntwo"]
+        assert load_rows(plain, plain_text=True) == ["first line", " 第二行", "last"]
+        assert load_rows(f"{plain},{lines}", plain_text=True)[3:] == ["one\ntwo"]
 
 
 def turns(*speakers):
@@ -268,9 +268,9 @@ class TestBrokenRows:
     def test_texts_without_text(self, tmp_path):
         path = write(tmp_path / "data.json", [{"text": "a"}, {"body": "b"}])
         with pytest.raises(UserError, match=r'row 2: there is no column "text", only body'):
-            load_texts(path)
+            load_rows(path, plain_text=True)
         with pytest.raises(UserError, match="there is no text in it"):
-            load_texts(write(tmp_path / "a.txt", "\n \n"))
+            load_rows(write(tmp_path / "a.txt", "\n \n"), plain_text=True)
 
 
 class TestSplit:
@@ -308,7 +308,7 @@ class TestFolders:
         assert [row.messages[-1]["content"] for row in open_rows(folder)] == ["a/z.jsonl", "b.json"]
         (folder / "a" / "z.jsonl").write_text('{"text": "one"}')
         (folder / "b.json").write_text('[{"text": "two"}]')
-        assert load_texts(folder) == ["one", "two", "text"]
+        assert load_rows(folder, plain_text=True) == ["one", "two", "text"]
 
     def test_empty_folder(self, tmp_path):
         with pytest.raises(UserError, match=r"no \.json, \.jsonl file in it"):
@@ -393,7 +393,7 @@ class TestRealFiles:
     @pytest.mark.parametrize("name, count", [("wiki_demo.txt", 30), ("c4_demo.jsonl", 300)])
     def test_plain_text_loads_as_text_only(self, shared_data, name, count):
         path = shared_data / "instruct" / name
-        assert len(load_texts(path)) == count
+        assert len(load_rows(path, plain_text=True)) == count
         with pytest.raises(UserError, match="--stage pt"):
             load_rows(path)
 

@@ -66,6 +66,11 @@ class TestRealRegistry:
         with pytest.raises(UserError, match="no such file or folder, .*--dataset_dir"):
             open_rows("zzz", shared_data / "instruct")
 
+    def test_an_ending_that_was_left_out(self, tmp_path):
+        (tmp_path / "rows.jsonl").write_text("{}")
+        with pytest.raises(UserError, match=r"did you mean .*rows\.jsonl\?"):
+            open_rows(str(tmp_path / "rows"), tmp_path)
+
 
 class TestColumns:
     def test_what_is_not_named_is_absent_and_told(self, tmp_path):

@@ -1,10 +1,13 @@
 """Flags, recipes and the record of a run."""
 
+import re
 import tomllib
 
 import pytest
 import torch
+from conftest import command
 
+from minisft.flag_names import OTHER_NAMES
 from minisft.options import (
     OptionParser,
     UserError,
@@ -47,8 +50,29 @@ def test_recipe_and_command_line(tmp_path):
     assert options.names == "x,y" and options.model_name_or_path == "m"
 
 
+def test_home_is_found_where_no_shell_has_put_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model_name_or_path = "~/m"\nnames = "a~/b"\n')
+    options = new_parser().parse_options(["--config", str(recipe)])
+    assert (options.model_name_or_path, options.names) == ("/home/someone/m", "a~/b")
+    assert new_parser().parse_options(["--model_name_or_path=~/n"]).model_name_or_path == (
+        "/home/someone/n")
+
+
+def test_names_of_other_tools_lead_to_flags_that_there_are():
+    flags, scripts = set(), ("train", "score", "export", "chat")
+    for script in scripts:
+        flags |= set(re.findall(r"--(\w+)", command("--help", script=f"{script}.py").stdout))
+    flags |= set(re.findall(r"--(\w+)", command("ceval", "--help", script="eval.py").stdout))
+    assert set(OTHER_NAMES) <= flags
+    theirs = [name for names in OTHER_NAMES.values() for name in names.split()]
+    assert "num_epochs" in theirs and not {"lora_rank", "seed"} & set(theirs)
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("lora_rnk = 4", "did you mean --lora_rank"),
+    ("load_in_4bit = true", "did you mean --quantization_bit"),
     ('lora_rank = "many"', "lora_rank"),
     ('dtype = "float8"', "float32"),
     ("plot_loss = 5", "true nor false"),
@@ -63,6 +87,9 @@ def test_bad_recipes(text, message, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([*MODEL, "--lora_rnk", "4"], "did you mean --lora_rank"),
+    ([*MODEL, "--lora_r", "4"], "did you mean --lora_rank"),
+    ([*MODEL, "--torch-dtype=bfloat16"], "did you mean --dtype"),
+    ([*MODEL, "--do_train"], "unknown flag --do_train$"),
     ([*MODEL, "--lora_rank", "many"], "many"),
     ([*MODEL, "--dtype", "float8"], "float8"),
     ([*MODEL, "stray"], "stray"),

@@ -89,3 +89,9 @@ class TestRows:
         path.write_bytes(json.dumps(GOOD).encode("utf-16"))
         with pytest.raises(UserError, match="not UTF-8"):
             open_rows(path)
+
+    @pytest.mark.parametrize(("name", "way_out"), [
+        ("rows.csv", "convert it"), ("rows.parquet", "convert it"), ("rows.json.gz", "unpack it")])
+    def test_other_kinds_of_file_say_the_way(self, name, way_out, tmp_path):
+        with pytest.raises(UserError, match=f"{name}: neither .*; {way_out}"):
+            open_rows(write(tmp_path / name, "PAR1,\n"))

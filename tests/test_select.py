@@ -250,6 +250,21 @@ def test_format_and_order_stay(kind, tmp_path, monkeypatch):
         assert written == [lines[n] for n in numbers]  # byte for byte
 
 
+@pytest.mark.parametrize(("read", "written", "is_array"), [
+    ("json", "jsonl", False), ("jsonl", "json", True), ("json", "txt", True),
+    ("jsonl", "txt", False)])
+def test_the_name_says_lines_or_array(read, written, is_array, tmp_path, monkeypatch):
+    """Other programs go by the name: pandas, jq, a hub."""
+    rows = [{"instruction": f"q{n}", "output": "颜"} for n in range(6)]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    source, output = tmp_path / f"rows.{read}", tmp_path / f"out.{written}"
+    source.write_text(json.dumps(rows) if read == "json" else lines, "utf-8")
+    select_here(monkeypatch, "--dataset", source, "--strategy", "random", "--sample_number", 6,
+                "--output", output)
+    text = output.read_text("utf-8")
+    assert (json.loads(text) if is_array else list(map(json.loads, text.splitlines()))) == rows
+
+
 def test_bad_input(choose, data, tmp_path, monkeypatch):
     path, scores, embeddings = data
     (tmp_path / "out.json").write_text("precious")

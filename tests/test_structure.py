@@ -24,7 +24,7 @@ LAYERS = [
     "config training_options evaluation_options confidence rotary attention",
     "json_files",
     "options",
-    "failure",
+    "failure flag_names",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 SCRIPTS = [path for path in sorted(ROOT.glob("*.py"))]

@@ -181,6 +181,13 @@ def test_resolve(tmp_path, monkeypatch):
         resolve(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"config\.json"):
         resolve(str(tmp_path))
+    with pytest.raises(UserError, match="gpt2: no such folder, and models on the hub are"):
+        resolve("gpt2")
+    snapshot = tmp_path / "models--k--stories/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="did you mean .*snapshots/abc"):
+        resolve(str(snapshot.parent.parent))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="download it first"):
