@@ -127,17 +127,23 @@ def encode_rankings(rows, template, cutoff_len, vocab_size=None, whole=False):
         if not all(text.supervised[1:cutoff_len].any() for text in texts):
             report.num_dropped += 1
             continue
-        different = {}
-        for text in texts:
-            ids = text.ids[:cutoff_len]
-            different.setdefault(ids.tobytes(), (ids, text.supervised[:cutoff_len]))
-        if len(different) == 1:
+        texts = different([Example(text.ids[:cutoff_len], text.supervised[:cutoff_len])
+                           for text in texts])
+        if len(texts) == 1:
             report.num_same += 1
             continue
-        ids, supervised = zip(*different.values(), strict=True)
-        examples.append(Example(np.concatenate(ids), np.concatenate(supervised),
-                                list(map(len, ids))))
+        examples.append(Example(np.concatenate([text.ids for text in texts]),
+                                np.concatenate([text.supervised for text in texts]),
+                                [len(text.ids) for text in texts]))
     return examples, report
+
+
+def different(texts):
+    """The Examples without those of the same tokens as one before them."""
+    found = {}
+    for text in texts:
+        found.setdefault(text.ids.tobytes(), text)
+    return list(found.values())
 
 
 def _common(conversations):
