@@ -565,12 +565,10 @@ def test_the_reference_drops_nothing():
 
 def test_a_reward_model_is_not_padded_with_what_ends_conversations():
     """There transformers would take a token before the end for the last."""
-    tokenizer = SimpleNamespace(bos_token_id=1)
     for ends, padding in (({7}, 1), ({2}, 7), ({1, 7}, None)):
         model = RewardModel(ModelConfig.from_dict({**CONFIG, "bos_token_id": 1,
                                                    "pad_token_id": 7}))
-        template = SimpleNamespace(tokenizer=tokenizer, stop_token_ids=lambda _, ends=ends: ends)
-        choose_padding(model, template)
+        choose_padding(model, SimpleNamespace(bos_token_id=1), ends)
         assert model.config.original["pad_token_id"] == padding
 
 
