@@ -144,8 +144,8 @@ def write_folder(options):
     auto = torch.float32 if options.format == "peft" else stored
     dtype = resolve_dtype(options, device, auto)
     adapter_dir = options.adapter and weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
-    is_judge = has_head(model_dir, adapter_dir)
-    load = load_reward_model if is_judge else weights.load_model
+    is_reward_model = has_head(model_dir, adapter_dir)
+    load = load_reward_model if is_reward_model else weights.load_model
     model = load(model_dir, stored, device, options.quantization_bit)
     tokenizer = Tokenizer.load(model_dir)
 
@@ -155,7 +155,7 @@ def write_folder(options):
         tell_of_quantization(options, adapter_dir)
     form = conversation_form(tokenizer, options.template, trained_dir,
                              weights.generation_eos(model_dir, model.config))
-    if is_judge:
+    if is_reward_model:
         choose_padding(model, tokenizer, form.stop_ids)
     if options.format == "peft":
         weights.save_adapter(model, output_dir, lora_config, options.model_name_or_path, dtype)

@@ -51,7 +51,7 @@ def look_at_data(options, config, model_dir, num_processes):
     num_texts = batch_size * (2 if ranking else 1)
     longest = (num_texts * padded(limit, options), num_texts * limit)
     try:
-        find_sources(options.dataset or options.train_dir, options.dataset_dir, plain_text)
+        find_sources(options.dataset or options.train_dir, options.dataset_dir, plain_text, ranking)
     except UserError as error:
         each = "answer of two" if ranking else "row"
         return Data(f"assumed, {limit:,} tokens in every {each}, as the rows are not here "
@@ -81,7 +81,7 @@ class BytesAsTokens:
     add_bos_token = False
 
     def encode(self, text, tools=None):
-        """As Tokenizer.encode for str, as Template.encode for messages: only the length counts."""
+        """As Tokenizer.encode for str, as Template.encode for messages."""
         if isinstance(text, str):
             content = text.encode("utf-8", "replace")
             return [sum(content[start : start + BYTES_PER_TOKEN]) % SMALL_VOCABULARY

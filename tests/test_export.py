@@ -165,6 +165,21 @@ def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@torch.no_grad()
+def test_a_reward_model_from_peft(checkpoint, judge, tmp_path):
+    """As peft, and trl by it, writes the adapter: among what is saved it names a classifier too."""
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint,
+                                                                             num_labels=1)
+    theirs = peft.PeftModel.from_pretrained(theirs, judge)
+    theirs.save_pretrained(tmp_path / "theirs")
+    content = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
+    assert set(content["modules_to_save"]) == {"classifier", "score"}
+    ours = load_reward_model(checkpoint)
+    load_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours.rewards(ours(TOKENS[:1]))[:, -1],
+                               theirs(TOKENS[:1]).logits[:, 0], rtol=1e-5, atol=1e-5)
+
+
 def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
     before = {path: path.read_bytes() for path in checkpoint.iterdir()}
     for words, message in (

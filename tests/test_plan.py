@@ -328,11 +328,14 @@ def test_the_plan_says_of_the_rows_what_the_run_says(stage, checkpoint, tmp_path
     for row in rows if stage != "sft" else ():
         row["output"] = [row["output"], "no"]  # one pair of equal ones
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = ["--model_name_or_path", checkpoint, "--dataset", tmp_path / "rows.json", "--stage",
-             stage, "--template", "plain", "--output_dir", tmp_path / "o", "--cutoff_len", 40,
-             "--validation_split", 4, "--skip_bad_rows", "--device", "cpu", "--max_steps", 1,
-             "--seed", 1, "--dataloader_num_workers", 0]
+    (tmp_path / "dataset_info.json").write_text(json.dumps({
+        "named": {"file_name": "rows.json", "ranking": stage != "sft"}}))
+    words = ["--model_name_or_path", checkpoint, "--dataset", "named", "--dataset_dir", tmp_path,
+             "--stage", stage, "--template", "plain", "--output_dir", tmp_path / "o",
+             "--cutoff_len", 40, "--validation_split", 4, "--skip_bad_rows", "--device", "cpu",
+             "--max_steps", 1, "--seed", 1, "--dataloader_num_workers", 0]
     planned = dry_run(monkeypatch, capsys, *words).splitlines()
+    assert "lengths     counted by the tokenizer" in planned
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.main()
     said = [line for line in capsys.readouterr().out.splitlines() if re.match(
