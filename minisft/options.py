@@ -296,10 +296,10 @@ def resolve_device(options, must_exist=True):
     """
     import torch
 
-    name = options.device
+    name = str(options.device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name):  # torch takes cuda:200 for cuda:-56
+    if not re.fullmatch(r"cpu(:0)?|cuda(:(0|[1-9][0-9]?))?", name):  # cuda:200 is -56 to torch
         raise UserError(f"--device {name}: not a device to use; give cpu, cuda or cuda:N")
     device = torch.device(name)
     if must_exist and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
