@@ -42,7 +42,8 @@ What comes out, a line of JSON for every row of the data set:
   reason             why the row has no score, else null
 With --mode reward, instead of losses and their ratios:
   reward             of the whole conversation: only differences between answers mean something
-and of a row with several answers (chosen and rejected, or a list as output, the best first):
+and of a row with several answers (chosen and rejected, or a list as output, the best first), whose
+num_answer_tokens are those of the best:
   accuracy           1 where the better answer has more reward, else 0
   margin             reward_chosen - reward_rejected
   reward_chosen, reward_rejected
