@@ -5,7 +5,8 @@
         --quantization q4_k_m --output cherry.gguf
 
 hf is the folder that transformers, vLLM and others load, peft the adapter alone; gguf is the file
-that llama.cpp, Ollama and LM Studio run, gguf-lora the adapter alone for llama.cpp's --lora.
+that llama.cpp, Ollama and LM Studio run, gguf-lora the adapter alone for llama.cpp's --lora. A
+reward model (train.py --stage rm) becomes transformers' LlamaForSequenceClassification.
 """
 
 from argparse import Namespace
@@ -132,6 +133,7 @@ def write_folder(options):
     from minisft.chat_template import conversation_form
     from minisft.lora import merge_lora
     from minisft.options import resolve_device, resolve_dtype
+    from minisft.reward import choose_padding, has_head, load_reward_model
     from minisft.tensor_files import parse_size
     from minisft.tokenizer import Tokenizer
 
@@ -141,16 +143,20 @@ def write_folder(options):
     stored = weights.stored_dtype(model_dir)
     auto = torch.float32 if options.format == "peft" else stored
     dtype = resolve_dtype(options, device, auto)
-    model = weights.load_model(model_dir, stored, device, options.quantization_bit)
+    adapter_dir = options.adapter and weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
+    is_reward_model = has_head(model_dir, adapter_dir)
+    load = load_reward_model if is_reward_model else weights.load_model
+    model = load(model_dir, stored, device, options.quantization_bit)
     tokenizer = Tokenizer.load(model_dir)
 
-    trained_dir = model_dir  # or the adapter's
-    if options.adapter:
-        trained_dir = weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
-        lora_config = weights.load_adapter(model, trained_dir)
-        tell_of_quantization(options, trained_dir)
+    trained_dir = adapter_dir or model_dir
+    if adapter_dir:
+        lora_config = weights.load_adapter(model, adapter_dir)
+        tell_of_quantization(options, adapter_dir)
     form = conversation_form(tokenizer, options.template, trained_dir,
                              weights.generation_eos(model_dir, model.config))
+    if is_reward_model:
+        choose_padding(model, tokenizer, form.stop_ids)
     if options.format == "peft":
         weights.save_adapter(model, output_dir, lora_config, options.model_name_or_path, dtype)
     else:

@@ -8,7 +8,9 @@
 --mode ifd writes one JSON object a row to --output: the loss of the answer behind its instruction
 and alone, and their ratios. --mode embed writes beside it scores.embeddings.npy and
 scores.perplexity.npy, for choosing by cluster. --mode reward writes what a reward model (train.py
---stage rm) gives the conversation. Run it again to go on where it was interrupted.
+--stage rm) gives the conversation; of rows with several answers (chosen and rejected), what it
+gives to each, and how often it prefers the better one. Run it again to go on where it was
+interrupted.
 """
 
 import sys
@@ -40,6 +42,13 @@ What comes out, a line of JSON for every row of the data set:
   reason             why the row has no score, else null
 With --mode reward, instead of losses and their ratios:
   reward             of the whole conversation: only differences between answers mean something
+and of a row with several answers (chosen and rejected, or a list as output, the best first), whose
+num_answer_tokens are those of the best:
+  accuracy           1 where the better answer has more reward, else 0
+  margin             reward_chosen - reward_rejected
+  reward_chosen, reward_rejected
+                     of the two answers; of more than two, as all of these, the mean over all pairs
+                     of a better and a worse one, as in training
 Then choose the rows worth training on:
   python select.py --dataset F --scores scores.jsonl --strategy ifd --sample_rate 0.05 --output F2
 """
@@ -85,12 +94,13 @@ def main():
     device = parallel.start(resolve_device(options))
     dtype, say = resolve_dtype(options, device), parallel.say
     skipped = [] if options.skip_bad_rows else None
-    rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped, say)
+    of_rewards = options.mode == "reward"
+    rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped, say,
+                                    ranking=None if of_rewards else False)
     check_output(options, rows)
     folders = find_model(options)
     template, max_length, config = load_template(options, *folders, say)
     parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
-    of_rewards = options.mode == "reward"
     encoder = ifd.Encoder(rows, template, max_length, config.vocab_size, parts, drawn,
                           reward_scores.Score if of_rewards else ifd.Score)
     files = pending = None
@@ -222,6 +232,18 @@ def write(mine, files, num_rows, num_pending, say):
         for reason, number in reasons.most_common():
             if reason != "scored":
                 say(f"not scored {number:,}: {reason}")
+        if "reward" in files.parts:
+            tell_preferences(files.paths["scores"], say)
+
+
+def tell_preferences(path, say):
+    """Say how often, and by how much, the better of several answers has more reward."""
+    from minisft.metrics import in_words
+    from minisft.reward_scores import mean_figures
+
+    count, means = mean_figures(path)
+    if count:
+        say(f"preferences of {count:,} rows: {in_words(means)}")
 
 
 def together(mine):

@@ -27,18 +27,21 @@ if __name__ == "select":
 
 STRATEGIES = {  # and what each needs
     "ifd": ("scores",), "ifd_ppl": ("scores",), "ppl": ("scores",), "reward": ("scores",),
-    "longest": (), "random": (), "random_matched": ("match",), "cluster": ("embeddings",),
-    "kcenter": ("embeddings",), "ifd+kcenter": ("scores", "embeddings"),
+    "margin": ("scores",), "longest": (), "random": (), "random_matched": ("match",),
+    "cluster": ("embeddings",), "kcenter": ("embeddings",),
+    "ifd+kcenter": ("scores", "embeddings"),
 }
 # Which of the scores a strategy goes by.
 SCORE_OF = {"ifd": "ifd", "ifd_ppl": "ifd_ppl", "ppl": "loss_conditioned", "reward": "reward",
-            "ifd+kcenter": "ifd"}
+            "margin": "margin", "ifd+kcenter": "ifd"}
 EPILOGUE = """\
 Strategies:
   ifd             the highest ratio of losses below 1 (above, the instruction does not help)
   ifd_ppl         the highest ratio of perplexities below 1
   ppl             the middle band: around the median perplexity of the answer behind its prompt
   reward          the highest reward of a reward model (score.py --mode reward)
+  margin          of preferences those that the reward model is surest of: the highest reward of the
+                  chosen answer less that of the rejected
   cluster         k-means of the embeddings, then --per_cluster rows of each cluster, spread over
                   --band percentiles of the instruction's perplexity: the pre-experience set
   kcenter         each row as far as can be from those before it: diversity, outliers included
@@ -147,7 +150,9 @@ def main():
     from minisft.selection_plot import draw
 
     skipped = [] if options.skip_bad_rows else None
-    rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped)
+    # Rows with several answers have no other scores than rewards.
+    ranking = None if options.strategy in ("reward", "margin") else False
+    rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped, ranking=ranking)
     output = check_output(options, rows)
     dataset = record_of_data(rows, drawn)
     inputs = read_inputs(options, len(rows), dataset)
@@ -266,7 +271,7 @@ def choose(options, inputs, candidates, number):
     strategy, scores = options.strategy, inputs.scores
     drop_unfit(strategy, inputs, candidates)
     rows = candidates.rows
-    if strategy in ("ifd", "ifd_ppl", "reward"):
+    if strategy in ("ifd", "ifd_ppl", "reward", "margin"):
         chosen = selection.highest(scores[strategy], rows, number)
     elif strategy == "ppl":
         chosen = selection.middle(scores["loss_conditioned"], rows, number)

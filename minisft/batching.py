@@ -37,10 +37,13 @@ RUN_BLOCKS = 4
 SAMPLE_ROWS, SAMPLE_BYTES = 128, 2**20
 
 
-def _check_learnable(examples):
-    if not examples:
-        raise UserError("nothing to learn is left of the rows within the length limit; raise "
-                        "--cutoff_len")
+def _check_learnable(examples, report):
+    if examples:
+        return
+    if 0 < report.num_same == report.num_rows:
+        raise UserError(f"nothing to learn: {report}")
+    raise UserError("nothing to learn is left of the rows within the length limit; raise "
+                    "--cutoff_len")
 
 
 def batches_of_rows(rows, template, cutoff_len, vocab_size=None, seed=0, num_workers=0,
@@ -52,7 +55,7 @@ def batches_of_rows(rows, template, cutoff_len, vocab_size=None, seed=0, num_wor
     encode = partial(encode, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
     sample = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
     examples, report = encoded(rows, encode, sample)
-    _check_learnable(examples)
+    _check_learnable(examples, report)
     return Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()),
                    sampled=report)
 
@@ -71,8 +74,8 @@ def batches_of_texts(texts, tokenizer, block_size, vocab_size=None, seed=0, num_
     runs, run_sizes = np.append(starts, len(texts)), np.add.reduceat(sizes, starts)
     count = max(4, SAMPLE_BYTES // run_bytes)
     sample = np.unique(np.linspace(0, len(starts) - 1, count).astype(int))
-    examples, _ = encoded(texts, encode, _numbers_in(runs, sample))
-    _check_learnable(examples)
+    examples, report = encoded(texts, encode, _numbers_in(runs, sample))
+    _check_learnable(examples, report)
     num_tokens = sum(len(example.ids) for example in examples)
     total_tokens = num_tokens * run_sizes.sum() / run_sizes[sample].sum()
     return Batches(texts, encode, seed, num_workers, total_bytes=int(sizes.sum()),
@@ -111,7 +114,7 @@ class Batches:
         examples, report = encoded(rows, self.encode)
         if report:
             say(f"evaluation: {report}")
-        _check_learnable(examples)
+        _check_learnable(examples, report)
         return examples
 
     def steps(self, rows_per_step, start, stop):

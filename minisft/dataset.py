@@ -94,7 +94,7 @@ class _File:
     records: object
     description: object  # of its columns, or None
     plain_text: bool = False
-    ranking: bool = False
+    ranking: bool | None = False  # as open_rows has it
 
     def read(self, index):
         """The Row (or str) of a record; BadRow names file and row."""
@@ -105,7 +105,7 @@ class _File:
                 return self._text(record)
             if self.description:
                 record = self.description.rename(record)
-            if self.ranking:
+            if self.ranking or self.ranking is None and _has_several(record):
                 (best, *worse), tools = ranking(record)
                 return Row(best, tools, str(path), index, worse)
             return Row(*conversation(record), source=str(path), index=index)
@@ -118,18 +118,25 @@ class _File:
         return text_of(self.description.text(record) if self.description else record)
 
 
+def _has_several(record):
+    """Whether a row has answers to compare, and not a single one."""
+    return isinstance(record, dict) and ({"chosen", "rejected"} <= record.keys() or (
+        "instruction" in record and isinstance(record.get("output"), list)))
+
+
 def open_rows(dataset, dataset_dir="data", plain_text=False, ranking=False, skipped=None, seed=0,
               say=print):
     """The rows of the data sets that `dataset` names (see dataset_info.py), in their order.
 
     plain_text: texts for --stage pt, each line of a .txt file and each "text" of a JSON file.
     ranking: rows with several answers, for --stage rm and dpo; `Row.worse` has all but the best.
+    None: such rows, and those with one answer.
     skipped: a list to which a message goes for each broken row, which is then left out; without it
     the first one is a UserError. Files above CHECKED_BYTES are only checked as they are read.
     seed: of the choice of rows where an entry asks for a number of them. say: told what is special.
     """
     parts = []
-    for source in find_sources(dataset, dataset_dir, plain_text, ranking):
+    for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False):
         files = [_File(open_records(path, plain_text), source.description, plain_text, ranking)
                  for path in source.paths]
         rows = sum_of([_checked(Rows([file], None, skipped is not None), skipped)

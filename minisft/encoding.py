@@ -39,6 +39,7 @@ class EncodeReport:
     num_cut: int = 0
     num_dropped: int = 0
     num_long: int = 0  # left out because they would have to be cut
+    num_same: int = 0  # left out because their answers do not differ
     broken: list = field(default_factory=list)  # a message each
 
     def add(self, other):
@@ -47,11 +48,12 @@ class EncodeReport:
         self.num_cut += other.num_cut
         self.num_dropped += other.num_dropped
         self.num_long += other.num_long
+        self.num_same += other.num_same
         self.broken += other.broken
 
     def __bool__(self):
         """Whether anything happened to any row."""
-        return bool(self.num_cut or self.num_long or self.broken)
+        return bool(self.num_cut or self.num_long or self.num_same or self.broken)
 
     def __str__(self):
         """A line for people."""
@@ -62,6 +64,9 @@ class EncodeReport:
         if self.num_long:
             said.append(f"{self.num_long} of {self.num_rows} rows left out: longer than the length "
                         "limit")
+        if self.num_same:
+            said.append(f"{self.num_same} of {self.num_rows} rows left out: their answers are the "
+                        "same, so none is to be preferred")
         if self.broken:
             said.append(f"{len(self.broken)} broken rows left out, the first: {self.broken[0]}")
         return "; ".join(said)
@@ -100,7 +105,8 @@ def encode_rankings(rows, template, cutoff_len, vocab_size=None, whole=False):
 
     Supervised is what follows the messages that all conversations of a row begin with. A row is
     dropped where the limit leaves nothing of an answer. whole: also where it cuts one, since what
-    is then at the end is not what there was to judge.
+    is then at the end is not what there was to judge. An answer that comes again, within the limit,
+    counts once, at its best place; where no other is left there is nothing to learn.
     """
     examples, report = [], EncodeReport()
     for row in rows:
@@ -121,10 +127,23 @@ def encode_rankings(rows, template, cutoff_len, vocab_size=None, whole=False):
         if not all(text.supervised[1:cutoff_len].any() for text in texts):
             report.num_dropped += 1
             continue
-        examples.append(Example(np.concatenate([text.ids[:cutoff_len] for text in texts]),
-                                np.concatenate([text.supervised[:cutoff_len] for text in texts]),
-                                [min(len(text.ids), cutoff_len) for text in texts]))
+        texts = different([Example(text.ids[:cutoff_len], text.supervised[:cutoff_len])
+                           for text in texts])
+        if len(texts) == 1:
+            report.num_same += 1
+            continue
+        examples.append(Example(np.concatenate([text.ids for text in texts]),
+                                np.concatenate([text.supervised for text in texts]),
+                                [len(text.ids) for text in texts]))
     return examples, report
+
+
+def different(texts):
+    """The Examples without those of the same tokens as one before them."""
+    found = {}
+    for text in texts:
+        found.setdefault(text.ids.tobytes(), text)
+    return list(found.values())
 
 
 def _common(conversations):

@@ -27,7 +27,7 @@ KNOWN_FORMATS = (
 )
 PREFERENCE_DATA = (
     "preference data (several answers to compare) do not say which single answer is meant; give a "
-    "file with one answer to each prompt, or learn to prefer with train.py --stage dpo or rm"
+    "file with one answer to a prompt, or use train.py --stage dpo or rm, score.py --mode reward"
 )
 NO_PREFERENCE = (
     "there is nothing to prefer: --stage rm and dpo need the columns chosen and rejected, or a "

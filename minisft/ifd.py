@@ -84,12 +84,14 @@ class Score:
                 **{name: value and float(f"{value:.8g}") for name, value in values.items()},
                 "num_answer_tokens": self.num_answer_tokens, "reason": reason}
 
-    def add_sequences(self, ids, supervised, spans, encoder):
+    def add_row(self, row, encoder):
         """The passes that the row needs, or why it has no score.
 
         The prompt's states are those of the pass with the answer, since a causal model has not seen
         the answer there.
         """
+        ids, _, spans, self.reason = encoder.encode(row)
+        self.num_answer_tokens = sum(end - start for start, end in spans)
         if not self.num_answer_tokens:
             self.reason = self.reason or "the answer has no tokens"
         if "embed" in encoder.parts:
@@ -166,13 +168,17 @@ class Encoder:
             return self.kind(number, reason=f"broken: {error}")
         if self.drawn is not None and not self.drawn[number]:
             return self.kind(number, reason="not drawn: num_samples")
-        ids, supervised = encode_row(row, self.template, self.vocab_size)
-        spans = answer_spans(self.template, ids, supervised)
-        score = self.kind(number, sum(end - start for start, end in spans))
-        if len(ids) > self.max_length:
-            score.reason = f"longer than max_length: {len(ids)} tokens, of {self.max_length}"
-        score.add_sequences(ids, supervised, spans, self)
+        score = self.kind(number)
+        score.add_row(row, self)
         return score
+
+    def encode(self, row):
+        """(ids, supervised, bounds of the answers, why it cannot be scored or None) of a Row."""
+        ids, supervised = encode_row(row, self.template, self.vocab_size)
+        reason = None
+        if len(ids) > self.max_length:
+            reason = f"longer than max_length: {len(ids)} tokens, of {self.max_length}"
+        return ids, supervised, answer_spans(self.template, ids, supervised), reason
 
 
 def answer_spans(template, ids, supervised):

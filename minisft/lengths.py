@@ -22,6 +22,7 @@ from minisft.training_data import load_data
 # So many rows are encoded, the lengths of others estimated from their size; of larger data sets a
 # part is dealt out into batches, which is enough to know the padding.
 ENCODED_ROWS, DEALT_ROWS = 5_000, 100_000
+SMALL_VOCABULARY = 100  # no model has a smaller one
 BYTES_PER_TOKEN = 4  # of text in UTF-8, English or Chinese, within a third for most tokenizers
 
 
@@ -50,7 +51,7 @@ def look_at_data(options, config, model_dir, num_processes):
     num_texts = batch_size * (2 if ranking else 1)
     longest = (num_texts * padded(limit, options), num_texts * limit)
     try:
-        find_sources(options.dataset or options.train_dir, options.dataset_dir, plain_text)
+        find_sources(options.dataset or options.train_dir, options.dataset_dir, plain_text, ranking)
     except UserError as error:
         each = "answer of two" if ranking else "row"
         return Data(f"assumed, {limit:,} tokens in every {each}, as the rows are not here "
@@ -71,15 +72,20 @@ def look_at_data(options, config, model_dir, num_processes):
 
 
 class BytesAsTokens:
-    """Stands for tokenizer and template where there is none: ids of the right number, about."""
+    """Stands for tokenizer and template where there is none: ids of the right number, about.
+
+    They differ where texts do, lest rows are taken to have the same answers.
+    """
 
     bos_token_id = eos_token_id = None
     add_bos_token = False
 
     def encode(self, text, tools=None):
-        """As Tokenizer.encode for str, as Template.encode for messages: only the length counts."""
+        """As Tokenizer.encode for str, as Template.encode for messages."""
         if isinstance(text, str):
-            return [0] * -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
+            content = text.encode("utf-8", "replace")
+            return [sum(content[start : start + BYTES_PER_TOKEN]) % SMALL_VOCABULARY
+                    for start in range(0, len(content), BYTES_PER_TOKEN)]
         ids, supervised = [], []
         for message in text:
             new = self.encode(f"{message.get('content') or ''}{message.get('input') or ''}") or [0]

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import tomllib
 import traceback
@@ -289,20 +290,20 @@ def add_device_flags(add, switch, auto_dtype=AUTO_DTYPE):
         help="hold the frozen linear layers in so many bits (4: NF4, 8: rows of int8)")
 
 
-def resolve_device(options):
-    """The torch.device of `--device`: the CPU or a GPU; UserError where there is none such."""
+def resolve_device(options, must_exist=True):
+    """The torch.device of `--device`: the CPU or a GPU; UserError where there is none such.
+
+    must_exist: False to plan for a GPU that is not here.
+    """
     import torch
 
-    name = options.device
+    name = str(options.device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: not supported; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not re.fullmatch(r"cpu(:0)?|cuda(:(0|[1-9][0-9]?))?", name):  # cuda:200 is -56 to torch
+        raise UserError(f"--device {name}: not a device to use; give cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if must_exist and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs here; "
                         "use --device cpu")
     return device

@@ -35,9 +35,7 @@ def show(options):
         return
     model_dir = local_folder(options.model_name_or_path)
     config = ModelConfig.load(model_dir)
-    device = options.device.partition(":")[0]
-    if device != "cuda":  # which need not be here to be planned for
-        device = resolve_device(options).type
+    device = resolve_device(options, must_exist=False).type
     absent = device == "cuda" and not torch.cuda.is_available()
     available = memory_of_device(options, device)
     dtype = resolve_dtype(options, torch.device(device), torch.bfloat16 if absent else None)

@@ -239,7 +239,8 @@ def build(run, template, batches, held_out):
     if options.stage in ("sft", "pt"):
         return NextToken(model)
     if options.stage == "rm":
-        choose_padding(model, template)
+        choose_padding(model, template.tokenizer,
+                       template.stop_token_ids(model.config.eos_token_ids))
         return Reward(model)
     if options.precompute_reference:
         precompute(run, batches, held_out)

@@ -45,16 +45,14 @@ def _described(config):
             "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
 
-def choose_padding(model, template):
+def choose_padding(model, tokenizer, stop_ids):
     """Make config.json name a token to pad with, with which no conversation ends.
 
     In a batch transformers takes for the last token the last one that is not this.
     """
     content = model.config.original
-    ends = template.stop_token_ids(model.config.eos_token_ids)
-    candidates = (content.get("pad_token_id"), template.tokenizer.bos_token_id,
-                  model.config.bos_token_id)
-    content["pad_token_id"] = next((id for id in candidates if id not in ends | {None}), None)
+    candidates = (content.get("pad_token_id"), tokenizer.bos_token_id, model.config.bos_token_id)
+    content["pad_token_id"] = next((id for id in candidates if id not in {None, *stop_ids}), None)
 
 
 def load_reward_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=None):
@@ -73,9 +71,14 @@ def new_head(config):
     return torch.randn(1, config.hidden_size) * config.initializer_range
 
 
-def check_head(model_dir, adapter_dir=None):
-    """UserError unless the checkpoint or the adapter is a reward model's, with a trained head."""
+def has_head(model_dir, adapter_dir=None):
+    """Whether the checkpoint or the adapter is a reward model's, with a trained head."""
     stored = [stored_tensors(model_dir), adapter_tensors(adapter_dir) if adapter_dir else {}]
-    if not any("score.weight" in tensors for tensors in stored):
+    return any("score.weight" in tensors for tensors in stored)
+
+
+def check_head(model_dir, adapter_dir=None):
+    """UserError unless there is such a head."""
+    if not has_head(model_dir, adapter_dir):
         raise UserError(f"{adapter_dir or model_dir}: is no reward model (there is no score.weight "
                         "in it); train.py --stage rm makes one")

@@ -4,17 +4,24 @@
     for scores in ifd.score(model, encoder, numbers, batch_tokens=2048, compute=compute_rewards):
         print(scores[0].as_dict())         # {"index": 0, "reward": 1.25, ...}
 
-The reward is what the model's head says of the last token of the conversation (reward.py).
+The reward is what the model's head says of the last token of the conversation (reward.py). A row
+with several answers has that of each, and the figures that train.py --stage rm logs.
 """
 
+import json
 import math
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from statistics import fmean
 
 import torch
 
 from minisft import ifd
 from minisft.batching import collate
-from minisft.encoding import Example
+from minisft.encoding import Example, different
+
+FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected")
 
 
 @dataclass
@@ -22,33 +29,82 @@ class Score:
     """What is found out about a row."""
 
     index: int
-    num_answer_tokens: int = 0
+    num_answer_tokens: int = 0  # of the best answer
     reason: str | None = None  # why there is no reward
-    sequences: list = field(default_factory=list)  # the one still to be computed
-    reward: float | None = None
+    sequences: list = field(default_factory=list)  # all answers, the best first, until computed
+    rewards: dict = field(default_factory=dict)  # {place of the answer: its reward}
+    has_several: bool = False
 
-    def add_sequences(self, ids, supervised, _spans, _encoder):
-        """The one pass that the row needs, unless there is a reason against it."""
+    def add_row(self, row, encoder):
+        """The passes that the row needs, one for every answer, unless there is a reason against it.
+
+        As in training an answer that comes again counts once.
+        """
+        answers = [encoder.encode(replace(row, messages=messages))
+                   for messages in (row.messages, *row.worse)]
+        self.num_answer_tokens = sum(end - start for start, end in answers[0][2])
+        self.has_several = bool(row.worse)
+        texts = different([Example(ids, supervised) for ids, supervised, *_ in answers])
+        self.reason = next((reason for *_, reason in answers if reason), None)
+        if self.has_several and len(texts) == 1:
+            self.reason = self.reason or "the answers are the same"
         if not self.reason:
-            self.sequences = [ifd.Sequence(ids, supervised)]
+            self.sequences = [ifd.Sequence(text.ids, text.supervised) for text in texts]
+
+    def add(self, sequence, reward):
+        """Take in the reward of one of the sequences; returns whether it was the last."""
+        place = [other is sequence for other in self.sequences].index(True)
+        self.rewards[place] = reward
+        if is_finished := len(self.rewards) == len(self.sequences):
+            self.sequences = []
+        return is_finished
 
     def as_dict(self):
-        """The JSON object of the row: its reward, or a reason."""
-        reward, reason = self.reward, self.reason
-        if reward is not None and not math.isfinite(reward):
-            reward, reason = None, "the reward is not a finite number"
-        return {"index": self.index, "reward": reward and float(f"{reward:.8g}"),
-                "num_answer_tokens": self.num_answer_tokens, "reason": reason}
+        """The JSON object of the row: its reward or those of its answers, or a reason."""
+        figures, reason = dict.fromkeys(FIGURES if self.has_several else ["reward"]), self.reason
+        if self.rewards:
+            found = figures_of([self.rewards[place] for place in range(len(self.rewards))])
+            if all(map(math.isfinite, found.values())):
+                figures = {name: float(f"{value:.8g}") for name, value in found.items()}
+            else:
+                reason = "the reward is not a finite number"
+        return {"index": self.index, **figures, "num_answer_tokens": self.num_answer_tokens,
+                "reason": reason}
+
+
+def figures_of(rewards):
+    """{figure: value} of the rewards of a row's answers, the best first, or of its only one.
+
+    Of more than two the means over all pairs of a better and a worse one, as preference.compare.
+    """
+    if len(rewards) == 1:
+        return {"reward": rewards[0]}
+    pairs = list(combinations(rewards, 2))
+    chosen, rejected = map(fmean, zip(*pairs, strict=True))
+    accuracy = fmean(better > worse for better, worse in pairs)
+    return dict(zip(FIGURES, (accuracy, chosen - rejected, chosen, rejected), strict=True))
 
 
 @torch.inference_mode()
 def compute_rewards(model, batch):
-    """Give the Scores of a batch of (Sequence, Score) their rewards; all of them as a list."""
+    """Give the Scores of a batch of (Sequence, Score) their rewards; those then finished."""
     sequences, scores = zip(*batch, strict=True)
     device = model.score.weight.device
     tokens, *_ = collate([Example(one.ids, one.answer) for one in sequences], device)
     last = torch.tensor([len(one.ids) - 1 for one in sequences], device=device)
     hidden = ifd.states(model, tokens)[torch.arange(len(tokens), device=device), last]  # (B, D)
-    for one, reward in zip(scores, model.rewards(hidden).tolist(), strict=True):
-        one.reward, one.sequences = reward, []
-    return list(scores)
+    rewards = model.rewards(hidden).tolist()
+    return [one for one, sequence, reward in zip(scores, sequences, rewards, strict=True)
+            if one.add(sequence, reward)]
+
+
+def mean_figures(path):
+    """(how many rows of a file of scores have several answers, {figure: mean over them})."""
+    count, sums = 0, Counter()
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            score = json.loads(line)
+            if score.get("margin") is not None:
+                count += 1
+                sums.update({name: score[name] for name in FIGURES})
+    return count, {name: total / count for name, total in sums.items()}

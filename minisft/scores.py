@@ -31,7 +31,11 @@ from minisft.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, stored_t
 
 # Of what num_samples draws: as train.py draws it, unless that is given another --seed.
 SEED = 42
-NUMBERS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl", "num_answer_tokens", "reward")
+NUMBERS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl", "num_answer_tokens", "reward",
+           "accuracy", "margin", "reward_chosen", "reward_rejected")
+# What computes those that only some rows have; the others, --mode ifd.
+WAY_TO = {"reward": "--mode reward computes it, of rows with one answer",
+          "margin": "--mode reward computes it, of rows with several answers"}
 
 
 def paths(output):
@@ -42,12 +46,13 @@ def paths(output):
         (("embeddings", "npy"), ("perplexity", "npy"), ("record", "json"))}
 
 
-def open_every_record(dataset, dataset_dir, skipped, say=print):
+def open_every_record(dataset, dataset_dir, skipped, say=print, ranking=False):
     """(all records of the files, bool (records,): which of them `open_rows` would have opened).
 
-    The others are broken, or num_samples in dataset_info.json leaves them out.
+    The others are broken, or num_samples in dataset_info.json leaves them out. ranking: None where
+    rows may have several answers.
     """
-    opened = open_rows(dataset, dataset_dir, skipped=skipped, seed=SEED, say=say)
+    opened = open_rows(dataset, dataset_dir, False, ranking, skipped, SEED, say)
     every = Rows(opened.files, None, opened.skip_bad_rows)
     drawn = np.zeros(len(every), bool)
     drawn[slice(None) if opened.numbers is None else opened.numbers] = True
@@ -263,9 +268,9 @@ def read_scores(path, num_rows, needed=None):
         for line in file:
             score = _parse(path, line, num_rows)
             done[score["index"]] = True
-            if needed and needed not in score:
-                mode = "reward" if needed == "reward" else "ifd"
-                raise UserError(f"{path}: has no {needed}; score.py --mode {mode} computes it")
+            if needed and needed not in score and score["reason"] is None:
+                way = WAY_TO.get(needed, "--mode ifd computes it")
+                raise UserError(f"{path}: has no {needed}; score.py {way}")
             for name in columns:
                 if score.get(name) is not None:
                     columns[name][score["index"]] = score[name]

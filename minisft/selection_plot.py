@@ -12,7 +12,7 @@ from minisft.kmeans import Space
 from minisft.selection import Chosen
 
 NAMES = {"ifd": "IFD, a ratio of losses", "ifd_ppl": "IFD, a ratio of perplexities",
-         "reward": "reward"}
+         "reward": "reward", "margin": "reward of the chosen answer less that of the rejected"}
 ALL, CHOSEN = "#b0b8c0", "#d55e00"  # grey and vermilion, which everybody can tell apart
 
 
@@ -35,8 +35,10 @@ def draw(inputs, chosen, strategy, output):
 
 def draw_scores(axes, scores, chosen, strategy):
     """A histogram of the scores; the few beyond its ends are counted in the outermost bars."""
-    has_rewards = np.isfinite(scores["reward"]).any()
-    name = "reward" if has_rewards else "ifd_ppl" if strategy == "ifd_ppl" else "ifd"
+    has_rewards = strategy == "margin" or np.isfinite(scores["reward"]).any()
+    name = "ifd_ppl" if strategy == "ifd_ppl" else "ifd"
+    if has_rewards:
+        name = "margin" if strategy == "margin" else "reward"
     values = scores[name]
     ends = np.percentile(values[np.isfinite(values)], [0.5, 99.5]) if (
         np.isfinite(values).any()) else np.array([0.0, 1.0])

@@ -37,7 +37,7 @@ def load_data(options, tokenizer, template, config, say):
         if ranking:  # a reward is that of a whole conversation
             settings["encode"] = partial(encoding.encode_rankings, whole=options.stage == "rm")
         batches = batching.batches_of_rows(rows, template, limit, **settings)
-    if batches.sampled.num_cut or batches.sampled.num_long:
-        say(f"a look at {batches.sampled.num_rows} rows: {batches.sampled}; --cutoff_len is "
-            f"{limit}")
+    if seen := batches.sampled:
+        told = f"; --cutoff_len is {limit}" if seen.num_cut or seen.num_long else ""
+        say(f"a look at {seen.num_rows} rows: {seen}{told}")
     return batches, held_out and batches.held_out(held_out, say)

@@ -325,7 +325,8 @@ def _adapter_config(path):
     if content.get("bias", "none") != "none":
         raise UserError(f"{path}: bias '{content['bias']}' is not supported (only none)")
     targets, saved = (_names(path, content, key) for key in ("target_modules", "modules_to_save"))
-    saved = tuple(name.removeprefix("model.") for name in saved)
+    # PEFT lists "classifier" beside "score" for every model that classifies, whichever it has.
+    saved = tuple(name.removeprefix("model.") for name in saved if name != "classifier")
     if not set(saved) <= set(SAVEABLE):
         raise UserError(f"{path}: modules_to_save {list(saved)}; only {', '.join(SAVEABLE)} are "
                         "supported")

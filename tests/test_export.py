@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 from conftest import command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minisft.lora import LoraConfig, add_lora
 from minisft.options import recorded_options
+from minisft.reward import load_reward_model
 from minisft.template import get_template
 from minisft.tokenizer import Tokenizer
 from minisft.weights import load_adapter, load_model, save_adapter
@@ -108,6 +109,75 @@ def test_peft_format(checkpoint, adapter, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs(TOKENS).logits, adapted_logits(checkpoint, adapter),
                                    rtol=0, atol=1e-6)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "tied"])
+def judge(request, checkpoint, tmp_path):
+    """An adapter with values that makes a reward model of `checkpoint`, a language model."""
+    if request.param:
+        tensors = load_file(checkpoint / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, checkpoint / "model.safetensors")
+        path = checkpoint / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    model, config = load_reward_model(checkpoint), LoraConfig(rank=4, modules_to_save=("score",))
+    add_lora(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    save_adapter(model, tmp_path / "judge", config, checkpoint)
+    (tmp_path / "judge/options.toml").write_text('template = "alpaca"\nstage = "rm"\n')
+    return tmp_path / "judge"
+
+
+@pytest.mark.parametrize("format", ["hf", "peft"])
+def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
+    """Merged it scores as what peft merges, also texts of unequal lengths in one batch."""
+    kind, out = transformers.AutoModelForSequenceClassification, tmp_path / "out"
+    texts = [row[:length].tolist() for row, length in zip(TOKENS + 7, (40, 13), strict=True)]
+    texts = [[min(id, 299) for id in text] for text in texts]
+    theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(checkpoint, num_labels=1), judge)
+    theirs = theirs.merge_and_unload()
+    done = command("--model_name_or_path", checkpoint, "--adapter", judge, "--format", format,
+                   "--output_dir", out, script="export.py")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = [theirs(torch.tensor([text])).logits.item() for text in texts]
+        if format == "hf":
+            model, told = kind.from_pretrained(out, output_loading_info=True)
+            assert type(model).__name__ == "LlamaForSequenceClassification"
+            assert not any(told.values()), told
+            padding = [model.config.pad_token_id] * 27
+            found = model(torch.tensor([texts[0], texts[1] + padding])).logits[:, 0].tolist()
+            assert recorded_options(out)["template"] == "alpaca"
+            ours = load_reward_model(out)
+            rewards = [ours.rewards(ours(torch.tensor([text])))[0, -1].item() for text in texts]
+            assert rewards == pytest.approx(expected, abs=1e-5)
+        else:
+            model = kind.from_pretrained(checkpoint, num_labels=1)
+            model = peft.PeftModel.from_pretrained(model, out)
+            found = [model(torch.tensor([text])).logits.item() for text in texts]
+    assert found == pytest.approx(expected, abs=1e-5) and abs(expected[0] - expected[1]) > 0.01
+    place = [out] if format == "hf" else [checkpoint, "--adapter", out]
+    done = command("--model_name_or_path", *place, "--format", "gguf", "--output",
+                   tmp_path / "no.gguf", script="export.py")
+    assert done.returncode == 2 and "it is a reward model" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@torch.no_grad()
+def test_a_reward_model_from_peft(checkpoint, judge, tmp_path):
+    """As peft, and trl by it, writes the adapter: among what is saved it names a classifier too."""
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint,
+                                                                             num_labels=1)
+    theirs = peft.PeftModel.from_pretrained(theirs, judge)
+    theirs.save_pretrained(tmp_path / "theirs")
+    content = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
+    assert set(content["modules_to_save"]) == {"classifier", "score"}
+    ours = load_reward_model(checkpoint)
+    load_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours.rewards(ours(TOKENS[:1]))[:, -1],
+                               theirs(TOKENS[:1]).logits[:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):

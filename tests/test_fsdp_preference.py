@@ -16,7 +16,10 @@ from minisft import fsdp
 from minisft.encoding import Example
 from minisft.preference import DirectPreference, answer_log_probs, collate
 from minisft.reward import load_reward_model
+from minisft.template import get_template
+from minisft.tokenizer import Tokenizer
 
+BEST = "the cat sat on the mat"
 HELD_OUT = ["--validation_split", 5, "--eval_steps", 2, "--per_device_eval_batch_size", 1]
 # Eighteen ragged rows, every third with three answers, in six steps of six.
 KINDS = {
@@ -42,6 +45,10 @@ SHORT = {
 }
 
 
+DROPPED = ["--model_name_or_path", "plain", "--stage", "dpo", "--adapter", "dpo lora/2",
+           "--lora_dropout", 0.9, "--dpo_ftx", 1, "--dataset", "pairs.json", "--max_steps", 3]
+
+
 def planned():
     for name, words in KINDS.items():
         keep = ["--save_steps", 2, "--save_total_limit", 9]
@@ -53,6 +60,8 @@ def planned():
     for name, words in SHORT.items():
         for processes in (1, 2):
             yield flags(processes, f"{name}/{processes}", *words, "--max_steps", 3)
+    for processes in (1, 2):
+        yield flags(processes, f"dropped/{processes}", *DROPPED)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +73,9 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
         f"yes {number}" * (1 + number % 5), "the cat sat " * (1 + 7 * number % 4), "no"][
             : 3 if number % 3 == 0 else 2]} for number in range(23)]
     (folder / "rows.json").write_text(json.dumps(rows))
+    rows = [{"instruction": f"go {number}", "output": [BEST, "no " * (1 + number % 5)]}
+            for number in range(18)]
+    (folder / "pairs.json").write_text(json.dumps(rows))
     train_forked(folder, planned())
     return folder
 
@@ -88,6 +100,22 @@ def test_other_ways_to_train(name, runs):
         assert losses[1] == pytest.approx(losses[0], rel=0.02)
     else:
         assert_equal_runs(runs / name / "1", runs / name / "2", near=1e-5)
+
+
+def test_the_reference_drops_nothing(runs, tiny_tokenizer_dir):
+    """Its log-probability of the best answers, which is what the logged figures leave over:
+
+    sft_loss is that of the model per token, reward_chosen beta times what is between the two.
+    """
+    logs = [logged(runs / "dropped" / number) for number in "12"]
+    template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
+    _, supervised = template.encode([{"role": "user", "content": "go"},
+                                     {"role": "assistant", "content": BEST}])
+    found = [[-sum(supervised) * row["sft_loss"] - row["reward_chosen"] / 0.1 for row in log]
+             for log in logs]
+    assert len(found[0]) == 3 and found[1] == pytest.approx(found[0], abs=2e-4)
+    dropped = [[row["sft_loss"] for row in log] for log in logs]
+    assert dropped[1] != pytest.approx(dropped[0], abs=1e-3)  # the model does, each in its own way
 
 
 def test_a_head_that_was_sharded_is_loaded(runs):

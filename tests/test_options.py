@@ -121,9 +121,16 @@ def test_types_and_devices(monkeypatch):
     for arguments in (["--bf16", "--fp16"], ["--fp16", "--dtype", "float32"]):
         with pytest.raises(UserError, match="contradicts"):
             resolved(*arguments)
-    for name in ("cuda:77", "gpu"):
-        with pytest.raises(UserError, match=name):
-            resolve_device(new_parser().parse_options([*MODEL, "--device", name]))
+    for name in ("cuda:77", "cuda:zz", "cuda:", "cuda:-1", "cuda:200", "cuda:01", "cpu:3", "gpu",
+                 "mps", ""):
+        options = new_parser().parse_options([*MODEL, f"--device={name}"])
+        with pytest.raises(UserError, match=f"--device {name}: "):
+            resolve_device(options)
+        if name == "cuda:77":
+            assert resolve_device(options, must_exist=False) == torch.device(name)
+        else:
+            with pytest.raises(UserError, match="not a device to use; give cpu, cuda or cuda:N"):
+                resolve_device(options, must_exist=False)
 
 
 def test_output_folder(tmp_path):

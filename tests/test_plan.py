@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT
+from conftest import CONFIG, ROOT, command
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -317,6 +317,44 @@ def test_the_reference_has_a_copy_of_an_adapter_that_is_trained_on():
     assert plan.num_copied(parse_options(words), model, is_sharded=False) == 0
     copied = plan.num_copied(parse_options([*words, "--adapter", "a"]), model, is_sharded=False)
     assert copied == memory.trained_numbers(model)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_the_plan_says_of_the_rows_what_the_run_says(stage, checkpoint, tmp_path, monkeypatch,
+                                                     capsys):
+    """Those that are cut, left out, broken; of the rows to train on and to evaluate on."""
+    rows = [{"instruction": "Hi", "output": answer} for answer in
+            ("yes", "yes " * 60, "well " * 60, "no", "the cat", "the mat", "so", "", "oh")]
+    for row in rows if stage != "sft" else ():
+        row["output"] = [row["output"], "no"]  # one pair of equal ones
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({
+        "named": {"file_name": "rows.json", "ranking": stage != "sft"}}))
+    words = ["--model_name_or_path", checkpoint, "--dataset", "named", "--dataset_dir", tmp_path,
+             "--stage", stage, "--template", "plain", "--output_dir", tmp_path / "o",
+             "--cutoff_len", 40, "--validation_split", 4, "--skip_bad_rows", "--device", "cpu",
+             "--max_steps", 1, "--seed", 1, "--dataloader_num_workers", 0]
+    planned = dry_run(monkeypatch, capsys, *words).splitlines()
+    assert "lengths     counted by the tokenizer" in planned
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    train.main()
+    said = [line for line in capsys.readouterr().out.splitlines() if re.match(
+        r"a look at 4 rows: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out", line)]
+    assert len(said) == 3 and planned[:3] == said
+    assert ("their answers are the same" in " ".join(said)) == (stage != "sft")
+
+
+def test_a_device_need_not_be_here_but_must_be_one(checkpoint, rows_file):
+    words = ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--output_dir", "o",
+             "--template", "plain", "--dry_run", "--device"]
+    for name in ("cuda:zz", "cuda:-1", "gpu"):
+        done = command(*words, name)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr == f"error: --device {name}: not a device to use; give cpu, cuda or " \
+                              "cuda:N\n"
+    for name in ("cuda", "cuda:7"):
+        done = command(*words, name)
+        assert done.returncode == 0 and "bfloat16 on 1 x cuda" in done.stdout, done.stderr
 
 
 def test_mistakes_of_planning(checkpoint, rows_file, monkeypatch, capsys):

@@ -565,29 +565,58 @@ def test_the_reference_drops_nothing():
 
 def test_a_reward_model_is_not_padded_with_what_ends_conversations():
     """There transformers would take a token before the end for the last."""
-    tokenizer = SimpleNamespace(bos_token_id=1)
     for ends, padding in (({7}, 1), ({2}, 7), ({1, 7}, None)):
         model = RewardModel(ModelConfig.from_dict({**CONFIG, "bos_token_id": 1,
                                                    "pad_token_id": 7}))
-        template = SimpleNamespace(tokenizer=tokenizer, stop_token_ids=lambda _, ends=ends: ends)
-        choose_padding(model, template)
+        choose_padding(model, SimpleNamespace(bos_token_id=1), ends)
         assert model.config.original["pad_token_id"] == padding
+
+
+def loaded(checkpoint, answers, stage, *flags):
+    """(the Examples of rows with these lists of answers, what was said before training)."""
+    path, said = checkpoint / "rows.json", []
+    path.write_text(json.dumps([{"instruction": "Hi", "output": one} for one in answers]))
+    options = parse_options(["--model_name_or_path", str(checkpoint), "--output_dir", "-",
+                             "--dataset", str(path), "--stage", stage, *flags])
+    tokenizer = Tokenizer.load(checkpoint)
+    batches, _ = load_data(options, tokenizer, get_template("plain", tokenizer),
+                           ModelConfig.load(checkpoint), said.append)
+    return batches.first(99), said
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
+def test_equal_answers_teach_nothing(stage, checkpoint):
+    """They are left out, and it is said; what comes again is compared where it came first."""
+    answers = [["yes", "no"], ["yes", "yes"], ["a", "b", "a"], ["a", "b", "b", "c"], ["no"] * 3]
+    examples, said = loaded(checkpoint, answers, stage)
+    expected, nothing = loaded(checkpoint, [["yes", "no"], ["a", "b"], ["a", "b", "c"]], stage)
+    assert [one.lengths for one in examples] == [one.lengths for one in expected]
+    for one, other in zip(examples, expected, strict=True):
+        assert np.array_equal(one.ids, other.ids) and np.array_equal(one.supervised,
+                                                                     other.supervised)
+    assert said == ["a look at 5 rows: 2 of 5 rows left out: their answers are the same, so none "
+                    "is to be preferred"] and nothing == []
+    with pytest.raises(UserError, match="nothing to learn: 2 of 2 rows left out: their answers"):
+        loaded(checkpoint, [["yes", "yes"], ["no", "no"]], stage)
+
+
+def test_answers_that_the_limit_makes_equal(checkpoint):
+    """Of a pair that differs behind the limit only --stage dpo would see one text twice."""
+    answers = [["yes " * 60 + "so", "yes " * 60 + "no"], ["yes", "no"]]
+    examples, said = loaded(checkpoint, answers, "dpo", "--cutoff_len", "40")
+    assert len(examples) == 1 and said[0].startswith("a look at 2 rows: 1 of 2 rows cut to the ")
+    assert said[0].endswith("; 1 of 2 rows left out: their answers are the same, so none is to be "
+                            "preferred; --cutoff_len is 40")
 
 
 @pytest.mark.parametrize(("stage", "kept", "told"), [
     ("dpo", 2, "1 of 2 rows cut to the length limit"), ("rm", 1, "1 of 2 rows left out: longer")])
-def test_only_a_reward_needs_whole_conversations(stage, kept, told, checkpoint, tmp_path):
+def test_only_a_reward_needs_whole_conversations(stage, kept, told, checkpoint):
     """Of an answer that is cut the beginning can be learned, but it was not what was judged.
 
     Before training begins it is told how many rows that is.
     """
-    rows = [{"instruction": "Hi", "output": [answer, "no"]} for answer in ("yes", "yes " * 60)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    options = parse_options(["--model_name_or_path", str(checkpoint), "--output_dir", "-",
-                             "--dataset", str(tmp_path / "rows.json"), "--cutoff_len", "40",
-                             "--stage", stage])
-    tokenizer, said = Tokenizer.load(checkpoint), []
-    batches, _ = load_data(options, tokenizer, get_template("plain", tokenizer),
-                           ModelConfig.load(checkpoint), said.append)
-    assert len(batches.first(9)) == kept
+    examples, said = loaded(checkpoint, [["yes", "no"], ["yes " * 60, "no"]], stage,
+                            "--cutoff_len", "40")
+    assert len(examples) == kept
     assert told in said[-1] and "--cutoff_len is 40" in said[-1]

@@ -36,10 +36,10 @@ def test_every_row_is_in_the_histogram():
 
 
 @pytest.mark.parametrize(("strategy", "reward", "drawn"), [
-    ("ifd", np.nan, 20), ("ifd_ppl", np.nan, 30), ("reward", 1.0, 40)])
+    ("ifd", np.nan, 20), ("ifd_ppl", np.nan, 30), ("reward", 1.0, 40), ("margin", np.nan, 10)])
 def test_what_is_drawn_is_what_was_chosen_by(strategy, reward, drawn):
     scores = {name: np.array([1.5] * count + [np.nan] * (40 - count))
-              for name, count in (("ifd", 20), ("ifd_ppl", 30))}
+              for name, count in (("ifd", 20), ("ifd_ppl", 30), ("margin", 10))}
     axes = Figure().subplots()
     selection_plot.draw_scores(axes, {**scores, "reward": np.full(40, reward)}, [0], strategy)
     assert sum(bar.get_height() for bar in axes.containers[0].patches) == drawn
