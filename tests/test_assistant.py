@@ -143,8 +143,6 @@ def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
         assistant.fit([SYSTEM, user("x" * 300)], max_new_tokens=20)
     # However long an answer may be, half of the context is left to the question.
     assert assistant.fit([user("short")], max_new_tokens=5000) == [user("short")]
-    with pytest.raises(UserError, match="tokens with its template and the system prompt, the li"):
-        assistant.fit([{**SYSTEM, "content": "x" * 300}, user("short")], max_new_tokens=20)
     with pytest.raises(UserError, match="tokens with its template, the limit is 50"):
         assistant.fit([user("x" * 60)], max_new_tokens=5000)
 
@@ -320,6 +318,26 @@ def test_what_cannot_be_answered_is_told(assistant, messages, said):
     with pytest.raises(UserError, match="conversation 2: .*(" + said + ")"):
         assistant.inference([{"messages": [user("x")]}, {"messages": messages}], GREEDY)
     assert answer_of(assistant, [user("the cat")]) == before
+
+
+def test_a_system_prompt_that_leaves_no_room_is_told_as_such(tiny_chat_model_dir):
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
+    length = lambda text: len(assistant.template.encode_prompt(  # noqa: E731
+        [{"role": "system", "content": text}, user("x")]))
+    most = max((text for text in ("cat " * number for number in range(100))
+                if length(text) <= 70), key=len)
+    assistant.check_system(most, 30)
+    for text, said in ((most + "cat cat", f"too long: {length(most + 'cat cat')} tokens"),
+                       ("y" * 10_000_000, "too long: 10,000,001 characters"),
+                       ("be\0brief", "has the control character")):
+        with pytest.raises(UserError, match=f"^--identity F .*{said}"):
+            assistant.check_system(text, 30, "--identity F")
+        with pytest.raises(UserError, match=f"^the system prompt .*{said}"):
+            assistant.stream([{"role": "system", "content": text}, user("x")], Sampling(30))
+    with pytest.raises(UserError, match="^the message with the system prompt is too long"):
+        assistant.stream([{"role": "system", "content": most}, user("x " * 50)], Sampling(30))
+    with pytest.raises(UserError, match="^the message is too long"):
+        assistant.stream([user("x " * 50)], Sampling(30))
 
 
 def test_functions_that_are_none_are_told(assistant):
