@@ -28,6 +28,7 @@ from minisft.options import (
 from minisft.terminal import BYTE_ORDER_MARK
 
 KEPT_ON_THE_WEB = 8  # conversations whose next turn computes only what is new
+KEPT_COMPILED = 2  # of those with --compile, each of which takes the memory of a full context
 
 
 def main():
@@ -201,7 +202,7 @@ def serve(options, system, sampling):
 
     web.check_gradio()
     transcript = Transcript(options.log)
-    kept = KEPT_ON_THE_WEB
+    kept = KEPT_COMPILED if options.compile else KEPT_ON_THE_WEB
     if not options.compare_with:
         assistants = [load_assistant(options, system, sampling, kept_conversations=kept)]
     else:

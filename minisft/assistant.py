@@ -48,7 +48,8 @@ class Assistant:
     `context_length`. kept_conversations: how many have their keys and values kept for the next
     turn. model: the checkpoint as `load_model` gives it, where several Assistants share it.
     turns: those of the device, where several share it. quantization_bit: 4 or 8, for less memory.
-    compiled: whether streams are written by a CompiledDecoder, with room for `max_length` tokens.
+    compiled: whether streams are written by a CompiledDecoder; a conversation that is kept or in
+    use then takes the memory of `max_length` tokens.
     Raises UserError where a part is missing or does not fit.
     """
 
@@ -264,8 +265,7 @@ class Answer:
         """The figures, in a line for people."""
         if not self.num_tokens:
             return "no answer"
-        first = f"the first after {self.seconds_to_first_token:.2f} s"
-        parts = [f"{self.num_tokens} tokens", first]
+        parts = [f"{self.num_tokens} tokens, the first after {self.seconds_to_first_token:.2f} s"]
         if self.tokens_per_second:
             parts.append(f"then {self.tokens_per_second:,.1f} tokens/s")
         parts.append(f"{self.num_reused} of {self.num_prompt_tokens} prompt tokens were known")

@@ -427,8 +427,8 @@ def test_conversations_in_turn_compute_only_what_is_new(tiny_chat_model_dir):
 @torch.inference_mode()
 def test_caches_keep_the_latest_and_take_the_longest():
     """Beginnings that others are in are copied: the numbers below stand for keys and values."""
-    config = ModelConfig.from_dict(CONFIG)
-    caches = Caches(partial(KeyValueCache, config), limit=2)
+    config, made = ModelConfig.from_dict(CONFIG), []
+    caches = Caches(lambda: made.append(KeyValueCache(config)) or made[-1], limit=2)
 
     def keep(ids):
         cache = caches.take(ids)
@@ -447,9 +447,13 @@ def test_caches_keep_the_latest_and_take_the_longest():
     assert keep(first) == 10 and keep(second + [5]) == 11  # never the last id; each has its own
     assert keep(first[:4] + [9]) == 4  # a copy; the one that was not used for longest goes
     assert keep(second + [5, 6]) == 12 and keep(first) == 4
+    assert keep([7, 8]) == 0 and keep(first) == 10 and len(made) == 2  # no more than are kept
     one = Caches(partial(KeyValueCache, config), limit=1)
+    one.take(first)
     one.give_back(first, caches.take(first))
     assert one.take(first[:4] + [9]).length == 4 and not one._kept
+    caches.take(second)
+    assert caches.take([6]).length == 0 and len(made) == 3  # more at the same time than are kept
 
 
 @pytest.mark.parametrize("bits", [None, 4])
