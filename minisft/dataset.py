@@ -273,6 +273,8 @@ def convert(dataset, output_path, overwrite=False, skipped=None, **options):
     The file appears only when it is complete. Raises UserError for a broken row or a full disk.
     """
     output_path = Path(output_path)
+    if output_path.exists() and not output_path.is_file():
+        raise UserError(f"{output_path}: is a folder or a device; give the name of a file")
     if output_path.exists() and not overwrite:
         raise UserError(f"{output_path}: is there already; give --overwrite or another name")
     rows = open_rows(dataset, skipped=skipped, **options)
