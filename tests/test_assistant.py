@@ -447,7 +447,8 @@ def test_caches_keep_the_latest_and_take_the_longest():
     assert keep(first) == 10 and keep(second + [5]) == 11  # never the last id; each has its own
     assert keep(first[:4] + [9]) == 4  # a copy; the one that was not used for longest goes
     assert keep(second + [5, 6]) == 12 and keep(first) == 4
-    assert keep([7, 8]) == 0 and keep(first) == 10 and len(made) == 2  # no more than are kept
+    assert keep([7, 8]) == 0 and keep(first) == 10 and keep(first[:6] + [9]) == 6
+    assert len(made) == 2  # no more than are kept: it was copied over what had been [7, 8]
     one = Caches(partial(KeyValueCache, config), limit=1)
     one.take(first)
     one.give_back(first, caches.take(first))
