@@ -6,8 +6,9 @@
     python chat.py --model_name_or_path MODEL --file prompts.jsonl --output answers.jsonl
     python chat.py --model_name_or_path examples/base --adapter runs/demo --web --compare_with none
 
-Without a terminal and without --prompt, every line of standard input is a turn of one conversation.
-Answers go to standard output, everything else to standard error.
+Without a terminal and without --prompt, every line of standard input is a turn of one conversation;
+a line that is refused does not end it, but the exit status is then 2 instead of 0. Answers go to
+standard output, everything else to standard error.
 """
 
 import dataclasses
@@ -26,8 +27,8 @@ from minisft.options import (
 )
 from minisft.terminal import BYTE_ORDER_MARK
 
-INTERRUPTED = 130  # exit status, as a shell has it: 128 + SIGINT
 KEPT_ON_THE_WEB = 8  # conversations whose next turn computes only what is new
+KEPT_COMPILED = 2  # of those with --compile, each of which takes the memory of a full context
 
 
 def main():
@@ -151,28 +152,33 @@ def as_text(argument):
     return argument and argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def load_assistant(options, **more):
-    """The Assistant that the options describe."""
+def load_assistant(options, system, sampling, **more):
+    """The Assistant that the options describe, in whose context the system prompt has room."""
     from minisft.assistant import Assistant
 
     device = resolve_device(options)
-    return Assistant(options.model_name_or_path, options.adapter, options.template, device,
-                     resolve_dtype(options, device), options.max_length,
-                     quantization_bit=options.quantization_bit, compiled=options.compile, **more)
+    assistant = Assistant(
+        options.model_name_or_path, options.adapter, options.template, device,
+        resolve_dtype(options, device), options.max_length,
+        quantization_bit=options.quantization_bit, compiled=options.compile, **more)
+    if system:
+        name = f"--identity {options.identity}" if options.identity else "--system"
+        assistant.check_system(system, sampling.max_new_tokens, name)
+    return assistant
 
 
 def talk(options, system, sampling, question):
     """One question, or a conversation in the terminal."""
-    from minisft.terminal import Conversation, converse, notice
+    from minisft.terminal import INTERRUPTED, Conversation, converse, notice
     from minisft.transcript import Transcript
 
     conversation = Conversation(system, Transcript(options.log))
-    assistant = load_assistant(options)
+    assistant = load_assistant(options, system, sampling)
     if question is not None:
         sys.exit(0 if conversation.ask(question, assistant, sampling) else INTERRUPTED)
     if sys.stdin.isatty():
         notice(f"{assistant.description} · /help lists the commands")
-    converse(conversation, assistant, sampling)
+    sys.exit(converse(conversation, assistant, sampling))
 
 
 def answer_file(options, system, sampling):
@@ -182,8 +188,9 @@ def answer_file(options, system, sampling):
     settings = {"system": system, **dataclasses.asdict(sampling)}
     for name in ("model_name_or_path", "adapter", "template", "max_length", "quantization_bit"):
         settings[name] = getattr(options, name)
-    number = prompts.answer_file(load_assistant(options), options.file, options.output, sampling,
-                                 options.batch_size, system, settings)
+    number = prompts.answer_file(
+        load_assistant(options, system, sampling), options.file, options.output, sampling,
+        options.batch_size, system, settings)
     print(f"{options.output}: {number} answers", file=sys.stderr)
 
 
@@ -195,16 +202,17 @@ def serve(options, system, sampling):
 
     web.check_gradio()
     transcript = Transcript(options.log)
+    kept = KEPT_COMPILED if options.compile else KEPT_ON_THE_WEB
     if not options.compare_with:
-        assistants = [load_assistant(options, kept_conversations=KEPT_ON_THE_WEB)]
+        assistants = [load_assistant(options, system, sampling, kept_conversations=kept)]
     else:
-        assistants = load_pair(options)
+        assistants = load_pair(options, system, sampling, kept)
     page = Page(assistants, sampling, system or "", transcript)
     web.serve(page, options.server_name, options.server_port,
               options.password or os.environ.get("MINISFT_PASSWORD"), options.share)
 
 
-def load_pair(options):
+def load_pair(options, system, sampling, kept):
     """The Assistants of --adapter and --compare_with, which share the weights of their base.
 
     Without an adapter of its own the second speaks in the first one's template.
@@ -215,13 +223,13 @@ def load_pair(options):
     device = resolve_device(options)
     model = load_model(resolve(options.model_name_or_path), resolve_dtype(options, device), device,
                        options.quantization_bit)
-    shared = {"model": model, "turns": Turns(), "kept_conversations": KEPT_ON_THE_WEB}
-    first = load_assistant(options, **shared)
+    shared = {"model": model, "turns": Turns(), "kept_conversations": kept}
+    first = load_assistant(options, system, sampling, **shared)
     if options.compare_with == "none":
         options.adapter, options.template = None, first.template.name
     else:
         options.adapter = options.compare_with
-    return [first, load_assistant(options, **shared)]
+    return [first, load_assistant(options, system, sampling, **shared)]
 
 
 if __name__ == "__main__":

@@ -144,8 +144,9 @@ def check_output(options, rows):
     for path in paths(options.output).values():
         if path.resolve() in read:
             raise UserError(f"--output {options.output}: {path} is also read from; choose another")
-        if path.is_dir():
-            raise UserError(f"--output {options.output}: {path} is a folder; choose another")
+        if path.exists() and not path.is_file():
+            raise UserError(f"--output {options.output}: {path} is a folder or a device; choose "
+                            "another")
 
 
 def load_template(options, model_dir, adapter_dir, say):

@@ -212,8 +212,9 @@ def check_output(options, rows):
     for one in written:
         if one.resolve() in read:
             raise UserError(f"--output {path}: {one} is also read from; choose another")
-        if one.is_dir():
-            raise UserError(f"--output {path}: {one} is a folder; give the name of a file")
+        if one.exists() and not one.is_file():
+            raise UserError(f"--output {path}: {one} is a folder or a device; give the name of a "
+                            "file")
         if one.exists() and not options.overwrite:
             raise UserError(f"--output {path}: {one} is there already; choose another, or give "
                             "--overwrite")

@@ -48,7 +48,8 @@ class Assistant:
     `context_length`. kept_conversations: how many have their keys and values kept for the next
     turn. model: the checkpoint as `load_model` gives it, where several Assistants share it.
     turns: those of the device, where several share it. quantization_bit: 4 or 8, for less memory.
-    compiled: whether streams are written by a CompiledDecoder, with room for `max_length` tokens.
+    compiled: whether streams are written by a CompiledDecoder; a conversation that is kept or in
+    use then takes the memory of `max_length` tokens.
     Raises UserError where a part is missing or does not fit.
     """
 
@@ -105,24 +106,43 @@ class Assistant:
         messages that are none.
         """
         check_messages(messages, tools)
-        limit = self.max_length - min(max_new_tokens, self.max_length // 2)
-
-        def fits(kept):
-            """Whether there is room for these messages; what is far too long is not encoded."""
-            return (characters(kept, tools) <= limit * CHARACTERS_PER_TOKEN
-                    and len(self.template.encode_prompt(kept, tools)) <= limit)
-
-        if fits(messages):
+        limit = self._limit(max_new_tokens)
+        if not self._excess(messages, limit, tools):
             return messages
         head = head_of(messages)
         questions = [place for place in range(head, len(messages))
                      if messages[place].get("role") == "user"]
         last = messages[:head] + messages[questions[-1] if questions else head :]
-        if not fits(last):
-            raise UserError(self._too_long(last, limit, tools))
+        if head:
+            self.check_system(last[0].get("content"), max_new_tokens)
+        name = "the message with the system prompt" if head else "the message"
+        self._check_length(last, limit, name, tools)
         starts = questions[self._first_kept(messages, questions, limit, tools) :]
         candidates = (messages[:head] + messages[place:] for place in starts)
-        return next(filter(fits, candidates), last)
+        return next((one for one in candidates if not self._excess(one, limit, tools)), last)
+
+    def check_system(self, text, max_new_tokens, name="the system prompt"):
+        """UserError unless a question has room behind a system prompt; `name`: what to call it."""
+        check_text(text, name)
+        shortest = [{"role": "system", "content": text}, {"role": "user", "content": "x"}]
+        self._check_length(shortest, self._limit(max_new_tokens), name)
+
+    def _limit(self, max_new_tokens):
+        """How many tokens a prompt may have."""
+        return self.max_length - min(max_new_tokens, self.max_length // 2)
+
+    def _excess(self, messages, limit, tools=None):
+        """The length of messages that have no room, in words; else None."""
+        if (length := characters(messages, tools)) > limit * CHARACTERS_PER_TOKEN:
+            return f"{length:,} characters"
+        length = len(self.template.encode_prompt(messages, tools))
+        return f"{length} tokens with its template" if length > limit else None
+
+    def _check_length(self, messages, limit, name, tools=None):
+        if length := self._excess(messages, limit, tools):
+            raise UserError(f"{name} is too long: {length}, the limit is {limit} tokens (of "
+                            f"{self.max_length}, the rest is kept for the answer); shorten it, or "
+                            "allow only shorter answers")
 
     def _first_kept(self, messages, questions, limit, tools):
         """The number of the question from which on the conversation is kept.
@@ -145,15 +165,6 @@ class Assistant:
             while head + prompt - begins[first] > room and first + 1 < bisect_left(begins, prompt):
                 first, room = first + 1, limit // 2
         return first
-
-    def _too_long(self, last, limit, tools):
-        """What to say where the last turn alone has no room."""
-        length = f"{characters(last, tools):,} characters"
-        if characters(last, tools) <= limit * CHARACTERS_PER_TOKEN:
-            length = f"{len(self.template.encode_prompt(last, tools))} tokens with its template"
-        return (f"the message is too long: {length}{' and the system prompt' * head_of(last)}, the "
-                f"limit is {limit} tokens (of {self.max_length}, the rest is kept for the "
-                "answer); shorten it")
 
     def stream(self, messages, sampling=USUAL, tools=None, say=warnings.warn):
         """The Answer to one conversation, to be read piece by piece; it may be left in the middle.
@@ -254,8 +265,7 @@ class Answer:
         """The figures, in a line for people."""
         if not self.num_tokens:
             return "no answer"
-        first = f"the first after {self.seconds_to_first_token:.2f} s"
-        parts = [f"{self.num_tokens} tokens", first]
+        parts = [f"{self.num_tokens} tokens, the first after {self.seconds_to_first_token:.2f} s"]
         if self.tokens_per_second:
             parts.append(f"then {self.tokens_per_second:,.1f} tokens/s")
         parts.append(f"{self.num_reused} of {self.num_prompt_tokens} prompt tokens were known")

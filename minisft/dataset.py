@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from minisft.dataset_info import FILE_NAME, find_sources
-from minisft.formats import BadRow, conversation, ranking, sharegpt, text_of
+from minisft.formats import JUDGED, BadRow, conversation, ranking, sharegpt, text_of
 from minisft.options import OptionParser, UserError, run
 from minisft.records import open_records
 
@@ -141,7 +141,7 @@ def open_rows(dataset, dataset_dir="data", plain_text=False, ranking=False, skip
                  for path in source.paths]
         rows = sum_of([_checked(Rows([file], None, skipped is not None), skipped)
                        for file in files])
-        if source.description:
+        if not plain_text:
             _tell_unread(source, files, say)
         if source.num_samples:
             rows = rows.select(_sample(source.name, len(rows), source.num_samples, seed, say))
@@ -245,8 +245,9 @@ def _sample(name, total, count, seed, say):
 
 
 def _tell_unread(source, files, say):
-    """Name the columns that rows have and the entry of dataset_info.json leaves out."""
-    for records in (file.records for file in files):
+    """Name columns of the rows that are not read: left out by the entry, or for another stage."""
+    for file in files:
+        records = file.records
         columns = set()
         for number in range(min(100, len(records))):
             try:
@@ -254,9 +255,13 @@ def _tell_unread(source, files, say):
             except BadRow:
                 continue
             columns |= set(record) if isinstance(record, dict) else set()
-        if unread := source.description.unread(columns):
+        hint = "train.py --stage rm and dpo learn from chosen and rejected"
+        compared = columns >= JUDGED and not file.ranking
+        if unread := source.description and source.description.unread(columns):
             say(f"{source.name}: {records.path} has {', '.join(unread)}, which columns in "
-                f"{FILE_NAME} does not name, so it is not read")
+                f"{FILE_NAME} does not name, so it is not read{f'; {hint}' * compared}")
+        elif compared:
+            say(f"{records.path}: of each row only its one answer is read; {hint}")
 
 
 # python -m minisft.dataset convert IN OUT
@@ -268,6 +273,8 @@ def convert(dataset, output_path, overwrite=False, skipped=None, **options):
     The file appears only when it is complete. Raises UserError for a broken row or a full disk.
     """
     output_path = Path(output_path)
+    if output_path.exists() and not output_path.is_file():
+        raise UserError(f"{output_path}: is a folder or a device; give the name of a file")
     if output_path.exists() and not overwrite:
         raise UserError(f"{output_path}: is there already; give --overwrite or another name")
     rows = open_rows(dataset, skipped=skipped, **options)

@@ -10,7 +10,8 @@
     conversations, tools = ranking({"prompt": "Add 1 2.", "chosen": "3", "rejected": "4"})
 
 Rows of preferences have one of the first three forms, and beside it `chosen` and `rejected` (texts,
-turns, or lists of turns), or in alpaca's a list of answers as `output`, the best first.
+turns, or lists of turns), or in alpaca's a list of answers as `output`, the best first. An answer
+that is there besides is that of `conversation`.
 
 Which format a row has, its columns say; other columns are not read. A conversation is a list of
 {"role": "system" | "user" | "assistant" | "tool", "content": str}. A user message may carry
@@ -21,29 +22,19 @@ import json
 
 from minisft.options import UserError
 
-KNOWN_FORMATS = (
-    "alpaca (instruction, input, output), sharegpt (conversations), openai (messages) and "
-    "firefly (kind, input, target)"
-)
+KNOWN_FORMATS = ("alpaca (instruction, input, output), sharegpt (conversations), openai (messages) "
+                 "and firefly (kind, input, target)")
 PREFERENCE_DATA = (
     "preference data (several answers to compare) do not say which single answer is meant; give a "
     "file with one answer to a prompt, or use train.py --stage dpo or rm, score.py --mode reward"
 )
-NO_PREFERENCE = (
-    "there is nothing to prefer: --stage rm and dpo need the columns chosen and rejected, or a "
-    "list of at least two answers as output"
-)
+NO_PREFERENCE = ("there is nothing to prefer: --stage rm and dpo need the columns chosen and "
+                 "rejected, or a list of at least two answers as output")
+JUDGED = {"chosen", "rejected"}  # the columns of two answers to compare
 ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant",
+    "assistant": "assistant", "function_call": "assistant", "observation": "tool", "tool": "tool",
 }
-
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
@@ -66,7 +57,7 @@ def parse_json(text, first_line=1):
 def conversation(record):
     """One parsed row -> (messages, tools or None); BadRow says why it cannot be learned from."""
     record = _columns(record)
-    if "chosen" in record and "rejected" in record:
+    if record.keys() >= JUDGED and not _has_answer(record):
         raise BadRow(PREFERENCE_DATA)
     if "instruction" in record:
         messages = _alpaca(record)
@@ -89,7 +80,7 @@ def ranking(record):
     beginning. BadRow says why there is nothing to compare.
     """
     record = _columns(record)
-    if "chosen" in record and "rejected" in record:
+    if record.keys() >= JUDGED:
         answers = {name: _answer(name, record[name]) for name in ("chosen", "rejected")}
         # The chosen conversation may be given whole; what stands in "prompt" is then in it.
         whole = any(answer[0]["role"] != "assistant" for answer in answers.values())
@@ -114,6 +105,14 @@ def ranking(record):
         raise BadRow("the answers are to different questions, so neither is the better one")
     _check_unicode([conversations, tools])
     return conversations, tools
+
+
+def _has_answer(record):
+    """Whether a row has an answer beside those to compare."""
+    turns = record.get("conversations", record.get("messages"))
+    if not (isinstance(turns, list) and turns and isinstance(turns[-1], dict)):
+        return bool(record.get("output") or record.get("target"))
+    return ROLES.get(str(turns[-1].get("from", turns[-1].get("role")))) == "assistant"
 
 
 def _prompt(record):

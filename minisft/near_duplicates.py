@@ -4,7 +4,8 @@
     # array([False,  True, False])
 
 Texts are compared as sets of runs of five characters. Which pairs are worth comparing is found by
-MinHash signatures (Broder 1997), of which a text leaves 256 bytes in memory, whatever its length.
+MinHash signatures (Broder 1997), of which a text leaves about 400 bytes in memory, whatever its
+length.
 """
 
 import re
@@ -15,6 +16,9 @@ import numpy as np
 # Bands of a signature and hashes in each: pairs with an equal band are compared.
 NUM_BANDS, BAND = 32, 4
 SHINGLE = 5  # characters
+# A text is compared with this many at most, of this many in each band: the work stays bounded where
+# thousands are alike and none is dropped.
+COMPARED, DEPTH = 32, 32
 
 
 def near_duplicates(texts, similarity):
@@ -23,33 +27,62 @@ def near_duplicates(texts, similarity):
     That is, of the runs of five characters that either of the two has, they share at least
     `similarity`; case, punctuation and white space do not count. texts: a sequence, of which
     those that are compared are read again. Candidates come from MinHash signatures (Broder 1997),
-    which find practically all pairs from 0.7 on.
+    which find practically all pairs from 0.7 on; equal sets are always found. Others can be missed
+    where more than COMPARED texts that were kept are about as like it.
     """
-    groups = alike_in_a_band(texts)  # (N, NUM_BANDS)
-    first = np.full((NUM_BANDS, len(texts)), -1, np.int32)  # of each group, the text that was kept
-    duplicate, bands = np.zeros(len(texts), bool), np.arange(NUM_BANDS)
+    groups = alike_in_a_band(texts)  # (N, NUM_BANDS + 1)
+    bands = np.arange(groups.shape[1])
+    latest = np.full(groups.T.shape, -1, np.int32)  # of each group, the text kept last
+    before = np.full(groups.shape, -1, np.int32)  # of each text and band, the one kept before it
+    duplicate, least = np.zeros(len(texts), bool), fewest_bands(similarity)
     for number, own in enumerate(groups):
-        others = first[bands, own]
-        if (others >= 0).any():
+        others = kept_last(latest[bands, own], before)
+        alike = (groups[others] == own).sum(1)
+        order = np.argsort(-alike, kind="stable")[:COMPARED]
+        if others := others[order][alike[order] >= least].tolist():
             shingles = shingles_of(texts[number])
-            duplicate[number] = any(
-                overlap(shingles, shingles_of(texts[other])) >= similarity
-                for other in np.unique(others[others >= 0]).tolist())
+            duplicate[number] = any(overlap(shingles, shingles_of(texts[other])) >= similarity
+                                    for other in others)
         if not duplicate[number]:
-            first[bands, own] = np.where(others >= 0, others, number)
+            before[number] = latest[bands, own]
+            latest[bands, own] = number
     return duplicate
 
 
+def fewest_bands(similarity):
+    """How many equal bands texts of this similarity have, less five standard deviations."""
+    probability = similarity**BAND
+    return NUM_BANDS * probability - 5 * (NUM_BANDS * probability * (1 - probability)) ** 0.5
+
+
+def kept_last(latest, before):
+    """The texts (n,) that were kept last, up to DEPTH in each group of a text.
+
+    latest (NUM_BANDS + 1,): the very last in each, or -1; before (N, NUM_BANDS + 1): see above.
+    """
+    bands, found = np.arange(len(latest)), []
+    while len(bands) and len(found) < DEPTH:
+        bands, latest = bands[latest >= 0], latest[latest >= 0]
+        found.append(latest)
+        latest = before[latest, bands]
+    return np.unique(np.concatenate(found))
+
+
 def alike_in_a_band(texts):
-    """(N, NUM_BANDS) uint32: numbers of groups of texts of which that band of MinHash is equal."""
+    """(N, NUM_BANDS + 1) uint32: numbers of groups of texts of which that band of MinHash is equal.
+
+    Those in the last column are of texts with equal sets, practically.
+    """
     generator = np.random.default_rng(0)
     numbers = generator.integers(1, 2**63, (3, NUM_BANDS * BAND), dtype=np.uint64)
     factors, offsets, mixers = numbers | np.uint64(1)
-    keys = np.empty((NUM_BANDS, len(texts)), np.uint32)
+    keys = np.empty((NUM_BANDS + 1, len(texts)), np.uint32)
     for number in range(len(texts)):
-        signature = signature_of(shingles_of(texts[number]), factors, offsets)
+        shingles = shingles_of(texts[number])
+        signature = signature_of(shingles, factors, offsets)
         # One number for a band; the upper half, since the lower bits of a product mix less.
-        keys[:, number] = (signature * mixers).reshape(-1, BAND).sum(1) >> np.uint64(32)
+        keys[:-1, number] = (signature * mixers).reshape(-1, BAND).sum(1) >> np.uint64(32)
+        keys[-1, number] = shingles.sum() >> np.uint64(32)
     for band in keys:
         band[:] = np.unique(band, return_inverse=True)[1]
     return keys.T

@@ -41,6 +41,7 @@ def answer_file(assistant, path, output_path, sampling, batch_size=8, system=Non
         raise UserError(f"--output {output_path}: is there already; choose another name")
     prompts = Prompts(path, system)
     lengths = prompts.lengths(assistant, sampling)
+    output_path.parent.mkdir(parents=True, exist_ok=True)
     answers = Answers(f"{output_path}.partial", {**(settings or {}), "sha256": digest(path)})
     missing = [row for row in range(len(prompts)) if row not in answers.rows]
     missing.sort(key=lengths.__getitem__)

@@ -53,43 +53,61 @@ class Turns:
 class Caches:
     """The keys and values of the last conversations, for any thread to go on from.
 
-    new_cache: makes an empty KeyValueCache.
+    new_cache: makes an empty KeyValueCache. limit: how many there are, kept or in use, unless more
+    are in use at the same time.
     """
 
     def __init__(self, new_cache, limit):
         self.new_cache, self.limit = new_cache, limit
         self._kept, self._lock = [], Lock()  # (ids, cache), the latest used last
+        self._in_use = 0
 
     def take(self, ids):
         """A KeyValueCache with as much of the beginning of `ids` as is known, never all of it."""
-        # The last id is computed in any case: what follows it is wanted.
         with self._lock:
-            overlaps = [common_prefix(known, ids[:-1]) for known, _ in self._kept]
-            best = max(range(len(overlaps)), key=overlaps.__getitem__, default=None)
-            if best is None:
-                return self.new_cache()
-            known, cache = self._kept[best]
-            if self.limit > 1 and 10 * overlaps[best] < 9 * len(known):
-                # Another conversation, perhaps with the same system prompt: it keeps its own.
-                return copy_of_beginning(cache, overlaps[best], self.new_cache())
-            self._kept.pop(best)
+            # The last id is computed in any case: what follows it is wanted.
+            cache = self._taken(ids[:-1])
+            self._in_use += 1
+        return cache
+
+    def _taken(self, ids):
+        if not self._kept:
+            return self.new_cache()
+        overlaps = [common_prefix(known, ids) for known, _ in self._kept]
+        best = max(range(len(overlaps)), key=overlaps.__getitem__)
+        known, cache = self._kept[best]
+        if 10 * overlaps[best] >= 9 * len(known):
+            del self._kept[best]
+        else:
+            # Another conversation, perhaps with the same system prompt: it keeps its own.
+            source, cache = cache, self._unused()
+            if cache is not source:
+                return copy_of_beginning(source, overlaps[best], cache)
         cache.truncate(overlaps[best])
         return cache
+
+    def _unused(self):
+        """A new cache, or the one that has not been used for longest if there are enough."""
+        if len(self._kept) + self._in_use < self.limit:
+            return self.new_cache()
+        return self._kept.pop(0)[1]
 
     def give_back(self, ids, cache):
         """Keep a cache that holds `ids`; the one that has not been used for longest goes."""
         with self._lock:
+            self._in_use -= 1
             if cache.length:
                 self._kept = [*self._kept, (ids, cache)][-self.limit :]
 
 
 @torch.inference_mode()
-def copy_of_beginning(cache, length, empty):
-    """The cache `empty`, which from then on has the first `length` tokens of another."""
-    for layer, (keys, values) in enumerate(cache.pairs):
-        empty.append(layer, keys[:, :, :length], values[:, :, :length])
-    empty.length, empty.angles = length, cache.angles
-    return empty
+def copy_of_beginning(source, length, cache):
+    """`cache`, which from then on has the first `length` tokens of another and no others."""
+    cache.truncate(0)
+    for layer, (keys, values) in enumerate(source.pairs):
+        cache.append(layer, keys[:, :, :length], values[:, :, :length])
+    cache.length, cache.angles = length, source.angles
+    return cache
 
 
 def sharing_weights(model):

@@ -15,10 +15,12 @@ import sys
 from minisft.options import UserError
 from minisft.transcript import Transcript
 
+FAILED = 2  # exit status, as after any mistake
+INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with
 HELP = """\
 /reset          forget the conversation (the system prompt stays)
-/system TEXT    set the system prompt; without TEXT, go back to the one it began with
+/system TEXT    set the system prompt; without TEXT, as it was in the beginning
 /save FILE      write the conversation as JSON that train.py reads
 /stats          how fast the last answer came
 /help           this list
@@ -27,28 +29,31 @@ Ctrl-C stops an answer."""
 
 
 def converse(conversation, assistant, sampling):
-    """Read and answer until the end of the input."""
-    interrupted = False
+    """Read and answer until the end of the input -> exit status.
+
+    An error ends no conversation. Without a terminal, where it may be that nobody has read of it,
+    the status is FAILED after one, and Ctrl-C ends the whole with INTERRUPTED.
+    """
+    interrupted, status, by_hand = False, 0, sys.stdin.isatty()
     while True:
         try:
             line = read_line()
             interrupted = False
-            if line is None:
-                return
-            name, argument = split_command(line)
-            if name == "/quit":
-                return
+            name, argument = split_command(line or "")
+            if line is None or name == "/quit":
+                return status
             if name:
                 conversation.command(name, argument)
-            elif line.strip():
-                conversation.ask(line, assistant, sampling)
+            elif line.strip() and not conversation.ask(line, assistant, sampling) and not by_hand:
+                return INTERRUPTED
         except (UserError, RuntimeError) as error:
-            # Of the model too, such as memory that does not suffice: the conversation goes on.
+            # Of the model too, such as memory that does not suffice.
             notice(f"error: {error}")
+            status = 0 if by_hand else FAILED
         except KeyboardInterrupt:
-            if interrupted:
+            if interrupted or not by_hand:
                 print(file=sys.stderr)
-                return
+                return 0 if by_hand else INTERRUPTED
             interrupted = True
             notice("\n(Ctrl-C again leaves; so does /quit)")
 

@@ -159,8 +159,10 @@ def _connect(gr, page, talk, chats, notice, box, controls, buttons):
         """The views of an answer to a question that was edited."""
         yield from map(flat, page.edit(talk, event.index, event.value, *values))
 
-    answering = {"outputs": outputs, "concurrency_limit": AT_ONCE, "concurrency_id": "answers",
-                 "show_progress": "minimal"}
+    # Each that is written by a compiled model takes the memory of a full context.
+    limits = [assistant.caches.limit for assistant in page.assistants if assistant.decoder]
+    answering = {"outputs": outputs, "concurrency_limit": min([AT_ONCE, *limits]),
+                 "concurrency_id": "answers", "show_progress": "minimal"}
     box.submit(ask, [talk, box, *controls], api_name="ask", **answering)
     buttons["retry"].click(retry, [talk, *controls], api_name="retry", **answering)
     for chat in chats:

@@ -143,8 +143,6 @@ def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
         assistant.fit([SYSTEM, user("x" * 300)], max_new_tokens=20)
     # However long an answer may be, half of the context is left to the question.
     assert assistant.fit([user("short")], max_new_tokens=5000) == [user("short")]
-    with pytest.raises(UserError, match="tokens with its template and the system prompt, the li"):
-        assistant.fit([{**SYSTEM, "content": "x" * 300}, user("short")], max_new_tokens=20)
     with pytest.raises(UserError, match="tokens with its template, the limit is 50"):
         assistant.fit([user("x" * 60)], max_new_tokens=5000)
 
@@ -322,6 +320,26 @@ def test_what_cannot_be_answered_is_told(assistant, messages, said):
     assert answer_of(assistant, [user("the cat")]) == before
 
 
+def test_a_system_prompt_that_leaves_no_room_is_told_as_such(tiny_chat_model_dir):
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
+    length = lambda text: len(assistant.template.encode_prompt(  # noqa: E731
+        [{"role": "system", "content": text}, user("x")]))
+    most = max((text for text in ("cat " * number for number in range(100))
+                if length(text) <= 70), key=len)
+    assistant.check_system(most, 30)
+    for text, said in ((most + "cat cat", f"too long: {length(most + 'cat cat')} tokens"),
+                       ("y" * 10_000_000, "too long: 10,000,001 characters"),
+                       ("be\0brief", "has the control character")):
+        with pytest.raises(UserError, match=f"^--identity F .*{said}"):
+            assistant.check_system(text, 30, "--identity F")
+        with pytest.raises(UserError, match=f"^the system prompt .*{said}"):
+            assistant.stream([{"role": "system", "content": text}, user("x")], Sampling(30))
+    with pytest.raises(UserError, match="^the message with the system prompt is too long"):
+        assistant.stream([{"role": "system", "content": most}, user("x " * 50)], Sampling(30))
+    with pytest.raises(UserError, match="^the message is too long"):
+        assistant.stream([user("x " * 50)], Sampling(30))
+
+
 def test_functions_that_are_none_are_told(assistant):
     for tools in ("add", [1], {"name": "add"}):
         with pytest.raises(UserError, match="tools must be a list of objects"):
@@ -409,8 +427,8 @@ def test_conversations_in_turn_compute_only_what_is_new(tiny_chat_model_dir):
 @torch.inference_mode()
 def test_caches_keep_the_latest_and_take_the_longest():
     """Beginnings that others are in are copied: the numbers below stand for keys and values."""
-    config = ModelConfig.from_dict(CONFIG)
-    caches = Caches(partial(KeyValueCache, config), limit=2)
+    config, made = ModelConfig.from_dict(CONFIG), []
+    caches = Caches(lambda: made.append(KeyValueCache(config)) or made[-1], limit=2)
 
     def keep(ids):
         cache = caches.take(ids)
@@ -429,9 +447,14 @@ def test_caches_keep_the_latest_and_take_the_longest():
     assert keep(first) == 10 and keep(second + [5]) == 11  # never the last id; each has its own
     assert keep(first[:4] + [9]) == 4  # a copy; the one that was not used for longest goes
     assert keep(second + [5, 6]) == 12 and keep(first) == 4
+    assert keep([7, 8]) == 0 and keep(first) == 10 and keep(first[:6] + [9]) == 6
+    assert len(made) == 2  # no more than are kept: it was copied over what had been [7, 8]
     one = Caches(partial(KeyValueCache, config), limit=1)
+    one.take(first)
     one.give_back(first, caches.take(first))
     assert one.take(first[:4] + [9]).length == 4 and not one._kept
+    caches.take(second)
+    assert caches.take([6]).length == 0 and len(made) == 3  # more at the same time than are kept
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import command
 
 from minisft.template import get_template
 from minisft.tokenizer import Tokenizer
@@ -96,7 +97,7 @@ def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
     answers.append(oracle([system, *again]))
     again += [{"role": "assistant", "content": answers[-1]}, user("the mat")]
     answers.append(oracle(again))
-    assert (status, printed) == (0, "".join(answer + "\n" for answer in answers))
+    assert (status, printed) == (2, "".join(answer + "\n" for answer in answers))
     messages.append({"role": "assistant", "content": answers[2]})
     assert json.loads(saved.read_text("utf-8")) == [{"messages": [system, *messages]}]
     assert other.read_text() == "precious" and f"error: {other} exists" in said
@@ -118,7 +119,7 @@ def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
     messages = [{"role": "system", "content": "你是诗人"}, user("/你好")]
     messages.append({"role": "assistant", "content": oracle(messages)})
     answer = oracle([*messages[1:], user("the mat")])
-    assert (status, printed) == (0, f"{messages[-1]['content']}\n{answer}\n")
+    assert (status, printed) == (2, f"{messages[-1]['content']}\n{answer}\n")
     for name in ("对话.json", "chat.json"):
         assert json.loads((tmp_path / name).read_text("utf-8")) == [{"messages": messages}]
     assert f"error: {tmp_path}/no/x: No such file or directory; choose another name\n" in said
@@ -130,7 +131,7 @@ def test_a_turn_without_an_answer_is_told_and_forgotten(tiny_chat_model_dir, tmp
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(300)]}))
     status, printed, said = chat(tmp_path, *GREEDY, input=f"the cat\n/save {tmp_path}/saved.json")
-    assert (status, printed) == (0, "\n") and not (tmp_path / "saved.json").exists()
+    assert (status, printed) == (2, "\n") and not (tmp_path / "saved.json").exists()
     assert "(no answer: the question is not remembered)" in said and "nothing to save" in said
 
 
@@ -156,9 +157,9 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
                 first += 2
         answers.append(oracle([system, *turns[first:]]))
         turns.append({"role": "assistant", "content": answers[-1]})
-    assert first and (status, printed) == (0, "".join(answer + "\n" for answer in answers))
+    assert first and (status, printed) == (2, "".join(answer + "\n" for answer in answers))
     assert f"(the conversation is longer than 150 tokens: the oldest {first} messages" in said
-    assert said.count("error: the message is too long") == 1
+    assert said.count("error: the message with the system prompt is too long") == 1
     assert "the limit is 130 tokens (of 150" in said
 
 
@@ -207,6 +208,34 @@ def test_identity_is_the_standing_instruction(tiny_chat_model_dir, oracle, tmp_p
     assert status == 2 and "latin.txt: not UTF-8 text" in said
 
 
+def test_an_identity_that_leaves_no_room_is_told_at_the_start(tiny_chat_model_dir, tmp_path):
+    identity, prompts = tmp_path / "long.txt", tmp_path / "prompts.txt"
+    identity.write_text("be brief " * 30)
+    prompts.write_text("the cat\n")
+    template = get_template("auto", Tokenizer.load(tiny_chat_model_dir))
+    messages = [{"role": "system", "content": identity.read_text().strip()}, user("x")]
+    length = len(template.encode_prompt(messages))
+    for flags in ([], ["--file", prompts, "--output", tmp_path / "answers.jsonl"], ["--web"]):
+        done = command("--model_name_or_path", tiny_chat_model_dir, "--max_length", 100, *GREEDY,
+                       "--identity", identity, *flags, script="chat.py")
+        said = f"error: --identity {identity} is too long: {length} tokens with its template, "
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"{said}the limit is 50 tokens (of 100, the rest")
+
+
+def test_ctrl_c_ends_a_conversation_through_a_pipe(tiny_chat_model_dir):
+    words = [sys.executable, SCRIPT, "--model_name_or_path", tiny_chat_model_dir, *GREEDY,
+             "--max_new_tokens", "15000"]
+    with subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        process.stdin.write("the cat 你好\nthe mat\n".encode())
+        process.stdin.flush()
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
 def test_log_and_stats_and_what_is_refused(tiny_chat_model_dir, oracle, tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"cut by a crash": "')
@@ -219,7 +248,7 @@ def test_log_and_stats_and_what_is_refused(tiny_chat_model_dir, oracle, tmp_path
             {"role": "assistant", "content": answers[1]}, user("and")]
     answers.append(oracle([system, *told[3:]]))
     told.append({"role": "assistant", "content": answers[2]})
-    assert (status, printed) == (0, "".join(answer + "\n" for answer in answers))
+    assert (status, printed) == (2, "".join(answer + "\n" for answer in answers))
     assert "(no answer yet)" in said and "the control character U+0007 (character 1)" in said
     figures = re.search(r"\(20 tokens, the first after [\d.]+ s, then [\d,.]+ tokens/s, (\d+) of "
                         r"(\d+) prompt tokens were known\)", said)

@@ -88,6 +88,24 @@ def test_answers_are_those_of_the_model_as_it_is_and_nothing_compiles_again(assi
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_more_conversations_than_are_kept_take_no_more_memory(assistants, monkeypatch):
+    """The cache of the one that has been silent for longest, with what is left in it, is reused."""
+    plain, compiled = assistants
+    made, new_cache = [], compiled.decoder.new_cache
+    monkeypatch.setattr(compiled.caches, "new_cache", lambda: made.append(new_cache()) or made[-1])
+    compiled.caches._kept.clear()
+    graphs = counters["stats"]["unique_graphs"]
+    conversations = [[{"role": "user", "content": text}] for text in ("the cat", "你好", "the rat")]
+    for _ in range(2):
+        for messages in conversations:
+            answers = ["".join(one.stream(messages, Sampling(20, greedy=True)))
+                       for one in assistants]
+            assert answers[0] == answers[1]
+            messages += [{"role": "assistant", "content": answers[0]},
+                         {"role": "user", "content": "and?"}]
+    assert len(made) == 2 and counters["stats"]["unique_graphs"] == graphs
+
+
 @torch.inference_mode()
 def test_matrices_that_onednn_multiplies_otherwise_compile_too():
     x, weight = torch.randn(1, 256), torch.randn(1024, 256)

@@ -1,6 +1,7 @@
 """Reading data: every format by hand-written expectations, broken rows, and the real files."""
 
 import json
+import os
 
 import pytest
 from conftest import command
@@ -431,15 +432,22 @@ class TestConvert:
     def test_mistakes_leave_nothing_behind(self, tmp_path):
         good = write(tmp_path / "good.json", [GOOD])
         bad = write(tmp_path / "bad.json", [GOOD, {}])
-        output = tmp_path / "out.json"
+        output, folder, device = (tmp_path / name for name in ("out.json", "folder", "device"))
+        folder.mkdir()
+        os.mkfifo(device)
         for words, message in (((bad, output), "row 2"), ((good, good), "is there already"),
+                               ((good, folder), "is a folder or a device; give the name of a f"),
+                               ((good, folder, "--overwrite"), "folder: is a folder or a device"),
+                               ((good, device, "--overwrite"), "device: is a folder or a device"),
                                ((good, good, "--overwrite"), "is also read from"),
                                ((good, tmp_path / "no" / "out.json"), "No such file"),
                                ((tmp_path / "none.json", output), "no such file")):
             done = self.run(*words)
             assert done.returncode == 2 and done.stderr.startswith("error: "), words
             assert message in done.stderr and done.stderr.count("\n") == 1
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "good.json"]
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "bad.json", "good.json", "folder", "device"}
+        assert device.is_fifo() and not list(folder.iterdir())
         assert json.loads(good.read_text()) == [GOOD]
         done = self.run(bad, output, "--skip_bad_rows")
         assert "1 rows; 1 broken rows left out, the first: " in done.stdout

@@ -1,9 +1,11 @@
 """Texts that are nearly the same: shares by sets, all pairs found, little memory."""
 
+import json
 import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from minisft import near_duplicates as module
 from minisft.near_duplicates import near_duplicates
@@ -57,6 +59,35 @@ def test_near_duplicates_are_all_found():
     changed = [text[:60] + "z" + text[61:] for text in originals]
     found = near_duplicates(originals + changed, 0.85)
     assert not found[:300].any() and found[300:].all()
+
+
+def test_copies_of_texts_that_were_kept_beside_others_much_like_them_are_found():
+    """They share most bands, often all, with more of those than they are compared with."""
+    text = "".join(np.random.default_rng(0).choice(list("abcdefghij klmno"), 2000))
+    texts = [text[:place] + "z" + text[place + 1 :] for place in range(0, 2000, 20)]
+    for number in (2, 100):
+        found = near_duplicates(texts[:number] * 2, 1.0)
+        assert not found[:number].any() and found[number:].all()
+
+
+def test_near_duplicates_among_texts_much_alike_are_those_of_comparing_all():
+    rows = json.loads((ROOT / "examples" / "data" / "train.json").read_text("utf-8"))[:800]
+    texts = [row["instruction"] + " " + row["input"] for row in rows]
+    sets, kept, expected = [set(module.shingles_of(text).tolist()) for text in texts], [], []
+    for one in sets:
+        expected.append(any(len(one & other) >= 0.7 * len(one | other) for other in kept))
+        kept += [] if expected[-1] else [one]
+    assert near_duplicates(texts, 0.7).tolist() == expected and sum(expected) > 100
+
+
+def test_the_work_is_bounded_where_thousands_are_alike(monkeypatch):
+    compared = []
+    overlap = module.overlap
+    monkeypatch.setattr(module, "overlap", lambda *sets: compared.append(1) or overlap(*sets))
+    frame = "Is the following review, which was written by a guest, positive or not? It is number "
+    texts = [frame + f"{number * 7919 % 1000:03}" * 3 for number in range(200)]
+    assert not near_duplicates(texts, 0.95).any()
+    assert 100 * module.COMPARED < len(compared) <= 200 * module.COMPARED
 
 
 def test_a_long_text_takes_little_memory():

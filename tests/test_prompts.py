@@ -59,8 +59,8 @@ def test_the_command_answers_in_order_what_each_gets_alone(
 
 
 def test_a_killed_run_goes_on_where_it_was(assistant, prompts_file, tmp_path, capsys):
-    output, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
-    whole = tmp_path / "whole.jsonl"
+    output = tmp_path / "new" / "folder" / "answers.jsonl"
+    partial, whole = output.with_name("answers.jsonl.partial"), tmp_path / "whole.jsonl"
     prompts.answer_file(assistant, prompts_file, whole, SAMPLED, 2)
     answer, answered = assistant.inference, []
 
@@ -155,7 +155,7 @@ def test_rows_that_cannot_be_asked_are_listed_before_anything_is(assistant, tmp_
     path.write_text("\n".join(lines))
     assistant.inference = None
     with pytest.raises(UserError) as error:
-        prompts.answer_file(assistant, path, tmp_path / "out", Sampling(3))
+        prompts.answer_file(assistant, path, tmp_path / "new" / "out", Sampling(3))
     for said in ("rows that cannot be asked:", "row 2 (line 2): there is no question",
                  "row 3 (line 4): the message has the control character U+0007",
                  "row 4 (line 5)", "row 5 (line 6): ", "row 6 (line 7): ",

@@ -115,6 +115,44 @@ def test_a_broken_row_is_named_or_left_out(tmp_path):
         open_rows(path)
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [
+    ({"instruction": "Add."}, {"output": "three"}),
+    ({"kind": "x", "input": "Add."}, {"target": "three"}),
+    ({"conversations": [{"from": "human", "value": "Add."}]},
+     {"conversations": [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "three"}]}),
+    ({"messages": [user("Add.")]}, {"messages": [user("Add."), assistant("three")]}),
+])
+def test_an_answer_beside_those_to_compare_is_the_one_to_learn(tmp_path, prompt, answer):
+    """It is told that they are not read and by what; without it the row is refused."""
+    compared, said = {"chosen": "3", "rejected": "4"}, []
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([{**prompt, **answer, **compared}] * 2 + [{**prompt, **answer}]))
+    rows = open_rows(path, say=said.append)
+    assert [row.messages for row in rows] == [[user("Add."), assistant("three")]] * 3
+    assert said == [f"{path}: of each row only its one answer is read; train.py --stage rm and dpo "
+                    "learn from chosen and rejected"]
+    path.write_text(json.dumps([{**prompt, **answer}, {**prompt, **compared}]))
+    with pytest.raises(UserError, match=r"row 2: preference data.*--stage dpo or rm"):
+        open_rows(path, say=said.append)
+    path.write_text(json.dumps([{**prompt, **answer}]))
+    open_rows(path, say=said.append)
+    if "kind" not in prompt:
+        path.write_text(json.dumps([{**prompt, **compared}]))
+        open_rows(path, ranking=True, say=said.append)
+    assert len(said) == 1
+
+
+def test_an_entry_that_names_one_answer_says_who_would_compare(tmp_path):
+    row = {"instruction": "Add.", "output": "three", "chosen": "3", "rejected": "4"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (tmp_path / "dataset_info.json").write_text('{"it": {"file_name": "rows.json"}}')
+    said = []
+    assert open_rows("it", tmp_path, say=said.append)[0].messages[-1] == assistant("three")
+    (line,) = said
+    assert "'chosen' (as chosen), 'rejected' (as rejected), which columns in" in line
+    assert line.endswith("not read; train.py --stage rm and dpo learn from chosen and rejected")
+
+
 @pytest.mark.parametrize(("entry", "record"), [
     ({"ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
      {"q": "Add.", "good": "3", "bad": "4", "instruction": "not this"}),

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -283,13 +284,15 @@ def test_mistakes(checkpoint, rows_file, many, tmp_path, monkeypatch):
 
 def test_what_is_read_is_never_written(checkpoint, many, tmp_path, monkeypatch):
     before = many.read_bytes()
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "device.jsonl")
     for output, message in (
         (many, "many.jsonl is also read from"),
         (tmp_path / "scores.json", "ends in .jsonl"),  # beside scores.jsonl it had its record
         (tmp_path, "ends in .jsonl"),
         (tmp_path / "folder.jsonl", "folder.jsonl is a folder"),
+        (tmp_path / "device.jsonl", "device.jsonl is a folder or a device"),
     ):
-        (tmp_path / "folder.jsonl").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
             score_here(monkeypatch, checkpoint, many, output, "--overwrite", "--skip_bad_rows")
     other = tmp_path / "s.record.json"  # as a data set, however unlikely

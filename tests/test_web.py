@@ -305,6 +305,15 @@ def test_eight_clients_at_once_each_get_their_answers(served, alone):
     assert answers == [expected_of(alone, number) for number in range(8)]
 
 
+def test_no_more_compiled_answers_are_written_at_once_than_are_kept(page):
+    """Each takes the memory of a full context; who comes later waits in the queue."""
+    at_once = lambda: {one.api_name: one.concurrency_limit  # noqa: E731
+                       for one in web.build(page).fns.values()}["ask"]
+    assert at_once() == web.AT_ONCE == 8
+    page.assistants[0].decoder, page.assistants[0].caches.limit = "compiled", 2
+    assert at_once() == 2
+
+
 def test_every_response_carries_the_policy(served):
     _, address = served
     for path in ("", "config", "theme.css", "nowhere"):
