@@ -271,7 +271,8 @@ def main():
     if parallel.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
     run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed,
-              partial(preference.build, template=template, batches=batches, held_out=eval_examples))
+              partial(preference.build, template=template, batches=batches, held_out=eval_examples),
+              num_bytes=int(batches.rows.sizes().sum()))
     if parallel.rank() == 0:  # only now that nothing speaks against the run
         checkpoint.remove_others(output_dir, resumed, run.progress.step)
         save_options(options, output_dir / "options.toml")

@@ -39,10 +39,10 @@ class Run:
     """What a training run consists of: handed from step to step, saved and resumed as one."""
 
     def __init__(self, options, model, lora_config, num_rows, dtype, device, checkpoint=None,
-                 build_objective=None):
+                 build_objective=None, num_bytes=0):
         state = load_state(checkpoint) if checkpoint else None
         self.options, self.model, self.lora_config = options, model, lora_config
-        self.device = device
+        self.device, self.num_bytes = device, num_bytes
         self._count_steps(num_rows, state)
         self.optimizer = build_optimizer(
             model, options.learning_rate, options.weight_decay,
@@ -61,7 +61,7 @@ class Run:
                 raise UserError(f"{checkpoint} is at step {state['progress']['step']}, beyond the "
                                 f"{self.total_steps} of this run: raise --max_steps or "
                                 "--num_train_epochs, or go on from an earlier checkpoint")
-            self._tell_changes(state["options"])
+            self._tell_changes(state)
         # What --precompute_reference has found for the rows: {fingerprint: log-probabilities}.
         self.reference = state["reference"] if state else {}
         # Before the checkpoint's weights: dpo's reference is the model that training began with.
@@ -115,10 +115,14 @@ class Run:
                 raise UserError(f"{checkpoint} is from a run with {name} {saved[name]}, not "
                                 f"{value}; give the same, or start anew in another folder")
 
-    def _tell_changes(self, before):
+    def _tell_changes(self, state):
+        before = state["options"]
         for name, value in vars(self.options).items():
             if name not in OF_THE_CALL and before.get(name) != value:
                 parallel.say(f"--{name} is {value} from here on; it was {before.get(name)}")
+        if state["num_bytes"] != self.num_bytes:
+            parallel.say(f"the rows have changed since the checkpoint ({self.num_bytes:,} bytes, "
+                         f"then {state['num_bytes']:,}): from here on they are as they are now")
 
     def _load_optimizer(self, state, checkpoint):
         """state: None where the run that saved it was sharded, else a state_dict."""
@@ -142,7 +146,7 @@ class Run:
     def save_checkpoint(self):
         """Write the state of all processes to `checkpoint-STEP`. All of them call it."""
         state = {
-            "identity": self.identity, "options": vars(self.options),
+            "identity": self.identity, "num_bytes": self.num_bytes, "options": vars(self.options),
             "rows_per_step": self.rows_per_step, "best": self.best,
             "progress": self.progress.state(), "scaler": self.scaler.state_dict(),
             "reference": self.reference,

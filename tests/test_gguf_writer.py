@@ -16,6 +16,7 @@ INTERRUPTED = """
 import os, runpy, signal, sys
 from minisft.gguf_writer import Tensor
 converted = Tensor.converted
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background takes away
 
 def interrupt(self, begin, end):
     if self.name == "output_norm.weight":
