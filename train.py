@@ -27,7 +27,7 @@ from minisft.options import (
     save_options,
 )
 from minisft.options import run as run_script
-from minisft.training_options import parse_options
+from minisft.training_options import can_go_on, parse_options
 
 
 def load_trainable(options, model_dir, dtype, device):
@@ -206,49 +206,48 @@ def build_model(options, model_dir, dtype, device):
     return model, lora_config
 
 
-def can_go_on(output_dir):
-    """Whether this is the folder of a run to go on with; UserError where going on would lose one.
-
-    A short run has left its result and no checkpoint: it would begin anew and write over that.
-    """
-    written_last = ("tokenizer.json", "tokenizer.model")
-    is_finished = any((output_dir / name).exists() for name in written_last)
-    if is_finished and not any(output_dir.glob("checkpoint-*")):
-        raise UserError(f"--output_dir {output_dir}: holds a finished run and no checkpoint to go "
-                        "on from; choose another, or give --overwrite_output_dir to begin anew")
-    return (output_dir / "options.toml").exists()
-
-
 def main():
     options = parse_options()
     if options.dry_run:
         from minisft import plan
 
         return plan.show(options)
-    resuming = options.resume_from_checkpoint
     output_dir = check_output_dir(
         options.output_dir, options.overwrite_output_dir or (
-            resuming and can_go_on(Path(options.output_dir))),
+            options.resume_from_checkpoint and can_go_on(Path(options.output_dir))),
         options.model_name_or_path, options.adapter)
 
-    import torch
+    from minisft import parallel
+    from minisft.weights import resolve
 
-    from minisft import checkpoint, parallel, preference
+    device = parallel.start(resolve_device(options), options.parallel)
+    dtype = resolve_dtype(options, device)
+    model_dir = resolve(options.model_name_or_path)
+    tokenizer, template, batches, eval_examples = prepare_data(options, model_dir)
+    run = begin(options, model_dir, output_dir, dtype, device, template, batches, eval_examples)
+    interrupted = train(run, batches, eval_examples, template)
+    run.progress.close()
+    if interrupted:
+        record = shlex.quote(str(output_dir / "options.toml"))
+        parallel.say(f"stopped and saved at step {run.progress.step}; go on with\n  "
+                     f"{parallel.launcher()} train.py --config {record} "
+                     "--resume_from_checkpoint auto")
+    else:
+        save(run, tokenizer, template, model_dir, output_dir)
+    parallel.stop()
+    if interrupted:
+        sys.exit(128 + interrupted)
+
+
+def prepare_data(options, model_dir):
+    """(Tokenizer, Template or None, Batches, held-out examples or None); shows some of the rows."""
+    from minisft import parallel
     from minisft.config import ModelConfig
-    from minisft.quantize import count_parameters
-    from minisft.run import Run
     from minisft.template import get_template
     from minisft.tokenizer import Tokenizer
     from minisft.training_data import load_data
-    from minisft.weights import resolve
 
     say = parallel.say
-    device = parallel.start(resolve_device(options), options.parallel)
-    dtype = resolve_dtype(options, device)
-    if dtype == torch.bfloat16 and not multiplies_bfloat16(device):
-        say("bfloat16 halves the memory of the base, but this processor only emulates it: "
-            "--dtype float32 is faster here")
-    model_dir = resolve(options.model_name_or_path)
     config, tokenizer, template = ModelConfig.load(model_dir), Tokenizer.load(model_dir), None
     if options.stage != "pt":
         template = get_template(options.template, tokenizer, options.default_system)
@@ -257,14 +256,26 @@ def main():
     for example in batches.first(options.show_samples if template else 0):
         for text in example.texts():
             say(template.show(text.ids.tolist(), text.supervised.tolist()) + "\n")
+    return tokenizer, template, batches, eval_examples
 
+
+def begin(options, model_dir, output_dir, dtype, device, template, batches, eval_examples):
+    """The Run, with its model, new or from a checkpoint; only then its folder is written to."""
+    import torch
+
+    from minisft import checkpoint, parallel, preference
+    from minisft.quantize import count_parameters
+    from minisft.run import Run
+
+    say, resuming = parallel.say, options.resume_from_checkpoint
+    if dtype == torch.bfloat16 and not multiplies_bfloat16(device):
+        say("bfloat16 halves the memory of the base, but this processor only emulates it: "
+            "--dtype float32 is faster here")
     model, lora_config = build_model(options, model_dir, dtype, device)
-    num_parameters = count_parameters(model)
     num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    say(f"{len(batches.rows):,} rows; training {num_trained:,} of {num_parameters:,} parameters "
-        f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
-        f"{parallel.world_size()} process(es)")
-
+    say(f"{len(batches.rows):,} rows; training {num_trained:,} of {count_parameters(model):,} "
+        f"parameters ({options.finetuning_type}) on {device}, "
+        f"{str(dtype).removeprefix('torch.')}, {parallel.world_size()} process(es)")
     resumed = resuming and parallel.of_first(lambda: checkpoint.find(output_dir, resuming, say))
     if resuming:
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
@@ -276,17 +287,7 @@ def main():
     if parallel.rank() == 0:  # only now that nothing speaks against the run
         checkpoint.remove_others(output_dir, resumed, run.progress.step)
         save_options(options, output_dir / "options.toml")
-    interrupted = train(run, batches, eval_examples, template)
-    run.progress.close()
-    if interrupted:
-        record = shlex.quote(str(output_dir / "options.toml"))
-        say(f"stopped and saved at step {run.progress.step}; go on with\n  {parallel.launcher()} "
-            f"train.py --config {record} --resume_from_checkpoint auto")
-    else:
-        save(run, tokenizer, template, model_dir, output_dir)
-    parallel.stop()
-    if interrupted:
-        sys.exit(128 + interrupted)
+    return run
 
 
 def save(run, tokenizer, template, model_dir, output_dir):

@@ -197,3 +197,16 @@ def _fill_in(options, full):
         options.learning_rate = (1e-5 if full else 1e-4) / (20 if options.stage == "dpo" else 1)
     if options.lora_alpha is None and not (full or options.adapter):
         options.lora_alpha = 2.0 * options.lora_rank
+
+
+def can_go_on(output_dir):
+    """Whether this is the folder of a run to go on with; UserError where going on would lose one.
+
+    A short run has left its result and no checkpoint: it would begin anew and write over that.
+    """
+    written_last = ("tokenizer.json", "tokenizer.model")
+    is_finished = any((output_dir / name).exists() for name in written_last)
+    if is_finished and not any(output_dir.glob("checkpoint-*")):
+        raise UserError(f"--output_dir {output_dir}: holds a finished run and no checkpoint to go "
+                        "on from; choose another, or give --overwrite_output_dir to begin anew")
+    return (output_dir / "options.toml").exists()
