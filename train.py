@@ -224,7 +224,7 @@ def main():
     dtype = resolve_dtype(options, device)
     model_dir = resolve(options.model_name_or_path)
     tokenizer, template, batches, eval_examples = prepare_data(options, model_dir)
-    run = begin(options, model_dir, output_dir, dtype, device, template, batches, eval_examples)
+    run = begin_run(options, model_dir, output_dir, dtype, device, template, batches, eval_examples)
     interrupted = train(run, batches, eval_examples, template)
     run.progress.close()
     if interrupted:
@@ -259,7 +259,7 @@ def prepare_data(options, model_dir):
     return tokenizer, template, batches, eval_examples
 
 
-def begin(options, model_dir, output_dir, dtype, device, template, batches, eval_examples):
+def begin_run(options, model_dir, output_dir, dtype, device, template, batches, eval_examples):
     """The Run, with its model, new or from a checkpoint; only then its folder is written to."""
     import torch
 

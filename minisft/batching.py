@@ -166,6 +166,7 @@ class Batches:
         middles = (ends - self.run_sizes[order] / 2) * (self.num_examples / ends[-1])
 
         def rows_between(start, end):
+            """The rows of the runs whose middles lie there."""
             first, last = np.searchsorted(middles, [start, end])
             return _numbers_in(self.runs, order[first:last])
 

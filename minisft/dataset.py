@@ -120,7 +120,7 @@ class _File:
 
 def _has_several(record):
     """Whether a row has answers to compare, and not a single one."""
-    return isinstance(record, dict) and ({"chosen", "rejected"} <= record.keys() or (
+    return isinstance(record, dict) and (record.keys() >= JUDGED or (
         "instruction" in record and isinstance(record.get("output"), list)))
 
 

@@ -113,6 +113,7 @@ class Progress:
 def in_words(figures):
     """{"loss": 0.5, "accuracy": 0.75} -> "loss 0.5000, accuracy 75.0 %"."""
     def in_units(name, value):
+        """A share in per cent, other figures as they are."""
         if name in ("accuracy", "exact_match"):
             return f"{100 * value:.1f} %"
         return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"

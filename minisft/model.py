@@ -32,7 +32,7 @@ from minisft.rotary import rotary_frequencies, rotate
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
-def is_few_on_cpu(x, weight):
+def are_few_on_cpu(x, weight):
     """Whether x (..., width) are the few rows of a step of generation, in float32 on a CPU.
 
     There calls cost more than computing, and other ones are faster than those for many rows.
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         """The same shape and type as x (..., width)."""
         weight = self.weight
-        if x.dim() == 3 and x.shape[1] == 1 and is_few_on_cpu(x, weight):
+        if x.dim() == 3 and x.shape[1] == 1 and are_few_on_cpu(x, weight):
             # The mean square as one product: four operations, where torch makes eleven of rms_norm.
             scale = torch.baddbmm(self.eps_on_cpu, x, x.mT, alpha=1 / x.shape[-1]).rsqrt_()
             return (x * scale).mul_(weight)
@@ -69,7 +69,7 @@ def linear(x, weight, bias=None):
     for one, by a half for eight. With more than 64 MKL is faster, or both are; with small matrices
     the call is what takes the time.
     """
-    if weight.numel() >= 2**18 and HAS_ONEDNN and is_few_on_cpu(x, weight):
+    if weight.numel() >= 2**18 and HAS_ONEDNN and are_few_on_cpu(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

@@ -74,12 +74,14 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
+        """Losses (N,) of logits (N, V) and targets (N,)."""
         log_probs = F.log_softmax(logits, dim=-1)
         ctx.save_for_backward(log_probs, targets)
         return -log_probs.gather(-1, targets[:, None])[:, 0]
 
     @staticmethod
     def backward(ctx, weights):
+        """The gradient (N, V) of the logits; weights (N,) of the losses."""
         log_probs, targets = ctx.saved_tensors
         gradient = log_probs.exp_()  # softmax(logits), less one where the target is
         gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
@@ -95,6 +97,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, logits, targets, size):
+        """Losses (N,) of states (N, D), by `size` of them at a time."""
         losses, gradients = [], torch.empty_like(hidden)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
@@ -108,6 +111,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, weights):
+        """The gradient (N, D) of the states; weights (N,) of the losses."""
         (gradients,) = ctx.saved_tensors
         return gradients * weights.to(gradients.dtype)[:, None], None, None, None
 

@@ -23,6 +23,7 @@ from minisft.options import UserError, resolve_device, resolve_dtype
 from minisft.quantize import count_parameters
 from minisft.reward import RewardModel
 from minisft.tensor_files import parse_size
+from minisft.training_options import count_steps
 from minisft.weights import load_adapter, resolve
 
 # What a device's memory holds beside tensors, and loses to gaps between them.
@@ -130,8 +131,7 @@ def tell_data(options, data, num_processes):
     if data.num_examples is None:
         print(f"steps       {options.max_steps or 'not known: give --max_steps'}, {told}")
         return options.max_steps
-    steps_per_epoch = math.ceil(data.num_examples / rows_per_step)
-    num_steps = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
+    steps_per_epoch, num_steps = count_steps(options, data.num_examples, rows_per_step)
     answers = f", {data.num_texts:,} answers" if options.stage in ("rm", "dpo") else ""
     print(f"an epoch    {data.num_examples:,} rows{answers}, {data.num_tokens:,} tokens, "
           f"{data.padding:.1%} padding besides")

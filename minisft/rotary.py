@@ -45,6 +45,7 @@ def _yarn_frequencies(frequencies, scaling, theta, width):
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
 
     def dimension(rotations):
+        """Which pair turns so many times within the original context."""
         return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = dimension(scaling.get("beta_fast") or 32)
@@ -57,6 +58,7 @@ def _yarn_frequencies(frequencies, scaling, theta, width):
     frequencies = interpolate * frequencies / factor + (1 - interpolate) * frequencies
 
     def temperature(weight):
+        """What cos and sin are multiplied by."""
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     attention_factor = scaling.get("attention_factor")

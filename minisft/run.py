@@ -20,6 +20,7 @@ from minisft.metrics import Progress
 from minisft.objective import NextToken
 from minisft.optimizer import build_optimizer, load_optimizer
 from minisft.options import UserError
+from minisft.training_options import count_steps
 from minisft.weights import save_adapter, save_model
 
 # What a resumed run must have in common with the one before: the rows and what they train.
@@ -89,9 +90,8 @@ class Run:
             self.rows_per_step = state["rows_per_step"]
             parallel.say(f"every step still has the same {self.rows_per_step} rows, whatever the "
                          "batch size, accumulation and number of processes are now")
-        self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
-        self.total_steps = options.max_steps or math.ceil(
-            self.steps_per_epoch * options.num_train_epochs)
+        self.steps_per_epoch, self.total_steps = count_steps(
+            options, num_rows, self.rows_per_step)
         self.warmup_steps = options.warmup_steps
         if self.warmup_steps is None:
             self.warmup_steps = math.ceil(self.total_steps * options.warmup_ratio)
@@ -155,6 +155,7 @@ class Run:
         }
 
         def write_weights(folder):
+            """What is trained, and the optimizer's state where each process has a part of it."""
             if self.lora_config:
                 save_adapter(self.model, folder, self.lora_config, self.options.model_name_or_path)
             else:

@@ -1,9 +1,11 @@
-"""The flags of `train.py`, which of them belong together, and defaults that depend on others.
+"""The flags of `train.py`, which of them belong together, and what follows from them alone.
 
     options = parse_options(["--model_name_or_path", "examples/base", "--output_dir", "runs/demo",
                              "--dataset", "examples/data/train.json"])
     options.learning_rate                        # 1e-4, as nothing was said and it trains LoRA
 """
+
+import math
 
 from minisft.options import (
     SCHEDULES,
@@ -197,6 +199,13 @@ def _fill_in(options, full):
         options.learning_rate = (1e-5 if full else 1e-4) / (20 if options.stage == "dpo" else 1)
     if options.lora_alpha is None and not (full or options.adapter):
         options.lora_alpha = 2.0 * options.lora_rank
+
+
+def count_steps(options, num_rows, rows_per_step):
+    """(steps of an epoch, of which the last may have fewer rows; steps of the whole run)."""
+    steps_per_epoch = math.ceil(num_rows / rows_per_step)
+    return steps_per_epoch, options.max_steps or math.ceil(
+        steps_per_epoch * options.num_train_epochs)
 
 
 def can_go_on(output_dir):

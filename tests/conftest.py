@@ -38,6 +38,16 @@ def command(*arguments, script="train.py", before=(), processes=1):
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Run a script in this process, which has loaded torch; mistakes raise UserError."""
+    def started(script, *words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        script.main()
+        return capsys.readouterr().out
+    return started
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real models, tokenizers and data beside the repository."""

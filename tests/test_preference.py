@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import shutil
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -341,16 +340,6 @@ def pairs_file(tmp_path):
                    "output": [good, bad, "no"][: 3 if number % 3 == 0 else 2]}
             file.write(json.dumps(row) + "\n")
     return path
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """Run a script in this process, which has loaded torch; mistakes raise UserError."""
-    def started(script, *words):
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-        script.main()
-        return capsys.readouterr().out
-    return started
 
 
 def words_of(checkpoint, pairs_file, output, *more):

@@ -1,7 +1,6 @@
 """score.py --mode reward: rewards and preferences are transformers', and as train.py logs them."""
 
 import json
-import sys
 from itertools import combinations
 
 import numpy as np
@@ -79,16 +78,6 @@ def words_of(judge, rows, output, *more):
     return ["--model_name_or_path", judge, "--dataset", rows, "--template", "plain", "--dtype",
             "float32", "--device", "cpu", "--dataloader_num_workers", 0, "--mode", "reward",
             "--output", output, *more]
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """Run a script in this process, which has loaded torch; mistakes raise UserError."""
-    def started(script, *words):
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-        script.main()
-        return capsys.readouterr().out
-    return started
 
 
 def read(path):
