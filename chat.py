@@ -15,17 +15,10 @@ import dataclasses
 import os
 import sys
 
-from minisft.options import (
-    OptionParser,
-    UserError,
-    add_model_flags,
-    count,
-    optional_int,
-    resolve_device,
-    resolve_dtype,
-    run,
-)
-from minisft.terminal import BYTE_ORDER_MARK
+from minisft.chat.terminal import BYTE_ORDER_MARK
+from minisft.common.command_line import OptionParser, optional_int, positive_int, run_script
+from minisft.common.devices import add_model_flags, resolve_device, resolve_dtype
+from minisft.common.errors import UserError
 
 KEPT_ON_THE_WEB = 8  # conversations whose next turn computes only what is new
 KEPT_COMPILED = 2  # of those with --compile, each of which takes the memory of a full context
@@ -44,7 +37,7 @@ def main():
     system = read_identity(options.identity) if options.identity else as_text(options.system)
 
     # Imported here, since `--help` and a mistyped flag should not wait for torch.
-    from minisft.generate import Sampling
+    from minisft.generation.generate import Sampling
 
     sampling = Sampling(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p,
@@ -83,12 +76,12 @@ def parse_options():
     add, _ = parser.section("a file of prompts")
     add("--file", metavar="FILE", help="answer the lines of a .txt, or the rows of a JSON(L) file")
     add("--output", metavar="FILE", help="write the answers here, as JSON lines")
-    add("--batch_size", type=count, default=8, help="prompts answered at once")
+    add("--batch_size", type=positive_int, default=8, help="prompts answered at once")
     add, switch = parser.section("web page")
     switch("--web", help="serve a page to chat on (needs gradio, see requirements-extras.txt)")
     add("--compare_with", metavar="DIR", help="answer beside it: another adapter, or none")
     add("--server_name", default="127.0.0.1", help="address to serve at; 0.0.0.0: to the network")
-    add("--server_port", type=count, default=7860, help="port to serve at")
+    add("--server_port", type=positive_int, default=7860, help="port to serve at")
     add("--password", help="asked for before the page (or set MINISFT_PASSWORD)")
     switch("--share", help="also through a public address at gradio's servers")
     options = parser.parse_options()
@@ -154,7 +147,7 @@ def as_text(argument):
 
 def load_assistant(options, system, sampling, **more):
     """The Assistant that the options describe, in whose context the system prompt has room."""
-    from minisft.assistant import Assistant
+    from minisft.generation.assistant import Assistant
 
     device = resolve_device(options)
     assistant = Assistant(
@@ -169,8 +162,8 @@ def load_assistant(options, system, sampling, **more):
 
 def talk(options, system, sampling, question):
     """One question, or a conversation in the terminal."""
-    from minisft.terminal import INTERRUPTED, Conversation, converse, notice
-    from minisft.transcript import Transcript
+    from minisft.chat.terminal import INTERRUPTED, Conversation, converse, notice
+    from minisft.chat.transcript import Transcript
 
     conversation = Conversation(system, Transcript(options.log))
     assistant = load_assistant(options, system, sampling)
@@ -183,7 +176,7 @@ def talk(options, system, sampling, question):
 
 def answer_file(options, system, sampling):
     """A file of prompts, answered into another file."""
-    from minisft import prompts
+    from minisft.chat import prompts
 
     settings = {"system": system, **dataclasses.asdict(sampling)}
     for name in ("model_name_or_path", "adapter", "template", "max_length", "quantization_bit"):
@@ -196,9 +189,9 @@ def answer_file(options, system, sampling):
 
 def serve(options, system, sampling):
     """A page for the browser, until Ctrl-C."""
-    from minisft import web
-    from minisft.page import Page
-    from minisft.transcript import Transcript
+    from minisft.chat import web
+    from minisft.chat.page import Page
+    from minisft.chat.transcript import Transcript
 
     web.check_gradio()
     transcript = Transcript(options.log)
@@ -217,8 +210,9 @@ def load_pair(options, system, sampling, kept):
 
     Without an adapter of its own the second speaks in the first one's template.
     """
-    from minisft.sharing import Turns
-    from minisft.weights import load_model, resolve
+    from minisft.checkpoints.folders import load_model
+    from minisft.checkpoints.hub import resolve
+    from minisft.generation.sharing import Turns
 
     device = resolve_device(options)
     model = load_model(resolve(options.model_name_or_path), resolve_dtype(options, device), device,
@@ -233,4 +227,4 @@ def load_pair(options, system, sampling, kept):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

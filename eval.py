@@ -12,16 +12,11 @@ import os
 import sys
 from pathlib import Path
 
-from minisft.evaluation_options import in_bits, parse_choice_options, parse_compare_options
-from minisft.options import (
-    UserError,
-    check_output_dir,
-    recorded_options,
-    resolve_device,
-    resolve_dtype,
-    run,
-    save_options,
-)
+from minisft.common.command_line import run_script
+from minisft.common.devices import resolve_device, resolve_dtype
+from minisft.common.errors import UserError
+from minisft.common.outputs import check_output_dir, recorded_options, save_options
+from minisft.evaluation.options import in_bits, parse_choice_options, parse_compare_options
 
 CHOICES = ("ceval", "cmmlu", "mmlu")
 # What the rows of a run that is gone on with must have in common with those it has.
@@ -49,8 +44,8 @@ def main():
 
 def multiple_choice(name, options):
     """Answer the questions of a benchmark, subject by subject, and sum up."""
-    from minisft.benchmarks import BENCHMARKS
-    from minisft.choice_report import read_baseline, read_finished, write_rows
+    from minisft.evaluation.benchmarks import BENCHMARKS
+    from minisft.evaluation.choice_report import read_baseline, read_finished, write_rows
 
     benchmark = BENCHMARKS[name]
     options.split = options.split or benchmark.splits[0]
@@ -62,10 +57,11 @@ def multiple_choice(name, options):
     baseline = options.baseline_dir and read_baseline(
         subjects, Path(options.baseline_dir) / rows_dir.name)
 
-    from minisft import multiple_choice, parallel
-    from minisft.assistant import Assistant
+    from minisft.common import processes
+    from minisft.evaluation import multiple_choice
+    from minisft.generation.assistant import Assistant
 
-    device = parallel.start(resolve_device(options))
+    device = processes.start(resolve_device(options))
     # A plain text needs no template; that of this name fits every tokenizer.
     template = "plain" if options.template == "none" else options.template
     assistant = Assistant(options.model_name_or_path, options.adapter, template, device,
@@ -75,7 +71,7 @@ def multiple_choice(name, options):
     prompts = multiple_choice.Prompts(benchmark, assistant.tokenizer, template, max_length)
 
     waiting = begin(options, output_dir, rows_dir, subjects)
-    mine = waiting[parallel.rank() :: parallel.world_size()]
+    mine = waiting[processes.rank() :: processes.world_size()]
     with progress_bar(sum(len(one.questions) for one in mine) * options.n_times) as bar:
         for subject in mine:
             bar.set_postfix_str(subject.key)
@@ -85,19 +81,19 @@ def multiple_choice(name, options):
                     assistant.model, prompts, subject, options.num_fewshot, number, options.seed,
                     options.batch_size, bar.update)
             write_rows(rows_dir / f"{subject.key}.csv", rows)
-    parallel.barrier()
-    if parallel.rank() == 0:
+    processes.barrier()
+    if processes.rank() == 0:
         rows_of = {one.key: read_finished(rows_dir / f"{one.key}.csv", one, options.n_times)
                    for one in subjects}
         report_choices(benchmark, options, assistant, template, subjects, rows_of, baseline)
-    parallel.stop()
+    processes.stop()
 
 
 def read_questions(benchmark, options):
     """The subjects that the options ask for."""
     from dataclasses import replace
 
-    from minisft.benchmarks import read_subjects
+    from minisft.evaluation.benchmarks import read_subjects
 
     if options.split not in benchmark.splits:
         raise UserError(f"--split {options.split}: {benchmark.title} has "
@@ -120,8 +116,8 @@ def check_resumable(options, identity):
 
 def begin(options, output_dir, rows_dir, subjects):
     """Prepare the folder; returns the subjects still to do, the largest first."""
-    from minisft import parallel
-    from minisft.choice_report import read_finished
+    from minisft.common import processes
+    from minisft.evaluation.choice_report import read_finished
 
     done = set()
     for subject in subjects if options.resume else ():
@@ -129,17 +125,17 @@ def begin(options, output_dir, rows_dir, subjects):
         if path.is_file():
             read_finished(path, subject, options.n_times)
             done.add(subject.key)
-    parallel.barrier()  # nobody writes before all have looked
-    if parallel.rank() == 0:
+    processes.barrier()  # nobody writes before all have looked
+    if processes.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         if not options.resume:
             remove([*rows_dir.glob("*.csv"), output_dir / "summary.json",
                     output_dir / "submission.json"])
         save_options(options, output_dir / "options.toml")
-    parallel.barrier()
+    processes.barrier()
     waiting = [one for one in subjects if one.key not in done]
     kept = f"; {len(done)} subjects are done" * bool(done)
-    parallel.say(f"{sum(len(one.questions) for one in waiting):,} questions in {len(waiting)} "
+    processes.print_rank0(f"{sum(len(one.questions) for one in waiting):,} questions in {len(waiting)} "
                  f"subjects{kept}")
     return sorted(waiting, key=lambda one: -len(one.questions))
 
@@ -154,16 +150,16 @@ def progress_bar(total, name=None):
     """A bar that counts questions, silent where nobody watches."""
     from tqdm import tqdm
 
-    from minisft import parallel
+    from minisft.common import processes
 
     return tqdm(total=total, desc=name, unit="question",
-                disable=parallel.rank() != 0 or not sys.stderr.isatty())
+                disable=processes.rank() != 0 or not sys.stderr.isatty())
 
 
 def report_choices(benchmark, options, assistant, template, subjects, rows_of, baseline):
     """Write summary.json, and submission.json where the answers are not told; print a table."""
-    from minisft import choice_report
-    from minisft.json_files import write_json
+    from minisft.common.json_files import write_json
+    from minisft.evaluation import choice_report
 
     output_dir = Path(options.output_dir)
     summary = {"protocol": protocol(benchmark, options, assistant, template)}
@@ -210,11 +206,16 @@ def protocol(benchmark, options, assistant, template):
 
 def compare(options):
     """Answers of all models, one after another; then their measures, the judge, the page."""
-    from minisft import dataset
-    from minisft.compare import differences, measure, parse_models, read_items
-    from minisft.generate import Sampling
-    from minisft.report_page import draw_bars, measure_lines, verdict_lines, write_results
-    from minisft.text_metrics import scorers
+    from minisft.data import dataset
+    from minisft.evaluation.compare import differences, measure, parse_models, read_items
+    from minisft.evaluation.report_page import (
+        draw_bars,
+        measure_lines,
+        verdict_lines,
+        write_results,
+    )
+    from minisft.evaluation.text_metrics import scorers
+    from minisft.generation.generate import Sampling
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("compare runs in one process: start it without torchrun")
@@ -261,9 +262,9 @@ def begin_comparison(options, output_dir):
 
 def answers_of(model, options, items, sampling, folder):
     """(answers, losses of the references) of one model; those of --resume where there are any."""
-    from minisft.assistant import Assistant
-    from minisft.compare import answer_items, fingerprint, reference_losses
-    from minisft.json_files import read_json, write_json
+    from minisft.common.json_files import read_json, write_json
+    from minisft.evaluation.compare import answer_items, fingerprint, reference_losses
+    from minisft.generation.assistant import Assistant
 
     name, path, adapter = model
     kept = folder / f"{name}.json"
@@ -300,9 +301,9 @@ def compare_protocol(options, count):
 
 def judge_of(options):
     """A function that gives the judge; what is wrong with it is said now."""
-    from minisft import judge
-    from minisft.assistant import Assistant
-    from minisft.compare import check_model, split_adapter
+    from minisft.evaluation import judge
+    from minisft.evaluation.compare import check_model, split_adapter
+    from minisft.generation.assistant import Assistant
 
     if options.judge_url:
         remote = judge.RemoteJudge(options.judge_url, options.judge_model,
@@ -324,7 +325,7 @@ def judge_of(options):
 
 def judge_answers(load_judge, options, results, output_dir):
     """What the judge says of every model against the first."""
-    from minisft import judge
+    from minisft.evaluation import judge
 
     ask = load_judge()
     (_, first), *others = results["models"].items()
@@ -344,4 +345,4 @@ def judge_answers(load_judge, options, results, output_dir):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

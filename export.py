@@ -12,16 +12,11 @@ reward model (train.py --stage rm) becomes transformers' LlamaForSequenceClassif
 from argparse import Namespace
 from pathlib import Path
 
-from minisft.options import (
-    QUANTIZATIONS,
-    OptionParser,
-    UserError,
-    add_model_flags,
-    check_output_dir,
-    recorded_options,
-    run,
-    save_options,
-)
+from minisft.common import tensor_files
+from minisft.common.command_line import QUANTIZATIONS, OptionParser, run_script
+from minisft.common.devices import add_model_flags
+from minisft.common.errors import UserError
+from minisft.common.outputs import check_output_dir, recorded_options, save_options
 
 
 def parse_options(arguments=None):
@@ -74,12 +69,12 @@ def write_gguf(options):
     """The GGUF formats: tensor by tensor from file to file, the model is never loaded."""
     output = check_output_file(options)
 
-    from minisft import weights
-    from minisft.gguf_export import export_adapter, export_model
+    from minisft.checkpoints import hub
+    from minisft.checkpoints.gguf_export import export_adapter, export_model
 
-    model_dir, adapter_dir = weights.resolve(options.model_name_or_path), None
+    model_dir, adapter_dir = hub.resolve(options.model_name_or_path), None
     if options.adapter:
-        adapter_dir = weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
+        adapter_dir = hub.resolve(options.adapter, tensor_files.ADAPTER_CONFIG)
         tell_of_quantization(options, adapter_dir)
     if options.format == "gguf-lora":
         summary = export_adapter(model_dir, adapter_dir, output, options.quantization)
@@ -108,7 +103,7 @@ def tell_of_quantization(options, adapter_dir):
 
 def check_output_file(options):
     """The Path of --output; UserError where something is there that is not meant to go."""
-    from minisft.gguf_file import is_gguf
+    from minisft.gguf.reader import is_gguf
 
     path = Path(options.output)
     if path.is_dir():
@@ -129,40 +124,40 @@ def write_folder(options):
 
     import torch
 
-    from minisft import weights
-    from minisft.chat_template import conversation_form
-    from minisft.lora import merge_lora
-    from minisft.options import resolve_device, resolve_dtype
-    from minisft.reward import choose_padding, has_head, load_reward_model
-    from minisft.tensor_files import parse_size
-    from minisft.tokenizer import Tokenizer
+    from minisft.checkpoints import adapters, folders, hub
+    from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
+    from minisft.common.devices import resolve_device, resolve_dtype
+    from minisft.common.tensor_files import parse_size
+    from minisft.model.lora import merge_lora
+    from minisft.text.chat_template import conversation_form
+    from minisft.text.tokenizer import Tokenizer
 
     max_shard_size = parse_size(options.max_shard_size)
-    model_dir = weights.resolve(options.model_name_or_path)
+    model_dir = hub.resolve(options.model_name_or_path)
     device = resolve_device(options)
-    stored = weights.stored_dtype(model_dir)
+    stored = folders.stored_dtype(model_dir)
     auto = torch.float32 if options.format == "peft" else stored
     dtype = resolve_dtype(options, device, auto)
-    adapter_dir = options.adapter and weights.resolve(options.adapter, weights.ADAPTER_CONFIG)
+    adapter_dir = options.adapter and hub.resolve(options.adapter, tensor_files.ADAPTER_CONFIG)
     is_reward_model = has_head(model_dir, adapter_dir)
-    load = load_reward_model if is_reward_model else weights.load_model
+    load = load_reward_model if is_reward_model else folders.load_model
     model = load(model_dir, stored, device, options.quantization_bit)
     tokenizer = Tokenizer.load(model_dir)
 
     trained_dir = adapter_dir or model_dir
     if adapter_dir:
-        lora_config = weights.load_adapter(model, adapter_dir)
+        lora_config = adapters.load_adapter(model, adapter_dir)
         tell_of_quantization(options, adapter_dir)
     form = conversation_form(tokenizer, options.template, trained_dir,
-                             weights.generation_eos(model_dir, model.config))
+                             folders.generation_eos(model_dir, model.config))
     if is_reward_model:
         choose_padding(model, tokenizer, form.stop_ids)
     if options.format == "peft":
-        weights.save_adapter(model, output_dir, lora_config, options.model_name_or_path, dtype)
+        adapters.save_adapter(model, output_dir, lora_config, options.model_name_or_path, dtype)
     else:
         merge_lora(model, dtype)
-        weights.save_model(model, output_dir, dtype, max_shard_size)
-        weights.save_generation_config(model_dir, output_dir, model.config, form.stop_ids)
+        folders.save_model(model, output_dir, dtype, max_shard_size)
+        folders.save_generation_config(model_dir, output_dir, model.config, form.stop_ids)
     tokenizer.save(output_dir, form.chat_template)
     # What chat.py looks for: the form of the conversations that the model was trained on.
     trained = recorded_options(trained_dir)
@@ -173,4 +168,4 @@ def write_folder(options):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

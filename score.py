@@ -17,17 +17,10 @@ import sys
 import time
 from collections import Counter
 
-from minisft.options import (
-    OptionParser,
-    UserError,
-    add_model_flags,
-    count,
-    natural,
-    recorded_options,
-    resolve_device,
-    resolve_dtype,
-    run,
-)
+from minisft.common.command_line import OptionParser, non_negative_int, positive_int, run_script
+from minisft.common.devices import add_model_flags, resolve_device, resolve_dtype
+from minisft.common.errors import UserError
+from minisft.common.outputs import recorded_options
 
 EPILOGUE = """\
 What comes out, a line of JSON for every row of the data set:
@@ -68,15 +61,15 @@ def parse_options(arguments=None):
     add("--template", default="auto",
         help="conversation format, by name (auto: what the adapter or model was trained with)")
     add("--default_system", help="system prompt of conversations that have none")
-    add("--max_length", type=count, default=512, help="longer rows are reported, not scored")
-    add("--dataloader_num_workers", type=natural, default=2,
+    add("--max_length", type=positive_int, default=512, help="longer rows are reported, not scored")
+    add("--dataloader_num_workers", type=non_negative_int, default=2,
         help="processes that read and encode rows ahead (0: none)")
 
     add, switch = parser.section("what is computed")
     add("--mode", choices=["ifd", "embed", "all", "reward"], default="ifd",
         help="ifd: scores; embed: embeddings and perplexity of the instructions; all: both; "
         "reward: what a reward model says")
-    add("--batch_tokens", type=count, help="tokens that go through the model together, padding "
+    add("--batch_tokens", type=positive_int, help="tokens that go through the model together, padding "
         "included (2048 on a CPU, whose caches they fit, 8192 on a GPU)")
     add("--output", required=True, metavar="F.jsonl",
         help="file of the scores; other files get their names from it")
@@ -88,11 +81,12 @@ def parse_options(arguments=None):
 def main():
     options = parse_options()
 
-    from minisft import ifd, parallel, reward_scores
-    from minisft.scores import ScoreFiles, open_every_record
+    from minisft.common import processes
+    from minisft.selection import ifd, reward_scores
+    from minisft.selection.score_files import ScoreFiles, open_every_record
 
-    device = parallel.start(resolve_device(options))
-    dtype, say = resolve_dtype(options, device), parallel.say
+    device = processes.start(resolve_device(options))
+    dtype, say = resolve_dtype(options, device), processes.print_rank0
     skipped = [] if options.skip_bad_rows else None
     of_rewards = options.mode == "reward"
     rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped, say,
@@ -104,14 +98,14 @@ def main():
     encoder = ifd.Encoder(rows, template, max_length, config.vocab_size, parts, drawn,
                           reward_scores.Score if of_rewards else ifd.Score)
     files = pending = None
-    if parallel.rank() == 0:
+    if processes.rank() == 0:
         record = describe(options, *folders, template, max_length, dtype, rows, drawn)
         files = ScoreFiles(options.output, record, len(rows), parts, config.hidden_size,
                            options.overwrite)
         pending = files.pending()
-    pending = parallel.gather(pending)[0]
+    pending = processes.all_gather(pending)[0]
     say(f"{len(rows):,} rows, {len(pending):,} to do; template {template.name}, {device}, "
-        f"{str(dtype).removeprefix('torch.')}, {parallel.world_size()} process(es)")
+        f"{str(dtype).removeprefix('torch.')}, {processes.world_size()} process(es)")
 
     model = load_scorer(options, *folders, dtype, device)
     # Every process scores rows of its own; what is finished is written by the first.
@@ -119,13 +113,13 @@ def main():
     mine = ifd.score(model, encoder, pending, batch_tokens, options.dataloader_num_workers,
                      reward_scores.compute_rewards if of_rewards else ifd.compute_losses)
     write(mine, files, len(rows), len(pending), say)
-    parallel.stop()
+    processes.stop()
 
 
 def find_model(options):
     """(folder of the model, of the adapter or None); UserError where they are not what is asked."""
-    from minisft.reward import check_head
-    from minisft.weights import resolve
+    from minisft.checkpoints.hub import resolve
+    from minisft.checkpoints.reward_models import check_head
 
     model_dir = resolve(options.model_name_or_path)
     adapter_dir = options.adapter and resolve(options.adapter, "adapter_config.json")
@@ -136,7 +130,7 @@ def find_model(options):
 
 def check_output(options, rows):
     """UserError where --output, or a file named after it, is no file to write or is read from."""
-    from minisft.scores import paths
+    from minisft.selection.score_files import paths
 
     if not options.output.endswith(".jsonl"):
         raise UserError(f"--output {options.output}: give the name of a file that ends in .jsonl")
@@ -151,10 +145,10 @@ def check_output(options, rows):
 
 def load_template(options, model_dir, adapter_dir, say):
     """(template, longest row in tokens, config): all but the weights, since it loads quickly."""
-    from minisft.config import ModelConfig
-    from minisft.ifd import longest_row
-    from minisft.template import get_template
-    from minisft.tokenizer import Tokenizer
+    from minisft.model.config import ModelConfig
+    from minisft.selection.ifd import longest_row
+    from minisft.text.template import get_template
+    from minisft.text.tokenizer import Tokenizer
 
     config = ModelConfig.load(model_dir)
     max_length = min(options.max_length, longest_row(config))
@@ -170,8 +164,8 @@ def load_template(options, model_dir, adapter_dir, say):
 
 def load_scorer(options, model_dir, adapter_dir, dtype, device):
     """The model that scores, a language model or a reward model, with its adapter."""
-    from minisft.reward import load_reward_model
-    from minisft.weights import load_model
+    from minisft.checkpoints.folders import load_model
+    from minisft.checkpoints.reward_models import load_reward_model
 
     load = load_reward_model if options.mode == "reward" else load_model
     model = load(model_dir, dtype, device, options.quantization_bit)
@@ -188,8 +182,8 @@ def add_adapter(model, adapter_dir, quantization_bit):
     """
     import torch
 
-    from minisft.lora import convert_parameters, merge_lora
-    from minisft.weights import load_adapter
+    from minisft.checkpoints.adapters import load_adapter
+    from minisft.model.lora import convert_parameters, merge_lora
 
     dtype = model.model.embed_tokens.weight.dtype
     load_adapter(model, adapter_dir)
@@ -200,7 +194,7 @@ def add_adapter(model, adapter_dir, quantization_bit):
 
 def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows, drawn):
     """Everything that the scores depend on, by content, and by name for people."""
-    from minisft.scores import record_of_data, record_of_model
+    from minisft.selection.score_files import record_of_data, record_of_model
 
     return {
         **record_of_model(model_dir, adapter_dir), "dataset": record_of_data(rows, drawn),
@@ -239,24 +233,24 @@ def write(mine, files, num_rows, num_pending, say):
 
 def tell_preferences(path, say):
     """Say how often, and by how much, the better of several answers has more reward."""
-    from minisft.metrics import in_words
-    from minisft.reward_scores import mean_figures
+    from minisft.selection.reward_scores import mean_figures
+    from minisft.training.metrics import in_words
 
-    count, means = mean_figures(path)
-    if count:
-        say(f"preferences of {count:,} rows: {in_words(means)}")
+    positive_int, means = mean_figures(path)
+    if positive_int:
+        say(f"preferences of {positive_int:,} rows: {in_words(means)}")
 
 
 def together(mine):
     """Yield what all processes have finished in a round as one list, until the last is through."""
-    from minisft import parallel
+    from minisft.common import processes
 
     while True:
-        results = parallel.gather(next(mine, None))
+        results = processes.all_gather(next(mine, None))
         if all(one is None for one in results):
             return
         yield [score for one in results for score in one or []]
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

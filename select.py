@@ -57,7 +57,12 @@ seed, hashes of the inputs, the numbers of the chosen rows, what was dropped and
 
 def parse_options(arguments=None):
     """The options of select.py, checked; from the command line if no words are given."""
-    from minisft.options import OptionParser, count, natural, positive
+    from minisft.common.command_line import (
+        OptionParser,
+        non_negative_int,
+        positive_float,
+        positive_int,
+    )
 
     parser = OptionParser(description=__doc__.split("\n")[0])
     add, switch = parser.section("data")
@@ -69,19 +74,19 @@ def parse_options(arguments=None):
 
     add, switch = parser.section("what is chosen")
     add("--strategy", choices=list(STRATEGIES), required=True, help="see below")
-    add("--sample_rate", type=positive, help="this share of all rows, such as 0.05")
-    add("--sample_number", type=count, help="this many rows")
-    add("--clusters", type=count, default=100, help="of k-means")
-    add("--per_cluster", type=count, default=10, help="rows of each cluster")
-    add("--starts", type=count, default=1, help="k-means is begun so often; the best is taken")
+    add("--sample_rate", type=positive_float, help="this share of all rows, such as 0.05")
+    add("--sample_number", type=positive_int, help="this many rows")
+    add("--clusters", type=positive_int, default=100, help="of k-means")
+    add("--per_cluster", type=positive_int, default=10, help="rows of each cluster")
+    add("--starts", type=positive_int, default=1, help="k-means is begun so often; the best is taken")
     add("--band", type=band, default=[25.0, 75.0], metavar="LOW,HIGH",
         help="percentiles of perplexity in a cluster")
-    add("--pool", type=positive, default=3.0, help="ifd+kcenter chooses among so many times N rows")
+    add("--pool", type=positive_float, default=3.0, help="ifd+kcenter chooses among so many times N rows")
     add("--match", metavar="F", help="a selection, written by select.py, whose lengths to match")
-    add("--dedup", type=positive, nargs="?", const=0.9,
+    add("--dedup", type=positive_float, nargs="?", const=0.9,
         help="first drop instructions that share this much (0.9, if no number is given) of their "
         "runs of five characters with an earlier one")
-    add("--seed", type=natural, default=42, help="of k-means and of random choice")
+    add("--seed", type=non_negative_int, default=42, help="of k-means and of random choice")
 
     add, switch = parser.section("output")
     add("--output", required=True, help="file to write: .jsonl for lines, .json for an array")
@@ -103,7 +108,7 @@ def band(text):
 
 def check_options(options, given):
     """Refuse what cannot work before anything is read. given: the flags that were set."""
-    from minisft.options import UserError
+    from minisft.common.errors import UserError
 
     strategy = options.strategy
     clustered, fixed = strategy == "cluster", strategy in ("cluster", "random_matched")
@@ -145,9 +150,9 @@ def main():
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun one process does it all
 
-    from minisft import selection
-    from minisft.scores import open_every_record, record_of_data
-    from minisft.selection_plot import draw
+    from minisft.selection import strategies
+    from minisft.selection.plot import draw
+    from minisft.selection.score_files import open_every_record, record_of_data
 
     skipped = [] if options.skip_bad_rows else None
     # Rows with several answers have no other scores than rewards.
@@ -156,12 +161,12 @@ def main():
     output = check_output(options, rows)
     dataset = record_of_data(rows, drawn)
     inputs = read_inputs(options, len(rows), dataset)
-    candidates = selection.Candidates(len(rows))
-    inputs.lengths = selection.lengths_of(rows, candidates)
+    candidates = strategies.Candidates(len(rows))
+    inputs.lengths = strategies.lengths_of(rows, candidates)
     candidates.drop(~drawn, "left out by num_samples")
     inputs.rows = candidates.rows
     if options.dedup:
-        selection.drop_duplicates(rows, candidates, options.dedup)
+        strategies.drop_duplicates(rows, candidates, options.dedup)
     if inputs.scores:  # better than characters
         inputs.lengths, inputs.unit = inputs.scores["num_answer_tokens"], "tokens"
 
@@ -176,7 +181,7 @@ def main():
             "mean_all": float(inputs.lengths[inputs.rows].mean())},
         **clusters, "chosen": chosen.tolist(),
     }
-    selection.write(rows.files, chosen, manifest, output)
+    strategies.write(rows.files, chosen, manifest, output)
     tell(manifest, rows.files)
     if options.plot:
         print(f"drew {draw(inputs, chosen, options.strategy, output)}")
@@ -188,8 +193,8 @@ def tell(manifest, files):
     print(f"{output}: {manifest['num_chosen']:,} of {manifest['rows']:,} rows "
           f"by {manifest['strategy']}; answers of {lengths['mean_chosen']:,.1f} {lengths['unit']} "
           f"on average (all rows: {lengths['mean_all']:,.1f})")
-    for why, count in manifest["dropped"].items():
-        print(f"dropped {count:,}: {why}")
+    for why, positive_int in manifest["dropped"].items():
+        print(f"dropped {positive_int:,}: {why}")
     if any(file.description for file in files):
         print("its columns are named as before: give it an entry of its own in dataset_info.json")
 
@@ -198,8 +203,8 @@ def check_output(options, rows):
     """The Path to write. UserError where a file to write is read from too, or is there already."""
     from pathlib import Path
 
-    from minisft.options import UserError
-    from minisft.scores import perplexity_path
+    from minisft.common.errors import UserError
+    from minisft.selection.score_files import perplexity_path
 
     path = Path(options.output)
     written = [path, Path(f"{path}.manifest"), *([path.with_suffix(".png")] * options.plot)]
@@ -225,37 +230,37 @@ def read_inputs(options, num_rows, dataset):
     """What the flags name, checked to belong to the data set, as selection.Inputs."""
     from pathlib import Path
 
-    from minisft import scores
-    from minisft.options import UserError
-    from minisft.selection import Inputs
+    from minisft.common.errors import UserError
+    from minisft.selection import score_files
+    from minisft.selection.strategies import Inputs
 
     inputs = Inputs()
     if options.scores:
-        scores.check_belongs(options.scores, dataset)
-        inputs.scores = scores.read_scores(options.scores, num_rows,
+        score_files.check_belongs(options.scores, dataset)
+        inputs.scores = score_files.read_scores(options.scores, num_rows,
                                            SCORE_OF.get(options.strategy))
     if options.embeddings:
-        scores.check_belongs(options.embeddings, dataset)
-        inputs.embeddings, inputs.perplexity = scores.read_embeddings(options.embeddings, num_rows)
+        score_files.check_belongs(options.embeddings, dataset)
+        inputs.embeddings, inputs.perplexity = score_files.read_embeddings(options.embeddings, num_rows)
     if options.match:
-        manifest = scores.read_record(Path(options.match + ".manifest"))
+        manifest = score_files.read_record(Path(options.match + ".manifest"))
         if manifest.get("dataset") != dataset:
             raise UserError(f"--match {options.match}: was chosen from another file than --dataset")
         inputs.reference = checked_numbers(manifest.get("chosen"), num_rows, options.match)
-    inputs.hashes = {flag: scores.sha256(path) for flag in ("scores", "embeddings", "match")
+    inputs.hashes = {flag: score_files.sha256(path) for flag in ("scores", "embeddings", "match")
                      if (path := getattr(options, flag))}
     if options.embeddings:
-        inputs.hashes["perplexity"] = scores.sha256(scores.perplexity_path(options.embeddings))
+        inputs.hashes["perplexity"] = score_files.sha256(score_files.perplexity_path(options.embeddings))
     return inputs
 
 
 def checked_numbers(numbers, num_rows, path):
     """The row numbers in a manifest; UserError where they are none."""
-    from minisft.json_files import is_whole
-    from minisft.options import UserError
+    from minisft.common.errors import UserError
+    from minisft.common.json_files import is_integer
 
     if not (isinstance(numbers, list) and numbers
-            and all(is_whole(number, most=num_rows - 1) for number in numbers)):
+            and all(is_integer(number, most=num_rows - 1) for number in numbers)):
         raise UserError(f"--match {path}: {path}.manifest does not say which rows were chosen; is "
                         "it one that select.py wrote?")
     return numbers
@@ -265,32 +270,32 @@ def choose(options, inputs, candidates, number):
     """(numbers of the chosen rows in the order of the file, what the manifest says of clusters)."""
     import numpy as np
 
-    from minisft import selection
-    from minisft.options import UserError
+    from minisft.common.errors import UserError
+    from minisft.selection import strategies
 
     generator, about = np.random.default_rng(options.seed), {}
-    strategy, scores = options.strategy, inputs.scores
+    strategy, score_files = options.strategy, inputs.scores
     drop_unfit(strategy, inputs, candidates)
     rows = candidates.rows
     if strategy in ("ifd", "ifd_ppl", "reward", "margin"):
-        chosen = selection.highest(scores[strategy], rows, number)
+        chosen = strategies.highest(score_files[strategy], rows, number)
     elif strategy == "ppl":
-        chosen = selection.middle(scores["loss_conditioned"], rows, number)
+        chosen = strategies.middle(score_files["loss_conditioned"], rows, number)
     elif strategy == "cluster":
         chosen, about = choose_by_cluster(options, inputs, rows)
     elif strategy == "kcenter":
-        chosen = selection.k_center(inputs.embeddings, rows, number)
+        chosen = strategies.k_center(inputs.embeddings, rows, number)
     elif strategy == "ifd+kcenter":
-        selection.enough(rows, number)
-        pool = selection.highest(scores["ifd"], rows, min(len(rows), round(options.pool * number)))
-        chosen = selection.k_center(inputs.embeddings, np.sort(pool), number)
+        strategies.enough(rows, number)
+        pool = strategies.highest(score_files["ifd"], rows, min(len(rows), round(options.pool * number)))
+        chosen = strategies.k_center(inputs.embeddings, np.sort(pool), number)
     elif strategy == "longest":
-        chosen = selection.highest(inputs.lengths, rows, number)
+        chosen = strategies.highest(inputs.lengths, rows, number)
     elif strategy == "random":
-        chosen = selection.at_random(rows, number, generator)
+        chosen = strategies.at_random(rows, number, generator)
     else:
         reference = np.array(inputs.reference)
-        chosen = selection.matched(inputs.lengths, rows, reference, generator)
+        chosen = strategies.matched(inputs.lengths, rows, reference, generator)
         about = {"also_in_match": len(np.intersect1d(chosen, reference))}
     if not len(chosen):
         raise UserError("no row is chosen: there is none in the --band of any cluster; widen it")
@@ -314,20 +319,20 @@ def choose_by_cluster(options, inputs, rows):
     """(numbers of the chosen rows, what the manifest says of the clusters)."""
     import numpy as np
 
-    from minisft import selection
-    from minisft.kmeans import kmeans
+    from minisft.selection import strategies
+    from minisft.selection.kmeans import kmeans
 
-    points = selection.Chosen(inputs.embeddings, rows)
+    points = strategies.Chosen(inputs.embeddings, rows)
     found = kmeans(points, options.clusters, options.seed, options.starts)
     inputs.clustered = rows, found.assignment
     sizes = np.bincount(found.assignment, minlength=options.clusters)
-    chosen = selection.from_clusters(found.assignment, inputs.perplexity, rows,
+    chosen = strategies.from_clusters(found.assignment, inputs.perplexity, rows,
                                      options.per_cluster, options.band)
     return chosen, {"clusters": {"inertia": found.inertia, "steps": found.num_steps,
                                  "sizes": sizes.tolist()}}
 
 
 if __name__ == "__main__":
-    from minisft.options import run
+    from minisft.common.command_line import run_script
 
-    run(main)
+    run_script(main)

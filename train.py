@@ -18,27 +18,24 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from minisft.options import (
-    UserError,
-    check_output_dir,
-    multiplies_bfloat16,
-    resolve_device,
-    resolve_dtype,
-    save_options,
-)
-from minisft.options import run as run_script
-from minisft.training_options import can_go_on, parse_options
+from minisft.common.command_line import run_script as run_script
+from minisft.common.devices import has_fast_bfloat16, resolve_device, resolve_dtype
+from minisft.common.errors import UserError
+from minisft.common.outputs import check_output_dir, save_options
+from minisft.training.options import can_go_on, parse_options
 
 
 def load_trainable(options, model_dir, dtype, device):
     """The model with what is to be trained in float32, and its LoraConfig (None when full)."""
     import torch
 
-    from minisft.config import ModelConfig
-    from minisft.lora import LoraConfig, add_lora, resume_lora
-    from minisft.model import CausalLM
-    from minisft.reward import load_reward_model
-    from minisft.weights import load_adapter, load_model, resolve
+    from minisft.checkpoints.adapters import load_adapter
+    from minisft.checkpoints.folders import load_model
+    from minisft.checkpoints.hub import resolve
+    from minisft.checkpoints.reward_models import load_reward_model
+    from minisft.model.config import ModelConfig
+    from minisft.model.decoder import CausalLM
+    from minisft.model.lora import LoraConfig, add_lora, resume_lora
 
     load, head = load_model, ()
     if options.stage == "rm":
@@ -66,12 +63,13 @@ def load_trainable(options, model_dir, dtype, device):
 
 def train(run, batches, eval_examples, template=None):
     """The training loop. Returns the signal that interrupted it, or None when it is through."""
-    from minisft import batching, parallel
-    from minisft.checkpoint import Interruption
-    from minisft.optimizer import learning_rate_at, set_learning_rate
+    from minisft.common import processes
+    from minisft.data import batching
+    from minisft.training.checkpoint import Interruption
+    from minisft.training.optimizer import learning_rate_at, set_learning_rate
 
     options, progress = run.options, run.progress
-    rank, world_size = parallel.rank(), parallel.world_size()
+    rank, world_size = processes.rank(), processes.world_size()
     with Interruption() as interruption:
         for examples in steps_to_go(run, batches):
             rate = learning_rate_at(progress.step, run.total_steps, options.learning_rate,
@@ -90,7 +88,7 @@ def train(run, batches, eval_examples, template=None):
                 evaluate(run, eval_examples, template)
                 if early(run):
                     return None
-            stopped = parallel.any_process(interruption.signal, run.device)
+            stopped = processes.max_over_ranks(interruption.signal, run.device)
             is_best = options.load_best_model_at_end and run.best["step"] == progress.step
             if stopped or is_best or (
                     due(run, options.save_steps) and progress.step < run.total_steps):
@@ -127,25 +125,25 @@ def train_step(run, batches):
     """
     import torch
 
-    from minisft import parallel
+    from minisft.common import processes
 
     run.model.train()
     # The loss of a step is the mean over all its supervised tokens, so they are counted first.
-    totals = parallel.sum_over_processes(run.objective.count(batches), run.device)
+    totals = processes.sum_over_ranks(run.objective.count(batches), run.device)
     total, sums = totals[0], Counter()
     for index, batch in enumerate(batches):
-        with parallel.gradient_sync(run.wrapped, index == len(batches) - 1):
+        with processes.gradient_sync(run.wrapped, index == len(batches) - 1):
             with run.autocast:
                 found = run.objective(run.wrapped, batch, totals)
             # The mean over processes is taken; the gradient wanted is that of their sum.
-            loss = found["loss"] * (parallel.world_size() / max(1, total))
+            loss = found["loss"] * (processes.world_size() / max(1, total))
             run.scaler.scale(loss).backward()
         sums.update({name: value.detach() for name, value in found.items()})
 
     run.scaler.unscale_(run.optimizer)
     trained = [one for group in run.optimizer.param_groups for one in group["params"]]
     max_norm = run.options.max_grad_norm or math.inf
-    grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(trained, max_norm)).item()
+    grad_norm = processes.full_tensor(torch.nn.utils.clip_grad_norm_(trained, max_norm)).item()
     # In float16 an overflow now and then is how the loss scale is found; that step is skipped.
     finding_scale = run.scaler.is_enabled() and run.scaler.get_scale() > 1
     if not math.isfinite(grad_norm) and not finding_scale:
@@ -163,7 +161,7 @@ def evaluate(run, examples, template):
 
     With --eval_exact_match also the share of them that the model answers as they do.
     """
-    from minisft.exact_match import exact_match
+    from minisft.evaluation.exact_match import exact_match
 
     began, batch_size = time.monotonic(), run.options.per_device_eval_batch_size
     with run.autocast:
@@ -192,24 +190,24 @@ def build_model(options, model_dir, dtype, device):
     """
     import torch
 
-    from minisft import parallel
+    from minisft.common import processes
 
     torch.manual_seed(options.seed)
     is_sharded = options.parallel == "fsdp"
     model, lora_config = load_trainable(
         options, model_dir, dtype, torch.device("meta") if is_sharded else device)
     if is_sharded:
-        from minisft import fsdp
+        from minisft.training import fsdp
 
         fsdp.distribute(model, lora_config, options, model_dir, dtype, device)
-    torch.manual_seed(options.seed + parallel.rank())  # dropout differs between processes
+    torch.manual_seed(options.seed + processes.rank())  # dropout differs between processes
     return model, lora_config
 
 
 def main():
     options = parse_options()
     if options.dry_run:
-        from minisft import plan
+        from minisft.training import plan
 
         return plan.show(options)
     output_dir = check_output_dir(
@@ -217,10 +215,10 @@ def main():
             options.resume_from_checkpoint and can_go_on(Path(options.output_dir))),
         options.model_name_or_path, options.adapter)
 
-    from minisft import parallel
-    from minisft.weights import resolve
+    from minisft.checkpoints.hub import resolve
+    from minisft.common import processes
 
-    device = parallel.start(resolve_device(options), options.parallel)
+    device = processes.start(resolve_device(options), options.parallel)
     dtype = resolve_dtype(options, device)
     model_dir = resolve(options.model_name_or_path)
     tokenizer, template, batches, eval_examples = prepare_data(options, model_dir)
@@ -229,25 +227,25 @@ def main():
     run.progress.close()
     if interrupted:
         record = shlex.quote(str(output_dir / "options.toml"))
-        parallel.say(f"stopped and saved at step {run.progress.step}; go on with\n  "
-                     f"{parallel.launcher()} train.py --config {record} "
+        processes.print_rank0(f"stopped and saved at step {run.progress.step}; go on with\n  "
+                     f"{processes.launch_command()} train.py --config {record} "
                      "--resume_from_checkpoint auto")
     else:
         save(run, tokenizer, template, model_dir, output_dir)
-    parallel.stop()
+    processes.stop()
     if interrupted:
         sys.exit(128 + interrupted)
 
 
 def prepare_data(options, model_dir):
     """(Tokenizer, Template or None, Batches, held-out examples or None); shows some of the rows."""
-    from minisft import parallel
-    from minisft.config import ModelConfig
-    from minisft.template import get_template
-    from minisft.tokenizer import Tokenizer
-    from minisft.training_data import load_data
+    from minisft.common import processes
+    from minisft.model.config import ModelConfig
+    from minisft.text.template import get_template
+    from minisft.text.tokenizer import Tokenizer
+    from minisft.training.data import load_data
 
-    say = parallel.say
+    say = processes.print_rank0
     config, tokenizer, template = ModelConfig.load(model_dir), Tokenizer.load(model_dir), None
     if options.stage != "pt":
         template = get_template(options.template, tokenizer, options.default_system)
@@ -263,28 +261,29 @@ def begin_run(options, model_dir, output_dir, dtype, device, template, batches, 
     """The Run, with its model, new or from a checkpoint; only then its folder is written to."""
     import torch
 
-    from minisft import checkpoint, parallel, preference
-    from minisft.quantize import count_parameters
-    from minisft.run import Run
+    from minisft.common import processes
+    from minisft.model.quantized import count_parameters
+    from minisft.training import checkpoint, preference
+    from minisft.training.run import Run
 
-    say, resuming = parallel.say, options.resume_from_checkpoint
-    if dtype == torch.bfloat16 and not multiplies_bfloat16(device):
+    say, resuming = processes.print_rank0, options.resume_from_checkpoint
+    if dtype == torch.bfloat16 and not has_fast_bfloat16(device):
         say("bfloat16 halves the memory of the base, but this processor only emulates it: "
             "--dtype float32 is faster here")
     model, lora_config = build_model(options, model_dir, dtype, device)
     num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     say(f"{len(batches.rows):,} rows; training {num_trained:,} of {count_parameters(model):,} "
         f"parameters ({options.finetuning_type}) on {device}, "
-        f"{str(dtype).removeprefix('torch.')}, {parallel.world_size()} process(es)")
-    resumed = resuming and parallel.of_first(lambda: checkpoint.find(output_dir, resuming, say))
+        f"{str(dtype).removeprefix('torch.')}, {processes.world_size()} process(es)")
+    resumed = resuming and processes.broadcast_from_rank0(lambda: checkpoint.find(output_dir, resuming, say))
     if resuming:
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
-    if parallel.rank() == 0:
+    if processes.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
     run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed,
               partial(preference.build, template=template, batches=batches, held_out=eval_examples),
               num_bytes=int(batches.rows.sizes().sum()))
-    if parallel.rank() == 0:  # only now that nothing speaks against the run
+    if processes.rank() == 0:  # only now that nothing speaks against the run
         checkpoint.remove_others(output_dir, resumed, run.progress.step)
         save_options(options, output_dir / "options.toml")
     return run
@@ -292,13 +291,14 @@ def begin_run(options, model_dir, output_dir, dtype, device, template, batches, 
 
 def save(run, tokenizer, template, model_dir, output_dir):
     """Write the adapter, or the whole model in the type its checkpoint had; draw the losses."""
-    from minisft import checkpoint, parallel
-    from minisft.metrics import plot_loss
+    from minisft.common import processes
+    from minisft.training import checkpoint
+    from minisft.training.metrics import plot_loss
 
-    options, say = run.options, parallel.say
+    options, say = run.options, processes.print_rank0
     if options.load_best_model_at_end and run.best["step"]:
         best = output_dir / f"checkpoint-{run.best['step']}"
-        if fault := parallel.of_first(lambda: checkpoint.damage(best)):
+        if fault := processes.broadcast_from_rank0(lambda: checkpoint.damage(best)):
             say(f"{best}: {fault}; the last weights are saved instead of the best")
         else:
             checkpoint.restore_weights(run.model, best)
@@ -309,7 +309,7 @@ def save(run, tokenizer, template, model_dir, output_dir):
         raise UserError(f"{error}; make room, and --resume_from_checkpoint auto goes on from the "
                         "last checkpoint") from error
     say(f"saved to {output_dir}")
-    if options.plot_loss and parallel.rank() == 0:
+    if options.plot_loss and processes.rank() == 0:
         try:
             say(f"drew {plot_loss(output_dir)}")
         except ImportError:
@@ -321,21 +321,22 @@ def write_result(run, tokenizer, template, model_dir, output_dir):
     """Write what was trained and the tokenizer, as chat.py, export.py and eval.py read them."""
     import torch
 
-    from minisft import parallel, weights
-    from minisft.chat_template import chat_template_text
+    from minisft.checkpoints import adapters, folders
+    from minisft.common import processes
+    from minisft.text.chat_template import chat_template_text
 
     model, options = run.model, run.options
     if run.lora_config:
-        weights.save_adapter(model, output_dir, run.lora_config, options.model_name_or_path)
+        adapters.save_adapter(model, output_dir, run.lora_config, options.model_name_or_path)
     else:
         fresh = options.train_from_scratch
-        dtype = getattr(torch, model.config.dtype) if fresh else weights.stored_dtype(model_dir)
-        weights.save_model(model, output_dir, dtype)
-    if parallel.rank() != 0:
+        dtype = getattr(torch, model.config.dtype) if fresh else folders.stored_dtype(model_dir)
+        folders.save_model(model, output_dir, dtype)
+    if processes.rank() != 0:
         return
     if not run.lora_config:
-        listed = weights.generation_eos(model_dir, model.config)
-        weights.save_generation_config(model_dir, output_dir, model.config,
+        listed = folders.generation_eos(model_dir, model.config)
+        folders.save_generation_config(model_dir, output_dir, model.config,
                                        template.stop_token_ids(listed) if template else listed)
     tokenizer.save(output_dir, template and chat_template_text(template, options.default_system))
 

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from bench.shapes import SHAPES, parameters_of, write_checkpoint  # noqa: E402
-from minisft.compiled import CompiledDecoder  # noqa: E402
-from minisft.generate import Sampling, generate, stream  # noqa: E402
-from minisft.model import KeyValueCache  # noqa: E402
-from minisft.weights import load_model  # noqa: E402
+from minisft.checkpoints.folders import load_model  # noqa: E402
+from minisft.generation.compiled import CompiledDecoder  # noqa: E402
+from minisft.generation.generate import Sampling, generate, stream  # noqa: E402
+from minisft.model.cache import KeyValueCache  # noqa: E402
 
 
 def seconds_of(function, device):

@@ -25,10 +25,10 @@ def write_checkpoint(folder, tokenizer_dir, num_hidden_layers):
     """TinyLlama's shape, random numbers."""
     import torch
 
-    from minisft import weights
-    from minisft.config import ModelConfig
-    from minisft.model import CausalLM
-    from minisft.tokenizer import Tokenizer
+    from minisft.checkpoints import folders
+    from minisft.model.config import ModelConfig
+    from minisft.model.decoder import CausalLM
+    from minisft.text.tokenizer import Tokenizer
 
     torch.set_default_dtype(torch.bfloat16)
     model = CausalLM(ModelConfig.from_dict({
@@ -36,7 +36,7 @@ def write_checkpoint(folder, tokenizer_dir, num_hidden_layers):
         "intermediate_size": 5632, "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": 32, "num_key_value_heads": 4}))
     model.initialize()
-    weights.save_model(model, folder, max_shard_size=10**12)
+    folders.save_model(model, folder, max_shard_size=10**12)
     Tokenizer.load(tokenizer_dir).save(folder)
 
 

@@ -53,7 +53,7 @@ def work(side, path, clusters, starts, seed):
     points = np.load(path)
     if side == "ours":
         sys.path.insert(0, str(ROOT))
-        from minisft.kmeans import kmeans
+        from minisft.selection.kmeans import kmeans
 
         def run():
             found = kmeans(points, clusters, seed, starts)

@@ -23,10 +23,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import torch  # noqa: E402
 
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
-from minisft.benchmarks import BENCHMARKS, LETTERS, read_subjects  # noqa: E402
-from minisft.multiple_choice import Prompts, answer_subject  # noqa: E402
-from minisft.tokenizer import Tokenizer  # noqa: E402
-from minisft.weights import load_model  # noqa: E402
+from minisft.checkpoints.folders import load_model  # noqa: E402
+from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS, read_subjects  # noqa: E402
+from minisft.evaluation.multiple_choice import Prompts, answer_subject  # noqa: E402
+from minisft.text.tokenizer import Tokenizer  # noqa: E402
 
 
 def timed(function):

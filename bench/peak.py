@@ -101,9 +101,11 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
     import numpy as np
     import torch
 
-    from minisft import batching, encoding, parallel, preference
-    from minisft.run import Run
-    from minisft.training_options import parse_options
+    from minisft.common import processes
+    from minisft.data import batching, encoding
+    from minisft.training import preference
+    from minisft.training.options import parse_options
+    from minisft.training.run import Run
     from train import load_trainable
 
     options = parse_options([
@@ -116,7 +118,7 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
     supervised = np.tile(np.arange(length) >= (1 - SUPERVISED) * length, len(lengths))
     examples = [encoding.Example(draw.integers(0, fields["vocab_size"], sum(lengths)), supervised,
                                  lengths)
-                for _ in range(batch_size * accumulated * parallel.world_size())]
+                for _ in range(batch_size * accumulated * processes.world_size())]
     batches = batching.Batches(examples, lambda rows: (rows, encoding.EncodeReport()))
 
     def objective(run):  # a reward model as it is, without a template to choose its padding by
@@ -125,7 +127,7 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
         return preference.build(run, None, batches, None)
 
     run = Run(options, model, lora_config, len(examples), dtype, device, None, objective)
-    parts = batching.micro_batches(examples, batch_size, parallel.rank(), parallel.world_size())
+    parts = batching.micro_batches(examples, batch_size, processes.rank(), processes.world_size())
     return run, [run.collate(part, device) for part in parts]
 
 
@@ -148,8 +150,8 @@ def measure(folder, fields, batch_size, length, accumulated, dtype, flags):
     """{"planned", "tensors", "process": bytes, "at": the moment} of the model in a folder."""
     import torch
 
-    from minisft import memory, plan
-    from minisft.config import ModelConfig
+    from minisft.model.config import ModelConfig
+    from minisft.training import memory, plan
     from train import train_step
 
     before = forget_peak()

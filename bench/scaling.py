@@ -66,24 +66,24 @@ def measure(name, folder):
     """Seconds of the best step, in a process that torchrun may have started with others."""
     import torch
 
-    from minisft import parallel
+    from minisft.common import processes
     from train import train_step
 
     fields, batch_size, length, _, flags = MEASURED[name]
-    parallel.start(torch.device("cpu"))
+    processes.start(torch.device("cpu"))
     run, batches = prepare(Path(folder), fields, batch_size, length, 1, "float32", flags)
     times = []
     for _ in range(NUM_STEPS):
         began = time.perf_counter()
         train_step(run, batches)
         times.append(time.perf_counter() - began)
-    parallel.say(json.dumps(min(times[1:])))
-    parallel.stop()
+    processes.print_rank0(json.dumps(min(times[1:])))
+    processes.stop()
 
 
 def measured_rows(names):
     """Rows of the measured table; a speed is that of all processes together."""
-    from minisft import plan
+    from minisft.training import plan
 
     rows = []
     for name in names:
@@ -107,8 +107,8 @@ def planned(fields, flags):
     """What plan.planned_model takes."""
     import torch
 
-    from minisft.config import ModelConfig
-    from minisft.training_options import parse_options
+    from minisft.model.config import ModelConfig
+    from minisft.training.options import parse_options
 
     options = parse_options(["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-",
                              *flags])

@@ -27,9 +27,10 @@ def random_checkpoint(options, folder):
     """A checkpoint of random weights in the shape of --config_dir, with its tokenizer."""
     import torch
 
-    from minisft.config import ModelConfig
-    from minisft.model import CausalLM
-    from minisft.weights import read_json, save_model
+    from minisft.checkpoints.folders import save_model
+    from minisft.common.json_files import read_json
+    from minisft.model.config import ModelConfig
+    from minisft.model.decoder import CausalLM
 
     content = read_json(Path(options.config_dir) / "config.json")
     if options.num_hidden_layers:
@@ -69,11 +70,12 @@ def compare(options, model_dir):
     import torch
     import transformers
 
-    from minisft import dataset, ifd
-    from minisft.scores import ScoreFiles
-    from minisft.template import get_template
-    from minisft.tokenizer import Tokenizer
-    from minisft.weights import load_model
+    from minisft.checkpoints.folders import load_model
+    from minisft.data import dataset
+    from minisft.selection import ifd
+    from minisft.selection.score_files import ScoreFiles
+    from minisft.text.template import get_template
+    from minisft.text.tokenizer import Tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)

@@ -133,8 +133,8 @@ def evaluate(model):
     """Print the share of held-out questions that an adapter answers exactly."""
     from demo import exact_match
 
-    from minisft.assistant import Assistant
-    from minisft.dataset import load_rows
+    from minisft.data.dataset import load_rows
+    from minisft.generation.assistant import Assistant
 
     held_out = load_rows(DATA / "heldout.json")
     share, _ = exact_match(Assistant(BASE, adapter=model, template=TEMPLATE), held_out)
@@ -143,7 +143,7 @@ def evaluate(model):
 
 def identity(options):
     """What results have in common that may stand in one table."""
-    from minisft.scores import sha256
+    from minisft.selection.score_files import sha256
 
     files = [BASE / "model.safetensors", DATA / "train.json", DATA / "heldout.json", RECIPE]
     return {"files": [sha256(path) for path in files], "min_steps": options.min_steps,

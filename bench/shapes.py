@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minisft.config import ModelConfig
-from minisft.model import CausalLM
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
 
 COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
           "eos_token_id": 2, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}

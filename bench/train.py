@@ -68,9 +68,9 @@ def prepare(options, folder):
                  + [True] * (options.cutoff_len - options.cutoff_len // 4))
                 for _ in range(options.synthetic_rows)]
     else:
-        from minisft.dataset import load_rows
-        from minisft.template import get_template
-        from minisft.tokenizer import Tokenizer
+        from minisft.data.dataset import load_rows
+        from minisft.text.template import get_template
+        from minisft.text.tokenizer import Tokenizer
 
         template = get_template("alpaca", Tokenizer.load(folder / "model"))
         encoded = [template.encode(row.messages)
@@ -95,10 +95,10 @@ def train_minisft(options, rows):
     import numpy as np
     import torch
 
-    from minisft import batching, encoding
-    from minisft.metrics import read_metrics
-    from minisft.run import Run
-    from minisft.training_options import parse_options as training_options
+    from minisft.data import batching, encoding
+    from minisft.training.metrics import read_metrics
+    from minisft.training.options import parse_options as training_options
+    from minisft.training.run import Run
     from train import load_trainable, train
 
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -259,7 +259,7 @@ def report(options, results, folder):
     """Print the medians, the ratios and the share of the device's speed."""
     import torch
 
-    from minisft.config import ModelConfig
+    from minisft.model.config import ModelConfig
 
     config = ModelConfig.load(Path(folder) / "model")
     rows = json.loads((Path(folder) / "rows.json").read_text())

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minisft.options import OptionParser, run  # noqa: E402
+from minisft.common.command_line import OptionParser, run_script  # noqa: E402
 
 BASE, DATA = ROOT / "examples/base", ROOT / "examples/data"
 QUESTIONS = 6  # how many held-out questions the conversation at the end shows
@@ -33,7 +33,7 @@ def parse_options():
 
 def exact_match(assistant, rows):
     """Greedy answers to the rows' questions -> (share equal to the reference, answers)."""
-    from minisft.generate import Sampling, generate
+    from minisft.generation.generate import Sampling, generate
 
     prompts = [assistant.template.encode_prompt(row.messages[:-1]) for row in rows]
     answers = []
@@ -55,9 +55,9 @@ def main():
     began = time.monotonic()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
-    from minisft.assistant import Assistant
-    from minisft.dataset import load_rows
-    from minisft.metrics import read_metrics
+    from minisft.data.dataset import load_rows
+    from minisft.generation.assistant import Assistant
+    from minisft.training.metrics import read_metrics
 
     held_out = load_rows(DATA / "heldout.json")
     before, _ = exact_match(Assistant(BASE, template="plain"), held_out)
@@ -81,4 +81,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

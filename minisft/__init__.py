@@ -7,7 +7,7 @@
 def __getattr__(name):
     """`minisft.Assistant`, imported when it is asked for: `import minisft` loads no torch."""
     if name == "Assistant":
-        from minisft.assistant import Assistant
+        from minisft.generation.assistant import Assistant
 
         return Assistant
     raise AttributeError(f"module 'minisft' has no attribute '{name}'")

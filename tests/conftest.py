@@ -114,9 +114,9 @@ def checkpoint(tmp_path, tiny_tokenizer_dir):
     """A small random checkpoint with that tokenizer, as people have it on disk."""
     import torch
 
-    from minisft.config import ModelConfig
-    from minisft.model import CausalLM
-    from minisft.weights import save_model
+    from minisft.checkpoints.folders import save_model
+    from minisft.model.config import ModelConfig
+    from minisft.model.decoder import CausalLM
 
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict({**CONFIG, "vocab_size": 300}))

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (which comes with the first optimizer)
 
 import train  # noqa: E402
-from minisft.options import run  # noqa: E402
+from minisft.common.command_line import run_script  # noqa: E402
 
 
 def attempt(arguments):
@@ -30,7 +30,7 @@ def attempt(arguments):
         torch.set_num_threads(1)
         sys.argv = ["train.py", *arguments]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            run(train.main)
+            run_script(train.main)
         os._exit(0)
     return child
 

@@ -10,14 +10,16 @@ import torch
 import transformers
 from conftest import CONFIG, command
 
-from minisft.assistant import Assistant, check_messages
-from minisft.config import ModelConfig
-from minisft.generate import Sampling
-from minisft.lora import LoraConfig, add_lora, merge_lora
-from minisft.model import CausalLM, KeyValueCache
-from minisft.options import UserError
-from minisft.sharing import Caches, Turns, common_prefix
-from minisft.weights import load_adapter, load_model, save_adapter, save_model
+from minisft.checkpoints.adapters import load_adapter, save_adapter
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.common.errors import UserError
+from minisft.generation.assistant import Assistant, check_messages
+from minisft.generation.generate import Sampling
+from minisft.generation.sharing import Caches, Turns, common_prefix
+from minisft.model.cache import KeyValueCache
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, add_lora, merge_lora
 
 GREEDY = Sampling(max_new_tokens=30, greedy=True)
 SYSTEM = {"role": "system", "content": "You are terse. 简洁。"}
@@ -497,7 +499,7 @@ def test_the_scales_of_a_quantised_base_stay_in_float32(tiny_chat_model_dir, tmp
 
 def test_minisft_has_the_assistant_without_loading_torch():
     code = ("import sys, minisft; assert 'torch' not in sys.modules; "
-            "assert minisft.Assistant.__module__ == 'minisft.assistant'")
+            "assert minisft.Assistant.__module__ == 'minisft.generation.assistant'")
     assert command("-c", code, script=None).returncode == 0
 
 

@@ -12,9 +12,10 @@ import torch
 from conftest import command
 from safetensors.torch import load_file, save_file
 
-from minisft.lora import LoraConfig, add_lora
-from minisft.options import run
-from minisft.weights import load_model, save_adapter, save_model
+from minisft.checkpoints.adapters import save_adapter
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.common.command_line import run_script
+from minisft.model.lora import LoraConfig, add_lora
 
 SCRIPTS = {
     "train": ["--dataset", "ROWS", "--template", "plain", "--max_steps", 1, "--output_dir", "OUT",
@@ -46,7 +47,7 @@ def start(place, monkeypatch, capsys):
         capsys.readouterr()
         status = 0
         try:
-            run(importlib.import_module(script).main)
+            run_script(importlib.import_module(script).main)
         except SystemExit as ended:
             status = ended.code
         return status, *capsys.readouterr()

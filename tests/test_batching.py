@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from minisft.batching import (
+from minisft.common.errors import UserError
+from minisft.data.batching import (
     WINDOW_STEPS,
     Batches,
     batches_of_rows,
@@ -20,11 +21,10 @@ from minisft.batching import (
     micro_batches,
     pack,
 )
-from minisft.dataset import Row, open_rows
-from minisft.encoding import EncodeReport, Example, encode_rows, encode_texts
-from minisft.options import UserError
-from minisft.template import get_template
-from minisft.tokenizer import Tokenizer
+from minisft.data.dataset import Row, open_rows
+from minisft.data.encoding import EncodeReport, Example, encode_rows, encode_texts
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
 
 
 def as_they_are(examples):
@@ -161,12 +161,12 @@ class TestWorkers:
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_a_broken_row_is_named_in_one_line(self, file, num_workers, monkeypatch):
-        monkeypatch.setattr("minisft.dataset.CHECKED_BYTES", 100)
-        monkeypatch.setattr("minisft.dataset.CHECKED_ROWS", 10)
+        monkeypatch.setattr("minisft.data.dataset.CHECKED_BYTES", 100)
+        monkeypatch.setattr("minisft.data.dataset.CHECKED_ROWS", 10)
         lines = file.read_text().split("\n")
         lines[29], lines[31] = lines[29].replace("output", "outptu"), "{"
         file.write_text("\n".join(lines))
-        monkeypatch.setattr("minisft.batching.SAMPLE_ROWS", 2)
+        monkeypatch.setattr("minisft.data.batching.SAMPLE_ROWS", 2)
         with pytest.raises(UserError) as caught:
             list(self.batches(file, num_workers).steps(3, 0, 200))
         message = str(caught.value)
@@ -334,7 +334,7 @@ class TestTexts:
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_long_text_comes_whole_in_every_epoch_and_from_any_step(
             self, tmp_path, monkeypatch, num_workers):
-        monkeypatch.setattr("minisft.batching.SAMPLE_BYTES", 5000)
+        monkeypatch.setattr("minisft.data.batching.SAMPLE_BYTES", 5000)
         texts = self.texts(tmp_path, 6000)
         batches = batches_of_texts(texts, Letters(), 32, num_workers=num_workers)
         tokens = sum(len(text) + 2 for text in texts)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from conftest import command
 
-from minisft.template import get_template
-from minisft.tokenizer import Tokenizer
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "chat.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8"}

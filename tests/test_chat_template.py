@@ -7,15 +7,15 @@ import pytest
 import transformers
 from conftest import CONVERSATIONS, without_bos
 
-from minisft.chat_template import (
+from minisft.common.errors import UserError
+from minisft.text.chat_template import (
     ConversationForm,
     as_jinja,
     chat_template_text,
     conversation_form,
 )
-from minisft.options import UserError
-from minisft.template import TEMPLATES, Template, get_template, recognise
-from minisft.tokenizer import Tokenizer
+from minisft.text.template import TEMPLATES, Template, get_template, recognise
+from minisft.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("has_bos", [True, False])

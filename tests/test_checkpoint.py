@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, command
 from safetensors.torch import load_file
 
-from minisft import checkpoint
-from minisft.metrics import read_metrics
-from minisft.options import UserError
+from minisft.common.errors import UserError
+from minisft.training import checkpoint
+from minisft.training.metrics import read_metrics
 
 # Dropout, accumulation, an epoch that does not divide into steps, and steps that do not divide
 # into saves: what an inexact resume would get wrong.

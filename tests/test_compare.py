@@ -13,8 +13,9 @@ from judge_stub import serving
 from rouge_score import rouge_scorer
 
 import eval as script
-from minisft.assistant import Assistant
-from minisft.compare import (
+from minisft.common.errors import UserError
+from minisft.data.dataset import Row, load_rows
+from minisft.evaluation.compare import (
     Item,
     answer_items,
     differences,
@@ -24,10 +25,9 @@ from minisft.compare import (
     read_items,
     reference_losses,
 )
-from minisft.dataset import Row, load_rows
-from minisft.generate import Sampling
-from minisft.options import UserError
-from minisft.text_metrics import Splitter, corpus_bleu2, row_scores
+from minisft.evaluation.text_metrics import Splitter, corpus_bleu2, row_scores
+from minisft.generation.assistant import Assistant
+from minisft.generation.generate import Sampling
 
 PAIRS = [("the cat sat", "a cat sat down"), ("今天天气很好", "今天天气不错"),
          ("same same", "same same"), ("", "nothing"), ("我用 Python 写 code。", "我写 Python code")]

@@ -7,12 +7,13 @@ import torch
 from conftest import CONFIG, command
 from torch._dynamo.utils import counters
 
-from minisft.assistant import Assistant
-from minisft.compiled import CompiledDecoder, next_logits
-from minisft.config import ModelConfig
-from minisft.generate import Sampling
-from minisft.model import CausalLM, KeyValueCache, linear
-from minisft.options import UserError
+from minisft.common.errors import UserError
+from minisft.generation.assistant import Assistant
+from minisft.generation.compiled import CompiledDecoder, next_logits
+from minisft.generation.generate import Sampling
+from minisft.model.cache import KeyValueCache
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM, linear
 
 CAPACITY = 128
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

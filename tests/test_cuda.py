@@ -11,15 +11,15 @@ import torch
 from conftest import CONFIG, command
 from safetensors.torch import load_file
 
-from minisft.batching import collate, pack
-from minisft.compiled import CompiledDecoder
-from minisft.config import ModelConfig
-from minisft.encoding import Example
-from minisft.generate import Sampling, generate, stream
-from minisft.lora import LoraConfig, add_lora
-from minisft.metrics import read_metrics
-from minisft.model import CausalLM
-from minisft.objective import next_token_loss
+from minisft.data.batching import collate, pack
+from minisft.data.encoding import Example
+from minisft.generation.compiled import CompiledDecoder
+from minisft.generation.generate import Sampling, generate, stream
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.loss import next_token_loss
+from minisft.training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 

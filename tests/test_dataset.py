@@ -6,8 +6,8 @@ import os
 import pytest
 from conftest import command
 
-from minisft.dataset import convert, load_rows, mix, open_rows, split
-from minisft.options import UserError
+from minisft.common.errors import UserError
+from minisft.data.dataset import convert, load_rows, mix, open_rows, split
 
 
 def write(path, content, encoding="utf-8"):
@@ -403,7 +403,7 @@ class TestConvert:
     """python -m minisft.dataset convert IN OUT"""
 
     def run(self, *words):
-        return command("convert", *words, before=["-m", "minisft.dataset"], script=None)
+        return command("convert", *words, before=["-m", "minisft.data.dataset"], script=None)
 
     @pytest.mark.parametrize("ending", [".json", ".jsonl"])
     def test_firefly_becomes_sharegpt(self, shared_data, tmp_path, ending):

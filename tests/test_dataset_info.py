@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 from test_dataset import GOOD, assistant, user, write
 
-from minisft.dataset import open_rows
-from minisft.options import UserError
+from minisft.common.errors import UserError
+from minisft.data.dataset import open_rows
 
 
 def registered(tmp_path, entry, records=(GOOD,), name="rows.json", **options):

@@ -8,8 +8,9 @@ import pytest
 from conftest import command
 from scipy import stats
 
-from minisft.benchmarks import Question, Subject
-from minisft.choice_report import (
+from minisft.common.errors import UserError
+from minisft.evaluation.benchmarks import Question, Subject
+from minisft.evaluation.choice_report import (
     compare_with,
     read_baseline,
     read_finished,
@@ -18,8 +19,7 @@ from minisft.choice_report import (
     table,
     write_rows,
 )
-from minisft.confidence import macro_interval, mcnemar, mean_interval, wilson
-from minisft.options import UserError
+from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
 
 
 def row(id, answer, prediction, run=0, num_fewshot=1):

@@ -8,12 +8,12 @@ import torch
 import transformers
 from conftest import command
 
-from minisft.encoding import Example
-from minisft.exact_match import exact_match, split_last_answer
-from minisft.metrics import read_metrics
-from minisft.template import get_template
-from minisft.tokenizer import Tokenizer
-from minisft.weights import load_model
+from minisft.checkpoints.folders import load_model
+from minisft.data.encoding import Example
+from minisft.evaluation.exact_match import exact_match, split_last_answer
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
+from minisft.training.metrics import read_metrics
 
 
 def example_of(template, messages):

@@ -9,12 +9,13 @@ import transformers
 from conftest import command
 from safetensors.torch import load_file, save_file
 
-from minisft.lora import LoraConfig, add_lora
-from minisft.options import recorded_options
-from minisft.reward import load_reward_model
-from minisft.template import get_template
-from minisft.tokenizer import Tokenizer
-from minisft.weights import load_adapter, load_model, save_adapter
+from minisft.checkpoints.adapters import load_adapter, save_adapter
+from minisft.checkpoints.folders import load_model
+from minisft.checkpoints.reward_models import load_reward_model
+from minisft.common.outputs import recorded_options
+from minisft.model.lora import LoraConfig, add_lora
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "the cat?"}]
 TOKENS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))

@@ -14,14 +14,15 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
-from minisft import checkpoint, fsdp, parallel
-from minisft.config import ModelConfig
-from minisft.metrics import read_metrics
-from minisft.model import CausalLM
-from minisft.options import UserError
-from minisft.run import Run
-from minisft.tensor_files import StoredTensor
-from minisft.weights import load_model, save_model
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.common import processes
+from minisft.common.errors import UserError
+from minisft.common.tensor_files import StoredTensor
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.training import checkpoint, fsdp
+from minisft.training.metrics import read_metrics
+from minisft.training.run import Run
 
 # Eighteen ragged rows in six steps of six: they do not go round, for four processes in a batch not
 # even once. The rank divides by neither number of processes.
@@ -268,8 +269,8 @@ def test_nothing_is_left_of_a_checkpoint_that_fails(runs, tmp_path, monkeypatch)
                 raise RuntimeError("the other process has ended")
             together.clear()
 
-        monkeypatch.setattr(parallel, "barrier", wait)
-        monkeypatch.setattr(parallel, "gather", lambda value: [value, value])
+        monkeypatch.setattr(processes, "barrier", wait)
+        monkeypatch.setattr(processes, "gather", lambda value: [value, value])
         with pytest.raises(UserError, match="could not be written"):
             run.save_checkpoint()
     finally:

@@ -21,12 +21,12 @@ from test_fsdp import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
-from minisft import fsdp
-from minisft.encoding import Example
-from minisft.preference import DirectPreference, answer_log_probs, collate
-from minisft.reward import load_reward_model
-from minisft.template import get_template
-from minisft.tokenizer import Tokenizer
+from minisft.checkpoints.reward_models import load_reward_model
+from minisft.data.encoding import Example
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
+from minisft.training import fsdp
+from minisft.training.preference import DirectPreference, answer_log_probs, collate
 
 BEST = "the cat sat on the mat"
 HELD_OUT = ["--validation_split", 5, "--eval_steps", 2, "--per_device_eval_batch_size", 1]

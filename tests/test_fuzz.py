@@ -20,15 +20,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train
-from minisft import batching, checkpoint, dataset, encoding, weights
-from minisft.config import ModelConfig
-from minisft.generate import Sampling, generate
-from minisft.lora import LoraConfig, add_lora, merge_lora
-from minisft.model import CausalLM
-from minisft.options import UserError, recorded_options
-from minisft.template import get_template
-from minisft.tensor_files import read_header
-from minisft.tokenizer import Tokenizer
+from minisft.checkpoints import adapters, folders
+from minisft.common.errors import UserError
+from minisft.common.outputs import recorded_options
+from minisft.common.tensor_files import read_header
+from minisft.data import batching, dataset, encoding
+from minisft.generation.generate import Sampling, generate
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, add_lora, merge_lora
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
+from minisft.training import checkpoint
 
 EXAMPLES = 220  # of each kind
 MORE_MEMORY, SECONDS = 2 * 2**30, 10
@@ -72,17 +75,17 @@ def files(tmp_path_factory, tiny_tokenizer_dir):
     """{kind: {path below the folder of that kind: bytes}} of sound files."""
     root = tmp_path_factory.mktemp("sound")
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    weights.save_model(make_model(rope_scaling=rope), root / "checkpoint")
-    weights.save_model(make_model(), root / "shards", max_shard_size=12_000)
+    folders.save_model(make_model(rope_scaling=rope), root / "checkpoint")
+    folders.save_model(make_model(), root / "shards", max_shard_size=12_000)
     model = make_model()
     config = LoraConfig(rank=2, modules_to_save=("lm_head",))
     add_lora(model, config)
-    weights.save_adapter(model, root / "adapter", config, "base")
+    adapters.save_adapter(model, root / "adapter", config, "base")
     for folder in ("checkpoint", "shards", "adapter"):
         for path in tiny_tokenizer_dir.iterdir():
             (root / folder / path.name).write_bytes(path.read_bytes())
         (root / folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    weights.save_model(model.__class__(model.config), root / "adapter" / "base")
+    folders.save_model(model.__class__(model.config), root / "adapter" / "base")
     make_tokenizers(root, tiny_tokenizer_dir)
     make_data(root / "data")
     make_run(root / "run")
@@ -132,7 +135,7 @@ def make_data(folder):
 def make_run(folder):
     """A checkpoint of a run with its options."""
     model = make_model().requires_grad_(True)
-    checkpoint.save(folder, 4, lambda path: weights.save_model(model, path),
+    checkpoint.save(folder, 4, lambda path: folders.save_model(model, path),
                     {"progress": {"step": 4}, "random": [{"cpu": torch.get_rng_state()}]})
     (folder / "options.toml").write_text(
         'template = "plain"\nlearning_rate = 0.01\ndataset = ["a", "b"]\nseed = 3\nbf16 = false\n')
@@ -143,13 +146,13 @@ def make_run(folder):
 
 def use_checkpoint(folder):
     use_tokenizer(folder)
-    model = weights.load_model(folder)
+    model = folders.load_model(folder)
     use_model(folder, model)
 
 
 def use_model(folder, model):
     model.config.to_dict()
-    stop = weights.generation_eos(folder, model.config)
+    stop = folders.generation_eos(folder, model.config)
     tokenizer = Tokenizer.load(folder)
     stop_ids = get_template("plain", tokenizer).stop_token_ids(stop)
     prompt = min(40, model.config.context_length) * [model.config.vocab_size - 1]
@@ -157,8 +160,8 @@ def use_model(folder, model):
 
 
 def use_adapter(folder):
-    model = weights.load_model(folder / "base")
-    weights.load_adapter(model, folder)
+    model = folders.load_model(folder / "base")
+    adapters.load_adapter(model, folder)
     merge_lora(model)
     use_model(folder, model)
 

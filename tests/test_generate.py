@@ -8,7 +8,9 @@ import torch
 import transformers
 from transformers import generation
 
-from minisft.generate import (
+from minisft.checkpoints.folders import load_model
+from minisft.common.errors import UserError
+from minisft.generation.generate import (
     Sampling,
     distribution,
     generate,
@@ -17,9 +19,7 @@ from minisft.generate import (
     next_tokens,
     stream,
 )
-from minisft.model import KeyValueCache
-from minisft.options import UserError
-from minisft.weights import load_model
+from minisft.model.cache import KeyValueCache
 
 SIZES = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -203,7 +203,7 @@ def test_distribution_equals_transformers_processors():
 
 def full_distribution(logits, seen, sampling):
     """The probabilities (B, V) that next_tokens draws from."""
-    from minisft.generate import penalize
+    from minisft.generation.generate import penalize
 
     if sampling.repetition_penalty != 1:
         logits = penalize(logits, seen, sampling.repetition_penalty)

@@ -11,13 +11,15 @@ import torch
 from conftest import CONFIG, command
 from llama_cpp import Server
 
-from minisft import gguf_export, gguf_writer, weights
-from minisft.config import ModelConfig
-from minisft.gguf_export import export_adapter, export_model, tensor_type
-from minisft.lora import LoraConfig, LoRALinear, add_lora
-from minisft.model import CausalLM
-from minisft.options import QUANTIZATIONS, UserError
-from minisft.tokenizer import Tokenizer
+from minisft.checkpoints import adapters, folders, gguf_export
+from minisft.checkpoints.gguf_export import export_adapter, export_model, tensor_type
+from minisft.common.command_line import QUANTIZATIONS
+from minisft.common.errors import UserError
+from minisft.gguf import writer
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, LoRALinear, add_lora
+from minisft.text.tokenizer import Tokenizer
 
 VOCAB = 300
 STOPS = [1, 2, 3, 6]  # EOS, config.json's eos_token_id, and two that llama.cpp knows by name
@@ -48,7 +50,7 @@ def save(folder, tokenizer_dir, content):
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             parameter.data += 0.3 * torch.randn_like(parameter)
-    weights.save_model(model, folder)
+    folders.save_model(model, folder)
     for path in tokenizer_dir.iterdir():
         shutil.copyfile(path, folder / path.name)
     return folder
@@ -68,16 +70,16 @@ def prompts(vocab_size=VOCAB):
 
 @torch.no_grad()
 def our_log_probabilities(folder, ids, adapter=None):
-    model = weights.load_model(folder)
+    model = folders.load_model(folder)
     if adapter is not None:
-        weights.load_adapter(model, adapter)
+        adapters.load_adapter(model, adapter)
     hidden = model(torch.tensor([ids]))[0, -1]
     return torch.log_softmax(model.logits(hidden), dim=-1).numpy()
 
 
 @torch.no_grad()
 def our_greedy(folder, ids, length):
-    model, ids = weights.load_model(folder), list(ids)
+    model, ids = folders.load_model(folder), list(ids)
     for _ in range(length):
         logits = model.logits(model(torch.tensor([ids]))[0, -1])
         logits[STOPS] = -torch.inf  # llama.cpp is told not to stop, and leaves them out
@@ -141,7 +143,7 @@ def read(path):
 @pytest.fixture
 def adapter(checkpoint, tmp_path):
     """An adapter with values on `checkpoint`, one module of another rank."""
-    model = weights.load_model(checkpoint)
+    model = folders.load_model(checkpoint)
     config = LoraConfig(rank=4, alpha=6, use_rslora=True)
     add_lora(model, config)
     attention = model.model.layers[1].self_attn
@@ -149,7 +151,7 @@ def adapter(checkpoint, tmp_path):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    weights.save_adapter(model, tmp_path / "adapter", config, checkpoint)
+    adapters.save_adapter(model, tmp_path / "adapter", config, checkpoint)
     return tmp_path / "adapter"
 
 
@@ -169,11 +171,11 @@ def test_adapter_merged_and_as_lora(checkpoint, adapter, tmp_path):
 def test_adapter_with_an_embedding_of_its_own(tmp_path, tiny_tokenizer_dir):
     """A tied model whose adapter has trained the embedding: the two part."""
     folder = save(tmp_path / "model", tiny_tokenizer_dir, {"tie_word_embeddings": True})
-    model = weights.load_model(folder)
+    model = folders.load_model(folder)
     config = LoraConfig(rank=2, target_modules=("q_proj",), modules_to_save=("embed_tokens",))
     add_lora(model, config)
     model.model.embed_tokens.weight.data += torch.randn_like(model.model.embed_tokens.weight)
-    weights.save_adapter(model, tmp_path / "adapter", config, folder)
+    adapters.save_adapter(model, tmp_path / "adapter", config, folder)
     export_model(folder, tmp_path / "model.gguf", "f32", tmp_path / "adapter")
     ids = prompts()[1]
     with Server(tmp_path / "model.gguf") as server:
@@ -186,7 +188,7 @@ def test_adapter_with_an_embedding_of_its_own(tmp_path, tiny_tokenizer_dir):
 
 def test_large_tensors_go_in_pieces(checkpoint, adapter, tmp_path, monkeypatch):
     export_model(checkpoint, tmp_path / "whole.gguf", "q8_0", adapter)
-    monkeypatch.setattr(gguf_writer, "PIECE_SIZE", 1500)  # less than two heads of q_proj
+    monkeypatch.setattr(writer, "PIECE_SIZE", 1500)  # less than two heads of q_proj
     export_model(checkpoint, tmp_path / "pieces.gguf", "q8_0", adapter)
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
 

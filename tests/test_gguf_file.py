@@ -10,11 +10,12 @@ import pytest
 from conftest import command
 from test_gguf_export import save
 
-from minisft import gguf_import, weights
-from minisft.gguf_export import export_model
-from minisft.gguf_file import read_gguf
-from minisft.options import UserError
-from minisft.tokenizer import Tokenizer
+from minisft.checkpoints import folders, hub
+from minisft.checkpoints.gguf_export import export_model
+from minisft.common.errors import UserError
+from minisft.gguf import unpack
+from minisft.gguf.reader import read_gguf
+from minisft.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def exported(tmp_path, tiny_tokenizer_dir):
 
 
 def opened(path):
-    return weights.resolve(str(path))
+    return hub.resolve(str(path))
 
 
 def damaged(path, data, position=0):
@@ -116,7 +117,7 @@ def test_truncated_and_garbled_files(exported):
         try:
             folder = opened(target)
             Tokenizer.load(folder)
-            weights.load_model(folder)
+            folders.load_model(folder)
             survivors += 1  # a changed token's text, say, is a file like another
         except UserError:
             pass
@@ -130,11 +131,11 @@ def test_fields_of_any_kind(exported, monkeypatch):
                  "tokenizer.ggml.scores", "tokenizer.ggml.add_space_prefix"]:
         for value in (-1, 2**40, float("nan"), float("inf"), True, "", "x", [], ["x"], [1]):
             changed = replace(file, metadata={**file.metadata, name: value})
-            monkeypatch.setattr(gguf_import, "read_gguf", lambda path, changed=changed: changed)
+            monkeypatch.setattr(unpack, "read_gguf", lambda path, changed=changed: changed)
             try:
                 folder = opened(exported)
                 Tokenizer.load(folder)
-                weights.open_model(folder)
+                folders.open_model(folder)
             except UserError:
                 refused += 1
     assert refused > 100
@@ -162,7 +163,7 @@ def test_one_part_of_a_split_model(tmp_path):
 def test_pre_tokenizers_that_minisft_does_not_know(name, exported, monkeypatch):
     file = read_gguf(exported)
     changed = replace(file, metadata={**file.metadata, "tokenizer.ggml.pre": name})
-    monkeypatch.setattr(gguf_import, "read_gguf", lambda path: changed)
+    monkeypatch.setattr(unpack, "read_gguf", lambda path: changed)
     with pytest.raises(UserError, match=f"model.gguf: the pre-tokenizer '{name}' is not known"):
         opened(exported)
 
@@ -191,7 +192,7 @@ def test_what_minisft_does_not_know(exported):
         assert content.count(old) == 1
         target = damaged(exported, new, content.index(old))
         with pytest.raises(UserError, match=message):
-            weights.load_model(opened(target))
+            folders.load_model(opened(target))
     exported.with_name("plain.bin").write_bytes(b"GGML" + content[4:])
     with pytest.raises(UserError, match="is a file"):
-        weights.resolve(str(exported.with_name("plain.bin")))
+        hub.resolve(str(exported.with_name("plain.bin")))

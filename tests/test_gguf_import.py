@@ -16,13 +16,14 @@ from test_gguf_export import FAMILIES, VOCAB, prompts, save
 
 import eval as eval_script
 import score
-from minisft import gguf_export, gguf_writer, weights
-from minisft.config import ModelConfig
-from minisft.gguf_export import export_model
-from minisft.gguf_file import read_gguf
-from minisft.gguf_mapping import config_fields
-from minisft.options import UserError
-from minisft.tokenizer import Tokenizer
+from minisft.checkpoints import folders, gguf_export, hub
+from minisft.checkpoints.gguf_export import export_model
+from minisft.common.errors import UserError
+from minisft.gguf import writer
+from minisft.gguf.mapping import config_fields
+from minisft.gguf.reader import read_gguf
+from minisft.model.config import ModelConfig
+from minisft.text.tokenizer import Tokenizer
 
 DERIVED = ("original", "initializer_range", "bos_token_id", "eos_token_id", "model_type",
            "max_window_layers", "attention_bias")
@@ -36,7 +37,7 @@ def exported(tmp_path, tiny_tokenizer_dir):
 
 
 def opened(path):
-    return weights.resolve(str(path))
+    return hub.resolve(str(path))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,12 +45,12 @@ def test_round_trip_is_exact(family, tmp_path, tiny_tokenizer_dir):
     folder = save(tmp_path / "model", tiny_tokenizer_dir, FAMILIES[family])
     export_model(folder, tmp_path / "model.gguf", "f32")
     back = opened(tmp_path / "model.gguf")
-    ours, theirs = (dict(weights.load_model(one).named_parameters()) for one in (folder, back))
+    ours, theirs = (dict(folders.load_model(one).named_parameters()) for one in (folder, back))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     tokens = torch.tensor([prompts()[2]])
     with torch.no_grad():
-        one, other = (weights.load_model(each)(tokens) for each in (folder, back))
+        one, other = (folders.load_model(each)(tokens) for each in (folder, back))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # the rotation comes through too
     tokenizers = [Tokenizer.load(one) for one in (folder, back)]
     for text in ("the Cat sat on the MAT", " hat</s>  <|im_end|>\n12345 3.14", "你好 é 👩‍👧"):
@@ -68,7 +69,7 @@ def test_quantised_files_read_as_llama_cpp_reads_them(quantization, tmp_path, ti
 
 def check_against_llama_cpp(path, limit=0.15):
     """Log-probabilities: llama.cpp rounds the activations as well, we do not."""
-    model, ids = weights.load_model(opened(path)), prompts()[1]
+    model, ids = folders.load_model(opened(path)), prompts()[1]
     with torch.no_grad():
         ours = torch.log_softmax(model.logits(model(torch.tensor([ids]))[0, -1]), -1).numpy()
     with Server(path) as server:
@@ -92,7 +93,7 @@ def test_types_that_only_others_write(type, tmp_path, tiny_tokenizer_dir, monkey
         halves = generator.integers(0, 2**16, size, dtype=np.uint16) & mask
         return halves.view(np.uint8)
 
-    monkeypatch.setitem(gguf_writer.K_QUANTS, type, arbitrary)
+    monkeypatch.setitem(writer.K_QUANTS, type, arbitrary)
     monkeypatch.setattr(gguf_export, "tensor_type", lambda name, *others: (
         type if ".ffn_up." in name or ".attn_q." in name else gguf.GGMLQuantizationType.F32))
     wide = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
@@ -105,7 +106,7 @@ def test_what_was_exported_can_be_exported_again(exported, tmp_path):
     done = command("--model_name_or_path", exported, "--output_dir", tmp_path / "again",
                    script="export.py")
     assert done.returncode == 0, done.stderr
-    ours, theirs = (weights.load_model(one).state_dict()
+    ours, theirs = (folders.load_model(one).state_dict()
                     for one in (tmp_path / "model", tmp_path / "again"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     export_model(opened(exported), tmp_path / "again.gguf", "f32", name="model")
@@ -209,7 +210,7 @@ def test_compared_with_the_checkpoint(tiny_chat_model_dir, rows_file, tmp_path):
 def test_a_file_is_known_by_its_beginning(exported):
     for name in ("sha256-70c2f9ff", "MODEL.GGUF"):
         path = shutil.copyfile(exported, exported.with_name(name))
-        weights.load_model(opened(path))
+        folders.load_model(opened(path))
     with pytest.raises(UserError, match="no config.json.*give the file: .*model.gguf"):
         opened(exported.parent)
 

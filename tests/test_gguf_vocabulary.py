@@ -11,20 +11,16 @@ import torch
 from conftest import CONVERSATIONS, without_bos
 from llama_cpp import Server
 
-from minisft import weights
-from minisft.chat_template import SPACE_BEFORE, as_jinja
-from minisft.config import ModelConfig
-from minisft.gguf_export import export_model
-from minisft.gguf_file import read_gguf
-from minisft.gguf_vocabulary import (
-    WORDS,
-    pre_tokenizer_name,
-    vocabulary_fields,
-)
-from minisft.model import CausalLM
-from minisft.options import UserError
-from minisft.template import TEMPLATES, get_template
-from minisft.tokenizer import Tokenizer
+from minisft.checkpoints import folders, hub
+from minisft.checkpoints.gguf_export import export_model
+from minisft.common.errors import UserError
+from minisft.gguf.reader import read_gguf
+from minisft.gguf.vocabulary import WORDS, pre_tokenizer_name, vocabulary_fields
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.text.chat_template import SPACE_BEFORE, as_jinja
+from minisft.text.template import TEMPLATES, get_template
+from minisft.text.tokenizer import Tokenizer
 
 # Folder with the tokenizer, rows of the embedding, family.
 REAL = {
@@ -50,7 +46,7 @@ def narrow_model(folder, rows, family):
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
         "tie_word_embeddings": True}))
     model.initialize()
-    weights.save_model(model, folder)
+    folders.save_model(model, folder)
 
 
 def keep_tokens_below(count, path):
@@ -101,7 +97,7 @@ def strings(shared_data):
 
 def check_ids(server, path, tokenizer, strings, space=""):
     """llama.cpp's ids of every string behind `space`, and those of the file read back, are ours."""
-    read_back = Tokenizer.load(weights.resolve(str(path)))
+    read_back = Tokenizer.load(hub.resolve(str(path)))
     for text in strings:
         ids = tokenizer.encode(text)
         assert server.tokenize(space + text) == ids == read_back.encode(text), text
@@ -162,7 +158,7 @@ def check_prompts(folder, template):
     """
     path = f"{folder}.gguf"
     notes = export_model(folder, path, "f16", template=template.name)["notes"]
-    metadata, read_back = read_gguf(path).metadata, Tokenizer.load(weights.resolve(path))
+    metadata, read_back = read_gguf(path).metadata, Tokenizer.load(hub.resolve(path))
     back = template if template.name == "plain" else get_template("auto", read_back)
     with Server(path, context=512) as server:
         for messages in CONVERSATIONS:
@@ -215,7 +211,7 @@ def test_where_llama_cpp_puts_a_space_of_its_own(small_sentencepiece):
     notes = export_model(folder, f"{folder}.gguf", "f16")["notes"]
     assert "directly behind a control token" in notes[0]
     tokenizer = Tokenizer.load(folder)
-    read_back = Tokenizer.load(weights.resolve(f"{folder}.gguf"))
+    read_back = Tokenizer.load(hub.resolve(f"{folder}.gguf"))
     with Server(f"{folder}.gguf") as server:
         theirs = server.tokenize(server.render(CONVERSATIONS[0]), parse_special=True)
         parts = [tokenizer.encode("<|you|>Hello there!"), tokenizer.encode("<|me|>")]
@@ -240,7 +236,7 @@ def test_the_template_of_the_training_is_written(has_bos, tiny_tokenizer_dir, tm
         (folder / "options.toml").write_text(record)
         export_model(folder, tmp_path / "model.gguf", "f16")
         ours = get_template(name, Tokenizer.load(folder), system)
-        read_back = Tokenizer.load(weights.resolve(str(tmp_path / "model.gguf")))
+        read_back = Tokenizer.load(hub.resolve(str(tmp_path / "model.gguf")))
         back = ours if name == "plain" else get_template("auto", read_back)
         with Server(tmp_path / "model.gguf", context=512) as server:
             # Without one it would take token 11, here a comma.

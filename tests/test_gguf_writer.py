@@ -8,9 +8,10 @@ import torch
 from conftest import command
 from gguf import GGMLQuantizationType
 
-from minisft import gguf_writer, weights
-from minisft.gguf_export import export_model
-from minisft.options import UserError
+from minisft.checkpoints import folders
+from minisft.checkpoints.gguf_export import export_model
+from minisft.common.errors import UserError
+from minisft.gguf import writer
 
 INTERRUPTED = """
 import os, runpy, signal, sys
@@ -47,9 +48,9 @@ def test_a_folder_that_cannot_be_written(folder, checkpoint):
     (float("nan"), "f32", "holds NaN"), (float("inf"), "bf16", "holds inf"),
     (7e4, "f16", "7e+04"), (-7e4, "q4_k_m", "--quantization bf16 or f32")])
 def test_numbers_that_do_not_fit(value, quantization, message, checkpoint, tmp_path):
-    model = weights.load_model(checkpoint)
+    model = folders.load_model(checkpoint)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
-    weights.save_model(model, checkpoint)
+    folders.save_model(model, checkpoint)
     with pytest.raises(UserError, match=f"blk.1.ffn_up.weight.*{message.replace('+', '.')}"):
         export_model(checkpoint, tmp_path / "out" / "model.gguf", quantization)
     assert list((tmp_path / "out").iterdir()) == []
@@ -58,13 +59,13 @@ def test_numbers_that_do_not_fit(value, quantization, message, checkpoint, tmp_p
 @pytest.mark.parametrize("size", [100, 5000])  # within the metadata, within the tensors
 def test_a_disk_that_fills_while_writing(size, tmp_path):
     numbers = torch.zeros(64, 32)
-    tensor = gguf_writer.Tensor("zeros", (64, 32), GGMLQuantizationType.F32,
+    tensor = writer.Tensor("zeros", (64, 32), GGMLQuantizationType.F32,
                                 lambda begin, end: numbers[begin:end])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         with pytest.raises(UserError, match="model.gguf: could not be written"):
-            gguf_writer.write_gguf(tmp_path / "model.gguf", "llama", {"x": "y" * 1000}, [tensor])
+            writer.write_gguf(tmp_path / "model.gguf", "llama", {"x": "y" * 1000}, [tensor])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
@@ -72,7 +73,7 @@ def test_a_disk_that_fills_while_writing(size, tmp_path):
 
 def test_a_full_disk_is_said_before_writing(checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(gguf_writer.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="the disk has"):
         export_model(checkpoint, tmp_path / "model.gguf", "f16")
     assert not list(tmp_path.glob("model.gguf*"))

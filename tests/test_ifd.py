@@ -11,12 +11,12 @@ import tokenizers
 import torch
 from test_template import LLAMA3, QWEN, TINYLLAMA, fitting
 
-from minisft import ifd
-from minisft.dataset import Row
-from minisft.formats import BadRow
-from minisft.options import UserError
-from minisft.template import TEMPLATES, get_template
-from minisft.tokenizer import Tokenizer
+from minisft.common.errors import UserError
+from minisft.data.dataset import Row
+from minisft.data.formats import BadRow
+from minisft.selection import ifd
+from minisft.text.template import TEMPLATES, get_template
+from minisft.text.tokenizer import Tokenizer
 
 
 class Urn:

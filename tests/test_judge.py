@@ -6,10 +6,9 @@ import re
 import pytest
 from judge_stub import serving
 
-from minisft.assistant import Assistant
-from minisft.compare import Item, answer_items
-from minisft.generate import Sampling
-from minisft.judge import (
+from minisft.common.errors import UserError
+from minisft.evaluation.compare import Item, answer_items
+from minisft.evaluation.judge import (
     Comparison,
     LocalJudge,
     RemoteJudge,
@@ -19,7 +18,8 @@ from minisft.judge import (
     parse_verdict,
     tally,
 )
-from minisft.options import UserError
+from minisft.generation.assistant import Assistant
+from minisft.generation.generate import Sampling
 
 
 @pytest.mark.parametrize("text, verdict", [
@@ -106,7 +106,7 @@ def test_a_run_that_broke_goes_on_where_it_stopped(stub, tmp_path):
 
 def test_a_server_says_how_long_to_wait_up_to_a_minute(stub, monkeypatch):
     pauses = []
-    monkeypatch.setattr("minisft.judge.time.sleep", pauses.append)
+    monkeypatch.setattr("minisft.evaluation.judge.time.sleep", pauses.append)
     prompt, _ = Comparison("patient", "a", "longer").prompts()
     assert parse_verdict(remote(stub).ask(prompt)) == 2 and pauses == [60, 60]
     pauses.clear()

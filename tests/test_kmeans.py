@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from minisft import kmeans
-from minisft.kmeans import Space, lloyd, seed_centers
-from minisft.options import UserError
+from minisft.common.errors import UserError
+from minisft.selection import kmeans
+from minisft.selection.kmeans import Space, lloyd, seed_centers
 
 
 def blobs(rows=1500, width=24, number=12, spread=0.5, seed=0, offset=0.0):

@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from minisft.kquants import affine_fit, quantize_q4_k, quantize_q6_k, symmetric_fit
+from minisft.gguf.kquants import affine_fit, quantize_q4_k, quantize_q6_k, symmetric_fit
 
 # What ggml_quantize_chunk (ggml 0.25, of llama-cpp-python 0.3.36) makes of BLOCK.
 INDEX = np.arange(768, 1024)

@@ -9,11 +9,12 @@ import torch
 import transformers
 from conftest import CONFIG
 
-from minisft.config import ModelConfig
-from minisft.lora import LoraConfig, LoRALinear, add_lora, merge_lora
-from minisft.model import CausalLM
-from minisft.options import UserError
-from minisft.weights import load_adapter, load_model, save_adapter, save_model
+from minisft.checkpoints.adapters import load_adapter, save_adapter
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.common.errors import UserError
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, LoRALinear, add_lora, merge_lora
 
 ADAPTERS = {
     "attention": LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),

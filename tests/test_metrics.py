@@ -2,7 +2,7 @@
 
 import io
 
-from minisft.metrics import Progress
+from minisft.training.metrics import Progress
 
 
 def test_a_line_is_there_at_once_where_it_goes_into_a_file(tmp_path, monkeypatch):

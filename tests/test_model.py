@@ -6,18 +6,18 @@ import pytest
 import torch
 import transformers
 
-from minisft.config import ModelConfig
-from minisft.model import (
+from minisft.checkpoints.folders import load_model
+from minisft.common.errors import UserError
+from minisft.model.cache import KeyValueCache
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import (
     CausalLM,
-    KeyValueCache,
     Linear,
     attend_in_rows,
     attend_in_rows_at_once,
     kernel_for_rows,
 )
-from minisft.options import UserError
-from minisft.rotary import rotary_frequencies
-from minisft.weights import load_model
+from minisft.model.rotary import rotary_frequencies
 
 SMALL = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

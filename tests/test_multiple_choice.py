@@ -11,18 +11,18 @@ import pytest
 import torch
 import transformers
 
-from minisft.benchmarks import BENCHMARKS, LETTERS, Question, Subject, read_subjects
-from minisft.multiple_choice import (
+from minisft.checkpoints.folders import load_model
+from minisft.common.errors import UserError
+from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS, Question, Subject, read_subjects
+from minisft.evaluation.multiple_choice import (
     Prompts,
     answer_subject,
     choose_demonstrations,
     log_likelihoods,
     shared_length,
 )
-from minisft.options import UserError
-from minisft.template import get_template
-from minisft.tokenizer import Tokenizer
-from minisft.weights import load_model
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
 
 SAMPLES = 4
 FILES = {  # benchmark: a subject, its rows, its demonstrations, and how the harness asks

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from minisft import near_duplicates as module
-from minisft.near_duplicates import near_duplicates
+from minisft.selection import near_duplicates as module
+from minisft.selection.near_duplicates import near_duplicates
 
 
 def shares(left, right):

@@ -9,12 +9,13 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 
-from minisft import objective
-from minisft.batching import collate, micro_batches, pack
-from minisft.config import ModelConfig
-from minisft.encoding import Example, encode_texts
-from minisft.model import CausalLM
-from minisft.objective import next_token_loss, token_losses
+from minisft.data.batching import collate, micro_batches, pack
+from minisft.data.encoding import Example, encode_texts
+from minisft.model import loss
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.loss import next_token_loss, token_losses
+from minisft.training import objective
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
@@ -101,9 +102,9 @@ def test_chunks_and_a_frozen_head_change_nothing(chunk_size, frozen_head, monkey
 
 @pytest.mark.parametrize("vocab_size", [96, 8000, 128256, 2**21])
 def test_as_many_logits_at_a_time_for_any_vocabulary(vocab_size):
-    rows = objective.chunk_size(vocab_size)
+    rows = loss.chunk_size(vocab_size)
     assert rows % 64 == 0 and rows >= 64
-    assert rows == 64 or rows * vocab_size <= objective.CHUNK_LOGITS < (rows + 64) * vocab_size
+    assert rows == 64 or rows * vocab_size <= loss.CHUNK_LOGITS < (rows + 64) * vocab_size
 
 
 def test_tokens_may_weigh_differently():
@@ -196,7 +197,7 @@ def test_packs_of_any_shape_are_compiled_as_one(kernel, monkeypatch):
     batches = packs(8)
     expected, none = count_graphs(plain, batches)
     if kernel:
-        monkeypatch.setattr("minisft.model.has_kernel_for_rows", lambda x: True)
+        monkeypatch.setattr("minisft.model.decoder.has_kernel_for_rows", lambda x: True)
         varlen_on_the_cpu()
     for layer in compiled.model.layers:
         layer.compile(backend="aot_eager")

@@ -5,10 +5,10 @@ import torch
 import transformers
 from transformers import Trainer, TrainingArguments
 
-from minisft.config import ModelConfig
-from minisft.model import CausalLM
-from minisft.optimizer import build_optimizer, learning_rate_at
-from minisft.options import SCHEDULES
+from minisft.common.command_line import SCHEDULES
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.training.optimizer import build_optimizer, learning_rate_at
 
 CONFIG = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24,
           "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -7,17 +7,11 @@ import pytest
 import torch
 from conftest import command
 
-from minisft.flag_names import OTHER_NAMES
-from minisft.options import (
-    OptionParser,
-    UserError,
-    add_model_flags,
-    check_output_dir,
-    resolve_device,
-    resolve_dtype,
-    run,
-    save_options,
-)
+from minisft.common.command_line import OptionParser, run_script
+from minisft.common.devices import add_model_flags, resolve_device, resolve_dtype
+from minisft.common.errors import UserError
+from minisft.common.flag_names import OTHER_NAMES
+from minisft.common.outputs import check_output_dir, save_options
 
 
 def new_parser():
@@ -111,7 +105,7 @@ def test_record_repeats_the_run(tmp_path):
 
 def test_types_and_devices(monkeypatch):
     def resolved(*arguments, native=False):
-        monkeypatch.setattr("minisft.options.multiplies_bfloat16", lambda device: native)
+        monkeypatch.setattr("minisft.common.devices.has_fast_bfloat16", lambda device: native)
         options = new_parser().parse_options([*MODEL, *arguments])
         return resolve_dtype(options, torch.device("cpu"))
 
@@ -160,7 +154,7 @@ def failing(error):
 ])
 def test_failures_in_one_line(error, status, said, capsys):
     with pytest.raises(SystemExit) as ended:
-        run(failing(error))
+        run_script(failing(error))
     assert (ended.value.code, capsys.readouterr().err) == (status, said)
 
 
@@ -169,7 +163,7 @@ def test_a_fault_of_the_program_shows_where(capsys, monkeypatch):
     for error, status, words in ((ZeroDivisionError(), 1, []), (UserError(), 2, ["--debug"])):
         monkeypatch.setattr("sys.argv", ["train.py", *words])
         with pytest.raises(SystemExit) as ended:
-            run(failing(error))
+            run_script(failing(error))
         shown = capsys.readouterr().err
         assert ended.value.code == status and shown.startswith("Traceback")
         assert "in main" in shown
@@ -177,7 +171,7 @@ def test_a_fault_of_the_program_shows_where(capsys, monkeypatch):
 
 def test_out_of_memory_is_told_in_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
-        run(lambda: torch.empty(2**60))
+        run_script(lambda: torch.empty(2**60))
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: ")
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import ROOT, command
 
-from minisft import failure
+from minisft.common import failure
 
 # The first is found before the processes have met, the second after.
 MISTAKES = {"--lora_rnk": "did you mean --lora_rank",

@@ -12,16 +12,17 @@ from conftest import CONFIG, ROOT, command
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from minisft import batching, lengths, memory, objective, plan
-from minisft.config import ModelConfig
-from minisft.lora import LoraConfig, add_lora
-from minisft.metrics import read_metrics
-from minisft.model import CausalLM
-from minisft.objective import NextToken
-from minisft.options import UserError
-from minisft.quantize import count_parameters
-from minisft.training_options import parse_options
-from minisft.weights import load_model, save_model
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.common.errors import UserError
+from minisft.data import batching
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.quantized import count_parameters
+from minisft.training import lengths, memory, objective, plan
+from minisft.training.metrics import read_metrics
+from minisft.training.objective import NextToken
+from minisft.training.options import parse_options
 
 sys.path.append(str(ROOT / "bench"))
 import peak  # noqa: E402

@@ -19,19 +19,22 @@ from safetensors.torch import load_file
 
 import score
 import train
-from minisft import batching, encoding, preference
-from minisft.config import ModelConfig
-from minisft.lora import LoraConfig, add_lora, frozen_copy
-from minisft.metrics import read_metrics
-from minisft.model import CausalLM
-from minisft.options import UserError
-from minisft.reward import RewardModel, choose_padding, load_reward_model
-from minisft.run import Run
-from minisft.template import get_template
-from minisft.tokenizer import Tokenizer
-from minisft.training_data import load_data
-from minisft.training_options import parse_options
-from minisft.weights import load_adapter, load_model, save_adapter, save_model
+from minisft.checkpoints.adapters import load_adapter, save_adapter
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.checkpoints.reward_models import choose_padding, load_reward_model
+from minisft.common.errors import UserError
+from minisft.data import batching, encoding
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, add_lora, frozen_copy
+from minisft.model.reward import RewardModel
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
+from minisft.training import preference
+from minisft.training.data import load_data
+from minisft.training.metrics import read_metrics
+from minisft.training.options import parse_options
+from minisft.training.run import Run
 
 STEPS, ROWS_PER_STEP = 8, 6
 PAD = 0  # no row of these tests has it
@@ -272,7 +275,7 @@ def test_several_answers_are_all_their_pairs():
 
 
 def test_logits_of_answers_only_and_in_chunks(monkeypatch):
-    from minisft import objective as room
+    from minisft.training import objective as room
 
     monkeypatch.setattr(room, "chunk_size", lambda vocab_size: 16)
     examples, held = ragged_rows(6), []

@@ -10,10 +10,10 @@ import time
 import pytest
 from conftest import ROOT, command
 
-from minisft import prompts
-from minisft.assistant import Assistant
-from minisft.generate import Sampling
-from minisft.options import UserError
+from minisft.chat import prompts
+from minisft.common.errors import UserError
+from minisft.generation.assistant import Assistant
+from minisft.generation.generate import Sampling
 
 SAMPLED = Sampling(12, temperature=1.3, seed=5)
 TEXTS = [f"the {'cat and the ' * (number % 5)}hat {number} 你好" for number in range(11)]

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 import eval as evaluation
 import export
 import score
-from minisft.lora import LoraConfig, add_lora, merge_lora
-from minisft.metrics import read_metrics
-from minisft.objective import next_token_loss
-from minisft.quantize import (
+from minisft.checkpoints.adapters import load_adapter, save_adapter
+from minisft.checkpoints.folders import load_model
+from minisft.model.lora import LoraConfig, add_lora, merge_lora
+from minisft.model.loss import next_token_loss
+from minisft.model.quantized import (
     NF4_LEVELS,
     QuantizedLinear,
     dequantize_nf4,
@@ -27,7 +28,7 @@ from minisft.quantize import (
     quantize_nf4,
     quantize_rows,
 )
-from minisft.weights import load_adapter, load_model, save_adapter
+from minisft.training.metrics import read_metrics
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 128), (256, 2048), (7, 96), (100, 64), (9, 15)]

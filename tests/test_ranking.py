@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from minisft.batching import batches_of_rows
-from minisft.dataset import open_rows
-from minisft.encoding import encode_rankings
-from minisft.formats import BadRow, ranking
-from minisft.options import UserError
-from minisft.template import get_template
-from minisft.tokenizer import Tokenizer
+from minisft.common.errors import UserError
+from minisft.data.batching import batches_of_rows
+from minisft.data.dataset import open_rows
+from minisft.data.encoding import encode_rankings
+from minisft.data.formats import BadRow, ranking
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
 
 
 def user(content, **more):

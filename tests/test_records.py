@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_dataset import GOOD, write
 
-from minisft import dataset
-from minisft.dataset import load_rows, open_rows
-from minisft.options import UserError
+from minisft.common.errors import UserError
+from minisft.data import dataset
+from minisft.data.dataset import load_rows, open_rows
 
 
 class TestRows:
@@ -28,7 +28,7 @@ class TestRows:
 
     @pytest.mark.parametrize("block_size", [3, 7, 1000, 2**22])
     def test_are_those_of_the_whole_file(self, lines, block_size, monkeypatch):
-        monkeypatch.setattr("minisft.records.BLOCK_SIZE", block_size)
+        monkeypatch.setattr("minisft.data.records.BLOCK_SIZE", block_size)
         path, records = lines
         rows = open_rows(path)
         expected = [record["output"] for record in records]

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from minisft.compare import Item, differences, measure
-from minisft.judge import outcome, tally
-from minisft.report_page import draw_bars, measure_lines, page, verdict_lines, write_results
+from minisft.evaluation.compare import Item, differences, measure
+from minisft.evaluation.judge import outcome, tally
+from minisft.evaluation.report_page import (
+    draw_bars,
+    measure_lines,
+    page,
+    verdict_lines,
+    write_results,
+)
 
 NASTY = "<script>alert(1)</script> </script><b>是 <img src=http://127.0.0.1:9/x>"
 

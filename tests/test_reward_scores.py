@@ -11,14 +11,14 @@ from conftest import command
 
 import score
 import train
-from minisft.config import ModelConfig
-from minisft.metrics import in_words, read_metrics
-from minisft.options import UserError
-from minisft.reward import RewardModel
-from minisft.reward_scores import Score, figures_of
-from minisft.template import get_template
-from minisft.tokenizer import Tokenizer
-from minisft.weights import save_model
+from minisft.checkpoints.folders import save_model
+from minisft.common.errors import UserError
+from minisft.model.config import ModelConfig
+from minisft.model.reward import RewardModel
+from minisft.selection.reward_scores import Score, figures_of
+from minisft.text.template import get_template
+from minisft.text.tokenizer import Tokenizer
+from minisft.training.metrics import in_words, read_metrics
 
 FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected")
 

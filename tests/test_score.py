@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, command
 
 import score as script
-from minisft.options import UserError
+from minisft.common.errors import UserError
 
 NUM_ROWS = 300
 PROMPT = "Below is an instruction that describes a task{}. Write a response that appropriately " \
@@ -227,7 +227,7 @@ def test_scores_are_never_mixed(checkpoint, rows_file, tmp_path, monkeypatch):
 
 def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
     """Only the rows that train.py would take are scored and chosen; numbers are the file's."""
-    from minisft.dataset import open_rows
+    from minisft.data.dataset import open_rows
 
     output, chosen = tmp_path / "s.jsonl", tmp_path / "c.json"
     rows = json.loads(rows_file.read_text())
@@ -346,8 +346,9 @@ def test_dynamic_rotary_scaling(checkpoint, many, tmp_path, monkeypatch):
 
 
 def test_an_adapter_is_used(checkpoint, rows_file, tmp_path, monkeypatch):
-    from minisft.lora import LoraConfig, add_lora, merge_lora
-    from minisft.weights import load_model, save_adapter, save_model
+    from minisft.checkpoints.adapters import save_adapter
+    from minisft.checkpoints.folders import load_model, save_model
+    from minisft.model.lora import LoraConfig, add_lora, merge_lora
 
     model, config = load_model(checkpoint), LoraConfig(rank=4, alpha=8)
     add_lora(model, config)

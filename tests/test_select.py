@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, command
 
-from minisft.kmeans import kmeans
-from minisft.options import UserError
-from minisft.scores import paths, read_record
-from minisft.selection import from_clusters
+from minisft.common.errors import UserError
+from minisft.selection.kmeans import kmeans
+from minisft.selection.score_files import paths, read_record
+from minisft.selection.strategies import from_clusters
 
 NOT_BUILT_IN = pytest.mark.skipif(
     "select" in sys.builtin_module_names,
@@ -152,7 +152,7 @@ def test_through_the_command_line(data, tmp_path):
     assert (manifest["num_chosen"], manifest["strategy"], manifest["seed"]) == (6, "ifd", 42)
     assert manifest["not_chosen"] + 6 == len(below)
     assert manifest["options"]["sample_rate"] == 0.1
-    from minisft.dataset import load_rows
+    from minisft.data.dataset import load_rows
     assert len(load_rows(tmp_path / "out.json")) == 6  # train.py reads it
 
 

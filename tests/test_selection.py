@@ -5,9 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from minisft import selection
-from minisft.kmeans import kmeans
-from minisft.options import UserError
+from minisft.common.errors import UserError
+from minisft.selection import strategies
+from minisft.selection.kmeans import kmeans
 
 GENERATOR = np.random.default_rng(0)
 VALUES = GENERATOR.permutation(50).astype(float)
@@ -15,23 +15,23 @@ ROWS = np.flatnonzero(VALUES < 40)
 
 
 def test_highest_and_middle():
-    assert sorted(VALUES[selection.highest(VALUES, ROWS, 3)]) == [37, 38, 39]
-    assert sorted(VALUES[selection.middle(VALUES, ROWS, 4)]) == [18, 19, 20, 21]
+    assert sorted(VALUES[strategies.highest(VALUES, ROWS, 3)]) == [37, 38, 39]
+    assert sorted(VALUES[strategies.middle(VALUES, ROWS, 4)]) == [18, 19, 20, 21]
     equal = np.zeros(10)
-    assert selection.highest(equal, np.arange(2, 9), 3).tolist() == [2, 3, 4]
-    for choose in (selection.highest, selection.middle):
+    assert strategies.highest(equal, np.arange(2, 9), 3).tolist() == [2, 3, 4]
+    for choose in (strategies.highest, strategies.middle):
         assert set(choose(VALUES, ROWS, 40)) == set(ROWS)
         with pytest.raises(UserError, match="41 rows are wanted and only 40"):
             choose(VALUES, ROWS, 41)
 
 
 def test_at_random():
-    first, again, other = (selection.at_random(ROWS, 20, np.random.default_rng(seed))
+    first, again, other = (strategies.at_random(ROWS, 20, np.random.default_rng(seed))
                            for seed in (1, 1, 2))
     assert len(set(first)) == 20 and set(first) <= set(ROWS)
     assert (first == again).all() and set(first) != set(other)
     with pytest.raises(UserError, match="only 40"):
-        selection.at_random(ROWS, 41, GENERATOR)
+        strategies.at_random(ROWS, 41, GENERATOR)
 
 
 def test_from_clusters():
@@ -40,7 +40,7 @@ def test_from_clusters():
     perplexity[10:70] = np.random.default_rng(3).permutation(60)
     perplexity[70] = 5
     assignment = np.repeat([0, 1, 2], [41, 15, 5])
-    chosen = selection.from_clusters(assignment, perplexity, rows, 6, [25, 75])
+    chosen = strategies.from_clusters(assignment, perplexity, rows, 6, [25, 75])
     by_cluster = [chosen[np.isin(chosen, rows[assignment == cluster])] for cluster in range(3)]
     assert [len(some) for some in by_cluster] == [6, 6, 5]  # the last has no more
     for cluster, some in enumerate(by_cluster[:2]):
@@ -55,17 +55,17 @@ def test_from_clusters():
 def test_k_center():
     points = np.random.default_rng(1).standard_normal((60, 5)).astype(np.float32) + 3
     rows = np.arange(5, 60)
-    chosen = selection.k_center(points, rows, 12)
+    chosen = strategies.k_center(points, rows, 12)
     mean = points[rows].mean(0)
     expected = [rows[np.square(points[rows] - mean).sum(1).argmin()]]
     while len(expected) < 12:  # by definition, with every distance
         distances = np.square(points[rows][:, None] - points[expected]).sum(2).min(1)
         expected.append(rows[distances.argmax()])
     assert chosen.tolist() == expected
-    same = selection.k_center(np.ones((20, 3), np.float32), np.arange(20), 20)
+    same = strategies.k_center(np.ones((20, 3), np.float32), np.arange(20), 20)
     assert sorted(same) == list(range(20))
     with pytest.raises(UserError, match="only 55"):
-        selection.k_center(points, rows, 56)
+        strategies.k_center(points, rows, 56)
 
 
 def test_embeddings_are_not_copied(tmp_path):
@@ -76,13 +76,13 @@ def test_embeddings_are_not_copied(tmp_path):
     rows = np.delete(np.arange(len(points)), [7, 900])
     tracemalloc.start()
     try:
-        chosen = selection.k_center(mapped, rows, 5)
-        found = kmeans(selection.Chosen(mapped, rows), 20, max_steps=2)
+        chosen = strategies.k_center(mapped, rows, 5)
+        found = kmeans(strategies.Chosen(mapped, rows), 20, max_steps=2)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < points.nbytes / 4
-    assert chosen.tolist() == selection.k_center(points, rows, 5).tolist()
+    assert chosen.tolist() == strategies.k_center(points, rows, 5).tolist()
     whole = kmeans(points[rows], 20, max_steps=2)
     np.testing.assert_array_equal(found.assignment, whole.assignment)
 
@@ -91,16 +91,16 @@ def test_matched_has_the_lengths():
     generator = np.random.default_rng(2)
     lengths = generator.geometric(0.02, 5000)
     reference = np.argsort(-lengths)[:2000:4]  # long ones
-    chosen = selection.matched(lengths, np.arange(5000), reference, np.random.default_rng(0))
+    chosen = strategies.matched(lengths, np.arange(5000), reference, np.random.default_rng(0))
     assert len(chosen) == len(set(chosen)) == len(reference)
     ours, theirs = np.sort(lengths[chosen]), np.sort(lengths[reference])
     grid = np.unique(lengths)
     gap = np.abs(np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right"))
-    assert gap.max() <= len(reference) / selection.LENGTH_RANGES + 1
+    assert gap.max() <= len(reference) / strategies.LENGTH_RANGES + 1
     assert lengths[chosen].mean() == pytest.approx(lengths[reference].mean(), rel=0.02)
     assert lengths[reference].mean() > 1.5 * lengths.mean()
     assert len(np.intersect1d(chosen, reference)) < 0.6 * len(reference)  # and yet random
-    other = selection.matched(lengths, np.arange(5000), reference, np.random.default_rng(1))
+    other = strategies.matched(lengths, np.arange(5000), reference, np.random.default_rng(1))
     assert set(other) != set(chosen)
 
 
@@ -108,7 +108,7 @@ def test_matched_has_the_lengths():
 def test_matched_with_few_lengths(lengths):
     lengths = np.array(lengths)
     for reference in (np.array([3]), np.array([0, 1, 2, 29]), np.arange(30)):
-        chosen = selection.matched(lengths, np.arange(30), reference, GENERATOR)
+        chosen = strategies.matched(lengths, np.arange(30), reference, GENERATOR)
         assert len(set(chosen)) == len(reference)
         assert lengths[chosen].min() >= lengths[reference].min()
         assert lengths[chosen].max() <= lengths[reference].max()
@@ -117,11 +117,11 @@ def test_matched_with_few_lengths(lengths):
 def test_matched_where_rows_of_the_match_are_dropped():
     lengths = np.arange(30)
     with pytest.raises(UserError, match="--match has .* rows of a length that only"):
-        selection.matched(lengths, np.arange(20), np.arange(15, 30), GENERATOR)
+        strategies.matched(lengths, np.arange(20), np.arange(15, 30), GENERATOR)
 
 
 def test_candidates_are_counted():
-    candidates = selection.Candidates(6)
+    candidates = strategies.Candidates(6)
     candidates.drop(np.array([True] * 2 + [False] * 4), "short")
     candidates.drop(np.array([True] * 3 + [False] * 3), "long")
     reasons = np.array([None] * 3 + ["longer: 9", "longer: 8", None], object)

@@ -5,14 +5,14 @@ import pytest
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from minisft import selection, selection_plot
+from minisft.selection import plot, strategies
 
 
 def test_principal_components_equal_scikit_learn():
     generator = np.random.default_rng(0)
     points = generator.standard_normal((1500, 40)).astype(np.float32)
     points = points * np.linspace(4, 0.5, 40, dtype=np.float32) + 20
-    ours = selection_plot.principal_components(points)
+    ours = plot.principal_components(points)
     theirs = PCA(2, svd_solver="full").fit_transform(points)
     for axis in range(2):
         assert abs(np.corrcoef(ours[:, axis], theirs[:, axis])[0, 1]) > 0.99
@@ -25,7 +25,7 @@ def test_every_row_is_in_the_histogram():
     scores = {"ifd": values, "reward": np.full(1000, np.nan)}
     below = np.flatnonzero(values < 1)
     axes = Figure().subplots()
-    selection_plot.draw_scores(axes, scores, below, "ifd")
+    plot.draw_scores(axes, scores, below, "ifd")
     every, chosen = (container.patches for container in axes.containers)
     assert [sum(bar.get_height() for bar in bars) for bars in (every, chosen)] == [999, len(below)]
     assert all(bar.get_x() + bar.get_width() < 1 + 1e-9 for bar in chosen if bar.get_height())
@@ -41,7 +41,7 @@ def test_what_is_drawn_is_what_was_chosen_by(strategy, reward, drawn):
     scores = {name: np.array([1.5] * count + [np.nan] * (40 - count))
               for name, count in (("ifd", 20), ("ifd_ppl", 30), ("margin", 10))}
     axes = Figure().subplots()
-    selection_plot.draw_scores(axes, {**scores, "reward": np.full(40, reward)}, [0], strategy)
+    plot.draw_scores(axes, {**scores, "reward": np.full(40, reward)}, [0], strategy)
     assert sum(bar.get_height() for bar in axes.containers[0].patches) == drawn
 
 
@@ -52,8 +52,8 @@ def test_rows_without_an_embedding_are_not_drawn():
     rows = np.arange(10, 50)
     for clustered in (None, (rows, rows % 7)):
         axes = Figure().subplots()
-        selection_plot.draw_embeddings(
-            axes, selection.Inputs(rows, embeddings=embeddings, clustered=clustered), rows[:3])
+        plot.draw_embeddings(
+            axes, strategies.Inputs(rows, embeddings=embeddings, clustered=clustered), rows[:3])
         every, chosen = (one.get_offsets() for one in axes.collections)
-        np.testing.assert_allclose(every, selection_plot.principal_components(embeddings[rows]))
+        np.testing.assert_allclose(every, plot.principal_components(embeddings[rows]))
         np.testing.assert_array_equal(chosen, every[:3])

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from minisft.options import UserError
-from minisft.template import TEMPLATES, get_template
-from minisft.tokenizer import Tokenizer
+from minisft.common.errors import UserError
+from minisft.text.template import TEMPLATES, get_template
+from minisft.text.tokenizer import Tokenizer
 
 TINYLLAMA = "tokenizers/TinyLlama-1.1B-Chat-v0.6"
 MISTRAL = "tokenizers/Mistral-7B-Instruct-v0.2"

@@ -11,11 +11,11 @@ from conftest import CONFIG
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from minisft.config import ModelConfig
-from minisft.model import CausalLM
-from minisft.options import UserError
-from minisft.tensor_files import DTYPES, INDEX, read_header, tensor_files
-from minisft.weights import load_model, save_model
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.common.errors import UserError
+from minisft.common.tensor_files import DTYPES, INDEX, read_header, tensor_files
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
 
 
 def test_every_type_and_shape_as_the_library_reads_it(tmp_path):

@@ -10,8 +10,8 @@ import unicodedata
 import pytest
 import sentencepiece
 
-from minisft.options import UserError
-from minisft.tokenizer import StreamDecoder, Tokenizer
+from minisft.common.errors import UserError
+from minisft.text.tokenizer import StreamDecoder, Tokenizer
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

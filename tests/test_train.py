@@ -11,12 +11,13 @@ from conftest import CONFIG, command
 from safetensors.torch import load_file, save_file
 
 import train
-from minisft import batching, encoding
-from minisft.config import ModelConfig
-from minisft.metrics import read_metrics
-from minisft.model import CausalLM
-from minisft.run import Run
-from minisft.weights import load_model, save_adapter, save_model
+from minisft.checkpoints.adapters import save_adapter
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.data import batching, encoding
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.training.metrics import read_metrics
+from minisft.training.run import Run
 
 STEPS, BATCH_SIZE, ACCUMULATION = 30, 3, 2
 

@@ -19,12 +19,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from minisft import transcript, web
-from minisft.assistant import Assistant
-from minisft.generate import Sampling
-from minisft.options import UserError
-from minisft.page import JOINER, Page, Talk, shown
-from minisft.transcript import Transcript
+from minisft.chat import transcript, web
+from minisft.chat.page import JOINER, Page, Talk, shown
+from minisft.chat.transcript import Transcript
+from minisft.common.errors import UserError
+from minisft.generation.assistant import Assistant
+from minisft.generation.generate import Sampling
 
 CHROMIUM = Path("/usr/bin/chromium")
 GREEDY = Sampling(max_new_tokens=20, greedy=True)
@@ -230,7 +230,7 @@ def test_an_edited_question_is_what_was_typed(page, alone):
 
 
 def test_a_visitor_who_comes_back_finds_the_conversation(page, monkeypatch):
-    monkeypatch.setattr("minisft.page.KEPT_TALKS", 2)
+    monkeypatch.setattr("minisft.chat.page.KEPT_TALKS", 2)
     ann, bob = page.come_back("ann"), page.come_back("bob")
     assert ann is page.come_back("ann") is not bob
     page.come_back("cy")

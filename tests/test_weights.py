@@ -11,18 +11,14 @@ import transformers
 from conftest import CONFIG
 from safetensors.torch import load_file, save_file
 
-from minisft.config import ModelConfig
-from minisft.lora import LoraConfig, add_lora
-from minisft.model import CausalLM
-from minisft.options import UserError
-from minisft.tensor_files import parse_size
-from minisft.weights import (
-    load_model,
-    resolve,
-    save_adapter,
-    save_model,
-    stored_dtype,
-)
+from minisft.checkpoints.adapters import save_adapter
+from minisft.checkpoints.folders import load_model, save_model, stored_dtype
+from minisft.checkpoints.hub import resolve
+from minisft.common.errors import UserError
+from minisft.common.tensor_files import parse_size
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, add_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,56 @@
+"""What other tools call the flags of these scripts, so that an error can name the one meant.
+
+    meant("max_seq_length", ["cutoff_len", "seed"])     # "; did you mean --cutoff_len?"
+
+No flag has a second name: who writes another tool's is told ours.
+"""
+
+import difflib
+
+# Ours -> what transformers, trl, peft, LLaMA-Factory, Axolotl, llama.cpp and others call it.
+OTHER_NAMES = {
+    "model_name_or_path": "model model_name model_path model_dir base_model pretrained",
+    "adapter": "adapter_name_or_path adapter_path adapter_dir lora lora_path lora_weights "
+               "peft_model checkpoint_dir",
+    "dataset": "data data_path data_files dataset_name dataset_path train_file train_data",
+    "eval_dataset": "validation_file eval_file eval_data val_data",
+    "validation_split": "val_size val_set_size test_size validation_split_percentage",
+    "cutoff_len": "max_length max_seq_length max_seq_len model_max_length sequence_len",
+    "default_system": "system system_prompt",
+    "system": "system_prompt default_system",
+    "template": "chat_template prompt_template conv_template",
+    "lora_rank": "lora_r r lora_dim",
+    "lora_target": "target_modules lora_target_modules lora_modules",
+    "modules_to_save": "additional_target lora_modules_to_save",
+    "quantization_bit": "load_in_4bit load_in_8bit",
+    "dpo_beta": "pref_beta beta",
+    "dpo_ftx": "pref_ftx",
+    "num_train_epochs": "epochs num_epochs n_epochs",
+    "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
+    "learning_rate": "lr",
+    "max_grad_norm": "clip_grad grad_clip gradient_clipping",
+    "eval_steps": "eval_strategy evaluation_strategy",
+    "save_steps": "save_strategy",
+    "resume_from_checkpoint": "resume",
+    "dataloader_num_workers": "preprocessing_num_workers num_proc num_workers",
+    "dtype": "torch_dtype precision",
+    "output_dir": "output out_dir export_dir save_path save_dir",
+    "output": "outfile out_file output_file output_path",
+    "quantization": "outtype quantize quant",
+    "max_shard_size": "export_size shard_size",
+    "max_new_tokens": "max_tokens n_predict max_gen_len",
+    "repetition_penalty": "repeat_penalty",
+    "server_name": "host listen",
+    "server_port": "port",
+    "num_fewshot": "n_shot nshot ntrain num_few_shot",
+}
+
+
+def suggest_flag(name, flags):
+    """"; did you mean --FLAG?" with the one of the `flags` that is meant; "" where none is near."""
+    for ours, theirs in OTHER_NAMES.items():
+        if name in theirs.split() and ours in flags:
+            return f"; did you mean --{ours}?"
+    # A flag that means something else helps less than none, so only what is nearly the same.
+    near = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
+    return f"; did you mean --{near[0]}?" if near else ""
