@@ -72,7 +72,7 @@ def main():
         shutil.copyfile(stored, folder / "copy")
         copying, size = time.monotonic() - began, stored.stat().st_size
         (folder / "copy").unlink()
-        _, memory = measure("-c", "import minisft.gguf_export")
+        _, memory = measure("-c", "import minisft.checkpoints.gguf_export")
         print(f"{size // 2:,} weights in bfloat16; Python and torch alone take "
               f"{memory / 2**20:,.0f} MiB")
         print(f"{'':>8} {'seconds':>9} {'copies':>8} {'MB':>8} {'peak MiB':>10}")

@@ -23,7 +23,7 @@ import json, re, sys, time, torch
 side, folder, dtype = sys.argv[1:4]
 dtype = getattr(torch, dtype)
 if side == "minisft":
-    from minisft.weights import load_model
+    from minisft.checkpoints.folders import load_model
     load = lambda: load_model(folder, dtype)
 else:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM

@@ -88,8 +88,8 @@ def forget_peak():
 
 def write_model(folder, fields):
     """A checkpoint in bfloat16 with random weights, written by another process."""
-    code = ("import json, sys, torch; from minisft.config import ModelConfig; "
-            "from minisft.model import CausalLM; from minisft.weights import save_model; "
+    code = ("import json, sys, torch; from minisft.model.config import ModelConfig; "
+            "from minisft.model.decoder import CausalLM; from minisft.checkpoints.folders import save_model; "
             "model = CausalLM(ModelConfig.from_dict(json.loads(sys.argv[2]))); model.initialize(); "
             "save_model(model, sys.argv[1], torch.bfloat16)")
     subprocess.run([sys.executable, "-c", code, str(folder), json.dumps(fields)], cwd=ROOT,

@@ -17,12 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import minisft.fsdp  # noqa: E402
-import minisft.run  # noqa: E402
-import minisft.tokenizer  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (as sharding does; it and what follows for the children)
 
+import minisft.text.tokenizer  # noqa: E402, F401
 import train  # noqa: E402
 
 

@@ -7,7 +7,8 @@ import pytest
 from conftest import command
 
 from minisft.common.errors import UserError
-from minisft.data.dataset import convert, load_rows, mix, open_rows, split
+from minisft.data.__main__ import convert
+from minisft.data.dataset import load_rows, mix, open_rows, split
 
 
 def write(path, content, encoding="utf-8"):
@@ -400,10 +401,10 @@ class TestRealFiles:
 
 
 class TestConvert:
-    """python -m minisft.dataset convert IN OUT"""
+    """python -m minisft.data convert IN OUT"""
 
     def run(self, *words):
-        return command("convert", *words, before=["-m", "minisft.data.dataset"], script=None)
+        return command("convert", *words, before=["-m", "minisft.data"], script=None)
 
     @pytest.mark.parametrize("ending", [".json", ".jsonl"])
     def test_firefly_becomes_sharegpt(self, shared_data, tmp_path, ending):

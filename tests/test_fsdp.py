@@ -72,8 +72,8 @@ def planned():
         yield [*flags(2, f"{kind}/again", *words, *dropout), 3]
         yield resumed(2, f"{kind}/again", *words, *dropout, "auto")
     for name, words in SHORT.items():
-        for processes in (1, 2):
-            yield flags(processes, f"{name}/{processes}", *words, "--max_steps", 3)
+        for count in (1, 2):
+            yield flags(count, f"{name}/{count}", *words, "--max_steps", 3)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from minisft.gguf import writer
 
 INTERRUPTED = """
 import os, runpy, signal, sys
-from minisft.gguf_writer import Tensor
+from minisft.gguf.writer import Tensor
 converted = Tensor.converted
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background takes away
 

@@ -15,7 +15,6 @@ from minisft.model import loss
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.loss import next_token_loss, token_losses
-from minisft.training import objective
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
@@ -92,7 +91,7 @@ def test_mean_of_means_would_differ():
 def test_chunks_and_a_frozen_head_change_nothing(chunk_size, frozen_head, monkeypatch):
     examples = ragged_examples(8)
     expected = step_gradients(examples, 8)
-    monkeypatch.setattr(objective, "chunk_size", lambda vocab_size: chunk_size)
+    monkeypatch.setattr(loss, "chunk_size", lambda vocab_size: chunk_size)
     actual = step_gradients(examples, 8, frozen_head)
     if frozen_head:
         assert actual.pop("lm_head.weight") is None

@@ -111,7 +111,7 @@ def data(tmp_path):
 
 def select_here(monkeypatch, *words):
     """Run the script in this process; mistakes raise UserError."""
-    source = (ROOT / "select.py").read_text(encoding="utf-8").replace("run(main)", "main()")
+    source = (ROOT / "select.py").read_text(encoding="utf-8").replace("run_script(main)", "main()")
     monkeypatch.setattr(sys, "argv", ["select.py", *map(str, words)])
     exec(compile(source, "select.py", "exec"), {"__name__": "__main__"})
 

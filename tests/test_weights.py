@@ -70,7 +70,7 @@ def test_types(stored, wanted, tmp_path):
 def test_no_file_stays_open(tmp_path):
     """A model of many tensors needs no more open files than one of few."""
     save_model(new_model(), tmp_path)
-    code = ("import resource, sys; from minisft.weights import load_model\n"
+    code = ("import resource, sys; from minisft.checkpoints.folders import load_model\n"
             "resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))\n"
             "load_model(sys.argv[1])")
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True,
@@ -81,7 +81,7 @@ def test_no_file_stays_open(tmp_path):
 
 MEASURE = """
 import sys, torch
-from minisft import weights
+from minisft.checkpoints import folders as weights
 
 def status(name):
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))

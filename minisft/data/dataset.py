@@ -3,7 +3,6 @@
     rows = open_rows("alpaca_en_demo,more.jsonl", dataset_dir="data")
     print(len(rows), rows[0].messages)  # [{"role": "user", "content": ...}, ...]
 
-    python -m minisft.dataset convert firefly.jsonl sharegpt.json
 
 Rows are read when they are asked for: of JSON lines only the offsets are held in memory, so that a
 file may be larger than it. `formats.py` lists the columns that are known, `dataset_info.py` what
@@ -11,19 +10,15 @@ file may be larger than it. `formats.py` lists the columns that are known, `data
 row, unless the caller asks for such rows to be left out.
 """
 
-import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from minisft.common.command_line import OptionParser, run_script
 from minisft.common.errors import UserError
 from minisft.data.dataset_info import FILE_NAME, find_sources
-from minisft.data.formats import JUDGED, BadRow, conversation, ranking, sharegpt, text_of
+from minisft.data.formats import JUDGED, BadRow, conversation, ranking, text_of
 from minisft.data.records import open_records
 
 # Files up to this size are checked whole before training begins, of others the first rows.
@@ -263,74 +258,3 @@ def _tell_unread(source, files, say):
                 f"{FILE_NAME} does not name, so it is not read{f'; {hint}' * compared}")
         elif compared:
             say(f"{records.path}: of each row only its one answer is read; {hint}")
-
-
-# python -m minisft.dataset convert IN OUT
-
-
-def convert(dataset, output_path, overwrite=False, skipped=None, **options):
-    """Write rows of any format as sharegpt JSON, or JSON lines to a .jsonl -> number of rows.
-
-    The file appears only when it is complete. Raises UserError for a broken row or a full disk.
-    """
-    output_path = Path(output_path)
-    if output_path.exists() and not output_path.is_file():
-        raise UserError(f"{output_path}: is a folder or a device; give the name of a file")
-    if output_path.exists() and not overwrite:
-        raise UserError(f"{output_path}: is there already; give --overwrite or another name")
-    rows = open_rows(dataset, skipped=skipped, **options)
-    if any(file.records.path.resolve() == output_path.resolve() for file in rows.files):
-        raise UserError(f"{output_path}: is also read from; choose another")
-    begin, between, end = ("", "\n", "\n") if output_path.suffix == ".jsonl" else (
-        "[\n", ",\n", "\n]\n")
-    partial_path, count = output_path.with_name(output_path.name + ".partial"), 0
-    try:
-        with open(partial_path, "w", encoding="utf-8") as file:
-            for line in _sharegpt_lines(rows, skipped):
-                file.write((between if count else begin) + line)
-                count += 1
-            file.write(end)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_path, output_path)
-    except OSError as error:
-        raise UserError(f"{output_path}: {error.strerror}") from error
-    finally:
-        partial_path.unlink(missing_ok=True)
-    return count
-
-
-def _sharegpt_lines(rows, skipped):
-    """Yield the JSON of each row; one that sharegpt cannot say is a broken one."""
-    for number in range(len(rows)):
-        for row in read(rows, skipped, [number]):
-            try:
-                yield json.dumps(sharegpt(row.messages, row.tools), ensure_ascii=False)
-            except BadRow as error:
-                message = f"{row.source}, row {row.index + 1}: {error}"
-                if skipped is None:
-                    raise UserError(f"{message} (--skip_bad_rows leaves such rows out)") from error
-                skipped.append(message)
-
-
-def main():
-    """The command `convert`."""
-    parser = OptionParser(prog="python -m minisft.dataset",
-                          description="convert instruction data to the sharegpt format")
-    parser.add_argument("command", choices=["convert"], help="what to do")
-    parser.add_argument("input", help="what --dataset of train.py names: file, folder, data set")
-    parser.add_argument("output", help="file to write: .json for an array, .jsonl for lines")
-    add, switch = parser.section("data")
-    add("--dataset_dir", default="data", help=f"folder of {FILE_NAME}")
-    switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
-    switch("--overwrite", "replace the output file if there is one")
-    options = parser.parse_options()
-    skipped = [] if options.skip_bad_rows else None
-    count = convert(options.input, options.output, options.overwrite, skipped,
-                    dataset_dir=options.dataset_dir)
-    left_out = f"; {len(skipped)} broken rows left out, the first: {skipped[0]}" if skipped else ""
-    print(f"{options.output}: {count} rows{left_out}")
-
-
-if __name__ == "__main__":
-    run_script(main)
