@@ -17,8 +17,9 @@ import sys
 
 from minisft.chat.terminal import BYTE_ORDER_MARK
 from minisft.common.command_line import OptionParser, optional_int, positive_int, run_script
-from minisft.common.devices import add_model_flags, resolve_device, resolve_dtype
+from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
+from minisft.common.model_flags import add_model_flags, dtype_option
 
 KEPT_ON_THE_WEB = 8  # conversations whose next turn computes only what is new
 KEPT_COMPILED = 2  # of those with --compile, each of which takes the memory of a full context
@@ -149,10 +150,10 @@ def load_assistant(options, system, sampling, **more):
     """The Assistant that the options describe, in whose context the system prompt has room."""
     from minisft.generation.assistant import Assistant
 
-    device = resolve_device(options)
+    device = resolve_device(options.device)
     assistant = Assistant(
         options.model_name_or_path, options.adapter, options.template, device,
-        resolve_dtype(options, device), options.max_length,
+        resolve_dtype(dtype_option(options), device), options.max_length,
         quantization_bit=options.quantization_bit, compiled=options.compile, **more)
     if system:
         name = f"--identity {options.identity}" if options.identity else "--system"
@@ -214,8 +215,8 @@ def load_pair(options, system, sampling, kept):
     from minisft.checkpoints.hub import resolve
     from minisft.generation.sharing import Turns
 
-    device = resolve_device(options)
-    model = load_model(resolve(options.model_name_or_path), resolve_dtype(options, device), device,
+    device = resolve_device(options.device)
+    model = load_model(resolve(options.model_name_or_path), resolve_dtype(dtype_option(options), device), device,
                        options.quantization_bit)
     shared = {"model": model, "turns": Turns(), "kept_conversations": kept}
     first = load_assistant(options, system, sampling, **shared)

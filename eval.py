@@ -15,6 +15,7 @@ from pathlib import Path
 from minisft.common.command_line import run_script
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
+from minisft.common.model_flags import dtype_option
 from minisft.common.outputs import check_output_dir, recorded_options, save_options
 from minisft.evaluation.options import in_bits, parse_choice_options, parse_compare_options
 
@@ -61,11 +62,11 @@ def multiple_choice(name, options):
     from minisft.evaluation import multiple_choice
     from minisft.generation.assistant import Assistant
 
-    device = processes.start(resolve_device(options))
+    device = processes.start(resolve_device(options.device))
     # A plain text needs no template; that of this name fits every tokenizer.
     template = "plain" if options.template == "none" else options.template
     assistant = Assistant(options.model_name_or_path, options.adapter, template, device,
-                          resolve_dtype(options, device), quantization_bit=options.quantization_bit)
+                          resolve_dtype(dtype_option(options), device), quantization_bit=options.quantization_bit)
     template = None if options.template == "none" else assistant.template
     max_length = min(options.max_length or assistant.max_length, assistant.max_length)
     prompts = multiple_choice.Prompts(benchmark, assistant.tokenizer, template, max_length)
@@ -274,8 +275,8 @@ def answers_of(model, options, items, sampling, folder):
             raise UserError(f"{kept}: answers other questions than {options.dataset} has now; "
                             "remove it, or give another --output_dir")
         return content["answers"], content["losses"]
-    device = resolve_device(options)
-    assistant = Assistant(path, adapter, options.template, device, resolve_dtype(options, device),
+    device = resolve_device(options.device)
+    assistant = Assistant(path, adapter, options.template, device, resolve_dtype(dtype_option(options), device),
                           quantization_bit=options.quantization_bit)
     with progress_bar(len(items), name) as bar:
         answers = answer_items(assistant, items, sampling, options.batch_size, bar.update)
@@ -313,9 +314,9 @@ def judge_of(options):
     check_model(path, adapter)
 
     def load():
-        device = resolve_device(options)
+        device = resolve_device(options.device)
         assistant = Assistant(path, adapter, options.judge_template, device,
-                              resolve_dtype(options, device),
+                              resolve_dtype(dtype_option(options), device),
                               quantization_bit=options.quantization_bit)
         name = f"{options.judge_model}, template {assistant.template.name}"
         return judge.LocalJudge(assistant, name, options.batch_size)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from minisft.common import tensor_files
 from minisft.common.command_line import QUANTIZATIONS, OptionParser, run_script
-from minisft.common.devices import add_model_flags
 from minisft.common.errors import UserError
+from minisft.common.model_flags import add_model_flags
 from minisft.common.outputs import check_output_dir, recorded_options, save_options
 
 
@@ -127,6 +127,7 @@ def write_folder(options):
     from minisft.checkpoints import adapters, folders, hub
     from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
     from minisft.common.devices import resolve_device, resolve_dtype
+    from minisft.common.model_flags import dtype_option
     from minisft.common.tensor_files import parse_size
     from minisft.model.lora import merge_lora
     from minisft.text.chat_template import conversation_form
@@ -134,10 +135,10 @@ def write_folder(options):
 
     max_shard_size = parse_size(options.max_shard_size)
     model_dir = hub.resolve(options.model_name_or_path)
-    device = resolve_device(options)
+    device = resolve_device(options.device)
     stored = folders.stored_dtype(model_dir)
     auto = torch.float32 if options.format == "peft" else stored
-    dtype = resolve_dtype(options, device, auto)
+    dtype = resolve_dtype(dtype_option(options), device, auto)
     adapter_dir = options.adapter and hub.resolve(options.adapter, tensor_files.ADAPTER_CONFIG)
     is_reward_model = has_head(model_dir, adapter_dir)
     load = load_reward_model if is_reward_model else folders.load_model

@@ -18,9 +18,9 @@ import time
 from collections import Counter
 
 from minisft.common.command_line import OptionParser, non_negative_int, positive_int, run_script
-from minisft.common.devices import add_model_flags, resolve_device, resolve_dtype
+from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
-from minisft.common.outputs import recorded_options
+from minisft.common.model_flags import add_model_flags, dtype_option
 
 EPILOGUE = """\
 What comes out, a line of JSON for every row of the data set:
@@ -85,8 +85,8 @@ def main():
     from minisft.selection import ifd, reward_scores
     from minisft.selection.score_files import ScoreFiles, open_every_record
 
-    device = processes.start(resolve_device(options))
-    dtype, say = resolve_dtype(options, device), processes.print_rank0
+    device = processes.start(resolve_device(options.device))
+    dtype, say = resolve_dtype(dtype_option(options), device), processes.print_rank0
     skipped = [] if options.skip_bad_rows else None
     of_rewards = options.mode == "reward"
     rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped, say,
@@ -147,19 +147,17 @@ def load_template(options, model_dir, adapter_dir, say):
     """(template, longest row in tokens, config): all but the weights, since it loads quickly."""
     from minisft.model.config import ModelConfig
     from minisft.selection.ifd import longest_row
-    from minisft.text.template import get_template
+    from minisft.text.chat_template import trained_template
     from minisft.text.tokenizer import Tokenizer
 
     config = ModelConfig.load(model_dir)
     max_length = min(options.max_length, longest_row(config))
     if max_length < options.max_length:
         say(f"--max_length: {max_length} tokens, as far as this model can score rows")
-    trained = recorded_options(adapter_dir or model_dir)
-    name, default_system = options.template, options.default_system
-    if name == "auto":
-        name = trained.get("template", "auto")
-        default_system = trained.get("default_system") if default_system is None else default_system
-    return get_template(name, Tokenizer.load(model_dir), default_system), max_length, config
+    template = trained_template(
+        options.template, Tokenizer.load(model_dir), adapter_dir or model_dir, options.default_system
+    )
+    return template, max_length, config
 
 
 def load_scorer(options, model_dir, adapter_dir, dtype, device):

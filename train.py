@@ -21,6 +21,7 @@ from pathlib import Path
 from minisft.common.command_line import run_script as run_script
 from minisft.common.devices import has_fast_bfloat16, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
+from minisft.common.model_flags import dtype_option
 from minisft.common.outputs import check_output_dir, save_options
 from minisft.training.options import can_go_on, parse_options
 
@@ -218,8 +219,8 @@ def main():
     from minisft.checkpoints.hub import resolve
     from minisft.common import processes
 
-    device = processes.start(resolve_device(options), options.parallel)
-    dtype = resolve_dtype(options, device)
+    device = processes.start(resolve_device(options.device), options.parallel)
+    dtype = resolve_dtype(dtype_option(options), device)
     model_dir = resolve(options.model_name_or_path)
     tokenizer, template, batches, eval_examples = prepare_data(options, model_dir)
     run = begin_run(options, model_dir, output_dir, dtype, device, template, batches, eval_examples)

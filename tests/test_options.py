@@ -8,9 +8,10 @@ import torch
 from conftest import command
 
 from minisft.common.command_line import OptionParser, run_script
-from minisft.common.devices import add_model_flags, resolve_device, resolve_dtype
+from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.flag_names import OTHER_NAMES
+from minisft.common.model_flags import add_model_flags, dtype_option
 from minisft.common.outputs import check_output_dir, save_options
 
 
@@ -107,7 +108,7 @@ def test_types_and_devices(monkeypatch):
     def resolved(*arguments, native=False):
         monkeypatch.setattr("minisft.common.devices.has_fast_bfloat16", lambda device: native)
         options = new_parser().parse_options([*MODEL, *arguments])
-        return resolve_dtype(options, torch.device("cpu"))
+        return resolve_dtype(dtype_option(options), torch.device("cpu"))
 
     assert resolved() == torch.float32 and resolved(native=True) == torch.bfloat16
     assert resolved("--bf16") == torch.bfloat16 and resolved("--fp16") == torch.float16
@@ -119,12 +120,12 @@ def test_types_and_devices(monkeypatch):
                  "mps", ""):
         options = new_parser().parse_options([*MODEL, f"--device={name}"])
         with pytest.raises(UserError, match=f"--device {name}: "):
-            resolve_device(options)
+            resolve_device(options.device)
         if name == "cuda:77":
-            assert resolve_device(options, must_exist=False) == torch.device(name)
+            assert resolve_device(options.device, must_exist=False) == torch.device(name)
         else:
             with pytest.raises(UserError, match="not a device to use; give cpu, cuda or cuda:N"):
-                resolve_device(options, must_exist=False)
+                resolve_device(options.device, must_exist=False)
 
 
 def test_output_folder(tmp_path):

@@ -168,7 +168,7 @@ def test_dataset_info(tmp_path, entry, record):
     info = tmp_path / "dataset_info.json"
     info.write_text(json.dumps({"it": {"file_name": "rows.json", **entry}}))
     (row,) = open_rows("it", tmp_path, ranking=True)
-    assert [row.messages, *row.worse] == [[user("Add."), assistant("3")],
+    assert [row.messages, *row.rejected] == [[user("Add."), assistant("3")],
                                           [user("Add."), assistant("4")]]
     with pytest.raises(UserError, match="it: preference data"):
         open_rows("it", tmp_path)
@@ -199,7 +199,7 @@ def test_real_files(shared_data):
     """Every conversation of dpo_en_demo (by dataset_info.json) and oaast_rm_zh, word for word."""
     for rows, expected in real_rows(shared_data):
         found = [[[message["content"] for message in messages if message["role"] != "system"]
-                  for messages in (row.messages, *row.worse)] for row in rows]
+                  for messages in (row.messages, *row.rejected)] for row in rows]
         assert found == expected
         assert any(len(row.messages) > 3 for row in rows)
 
@@ -214,7 +214,7 @@ def test_only_the_answers_are_learned(name, shared_data, tiny_tokenizer_dir):
         examples, report = encode_rankings(rows, template, 10**6)
         assert len(examples) == report.num_rows == 10 and not report
         for row, example in zip(rows, examples, strict=True):
-            texts, conversations = example.texts(), [row.messages, *row.worse]
+            texts, conversations = example.texts(), [row.messages, *row.rejected]
             assert len(texts) == len(conversations)
             for text, messages in zip(texts, conversations, strict=True):
                 ids, _ = template.encode(messages, row.tools)

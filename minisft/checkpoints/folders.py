@@ -5,7 +5,6 @@
     save_model(model, "copy")
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, token_ids, write_json
+from minisft.common.outputs import check_free_space
 from minisft.common.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -121,7 +121,7 @@ def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     names = [WEIGHTS] if count == 1 else [
         f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
     if is_first:
-        _make_room(output_dir, sum(sizes.values()))
+        check_free_space(output_dir, sum(sizes.values()))
     for file_name, keys in zip(names, shards, strict=True):
         shard = {key: processes.gather_to_rank0(tensors[key], dtype) for key in keys}
         if is_first:
@@ -137,14 +137,6 @@ def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_json(config, output_dir / "config.json")
-
-
-def _make_room(output_dir, needed):
-    output_dir.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output_dir).free
-    if needed > free:
-        raise UserError(f"{output_dir}: the weights take {needed / 1e9:,.1f} GB, and the disk has "
-                        f"{free / 1e9:,.1f} GB free")
 
 
 def _shards(sizes, max_shard_size):

@@ -1,16 +1,16 @@
 """Errors that a user can fix."""
 
-
-# A file may hold a name of a million letters, or one that would steer the terminal.
+# A hostile file may hold a name of a million letters.
 MAX_MESSAGE_LENGTH = 2000
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; its message names the place and the way out."""
+    """A mistake the user can fix. The message says what is wrong, where, and what to do."""
 
-    def __str__(self):
-        """The message as one line, whatever stood in the files that it quotes."""
+    def __str__(self) -> str:
+        """The message on one line, without control characters, whatever it quotes from a file."""
         text = super().__str__()
         if len(text) > MAX_MESSAGE_LENGTH:
-            text = f"{text[: MAX_MESSAGE_LENGTH // 2]} ... {text[-MAX_MESSAGE_LENGTH // 2 :]}"
-        return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+            half = MAX_MESSAGE_LENGTH // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -1,50 +1,104 @@
-"""Output folders and the record of options in them."""
+"""Output files and folders: written whole or not at all, never over an input, with their options.
+
+    check_output_dir(options.output_dir, options.overwrite_output_dir, options.model_name_or_path)
+    with atomic_write("runs/a/metrics.json") as file:
+        file.write("{}")
+    save_options(options, "runs/a/options.toml")
+"""
 
 import json
 import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from minisft.common.command_line import read_toml
 from minisft.common.errors import UserError
 
-# What a record leaves out: how to write and where to go on from belongs to one invocation.
+# Options of one invocation: how to write, and where to resume from.
 UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
 
 
-def save_options(options, path):
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open `path`.partial for writing; on success flush it to disk and rename it to `path`.
+
+    mode: "w" for UTF-8 text, "wb" for bytes. If the body fails, `path` keeps its old content and
+    the partial file is removed. A full or failing disk raises UserError.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        encoding = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with open(partial, mode, **encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_not_an_input(flag: str, output: str | Path, inputs: Iterable[str | Path | None]) -> None:
+    """Raise UserError if the file or folder `output` is, or contains, one of the inputs.
+
+    Weights may be memory-mapped from an input; writing over it would destroy both.
+    """
+    output = Path(output)
+    for source in inputs:
+        if source and Path(source).exists():
+            if Path(source).resolve().is_relative_to(output.resolve()):
+                raise UserError(f"{flag} {output}: {source} is an input; choose another place")
+
+
+def check_output_dir(output_dir: str | Path, overwrite: bool, *inputs: str | Path | None) -> Path:
+    """The folder to write to. UserError if it is a file, an input, or not empty.
+
+    overwrite: accept a folder that is not empty.
+    """
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path} is a file. Give a folder.")
+    check_not_an_input("--output_dir", path, inputs)
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(
+            f"--output_dir {path} is not empty. Choose another folder, or add "
+            "--overwrite_output_dir."
+        )
+    return path
+
+
+def save_options(options: Namespace, path: str | Path) -> None:
     """Write the resolved options as TOML, so that `--config` can repeat the run."""
-    lines = []
-    for name, value in sorted(vars(options).items()):
-        if name in UNRECORDED or value is None:
-            continue
-        # JSON strings, numbers, lists and booleans are also TOML.
-        lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
-    partial = Path(f"{path}.partial")  # a full disk leaves the record of before
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_write(path) as file:
+        for name, value in sorted(vars(options).items()):
+            if name not in UNRECORDED and value is not None:
+                # JSON strings, numbers, lists and booleans are also TOML.
+                file.write(f"{name} = {json.dumps(value, ensure_ascii=False)}\n")
 
 
-def recorded_options(folder):
-    """The options that `save_options` left in a folder, as a dict; empty where it did not.
+def recorded_options(folder: str | Path) -> dict[str, Any]:
+    """The options that `save_options` left in a folder; empty if there are none.
 
-    A checkpoint's are those of the run whose folder it is in.
+    For a checkpoint, the options of the run that contains it.
     """
     folder = Path(folder).resolve()
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "options.toml"
     return read_toml(path) if path.is_file() else {}
 
 
-def check_output_dir(output_dir, overwrite, *inputs):
-    """The Path to write to. UserError where that would overwrite anything not meant to be."""
-    path = Path(output_dir)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output_dir {path}: is a file")
-    for source in inputs:
-        # Weights may be mapped from the files of the input; writing there would destroy both.
-        if source and Path(source).exists() and (
-                Path(source).resolve().is_relative_to(path.resolve())):
-            raise UserError(f"--output_dir {path}: is also read from ({source}); choose another")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"--output_dir {path}: has something in it; choose another, or give "
-                        "--overwrite_output_dir")
-    return path
+def check_free_space(folder: str | Path, num_bytes: int) -> None:
+    """Create the folder; raise UserError unless its disk has room for so many bytes."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise UserError(
+            f"{folder}: the files need {num_bytes / 1e9:,.1f} GB, and the disk has "
+            f"{free / 1e9:,.1f} GB free"
+        )

@@ -33,7 +33,7 @@ class Row:
     tools: list | None = None
     source: str = ""
     index: int = 0  # in its file, from 0, counting broken rows too
-    worse: list = field(default_factory=list)  # conversations that end less well, in their order
+    rejected: list = field(default_factory=list)  # conversations with the other answers, best first
 
 
 class Rows(Sequence):
@@ -102,8 +102,8 @@ class _File:
             if self.description:
                 record = self.description.rename(record)
             if self.ranking or self.ranking is None and _has_several(record):
-                (best, *worse), tools = ranking(record)
-                return Row(best, tools, str(path), index, worse)
+                (best, *rejected), tools = ranking(record)
+                return Row(best, tools, str(path), index, rejected)
             return Row(*conversation(record), source=str(path), index=index)
         except BadRow as error:
             raise BadRow(f"{path}, {self.records.place(index)}: {error}") from error
@@ -125,7 +125,7 @@ def open_rows(dataset, dataset_dir="data", plain_text=False, ranking=False, skip
     """The rows of the data sets that `dataset` names (see dataset_info.py), in their order.
 
     plain_text: texts for --stage pt, each line of a .txt file and each "text" of a JSON file.
-    ranking: rows with several answers, for --stage rm and dpo; `Row.worse` has all but the best.
+    ranking: rows with several answers, for --stage rm and dpo; `Row.rejected` has all but the best.
     None: such rows, and those with one answer.
     skipped: a list to which a message goes for each broken row, which is then left out; without it
     the first one is a UserError. Files above CHECKED_BYTES are only checked as they are read.

@@ -111,7 +111,7 @@ def encode_rankings(rows, template, cutoff_len, vocab_size=None, whole=False):
     """
     examples, report = [], EncodeReport()
     for row in rows:
-        conversations = [row.messages, *row.worse]
+        conversations = [row.messages, *row.rejected]
         common = _common(conversations)
         try:
             texts = [_answer_alone(template, messages, row.tools, common)

@@ -12,8 +12,8 @@ from minisft.common.command_line import (
     positive_float,
     positive_int,
 )
-from minisft.common.devices import add_device_flags, add_model_flags
 from minisft.common.errors import UserError
+from minisft.common.model_flags import add_device_flags, add_model_flags
 
 
 def parse_choice_options(name, arguments):

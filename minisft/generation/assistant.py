@@ -17,7 +17,6 @@ from bisect import bisect_left
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -25,13 +24,12 @@ from minisft.checkpoints import adapters, folders, hub
 from minisft.common import tensor_files
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
-from minisft.common.outputs import recorded_options
 from minisft.generation.compiled import CompiledDecoder
 from minisft.generation.generate import Sampling, generate_scored, stream
 from minisft.generation.sharing import Caches, Turns, sharing_weights
 from minisft.model.cache import KeyValueCache
 from minisft.model.lora import convert_parameters
-from minisft.text.template import get_template
+from minisft.text.chat_template import trained_template
 from minisft.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 
 USUAL = Sampling()
@@ -58,20 +56,15 @@ class Assistant:
     def __init__(self, path, adapter=None, template="auto", device="auto", dtype="auto",
                  max_length=None, kept_conversations=1, model=None, turns=None,
                  quantization_bit=None, compiled=False):
-        wanted = SimpleNamespace(device=device, bf16=False, fp16=False,
-                                 dtype=str(dtype).removeprefix("torch."))
-        self.device = resolve_device(wanted)
-        self.dtype = resolve_dtype(wanted, self.device)
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
         model_dir = hub.resolve(path)
         # The quick parts first: a mistake in them should not wait for the weights.
         adapter_dir = None
         if adapter is not None:
             adapter_dir = hub.resolve(adapter, tensor_files.ADAPTER_CONFIG)
         self.tokenizer = Tokenizer.load(model_dir)
-        trained = recorded_options(adapter_dir or model_dir)
-        if template == "auto":
-            template = trained.get("template", "auto")
-        self.template = get_template(template, self.tokenizer, trained.get("default_system"))
+        self.template = trained_template(template, self.tokenizer, adapter_dir or model_dir)
         if model is None:
             model = folders.load_model(model_dir, self.dtype, self.device, quantization_bit)
         else:

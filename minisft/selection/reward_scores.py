@@ -41,9 +41,9 @@ class Score:
         As in training an answer that comes again counts once.
         """
         answers = [encoder.encode(replace(row, messages=messages))
-                   for messages in (row.messages, *row.worse)]
+                   for messages in (row.messages, *row.rejected)]
         self.num_answer_tokens = sum(end - start for start, end in answers[0][2])
-        self.has_several = bool(row.worse)
+        self.has_several = bool(row.rejected)
         texts = unique_texts([Example(ids, supervised) for ids, supervised, *_ in answers])
         self.reason = next((reason for *_, reason in answers if reason), None)
         if self.has_several and len(texts) == 1:

@@ -12,10 +12,12 @@ import json
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options
-from minisft.text.template import get_template, is_form
+from minisft.text.template import Template, get_template, is_form
+from minisft.text.tokenizer import Tokenizer
 
 SKELETON = """\
 {%- set system = DEFAULT -%}
@@ -59,6 +61,22 @@ class ConversationForm:
     stop_ids: object  # what ends an answer: an id or a list of them
     is_exact: bool = True  # whether llama.cpp makes the ids of the training of it ...
     writes_space: bool = False  # ... provided that it puts no space before texts by itself
+
+
+def trained_template(
+    name: str, tokenizer: Tokenizer, trained_dir: str | Path, default_system: str | None = None
+) -> Template:
+    """The template to use with a model, "auto" being the one that train.py used.
+
+    trained_dir: the adapter's or the model's folder, where train.py has left options.toml.
+    default_system: the system prompt of conversations that have none; by default that of training.
+    """
+    trained = recorded_options(trained_dir)
+    if name == "auto":
+        name = trained.get("template", "auto")
+    if default_system is None:
+        default_system = trained.get("default_system")
+    return get_template(name, tokenizer, default_system)
 
 
 def conversation_form(tokenizer, name, trained_dir, listed_stops, for_llama_cpp=False):

@@ -16,8 +16,8 @@ from minisft.common.command_line import (
     positive_float,
     positive_int,
 )
-from minisft.common.devices import add_model_flags
 from minisft.common.errors import UserError
+from minisft.common.model_flags import add_model_flags
 
 
 def count_or_epoch(text):

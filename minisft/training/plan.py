@@ -18,6 +18,7 @@ from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.hub import resolve
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
+from minisft.common.model_flags import dtype_option
 from minisft.common.tensor_files import parse_size
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
@@ -38,10 +39,10 @@ def show(options):
         return
     model_dir = local_folder(options.model_name_or_path)
     config = ModelConfig.load(model_dir)
-    device = resolve_device(options, must_exist=False).type
+    device = resolve_device(options.device, must_exist=False).type
     absent = device == "cuda" and not torch.cuda.is_available()
     available = memory_of_device(options, device)
-    dtype = resolve_dtype(options, torch.device(device), torch.bfloat16 if absent else None)
+    dtype = resolve_dtype(dtype_option(options), torch.device(device), torch.bfloat16 if absent else None)
     num_processes = options.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     if num_processes == 1 and options.parallel == "fsdp":
         raise UserError("--parallel fsdp shards the model over processes: give --num_processes "

@@ -1,0 +1,46 @@
+"""The flags of every script that loads a model."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from minisft.common.command_line import OptionParser
+from minisft.common.errors import UserError
+
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+AUTO_DTYPE = "bfloat16 where the processor has instructions for it, else float32"
+
+
+def add_model_flags(
+    parser: OptionParser, auto_dtype: str = AUTO_DTYPE
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Add the section "model"; returns its (add, switch) for more flags."""
+    add, switch = parser.section("model")
+    add("--model_name_or_path", required=True, help="folder of a checkpoint, GGUF file, or hub id")
+    add_device_flags(add, switch, auto_dtype)
+    return add, switch
+
+
+def add_device_flags(
+    add: Callable[..., Any], switch: Callable[..., Any], auto_dtype: str = AUTO_DTYPE
+) -> None:
+    """Add --device, --dtype and --quantization_bit to a section."""
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: a GPU if there is one)")
+    add("--dtype", choices=DTYPES, default="auto", help=f"number type (auto: {auto_dtype})")
+    switch("--bf16", "short for --dtype bfloat16")
+    switch("--fp16", "short for --dtype float16")
+    add(
+        "--quantization_bit", type=int, choices=[4, 8],
+        help="hold the frozen linear layers in 4 bits (NF4) or 8 bits (int8 rows)",
+    )
+
+
+def dtype_option(options: Namespace) -> str:
+    """The name that `--dtype`, `--bf16` or `--fp16` gives: auto, float32, bfloat16 or float16."""
+    name = options.dtype
+    for flag, meaning in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if getattr(options, flag):
+            if name not in ("auto", meaning):
+                raise UserError(f"--{flag} contradicts --dtype {name}: give one of the two")
+            name = meaning
+    return name
