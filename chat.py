@@ -41,8 +41,13 @@ def main():
     from minisft.generation.generate import Sampling
 
     sampling = Sampling(
-        options.max_new_tokens, options.temperature, options.top_k, options.top_p,
-        options.repetition_penalty, options.greedy, options.seed,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.repetition_penalty,
+        options.greedy,
+        options.seed,
     )
     if options.file:
         answer_file(options, system, sampling)
@@ -54,8 +59,10 @@ def main():
 
 def parse_options():
     """The options of the command line; UserError for a flag or value that makes no sense."""
-    parser = OptionParser(description="Talk to a model: in the terminal, with one question, with a "
-                          "file of them, or on a web page.")
+    parser = OptionParser(
+        description="Talk to a model: in the terminal, with one question, with a "
+        "file of them, or on a web page."
+    )
     add_model_flags(parser)
     add, _ = parser.section("conversation")
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter, used without merging")
@@ -152,9 +159,16 @@ def load_assistant(options, system, sampling, **more):
 
     device = resolve_device(options.device)
     assistant = Assistant(
-        options.model_name_or_path, options.adapter, options.template, device,
-        resolve_dtype(dtype_option(options), device), options.max_length,
-        quantization_bit=options.quantization_bit, compiled=options.compile, **more)
+        options.model_name_or_path,
+        options.adapter,
+        options.template,
+        device,
+        resolve_dtype(dtype_option(options), device),
+        options.max_length,
+        quantization_bit=options.quantization_bit,
+        compiled=options.compile,
+        **more,
+    )
     if system:
         name = f"--identity {options.identity}" if options.identity else "--system"
         assistant.check_system(system, sampling.max_new_tokens, name)
@@ -183,8 +197,14 @@ def answer_file(options, system, sampling):
     for name in ("model_name_or_path", "adapter", "template", "max_length", "quantization_bit"):
         settings[name] = getattr(options, name)
     number = prompts.answer_file(
-        load_assistant(options, system, sampling), options.file, options.output, sampling,
-        options.batch_size, system, settings)
+        load_assistant(options, system, sampling),
+        options.file,
+        options.output,
+        sampling,
+        options.batch_size,
+        system,
+        settings,
+    )
     print(f"{options.output}: {number} answers", file=sys.stderr)
 
 
@@ -202,8 +222,13 @@ def serve(options, system, sampling):
     else:
         assistants = load_pair(options, system, sampling, kept)
     page = Page(assistants, sampling, system or "", transcript)
-    web.serve(page, options.server_name, options.server_port,
-              options.password or os.environ.get("MINISFT_PASSWORD"), options.share)
+    web.serve(
+        page,
+        options.server_name,
+        options.server_port,
+        options.password or os.environ.get("MINISFT_PASSWORD"),
+        options.share,
+    )
 
 
 def load_pair(options, system, sampling, kept):
@@ -216,8 +241,12 @@ def load_pair(options, system, sampling, kept):
     from minisft.generation.sharing import Turns
 
     device = resolve_device(options.device)
-    model = load_model(resolve(options.model_name_or_path), resolve_dtype(dtype_option(options), device), device,
-                       options.quantization_bit)
+    model = load_model(
+        resolve(options.model_name_or_path),
+        resolve_dtype(dtype_option(options), device),
+        device,
+        options.quantization_bit,
+    )
     shared = {"model": model, "turns": Turns(), "kept_conversations": kept}
     first = load_assistant(options, system, sampling, **shared)
     if options.compare_with == "none":

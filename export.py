@@ -16,7 +16,12 @@ from minisft.common import tensor_files
 from minisft.common.command_line import QUANTIZATIONS, OptionParser, run_script
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags
-from minisft.common.outputs import check_output_dir, recorded_options, save_options
+from minisft.common.outputs import (
+    check_output_dir,
+    check_output_file,
+    recorded_options,
+    save_options,
+)
 
 
 def parse_options(arguments=None):
@@ -25,13 +30,20 @@ def parse_options(arguments=None):
     add, switch = add_model_flags(parser, auto_dtype="the checkpoint's; float32 for peft")
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
-    add("--format", choices=["hf", "peft", "gguf", "gguf-lora"], default="hf",
-        help="whole model (hf, gguf), or adapter alone (peft, gguf-lora)")
+    add(
+        "--format",
+        choices=["hf", "peft", "gguf", "gguf-lora"],
+        default="hf",
+        help="whole model (hf, gguf), or adapter alone (peft, gguf-lora)",
+    )
     add("--output_dir", help="folder to write: hf, peft")
     add("--output", help="file to write: gguf, gguf-lora")
     add("--quantization", choices=QUANTIZATIONS, default="f16", help="type of the numbers in gguf")
-    add("--template", default="auto",
-        help="conversation format that goes along (auto: the trained, else the checkpoint's)")
+    add(
+        "--template",
+        default="auto",
+        help="conversation format that goes along (auto: the trained, else the checkpoint's)",
+    )
     switch("--overwrite_output_dir", "write into a folder that has something in it, over a file")
     add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")
     options = parser.parse_options(arguments)
@@ -42,7 +54,7 @@ def parse_options(arguments=None):
 def check_options(options, given):
     """UserError for flags that are missing or that this format does not read."""
     to_file = options.format.startswith("gguf")
-    needed, unread = (("output", "output_dir") if to_file else ("output_dir", "output"))
+    needed, unread = ("output", "output_dir") if to_file else ("output_dir", "output")
     if needed not in given:
         raise UserError(f"--format {options.format} needs --{needed}")
     unread = {unread} | ({"dtype", "bf16", "fp16", "device"} if to_file else {"quantization"})
@@ -67,7 +79,7 @@ def main():
 
 def write_gguf(options):
     """The GGUF formats: tensor by tensor from file to file, the model is never loaded."""
-    output = check_output_file(options)
+    output = check_gguf_output(options)
 
     from minisft.checkpoints import hub
     from minisft.checkpoints.gguf_export import export_adapter, export_model
@@ -81,12 +93,15 @@ def write_gguf(options):
     else:
         paths = [options.model_name_or_path, options.adapter]
         name = " + ".join(Path(path).resolve().name for path in paths if path)
-        summary = export_model(model_dir, output, options.quantization, adapter_dir, name,
-                               options.template)
+        summary = export_model(
+            model_dir, output, options.quantization, adapter_dir, name, options.template
+        )
     types = ", ".join(f"{count} {name}" for name, count in summary["types"].items())
-    print(f"wrote {output}: {summary['bytes'] / 1e6:,.1f} MB, {summary['bits_per_weight']:.2f} "
-          f"bits per weight, "
-          f"{summary['tensors']} tensors ({types})")
+    print(
+        f"wrote {output}: {summary['bytes'] / 1e6:,.1f} MB, {summary['bits_per_weight']:.2f} "
+        f"bits per weight, "
+        f"{summary['tensors']} tensors ({types})"
+    )
     for note in summary["notes"]:
         print(f"note: {note}")
 
@@ -101,26 +116,30 @@ def tell_of_quantization(options, adapter_dir):
         print(f"note: the adapter was trained on {base} and is merged into another{way_out}")
 
 
-def check_output_file(options):
-    """The Path of --output; UserError where something is there that is not meant to go."""
+def check_gguf_output(options):
+    """The file to write. An existing file is overwritten only if it is a GGUF file."""
     from minisft.gguf.reader import is_gguf
 
-    path = Path(options.output)
-    if path.is_dir():
-        raise UserError(f"--output {path}: is a folder; name a file in it")
-    if path.resolve() == Path(options.model_name_or_path).resolve():
-        raise UserError(f"--output {path}: is also read from; choose another")
-    if path.exists() and not options.overwrite_output_dir:
-        raise UserError(f"--output {path}: exists; choose another, or give --overwrite_output_dir")
+    path = check_output_file(
+        "--output",
+        options.output,
+        [options.model_name_or_path],
+        options.overwrite_output_dir,
+        "--overwrite_output_dir",
+    )
     if path.exists() and not is_gguf(path):
-        raise UserError(f"--output {path}: exists and is no GGUF file; choose another")
+        raise UserError(f"--output {path} exists and is not a GGUF file. Choose another name.")
     return path
 
 
 def write_folder(options):
     """The formats that are folders."""
-    output_dir = check_output_dir(options.output_dir, options.overwrite_output_dir,
-                                  options.model_name_or_path, options.adapter)
+    output_dir = check_output_dir(
+        options.output_dir,
+        options.overwrite_output_dir,
+        options.model_name_or_path,
+        options.adapter,
+    )
 
     import torch
 
@@ -149,8 +168,9 @@ def write_folder(options):
     if adapter_dir:
         lora_config = adapters.load_adapter(model, adapter_dir)
         tell_of_quantization(options, adapter_dir)
-    form = conversation_form(tokenizer, options.template, trained_dir,
-                             folders.generation_eos(model_dir, model.config))
+    form = conversation_form(
+        tokenizer, options.template, trained_dir, folders.generation_eos(model_dir, model.config)
+    )
     if is_reward_model:
         choose_padding(model, tokenizer, form.stop_ids)
     if options.format == "peft":
@@ -163,8 +183,10 @@ def write_folder(options):
     # What chat.py looks for: the form of the conversations that the model was trained on.
     trained = recorded_options(trained_dir)
     name = trained.get("template") if options.template == "auto" else options.template
-    save_options(Namespace(template=name, default_system=trained.get("default_system")),
-                 output_dir / "options.toml")
+    save_options(
+        Namespace(template=name, default_system=trained.get("default_system")),
+        output_dir / "options.toml",
+    )
     print(f"wrote {output_dir}")
 
 

@@ -54,25 +54,47 @@ def parse_options(arguments=None):
     add("--adapter", help="score with this LoRA adapter, such as the pre-experience")
 
     add, switch = parser.section("data")
-    add("--dataset", required=True,
-        help="files, folders and names in dataset_info.json, separated by commas")
+    add(
+        "--dataset",
+        required=True,
+        help="files, folders and names in dataset_info.json, separated by commas",
+    )
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
     switch("--skip_bad_rows", "give broken rows a reason instead of stopping")
-    add("--template", default="auto",
-        help="conversation format, by name (auto: what the adapter or model was trained with)")
+    add(
+        "--template",
+        default="auto",
+        help="conversation format, by name (auto: what the adapter or model was trained with)",
+    )
     add("--default_system", help="system prompt of conversations that have none")
     add("--max_length", type=positive_int, default=512, help="longer rows are reported, not scored")
-    add("--dataloader_num_workers", type=non_negative_int, default=2,
-        help="processes that read and encode rows ahead (0: none)")
+    add(
+        "--dataloader_num_workers",
+        type=non_negative_int,
+        default=2,
+        help="processes that read and encode rows ahead (0: none)",
+    )
 
     add, switch = parser.section("what is computed")
-    add("--mode", choices=["ifd", "embed", "all", "reward"], default="ifd",
+    add(
+        "--mode",
+        choices=["ifd", "embed", "all", "reward"],
+        default="ifd",
         help="ifd: scores; embed: embeddings and perplexity of the instructions; all: both; "
-        "reward: what a reward model says")
-    add("--batch_tokens", type=positive_int, help="tokens that go through the model together, padding "
-        "included (2048 on a CPU, whose caches they fit, 8192 on a GPU)")
-    add("--output", required=True, metavar="F.jsonl",
-        help="file of the scores; other files get their names from it")
+        "reward: what a reward model says",
+    )
+    add(
+        "--batch_tokens",
+        type=positive_int,
+        help="tokens that go through the model together, padding "
+        "included (2048 on a CPU, whose caches they fit, 8192 on a GPU)",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="F.jsonl",
+        help="file of the scores; other files get their names from it",
+    )
     switch("--overwrite", "start anew where scores of another model, template or file are")
     parser.epilog = EPILOGUE
     return parser.parse_options(arguments)
@@ -89,29 +111,46 @@ def main():
     dtype, say = resolve_dtype(dtype_option(options), device), processes.print_rank0
     skipped = [] if options.skip_bad_rows else None
     of_rewards = options.mode == "reward"
-    rows, drawn = open_every_record(options.dataset, options.dataset_dir, skipped, say,
-                                    ranking=None if of_rewards else False)
+    rows, drawn = open_every_record(
+        options.dataset, options.dataset_dir, skipped, say, ranking=None if of_rewards else False
+    )
     check_output(options, rows)
     folders = find_model(options)
     template, max_length, config = load_template(options, *folders, say)
     parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
-    encoder = ifd.Encoder(rows, template, max_length, config.vocab_size, parts, drawn,
-                          reward_scores.Score if of_rewards else ifd.Score)
+    encoder = ifd.Encoder(
+        rows,
+        template,
+        max_length,
+        config.vocab_size,
+        parts,
+        drawn,
+        reward_scores.Score if of_rewards else ifd.Score,
+    )
     files = pending = None
     if processes.rank() == 0:
         record = describe(options, *folders, template, max_length, dtype, rows, drawn)
-        files = ScoreFiles(options.output, record, len(rows), parts, config.hidden_size,
-                           options.overwrite)
+        files = ScoreFiles(
+            options.output, record, len(rows), parts, config.hidden_size, options.overwrite
+        )
         pending = files.pending()
     pending = processes.all_gather(pending)[0]
-    say(f"{len(rows):,} rows, {len(pending):,} to do; template {template.name}, {device}, "
-        f"{str(dtype).removeprefix('torch.')}, {processes.world_size()} process(es)")
+    say(
+        f"{len(rows):,} rows, {len(pending):,} to do; template {template.name}, {device}, "
+        f"{str(dtype).removeprefix('torch.')}, {processes.world_size()} process(es)"
+    )
 
     model = load_scorer(options, *folders, dtype, device)
     # Every process scores rows of its own; what is finished is written by the first.
     batch_tokens = options.batch_tokens or (8192 if device.type == "cuda" else 2048)
-    mine = ifd.score(model, encoder, pending, batch_tokens, options.dataloader_num_workers,
-                     reward_scores.compute_rewards if of_rewards else ifd.compute_losses)
+    mine = ifd.score(
+        model,
+        encoder,
+        pending,
+        batch_tokens,
+        options.dataloader_num_workers,
+        reward_scores.compute_rewards if of_rewards else ifd.compute_losses,
+    )
     write(mine, files, len(rows), len(pending), say)
     processes.stop()
 
@@ -130,17 +169,13 @@ def find_model(options):
 
 def check_output(options, rows):
     """UserError where --output, or a file named after it, is no file to write or is read from."""
+    from minisft.common.outputs import check_output_file
     from minisft.selection.score_files import paths
 
     if not options.output.endswith(".jsonl"):
         raise UserError(f"--output {options.output}: give the name of a file that ends in .jsonl")
-    read = [file.records.path.resolve() for file in rows.files]
     for path in paths(options.output).values():
-        if path.resolve() in read:
-            raise UserError(f"--output {options.output}: {path} is also read from; choose another")
-        if path.exists() and not path.is_file():
-            raise UserError(f"--output {options.output}: {path} is a folder or a device; choose "
-                            "another")
+        check_output_file("--output", path, [file.records.path for file in rows.files])
 
 
 def load_template(options, model_dir, adapter_dir, say):
@@ -155,7 +190,10 @@ def load_template(options, model_dir, adapter_dir, say):
     if max_length < options.max_length:
         say(f"--max_length: {max_length} tokens, as far as this model can score rows")
     template = trained_template(
-        options.template, Tokenizer.load(model_dir), adapter_dir or model_dir, options.default_system
+        options.template,
+        Tokenizer.load(model_dir),
+        adapter_dir or model_dir,
+        options.default_system,
     )
     return template, max_length, config
 
@@ -195,13 +233,19 @@ def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows,
     from minisft.selection.score_files import record_of_data, record_of_model
 
     return {
-        **record_of_model(model_dir, adapter_dir), "dataset": record_of_data(rows, drawn),
-        "template": template.name, "default_system": template.default_system,
-        "max_length": max_length, "dtype": str(dtype).removeprefix("torch."),
+        **record_of_model(model_dir, adapter_dir),
+        "dataset": record_of_data(rows, drawn),
+        "template": template.name,
+        "default_system": template.default_system,
+        "max_length": max_length,
+        "dtype": str(dtype).removeprefix("torch."),
         "quantization_bit": options.quantization_bit,
         "kind of scores": "rewards" if options.mode == "reward" else "losses",
-        "names": {"model": options.model_name_or_path, "adapter": options.adapter,
-                  "dataset": options.dataset},
+        "names": {
+            "model": options.model_name_or_path,
+            "adapter": options.adapter,
+            "dataset": options.dataset,
+        },
     }
 
 
@@ -210,8 +254,12 @@ def write(mine, files, num_rows, num_pending, say):
     from tqdm import tqdm
 
     reasons, began = Counter(), time.monotonic()
-    bar = tqdm(total=num_rows, initial=num_rows - num_pending, unit="row",
-               disable=not (files and sys.stderr.isatty()))
+    bar = tqdm(
+        total=num_rows,
+        initial=num_rows - num_pending,
+        unit="row",
+        disable=not (files and sys.stderr.isatty()),
+    )
     for finished in together(mine):
         if files:
             files.add(finished)

@@ -26,14 +26,27 @@ if __name__ == "select":
     found.loader.exec_module(sys.modules["select"])
 
 STRATEGIES = {  # and what each needs
-    "ifd": ("scores",), "ifd_ppl": ("scores",), "ppl": ("scores",), "reward": ("scores",),
-    "margin": ("scores",), "longest": (), "random": (), "random_matched": ("match",),
-    "cluster": ("embeddings",), "kcenter": ("embeddings",),
+    "ifd": ("scores",),
+    "ifd_ppl": ("scores",),
+    "ppl": ("scores",),
+    "reward": ("scores",),
+    "margin": ("scores",),
+    "longest": (),
+    "random": (),
+    "random_matched": ("match",),
+    "cluster": ("embeddings",),
+    "kcenter": ("embeddings",),
     "ifd+kcenter": ("scores", "embeddings"),
 }
 # Which of the scores a strategy goes by.
-SCORE_OF = {"ifd": "ifd", "ifd_ppl": "ifd_ppl", "ppl": "loss_conditioned", "reward": "reward",
-            "margin": "margin", "ifd+kcenter": "ifd"}
+SCORE_OF = {
+    "ifd": "ifd",
+    "ifd_ppl": "ifd_ppl",
+    "ppl": "loss_conditioned",
+    "reward": "reward",
+    "margin": "margin",
+    "ifd+kcenter": "ifd",
+}
 EPILOGUE = """\
 Strategies:
   ifd             the highest ratio of losses below 1 (above, the instruction does not help)
@@ -78,14 +91,34 @@ def parse_options(arguments=None):
     add("--sample_number", type=positive_int, help="this many rows")
     add("--clusters", type=positive_int, default=100, help="of k-means")
     add("--per_cluster", type=positive_int, default=10, help="rows of each cluster")
-    add("--starts", type=positive_int, default=1, help="k-means is begun so often; the best is taken")
-    add("--band", type=band, default=[25.0, 75.0], metavar="LOW,HIGH",
-        help="percentiles of perplexity in a cluster")
-    add("--pool", type=positive_float, default=3.0, help="ifd+kcenter chooses among so many times N rows")
+    add(
+        "--starts",
+        type=positive_int,
+        default=1,
+        help="k-means is begun so often; the best is taken",
+    )
+    add(
+        "--band",
+        type=band,
+        default=[25.0, 75.0],
+        metavar="LOW,HIGH",
+        help="percentiles of perplexity in a cluster",
+    )
+    add(
+        "--pool",
+        type=positive_float,
+        default=3.0,
+        help="ifd+kcenter chooses among so many times N rows",
+    )
     add("--match", metavar="F", help="a selection, written by select.py, whose lengths to match")
-    add("--dedup", type=positive_float, nargs="?", const=0.9,
+    add(
+        "--dedup",
+        type=positive_float,
+        nargs="?",
+        const=0.9,
         help="first drop instructions that share this much (0.9, if no number is given) of their "
-        "runs of five characters with an earlier one")
+        "runs of five characters with an earlier one",
+    )
     add("--seed", type=non_negative_int, default=42, help="of k-means and of random choice")
 
     add, switch = parser.section("output")
@@ -117,8 +150,11 @@ def check_options(options, given):
         ({"clusters", "per_cluster", "starts", "band"}, not clustered, "needs --strategy cluster"),
         ({"pool"}, strategy != "ifd+kcenter", "needs --strategy ifd+kcenter"),
         ({"match"}, strategy != "random_matched", "needs --strategy random_matched"),
-        ({"sample_rate", "sample_number"}, fixed, f"contradicts --strategy {strategy}, for which "
-         f"{by} says how many rows are chosen"),
+        (
+            {"sample_rate", "sample_number"},
+            fixed,
+            f"contradicts --strategy {strategy}, for which {by} says how many rows are chosen",
+        ),
         ({"sample_rate"}, options.sample_number, "contradicts --sample_number: give one of them"),
     ):
         if wrong and names & given:
@@ -126,8 +162,9 @@ def check_options(options, given):
     if missing := set(STRATEGIES[strategy]) - given:
         raise UserError(f"--strategy {strategy} needs --{min(missing)} (see --help)")
     if options.embeddings and not options.embeddings.endswith(".embeddings.npy"):
-        raise UserError(f"--embeddings {options.embeddings}: give the file that ends in "
-                        ".embeddings.npy")
+        raise UserError(
+            f"--embeddings {options.embeddings}: give the file that ends in .embeddings.npy"
+        )
     if not fixed and not (options.sample_rate or options.sample_number):
         raise UserError("give --sample_rate or --sample_number: how many rows to choose")
     for flag, low, high in (("sample_rate", 0, 1), ("pool", 1, float("inf")), ("dedup", 0.7, 1)):
@@ -173,13 +210,22 @@ def main():
     number = options.sample_number or round(len(inputs.rows) * (options.sample_rate or 0)) or 1
     chosen, clusters = choose(options, inputs, candidates, number)
     manifest = {
-        "strategy": options.strategy, "seed": options.seed, "options": vars(options),
-        "dataset": dataset, "inputs": inputs.hashes, "rows": len(rows),
-        "dropped": candidates.dropped, "not_chosen": len(candidates.rows) - len(chosen),
-        "num_chosen": len(chosen), "answer_length": {
-            "unit": inputs.unit, "mean_chosen": float(inputs.lengths[chosen].mean()),
-            "mean_all": float(inputs.lengths[inputs.rows].mean())},
-        **clusters, "chosen": chosen.tolist(),
+        "strategy": options.strategy,
+        "seed": options.seed,
+        "options": vars(options),
+        "dataset": dataset,
+        "inputs": inputs.hashes,
+        "rows": len(rows),
+        "dropped": candidates.dropped,
+        "not_chosen": len(candidates.rows) - len(chosen),
+        "num_chosen": len(chosen),
+        "answer_length": {
+            "unit": inputs.unit,
+            "mean_chosen": float(inputs.lengths[chosen].mean()),
+            "mean_all": float(inputs.lengths[inputs.rows].mean()),
+        },
+        **clusters,
+        "chosen": chosen.tolist(),
     }
     strategies.write(rows.files, chosen, manifest, output)
     tell(manifest, rows.files)
@@ -190,9 +236,11 @@ def main():
 def tell(manifest, files):
     """Print what was chosen and what was not."""
     lengths, output = manifest["answer_length"], manifest["options"]["output"]
-    print(f"{output}: {manifest['num_chosen']:,} of {manifest['rows']:,} rows "
-          f"by {manifest['strategy']}; answers of {lengths['mean_chosen']:,.1f} {lengths['unit']} "
-          f"on average (all rows: {lengths['mean_all']:,.1f})")
+    print(
+        f"{output}: {manifest['num_chosen']:,} of {manifest['rows']:,} rows "
+        f"by {manifest['strategy']}; answers of {lengths['mean_chosen']:,.1f} {lengths['unit']} "
+        f"on average (all rows: {lengths['mean_all']:,.1f})"
+    )
     for why, positive_int in manifest["dropped"].items():
         print(f"dropped {positive_int:,}: {why}")
     if any(file.description for file in files):
@@ -204,25 +252,27 @@ def check_output(options, rows):
     from pathlib import Path
 
     from minisft.common.errors import UserError
+    from minisft.common.outputs import check_output_file
     from minisft.selection.score_files import perplexity_path
 
     path = Path(options.output)
     written = [path, Path(f"{path}.manifest"), *([path.with_suffix(".png")] * options.plot)]
     if options.plot and path.suffix == ".png":
         raise UserError(f"--output {path}: is where --plot draws; give the rows another name")
-    read = [*(file.records.path for file in rows.files), options.scores, options.embeddings,
-            options.embeddings and perplexity_path(options.embeddings), options.match,
-            options.match and options.match + ".manifest"]
-    read = {Path(one).resolve() for one in read if one}
+    read = [
+        *(file.records.path for file in rows.files),
+        options.scores,
+        options.embeddings,
+        options.embeddings and perplexity_path(options.embeddings),
+        options.match,
+        options.match and options.match + ".manifest",
+    ]
     for one in written:
-        if one.resolve() in read:
-            raise UserError(f"--output {path}: {one} is also read from; choose another")
-        if one.exists() and not one.is_file():
-            raise UserError(f"--output {path}: {one} is a folder or a device; give the name of a "
-                            "file")
+        check_output_file("--output", one, read)
         if one.exists() and not options.overwrite:
-            raise UserError(f"--output {path}: {one} is there already; choose another, or give "
-                            "--overwrite")
+            raise UserError(
+                f"--output {path}: {one} is there already; choose another, or give --overwrite"
+            )
     return path
 
 
@@ -237,20 +287,28 @@ def read_inputs(options, num_rows, dataset):
     inputs = Inputs()
     if options.scores:
         score_files.check_belongs(options.scores, dataset)
-        inputs.scores = score_files.read_scores(options.scores, num_rows,
-                                           SCORE_OF.get(options.strategy))
+        inputs.scores = score_files.read_scores(
+            options.scores, num_rows, SCORE_OF.get(options.strategy)
+        )
     if options.embeddings:
         score_files.check_belongs(options.embeddings, dataset)
-        inputs.embeddings, inputs.perplexity = score_files.read_embeddings(options.embeddings, num_rows)
+        inputs.embeddings, inputs.perplexity = score_files.read_embeddings(
+            options.embeddings, num_rows
+        )
     if options.match:
         manifest = score_files.read_record(Path(options.match + ".manifest"))
         if manifest.get("dataset") != dataset:
             raise UserError(f"--match {options.match}: was chosen from another file than --dataset")
         inputs.reference = checked_numbers(manifest.get("chosen"), num_rows, options.match)
-    inputs.hashes = {flag: score_files.sha256(path) for flag in ("scores", "embeddings", "match")
-                     if (path := getattr(options, flag))}
+    inputs.hashes = {
+        flag: score_files.sha256(path)
+        for flag in ("scores", "embeddings", "match")
+        if (path := getattr(options, flag))
+    }
     if options.embeddings:
-        inputs.hashes["perplexity"] = score_files.sha256(score_files.perplexity_path(options.embeddings))
+        inputs.hashes["perplexity"] = score_files.sha256(
+            score_files.perplexity_path(options.embeddings)
+        )
     return inputs
 
 
@@ -259,10 +317,15 @@ def checked_numbers(numbers, num_rows, path):
     from minisft.common.errors import UserError
     from minisft.common.json_files import is_integer
 
-    if not (isinstance(numbers, list) and numbers
-            and all(is_integer(number, most=num_rows - 1) for number in numbers)):
-        raise UserError(f"--match {path}: {path}.manifest does not say which rows were chosen; is "
-                        "it one that select.py wrote?")
+    if not (
+        isinstance(numbers, list)
+        and numbers
+        and all(is_integer(number, most=num_rows - 1) for number in numbers)
+    ):
+        raise UserError(
+            f"--match {path}: {path}.manifest does not say which rows were chosen; is "
+            "it one that select.py wrote?"
+        )
     return numbers
 
 
@@ -287,7 +350,9 @@ def choose(options, inputs, candidates, number):
         chosen = strategies.k_center(inputs.embeddings, rows, number)
     elif strategy == "ifd+kcenter":
         strategies.enough(rows, number)
-        pool = strategies.highest(score_files["ifd"], rows, min(len(rows), round(options.pool * number)))
+        pool = strategies.highest(
+            score_files["ifd"], rows, min(len(rows), round(options.pool * number))
+        )
         chosen = strategies.k_center(inputs.embeddings, np.sort(pool), number)
     elif strategy == "longest":
         chosen = strategies.highest(inputs.lengths, rows, number)
@@ -326,10 +391,12 @@ def choose_by_cluster(options, inputs, rows):
     found = kmeans(points, options.clusters, options.seed, options.starts)
     inputs.clustered = rows, found.assignment
     sizes = np.bincount(found.assignment, minlength=options.clusters)
-    chosen = strategies.from_clusters(found.assignment, inputs.perplexity, rows,
-                                     options.per_cluster, options.band)
-    return chosen, {"clusters": {"inertia": found.inertia, "steps": found.num_steps,
-                                 "sizes": sizes.tolist()}}
+    chosen = strategies.from_clusters(
+        found.assignment, inputs.perplexity, rows, options.per_cluster, options.band
+    )
+    return chosen, {
+        "clusters": {"inertia": found.inertia, "steps": found.num_steps, "sizes": sizes.tolist()}
+    }
 
 
 if __name__ == "__main__":

@@ -73,13 +73,21 @@ def train(run, batches, eval_examples, template=None):
     rank, world_size = processes.rank(), processes.world_size()
     with Interruption() as interruption:
         for examples in steps_to_go(run, batches):
-            rate = learning_rate_at(progress.step, run.total_steps, options.learning_rate,
-                                    options.lr_scheduler_type, run.warmup_steps, options.lr_end)
+            rate = learning_rate_at(
+                progress.step,
+                run.total_steps,
+                options.learning_rate,
+                options.lr_scheduler_type,
+                run.warmup_steps,
+                options.lr_end,
+            )
             set_learning_rate(run.optimizer, rate)
-            parts = batching.micro_batches(examples, options.per_device_train_batch_size,
-                                           rank, world_size)
+            parts = batching.micro_batches(
+                examples, options.per_device_train_batch_size, rank, world_size
+            )
             sums, total, grad_norm = train_step(
-                run, [run.collate(part, run.device) for part in parts])
+                run, [run.collate(part, run.device) for part in parts]
+            )
             progress.add(sums, total, sum(len(example.ids) for example in examples))
             if due(run, options.logging_steps):
                 progress.record(progress.step / run.steps_per_epoch, rate, grad_norm)
@@ -91,8 +99,11 @@ def train(run, batches, eval_examples, template=None):
                     return None
             stopped = processes.max_over_ranks(interruption.signal, run.device)
             is_best = options.load_best_model_at_end and run.best["step"] == progress.step
-            if stopped or is_best or (
-                    due(run, options.save_steps) and progress.step < run.total_steps):
+            if (
+                stopped
+                or is_best
+                or (due(run, options.save_steps) and progress.step < run.total_steps)
+            ):
                 run.save_checkpoint()
             if stopped:
                 return stopped
@@ -108,8 +119,10 @@ def steps_to_go(run, batches):
         if run.progress.step == first:
             raise
         run.save_checkpoint()
-        raise UserError(f"{error}; saved at step {run.progress.step}: mend the row and go on with "
-                        "--resume_from_checkpoint auto") from error
+        raise UserError(
+            f"{error}; saved at step {run.progress.step}: mend the row and go on with "
+            "--resume_from_checkpoint auto"
+        ) from error
 
 
 def due(run, every):
@@ -148,9 +161,11 @@ def train_step(run, batches):
     # In float16 an overflow now and then is how the loss scale is found; that step is skipped.
     finding_scale = run.scaler.is_enabled() and run.scaler.get_scale() > 1
     if not math.isfinite(grad_norm) and not finding_scale:
-        raise UserError(f"step {run.progress.step + 1}: the gradient's norm is {grad_norm}; "
-                        "stopped before the weights were changed. Lower --learning_rate, or use "
-                        "--dtype float32")
+        raise UserError(
+            f"step {run.progress.step + 1}: the gradient's norm is {grad_norm}; "
+            "stopped before the weights were changed. Lower --learning_rate, or use "
+            "--dtype float32"
+        )
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -196,7 +211,8 @@ def build_model(options, model_dir, dtype, device):
     torch.manual_seed(options.seed)
     is_sharded = options.parallel == "fsdp"
     model, lora_config = load_trainable(
-        options, model_dir, dtype, torch.device("meta") if is_sharded else device)
+        options, model_dir, dtype, torch.device("meta") if is_sharded else device
+    )
     if is_sharded:
         from minisft.training import fsdp
 
@@ -212,9 +228,12 @@ def main():
 
         return plan.show(options)
     output_dir = check_output_dir(
-        options.output_dir, options.overwrite_output_dir or (
-            options.resume_from_checkpoint and can_go_on(Path(options.output_dir))),
-        options.model_name_or_path, options.adapter)
+        options.output_dir,
+        options.overwrite_output_dir
+        or (options.resume_from_checkpoint and can_go_on(Path(options.output_dir))),
+        options.model_name_or_path,
+        options.adapter,
+    )
 
     from minisft.checkpoints.hub import resolve
     from minisft.common import processes
@@ -228,9 +247,11 @@ def main():
     run.progress.close()
     if interrupted:
         record = shlex.quote(str(output_dir / "options.toml"))
-        processes.print_rank0(f"stopped and saved at step {run.progress.step}; go on with\n  "
-                     f"{processes.launch_command()} train.py --config {record} "
-                     "--resume_from_checkpoint auto")
+        processes.print_rank0(
+            f"stopped and saved at step {run.progress.step}; go on with\n  "
+            f"{processes.launch_command()} train.py --config {record} "
+            "--resume_from_checkpoint auto"
+        )
     else:
         save(run, tokenizer, template, model_dir, output_dir)
     processes.stop()
@@ -269,21 +290,35 @@ def begin_run(options, model_dir, output_dir, dtype, device, template, batches, 
 
     say, resuming = processes.print_rank0, options.resume_from_checkpoint
     if dtype == torch.bfloat16 and not has_fast_bfloat16(device):
-        say("bfloat16 halves the memory of the base, but this processor only emulates it: "
-            "--dtype float32 is faster here")
+        say(
+            "bfloat16 halves the memory of the base, but this processor only emulates it: "
+            "--dtype float32 is faster here"
+        )
     model, lora_config = build_model(options, model_dir, dtype, device)
     num_trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    say(f"{len(batches.rows):,} rows; training {num_trained:,} of {count_parameters(model):,} "
+    say(
+        f"{len(batches.rows):,} rows; training {num_trained:,} of {count_parameters(model):,} "
         f"parameters ({options.finetuning_type}) on {device}, "
-        f"{str(dtype).removeprefix('torch.')}, {processes.world_size()} process(es)")
-    resumed = resuming and processes.broadcast_from_rank0(lambda: checkpoint.find(output_dir, resuming, say))
+        f"{str(dtype).removeprefix('torch.')}, {processes.world_size()} process(es)"
+    )
+    resumed = resuming and processes.broadcast_from_rank0(
+        lambda: checkpoint.find(output_dir, resuming, say)
+    )
     if resuming:
         say(f"resuming from {resumed}" if resumed else "no checkpoint to resume from: starting")
     if processes.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-    run = Run(options, model, lora_config, batches.num_examples, dtype, device, resumed,
-              partial(preference.build, template=template, batches=batches, held_out=eval_examples),
-              num_bytes=int(batches.rows.sizes().sum()))
+    run = Run(
+        options,
+        model,
+        lora_config,
+        batches.num_examples,
+        dtype,
+        device,
+        resumed,
+        partial(preference.build, template=template, batches=batches, held_out=eval_examples),
+        num_bytes=int(batches.rows.sizes().sum()),
+    )
     if processes.rank() == 0:  # only now that nothing speaks against the run
         checkpoint.remove_others(output_dir, resumed, run.progress.step)
         save_options(options, output_dir / "options.toml")
@@ -307,15 +342,19 @@ def save(run, tokenizer, template, model_dir, output_dir):
     try:
         write_result(run, tokenizer, template, model_dir, output_dir)
     except (OSError, UserError) as error:
-        raise UserError(f"{error}; make room, and --resume_from_checkpoint auto goes on from the "
-                        "last checkpoint") from error
+        raise UserError(
+            f"{error}; make room, and --resume_from_checkpoint auto goes on from the "
+            "last checkpoint"
+        ) from error
     say(f"saved to {output_dir}")
     if options.plot_loss and processes.rank() == 0:
         try:
             say(f"drew {plot_loss(output_dir)}")
         except ImportError:
-            say("--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
-                f"{output_dir / 'metrics.jsonl'}")
+            say(
+                "--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
+                f"{output_dir / 'metrics.jsonl'}"
+            )
 
 
 def write_result(run, tokenizer, template, model_dir, output_dir):
@@ -337,8 +376,12 @@ def write_result(run, tokenizer, template, model_dir, output_dir):
         return
     if not run.lora_config:
         listed = folders.generation_eos(model_dir, model.config)
-        folders.save_generation_config(model_dir, output_dir, model.config,
-                                       template.stop_token_ids(listed) if template else listed)
+        folders.save_generation_config(
+            model_dir,
+            output_dir,
+            model.config,
+            template.stop_token_ids(listed) if template else listed,
+        )
     tokenizer.save(output_dir, template and chat_template_text(template, options.default_system))
 
 

@@ -1,6 +1,6 @@
 """minisft: score, select, fine-tune, evaluate, export and chat, in PyTorch that can be read.
 
-    from minisft import Assistant
+from minisft import Assistant
 """
 
 

@@ -207,16 +207,16 @@ def test_files_without_rows(content, message, start, place):
     ("train", ["--train_dir", "."], "--train_dir contradicts --dataset"),
     ("train", ["--plot_loss", "maybe"], "'maybe' is neither true nor false"),
     ("train", ["--output_dir", "ROWS"], "rows.json: is a file"),
-    ("train", ["--output_dir", "ADAPTER"], "has something in it"),
+    ("train", ["--output_dir", "ADAPTER"], "is not empty"),
     ("train", ["--adapter", "ADAPTER", "--output_dir", "ADAPTER", "--overwrite_output_dir"],
-     "is also read from"),
+     "is an input"),
     ("train", ["--resume_from_checkpoint", "nowhere"], "nowhere: there is no such folder"),
-    ("export", ["--device", "cuda:99"], "--device cuda:99: torch finds"),
+    ("export", ["--device", "cuda:99"], "--device cuda:99: torch sees"),
     ("export", ["--device", "tpu"], "--device tpu: not a"),
     ("export", ["--bf16", "--fp16"], "--fp16 contradicts --dtype bfloat16"),
     ("export", ["--max_shard_size", "-5"], "'-5' is not a size"),
     ("export", ["--format", "onnx"], "--format: invalid choice: 'onnx'"),
-    ("export", ["--output_dir", "ADAPTER"], "has something in it"),
+    ("export", ["--output_dir", "ADAPTER"], "is not empty"),
 ])
 def test_flags(script, flags, message, start, place):
     assert message in refused(start, place, script, *flags)
@@ -225,7 +225,7 @@ def test_flags(script, flags, message, start, place):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu(start, place):
     complaint = refused(start, place, "train", "--device", "cuda")
-    assert "torch finds 0 GPUs here; use --device cpu" in complaint
+    assert "torch sees 0 GPUs here; use --device cpu" in complaint
 
 
 def test_output_by_another_name_is_the_input_all_the_same(start, place):
@@ -234,7 +234,7 @@ def test_output_by_another_name_is_the_input_all_the_same(start, place):
         for script in ("train", "export"):
             complaint = refused(start, place, script, "--output_dir", place / name,
                                 "--overwrite_output_dir")
-            assert "is also read from" in complaint
+            assert "is an input" in complaint
 
 
 def test_no_room_on_the_disk(start, place, monkeypatch):

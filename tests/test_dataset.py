@@ -440,7 +440,7 @@ class TestConvert:
                                ((good, folder), "is a folder or a device; give the name of a f"),
                                ((good, folder, "--overwrite"), "folder: is a folder or a device"),
                                ((good, device, "--overwrite"), "device: is a folder or a device"),
-                               ((good, good, "--overwrite"), "is also read from"),
+                               ((good, good, "--overwrite"), "is an input"),
                                ((good, tmp_path / "no" / "out.json"), "No such file"),
                                ((tmp_path / "none.json", output), "no such file")):
             done = self.run(*words)

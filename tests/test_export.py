@@ -184,8 +184,8 @@ def test_a_reward_model_from_peft(checkpoint, judge, tmp_path):
 def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
     before = {path: path.read_bytes() for path in checkpoint.iterdir()}
     for words, message in (
-        (["--output_dir", checkpoint], "also read from"),
-        (["--output_dir", adapter, "--overwrite_output_dir"], "also read from"),
+        (["--output_dir", checkpoint], "is an input"),
+        (["--output_dir", adapter, "--overwrite_output_dir"], "is an input"),
         (["--output_dir", tmp_path / "out", "--max_shard_size", "big"], "not a size"),
         (["--output_dir", tmp_path / "out", "--adapter", checkpoint], "adapter_config.json"),
         (["--output_dir", tmp_path / "out", "--template", "lama2"], "unknown template"),

@@ -42,7 +42,7 @@ CRASHES = """
 import sys, time
 sys.path.insert(0, {root!r})
 import train
-from minisft import parallel
+from minisft.common import processes as parallel
 
 train_step = train.train_step
 

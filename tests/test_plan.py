@@ -15,11 +15,12 @@ import train
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.common.errors import UserError
 from minisft.data import batching
+from minisft.model import loss
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.quantized import count_parameters
-from minisft.training import lengths, memory, objective, plan
+from minisft.training import lengths, memory, plan
 from minisft.training.metrics import read_metrics
 from minisft.training.objective import NextToken
 from minisft.training.options import parse_options
@@ -119,7 +120,7 @@ def test_what_autograd_keeps_of_a_layer(fields, lora, bits, dtype, packed, tmp_p
 def test_planned_peak_is_the_measured_one(fields, batch_size, length, accumulated, dtype, flags,
                                           tmp_path, monkeypatch):
     """Within a tenth of what torch's allocator gave out at its peak in a step of train.py."""
-    monkeypatch.setattr(objective, "CHUNK_LOGITS", 2**23)  # several chunks in some of these
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**23)  # several chunks in some of these
     saved(tmp_path / "model", SHAPE | fields)
     found = peak.measure(tmp_path, SHAPE | fields, batch_size, length, accumulated, dtype, flags)
     assert found["planned"] == pytest.approx(found["tensors"], rel=0.1), found["at"]

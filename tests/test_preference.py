@@ -275,9 +275,9 @@ def test_several_answers_are_all_their_pairs():
 
 
 def test_logits_of_answers_only_and_in_chunks(monkeypatch):
-    from minisft.training import objective as room
+    from minisft.model import loss
 
-    monkeypatch.setattr(room, "chunk_size", lambda vocab_size: 16)
+    monkeypatch.setattr(loss, "chunk_size", lambda vocab_size: 16)
     examples, held = ragged_rows(6), []
     objective = new_objective()
     logits = objective.model.logits

@@ -287,7 +287,7 @@ def test_what_is_read_is_never_written(checkpoint, many, tmp_path, monkeypatch):
     (tmp_path / "folder.jsonl").mkdir()
     os.mkfifo(tmp_path / "device.jsonl")
     for output, message in (
-        (many, "many.jsonl is also read from"),
+        (many, "many.jsonl is an input"),
         (tmp_path / "scores.json", "ends in .jsonl"),  # beside scores.jsonl it had its record
         (tmp_path, "ends in .jsonl"),
         (tmp_path / "folder.jsonl", "folder.jsonl is a folder"),
@@ -297,7 +297,7 @@ def test_what_is_read_is_never_written(checkpoint, many, tmp_path, monkeypatch):
             score_here(monkeypatch, checkpoint, many, output, "--overwrite", "--skip_bad_rows")
     other = tmp_path / "s.record.json"  # as a data set, however unlikely
     other.write_text(json.dumps([{"instruction": "the cat", "output": "sat"}]))
-    with pytest.raises(UserError, match="s.record.json is also read from"):
+    with pytest.raises(UserError, match="s.record.json is an input"):
         score_here(monkeypatch, checkpoint, other, tmp_path / "s.jsonl", "--overwrite")
     assert many.read_bytes() == before and not list(tmp_path.glob("*.npy"))
 

@@ -291,11 +291,11 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("'75,25' is not|invalid band value: '75,25'", *by_cluster, "--band", "75,25")
     refused("59 rows are wanted and only", *by_ifd, "--sample_number", 59)
     refused("61 clusters of 60 rows", *by_cluster, "--clusters", 61)
-    refused("--output .* is also read from", *by_ifd, *few, "--output", scores)
+    refused("--output .* is an input", *by_ifd, *few, "--output", scores)
     refused("is a folder", *by_ifd, *few, "--output", tmp_path)
     os.mkfifo(tmp_path / "device")
     refused("or a device", *by_ifd, *few, "--output", tmp_path / "device", "--overwrite")
-    refused("is also read from", *by_cluster, "--output", paths(scores)["perplexity"])
+    refused("is an input", *by_cluster, "--output", paths(scores)["perplexity"])
     refused("is where --plot draws", *by_ifd, *few, "--plot", "--output", tmp_path / "x.png")
     refused("no row is chosen", *by_cluster, "--clusters", 1, "--band", "49.99,50")
     refused("give the file that ends in .embeddings.npy", "--strategy", "kcenter", *few,

@@ -275,7 +275,7 @@ def test_output_folder_is_not_overwritten(checkpoint, rows_file, tmp_path):
     assert list(keep.parent.iterdir()) == [keep]
     assert command(*shared, "--output_dir", keep.parent, "--overwrite_output_dir").returncode == 0
     done = command(*shared, "--output_dir", checkpoint, "--overwrite_output_dir")
-    assert done.returncode == 2 and "also read from" in done.stderr
+    assert done.returncode == 2 and "is an input" in done.stderr
 
 
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])

@@ -27,7 +27,9 @@ KEPT_TALKS = 1000  # visitors whose conversation is there when they load the pag
 CODE = re.compile(
     r"(^[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})"
     r"[\s\S]*?(?:^[ \t>]*(?P=fence)[`~]*[ \t]*$|\Z)"
-    r"|(?P<ticks>(?<!`)`+(?!`))[^\n]+?(?<!`)(?P=ticks)(?!`))", re.MULTILINE)
+    r"|(?P<ticks>(?<!`)`+(?!`))[^\n]+?(?<!`)(?P=ticks)(?!`))",
+    re.MULTILINE,
+)
 JOINER = "\u2060"  # has no width, and behind "<" makes it no tag
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
 
@@ -105,17 +107,26 @@ class Page:
 
     def export(self, talk):
         """The conversation as JSON that train.py reads, a row for each model that has answered."""
-        rows = [{"model": one.name, "messages": self._messages(talk.turns, place, talk.system)}
-                for place, one in enumerate(self.assistants)
-                if any(turn.answers[place].strip() for turn in talk.turns)]
+        rows = [
+            {"model": one.name, "messages": self._messages(talk.turns, place, talk.system)}
+            for place, one in enumerate(self.assistants)
+            if any(turn.answers[place].strip() for turn in talk.turns)
+        ]
         return json.dumps(rows, ensure_ascii=False, indent=2) + "\n" if rows else ""
 
     def view(self, talk, notice, box=None):
         """(chats, notice, box) of what has been said."""
-        chats = [[message for turn in talk.turns for message in (
+        chats = [
+            [
+                message
+                for turn in talk.turns
+                for message in (
                     {"role": "user", "content": shown(turn.question)},
-                    {"role": "assistant", "content": shown(turn.answers[place]) or "…"})]
-                 for place in range(len(self.assistants))]
+                    {"role": "assistant", "content": shown(turn.answers[place]) or "…"},
+                )
+            ]
+            for place in range(len(self.assistants))
+        ]
         return chats, notice, box
 
     def _messages(self, turns, place, system):
@@ -123,8 +134,10 @@ class Page:
         messages = [{"role": "system", "content": system}] if system.strip() else []
         for turn in turns:
             if turn.answers[place].strip():
-                messages += [{"role": "user", "content": turn.question},
-                             {"role": "assistant", "content": turn.answers[place]}]
+                messages += [
+                    {"role": "user", "content": turn.question},
+                    {"role": "assistant", "content": turn.answers[place]},
+                ]
         return messages
 
     def _answer(self, talk, earlier, question, system, sampling, box=""):
@@ -140,8 +153,10 @@ class Page:
             with ExitStack() as stack:
                 answers = self._begin(earlier, turn, system, sampling, notes)
                 talk.system = system
-                pieces = [stack.enter_context(closing(one))
-                          for one in self._logged(talk, question, answers)]
+                pieces = [
+                    stack.enter_context(closing(one))
+                    for one in self._logged(talk, question, answers)
+                ]
                 yield self.view(talk, " ".join(notes), box)
                 yield from self._follow(talk, turns, pieces, answers, notes)
             notes += [self._figures(answers)]
@@ -149,8 +164,10 @@ class Page:
             notes += [f"**{shown(str(error))}**"]
         except Exception as error:  # of the model: the page lives on, the server's log tells where
             traceback.print_exc()
-            notes += [f"**The model failed: {shown(str(error)) or type(error).__name__}** "
-                      "The conversation is kept; try again."]
+            notes += [
+                f"**The model failed: {shown(str(error)) or type(error).__name__}** "
+                "The conversation is kept; try again."
+            ]
         finally:
             talk.busy = False
             empty = not any(answer.strip() for answer in turn.answers)
@@ -161,20 +178,28 @@ class Page:
     def _begin(self, earlier, turn, system, sampling, notes):
         """An Answer from each model; UserError for what cannot be asked."""
         max_new_tokens, temperature, top_k, top_p, penalty, greedy, seed = sampling
-        sampling = Sampling(int(max_new_tokens), temperature, int(top_k), top_p, penalty, greedy,
-                            seed_of(seed))
+        sampling = Sampling(
+            int(max_new_tokens), temperature, int(top_k), top_p, penalty, greedy, seed_of(seed)
+        )
         question = {"role": "user", "content": turn.question}
-        return [assistant.stream([*self._messages(earlier, place, system), question], sampling,
-                                 say=lambda text: notes.append(f"{text.capitalize()}."))
-                for place, assistant in enumerate(self.assistants)]
+        return [
+            assistant.stream(
+                [*self._messages(earlier, place, system), question],
+                sampling,
+                say=lambda text: notes.append(f"{text.capitalize()}."),
+            )
+            for place, assistant in enumerate(self.assistants)
+        ]
 
     def _logged(self, talk, question, answers):
         """The pieces of the answers, with all of the turn in the transcript."""
         talk.number = talk.number or next(self.numbers)
         self.transcript.write(talk.number, "system", talk.system)
         self.transcript.write(talk.number, "user", question)
-        return [self.transcript.follow(talk.number, answer, model=assistant.name)
-                for assistant, answer in zip(self.assistants, answers, strict=True)]
+        return [
+            self.transcript.follow(talk.number, answer, model=assistant.name)
+            for assistant, answer in zip(self.assistants, answers, strict=True)
+        ]
 
     def _follow(self, talk, turns, pieces, answers, notes):
         """Write all answers side by side, a token of each at a time, and show them as they grow."""

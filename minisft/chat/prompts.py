@@ -46,8 +46,10 @@ def answer_file(assistant, path, output_path, sampling, batch_size=8, system=Non
     missing = [row for row in range(len(prompts)) if row not in answers.rows]
     missing.sort(key=lengths.__getitem__)
     silent = not sys.stderr.isatty()
-    with contextlib.closing(answers), tqdm(total=len(prompts), initial=len(answers.rows),
-                                           unit="prompt", disable=silent) as bar:
+    with (
+        contextlib.closing(answers),
+        tqdm(total=len(prompts), initial=len(answers.rows), unit="prompt", disable=silent) as bar,
+    ):
         # The longest first: what does not fit into memory shows at once, and time left is honest.
         for end in range(len(missing), 0, -batch_size):
             rows = missing[max(0, end - batch_size) : end]
@@ -55,8 +57,11 @@ def answer_file(assistant, path, output_path, sampling, batch_size=8, system=Non
             try:
                 found = assistant.inference(batch, sampling, batch_size, rows, lambda text: None)
             except KeyboardInterrupt:
-                bar.write(f"{len(answers.rows)} of {len(prompts)} answers are in {answers.path}; "
-                          "the same command goes on from there", file=sys.stderr)
+                bar.write(
+                    f"{len(answers.rows)} of {len(prompts)} answers are in {answers.path}; "
+                    "the same command goes on from there",
+                    file=sys.stderr,
+                )
                 raise
             answers.add(rows, *found)
             bar.update(len(rows))
@@ -93,8 +98,11 @@ class Prompts:
             try:
                 messages, tools = self[row]
                 ids = assistant.prompt_ids(
-                    messages, sampling, tools,
-                    lambda text, row=row: print(f"{self.place(row)}: {text}", file=sys.stderr))
+                    messages,
+                    sampling,
+                    tools,
+                    lambda text, row=row: print(f"{self.place(row)}: {text}", file=sys.stderr),
+                )
                 lengths.append(len(ids))
             except BadRow as error:
                 faults.append(str(error))
@@ -124,8 +132,10 @@ class Answers:
             raise UserError(f"{self.path}: is damaged ({error}); remove it") from error
         if begun != settings:
             changed = [name for name in settings if begun.get(name) != settings[name]]
-            raise UserError(f"{self.path}: was begun with another {', '.join(changed)}; remove it, "
-                            "or choose another --output")
+            raise UserError(
+                f"{self.path}: was begun with another {', '.join(changed)}; remove it, "
+                "or choose another --output"
+            )
         self.file = open(self.path, "ab")
         self.file.truncate(len(whole))
         self._write([] if whole else [settings])
@@ -171,8 +181,9 @@ def question_of(record):
 
 def unanswered(record):
     """A record in a format of training data, with UNSEEN in the place of its answer."""
-    prompt = next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)),
-                  None)
+    prompt = next(
+        (record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), None
+    )
     if prompt is not None and not record.keys() & FORMAT_COLUMNS:
         record = {**record, "instruction": prompt}
     if "instruction" in record:

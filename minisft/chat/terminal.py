@@ -110,7 +110,8 @@ class Conversation:
         """
         turns = self.turns + [{"role": "user", "content": question}]
         self.answer = answer = assistant.stream(
-            self.messages(turns), sampling, say=lambda text: notice(f"({text})"))
+            self.messages(turns), sampling, say=lambda text: notice(f"({text})")
+        )
         complete = False
         try:
             with contextlib.closing(self._logged(question, answer)) as pieces:

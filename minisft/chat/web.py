@@ -21,10 +21,12 @@ AT_ONCE = 8  # answers that are written at the same time; other visitors wait in
 QUEUE_SIZE = 64
 # The browser's part of the promise: it loads and sends nothing from or to elsewhere, whatever an
 # answer says. What is inline is gradio's own.
-POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-          "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-          "connect-src 'self'; frame-src 'none'; object-src 'none'; base-uri 'self'; "
-          "form-action 'self'; frame-ancestors 'self'")
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self'; frame-src 'none'; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'self'"
+)
 SAVE = """(text) => {
     if (!text) return;
     const link = document.createElement("a");
@@ -60,6 +62,7 @@ class Policy:
 
     async def __call__(self, scope, receive, send):
         """Hand a request to the app, or refuse it."""
+
         async def send_with_policy(message):
             """Send the app's message, the POLICY among its headers."""
             if message["type"] == "http.response.start":
@@ -79,8 +82,9 @@ class Policy:
 def check_gradio():
     """UserError where gradio is not installed."""
     if find_spec("gradio") is None:
-        raise UserError("--web needs gradio, which is not installed: "
-                        "pip install -r requirements-extras.txt")
+        raise UserError(
+            "--web needs gradio, which is not installed: pip install -r requirements-extras.txt"
+        )
 
 
 def build(page):
@@ -91,21 +95,45 @@ def build(page):
     with gr.Blocks(title=f"minisft · {names}", analytics_enabled=False) as blocks:
         talk = gr.State(Talk())
         with gr.Row():
-            chats = [gr.Chatbot(label=assistant.description, height="62vh", editable="user",
-                                sanitize_html=True, allow_tags=False, buttons=["copy"],
-                                elem_id=f"chat{place}")
-                     for place, assistant in enumerate(page.assistants)]
+            chats = [
+                gr.Chatbot(
+                    label=assistant.description,
+                    height="62vh",
+                    editable="user",
+                    sanitize_html=True,
+                    allow_tags=False,
+                    buttons=["copy"],
+                    elem_id=f"chat{place}",
+                )
+                for place, assistant in enumerate(page.assistants)
+            ]
         notice = gr.Markdown(elem_id="notice", container=False)
-        box = gr.Textbox(placeholder="Ask something", show_label=False, lines=1, max_lines=12,
-                         autofocus=True, submit_btn=True, elem_id="box")
+        box = gr.Textbox(
+            placeholder="Ask something",
+            show_label=False,
+            lines=1,
+            max_lines=12,
+            autofocus=True,
+            submit_btn=True,
+            elem_id="box",
+        )
         with gr.Row():
             stop, retry, clear, download = (
                 # Narrow enough for a phone to have all of them in a row.
                 gr.Button(label, elem_id=label.lower(), size="sm", min_width=60)
-                for label in ("Stop", "Retry", "Clear", "Download"))
+                for label in ("Stop", "Retry", "Clear", "Download")
+            )
         controls = _controls(gr, page)
-        _connect(gr, page, talk, chats, notice, box, controls,
-                 {"stop": stop, "retry": retry, "clear": clear})
+        _connect(
+            gr,
+            page,
+            talk,
+            chats,
+            notice,
+            box,
+            controls,
+            {"stop": stop, "retry": retry, "clear": clear},
+        )
         _keep(gr, page, talk, chats, notice, download, blocks)
     return blocks
 
@@ -117,12 +145,14 @@ def _controls(gr, page):
 
     def slider(label, lowest, highest, value, **more):
         """A slider that reaches to the value of the command line, wherever that is."""
-        return gr.Slider(min(lowest, value), max(highest, value), value, label=label, min_width=200,
-                         **more)
+        return gr.Slider(
+            min(lowest, value), max(highest, value), value, label=label, min_width=200, **more
+        )
 
     with gr.Accordion("System prompt and sampling", open=False):
-        system = gr.Textbox(page.system, label="System prompt", lines=2, max_lines=12,
-                            elem_id="system")
+        system = gr.Textbox(
+            page.system, label="System prompt", lines=2, max_lines=12, elem_id="system"
+        )
         with gr.Row():
             return [
                 system,
@@ -133,8 +163,11 @@ def _controls(gr, page):
                 slider("Repetition penalty", 0.5, 2, sampling.repetition_penalty),
                 gr.Checkbox(sampling.greedy, label="Greedy"),
                 # A Textbox, since a Number that is left empty says 0.
-                gr.Textbox("" if sampling.seed is None else str(sampling.seed), elem_id="seed",
-                           label="Seed (empty: different each time)"),
+                gr.Textbox(
+                    "" if sampling.seed is None else str(sampling.seed),
+                    elem_id="seed",
+                    label="Seed (empty: different each time)",
+                ),
             ]
 
 
@@ -161,16 +194,26 @@ def _connect(gr, page, talk, chats, notice, box, controls, buttons):
 
     # Each that is written by a compiled model takes the memory of a full context.
     limits = [assistant.caches.limit for assistant in page.assistants if assistant.decoder]
-    answering = {"outputs": outputs, "concurrency_limit": min([AT_ONCE, *limits]),
-                 "concurrency_id": "answers", "show_progress": "minimal"}
+    answering = {
+        "outputs": outputs,
+        "concurrency_limit": min([AT_ONCE, *limits]),
+        "concurrency_id": "answers",
+        "show_progress": "minimal",
+    }
     box.submit(ask, [talk, box, *controls], api_name="ask", **answering)
     buttons["retry"].click(retry, [talk, *controls], api_name="retry", **answering)
     for chat in chats:
         chat.edit(edit, [talk, *controls], **answering)
     buttons["stop"].click(page.stop, talk, None, api_name="stop", queue=False)
     # The Chatbot's own bin empties what is shown: it means the conversation, as the button does.
-    gr.on([buttons["clear"].click, *(chat.clear for chat in chats)],
-          lambda talk: flat(page.clear(talk)), talk, outputs, api_name="clear", queue=False)
+    gr.on(
+        [buttons["clear"].click, *(chat.clear for chat in chats)],
+        lambda talk: flat(page.clear(talk)),
+        talk,
+        outputs,
+        api_name="clear",
+        queue=False,
+    )
 
 
 def _keep(gr, page, talk, chats, notice, download, blocks):
@@ -188,9 +231,11 @@ def _keep(gr, page, talk, chats, notice, download, blocks):
         return talk, *page.view(talk, "")[0]
 
     download.click(export, talk, [saved, notice], api_name="export", queue=False).then(
-        None, saved, None, js=SAVE)
-    blocks.load(come_back, visitor, [talk, *chats], js=VISITOR, queue=False,
-                api_visibility="private")
+        None, saved, None, js=SAVE
+    )
+    blocks.load(
+        come_back, visitor, [talk, *chats], js=VISITOR, queue=False, api_visibility="private"
+    )
 
 
 def launch(page, host, port, password=None, share=False):
@@ -210,15 +255,28 @@ def launch(page, host, port, password=None, share=False):
         guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
     try:
         blocks.launch(
-            server_name=host, server_port=port, share=share, quiet=True, footer_links=[],
-            auth=knows_password if password else None, auth_message="Any name will do.",
-            app_kwargs={"middleware": guards}, prevent_thread_lock=True, js=COPIES,
-            max_file_size=1, ssr_mode=False, mcp_server=False, pwa=False, run_history=False,
+            server_name=host,
+            server_port=port,
+            share=share,
+            quiet=True,
+            footer_links=[],
+            auth=knows_password if password else None,
+            auth_message="Any name will do.",
+            app_kwargs={"middleware": guards},
+            prevent_thread_lock=True,
+            js=COPIES,
+            max_file_size=1,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            run_history=False,
         )
     except OSError as error:
-        raise UserError(f"--server_port {port}: cannot be served at on {host}: the port is in use, "
-                        "or the address is not this machine's; choose another port or "
-                        "--server_name") from error
+        raise UserError(
+            f"--server_port {port}: cannot be served at on {host}: the port is in use, "
+            "or the address is not this machine's; choose another port or "
+            "--server_name"
+        ) from error
     return blocks
 
 
@@ -227,8 +285,10 @@ def serve(page, host, port, password=None, share=False):
     blocks = launch(page, host, port, password, share)
     open_to_all = host not in LOOPBACK or share
     if open_to_all and not password:
-        print("anyone who can reach this machine can use the page: consider --password",
-              file=sys.stderr)
+        print(
+            "anyone who can reach this machine can use the page: consider --password",
+            file=sys.stderr,
+        )
     print(f"{blocks.share_url or blocks.local_url}  (Ctrl-C ends)", file=sys.stderr, flush=True)
     try:
         threading.Event().wait()

@@ -34,33 +34,50 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 def save_adapter(model, output_dir, config, base_model, dtype=None):
     """Write the adapter of `model` as PEFT does; of several processes all call it, one writes."""
     saved = [SAVEABLE_MODULES[name] for name in config.modules_to_save]
-    tensors = {PEFT_PREFIX + name: processes.gather_to_rank0(tensor, dtype)
-               for name, tensor in model.state_dict().items()
-               if ".lora_" in name or name.removesuffix(".weight") in saved}
+    tensors = {
+        PEFT_PREFIX + name: processes.gather_to_rank0(tensor, dtype)
+        for name, tensor in model.state_dict().items()
+        if ".lora_" in name or name.removesuffix(".weight") in saved
+    }
     if processes.rank() != 0:
         return
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_safetensors(tensors, output_dir / ADAPTER_WEIGHTS)
     remove_other_weights(output_dir, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
-    ranks = {name: module.lora_A.out_features for name, module in model.named_modules()
-             if isinstance(module, LoRALinear)}
-    write_json({
-        "peft_type": "LORA", "base_model_name_or_path": str(base_model),
-        "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
-        "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
-        "target_modules": _target_modules(model, ranks), "use_rslora": config.use_rslora,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
-        "modules_to_save": list(config.modules_to_save) or None,
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-    }, output_dir / ADAPTER_CONFIG)
+    ranks = {
+        name: module.lora_A.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+    }
+    write_json(
+        {
+            "peft_type": "LORA",
+            "base_model_name_or_path": str(base_model),
+            "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
+            "r": config.rank,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "target_modules": _target_modules(model, ranks),
+            "use_rslora": config.use_rslora,
+            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
+            "modules_to_save": list(config.modules_to_save) or None,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        },
+        output_dir / ADAPTER_CONFIG,
+    )
 
 
 def _target_modules(model, adapted):
     """The last parts of the adapted modules' names, or their whole names where those say more."""
     short = {name.rpartition(".")[2] for name in adapted}
-    plain = [name for name, module in model.named_modules()
-             if isinstance(module, LINEAR_TYPES) and name.rpartition(".")[2] in short]
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_TYPES) and name.rpartition(".")[2] in short
+    ]
     return sorted(short if not plain else adapted)
 
 
@@ -121,27 +138,45 @@ def _adapter_config(path):
     content = read_json(path)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{path}: not a LoRA adapter (peft_type is not LORA)")
-    for name in ("use_dora", "alpha_pattern", "fan_in_fan_out", "lora_bias", "use_qalora",
-                 "alora_invocation_tokens", "use_bdlora", "trainable_token_indices",
-                 "layer_replication", "arrow_config"):
+    for name in (
+        "use_dora",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "lora_bias",
+        "use_qalora",
+        "alora_invocation_tokens",
+        "use_bdlora",
+        "trainable_token_indices",
+        "layer_replication",
+        "arrow_config",
+    ):
         if content.get(name):
             raise UserError(f"{path}: {name} is not supported")
     if content.get("init_lora_weights") not in PLAIN_STARTS:
-        raise UserError(f"{path}: init_lora_weights '{content['init_lora_weights']}' has changed "
-                        "the base; save the adapter as plain LoRA (see PEFT's documentation)")
+        raise UserError(
+            f"{path}: init_lora_weights '{content['init_lora_weights']}' has changed "
+            "the base; save the adapter as plain LoRA (see PEFT's documentation)"
+        )
     if content.get("bias", "none") != "none":
         raise UserError(f"{path}: bias '{content['bias']}' is not supported (only none)")
     targets, saved = (_names(path, content, key) for key in ("target_modules", "modules_to_save"))
     # PEFT lists "classifier" beside "score" for every model that classifies, whichever it has.
     saved = tuple(name.removeprefix("model.") for name in saved if name != "classifier")
     if not set(saved) <= set(SAVEABLE_MODULES):
-        raise UserError(f"{path}: modules_to_save {list(saved)}; only {', '.join(SAVEABLE_MODULES)} are "
-                        "supported")
+        raise UserError(
+            f"{path}: modules_to_save {list(saved)}; only {', '.join(SAVEABLE_MODULES)} are "
+            "supported"
+        )
     rank, alpha = content.get("r"), content.get("lora_alpha")
     if not is_integer(rank, 1, 2**20) or not is_number(alpha, above=-1e12):
         raise UserError(f"{path}: needs the numbers r and lora_alpha, not {rank!r} and {alpha!r}")
-    return LoraConfig(rank=rank, alpha=float(alpha), target_modules=targets,
-                      use_rslora=bool(content.get("use_rslora")), modules_to_save=saved)
+    return LoraConfig(
+        rank=rank,
+        alpha=float(alpha),
+        target_modules=targets,
+        use_rslora=bool(content.get("use_rslora")),
+        modules_to_save=saved,
+    )
 
 
 def _names(path, content, key):

@@ -1,8 +1,8 @@
 """Safetensors in and out: checkpoints (single file or sharded) and PEFT adapters.
 
-    model = load_model(resolve("examples/base"), dtype=torch.float32)
-    adapter = load_adapter(model, "runs/cherry")
-    save_model(model, "copy")
+model = load_model(resolve("examples/base"), dtype=torch.float32)
+adapter = load_adapter(model, "runs/cherry")
+save_model(model, "copy")
 """
 
 from pathlib import Path
@@ -33,8 +33,6 @@ WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS, ADA
 A_REWARD_MODEL = "; it is a reward model, for score.py --mode reward: it writes no text"
 
 
-
-
 def stored_tensors(model_dir):
     """{tensor name: StoredTensor} of a checkpoint folder, whichever kind of file it has."""
     path = Path(model_dir) / unpack.GGUF
@@ -50,8 +48,7 @@ def stored_dtype(model_dir):
     return stored.dtype
 
 
-def load_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=None,
-               build=CausalLM):
+def load_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=None, build=CausalLM):
     """The CausalLM of a checkpoint folder, frozen, its weights as `dtype` on `device`.
 
     Tensors are read and converted one by one, so that memory holds the weights once. Missing,
@@ -64,8 +61,12 @@ def load_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=No
         tensor = stored[name].read().to(device)
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(parent)
-        if (quantization_bit and child == "weight" and parent.startswith("model.layers.")
-                and isinstance(module, nn.Linear)):
+        if (
+            quantization_bit
+            and child == "weight"
+            and parent.startswith("model.layers.")
+            and isinstance(module, nn.Linear)
+        ):
             owner, _, attribute = parent.rpartition(".")
             layer = QuantizedLinear.from_weight(tensor, quantization_bit)
             setattr(model.get_submodule(owner), attribute, layer)
@@ -96,14 +97,19 @@ def _check_fit(model_dir, files, model):
     if "score.weight" not in files:  # a reward model may get a new one
         expected.pop("score.weight", None)
     ignored = set() if hasattr(model, "lm_head") else {"lm_head.weight"}
-    unexpected = [name for name in files
-                  if name not in expected and name not in ignored and "rotary_emb" not in name]
+    unexpected = [
+        name
+        for name in files
+        if name not in expected and name not in ignored and "rotary_emb" not in name
+    ]
     missing = [name for name in expected if name not in files]
     if missing or unexpected:
-        raise UserError(f"{model_dir}: the weights do not fit config.json;"
-                        + (f" missing: {shorten_list(missing)}" if missing else "")
-                        + (f" unexpected: {shorten_list(unexpected)}" if unexpected else "")
-                        + (A_REWARD_MODEL if "score.weight" in unexpected else ""))
+        raise UserError(
+            f"{model_dir}: the weights do not fit config.json;"
+            + (f" missing: {shorten_list(missing)}" if missing else "")
+            + (f" unexpected: {shorten_list(unexpected)}" if unexpected else "")
+            + (A_REWARD_MODEL if "score.weight" in unexpected else "")
+        )
     for name, parameter in expected.items():
         files[name].check(parameter.shape, "config.json says")
 
@@ -118,8 +124,11 @@ def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
     sizes = {name: one.numel() * (dtype or one.dtype).itemsize for name, one in tensors.items()}
     shards = _shards(sizes, max_shard_size)
     count, is_first = len(shards), processes.rank() == 0
-    names = [WEIGHTS] if count == 1 else [
-        f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
+    names = (
+        [WEIGHTS]
+        if count == 1
+        else [f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
+    )
     if is_first:
         check_free_space(output_dir, sum(sizes.values()))
     for file_name, keys in zip(names, shards, strict=True):
@@ -130,8 +139,10 @@ def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
         return
     if count > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        write_json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
-                   output_dir / INDEX)
+        write_json(
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
+            output_dir / INDEX,
+        )
     remove_other_weights(output_dir, names if count == 1 else [*names, INDEX])
     config = model.config.to_dict()
     config.pop("torch_dtype", None)
@@ -164,7 +175,11 @@ def save_generation_config(model_dir, output_dir, config, stop_ids):
     content = read_json(Path(model_dir) / "generation_config.json", missing={})
     shorten_list = generation_eos(model_dir, config)
     if more := sorted(set(stop_ids) - set(shorten_list)):
-        content = {"bos_token_id": config.bos_token_id, **content, "eos_token_id": shorten_list + more}
+        content = {
+            "bos_token_id": config.bos_token_id,
+            **content,
+            "eos_token_id": shorten_list + more,
+        }
     if content:
         write_json(content, Path(output_dir) / "generation_config.json")
 
@@ -174,15 +189,3 @@ def generation_eos(model_dir, config):
     path = Path(model_dir) / "generation_config.json"
     stated = read_json(path, missing={}).get("eos_token_id", config.eos_token_id)
     return token_ids(stated, path, "eos_token_id")
-
-
-
-
-
-
-
-
-
-
-
-

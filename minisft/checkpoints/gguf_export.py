@@ -39,18 +39,27 @@ from minisft.text.tokenizer import Tokenizer
 
 # --quantization -> the type of the file and of most of its matrices.
 QUANTIZATIONS = {
-    "f32": (LlamaFileType.ALL_F32, Type.F32), "f16": (LlamaFileType.MOSTLY_F16, Type.F16),
-    "bf16": (LlamaFileType.MOSTLY_BF16, Type.BF16), "q8_0": (LlamaFileType.MOSTLY_Q8_0, Type.Q8_0),
-    "q4_0": (LlamaFileType.MOSTLY_Q4_0, Type.Q4_0), "q4_1": (LlamaFileType.MOSTLY_Q4_1, Type.Q4_1),
-    "q5_0": (LlamaFileType.MOSTLY_Q5_0, Type.Q5_0), "q5_1": (LlamaFileType.MOSTLY_Q5_1, Type.Q5_1),
+    "f32": (LlamaFileType.ALL_F32, Type.F32),
+    "f16": (LlamaFileType.MOSTLY_F16, Type.F16),
+    "bf16": (LlamaFileType.MOSTLY_BF16, Type.BF16),
+    "q8_0": (LlamaFileType.MOSTLY_Q8_0, Type.Q8_0),
+    "q4_0": (LlamaFileType.MOSTLY_Q4_0, Type.Q4_0),
+    "q4_1": (LlamaFileType.MOSTLY_Q4_1, Type.Q4_1),
+    "q5_0": (LlamaFileType.MOSTLY_Q5_0, Type.Q5_0),
+    "q5_1": (LlamaFileType.MOSTLY_Q5_1, Type.Q5_1),
     "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
     "q6_k": (LlamaFileType.MOSTLY_Q6_K, Type.Q6_K),
 }
 # What a row takes whose length the blocks of a type do not divide (llama.cpp's choice).
 FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
 # generation_config.json -> the defaults that llama.cpp's server takes over, and their types there.
-SAMPLING = {"temperature": ("temp", float), "top_k": ("top_k", np.int32), "top_p": ("top_p", float),
-            "min_p": ("min_p", float), "repetition_penalty": ("penalty_repeat", float)}
+SAMPLING = {
+    "temperature": ("temp", float),
+    "top_k": ("top_k", np.int32),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("penalty_repeat", float),
+}
 
 
 def export_model(model_dir, output, quantization, adapter_dir=None, name=None, template="auto"):
@@ -70,8 +79,13 @@ def export_model(model_dir, output, quantization, adapter_dir=None, name=None, t
         adapter = adapters.adapter_tensors(adapter_dir)
     config, tensors = model.config, model_tensors(model, stored, adapter, quantization)
     tokenizer = Tokenizer.load(model_dir)
-    form = conversation_form(tokenizer, template, adapter_dir or model_dir,
-                             folders.generation_eos(model_dir, config), for_llama_cpp=True)
+    form = conversation_form(
+        tokenizer,
+        template,
+        adapter_dir or model_dir,
+        folders.generation_eos(model_dir, config),
+        for_llama_cpp=True,
+    )
     metadata = {
         "general.type": "model",
         "general.name": name or model_dir.resolve().name,
@@ -92,8 +106,11 @@ def export_model(model_dir, output, quantization, adapter_dir=None, name=None, t
 def model_tensors(model, stored, adapter, quantization):
     """The tensors of the file, in the order of the model; adapted ones merged as they are read."""
     config, architecture, tensors = model.config, ARCHITECTURES[model.config.model_type], []
-    scalings = {name: module.scaling for name, module in model.named_modules()
-                if isinstance(module, LoRALinear)}
+    scalings = {
+        name: module.scaling
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+    }
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -104,16 +121,32 @@ def model_tensors(model, stored, adapter, quantization):
         source = adapter.get(name) or stored.get(name) or stored["model.embed_tokens.weight"]
         factors = ()
         if module in scalings and kind == "weight":
-            factors = (adapter[f"{module}.lora_A.weight"], adapter[f"{module}.lora_B.weight"],
-                       scalings[module])
+            factors = (
+                adapter[f"{module}.lora_A.weight"],
+                adapter[f"{module}.lora_B.weight"],
+                scalings[module],
+            )
         head_dim = config.head_dim if is_interleaved(name, architecture) else None
         type = tensor_type(gguf_name(name), parameter.shape, quantization, config)
-        tensors.append(Tensor(gguf_name(name), tuple(parameter.shape), type,
-                              partial(read_rows, source, factors, head_dim), head_dim or 1))
+        tensors.append(
+            Tensor(
+                gguf_name(name),
+                tuple(parameter.shape),
+                type,
+                partial(read_rows, source, factors, head_dim),
+                head_dim or 1,
+            )
+        )
     divisors = rotary_divisors(config)
     if divisors is not None:
-        tensors.append(Tensor(ROTARY_DIVISORS, tuple(divisors.shape), Type.F32,
-                              lambda begin, end: divisors[begin:end]))
+        tensors.append(
+            Tensor(
+                ROTARY_DIVISORS,
+                tuple(divisors.shape),
+                Type.F32,
+                lambda begin, end: divisors[begin:end],
+            )
+        )
     return tensors
 
 
@@ -157,9 +190,11 @@ def tensor_type(name, shape, quantization, config):
 def sampling_fields(model_dir):
     """The sampling that generation_config.json recommends, as metadata."""
     content = read_json(Path(model_dir) / "generation_config.json", missing={})
-    return {f"general.sampling.{ours}": kind(content[theirs])
-            for theirs, (ours, kind) in SAMPLING.items()
-            if type(content.get(theirs)) in (int, float) and 0 <= content[theirs] < 2**31}
+    return {
+        f"general.sampling.{ours}": kind(content[theirs])
+        for theirs, (ours, kind) in SAMPLING.items()
+        if type(content.get(theirs)) in (int, float) and 0 <= content[theirs] < 2**31
+    }
 
 
 def num_parameters(tensors):
@@ -172,8 +207,14 @@ def summary_of(output, tensors, notes=()):
     parameters = num_parameters(tensors)
     bits = 8 * sum(tensor.nbytes for tensor in tensors) / parameters
     types = Counter(tensor.type.name for tensor in tensors)
-    return {"tensors": len(tensors), "parameters": parameters, "bits_per_weight": bits,
-            "bytes": Path(output).stat().st_size, "types": dict(types), "notes": list(notes)}
+    return {
+        "tensors": len(tensors),
+        "parameters": parameters,
+        "bits_per_weight": bits,
+        "bytes": Path(output).stat().st_size,
+        "types": dict(types),
+        "notes": list(notes),
+    }
 
 
 def export_adapter(model_dir, adapter_dir, output, quantization):
@@ -182,8 +223,10 @@ def export_adapter(model_dir, adapter_dir, output, quantization):
     lora, adapter = adapters.load_adapter(model, adapter_dir), adapters.adapter_tensors(adapter_dir)
     config, architecture, tensors = model.config, ARCHITECTURES[model.config.model_type], []
     if lora.modules_to_save:
-        raise UserError(f"{adapter_dir}: has trained {', '.join(lora.modules_to_save)} in full, "
-                        "which --lora cannot express; use --format gguf")
+        raise UserError(
+            f"{adapter_dir}: has trained {', '.join(lora.modules_to_save)} in full, "
+            "which --lora cannot express; use --format gguf"
+        )
     for name, module in model.named_modules():
         if not isinstance(module, LoRALinear):
             continue
@@ -193,9 +236,12 @@ def export_adapter(model_dir, adapter_dir, output, quantization):
         head_dim = config.head_dim if is_interleaved(f"{name}.weight", architecture) else None
         tensors += [
             _adapter_tensor(f"{name}.weight", "a", A, quantization, 1.0, None),
-            _adapter_tensor(f"{name}.weight", "b", B, quantization, factor, head_dim)]
+            _adapter_tensor(f"{name}.weight", "b", B, quantization, factor, head_dim),
+        ]
     metadata = {
-        "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": lora.alpha,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": lora.alpha,
         "general.name": Path(adapter_dir).resolve().name,
         "general.file_type": int(QUANTIZATIONS[quantization][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -206,6 +252,7 @@ def export_adapter(model_dir, adapter_dir, output, quantization):
 
 def _adapter_tensor(name, side, stored, quantization, factor, head_dim):
     """One of a module's two matrices, `a` or `b`, multiplied by `factor` as it is read."""
+
     def read(begin, end):
         """Its rows begin..end-1."""
         return factor * read_rows(stored, (), head_dim, begin, end)

@@ -7,8 +7,14 @@ from minisft.common.tensor_files import ADAPTER_WEIGHTS
 from minisft.gguf import unpack
 from minisft.gguf.reader import is_gguf
 
-HUB_PATTERNS = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors",
-                ADAPTER_WEIGHTS]
+HUB_PATTERNS = [
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "tokenizer.model",
+    "model*.safetensors",
+    ADAPTER_WEIGHTS,
+]
 
 
 def resolve(name_or_path, needed="config.json"):
@@ -26,8 +32,11 @@ def resolve(name_or_path, needed="config.json"):
             hint = f"; did you mean {inner[-1].parent}?" if inner else hint
             raise UserError(f"{path}: there is no {needed} in this folder{hint}")
         return path
-    if needed == "config.json" and path.is_file() and (
-            path.suffix.lower() == ".gguf" or is_gguf(path)):
+    if (
+        needed == "config.json"
+        and path.is_file()
+        and (path.suffix.lower() == ".gguf" or is_gguf(path))
+    ):
         return unpack.unpack(path)
     if path.exists():
         raise UserError(f"{path}: is a file; give the folder that holds it")

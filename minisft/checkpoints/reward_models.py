@@ -39,5 +39,7 @@ def has_head(model_dir, adapter_dir=None):
 def check_head(model_dir, adapter_dir=None):
     """UserError unless there is such a head."""
     if not has_head(model_dir, adapter_dir):
-        raise UserError(f"{adapter_dir or model_dir}: is no reward model (there is no score.weight "
-                        "in it); train.py --stage rm makes one")
+        raise UserError(
+            f"{adapter_dir or model_dir}: is no reward model (there is no score.weight "
+            "in it); train.py --stage rm makes one"
+        )

@@ -25,8 +25,6 @@ SCHEDULES = ["cosine", "linear", "constant", "polynomial"]
 QUANTIZATIONS = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
 
 
-
-
 def boolean(text):
     """`true`, `yes`, `1`, `false`, `no`, `0` in any case -> bool."""
     lowered = str(text).lower()
@@ -59,8 +57,12 @@ def _number(kind, fits, words):
 
 
 MOST = 2**53  # more than anything that is counted here, and no more than libraries can take
-positive_int = _number(int, lambda value: 1 <= value < MOST, "a whole number of at least 1, below 2**53")
-non_negative_int = _number(int, lambda value: 0 <= value < MOST, "a whole number of at least 0, below 2**53")
+positive_int = _number(
+    int, lambda value: 1 <= value < MOST, "a whole number of at least 1, below 2**53"
+)
+non_negative_int = _number(
+    int, lambda value: 0 <= value < MOST, "a whole number of at least 0, below 2**53"
+)
 positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
@@ -130,7 +132,9 @@ class OptionParser(argparse.ArgumentParser):
         for name, value in read_toml(path).items():
             action = actions.get(name.replace("-", "_"))
             if action is None or action.dest in ("help", "config", "debug"):
-                raise UserError(f"{path}: unknown option '{name}'{suggest_flag(name, self.built_in)}")
+                raise UserError(
+                    f"{path}: unknown option '{name}'{suggest_flag(name, self.built_in)}"
+                )
             self.set_defaults(**{action.dest: _converted(action, value, path)})
             action.required = False
 
@@ -179,12 +183,6 @@ def _convert_one(action, value):
     return action.type(str(value)) if action.type else _at_home(str(value))
 
 
-
-
-
-
-
-
 def run_script(main):
     """Call `main()`; a UserError becomes one line on standard error and exit status 2.
 
@@ -231,17 +229,3 @@ def _in_one_line(error):
         reason = str(error).partition("\n")[0]
         return f"out of memory: use smaller batches, or a smaller model {reason}".rstrip()
     return None
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -1,7 +1,7 @@
 """Where models compute and in which number type.
 
-    device = resolve_device("auto")                     # cuda if there is a GPU, else cpu
-    dtype = resolve_dtype("auto", device)
+device = resolve_device("auto")                     # cuda if there is a GPU, else cpu
+dtype = resolve_dtype("auto", device)
 """
 
 import re

@@ -11,7 +11,7 @@ import difflib
 OTHER_NAMES = {
     "model_name_or_path": "model model_name model_path model_dir base_model pretrained",
     "adapter": "adapter_name_or_path adapter_path adapter_dir lora lora_path lora_weights "
-               "peft_model checkpoint_dir",
+    "peft_model checkpoint_dir",
     "dataset": "data data_path data_files dataset_name dataset_path train_file train_data",
     "eval_dataset": "validation_file eval_file eval_data val_data",
     "validation_split": "val_size val_set_size test_size validation_split_percentage",
@@ -47,7 +47,7 @@ OTHER_NAMES = {
 
 
 def suggest_flag(name, flags):
-    """"; did you mean --FLAG?" with the one of the `flags` that is meant; "" where none is near."""
+    """ "; did you mean --FLAG?" with the one of the `flags` that is meant; "" where none is near."""
     for ours, theirs in OTHER_NAMES.items():
         if name in theirs.split() and ours in flags:
             return f"; did you mean --{ours}?"

@@ -1,7 +1,7 @@
 """JSON files that came from somewhere else: read with distrust, written whole or not at all.
 
-    config = read_json("checkpoint/config.json")       # an object, or a UserError that names it
-    write_json(config, "copy/config.json")
+config = read_json("checkpoint/config.json")       # an object, or a UserError that names it
+write_json(config, "copy/config.json")
 """
 
 import json
@@ -28,8 +28,10 @@ def read_json(path, missing=None):
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for this file; "
-                            "download it again")
+            raise UserError(
+                f"{path}: {path.stat().st_size:,} bytes are too many for this file; "
+                "download it again"
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error

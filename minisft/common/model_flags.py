@@ -30,7 +30,9 @@ def add_device_flags(
     switch("--bf16", "short for --dtype bfloat16")
     switch("--fp16", "short for --dtype float16")
     add(
-        "--quantization_bit", type=int, choices=[4, 8],
+        "--quantization_bit",
+        type=int,
+        choices=[4, 8],
         help="hold the frozen linear layers in 4 bits (NF4) or 8 bits (int8 rows)",
     )
 

@@ -1,9 +1,9 @@
 """Output files and folders: written whole or not at all, never over an input, with their options.
 
-    check_output_dir(options.output_dir, options.overwrite_output_dir, options.model_name_or_path)
-    with atomic_write("runs/a/metrics.json") as file:
-        file.write("{}")
-    save_options(options, "runs/a/options.toml")
+check_output_dir(options.output_dir, options.overwrite_output_dir, options.model_name_or_path)
+with atomic_write("runs/a/metrics.json") as file:
+    file.write("{}")
+save_options(options, "runs/a/options.toml")
 """
 
 import json
@@ -54,6 +54,26 @@ def check_not_an_input(flag: str, output: str | Path, inputs: Iterable[str | Pat
         if source and Path(source).exists():
             if Path(source).resolve().is_relative_to(output.resolve()):
                 raise UserError(f"{flag} {output}: {source} is an input; choose another place")
+
+
+def check_output_file(
+    flag: str,
+    path: str | Path,
+    inputs: Iterable[str | Path | None] = (),
+    overwrite: bool = True,
+    overwrite_flag: str = "--overwrite",
+) -> Path:
+    """The file to write. UserError if it is a folder, a device or an input, or exists.
+
+    overwrite: accept a file that exists.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{flag} {path} is a folder or a device. Give the name of a file.")
+    check_not_an_input(flag, path, inputs)
+    if path.exists() and not overwrite:
+        raise UserError(f"{flag} {path} exists. Choose another name, or add {overwrite_flag}.")
+    return path
 
 
 def check_output_dir(output_dir: str | Path, overwrite: bool, *inputs: str | Path | None) -> Path:

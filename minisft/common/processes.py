@@ -29,8 +29,10 @@ def start(device, kind="ddp"):
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         if kind == "fsdp":
-            raise UserError("--parallel fsdp shards the model over processes, and there is only "
-                            "one: start several with torchrun, or give --parallel ddp")
+            raise UserError(
+                "--parallel fsdp shards the model over processes, and there is only "
+                "one: start several with torchrun, or give --parallel ddp"
+            )
         return device
     failure.end_with_others()
     if device.type == "cuda":

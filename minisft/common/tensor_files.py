@@ -29,9 +29,16 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # torch's
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -62,8 +69,9 @@ class StoredTensor:
             if self.path.stat().st_size < start + nbytes:
                 raise UserError(f"{self.path}: became shorter while it was being read")
             # Not Python's mmap, which keeps a file open for as long as it maps it.
-            pages = torch.from_file(str(self.path), shared=False, size=start + nbytes,
-                                    dtype=torch.uint8)
+            pages = torch.from_file(
+                str(self.path), shared=False, size=start + nbytes, dtype=torch.uint8
+            )
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from error
         except RuntimeError as error:
@@ -76,11 +84,14 @@ class StoredTensor:
     def check(self, shape, wanted_by):
         """UserError unless the tensor is of floating-point type and has this shape."""
         if self.shape != tuple(shape):
-            raise UserError(f"{self.path}: {self.name} has shape {list(self.shape)}, {wanted_by} "
-                            f"{list(shape)}")
+            raise UserError(
+                f"{self.path}: {self.name} has shape {list(self.shape)}, {wanted_by} {list(shape)}"
+            )
         if not self.dtype.is_floating_point:
-            raise UserError(f"{self.path}: {self.name} is "
-                            f"{str(self.dtype).removeprefix('torch.')}, not a floating-point type")
+            raise UserError(
+                f"{self.path}: {self.name} is "
+                f"{str(self.dtype).removeprefix('torch.')}, not a floating-point type"
+            )
 
 
 def read_header(path):
@@ -91,8 +102,10 @@ def read_header(path):
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise UserError(f"{path}: not a safetensors file, or cut off: a header of "
-                                f"{length:,} bytes in a file of {size:,}")
+                raise UserError(
+                    f"{path}: not a safetensors file, or cut off: a header of "
+                    f"{length:,} bytes in a file of {size:,}"
+                )
             text = file.read(length)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
@@ -106,8 +119,9 @@ def read_header(path):
         tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
         _check_places(tensors, 8 + length, size)
     except (ValueError, RecursionError, AttributeError) as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file: {error}; download it "
-                        "again") from error
+        raise UserError(
+            f"{path}: damaged, or not a safetensors file: {error}; download it again"
+        ) from error
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -128,15 +142,19 @@ def _stored(path, name, entry, data_start):
         raise ValueError(f"{name} has no dtype, shape and data_offsets") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name} is of type {dtype!r}; known are {', '.join(DTYPES)}")
-    if not (isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
-            and all(is_integer(number) for number in shape)):
+    if not (
+        isinstance(shape, list)
+        and len(shape) <= MAX_DIMENSIONS
+        and all(is_integer(number) for number in shape)
+    ):
         raise ValueError(f"{name} has the shape {shape!r}")
     if not (is_integer(start) and is_integer(end) and start <= end):
         raise ValueError(f"{name} has the data_offsets {start!r}, {end!r}")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if needed != end - start:
-        raise ValueError(f"{name} takes {end - start:,} bytes, but {dtype} of shape {shape} takes "
-                         f"{needed:,}")
+        raise ValueError(
+            f"{name} takes {end - start:,} bytes, but {dtype} of shape {shape} takes {needed:,}"
+        )
     return StoredTensor(path, name, DTYPES[dtype], tuple(shape), data_start + start, end - start)
 
 
@@ -176,8 +194,9 @@ def _tensors_in_shards(model_dir, index_path):
             raise UserError(f"{index_path}: '{shard}' is not a file in {model_dir}")
         for name, tensor in read_header(model_dir / shard).items():
             if name in tensors:
-                raise UserError(f"{model_dir}: tensor {name} is in {tensors[name].path.name} and "
-                                f"{shard}")
+                raise UserError(
+                    f"{model_dir}: tensor {name} is in {tensors[name].path.name} and {shard}"
+                )
             tensors[name] = tensor
     lost = sorted(set(weight_map) - set(tensors))
     if lost:

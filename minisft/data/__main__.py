@@ -1,48 +1,43 @@
 """Convert instruction data of any supported format to ShareGPT.
 
-    python -m minisft.data convert firefly.jsonl sharegpt.json
+python -m minisft.data convert firefly.jsonl sharegpt.json
 """
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 from minisft.common.command_line import OptionParser, run_script
 from minisft.common.errors import UserError
+from minisft.common.outputs import atomic_write, check_not_an_input, check_output_file
 from minisft.data.dataset import open_rows, read
 from minisft.data.dataset_info import FILE_NAME
 from minisft.data.formats import BadRow, sharegpt
 
 
-def convert(dataset, output_path, overwrite=False, skipped=None, **options):
-    """Write rows of any format as sharegpt JSON, or JSON lines to a .jsonl -> number of rows.
+def convert(
+    dataset: str,
+    output_path: str | Path,
+    overwrite: bool = False,
+    skipped: list[str] | None = None,
+    **options: Any,
+) -> int:
+    """Write rows of any format as ShareGPT; returns their number.
 
-    The file appears only when it is complete. Raises UserError for a broken row or a full disk.
+    The output is a JSON array, or JSON lines if its name ends in .jsonl. skipped: a list that
+    collects messages about broken rows; without it the first one raises UserError.
     """
-    output_path = Path(output_path)
-    if output_path.exists() and not output_path.is_file():
-        raise UserError(f"{output_path}: is a folder or a device; give the name of a file")
-    if output_path.exists() and not overwrite:
-        raise UserError(f"{output_path}: is there already; give --overwrite or another name")
+    output_path = check_output_file("output", output_path, overwrite=overwrite)
     rows = open_rows(dataset, skipped=skipped, **options)
-    if any(file.records.path.resolve() == output_path.resolve() for file in rows.files):
-        raise UserError(f"{output_path}: is also read from; choose another")
-    begin, between, end = ("", "\n", "\n") if output_path.suffix == ".jsonl" else (
-        "[\n", ",\n", "\n]\n")
-    partial_path, count = output_path.with_name(output_path.name + ".partial"), 0
-    try:
-        with open(partial_path, "w", encoding="utf-8") as file:
-            for line in _sharegpt_lines(rows, skipped):
-                file.write((between if count else begin) + line)
-                count += 1
-            file.write(end)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_path, output_path)
-    except OSError as error:
-        raise UserError(f"{output_path}: {error.strerror}") from error
-    finally:
-        partial_path.unlink(missing_ok=True)
+    check_not_an_input("output", output_path, [file.records.path for file in rows.files])
+    is_lines = output_path.suffix == ".jsonl"
+    begin, between, end = ("", "\n", "\n") if is_lines else ("[\n", ",\n", "\n]\n")
+    count = 0
+    with atomic_write(output_path) as file:
+        for line in _sharegpt_lines(rows, skipped):
+            file.write((between if count else begin) + line)
+            count += 1
+        file.write(end)
     return count
 
 
@@ -61,8 +56,9 @@ def _sharegpt_lines(rows, skipped):
 
 def main():
     """The command `convert`."""
-    parser = OptionParser(prog="python -m minisft.data",
-                          description="convert instruction data to the sharegpt format")
+    parser = OptionParser(
+        prog="python -m minisft.data", description="convert instruction data to the sharegpt format"
+    )
     parser.add_argument("command", choices=["convert"], help="what to do")
     parser.add_argument("input", help="what --dataset of train.py names: file, folder, data set")
     parser.add_argument("output", help="file to write: .json for an array, .jsonl for lines")
@@ -72,8 +68,9 @@ def main():
     switch("--overwrite", "replace the output file if there is one")
     options = parser.parse_options()
     skipped = [] if options.skip_bad_rows else None
-    count = convert(options.input, options.output, options.overwrite, skipped,
-                    dataset_dir=options.dataset_dir)
+    count = convert(
+        options.input, options.output, options.overwrite, skipped, dataset_dir=options.dataset_dir
+    )
     left_out = f"; {len(skipped)} broken rows left out, the first: {skipped[0]}" if skipped else ""
     print(f"{options.output}: {count} rows{left_out}")
 

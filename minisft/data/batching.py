@@ -42,12 +42,14 @@ def _check_learnable(examples, report):
         return
     if 0 < report.num_same == report.num_rows:
         raise UserError(f"nothing to learn: {report}")
-    raise UserError("nothing to learn is left of the rows within the length limit; raise "
-                    "--cutoff_len")
+    raise UserError(
+        "nothing to learn is left of the rows within the length limit; raise --cutoff_len"
+    )
 
 
-def batches_of_rows(rows, template, cutoff_len, vocab_size=None, seed=0, num_workers=0,
-                    encode=encode_rows):
+def batches_of_rows(
+    rows, template, cutoff_len, vocab_size=None, seed=0, num_workers=0, encode=encode_rows
+):
     """The Batches of conversations; UserError if rows from all over have nothing to learn.
 
     encode: of encoding.py, what makes Examples of rows: `encode_rows` or `encode_rankings`.
@@ -56,19 +58,26 @@ def batches_of_rows(rows, template, cutoff_len, vocab_size=None, seed=0, num_wor
     sample = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
     examples, report = read_and_encode(rows, encode, sample)
     _check_learnable(examples, report)
-    return Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()),
-                   sampled=report)
+    return Batches(
+        rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()), sampled=report
+    )
 
 
-def batches_of_texts(texts, tokenizer, block_size, vocab_size=None, seed=0, num_workers=0,
-                     packing=False):
+def batches_of_texts(
+    texts, tokenizer, block_size, vocab_size=None, seed=0, num_workers=0, packing=False
+):
     """The Batches of plain texts, cut into blocks a window at a time.
 
     How many blocks long texts come to is estimated from a sample; a step may then have a few
     more or less than `rows_per_step`, and none is left out. Every window ends in a shorter block.
     """
-    encode = partial(encode_texts, tokenizer=tokenizer, block_size=block_size,
-                     vocab_size=vocab_size, packing=packing)
+    encode = partial(
+        encode_texts,
+        tokenizer=tokenizer,
+        block_size=block_size,
+        vocab_size=vocab_size,
+        packing=packing,
+    )
     sizes, run_bytes = texts.sizes(), RUN_BLOCKS * 4 * block_size  # a token is about 4 bytes
     starts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // run_bytes, prepend=-1))
     runs, run_sizes = np.append(starts, len(texts)), np.add.reduceat(sizes, starts)
@@ -78,9 +87,16 @@ def batches_of_texts(texts, tokenizer, block_size, vocab_size=None, seed=0, num_
     _check_learnable(examples, report)
     num_tokens = sum(len(example.ids) for example in examples)
     total_tokens = num_tokens * run_sizes.sum() / run_sizes[sample].sum()
-    return Batches(texts, encode, seed, num_workers, total_bytes=int(sizes.sum()),
-                   num_examples=max(1, math.ceil(total_tokens / block_size)),
-                   runs=runs, run_sizes=run_sizes)
+    return Batches(
+        texts,
+        encode,
+        seed,
+        num_workers,
+        total_bytes=int(sizes.sum()),
+        num_examples=max(1, math.ceil(total_tokens / block_size)),
+        runs=runs,
+        run_sizes=run_sizes,
+    )
 
 
 class Batches:
@@ -92,8 +108,18 @@ class Batches:
     sampled: the EncodeReport of rows from all over.
     """
 
-    def __init__(self, rows, encode, seed=0, num_workers=0, total_bytes=0, num_examples=None,
-                 runs=None, run_sizes=None, sampled=None):
+    def __init__(
+        self,
+        rows,
+        encode,
+        seed=0,
+        num_workers=0,
+        total_bytes=0,
+        num_examples=None,
+        runs=None,
+        run_sizes=None,
+        sampled=None,
+    ):
         self.rows, self.encode, self.seed, self.num_workers = rows, encode, seed, num_workers
         self.num_examples = num_examples or len(rows)
         self.example_bytes = total_bytes / self.num_examples
@@ -214,8 +240,14 @@ def ahead(reader, tasks, num_workers):
 
     # With a generator of its own, lest the loader draws from the one that dropout uses.
     yield from DataLoader(
-        reader, batch_size=None, sampler=tasks, num_workers=num_workers, prefetch_factor=1,
-        collate_fn=_unchanged, worker_init_fn=_begin_worker, generator=torch.Generator(),
+        reader,
+        batch_size=None,
+        sampler=tasks,
+        num_workers=num_workers,
+        prefetch_factor=1,
+        collate_fn=_unchanged,
+        worker_init_fn=_begin_worker,
+        generator=torch.Generator(),
     )
 
 
@@ -244,8 +276,10 @@ def micro_batches(step_rows, batch_size, rank=0, world_size=1):
     be empty where the rows do not go round.
     """
     stride = batch_size * world_size
-    return [step_rows[start : start + stride][rank::world_size]
-            for start in range(0, max(1, len(step_rows)), stride)]
+    return [
+        step_rows[start : start + stride][rank::world_size]
+        for start in range(0, max(1, len(step_rows)), stride)
+    ]
 
 
 def collate(examples, device="cpu", pad_multiple=PAD_MULTIPLE):

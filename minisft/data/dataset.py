@@ -77,8 +77,9 @@ class Rows(Sequence):
         """These rows and then those of `other`."""
         if self.numbers is None and other.numbers is None:
             return Rows(self.files + other.files, None, self.skip_bad_rows)
-        first, second = (np.arange(len(rows)) if rows.numbers is None else rows.numbers
-                         for rows in (self, other))
+        first, second = (
+            np.arange(len(rows)) if rows.numbers is None else rows.numbers for rows in (self, other)
+        )
         numbers = np.concatenate([first, second + self.ends[-1]])
         return Rows(self.files + other.files, numbers, self.skip_bad_rows)
 
@@ -116,12 +117,15 @@ class _File:
 
 def _has_several(record):
     """Whether a row has answers to compare, and not a single one."""
-    return isinstance(record, dict) and (record.keys() >= JUDGED or (
-        "instruction" in record and isinstance(record.get("output"), list)))
+    return isinstance(record, dict) and (
+        record.keys() >= JUDGED
+        or ("instruction" in record and isinstance(record.get("output"), list))
+    )
 
 
-def open_rows(dataset, dataset_dir="data", plain_text=False, ranking=False, skipped=None, seed=0,
-              say=print):
+def open_rows(
+    dataset, dataset_dir="data", plain_text=False, ranking=False, skipped=None, seed=0, say=print
+):
     """The rows of the data sets that `dataset` names (see dataset_info.py), in their order.
 
     plain_text: texts for --stage pt, each line of a .txt file and each "text" of a JSON file.
@@ -133,10 +137,13 @@ def open_rows(dataset, dataset_dir="data", plain_text=False, ranking=False, skip
     """
     parts = []
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False):
-        files = [_File(open_records(path, plain_text), source.description, plain_text, ranking)
-                 for path in source.paths]
-        rows = sum_of([_checked(Rows([file], None, skipped is not None), skipped)
-                       for file in files])
+        files = [
+            _File(open_records(path, plain_text), source.description, plain_text, ranking)
+            for path in source.paths
+        ]
+        rows = sum_of(
+            [_checked(Rows([file], None, skipped is not None), skipped) for file in files]
+        )
         if not plain_text:
             _tell_unread(source, files, say)
         if source.num_samples:
@@ -194,8 +201,10 @@ def mix(rows, mixture, seed=0, say=print, **options):
     except ValueError:
         count = 0
     if not name or not count:
-        raise UserError(f"--mix {mixture}: must be FILE:RATIO with a ratio between 0 and 1 that "
-                        f"comes to at least one row beside {len(rows)}")
+        raise UserError(
+            f"--mix {mixture}: must be FILE:RATIO with a ratio between 0 and 1 that "
+            f"comes to at least one row beside {len(rows)}"
+        )
     general = open_rows(name, seed=seed, say=say, **options)
     say(f"mixed in {count} rows of {name} to {len(rows)}")
     return rows + general.select(_sample(name, len(general), count, seed, say))
@@ -254,7 +263,9 @@ def _tell_unread(source, files, say):
         hint = "train.py --stage rm and dpo learn from chosen and rejected"
         compared = columns >= JUDGED and not file.ranking
         if unread := source.description and source.description.unread(columns):
-            say(f"{source.name}: {records.path} has {', '.join(unread)}, which columns in "
-                f"{FILE_NAME} does not name, so it is not read{f'; {hint}' * compared}")
+            say(
+                f"{source.name}: {records.path} has {', '.join(unread)}, which columns in "
+                f"{FILE_NAME} does not name, so it is not read{f'; {hint}' * compared}"
+            )
         elif compared:
             say(f"{records.path}: of each row only its one answer is read; {hint}")

@@ -22,9 +22,15 @@ from minisft.data.formats import PREFERENCE_DATA, BadRow
 FILE_NAME = "dataset_info.json"
 # What the columns of an entry are called here, in the terms of formats.py.
 COLUMNS = {
-    "prompt": "instruction", "query": "input", "response": "output", "history": "history",
-    "messages": "conversations", "system": "system", "tools": "tools",
-    "chosen": "chosen", "rejected": "rejected",
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "history": "history",
+    "messages": "conversations",
+    "system": "system",
+    "tools": "tools",
+    "chosen": "chosen",
+    "rejected": "rejected",
 }
 DEFAULT_COLUMNS = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
@@ -32,13 +38,22 @@ DEFAULT_COLUMNS = {
     "openai": {"messages": "messages"},
 }
 SPEAKERS = {
-    "user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation",
-    "function_tag": "function_call", "system_tag": "system",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
 }
 DEFAULT_TAGS = {
     "sharegpt": {"role_tag": "from", "content_tag": "value", **SPEAKERS},
-    "openai": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
-               "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system"},
+    "openai": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "observation_tag": "tool",
+        "system_tag": "system",
+    },
 }
 DEFAULT_TAGS["alpaca"] = DEFAULT_TAGS["sharegpt"]
 NEEDED_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
@@ -80,15 +95,22 @@ class Description:
         """A row with the columns and speakers that formats.py knows, and no others."""
         if not isinstance(record, dict):
             return record
-        missing = [self.columns[role]
-                   for role in ("prompt", "response", "messages", "chosen", "rejected")
-                   if role in self.columns and self.columns[role] not in record]
+        missing = [
+            self.columns[role]
+            for role in ("prompt", "response", "messages", "chosen", "rejected")
+            if role in self.columns and self.columns[role] not in record
+        ]
         if missing:
             found = ", ".join(map(str, record)) or "none"
-            raise BadRow(f"there is no column '{missing[0]}', which {FILE_NAME} names; "
-                         f"the columns are {found}")
-        renamed = {COLUMNS[role]: record[column] for role, column in self.columns.items()
-                   if column in record}
+            raise BadRow(
+                f"there is no column '{missing[0]}', which {FILE_NAME} names; "
+                f"the columns are {found}"
+            )
+        renamed = {
+            COLUMNS[role]: record[column]
+            for role, column in self.columns.items()
+            if column in record
+        }
         for column in ("conversations", "chosen", "rejected"):
             turns = renamed.get(column)
             if isinstance(turns, list):
@@ -106,9 +128,11 @@ class Description:
 
     def unread(self, columns):
         """Of a file's columns those that would be read, had the entry named them."""
-        return [f"'{known}' (as {role})" for role, known in COLUMNS.items()
-                if known in columns and role not in self.columns
-                and known not in self.columns.values()]
+        return [
+            f"'{known}' (as {role})"
+            for role, known in COLUMNS.items()
+            if known in columns and role not in self.columns and known not in self.columns.values()
+        ]
 
     def _turn(self, turn):
         role, content = self.tags["role_tag"], self.tags["content_tag"]
@@ -117,8 +141,9 @@ class Description:
         speakers = {self.tags[tag]: name for tag, name in SPEAKERS.items() if tag in self.tags}
         speaker = turn.get(role)
         if not isinstance(speaker, str) or speaker not in speakers:
-            raise BadRow(f"the speaker {speaker!r} is none of {', '.join(speakers)}, which "
-                         f"{FILE_NAME} names")
+            raise BadRow(
+                f"the speaker {speaker!r} is none of {', '.join(speakers)}, which {FILE_NAME} names"
+            )
         calls = {"tool_calls": turn["tool_calls"]} if turn.get("tool_calls") else {}
         return {"from": speakers[speaker], "value": turn.get(content), **calls}
 
@@ -136,8 +161,7 @@ def find_sources(dataset, dataset_dir="data", plain_text=False, ranking=False):
         if Path(name).is_file():
             sources.append(Source(name, [Path(name)]))
         elif name in entries:
-            sources.append(_registered(name, entries[name], Path(dataset_dir), plain_text,
-                                       ranking))
+            sources.append(_registered(name, entries[name], Path(dataset_dir), plain_text, ranking))
         elif Path(name).is_dir():
             sources.append(Source(name, data_files(name, plain_text)))
         else:
@@ -151,9 +175,14 @@ def data_files(folder, plain_text=False):
     """The files of rows in a folder and those below it, in the order of their names."""
     endings = (".json", ".jsonl", ".txt") if plain_text else (".json", ".jsonl")
     folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file()
-                   and path.suffix.lower() in endings and path.name not in ABOUT
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix.lower() in endings
+        and path.name not in ABOUT
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if not paths:
         raise UserError(f"{folder}: is a folder with no {', '.join(endings)} file in it")
     return paths
@@ -212,8 +241,9 @@ def _description(name, place, entry, columns, plain_text):
     """The Description of an entry; UserError for names that mean nothing in it."""
     formatting = str(entry.get("formatting") or "alpaca")
     if formatting not in DEFAULT_COLUMNS:
-        raise UserError(f"{place}: formatting '{formatting}' is none of "
-                        f"{', '.join(DEFAULT_COLUMNS)}")
+        raise UserError(
+            f"{place}: formatting '{formatting}' is none of {', '.join(DEFAULT_COLUMNS)}"
+        )
     if columns is None:
         columns = DEFAULT_COLUMNS[formatting]
     tags = DEFAULT_TAGS[formatting]
@@ -221,8 +251,10 @@ def _description(name, place, entry, columns, plain_text):
         # As with columns, one that is not named is absent; but these there must be.
         given = {tag: text for tag, text in _object(place, entry, "tags").items() if text}
         tags = {tag: tags[tag] for tag in NEEDED_TAGS} | given
-    for kind, given, known in (("column", columns, COLUMNS),
-                               ("tag", tags, DEFAULT_TAGS["sharegpt"])):
+    for kind, given, known in (
+        ("column", columns, COLUMNS),
+        ("tag", tags, DEFAULT_TAGS["sharegpt"]),
+    ):
         for key in given.keys() - known.keys():
             raise UserError(f"{place}: unknown {kind} '{key}'; known are {', '.join(known)}")
     answers = ("chosen", "rejected") if {"chosen", "rejected"} & columns.keys() else ()
@@ -234,8 +266,11 @@ def _description(name, place, entry, columns, plain_text):
             hint = "; text without answers is for --stage pt" if role == "response" else ""
             raise UserError(f"{place}: columns must name '{role}'{hint}")
     used = ("prompt", "query", "response", "history") if formatting == "alpaca" else ("messages",)
-    columns = {role: column for role, column in columns.items()
-               if column is not None and role in (*used, "system", "tools", "chosen", "rejected")}
+    columns = {
+        role: column
+        for role, column in columns.items()
+        if column is not None and role in (*used, "system", "tools", "chosen", "rejected")
+    }
     return Description(name, columns, tags)
 
 
@@ -243,7 +278,8 @@ def _object(place, entry, key):
     """The object of strings (or nulls) in an entry's key."""
     value = entry[key]
     if not isinstance(value, dict) or not all(
-            text is None or isinstance(text, str) for text in value.values()):
+        text is None or isinstance(text, str) for text in value.values()
+    ):
         raise UserError(f"{place}: {key} must be an object of strings")
     return value
 
@@ -257,14 +293,20 @@ def _paths(place, entry, dataset_dir, plain_text):
     if "hf_hub_url" in named:
         folder = _download(place, named["hf_hub_url"], plain_text)
     elif "ms_hub_url" in named or "om_hub_url" in named:
-        raise UserError(f"{place}: is on ModelScope or OpenMind only; download it and give its "
-                        "place as file_name")
+        raise UserError(
+            f"{place}: is on ModelScope or OpenMind only; download it and give its "
+            "place as file_name"
+        )
     elif "script_url" in named:
-        raise UserError(f"{place}: script_url is refused, because it would run the data set's "
-                        "code; download the rows and give their place as file_name")
+        raise UserError(
+            f"{place}: script_url is refused, because it would run the data set's "
+            "code; download the rows and give their place as file_name"
+        )
     elif "cloud_file_name" in named:
-        raise UserError(f"{place}: cloud_file_name is not supported; download the file and give "
-                        "its place as file_name")
+        raise UserError(
+            f"{place}: cloud_file_name is not supported; download the file and give "
+            "its place as file_name"
+        )
     elif "file_name" not in named:
         raise UserError(f"{place}: names neither file_name nor hf_hub_url")
     else:
@@ -319,8 +361,10 @@ def _download(place, repo_id, plain_text):
         return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # of many libraries below
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{place}: {repo_id} could not be had from the hub ({reason}); download "
-                        "it and give its place as file_name") from error
+        raise UserError(
+            f"{place}: {repo_id} could not be had from the hub ({reason}); download "
+            "it and give its place as file_name"
+        ) from error
 
 
 def _check_sha1(place, paths, expected):
@@ -329,5 +373,7 @@ def _check_sha1(place, paths, expected):
     with open(paths[0], "rb") as file:
         found = hashlib.file_digest(file, "sha1").hexdigest()
     if found != str(expected).lower():
-        raise UserError(f"{place}: {paths[0]} has the SHA-1 {found}, not {expected}; it is not "
-                        "the file that was meant, or it is damaged")
+        raise UserError(
+            f"{place}: {paths[0]} has the SHA-1 {found}, not {expected}; it is not "
+            "the file that was meant, or it is damaged"
+        )

@@ -1,7 +1,7 @@
 """Rows become token ids and what of them is learned; texts become blocks.
 
-    examples, report = encode_rows(rows, template, cutoff_len=1024)
-    examples[0].ids, examples[0].supervised
+examples, report = encode_rows(rows, template, cutoff_len=1024)
+examples[0].ids, examples[0].supervised
 """
 
 from dataclasses import dataclass, field
@@ -28,8 +28,10 @@ class Example:
     def texts(self):
         """Its texts as Examples of their own."""
         ends = np.cumsum(self.lengths or [len(self.ids)])[:-1]
-        return [Example(*one) for one in zip(np.split(self.ids, ends),
-                                             np.split(self.supervised, ends), strict=True)]
+        return [
+            Example(*one)
+            for one in zip(np.split(self.ids, ends), np.split(self.supervised, ends), strict=True)
+        ]
 
 
 @dataclass
@@ -60,14 +62,19 @@ class EncodeReport:
         """A line for people."""
         said = []
         if self.num_cut:
-            said.append(f"{self.num_cut} of {self.num_rows} rows cut to the length limit, "
-                        f"{self.num_dropped} dropped because no answer was left")
+            said.append(
+                f"{self.num_cut} of {self.num_rows} rows cut to the length limit, "
+                f"{self.num_dropped} dropped because no answer was left"
+            )
         if self.num_long:
-            said.append(f"{self.num_long} of {self.num_rows} rows left out: longer than the length "
-                        "limit")
+            said.append(
+                f"{self.num_long} of {self.num_rows} rows left out: longer than the length limit"
+            )
         if self.num_same:
-            said.append(f"{self.num_same} of {self.num_rows} rows left out: their answers are the "
-                        "same, so none is to be preferred")
+            said.append(
+                f"{self.num_same} of {self.num_rows} rows left out: their answers are the "
+                "same, so none is to be preferred"
+            )
         if self.broken:
             said.append(f"{len(self.broken)} broken rows left out, the first: {self.broken[0]}")
         return "; ".join(said)
@@ -114,8 +121,9 @@ def encode_rankings(rows, template, cutoff_len, vocab_size=None, whole=False):
         conversations = [row.messages, *row.rejected]
         common = _common(conversations)
         try:
-            texts = [_answer_alone(template, messages, row.tools, common)
-                     for messages in conversations]
+            texts = [
+                _answer_alone(template, messages, row.tools, common) for messages in conversations
+            ]
             check_vocabulary([max(text.ids) for text in texts], vocab_size)
         except UserError as error:
             raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
@@ -128,14 +136,19 @@ def encode_rankings(rows, template, cutoff_len, vocab_size=None, whole=False):
         if not all(text.supervised[1:cutoff_len].any() for text in texts):
             report.num_dropped += 1
             continue
-        texts = unique_texts([Example(text.ids[:cutoff_len], text.supervised[:cutoff_len])
-                           for text in texts])
+        texts = unique_texts(
+            [Example(text.ids[:cutoff_len], text.supervised[:cutoff_len]) for text in texts]
+        )
         if len(texts) == 1:
             report.num_same += 1
             continue
-        examples.append(Example(np.concatenate([text.ids for text in texts]),
-                                np.concatenate([text.supervised for text in texts]),
-                                [len(text.ids) for text in texts]))
+        examples.append(
+            Example(
+                np.concatenate([text.ids for text in texts]),
+                np.concatenate([text.supervised for text in texts]),
+                [len(text.ids) for text in texts],
+            )
+        )
     return examples, report
 
 
@@ -195,5 +208,3 @@ def read_and_encode(rows, encode, numbers=None):
     examples, report = encode(dataset.read(rows, broken, numbers))
     report.broken += broken
     return examples, report
-
-

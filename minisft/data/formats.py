@@ -22,18 +22,28 @@ import json
 
 from minisft.common.errors import UserError
 
-KNOWN_FORMATS = ("alpaca (instruction, input, output), sharegpt (conversations), openai (messages) "
-                 "and firefly (kind, input, target)")
+KNOWN_FORMATS = (
+    "alpaca (instruction, input, output), sharegpt (conversations), openai (messages) "
+    "and firefly (kind, input, target)"
+)
 PREFERENCE_DATA = (
     "preference data (several answers to compare) do not say which single answer is meant; give a "
     "file with one answer to a prompt, or use train.py --stage dpo or rm, score.py --mode reward"
 )
-NO_PREFERENCE = ("there is nothing to prefer: --stage rm and dpo need the columns chosen and "
-                 "rejected, or a list of at least two answers as output")
+NO_PREFERENCE = (
+    "there is nothing to prefer: --stage rm and dpo need the columns chosen and "
+    "rejected, or a list of at least two answers as output"
+)
 JUDGED = {"chosen", "rejected"}  # the columns of two answers to compare
 ROLES = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant",
-    "assistant": "assistant", "function_call": "assistant", "observation": "tool", "tool": "tool",
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
 }
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
@@ -87,8 +97,9 @@ def ranking(record):
         prompt = [] if whole else _prompt(record)
     elif isinstance(record.get("output"), list) and len(record["output"]) > 1:
         names = [f"answer {number} of output" for number in range(1, 1 + len(record["output"]))]
-        answers = {name: _answer(name, one)
-                   for name, one in zip(names, record["output"], strict=True)}
+        answers = {
+            name: _answer(name, one) for name, one in zip(names, record["output"], strict=True)
+        }
         prompt = _alpaca_prompt(record)
     else:
         raise BadRow(NO_PREFERENCE)
@@ -126,9 +137,11 @@ def _prompt(record):
         return _turns(record, "conversations" if "conversations" in record else "messages")
     if "instruction" in record:
         return _alpaca_prompt(record)
-    raise BadRow("chosen and rejected have no question: there is none of the columns prompt, "
-                 "instruction, conversations and messages, and they are not lists of turns that "
-                 "begin with the user's")
+    raise BadRow(
+        "chosen and rejected have no question: there is none of the columns prompt, "
+        "instruction, conversations and messages, and they are not lists of turns that "
+        "begin with the user's"
+    )
 
 
 def _answer(name, value):
@@ -280,8 +293,11 @@ def _tool_calls(value):
 def _with_system(record, messages):
     """The messages behind the system prompt of the column "system"; a blank one is as none."""
     system = {"role": "system", "content": _string(record, "system")}
-    return [message for message in [system, *messages]
-            if message["role"] != "system" or message["content"].strip()]
+    return [
+        message
+        for message in [system, *messages]
+        if message["role"] != "system" or message["content"].strip()
+    ]
 
 
 def _tools(record):

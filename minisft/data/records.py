@@ -19,9 +19,11 @@ from minisft.data.formats import BadRow, parse_json
 BLOCK_SIZE = 4 * 2**20  # bytes searched for line ends at a time
 NEWLINE, SPACE = 10, 32
 # From other kinds of file that data sets come as.
-WAYS_OUT = dict.fromkeys((".csv", ".parquet"), "; convert it, for instance with pandas: "
-                         "read_csv or read_parquet, then to_json(..., orient='records', lines=True)"
-                         ) | dict.fromkeys((".gz", ".xz", ".zip", ".zst"), "; unpack it first")
+WAYS_OUT = dict.fromkeys(
+    (".csv", ".parquet"),
+    "; convert it, for instance with pandas: "
+    "read_csv or read_parquet, then to_json(..., orient='records', lines=True)",
+) | dict.fromkeys((".gz", ".xz", ".zip", ".zst"), "; unpack it first")
 
 
 def open_records(path, plain_text=False):

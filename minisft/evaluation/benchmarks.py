@@ -40,19 +40,27 @@ class Benchmark:
 
 BENCHMARKS = {
     "ceval": Benchmark(
-        "C-Eval", ("val", "test", "dev"),
+        "C-Eval",
+        ("val", "test", "dev"),
         heading="以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n",
-        question="", answer="答案：",
+        question="",
+        answer="答案：",
     ),
     "cmmlu": Benchmark(
-        "CMMLU", ("test", "dev"),
+        "CMMLU",
+        ("test", "dev"),
         heading="以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n",
-        question="题目：", answer="答案是：",
+        question="题目：",
+        answer="答案是：",
     ),
     "mmlu": Benchmark(
-        "MMLU", ("test", "val", "dev"),
+        "MMLU",
+        ("test", "val", "dev"),
         heading="The following are multiple choice questions (with answers) about {subject}.\n\n",
-        question="", answer="Answer:", letter=" {letter}", needs_names=False,
+        question="",
+        answer="Answer:",
+        letter=" {letter}",
+        needs_names=False,
     ),
 }
 
@@ -93,22 +101,30 @@ def read_subjects(benchmark, data_dir, split, num_fewshot=0, wanted=()):
     files = Files(data_dir)
     found = files.subjects(split)
     if not found:
-        raise UserError(f"{data_dir}: no CSV files in a folder '{split}'; its splits are "
-                        f"{', '.join(files.splits()) or 'none at all'}")
+        raise UserError(
+            f"{data_dir}: no CSV files in a folder '{split}'; its splits are "
+            f"{', '.join(files.splits()) or 'none at all'}"
+        )
     unknown = sorted(set(wanted) - set(found))
     if unknown:
-        raise UserError(f"--subjects {unknown[0]}: not in the split '{split}' of {data_dir}; there "
-                        f"are {', '.join(sorted(found))}")
+        raise UserError(
+            f"--subjects {unknown[0]}: not in the split '{split}' of {data_dir}; there "
+            f"are {', '.join(sorted(found))}"
+        )
     demonstrations, names = files.subjects("dev") if num_fewshot else {}, files.mapping()
     subjects = []
     for key in sorted(set(wanted) or found):
         if num_fewshot and key not in demonstrations:
-            raise UserError(f"{data_dir}: the subject {key} has no demonstrations (a file in the "
-                            "folder 'dev'); add it, or give --num_fewshot 0")
+            raise UserError(
+                f"{data_dir}: the subject {key} has no demonstrations (a file in the "
+                "folder 'dev'); add it, or give --num_fewshot 0"
+            )
         if benchmark.needs_names and key not in names:
-            raise UserError(f"{data_dir}: {MAPPINGS[0]} does not say what the subject {key} is "
-                            f'called in the prompt; add {{"{key}": {{"name": ..., "category": '
-                            "...}} to it (docs/evaluation.md says where it is published)")
+            raise UserError(
+                f"{data_dir}: {MAPPINGS[0]} does not say what the subject {key} is "
+                f'called in the prompt; add {{"{key}": {{"name": ..., "category": '
+                "...}} to it (docs/evaluation.md says where it is published)"
+            )
         name, group = names.get(key, (key.replace("_", " "), ""))
         shown = files.questions(demonstrations[key], answered=True) if num_fewshot else []
         subjects.append(Subject(key, name, group, files.questions(found[key]), shown))
@@ -131,12 +147,15 @@ class Files:
             names = self.archive.namelist()
         else:
             state = "is neither a folder nor a zip" if self.root.exists() else "no such folder"
-            raise UserError(f"--data_dir {data_dir}: {state}; give the benchmark's folder (other "
-                            "archives unpacked) or zip")
+            raise UserError(
+                f"--data_dir {data_dir}: {state}; give the benchmark's folder (other "
+                "archives unpacked) or zip"
+            )
         paths = [PurePosixPath(name) for name in names]
         # Archives made on a Mac have a second tree of files that only look like these.
-        self.paths = sorted(path for path in paths
-                            if "__MACOSX" not in path.parts and not path.name.startswith("."))
+        self.paths = sorted(
+            path for path in paths if "__MACOSX" not in path.parts and not path.name.startswith(".")
+        )
 
     def splits(self):
         """The names of the folders that hold CSV files."""
@@ -149,8 +168,10 @@ class Files:
             if path.parent.name == split and path.suffix == ".csv":
                 key = path.stem.removesuffix(f"_{split}")
                 if key in found:
-                    raise UserError(f"{self.root}: both {found[key]} and {path} are the subject "
-                                    f"{key}; give the folder of one benchmark")
+                    raise UserError(
+                        f"{self.root}: both {found[key]} and {path} are the subject "
+                        f"{key}; give the folder of one benchmark"
+                    )
                 found[key] = path
         return found
 
@@ -160,8 +181,9 @@ class Files:
         try:
             content = self.archive.read(str(path)) if self.archive else place.read_bytes()
         except ZIP_ERRORS as error:
-            raise UserError(f"{place}: cannot be read ({error}); download the zip again, or "
-                            "unpack it yourself") from error
+            raise UserError(
+                f"{place}: cannot be read ({error}); download the zip again, or unpack it yourself"
+            ) from error
         return _decoded(content, place)
 
     def mapping(self):
@@ -180,8 +202,10 @@ class Files:
         try:
             return {key: _name_and_group(entry) for key, entry in json.loads(text).items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f'{place}: expected {{"subject": {{"name": ..., '
-                            f'"category": ...}}}} for every subject ({error})') from error
+            raise UserError(
+                f'{place}: expected {{"subject": {{"name": ..., '
+                f'"category": ...}}}} for every subject ({error})'
+            ) from error
 
     def questions(self, path, answered=False):
         """The Questions of a CSV file; with `answered` a file without answers is an error."""
@@ -195,8 +219,10 @@ class Files:
         columns, has_header = _columns(first, place) if rows else ({}, False)
         if not rows[has_header:]:
             raise UserError(f"{place}: there are no questions in it")
-        questions = [_question(row, columns, len(first), number, f"{place}, line {line}")
-                     for number, (line, row) in enumerate(rows[has_header:])]
+        questions = [
+            _question(row, columns, len(first), number, f"{place}, line {line}")
+            for number, (line, row) in enumerate(rows[has_header:])
+        ]
         answers = [one.answer for one in questions]
         if None in answers and any(answers):
             line = rows[has_header:][answers.index(None)][0]
@@ -229,13 +255,17 @@ def _columns(first, place):
     if "question" in names:
         missing = [name for name in needed if name not in names]
         if missing:
-            raise UserError(f"{place}: the column {missing[0]} is missing; it has "
-                            f"{', '.join(filter(None, names))}")
+            raise UserError(
+                f"{place}: the column {missing[0]} is missing; it has "
+                f"{', '.join(filter(None, names))}"
+            )
         # CMMLU's first column has numbers and no name.
         return {name or "id": index for index, name in enumerate(names)}, True
     if len(names) not in (5, 6):
-        raise UserError(f"{place}: neither a header with question, A, B, C, D nor rows of a "
-                        f"question, four options and the answer, but {len(names)} columns")
+        raise UserError(
+            f"{place}: neither a header with question, A, B, C, D nor rows of a "
+            f"question, four options and the answer, but {len(names)} columns"
+        )
     return {name: index for index, name in enumerate([*needed, "answer"][: len(names)])}, False
 
 

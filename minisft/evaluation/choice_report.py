@@ -26,8 +26,13 @@ def write_rows(path, rows):
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({**row, **{letter: f"{row[letter]:.6f}" for letter in LETTERS},
-                         "is_cut": int(row["is_cut"])})
+        writer.writerow(
+            {
+                **row,
+                **{letter: f"{row[letter]:.6f}" for letter in LETTERS},
+                "is_cut": int(row["is_cut"]),
+            }
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(text.getvalue(), encoding="utf-8")
@@ -36,12 +41,19 @@ def write_rows(path, rows):
 
 def read_rows(path):
     """The rows that `write_rows` wrote."""
-    kinds = {"run": int, "num_fewshot": int, "is_cut": lambda text: text == "1",
-             "answer": lambda text: text or None, **dict.fromkeys(LETTERS, float)}
+    kinds = {
+        "run": int,
+        "num_fewshot": int,
+        "is_cut": lambda text: text == "1",
+        "answer": lambda text: text or None,
+        **dict.fromkeys(LETTERS, float),
+    }
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return [{name: kinds.get(name, str)(row[name]) for name in COLUMNS}
-                    for row in csv.DictReader(file)]
+            return [
+                {name: kinds.get(name, str)(row[name]) for name in COLUMNS}
+                for row in csv.DictReader(file)
+            ]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a subject's results ({error}); remove it") from error
 
@@ -51,8 +63,10 @@ def read_finished(path, subject, num_runs):
     rows = read_rows(path)
     wanted = [(run, one.id, one.answer) for run in range(num_runs) for one in subject.questions]
     if [(row["run"], row["id"], row["answer"]) for row in rows] != wanted:
-        raise UserError(f"{path}: is not about the questions that {subject.key} has now; remove "
-                        "it, or give another --output_dir")
+        raise UserError(
+            f"{path}: is not about the questions that {subject.key} has now; remove "
+            "it, or give another --output_dir"
+        )
     return rows
 
 
@@ -66,13 +80,20 @@ def read_baseline(subjects, folder):
     for subject in subjects:
         path, asked = Path(folder) / f"{subject.key}.csv", {one.id for one in subject.questions}
         if not path.is_file():
-            raise UserError(f"--baseline_dir: {path} is not there; give the output folder of a run "
-                            "over the same benchmark, split and subjects")
+            raise UserError(
+                f"--baseline_dir: {path} is not there; give the output folder of a run "
+                "over the same benchmark, split and subjects"
+            )
         if any(one.answer is None for one in subject.questions):
-            raise UserError(f"--baseline_dir: the answers of {subject.key} are not told in this "
-                            "split, so nobody knows which run was right")
-        found[subject.key] = {row["id"]: row["prediction"] == row["answer"]
-                              for row in read_rows(path) if row["run"] == 0}
+            raise UserError(
+                f"--baseline_dir: the answers of {subject.key} are not told in this "
+                "split, so nobody knows which run was right"
+            )
+        found[subject.key] = {
+            row["id"]: row["prediction"] == row["answer"]
+            for row in read_rows(path)
+            if row["run"] == 0
+        }
         common += len(asked & set(found[subject.key]))
     if not common:
         raise UserError(f"--baseline_dir {folder}: has no question in common with this run")
@@ -89,8 +110,12 @@ def summarize(subjects, rows_of, num_fewshot):
     # Repetitions ask the same questions again, so they do not make the sample larger.
     first = [row for row in all_rows if row["run"] == 0]
     shown = {one.key: min(num_fewshot, len(one.demonstrations)) for one in subjects}
-    dropped = [shown[one.key] - row["num_fewshot"] for one in subjects
-               for row in rows_of[one.key] if row["run"] == 0]
+    dropped = [
+        shown[one.key] - row["num_fewshot"]
+        for one in subjects
+        for row in rows_of[one.key]
+        if row["run"] == 0
+    ]
     summary = {
         "num_questions": len(first),
         "questions_with_dropped_demonstrations": sum(number > 0 for number in dropped),
@@ -103,8 +128,13 @@ def summarize(subjects, rows_of, num_fewshot):
     for subject in subjects:
         rows = rows_of[subject.key]
         count, rate = len(subject.questions), _rate(rows)
-        each[subject.key] = {"name": subject.name, "group": subject.group, "num_questions": count,
-                             "accuracy": rate, "interval": wilson(rate, count)}
+        each[subject.key] = {
+            "name": subject.name,
+            "group": subject.group,
+            "num_questions": count,
+            "accuracy": rate,
+            "interval": wilson(rate, count),
+        }
     groups = {}
     for name in sorted({entry["group"] for entry in each.values()} - {""}):
         groups[name] = _averages([entry for entry in each.values() if entry["group"] == name])
@@ -113,7 +143,9 @@ def summarize(subjects, rows_of, num_fewshot):
     if len(runs) > 1:
         summary["macro_of_each_run"] = [
             sum(_rate([row for row in rows_of[one.key] if row["run"] == run]) for one in subjects)
-            / len(subjects) for run in runs]
+            / len(subjects)
+            for run in runs
+        ]
     return summary | {"groups": groups, "subjects": each}
 
 
@@ -126,8 +158,10 @@ def _averages(entries):
     total = sum(count for _, count in counts)
     weighted = sum(rate * count for rate, count in counts) / total
     return {
-        "macro": {"accuracy": sum(rate for rate, _ in counts) / len(counts),
-                  "interval": macro_interval(counts)},
+        "macro": {
+            "accuracy": sum(rate for rate, _ in counts) / len(counts),
+            "interval": macro_interval(counts),
+        },
         "weighted": {"accuracy": weighted, "interval": wilson(weighted, total)},
         "num_questions": total,
     }
@@ -135,8 +169,10 @@ def _averages(entries):
 
 def submission(subjects, rows_of):
     """The predictions of the first run as C-Eval takes them: {subject: {id: letter}}."""
-    return {one.key: {row["id"]: row["prediction"] for row in rows_of[one.key] if row["run"] == 0}
-            for one in subjects}
+    return {
+        one.key: {row["id"]: row["prediction"] for row in rows_of[one.key] if row["run"] == 0}
+        for one in subjects
+    }
 
 
 def compare_with(baseline, rows_of):
@@ -144,15 +180,24 @@ def compare_with(baseline, rows_of):
 
     baseline: what `read_baseline` found. Of repetitions the first one counts.
     """
-    pairs = [(before[row["id"]], row["prediction"] == row["answer"])
-             for key, before in baseline.items() for row in rows_of[key]
-             if row["run"] == 0 and row["id"] in before]
+    pairs = [
+        (before[row["id"]], row["prediction"] == row["answer"])
+        for key, before in baseline.items()
+        for row in rows_of[key]
+        if row["run"] == 0 and row["id"] in before
+    ]
     difference, low, high = mean_interval([after - before for before, after in pairs], -1, 1)
-    lost, gained = (sum(pair == wanted for pair in pairs)
-                    for wanted in ((True, False), (False, True)))
-    return {"num_questions": len(pairs), "difference": difference, "interval": (low, high),
-            "only_baseline_right": lost, "only_this_right": gained,
-            "p_value": mcnemar(lost, gained)}
+    lost, gained = (
+        sum(pair == wanted for pair in pairs) for wanted in ((True, False), (False, True))
+    )
+    return {
+        "num_questions": len(pairs),
+        "difference": difference,
+        "interval": (low, high),
+        "only_baseline_right": lost,
+        "only_this_right": gained,
+        "p_value": mcnemar(lost, gained),
+    }
 
 
 def table(summary):
@@ -169,5 +214,7 @@ def table(summary):
 
 def _line(name, count, entry):
     low, high = entry["interval"]
-    return (f"{name:<40} {count:>6} {100 * entry['accuracy']:>6.1f} %"
-            f"  ({100 * low:.1f} to {100 * high:.1f})")
+    return (
+        f"{name:<40} {count:>6} {100 * entry['accuracy']:>6.1f} %"
+        f"  ({100 * low:.1f} to {100 * high:.1f})"
+    )

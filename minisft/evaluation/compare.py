@@ -73,10 +73,15 @@ def parse_model(text):
     """`NAME=DIR` or `NAME=DIR+ADAPTER` -> (name, model, adapter or None)."""
     name, _, place = text.partition("=")
     model, adapter = split_adapter(place)
-    if not name[:1].isalnum() or not model or not all(
-            one.isalnum() or one in "-_." for one in name):
-        raise UserError(f"--models {text}: write NAME=DIR or NAME=DIR+ADAPTER, the name of "
-                        "letters, digits, '-', '_' and '.'")
+    if (
+        not name[:1].isalnum()
+        or not model
+        or not all(one.isalnum() or one in "-_." for one in name)
+    ):
+        raise UserError(
+            f"--models {text}: write NAME=DIR or NAME=DIR+ADAPTER, the name of "
+            "letters, digits, '-', '_' and '.'"
+        )
     return name, model, adapter
 
 
@@ -106,16 +111,23 @@ def answer_items(assistant, items, sampling, batch_size, advance=lambda count: N
     limit = assistant.max_length - sampling.max_new_tokens
     results = [{"answer": "", "num_tokens": 0, "is_cut": False, "is_skipped": True} for _ in items]
     # Similar lengths together; the number of the row goes along, which chooses its random stream.
-    order = sorted((row for row, ids in enumerate(prompts) if len(ids) <= limit),
-                   key=lambda row: len(prompts[row]))
+    order = sorted(
+        (row for row, ids in enumerate(prompts) if len(ids) <= limit),
+        key=lambda row: len(prompts[row]),
+    )
     advance(len(items) - len(order))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        answers = generate(assistant.model, [prompts[row] for row in rows], sampling,
-                           assistant.stop_ids, rows)
+        answers = generate(
+            assistant.model, [prompts[row] for row in rows], sampling, assistant.stop_ids, rows
+        )
         for row, ids in zip(rows, answers, strict=True):
-            results[row] = {"answer": tokenizer.decode(ids).strip(), "num_tokens": len(ids),
-                            "is_cut": len(ids) == sampling.max_new_tokens, "is_skipped": False}
+            results[row] = {
+                "answer": tokenizer.decode(ids).strip(),
+                "num_tokens": len(ids),
+                "is_cut": len(ids) == sampling.max_new_tokens,
+                "is_skipped": False,
+            }
         advance(len(rows))
     return results
 
@@ -130,11 +142,14 @@ def reference_losses(assistant, items, batch_size):
     examples = []
     for item in items:
         messages = [*item.messages, {"role": "assistant", "content": item.reference}]
-        found, report = encode_rows([Row(messages, item.tools)], assistant.template,
-                                    assistant.max_length)
+        found, report = encode_rows(
+            [Row(messages, item.tools)], assistant.template, assistant.max_length
+        )
         examples.append(found[0] if found and not report.num_cut else None)
-    order = sorted((row for row, one in enumerate(examples) if one is not None),
-                   key=lambda row: len(examples[row].ids))
+    order = sorted(
+        (row for row, one in enumerate(examples) if one is not None),
+        key=lambda row: len(examples[row].ids),
+    )
     losses = [None] * len(items)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -153,8 +168,9 @@ def measure(items, answers, losses):
     `bleu_2` is that of all rows together and has no interval. Perplexity is per token, and can be
     compared only between models with the same tokenizer; bits per character between all.
     """
-    rows = [row_scores(one["answer"], item.reference)
-            for one, item in zip(answers, items, strict=True)]
+    rows = [
+        row_scores(one["answer"], item.reference) for one, item in zip(answers, items, strict=True)
+    ]
     for row, loss in zip(rows, losses, strict=True):
         row["perplexity"] = _exp(loss[0] / loss[1]) if loss else None
     mean = {}
@@ -162,13 +178,15 @@ def measure(items, answers, losses):
         middle, low, high = mean_interval([row[name] for row in rows], 0, 1)
         mean[name] = {"mean": middle, "interval": (low, high)}
     mean["exact_match"]["interval"] = wilson(mean["exact_match"]["mean"], len(rows))
-    mean["bleu_2"] = {"mean": corpus_bleu2([one["answer"] for one in answers],
-                                           [item.reference for item in items])}
+    mean["bleu_2"] = {
+        "mean": corpus_bleu2([one["answer"] for one in answers], [item.reference for item in items])
+    }
     read = [(loss, item) for loss, item in zip(losses, items, strict=True) if loss]
     nats, tokens = (sum(loss[place] for loss, _ in read) for place in (0, 1))
     characters = sum(len(item.reference) for _, item in read)
     return {
-        "mean": mean, "rows": rows,
+        "mean": mean,
+        "rows": rows,
         "perplexity": _exp(nats / tokens) if read else None,
         "bits_per_character": nats / math.log(2) / characters if characters else None,
         "answer_characters": sum(len(one["answer"]) for one in answers) / len(answers),
@@ -191,8 +209,9 @@ def differences(first, other):
     """
     found = {}
     for name in MEASURES:
-        pairs = [(one[name], two[name]) for one, two in
-                 zip(first["rows"], other["rows"], strict=True)]
+        pairs = [
+            (one[name], two[name]) for one, two in zip(first["rows"], other["rows"], strict=True)
+        ]
         middle, low, high = mean_interval([two - one for one, two in pairs], -1, 1)
         found[name] = {"mean": middle, "interval": (low, high)}
     # `pairs` are now those of the last measure, the exact match.

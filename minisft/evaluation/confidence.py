@@ -1,7 +1,7 @@
 """How sure a measured figure is: 95 % confidence intervals and paired tests.
 
-    low, high = wilson(rate=0.62, count=1346)             # (0.594, 0.646)
-    p_value = mcnemar(only_first=12, only_second=31)      # 0.005
+low, high = wilson(rate=0.62, count=1346)             # (0.594, 0.646)
+p_value = mcnemar(only_first=12, only_second=31)      # 0.005
 """
 
 import math

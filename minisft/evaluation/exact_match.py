@@ -30,8 +30,9 @@ def exact_match(model, examples, template, batch_size):
     for start in range(0, len(split), batch_size):
         prompts, references = zip(*split[start : start + batch_size], strict=True)
         sampling = Sampling(max_new_tokens=max(map(len, references)) + MARGIN, greedy=True)
-        for answer, ids in zip(generate(model, prompts, sampling, stop_ids), references,
-                               strict=True):
+        for answer, ids in zip(
+            generate(model, prompts, sampling, stop_ids), references, strict=True
+        ):
             reference = list(takewhile(lambda id: id not in stop_ids, ids))
             right += decode(answer).strip() == decode(reference).strip()
     device = model.model.embed_tokens.weight.device

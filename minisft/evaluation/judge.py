@@ -54,8 +54,10 @@ class Comparison:
 
     def prompts(self):
         """The texts for the judge: the baseline's answer first, then the other's."""
-        return [INSTRUCTION.format(question=self.question, first=first, second=second)
-                for first, second in ((self.baseline, self.other), (self.other, self.baseline))]
+        return [
+            INSTRUCTION.format(question=self.question, first=first, second=second)
+            for first, second in ((self.baseline, self.other), (self.other, self.baseline))
+        ]
 
 
 class LocalJudge:
@@ -69,8 +71,10 @@ class LocalJudge:
         room = min(MAX_NEW_TOKENS, self.assistant.max_length // 2)
         sampling = Sampling(max_new_tokens=room, greedy=True)
         for start in range(0, len(prompts), self.batch_size):
-            items = [Item([{"role": "user", "content": text}], "")
-                     for text in prompts[start : start + self.batch_size]]
+            items = [
+                Item([{"role": "user", "content": text}], "")
+                for text in prompts[start : start + self.batch_size]
+            ]
             answers = answer_items(self.assistant, items, sampling, self.batch_size)
             for place, one in enumerate(answers, start):
                 yield place, "(no room in the context)" if one["is_skipped"] else one["answer"]
@@ -106,13 +110,20 @@ class RemoteJudge:
 
     def ask(self, prompt):
         """The judge's text for one prompt."""
-        body = json.dumps({"model": self.name, "temperature": 0, "max_tokens": MAX_NEW_TOKENS,
-                           "messages": [{"role": "user", "content": prompt}]}).encode()
+        body = json.dumps(
+            {
+                "model": self.name,
+                "temperature": 0,
+                "max_tokens": MAX_NEW_TOKENS,
+                "messages": [{"role": "user", "content": prompt}],
+            }
+        ).encode()
         for attempt in range(self.retries + 1):
             wait = self.pause * 2**attempt
             try:
-                request = urllib.request.Request(self.url, body,
-                                                 {"Content-Type": "application/json"})
+                request = urllib.request.Request(
+                    self.url, body, {"Content-Type": "application/json"}
+                )
                 if self.key:  # not for another server, where this one points to one
                     request.add_unredirected_header("Authorization", f"Bearer {self.key}")
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
@@ -122,8 +133,10 @@ class RemoteJudge:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error.reason}{_said(error)}"
                 if error.code not in (408, 429) and error.code < 500:
-                    raise UserError(f"--judge_url {self.url}: {reason}; see its address, "
-                                    "--judge_model and the key in OPENAI_API_KEY") from error
+                    raise UserError(
+                        f"--judge_url {self.url}: {reason}; see its address, "
+                        "--judge_model and the key in OPENAI_API_KEY"
+                    ) from error
                 told = error.headers.get("Retry-After", "")
                 wait = min(float(told), LONGEST_PAUSE) if told.isdecimal() else wait
             except (OSError, http.client.HTTPException) as error:
@@ -132,8 +145,10 @@ class RemoteJudge:
                 reason = "the reply is not a chat completion"
             if attempt < self.retries:
                 time.sleep(wait)
-        raise UserError(f"--judge_url {self.url}: {reason}, {self.retries + 1} times; the verdicts "
-                        "so far are kept, go on with --resume")
+        raise UserError(
+            f"--judge_url {self.url}: {reason}, {self.retries + 1} times; the verdicts "
+            "so far are kept, go on with --resume"
+        )
 
 
 def _said(error):
@@ -208,13 +223,18 @@ def tally(verdicts):
     outcomes = [outcome(*pair) for pair in verdicts]
     read = [one for one in outcomes if one]
     places = [one for pair in verdicts if None not in pair for one in pair if one != "tie"]
-    report = {"unreadable": len(outcomes) - len(read),
-              "contradicting": sum(pair in ((1, 1), (2, 2)) for pair in verdicts),
-              "first_place": places.count(1) / len(places) if places else None}
+    report = {
+        "unreadable": len(outcomes) - len(read),
+        "contradicting": sum(pair in ((1, 1), (2, 2)) for pair in verdicts),
+        "first_place": places.count(1) / len(places) if places else None,
+    }
     for name in ("win", "tie", "loss"):
         share = read.count(name) / max(1, len(read))
-        report[name] = {"count": read.count(name), "share": share,
-                        "interval": wilson(share, len(read))}
+        report[name] = {
+            "count": read.count(name),
+            "share": share,
+            "interval": wilson(share, len(read)),
+        }
     return report | {"p_value": mcnemar(read.count("loss"), read.count("win"))}
 
 
@@ -228,5 +248,7 @@ def cost_line(comparisons, price_in=0.0, price_out=0.0):
     tokens_in = sum(map(len, texts)) - len(others) + len(others.encode()) // 4
     tokens_out = len(texts) * MAX_NEW_TOKENS
     cost = (tokens_in * price_in + tokens_out * price_out) / 10**6
-    return (f"judging: {len(texts):,} requests, about {tokens_in:,} tokens to read, at most "
-            f"{tokens_out:,} to write" + f"; at most about {cost:,.2f}" * bool(cost))
+    return (
+        f"judging: {len(texts):,} requests, about {tokens_in:,} tokens to read, at most "
+        f"{tokens_out:,} to write" + f"; at most about {cost:,.2f}" * bool(cost)
+    )

@@ -65,8 +65,10 @@ class Prompts:
         end = shared_length([ids[::-1] for ids in rests])
         options = [ids[: len(ids) - end] for ids in rests]
         if not all(options) or len(set(map(tuple, options))) < len(options):
-            raise UserError("the tokenizer does not tell the letters A, B, C and D apart, so no "
-                            "model with it can answer; is it the tokenizer of this checkpoint?")
+            raise UserError(
+                "the tokenizer does not tell the letters A, B, C and D apart, so no "
+                "model with it can answer; is it the tokenizer of this checkpoint?"
+            )
         return wholes[0][:start], options
 
     def _ids(self, subject, demonstrations, question, letter):
@@ -110,8 +112,9 @@ def choose_demonstrations(subject, num_fewshot, run=0, seed=0):
     return generator.sample(subject.demonstrations, count)
 
 
-def answer_subject(model, prompts, subject, num_fewshot, run=0, seed=0, batch_size=8,
-                   advance=lambda count: None):
+def answer_subject(
+    model, prompts, subject, num_fewshot, run=0, seed=0, batch_size=8, advance=lambda count: None
+):
     """A dict for every question of the subject: what was predicted, and every log-likelihood.
 
     batch_size: questions that go through the model together. advance(number of questions) is
@@ -130,9 +133,15 @@ def answer_subject(model, prompts, subject, num_fewshot, run=0, seed=0, batch_si
 
 def _row(question, prompt, scores, run):
     best = max(range(len(LETTERS)), key=scores.__getitem__)
-    return {"run": run, "id": question.id, "answer": question.answer, "prediction": LETTERS[best],
-            **dict(zip(LETTERS, scores, strict=True)), "num_fewshot": prompt.num_fewshot,
-            "is_cut": prompt.is_cut}
+    return {
+        "run": run,
+        "id": question.id,
+        "answer": question.answer,
+        "prediction": LETTERS[best],
+        **dict(zip(LETTERS, scores, strict=True)),
+        "num_fewshot": prompt.num_fewshot,
+        "is_cut": prompt.is_cut,
+    }
 
 
 @torch.inference_mode()
@@ -145,8 +154,11 @@ def log_likelihoods(model, prompts, batch_size=8, advance=lambda count: None):
     # Those with as many demonstrations share the most, those that were cut nothing.
     kinds = {(prompt.num_fewshot, prompt.is_cut) for prompt in prompts}
     for kind in sorted(kinds):
-        places = [place for place, prompt in enumerate(prompts)
-                  if (prompt.num_fewshot, prompt.is_cut) == kind]
+        places = [
+            place
+            for place, prompt in enumerate(prompts)
+            if (prompt.num_fewshot, prompt.is_cut) == kind
+        ]
         group = [prompts[place] for place in places]
         for place, found in zip(places, _of_group(model, group, batch_size, advance), strict=True):
             scores[place] = found
@@ -155,8 +167,10 @@ def log_likelihoods(model, prompts, batch_size=8, advance=lambda count: None):
 
 def _of_group(model, prompts, batch_size, advance):
     """log_likelihoods of Prompts, of which the shared beginning is computed once."""
-    shared = min(shared_length([prompt.ids for prompt in prompts]),
-                 min(len(prompt.ids) for prompt in prompts) - 1)
+    shared = min(
+        shared_length([prompt.ids for prompt in prompts]),
+        min(len(prompt.ids) for prompt in prompts) - 1,
+    )
     cache = KeyValueCache(model.config)
     device = next(model.parameters()).device
     if shared:
@@ -193,7 +207,8 @@ def _segments(prompts, shared):
         for option, ids in enumerate(prompt.options):
             own = prompt.ids[shared:]
             segment = by_inputs.setdefault(
-                tuple(ids[:-1]), _Segment(number, own + ids[:-1], len(own) - 1, [], []))
+                tuple(ids[:-1]), _Segment(number, own + ids[:-1], len(own) - 1, [], [])
+            )
             segment.options.append(option)
             segment.targets.append(ids)
         yield from by_inputs.values()
@@ -227,7 +242,9 @@ def _of_row(model, segments, cache, device):
     log_probs = model.logits(hidden[rows]).float().log_softmax(-1)
     found = log_probs.gather(1, torch.tensor(targets, device=device)[:, None])[:, 0]
     if not found.isfinite().all():
-        raise UserError("the model's scores are not finite numbers: its weights are damaged, or "
-                        "too large for this type; try --dtype float32")
+        raise UserError(
+            "the model's scores are not finite numbers: its weights are damaged, or "
+            "too large for this type; try --dtype float32"
+        )
     totals = iter([float(part.sum()) for part in found.cpu().split(counts)])
     return [[next(totals) for _ in segment.targets] for segment in segments]

@@ -14,8 +14,13 @@ from html import escape
 
 from minisft.common.json_files import write_json
 
-NAMES = {"bleu_2": "BLEU-2", "rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L",
-         "exact_match": "exact match"}
+NAMES = {
+    "bleu_2": "BLEU-2",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "exact match",
+}
 # Counts of what did not go as it should, and how a person is told.
 TROUBLES = {
     "answers_cut": "answers were cut at --max_new_tokens",
@@ -23,8 +28,17 @@ TROUBLES = {
     "references_without_room": "references had no room and do not count in the perplexity",
 }
 # Those that come with the system or its browsers, for names of models in Chinese.
-CHINESE_FONTS = {"Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
-                 "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC"}
+CHINESE_FONTS = {
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Microsoft YaHei",
+    "SimHei",
+    "PingFang SC",
+    "Heiti SC",
+}
 WORDS = {"win": "won", "tie": "tied", "loss": "lost", None: "unreadable"}
 
 STYLE = """
@@ -78,12 +92,16 @@ def measure_lines(results):
     """The figures of every model, what went wrong, and the differences to the first model."""
     lines = []
     for name, report in results["models"].items():
-        figures = ", ".join(f"{title} {100 * report['mean'][key]['mean']:.1f}"
-                            for key, title in NAMES.items())
+        figures = ", ".join(
+            f"{title} {100 * report['mean'][key]['mean']:.1f}" for key, title in NAMES.items()
+        )
         perplexity = report["perplexity"] and f"{report['perplexity']:,.2f}"
         lines.append(f"{name}: {figures}, perplexity {perplexity or 'unknown'}")
-        lines += [f"{name}: {report[key]} of {len(report['rows'])} {what}"
-                  for key, what in TROUBLES.items() if report[key]]
+        lines += [
+            f"{name}: {report[key]} of {len(report['rows'])} {what}"
+            for key, what in TROUBLES.items()
+            if report[key]
+        ]
     return lines + difference_lines(results)
 
 
@@ -93,29 +111,38 @@ def difference_lines(results):
     lines = []
     for name in others:
         found = results["differences_to_first"][name]
-        parts = [f"{NAMES[key]} {100 * found[key]['mean']:+.1f} points ("
-                 + " to ".join(f"{100 * bound:+.1f}" for bound in found[key]["interval"]) + ")"
-                 for key in ("rouge_l", "exact_match")]
-        lines.append(f"{name} less {first}: {', '.join(parts)}, McNemar's p = "
-                     f"{found['exact_match']['p_value']:.3g}")
+        parts = [
+            f"{NAMES[key]} {100 * found[key]['mean']:+.1f} points ("
+            + " to ".join(f"{100 * bound:+.1f}" for bound in found[key]["interval"])
+            + ")"
+            for key in ("rouge_l", "exact_match")
+        ]
+        lines.append(
+            f"{name} less {first}: {', '.join(parts)}, McNemar's p = "
+            f"{found['exact_match']['p_value']:.3g}"
+        )
     return lines
 
 
 def verdict_lines(results):
     """What the judge said of every model against the first."""
     first = next(iter(results["models"]))
-    return [f"{name} against {first}: "
-            + ", ".join(f"{report[one]['count']} {one}" for one in ("win", "tie", "loss"))
-            + f", {report['unreadable']} unreadable; {_reliability(report)}"
-            for name, report in results["judge"]["against_first"].items()]
+    return [
+        f"{name} against {first}: "
+        + ", ".join(f"{report[one]['count']} {one}" for one in ("win", "tie", "loss"))
+        + f", {report['unreadable']} unreadable; {_reliability(report)}"
+        for name, report in results["judge"]["against_first"].items()
+    ]
 
 
 def _reliability(report):
     """How far the judge looked at the order of the answers only."""
     if report["first_place"] is None:
         return "no verdict for an answer"
-    return (f"{report['contradicting']} of the ties because it contradicted itself, "
-            f"{100 * report['first_place']:.0f} % of its choices for the answer shown first")
+    return (
+        f"{report['contradicting']} of the ties because it contradicted itself, "
+        f"{100 * report['first_place']:.0f} % of its choices for the answer shown first"
+    )
 
 
 def write_results(results, output_dir):
@@ -127,12 +154,17 @@ def write_results(results, output_dir):
 def page(results):
     """The whole page as text. Rows can be searched, and filtered by what became of them."""
     models = list(results["models"])
-    kinds = [("all-right", "all right (exact match)"), ("none-right", "none right"),
-             ("differ", "right in some only")]
+    kinds = [
+        ("all-right", "all right (exact match)"),
+        ("none-right", "none right"),
+        ("differ", "right in some only"),
+    ]
     for number, name in enumerate(models[1:], 1):
         if name in results.get("judge", {}).get("outcomes", {}):
-            kinds += [(f"{outcome}-{number}", f"{name} {WORDS[outcome]}")
-                      for outcome in ("win", "tie", "loss")]
+            kinds += [
+                (f"{outcome}-{number}", f"{name} {WORDS[outcome]}")
+                for outcome in ("win", "tie", "loss")
+            ]
     choices = "".join(f'<option value="{value}">{escape(text)}</option>' for value, text in kinds)
     articles = "\n".join(_article(results, models, row) for row in range(len(results["questions"])))
     return f"""<!DOCTYPE html>
@@ -178,8 +210,10 @@ def _measures(results, models):
         ("references_without_room", "references too long for the context"),
     ):
         lines.append((title, [_number(report[name]) for report in reports]))
-    rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in [title, *cells]) + "</tr>"
-                   for title, cells in lines[1:])
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in [title, *cells]) + "</tr>"
+        for title, cells in lines[1:]
+    )
     head = "".join(f"<th>{cell}</th>" for cell in ["", *lines[0][1]])
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
@@ -204,11 +238,14 @@ def _verdicts(results, models):
     for name, report in results["judge"]["against_first"].items():
         shares = ", ".join(
             f"{WORDS[one]} {report[one]['count']} <small>({_range(report[one])})</small>"
-            for one in ("win", "tie", "loss"))
-        lines.append(f"<p>{escape(name)} against {escape(models[0])}, judged by "
-                     f"{escape(results['judge']['name'])}: {shares}; unreadable "
-                     f"{report['unreadable']}; {_reliability(report)}; sign test p = "
-                     f"{report['p_value']:.3g}</p>")
+            for one in ("win", "tie", "loss")
+        )
+        lines.append(
+            f"<p>{escape(name)} against {escape(models[0])}, judged by "
+            f"{escape(results['judge']['name'])}: {shares}; unreadable "
+            f"{report['unreadable']}; {_reliability(report)}; sign test p = "
+            f"{report['p_value']:.3g}</p>"
+        )
     return "\n".join(lines)
 
 
@@ -232,16 +269,21 @@ def _article(results, models, row):
             mark = f' <small class="{outcome}">{WORDS[outcome]}</small>'
         scores = results["models"][name]["rows"][row]
         sections.append(
-            f'<section><h2>{escape(name)}{mark}</h2>'
+            f"<section><h2>{escape(name)}{mark}</h2>"
             f'<div class="text">{escape(results["models"][name]["answers"][row]["answer"])}</div>'
-            f'<small>{NAMES["rouge_l"]} {100 * scores["rouge_l"]:.0f} %, '
-            f'{NAMES["bleu_2"]} {100 * scores["bleu_2"]:.0f} %'
-            f'{", exact match" if scores["exact_match"] else ""}</small></section>')
-    sections.append(f'<section><h2><small>reference</small></h2><div class="text">'
-                    f'{escape(item["reference"])}</div></section>')
-    return (f'<article data-kinds="{" ".join(kinds)}"><div class="text"><small>{row + 1}</small> '
-            f'{escape(item["question"])}</div><div class="answers">{"".join(sections)}</div>'
-            "</article>")
+            f"<small>{NAMES['rouge_l']} {100 * scores['rouge_l']:.0f} %, "
+            f"{NAMES['bleu_2']} {100 * scores['bleu_2']:.0f} %"
+            f"{', exact match' if scores['exact_match'] else ''}</small></section>"
+        )
+    sections.append(
+        f'<section><h2><small>reference</small></h2><div class="text">'
+        f"{escape(item['reference'])}</div></section>"
+    )
+    return (
+        f'<article data-kinds="{" ".join(kinds)}"><div class="text"><small>{row + 1}</small> '
+        f'{escape(item["question"])}</div><div class="answers">{"".join(sections)}</div>'
+        "</article>"
+    )
 
 
 def draw_bars(results, path):
@@ -261,9 +303,14 @@ def draw_bars(results, path):
         for number, (name, report) in enumerate(results["models"].items()):
             first = (number - (len(results["models"]) - 1) / 2) * width
             entries = [report["mean"][measure] for measure in NAMES]
-            axes.bar([place + first for place in range(len(NAMES))],
-                     [100 * entry["mean"] for entry in entries], width,
-                     yerr=list(zip(*map(_reach, entries), strict=True)), capsize=2, label=name)
+            axes.bar(
+                [place + first for place in range(len(NAMES))],
+                [100 * entry["mean"] for entry in entries],
+                width,
+                yerr=list(zip(*map(_reach, entries), strict=True)),
+                capsize=2,
+                label=name,
+            )
         axes.set_xticks(range(len(NAMES)), NAMES.values())
         axes.legend()
         figure.savefig(path, dpi=120)

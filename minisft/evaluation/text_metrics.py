@@ -35,21 +35,29 @@ def scorers():
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics import BLEU
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed, which compare measures with: pip install "
-                        "-r requirements-extras.txt") from error
+        raise UserError(
+            f"{error.name} is not installed, which compare measures with: pip install "
+            "-r requirements-extras.txt"
+        ) from error
     bleu = dict(max_ngram_order=2, tokenize="zh")
-    return (BLEU(**bleu), BLEU(effective_order=True, **bleu),
-            RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Splitter()))
+    return (
+        BLEU(**bleu),
+        BLEU(effective_order=True, **bleu),
+        RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Splitter()),
+    )
 
 
 def row_scores(answer, reference):
     """One row's scores: `bleu_2`, F-measures `rouge_1`, `rouge_2`, `rouge_l`, and `exact_match`."""
     _, bleu, rouge = scorers()
     found = rouge.score(reference, answer)
-    return {"bleu_2": bleu.sentence_score(answer, [reference]).score / 100,
-            "rouge_1": found["rouge1"].fmeasure, "rouge_2": found["rouge2"].fmeasure,
-            "rouge_l": found["rougeL"].fmeasure,
-            "exact_match": float(is_exact_match(answer, reference))}
+    return {
+        "bleu_2": bleu.sentence_score(answer, [reference]).score / 100,
+        "rouge_1": found["rouge1"].fmeasure,
+        "rouge_2": found["rouge2"].fmeasure,
+        "rouge_l": found["rougeL"].fmeasure,
+        "exact_match": float(is_exact_match(answer, reference)),
+    }
 
 
 def is_exact_match(answer, reference):

@@ -53,9 +53,20 @@ class Assistant:
     Raises UserError where a part is missing or does not fit.
     """
 
-    def __init__(self, path, adapter=None, template="auto", device="auto", dtype="auto",
-                 max_length=None, kept_conversations=1, model=None, turns=None,
-                 quantization_bit=None, compiled=False):
+    def __init__(
+        self,
+        path,
+        adapter=None,
+        template="auto",
+        device="auto",
+        dtype="auto",
+        max_length=None,
+        kept_conversations=1,
+        model=None,
+        turns=None,
+        quantization_bit=None,
+        compiled=False,
+    ):
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         model_dir = hub.resolve(path)
@@ -77,8 +88,10 @@ class Assistant:
         self.stop_ids = self.template.stop_token_ids(folders.generation_eos(model_dir, config))
         self.max_length = max_length or config.context_length
         if self.max_length > config.context_length:
-            raise UserError(f"--max_length: {path} is made for {config.context_length} tokens at "
-                            f"most, not {self.max_length}")
+            raise UserError(
+                f"--max_length: {path} is made for {config.context_length} tokens at "
+                f"most, not {self.max_length}"
+            )
         self.turns = turns or Turns()
         parts = [Path(path).resolve().name, adapter and Path(adapter).resolve().name]
         self.name = " + ".join(filter(None, parts))
@@ -90,8 +103,10 @@ class Assistant:
     def description(self):
         """What answers, in a line for people."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return (f"{self.name} · template {self.template.name} · {self.device} {dtype} · context "
-                f"{self.max_length}")
+        return (
+            f"{self.name} · template {self.template.name} · {self.device} {dtype} · context "
+            f"{self.max_length}"
+        )
 
     def fit(self, messages, max_new_tokens, tools=None):
         """`messages` less their oldest turns, so that prompt and answer fit the context.
@@ -105,8 +120,9 @@ class Assistant:
         if not self._excess(messages, limit, tools):
             return messages
         head = head_of(messages)
-        questions = [place for place in range(head, len(messages))
-                     if messages[place].get("role") == "user"]
+        questions = [
+            place for place in range(head, len(messages)) if messages[place].get("role") == "user"
+        ]
         last = messages[:head] + messages[questions[-1] if questions else head :]
         if head:
             self.check_system(last[0].get("content"), max_new_tokens)
@@ -135,9 +151,11 @@ class Assistant:
 
     def _check_length(self, messages, limit, name, tools=None):
         if length := self._excess(messages, limit, tools):
-            raise UserError(f"{name} is too long: {length}, the limit is {limit} tokens (of "
-                            f"{self.max_length}, the rest is kept for the answer); shorten it, or "
-                            "allow only shorter answers")
+            raise UserError(
+                f"{name} is too long: {length}, the limit is {limit} tokens (of "
+                f"{self.max_length}, the rest is kept for the answer); shorten it, or "
+                "allow only shorter answers"
+            )
 
     def _first_kept(self, messages, questions, limit, tools):
         """The number of the question from which on the conversation is kept.
@@ -171,8 +189,7 @@ class Assistant:
         ids = self.prompt_ids(messages, sampling, tools, say)
         return Answer(self, ids, self._limited(sampling, ids), began)
 
-    def inference(self, conversations, sampling=USUAL, batch_size=8, rows=None,
-                  say=warnings.warn):
+    def inference(self, conversations, sampling=USUAL, batch_size=8, rows=None, say=warnings.warn):
         """Answer [{"messages": [...], "tools": [...] or none}, ...] -> (responses, scores).
 
         scores: the mean log-probability of each answer's tokens, its end included (see
@@ -183,8 +200,14 @@ class Assistant:
         for number, one in enumerate(conversations, start=1):
             try:
                 messages, tools = parts_of(one)
-                prompts.append(self.prompt_ids(messages, sampling, tools,
-                                            lambda text, at=number: say(f"{name_of(at)}: {text}")))
+                prompts.append(
+                    self.prompt_ids(
+                        messages,
+                        sampling,
+                        tools,
+                        lambda text, at=number: say(f"{name_of(at)}: {text}"),
+                    )
+                )
             except UserError as error:
                 raise UserError(f"{name_of(number)}: {error}") from error
         rows = range(len(prompts)) if rows is None else rows
@@ -195,8 +218,14 @@ class Assistant:
             batch = [prompts[place] for place in places]
             limits = [self._limited(sampling, ids).max_new_tokens for ids in batch]
             with self.turns:
-                answers, found = generate_scored(self.model, batch, sampling, self.stop_ids,
-                                                 [rows[place] for place in places], limits)
+                answers, found = generate_scored(
+                    self.model,
+                    batch,
+                    sampling,
+                    self.stop_ids,
+                    [rows[place] for place in places],
+                    limits,
+                )
             for place, answer, score in zip(places, answers, found, strict=True):
                 responses[place] = self.tokenizer.decode(answer).lstrip(self.leading)
                 scores[place] = score
@@ -211,8 +240,10 @@ class Assistant:
         """The ids of what fits; UserError also where the tokenizer is another model's."""
         kept = self.fit(messages, sampling.max_new_tokens, tools)
         if len(kept) < len(messages):
-            say(f"the conversation is longer than {self.max_length} tokens: the oldest "
-                f"{len(messages) - len(kept)} messages are not seen")
+            say(
+                f"the conversation is longer than {self.max_length} tokens: the oldest "
+                f"{len(messages) - len(kept)} messages are not seen"
+            )
         ids = self.template.encode_prompt(kept, tools)
         check_vocabulary(ids, self.model.config.vocab_size)
         return ids
@@ -270,8 +301,7 @@ class Answer:
         cache = assistant.caches.take(ids)
         self.num_reused = cache.length
         decoder, chosen, leading = StreamDecoder(assistant.tokenizer), [], assistant.leading
-        steps = stream(assistant.model, ids, sampling, assistant.stop_ids, cache,
-                       assistant.decoder)
+        steps = stream(assistant.model, ids, sampling, assistant.stop_ids, cache, assistant.decoder)
         try:
             while (token := assistant.turns.call(next, steps, None)) is not None:
                 chosen.append(token)
@@ -330,14 +360,17 @@ def check_text(text, name):
     if not isinstance(text or "", str):
         raise UserError(f"{name}: content is not text")
     if found := CONTROL_CHARACTERS.search(text or ""):
-        raise UserError(f"{name} has the control character U+{ord(found[0]):04X} (character "
-                        f"{found.start() + 1}); remove it")
+        raise UserError(
+            f"{name} has the control character U+{ord(found[0]):04X} (character "
+            f"{found.start() + 1}); remove it"
+        )
 
 
 def characters(messages, tools=None):
     """How many characters the messages and the functions that are offered have together."""
     return len(str(tools or "")) + sum(
-        len(str(value or "")) for one in messages for name, value in one.items() if name != "role")
+        len(str(value or "")) for one in messages for name, value in one.items() if name != "role"
+    )
 
 
 def head_of(messages):

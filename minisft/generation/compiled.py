@@ -31,8 +31,10 @@ class CompiledDecoder:
     def __init__(self, model, capacity):
         scaling = model.config.rope_scaling
         if scaling and scaling["rope_type"] == "dynamic":
-            raise UserError("--compile: this model's rotary positions (rope type dynamic) change "
-                            "with the length of the conversation; leave it out")
+            raise UserError(
+                "--compile: this model's rotary positions (rope type dynamic) change "
+                "with the length of the conversation; leave it out"
+            )
         self.model, self.capacity = model, capacity
         self.device = next(model.parameters()).device
         # Of all positions, since a compiler would compute an angle again wherever one is used.
@@ -40,8 +42,9 @@ class CompiledDecoder:
         self.angles = model.model.angles(positions, model.model.embed_tokens.weight.dtype)
         # With this tuning a product with one row is not left to cuBLAS, but fused with what is
         # around it. Not mode="reduce-overhead": its graphs belong to the thread that made them.
-        self.step = torch.compile(next_logits, fullgraph=True, dynamic=False,
-                                  options={"coordinate_descent_tuning": True})
+        self.step = torch.compile(
+            next_logits, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
+        )
         self.graphs = WeakKeyDictionary()  # cache: (graph, its token, its position, its logits)
         try:
             self._warm_up()

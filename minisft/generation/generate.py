@@ -113,8 +113,9 @@ def generate_naive(model, prompt_ids, sampling, stop_ids=(), row=0):
 
 
 @torch.inference_mode()
-def _steps(model, prompts, sampling, stop_ids, cache, rows=None, limits=None, scores=None,
-           decoder=None):
+def _steps(
+    model, prompts, sampling, stop_ids, cache, rows=None, limits=None, scores=None, decoder=None
+):
     """Yield, for every step, the list of (row, id) of the rows that are still writing.
 
     scores: a list for each prompt, to which go the log-probabilities of all ids chosen. decoder:
@@ -124,8 +125,10 @@ def _steps(model, prompts, sampling, stop_ids, cache, rows=None, limits=None, sc
         if len(ids) <= cache.length:
             raise UserError(f"prompt {row} is empty: there is nothing to go on from")
         if max(ids) >= model.config.vocab_size:
-            raise UserError(f"prompt {row}: token {max(ids)} is outside the model's vocabulary of "
-                            f"{model.config.vocab_size}; the tokenizer belongs to another model")
+            raise UserError(
+                f"prompt {row}: token {max(ids)} is outside the model's vocabulary of "
+                f"{model.config.vocab_size}; the tokenizer belongs to another model"
+            )
     if not prompts:
         return
     batch = _Batch(model, prompts, sampling, cache, rows)
@@ -137,8 +140,10 @@ def _steps(model, prompts, sampling, stop_ids, cache, rows=None, limits=None, sc
             logits = decoder(batch.tokens, cache)
         if step == 1 and not logits.isfinite().all():
             cache.truncate(0)  # nothing is to go on from what it holds
-            raise UserError("the model's scores are not finite numbers: its weights are damaged, "
-                            "or too large for this type; try --dtype float32")
+            raise UserError(
+                "the model's scores are not finite numbers: its weights are damaged, "
+                "or too large for this type; try --dtype float32"
+            )
         tokens = next_tokens(logits, sampling, batch.seen, batch.streams)
         chosen = tokens.tolist()
         if scores is not None:
@@ -225,9 +230,7 @@ def next_tokens(logits, sampling, seen=None, streams=()):
     probabilities, candidates = distribution(logits, sampling)
     drawn = torch.tensor([[one.random()] for one in streams], dtype=torch.float64)
     cumulative = probabilities.double().cumsum(-1)
-    place = torch.searchsorted(
-        cumulative, drawn.to(logits.device) * cumulative[:, -1:], right=True
-    )
+    place = torch.searchsorted(cumulative, drawn.to(logits.device) * cumulative[:, -1:], right=True)
     place = place.clamp(max=candidates.shape[-1] - 1)  # where rounding leaves nothing above it
     return candidates.gather(-1, place).squeeze(-1)
 

@@ -1,10 +1,10 @@
 """What conversations share: turns at the device, keys and values, the weights themselves.
 
-    turns, caches = Turns(), Caches(partial(KeyValueCache, model.config), limit=8)
-    cache = caches.take(ids)            # holds as much of the beginning of ids as is known
-    with turns:                         # one at a time, in the order of asking
-        model(torch.tensor([ids[cache.length :]]), cache=cache)
-    caches.give_back(ids, cache)
+turns, caches = Turns(), Caches(partial(KeyValueCache, model.config), limit=8)
+cache = caches.take(ids)            # holds as much of the beginning of ids as is known
+with turns:                         # one at a time, in the order of asking
+    model(torch.tensor([ids[cache.length :]]), cache=cache)
+caches.give_back(ids, cache)
 """
 
 import copy
@@ -112,8 +112,10 @@ def copy_of_beginning(source, length, cache):
 
 def sharing_weights(model):
     """A copy of a model with the same tensors in memory, to which an adapter can be added."""
-    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
-              for parameter in model.parameters()}
+    shared = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+        for parameter in model.parameters()
+    }
     shared |= {id(buffer): buffer for buffer in model.buffers()}  # of quantised layers
     return copy.deepcopy(model, shared)
 

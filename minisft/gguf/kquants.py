@@ -52,8 +52,9 @@ def _q4_k_blocks(blocks):
     levels = np.where(step == 0, 0, np.rint((groups + offset) / step)).clip(0, 15).astype(np.uint8)
     low, high = levels[:, 0::2], levels[:, 1::2]  # two groups share 32 bytes
     nibbles = (low | high << 4).reshape(-1, 128)
-    return np.concatenate([_float16_bytes(d), _float16_bytes(d_min), _packed(scale, minimum),
-                           nibbles], axis=1)
+    return np.concatenate(
+        [_float16_bytes(d), _float16_bytes(d_min), _packed(scale, minimum), nibbles], axis=1
+    )
 
 
 def _six_bits(values):
@@ -86,8 +87,15 @@ def _q6_k_blocks(blocks):
     low = runs[:, :, :2] & 15 | (runs[:, :, 2:] & 15) << 4
     high = runs >> 4
     high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
-    return np.concatenate([low.reshape(-1, 128), high.reshape(-1, 64),
-                           scale.astype(np.int8).view(np.uint8), _float16_bytes(d)], axis=1)
+    return np.concatenate(
+        [
+            low.reshape(-1, 128),
+            high.reshape(-1, 64),
+            scale.astype(np.int8).view(np.uint8),
+            _float16_bytes(d),
+        ],
+        axis=1,
+    )
 
 
 def affine_fit(x, weights, top):
@@ -130,8 +138,12 @@ def _affine_error(scale, offset, of_q, of_x):
     of_q: those of q, q q and q x; of_x: those of 1, x and x x.
     """
     (sum_q, sum_qq, sum_qx), (sum_w, sum_x, sum_xx) = of_q, of_x
-    return (scale * scale * sum_qq + offset * offset * sum_w + sum_xx
-            + 2 * (scale * offset * sum_q - scale * sum_qx - offset * sum_x))
+    return (
+        scale * scale * sum_qq
+        + offset * offset * sum_w
+        + sum_xx
+        + 2 * (scale * offset * sum_q - scale * sum_qx - offset * sum_x)
+    )
 
 
 def symmetric_fit(x, weights, top):

@@ -92,9 +92,12 @@ def _refuse_impossible(config, architecture):
     if config.head_dim % 2:
         raise UserError(f"head_dim {config.head_dim} is odd: GGUF cannot describe its rotation")
     if architecture == "qwen2" and config.head_dim * config.num_attention_heads != (
-            config.hidden_size):
-        raise UserError("llama.cpp's qwen2 takes heads of hidden_size / num_attention_heads only; "
-                        f"this checkpoint has head_dim {config.head_dim}")
+        config.hidden_size
+    ):
+        raise UserError(
+            "llama.cpp's qwen2 takes heads of hidden_size / num_attention_heads only; "
+            f"this checkpoint has head_dim {config.head_dim}"
+        )
     if architecture == "qwen3" and config.attention_bias:
         raise UserError("llama.cpp's qwen3 has no place for this checkpoint's attention biases")
     if scaling.get("rope_type") == "yarn" and not scaling.get("truncate", True):
@@ -137,12 +140,16 @@ def known_differences(config):
     """Sentences on where llama.cpp will compute something else than the checkpoint says."""
     sentences = []
     if (config.rope_scaling or {}).get("rope_type") == "dynamic":
-        sentences.append("llama.cpp does not know dynamic rotary scaling: answers differ beyond "
-                         f"{config.max_position_embeddings} tokens")
+        sentences.append(
+            "llama.cpp does not know dynamic rotary scaling: answers differ beyond "
+            f"{config.max_position_embeddings} tokens"
+        )
     windowed = "sliding_attention" in config.layer_types
     if windowed and config.sliding_window < config.max_position_embeddings:
-        sentences.append("llama.cpp does not use this model's sliding window: answers differ "
-                         f"beyond {config.sliding_window} tokens")
+        sentences.append(
+            "llama.cpp does not use this model's sliding window: answers differ "
+            f"beyond {config.sliding_window} tokens"
+        )
     return sentences
 
 
@@ -167,8 +174,10 @@ def config_fields(metadata, tensor_names, divisors=None):
     """
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES.values():
-        raise UserError(f"architecture '{architecture}' is not supported; minisft knows "
-                        f"{', '.join(sorted(set(ARCHITECTURES.values())))}")
+        raise UserError(
+            f"architecture '{architecture}' is not supported; minisft knows "
+            f"{', '.join(sorted(set(ARCHITECTURES.values())))}"
+        )
     get, tokens = partial(_number, metadata, architecture), metadata.get("tokenizer.ggml.tokens")
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // max(heads, 1))
@@ -198,8 +207,11 @@ def config_fields(metadata, tensor_names, divisors=None):
 
 def _refuse_variants(architecture, get, head_dim):
     """UserError for experts, and for heads of which keys, values and rotation differ in size."""
-    for name, needed in (("attention.value_length", head_dim), ("expert_count", 0),
-                         ("rope.dimension_count", head_dim)):
+    for name, needed in (
+        ("attention.value_length", head_dim),
+        ("expert_count", 0),
+        ("rope.dimension_count", head_dim),
+    ):
         if get(name, needed) != needed:
             raise UserError(f"{architecture}.{name} {get(name)} is not supported (only {needed})")
 
@@ -240,8 +252,13 @@ def llama3_scaling(divisors, config):
     published model, and the original context is a power of two.
     """
     for exponent in range(4, 24):
-        scaling = {"rope_type": "llama3", "factor": divisors.max().item(), "low_freq_factor": 1.0,
-                   "high_freq_factor": 4.0, "original_max_position_embeddings": 2**exponent}
+        scaling = {
+            "rope_type": "llama3",
+            "factor": divisors.max().item(),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 2**exponent,
+        }
         found = rotary_divisors(ModelConfig.from_dict({**config, "rope_scaling": scaling}))
         if found.shape == divisors.shape and (found - divisors).abs().max() < 1e-4:
             return scaling

@@ -19,8 +19,19 @@ import numpy as np
 from minisft.common.errors import UserError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "u1", 10: "u8",
-           11: "i8", 12: "f8"}
+SCALARS = {
+    0: "u1",
+    1: "i1",
+    2: "u2",
+    3: "i2",
+    4: "u4",
+    5: "i4",
+    6: "f4",
+    7: "u1",
+    10: "u8",
+    11: "i8",
+    12: "f8",
+}
 BOOL, STRING, ARRAY = 7, 8, 9
 # The least that one takes: key, type, value; name, number of dimensions, one of them, type, place.
 FIELD_BYTES, TENSOR_BYTES, STRING_BYTES = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8, 8
@@ -68,8 +79,9 @@ def read_gguf(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except Damaged as error:
-        raise UserError(f"{path}: damaged, or not a GGUF file: {error}; download it "
-                        "again") from error
+        raise UserError(
+            f"{path}: damaged, or not a GGUF file: {error}; download it again"
+        ) from error
 
 
 class Cursor:
@@ -83,8 +95,10 @@ class Cursor:
     def take(self, count):
         """The next `count` bytes of what stands before the data."""
         if count > self.end - self.position:
-            raise Damaged(f"at byte {self.position:,} it says that {count:,} bytes follow, for "
-                          f"which {self.end - self.position:,} are left")
+            raise Damaged(
+                f"at byte {self.position:,} it says that {count:,} bytes follow, for "
+                f"which {self.end - self.position:,} are left"
+            )
         self.position += count
         return self.file.read(count)
 
@@ -96,8 +110,10 @@ class Cursor:
         """The next 64-bit count of things that take at least so many bytes each."""
         count = self.number("Q")
         if count * least_bytes > self.end - self.position:
-            raise Damaged(f"at byte {self.position:,} it says that {count:,} entries follow, for "
-                          "which it is too small")
+            raise Damaged(
+                f"at byte {self.position:,} it says that {count:,} entries follow, for "
+                "which it is too small"
+            )
         return count
 
     def text(self, most=None):
@@ -130,8 +146,12 @@ def _read(path, cursor):
         raise Damaged(f"version {version}; known are {', '.join(map(str, VERSIONS))}")
     num_tensors, num_fields = cursor.count(TENSOR_BYTES), cursor.count(FIELD_BYTES)
     try:
-        metadata = dict(_unique((cursor.text(MAX_NAME_BYTES), _value(cursor, cursor.number("I")))
-                                for _ in range(num_fields)))
+        metadata = dict(
+            _unique(
+                (cursor.text(MAX_NAME_BYTES), _value(cursor, cursor.number("I")))
+                for _ in range(num_fields)
+            )
+        )
         entries = dict(_unique(_tensor(cursor) for _ in range(num_tensors)))
     except UnicodeDecodeError as error:
         raise Damaged(f"before byte {cursor.position:,} there is a name that is no text") from error
@@ -142,10 +162,14 @@ def _read(path, cursor):
     sizes = {int(type): pair for type, pair in GGML_QUANT_SIZES.items()}
     for name, (_, kind, _) in entries.items():
         if kind not in sizes:
-            raise UserError(f"{path}: '{name}' is of the type {kind}, which is not known here; "
-                            "update the gguf package, or get a file of another type, such as Q8_0")
-    tensors = {name: _placed(name, entry, sizes, start, alignment, cursor.size)
-               for name, entry in entries.items()}
+            raise UserError(
+                f"{path}: '{name}' is of the type {kind}, which is not known here; "
+                "update the gguf package, or get a file of another type, such as Q8_0"
+            )
+    tensors = {
+        name: _placed(name, entry, sizes, start, alignment, cursor.size)
+        for name, entry in entries.items()
+    }
     _check_apart(tensors)
     return GGUFFile(path, metadata, tensors)
 
@@ -199,8 +223,9 @@ def _placed(name, entry, sizes, start, alignment, size):
         raise Damaged(f"'{name}' has the shape {dimensions}, in blocks of {block}")
     nbytes = math.prod(dimensions) // block * block_bytes
     if offset % alignment or start + offset + nbytes > size:
-        raise Damaged(f"'{name}' lies at bytes {start + offset:,} to {start + offset + nbytes:,} "
-                      f"of {size:,}")
+        raise Damaged(
+            f"'{name}' lies at bytes {start + offset:,} to {start + offset + nbytes:,} of {size:,}"
+        )
     return PlacedTensor(kind, tuple(reversed(dimensions)), start + offset, nbytes)
 
 

@@ -65,16 +65,21 @@ def unpack(path):
     folder.mkdir()
     write_json(config, folder / "config.json")
     for name, content in tokenizer_files.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes)
-                                    else json.dumps(content, ensure_ascii=False).encode())
+        (folder / name).write_bytes(
+            content
+            if isinstance(content, bytes)
+            else json.dumps(content, ensure_ascii=False).encode()
+        )
     (folder / GGUF).symlink_to(path)
     return folder
 
 
 def _refuse_parts(number):
     if type(number) is int and number > 1:
-        raise UserError(f"one of the {number} parts of a model; make one file of them with "
-                        "llama.cpp's llama-gguf-split --merge")
+        raise UserError(
+            f"one of the {number} parts of a model; make one file of them with "
+            "llama.cpp's llama-gguf-split --merge"
+        )
 
 
 def stored_tensors(path):
@@ -89,12 +94,16 @@ def stored_tensors(path):
         try:
             gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[type][1]), np.uint8), type)
         except NotImplementedError as error:
-            raise UserError(f"{path}: '{name}' is of the type {type.name}, which cannot be read "
-                            "here; get a file of another type, such as Q8_0") from error
+            raise UserError(
+                f"{path}: '{name}' is of the type {type.name}, which cannot be read "
+                "here; get a file of another type, such as Q8_0"
+            ) from error
     architecture = file.metadata["general.architecture"]
     head_dim = config_fields(file.metadata, file.tensors)["head_dim"]
-    types = {gguf.GGMLQuantizationType.F16: torch.float16,
-             gguf.GGMLQuantizationType.BF16: torch.bfloat16}
+    types = {
+        gguf.GGMLQuantizationType.F16: torch.float16,
+        gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+    }
     tensors = {}
     for name, placed in file.tensors.items():
         if name == ROTARY_DIVISORS:
@@ -102,8 +111,14 @@ def stored_tensors(path):
         name = checkpoint_name(name)
         swapped = head_dim if is_interleaved(name, architecture) else None
         tensors[name] = StoredTensor(
-            path, name, types.get(placed.type, torch.float32), placed.shape, placed.start,
-            placed.nbytes, partial(_rows, placed.type, placed.shape[1:], swapped))
+            path,
+            name,
+            types.get(placed.type, torch.float32),
+            placed.shape,
+            placed.start,
+            placed.nbytes,
+            partial(_rows, placed.type, placed.shape[1:], swapped),
+        )
     return tensors
 
 
@@ -133,8 +148,9 @@ def _divisors(path, file):
 
     if placed.type != 0 or len(placed.shape) != 1:
         raise UserError(f"{ROTARY_DIVISORS} is not a vector of float32")
-    return StoredTensor(path, ROTARY_DIVISORS, torch.float32, placed.shape, placed.start,
-                        placed.nbytes).read()
+    return StoredTensor(
+        path, ROTARY_DIVISORS, torch.float32, placed.shape, placed.start, placed.nbytes
+    ).read()
 
 
 def _tokenizer_files(metadata, vocab_size):
@@ -166,8 +182,10 @@ def _is_list_of(value, kind):
 
 def _tokenizer_config(metadata, fields, tokens):
     add_bos = fields.get("add_bos_token", fields["model"] == "llama")
-    ids = {name: fields.get(f"{key}_token_id") for name, key in
-           (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
+    ids = {
+        name: fields.get(f"{key}_token_id")
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
     if not add_bos and ids["bos"] in (ids["pad"], ids["eos"]):
         ids["bos"] = None  # a place-holder, for tokenizers that have none
     for name, id in ids.items():
@@ -192,37 +210,71 @@ def _tokenizer_json(fields, tokens, kinds):
     pre, merges = str(fields.get("pre")), fields.get("merges")
     steps = {name: steps for steps, name in PRE_TOKENIZERS.items()}.get(ALIASES.get(pre, pre))
     if steps is None:
-        raise UserError(f"the pre-tokenizer '{pre}' is not known; known are "
-                        f"{', '.join(PRE_TOKENIZERS.values())}")
+        raise UserError(
+            f"the pre-tokenizer '{pre}' is not known; known are "
+            f"{', '.join(PRE_TOKENIZERS.values())}"
+        )
     if not _is_list_of(merges, str) or any(merge.count(" ") != 1 for merge in merges):
         raise UserError("tokenizer.ggml.merges is no list of pairs")
     bytes_step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    written = {"bytes": {**bytes_step, "use_regex": False}, "gpt2 words and bytes": bytes_step,
-               "single digits": {"type": "Digits", "individual_digits": True}}
-    added = [{"id": id, "content": token, "special": kind == CONTROL, "normalized": False,
-              "single_word": False, "lstrip": False, "rstrip": False}
-             for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-             if kind in (CONTROL, USER_DEFINED)]
-    vocabulary = {token: id for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-                  if kind != UNUSED}
+    written = {
+        "bytes": {**bytes_step, "use_regex": False},
+        "gpt2 words and bytes": bytes_step,
+        "single digits": {"type": "Digits", "individual_digits": True},
+    }
+    added = [
+        {
+            "id": id,
+            "content": token,
+            "special": kind == CONTROL,
+            "normalized": False,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+        }
+        for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    vocabulary = {
+        token: id
+        for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind != UNUSED
+    }
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    return {"tokenizer.json": {
-        "version": "1.0", "added_tokens": added,
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            written.get(step) or {**split, "pattern": {"Regex": step}} for step in steps[:-1]]},
-        "post_processor": None, "decoder": {**bytes_step, "use_regex": True},
-        "model": {"type": "BPE", "vocab": vocabulary, "ignore_merges": steps[-1],
-                  "merges": [merge.split(" ") for merge in merges]},
-    }}
+    return {
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": added,
+            "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    written.get(step) or {**split, "pattern": {"Regex": step}}
+                    for step in steps[:-1]
+                ],
+            },
+            "post_processor": None,
+            "decoder": {**bytes_step, "use_regex": True},
+            "model": {
+                "type": "BPE",
+                "vocab": vocabulary,
+                "ignore_merges": steps[-1],
+                "merges": [merge.split(" ") for merge in merges],
+            },
+        }
+    }
 
 
 def _post_processor(token, id):
     """What puts BOS before a text in transformers, which takes it from tokenizer.json alone."""
     bos = {"SpecialToken": {"id": token, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {"type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, second],
-            "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, second],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    }
 
 
 def _sentencepiece_model(fields, tokens, kinds):
@@ -239,8 +291,11 @@ def _sentencepiece_model(fields, tokens, kinds):
     pieces = []
     for id, (token, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
         kind = UNKNOWN if id == unknown else kind if kind != UNKNOWN else CONTROL
-        pieces.append(_field(1, _field(1, token.encode()) + b"\x15" + struct.pack("<f", score)
-                             + _field(3, kind)))
+        pieces.append(
+            _field(
+                1, _field(1, token.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind)
+            )
+        )
     trainer = _field(3, 2) + _field(35, int(BYTE in kinds))
     normalizer = _field(3, int(_adds_space(fields))) + _field(4, 0)
     return {"tokenizer.model": b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)}

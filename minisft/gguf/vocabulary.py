@@ -20,8 +20,10 @@ ADDED_SCORE = -1000.0  # of tokens that the merges never make
 # ConversationForm.
 WRITES_SPACE = "minisft.chat_template_writes_space"
 
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # The steps of tokenizer.json's pre_tokenizer, and whether a word that is a token is taken whole
 # (ignore_merges) -> llama.cpp's name for that.
 PRE_TOKENIZERS = {
@@ -32,8 +34,17 @@ PRE_TOKENIZERS = {
     ("single digits", "gpt2 words and bytes", False): "smollm",
 }
 # Tokens that llama.cpp stops at by their text.
-KNOWN_STOPS = {"<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>",
-               "<|end|>", "<end_of_turn>", "</s>", "<EOT>"}
+KNOWN_STOPS = {
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "</s>",
+    "<EOT>",
+}
 
 
 def vocabulary_fields(tokenizer, rows, stop_ids=None, writes_space=False):
@@ -52,7 +63,8 @@ def vocabulary_fields(tokenizer, rows, stop_ids=None, writes_space=False):
         "bos_token_id": tokenizer.pad_token_id if bos is None else bos,
         "eos_token_id": tokenizer.eos_token_id,
         "unknown_token_id": next(
-            (id for id, kind in enumerate(fields["token_type"]) if kind == UNKNOWN), None),
+            (id for id, kind in enumerate(fields["token_type"]) if kind == UNKNOWN), None
+        ),
         "padding_token_id": tokenizer.pad_token_id,
         **_further_stops(tokenizer, stop_ids),
     }
@@ -67,11 +79,15 @@ def vocabulary_fields(tokenizer, rows, stop_ids=None, writes_space=False):
 def tokenizer_differences(form):
     """Sentences on where llama.cpp will make other ids than we do, by the ConversationForm."""
     if form.writes_space:
-        return ["llama.cpp puts no space before a text, lest it puts one behind every control "
-                "token too; begin texts for use without the chat template with a space"]
+        return [
+            "llama.cpp puts no space before a text, lest it puts one behind every control "
+            "token too; begin texts for use without the chat template with a space"
+        ]
     if not form.is_exact:
-        return ["llama.cpp puts a space before text directly behind a control token: where the "
-                "chat template has such text, prompts get a token that training did not have"]
+        return [
+            "llama.cpp puts a space before text directly behind a control token: where the "
+            "chat template has such text, prompts get a token that training did not have"
+        ]
     return []
 
 
@@ -80,20 +96,27 @@ def _check_size(tokenizer, rows):
     ids = range(rows, max(rows, tokenizer.vocab_size) + 1000)
     beyond = [id for id in ids if tokenizer.token_text(id) is not None]
     if beyond:
-        raise UserError(f"{tokenizer.model_dir}: the token '{tokenizer.token_text(beyond[0])}' has "
-                        f"the id {beyond[0]}, but the embedding has {rows} rows; is this the "
-                        "model's own tokenizer?")
+        raise UserError(
+            f"{tokenizer.model_dir}: the token '{tokenizer.token_text(beyond[0])}' has "
+            f"the id {beyond[0]}, but the embedding has {rows} rows; is this the "
+            "model's own tokenizer?"
+        )
 
 
 def _further_stops(tokenizer, stop_ids):
     """`eot` and `eom`: the places for two more stops that llama.cpp does not know by their text."""
     stop_ids = stop_ids if isinstance(stop_ids, (list, tuple)) else [stop_ids]
-    further = [id for id in sorted(set(stop_ids) - {tokenizer.eos_token_id, None})
-               if tokenizer.token_text(id) not in KNOWN_STOPS]
+    further = [
+        id
+        for id in sorted(set(stop_ids) - {tokenizer.eos_token_id, None})
+        if tokenizer.token_text(id) not in KNOWN_STOPS
+    ]
     if len(further) > 2:
         listed = ", ".join(f"'{tokenizer.token_text(id)}'" for id in further)
-        raise UserError(f"GGUF has room for two stop tokens besides EOS; this model has {listed}; "
-                        "name fewer in generation_config.json")
+        raise UserError(
+            f"GGUF has room for two stop tokens besides EOS; this model has {listed}; "
+            "name fewer in generation_config.json"
+        )
     return dict(zip(("eot_token_id", "eom_token_id"), further, strict=False))
 
 
@@ -126,8 +149,13 @@ def _byte_level(tokenizer, rows):
             tokens.append(text)
             types.append(NORMAL if id in ordinary else _added_type(tokenizer, id, text))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return {"model": "gpt2", "pre": pre_tokenizer_name(spec, source), "tokens": tokens,
-            "token_type": types, "merges": merges}
+    return {
+        "model": "gpt2",
+        "pre": pre_tokenizer_name(spec, source),
+        "tokens": tokens,
+        "token_type": types,
+        "merges": merges,
+    }
 
 
 def pre_tokenizer_name(spec, source="tokenizer.json"):
@@ -141,8 +169,10 @@ def pre_tokenizer_name(spec, source="tokenizer.json"):
     key = (*steps, bool(spec["model"].get("ignore_merges")))
     if key not in PRE_TOKENIZERS:
         names = ", ".join(PRE_TOKENIZERS.values())
-        raise UserError(f"{source}: its pre_tokenizer is none of those that this export knows by "
-                        f"llama.cpp's names ({names}); it would tokenize wrongly there")
+        raise UserError(
+            f"{source}: its pre_tokenizer is none of those that this export knows by "
+            f"llama.cpp's names ({names}); it would tokenize wrongly there"
+        )
     return PRE_TOKENIZERS[key]
 
 
@@ -176,8 +206,14 @@ def _sentencepiece(tokenizer, rows):
         tokens.append(text)
         scores.append(score)
         types.append(kind)
-    return {"model": "llama", "pre": "default", "tokens": tokens, "scores": scores,
-            "token_type": types, "add_space_prefix": tokenizer.leading_space}
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": tokens,
+        "scores": scores,
+        "token_type": types,
+        "add_space_prefix": tokenizer.leading_space,
+    }
 
 
 def _model_pieces(tokenizer, path):
@@ -191,12 +227,18 @@ def _model_pieces(tokenizer, path):
     pieces = {}
     for id in range(model.vocab_size()):
         if tokenizer.token_text(id) != model.id_to_piece(id):
-            raise UserError(f"{path}: its piece {id} is '{model.id_to_piece(id)}', tokenizer.json "
-                            f"says '{tokenizer.token_text(id)}'; remove the file that is not the "
-                            "model's own")
+            raise UserError(
+                f"{path}: its piece {id} is '{model.id_to_piece(id)}', tokenizer.json "
+                f"says '{tokenizer.token_text(id)}'; remove the file that is not the "
+                "model's own"
+            )
         kind = NORMAL
-        for test, name in ((model.is_unknown, UNKNOWN), (model.is_control, CONTROL),
-                           (model.is_unused, UNUSED), (model.is_byte, BYTE)):
+        for test, name in (
+            (model.is_unknown, UNKNOWN),
+            (model.is_control, CONTROL),
+            (model.is_unused, UNUSED),
+            (model.is_byte, BYTE),
+        ):
             kind = name if test(id) else kind
         pieces[id] = model.get_score(id), kind
     if any(score % 1 for score, kind in pieces.values() if kind == NORMAL):
@@ -215,8 +257,9 @@ def _json_pieces(tokenizer):
     model = read_json(path)["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise UserError(f"{path}: GGUF needs BPE with byte_fallback, or a tokenizer.model")
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge)
-             for merge in model["merges"]]
+    pairs = [
+        tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]
+    ]
     ranks, pieces = {}, {}
     for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(left + right, rank)
@@ -225,9 +268,16 @@ def _json_pieces(tokenizer):
         kind = UNKNOWN if piece == model.get("unk_token") else BYTE if is_byte else NORMAL
         if id not in tokenizer.engine.added_text or kind == UNKNOWN:
             pieces[id] = float(-ranks.get(piece, len(pairs))), kind
-    _check_merges(path, pairs, model["vocab"],
-                  [piece for piece, id in model["vocab"].items()
-                   if pieces.get(id, (0, UNKNOWN))[1] == NORMAL])
+    _check_merges(
+        path,
+        pairs,
+        model["vocab"],
+        [
+            piece
+            for piece, id in model["vocab"].items()
+            if pieces.get(id, (0, UNKNOWN))[1] == NORMAL
+        ],
+    )
     return pieces
 
 
@@ -237,9 +287,13 @@ def _check_merges(path, pairs, vocabulary, pieces):
         for cut in range(1, len(piece)):
             pair = piece[:cut], piece[cut:]
             if pair[0] in vocabulary and pair[1] in vocabulary and pair not in listed:
-                raise UserError(f"{path}: '{pair[0]}' and '{pair[1]}' are not merged there, but "
-                                f"would be by llama.cpp; {way_out}")
+                raise UserError(
+                    f"{path}: '{pair[0]}' and '{pair[1]}' are not merged there, but "
+                    f"would be by llama.cpp; {way_out}"
+                )
     made = [left + right for left, right in pairs]
     if len(list(groupby(made))) > len(set(made)):
-        raise UserError(f"{path}: its merges are not in the order of the pieces that they make, in "
-                        f"which llama.cpp merges; {way_out}")
+        raise UserError(
+            f"{path}: its merges are not in the order of the pieces that they make, in "
+            f"which llama.cpp merges; {way_out}"
+        )

@@ -54,8 +54,9 @@ class Tensor:
         """(begin, end) of pieces of about PIECE_SIZE numbers, in order."""
         row = math.prod(self.shape[1:])
         step = max(1, PIECE_SIZE // (row * self.rows_together)) * self.rows_together
-        return [(begin, min(begin + step, self.shape[0]))
-                for begin in range(0, self.shape[0], step)]
+        return [
+            (begin, min(begin + step, self.shape[0])) for begin in range(0, self.shape[0], step)
+        ]
 
     def converted(self, begin, end):
         """Rows begin..end-1 as the bytes of the file; UserError for what the type cannot hold."""
@@ -64,9 +65,12 @@ class Tensor:
         largest = torch.maximum(-low, high).item()
         limit = LARGEST.get(self.type, LARGEST[Type.F16])
         if not largest <= limit:  # so that NaN fails too
-            fault = ("holds NaN" if math.isnan(largest) else
-                     f"holds {largest:.4g}; {self.type.name.lower()} reaches to {limit:.4g}: "
-                     "try --quantization bf16 or f32")
+            fault = (
+                "holds NaN"
+                if math.isnan(largest)
+                else f"holds {largest:.4g}; {self.type.name.lower()} reaches to {limit:.4g}: "
+                "try --quantization bf16 or f32"
+            )
             raise UserError(f"{self.name}: {fault}")
         if self.type in TORCH_TYPES:
             return rows.to(TORCH_TYPES[self.type]).view(torch.uint8).numpy()
@@ -113,8 +117,14 @@ def _make_room(output, total):
 
 
 def _add_metadata(writer, metadata):
-    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, np.int32: GGUFValueType.INT32,
-             float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
+    kinds = {
+        bool: GGUFValueType.BOOL,
+        int: GGUFValueType.UINT32,
+        np.int32: GGUFValueType.INT32,
+        float: GGUFValueType.FLOAT32,
+        str: GGUFValueType.STRING,
+        list: GGUFValueType.ARRAY,
+    }
     for key, value in metadata.items():
         if type(value) is int and not 0 <= value < 2**32:
             raise UserError(f"{key}: {value} does not fit a GGUF file")

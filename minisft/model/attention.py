@@ -20,7 +20,8 @@ def attend_causally(q, k, v, mask):
         y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, d), k, v, attn_mask=mask)
         return y.view(B, H, 1, d)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
 
 
 def attend_in_rows(q, k, v, lengths, masks):

@@ -1,7 +1,7 @@
 """ModelConfig: what a checkpoint's config.json says about the architecture, by the same names.
 
-    config = ModelConfig.load("examples/base")
-    print(config.hidden_size, config.num_hidden_layers)
+config = ModelConfig.load("examples/base")
+print(config.hidden_size, config.num_hidden_layers)
 """
 
 import dataclasses
@@ -13,11 +13,25 @@ from minisft.common.json_files import is_integer, is_number, read_json, token_id
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-                "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+ROPE_NUMBERS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 LAYER_TYPES = ("full_attention", "sliding_attention")
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads")
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 # Where null says something: no window, as many as other heads; elsewhere it is as if left out.
 MEANT_NULL = ("sliding_window", "num_key_value_heads", "head_dim")
 # More than any model has, and little enough that its shape can be computed with.
@@ -88,8 +102,13 @@ class ModelConfig:
         family = content["model_type"]
         values = dict(FAMILY_DEFAULTS[family])
         names = {one.name for one in dataclasses.fields(cls)} - {"original", "qkv_bias", "qk_norm"}
-        values.update({name: content[name] for name in names if name in content
-                       and (content[name] is not None or name in MEANT_NULL)})
+        values.update(
+            {
+                name: content[name]
+                for name in names
+                if name in content and (content[name] is not None or name in MEANT_NULL)
+            }
+        )
         values.update(_rotary(content, source))
         if family in ("qwen2", "qwen3") and not content.get("use_sliding_window"):
             values["sliding_window"] = None
@@ -139,13 +158,16 @@ class ModelConfig:
 def _refuse_unsupported(content, source):
     family = content.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"{source}: model_type '{family}' is not supported; minisft knows "
-                        f"{', '.join(FAMILIES)}")
+        raise UserError(
+            f"{source}: model_type '{family}' is not supported; minisft knows {', '.join(FAMILIES)}"
+        )
     if content.get("hidden_act", "silu") != "silu":
         raise UserError(f"{source}: hidden_act '{content['hidden_act']}': only silu is supported")
     if content.get("quantization_config"):
-        raise UserError(f"{source}: this checkpoint is stored quantised (quantization_config); "
-                        "use the original, unquantised one")
+        raise UserError(
+            f"{source}: this checkpoint is stored quantised (quantization_config); "
+            "use the original, unquantised one"
+        )
     if content.get("partial_rotary_factor") not in (None, 1.0):
         raise UserError(f"{source}: partial_rotary_factor is not supported")
 
@@ -162,18 +184,22 @@ def _rotary(content, source):
     theta = scaling.pop("rope_theta", theta)
     rope_type = scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise UserError(f"{source}: rope type '{rope_type}' is not supported; minisft computes "
-                        f"{', '.join(ROPE_TYPES)}")
+        raise UserError(
+            f"{source}: rope type '{rope_type}' is not supported; minisft computes "
+            f"{', '.join(ROPE_TYPES)}"
+        )
     if scaling.get("original_max_position_embeddings") is None:
         scaling["original_max_position_embeddings"] = content.get(
-            "original_max_position_embeddings", content.get("max_position_embeddings", 2048))
+            "original_max_position_embeddings", content.get("max_position_embeddings", 2048)
+        )
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     needed = needed.get(rope_type, ("factor",))
     for name in ROPE_NUMBERS:
         value = scaling.get(name)
         if not is_number(value) and (value is not None or name in needed):
-            raise UserError(f"{source}: rope type '{rope_type}' needs the number '{name}', not "
-                            f"{value!r}")
+            raise UserError(
+                f"{source}: rope type '{rope_type}' needs the number '{name}', not {value!r}"
+            )
     return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 
@@ -185,13 +211,16 @@ def _check_sizes(values, source):
     for name in (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
         most = LARGEST.get(name, 2**20)
         if values.get(name) is not None and not is_integer(values[name], 1, most):
-            raise UserError(f"{source}: {name} must be a whole number from 1 to {most:,}, not "
-                            f"{values[name]!r}")
+            raise UserError(
+                f"{source}: {name} must be a whole number from 1 to {most:,}, not {values[name]!r}"
+            )
     heads = values["num_attention_heads"]
     key_value_heads = values.get("num_key_value_heads") or heads
     if heads % key_value_heads:
-        raise UserError(f"{source}: num_attention_heads {heads} is not a multiple of "
-                        f"num_key_value_heads {key_value_heads}")
+        raise UserError(
+            f"{source}: num_attention_heads {heads} is not a multiple of "
+            f"num_key_value_heads {key_value_heads}"
+        )
     head_dim = values.get("head_dim")
     if head_dim is None:
         head_dim, rest = divmod(values["hidden_size"], heads)
@@ -205,8 +234,9 @@ def _check_others(values, source):
     """The fields that are not sizes, each of its kind."""
     for name, above in (("rms_norm_eps", 0), ("rope_theta", 1), ("initializer_range", 0)):
         if name in values and not is_number(values[name], above):
-            raise UserError(f"{source}: {name} must be a number above {above}, not "
-                            f"{values[name]!r}")
+            raise UserError(
+                f"{source}: {name} must be a number above {above}, not {values[name]!r}"
+            )
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if type(values.get(name, False)) is not bool:
             raise UserError(f"{source}: {name} must be true or false, not {values[name]!r}")
@@ -214,14 +244,22 @@ def _check_others(values, source):
         token_ids(values.get(name), source, name)
     window = values.get("sliding_window")
     if window is not None and not is_integer(window, 1):
-        raise UserError(f"{source}: sliding_window must be a whole number of at least 1, or null, "
-                        f"not {window!r}")
+        raise UserError(
+            f"{source}: sliding_window must be a whole number of at least 1, or null, "
+            f"not {window!r}"
+        )
     if not is_integer(values.get("max_window_layers", 0)):
-        raise UserError(f"{source}: max_window_layers must be a whole number, not "
-                        f"{values['max_window_layers']!r}")
+        raise UserError(
+            f"{source}: max_window_layers must be a whole number, not "
+            f"{values['max_window_layers']!r}"
+        )
     num_layers, layer_types = values["num_hidden_layers"], values.get("layer_types")
     if layer_types is not None and not (
-            isinstance(layer_types, list) and len(layer_types) == num_layers
-            and all(one in LAYER_TYPES for one in layer_types)):
-        raise UserError(f"{source}: layer_types must name one of {', '.join(LAYER_TYPES)} for each "
-                        f"of the {num_layers} layers of num_hidden_layers")
+        isinstance(layer_types, list)
+        and len(layer_types) == num_layers
+        and all(one in LAYER_TYPES for one in layer_types)
+    ):
+        raise UserError(
+            f"{source}: layer_types must name one of {', '.join(LAYER_TYPES)} for each "
+            f"of the {num_layers} layers of num_hidden_layers"
+        )

@@ -37,9 +37,16 @@ def are_few_on_cpu(x, weight):
 
     There calls cost more than computing, and other ones are faster than those for many rows.
     """
-    return x.numel() <= 64 * x.shape[-1] and x.is_cpu and x.dtype == weight.dtype == torch.float32 \
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-                 or torch.compiler.is_compiling())  # the compiler chooses by itself
+    return (
+        x.numel() <= 64 * x.shape[-1]
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and not (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        )
+    )  # the compiler chooses by itself
 
 
 class RMSNorm(nn.Module):
@@ -80,8 +87,6 @@ class Linear(nn.Linear):
     def forward(self, x):
         """(..., out_features) of x (..., in_features)."""
         return linear(x, self.weight, self.bias)
-
-
 
 
 class Attention(nn.Module):
@@ -199,20 +204,30 @@ class Decoder(nn.Module):
         """What the attention of each layer type is in a pack of rows."""
         if has_kernel_for_rows(x):
             bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
-            every = partial(attend_in_rows_at_once, kernel=kernel_for_rows(), bounds=bounds,
-                            longest=max(lengths))
+            every = partial(
+                attend_in_rows_at_once,
+                kernel=kernel_for_rows(),
+                bounds=bounds,
+                longest=max(lengths),
+            )
             window = self.config.sliding_window
-            return {"full_attention": partial(every, window=-1),
-                    "sliding_attention": partial(every, window=(window or 0) - 1)}
+            return {
+                "full_attention": partial(every, window=-1),
+                "sliding_attention": partial(every, window=(window or 0) - 1),
+            }
         if self.layers[0]._compiled_call_impl:  # for which a list would be part of the code
             T = sum(lengths)
             row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(x.device)
             mask = _causal(T, T, x.device) & (row == row[:, None])
-            return {name: partial(attend_causally, mask=torch.where(one, 0.0, -torch.inf))
-                    for name, one in self._masks(T, T, mask, x.device).items()}
+            return {
+                name: partial(attend_causally, mask=torch.where(one, 0.0, -torch.inf))
+                for name, one in self._masks(T, T, mask, x.device).items()
+            }
         masks = [self._masks(length, length, None, x.device) for length in lengths]
-        return {name: partial(attend_in_rows, lengths=lengths, masks=[row[name] for row in masks])
-                for name in masks[0]}
+        return {
+            name: partial(attend_in_rows, lengths=lengths, masks=[row[name] for row in masks])
+            for name in masks[0]
+        }
 
     def _next_angles(self, start, end, x, cache):
         """Angles of positions start..end - 1; a cache keeps a table of them, grown by doubling."""
@@ -249,8 +264,12 @@ class Decoder(nn.Module):
 
 def uncached_casts(device_type):
     """Autocast as it is, but copies of weights go with their layer; to go back they are new."""
-    return torch.autocast(device_type, torch.get_autocast_dtype(device_type),
-                          torch.is_autocast_enabled(device_type), cache_enabled=False)
+    return torch.autocast(
+        device_type,
+        torch.get_autocast_dtype(device_type),
+        torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )
 
 
 def _causal(T, S, device):

@@ -1,8 +1,8 @@
 """Low-rank adaptation (arXiv 2106.09685): train B A beside a frozen weight W.
 
-    add_lora(model, LoraConfig(rank=8, alpha=16, target_modules=("q_proj", "v_proj")))
-    train(model)
-    merge_lora(model)                      # W <- W + scaling * B A, plain Linear layers again
+add_lora(model, LoraConfig(rank=8, alpha=16, target_modules=("q_proj", "v_proj")))
+train(model)
+merge_lora(model)                      # W <- W + scaling * B A, plain Linear layers again
 """
 
 import copy
@@ -38,9 +38,12 @@ class LoraConfig:
         """The adapter that the flags of train.py describe."""
         targets = listed(options.lora_target)
         return cls(
-            rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            dropout=options.lora_dropout,
             target_modules=LINEAR_NAMES if targets == ("all",) else targets,
-            use_rslora=options.use_rslora, modules_to_save=listed(options.modules_to_save),
+            use_rslora=options.use_rslora,
+            modules_to_save=listed(options.modules_to_save),
         )
 
     @property
@@ -112,13 +115,16 @@ def add_lora(model, config):
     """
     freeze(model)
     targets = {
-        name for name, module in model.named_modules()
+        name
+        for name, module in model.named_modules()
         if isinstance(module, LINEAR_TYPES) and name.split(".")[-1] in config.target_modules
     }
     missing = set(config.target_modules) - {name.split(".")[-1] for name in targets}
     if missing:
-        raise UserError(f"--lora_target: no linear module is called {', '.join(sorted(missing))}; "
-                        f"choose from all, {', '.join(LINEAR_NAMES)}")
+        raise UserError(
+            f"--lora_target: no linear module is called {', '.join(sorted(missing))}; "
+            f"choose from all, {', '.join(LINEAR_NAMES)}"
+        )
     for name in targets & set(config.modules_to_save):
         raise UserError(f"{name} is in --lora_target and in --modules_to_save: give one of the two")
     for name in sorted(targets):
@@ -148,8 +154,13 @@ def train_fully(model, names):
 
     A reward model has `score` instead of lm_head.
     """
-    there = [name for name, place in SAVEABLE_MODULES.items() if name == "lm_head" and
-             model.config.tie_word_embeddings or hasattr(model, place.split(".")[0])]
+    there = [
+        name
+        for name, place in SAVEABLE_MODULES.items()
+        if name == "lm_head"
+        and model.config.tie_word_embeddings
+        or hasattr(model, place.split(".")[0])
+    ]
     for name in names:
         if name not in there:
             raise UserError(f"--modules_to_save {name}: choose from {', '.join(there)}")
@@ -172,8 +183,11 @@ def frozen_copy(model):
 
     An adapter that changes nothing yet is left away.
     """
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())
-              if not tensor.requires_grad}
+    shared = {
+        id(tensor): tensor
+        for tensor in chain(model.parameters(), model.buffers())
+        if not tensor.requires_grad
+    }
     copied = copy.deepcopy(model, shared).requires_grad_(False).eval()
     for name, module in list(copied.named_modules()):
         if isinstance(module, LoRALinear) and not module.lora_B.weight.any():

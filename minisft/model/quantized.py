@@ -18,10 +18,22 @@ BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
 PIECE = BLOCK_SIZE * 2**16  # weights that are worked on at a time, in float32
 # As published with the paper: 8 quantiles below zero, zero, 7 above, divided by the largest.
 NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 )
 
 
@@ -72,12 +84,15 @@ def quantize_nf4(weight):
     """
     levels = torch.tensor(NF4_LEVELS, device=weight.device)
     pieces = weight.detach().flatten().split(PIECE)
-    indices, largest = map(torch.cat, zip(*(
-        quantize_blocks(piece.float(), levels, BLOCK_SIZE) for piece in pieces), strict=True))
+    indices, largest = map(
+        torch.cat,
+        zip(*(quantize_blocks(piece.float(), levels, BLOCK_SIZE) for piece in pieces), strict=True),
+    )
     indices = F.pad(indices, (0, len(indices) % 2), value=NF4_LEVELS.index(0.0))
     mean = largest.mean()
     scales, nested_scales = quantize_blocks(
-        largest - mean, dynamic_levels().to(weight.device), NESTED_BLOCK_SIZE)
+        largest - mean, dynamic_levels().to(weight.device), NESTED_BLOCK_SIZE
+    )
     return indices[::2] * 16 + indices[1::2], scales, nested_scales, mean
 
 
@@ -87,10 +102,15 @@ def dequantize_nf4(packed, scales, nested_scales, mean, shape, dtype):
     # Both halves of a byte in one look-up: 256 pairs of levels.
     pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
     largest = mean + dequantize_blocks(
-        scales, nested_scales, dynamic_levels().to(packed.device), NESTED_BLOCK_SIZE)
+        scales, nested_scales, dynamic_levels().to(packed.device), NESTED_BLOCK_SIZE
+    )
     weight = torch.empty(shape.numel(), dtype=dtype, device=packed.device)
-    pieces = zip(weight.split(PIECE), packed.split(PIECE // 2), largest.split(PIECE // BLOCK_SIZE),
-                 strict=True)
+    pieces = zip(
+        weight.split(PIECE),
+        packed.split(PIECE // 2),
+        largest.split(PIECE // BLOCK_SIZE),
+        strict=True,
+    )
     for piece, codes, most in pieces:  # float32 is there for a piece only
         values = in_blocks(pairs[codes.int()].view(-1)[: len(piece)], BLOCK_SIZE)
         piece.copy_((values * most[:, None]).view(-1)[: len(piece)])
@@ -112,8 +132,11 @@ def dequantize_rows(steps, largest, dtype):
 
 def count_parameters(model):
     """How many numbers a model consists of, those that are held in 4 or 8 bits included."""
-    quantized = sum(module.in_features * module.out_features for module in model.modules()
-                    if isinstance(module, QuantizedLinear))
+    quantized = sum(
+        module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, QuantizedLinear)
+    )
     return quantized + sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -148,13 +171,18 @@ class QuantizedLinear(nn.Module):
         self.bias = bias
         count = in_features * out_features
         if bits == 8:
-            shapes = {"steps": (torch.int8, out_features, in_features),
-                      "largest": (torch.float32, out_features)}
+            shapes = {
+                "steps": (torch.int8, out_features, in_features),
+                "largest": (torch.float32, out_features),
+            }
         else:
             blocks = -(-count // BLOCK_SIZE)
-            shapes = {"packed": (torch.uint8, -(-count // 2)), "scales": (torch.uint8, blocks),
-                      "nested_scales": (torch.float32, -(-blocks // NESTED_BLOCK_SIZE)),
-                      "mean": (torch.float32,)}
+            shapes = {
+                "packed": (torch.uint8, -(-count // 2)),
+                "scales": (torch.uint8, blocks),
+                "nested_scales": (torch.float32, -(-blocks // NESTED_BLOCK_SIZE)),
+                "mean": (torch.float32,),
+            }
         for name, (dtype, *shape) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
 

@@ -39,18 +39,14 @@ class RewardModel(nn.Module):
 def _described(config):
     """What config.json says of a reward model."""
     family = config.to_dict()["model_type"].capitalize()
-    return {**config.to_dict(), "architectures": [f"{family}ForSequenceClassification"],
-            "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-
-
-
-
+    return {
+        **config.to_dict(),
+        "architectures": [f"{family}ForSequenceClassification"],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+    }
 
 
 def new_head(config):
     """A weight (1, D) for `score`, drawn on the CPU as the model's weights once were."""
     return torch.randn(1, config.hidden_size) * config.initializer_range
-
-
-
-

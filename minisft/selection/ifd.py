@@ -70,7 +70,8 @@ class Score:
         reason = self.reason
         if reason is None:
             conditioned, direct = (
-                loss / self.num_answer_tokens for loss in (self.conditioned, self.direct))
+                loss / self.num_answer_tokens for loss in (self.conditioned, self.direct)
+            )
             if not math.isfinite(conditioned + direct):
                 conditioned, direct, reason = None, None, "the loss is not a finite number"
             elif direct == 0:
@@ -80,9 +81,12 @@ class Score:
                 if math.isinf(ifd_ppl):  # which JSON has no number for
                     ifd_ppl = None
         values = dict(loss_conditioned=conditioned, loss_direct=direct, ifd=ifd, ifd_ppl=ifd_ppl)
-        return {"index": self.index,
-                **{name: value and float(f"{value:.8g}") for name, value in values.items()},
-                "num_answer_tokens": self.num_answer_tokens, "reason": reason}
+        return {
+            "index": self.index,
+            **{name: value and float(f"{value:.8g}") for name, value in values.items()},
+            "num_answer_tokens": self.num_answer_tokens,
+            "reason": reason,
+        }
 
     def add_row(self, row, encoder):
         """The passes that the row needs, or why it has no score.
@@ -142,15 +146,18 @@ class Encoder:
     embedding is cut to `max_length`. kind: Score, or that of reward_scores.py.
     """
 
-    def __init__(self, rows, template, max_length, vocab_size=None, parts=("ifd",), drawn=None,
-                 kind=Score):
+    def __init__(
+        self, rows, template, max_length, vocab_size=None, parts=("ifd",), drawn=None, kind=Score
+    ):
         self.rows, self.template, self.parts = rows, template, parts
         self.max_length, self.vocab_size = max_length, vocab_size
         self.drawn, self.kind = drawn, kind
         self.marker = template.encode_marker()
         if "ifd" in parts and not self.marker:
-            raise UserError(f"template {template.name}: nothing of what opens an answer is left by "
-                            "this tokenizer, so no answer can be scored alone; choose another")
+            raise UserError(
+                f"template {template.name}: nothing of what opens an answer is left by "
+                "this tokenizer, so no answer can be scored alone; choose another"
+            )
 
     def __getitem__(self, numbers):
         """A list of Scores, or the UserError that stops the run (a worker cannot raise it)."""
@@ -185,8 +192,10 @@ def answer_spans(template, ids, supervised):
     """[start, end) of every answer, without the token that ends its turn."""
     edges = np.flatnonzero(np.diff(supervised, prepend=False, append=False))
     control = template.control_ids.values()
-    return [(start, end - (int(ids[end - 1]) in control)) for start, end in
-            edges.reshape(-1, 2).tolist()]
+    return [
+        (start, end - (int(ids[end - 1]) in control))
+        for start, end in edges.reshape(-1, 2).tolist()
+    ]
 
 
 def score(model, encoder, numbers, batch_tokens, num_workers=0, compute=None):
@@ -264,7 +273,8 @@ def measure(model, sequences):
     """
     device = model.model.embed_tokens.weight.device
     tokens, answer, *_ = collate(
-        [Example(one.ids, one.answer) for one in sequences], device)  # (B, T)
+        [Example(one.ids, one.answer) for one in sequences], device
+    )  # (B, T)
     lengths = torch.tensor([one.prompt_length for one in sequences], device=device)
     prompt = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
     hidden = hidden_states_with_shared_prefix(model, tokens)  # (B, T, D)

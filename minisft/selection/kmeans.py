@@ -37,8 +37,10 @@ def kmeans(points, num_clusters, seed=0, num_starts=1, max_steps=300, tolerance=
     if not 1 <= num_clusters <= len(points):
         raise UserError(f"{num_clusters} clusters of {len(points)} rows: give fewer clusters")
     space = Space(points)
-    found = [lloyd(space, seed_centers(space, num_clusters, generator), max_steps, tolerance)
-             for generator in np.random.default_rng(seed).spawn(num_starts)]
+    found = [
+        lloyd(space, seed_centers(space, num_clusters, generator), max_steps, tolerance)
+        for generator in np.random.default_rng(seed).spawn(num_starts)
+    ]
     return min(found, key=lambda one: one.inertia)
 
 
@@ -47,11 +49,11 @@ class Space:
 
     def __init__(self, points):
         self.points = points
-        self.mean = sum(
-            block.sum(0, dtype=np.float64) for _, block in self.blocks()) / len(points)
+        self.mean = sum(block.sum(0, dtype=np.float64) for _, block in self.blocks()) / len(points)
         self.mean = self.mean.astype(np.float32)
         self.squares = np.concatenate(
-            [np.einsum("nd,nd->n", *[block - self.mean] * 2) for _, block in self.blocks()])
+            [np.einsum("nd,nd->n", *[block - self.mean] * 2) for _, block in self.blocks()]
+        )
 
     def blocks(self):
         """Yield (slice, the points in it): no more than a block is ever multiplied at once."""

@@ -41,8 +41,9 @@ def near_duplicates(texts, similarity):
         order = np.argsort(-alike, kind="stable")[:COMPARED]
         if others := others[order][alike[order] >= least].tolist():
             shingles = shingles_of(texts[number])
-            duplicate[number] = any(overlap(shingles, shingles_of(texts[other])) >= similarity
-                                    for other in others)
+            duplicate[number] = any(
+                overlap(shingles, shingles_of(texts[other])) >= similarity for other in others
+            )
         if not duplicate[number]:
             before[number] = latest[bands, own]
             latest[bands, own] = number
@@ -93,8 +94,13 @@ def signature_of(shingles, factors, offsets):
 
     In blocks: of a text of a million characters all hashes at once would fill the memory.
     """
-    return np.min([(shingles[start : start + 4096, None] * factors + offsets).min(0)
-                   for start in range(0, len(shingles), 4096)], axis=0)
+    return np.min(
+        [
+            (shingles[start : start + 4096, None] * factors + offsets).min(0)
+            for start in range(0, len(shingles), 4096)
+        ],
+        axis=0,
+    )
 
 
 def shingles_of(text):

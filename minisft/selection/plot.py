@@ -1,6 +1,6 @@
 """The picture of a selection, for select.py --plot.
 
-    draw(inputs, chosen, "cluster", "runs/pre.json")     # selection.Inputs; -> runs/pre.png
+draw(inputs, chosen, "cluster", "runs/pre.json")     # selection.Inputs; -> runs/pre.png
 """
 
 import math
@@ -11,8 +11,12 @@ import numpy as np
 from minisft.selection.kmeans import Space
 from minisft.selection.strategies import Chosen
 
-NAMES = {"ifd": "IFD, a ratio of losses", "ifd_ppl": "IFD, a ratio of perplexities",
-         "reward": "reward", "margin": "reward of the chosen answer less that of the rejected"}
+NAMES = {
+    "ifd": "IFD, a ratio of losses",
+    "ifd_ppl": "IFD, a ratio of perplexities",
+    "reward": "reward",
+    "margin": "reward of the chosen answer less that of the rejected",
+}
 ALL, CHOSEN = "#b0b8c0", "#d55e00"  # grey and vermilion, which everybody can tell apart
 
 
@@ -40,8 +44,11 @@ def draw_scores(axes, scores, chosen, strategy):
     if has_rewards:
         name = "margin" if strategy == "margin" else "reward"
     values = scores[name]
-    ends = np.percentile(values[np.isfinite(values)], [0.5, 99.5]) if (
-        np.isfinite(values).any()) else np.array([0.0, 1.0])
+    ends = (
+        np.percentile(values[np.isfinite(values)], [0.5, 99.5])
+        if (np.isfinite(values).any())
+        else np.array([0.0, 1.0])
+    )
     if not has_rewards:
         ends = min(ends[0], 0.9), max(ends[1], 1.1)
         axes.axvline(1, color="black", linewidth=0.8, label="above: the instruction does not help")
@@ -61,11 +68,20 @@ def draw_embeddings(axes, inputs, chosen):
     rows, cluster = inputs.clustered or (inputs.rows, None)
     points, size = np.full((len(inputs.embeddings), 2), np.nan), np.clip(10_000 / len(rows), 4, 24)
     points[inputs.rows] = principal_components(Chosen(inputs.embeddings, inputs.rows))
-    colors, by = ({"color": ALL}, "") if cluster is None else (
-        {"c": cluster, "cmap": "viridis"}, ", coloured by cluster")
+    colors, by = (
+        ({"color": ALL}, "")
+        if cluster is None
+        else ({"c": cluster, "cmap": "viridis"}, ", coloured by cluster")
+    )
     axes.scatter(*points[rows].T, s=size, linewidths=0, label=f"all rows{by}", **colors)
-    axes.scatter(*points[chosen].T, s=2 * size + 8, facecolors="none", edgecolors=CHOSEN,
-                 linewidths=1.2, label="chosen")
+    axes.scatter(
+        *points[chosen].T,
+        s=2 * size + 8,
+        facecolors="none",
+        edgecolors=CHOSEN,
+        linewidths=1.2,
+        label="chosen",
+    )
     axes.set(xlabel="first principal component", ylabel="second principal component")
     axes.legend()
 

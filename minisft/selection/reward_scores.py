@@ -40,8 +40,10 @@ class Score:
 
         As in training an answer that comes again counts once.
         """
-        answers = [encoder.encode(replace(row, messages=messages))
-                   for messages in (row.messages, *row.rejected)]
+        answers = [
+            encoder.encode(replace(row, messages=messages))
+            for messages in (row.messages, *row.rejected)
+        ]
         self.num_answer_tokens = sum(end - start for start, end in answers[0][2])
         self.has_several = bool(row.rejected)
         texts = unique_texts([Example(ids, supervised) for ids, supervised, *_ in answers])
@@ -68,8 +70,12 @@ class Score:
                 figures = {name: float(f"{value:.8g}") for name, value in found.items()}
             else:
                 reason = "the reward is not a finite number"
-        return {"index": self.index, **figures, "num_answer_tokens": self.num_answer_tokens,
-                "reason": reason}
+        return {
+            "index": self.index,
+            **figures,
+            "num_answer_tokens": self.num_answer_tokens,
+            "reason": reason,
+        }
 
 
 def figures_of(rewards):
@@ -92,10 +98,15 @@ def compute_rewards(model, batch):
     device = model.score.weight.device
     tokens, *_ = collate([Example(one.ids, one.answer) for one in sequences], device)
     last = torch.tensor([len(one.ids) - 1 for one in sequences], device=device)
-    hidden = ifd.hidden_states_with_shared_prefix(model, tokens)[torch.arange(len(tokens), device=device), last]  # (B, D)
+    hidden = ifd.hidden_states_with_shared_prefix(model, tokens)[
+        torch.arange(len(tokens), device=device), last
+    ]  # (B, D)
     rewards = model.rewards(hidden).tolist()
-    return [one for one, sequence, reward in zip(scores, sequences, rewards, strict=True)
-            if one.add(sequence, reward)]
+    return [
+        one
+        for one, sequence, reward in zip(scores, sequences, rewards, strict=True)
+        if one.add(sequence, reward)
+    ]
 
 
 def mean_figures(path):

@@ -33,19 +33,32 @@ from minisft.text.tokenizer import FILES as TOKENIZER_FILES
 
 # Of what num_samples draws: as train.py draws it, unless that is given another --seed.
 SEED = 42
-NUMBERS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl", "num_answer_tokens", "reward",
-           "accuracy", "margin", "reward_chosen", "reward_rejected")
+NUMBERS = (
+    "loss_conditioned",
+    "loss_direct",
+    "ifd",
+    "ifd_ppl",
+    "num_answer_tokens",
+    "reward",
+    "accuracy",
+    "margin",
+    "reward_chosen",
+    "reward_rejected",
+)
 # What computes those that only some rows have; the others, --mode ifd.
-WAY_TO = {"reward": "--mode reward computes it, of rows with one answer",
-          "margin": "--mode reward computes it, of rows with several answers"}
+WAY_TO = {
+    "reward": "--mode reward computes it, of rows with one answer",
+    "margin": "--mode reward computes it, of rows with several answers",
+}
 
 
 def paths(output):
     """{what: path} of the files that belong to `--output`."""
     output = Path(output)
     return {"scores": output} | {
-        what: output.with_name(f"{output.stem}.{what}.{ending}") for what, ending in
-        (("embeddings", "npy"), ("perplexity", "npy"), ("record", "json"))}
+        what: output.with_name(f"{output.stem}.{what}.{ending}")
+        for what, ending in (("embeddings", "npy"), ("perplexity", "npy"), ("record", "json"))
+    }
 
 
 def open_every_record(dataset, dataset_dir, skipped, say=print, ranking=False):
@@ -68,8 +81,14 @@ def record_of_data(rows, drawn):
     for file, opened in zip(rows.files, np.split(drawn, rows.ends[:-1]), strict=True):
         described = asdict(file.description) if file.description else {}
         described.pop("name", None)
-        files.append({"sha256": sha256(file.records.path), "rows": len(file.records),
-                      "opened": int(opened.sum())} | described)
+        files.append(
+            {
+                "sha256": sha256(file.records.path),
+                "rows": len(file.records),
+                "opened": int(opened.sum()),
+            }
+            | described
+        )
     return files
 
 
@@ -117,8 +136,11 @@ class ScoreFiles:
         """Write finished Scores, whatever their order."""
         if not self.has_begun:
             self._begin()
-        lines = [json.dumps(one.as_dict(), ensure_ascii=False) + "\n" for one in scores
-                 if not self.scored[one.index]]
+        lines = [
+            json.dumps(one.as_dict(), ensure_ascii=False) + "\n"
+            for one in scores
+            if not self.scored[one.index]
+        ]
         if lines:
             with open(self.paths["scores"], "a", encoding="utf-8") as file:
                 file.write("".join(lines))
@@ -126,16 +148,20 @@ class ScoreFiles:
         if new:
             numbers = [one.index for one in new]
             # Mapped for this call only, so that pages which are written do not count as memory.
-            embeddings, perplexity = (np.load(self.paths[what], mmap_mode="r+")
-                                      for what in ("embeddings", "perplexity"))
-            embeddings[numbers] = [np.zeros(embeddings.shape[1]) if one.embedding is None
-                                   else one.embedding for one in new]
+            embeddings, perplexity = (
+                np.load(self.paths[what], mmap_mode="r+") for what in ("embeddings", "perplexity")
+            )
+            embeddings[numbers] = [
+                np.zeros(embeddings.shape[1]) if one.embedding is None else one.embedding
+                for one in new
+            ]
             perplexity[numbers] = [one.perplexity() for one in new]
 
     def finish(self):
         """Put the lines of the scores in the order of the rows; the Paths of what is written."""
-        written = [self.paths[what] for what in ("embeddings", "perplexity")
-                   if "embed" in self.parts]
+        written = [
+            self.paths[what] for what in ("embeddings", "perplexity") if "embed" in self.parts
+        ]
         if {"ifd", "reward"} & set(self.parts):
             self._sort()
             written.insert(0, self.paths["scores"])
@@ -175,9 +201,11 @@ class ScoreFiles:
     def _check(self):
         there = [path for what, path in self.paths.items() if what != "record" and path.exists()]
         if there and not self.paths["record"].exists():
-            raise UserError(f"{there[0]}: is there already, and no {self.paths['record'].name} "
-                            "that says what it belongs to; choose another --output, or give "
-                            "--overwrite to lose it")
+            raise UserError(
+                f"{there[0]}: is there already, and no {self.paths['record'].name} "
+                "that says what it belongs to; choose another --output, or give "
+                "--overwrite to lose it"
+            )
         found = read_record(self.paths["record"]) if there else self.record
         # What is there was computed with `found`; what is to come, with `self.record`.
         for what, value in self.record.items():
@@ -186,7 +214,8 @@ class ScoreFiles:
                 raise UserError(
                     f"{there[0]}: was computed with another {what}{named}; scores of two "
                     "kinds are never mixed: choose another --output, or give --overwrite to lose "
-                    "what is there")
+                    "what is there"
+                )
 
     def _find_scored(self):
         path, num_rows = self.paths["scores"], self.shape[0]
@@ -216,8 +245,13 @@ def _parse(path, line, num_rows):
     try:
         score = json.loads(line)
         index = score["index"]
-        good = type(index) is int and isinstance(score["reason"], str | None) and all(
-            score.get(name) is None or type(score[name]) in (int, float) for name in NUMBERS)
+        good = (
+            type(index) is int
+            and isinstance(score["reason"], str | None)
+            and all(
+                score.get(name) is None or type(score[name]) in (int, float) for name in NUMBERS
+            )
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         good = False
     if not good:
@@ -228,7 +262,7 @@ def _parse(path, line, num_rows):
 
 
 def _named(found, record, what):
-    """" (A, not B)" in words for people, where these differ."""
+    """ " (A, not B)" in words for people, where these differ."""
     old, new = (one.get("names", {}).get(what, one.get(what)) for one in (found, record))
     return f" ({old}, not {new})" if old != new else ", changed since under the same name"
 
@@ -249,13 +283,17 @@ def check_belongs(path, dataset):
     if not path.exists():
         raise UserError(f"{path}: there is no such file; score.py writes it")
     if not record_path.exists():
-        raise UserError(f"{path}: there is no {record_path.name} beside it, which score.py writes "
-                        "and which says what file the scores belong to")
+        raise UserError(
+            f"{path}: there is no {record_path.name} beside it, which score.py writes "
+            "and which says what file the scores belong to"
+        )
     record = read_record(record_path)
     if record.get("dataset") != dataset:
         name = record.get("names", {}).get("dataset")
-        raise UserError(f"{path}: belongs to another file than --dataset, or that file has changed "
-                        f"since (it was computed from {name}); run score.py on --dataset")
+        raise UserError(
+            f"{path}: belongs to another file than --dataset, or that file has changed "
+            f"since (it was computed from {name}); run score.py on --dataset"
+        )
 
 
 def read_scores(path, num_rows, needed=None):
@@ -277,8 +315,10 @@ def read_scores(path, num_rows, needed=None):
                 if score.get(name) is not None:
                     columns[name][score["index"]] = score[name]
     if not done.all():
-        raise UserError(f"{path}: has {done.sum():,} of {num_rows:,} rows; score.py goes on where "
-                        "it stopped if it is run again")
+        raise UserError(
+            f"{path}: has {done.sum():,} of {num_rows:,} rows; score.py goes on where "
+            "it stopped if it is run again"
+        )
     return columns
 
 
@@ -289,11 +329,14 @@ def load_array(path, shape):
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     fits = array.ndim == len(shape) and all(
-        wanted in (None, found) for wanted, found in zip(shape, array.shape, strict=True))
+        wanted in (None, found) for wanted, found in zip(shape, array.shape, strict=True)
+    )
     if not fits or array.dtype != np.float32:
-        raise UserError(f"{path}: has {array.dtype} of shape {list(array.shape)}, and the data "
-                        f"set needs float32 of {[n or 'D' for n in shape]}; was it computed from "
-                        "another file?")
+        raise UserError(
+            f"{path}: has {array.dtype} of shape {list(array.shape)}, and the data "
+            f"set needs float32 of {[n or 'D' for n in shape]}; was it computed from "
+            "another file?"
+        )
     return array
 
 
@@ -311,11 +354,15 @@ def read_embeddings(path, num_rows):
     embeddings = load_array(path, (num_rows, None))
     perplexity = np.array(load_array(perplexity_path(path), (num_rows,)))
     if np.isnan(perplexity).any():
-        raise UserError(f"{path}: row {np.isnan(perplexity).argmax() + 1} has no embedding yet; "
-                        "score.py goes on where it stopped if it is run again")
+        raise UserError(
+            f"{path}: row {np.isnan(perplexity).argmax() + 1} has no embedding yet; "
+            "score.py goes on where it stopped if it is run again"
+        )
     for start in range(0, num_rows, 4096):
         broken = ~np.isfinite(embeddings[start : start + 4096]).all(1)
         if broken.any():
-            raise UserError(f"{path}: the embedding of row {start + broken.argmax() + 1} is not "
-                            "finite; is the model broken, or --dtype too small for it?")
+            raise UserError(
+                f"{path}: the embedding of row {start + broken.argmax() + 1} is not "
+                "finite; is the model broken, or --dtype too small for it?"
+            )
     return embeddings, perplexity

@@ -91,8 +91,9 @@ def lengths_of(rows, candidates):
                 raise UserError(f"{error} (--skip_bad_rows leaves such rows out)") from error
             broken[number] = True
         else:
-            lengths[number] = sum(len(message["content"]) for message in messages
-                                  if message["role"] == "assistant")
+            lengths[number] = sum(
+                len(message["content"]) for message in messages if message["role"] == "assistant"
+            )
     candidates.drop(broken, "broken")
     return lengths
 
@@ -116,8 +117,13 @@ class Instructions(Sequence):
 
     def __getitem__(self, index):
         messages = self.rows[int(self.numbers[index])].messages
-        return "\n".join(text for message in messages if message["role"] == "user"
-                         for text in (message["content"], message.get("input")) if text)
+        return "\n".join(
+            text
+            for message in messages
+            if message["role"] == "user"
+            for text in (message["content"], message.get("input"))
+            if text
+        )
 
 
 def highest(values, rows, number):
@@ -140,9 +146,11 @@ def at_random(rows, number, generator):
 def enough(rows, number):
     """`number`; UserError where there are fewer rows to choose from."""
     if number > len(rows):
-        raise UserError(f"{number:,} rows are wanted and only {len(rows):,} can be chosen "
-                        "from (the others have no score, or were dropped); lower --sample_number "
-                        "or --sample_rate")
+        raise UserError(
+            f"{number:,} rows are wanted and only {len(rows):,} can be chosen "
+            "from (the others have no score, or were dropped); lower --sample_number "
+            "or --sample_rate"
+        )
     return number
 
 
@@ -196,13 +204,14 @@ def matched(lengths, rows, reference, generator):
         # Halfway to the next range, so that every length between the extremes is in one.
         above = part[-1] if last else (part[-1] + ranges[number + 1][0]) / 2
         first = wanted[0] if number == 0 else below
-        inside = rows[(lengths[rows] > below) & (lengths[rows] >= first)
-                      & (lengths[rows] <= above)]
+        inside = rows[(lengths[rows] > below) & (lengths[rows] >= first) & (lengths[rows] <= above)]
         count = int(((wanted > below) & (wanted <= above)).sum())
         if count > len(inside):
-            raise UserError(f"--match has {count:,} rows of a length that only {len(inside):,} of "
-                            "the rows have which can be chosen here; choose --match with the same "
-                            "--dedup and --skip_bad_rows")
+            raise UserError(
+                f"--match has {count:,} rows of a length that only {len(inside):,} of "
+                "the rows have which can be chosen here; choose --match with the same "
+                "--dedup and --skip_bad_rows"
+            )
         chosen.append(at_random(inside, count, generator) if count else inside[:0])
         below = above
     return np.concatenate(chosen)
@@ -215,19 +224,24 @@ def write(files, chosen, manifest, output):
     """
     ends = np.cumsum([len(file.records) for file in files])
     array = {".jsonl": False, ".json": True}.get(
-        output.suffix, all(not hasattr(file.records, "raw") for file in files))
+        output.suffix, all(not hasattr(file.records, "raw") for file in files)
+    )
     begin, between, end = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial, manifest_partial = (output.with_name(output.name + ending)
-                                 for ending in (".partial", ".manifest.partial"))
+    partial, manifest_partial = (
+        output.with_name(output.name + ending) for ending in (".partial", ".manifest.partial")
+    )
     try:
         with open(partial, "w", encoding="utf-8", newline="\n") as file:
             for count, number in enumerate(chosen.tolist()):
                 place = int(np.searchsorted(ends, number, side="right"))
                 records = files[place].records
                 local = number - int(ends[place]) + len(records)
-                raw = (records.raw(local).decode() if hasattr(records, "raw")
-                       else json.dumps(records[local], ensure_ascii=False))
+                raw = (
+                    records.raw(local).decode()
+                    if hasattr(records, "raw")
+                    else json.dumps(records[local], ensure_ascii=False)
+                )
                 file.write((between if count else begin) + raw.strip())
             file.write(end)
         manifest_partial.write_text(json.dumps(manifest, ensure_ascii=False) + "\n", "utf-8")

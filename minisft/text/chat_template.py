@@ -48,8 +48,12 @@ SKELETON = """\
 {{- ASSISTANT -}}
 {%- endif -%}
 """
-VARIABLES = {"{bos}": "bos_token", "{eos}": "eos_token", "{content}": "content",
-             "{system}": "system"}
+VARIABLES = {
+    "{bos}": "bos_token",
+    "{eos}": "eos_token",
+    "{content}": "content",
+    "{system}": "system",
+}
 SPACE_BEFORE = "{{ bos_token + ' ' }}"  # before a chat template that leaves BOS to the tokenizer
 
 
@@ -132,8 +136,10 @@ def text_follows_control(template):
     """Whether prompts have text directly behind a control token that is not BOS: `</s>\n`."""
     words = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     controls = set(template.control_ids.values())
-    return any(id in controls - {template.tokenizer.bos_token_id} and following not in controls
-               for id, following in pairwise(template.encode_prompt(words)))
+    return any(
+        id in controls - {template.tokenizer.bos_token_id} and following not in controls
+        for id, following in pairwise(template.encode_prompt(words))
+    )
 
 
 def chat_template_text(template, default_system=None, puts_space=False):
@@ -161,8 +167,9 @@ def as_jinja(template, puts_space=False):
     def expression(pattern):
         """`[INST] {content}` -> `"[INST] " + content`."""
         parts = re.split("(" + "|".join(map(re.escape, variables)) + ")", pattern)
-        parts = [variables.get(part, part and json.dumps(part, ensure_ascii=False))
-                 for part in parts]
+        parts = [
+            variables.get(part, part and json.dumps(part, ensure_ascii=False)) for part in parts
+        ]
         return " + ".join(part for part in parts if part) or '""'
 
     adds_bos = template.tokenizer.add_bos_token and not template.writes_bos

@@ -29,8 +29,10 @@ class TokenizersEngine:
             in_file, spec = spec, as_transformers_reads_it(spec, config)
             # First as it is, for what the library refuses need not be taken apart.
             self.start = self.inside = (
-                tokenizers.Tokenizer.from_file(str(path)) if spec is in_file
-                else tokenizers.Tokenizer.from_str(json.dumps(spec)))
+                tokenizers.Tokenizer.from_file(str(path))
+                if spec is in_file
+                else tokenizers.Tokenizer.from_str(json.dumps(spec))
+            )
             inside, self.prefix_after_special = without_prefix(spec)
             if inside:
                 self.inside = tokenizers.Tokenizer.from_str(json.dumps(inside))

@@ -120,7 +120,8 @@ TEMPLATES = {
 # The system prompt that a chat template falls back on, as its source spells it: in those that
 # chat_template.py writes, and in Qwen's chatml.
 OUR_SYSTEM = re.compile(
-    r'\{%- set system = ("(?:[^"\\\x00-\x1f]|\\["\\nrtbf]|\\u[0-9a-f]{4})*") -%}')
+    r'\{%- set system = ("(?:[^"\\\x00-\x1f]|\\["\\nrtbf]|\\u[0-9a-f]{4})*") -%}'
+)
 CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"\\]+)<\|im_end\|>")
 
 # Llama 3.1 and 3.2 open every system prompt with these lines. The second is the date that their

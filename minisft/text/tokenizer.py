@@ -100,8 +100,10 @@ class Tokenizer:
         if chat_template not in (None, self.chat_template):
             (output_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
             if "chat_template" in self.config:  # which is all that old programs read
-                write_json({**self.config, "chat_template": chat_template},
-                           output_dir / "tokenizer_config.json")
+                write_json(
+                    {**self.config, "chat_template": chat_template},
+                    output_dir / "tokenizer_config.json",
+                )
 
     def _open_engine(self):
         json_path, model_path = self.model_dir / FILES[0], self.model_dir / FILES[1]
@@ -131,8 +133,10 @@ class Tokenizer:
                 raise ValueError("an id is not a whole number that fits 31 bits")
             return {id: text for id, text in added.items() if self.engine.token_id(text) is None}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.model_dir}: added_tokens.json or added_tokens_decoder in "
-                            f"tokenizer_config.json lists no tokens ({error!r})") from error
+            raise UserError(
+                f"{self.model_dir}: added_tokens.json or added_tokens_decoder in "
+                f"tokenizer_config.json lists no tokens ({error!r})"
+            ) from error
 
     def _named_id(self, name):
         """The id of `bos_token` and the like, from the first file that says."""
@@ -142,8 +146,9 @@ class Tokenizer:
                 token = content[name]
                 token = token.get("content") if isinstance(token, dict) else token
                 if not isinstance(token, str | None):
-                    raise UserError(f"{self.model_dir / file_name}: {name} must be text, not "
-                                    f"{token!r}")
+                    raise UserError(
+                        f"{self.model_dir / file_name}: {name} must be text, not {token!r}"
+                    )
                 return None if token is None else self.token_id(_whole_characters(token))
         for file_name in ("config.json", "generation_config.json"):
             stated = self._neighbour(file_name).get(f"{name}_id")
@@ -207,5 +212,7 @@ def _whole_characters(text):
 def check_vocabulary(ids, vocab_size):
     """UserError where the model's vocabulary (None: not known) has no place for an id."""
     if vocab_size is not None and max(ids, default=0) >= vocab_size:
-        raise UserError(f"the tokenizer gives id {max(ids)}, the model's vocabulary has "
-                        f"{vocab_size}; is it the tokenizer of this checkpoint?")
+        raise UserError(
+            f"the tokenizer gives id {max(ids)}, the model's vocabulary has "
+            f"{vocab_size}; is it the tokenizer of this checkpoint?"
+        )

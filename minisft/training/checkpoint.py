@@ -54,16 +54,19 @@ def save(output_dir, step, write_weights, state, keep=None, best=None):
     except (OSError, RuntimeError, UserError) as error:
         if is_first:
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{final} could not be written: {error}; what was saved before is intact, "
-                        "go on from it with --resume_from_checkpoint auto") from error
+        raise UserError(
+            f"{final} could not be written: {error}; what was saved before is intact, "
+            "go on from it with --resume_from_checkpoint auto"
+        ) from error
     return final
 
 
 def _complete(partial, final, step):
     """Add the list of all files, wait until they are on disk, and give the folder its name."""
     paths = sorted(partial.rglob("*"))
-    files = {path.relative_to(partial).as_posix(): _fingerprint(path)
-             for path in paths if path.is_file()}
+    files = {
+        path.relative_to(partial).as_posix(): _fingerprint(path) for path in paths if path.is_file()
+    }
     (partial / MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in [*paths, partial / MARKER, partial]:
         _flush(path)
@@ -120,8 +123,11 @@ def _flush(path):
 
 def _checkpoints(output_dir):
     """(step, folder) of what is called a checkpoint, the newest first."""
-    found = [(int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*")
-             if (match := NAME.fullmatch(path.name)) and path.is_dir()]
+    found = [
+        (int(match[1]), path)
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := NAME.fullmatch(path.name)) and path.is_dir()
+    ]
     return sorted(found, reverse=True)
 
 
@@ -134,8 +140,10 @@ def find(output_dir, which, say):
     if which != "auto":
         fault = damage(Path(which))
         if fault:
-            raise UserError(f"--resume_from_checkpoint {which}: {fault}; give the folder of a "
-                            "checkpoint, or auto for the newest in --output_dir")
+            raise UserError(
+                f"--resume_from_checkpoint {which}: {fault}; give the folder of a "
+                "checkpoint, or auto for the newest in --output_dir"
+            )
         return Path(which)
     for _, path in _checkpoints(output_dir):
         fault = damage(path)
@@ -143,8 +151,10 @@ def find(output_dir, which, say):
             return path
         say(f"skipped {path}: {fault}")
     if _checkpoints(output_dir):
-        raise UserError(f"{output_dir}: none of its checkpoints is whole; "
-                        "--overwrite_output_dir, without resuming, starts anew and removes them")
+        raise UserError(
+            f"{output_dir}: none of its checkpoints is whole; "
+            "--overwrite_output_dir, without resuming, starts anew and removes them"
+        )
     return None
 
 
@@ -179,7 +189,8 @@ def load_state(path):
     except Exception as error:  # of many kinds, and of many lines
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read ({reason}); go on from another checkpoint") from (
-            error)
+            error
+        )
 
 
 @torch.no_grad()
@@ -195,8 +206,7 @@ def restore_weights(model, path):
             continue
         stored = files.get(prefix + name)
         if stored is None or stored.shape != parameter.shape:
-            raise UserError(f"{path}: {name} does not fit; was the run started with other "
-                            "options?")
+            raise UserError(f"{path}: {name} does not fit; was the run started with other options?")
         processes.copy_shard(parameter, stored.read)
 
 
@@ -223,8 +233,9 @@ class Interruption:
 
     def __enter__(self):
         self.signal = None
-        self.before = {number: signal.signal(number, self._note)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def _note(self, number, frame):

@@ -1,6 +1,6 @@
 """What the flags of train.py say to train on and to evaluate on, read and encoded.
 
-    batches, held_out = load_data(options, tokenizer, template, config, print)
+batches, held_out = load_data(options, tokenizer, template, config, print)
 """
 
 from functools import partial
@@ -16,8 +16,14 @@ def load_data(options, tokenizer, template, config, say):
     if limit < getattr(options, flag):
         say(f"--{flag}: {limit} tokens, which is the context that the model is made for")
     skipped = [] if options.skip_bad_rows else None
-    reading = dict(dataset_dir=options.dataset_dir, plain_text=plain_text, ranking=ranking,
-                   skipped=skipped, seed=options.seed, say=say)
+    reading = dict(
+        dataset_dir=options.dataset_dir,
+        plain_text=plain_text,
+        ranking=ranking,
+        skipped=skipped,
+        seed=options.seed,
+        say=say,
+    )
     rows = dataset.open_rows(options.dataset or options.train_dir, **reading)
     rows, held_out = rows[: options.max_samples], None
     if options.eval_dataset or options.valid_dir:
@@ -28,8 +34,9 @@ def load_data(options, tokenizer, template, config, say):
         rows = dataset.mix(rows, options.mix, **reading)
     if skipped:
         say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
-    settings = dict(vocab_size=config.vocab_size, seed=options.seed,
-                    num_workers=options.dataloader_num_workers)
+    settings = dict(
+        vocab_size=config.vocab_size, seed=options.seed, num_workers=options.dataloader_num_workers
+    )
     if plain_text:
         settings["packing"] = options.packing
         batches = batching.batches_of_texts(rows, tokenizer, limit, **settings)

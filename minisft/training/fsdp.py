@@ -80,8 +80,11 @@ def load_rows(model, model_dir, adapter=None):
     stored = stored_tensors(model_dir)
     if ModelConfig.load(model_dir).tie_word_embeddings:  # if an adapter has parted them since
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
-    sources = {name: stored[plain] for name in dict(model.named_parameters())
-               if (plain := name.replace(".base_layer.", ".")) in stored}
+    sources = {
+        name: stored[plain]
+        for name in dict(model.named_parameters())
+        if (plain := name.replace(".base_layer.", ".")) in stored
+    }
     if adapter:
         sources |= adapter_tensors(resolve(adapter, "adapter_config.json"))
     for name, parameter in model.named_parameters():
@@ -92,8 +95,9 @@ def load_rows(model, model_dir, adapter=None):
 
 def start_factors(model, lora_config):
     """Draw the factors of a new adapter as `add_lora` does: all numbers alike, kept by rows."""
-    adapted = {name: module for name, module in model.named_modules()
-               if isinstance(module, LoRALinear)}
+    adapted = {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
     for name in sorted(adapted):
         drawn = LoRALinear(adapted[name].base_layer, lora_config, device="cpu")
         processes.copy_shard(adapted[name].lora_A.weight, rows_of(drawn.lora_A.weight))
@@ -108,8 +112,11 @@ def rows_of(tensor):
 def trained(model):
     """{name: parameter} of what is trained, all of it cut."""
     # Unlike named_parameters, state_dict has a group that is still together cut again first.
-    return {name: parameter for name, parameter in model.state_dict(keep_vars=True).items()
-            if parameter.requires_grad}
+    return {
+        name: parameter
+        for name, parameter in model.state_dict(keep_vars=True).items()
+        if parameter.requires_grad
+    }
 
 
 class Before:
@@ -121,8 +128,10 @@ class Before:
 
     def __init__(self, model):
         self.model = model
-        self.rows = {name: parameter.detach().to_local().clone()
-                     for name, parameter in trained(model).items()}
+        self.rows = {
+            name: parameter.detach().to_local().clone()
+            for name, parameter in trained(model).items()
+        }
 
     def __enter__(self):
         self.was_training = self.model.training

@@ -54,19 +54,29 @@ def look_at_data(options, config, model_dir, num_processes):
         find_sources(options.dataset or options.train_dir, options.dataset_dir, plain_text, ranking)
     except UserError as error:
         each = "answer of two" if ranking else "row"
-        return Data(f"assumed, {limit:,} tokens in every {each}, as the rows are not here "
-                    f"({error})", longest)
+        return Data(
+            f"assumed, {limit:,} tokens in every {each}, as the rows are not here ({error})",
+            longest,
+        )
     if any((model_dir / name).is_file() for name in FILES[:2]):
         tokenizer, origin = Tokenizer.load(model_dir), "counted by the tokenizer"
-        template = None if plain_text else get_template(
-            options.template, tokenizer, options.default_system)
+        template = (
+            None
+            if plain_text
+            else get_template(options.template, tokenizer, options.default_system)
+        )
     else:
         tokenizer = template = BytesAsTokens()
         origin = f"estimated, a token for {BYTES_PER_TOKEN} bytes, as there is no tokenizer"
     batches, _ = load_data(options, tokenizer, template, config, print)
     if plain_text:
-        return Data(origin, longest, batches.num_examples, batches.num_examples * limit,
-                    batches.num_examples)
+        return Data(
+            origin,
+            longest,
+            batches.num_examples,
+            batches.num_examples * limit,
+            batches.num_examples,
+        )
     examples, note = stand_ins(batches, limit)
     return dealt_out(examples, origin + note, batches, options, num_processes)
 
@@ -84,8 +94,10 @@ class BytesAsTokens:
         """As Tokenizer.encode for str, as Template.encode for messages."""
         if isinstance(text, str):
             content = text.encode("utf-8", "replace")
-            return [sum(content[start : start + BYTES_PER_TOKEN]) % SMALL_VOCABULARY
-                    for start in range(0, len(content), BYTES_PER_TOKEN)]
+            return [
+                sum(content[start : start + BYTES_PER_TOKEN]) % SMALL_VOCABULARY
+                for start in range(0, len(content), BYTES_PER_TOKEN)
+            ]
         ids, supervised = [], []
         for message in text:
             new = self.encode(f"{message.get('content') or ''}{message.get('input') or ''}") or [0]
@@ -109,17 +121,22 @@ def stand_ins(batches, limit):
     num_tokens = sum(len(one.ids) for one in known)
     per_byte = num_tokens / sizes[chosen].sum()
     share = sum(int(one.supervised.sum()) for one in known) / num_tokens
-    made = [Example(range(len(one.ids)), range(int(one.supervised.sum())), one.lengths)
-            for one in known]
+    made = [
+        Example(range(len(one.ids)), range(int(one.supervised.sum())), one.lengths) for one in known
+    ]
     by_size, others = sorted(filter(found.get, chosen), key=sizes.item), np.setdiff1d(part, chosen)
     places = np.searchsorted(sizes[by_size], sizes[others]).clip(max=len(by_size) - 1)
     for row, place in zip(others, places, strict=True):
-        like, = found[by_size[place]]  # its answers share the row as those of one of its size
+        (like,) = found[by_size[place]]  # its answers share the row as those of one of its size
         ratio = sizes[row] * per_byte / len(like.ids)
-        lengths = [min(limit, max(2, round(length * ratio)))
-                   for length in like.lengths or [len(like.ids)]]
-        made.append(Example(range(sum(lengths)), range(round(sum(lengths) * share)),
-                            like.lengths and lengths))
+        lengths = [
+            min(limit, max(2, round(length * ratio))) for length in like.lengths or [len(like.ids)]
+        ]
+        made.append(
+            Example(
+                range(sum(lengths)), range(round(sum(lengths) * share)), like.lengths and lengths
+            )
+        )
     note = f"; {len(chosen):,} of {len(sizes):,} rows, the others by their size"
     return made, note if len(chosen) < len(sizes) else ""
 
@@ -131,8 +148,12 @@ def spread(count, most):
 
 def dealt_out(examples, origin, batches, options, num_processes):
     """The Data of rows of these lengths, dealt out by batching.py as in training."""
-    dealer = batching.Batches(examples, lambda rows: (rows, EncodeReport()), options.seed,
-                              total_bytes=batches.example_bytes * len(examples))
+    dealer = batching.Batches(
+        examples,
+        lambda rows: (rows, EncodeReport()),
+        options.seed,
+        total_bytes=batches.example_bytes * len(examples),
+    )
     batch_size = options.per_device_train_batch_size
     rows_per_step = batch_size * options.gradient_accumulation_steps * num_processes
     computed, largest = 0, (0, 0)
@@ -144,8 +165,14 @@ def dealt_out(examples, origin, batches, options, num_processes):
     num_tokens = sum(len(one.ids) for one in examples)
     num_texts = sum(len(one.lengths or [one]) for one in examples)
     whole = batches.num_examples / len(spread(batches.num_examples, DEALT_ROWS))
-    return Data(origin, largest, batches.num_examples, round(num_tokens * whole),
-                round(num_texts * whole), 1 - num_tokens / computed)
+    return Data(
+        origin,
+        largest,
+        batches.num_examples,
+        round(num_tokens * whole),
+        round(num_texts * whole),
+        1 - num_tokens / computed,
+    )
 
 
 def shape_of(rows, options):

@@ -75,8 +75,9 @@ def skeleton(config, dtype, quantization_bit=None, build=CausalLM):
         for name, module in list(model.model.layers.named_modules()) if quantization_bit else ():
             if isinstance(module, nn.Linear):
                 owner, _, child = name.rpartition(".")
-                layer = QuantizedLinear(module.in_features, module.out_features, quantization_bit,
-                                        module.bias)
+                layer = QuantizedLinear(
+                    module.in_features, module.out_features, quantization_bit, module.bias
+                )
                 setattr(model.model.layers.get_submodule(owner), child, layer)
     freeze(model)
     convert_parameters(model, dtype)
@@ -102,29 +103,37 @@ def kept_in_layer(model, step):
     """
     config, layer = model.config, model.model.layers[-1]
     D, inner = config.hidden_size, config.intermediate_size
-    Q, K = (heads * config.head_dim
-            for heads in (config.num_attention_heads, config.num_key_value_heads))
+    Q, K = (
+        heads * config.head_dim
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
     number, stream = step.dtype.itemsize, stream_bytes(model, step)
     attention, mlp = layer.self_attn, layer.mlp
     kept = {
         "input, for its norm": norm_bytes(layer.input_layernorm, D, stream, step),
         "normed input of q, k, v": inputs_kept(
-            (attention.q_proj, attention.k_proj, attention.v_proj), D, number, stream),
+            (attention.q_proj, attention.k_proj, attention.v_proj), D, number, stream
+        ),
         "queries, keys, values": (Q + 2 * K) * number,
         "answer of attention": Q * number,
         "log of the attention's sums": config.num_attention_heads * FLOAT32,
         "input of the MLP, for its norm": norm_bytes(
-            layer.post_attention_layernorm, D, stream, step),
+            layer.post_attention_layernorm, D, stream, step
+        ),
         "normed input of gate, up": inputs_kept((mlp.gate_proj, mlp.up_proj), D, number, stream),
         "gate, silu(gate), up": 3 * inner * number,
         "their product": inputs_kept((mlp.down_proj,), inner, number, number),
-        "low-rank states": sum(one.lora_A.out_features * number for one in layer.modules()
-                               if isinstance(one, LoRALinear)),
+        "low-rank states": sum(
+            one.lora_A.out_features * number
+            for one in layer.modules()
+            if isinstance(one, LoRALinear)
+        ),
     }
     if attention.q_norm is not None:
         kept["queries and keys before their norms"] = sum(
             norm_bytes(norm, width, number, step, groups=width // config.head_dim)
-            for norm, width in ((attention.q_norm, Q), (attention.k_norm, K)))
+            for norm, width in ((attention.q_norm, Q), (attention.k_norm, K))
+        )
     if step.packed and step.device == "cpu":  # each row's answer, and all rows' in one piece
         kept["answers of attention in a row"] = inputs_kept((attention.o_proj,), Q, number, number)
     elif dropout_of(attention.o_proj):
@@ -176,22 +185,55 @@ def moments(model, step):
     chunk = min(step.num_learned, size) * model.config.vocab_size * FLOAT32
     # A trained output matrix has a gradient from every chunk: their sum, and the new one beside it.
     head = gradient["head"] * (step.num_learned > size)
-    yield moment(model, step, "the loss", kept["layers"] + kept["loss"], head,
-                 logits=LOGIT_COPIES * chunk, casts=casts + cast_of_head)
+    yield moment(
+        model,
+        step,
+        "the loss",
+        kept["layers"] + kept["loss"],
+        head,
+        logits=LOGIT_COPIES * chunk,
+        casts=casts + cast_of_head,
+    )
     if gradient["head"]:
-        yield moment(model, step, "the output matrix's gradient", kept["layers"] + kept["loss"],
-                     head, gradient["head"], chunk, casts + cast_of_head)
-    yield moment(model, step, "back through the last layer",
-                 kept["layers"] + kept["again"] + working, gradient["head"], gradient["largest"],
-                 casts=max(cast, casts))
+        yield moment(
+            model,
+            step,
+            "the output matrix's gradient",
+            kept["layers"] + kept["loss"],
+            head,
+            gradient["head"],
+            chunk,
+            casts + cast_of_head,
+        )
+    yield moment(
+        model,
+        step,
+        "back through the last layer",
+        kept["layers"] + kept["again"] + working,
+        gradient["head"],
+        gradient["largest"],
+        casts=max(cast, casts),
+    )
     tied = model.config.tie_word_embeddings
     earlier = gradient["all"] - gradient["layer"] - (0 if tied else gradient["embedding"])
-    yield moment(model, step, "back through the first layer",
-                 kept["first layer"] + kept["again"] + working, earlier, gradient["largest"],
-                 casts=cast)
+    yield moment(
+        model,
+        step,
+        "back through the first layer",
+        kept["first layer"] + kept["again"] + working,
+        earlier,
+        gradient["largest"],
+        casts=cast,
+    )
     # A tied embedding's is a sum, made beside both summands; to one of before another is added.
-    yield moment(model, step, "the embedding's gradient", kept["stream"], gradient["all"],
-                 gradient["embedding"] * (2 * tied + keeps_gradients(step)))
+    yield moment(
+        model,
+        step,
+        "the embedding's gradient",
+        kept["stream"],
+        gradient["all"],
+        gradient["embedding"] * (2 * tied + keeps_gradients(step)),
+    )
 
 
 def moment(model, step, name, activations, done, new=0, logits=0, casts=0):
@@ -207,17 +249,30 @@ def moment(model, step, name, activations, done, new=0, logits=0, casts=0):
         casts, parts = casts + whole_weights, step.num_processes
     if keeps_gradients(step):  # to which the new one is added
         done = gradients(model)["all"]
-    return Moment(name, {
-        "weights": weights // parts + casts, "gradients": done // parts + new,
-        "optimizer": averages // parts, "activations": activations, "logits": logits})
+    return Moment(
+        name,
+        {
+            "weights": weights // parts + casts,
+            "gradients": done // parts + new,
+            "optimizer": averages // parts,
+            "activations": activations,
+            "logits": logits,
+        },
+    )
 
 
 def gradients(model):
     """Bytes of the gradients: of all, of the ends of the model, of a layer, of its largest one."""
     layer = model.model.layers[-1]
-    sizes = {name: trained_numbers(part) for name, part in (
-        ("all", model), ("embedding", model.model.embed_tokens), ("head", output_module(model)),
-        ("layer", layer))}
+    sizes = {
+        name: trained_numbers(part)
+        for name, part in (
+            ("all", model),
+            ("embedding", model.model.embed_tokens),
+            ("head", output_module(model)),
+            ("layer", layer),
+        )
+    }
     sizes["largest"] = max([0, *(one.numel() for one in layer.parameters() if one.requires_grad)])
     return {name: FLOAT32 * size for name, size in sizes.items()}
 
@@ -257,14 +312,21 @@ def activations(model, step):
         layers, again, first = count * layer, 0, layer
     # With a frozen embedding nothing is computed back to the first norm.
     if not (step.checkpointing or model.model.embed_tokens.weight.requires_grad):
-        layers -= tokens * norm_bytes(model.model.norm, model.config.hidden_size,
-                                      stream_bytes(model, step), step)
-    end = tokens * norm_bytes(model.model.norm, model.config.hidden_size,
-                              stream_bytes(model, step), step)
+        layers -= tokens * norm_bytes(
+            model.model.norm, model.config.hidden_size, stream_bytes(model, step), step
+        )
+    end = tokens * norm_bytes(
+        model.model.norm, model.config.hidden_size, stream_bytes(model, step), step
+    )
     # The states of learned tokens, and their gradients where the output matrix is frozen.
     chosen = step.num_learned * stream * (1 if trained_numbers(output_module(model)) else 2)
-    return {"stream": tokens * stream, "layers": layers, "again": again, "first layer": first,
-            "loss": end + tokens * stream + chosen + tokens * (INT64 + 1)}
+    return {
+        "stream": tokens * stream,
+        "layers": layers,
+        "again": again,
+        "first layer": first,
+        "loss": end + tokens * stream + chosen + tokens * (INT64 + 1),
+    }
 
 
 def working_bytes(model, step):
@@ -276,9 +338,14 @@ def working_bytes(model, step):
     config = model.config
     inner = 2 * config.intermediate_size * step.dtype.itemsize
     stream = 2 * config.hidden_size * stream_bytes(model, step)
-    quantized = max([dequantized_bytes(one, step.dtype.itemsize)
-                     for one in model.model.layers[-1].modules()
-                     if isinstance(one, QuantizedLinear)], default=0)
+    quantized = max(
+        [
+            dequantized_bytes(one, step.dtype.itemsize)
+            for one in model.model.layers[-1].modules()
+            if isinstance(one, QuantizedLinear)
+        ],
+        default=0,
+    )
     return step.num_tokens * (inner + stream) + quantized
 
 
@@ -306,5 +373,8 @@ def cast_bytes(module, step):
     """
     if step.sharded or step.dtype.itemsize == FLOAT32:
         return 0
-    return step.dtype.itemsize * sum(trained_numbers(one) for one in module.modules()
-                                     if isinstance(one, (nn.Linear, nn.Embedding)))
+    return step.dtype.itemsize * sum(
+        trained_numbers(one)
+        for one in module.modules()
+        if isinstance(one, (nn.Linear, nn.Embedding))
+    )

@@ -1,9 +1,9 @@
 """What a run shows and leaves behind: a progress bar, metrics.jsonl, a picture of the loss.
 
-    progress = Progress(total_steps=100, path="runs/cherry/metrics.jsonl")
-    progress.add({"loss": 12.5}, total=10, num_tokens=40)
-    progress.record(epoch=0.1, learning_rate=1e-4, grad_norm=0.7)
-    plot_loss("runs/cherry")          # runs/cherry/loss.png
+progress = Progress(total_steps=100, path="runs/cherry/metrics.jsonl")
+progress.add({"loss": 12.5}, total=10, num_tokens=40)
+progress.record(epoch=0.1, learning_rate=1e-4, grad_norm=0.7)
+plot_loss("runs/cherry")          # runs/cherry/loss.png
 """
 
 import json
@@ -34,8 +34,9 @@ class Progress:
         earlier = []
         if state:
             self.step, self.tokens = state["step"], state["tokens"]
-            self.sums = Counter({name: value if self.is_main else 0.0
-                                 for name, value in state["sums"].items()})
+            self.sums = Counter(
+                {name: value if self.is_main else 0.0 for name, value in state["sums"].items()}
+            )
             self.total = state["total"]
         self.file = None
         if self.is_main:
@@ -50,8 +51,12 @@ class Progress:
 
     def state(self):
         """What `state` takes, to count on from here after an interruption."""
-        return {"step": self.step, "tokens": self.tokens, "sums": self._all_sums(),
-                "total": self.total}
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "sums": self._all_sums(),
+            "total": self.total,
+        }
 
     def _begin_interval(self):
         self.sums, self.total, self.num_tokens = Counter(), 0, 0
@@ -79,10 +84,18 @@ class Progress:
         """Write the mean figures and the speed since the last record, over all processes."""
         means = {name: value / max(1, self.total) for name, value in self._all_sums().items()}
         speed = self.num_tokens / max(1e-9, time.monotonic() - self.began)
-        self._write(step=self.step, epoch=epoch, **means, learning_rate=learning_rate,
-                    grad_norm=grad_norm, tokens=self.tokens, tokens_per_second=speed)
+        self._write(
+            step=self.step,
+            epoch=epoch,
+            **means,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens=self.tokens,
+            tokens_per_second=speed,
+        )
         self.bar.set_postfix_str(
-            f"{in_words(means)}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s")
+            f"{in_words(means)}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
+        )
         self._begin_interval()
 
     def record_evaluation(self, figures, seconds):
@@ -112,14 +125,16 @@ class Progress:
 
 def in_words(figures):
     """{"loss": 0.5, "accuracy": 0.75} -> "loss 0.5000, accuracy 75.0 %"."""
+
     def in_units(name, value):
         """A share in per cent, other figures as they are."""
         if name in ("accuracy", "exact_match"):
             return f"{100 * value:.1f} %"
         return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
 
-    return ", ".join(f"{name.replace('_', ' ')} {in_units(name, value)}"
-                     for name, value in figures.items())
+    return ", ".join(
+        f"{name.replace('_', ' ')} {in_units(name, value)}" for name, value in figures.items()
+    )
 
 
 def _rounded(value):
@@ -148,12 +163,12 @@ def plot_loss(run_dir):
     per = "row" if any("accuracy" in row for row in rows) else "token"
     axes = figure.add_subplot(xlabel="optimizer step", ylabel=f"loss per {per}")
     for name, style in (("loss", "-"), ("eval_loss", "o-")):
-        points = [(row["step"], row[name]) for row in rows
-                  if row.get(name) is not None]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
-    right = [(row["step"], 100 * row["eval_exact_match"]) for row in rows
-             if "eval_exact_match" in row]
+    right = [
+        (row["step"], 100 * row["eval_exact_match"]) for row in rows if "eval_exact_match" in row
+    ]
     if right:
         axes.plot([], [], "g^:", label="exact match")  # named in the legend of the losses
         other = axes.twinx()

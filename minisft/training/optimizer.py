@@ -1,7 +1,7 @@
 """AdamW and the learning rate over time.
 
-    optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1)
-    rate = learning_rate_at(step, total_steps=1000, peak=1e-4, schedule="cosine", warmup_steps=30)
+optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1)
+rate = learning_rate_at(step, total_steps=1000, peak=1e-4, schedule="cosine", warmup_steps=30)
 """
 
 import math

@@ -42,11 +42,15 @@ def show(options):
     device = resolve_device(options.device, must_exist=False).type
     absent = device == "cuda" and not torch.cuda.is_available()
     available = memory_of_device(options, device)
-    dtype = resolve_dtype(dtype_option(options), torch.device(device), torch.bfloat16 if absent else None)
+    dtype = resolve_dtype(
+        dtype_option(options), torch.device(device), torch.bfloat16 if absent else None
+    )
     num_processes = options.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     if num_processes == 1 and options.parallel == "fsdp":
-        raise UserError("--parallel fsdp shards the model over processes: give --num_processes "
-                        "above 1, or --parallel ddp")
+        raise UserError(
+            "--parallel fsdp shards the model over processes: give --num_processes "
+            "above 1, or --parallel ddp"
+        )
     model = planned_model(options, config, dtype)
     data = look_at_data(options, config, model_dir, num_processes)
     step = planned_step(options, model, data.largest, dtype, device, num_processes)
@@ -66,9 +70,11 @@ def local_folder(name):
     found = try_to_load_from_cache(name, "config.json")
     if isinstance(found, str):
         return Path(found).parent
-    raise UserError(f"{name}: is not on this machine, and --dry_run downloads nothing; put its "
-                    "config.json into a folder (tokenizer.json beside it for exact lengths) and "
-                    "give that as --model_name_or_path")
+    raise UserError(
+        f"{name}: is not on this machine, and --dry_run downloads nothing; put its "
+        "config.json into a folder (tokenizer.json beside it for exact lengths) and "
+        "give that as --model_name_or_path"
+    )
 
 
 def planned_model(options, config, dtype):
@@ -94,9 +100,17 @@ def planned_step(options, model, largest, dtype, device, num_processes):
     num_tokens, num_learned = largest
     is_sharded = options.parallel == "fsdp"
     return memory.Step(
-        num_tokens, 0 if options.stage == "rm" else num_learned, dtype, device,
-        options.gradient_checkpointing, options.packing, options.gradient_accumulation_steps > 1,
-        num_processes, is_sharded, num_copied(options, model, is_sharded))
+        num_tokens,
+        0 if options.stage == "rm" else num_learned,
+        dtype,
+        device,
+        options.gradient_checkpointing,
+        options.packing,
+        options.gradient_accumulation_steps > 1,
+        num_processes,
+        is_sharded,
+        num_copied(options, model, is_sharded),
+    )
 
 
 def num_copied(options, model, is_sharded):
@@ -106,8 +120,11 @@ def num_copied(options, model, is_sharded):
     """
     if options.stage != "dpo" or options.precompute_reference:
         return 0
-    return sum(one.numel() for name, one in model.named_parameters() if one.requires_grad
-               and (is_sharded or options.adapter or ".lora_" not in name))
+    return sum(
+        one.numel()
+        for name, one in model.named_parameters()
+        if one.requires_grad and (is_sharded or options.adapter or ".lora_" not in name)
+    )
 
 
 # What is told
@@ -118,9 +135,11 @@ def tell_model(options, model, step):
     trained = memory.trained_numbers(model)
     how = "in full" if options.finetuning_type == "full" else "by LoRA"
     base = f", base in {options.quantization_bit} bits" if options.quantization_bit else ""
-    print(f"model       {count_parameters(model):,} parameters, of which {trained:,} are trained "
-          f"{how}{base}, {str(step.dtype).removeprefix('torch.')} on {step.num_processes} x "
-          f"{step.device}")
+    print(
+        f"model       {count_parameters(model):,} parameters, of which {trained:,} are trained "
+        f"{how}{base}, {str(step.dtype).removeprefix('torch.')} on {step.num_processes} x "
+        f"{step.device}"
+    )
     if step.num_copied:
         print(f"reference   a copy of {step.num_copied:,} of them, as they are at the beginning")
 
@@ -136,8 +155,10 @@ def tell_data(options, data, num_processes):
         return options.max_steps
     steps_per_epoch, num_steps = count_steps(options, data.num_examples, rows_per_step)
     answers = f", {data.num_texts:,} answers" if options.stage in ("rm", "dpo") else ""
-    print(f"an epoch    {data.num_examples:,} rows{answers}, {data.num_tokens:,} tokens, "
-          f"{data.padding:.1%} padding besides")
+    print(
+        f"an epoch    {data.num_examples:,} rows{answers}, {data.num_tokens:,} tokens, "
+        f"{data.padding:.1%} padding besides"
+    )
     print(f"steps       {steps_per_epoch:,} an epoch, {num_steps:,} in all, {told}")
     return num_steps
 
@@ -152,8 +173,10 @@ def tell_memory(moments, step, available):
     for part in memory.PARTS:
         most = max(moment.parts[part] for moment in moments)
         print(f"  {part:<24} {most / 1e9:10,.2f} {peak.parts[part] / 1e9:13,.2f}")
-    print(f"  {'together':<24} {'':10} {peak.total / 1e9:13,.2f}   at {peak.name}, with "
-          f"{step.num_tokens:,} tokens in the largest micro-batch")
+    print(
+        f"  {'together':<24} {'':10} {peak.total / 1e9:13,.2f}   at {peak.name}, with "
+        f"{step.num_tokens:,} tokens in the largest micro-batch"
+    )
     if available is None:
         print("fits        not known: give --device_memory, such as 80GB")
         return
@@ -181,7 +204,8 @@ def tell_time(options, model, data, num_steps, num_processes):
     if num_steps is None or data.num_tokens is None:
         return
     steps_per_epoch = data.num_examples / (
-        options.per_device_train_batch_size * options.gradient_accumulation_steps * num_processes)
+        options.per_device_train_batch_size * options.gradient_accumulation_steps * num_processes
+    )
     epochs = num_steps / math.ceil(steps_per_epoch)
     tokens = data.num_tokens * epochs
     length = data.num_tokens / data.num_texts
@@ -211,8 +235,12 @@ def operations_per_token(model, length, checkpointing):
     """
     looked_up = num_looked_up(model) * model.model.embed_tokens.weight.requires_grad
     forward = forward_operations(model, length)
-    return (forward * (2 if checkpointing else 1) + forward + attention_operations(model, length)
-            + 2 * (memory.trained_numbers(model) - looked_up))
+    return (
+        forward * (2 if checkpointing else 1)
+        + forward
+        + attention_operations(model, length)
+        + 2 * (memory.trained_numbers(model) - looked_up)
+    )
 
 
 def forward_operations(model, length):

@@ -65,13 +65,17 @@ def collate(examples, device="cpu", pad_multiple=batching.PAD_MULTIPLE, referenc
     tokens, supervised, _ = batching.collate(texts, device, pad_multiple)
     counts = [len(example.lengths) for example in examples]
     best = [sum(counts[:row]) for row in range(len(counts))]
-    pairs = [(start + better, start + worse, 2 / (count * (count - 1)))
-             for start, count in zip(best, counts, strict=True)
-             for better, worse in combinations(range(count), 2)]
+    pairs = [
+        (start + better, start + worse, 2 / (count * (count - 1)))
+        for start, count in zip(best, counts, strict=True)
+        for better, worse in combinations(range(count), 2)
+    ]
     chosen, rejected, weights = zip(*pairs, strict=True) if pairs else ((), (), ())
     last = [len(text.ids) - 1 for text in texts] or [0]
-    numbers = [torch.tensor(one, dtype=torch.int64, device=device)
-               for one in (last, best, chosen, rejected)]
+    numbers = [
+        torch.tensor(one, dtype=torch.int64, device=device)
+        for one in (last, best, chosen, rejected)
+    ]
     if reference is not None:
         known = [one for example in examples for one in reference[fingerprint(example)]]
         reference = torch.tensor(known or [0.0], device=device)
@@ -91,10 +95,16 @@ def compare(scores, batch, label_smoothing=0.0):
     is that of the pair turned round (https://ericmitchell.ai/cdpo.pdf).
     """
     chosen, rejected = scores[batch.chosen], scores[batch.rejected]
-    losses = (-(1 - label_smoothing) * F.logsigmoid(chosen - rejected)
-              - label_smoothing * F.logsigmoid(rejected - chosen))
-    figures = {"loss": losses, "accuracy": (chosen > rejected).float(),
-               "margin": chosen - rejected, "reward_chosen": chosen, "reward_rejected": rejected}
+    losses = -(1 - label_smoothing) * F.logsigmoid(
+        chosen - rejected
+    ) - label_smoothing * F.logsigmoid(rejected - chosen)
+    figures = {
+        "loss": losses,
+        "accuracy": (chosen > rejected).float(),
+        "margin": chosen - rejected,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+    }
     return {name: (values * batch.weights).sum() for name, values in figures.items()}
 
 
@@ -142,8 +152,9 @@ class DirectPreference:
     a frozen copy; of a sharded model, its rows of before.
     """
 
-    def __init__(self, model, beta=0.1, label_smoothing=0.0, sft_weight=0.0, known=None,
-                 is_sharded=False):
+    def __init__(
+        self, model, beta=0.1, label_smoothing=0.0, sft_weight=0.0, known=None, is_sharded=False
+    ):
         self.model, self.beta = model, beta
         self.label_smoothing, self.sft_weight = label_smoothing, sft_weight
         self.reference = reference_of(model, is_sharded) if known is None else None
@@ -151,8 +162,10 @@ class DirectPreference:
 
     def count(self, batches):
         """[rows of these batches, tokens of their best answers]."""
-        return [sum(len(batch.best) for batch in batches),
-                sum(int(batch.supervised[batch.best, 1:].sum()) for batch in batches)]
+        return [
+            sum(len(batch.best) for batch in batches),
+            sum(int(batch.supervised[batch.best, 1:].sum()) for batch in batches),
+        ]
 
     def __call__(self, wrapped, batch, totals):
         """{figure: sum over rows}, of which totals[0] is the number of rows in the whole step."""
@@ -191,8 +204,9 @@ def mean_figures(objective, examples, batch_size, collate, totals):
     device = model.model.embed_tokens.weight.device
     examples = sorted(examples, key=lambda example: len(example.ids))
     # As many batches on every process, some perhaps empty: those of a sharded model go together.
-    for batch in batching.micro_batches(examples, batch_size, processes.rank(),
-                                        processes.world_size()):
+    for batch in batching.micro_batches(
+        examples, batch_size, processes.rank(), processes.world_size()
+    ):
         found = objective(model, collate(batch, device), totals)
         sums.update({name: value.item() for name, value in found.items()})
     values = processes.sum_over_ranks(list(sums.values()), device)
@@ -204,8 +218,9 @@ def log_probs_of(model, examples, batch_size):
     """{fingerprint: log-probability of each text} of this process's share of the Examples."""
     model.eval()
     device, known = model.model.embed_tokens.weight.device, {}
-    for part in batching.micro_batches(examples, batch_size, processes.rank(),
-                                       processes.world_size()):
+    for part in batching.micro_batches(
+        examples, batch_size, processes.rank(), processes.world_size()
+    ):
         values = answer_log_probs(model, model.logits, collate(part, device)).tolist()
         for example in part:
             count = len(example.lengths)
@@ -231,8 +246,10 @@ def precompute(run, batches, held_out):
     before = len(run.reference)
     for others in processes.all_gather(found):
         run.reference |= others
-    processes.print_rank0(f"reference: log-probabilities of {len(run.reference):,} rows, {before:,} of them "
-                 f"from the checkpoint, {time.monotonic() - began:.0f} s")
+    processes.print_rank0(
+        f"reference: log-probabilities of {len(run.reference):,} rows, {before:,} of them "
+        f"from the checkpoint, {time.monotonic() - began:.0f} s"
+    )
 
 
 def build(run, template, batches, held_out):
@@ -241,10 +258,17 @@ def build(run, template, batches, held_out):
     if options.stage in ("sft", "pt"):
         return NextToken(model)
     if options.stage == "rm":
-        choose_padding(model, template.tokenizer,
-                       template.stop_token_ids(model.config.eos_token_ids))
+        choose_padding(
+            model, template.tokenizer, template.stop_token_ids(model.config.eos_token_ids)
+        )
         return Reward(model)
     if options.precompute_reference:
         precompute(run, batches, held_out)
-    return DirectPreference(model, options.dpo_beta, options.dpo_label_smoothing, options.dpo_ftx,
-                            run.reference if options.precompute_reference else None, run.is_sharded)
+    return DirectPreference(
+        model,
+        options.dpo_beta,
+        options.dpo_label_smoothing,
+        options.dpo_ftx,
+        run.reference if options.precompute_reference else None,
+        run.is_sharded,
+    )
