@@ -17,7 +17,6 @@ import sys
 
 from minisft.chat.terminal import BYTE_ORDER_MARK
 from minisft.common.command_line import OptionParser, optional_int, positive_int, run_script
-from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, dtype_option
 
@@ -155,6 +154,7 @@ def as_text(argument):
 
 def load_assistant(options, system, sampling, **more):
     """The Assistant that the options describe, in whose context the system prompt has room."""
+    from minisft.common.devices import resolve_device, resolve_dtype
     from minisft.generation.assistant import Assistant
 
     device = resolve_device(options.device)
@@ -238,6 +238,7 @@ def load_pair(options, system, sampling, kept):
     """
     from minisft.checkpoints.folders import load_model
     from minisft.checkpoints.hub import resolve
+    from minisft.common.devices import resolve_device, resolve_dtype
     from minisft.generation.sharing import Turns
 
     device = resolve_device(options.device)

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from minisft.common.command_line import run_script
-from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.outputs import check_output_dir, recorded_options, save_options
@@ -73,6 +72,7 @@ def main():
 
 def multiple_choice(name, options):
     """Answer the questions of a benchmark, subject by subject, and sum up."""
+    from minisft.common.devices import resolve_device, resolve_dtype
     from minisft.evaluation.benchmarks import BENCHMARKS
     from minisft.evaluation.choice_report import read_baseline, read_finished, write_rows
 
@@ -342,6 +342,7 @@ def begin_comparison(options, output_dir):
 
 def answers_of(model, options, items, sampling, folder):
     """(answers, losses of the references) of one model; those of --resume where there are any."""
+    from minisft.common.devices import resolve_device, resolve_dtype
     from minisft.common.json_files import read_json, write_json
     from minisft.evaluation.compare import answer_items, fingerprint, reference_losses
     from minisft.generation.assistant import Assistant
@@ -398,6 +399,7 @@ def compare_protocol(options, count):
 
 def judge_of(options):
     """A function that gives the judge; what is wrong with it is said now."""
+    from minisft.common.devices import resolve_device, resolve_dtype
     from minisft.evaluation import judge
     from minisft.evaluation.compare import check_model, split_adapter
     from minisft.generation.assistant import Assistant

@@ -18,7 +18,6 @@ import time
 from collections import Counter
 
 from minisft.common.command_line import OptionParser, non_negative_int, positive_int, run_script
-from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, dtype_option
 
@@ -101,6 +100,8 @@ def parse_options(arguments=None):
 
 
 def main():
+    from minisft.common.devices import resolve_device, resolve_dtype
+
     options = parse_options()
 
     from minisft.common import processes

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 from minisft.common.command_line import run_script as run_script
-from minisft.common.devices import has_fast_bfloat16, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.outputs import check_output_dir, save_options
@@ -222,6 +221,8 @@ def build_model(options, model_dir, dtype, device):
 
 
 def main():
+    from minisft.common.devices import resolve_device, resolve_dtype
+
     options = parse_options()
     if options.dry_run:
         from minisft.training import plan
@@ -284,6 +285,7 @@ def begin_run(options, model_dir, output_dir, dtype, device, template, batches, 
     import torch
 
     from minisft.common import processes
+    from minisft.common.devices import has_fast_bfloat16
     from minisft.model.quantized import count_parameters
     from minisft.training import checkpoint, preference
     from minisft.training.run import Run

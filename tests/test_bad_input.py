@@ -206,7 +206,7 @@ def test_files_without_rows(content, message, start, place):
     ("train", ["--adapter", "ROWS"], "rows.json: is a file; give the folder that holds it"),
     ("train", ["--train_dir", "."], "--train_dir contradicts --dataset"),
     ("train", ["--plot_loss", "maybe"], "'maybe' is neither true nor false"),
-    ("train", ["--output_dir", "ROWS"], "rows.json: is a file"),
+    ("train", ["--output_dir", "ROWS"], "rows.json is a file"),
     ("train", ["--output_dir", "ADAPTER"], "is not empty"),
     ("train", ["--adapter", "ADAPTER", "--output_dir", "ADAPTER", "--overwrite_output_dir"],
      "is an input"),
@@ -225,7 +225,7 @@ def test_flags(script, flags, message, start, place):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu(start, place):
     complaint = refused(start, place, "train", "--device", "cuda")
-    assert "torch sees 0 GPUs here; use --device cpu" in complaint
+    assert "torch sees 0 GPUs; use --device cpu" in complaint
 
 
 def test_output_by_another_name_is_the_input_all_the_same(start, place):

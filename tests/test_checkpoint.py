@@ -309,7 +309,7 @@ def test_a_broken_row_met_late(flags, tmp_path, rows_file):
     rows_file.write_text(json.dumps(good))
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
     rows_file.write_text(json.dumps(broken))
-    words = [sys.executable, "-c", "import runpy, sys; from minisft import dataset;"
+    words = [sys.executable, "-c", "import runpy, sys; from minisft.data import dataset;"
              "dataset.CHECKED_BYTES = dataset.CHECKED_ROWS = 1; sys.argv = sys.argv[1:];"
              "runpy.run_path(sys.argv[0], run_name='__main__')", "train.py", *flags]
     done = subprocess.run(list(map(str, [*words, "--output_dir", tmp_path / "late"])), cwd=ROOT,

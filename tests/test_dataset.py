@@ -436,8 +436,8 @@ class TestConvert:
         output, folder, device = (tmp_path / name for name in ("out.json", "folder", "device"))
         folder.mkdir()
         os.mkfifo(device)
-        for words, message in (((bad, output), "row 2"), ((good, good), "is there already"),
-                               ((good, folder), "is a folder or a device; give the name of a f"),
+        for words, message in (((bad, output), "row 2"), ((good, good), "exists"),
+                               ((good, folder), "is a folder or a device. Give the name of a f"),
                                ((good, folder, "--overwrite"), "folder: is a folder or a device"),
                                ((good, device, "--overwrite"), "device: is a folder or a device"),
                                ((good, good, "--overwrite"), "is an input"),
@@ -470,6 +470,6 @@ class TestConvert:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.fsync", full)
-        with pytest.raises(UserError, match="out.json: No space left"):
+        with pytest.raises(UserError, match="out.json: cannot be written: No space left"):
             convert(good, output, overwrite=True)
         assert output.read_text() == "[]" and len(list(tmp_path.iterdir())) == 2

@@ -270,7 +270,7 @@ def test_nothing_is_left_of_a_checkpoint_that_fails(runs, tmp_path, monkeypatch)
             together.clear()
 
         monkeypatch.setattr(processes, "barrier", wait)
-        monkeypatch.setattr(processes, "gather", lambda value: [value, value])
+        monkeypatch.setattr(processes, "all_gather", lambda value: [value, value])
         with pytest.raises(UserError, match="could not be written"):
             run.save_checkpoint()
     finally:

@@ -318,7 +318,7 @@ def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
         (["--format", "gguf-lora", "--output", out], "needs --adapter"),
         (["--format", "gguf-lora", "--output", out, "--adapter", adapter, "--template", "alpaca"],
          "does not read --template"),
-        (["--format", "gguf", "--output", taken, "--overwrite_output_dir"], "is no GGUF file"),
+        (["--format", "gguf", "--output", taken, "--overwrite_output_dir"], "is not a GGUF file"),
         (["--format", "gguf", "--output", taken], "exists"),
         (["--format", "gguf", "--output", tmp_path], "is a folder"),
         (["--format", "gguf", "--output", taken / "x.gguf"], str(taken)),

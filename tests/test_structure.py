@@ -188,4 +188,4 @@ def test_an_option_that_nothing_uses_is_found(code, is_used):
 
 def test_no_long_files():
     for path in [*SCRIPTS, *MODULES]:
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 360, path
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 470, path
