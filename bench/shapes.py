@@ -1,8 +1,8 @@
 """Random weights in the shapes of well-known models, for the benchmarks.
 
-    write_checkpoint("runs/shape", "tinyllama", num_layers=2)      # as files, for both sides to load
-    model = random_model("llama3-8b", None, torch.bfloat16, "cuda")   # on the device, without files
-    twin = transformers_twin(model, "llama3-8b")                      # transformers, same weights
+    write_checkpoint("runs/shape", "tinyllama", num_layers=2)         # files for both sides
+    model = random_model("llama3-8b", None, torch.bfloat16, "cuda")   # no files, on the GPU
+    twin = transformers_twin(model, "llama3-8b")                      # the same weights
 """
 
 import dataclasses
@@ -76,10 +76,7 @@ def random_tensor(name, shape, generator):
 
 
 def random_model(shape, num_layers, dtype, device):
-    """A frozen CausalLM whose weights are drawn on the device: 8 billion in about a second on a GPU.
-
-    The disk is not used, so that a short lease of a GPU is spent on measuring.
-    """
+    """A frozen CausalLM whose weights are drawn on the device itself, without any file."""
     model = skeleton(ModelConfig.from_dict(config_of(shape, num_layers)), dtype)
     torch.manual_seed(0)
     for name, parameter in list(model.named_parameters()):
@@ -109,6 +106,15 @@ def transformers_twin(model, shape):
     twin.load_state_dict(weights, assign=True)
     twin.generation_config.eos_token_id = None  # ours has no end either
     return twin.requires_grad_(False).eval()
+
+
+@torch.inference_mode()
+def logit_difference(model, twin):
+    """How far the twin's logits are from the model's on random tokens: norm over norm."""
+    device = model.model.embed_tokens.weight.device
+    tokens = torch.randint(3, model.config.vocab_size, (1, 64), device=device)
+    ours, theirs = model.logits(model(tokens)).float(), twin(tokens).logits.float()
+    return ((theirs - ours).norm() / ours.norm()).item()
 
 
 def parameters_of(config):

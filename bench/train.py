@@ -144,7 +144,6 @@ def train_with_trainer(options, model, rows):
 
     import numpy as np
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from bench.limits import peak_memory, wait
@@ -152,6 +151,8 @@ def train_with_trainer(options, model, rows):
     best, device = options.side == "best", torch.device(options.device)
     model.config.use_cache = False
     if options.finetuning_type == "lora":
+        from peft import LoraConfig, get_peft_model
+
         model = get_peft_model(model, LoraConfig(
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear"))
         if options.gradient_checkpointing:
