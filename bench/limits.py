@@ -53,6 +53,7 @@ def bandwidth(device):
 def forget_peak(device):
     """Let `peak_memory` begin anew."""
     if device.type == "cuda":
+        torch.cuda.init()  # without it there are no statistics to reset
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
