@@ -40,7 +40,7 @@ SIZES = {"tinyllama": "tinyllama", "llama3-8b": "llama3-8b", "rows": 16, "length
          "batch_tokens": 32768, "workers": 4, "repeats": 3, "matrix": 8192}
 DRY_SIZES = {"tinyllama": "tiny", "llama3-8b": "tiny", "rows": 2, "length": 32, "steps": 1,
              "new_tokens": 4, "capacity": 32, "few_layers": 1, "scored": 12, "reference": 2,
-             "batch_tokens": 2048, "workers": 0, "repeats": 1, "matrix": 256}
+             "batch_tokens": 2048, "workers": 1, "repeats": 1, "matrix": 256}
 
 
 class Bench:
