@@ -17,13 +17,13 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from bench.limits import bandwidth, seconds_of  # noqa: E402
 from bench.shapes import SHAPES, parameters_of, write_checkpoint  # noqa: E402
 from minisft.checkpoints.folders import load_model  # noqa: E402
 from minisft.generation.compiled import CompiledDecoder  # noqa: E402
@@ -31,19 +31,10 @@ from minisft.generation.generate import Sampling, generate, stream  # noqa: E402
 from minisft.model.cache import KeyValueCache  # noqa: E402
 
 
-def seconds_of(function, device):
-    """Wall time of one call, the device's work included."""
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def both_sides(model, reference, batch_size, options, device, decoder):
+    """Two functions that answer the same random prompts greedily: minisft's and transformers'.
 
-
-def compare(model, reference, batch_size, options, device, decoder):
-    """Median tokens a second of both sides and the median ratio of their turns.
-
-    decoder: a CompiledDecoder for a single prompt, or None.
+    decoder: a CompiledDecoder for a single prompt, or None. Each returns the new tokens.
     """
     count = options.max_new_tokens
     prompts = torch.randint(3, model.config.vocab_size, (batch_size, options.prompt_length),
@@ -64,25 +55,24 @@ def compare(model, reference, batch_size, options, device, decoder):
             prompts.to(device), attention_mask=mask.to(device), do_sample=False, pad_token_id=0,
             max_new_tokens=count, **static)[:, prompts.shape[1]:].tolist()
 
+    return ours, theirs
+
+
+def compare(model, reference, batch_size, options, device, decoder):
+    """Median tokens a second of both sides, the median ratio of their turns, same tokens or not."""
+    ours, theirs = both_sides(model, reference, batch_size, options, device, decoder)
     same = ours() == theirs()  # also the warm-up
     turns = [(seconds_of(ours, device), seconds_of(theirs, device))
              for _ in range(options.repeats)]
-    speeds = [count * batch_size / statistics.median(side) for side in zip(*turns, strict=True)]
+    written = options.max_new_tokens * batch_size
+    speeds = [written / statistics.median(side) for side in zip(*turns, strict=True)]
     return *speeds, statistics.median(b / a for a, b in turns), same
 
 
-def bandwidth(device):
-    """Bytes a second that a copy of 256 MiB (on a GPU 2 GiB) moves, read and written."""
-    source = torch.ones(2 ** (29 if device.type == "cuda" else 26), device=device)
-    target = torch.empty_like(source)
-    best = min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
-    return 2 * source.nbytes / best
-
-
-def bytes_per_token(config, positions, dtype):
-    """What one token at batch size 1 reads: the weights, and the cache of so many positions."""
+def bytes_per_step(config, positions, dtype, batch_size=1):
+    """What writing one token in every row reads: the weights once, and each row's cache."""
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * positions
-    return (parameters_of(config)[0] + cache) * dtype.itemsize
+    return (parameters_of(config)[0] + batch_size * cache) * dtype.itemsize
 
 
 def next_turn(model, options, device):
@@ -104,12 +94,7 @@ def next_turn(model, options, device):
                     for _ in range(5)))
 
 
-def main():
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+def parse_options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_name_or_path", help="folder of a checkpoint")
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
@@ -123,7 +108,16 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main():
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    options = parse_options()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory() as folder:
         source = options.model_name_or_path or folder
@@ -149,7 +143,7 @@ def main():
                 positions = options.prompt_length + options.max_new_tokens // 2  # in the middle
                 if decoder:
                     positions = options.max_length
-                read = bytes_per_token(model.config, positions, dtype) * ours
+                read = bytes_per_step(model.config, positions, dtype) * ours
                 print(f"           reads {read / 1e9:.1f} GB/s of weights and cache, "
                       f"{read / bandwidth(device):.0%} of the memory bandwidth")
         with_cache, without = next_turn(model, options, device)

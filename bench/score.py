@@ -64,32 +64,30 @@ def reference(model, rows, device):
     return [mean_loss(*row[:2]) / mean_loss(*row[2:]) for row in rows]
 
 
-def compare(options, model_dir):
-    """Score the same rows both ways, in turns, and print rows per second."""
-    import numpy as np
-    import torch
-    import transformers
+def compare(options, ours, theirs, rows, template):
+    """Score the same rows both ways, in turns.
 
-    from minisft.checkpoints.folders import load_model
-    from minisft.data import dataset
+    ours, theirs: minisft's and transformers' model on one device. rows: as dataset.open_rows gives
+    them; the reference way scores only the first options.reference_rows of them, all if None.
+    Returns a dict: "speeds" is {side: [(rows a second, rows a CPU second) of every round]}, "rows"
+    how many were scored, "tokens" how many a row has in its two passes (mean), "difference" the
+    largest relative difference of a score.
+    """
+    import numpy as np
+
     from minisft.selection import ifd
     from minisft.selection.score_files import ScoreFiles
-    from minisft.text.template import get_template
-    from minisft.text.tokenizer import Tokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, options.dtype)
-    template = get_template(options.template, Tokenizer.load(model_dir))
-    rows = dataset.open_rows(options.dataset, skipped=[])
+    device = theirs.device
     encoder = ifd.Encoder(rows, template, 512)
     numbers = np.arange(min(options.num_rows, len(rows)))
-    prepared = []
+    prepared, tokens = [], []
     for one in encoder[numbers]:
         if len(one.sequences) == 2:
             parts = [(part.ids.tolist(), int(part.answer.argmax())) for part in one.sequences]
             prepared.append((*parts[0], *parts[1], one.index))
-    ours = load_model(model_dir, dtype, device)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device)
+            tokens.append(len(parts[0][0]) + len(parts[1][0]))
+    chosen = prepared[: options.reference_rows]
 
     def score(folder):
         files = ScoreFiles(Path(folder) / "scores.jsonl", {}, len(numbers), ("ifd",), 0)
@@ -100,21 +98,46 @@ def compare(options, model_dir):
         files.finish()
         return [values[row[-1]] for row in prepared]
 
-    reference(theirs.eval(), [row[:4] for row in prepared[:2]], device)
+    def clocks():
+        return np.array([time.perf_counter(), time.process_time()])
+
+    reference(theirs, [row[:4] for row in prepared[:2]], device)  # prepares kernels
     speeds, worst = {"ours": [], "theirs": []}, 0.0
     for _ in range(options.rounds):
-        began = time.perf_counter(), time.process_time()
-        expected = reference(theirs, [row[:4] for row in prepared], device)
-        middle = time.perf_counter(), time.process_time()
+        began = clocks()
+        expected = reference(theirs, [row[:4] for row in chosen], device)
+        middle = clocks()
         with tempfile.TemporaryDirectory() as folder:
             found = score(folder)
-        ended = time.perf_counter(), time.process_time()
-        speeds["theirs"].append([len(prepared) / (b - a) for a, b in zip(began, middle)])  # noqa: B905
-        speeds["ours"].append([len(prepared) / (b - a) for a, b in zip(middle, ended)])  # noqa: B905
-        worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+        speeds["theirs"].append(len(chosen) / (middle - began))
+        speeds["ours"].append(len(prepared) / (clocks() - middle))
+        worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=False))
+    return {"speeds": speeds, "rows": len(prepared), "tokens": sum(tokens) / len(tokens),
+            "difference": worst}
+
+
+def load_and_compare(options, model_dir):
+    """Load a checkpoint into both sides, compare them, and print rows per second."""
+    import torch
+    import transformers
+
+    from minisft.checkpoints.folders import load_model
+    from minisft.data import dataset
+    from minisft.text.template import get_template
+    from minisft.text.tokenizer import Tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, options.dtype)
+    ours = load_model(model_dir, dtype, device)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    result = compare(
+        options, ours, theirs.to(device).eval(), dataset.open_rows(options.dataset, skipped=[]),
+        get_template(options.template, Tokenizer.load(model_dir)))
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    print(f"{len(prepared)} rows, {device}, {options.dtype}, {threads} thread(s), "
-          f"{options.rounds} rounds in turns; largest relative difference of a score {worst:.1e}")
+    speeds = result["speeds"]
+    print(f"{result['rows']} rows, {device}, {options.dtype}, {threads} thread(s), "
+          f"{options.rounds} rounds in turns; largest relative difference of a score "
+          f"{result['difference']:.1e}")
     for clock, name in enumerate(("rows/s", "rows per CPU second")):
         medians = [statistics.median(one[clock] for one in speeds[side]) for side in speeds]
         print(f"{name:20} ours {medians[0]:>9,.2f}   theirs {medians[1]:>9,.2f}   "
@@ -159,7 +182,7 @@ def peak_memory(options, path):
     return peak
 
 
-def main():
+def parse_options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_name_or_path")
     parser.add_argument("--config_dir", help="folder of a config.json, for random weights")
@@ -169,6 +192,8 @@ def main():
     parser.add_argument("--template", default="alpaca")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--num_rows", type=int, default=200)
+    parser.add_argument("--reference_rows", type=int,
+                        help="the reference way scores only so many of them (all)")
     parser.add_argument("--batch_tokens", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
@@ -176,12 +201,16 @@ def main():
     parser.add_argument("--row_counts", type=int, nargs="+", default=[2_000, 20_000, 200_000])
     parser.add_argument("--mode", default="all", help="of score.py, for --memory")
     parser.add_argument("--folder", help="keep the files here; run again, --memory goes on")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main():
+    options = parse_options()
     if options.memory:
         return memory(options)
     with tempfile.TemporaryDirectory() as folder:
-        compare(options, random_checkpoint(options, Path(folder)) if options.config_dir
-                else Path(options.model_name_or_path))
+        load_and_compare(options, random_checkpoint(options, Path(folder)) if options.config_dir
+                         else Path(options.model_name_or_path))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Checkpoints with random weights and the shapes of well-known models, for the benchmarks.
+"""Random weights in the shapes of well-known models, for the benchmarks.
 
-    write_checkpoint("runs/shape", "tinyllama", num_layers=2)
+    write_checkpoint("runs/shape", "tinyllama", num_layers=2)         # files for both sides
+    model = random_model("llama3-8b", None, torch.bfloat16, "cuda")   # no files, on the GPU
+    twin = transformers_twin(model, "llama3-8b")                      # the same weights
 """
 
 import dataclasses
@@ -13,10 +15,14 @@ from safetensors.torch import save_file
 
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
+from minisft.training.memory import skeleton
 
 COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
           "eos_token_id": 2, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
 SHAPES = {
+    "tiny": {"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 128,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "max_position_embeddings": 2048},
     "small": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172,
               "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
               "max_position_embeddings": 2048},
@@ -29,6 +35,12 @@ SHAPES = {
 }
 
 
+def config_of(shape, num_layers=None):
+    """The content of config.json, with another number of layers if given."""
+    content = COMMON | SHAPES[shape]
+    return content | {"num_hidden_layers": num_layers or content["num_hidden_layers"]}
+
+
 def write_checkpoint(folder, shape, num_layers=None, dtype=torch.bfloat16, tokenizer_dir=None):
     """Write config.json, one safetensors file a layer and an index; returns the ModelConfig.
 
@@ -36,8 +48,7 @@ def write_checkpoint(folder, shape, num_layers=None, dtype=torch.bfloat16, token
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = COMMON | SHAPES[shape] | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    content["num_hidden_layers"] = num_layers or content["num_hidden_layers"]
+    content = config_of(shape, num_layers) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     config = ModelConfig.from_dict(content)
     with torch.device("meta"):
@@ -62,6 +73,48 @@ def random_tensor(name, shape, generator):
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     return torch.randn(shape, generator=generator) * 0.02
+
+
+def random_model(shape, num_layers, dtype, device):
+    """A frozen CausalLM whose weights are drawn on the device itself, without any file."""
+    model = skeleton(ModelConfig.from_dict(config_of(shape, num_layers)), dtype)
+    torch.manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        value = torch.empty(parameter.shape, dtype=dtype, device=device)
+        value = value.fill_(1.0) if name.endswith("norm.weight") else value.normal_(0.0, 0.02)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute,
+                torch.nn.Parameter(value, requires_grad=False))
+    return model.eval()
+
+
+def transformers_twin(model, shape):
+    """transformers' model that uses the very weights of `model`: no second copy in memory.
+
+    Attention is flash-attn's where that package is installed, else torch's.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.utils import is_flash_attn_2_available
+
+    weights = model.state_dict()
+    embedding = weights["model.embed_tokens.weight"]
+    has_flash = embedding.is_cuda and is_flash_attn_2_available()
+    with torch.device(embedding.device):
+        twin = AutoModelForCausalLM.from_config(
+            LlamaConfig(**config_of(shape, model.config.num_hidden_layers)), dtype=embedding.dtype,
+            attn_implementation="flash_attention_2" if has_flash else "sdpa")
+    twin.load_state_dict(weights, assign=True)
+    twin.generation_config.eos_token_id = None  # ours has no end either
+    return twin.requires_grad_(False).eval()
+
+
+@torch.inference_mode()
+def logit_difference(model, twin):
+    """How far the twin's logits are from the model's on random tokens: norm over norm."""
+    device = model.model.embed_tokens.weight.device
+    tokens = torch.randint(3, model.config.vocab_size, (1, 64), device=device)
+    ours, theirs = model.logits(model(tokens)).float(), twin(tokens).logits.float()
+    return ((theirs - ours).norm() / ours.norm()).item()
 
 
 def parameters_of(config):

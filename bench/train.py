@@ -9,9 +9,9 @@ Both sides train the same rows, encoded by us, from the same random weights, in 
 own that take turns. Only tokens that are not padding count, and only the second of two epochs, so
 that kernels are prepared and both sides have done the same rows. For Trainer there are its defaults
 (float32, rows in random order) and its best (the type named, rows grouped by length). Padding is
-its share of all that was computed. Peak memory
-is the process's on the CPU and the allocator's on a GPU. The utilisation is that of the matrix
-multiplications the model needs, over what one large multiplication reaches on the same device.
+its share of all that was computed. Peak memory is the process's on the CPU and the allocator's on
+a GPU. "Of the device" is the speed of the operations that a step needs (`operations_per_token` in
+minisft/training/plan.py), over that of one large matrix product on the same device.
 """
 
 import argparse
@@ -25,12 +25,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(1, str(ROOT / "bench"))
 
 OURS = ("minisft", "packed")
 
 
-def parse_options():
+def parse_options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -51,22 +50,17 @@ def parse_options():
     parser.add_argument("--sides", nargs="+", default=["minisft", "best", "defaults"],
                         choices=[*OURS, "best", "defaults"])
     parser.add_argument("--repeats", type=int, default=3)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def prepare(options, folder):
     """Write the checkpoint and the rows, as token ids with the supervised part marked."""
-    import numpy as np
-    from shapes import SHAPES, write_checkpoint
+    from bench.shapes import write_checkpoint
 
     write_checkpoint(folder / "model", options.shape, options.num_layers,
                      tokenizer_dir=options.tokenizer_dir)
     if options.synthetic_rows:
-        draw = np.random.default_rng(0)
-        rows = [(draw.integers(3, SHAPES[options.shape]["vocab_size"], options.cutoff_len).tolist(),
-                 [False] * (options.cutoff_len // 4)
-                 + [True] * (options.cutoff_len - options.cutoff_len // 4))
-                for _ in range(options.synthetic_rows)]
+        rows = synthetic_rows(options.shape, [options.cutoff_len] * options.synthetic_rows)
     else:
         from minisft.data.dataset import load_rows
         from minisft.text.template import get_template
@@ -80,41 +74,50 @@ def prepare(options, folder):
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
-def peak_memory(device):
-    """Bytes: of the GPU's allocator, or of this process since `forget_peak`."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def train_minisft(options, rows):
-    """train.py's own steps over the rows -> seconds, tokens and padding of every step."""
+def synthetic_rows(shape, lengths):
+    """Rows of random tokens; the last three quarters of each are supervised."""
     import numpy as np
-    import torch
 
-    from minisft.data import batching, encoding
-    from minisft.data.encode_report import EncodeReport
-    from minisft.training.metrics import read_metrics
+    from bench.shapes import SHAPES
+
+    draw = np.random.default_rng(0)
+    return [(draw.integers(3, SHAPES[shape]["vocab_size"], length).tolist(),
+             [place >= length // 4 for place in range(length)]) for length in lengths]
+
+
+def training_flags(options):
+    """The options of train.py for minisft's side."""
     from minisft.training.options import parse_options as training_options
-    from minisft.training.run import Run
-    from train import load_trainable, train
 
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    folder = Path(options.folder)
     switches = [f"--{name}" for name in ("compile", "gradient_checkpointing")
                 if getattr(options, name)]
     switches += ["--packing"] * (options.side == "packed")
-    settings = training_options([
-        "--model_name_or_path", str(folder / "model"), "--dataset", "-", "--template", "alpaca",
-        "--output_dir", options.folder, "--finetuning_type", options.finetuning_type,
+    return training_options([
+        "--model_name_or_path", str(Path(options.folder) / "model"), "--dataset", "-",
+        "--template", "alpaca", "--output_dir", options.folder,
+        "--finetuning_type", options.finetuning_type,
         "--per_device_train_batch_size", str(options.batch_size), "--num_train_epochs", "2",
         "--logging_steps", "1", "--save_steps", "1000000", *switches])
-    model, lora_config = load_trainable(settings, folder / "model", dtype, device)
+
+
+def train_minisft(options, model, lora_config, rows):
+    """train.py's own loop, two epochs of the rows -> what was measured of every step.
+
+    model: as train.py's load_trainable returns it, with its LoraConfig.
+    """
+    import numpy as np
+    import torch
+
+    from bench.limits import peak_memory
+    from minisft.data import batching, encoding
+    from minisft.data.encode_report import EncodeReport
+    from minisft.training.metrics import read_metrics
+    from minisft.training.run import Run
+    from train import train
+
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     examples = [encoding.Example(np.array(ids), np.array(supervised)) for ids, supervised in rows]
-    run = Run(settings, model, lora_config, len(examples), dtype, device)
+    run = Run(training_flags(options), model, lora_config, len(examples), dtype, device)
     batches = batching.Batches(examples, lambda chosen: (chosen, EncodeReport()))
     collate, computed = run.collate, []
 
@@ -126,28 +129,31 @@ def train_minisft(options, rows):
     run.collate = counted
     train(run, batches, None)
     run.progress.close()
-    log = read_metrics(folder / "metrics.jsonl")
+    log = read_metrics(Path(options.folder) / "metrics.jsonl")
     tokens = np.diff([0, *(row["tokens"] for row in log)])
     seconds = tokens / [row["tokens_per_second"] for row in log]
-    return seconds.tolist(), tokens.tolist(), (computed - tokens).tolist()
+    return {"seconds": seconds.tolist(), "tokens": tokens.tolist(),
+            "padding": (computed - tokens).tolist(), "peak": peak_memory(device)}
 
 
-def train_with_trainer(options, rows):
-    """Trainer's steps over the rows -> seconds, tokens and padding of every step."""
+def train_with_trainer(options, model, rows):
+    """transformers' Trainer, two epochs of the rows -> what was measured of every step.
+
+    model: transformers' own, which LoRA wraps by peft.
+    """
     import time
 
     import numpy as np
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    best = options.side == "best"
-    dtype = getattr(torch, options.dtype) if best else torch.float32
-    full = options.finetuning_type == "full"
-    model = AutoModelForCausalLM.from_pretrained(options.folder + "/model",
-                                                 dtype=torch.float32 if full else dtype)
+    from bench.limits import peak_memory, wait
+
+    best, device = options.side == "best", torch.device(options.device)
     model.config.use_cache = False
-    if not full:
+    if options.finetuning_type == "lora":
+        from peft import LoraConfig, get_peft_model
+
         model = get_peft_model(model, LoraConfig(
             r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear"))
         if options.gradient_checkpointing:
@@ -169,9 +175,11 @@ def train_with_trainer(options, rows):
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
+            wait(device)
             times.append(time.perf_counter())
 
         def on_train_end(self, *_, **__):
+            wait(device)
             times.append(time.perf_counter())
 
     data = [{"input_ids": ids, "length": len(ids),
@@ -180,8 +188,8 @@ def train_with_trainer(options, rows):
     arguments = TrainingArguments(
         options.folder + "/trainer", per_device_train_batch_size=options.batch_size,
         num_train_epochs=2, learning_rate=1e-4, lr_scheduler_type="cosine", report_to=[],
-        bf16=best and dtype == torch.bfloat16, use_cpu=options.device == "cpu", logging_steps=1,
-        save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        bf16=best and options.dtype == "bfloat16", use_cpu=options.device == "cpu",
+        logging_steps=1, save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
         gradient_checkpointing=options.gradient_checkpointing,
         torch_compile=options.compile and best,
         train_sampling_strategy="group_by_length" if best else "random",
@@ -189,50 +197,44 @@ def train_with_trainer(options, rows):
     Trainer(model, arguments, train_dataset=data, data_collator=collate,
             callbacks=[Clock()]).train()
     steps = len(times) - 1
-    return np.diff(times).tolist(), tokens[:steps], padding[:steps]
+    return {"seconds": np.diff(times).tolist(), "tokens": tokens[:steps],
+            "padding": padding[:steps], "peak": peak_memory(device)}
+
+
+def second_epoch(result):
+    """(tokens a second, peak memory in bytes, share of padding), without the epoch that warms up.
+
+    Every row is in the second epoch exactly once.
+    """
+    warm = len(result["tokens"]) // 2
+    tokens, padding = (sum(result[name][warm:]) for name in ("tokens", "padding"))
+    return tokens / sum(result["seconds"][warm:]), result["peak"], padding / (tokens + padding)
 
 
 def one_side():
-    """In a process of its own: train, print what was measured of every step, and of memory."""
+    """In a process of its own: load, train, print what was measured of every step."""
     options = parse_options()
     import torch
     import transformers
 
+    from bench.limits import forget_peak
+
     transformers.utils.logging.set_verbosity_error()
+    forget_peak(torch.device(options.device))  # that of the imports
     rows = json.loads((Path(options.folder) / "rows.json").read_text())
-    if options.device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
-    train_side = train_minisft if options.side in OURS else train_with_trainer
-    seconds, tokens, padding = train_side(options, rows)
-    print(json.dumps({"seconds": seconds, "tokens": tokens, "padding": padding,
-                      "peak": peak_memory(torch.device(options.device))}))
+    model_dir, dtype = Path(options.folder) / "model", getattr(torch, options.dtype)
+    if options.side in OURS:
+        from train import load_trainable
 
-
-def operations_per_token(config, finetuning_type, length):
-    """Floating-point operations of training one token: forward, backward, weight gradients."""
-    from shapes import parameters_of
-
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    forward = 2 * parameters_of(config)[0] + attention
-    return forward * (3 if finetuning_type == "full" else 2)
-
-
-def matrix_speed(device, dtype):
-    """Operations a second that one large matrix multiplication reaches."""
-    import time
-
-    import torch
-
-    size = 8192 if device == "cuda" else 2048
-    left = torch.randn(size, size, device=device, dtype=dtype)
-    speeds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        _ = left @ left
-        if device == "cuda":
-            torch.cuda.synchronize()
-        speeds.append(2 * size**3 / (time.perf_counter() - began))
-    return max(speeds)
+        model, lora_config = load_trainable(training_flags(options), model_dir, dtype,
+                                            torch.device(options.device))
+        result = train_minisft(options, model, lora_config, rows)
+    else:
+        in_float32 = options.side == "defaults" or options.finetuning_type == "full"
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float32 if in_float32 else dtype)
+        result = train_with_trainer(options, model, rows)
+    print(json.dumps(result))
 
 
 def main():
@@ -248,11 +250,7 @@ def main():
                 done = subprocess.run(
                     [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder],
                     stdout=subprocess.PIPE, text=True, check=True)
-                result = json.loads(done.stdout.splitlines()[-1])
-                warm = len(result["tokens"]) // 2  # the first epoch; the second has every row once
-                tokens, padding = (sum(result[name][warm:]) for name in ("tokens", "padding"))
-                results[side].append((tokens / sum(result["seconds"][warm:]), result["peak"],
-                                      padding / (tokens + padding)))
+                results[side].append(second_epoch(json.loads(done.stdout.splitlines()[-1])))
         report(options, results, folder)
 
 
@@ -260,13 +258,17 @@ def report(options, results, folder):
     """Print the medians, the ratios and the share of the device's speed."""
     import torch
 
+    from bench.limits import matrix_speed
     from minisft.model.config import ModelConfig
+    from minisft.training import plan
 
+    dtype, options.folder = getattr(torch, options.dtype), folder
     config = ModelConfig.load(Path(folder) / "model")
     rows = json.loads((Path(folder) / "rows.json").read_text())
     length = statistics.mean(len(ids) for ids, _ in rows)
-    operations = operations_per_token(config, options.finetuning_type, length)
-    fastest = matrix_speed(options.device, getattr(torch, options.dtype))
+    operations = plan.operations_per_token(
+        plan.planned_model(training_flags(options), config, dtype), length, False)
+    fastest = matrix_speed(torch.device(options.device), dtype)
     print(f"{options.shape}, {config.num_hidden_layers} layers, {options.finetuning_type}, "
           f"{len(rows)} rows of {length:.0f} tokens, batch {options.batch_size}, "
           f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads")

@@ -21,8 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300
 SERVER = multiprocessing.get_context("forkserver")
-# torch._dynamo comes with the first optimizer.
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "safetensors.torch", "tokenizers"])
+# torch._dynamo comes with the first optimizer. None of them may ask for a GPU when it is imported:
+# a process that has used CUDA can fork no other that does.
+PRELOADED = ["torch", "torch._dynamo", "safetensors.torch", "tokenizers"]
+SERVER.set_forkserver_preload(PRELOADED)
 
 
 def run_script(script, arguments, processes=1):

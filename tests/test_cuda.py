@@ -1,4 +1,8 @@
-"""On a GPU: the same numbers as on the CPU, to the rounding of its types. Skipped without one."""
+"""On a GPU: the same numbers as on the CPU, to the rounding of its types. Skipped without one.
+
+GPU time is short, so the whole file takes less than 90 seconds: training runs in this process,
+where CUDA is initialised once, and what has to compile comes last.
+"""
 
 import copy
 import json
@@ -11,6 +15,7 @@ import torch
 from conftest import CONFIG, command
 from safetensors.torch import load_file
 
+import train
 from minisft.data.batching import collate, pack
 from minisft.data.encoding import Example
 from minisft.generation.compiled import CompiledDecoder
@@ -71,75 +76,41 @@ def test_generates_the_same(models):
     assert cpu == gpu
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(40, greedy=True), Sampling(40, temperature=1.3, seed=4, repetition_penalty=1.1)])
-def test_a_compiled_step_as_a_graph_generates_the_same(models, sampling):
-    """Conversations in turn, each in a cache with a graph of its own, also from another thread."""
-    _, model = models
-    decoder = CompiledDecoder(model.eval(), 64)
-    caches = [decoder.new_cache() for _ in range(2)]
-    prompts, answers = [[1, 5, 9], [1, 7, 8, 9, 10, 11]], []
-    expected = generate(model, prompts, sampling, {2}, rows=[0, 0])
-
-    def answer():
-        streams = [stream(model, ids, sampling, {2}, cache, decoder)
-                   for ids, cache in zip(prompts, caches, strict=True)]
-        steps = list(zip_longest(*streams))
-        answers.append([[one for one in row if one is not None]
-                        for row in zip(*steps, strict=True)])
-        for cache in caches:
-            cache.truncate(2)  # the next turn goes on from there
-
-    for _ in range(2):
-        answer()
-    thread = threading.Thread(target=answer)
-    thread.start()
-    thread.join()
-    assert answers == [expected] * 3 and len(decoder.graphs) == 2
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU here")
-def test_a_graph_belongs_to_the_gpu_of_the_model(models):
-    """Which is not the current one: after --device cuda:1, or on a thread of the web page."""
-    model, sampling = models[0].eval().to("cuda:1"), Sampling(20, greedy=True)
-    expected = generate(model, [[1, 5, 9]], sampling, {2})
-    decoder = CompiledDecoder(model, 64)
-    for _ in range(2):
-        found = list(stream(model, [1, 5, 9], sampling, {2}, decoder.new_cache(), decoder))
-        assert found == expected[0]
-
-
 RUN = ["--template", "plain", "--per_device_train_batch_size", 2, "--learning_rate", 5e-3,
-       "--logging_steps", 1, "--max_steps", 8, "--device", "cuda"]
+       "--logging_steps", 1, "--max_steps", 8, "--device", "cuda", "--dataloader_num_workers", 0]
 
 
 def adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_resumes_exactly(checkpoint, rows_file, tmp_path):
-    """Dropout's random state on the GPU is saved too."""
+def test_resumes_exactly(checkpoint, rows_file, here, tmp_path):
+    """Dropout's random state on the GPU is saved too. A new process resumes, with workers."""
     flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, *RUN,
              "--lora_dropout", 0.2]
-    assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
+    here(train, *flags, "--output_dir", tmp_path / "whole")
     flags += ["--output_dir", tmp_path / "parts", "--save_steps", 3]
-    assert command(*flags).returncode == 0
-    done = command(*flags, "--resume_from_checkpoint", tmp_path / "parts/checkpoint-3")
+    here(train, *flags)
+    done = command(*flags, "--dataloader_num_workers", 2,
+                   "--resume_from_checkpoint", tmp_path / "parts/checkpoint-3")
     assert done.returncode == 0, done.stderr
     parts = adapter(tmp_path / "parts")
     for name, value in adapter(tmp_path / "whole").items():
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
 
 
+def losses_of(here, *flags, output_dir):
+    """Train in this process -> the loss of every step."""
+    here(train, *flags, *RUN, "--output_dir", output_dir)
+    return [row["loss"] for row in read_metrics(output_dir / "metrics.jsonl")]
+
+
 @pytest.mark.parametrize("extra", [
-    ["--packing"], ["--compile"], ["--packing", "--compile", "--bf16"],
-    ["--gradient_checkpointing"], ["--bf16"], ["--fp16"],
+    [], ["--packing"], ["--gradient_checkpointing"], ["--bf16"], ["--fp16"],
     ["--quantization_bit", 4], ["--quantization_bit", 8], ["--finetuning_type", "full"]])
-def test_every_way_to_train_learns(extra, checkpoint, rows_file, tmp_path):
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, *RUN, *extra,
-                   "--output_dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    losses = [row["loss"] for row in read_metrics(tmp_path / "out/metrics.jsonl")]
+def test_every_way_to_train_learns(extra, checkpoint, rows_file, here, tmp_path):
+    losses = losses_of(here, "--model_name_or_path", checkpoint, "--dataset", rows_file, *extra,
+                       output_dir=tmp_path / "out")
     assert losses[-1] < losses[0]
 
 
@@ -163,12 +134,79 @@ def test_packed_loss_is_the_padded_one(models):
     ["--stage", "dpo", "--finetuning_type", "full"], ["--stage", "dpo", "--bf16"],
     ["--stage", "dpo", "--precompute_reference", "--quantization_bit", 4, "--fp16"],
     ["--stage", "rm", "--bf16"], ["--stage", "rm", "--finetuning_type", "full"]])
-def test_every_way_to_prefer_learns(extra, checkpoint, tmp_path):
+def test_every_way_to_prefer_learns(extra, checkpoint, here, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Say {number}.", "chosen": f"yes {number}",
                                         "rejected": "the cat sat"}) + "\n" for number in range(16)))
-    done = command("--model_name_or_path", checkpoint, "--dataset", path, *RUN, *extra,
-                   "--output_dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    losses = losses_of(here, "--model_name_or_path", checkpoint, "--dataset", path, *extra,
+                       output_dir=tmp_path / "out")
     log = read_metrics(tmp_path / "out/metrics.jsonl")
-    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["accuracy"] > 0.8
+    assert losses[-1] < losses[0] and log[-1]["accuracy"] > 0.8
+
+
+def assert_compiled_layers_learn_the_same(here, checkpoint, rows_file, folder, *extra):
+    torch._dynamo.reset()  # a function is compiled only so often in a process
+    flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, *extra]
+    plain = losses_of(here, *flags, output_dir=folder / "plain")
+    compiled = losses_of(here, *flags, "--compile", output_dir=folder / "compiled")
+    assert plain[-1] < plain[0]
+    # AdamW makes steps of full size of small differences, so they grow from step to step.
+    np.testing.assert_allclose(compiled, plain, rtol=0.02)
+
+
+def test_compiled_packed_rows_learn_the_same(here, checkpoint, rows_file, tmp_path):
+    """With the kernel for rows of any lengths, which takes bfloat16."""
+    assert_compiled_layers_learn_the_same(here, checkpoint, rows_file, tmp_path,
+                                          "--packing", "--bf16")
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """A compiled step for both ways to sample: compiling takes longer than all else here."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = CausalLM(ModelConfig.from_dict(CONFIG))
+    model.initialize()
+    add_lora(model, LoraConfig(rank=4))
+    return CompiledDecoder(model.eval(), 64)
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(40, greedy=True), Sampling(40, temperature=1.3, seed=4, repetition_penalty=1.1)])
+def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
+    """Conversations in turn, each in a cache with a graph of its own, also from another thread."""
+    model = decoder.model
+    caches = [decoder.new_cache() for _ in range(2)]
+    prompts, answers = [[1, 5, 9], [1, 7, 8, 9, 10, 11]], []
+    expected = generate(model, prompts, sampling, {2}, rows=[0, 0])
+
+    def answer():
+        streams = [stream(model, ids, sampling, {2}, cache, decoder)
+                   for ids, cache in zip(prompts, caches, strict=True)]
+        steps = list(zip_longest(*streams))
+        answers.append([[one for one in row if one is not None]
+                        for row in zip(*steps, strict=True)])
+        for cache in caches:
+            cache.truncate(2)  # the next turn goes on from there
+
+    for _ in range(2):
+        answer()
+    thread = threading.Thread(target=answer)
+    thread.start()
+    thread.join()
+    assert answers == [expected] * 3 and all(cache in decoder.graphs for cache in caches)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU here")
+def test_a_graph_belongs_to_the_gpu_of_the_model(models):
+    """Which is not the current one: after --device cuda:1, or on a thread of the web page."""
+    model, sampling = models[0].eval().to("cuda:1"), Sampling(20, greedy=True)
+    expected = generate(model, [[1, 5, 9]], sampling, {2})
+    decoder = CompiledDecoder(model, 64)
+    for _ in range(2):
+        found = list(stream(model, [1, 5, 9], sampling, {2}, decoder.new_cache(), decoder))
+        assert found == expected[0]
+
+
+def test_compiled_padded_rows_learn_the_same(here, checkpoint, rows_file, tmp_path):
+    assert_compiled_layers_learn_the_same(here, checkpoint, rows_file, tmp_path)

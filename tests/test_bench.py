@@ -1,0 +1,91 @@
+"""bench/gpu.sh goes through all its lines on the CPU, so that no mistake costs GPU time."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+from forks import PRELOADED
+
+from bench import gpu
+
+QUICK = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHON": sys.executable}
+
+
+def dry_run(path, *flags):
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--dry_run", *flags, path],
+                          capture_output=True, text=True, timeout=300, env=os.environ | QUICK)
+    return done, json.loads(path.read_text())["lines"]
+
+
+def test_a_dry_run_fills_every_line(tmp_path):
+    done, lines = dry_run(tmp_path / "results.json", "--minutes", "10")
+    assert done.returncode == 0, done.stdout + (tmp_path / "results.json.log").read_text()
+    assert [line["name"] for line in lines] == [
+        "matrix product", "memory copy", "tests/test_cuda.py",
+        *(f"{shape} lora, {way}" for shape in ("tinyllama", "llama3-8b")
+          for way in ("padded", "packed", "packed, compiled")),
+        "tinyllama full, padded", "tinyllama full, packed",
+        "llama3-8b decoding, batch 1", "llama3-8b decoding, batch 8",
+        "llama3-8b, 1 layers, decoding, batch 1, compiled", "tinyllama scoring", "k-means",
+        "llama3-8b decoding, batch 1, compiled"]
+    for line in lines[3:-2]:
+        assert line["ratio"] == line["figure"] / line["peer"] and line["share"] > 0, line
+
+
+def test_without_time_stages_are_skipped(tmp_path):
+    done, lines = dry_run(tmp_path / "results.json", "--minutes", "0.01")
+    assert done.returncode == 0 and len(lines) == len(gpu.STAGES)
+    assert all(line["skipped"] == "no time is left" for line in lines)
+
+
+def process_of(code):
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True,
+                            stdout=subprocess.PIPE, start_new_session=True)
+
+
+def test_a_stage_that_hangs_is_stopped_and_keeps_its_lines():
+    """Also where a process that it has started holds its output open."""
+    process = process_of("import subprocess, sys; print('{\"name\": \"one\"}', flush=True); "
+                         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])")
+    lines = list(gpu.run_stage("stage", process, {}, 2))
+    assert lines == [{"name": "one"}, {"name": "stage", "failed": "stopped after 2 s"}]
+
+
+def test_a_stage_that_crashes_says_so():
+    process = process_of("import os; os._exit(7)")
+    lines = list(gpu.run_stage("stage", process, {}, 60))
+    assert lines == [{"name": "stage", "failed": "ended with status 7, see the log"}]
+
+
+def test_failed_tests_are_named():
+    said = ["tests/test_cuda.py::test_a PASSED [ 50%]",
+            "tests/test_cuda.py::test_b[x] FAILED [100%]",
+            "E   ModuleNotFoundError: No module named 'gguf'",
+            "FAILED tests/test_cuda.py::test_b[x]"]
+    process, log = process_of(f"print({chr(10).join(said)!r}); raise SystemExit(1)"), io.StringIO()
+    (line,) = gpu.run_tests(process, 60, log)
+    assert line["failed"] == ("1 passed, 1 failed | test_b[x] | "
+                              "ModuleNotFoundError: No module named 'gguf'")
+    assert log.getvalue().splitlines() == said
+
+
+def test_the_process_that_forks_asks_for_no_gpu():
+    """After that no process forked from it could use CUDA (tests/forks.py)."""
+    code = f"""
+import importlib, torch
+
+def asked(*_):
+    raise SystemExit("CUDA was asked for")
+
+for name in ("is_available", "device_count", "_lazy_init"):
+    setattr(torch.cuda, name, asked)
+for name in ("_cuda_getDeviceCount", "_cuda_init"):
+    if hasattr(torch._C, name):
+        setattr(torch._C, name, asked)
+for name in {PRELOADED}:
+    importlib.import_module(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
