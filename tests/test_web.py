@@ -409,7 +409,8 @@ def browser():
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags,
+                                              timeout=1000 * HANG_SECONDS)
         yield chromium
         chromium.close()
 
