@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from forks import run_script
+from standing import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {  # a Llama that computes in no time
@@ -35,7 +36,7 @@ def command(*arguments, script="train.py", before=(), processes=1):
         return run_script(script, arguments, processes)
     words = [sys.executable, *before, *([str(ROOT / script)] if script else []),
              *map(str, arguments)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 @pytest.fixture

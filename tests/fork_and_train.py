@@ -9,7 +9,6 @@ the last of them is sent a SIGTERM in that step. The status is 1 as soon as a ru
 
 import json
 import os
-import random
 import signal
 import sys
 import traceback
@@ -19,23 +18,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (as sharding does; it and what follows for the children)
+from forks import meeting  # noqa: E402
 
 import minisft.text.tokenizer  # noqa: E402, F401
 import train  # noqa: E402
 
 
-def start(rank, processes, port, arguments, signalled):
+def start(environment, arguments, signalled):
     """Fork one of the processes of a run; returns its process id."""
     child = os.fork()
     if child:
         return child
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_PORT=str(port),
-        LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost")
+    os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv, status = ["train.py", *arguments], 0
-    if rank == processes - 1:
-        signal_in(signalled)
+    signal_in(signalled)
     try:
         train.main()
     except SystemExit as end:
@@ -62,15 +59,17 @@ def signal_in(step):
 def train_with(processes, arguments, signalled=None):
     """Whether a run with so many processes went well."""
     expected = 0 if signalled is None else 128 + signal.SIGTERM
-    port = random.randint(20000, 32000)  # below those that connections are given meanwhile
-    children = {start(rank, processes, port, arguments, signalled) for rank in range(processes)}
-    while children:
-        child, status = os.wait()
-        children.discard(child)
-        if os.waitstatus_to_exitcode(status) != expected:
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-            return False
+    with meeting(processes) as environments:
+        last = len(environments) - 1
+        children = {start(environment, arguments, signalled if rank == last else None)
+                    for rank, environment in enumerate(environments)}
+        while children:
+            child, status = os.wait()
+            children.discard(child)
+            if os.waitstatus_to_exitcode(status) != expected:
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+                return False
     return True
 
 

@@ -7,19 +7,22 @@
 Loading torch is most of what a short command takes, and the tests run hundreds of them.
 """
 
+import faulthandler
 import multiprocessing
 import os
-import random
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
 
+from standing import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 300
 SERVER = multiprocessing.get_context("forkserver")
 # torch._dynamo comes with the first optimizer. None of them may ask for a GPU when it is imported:
 # a process that has used CUDA can fork no other that does.
@@ -33,35 +36,53 @@ def run_script(script, arguments, processes=1):
     Of several processes the output is together, and where one fails the others are ended.
     """
     words = [str(ROOT / script), *map(str, arguments)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, meeting(processes) as environments:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
-        ranks = [SERVER.Process(target=_run, args=(words, environment, said))
-                 for environment in _environments(processes)]
+        ranks = [SERVER.Process(target=_run, args=(words, {**os.environ, **environment}, said))
+                 for environment in environments]
         for rank in ranks:
             rank.start()
-        ends = time.monotonic() + SECONDS
-        while any(rank.exitcode is None for rank in ranks):
-            connection.wait([rank.sentinel for rank in ranks if rank.exitcode is None], 1)
-            late = time.monotonic() > ends
-            if late or any(rank.exitcode for rank in ranks):
-                for rank in ranks:
-                    rank.kill()
-            if late:
-                raise subprocess.TimeoutExpired(words, SECONDS, *(one.read_text() for one in said))
+        if not _ended(ranks):
+            raise subprocess.TimeoutExpired(words, HANG_SECONDS,
+                                            *(path.read_text() for path in said))
         code = max((rank.exitcode for rank in ranks), key=lambda code: (code > 0, abs(code)))
         return subprocess.CompletedProcess(words, code,
                                            *(path.read_text() for path in said))
 
 
-def _environments(processes):
-    """What torchrun would put into the environment of each process; nothing for a single one."""
+def _ended(ranks):
+    """Wait for processes, and kill the others when one fails; False where they have hung."""
+    hangs_at = time.monotonic() + HANG_SECONDS
+    while running := [rank for rank in ranks if rank.exitcode is None]:
+        connection.wait([rank.sentinel for rank in running], 1)
+        if any(rank.exitcode for rank in ranks):
+            for rank in running:
+                rank.kill()
+        elif time.monotonic() > hangs_at:
+            for rank in running:
+                os.kill(rank.pid, signal.SIGABRT)  # it then says where it stands
+                rank.join()
+            return False
+    return True
+
+
+@contextmanager
+def meeting(processes):
+    """What torchrun would put into the environment of each process; nothing for a single one.
+
+    As torchrun does, this process holds the store where they meet, so that no port is guessed.
+    """
     if processes == 1:
-        return [dict(os.environ)]
-    port = random.randint(20000, 32000)  # below those that connections are given meanwhile
+        yield [{}]
+        return
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost",
-             "MASTER_PORT": port}
-    return [{**os.environ, **{name: str(value) for name, value in world.items()},
-             "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+             "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    yield [{name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
+           for rank in range(processes)]
+    del store
 
 
 def _run(words, environment, said):
@@ -76,5 +97,6 @@ def _run(words, environment, said):
             and not Path(path).is_relative_to(sys.prefix)]  # but not an environment that lies here
     sys.path[:] = [*first, *(path for path in sys.path if path and path not in ours)]
     sys.argv = words
+    faulthandler.enable()
     multiprocessing.set_start_method(None, force=True)  # what it would be in a fresh process
     runpy.run_path(words[0], run_name="__main__")

@@ -8,7 +8,6 @@
 import json
 import re
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -31,8 +30,9 @@ class Stub(BaseHTTPRequestHandler):
             return self.reply(429, b"quota", {"Retry-After": "99999"})
         if question == "broken" and first_time:
             return self.reply(503, b"")
-        if question == "slow" and first_time:
-            time.sleep(0.6)
+        if self.headers.get("Unanswered"):
+            self.rfile.read(1)  # until who asked has given up waiting
+            return None
         if question == "html" and first_time:
             return self.reply(200, b"<html>")
         if question == "down" and server.is_down:

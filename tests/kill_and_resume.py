@@ -1,6 +1,10 @@
-"""Kill a training run with SIGKILL at random moments, resume it, until it ends.
+"""Kill a training run with SIGKILL again and again, resume it each time, until it ends.
 
     python tests/kill_and_resume.py KILLS SEED OUTPUT_DIR [flags of train.py]
+
+A child kills itself at a line of Python, counted from its start: of this project, or, every other
+time, of anything that saving a checkpoint executes. The numbers are drawn from SEED, so machines
+slow and fast are killed at the same lines.
 
 Children are forked from a process that has loaded torch, so that an attempt takes no time to
 start. Prints how many were killed, and how many of them in the middle of saving.
@@ -11,28 +15,65 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (which comes with the first optimizer)
 
 import train  # noqa: E402
 from minisft.common.command_line import run_script  # noqa: E402
+from minisft.training.run import Run  # noqa: E402
+
+LINES = 30_000  # of this project, the most before a kill: the start and some twenty steps
+LINES_OF_SAVING = 100_000  # some three checkpoints
 
 
-def attempt(arguments):
-    """Start train.py in a child; returns its process id."""
+def attempt(arguments, prepare=lambda: None):
+    """Start train.py in a child, where prepare() is called first; returns its process id."""
     child = os.fork()
     if child == 0:
+        os.register_at_fork(after_in_child=lambda: sys.settrace(None))  # not its workers
         torch.set_num_threads(1)
         sys.argv = ["train.py", *arguments]
+        prepare()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             run_script(train.main)
         os._exit(0)
     return child
+
+
+def killer(number, folder):
+    """A trace function that kills this process at a line of the files in a folder."""
+    def trace(frame, event, _):
+        nonlocal number
+        if not frame.f_code.co_filename.startswith(str(folder)):
+            return None
+        number -= event == "line"
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    return trace
+
+
+def kill_at(number):
+    """Have this process killed at a line of this project."""
+    sys.settrace(killer(number, ROOT))
+
+
+def kill_in_saving(number):
+    """Have this process killed at one of the lines, of any file, executed while it saves."""
+    trace, save = killer(number, "/"), Run.save_checkpoint
+
+    def save_traced(run):
+        sys.settrace(trace)
+        save(run)
+        sys.settrace(None)
+
+    Run.save_checkpoint = save_traced
 
 
 def main():
@@ -40,14 +81,9 @@ def main():
     arguments = [*sys.argv[4:], "--output_dir", str(output_dir), "--resume_from_checkpoint", "auto"]
     generator, in_saving = random.Random(seed), 0
     for number in range(kills):
-        child = attempt(arguments)
-        if number % 2:  # every other time, once it is seen saving
-            while not any(output_dir.glob("*.partial")):
-                time.sleep(0.0002)
-            time.sleep(generator.uniform(0.0, 0.01))
-        else:
-            time.sleep(generator.uniform(0.0, 1.0))
-        os.kill(child, signal.SIGKILL)
+        kill, lines = [(kill_at, LINES), (kill_in_saving, LINES_OF_SAVING)][number % 2]
+        line = generator.randint(1, lines)
+        child = attempt(arguments, lambda kill=kill, line=line: kill(line))
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             sys.exit(f"attempt {number} had ended by itself: give the run more steps")

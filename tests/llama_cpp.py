@@ -10,6 +10,7 @@ import urllib.request
 
 import numpy as np
 import xllamacpp
+from standing import HANG_SECONDS
 
 
 class Server:
@@ -40,12 +41,13 @@ class Server:
         request = urllib.request.Request(self.server.listening_address + path,
                                          json.dumps(content).encode(),
                                          {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=HANG_SECONDS) as answer:
             return json.load(answer)
 
     def get(self, path):
         """The JSON object at a path."""
-        with urllib.request.urlopen(self.server.listening_address + path, timeout=120) as answer:
+        address = self.server.listening_address + path
+        with urllib.request.urlopen(address, timeout=HANG_SECONDS) as answer:
             return json.load(answer)
 
     def tokenize(self, text, add_special=False, parse_special=False):

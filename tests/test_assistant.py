@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIG, command
+from standing import HANG_SECONDS, wait_until
 
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model, save_model
@@ -358,24 +359,29 @@ def test_other_things_are_no_conversations(assistant):
 
 
 def test_threads_get_what_each_gets_alone_and_in_turns(assistant, oracle):
-    """Eight conversations at once: token by token, none waits for another to end."""
+    """Eight conversations at once: none waits for another to end."""
     questions = [f"the {word} {number}" for number, word in enumerate(["cat", "mat"] * 4)]
     expected = [transformers_answer(oracle, assistant, [user(one)]) for one in questions]
-    answers, finished, barrier = [""] * 8, [], threading.Barrier(8)
+    answers, served, forward = [""] * 8, [], assistant.model.forward
+
+    def noted(*arguments, **more):
+        served.append(threading.get_ident())
+        return forward(*arguments, **more)
 
     def ask(place):
-        barrier.wait()
         for piece in assistant.stream([user(questions[place])], GREEDY):
             answers[place] += piece
-        finished.append([len(one) > 0 for one in answers])
 
+    assistant.model.forward = noted
     threads = [threading.Thread(target=ask, args=(place,)) for place in range(8)]
+    with assistant.turns:  # until all have asked
+        for one in threads:
+            one.start()
+        wait_until(lambda: len(assistant.turns._waiting) == 1 + 8)
     for one in threads:
-        one.start()
-    for one in threads:
-        one.join(60)
+        one.join(HANG_SECONDS)
     assert answers == expected
-    assert all(finished[0])  # when the first was done, all others had begun
+    assert len(set(served[:8])) == 8 < len(served)  # the first token of each before any second
 
 
 def test_turns_go_by_the_order_of_asking():
@@ -384,16 +390,17 @@ def test_turns_go_by_the_order_of_asking():
     def take(number):
         for _ in range(3):
             with turns:
+                # Until all that will come again have asked again, and stand behind this one.
+                wait_until(lambda: len(turns._waiting) == min(3, 9 - len(order)))
                 order.append(number)
 
     with turns:
         threads = [threading.Thread(target=take, args=(number,)) for number in range(3)]
         for number, one in enumerate(threads):
             one.start()
-            while len(turns._waiting) < number + 2:
-                pass
+            wait_until(lambda number=number: len(turns._waiting) == number + 2)
     for one in threads:
-        one.join(10)
+        one.join(HANG_SECONDS)
     assert order == [0, 1, 2] * 3
     turns.__enter__()  # as if Ctrl-C had come between entering and what follows
     with turns:

@@ -4,12 +4,12 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from standing import state_of, wait_until
 
 from minisft.common.errors import UserError
 from minisft.data.batching import WINDOW_STEPS, Batches, collate, micro_batches, pack
@@ -45,8 +45,7 @@ def flat(lists):
 
 def running(process_id):
     """Whether a process is there and not only waiting for its end to be noted."""
-    done = subprocess.run(["ps", "-o", "stat=", "-p", process_id], capture_output=True, text=True)
-    return done.stdout.strip()[:1] not in ("", "Z")
+    return state_of(process_id) not in ("", "Z")
 
 
 def epoch_of(batches, rows_per_step, epoch):
@@ -176,28 +175,32 @@ class TestWorkers:
             "row 30 (line 30)", "row 32 (line 32)"]
         assert "2 broken rows left out, the first" in str(report)
 
-    @pytest.mark.parametrize("begins", [
-        "", "os.register_at_fork(after_in_child=lambda: print(os.getpid(), flush=True) or "
-            "time.sleep(1))"])
+    # The second kind of worker begins only when its parent is gone.
+    @pytest.mark.parametrize("begins", ["", """
+def begin():
+    print(os.getpid(), flush=True)
+    while os.getppid() == parent:
+        time.sleep(0.01)
+
+parent = os.getpid()
+os.register_at_fork(after_in_child=begin)
+"""])
     def test_workers_end_with_a_killed_parent(self, begins):
         """Also while they hold windows that nobody takes, and where it is gone as they begin."""
         program = (
-            "import multiprocessing, os, sys, time; sys.path[:0] = ['.', 'tests']\n"
-            f"from test_batching import EXAMPLES, Batches, as_they_are; {begins}\n"
+            "import multiprocessing, os, signal, sys, time; sys.path[:0] = ['.', 'tests']\n"
+            f"from test_batching import EXAMPLES, Batches, as_they_are\n{begins}\n"
             "batches = Batches(EXAMPLES, as_they_are, num_workers=2)\n"
             "steps = batches.steps(8, 0, 10**6); next(steps)\n"
             "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
-            "time.sleep(60)")
+            "signal.pause()")
         parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True,
                                   stdout=subprocess.PIPE)
         workers = parent.stdout.readline().split()
         assert len(workers) == (1 if begins else 2) and all(map(running, workers))
         parent.kill()
         parent.wait()
-        deadline = time.monotonic() + 20
-        while any(map(running, workers)):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: not any(map(running, workers)))
 
     def test_all_a_worker_needs_can_be_sent_to_it(self, file, tiny_tokenizer_dir):
         """Pickled, as where processes are not forked."""

@@ -6,12 +6,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT, command
 from safetensors.torch import load_file
+from standing import HANG_SECONDS, lines_in, standing_still, wait_until
 
 from minisft.common.errors import UserError
 from minisft.training import checkpoint
@@ -79,15 +79,15 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
     flags, processes = [*flags, "--max_steps", 100], 2 if before else 1
     assert command(*flags, "--output_dir", tmp_path / "whole", processes=processes).returncode == 0
-    words = [sys.executable, *before, ROOT / "train.py", *flags,
-             "--output_dir", tmp_path / "it was stopped"]
+    told = tmp_path / "told"
+    words = [sys.executable, *before, *standing_still("train:train_step", [4], told),
+             ROOT / "train.py", *flags, "--output_dir", tmp_path / "it was stopped"]
     process = subprocess.Popen(list(map(str, words)), cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    log = tmp_path / "it was stopped" / "metrics.jsonl"
-    while len(read_metrics(log)) < 3:
-        time.sleep(0.01)
+    wait_until(lambda: lines_in(told) == processes, process)  # all of them in the fourth step
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=HANG_SECONDS)
+    assert "stopped and saved at step 4; go on with" in output
     if not before:
         assert process.returncode == 128 + number and "Traceback" not in errors, errors
     start, advice = output.strip().splitlines()[-1].split("train.py")

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT, command
+from standing import HANG_SECONDS
 
 # In the place of Python: notes the command and leaves the files that the script would.
 STAND_IN = """#!/usr/bin/env bash
@@ -33,7 +34,8 @@ def recipe(tmp_path):
     def run(**settings):
         log.write_text("")
         done = subprocess.run(
-            ["bash", ROOT / "examples/cherry.sh"], capture_output=True, text=True, timeout=60,
+            ["bash", ROOT / "examples/cherry.sh"], capture_output=True, text=True,
+            timeout=HANG_SECONDS,
             env=os.environ | {"PYTHON": str(stand_in), "LOG": str(log), "CLUSTERS": "30",
                               "OUTPUT": str(tmp_path / "with space")} | settings)
         commands = [shlex.split(line) for line in log.read_text().splitlines()]

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from conftest import CONFIG, command
+from standing import HANG_SECONDS
 from torch._dynamo.utils import counters
 
 from minisft.common.errors import UserError
@@ -80,7 +81,7 @@ def test_answers_are_those_of_the_model_as_it_is_and_nothing_compiles_again(assi
     try:
         thread = threading.Thread(target=lambda: answers.extend(converse(compiled, sampling)))
         thread.start()  # as on the web page: not the thread that has compiled
-        thread.join(60)
+        thread.join(HANG_SECONDS)
     finally:
         compiled.decoder.step = step
     assert answers == expected and all(known > 15 for _, known in expected[2:])

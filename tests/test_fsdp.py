@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import CONFIG, ROOT, command
 from safetensors.torch import load_file
+from standing import HANG_SECONDS
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -104,7 +105,7 @@ def train_forked(folder, plan):
     """Work off a list of runs."""
     (folder / "runs.json").write_text(json.dumps(list(plan)))
     done = subprocess.run([sys.executable, ROOT / "tests" / "fork_and_train.py", "runs.json"],
-                          cwd=folder, capture_output=True, text=True, timeout=300)
+                          cwd=folder, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -18,6 +18,7 @@ import torch
 from conftest import CONFIG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from standing import HANG_SECONDS
 
 import train
 from minisft.checkpoints import adapters, folders
@@ -36,7 +37,7 @@ from minisft.text.tokenizer import Tokenizer
 from minisft.training import checkpoint
 
 EXAMPLES = 220  # of each kind
-MORE_MEMORY, SECONDS = 2 * 2**30, 10
+MORE_MEMORY = 2 * 2**30
 CONVERSATION = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat "}]
 ROWS = {
     "alpaca.json": [{"instruction": "Say it.", "input": "the cat", "output": "sat", "system": "s",
@@ -304,7 +305,7 @@ def mutate(name, content, generator):
 def limits():
     """Address space and time are limited while the examples run."""
     def stop(number, frame):
-        raise Hang(f"more than {SECONDS} seconds")
+        raise Hang(f"more than {HANG_SECONDS} seconds")
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -333,7 +334,7 @@ def test_works_or_says_what_is_wrong(kind, files, limits, tmp_path, tiny_tokeniz
     def check(name, seed):
         generator = random.Random(seed)
         (folder / name).write_bytes(mutate(name, sound[name], generator))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
         try:
             USES[kind](folder)
             outcomes.append(None)

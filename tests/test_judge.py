@@ -1,10 +1,13 @@
 """judge.py: verdicts, and a judge behind an address that may be ill, slow or far away."""
 
+import itertools
 import json
 import re
+import urllib.request
 
 import pytest
 from judge_stub import serving
+from standing import HANG_SECONDS, wait_until
 
 from minisft.common.errors import UserError
 from minisft.evaluation.compare import Item, answer_items
@@ -53,10 +56,25 @@ def stub():
 
 
 def remote(stub, **settings):
-    return RemoteJudge(stub.url, "stub", "secret\n", **{"pause": 0.01, "timeout": 0.3, **settings})
+    return RemoteJudge(stub.url, "stub", "secret\n", **{"pause": 0.01, **settings})
 
 
-def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, tmp_path):
+@pytest.fixture
+def impatient(monkeypatch):
+    """The first two requests about "slow" get no reply and time out soon; no other times out."""
+    number, urlopen = itertools.count(), urllib.request.urlopen
+
+    def open_for_a_moment(request, timeout):
+        assert timeout == 120
+        if b"]\\nslow\\n" in request.data and next(number) < 2:
+            request.add_header("Unanswered", "yes")
+            return urlopen(request, timeout=0.05)
+        return urlopen(request, timeout=HANG_SECONDS)
+
+    monkeypatch.setattr("minisft.judge.urllib.request.urlopen", open_for_a_moment)
+
+
+def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, impatient, tmp_path):
     comparisons = [Comparison("plain", "a", "longer"), Comparison("busy", "longer", "b"),
                    Comparison("broken", "same", "size"), Comparison("slow", "a", "longer"),
                    Comparison("html", "a", "longer"), Comparison("nonsense", "a", "longer"),
@@ -75,6 +93,8 @@ def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, tmp_path)
     assert sum(seen) == 14
     assert {one[:3] for one in stub.requests} == {
         ("/v1/chat/completions", "Bearer secret", "stub")}
+    # Those that nobody waited for may arrive late.
+    wait_until(lambda: [one[3] for one in stub.requests].count("slow") == 4)
     asked = [one[3] for one in stub.requests]
     assert asked.count("plain") == 2 and asked.count("busy") == asked.count("slow") == 4
     before = len(asked)

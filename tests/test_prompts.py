@@ -2,13 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, command
+from standing import lines_in, standing_still, wait_until
 
 from minisft.chat import prompts
 from minisft.common.errors import UserError
@@ -101,20 +100,19 @@ def test_a_line_that_was_cut_harms_no_later_one(tmp_path):
 
 
 def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path):
-    path = tmp_path / "many.txt"
-    path.write_text("the cat\n" * 3000)
+    path, told = tmp_path / "many.txt", tmp_path / "told"
+    path.write_text("the cat\n" * 9)
     process = subprocess.Popen(
-        [sys.executable, ROOT / "chat.py", "--model_name_or_path", tiny_chat_model_dir, "--file",
-         path, "--output", tmp_path / "out", "--batch_size", "1", "--device", "cpu"],
+        [sys.executable, *standing_still("minisft.prompts:Answers.add", [4], told),
+         ROOT / "chat.py", "--model_name_or_path", tiny_chat_model_dir, "--file", path, "--output",
+         tmp_path / "out", "--batch_size", "1", "--max_new_tokens", "4", "--device", "cpu"],
         stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    partial, deadline = tmp_path / "out.partial", time.monotonic() + 60
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 3:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    wait_until(lambda: lines_in(told), process)
+    process.kill()
     process.wait()
-    rows = partial.read_bytes().splitlines(keepends=True)
-    assert all(json.loads(row) for row in rows if row.endswith(b"\n"))
+    _, *answers = read(tmp_path / "out.partial")
+    assert len({row for row, _, _ in answers}) == 3 == len(answers)
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_of_many_forms(assistant, tmp_path):

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, command
+from standing import HANG_SECONDS
 
 from minisft.common.errors import UserError
 from minisft.selection.kmeans import kmeans
@@ -22,7 +23,7 @@ NOT_BUILT_IN = pytest.mark.skipif(
 
 def python(*words, input=None, cwd=ROOT):
     return subprocess.run([sys.executable, *words], cwd=cwd, input=input, capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=HANG_SECONDS)
 
 
 @NOT_BUILT_IN

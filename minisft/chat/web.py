@@ -289,8 +289,8 @@ def serve(page, host, port, password=None, share=False):
             "anyone who can reach this machine can use the page: consider --password",
             file=sys.stderr,
         )
-    print(f"{blocks.share_url or blocks.local_url}  (Ctrl-C ends)", file=sys.stderr, flush=True)
     try:
+        print(f"{blocks.share_url or blocks.local_url}  (Ctrl-C ends)", file=sys.stderr, flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         blocks.close(verbose=False)

@@ -18,6 +18,8 @@ import threading
 import time
 from pathlib import Path
 
+PATIENCE = 60  # seconds to wait for the first to fail, lest one that hangs keeps all
+
 
 def claim():
     """Whether this process is the first to fail of those on this machine, and is to say why."""
@@ -51,12 +53,23 @@ def leave(status):
 
 def give_way():
     """End this process, which is not the first to fail, after that one."""
-    path, tries = _file(), 100
-    while tries and path.exists() and not path.read_text():
-        tries -= 1
+    path, ends = _file(), time.monotonic() + PATIENCE
+    # torchrun names as the cause the process that it sees end first; it has seen it once the
+    # process is gone.
+    while time.monotonic() < ends and path.exists() and not _is_gone(path.read_text()):
         time.sleep(0.1)
-    time.sleep(1)  # torchrun names the one that ends first as the cause
     leave(1)
+
+
+def _is_gone(process_id):
+    """Whether no such process is there, not even one whose end its parent has not noted."""
+    if not process_id:
+        return False  # it has not said yet why it fails
+    try:
+        os.kill(int(process_id), 0)
+    except OSError:
+        return True
+    return False
 
 
 def end_with_others():

@@ -8,6 +8,7 @@ A model that each process holds only a part of is made in fsdp.py; what others n
 import contextlib
 import inspect
 import os
+import weakref
 from datetime import timedelta
 
 import torch
@@ -19,6 +20,7 @@ from minisft.common.errors import UserError
 
 # How long one process may keep the others waiting: large checkpoints are written by the first.
 PATIENCE = timedelta(hours=2)
+_wrapped = weakref.WeakSet()  # models with a DDP reducer
 
 
 def start(device, kind="ddp"):
@@ -46,7 +48,11 @@ def start(device, kind="ddp"):
 
 
 def stop():
-    """Leave the process group."""
+    """Leave the process group. Models that `wrap` returned cannot be used any more."""
+    # A reducer holds the group too. If it held it last, it would free the group, and so wait for
+    # gloo's threads, without releasing the GIL, which these threads may need: a deadlock.
+    for model in _wrapped:
+        model.reducer = model.logger = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -143,7 +149,9 @@ def wrap_ddp(model):
     # has another name before torch 2.13, and the old one is warned of from then on.
     known = inspect.signature(DistributedDataParallel).parameters
     flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
+    _wrapped.add(model)
+    return model
 
 
 def barrier():
