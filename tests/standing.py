@@ -102,7 +102,7 @@ def main():
     settings, script, *flags = sys.argv[1:]
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *flags]
-    from minisft.options import run
+    from minisft.common.command_line import run_script as run
 
     stop_at(**json.loads(settings))
     run(importlib.import_module(Path(script).stem).main)

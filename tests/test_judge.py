@@ -71,7 +71,7 @@ def impatient(monkeypatch):
             return urlopen(request, timeout=0.05)
         return urlopen(request, timeout=HANG_SECONDS)
 
-    monkeypatch.setattr("minisft.judge.urllib.request.urlopen", open_for_a_moment)
+    monkeypatch.setattr("minisft.evaluation.judge.urllib.request.urlopen", open_for_a_moment)
 
 
 def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, impatient, tmp_path):

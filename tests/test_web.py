@@ -149,7 +149,7 @@ def test_a_failing_model_shows_a_message_and_the_page_lives_on(page, capsys):
 
 
 def test_stop_keeps_what_has_come_and_only_one_answer_at_a_time(page, monkeypatch):
-    monkeypatch.setattr("minisft.page.SECONDS_BETWEEN_VIEWS", -1)  # a view for every token
+    monkeypatch.setattr("minisft.chat.page.SECONDS_BETWEEN_VIEWS", -1)  # a view for every token
     talk = Talk()
     endless(page.assistants[0])
     views = page.ask(talk, "go", "", 15_000, *VALUES[1:])
@@ -453,7 +453,7 @@ def wait_for(tab, text, within="#notice"):
 
 
 def test_browser_two_turns_stop_and_download(served, visit, monkeypatch):
-    monkeypatch.setattr("minisft.page.SECONDS_BETWEEN_VIEWS", -1)  # a view for every token
+    monkeypatch.setattr("minisft.chat.page.SECONDS_BETWEEN_VIEWS", -1)  # a view for every token
     page, tab = served[0], visit()
     assistant, logits = page.assistants[0], page.assistants[0].model.logits
     encode, first, second = assistant.tokenizer.encode, threading.Event(), threading.Event()
