@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,11 @@ import tokenizers
 from forks import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+# The suite computes in float32 on every processor: in this process and in those that it starts.
+STARTUP = ROOT / "tests" / "startup"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
+runpy.run_path(str(STARTUP / "sitecustomize.py"))
 CONFIG = {  # a Llama that computes in no time
     "model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
