@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -31,6 +32,20 @@ CONVERSATIONS = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
      {"role": "user", "content": "What is 2+2?"}],
 ]
+
+
+COMPARES_NUMBERS = re.compile(r"\b(assert_close|assert_allclose|approx)\(")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark `numerical` what is in a file that compares numbers with a tolerance.
+
+    Those are the results that depend on kernels, so `make test-avx2` runs them a second time.
+    """
+    texts = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
+    for item in items:
+        if COMPARES_NUMBERS.search(texts[item.path]):
+            item.add_marker(pytest.mark.numerical)
 
 
 def command(*arguments, script="train.py", before=(), processes=1):
