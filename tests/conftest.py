@@ -1,6 +1,9 @@
 """Fixtures that several test files share."""
 
 import json
+import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,11 @@ from forks import run_script
 from standing import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
+# The suite computes in float32 on every processor: in this process and in those that it starts.
+STARTUP = ROOT / "tests" / "startup"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
+runpy.run_path(str(STARTUP / "sitecustomize.py"))
 CONFIG = {  # a Llama that computes in no time
     "model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -25,6 +33,20 @@ CONVERSATIONS = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
      {"role": "user", "content": "What is 2+2?"}],
 ]
+
+
+COMPARES_NUMBERS = re.compile(r"\b(assert_close|assert_allclose|approx)\(")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark `numerical` what is in a file that compares numbers with a tolerance.
+
+    Those are the results that depend on kernels, so `make test-avx2` runs them a second time.
+    """
+    texts = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
+    for item in items:
+        if COMPARES_NUMBERS.search(texts[item.path]):
+            item.add_marker(pytest.mark.numerical)
 
 
 def command(*arguments, script="train.py", before=(), processes=1):

@@ -13,6 +13,8 @@ from minisft.model.config import ModelConfig
 from minisft.model.decoder import (
     CausalLM,
     Linear,
+    RMSNorm,
+    attend_causally,
     attend_in_rows,
     attend_in_rows_at_once,
     kernel_for_rows,
@@ -232,19 +234,75 @@ def test_published_greedy_text(shared_data):
     assert ids[-256:] == expected[-256:]
 
 
+def operations(function):
+    """function() without gradients -> its result, and the names of the operations it took."""
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        result = function()
+    return result, " ".join(event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("has_onednn", [torch.backends.mkldnn.is_available(), False])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (8, 1), (2, 40), (5, 40)])
-def test_few_rows_are_multiplied_by_onednn(rows, bias):
+def test_few_rows_are_multiplied_by_onednn(rows, bias, has_onednn, monkeypatch):
     """Linear equals torch's, in value and layout, with and without the shortcut."""
+    monkeypatch.setattr("minisft.model.HAS_ONEDNN", has_onednn)
     torch.manual_seed(0)
     layer, x = Linear(512, 768, bias=bias), torch.randn(*rows, 512)
     expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        actual = layer(x)
+    actual, names = operations(lambda: layer(x))
     assert actual.is_contiguous()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    used = any("_linear_pointwise" in event.name for event in profile.events())
-    assert used == (rows[0] * rows[1] <= 64 and torch.backends.mkldnn.is_available())
+    assert ("_linear_pointwise" in names) == (has_onednn and rows[0] * rows[1] <= 64)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (8, 1), (64, 1), (65, 1), (1, 8)])
+def test_one_token_of_few_rows_is_normalised_by_a_product(rows):
+    """RMSNorm equals torch's with and without the shortcut."""
+    torch.manual_seed(0)
+    norm, x = RMSNorm(512, eps=1e-5), 3 * torch.randn(*rows, 512)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    actual, names = operations(lambda: norm(x))
+    torch.testing.assert_close(actual, torch.nn.functional.rms_norm(x, (512,), norm.weight, 1e-5),
+                               rtol=1e-5, atol=1e-6)
+    assert ("baddbmm" in names) == (rows[0] <= 64 and rows[1] == 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_token(masked):
+    """One query over all keys, as it is computed for the last of several."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 20, 16) for heads in (4, 2, 2))
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()
+    mask = causal & (torch.rand(3, 1, 20, 20) < 0.7) | torch.eye(20, dtype=torch.bool)
+    mask = mask if masked else None
+    several = attend_causally(q, k, v, mask)[:, :, -1:]
+    one = attend_causally(q[:, :, -1:], k, v, mask[:, :, -1:] if masked else None)
+    torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("rows", [1, 8, 65])
+def test_a_step_of_generation_equals_the_plain_path(name, rows, monkeypatch):
+    """A model large enough for every shortcut, with and without them: after a cached prompt."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8}
+    model = CausalLM(ModelConfig.from_dict({**SMALL, **VARIANTS[name], **sizes}))
+    model.initialize()
+    tokens = torch.randint(0, 128, (rows, 9))
+
+    def step():
+        cache = KeyValueCache(model.config)
+        model(tokens[:, :-1], cache=cache)
+        return model.logits(model(tokens[:, -1:], cache=cache))
+
+    quick, names = operations(step)
+    assert ("baddbmm" in names) == (rows <= 64)
+    monkeypatch.setattr("minisft.model.are_few_on_cpu", lambda x, weight: False)
+    plain, names = operations(step)
+    assert "baddbmm" not in names and "_linear_pointwise" not in names
+    torch.testing.assert_close(quick, plain, rtol=1e-4, atol=1e-4 * plain.std().item())
 
 
 def test_the_shortcut_keeps_out_of_autocast_and_half_precision():

@@ -44,6 +44,21 @@ def test_levels_are_the_published_ones():
     assert torch.equal(dynamic_levels(), functional.create_dynamic_map())
 
 
+def reference(packed, state, shape, dtype):
+    """What bitsandbytes' packed bytes and state stand for: codebook x absmax of the block.
+
+    Written out, because functional.dequantize_4bit depends on the processor. In bitsandbytes 0.50
+    the AVX-512 kernel takes absmax[row * (width // 64) + column // 64]; blocks run on over the ends
+    of rows, so absmax[(row * width + column) // 64] is right, as its other kernels have it. The two
+    agree where the width is a multiple of 64, and not for a weight of (7, 96).
+    """
+    indices = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()
+    absmax = state.state2.code[state.absmax.int()]
+    absmax = absmax * state.state2.absmax.repeat_interleave(state.state2.blocksize)[: len(absmax)]
+    absmax = (absmax + state.offset).repeat_interleave(state.blocksize)[: shape.numel()]
+    return (state.code[indices.int()][: shape.numel()] * absmax).view(shape).to(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packed_bytes_and_values_equal_bitsandbytes(shape, dtype):
@@ -56,7 +71,10 @@ def test_packed_bytes_and_values_equal_bitsandbytes(shape, dtype):
     their_scales = state.absmax.flatten()
     # With their scales the values are theirs bit for bit.
     values = dequantize_nf4(packed, their_scales, nested_scales, mean, weight.shape, dtype)
-    assert torch.equal(values, functional.dequantize_4bit(theirs, state))
+    expected = reference(theirs, state, weight.shape, dtype)
+    assert torch.equal(values, expected)
+    if shape[1] % 64 == 0:  # where their kernel is right on every processor
+        torch.testing.assert_close(functional.dequantize_4bit(theirs, state), expected)
     # A scale differs only where two levels are as near to the step of their look-up table, which
     # has 2**16 entries between -1 and 1.
     largest = in_blocks(weight.float().flatten(), 64).abs().amax(1) - mean

@@ -3,9 +3,10 @@
     result = kmeans(points, num_clusters=100, seed=0)      # points (N, D) float32, may be mapped
     result.assignment, result.centers, result.inertia      # (N,), (K, D), sum of squared distances
 
-Distances come from products: |x - c|^2 = |x|^2 - 2 x.c + |c|^2. Both are taken from the mean of the
-points, as far as that is from the origin: what is left of large squares after subtraction would
-be rounding. Only centers are moved, never points, so that no copy of the points is made.
+Distances come from products: |x - c|^2 = |x|^2 - 2 x.c + |c|^2. Where the points are far from the
+origin these terms are large and their difference is small, so float32 would leave little but
+rounding. Both x and c are therefore measured from the mean of the points. The mean is subtracted a
+block at a time, so the points are never copied and may be larger than memory.
 """
 
 import math
@@ -45,30 +46,38 @@ def kmeans(points, num_clusters, seed=0, num_starts=1, max_steps=300, tolerance=
 
 
 class Space:
-    """The points, their mean (D,) and squared distances from it (N,)."""
+    """The points, their mean (D,) and squared distances from it (N,).
+
+    `points` stay as they are; `blocks()` and everything computed from them are from the mean.
+    """
 
     def __init__(self, points):
         self.points = points
-        self.mean = sum(block.sum(0, dtype=np.float64) for _, block in self.blocks()) / len(points)
-        self.mean = self.mean.astype(np.float32)
+        total = sum(points[rows].sum(0, dtype=np.float64) for rows in self.slices())
+        self.mean = (total / len(points)).astype(np.float32)
         self.squares = np.concatenate(
-            [np.einsum("nd,nd->n", *[block - self.mean] * 2) for _, block in self.blocks()]
-        )
+            [np.einsum("nd,nd->n", block, block) for _, block in self.blocks()])
+
+    def slices(self):
+        """Yield the slices of the blocks."""
+        for start in range(0, len(self.points), BLOCK_ROWS):
+            yield slice(start, min(start + BLOCK_ROWS, len(self.points)))
 
     def blocks(self):
-        """Yield (slice, the points in it): no more than a block is ever multiplied at once."""
-        for start in range(0, len(self.points), BLOCK_ROWS):
-            rows = slice(start, min(start + BLOCK_ROWS, len(self.points)))
-            yield rows, self.points[rows]
+        """Yield (slice, its points minus the mean), in an array that the next block overwrites."""
+        shape = (min(BLOCK_ROWS, len(self.points)), self.points.shape[1])
+        buffer = np.empty(shape, np.float32)
+        for rows in self.slices():
+            block = self.points[rows]
+            yield rows, np.subtract(block, self.mean, out=buffer[: len(block)])
 
     def closeness(self, block, centers):
         """(rows, K): half of |x|^2 - |x - c|^2, largest for the nearest of the centers.
 
-        x and centers (K, D) are taken from the mean; the block is of points as they are.
+        The block and centers (K, D) are both from the mean.
         """
-        offset = centers @ self.mean + 0.5 * np.einsum("kd,kd->k", centers, centers)
         product = block @ centers.T
-        product -= offset
+        product -= 0.5 * np.einsum("kd,kd->k", centers, centers)
         return product
 
     def distances(self, centers):
@@ -131,7 +140,7 @@ def lloyd(space, centers, max_steps, tolerance):
                 assignment[rows] = nearest
                 move(sums, counts, block[moved], old, new)
         reseed_empty(space, closeness, assignment, sums, counts)
-        means = (sums / counts[:, None] - space.mean).astype(np.float32)
+        means = (sums / counts[:, None]).astype(np.float32)
         shift = np.square(means - centers, dtype=np.float64).sum()
         if not changed:
             break
@@ -160,7 +169,8 @@ def reseed_empty(space, closeness, assignment, sums, counts):
         while counts[assignment[point := distances.argmax()]] == 1:
             distances[point] = -np.inf
         distances[point] = -np.inf
-        move(sums, counts, space.points[[point]], assignment[[point]], np.array([cluster]))
+        move(sums, counts, space.points[[point]] - space.mean, assignment[[point]],
+             np.array([cluster]))
         assignment[point] = cluster
 
 
@@ -169,6 +179,6 @@ def finished(space, centers, num_steps):
     assignment, inertia = np.empty(len(space.points), np.int64), 0.0
     for rows, block in space.blocks():
         assignment[rows] = space.closeness(block, centers).argmax(1)
-        difference = block - (centers + space.mean)[assignment[rows]]
+        difference = block - centers[assignment[rows]]
         inertia += float(np.einsum("nd,nd->", difference, difference))
     return Clusters(centers + space.mean, assignment, inertia, num_steps)

@@ -97,8 +97,7 @@ def principal_components(points, number=2, steps=8, seed=0):
     for _ in range(steps):
         image = np.zeros_like(basis)
         for _, block in space.blocks():
-            centered = block - space.mean
-            image += centered.T @ (centered @ basis.astype(np.float32))
+            image += block.T @ (block @ basis.astype(np.float32))
         basis, variances, _ = np.linalg.svd(image, full_matrices=False)
     axes = basis[:, :number].astype(np.float32)
-    return np.concatenate([(block - space.mean) @ axes for _, block in space.blocks()])
+    return np.concatenate([block @ axes for _, block in space.blocks()])
