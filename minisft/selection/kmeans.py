@@ -1,14 +1,18 @@
 """k-means in numpy: k-means++ seeding, then Lloyd steps by matrix products in blocks.
 
-    result = kmeans(points, num_clusters=100, seed=0)      # points (N, D) float32, may be mapped
+    result = kmeans(points, num_clusters=100, seed=0)      # points (N, D) float32
     result.assignment, result.centers, result.inertia      # (N,), (K, D), sum of squared distances
 
-Distances come from products: |x - c|^2 = |x|^2 - 2 x.c + |c|^2. Both are taken from the mean of the
-points, as far as that is from the origin: what is left of large squares after subtraction would
-be rounding. Only centers are moved, never points, so that no copy of the points is made.
+    assign    each point to its nearest center
+    update    each center to the mean of its points; repeat until nothing changes
+
+Squared distances come from matrix products: |x - c|^2 = |x|^2 - 2 x.c + |c|^2, with x and c
+relative to the mean of the points: far from the origin, the difference of such large squares would
+be mostly rounding error. Only the centers are moved, so memory-mapped points are never copied.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +23,27 @@ BLOCK_ROWS = 512  # points multiplied at a time
 
 
 @dataclass
+class ArrayRows:
+    """Some rows of an array (N, D), which may be memory-mapped; copied only when indexed."""
+
+    array: np.ndarray
+    rows: np.ndarray  # their numbers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: slice | np.ndarray | list[np.intp]) -> np.ndarray:
+        return self.array[self.rows[index]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(number of rows, D)."""
+        return len(self.rows), self.array.shape[1]
+
+
+@dataclass
 class Clusters:
-    """What k-means found: centers (K, D) float32, assignment (N,) int64, the sum of squares."""
+    """centers (K, D) float32, assignment (N,) int64. inertia: the sum of squared distances."""
 
     centers: np.ndarray
     assignment: np.ndarray
@@ -28,51 +51,62 @@ class Clusters:
     num_steps: int
 
 
-def kmeans(points, num_clusters, seed=0, num_starts=1, max_steps=300, tolerance=1e-4):
-    """The best Clusters of several starts (Lloyd 1982, k-means++: Arthur and Vassilvitskii 2007).
+def kmeans(
+    points: np.ndarray | ArrayRows,
+    num_clusters: int,
+    seed: int = 0,
+    num_starts: int = 1,
+    max_steps: int = 300,
+    tolerance: float = 1e-4,
+) -> Clusters:
+    """The best of several starts (Lloyd 1982; k-means++: Arthur and Vassilvitskii 2007).
 
-    points: (N, D) float32, finite. tolerance: stop when the centers move by less, in all, than this
-    share of the mean variance of a dimension. UserError for fewer points than clusters.
+    points: (N, D) float32, finite. tolerance: stop when the squared shift of all centers is below
+    this fraction of the mean variance of a dimension. UserError for fewer points than clusters.
     """
     if not 1 <= num_clusters <= len(points):
-        raise UserError(f"{num_clusters} clusters of {len(points)} rows: give fewer clusters")
+        raise UserError(
+            f"cannot make {num_clusters} clusters of {len(points)} rows. Lower --clusters."
+        )
     space = Space(points)
-    found = [
+    results = [
         lloyd(space, seed_centers(space, num_clusters, generator), max_steps, tolerance)
         for generator in np.random.default_rng(seed).spawn(num_starts)
     ]
-    return min(found, key=lambda one: one.inertia)
+    return min(results, key=lambda clusters: clusters.inertia)
 
 
 class Space:
-    """The points, their mean (D,) and squared distances from it (N,)."""
+    """Points, their mean (D,), and their squared distances from it (N,)."""
 
-    def __init__(self, points):
+    def __init__(self, points: np.ndarray | ArrayRows) -> None:
         self.points = points
-        self.mean = sum(block.sum(0, dtype=np.float64) for _, block in self.blocks()) / len(points)
-        self.mean = self.mean.astype(np.float32)
+        zero = np.zeros(points.shape[1])
+        total = sum((block.sum(0, dtype=np.float64) for _, block in self.blocks()), zero)
+        self.mean = (total / len(points)).astype(np.float32)
         self.squares = np.concatenate(
             [np.einsum("nd,nd->n", *[block - self.mean] * 2) for _, block in self.blocks()]
         )
 
-    def blocks(self):
-        """Yield (slice, the points in it): no more than a block is ever multiplied at once."""
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield (slice, its points): the points are multiplied one block at a time."""
         for start in range(0, len(self.points), BLOCK_ROWS):
             rows = slice(start, min(start + BLOCK_ROWS, len(self.points)))
             yield rows, self.points[rows]
 
-    def closeness(self, block, centers):
-        """(rows, K): half of |x|^2 - |x - c|^2, largest for the nearest of the centers.
+    def closeness(self, block: np.ndarray, centers: np.ndarray) -> np.ndarray:
+        """(rows, K): half of |x|^2 - |x - c|^2, which is largest for the nearest center.
 
-        x and centers (K, D) are taken from the mean; the block is of points as they are.
+        centers (K, D) are relative to the mean, and x is the point relative to the mean; block
+        holds the points themselves.
         """
         offset = centers @ self.mean + 0.5 * np.einsum("kd,kd->k", centers, centers)
         product = block @ centers.T
         product -= offset
         return product
 
-    def distances(self, centers):
-        """(K, N): squared distances of all points from a few centers, which are from the mean."""
+    def distances(self, centers: np.ndarray) -> np.ndarray:
+        """(K, N): squared distances of all points from a few centers, relative to the mean."""
         squares = np.empty((len(centers), len(self.points)), np.float32)
         for rows, block in self.blocks():
             squares[:, rows] = -2 * self.closeness(block, centers).T
@@ -80,10 +114,11 @@ class Space:
         return np.maximum(squares, 0, out=squares)
 
 
-def seed_centers(space, num_clusters, generator):
-    """k-means++: centers (K, D), from the mean, drawn from the points by squared distance.
+def seed_centers(space: Space, num_clusters: int, generator: np.random.Generator) -> np.ndarray:
+    """k-means++: points drawn with probability proportional to their squared distance from the
+    centers so far. Of a few candidates, the one that reduces the sum most is taken.
 
-    Of a few candidates each time the one that leaves the least sum is taken.
+    Returns centers (K, D), relative to the mean.
     """
     num_candidates, chosen = 2 + int(math.log(num_clusters)), []
     nearest = np.full(len(space.points), np.inf, np.float32)  # squared distance to the chosen
@@ -97,20 +132,21 @@ def seed_centers(space, num_clusters, generator):
         nearest[chosen[-1]] = 0
         if len(chosen) == num_clusters:
             return space.points[chosen] - space.mean
-        candidates = draw(nearest, generator.random(num_candidates))
+        candidates = indices_by_weight(nearest, generator.random(num_candidates))
 
 
-def draw(weights, heights):
-    """Indices drawn in proportion to `weights`, at `heights` from 0 to 1 of their running sum."""
+def indices_by_weight(weights: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Indices drawn in proportion to `weights`, from uniform random numbers in [0, 1)."""
     cumulative = np.cumsum(weights, dtype=np.float64)
-    places = np.searchsorted(cumulative, heights * cumulative[-1], side="right")
-    return np.minimum(places, len(weights) - 1)
+    indices = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    return np.minimum(indices, len(weights) - 1)
 
 
-def lloyd(space, centers, max_steps, tolerance):
+def lloyd(space: Space, centers: np.ndarray, max_steps: int, tolerance: float) -> Clusters:
     """Assign every point to its nearest center, move centers to the means of their points, repeat.
 
-    Sums of points are kept, and changed by the points that change sides, which soon are few.
+    centers: (K, D), relative to the mean. The sums of the clusters' points are updated only by the
+    points that change cluster, which soon are few.
     """
     points, K = space.points, len(centers)
     limit = tolerance * space.squares.mean(dtype=np.float64) / points.shape[1]
@@ -141,8 +177,10 @@ def lloyd(space, centers, max_steps, tolerance):
     return finished(space, centers, num_steps)
 
 
-def move(sums, counts, points, old, new):
-    """Take points (n, D) from the sums of their old clusters (-1: none) and add them to the new."""
+def move(
+    sums: np.ndarray, counts: np.ndarray, points: np.ndarray, old: np.ndarray, new: np.ndarray
+) -> None:
+    """Move points (n, D) from the sums of their old clusters (-1: none) to those of their new."""
     weights, columns = np.zeros((len(counts), len(points)), np.float32), np.arange(len(points))
     weights[new, columns] = 1
     weights[old[old >= 0], columns[old >= 0]] -= 1
@@ -150,8 +188,17 @@ def move(sums, counts, points, old, new):
     counts += weights.sum(1).astype(np.int64)
 
 
-def reseed_empty(space, closeness, assignment, sums, counts):
-    """Give each cluster without points the point that is farthest from its own center."""
+def reseed_empty(
+    space: Space,
+    closeness: np.ndarray,
+    assignment: np.ndarray,
+    sums: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Give each cluster without points the point that is farthest from its center.
+
+    closeness: (N,), of each point to its center. Changes assignment, sums and counts.
+    """
     empty = np.flatnonzero(counts == 0)
     if not len(empty):
         return
@@ -164,8 +211,8 @@ def reseed_empty(space, closeness, assignment, sums, counts):
         assignment[point] = cluster
 
 
-def finished(space, centers, num_steps):
-    """Assign all points once more, so that the assignment and inertia are those of `centers`."""
+def finished(space: Space, centers: np.ndarray, num_steps: int) -> Clusters:
+    """Assign all points once more, so that assignment and inertia belong to `centers`."""
     assignment, inertia = np.empty(len(space.points), np.int64), 0.0
     for rows, block in space.blocks():
         assignment[rows] = space.closeness(block, centers).argmax(1)
