@@ -204,11 +204,11 @@ def main() -> None:
         options.dataset, options.dataset_dir, options.skip_bad_rows, with_rankings
     )
     inputs = [file.records.path for file in rows.files]
-    inputs += [options.scores, options.embeddings, options.match]
+    inputs += map(Path, filter(None, [options.scores, options.embeddings, options.match]))
     if options.embeddings:
         inputs.append(ScorePaths(options.embeddings).perplexity)
     if options.match:
-        inputs.append(f"{options.match}.manifest")
+        inputs.append(Path(f"{options.match}.manifest"))
     output = check_output(options, inputs)
     dataset = dataset_record(rows, is_drawn)
     lengths, is_broken = answer_lengths(rows)
@@ -250,7 +250,7 @@ def main() -> None:
         print(f"drew {draw(data, usable, choice, options.strategy, output)}")
 
 
-def check_output(options: Namespace, inputs: Sequence[str | Path | None]) -> Path:
+def check_output(options: Namespace, inputs: Sequence[Path]) -> Path:
     """The file to write. UserError if it, its manifest or its picture is an input or exists."""
     output = Path(options.output)
     written = [output, Path(f"{output}.manifest")]
