@@ -39,7 +39,7 @@ class Urn:
             if cache.pairs[0]:
                 assert len(cache.pairs[0][0]) == len(tokens)
                 counts += cache.pairs[0][0][:, None]
-            cache.pairs[0] = (counts[:, -1],)
+            cache.pairs[0] = (counts[:, -1], counts[:, -1])
         return counts
 
     def logits(self, hidden):
