@@ -96,9 +96,9 @@ class IfdScorer:
     def compute(self, model: CausalLM, passes: Sequence[Pass]) -> list[PassResult]:
         """Run a batch of passes. Logits are computed only where the next token's loss counts."""
         device = model.model.embed_tokens.weight.device
-        examples = [Example(one.ids, one.is_answer) for one in passes]
+        examples = [Example(item.ids, item.is_answer) for item in passes]
         tokens, is_answer, *_ = collate(examples, device)  # both (B, T)
-        lengths = torch.tensor([one.prompt_length for one in passes], device=device)
+        lengths = torch.tensor([item.prompt_length for item in passes], device=device)
         is_prompt = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
 
         hidden = hidden_states(model, tokens)  # (B, T, D)

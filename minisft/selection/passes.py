@@ -72,12 +72,12 @@ def make_batches(passes: Sequence[Pass], batch_tokens: int) -> Iterator[list[Pas
     A pass that is longer is a batch of its own.
     """
     batch: list[Pass] = []
-    for one in sorted(passes, key=lambda one: len(one.ids)):
-        width = -(-len(one.ids) // PAD_MULTIPLE) * PAD_MULTIPLE
+    for item in sorted(passes, key=lambda item: len(item.ids)):
+        width = -(-len(item.ids) // PAD_MULTIPLE) * PAD_MULTIPLE
         if batch and (len(batch) + 1) * width > batch_tokens:
             yield batch
             batch = []
-        batch.append(one)
+        batch.append(item)
     if batch:
         yield batch
 

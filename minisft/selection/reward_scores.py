@@ -60,8 +60,10 @@ class RewardScorer:
     def compute(self, model: RewardModel, passes: Sequence[Pass]) -> list[float]:
         """The rewards of a batch of conversations."""
         device = model.score.weight.device
-        tokens, *_ = collate([Example(one.ids, one.is_answer) for one in passes], device)  # (B, T)
-        last = torch.tensor([len(one.ids) - 1 for one in passes], device=device)
+        tokens, *_ = collate(
+            [Example(item.ids, item.is_answer) for item in passes], device
+        )  # (B, T)
+        last = torch.tensor([len(item.ids) - 1 for item in passes], device=device)
         hidden = hidden_states(model, tokens)  # (B, T, D)
         return model.rewards(hidden[torch.arange(len(passes), device=device), last]).tolist()
 

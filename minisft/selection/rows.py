@@ -52,8 +52,9 @@ def answer_lengths(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(row, BadRow):
             is_broken[number] = True
         else:
-            answers = [one["content"] for one in row.messages if one["role"] == "assistant"]
-            lengths[number] = sum(map(len, answers))
+            for message in row.messages:
+                if message["role"] == "assistant":
+                    lengths[number] += len(message["content"])
     return lengths, is_broken
 
 

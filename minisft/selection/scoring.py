@@ -27,7 +27,6 @@ from minisft.selection.shared_prefix import group_by_prefix
 # Rows whose passes are sorted by length and batched together.
 WINDOW_ROWS = 1024
 
-
 # Both plan the passes of a row, compute a batch of passes, and score the row from the results.
 Scorer = IfdScorer | RewardScorer
 
@@ -66,7 +65,8 @@ def score_rows(
 ) -> Iterator[list[Score]]:
     """Yield the scores of these rows as they are finished, those of all ranks in one list.
 
-    Every rank scores a share of the rows. batch_tokens: limit of a batch, padding included.
+    Every rank scores a share of the rows. model: a CausalLM for IfdScorer, a RewardModel for
+    RewardScorer. batch_tokens: limit of a batch, padding included.
     """
     own_scores = _score_own_rows(model, reader, numbers, batch_tokens, num_workers)
     while True:
@@ -94,15 +94,15 @@ def _score_window(
 ) -> Iterator[list[Score]]:
     """Yield the rows without passes, then after every batch the rows that it completed."""
     yield [scorer.score(plan, []) for plan in plans if not plan.passes]
-    plan_of = {one: plan for plan in plans for one in plan.passes}
+    plan_of = {item: plan for plan in plans for item in plan.passes}
     results: dict[Pass, Any] = {}
     for group in group_by_prefix(list(plan_of)):
         for batch in make_batches(group, batch_tokens):
             results.update(zip(batch, scorer.compute(model, batch), strict=True))
             finished = []
-            for plan in dict.fromkeys(plan_of[one] for one in batch):
-                if all(one in results for one in plan.passes):
-                    finished.append(scorer.score(plan, [results.pop(one) for one in plan.passes]))
+            for plan in dict.fromkeys(plan_of[item] for item in batch):
+                if all(item in results for item in plan.passes):
+                    finished.append(scorer.score(plan, [results.pop(item) for item in plan.passes]))
             yield finished
 
 

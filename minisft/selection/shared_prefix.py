@@ -27,10 +27,10 @@ MIN_PREFIX_TOKENS = 16
 def group_by_prefix(passes: Sequence[Pass]) -> list[list[Pass]]:
     """Groups of passes that begin with the same tokens; last, the passes without a large group."""
     groups: dict[bytes, list[Pass]] = defaultdict(list)
-    for one in passes:
-        groups[one.ids[:KEY_TOKENS].tobytes()].append(one)
+    for item in passes:
+        groups[item.ids[:KEY_TOKENS].tobytes()].append(item)
     large = [group for group in groups.values() if len(group) >= MIN_GROUP]
-    rest = [one for group in groups.values() if len(group) < MIN_GROUP for one in group]
+    rest = [item for group in groups.values() if len(group) < MIN_GROUP for item in group]
     return [*large, rest]
 
 
