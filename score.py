@@ -1,72 +1,67 @@
 """Score every row of a data set by Instruction-Following Difficulty, or by a reward model.
 
     python score.py --model_name_or_path examples/base --dataset examples/data/train.json \
-        --template alpaca --output runs/scores.jsonl
+        --template plain --output runs/scores.jsonl
 
     torchrun --nproc_per_node 2 score.py ...     # the same on two GPUs or processes
 
---mode ifd writes one JSON object a row to --output: the loss of the answer behind its instruction
-and alone, and their ratios. --mode embed writes beside it scores.embeddings.npy and
-scores.perplexity.npy, for choosing by cluster. --mode reward writes what a reward model (train.py
---stage rm) gives the conversation; of rows with several answers (chosen and rejected), what it
-gives to each, and how often it prefers the better one. Run it again to go on where it was
-interrupted.
+--mode ifd writes one JSON object per row to --output: the loss of the answer with its instruction
+and without, and their ratio. --mode embed writes scores.embeddings.npy and scores.perplexity.npy
+beside it, to choose rows by cluster. --mode reward writes the reward that a reward model (train.py
+--stage rm) gives each conversation; for rows with several answers (chosen and rejected), how often
+it prefers the better one. An interrupted command continues when it is run again.
 """
 
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Sequence
 
 from minisft.common.command_line import OptionParser, non_negative_int, positive_int, run_script
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, dtype_option
+from minisft.common.outputs import check_output_file
 
 EPILOGUE = """\
-What comes out, a line of JSON for every row of the data set:
-  index              number of the row in its file, from 0 (through all files, if there are several;
-                     those that num_samples in dataset_info.json leaves out count, without scores)
-  loss_conditioned   mean negative log-likelihood of the answer's tokens behind the prompt
-  loss_direct        the same behind the answer marker alone
+The output has a line of JSON for every row:
+  index              number of the row in its file, from 0. With several files, the count goes
+                     through all of them. Rows that num_samples in dataset_info.json leaves out
+                     count too, and get no scores.
+  loss_conditioned   mean negative log-likelihood of the answer's tokens, given the prompt
+  loss_direct        the same, given only the marker that opens an answer
   ifd                loss_conditioned / loss_direct: near 1, the instruction hardly helps
-  ifd_ppl            the ratio of the perplexities, exp(loss_conditioned - loss_direct); null
-                     where that is beyond 1e38
-  num_answer_tokens  without the one that ends the turn; of all answers in a conversation
+  ifd_ppl            the ratio of the perplexities, exp(loss_conditioned - loss_direct); null above
+                     1e38
+  num_answer_tokens  of all answers of the conversation, without end-of-turn tokens
   reason             why the row has no score, else null
-With --mode reward, instead of losses and their ratios:
-  reward             of the whole conversation: only differences between answers mean something
-and of a row with several answers (chosen and rejected, or a list as output, the best first), whose
-num_answer_tokens are those of the best:
-  accuracy           1 where the better answer has more reward, else 0
+With --mode reward, instead of the losses and their ratios:
+  reward             of the conversation; only differences between answers have a meaning
+and for a row with several answers (chosen and rejected, or a list as output, the best first), where
+num_answer_tokens is that of the best:
+  accuracy           1 if the better answer has the higher reward, else 0
   margin             reward_chosen - reward_rejected
   reward_chosen, reward_rejected
-                     of the two answers; of more than two, as all of these, the mean over all pairs
-                     of a better and a worse one, as in training
-Then choose the rows worth training on:
+                     of the two answers; with more answers these four are means over all pairs of a
+                     better and a worse answer, as in training
+Then choose the rows to train on:
   python select.py --dataset F --scores scores.jsonl --strategy ifd --sample_rate 0.05 --output F2
 """
 
 
-def parse_options(arguments=None):
-    """The options of score.py, from the command line if no words are given."""
+def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
+    """The options of score.py. arguments: by default those of the command line."""
     parser = OptionParser(description=__doc__.split("\n")[0])
     add, switch = add_model_flags(parser)
-    add("--adapter", help="score with this LoRA adapter, such as the pre-experience")
+    add("--adapter", help="LoRA adapter to score with, such as the pre-experience")
 
     add, switch = parser.section("data")
-    add(
-        "--dataset",
-        required=True,
-        help="files, folders and names in dataset_info.json, separated by commas",
-    )
+    add("--dataset", required=True, help="files, folders, names in dataset_info.json; by commas")
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
     switch("--skip_bad_rows", "give broken rows a reason instead of stopping")
-    add(
-        "--template",
-        default="auto",
-        help="conversation format, by name (auto: what the adapter or model was trained with)",
-    )
-    add("--default_system", help="system prompt of conversations that have none")
-    add("--max_length", type=positive_int, default=512, help="longer rows are reported, not scored")
+    add("--template", default="auto", help="chat template (auto: that of the training)")
+    add("--default_system", help="system prompt of conversations without one")
+    add("--max_length", type=positive_int, default=512, help="longer rows get no score")
     add(
         "--dataloader_num_workers",
         type=non_negative_int,
@@ -74,229 +69,141 @@ def parse_options(arguments=None):
         help="processes that read and encode rows ahead (0: none)",
     )
 
-    add, switch = parser.section("what is computed")
+    add, switch = parser.section("scores")
     add(
         "--mode",
         choices=["ifd", "embed", "all", "reward"],
         default="ifd",
-        help="ifd: scores; embed: embeddings and perplexity of the instructions; all: both; "
-        "reward: what a reward model says",
+        help="ifd: scores; embed: embeddings and perplexity of the prompts; all: both; "
+        "reward: by a reward model",
     )
     add(
         "--batch_tokens",
         type=positive_int,
-        help="tokens that go through the model together, padding "
-        "included (2048 on a CPU, whose caches they fit, 8192 on a GPU)",
+        help="tokens of a batch, padding included (default: 2048 on a CPU, 8192 on a GPU)",
     )
-    add(
-        "--output",
-        required=True,
-        metavar="F.jsonl",
-        help="file of the scores; other files get their names from it",
-    )
-    switch("--overwrite", "start anew where scores of another model, template or file are")
+    add("--output", required=True, metavar="F.jsonl", help="file of scores; others go beside it")
+    switch("--overwrite", "replace scores of another model, template or file")
     parser.epilog = EPILOGUE
-    return parser.parse_options(arguments)
+    options = parser.parse_options(arguments)
+    if not options.output.endswith(".jsonl"):
+        raise UserError(f"--output {options.output}: give a file name that ends in .jsonl")
+    return options
 
 
-def main():
-    from minisft.common.devices import resolve_device, resolve_dtype
-
+def main() -> None:
     options = parse_options()
 
-    from minisft.common import processes
-    from minisft.selection import ifd, reward_scores
-    from minisft.selection.score_files import ScoreFiles, open_every_record
+    # Imported after the options, so that --help and a mistyped flag answer at once.
+    import torch
+    from tqdm import tqdm
 
-    device = processes.start(resolve_device(options.device))
-    dtype, say = resolve_dtype(dtype_option(options), device), processes.print_rank0
-    skipped = [] if options.skip_bad_rows else None
-    of_rewards = options.mode == "reward"
-    rows, drawn = open_every_record(
-        options.dataset, options.dataset_dir, skipped, say, ranking=None if of_rewards else False
-    )
-    check_output(options, rows)
-    folders = find_model(options)
-    template, max_length, config = load_template(options, *folders, say)
-    parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
-    encoder = ifd.Encoder(
-        rows,
-        template,
-        max_length,
-        config.vocab_size,
-        parts,
-        drawn,
-        reward_scores.Score if of_rewards else ifd.Score,
-    )
-    files = pending = None
-    if processes.rank() == 0:
-        record = describe(options, *folders, template, max_length, dtype, rows, drawn)
-        files = ScoreFiles(
-            options.output, record, len(rows), parts, config.hidden_size, options.overwrite
-        )
-        pending = files.pending()
-    pending = processes.all_gather(pending)[0]
-    say(
-        f"{len(rows):,} rows, {len(pending):,} to do; template {template.name}, {device}, "
-        f"{str(dtype).removeprefix('torch.')}, {processes.world_size()} process(es)"
-    )
-
-    model = load_scorer(options, *folders, dtype, device)
-    # Every process scores rows of its own; what is finished is written by the first.
-    batch_tokens = options.batch_tokens or (8192 if device.type == "cuda" else 2048)
-    mine = ifd.score(
-        model,
-        encoder,
-        pending,
-        batch_tokens,
-        options.dataloader_num_workers,
-        reward_scores.compute_rewards if of_rewards else ifd.compute_losses,
-    )
-    write(mine, files, len(rows), len(pending), say)
-    processes.stop()
-
-
-def find_model(options):
-    """(folder of the model, of the adapter or None); UserError where they are not what is asked."""
+    from minisft.checkpoints.adapters import load_adapter
+    from minisft.checkpoints.folders import load_model
     from minisft.checkpoints.hub import resolve
-    from minisft.checkpoints.reward_models import check_head
-
-    model_dir = resolve(options.model_name_or_path)
-    adapter_dir = options.adapter and resolve(options.adapter, "adapter_config.json")
-    if options.mode == "reward":
-        check_head(model_dir, adapter_dir)
-    return model_dir, adapter_dir
-
-
-def check_output(options, rows):
-    """UserError where --output, or a file named after it, is no file to write or is read from."""
-    from minisft.common.outputs import check_output_file
-    from minisft.selection.score_files import paths
-
-    if not options.output.endswith(".jsonl"):
-        raise UserError(f"--output {options.output}: give the name of a file that ends in .jsonl")
-    for path in paths(options.output).values():
-        check_output_file("--output", path, [file.records.path for file in rows.files])
-
-
-def load_template(options, model_dir, adapter_dir, say):
-    """(template, longest row in tokens, config): all but the weights, since it loads quickly."""
+    from minisft.checkpoints.reward_models import check_head, load_reward_model
+    from minisft.common import processes
+    from minisft.common.devices import resolve_device, resolve_dtype
     from minisft.model.config import ModelConfig
-    from minisft.selection.ifd import longest_row
+    from minisft.model.lora import convert_parameters, merge_lora
+    from minisft.selection.ifd import IfdScorer
+    from minisft.selection.provenance import score_record
+    from minisft.selection.reward_scores import RewardScorer, mean_preference_fields
+    from minisft.selection.rows import open_every_row
+    from minisft.selection.score_files import ScorePaths
+    from minisft.selection.score_writer import ScoreWriter
+    from minisft.selection.scoring import RowReader, max_row_length, score_rows
     from minisft.text.chat_template import trained_template
     from minisft.text.tokenizer import Tokenizer
+    from minisft.training.metrics import in_words
 
+    device = processes.start(resolve_device(options.device))
+    dtype = resolve_dtype(dtype_option(options), device)
+    say = processes.print_rank0
+    uses_rewards = options.mode == "reward"
+
+    rows, is_drawn = open_every_row(
+        options.dataset, options.dataset_dir, options.skip_bad_rows, uses_rewards, say
+    )
+    for path in ScorePaths(options.output).all():
+        check_output_file("--output", path, [file.records.path for file in rows.files])
+
+    # The weights come last, since they are slow to load: mistakes above show at once.
+    model_dir = resolve(options.model_name_or_path)
+    adapter_dir = options.adapter and resolve(options.adapter, "adapter_config.json")
+    if uses_rewards:
+        check_head(model_dir, adapter_dir)
     config = ModelConfig.load(model_dir)
-    max_length = min(options.max_length, longest_row(config))
-    if max_length < options.max_length:
-        say(f"--max_length: {max_length} tokens, as far as this model can score rows")
     template = trained_template(
         options.template,
         Tokenizer.load(model_dir),
         adapter_dir or model_dir,
         options.default_system,
     )
-    return template, max_length, config
+    max_length = min(options.max_length, max_row_length(config))
+    if max_length < options.max_length:
+        say(f"--max_length {max_length}: this model cannot score longer rows")
 
+    if uses_rewards:
+        parts = ("reward",)
+        scorer = RewardScorer(template, max_length, config.vocab_size)
+    else:
+        parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
+        scorer = IfdScorer(template, max_length, config.vocab_size, parts)
 
-def load_scorer(options, model_dir, adapter_dir, dtype, device):
-    """The model that scores, a language model or a reward model, with its adapter."""
-    from minisft.checkpoints.folders import load_model
-    from minisft.checkpoints.reward_models import load_reward_model
+    # Rank 0 writes, and knows which rows are done already.
+    writer = None
+    if processes.rank() == 0:
+        record = score_record(
+            options, rows, is_drawn, model_dir, adapter_dir, template, max_length, dtype
+        )
+        writer = ScoreWriter(
+            options.output, record, len(rows), parts, config.hidden_size, options.overwrite
+        )
+    pending = processes.broadcast_from_rank0(lambda: writer and writer.pending())
+    say(
+        f"{len(rows):,} rows, {len(pending):,} to do; template {template.name}, {device}, "
+        f"{str(dtype).removeprefix('torch.')}, {processes.world_size()} process(es)"
+    )
 
-    load = load_reward_model if options.mode == "reward" else load_model
+    load = load_reward_model if uses_rewards else load_model
     model = load(model_dir, dtype, device, options.quantization_bit)
     if adapter_dir:
-        add_adapter(model, adapter_dir, options.quantization_bit)
-    return model
+        load_adapter(model, adapter_dir)
+        if dtype == torch.float32 and not options.quantization_bit:
+            # Fewer multiplications. Smaller types would round the merged weights.
+            merge_lora(model)
+        convert_parameters(model.eval(), dtype)
 
-
-def add_adapter(model, adapter_dir, quantization_bit):
-    """Load the adapter and merge it: fewer multiplications for every row.
-
-    In less than float32 a merged weight would be rounded, and a quantised one would become large,
-    so there it stays apart.
-    """
-    import torch
-
-    from minisft.checkpoints.adapters import load_adapter
-    from minisft.model.lora import convert_parameters, merge_lora
-
-    dtype = model.model.embed_tokens.weight.dtype
-    load_adapter(model, adapter_dir)
-    if dtype == torch.float32 and not quantization_bit:
-        merge_lora(model)
-    convert_parameters(model.eval(), dtype)
-
-
-def describe(options, model_dir, adapter_dir, template, max_length, dtype, rows, drawn):
-    """Everything that the scores depend on, by content, and by name for people."""
-    from minisft.selection.score_files import record_of_data, record_of_model
-
-    return {
-        **record_of_model(model_dir, adapter_dir),
-        "dataset": record_of_data(rows, drawn),
-        "template": template.name,
-        "default_system": template.default_system,
-        "max_length": max_length,
-        "dtype": str(dtype).removeprefix("torch."),
-        "quantization_bit": options.quantization_bit,
-        "kind of scores": "rewards" if options.mode == "reward" else "losses",
-        "names": {
-            "model": options.model_name_or_path,
-            "adapter": options.adapter,
-            "dataset": options.dataset,
-        },
-    }
-
-
-def write(mine, files, num_rows, num_pending, say):
-    """Write the Scores of all processes as they come (files: None but in the first); tell of it."""
-    from tqdm import tqdm
-
-    reasons, began = Counter(), time.monotonic()
+    reader = RowReader(rows, scorer, is_drawn)
+    batch_tokens = options.batch_tokens or (8192 if device.type == "cuda" else 2048)
+    reasons: Counter[str] = Counter()
+    began = time.monotonic()
     bar = tqdm(
-        total=num_rows,
-        initial=num_rows - num_pending,
+        total=len(rows),
+        initial=len(rows) - len(pending),
         unit="row",
-        disable=not (files and sys.stderr.isatty()),
+        disable=writer is None or not sys.stderr.isatty(),
     )
-    for finished in together(mine):
-        if files:
-            files.add(finished)
-        reasons.update((one.reason or "scored").split(":")[0] for one in finished)
-        bar.update(len(finished))
+    for scores in score_rows(model, reader, pending, batch_tokens, options.dataloader_num_workers):
+        if writer:
+            writer.add(scores)
+        for score in scores:
+            if reason := score.record["reason"]:
+                reasons[reason.partition(":")[0]] += 1
+        bar.update(len(scores))
     bar.close()
-    if files:
-        written = files.finish()
-        speed = num_pending / (time.monotonic() - began)
-        say(f"wrote {', '.join(map(str, written))}; {speed:,.1f} rows/s")
-        for reason, number in reasons.most_common():
-            if reason != "scored":
-                say(f"not scored {number:,}: {reason}")
-        if "reward" in files.parts:
-            tell_preferences(files.paths["scores"], say)
 
-
-def tell_preferences(path, say):
-    """Say how often, and by how much, the better of several answers has more reward."""
-    from minisft.selection.reward_scores import mean_figures
-    from minisft.training.metrics import in_words
-
-    positive_int, means = mean_figures(path)
-    if positive_int:
-        say(f"preferences of {positive_int:,} rows: {in_words(means)}")
-
-
-def together(mine):
-    """Yield what all processes have finished in a round as one list, until the last is through."""
-    from minisft.common import processes
-
-    while True:
-        results = processes.all_gather(next(mine, None))
-        if all(one is None for one in results):
-            return
-        yield [score for one in results for score in one or []]
+    if writer:
+        written = ", ".join(map(str, writer.finish()))
+        say(f"wrote {written}; {len(pending) / (time.monotonic() - began):,.1f} rows/s")
+        for reason, count in reasons.most_common():
+            say(f"not scored {count:,}: {reason}")
+        if uses_rewards:
+            num_preferences, means = mean_preference_fields(writer.paths.scores)
+            if num_preferences:
+                say(f"preferences of {num_preferences:,} rows: {in_words(means)}")
+    processes.stop()
 
 
 if __name__ == "__main__":

@@ -75,27 +75,28 @@ def compare(options, ours, theirs, rows, template):
     """
     import numpy as np
 
-    from minisft.selection import ifd
-    from minisft.selection.score_files import ScoreFiles
+    from minisft.selection.ifd import IfdScorer
+    from minisft.selection.score_writer import ScoreWriter
+    from minisft.selection.scoring import RowReader, score_rows
 
     device = theirs.device
-    encoder = ifd.Encoder(rows, template, 512)
+    reader = RowReader(rows, IfdScorer(template))
     numbers = np.arange(min(options.num_rows, len(rows)))
     prepared, tokens = [], []
-    for one in encoder[numbers]:
-        if len(one.sequences) == 2:
-            parts = [(part.ids.tolist(), int(part.answer.argmax())) for part in one.sequences]
-            prepared.append((*parts[0], *parts[1], one.index))
+    for plan in reader[numbers]:
+        if len(plan.passes) == 2:
+            parts = [(one.ids.tolist(), int(one.is_answer.argmax())) for one in plan.passes]
+            prepared.append((*parts[0], *parts[1], plan.index))
             tokens.append(len(parts[0][0]) + len(parts[1][0]))
     chosen = prepared[: options.reference_rows]
 
     def score(folder):
-        files = ScoreFiles(Path(folder) / "scores.jsonl", {}, len(numbers), ("ifd",), 0)
+        writer = ScoreWriter(Path(folder) / "scores.jsonl", {}, len(numbers), ("ifd",), 0)
         values = {}
-        for scores in ifd.score(ours, encoder, numbers, options.batch_tokens, options.workers):
-            files.add(scores)
-            values.update((one.index, one.as_dict()["ifd"]) for one in scores)
-        files.finish()
+        for scores in score_rows(ours, reader, numbers, options.batch_tokens, options.workers):
+            writer.add(scores)
+            values.update((score.index, score.record["ifd"]) for score in scores)
+        writer.finish()
         return [values[row[-1]] for row in prepared]
 
     def clocks():

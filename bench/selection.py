@@ -143,7 +143,7 @@ def evaluate(model):
 
 def identity(options):
     """What results have in common that may stand in one table."""
-    from minisft.selection.score_files import sha256
+    from minisft.selection.provenance import sha256
 
     files = [BASE / "model.safetensors", DATA / "train.json", DATA / "heldout.json", RECIPE]
     return {"files": [sha256(path) for path in files], "min_steps": options.min_steps,

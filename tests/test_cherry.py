@@ -1,4 +1,4 @@
-"""examples/cherry.sh: the commands of the recipe, what is not done again, what is refused."""
+"""examples/cherry.sh: its commands, the steps it skips when run again, and what it refuses."""
 
 import os
 import shlex
@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, command
 from standing import HANG_SECONDS
 
-# In the place of Python: notes the command and leaves the files that the script would.
+# Replaces Python: logs the command and creates the files that the script would.
 STAND_IN = """#!/usr/bin/env bash
 printf '%q ' "$@" >> "$LOG"; echo >> "$LOG"
 while [ $# -gt 0 ]; do
@@ -26,7 +26,7 @@ done
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A function: settings -> (exit status, commands that were given, standard error)."""
+    """A function: settings -> (exit status, logged commands, standard error)."""
     stand_in, log = tmp_path / "python", tmp_path / "log"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
@@ -56,7 +56,7 @@ def test_the_steps(recipe):
 
 
 def test_all_weights(recipe, tmp_path):
-    """Trained in full, the pre-experience is scored as a model, else as an adapter of the first."""
+    """A fully trained pre-experience is scored as a model, a LoRA as an adapter of the base."""
     for kind in ("full", "lora"):
         settings = {"TRAIN": f"--finetuning_type {kind}", "OUTPUT": str(tmp_path / kind)}
         status, commands, error = recipe(**settings)
@@ -69,10 +69,10 @@ def test_all_weights(recipe, tmp_path):
         assert found == ((pre, None) if kind == "full" else ("examples/base", pre))
 
 
-def test_what_is_done_again(recipe):
+def test_finished_steps_are_skipped(recipe):
     status, commands, _ = recipe(FAIL="1")
     assert status == 1 and len(commands) == 3
-    assert [words[0] for words in recipe()[1]][2] == "train.py"  # which goes on
+    assert [words[0] for words in recipe()[1]][2] == "train.py"  # it resumes
     names = [words[0] for words in recipe()[1]]
     assert names == ["score.py", "select.py", "score.py", "select.py"]
     status, commands, _ = recipe(SAMPLE_RATE="0.1")

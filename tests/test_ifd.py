@@ -1,4 +1,4 @@
-"""The score of a row: by hand on a toy model, for every template, in any batch."""
+"""IFD: computed by hand on a toy model, for every template, the same in any batch."""
 
 import json
 import math
@@ -9,18 +9,24 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from conftest import CONFIG
 from test_template import LLAMA3, QWEN, TINYLLAMA, fitting
 
 from minisft.common.errors import UserError
 from minisft.data.dataset import Row
 from minisft.data.row_values import BadRow
-from minisft.selection import ifd
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.selection.ifd import IfdScorer, PassResult, ifd_fields
+from minisft.selection.passes import Pass, Plan, make_batches
+from minisft.selection.scoring import RowReader, score_rows
+from minisft.selection.shared_prefix import group_by_prefix, hidden_states
 from minisft.text.template import TEMPLATES, get_template
 from minisft.text.tokenizer import Tokenizer
 
 
 class Urn:
-    """A model by hand: a token is as likely as it was frequent so far, p = (1 + n) / (V + T)."""
+    """A toy model: p(token) = (1 + how often it came so far) / (V + T)."""
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
@@ -29,11 +35,11 @@ class Urn:
 
     def __call__(self, tokens, cache=None):
         counts = torch.nn.functional.one_hot(tokens, self.vocab_size).cumsum(1).float()
-        if cache is not None:  # which holds the counts so far
-            if cache.pairs[0]:  # of each row
+        if cache is not None:  # it holds the counts so far, of each row
+            if cache.pairs[0]:
                 assert len(cache.pairs[0][0]) == len(tokens)
                 counts += cache.pairs[0][0][:, None]
-            cache.pairs[0] = (counts[:, -1],)
+            cache.pairs[0] = (counts[:, -1], counts[:, -1])
         return counts
 
     def logits(self, hidden):
@@ -41,7 +47,7 @@ class Urn:
 
 
 def urn_loss(ids, start, vocab_size):
-    """The summed loss of ids[start:], each behind those before it, by fractions."""
+    """The summed loss of ids[start:], each given all ids before it."""
     total = 0.0
     for place in range(start, len(ids)):
         seen = Counter(ids[:place])
@@ -49,23 +55,31 @@ def urn_loss(ids, start, vocab_size):
     return total
 
 
-class Given(list):
-    """Rows in memory, as dataset.Rows gives them."""
+class RowList(list):
+    """Rows in memory, with the interface of dataset.Rows."""
 
     skip_bad_rows = False
 
 
 def rows_of(*conversations):
-    return Given(Row([{"role": ("user", "assistant")[i % 2], "content": text}
-                      for i, text in enumerate(texts)]) for texts in conversations)
+    return RowList(Row([{"role": ("user", "assistant")[i % 2], "content": text}
+                        for i, text in enumerate(texts)]) for texts in conversations)
 
 
 def run(model, rows, template, batch_tokens=512, parts=("ifd", "embed"), max_length=400):
-    encoder = ifd.Encoder(rows, template, max_length, None, parts)
-    found = [one for part in ifd.score(model, encoder, np.arange(len(rows)), batch_tokens)
-             for one in part]
-    assert sorted(one.index for one in found) == list(range(len(rows)))
-    return sorted(found, key=lambda one: one.index)
+    """The scores of all rows, in order."""
+    reader = RowReader(rows, IfdScorer(template, max_length, None, parts))
+    numbers = np.arange(len(rows))
+    scores = [score for part in score_rows(model, reader, numbers, batch_tokens) for score in part]
+    assert sorted(score.index for score in scores) == list(range(len(rows)))
+    return sorted(scores, key=lambda score: score.index)
+
+
+def run_row(model, row, template):
+    """The plain way: one row, one pass at a time, without a cache."""
+    scorer = IfdScorer(template, 400, None, ("ifd", "embed"))
+    plan = scorer.plan(0, row)
+    return scorer.score(plan, [scorer.compute(model, [one])[0] for one in plan.passes])
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +91,7 @@ CHAT = ("the cat", "sat on", "the hat", "the mat sat")
 
 
 def test_by_hand(alpaca):
-    (one,) = run(Urn(300), rows_of(CHAT), alpaca)
+    (score,) = run(Urn(300), rows_of(CHAT), alpaca)
     encode, bos = alpaca.tokenizer.encode, alpaca.tokenizer.bos_token_id
     answers = [encode(text, continuation=True) for text in CHAT[1::2]]
     ids, _ = alpaca.encode(rows_of(CHAT)[0].messages)
@@ -85,12 +99,12 @@ def test_by_hand(alpaca):
     for number, answer in enumerate(answers):
         messages = rows_of(CHAT)[0].messages[: 2 * number + 1]
         prompt = alpaca.encode_prompt(messages)
-        assert ids[: len(prompt)] == prompt  # the first answer's end is in the second's history
+        assert ids[: len(prompt)] == prompt  # with the end of the answer before
         conditioned += urn_loss(prompt + answer, len(prompt), 300)
         marker = [bos, *encode("### Response:")]
         direct += urn_loss(marker + answer, len(marker), 300)
     count = sum(map(len, answers))
-    values = one.as_dict()
+    values = score.record
     assert values["index"] == 0 and values["reason"] is None
     assert values["num_answer_tokens"] == count
     assert values["loss_conditioned"] == pytest.approx(conditioned / count, rel=1e-5)
@@ -98,58 +112,74 @@ def test_by_hand(alpaca):
     assert values["ifd"] == pytest.approx(conditioned / direct, rel=1e-5)
     assert values["ifd_ppl"] == pytest.approx(
         math.exp(conditioned / count) / math.exp(direct / count), rel=1e-5)
-    # What is embedded is the prompt of the last answer: here a state counts the tokens so far.
-    assert one.perplexity() == pytest.approx(
+    # The prompt of the last answer is embedded. A state of this model counts the tokens so far.
+    assert score.perplexity == pytest.approx(
         math.exp(urn_loss(prompt, 1, 300) / (len(prompt) - 1)), rel=1e-5)
     states = [np.bincount(prompt[: end + 1], minlength=300) for end in range(len(prompt))]
-    np.testing.assert_allclose(one.embedding, np.mean(states, 0), rtol=1e-5)
+    np.testing.assert_allclose(score.embedding, np.mean(states, 0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 200, 100_000])
-def test_the_batch_makes_no_difference(alpaca, batch_tokens):
+def test_batches_and_shared_prefixes_give_the_scores_of_single_rows(alpaca, batch_tokens):
     conversations = [("the " * n + "rat", "sat " * (m + 1)) for n in range(5) for m in range(6)]
-    conversations += [CHAT, ("the cat",) + CHAT[1:]]
-    expected = [run(Urn(300), rows_of(one), alpaca)[0] for one in conversations]
-    for one, other in zip(run(Urn(300), rows_of(*conversations), alpaca, batch_tokens), expected,
-                          strict=True):
-        ours, theirs = one.as_dict(), other.as_dict()
-        assert ours["ifd"] == pytest.approx(theirs["ifd"], rel=1e-5)
-        assert ours["ifd_ppl"] == pytest.approx(theirs["ifd_ppl"], rel=1e-5)
-        assert one.perplexity() == pytest.approx(other.perplexity(), rel=1e-5)
-        np.testing.assert_allclose(one.embedding, other.embedding, rtol=1e-5)
+    conversations += [("the cat",) + CHAT[1:], CHAT]
+    rows = rows_of(*conversations)
+    plans = [IfdScorer(alpaca).plan(0, row) for row in rows]
+    groups = group_by_prefix([one for plan in plans for one in plan.passes])
+    assert [len(group) for group in groups] == [32, 34]  # conditioned passes; direct passes
+    for score, row in zip(run(Urn(300), rows, alpaca, batch_tokens), rows, strict=True):
+        expected = run_row(Urn(300), row, alpaca)
+        assert score.record["ifd"] == pytest.approx(expected.record["ifd"], rel=1e-5)
+        assert score.record["ifd_ppl"] == pytest.approx(expected.record["ifd_ppl"], rel=1e-5)
+        assert score.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+        np.testing.assert_allclose(score.embedding, expected.embedding, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_shared_prefix_gives_the_states_of_a_single_call():
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_dict(CONFIG)).eval()
+    model.initialize()
+    tokens = torch.randint(3, 128, (3, 40))
+    tokens[:, :30] = tokens[0, :30]
+    widths = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: widths.append(args[0].shape))
+    torch.testing.assert_close(hidden_states(model, tokens), model(tokens), rtol=1e-4, atol=1e-5)
+    assert widths == [(1, 30), (3, 10), (3, 40)]
+    torch.testing.assert_close(hidden_states(model, tokens[:1].repeat(3, 1)),
+                               model(tokens[:1]).repeat(3, 1, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_batches_keep_to_the_budget():
-    passes = [(ifd.Sequence(np.zeros(length), None), None) for length in
+    passes = [Pass(np.zeros(length), np.zeros(length)) for length in
               np.random.default_rng(0).integers(1, 200, 500)]
-    batches = list(ifd.cut(passes, 600))
+    batches = list(make_batches(passes, 600))
     assert sum(map(len, batches)) == 500 and len(batches) < 120
     for batch in batches:
-        width = max(-(-len(one.ids) // 8) * 8 for one, _ in batch)
+        width = max(-(-len(one.ids) // 8) * 8 for one in batch)
         assert width * len(batch) <= 600
-    assert [len(batch) for batch in ifd.cut(passes[:3], 1)] == [1, 1, 1]
+    assert [len(batch) for batch in make_batches(passes[:3], 1)] == [1, 1, 1]
 
 
 def check_template(template):
-    """Both passes have the same answer, one behind the prompt, one behind the marker alone."""
+    """Both passes have the same answer: one after the prompt, one after the marker."""
     tokenizer = template.tokenizer
     messages = rows_of(("Name a colour.", "Red, or blue."))[0].messages
-    encoder = ifd.Encoder(Given([Row(messages)]), template, 512, None, ("ifd", "embed"))
-    (one,) = encoder[[0]]
-    conditioned, direct = one.sequences
+    plan = IfdScorer(template, 512, None, ("ifd", "embed")).plan(0, Row(messages))
+    conditioned, direct = plan.passes
     prompt = template.encode_prompt(messages[:1])
-    answer = conditioned.ids[conditioned.answer]
+    answer = conditioned.ids[conditioned.is_answer]
     assert conditioned.prompt_length == len(prompt)
     assert [*prompt, *answer] == conditioned.ids.tolist()
     assert tokenizer.decode(answer.tolist()).strip() == "Red, or blue."
-    assert (direct.ids[direct.answer] == answer).all()
-    marker = direct.ids[~direct.answer].tolist()
+    assert (direct.ids[direct.is_answer] == answer).all()
+    marker = direct.ids[~direct.is_answer].tolist()
     begins = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
     assert marker[: len(begins)] == begins and tokenizer.bos_token_id not in marker[1:]
     assert len(marker) >= 1 and "colour" not in tokenizer.decode(marker)
     if template.name == "alpaca":
         assert marker == begins + tokenizer.encode("### Response:")
-    else:  # it is how the prompt ends
+    else:  # the prompt ends with it
         assert tokenizer.decode(prompt).strip().endswith(
             tokenizer.decode(marker[len(begins) :]).strip())
 
@@ -182,7 +212,7 @@ def test_markers(shared_data, name):
 
 
 def test_a_marker_without_tokens(tmp_path):
-    """Without a token before the answer its first one would have no loss when it stands alone."""
+    """Nothing would predict the first token of an answer that stands alone."""
     vocabulary = {"</s>": 0, "<unk>": 1, "the": 2, "cat": 3}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -191,52 +221,55 @@ def test_a_marker_without_tokens(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     template = get_template("plain", Tokenizer.load(tmp_path))
-    with pytest.raises(UserError, match="template plain: nothing of what opens an answer"):
-        ifd.Encoder(rows_of(("the", "cat")), template, 100)
+    with pytest.raises(UserError, match="template plain: the text that opens an answer has no"):
+        IfdScorer(template)
 
 
-def test_rows_without_a_score_say_why(alpaca):
+def test_rows_without_a_score_have_a_reason(alpaca):
     rows = rows_of(("the cat", "sat " * 500), ("the " * 500, "sat"), ("the cat", "sat"))
     long_answer, long_prompt, good = run(Urn(300), rows, alpaca, max_length=200)
-    for one in (long_answer, long_prompt):
-        values = one.as_dict()
-        assert values["reason"].startswith("longer than max_length")
+    for score in (long_answer, long_prompt):
+        values = score.record
+        assert values["reason"].startswith("longer than max_length: ")
         assert values["ifd"] is values["ifd_ppl"] is values["loss_direct"] is None
-        assert one.embedding is not None and math.isfinite(one.perplexity())
-    assert long_answer.prompt_length < 200 and long_prompt.prompt_length == 200
-    assert good.as_dict()["ifd"] > 0
+        assert score.embedding is not None and math.isfinite(score.perplexity)
+    assert good.record["ifd"] > 0
+    scorer = IfdScorer(alpaca, 200, None, ("embed",))  # the prompt is truncated to max_length
+    assert len(scorer.plan(0, rows[0]).passes[0].ids) < 200
+    assert len(scorer.plan(0, rows[1]).passes[0].ids) == 200
     assert run(Urn(300), rows, alpaca, parts=("ifd",), max_length=200)[0].embedding is None
 
 
-def test_numbers_that_are_none():
-    urn = ifd.Score(0, 2, conditioned=math.nan, direct=1.0).as_dict()
-    assert urn["reason"] == "the loss is not a finite number" and urn["loss_direct"] is None
-    zero = ifd.Score(0, 2, conditioned=1.0, direct=0.0).as_dict()
-    assert zero["ifd"] is None and "zero" in zero["reason"] and zero["loss_conditioned"] == 0.5
-    large = ifd.Score(0, 2, conditioned=2000.0, direct=1.0)  # JSON has no number for infinity
-    assert json.loads(json.dumps(large.as_dict(), allow_nan=False)) == {
-        "index": 0, "loss_conditioned": 1000.0, "loss_direct": 0.5, "ifd": 2000.0,
-        "ifd_ppl": None, "num_answer_tokens": 2, "reason": None}
+def test_losses_that_give_no_ratio(alpaca):
+    assert ifd_fields(math.nan, 1.0) == {"reason": "the loss is not a finite number"}
+    zero = ifd_fields(0.5, 0.0)
+    assert "ifd" not in zero and "zero" in zero["reason"] and zero["loss_conditioned"] == 0.5
+    large = ifd_fields(1000.0, 0.5)  # JSON has no number for infinity
+    assert json.loads(json.dumps(large, allow_nan=False)) == {
+        "loss_conditioned": 1000.0, "loss_direct": 0.5, "ifd": 2000.0, "ifd_ppl": None}
+    scorer = IfdScorer(alpaca, parts=("embed",))
+    plan = Plan(0, 2, passes=[Pass(np.zeros(3), np.zeros(3), prompt_length=3)])
     for loss, expected in ((180.0, math.inf), (math.nan, math.inf), (2.0, math.e)):
-        one = ifd.Score(0, prompt=loss, prompt_length=3)
-        assert one.perplexity() == pytest.approx(expected)  # float32 holds it
+        result = PassResult(0.0, loss, np.zeros(1))
+        assert scorer.score(plan, [result]).perplexity == pytest.approx(expected)
 
 
-class Broken(Given):
+class BrokenRows(RowList):
     def __getitem__(self, number):
         raise BadRow("x.json, row 1: there is no answer")
 
 
 def test_broken_rows(alpaca):
-    rows = Broken([0])
+    rows = BrokenRows([0])
     with pytest.raises(UserError, match="no answer .--skip_bad_rows"):
         run(Urn(300), rows, alpaca)
     rows.skip_bad_rows = True
-    (one,) = run(Urn(300), rows, alpaca)
-    assert one.as_dict()["reason"] == "broken: x.json, row 1: there is no answer"
-    assert one.perplexity() == math.inf
+    (score,) = run(Urn(300), rows, alpaca)
+    assert score.record["reason"] == "broken: x.json, row 1: there is no answer"
+    assert score.perplexity == math.inf
 
 
 def test_a_vocabulary_too_small(alpaca):
+    reader = RowReader(rows_of(CHAT), IfdScorer(alpaca, 100, vocab_size=10))
     with pytest.raises(UserError, match="the tokenizer gives id"):
-        list(ifd.score(Urn(10), ifd.Encoder(rows_of(CHAT), alpaca, 100, 10), [0], 100))
+        list(score_rows(Urn(10), reader, np.arange(1), 100))

@@ -1,4 +1,4 @@
-"""k-means: scikit-learn finds the same from the same centers, and nothing better from its own."""
+"""k-means equals scikit-learn from the same centers, and is as good from its own seeds."""
 
 import tracemalloc
 
@@ -72,7 +72,7 @@ def test_seeding_is_as_good_as_theirs():
     theirs = [KMeans(12, n_init=1, random_state=seed).fit(points).inertia_ for seed in range(40)]
     assert min(ours) == pytest.approx(min(theirs), rel=1e-4)  # both find the blobs
     assert np.mean(ours) < 1.08 * np.mean(theirs)
-    # Seeds drawn uniformly miss blobs: the rule is what finds them.
+    # Uniformly drawn seeds miss blobs.
     space, generator = Space(points), np.random.default_rng(0)
     uniform = [lloyd(space, points[generator.choice(len(points), 12)] - space.mean, 100, 1e-4)
                for _ in range(40)]
@@ -96,7 +96,7 @@ def test_reproducible_and_best_of_several():
     assert kmeans.kmeans(points, 20, seed=1, num_starts=4).inertia <= one.inertia
 
 
-def test_what_is_returned_belongs_together():
+def test_assignment_centers_and_inertia_agree():
     points = blobs(spread=2.0)
     found = kmeans.kmeans(points, 20, tolerance=0)
     distances = np.square(points[:, None].astype(float) - found.centers).sum(2)
@@ -130,7 +130,7 @@ def test_equal_points_and_one_cluster():
     points = blobs(rows=50)
     np.testing.assert_allclose(kmeans.kmeans(points, 1).centers[0], points.mean(0), atol=1e-5)
     assert kmeans.kmeans(points, 50).inertia == pytest.approx(0, abs=1e-6)
-    with pytest.raises(UserError, match="51 clusters of 50 rows"):
+    with pytest.raises(UserError, match="cannot make 51 clusters of 50 rows"):
         kmeans.kmeans(points, 51)
 
 

@@ -1,4 +1,4 @@
-"""Texts that are nearly the same: shares by sets, all pairs found, little memory."""
+"""Near-duplicates: similarity equals that of sets, all pairs are found, memory is bounded."""
 
 import json
 import tracemalloc
@@ -11,18 +11,18 @@ from minisft.selection import near_duplicates as module
 from minisft.selection.near_duplicates import near_duplicates
 
 
-def shares(left, right):
-    """The share of the runs of five characters that two texts have in common, by sets."""
+def similarity_of(left, right):
+    """The Jaccard index of the sets of runs of five characters."""
     left, right = ({text[start : start + 5] for start in range(max(1, len(text) - 4))}
                    for text in (left, right))
     return len(left & right) / len(left | right)
 
 
-def test_overlap_is_of_runs_of_five():
+def test_similarity_is_of_runs_of_five_characters():
     for left, right in (("the cat sat on the mat", "the cat sat on the hat"), ("abc", "abc"),
                         ("abc", "abd"), ("今天天气很好啊", "今天天气很好吗"), ("a" * 20, "a" * 9)):
-        found = module.overlap(*map(module.shingles_of, (left, right)))
-        assert found == pytest.approx(shares(left, right))
+        found = module.jaccard(*map(module.shingles, (left, right)))
+        assert found == pytest.approx(similarity_of(left, right))
 
 
 def test_near_duplicates():
@@ -42,12 +42,12 @@ def test_near_duplicates():
         number in (2, 5, 7, 10) for number in range(len(texts))]
 
 
-def test_what_is_dropped_drops_nothing():
-    """A text that is like one which is dropped, and not like one which is kept, stays."""
+def test_a_dropped_text_drops_no_other():
+    """A text that is similar to a dropped text, but to no kept text, stays."""
     letters = np.random.default_rng(0).choice(list("abcdefghijklmno"), 200)
     first = "".join(letters)
     chain = [first, first[12:] + "qrstuvwxyz12", first[24:] + "qrstuvwxyz12" + "3456789zyxwv"]
-    shared = [shares(chain[one], chain[other]) for one, other in ((0, 1), (1, 2), (0, 2))]
+    shared = [similarity_of(chain[one], chain[other]) for one, other in ((0, 1), (1, 2), (0, 2))]
     assert min(shared[:2]) > 0.85 > 0.8 > shared[2]
     assert near_duplicates(chain, 0.85).tolist() == [False, True, False]
 
@@ -61,8 +61,8 @@ def test_near_duplicates_are_all_found():
     assert not found[:300].any() and found[300:].all()
 
 
-def test_copies_of_texts_that_were_kept_beside_others_much_like_them_are_found():
-    """They share most bands, often all, with more of those than they are compared with."""
+def test_copies_among_many_similar_texts_are_found():
+    """They share most bands with more texts than they are compared with."""
     text = "".join(np.random.default_rng(0).choice(list("abcdefghij klmno"), 2000))
     texts = [text[:place] + "z" + text[place + 1 :] for place in range(0, 2000, 20)]
     for number in (2, 100):
@@ -70,24 +70,24 @@ def test_copies_of_texts_that_were_kept_beside_others_much_like_them_are_found()
         assert not found[:number].any() and found[number:].all()
 
 
-def test_near_duplicates_among_texts_much_alike_are_those_of_comparing_all():
+def test_near_duplicates_equal_those_of_comparing_all_pairs():
     rows = json.loads((ROOT / "examples" / "data" / "train.json").read_text("utf-8"))[:800]
     texts = [row["instruction"] + " " + row["input"] for row in rows]
-    sets, kept, expected = [set(module.shingles_of(text).tolist()) for text in texts], [], []
+    sets, kept, expected = [set(module.shingles(text).tolist()) for text in texts], [], []
     for one in sets:
         expected.append(any(len(one & other) >= 0.7 * len(one | other) for other in kept))
         kept += [] if expected[-1] else [one]
     assert near_duplicates(texts, 0.7).tolist() == expected and sum(expected) > 100
 
 
-def test_the_work_is_bounded_where_thousands_are_alike(monkeypatch):
+def test_the_work_is_bounded_for_many_similar_texts(monkeypatch):
     compared = []
-    overlap = module.overlap
-    monkeypatch.setattr(module, "overlap", lambda *sets: compared.append(1) or overlap(*sets))
+    jaccard = module.jaccard
+    monkeypatch.setattr(module, "jaccard", lambda *sets: compared.append(1) or jaccard(*sets))
     frame = "Is the following review, which was written by a guest, positive or not? It is number "
     texts = [frame + f"{number * 7919 % 1000:03}" * 3 for number in range(200)]
     assert not near_duplicates(texts, 0.95).any()
-    assert 100 * module.COMPARED < len(compared) <= 200 * module.COMPARED
+    assert 100 * module.MAX_COMPARED < len(compared) <= 200 * module.MAX_COMPARED
 
 
 def test_a_long_text_takes_little_memory():
@@ -99,12 +99,12 @@ def test_a_long_text_takes_little_memory():
     finally:
         tracemalloc.stop()
     assert found.tolist() == [False, False, True]
-    assert peak < 64 * 2**20  # a tenth of what all hashes of all its runs would take
+    assert peak < 64 * 2**20  # a tenth of all its hashes
 
 
 def test_many_texts_take_little_memory():
     class Numbers:
-        """Three thousand different texts, of which none is held."""
+        """Three thousand different texts, none of them in memory."""
 
         def __len__(self):
             return 3000
@@ -121,10 +121,10 @@ def test_many_texts_take_little_memory():
     assert peak < 500 * 3000
 
 
-def test_a_signature_is_of_all_runs():
+def test_a_signature_is_of_all_shingles():
     generator = np.random.default_rng(0)
     shingles = np.unique(generator.integers(2**63, size=10_000, dtype=np.uint64))
     factors, offsets = generator.integers(2**63, size=(2, 6), dtype=np.uint64)
     expected = [min((value * factor + offset) % 2**64 for value in shingles.tolist())
                 for factor, offset in zip(factors.tolist(), offsets.tolist(), strict=True)]
-    assert module.signature_of(shingles, factors, offsets).tolist() == expected
+    assert module.minhash(shingles, factors, offsets).tolist() == expected

@@ -1,4 +1,4 @@
-"""score.py --mode reward: rewards and preferences are transformers', and as train.py logs them."""
+"""score.py --mode reward: rewards equal transformers, preferences equal what train.py logs."""
 
 import json
 from itertools import combinations
@@ -15,7 +15,8 @@ from minisft.checkpoints.folders import save_model
 from minisft.common.errors import UserError
 from minisft.model.config import ModelConfig
 from minisft.model.reward import RewardModel
-from minisft.selection.reward_scores import Score, figures_of
+from minisft.selection.passes import Plan
+from minisft.selection.reward_scores import RewardScorer, preference_fields
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.metrics import in_words, read_metrics
@@ -25,7 +26,7 @@ FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected")
 
 @pytest.fixture
 def judge(checkpoint):
-    """A random reward model, in the place of `checkpoint`."""
+    """A random reward model, in the folder of `checkpoint`."""
     torch.manual_seed(1)
     model = RewardModel(ModelConfig.load(checkpoint))
     for parameter in model.parameters():
@@ -43,9 +44,9 @@ def answered(text):
 
 
 def rows_and_texts():
-    """Rows of preferences in all their forms, and the conversations of each, the best first.
+    """Preferences in all formats, and the conversations of each row, the best first.
 
-    The last four: one answer, the same answer twice, one that is too long, and one that is broken.
+    The last four rows: one answer, the same answer twice, an answer too long, a broken row.
     """
     rows, texts = [], []
     for number in range(24):
@@ -86,7 +87,7 @@ def read(path):
 
 @torch.no_grad()
 def their_rewards(judge, conversations):
-    """What transformers gives to conversations, one by one."""
+    """The rewards by transformers, one conversation at a time."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(judge)
     template = get_template("plain", Tokenizer.load(judge))
     return [model.eval()(torch.tensor([template.encode(one)[0]])).logits.item()
@@ -94,7 +95,7 @@ def their_rewards(judge, conversations):
 
 
 def check(lines, judge):
-    """Every figure of every row, from transformers' rewards."""
+    """Every number of every row, from transformers' rewards."""
     _, texts = rows_and_texts()
     assert [line["index"] for line in lines] == list(range(28))
     for line, conversations in zip(lines, texts, strict=False):
@@ -116,7 +117,7 @@ def check(lines, judge):
 
 
 def test_preferences_equal_transformers(judge, pairs, tmp_path, here):
-    """Whatever the batches and processes; at the end their means are told."""
+    """In any batch and with two processes; the means are printed at the end."""
     output = tmp_path / "s.jsonl"
     said = here(score, *words_of(judge, pairs, output, "--skip_bad_rows")).splitlines()
     lines = read(output)
@@ -132,8 +133,8 @@ def test_preferences_equal_transformers(judge, pairs, tmp_path, here):
     assert said[-1].partition(",")[0] in done.stdout
 
 
-def test_interrupted_it_goes_on(judge, pairs, tmp_path, here):
-    """And tells the means of all rows, also of those that it found."""
+def test_an_interrupted_run_continues(judge, pairs, tmp_path, here):
+    """The means are those of all rows, also of those scored before."""
     output, words = tmp_path / "s.jsonl", ["--skip_bad_rows", "--batch_tokens", 64]
     said = here(score, *words_of(judge, pairs, output, *words))
     lines = output.read_text().splitlines(keepends=True)
@@ -149,7 +150,7 @@ def test_interrupted_it_goes_on(judge, pairs, tmp_path, here):
 
 
 def test_the_means_are_those_of_an_evaluation(judge, pairs, tmp_path, here):
-    """Of train.py --stage rm, on the same rows: it leaves out the same ones."""
+    """train.py --stage rm has the same means on the same rows, and leaves out the same rows."""
     rows = [row for number, row in enumerate(rows_and_texts()[0]) if number not in (24, 27)]
     (tmp_path / "only_pairs.json").write_text(json.dumps(rows))
     here(train, "--model_name_or_path", judge, "--dataset", tmp_path / "only_pairs.json",
@@ -167,7 +168,7 @@ def test_the_means_are_those_of_an_evaluation(judge, pairs, tmp_path, here):
 
 
 def test_a_data_set_of_pairs_by_name(judge, pairs, tmp_path, here):
-    """As dataset_info.json describes it, with names of its own for the columns."""
+    """dataset_info.json describes its columns."""
     rows = [{"q": f"Say {number}.", "good": "yes", "bad": "no"} for number in range(6)]
     (tmp_path / "named.json").write_text(json.dumps(rows))
     (tmp_path / "dataset_info.json").write_text(json.dumps({"named": {
@@ -182,7 +183,7 @@ def test_a_data_set_of_pairs_by_name(judge, pairs, tmp_path, here):
 
 
 def test_rows_are_chosen_by_margin(judge, pairs, tmp_path, here):
-    """What cannot be chosen by is said; other scores of such rows there are none."""
+    """Preferences have no other score; the error says so."""
     rows = rows_and_texts()[0][:24]
     path, scores = tmp_path / "only.json", tmp_path / "s.jsonl"
     path.write_text(json.dumps(rows))
@@ -195,16 +196,17 @@ def test_rows_are_chosen_by_margin(judge, pairs, tmp_path, here):
     best = sorted(sorted(range(24), key=lambda row: -lines[row]["margin"])[:7])
     assert json.loads((tmp_path / "best.json").read_text()) == [rows[row] for row in best]
     for strategy, message in (
-            ("reward", "has no reward; score.py --mode reward computes it, of rows with one ans"),
-            ("ifd", "preference data (several answers to compare)")):
+            ("reward", "has no reward: score.py --mode reward computes it, of rows with one ans"),
+            ("ifd", "preference data")):
         done = command(*words, tmp_path / "no.json", "--strategy", strategy, script="select.py")
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
-    with pytest.raises(UserError, match="preference data .several answers to compare"):
+    with pytest.raises(UserError, match="preference data"):
         here(score, *words_of(judge, path, tmp_path / "t.jsonl", "--mode", "ifd"))
 
 
-def test_a_reward_that_is_no_number_is_a_reason():
-    one = Score(3, has_several=True, rewards={1: float("nan"), 0: 1.0})
-    assert one.as_dict() == {"index": 3, **dict.fromkeys(FIGURES), "num_answer_tokens": 0,
-                             "reason": "the reward is not a finite number"}
-    assert figures_of([2.0, 2.0])["accuracy"] == 0  # not better
+def test_a_reward_that_is_not_finite_is_a_reason(judge):
+    scorer = RewardScorer(get_template("plain", Tokenizer.load(judge)))
+    assert scorer.score(Plan(3), [1.0, float("nan")]).record == {
+        "index": 3, "reward": None, **dict.fromkeys(FIGURES), "num_answer_tokens": 0,
+        "reason": "the reward is not a finite number"}
+    assert preference_fields([2.0, 2.0])["accuracy"] == 0  # equal is not better

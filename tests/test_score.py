@@ -1,4 +1,4 @@
-"""score.py: values equal transformers row by row; runs that stop, go on, and refuse to mix."""
+"""score.py: scores equal transformers row by row; runs that stop, continue, and refuse to mix."""
 
 import functools
 import json
@@ -41,7 +41,7 @@ def real(shared_data, tmp_path_factory):
 
 @functools.cache
 def row_by_row(model_dir, rows_path):
-    """The plain way: transformers, one row at a time, two passes, logits for every position."""
+    """The plain way: transformers, one row at a time, two passes, all logits."""
     import sentencepiece
     import transformers
 
@@ -63,17 +63,17 @@ def row_by_row(model_dir, rows_path):
         given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
         prompt = whole(PROMPT.format(more, row["instruction"], given)).input_ids
         marker = [1, *tokenizer.encode("### Response:")]
-        # Behind a digit no space is put before the answer, and nothing merges with it.
+        # After a digit, an answer gets no space before it, and its first token does not merge.
         answer = whole("0" + row["output"], add_special_tokens=False).input_ids
         zero = whole("0", add_special_tokens=False).input_ids
         assert answer[: len(zero)] == zero
         answer = answer[len(zero) :]
-        if len(prompt + answer) + 1 > 512:  # with its end
+        if len(prompt + answer) + 1 > 512:  # with the end-of-turn token
             expected.append(None)
             continue
         conditioned, _ = look(prompt + answer, len(prompt))
         direct, _ = look(marker + answer, len(marker))
-        # A third of the embeddings will do.
+        # A third of the embeddings is enough.
         prompt_loss, embedding = look(prompt, 1) if len(expected) % 3 == 0 else (None, None)
         expected.append({
             "num_answer_tokens": len(answer), "loss_conditioned": conditioned,
@@ -106,7 +106,7 @@ def score(model, rows, output, *more, before=()):
 
 
 def score_here(monkeypatch, *words):
-    """The same in this process, which has loaded torch already; mistakes raise UserError."""
+    """The same in this process, which has loaded torch already. Mistakes raise UserError."""
     monkeypatch.setattr(sys, "argv", ["score.py", *words_of(*words)])
     script.main()
 
@@ -143,7 +143,7 @@ def test_batch_order_and_processes_make_no_difference(real, tmp_path):
 
 @pytest.fixture
 def many(tmp_path):
-    """A file of 400 rows with something of everything, and a broken one."""
+    """A file of 400 rows: of all lengths, a conversation, a broken row."""
     generator = random.Random(0)
     rows = [{"instruction": "the cat " * generator.randint(1, 9),
              "output": "sat on the mat " * generator.randint(1, 9)} for _ in range(400)]
@@ -159,7 +159,7 @@ def many(tmp_path):
 
 # Before finished rows are written; and when their lines are written and their embeddings are not.
 @pytest.mark.parametrize("function, calls", [
-    ("minisft.scores:ScoreFiles.add", [420]), ("numpy:load", [2 * 20 - 1])])
+    ("minisft.selection.score_writer:ScoreWriter.add", [420]), ("numpy:load", [2 * 20 - 1])])
 def test_killed_it_goes_on(function, calls, checkpoint, many, tmp_path, monkeypatch, capfd):
     whole, output, told = (tmp_path / name for name in ("whole.jsonl", "s.jsonl", "told"))
     words = ["--skip_bad_rows", "--mode", "all", "--batch_tokens", 128]
@@ -215,18 +215,18 @@ def test_scores_are_never_mixed(checkpoint, rows_file, tmp_path, monkeypatch):
         assert before == {path: path.read_bytes() for path in tmp_path.glob("s.*")}
     rows_file.write_text(changed.read_text())
     done = score(checkpoint, rows_file, output)
-    assert done.returncode == 2 and "changed since under the same name" in done.stderr
+    assert done.returncode == 2 and "another dataset (same name, changed content)" in done.stderr
     assert done.stderr.count("\n") == 1
     assert before == {path: path.read_bytes() for path in tmp_path.glob("s.*")}
     (tmp_path / "s.record.json").unlink()
-    with pytest.raises(UserError, match="no s.record.json"):
+    with pytest.raises(UserError, match="there is no s.record.json"):
         score_here(monkeypatch, checkpoint, rows_file, output)
     score_here(monkeypatch, checkpoint, rows_file, output, "--overwrite")
     assert [one["index"] for one in read(output)] == list(range(24))
 
 
 def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
-    """Only the rows that train.py would take are scored and chosen; numbers are the file's."""
+    """Only the rows that train.py would use are scored and chosen, by their number in the file."""
     from minisft.data.dataset import open_rows
 
     output, chosen = tmp_path / "s.jsonl", tmp_path / "c.json"
@@ -282,13 +282,13 @@ def test_mistakes(checkpoint, rows_file, many, tmp_path, monkeypatch):
     assert output.read_text() == "something else\n"
 
 
-def test_what_is_read_is_never_written(checkpoint, many, tmp_path, monkeypatch):
+def test_an_input_is_never_overwritten(checkpoint, many, tmp_path, monkeypatch):
     before = many.read_bytes()
     (tmp_path / "folder.jsonl").mkdir()
     os.mkfifo(tmp_path / "device.jsonl")
     for output, message in (
         (many, "many.jsonl is an input"),
-        (tmp_path / "scores.json", "ends in .jsonl"),  # beside scores.jsonl it had its record
+        (tmp_path / "scores.json", "ends in .jsonl"),
         (tmp_path, "ends in .jsonl"),
         (tmp_path / "folder.jsonl", "folder.jsonl is a folder"),
         (tmp_path / "device.jsonl", "device.jsonl is a folder or a device"),
@@ -316,7 +316,7 @@ def test_a_run_that_fails_early_leaves_nothing(checkpoint, rows_file, tmp_path, 
     score_here(monkeypatch, checkpoint, rows_file, output, *words)
     before = {path: path.read_bytes() for path in tmp_path.glob("s.*")}
     assert len(before) == 4
-    # --overwrite is for scores that take the place of those there, not for an error.
+    # --overwrite replaces scores by others, not by an error.
     with pytest.raises(UserError, match="missing: model.norm.weight"):
         score_here(monkeypatch, broken, rows_file, output, *words, "--overwrite")
     assert before == {path: path.read_bytes() for path in tmp_path.glob("s.*")}
@@ -327,7 +327,7 @@ def test_a_run_that_fails_early_leaves_nothing(checkpoint, rows_file, tmp_path, 
 
 
 def test_dynamic_rotary_scaling(checkpoint, many, tmp_path, monkeypatch):
-    """Rows for which the angles would depend on the batch are reported; others have one score."""
+    """Rows whose angles depend on the batch get no score; other scores do not depend on it."""
     path = checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {
         "max_position_embeddings": 44, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}))
@@ -338,7 +338,7 @@ def test_dynamic_rotary_scaling(checkpoint, many, tmp_path, monkeypatch):
                    "--template", "plain", "--skip_bad_rows")
         found.append(read(output))
     reasons = {one["reason"] and one["reason"].split(", ")[-1] for one in found[0]}
-    assert {None, "of 40"} <= reasons
+    assert {None, "the limit is 40"} <= reasons
     for one, other in zip(*found, strict=True):
         assert one["reason"] == other["reason"]
         if one["ifd"]:

@@ -1,4 +1,4 @@
-"""select.py: a name that the standard library has, files in their own format, mistakes."""
+"""select.py: a name that the standard library has, formats, strategies, mistakes."""
 
 import hashlib
 import json
@@ -12,9 +12,10 @@ from conftest import ROOT, command
 from standing import HANG_SECONDS
 
 from minisft.common.errors import UserError
+from minisft.common.json_files import read_json
 from minisft.selection.kmeans import kmeans
-from minisft.selection.score_files import paths, read_record
-from minisft.selection.strategies import from_clusters
+from minisft.selection.score_files import ScorePaths
+from minisft.selection.strategies import spread_over_clusters
 
 NOT_BUILT_IN = pytest.mark.skipif(
     "select" in sys.builtin_module_names,
@@ -28,7 +29,7 @@ def python(*words, input=None, cwd=ROOT):
 
 @NOT_BUILT_IN
 class TestTheName:
-    """In the root of the repository `import select` finds our file, which hands over."""
+    """In the root of the repository, `import select` finds our file, which hands over."""
 
     USE = ("import select, selectors, subprocess; print(select.__file__); "
            "print(select.select([], [], [], 0)); "
@@ -88,7 +89,7 @@ def fingerprint(path):
 
 @pytest.fixture
 def data(tmp_path):
-    """(file of rows, scores, embeddings): what score.py would leave, with numbers of our own."""
+    """(file of rows, scores, embeddings), as score.py writes them, with made-up numbers."""
     generator = np.random.default_rng(0)
     rows = [{"instruction": f"Do {'xyz'[n % 3] * 5} {n * n}", "input": "", "output": "y" * (n + 1),
              "number": n, "extra": 1.50} for n in range(NUM_ROWS)]
@@ -102,16 +103,16 @@ def data(tmp_path):
     lines[5] |= dict.fromkeys(("loss_conditioned", "loss_direct", "ifd", "ifd_ppl"))
     lines[5]["reason"] = "longer than max_length: 600 tokens, of 512"
     output.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    where = paths(output)
-    np.save(where["embeddings"], generator.standard_normal((NUM_ROWS, 8)).astype(np.float32))
-    np.save(where["perplexity"], generator.random(NUM_ROWS).astype(np.float32) + 1)
+    where = ScorePaths(output)
+    np.save(where.embeddings, generator.standard_normal((NUM_ROWS, 8)).astype(np.float32))
+    np.save(where.perplexity, generator.random(NUM_ROWS).astype(np.float32) + 1)
     files = [{"sha256": fingerprint(path), "rows": NUM_ROWS, "opened": NUM_ROWS}]
-    where["record"].write_text(json.dumps({"dataset": files, "names": {}}))
-    return path, output, where["embeddings"]
+    where.record.write_text(json.dumps({"dataset": files, "names": {}}))
+    return path, output, where.embeddings
 
 
 def select_here(monkeypatch, *words):
-    """Run the script in this process; mistakes raise UserError."""
+    """Run the script in this process. Mistakes raise UserError."""
     source = (ROOT / "select.py").read_text(encoding="utf-8").replace("run_script(main)", "main()")
     monkeypatch.setattr(sys, "argv", ["select.py", *map(str, words)])
     exec(compile(source, "select.py", "exec"), {"__name__": "__main__"})
@@ -125,7 +126,7 @@ def choose(data, tmp_path, monkeypatch):
     def run(*words, output=tmp_path / "out.json"):
         select_here(monkeypatch, "--dataset", path, "--output", output, "--overwrite", *words)
         chosen = [row["number"] for row in json.loads(output.read_text())]
-        manifest = read_record(tmp_path / "out.json.manifest")
+        manifest = read_json(tmp_path / "out.json.manifest")
         assert manifest["chosen"] == chosen == sorted(chosen)
         return chosen, manifest
 
@@ -145,7 +146,7 @@ def test_through_the_command_line(data, tmp_path):
     theirs = json.loads(path.read_text())
     assert ours == [theirs[n] for n in expected]  # whole rows, in the order of the file
     assert "6 of 60 rows by ifd" in done.stdout
-    manifest = read_record(tmp_path / "out.json.manifest")
+    manifest = read_json(tmp_path / "out.json.manifest")
     assert manifest["inputs"] == {"scores": fingerprint(scores)}
     assert manifest["dataset"] == [{"sha256": fingerprint(path), "rows": 60, "opened": 60}]
     assert manifest["dropped"] == {"longer than max_length": 1,
@@ -186,12 +187,13 @@ def test_strategies(choose, data):
     assert random != choose("--strategy", "random", *few, "--seed", 1)[0]
     cluster, manifest = choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters",
                                6, "--per_cluster", 3, "--starts", 2)
-    points, perplexity = np.load(embeddings), np.load(paths(scores)["perplexity"])
+    points, perplexity = np.load(embeddings), np.load(ScorePaths(scores).perplexity)
     assignment = kmeans(points, 6, seed=42, num_starts=2).assignment
-    assert set(cluster) == set(from_clusters(assignment, perplexity, np.arange(60), 3, [25, 75]))
+    assert set(cluster) == set(
+        spread_over_clusters(assignment, perplexity, np.arange(60), 3, [25, 75]))
     assert len(cluster) <= 18 and sum(manifest["clusters"]["sizes"]) == 60
     assert manifest["inputs"] == {"embeddings": fingerprint(embeddings),
-                                  "perplexity": fingerprint(paths(scores)["perplexity"])}
+                                  "perplexity": fingerprint(ScorePaths(scores).perplexity)}
     kcenter, _ = choose("--strategy", "kcenter", "--embeddings", embeddings, *few)
     assert len(kcenter) == 7
     mixed, _ = choose("--strategy", "ifd+kcenter", *both, *few)
@@ -245,7 +247,7 @@ def test_format_and_order_stay(kind, tmp_path, monkeypatch):
     select_here(monkeypatch, "--dataset", source, "--strategy", "random", "--sample_rate", 0.5,
                 "--output", output)
     written = output.read_text("utf-8").splitlines()
-    numbers = read_record(tmp_path / "new/out.jsonl.manifest")["chosen"]
+    numbers = read_json(tmp_path / "new/out.jsonl.manifest")["chosen"]
     assert len(numbers) == 15
     assert [json.loads(line) for line in written] == [json.loads(lines[n]) for n in numbers]
     if kind == "lines":
@@ -256,7 +258,7 @@ def test_format_and_order_stay(kind, tmp_path, monkeypatch):
     ("json", "jsonl", False), ("jsonl", "json", True), ("json", "txt", True),
     ("jsonl", "txt", False)])
 def test_the_name_says_lines_or_array(read, written, is_array, tmp_path, monkeypatch):
-    """Other programs go by the name: pandas, jq, a hub."""
+    """Other programs go by the name: pandas, jq, the hub."""
     rows = [{"instruction": f"q{n}", "output": "颜"} for n in range(6)]
     lines = "\n".join(json.dumps(row) for row in rows)
     source, output = tmp_path / f"rows.{read}", tmp_path / f"out.{written}"
@@ -289,43 +291,43 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("--clusters needs --strategy cluster", *by_ifd, *few, "--clusters", 3)
     refused("--sample_rate 1.5: must be from 0 to 1", *by_ifd, "--sample_rate", 1.5)
     refused("--dedup 0.2: must be", *by_ifd, *few, "--dedup", 0.2)
-    refused("'75,25' is not|invalid band value: '75,25'", *by_cluster, "--band", "75,25")
-    refused("59 rows are wanted and only", *by_ifd, "--sample_number", 59)
+    refused("'75,25' is not two percentiles", *by_cluster, "--band", "75,25")
+    refused("cannot choose 59 rows: only", *by_ifd, "--sample_number", 59)
     refused("61 clusters of 60 rows", *by_cluster, "--clusters", 61)
     refused("--output .* is an input", *by_ifd, *few, "--output", scores)
     refused("is a folder", *by_ifd, *few, "--output", tmp_path)
     os.mkfifo(tmp_path / "device")
     refused("or a device", *by_ifd, *few, "--output", tmp_path / "device", "--overwrite")
-    refused("is an input", *by_cluster, "--output", paths(scores)["perplexity"])
-    refused("is where --plot draws", *by_ifd, *few, "--plot", "--output", tmp_path / "x.png")
-    refused("no row is chosen", *by_cluster, "--clusters", 1, "--band", "49.99,50")
+    refused("is an input", *by_cluster, "--output", ScorePaths(scores).perplexity)
+    refused("--plot draws there", *by_ifd, *few, "--plot", "--output", tmp_path / "x.png")
+    refused("no row is in the --band", *by_cluster, "--clusters", 1, "--band", "49.99,50")
     refused("give the file that ends in .embeddings.npy", "--strategy", "kcenter", *few,
-            "--embeddings", paths(scores)["perplexity"])
+            "--embeddings", ScorePaths(scores).perplexity)
 
     values = np.load(embeddings)
     values[17, 3] = np.nan
     np.save(embeddings, values)
     refused("embedding of row 18 is not finite", *by_cluster, "--clusters", 5)
     np.save(embeddings, values[:50])
-    refused("was it computed from another file", *by_cluster, "--clusters", 5)
+    refused("float32 of shape \\(60, D\\)", *by_cluster, "--clusters", 5)
     embeddings.write_bytes(b"not an array")
     refused("cannot be read", *by_cluster, "--clusters", 5)
     lines = scores.read_text().splitlines(keepends=True)
     scores.write_text("".join(lines[:40]))
-    refused("has 40 of 60 rows; score.py goes on", *by_ifd, *few)
+    refused("has 40 of 60 rows. Run score.py again", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"index": 3,', '"index": 300,'))
-    refused("has a score of row 301, and the data set has 60", *by_ifd, *few)
+    refused("has a score of row 301, but the data set has 60", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"ifd": ', '"ifd": "x', 1))
     refused("not a line of score.py", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"reason": null', '"reason": 5', 1))
     refused("not a line of score.py", *by_ifd, *few)
     scores.write_text("".join(lines))
-    record = paths(scores)["record"]
+    record = ScorePaths(scores).record
     content = record.read_text()
     path.write_text(path.read_text() + "\n")
     refused("belongs to another file than --dataset, or that file has changed", *by_ifd, *few)
     record.unlink()
-    refused("no scores.record.json beside it", *by_ifd, *few)
+    refused("there is no scores.record.json beside it", *by_ifd, *few)
     record.write_text(content)
     rows = json.loads(path.read_text())
     rows[8]["output"] = " "
@@ -333,20 +335,20 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("row 9.*there is no answer", "--strategy", "random", *few)
     chosen, manifest = choose("--strategy", "random", "--sample_number", 59, "--skip_bad_rows")
     assert 8 not in chosen and manifest["dropped"] == {"broken": 1}
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="out.json exists"):
         select_here(monkeypatch, "--dataset", path, "--strategy", "random", *few, "--output",
                     tmp_path / "out.json", "--skip_bad_rows")
 
 
 def test_perplexities_not_yet_computed(choose, data):
     path, scores, embeddings = data
-    values = np.load(paths(scores)["perplexity"])
+    values = np.load(ScorePaths(scores).perplexity)
     values[30] = np.inf
-    np.save(paths(scores)["perplexity"], values)
+    np.save(ScorePaths(scores).perplexity, values)
     _, manifest = choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters", 3)
     assert manifest["dropped"] == {"no perplexity": 1} and 30 not in manifest["chosen"]
     values[31] = np.nan
-    np.save(paths(scores)["perplexity"], values)
+    np.save(ScorePaths(scores).perplexity, values)
     with pytest.raises(UserError, match="row 32 has no embedding yet"):
         choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters", 3)
 
@@ -366,7 +368,7 @@ def test_plot(choose, data, tmp_path, monkeypatch):
     for there, other in (("out.json.manifest", "out.png"), ("out.png", "out.json.manifest")):
         (tmp_path / other).unlink(missing_ok=True)
         (tmp_path / there).write_text("precious")
-        with pytest.raises(UserError, match=f"{there} is there already"):
+        with pytest.raises(UserError, match=f"{there} exists"):
             select_here(monkeypatch, "--dataset", path, "--strategy", "ifd", "--scores", scores,
                         "--sample_number", 5, "--plot", "--output", tmp_path / "out.json")
         assert (tmp_path / there).read_text() == "precious"
@@ -382,7 +384,7 @@ def test_a_full_disk_leaves_the_old_file(choose, data, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="No space left on device"):
         choose("--strategy", "random", "--sample_number", 6)
     assert before == ((tmp_path / "out.json").read_bytes(),
                       (tmp_path / "out.json.manifest").read_bytes())

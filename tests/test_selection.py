@@ -1,4 +1,4 @@
-"""The strategies: each against its definition, spelled out."""
+"""Each strategy against its definition."""
 
 import tracemalloc
 
@@ -7,7 +7,8 @@ import pytest
 
 from minisft.common.errors import UserError
 from minisft.selection import strategies
-from minisft.selection.kmeans import kmeans
+from minisft.selection.choose import Candidates
+from minisft.selection.kmeans import ArrayRows, kmeans
 
 GENERATOR = np.random.default_rng(0)
 VALUES = GENERATOR.permutation(50).astype(float)
@@ -21,7 +22,7 @@ def test_highest_and_middle():
     assert strategies.highest(equal, np.arange(2, 9), 3).tolist() == [2, 3, 4]
     for choose in (strategies.highest, strategies.middle):
         assert set(choose(VALUES, ROWS, 40)) == set(ROWS)
-        with pytest.raises(UserError, match="41 rows are wanted and only 40"):
+        with pytest.raises(UserError, match="cannot choose 41 rows: only 40"):
             choose(VALUES, ROWS, 41)
 
 
@@ -34,13 +35,13 @@ def test_at_random():
         strategies.at_random(ROWS, 41, GENERATOR)
 
 
-def test_from_clusters():
+def test_spread_over_clusters():
     rows = np.arange(10, 71)
     perplexity = np.full(100, np.nan)
     perplexity[10:70] = np.random.default_rng(3).permutation(60)
     perplexity[70] = 5
     assignment = np.repeat([0, 1, 2], [41, 15, 5])
-    chosen = strategies.from_clusters(assignment, perplexity, rows, 6, [25, 75])
+    chosen = strategies.spread_over_clusters(assignment, perplexity, rows, 6, [25, 75])
     by_cluster = [chosen[np.isin(chosen, rows[assignment == cluster])] for cluster in range(3)]
     assert [len(some) for some in by_cluster] == [6, 6, 5]  # the last has no more
     for cluster, some in enumerate(by_cluster[:2]):
@@ -69,7 +70,7 @@ def test_k_center():
 
 
 def test_embeddings_are_not_copied(tmp_path):
-    """k-means and the farthest point take those of the candidates as they need them."""
+    """k-means and k-center copy only the rows they compute with."""
     points = np.random.default_rng(0).standard_normal((20_000, 128)).astype(np.float32)
     np.save(tmp_path / "points.npy", points)
     mapped = np.load(tmp_path / "points.npy", mmap_mode="r")
@@ -77,7 +78,7 @@ def test_embeddings_are_not_copied(tmp_path):
     tracemalloc.start()
     try:
         chosen = strategies.k_center(mapped, rows, 5)
-        found = kmeans(strategies.Chosen(mapped, rows), 20, max_steps=2)
+        found = kmeans(ArrayRows(mapped, rows), 20, max_steps=2)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -87,41 +88,43 @@ def test_embeddings_are_not_copied(tmp_path):
     np.testing.assert_array_equal(found.assignment, whole.assignment)
 
 
-def test_matched_has_the_lengths():
+def test_at_random_with_lengths():
     generator = np.random.default_rng(2)
     lengths = generator.geometric(0.02, 5000)
     reference = np.argsort(-lengths)[:2000:4]  # long ones
-    chosen = strategies.matched(lengths, np.arange(5000), reference, np.random.default_rng(0))
+    chosen = strategies.at_random_with_lengths(
+        lengths, np.arange(5000), reference, np.random.default_rng(0))
     assert len(chosen) == len(set(chosen)) == len(reference)
     ours, theirs = np.sort(lengths[chosen]), np.sort(lengths[reference])
     grid = np.unique(lengths)
     gap = np.abs(np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right"))
-    assert gap.max() <= len(reference) / strategies.LENGTH_RANGES + 1
+    assert gap.max() <= len(reference) / strategies.NUM_LENGTH_RANGES + 1
     assert lengths[chosen].mean() == pytest.approx(lengths[reference].mean(), rel=0.02)
     assert lengths[reference].mean() > 1.5 * lengths.mean()
     assert len(np.intersect1d(chosen, reference)) < 0.6 * len(reference)  # and yet random
-    other = strategies.matched(lengths, np.arange(5000), reference, np.random.default_rng(1))
+    other = strategies.at_random_with_lengths(
+        lengths, np.arange(5000), reference, np.random.default_rng(1))
     assert set(other) != set(chosen)
 
 
 @pytest.mark.parametrize("lengths", [[5] * 30, [1, 2] * 15, list(range(30))])
-def test_matched_with_few_lengths(lengths):
+def test_at_random_with_few_different_lengths(lengths):
     lengths = np.array(lengths)
     for reference in (np.array([3]), np.array([0, 1, 2, 29]), np.arange(30)):
-        chosen = strategies.matched(lengths, np.arange(30), reference, GENERATOR)
+        chosen = strategies.at_random_with_lengths(lengths, np.arange(30), reference, GENERATOR)
         assert len(set(chosen)) == len(reference)
         assert lengths[chosen].min() >= lengths[reference].min()
         assert lengths[chosen].max() <= lengths[reference].max()
 
 
-def test_matched_where_rows_of_the_match_are_dropped():
+def test_at_random_with_lengths_that_are_dropped():
     lengths = np.arange(30)
     with pytest.raises(UserError, match="--match has .* rows of a length that only"):
-        strategies.matched(lengths, np.arange(20), np.arange(15, 30), GENERATOR)
+        strategies.at_random_with_lengths(lengths, np.arange(20), np.arange(15, 30), GENERATOR)
 
 
-def test_candidates_are_counted():
-    candidates = strategies.Candidates(6)
+def test_dropped_rows_are_counted_by_reason():
+    candidates = Candidates(6)
     candidates.drop(np.array([True] * 2 + [False] * 4), "short")
     candidates.drop(np.array([True] * 3 + [False] * 3), "long")
     reasons = np.array([None] * 3 + ["longer: 9", "longer: 8", None], object)

@@ -1,11 +1,12 @@
-"""The picture of a selection: its axes, and the colours and names in it."""
+"""The picture of a selection: its panels, bars and points."""
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from minisft.selection import plot, strategies
+from minisft.selection import plot
+from minisft.selection.choose import Choice
 
 
 def test_principal_components_equal_scikit_learn():
@@ -20,7 +21,7 @@ def test_principal_components_equal_scikit_learn():
 
 
 def test_every_row_is_in_the_histogram():
-    """The chosen are in bars of their own colour; no bar reaches over 1; outliers are counted."""
+    """Chosen rows have bars of their own; no bar crosses 1; outliers are counted."""
     values = np.concatenate([np.random.default_rng(0).normal(0.9, 0.1, 997), [0.01, 50.0, np.nan]])
     scores = {"ifd": values, "reward": np.full(1000, np.nan)}
     below = np.flatnonzero(values < 1)
@@ -37,7 +38,7 @@ def test_every_row_is_in_the_histogram():
 
 @pytest.mark.parametrize(("strategy", "reward", "drawn"), [
     ("ifd", np.nan, 20), ("ifd_ppl", np.nan, 30), ("reward", 1.0, 40), ("margin", np.nan, 10)])
-def test_what_is_drawn_is_what_was_chosen_by(strategy, reward, drawn):
+def test_the_score_of_the_strategy_is_drawn(strategy, reward, drawn):
     scores = {name: np.array([1.5] * count + [np.nan] * (40 - count))
               for name, count in (("ifd", 20), ("ifd_ppl", 30), ("margin", 10))}
     axes = Figure().subplots()
@@ -50,10 +51,9 @@ def test_rows_without_an_embedding_are_not_drawn():
     embeddings = generator.standard_normal((50, 6)).astype(np.float32) + 100
     embeddings[:10] = 0  # as score.py leaves broken rows
     rows = np.arange(10, 50)
-    for clustered in (None, (rows, rows % 7)):
+    for clusters in (None, (rows, rows % 7)):
         axes = Figure().subplots()
-        plot.draw_embeddings(
-            axes, strategies.Inputs(rows, embeddings=embeddings, clustered=clustered), rows[:3])
+        plot.draw_embeddings(axes, embeddings, rows, Choice(rows[:3], clusters=clusters))
         every, chosen = (one.get_offsets() for one in axes.collections)
         np.testing.assert_allclose(every, plot.principal_components(embeddings[rows]))
         np.testing.assert_array_equal(chosen, every[:3])

@@ -1,15 +1,19 @@
 """k-means in numpy: k-means++ seeding, then Lloyd steps by matrix products in blocks.
 
-    result = kmeans(points, num_clusters=100, seed=0)      # points (N, D) float32, may be mapped
+    result = kmeans(points, num_clusters=100, seed=0)      # points (N, D) float32
     result.assignment, result.centers, result.inertia      # (N,), (K, D), sum of squared distances
 
-Distances come from products: |x - c|^2 = |x|^2 - 2 x.c + |c|^2. Where the points are far from the
-origin these terms are large and their difference is small, so float32 would leave little but
-rounding. Both x and c are therefore measured from the mean of the points. The mean is subtracted a
-block at a time, so the points are never copied and may be larger than memory.
+    assign    each point to its nearest center
+    update    each center to the mean of its points; repeat until nothing changes
+
+Squared distances come from matrix products: |x - c|^2 = |x|^2 - 2 x.c + |c|^2, with x and c
+relative to the mean of the points: far from the origin, the difference of such large squares would
+be mostly rounding error. The mean is subtracted a block at a time, so memory-mapped points are never
+copied.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +24,27 @@ BLOCK_ROWS = 512  # points multiplied at a time
 
 
 @dataclass
+class ArrayRows:
+    """Some rows of an array (N, D), which may be memory-mapped; copied only when indexed."""
+
+    array: np.ndarray
+    rows: np.ndarray  # their numbers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: slice | np.ndarray | list[np.intp]) -> np.ndarray:
+        return self.array[self.rows[index]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(number of rows, D)."""
+        return len(self.rows), self.array.shape[1]
+
+
+@dataclass
 class Clusters:
-    """What k-means found: centers (K, D) float32, assignment (N,) int64, the sum of squares."""
+    """centers (K, D) float32, assignment (N,) int64. inertia: the sum of squared distances."""
 
     centers: np.ndarray
     assignment: np.ndarray
@@ -29,41 +52,53 @@ class Clusters:
     num_steps: int
 
 
-def kmeans(points, num_clusters, seed=0, num_starts=1, max_steps=300, tolerance=1e-4):
-    """The best Clusters of several starts (Lloyd 1982, k-means++: Arthur and Vassilvitskii 2007).
+def kmeans(
+    points: np.ndarray | ArrayRows,
+    num_clusters: int,
+    seed: int = 0,
+    num_starts: int = 1,
+    max_steps: int = 300,
+    tolerance: float = 1e-4,
+) -> Clusters:
+    """The best of several starts (Lloyd 1982; k-means++: Arthur and Vassilvitskii 2007).
 
-    points: (N, D) float32, finite. tolerance: stop when the centers move by less, in all, than this
-    share of the mean variance of a dimension. UserError for fewer points than clusters.
+    points: (N, D) float32, finite. tolerance: stop when the squared shift of all centers is below
+    this fraction of the mean variance of a dimension. UserError for fewer points than clusters.
     """
     if not 1 <= num_clusters <= len(points):
-        raise UserError(f"{num_clusters} clusters of {len(points)} rows: give fewer clusters")
+        raise UserError(
+            f"cannot make {num_clusters} clusters of {len(points)} rows. Lower --clusters."
+        )
     space = Space(points)
-    found = [
+    results = [
         lloyd(space, seed_centers(space, num_clusters, generator), max_steps, tolerance)
         for generator in np.random.default_rng(seed).spawn(num_starts)
     ]
-    return min(found, key=lambda one: one.inertia)
+    return min(results, key=lambda clusters: clusters.inertia)
 
 
 class Space:
-    """The points, their mean (D,) and squared distances from it (N,).
+    """Points, their mean (D,), and their squared distances from it (N,).
 
-    `points` stay as they are; `blocks()` and everything computed from them are from the mean.
+    `points` stay as they are; blocks() and everything computed from them are relative to the mean.
     """
 
-    def __init__(self, points):
+    def __init__(self, points: np.ndarray | ArrayRows) -> None:
         self.points = points
-        total = sum(points[rows].sum(0, dtype=np.float64) for rows in self.slices())
+        total = np.zeros(points.shape[1])
+        for rows in self.slices():
+            total += points[rows].sum(0, dtype=np.float64)
         self.mean = (total / len(points)).astype(np.float32)
         self.squares = np.concatenate(
-            [np.einsum("nd,nd->n", block, block) for _, block in self.blocks()])
+            [np.einsum("nd,nd->n", block, block) for _, block in self.blocks()]
+        )
 
-    def slices(self):
+    def slices(self) -> Iterator[slice]:
         """Yield the slices of the blocks."""
         for start in range(0, len(self.points), BLOCK_ROWS):
             yield slice(start, min(start + BLOCK_ROWS, len(self.points)))
 
-    def blocks(self):
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield (slice, its points minus the mean), in an array that the next block overwrites."""
         shape = (min(BLOCK_ROWS, len(self.points)), self.points.shape[1])
         buffer = np.empty(shape, np.float32)
@@ -71,17 +106,17 @@ class Space:
             block = self.points[rows]
             yield rows, np.subtract(block, self.mean, out=buffer[: len(block)])
 
-    def closeness(self, block, centers):
-        """(rows, K): half of |x|^2 - |x - c|^2, largest for the nearest of the centers.
+    def closeness(self, block: np.ndarray, centers: np.ndarray) -> np.ndarray:
+        """(rows, K): half of |x|^2 - |x - c|^2, which is largest for the nearest center.
 
-        The block and centers (K, D) are both from the mean.
+        The block and the centers (K, D) are relative to the mean.
         """
         product = block @ centers.T
         product -= 0.5 * np.einsum("kd,kd->k", centers, centers)
         return product
 
-    def distances(self, centers):
-        """(K, N): squared distances of all points from a few centers, which are from the mean."""
+    def distances(self, centers: np.ndarray) -> np.ndarray:
+        """(K, N): squared distances of all points from a few centers, relative to the mean."""
         squares = np.empty((len(centers), len(self.points)), np.float32)
         for rows, block in self.blocks():
             squares[:, rows] = -2 * self.closeness(block, centers).T
@@ -89,10 +124,11 @@ class Space:
         return np.maximum(squares, 0, out=squares)
 
 
-def seed_centers(space, num_clusters, generator):
-    """k-means++: centers (K, D), from the mean, drawn from the points by squared distance.
+def seed_centers(space: Space, num_clusters: int, generator: np.random.Generator) -> np.ndarray:
+    """k-means++: points drawn with probability proportional to their squared distance from the
+    centers so far. Of a few candidates, the one that reduces the sum most is taken.
 
-    Of a few candidates each time the one that leaves the least sum is taken.
+    Returns centers (K, D), relative to the mean.
     """
     num_candidates, chosen = 2 + int(math.log(num_clusters)), []
     nearest = np.full(len(space.points), np.inf, np.float32)  # squared distance to the chosen
@@ -106,20 +142,21 @@ def seed_centers(space, num_clusters, generator):
         nearest[chosen[-1]] = 0
         if len(chosen) == num_clusters:
             return space.points[chosen] - space.mean
-        candidates = draw(nearest, generator.random(num_candidates))
+        candidates = indices_by_weight(nearest, generator.random(num_candidates))
 
 
-def draw(weights, heights):
-    """Indices drawn in proportion to `weights`, at `heights` from 0 to 1 of their running sum."""
+def indices_by_weight(weights: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Indices drawn in proportion to `weights`, from uniform random numbers in [0, 1)."""
     cumulative = np.cumsum(weights, dtype=np.float64)
-    places = np.searchsorted(cumulative, heights * cumulative[-1], side="right")
-    return np.minimum(places, len(weights) - 1)
+    indices = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    return np.minimum(indices, len(weights) - 1)
 
 
-def lloyd(space, centers, max_steps, tolerance):
+def lloyd(space: Space, centers: np.ndarray, max_steps: int, tolerance: float) -> Clusters:
     """Assign every point to its nearest center, move centers to the means of their points, repeat.
 
-    Sums of points are kept, and changed by the points that change sides, which soon are few.
+    centers: (K, D), relative to the mean. The sums of the clusters' points are updated only by the
+    points that change cluster, which soon are few.
     """
     points, K = space.points, len(centers)
     limit = tolerance * space.squares.mean(dtype=np.float64) / points.shape[1]
@@ -150,8 +187,10 @@ def lloyd(space, centers, max_steps, tolerance):
     return finished(space, centers, num_steps)
 
 
-def move(sums, counts, points, old, new):
-    """Take points (n, D) from the sums of their old clusters (-1: none) and add them to the new."""
+def move(
+    sums: np.ndarray, counts: np.ndarray, points: np.ndarray, old: np.ndarray, new: np.ndarray
+) -> None:
+    """Move points (n, D) from the sums of their old clusters (-1: none) to those of their new."""
     weights, columns = np.zeros((len(counts), len(points)), np.float32), np.arange(len(points))
     weights[new, columns] = 1
     weights[old[old >= 0], columns[old >= 0]] -= 1
@@ -159,8 +198,17 @@ def move(sums, counts, points, old, new):
     counts += weights.sum(1).astype(np.int64)
 
 
-def reseed_empty(space, closeness, assignment, sums, counts):
-    """Give each cluster without points the point that is farthest from its own center."""
+def reseed_empty(
+    space: Space,
+    closeness: np.ndarray,
+    assignment: np.ndarray,
+    sums: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Give each cluster without points the point that is farthest from its center.
+
+    closeness: (N,), of each point to its center. Changes assignment, sums and counts.
+    """
     empty = np.flatnonzero(counts == 0)
     if not len(empty):
         return
@@ -169,13 +217,13 @@ def reseed_empty(space, closeness, assignment, sums, counts):
         while counts[assignment[point := distances.argmax()]] == 1:
             distances[point] = -np.inf
         distances[point] = -np.inf
-        move(sums, counts, space.points[[point]] - space.mean, assignment[[point]],
-             np.array([cluster]))
+        row = space.points[[point]] - space.mean
+        move(sums, counts, row, assignment[[point]], np.array([cluster]))
         assignment[point] = cluster
 
 
-def finished(space, centers, num_steps):
-    """Assign all points once more, so that the assignment and inertia are those of `centers`."""
+def finished(space: Space, centers: np.ndarray, num_steps: int) -> Clusters:
+    """Assign all points once more, so that assignment and inertia belong to `centers`."""
     assignment, inertia = np.empty(len(space.points), np.int64), 0.0
     for rows, block in space.blocks():
         assignment[rows] = space.closeness(block, centers).argmax(1)

@@ -1,93 +1,97 @@
 """The picture of a selection, for select.py --plot.
 
-draw(inputs, chosen, "cluster", "runs/pre.json")     # selection.Inputs; -> runs/pre.png
+draw(data, rows, choice, "cluster", "runs/pre.json")     # writes runs/pre.png
 """
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from minisft.selection.kmeans import Space
-from minisft.selection.strategies import Chosen
+from minisft.selection.choose import Choice, RowData
+from minisft.selection.kmeans import ArrayRows, Space
 
-NAMES = {
+LABELS = {
     "ifd": "IFD, a ratio of losses",
     "ifd_ppl": "IFD, a ratio of perplexities",
     "reward": "reward",
-    "margin": "reward of the chosen answer less that of the rejected",
+    "margin": "reward of the chosen answer minus reward of the rejected",
 }
-ALL, CHOSEN = "#b0b8c0", "#d55e00"  # grey and vermilion, which everybody can tell apart
+# Grey and vermilion, which people with colour blindness can tell apart.
+ALL_COLOR, CHOSEN_COLOR = "#b0b8c0", "#d55e00"
 
 
-def draw(inputs, chosen, strategy, output):
-    """Draw what there is, scores and embeddings, with the chosen rows marked; returns the path."""
+def draw(
+    data: RowData, rows: np.ndarray, choice: Choice, strategy: str, output: str | Path
+) -> Path:
+    """Draw the scores and the embeddings, as far as given, with the chosen rows marked.
+
+    rows: the numbers of all usable rows. Returns the path of the picture.
+    """
     from matplotlib.figure import Figure
 
-    panels = (inputs.scores is not None) + (inputs.embeddings is not None)
-    figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(1, panels)))
-    if inputs.scores is not None:
-        draw_scores(axes[0], inputs.scores, chosen, strategy)
-    if inputs.embeddings is not None:
-        draw_embeddings(axes[-1], inputs, chosen)
-    figure.suptitle(f"{strategy}: {len(chosen):,} of {len(inputs.rows):,} rows chosen")
+    has_scores, has_embeddings = len(data.scores) > 0, len(data.embeddings) > 0
+    num_panels = has_scores + has_embeddings
+    figure = Figure(figsize=(6 * num_panels, 4.5), layout="constrained")
+    axes = figure.subplots(1, num_panels, squeeze=False)[0]
+    if has_scores:
+        draw_scores(axes[0], data.scores, choice.rows, strategy)
+    if has_embeddings:
+        draw_embeddings(axes[-1], data.embeddings, rows, choice)
+    figure.suptitle(f"{strategy}: {len(choice.rows):,} of {len(rows):,} rows chosen")
     path = Path(output).with_suffix(".png")
     figure.savefig(path, dpi=120)
     return path
 
 
-def draw_scores(axes, scores, chosen, strategy):
-    """A histogram of the scores; the few beyond its ends are counted in the outermost bars."""
-    has_rewards = strategy == "margin" or np.isfinite(scores["reward"]).any()
-    name = "ifd_ppl" if strategy == "ifd_ppl" else "ifd"
-    if has_rewards:
-        name = "margin" if strategy == "margin" else "reward"
+def draw_scores(
+    axes: Any, scores: dict[str, np.ndarray], chosen: np.ndarray, strategy: str
+) -> None:
+    """A histogram of the scores. Outliers are counted in the outermost bars."""
+    if strategy in LABELS:
+        name = strategy
+    else:
+        name = "reward" if np.isfinite(scores["reward"]).any() else "ifd"
     values = scores[name]
-    ends = (
-        np.percentile(values[np.isfinite(values)], [0.5, 99.5])
-        if (np.isfinite(values).any())
-        else np.array([0.0, 1.0])
-    )
-    if not has_rewards:
-        ends = min(ends[0], 0.9), max(ends[1], 1.1)
+    low, high = 0.0, 1.0
+    if np.isfinite(values).any():
+        low, high = np.percentile(values[np.isfinite(values)], [0.5, 99.5])
+    edge = 0
+    if name in ("ifd", "ifd_ppl"):
+        edge, low, high = 1, min(low, 0.9), max(high, 1.1)
         axes.axvline(1, color="black", linewidth=0.8, label="above: the instruction does not help")
-    # 1 is where two bars meet.
-    width, middle = (ends[1] - ends[0] + 1e-6) / 60, 0 if has_rewards else 1
-    first, last = ((end - middle) / width for end in ends)
-    bins = middle + width * np.arange(math.floor(first), math.ceil(last) + 2)
-    axes.hist(np.clip(values, *ends), bins, color=ALL, label="all rows")
-    axes.hist(np.clip(values[chosen], *ends), bins, color=CHOSEN, label="chosen")
-    axes.set(xlabel=NAMES[name], ylabel="number of rows")
-    axes.margins(y=0.35)  # room for what follows
+    # Two bars meet at `edge`.
+    width = (high - low + 1e-6) / 60
+    first, last = math.floor((low - edge) / width), math.ceil((high - edge) / width)
+    bins = edge + width * np.arange(first, last + 2)
+    axes.hist(np.clip(values, low, high), bins, color=ALL_COLOR, label="all rows")
+    axes.hist(np.clip(values[chosen], low, high), bins, color=CHOSEN_COLOR, label="chosen")
+    axes.set(xlabel=LABELS[name], ylabel="number of rows")
+    axes.margins(y=0.35)  # space for the legend
     axes.legend()
 
 
-def draw_embeddings(axes, inputs, chosen):
-    """The rows in the plane of largest variance, coloured by cluster where there are such."""
-    rows, cluster = inputs.clustered or (inputs.rows, None)
-    points, size = np.full((len(inputs.embeddings), 2), np.nan), np.clip(10_000 / len(rows), 4, 24)
-    points[inputs.rows] = principal_components(Chosen(inputs.embeddings, inputs.rows))
-    colors, by = (
-        ({"color": ALL}, "")
-        if cluster is None
-        else ({"c": cluster, "cmap": "viridis"}, ", coloured by cluster")
-    )
-    axes.scatter(*points[rows].T, s=size, linewidths=0, label=f"all rows{by}", **colors)
-    axes.scatter(
-        *points[chosen].T,
-        s=2 * size + 8,
-        facecolors="none",
-        edgecolors=CHOSEN,
-        linewidths=1.2,
-        label="chosen",
-    )
+def draw_embeddings(axes: Any, embeddings: np.ndarray, rows: np.ndarray, choice: Choice) -> None:
+    """The rows in the plane of largest variance, coloured by cluster if there are clusters."""
+    points = np.full((len(embeddings), 2), np.nan)
+    points[rows] = principal_components(ArrayRows(embeddings, rows))
+    style: dict[str, Any] = {"color": ALL_COLOR, "label": "all rows"}
+    if choice.clusters:
+        rows, assignment = choice.clusters
+        style = {"c": assignment, "cmap": "viridis", "label": "all rows, coloured by cluster"}
+    size = np.clip(10_000 / len(rows), 4, 24)
+    axes.scatter(*points[rows].T, s=size, linewidths=0, **style)
+    ring = {"facecolors": "none", "edgecolors": CHOSEN_COLOR, "linewidths": 1.2}
+    axes.scatter(*points[choice.rows].T, s=2 * size + 8, label="chosen", **ring)
     axes.set(xlabel="first principal component", ylabel="second principal component")
     axes.legend()
 
 
-def principal_components(points, number=2, steps=8, seed=0):
-    """Points (N, D) -> (N, number), their projections on the directions of largest variance.
+def principal_components(
+    points: np.ndarray | ArrayRows, number: int = 2, steps: int = 8, seed: int = 0
+) -> np.ndarray:
+    """Project points (N, D) on the directions of largest variance; returns (N, number).
 
     Subspace iteration in blocks (Halko et al. 2011): the points are read `steps` times.
     """
@@ -98,6 +102,6 @@ def principal_components(points, number=2, steps=8, seed=0):
         image = np.zeros_like(basis)
         for _, block in space.blocks():
             image += block.T @ (block @ basis.astype(np.float32))
-        basis, variances, _ = np.linalg.svd(image, full_matrices=False)
+        basis = np.linalg.svd(image, full_matrices=False)[0]
     axes = basis[:, :number].astype(np.float32)
     return np.concatenate([block @ axes for _, block in space.blocks()])

@@ -1,122 +1,105 @@
-"""The reward of every row of a data set, for score.py --mode reward.
+"""Score rows with a reward model, for score.py --mode reward.
 
-    encoder = ifd.Encoder(rows, template, max_length=512, parts=("reward",), kind=Score)
-    for scores in ifd.score(model, encoder, numbers, batch_tokens=2048, compute=compute_rewards):
-        print(scores[0].as_dict())         # {"index": 0, "reward": 1.25, ...}
+    scorer = RewardScorer(template)
+    plan = scorer.plan(0, row)                     # a pass for every answer of the row
+    rewards = scorer.compute(model, plan.passes)
+    scorer.score(plan, rewards).record             # {"index": 0, "reward": 1.25, ...}
 
-The reward is what the model's head says of the last token of the conversation (reward.py). A row
-with several answers has that of each, and the figures that train.py --stage rm logs.
+The reward comes from the hidden state of a conversation's last token (model/reward.py). A row with
+several answers (chosen and rejected) gets the numbers that train.py --stage rm logs.
 """
 
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from minisft.data.batching import collate
+from minisft.data.dataset import Row
 from minisft.data.encode_preferences import unique_texts
-from minisft.data.encoding import Example
-from minisft.selection import ifd
+from minisft.data.encoding import Example, encode_row
+from minisft.model.reward import RewardModel
+from minisft.selection.passes import Pass, Plan, Score, answer_spans, num_tokens, rounded, too_long
+from minisft.selection.score_files import PREFERENCE_FIELDS
+from minisft.selection.shared_prefix import hidden_states
+from minisft.text.template import Template
 
-FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected")
 
+class RewardScorer:
+    """Scores rows by their reward, and by the difference of the rewards of several answers."""
 
-@dataclass
-class Score:
-    """What is found out about a row."""
+    def __init__(
+        self, template: Template, max_length: int = 512, vocab_size: int | None = None
+    ) -> None:
+        self.template, self.max_length, self.vocab_size = template, max_length, vocab_size
 
-    index: int
-    num_answer_tokens: int = 0  # of the best answer
-    reason: str | None = None  # why there is no reward
-    sequences: list = field(default_factory=list)  # all answers, the best first, until computed
-    rewards: dict = field(default_factory=dict)  # {place of the answer: its reward}
-    has_several: bool = False
-
-    def add_row(self, row, encoder):
-        """The passes that the row needs, one for every answer, unless there is a reason against it.
-
-        As in training an answer that comes again counts once.
-        """
-        answers = [
-            encoder.encode(replace(row, messages=messages))
-            for messages in (row.messages, *row.rejected)
+    def plan(self, index: int, row: Row) -> Plan:
+        """A pass for every answer, the best first. As in training, repeated answers count once."""
+        conversations = [replace(row, messages=messages) for messages in row.rejected]
+        encoded = [
+            encode_row(conversation, self.template, self.vocab_size)
+            for conversation in [row, *conversations]
         ]
-        self.num_answer_tokens = sum(end - start for start, end in answers[0][2])
-        self.has_several = bool(row.rejected)
-        texts = unique_texts([Example(ids, supervised) for ids, supervised, *_ in answers])
-        self.reason = next((reason for *_, reason in answers if reason), None)
-        if self.has_several and len(texts) == 1:
-            self.reason = self.reason or "the answers are the same"
-        if not self.reason:
-            self.sequences = [ifd.Sequence(text.ids, text.supervised) for text in texts]
+        best = encoded[0]
+        answers = answer_spans(self.template, best.ids, best.supervised)
+        plan = Plan(index, num_tokens(answers))
+        texts = unique_texts(encoded)
+        reasons = [too_long(text.ids, self.max_length) for text in texts]
+        if row.rejected and len(texts) == 1:
+            reasons.append("the answers are the same")
+        plan.reason = next(filter(None, reasons), None)
+        if not plan.reason:
+            plan.passes = [Pass(text.ids, text.supervised) for text in texts]
+        return plan
 
-    def add(self, sequence, reward):
-        """Take in the reward of one of the sequences; returns whether it was the last."""
-        place = [other is sequence for other in self.sequences].index(True)
-        self.rewards[place] = reward
-        if is_finished := len(self.rewards) == len(self.sequences):
-            self.sequences = []
-        return is_finished
+    @torch.inference_mode()
+    def compute(self, model: RewardModel, passes: Sequence[Pass]) -> list[float]:
+        """The rewards of a batch of conversations."""
+        device = model.score.weight.device
+        tokens, *_ = collate(
+            [Example(item.ids, item.is_answer) for item in passes], device
+        )  # (B, T)
+        last = torch.tensor([len(item.ids) - 1 for item in passes], device=device)
+        hidden = hidden_states(model, tokens)  # (B, T, D)
+        return model.rewards(hidden[torch.arange(len(passes), device=device), last]).tolist()
 
-    def as_dict(self):
-        """The JSON object of the row: its reward or those of its answers, or a reason."""
-        figures, reason = dict.fromkeys(FIGURES if self.has_several else ["reward"]), self.reason
-        if self.rewards:
-            found = figures_of([self.rewards[place] for place in range(len(self.rewards))])
-            if all(map(math.isfinite, found.values())):
-                figures = {name: float(f"{value:.8g}") for name, value in found.items()}
-            else:
-                reason = "the reward is not a finite number"
-        return {
-            "index": self.index,
-            **figures,
-            "num_answer_tokens": self.num_answer_tokens,
-            "reason": reason,
-        }
+    def score(self, plan: Plan, rewards: Sequence[float]) -> Score:
+        """The reward of the only answer, or the fields of several; all null without a score."""
+        fields: dict[str, Any] = dict.fromkeys(("reward", *PREFERENCE_FIELDS))
+        reason = plan.reason
+        if not all(map(math.isfinite, rewards)):
+            reason = "the reward is not a finite number"
+        elif len(rewards) == 1:
+            fields = {"reward": rounded(rewards[0])}
+        elif len(rewards) > 1:
+            fields = preference_fields(rewards)
+        record = {"index": plan.index, **fields, "num_answer_tokens": plan.num_answer_tokens}
+        return Score(plan.index, {**record, "reason": reason})
 
 
-def figures_of(rewards):
-    """{figure: value} of the rewards of a row's answers, the best first, or of its only one.
-
-    Of more than two the means over all pairs of a better and a worse one, as preference.compare.
-    """
-    if len(rewards) == 1:
-        return {"reward": rewards[0]}
+def preference_fields(rewards: Sequence[float]) -> dict[str, float]:
+    """Means over all pairs of a better and a worse answer. rewards: that of the best first."""
     pairs = list(combinations(rewards, 2))
-    chosen, rejected = map(fmean, zip(*pairs, strict=True))
+    chosen, rejected = (fmean(side) for side in zip(*pairs, strict=True))
     accuracy = fmean(better > worse for better, worse in pairs)
-    return dict(zip(FIGURES, (accuracy, chosen - rejected, chosen, rejected), strict=True))
+    values = (accuracy, chosen - rejected, chosen, rejected)
+    return dict(zip(PREFERENCE_FIELDS, map(rounded, values), strict=True))
 
 
-@torch.inference_mode()
-def compute_rewards(model, batch):
-    """Give the Scores of a batch of (Sequence, Score) their rewards; those then finished."""
-    sequences, scores = zip(*batch, strict=True)
-    device = model.score.weight.device
-    tokens, *_ = collate([Example(one.ids, one.answer) for one in sequences], device)
-    last = torch.tensor([len(one.ids) - 1 for one in sequences], device=device)
-    hidden = ifd.hidden_states_with_shared_prefix(model, tokens)[
-        torch.arange(len(tokens), device=device), last
-    ]  # (B, D)
-    rewards = model.rewards(hidden).tolist()
-    return [
-        one
-        for one, sequence, reward in zip(scores, sequences, rewards, strict=True)
-        if one.add(sequence, reward)
-    ]
-
-
-def mean_figures(path):
-    """(how many rows of a file of scores have several answers, {figure: mean over them})."""
+def mean_preference_fields(path: str | Path) -> tuple[int, dict[str, float]]:
+    """(number of preferences in a file of scores, {field: mean over them})."""
     count, sums = 0, Counter()
     with open(path, encoding="utf-8") as file:
         for line in file:
-            score = json.loads(line)
-            if score.get("margin") is not None:
+            record = json.loads(line)
+            if record.get("margin") is not None:
                 count += 1
-                sums.update({name: score[name] for name in FIGURES})
+                sums.update({name: record[name] for name in PREFERENCE_FIELDS})
     return count, {name: total / count for name, total in sums.items()}

@@ -1,0 +1,87 @@
+"""What both scorers use: the plan of a row, its passes through the model, batches, the score."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minisft.common.sequences import true_spans
+from minisft.data.batching import PAD_MULTIPLE
+from minisft.text.template import Template
+
+
+@dataclass(eq=False)
+class Pass:
+    """One sequence to run through the model.
+
+    ids: (T,) int32. is_answer: (T,) bool, the tokens whose loss counts. prompt_length: embed this
+    many tokens from the first; 0 for no embedding.
+    """
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+    prompt_length: int = 0
+
+
+@dataclass(eq=False)
+class Plan:
+    """The passes that row `index` needs. reason: why it gets no score."""
+
+    index: int
+    num_answer_tokens: int = 0
+    reason: str | None = None
+    passes: list[Pass] = field(default_factory=list)
+
+
+@dataclass
+class Score:
+    """The result of a row. record: its line in the file of scores. embedding: (D,) float32."""
+
+    index: int
+    record: dict[str, Any]
+    embedding: np.ndarray | None = None
+    perplexity: float = math.inf  # of the prompt
+
+
+def answer_spans(
+    template: Template, ids: np.ndarray, supervised: np.ndarray
+) -> list[tuple[int, int]]:
+    """(start, end) of every answer of a conversation, without the token that ends the turn."""
+    end_tokens = template.control_ids.values()
+    spans = true_spans(supervised.tolist())
+    return [(start, end - (int(ids[end - 1]) in end_tokens)) for start, end in spans]
+
+
+def num_tokens(spans: Sequence[tuple[int, int]]) -> int:
+    """The tokens in all spans."""
+    return sum(end - start for start, end in spans)
+
+
+def too_long(ids: np.ndarray, max_length: int) -> str | None:
+    """The reason why a row of these ids gets no score; None if it is short enough."""
+    if len(ids) <= max_length:
+        return None
+    return f"longer than max_length: {len(ids)} tokens, the limit is {max_length}"
+
+
+def make_batches(passes: Sequence[Pass], batch_tokens: int) -> Iterator[list[Pass]]:
+    """Batches of similar length, each of at most `batch_tokens` tokens, padding included.
+
+    A pass that is longer is a batch of its own.
+    """
+    batch: list[Pass] = []
+    for item in sorted(passes, key=lambda item: len(item.ids)):
+        width = -(-len(item.ids) // PAD_MULTIPLE) * PAD_MULTIPLE
+        if batch and (len(batch) + 1) * width > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def rounded(value: float) -> float:
+    """8 significant digits, about what float32 holds."""
+    return float(f"{value:.8g}")

@@ -1,0 +1,127 @@
+"""Which data and model scores were computed from, by content, so that scores are never mixed.
+
+record = score_record(options, rows, is_drawn, model_dir, None, template, 512, torch.float32)
+check_same_record("scores.jsonl", old_record, record)
+check_computed_from("scores.jsonl", record["dataset"])
+"""
+
+import hashlib
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minisft.checkpoints.folders import stored_tensors
+from minisft.common.errors import UserError
+from minisft.common.json_files import read_json
+from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from minisft.data.dataset import Rows
+from minisft.selection.score_files import ScorePaths
+from minisft.text.template import Template
+from minisft.text.tokenizer import FILES as TOKENIZER_FILES
+
+
+def score_record(
+    options: Namespace,
+    rows: Rows,
+    is_drawn: np.ndarray,
+    model_dir: Path,
+    adapter_dir: Path | None,
+    template: Template,
+    max_length: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Everything that the scores of score.py depend on. "names" are for messages only."""
+    return {
+        **model_record(model_dir, adapter_dir),
+        "dataset": dataset_record(rows, is_drawn),
+        "template": template.name,
+        "default_system": template.default_system,
+        "max_length": max_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_bit": options.quantization_bit,
+        "kind of scores": "rewards" if options.mode == "reward" else "losses",
+        "names": {
+            "model": options.model_name_or_path,
+            "adapter": options.adapter,
+            "dataset": options.dataset,
+        },
+    }
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dataset_record(rows: Rows, is_drawn: np.ndarray) -> list[dict[str, Any]]:
+    """Per file: its hash, the number of rows, how many of them are drawn, and the column names.
+
+    is_drawn: bool (rows,). The hash and the count determine which rows are drawn.
+    """
+    record = []
+    for file, drawn in zip(rows.files, np.split(is_drawn, rows.ends[:-1]), strict=True):
+        entry = {
+            "sha256": sha256(file.records.path),
+            "rows": len(file.records),
+            "opened": int(drawn.sum()),
+        }
+        if file.description:
+            entry |= asdict(file.description)
+            entry.pop("name", None)
+        record.append(entry)
+    return record
+
+
+def model_record(model_dir: Path, adapter_dir: Path | None = None) -> dict[str, Any]:
+    """The hashes of all files of the model and the adapter that a score depends on."""
+    names = {tensor.path.name for tensor in stored_tensors(model_dir).values()}
+    names |= {name for name in TOKENIZER_FILES if (model_dir / name).is_file()}
+    names.add("config.json")
+    record: dict[str, Any] = {"model": {name: sha256(model_dir / name) for name in sorted(names)}}
+    record["adapter"] = adapter_dir and {
+        name: sha256(adapter_dir / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    }
+    return record
+
+
+def check_same_record(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """UserError if the scores in `path`, computed from `old`, may not be continued with `new`.
+
+    "names" in a record are what people call the rest; they may differ.
+    """
+    for key, value in new.items():
+        if key != "names" and old.get(key) != value:
+            names = [record.get("names", {}).get(key, record.get(key)) for record in (old, new)]
+            difference = f"({names[0]}, not {names[1]})"
+            if names[0] == names[1]:
+                difference = "(same name, changed content)"
+            raise UserError(
+                f"{path} was computed with another {key} {difference}. Choose another --output, or "
+                "add --overwrite to lose these scores."
+            )
+
+
+def check_computed_from(path: str | Path, dataset: list[dict[str, Any]]) -> None:
+    """UserError unless the scores or embeddings in `path` were computed from this data set."""
+    path = Path(path)
+    record_path = ScorePaths(path).record
+    if not path.exists():
+        raise UserError(f"{path}: no such file. score.py writes it.")
+    if not record_path.exists():
+        raise UserError(
+            f"{path}: there is no {record_path.name} beside it. score.py writes it, to say which "
+            "data the scores belong to."
+        )
+    record = read_json(record_path)
+    if record.get("dataset") != dataset:
+        names = record.get("names")
+        name = names.get("dataset") if isinstance(names, dict) else None
+        raise UserError(
+            f"{path} belongs to another file than --dataset, or that file has changed (it was "
+            f"computed from {name}). Run score.py on --dataset."
+        )

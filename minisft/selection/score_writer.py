@@ -1,0 +1,148 @@
+"""Write the files of score.py as results come, and continue them after an interruption.
+
+writer = ScoreWriter("scores.jsonl", record, num_rows=300, parts=("ifd", "embed"), width=64)
+for scores in score_rows(model, reader, writer.pending(), batch_tokens=2048):
+    writer.add(scores)
+writer.finish()
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minisft.common.errors import UserError
+from minisft.common.json_files import read_json, write_json
+from minisft.common.outputs import atomic_write
+from minisft.data.records import Lines
+from minisft.selection.passes import Score
+from minisft.selection.provenance import check_same_record
+from minisft.selection.score_files import ScorePaths, load_array, parse_line
+
+
+class ScoreWriter:
+    """The files of `output`, new or continued. Nothing is written before the first `add`.
+
+    record: what the scores are computed from; files computed from anything else are a UserError,
+    unless `overwrite`. parts: "ifd" or "reward" for scores, "embed" for embeddings of `width`.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        record: dict[str, Any],
+        num_rows: int,
+        parts: Collection[str],
+        width: int,
+        overwrite: bool = False,
+    ) -> None:
+        self.paths, self.record, self.overwrite = ScorePaths(output), record, overwrite
+        self.num_rows, self.width = num_rows, width
+        self.writes_scores = "ifd" in parts or "reward" in parts
+        self.writes_embeddings = "embed" in parts
+        self.has_begun = False
+        self.valid_bytes = 0  # of the scores, up to the end of the last complete line
+        # Which rows are done; all of them if they are not wanted.
+        self.is_scored = np.full(num_rows, not self.writes_scores)
+        self.is_embedded = np.full(num_rows, not self.writes_embeddings)
+        if not overwrite:
+            self._check_record()
+            if self.writes_scores:
+                self._find_scored()
+            if self.writes_embeddings and self._has_embeddings():
+                load_array(self.paths.embeddings, (num_rows, width))
+                self.is_embedded = ~np.isnan(load_array(self.paths.perplexity, (num_rows,)))
+
+    def _check_record(self) -> None:
+        """UserError if there are files that belong to another record, or to none."""
+        paths = self.paths
+        existing = [
+            path for path in (paths.scores, paths.embeddings, paths.perplexity) if path.exists()
+        ]
+        if existing and not paths.record.exists():
+            raise UserError(
+                f"{existing[0]} exists, but there is no {paths.record.name} to say what it belongs "
+                "to. Choose another --output, or add --overwrite to lose it."
+            )
+        if existing:
+            check_same_record(existing[0], read_json(paths.record), self.record)
+
+    def _find_scored(self) -> None:
+        if not self.paths.scores.exists():
+            return
+        with open(self.paths.scores, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # a killed run has left part of a line
+                self.valid_bytes += len(line)
+                self.is_scored[parse_line(self.paths.scores, line, self.num_rows)["index"]] = True
+
+    def _has_embeddings(self) -> bool:
+        return self.paths.embeddings.exists() and self.paths.perplexity.exists()
+
+    def pending(self) -> np.ndarray:
+        """The numbers of the rows that are still to be computed."""
+        return np.flatnonzero(~(self.is_scored & self.is_embedded))
+
+    def add(self, scores: Sequence[Score]) -> None:
+        """Write finished rows, in any order."""
+        if not self.has_begun:
+            self._begin()
+        lines = [
+            json.dumps(score.record, ensure_ascii=False) + "\n"
+            for score in scores
+            if not self.is_scored[score.index]
+        ]
+        if lines:
+            with open(self.paths.scores, "a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        new = [score for score in scores if not self.is_embedded[score.index]]
+        if new:
+            self._write_embeddings(new)
+
+    def _begin(self) -> None:
+        """Prepare the files for `add`."""
+        self.has_begun = True
+        paths = self.paths
+        if self.overwrite:
+            for path in paths.all():
+                path.unlink(missing_ok=True)
+        paths.record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.record, paths.record)
+        if self.writes_scores:
+            with open(paths.scores, "ab") as file:
+                file.truncate(self.valid_bytes)
+        if self.writes_embeddings and not self._has_embeddings():
+            shape = (self.num_rows, self.width)
+            np.lib.format.open_memmap(paths.embeddings, "w+", np.float32, shape)
+            with atomic_write(paths.perplexity, "wb") as file:
+                np.save(file, np.full(self.num_rows, np.nan, np.float32))
+
+    def _write_embeddings(self, scores: Sequence[Score]) -> None:
+        # Mapped for this call only: written pages would count as memory.
+        embeddings = np.load(self.paths.embeddings, mmap_mode="r+")
+        perplexity = np.load(self.paths.perplexity, mmap_mode="r+")
+        for score in scores:
+            embeddings[score.index] = 0 if score.embedding is None else score.embedding
+            perplexity[score.index] = score.perplexity
+
+    def finish(self) -> list[Path]:
+        """Put the scores in the order of the rows; returns the paths of what is written."""
+        written = []
+        if self.writes_scores:
+            self._sort_scores()
+            written.append(self.paths.scores)
+        if self.writes_embeddings:
+            written += [self.paths.embeddings, self.paths.perplexity]
+        return written
+
+    def _sort_scores(self) -> None:
+        lines = Lines(self.paths.scores, is_json=True)
+        order = np.argsort([lines[number]["index"] for number in range(len(lines))])
+        if (np.diff(order) > 0).all():
+            return
+        with atomic_write(self.paths.scores, "wb") as file:
+            for number in order:
+                file.write(lines.raw(number) + b"\n")

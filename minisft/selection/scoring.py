@@ -1,0 +1,118 @@
+"""Score many rows: read and plan them in worker processes, batch their passes, share among ranks.
+
+    reader = RowReader(rows, IfdScorer(template, max_length=512))
+    for scores in score_rows(model, reader, numbers=np.arange(len(rows)), batch_tokens=2048):
+        print(scores[0].record)
+
+Rows are planned a window at a time, so memory does not grow with the data.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minisft.common import processes
+from minisft.common.errors import UserError
+from minisft.data.batching import PAD_MULTIPLE
+from minisft.data.dataset import Rows
+from minisft.data.row_values import BadRow
+from minisft.data.workers import read_ahead
+from minisft.model.config import ModelConfig
+from minisft.selection.ifd import IfdScorer
+from minisft.selection.passes import Pass, Plan, Score, make_batches
+from minisft.selection.reward_scores import RewardScorer
+from minisft.selection.rows import read_row
+from minisft.selection.shared_prefix import group_by_prefix
+
+# Rows whose passes are sorted by length and batched together.
+WINDOW_ROWS = 1024
+
+# Both plan the passes of a row, compute a batch of passes, and score the row from the results.
+Scorer = IfdScorer | RewardScorer
+
+
+class RowReader:
+    """`reader[numbers]`: the plans of these rows. Can be sent to a worker process.
+
+    is_drawn: bool (rows,), False for rows that num_samples in dataset_info.json leaves out.
+    """
+
+    def __init__(self, rows: Rows, scorer: Scorer, is_drawn: np.ndarray | None = None) -> None:
+        self.rows, self.scorer, self.is_drawn = rows, scorer, is_drawn
+
+    def __getitem__(self, numbers: np.ndarray) -> list[Plan] | UserError:
+        try:
+            return [self._plan(int(number)) for number in numbers]
+        except UserError as error:
+            # Raised by the main process, without the traceback of a worker.
+            return UserError(str(error))
+
+    def _plan(self, number: int) -> Plan:
+        row = read_row(self.rows, number)
+        if isinstance(row, BadRow):
+            return Plan(number, reason=f"broken: {row}")
+        if self.is_drawn is not None and not self.is_drawn[number]:
+            return Plan(number, reason="not drawn: num_samples")
+        return self.scorer.plan(number, row)
+
+
+def score_rows(
+    model: Any,
+    reader: RowReader,
+    numbers: np.ndarray,
+    batch_tokens: int,
+    num_workers: int = 0,
+) -> Iterator[list[Score]]:
+    """Yield the scores of these rows as they are finished, those of all ranks in one list.
+
+    Every rank scores a share of the rows. model: a CausalLM for IfdScorer, a RewardModel for
+    RewardScorer. batch_tokens: limit of a batch, padding included.
+    """
+    own_scores = _score_own_rows(model, reader, numbers, batch_tokens, num_workers)
+    while True:
+        parts = processes.all_gather(next(own_scores, None))
+        if all(part is None for part in parts):
+            return
+        yield [score for part in parts for score in part or []]
+
+
+def _score_own_rows(
+    model: Any, reader: RowReader, numbers: np.ndarray, batch_tokens: int, num_workers: int
+) -> Iterator[list[Score]]:
+    numbers = numbers[processes.rank() :: processes.world_size()]
+    windows = [
+        numbers[start : start + WINDOW_ROWS] for start in range(0, len(numbers), WINDOW_ROWS)
+    ]
+    for plans in read_ahead(reader, windows, num_workers):
+        if isinstance(plans, UserError):
+            raise plans
+        yield from _score_window(model, reader.scorer, plans, batch_tokens)
+
+
+def _score_window(
+    model: Any, scorer: Scorer, plans: list[Plan], batch_tokens: int
+) -> Iterator[list[Score]]:
+    """Yield the rows without passes, then after every batch the rows that it completed."""
+    yield [scorer.score(plan, []) for plan in plans if not plan.passes]
+    plan_of = {item: plan for plan in plans for item in plan.passes}
+    results: dict[Pass, Any] = {}
+    for group in group_by_prefix(list(plan_of)):
+        for batch in make_batches(group, batch_tokens):
+            results.update(zip(batch, scorer.compute(model, batch), strict=True))
+            finished = []
+            for plan in dict.fromkeys(plan_of[item] for item in batch):
+                if all(item in results for item in plan.passes):
+                    finished.append(scorer.score(plan, [results.pop(item) for item in plan.passes]))
+            yield finished
+
+
+def max_row_length(config: ModelConfig) -> int:
+    """The most tokens that a row may have.
+
+    With dynamic rotary scaling, beyond the trained positions the angles depend on the longest row
+    of the batch, padding included. The score of such a row would depend on its batch.
+    """
+    if (config.rope_scaling or {}).get("rope_type") == "dynamic":
+        return config.max_position_embeddings // PAD_MULTIPLE * PAD_MULTIPLE
+    return config.context_length

@@ -1,0 +1,44 @@
+"""Write the chosen rows and their manifest."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minisft.common.outputs import atomic_write
+from minisft.data.dataset import Rows
+from minisft.data.records import Lines
+
+
+def write_selection(rows: Rows, chosen: np.ndarray, manifest: dict[str, Any], output: Path) -> None:
+    """Write the chosen records as they are in their files, and OUTPUT.manifest; both or none.
+
+    A .jsonl file gets JSON lines, a .json file an array, any other name the format of the input.
+    chosen: row numbers, sorted.
+    """
+    is_array = not any(isinstance(file.records, Lines) for file in rows.files)
+    if output.suffix in (".json", ".jsonl"):
+        is_array = output.suffix == ".json"
+    begin, separator, end = ("[\n", ",\n", "\n]\n") if is_array else ("", "\n", "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(f"{output}.manifest") as manifest_file, atomic_write(output) as file:
+        file.write(begin)
+        for count, text in enumerate(record_texts(rows, chosen)):
+            file.write(separator + text if count else text)
+        file.write(end)
+        manifest_file.write(json.dumps(manifest, ensure_ascii=False) + "\n")
+
+
+def record_texts(rows: Rows, chosen: np.ndarray) -> Iterator[str]:
+    """The JSON of each chosen record; of a file of JSON lines, exactly as it is there."""
+    start = 0
+    for file in rows.files:
+        stop = start + len(file.records)
+        for number in chosen[(start <= chosen) & (chosen < stop)].tolist():
+            if isinstance(file.records, Lines):
+                yield file.records.raw(number - start).decode().strip()
+            else:
+                yield json.dumps(file.records[number - start], ensure_ascii=False)
+        start = stop
