@@ -17,9 +17,10 @@ import sys
 import time
 from collections import Counter
 
-from minisft.common.command_line import OptionParser, non_negative_int, positive_int, run_script
+from minisft.common.command_line import OptionParser, non_negative_int, positive_int
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, dtype_option
+from minisft.common.script import run_script
 
 EPILOGUE = """\
 What comes out, a line of JSON for every row of the data set:
