@@ -221,7 +221,8 @@ def add_adapter(model, adapter_dir, quantization_bit):
     import torch
 
     from minisft.checkpoints.adapters import load_adapter
-    from minisft.model.lora import convert_parameters, merge_lora
+    from minisft.model.lora import merge_lora
+    from minisft.model.quantized import convert_parameters
 
     dtype = model.model.embed_tokens.weight.dtype
     load_adapter(model, adapter_dir)

@@ -35,7 +35,8 @@ def load_trainable(options, model_dir, dtype, device):
     from minisft.checkpoints.reward_models import load_reward_model
     from minisft.model.config import ModelConfig
     from minisft.model.decoder import CausalLM
-    from minisft.model.lora import LoraConfig, add_lora, resume_lora
+    from minisft.model.lora import LoraConfig, add_lora
+    from minisft.model.lora_tools import resume_lora
 
     load, head = load_model, ()
     if options.stage == "rm":

@@ -196,10 +196,9 @@ def test_packs_of_any_shape_are_compiled_as_one(kernel, monkeypatch):
     batches = packs(8)
     expected, none = count_graphs(plain, batches)
     if kernel:
-        monkeypatch.setattr("minisft.model.decoder.has_kernel_for_rows", lambda x: True)
+        monkeypatch.setattr("minisft.model.packed_attention.has_kernel", lambda x: True)
         varlen_on_the_cpu()
-    for layer in compiled.model.layers:
-        layer.compile(backend="aot_eager")
+    compiled.model.compile_layers(backend="aot_eager")
     actual, graphs = count_graphs(compiled, batches)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert none == 0 and 0 < graphs <= 2
