@@ -31,7 +31,7 @@ class KeyValueCache:
         self.angles: tuple[Tensor, Tensor] | None = None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, K, T, d) of a layer; returns views of all of them (B, K, S, d)."""
+        """Add keys and values (B, K, T, d) of a layer; returns views of all (B, K, S, d)."""
         end = self.length + keys.shape[2]
         pair = self.pairs[layer]
         if pair is None or pair[0].shape[2] < end:

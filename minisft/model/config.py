@@ -4,7 +4,6 @@ config = ModelConfig.load("examples/base")
 print(config.hidden_size, config.num_hidden_layers)
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -78,7 +77,7 @@ class ModelConfig:
         refuse_unsupported(content, list(FAMILY_DEFAULTS), source)
         family = content["model_type"]
         values = dict(FAMILY_DEFAULTS[family])
-        for name in [field.name for field in dataclasses.fields(cls)]:
+        for name in cls.__dataclass_fields__:
             is_set = name in content and (content[name] is not None or name in NULLABLE)
             if is_set and name not in NOT_IN_FILE:
                 values[name] = content[name]

@@ -235,7 +235,7 @@ class CausalLM(nn.Module):
     def initial_values(
         self, generator: torch.Generator | None = None
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield (parameter, initial value): norms 1, biases 0, others from a normal distribution."""
+        """Yield (parameter, initial value): norms 1, biases 0, others normally distributed."""
         for name, parameter in self.named_parameters():
             value = torch.zeros(parameter.shape)
             if name.endswith("norm.weight"):

@@ -62,9 +62,10 @@ def next_angles(
     x: Tensor,
     cache: KeyValueCache | None,
 ) -> tuple[Tensor, Tensor]:
-    """compute(positions, dtype): rotary cos and sin (1, 1, T, d) of the T positions after the cache.
+    """Rotary cos and sin (1, 1, T, d) of the T positions after the cache.
 
-    A cache keeps a table of them, which grows by doubling. Without a cache they are computed.
+    compute(positions, dtype): the plain way. A cache keeps a table of the angles, which grows by
+    doubling.
     """
     if cache is None:
         return compute(torch.arange(T, device=x.device), x.dtype)

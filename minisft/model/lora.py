@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minisft.common.errors import UserError
 from minisft.model.modules_to_save import train_fully
 from minisft.model.quantized import QuantizedLinear, plain_linear
+from minisft.model.reward import Model
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LINEAR_TYPES = (nn.Linear, QuantizedLinear)
@@ -102,7 +103,7 @@ class LoRALinear(nn.Module):
         )
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> None:
+def add_lora(model: Model, config: LoraConfig) -> None:
     """Freeze the model, adapt its target modules, and train `modules_to_save`. In place."""
     model.requires_grad_(False)
     targets = [
@@ -126,7 +127,9 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
 
 def wrap_linear(model: nn.Module, name: str, config: LoraConfig) -> None:
     """Replace the linear layer with this name by a LoRALinear around it."""
-    model.set_submodule(name, LoRALinear(model.get_submodule(name), config))
+    base_layer = model.get_submodule(name)
+    assert isinstance(base_layer, LINEAR_TYPES)
+    model.set_submodule(name, LoRALinear(base_layer, config))
 
 
 def trainable_in_float32(model: nn.Module) -> None:

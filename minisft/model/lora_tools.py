@@ -2,14 +2,18 @@
 
 import copy
 from itertools import chain
+from typing import TypeVar
 
 from torch import nn
 
 from minisft.model.lora import LoraConfig, LoRALinear, trainable_in_float32
 from minisft.model.modules_to_save import train_fully
+from minisft.model.reward import Model
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def resume_lora(model: nn.Module, config: LoraConfig) -> None:
+def resume_lora(model: Model, config: LoraConfig) -> None:
     """Make a loaded adapter trainable. In place."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -18,7 +22,7 @@ def resume_lora(model: nn.Module, config: LoraConfig) -> None:
     trainable_in_float32(model)
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: M) -> M:
     """A copy that keeps today's weights while the model is trained, in evaluation mode.
 
     The copy shares the frozen tensors of the model. Adapters that change nothing yet are left out.

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def attend_by_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kernel: Callable[..., Tensor],
+    kernel: Callable[..., Any],
     bounds: Tensor,
     longest: int,
     window: int | None,
@@ -104,7 +105,7 @@ def has_kernel(x: Tensor) -> bool:
     return x.is_cuda and (torch.is_autocast_enabled("cuda") or x.dtype != torch.float32)
 
 
-def varlen_kernel() -> Callable[..., Tensor]:
+def varlen_kernel() -> Callable[..., Any]:
     """torch's varlen_attn, for fewer key heads than query heads."""
     # Imported here because it imports torch's compiler, which takes seconds.
     from torch.nn.attention.varlen import varlen_attn

@@ -12,6 +12,8 @@ quantised as well, to 8 bits ("double quantisation").
 Only the quantised weight is kept. Every multiplication, forward and backward, dequantises it again.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -144,19 +146,27 @@ class QuantizedMatmul(torch.autograd.Function):
     """x W^T + b with a quantised W, which is dequantised again for the backward pass."""
 
     @staticmethod
-    def forward(context, x: Tensor, layer: "QuantizedLinear") -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: "QuantizedLinear") -> Tensor:
         """(..., out) from x (..., in)."""
-        context.layer = layer
+        ctx.layer = layer
         return F.linear(x, layer.dequantized(x.dtype), layer.bias)
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """The gradient of x; W is frozen."""
-        return gradient @ context.layer.dequantized(gradient.dtype), None
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dequantized(gradient.dtype), None
 
 
 class QuantizedLinear(nn.Module):
     """A frozen nn.Linear with its weight (out, in) in 4 or 8 bits."""
+
+    steps: Tensor  # 8 bits: the result of quantize_rows
+    largest: Tensor
+    packed: Tensor  # 4 bits: the result of quantize_nf4
+    scales: Tensor
+    nested_scales: Tensor
+    mean: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, bias: nn.Parameter | None = None
@@ -221,7 +231,7 @@ def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = bias
+    linear.register_parameter("bias", bias)
     return linear
 
 
