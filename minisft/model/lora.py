@@ -87,8 +87,8 @@ class LoRALinear(nn.Module):
         """y (..., out_features) from x (..., in_features)."""
         # A and B are kept in float32, and multiplied in the type of x.
         low_rank = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))  # (..., rank)
-        update = F.linear(low_rank, self.lora_B.weight.to(x.dtype))
-        return self.base_layer(x) + self.scaling * update
+        y = self.base_layer(x)
+        return y + self.scaling * F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype | None = None) -> nn.Linear:
