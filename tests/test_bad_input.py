@@ -225,7 +225,7 @@ def test_flags(script, flags, message, start, place):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu(start, place):
     complaint = refused(start, place, "train", "--device", "cuda")
-    assert "torch sees 0 GPUs; use --device cpu" in complaint
+    assert "torch sees 0 GPUs. Use --device cpu." in complaint
 
 
 def test_output_by_another_name_is_the_input_all_the_same(start, place):

@@ -128,7 +128,7 @@ def test_three_ways_through_a_pack(window, monkeypatch):
 
     for layers_are_compiled, has_kernel in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(packs, "has_kernel", lambda x, there=has_kernel: there)
-        chosen = packs.packed_attention(lengths, q, window, layers_are_compiled)
+        chosen = packs.packed_attention(lengths, window, q, layers_are_compiled)
         torch.testing.assert_close(chosen(q, k, v), expected)
 
 

@@ -153,16 +153,14 @@ class Decoder(nn.Module):
         T = tokens.shape[1]
         S = T if cache is None else T + cache.length
         x = self.embed_tokens(tokens)  # (B, T, D)
-        attend: dict[str, Attend] = {}
+        attend: dict[str, Attend] = {}  # for each layer type
         for layer_type in set(self.config.layer_types):
             window = self.config.sliding_window if layer_type == "sliding_attention" else None
             if lengths is None:
                 attend[layer_type] = attention_with_mask(T, S, mask, window, x.device)
             else:
-                is_compiled = self.layers_are_compiled
-                attend[layer_type] = packed_attention(lengths, x, window, is_compiled)
-        if lengths is not None:
-            positions = packed_positions(lengths, x.device)
+                attend[layer_type] = packed_attention(lengths, window, x, self.layers_are_compiled)
+                positions = packed_positions(lengths, x.device)
         if positions is None:
             cos, sin = next_angles(self.angles, self.config, T, x, cache)
         else:

@@ -23,12 +23,12 @@ from minisft.model.attention import Attend, attend, causal_mask
 
 
 def packed_attention(
-    lengths: list[int], x: Tensor, window: int | None, layers_are_compiled: bool
+    lengths: list[int], window: int | None, x: Tensor, layers_are_compiled: bool
 ) -> Attend:
     """The attention of a pack of rows with these lengths.
 
-    x (1, T, D): the embedded tokens, for the device and the type. window: the number of keys that
-    a query sees; None: all.
+    window: the number of keys that a query sees; None: all. x (1, T, D): the embedded tokens, for
+    their device and type.
     """
     if has_kernel(x):
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
