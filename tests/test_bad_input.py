@@ -212,7 +212,7 @@ def test_files_without_rows(content, message, start, place):
      "is an input"),
     ("train", ["--resume_from_checkpoint", "nowhere"], "nowhere: there is no such folder"),
     ("export", ["--device", "cuda:99"], "--device cuda:99: torch sees"),
-    ("export", ["--device", "tpu"], "--device tpu: not a"),
+    ("export", ["--device", "tpu"], "--device tpu: no such device"),
     ("export", ["--bf16", "--fp16"], "--fp16 contradicts --dtype bfloat16"),
     ("export", ["--max_shard_size", "-5"], "'-5' is not a size"),
     ("export", ["--format", "onnx"], "--format: invalid choice: 'onnx'"),

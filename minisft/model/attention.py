@@ -2,8 +2,8 @@
 
     y = attend(q, k, v, mask)       # softmax(q k^T / sqrt(d)) v, over the keys in the mask
 
-The T queries see up to S keys: those in the cache, then those of the T tokens. A mask is True where
-a query may see a key. None stands for the causal mask: a query sees no key after its position. The
+The T queries meet S keys: the keys in the cache, then their own. A mask is True where a query may
+see a key. None stands for the causal mask: a query sees no key after its position. The
 letters of the shapes are explained in decoder.py.
 """
 

@@ -1,7 +1,7 @@
 """Faster ways to compute some steps of the decoder; each gives the numbers of the plain way.
 
 At batch size 1 on a CPU, a model generates a token at a time and its time goes into reading the
-weights and into calling torch. Other operations than those for many rows are then faster.
+weights and into calls of torch. Then other operations are faster than for many rows.
 """
 
 from collections.abc import Callable
