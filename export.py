@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from minisft.common import tensor_files
-from minisft.common.command_line import QUANTIZATIONS, OptionParser, run_script
+from minisft.common.command_line import QUANTIZATIONS, OptionParser
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags
 from minisft.common.outputs import (
@@ -22,6 +22,7 @@ from minisft.common.outputs import (
     recorded_options,
     save_options,
 )
+from minisft.common.script import run_script
 
 
 def parse_options(arguments=None):

@@ -18,10 +18,11 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 
-from minisft.common.command_line import OptionParser, non_negative_int, positive_int, run_script
+from minisft.common.command_line import OptionParser, non_negative_int, positive_int
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, dtype_option
 from minisft.common.outputs import check_output_file
+from minisft.common.script import run_script
 
 EPILOGUE = """\
 The output has a line of JSON for every row:

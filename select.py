@@ -274,6 +274,6 @@ def print_summary(manifest: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from minisft.common.command_line import run_script
+    from minisft.common.script import run_script
 
     run_script(main)

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (which comes with the first optimizer)
 
 import train  # noqa: E402
-from minisft.common.command_line import run_script  # noqa: E402
+from minisft.common.script import run_script  # noqa: E402
 from minisft.training.run import Run  # noqa: E402
 
 LINES = 30_000  # of this project, the most before a kill: the start and some twenty steps

@@ -28,7 +28,8 @@ from minisft.data.build_batches import first_examples
 from minisft.data.encode_report import EncodeReport
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LoraConfig, add_lora, frozen_copy
+from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.lora_tools import frozen_copy
 from minisft.model.reward import RewardModel
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer

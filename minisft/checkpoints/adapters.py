@@ -14,15 +14,8 @@ from minisft.common.tensor_files import (
     shorten_list,
     write_safetensors,
 )
-from minisft.model.lora import (
-    LINEAR_TYPES,
-    SAVEABLE_MODULES,
-    LoraConfig,
-    LoRALinear,
-    freeze,
-    train_fully,
-    wrap_linear,
-)
+from minisft.model.lora import LINEAR_TYPES, LoraConfig, LoRALinear, wrap_linear
+from minisft.model.modules_to_save import SAVEABLE_MODULES, train_fully
 
 PEFT_PREFIX = "base_model.model."
 
@@ -91,7 +84,7 @@ def load_adapter(model, adapter_dir, dropout=0.0):
     config = replace(_adapter_config(adapter_dir / ADAPTER_CONFIG), dropout=dropout)
     path, stored = adapter_dir / ADAPTER_WEIGHTS, adapter_tensors(adapter_dir)
     device = model.model.embed_tokens.weight.device
-    freeze(model)
+    model.requires_grad_(False)
     if "score" in config.modules_to_save and not hasattr(model, "score"):
         raise UserError(f"{adapter_dir}:{A_REWARD_MODEL[1:]}")
     train_fully(model, config.modules_to_save)

@@ -1,70 +1,81 @@
-"""When one of the processes under torchrun fails: one of them says why, and all end.
+"""A failing run under torchrun: one process prints the reason, then all processes end.
 
-    if not claim():
-        give_way()
-    print("error: ...", file=sys.stderr)
-    told()
-    leave(2)
+    fail(print_reason)              # called by the process that failed
+    exit_when_another_fails()       # called by all processes at the start
 
-A mistake in the options is found by every process at once, a broken connection by those that are
-left when one has crashed; either should be read once. torchrun gives each process the name of a
-file, RUN/RANK/error.json, in a folder that it makes and removes; the processes of this machine
-agree by a file there. Without torchrun, every process speaks for itself.
+A mistake in the options fails in every process at once, and a lost connection fails in every
+process that is left. The user should read the reason once. torchrun gives each process the path
+RUN/RANK/error.json in a temporary folder. The processes of a machine share one more file there:
+
+    RUN/minisft_failure exists          a process has failed and is printing its reason
+    RUN/minisft_failure has content     the reason is printed; all other processes end
+
+torch's own recording of errors (`elastic.multiprocessing.errors.record`) does not replace this.
+It prints a traceback for a mistake in the options, and it cannot end a process that waits for the
+others inside a library.
 """
 
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-PATIENCE = 60  # seconds to wait for the first to fail, lest one that hangs keeps all
+# Seconds to wait for the process that failed first, in case it hangs.
+PATIENCE = 60
 
 
-def claim():
-    """Whether this process is the first to fail of those on this machine, and is to say why."""
-    path = _file()
-    if path is None:
-        return True
+def fail(print_reason: Callable[[], int]) -> NoReturn:
+    """End this process. The first process to fail calls `print_reason`, which returns the status.
+
+    Without torchrun every process prints its own reason.
+    """
+    shared = _shared_file()
+    if shared is None:
+        sys.exit(print_reason())
     try:
-        path.open("x").close()
+        shared.open("x").close()
     except FileExistsError:
-        return False
-    except OSError:  # nowhere to agree: better said twice than never
+        _exit_after_the_first(shared)
+    except OSError:  # nothing is shared: better printed twice than never
         pass
-    return True
+    status = print_reason()
+    if shared.exists():
+        shared.write_text(str(os.getpid()))
+    _exit_now(status)
 
 
-def told():
-    """The reason has been said: the other processes may end."""
-    path = _file()
-    if path and path.exists():
-        path.write_text(str(os.getpid()))
+def exit_when_another_fails() -> None:
+    """Start a thread that ends this process when another one has failed.
+
+    The main thread may be waiting for that process inside a library, where neither signals nor
+    exceptions reach it.
+    """
+    if shared := _shared_file():
+        threading.Thread(target=_watch, args=(shared,), daemon=True).start()
 
 
-def leave(status):
-    """End this process; under torchrun at once, without the exit in order, which may wait."""
-    if _file() is None:
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def _watch(shared: Path) -> None:
+    while not (shared.exists() and shared.read_text() not in ("", str(os.getpid()))):
+        time.sleep(0.5)
+    _exit_after_the_first(shared)
 
 
-def give_way():
-    """End this process, which is not the first to fail, after that one."""
-    path, ends = _file(), time.monotonic() + PATIENCE
-    # torchrun names as the cause the process that it sees end first; it has seen it once the
-    # process is gone.
-    while time.monotonic() < ends and path.exists() and not _is_gone(path.read_text()):
+def _exit_after_the_first(shared: Path) -> NoReturn:
+    # torchrun names the process that it sees end first as the root cause, and it has seen the end
+    # once the process is gone.
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and shared.exists() and not _is_gone(shared.read_text()):
         time.sleep(0.1)
-    leave(1)
+    _exit_now(1)
 
 
-def _is_gone(process_id):
-    """Whether no such process is there, not even one whose end its parent has not noted."""
+def _is_gone(process_id: str) -> bool:
+    """True if the process has printed its reason and no longer exists, not even as a zombie."""
     if not process_id:
-        return False  # it has not said yet why it fails
+        return False
     try:
         os.kill(int(process_id), 0)
     except OSError:
@@ -72,21 +83,13 @@ def _is_gone(process_id):
     return False
 
 
-def end_with_others():
-    """From now on end this process, wherever it is, when another one has failed and said why.
-
-    It may be waiting for that one inside a library, where neither signals nor errors reach it.
-    """
-    if path := _file():
-        threading.Thread(target=_watch, args=(path,), daemon=True).start()
+def _exit_now(status: int) -> NoReturn:
+    """End without the usual clean-up, which may wait for other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
-def _watch(path):
-    while not (path.exists() and path.read_text() not in ("", str(os.getpid()))):
-        time.sleep(0.5)
-    give_way()
-
-
-def _file():
+def _shared_file() -> Path | None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(path).parent.parent / "minisft_failure" if path else None

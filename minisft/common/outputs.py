@@ -1,4 +1,4 @@
-"""Output files and folders: written whole or not at all, never over an input, with their options.
+"""Output files and folders: written completely or not at all, and never over an input.
 
 check_output_dir(options.output_dir, options.overwrite_output_dir, options.model_name_or_path)
 with atomic_write("runs/a/metrics.json") as file:
@@ -10,38 +10,48 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from minisft.common.command_line import read_toml
 from minisft.common.errors import UserError
+from minisft.common.toml_files import RECORD_HEADER, read_toml
 
 # Options of one invocation: how to write, and where to resume from.
 UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open `path`.partial for writing; on success flush it to disk and rename it to `path`.
+def atomic_path(path: str | Path) -> Generator[Path, None, None]:
+    """The path `path`.partial, to write a file to; on success it is renamed to `path`.
 
-    mode: "w" for UTF-8 text, "wb" for bytes. If the body fails, `path` keeps its old content and
-    the partial file is removed. A full or failing disk raises UserError.
+    If the body fails, `path` keeps its old content and the partial file is removed. A full or
+    failing disk raises UserError.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        encoding = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-        with open(partial, mode, **encoding) as file:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Generator[IO[Any], None, None]:
+    """Open `path` for writing: see atomic_path. The content is on the disk before the rename.
+
+    mode: "w" for UTF-8 text, "wb" for bytes.
+    """
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    with atomic_path(path) as partial:
+        with open(partial, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_not_an_input(flag: str, output: str | Path, inputs: Iterable[str | Path | None]) -> None:
@@ -96,6 +106,7 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, *inputs: str | Pat
 def save_options(options: Namespace, path: str | Path) -> None:
     """Write the resolved options as TOML, so that `--config` can repeat the run."""
     with atomic_write(path) as file:
+        file.write(RECORD_HEADER)
         for name, value in sorted(vars(options).items()):
             if name not in UNRECORDED and value is not None:
                 # JSON strings, numbers, lists and booleans are also TOML.

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minisft.common.command_line import OptionParser, run_script
+from minisft.common.command_line import OptionParser
 from minisft.common.errors import UserError
 from minisft.common.outputs import atomic_write, check_not_an_input, check_output_file
+from minisft.common.script import run_script
 from minisft.data.dataset import Rows, open_rows, read
 from minisft.data.dataset_info import FILE_NAME
 from minisft.data.formats import to_sharegpt
