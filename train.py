@@ -264,6 +264,7 @@ def main():
 def prepare_data(options, model_dir):
     """(Tokenizer, Template or None, Batches, held-out examples or None); shows some of the rows."""
     from minisft.common import processes
+    from minisft.data.build_batches import first_examples
     from minisft.model.config import ModelConfig
     from minisft.text.template import get_template
     from minisft.text.tokenizer import Tokenizer
@@ -275,7 +276,7 @@ def prepare_data(options, model_dir):
         template = get_template(options.template, tokenizer, options.default_system)
         say(f"template: {template.name}")
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
-    for example in batches.first(options.show_samples if template else 0):
+    for example in first_examples(batches, options.show_samples if template else 0):
         for text in example.texts():
             say(template.show(text.ids.tolist(), text.supervised.tolist()) + "\n")
     return tokenizer, template, batches, eval_examples

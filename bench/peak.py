@@ -103,6 +103,7 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
 
     from minisft.common import processes
     from minisft.data import batching, encoding
+    from minisft.data.encode_report import EncodeReport
     from minisft.training import preference
     from minisft.training.options import parse_options
     from minisft.training.run import Run
@@ -119,7 +120,7 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
     examples = [encoding.Example(draw.integers(0, fields["vocab_size"], sum(lengths)), supervised,
                                  lengths)
                 for _ in range(batch_size * accumulated * processes.world_size())]
-    batches = batching.Batches(examples, lambda rows: (rows, encoding.EncodeReport()))
+    batches = batching.Batches(examples, lambda rows: (rows, EncodeReport()))
 
     def objective(run):  # a reward model as it is, without a template to choose its padding by
         if options.stage == "rm":

@@ -96,6 +96,7 @@ def train_minisft(options, rows):
     import torch
 
     from minisft.data import batching, encoding
+    from minisft.data.encode_report import EncodeReport
     from minisft.training.metrics import read_metrics
     from minisft.training.options import parse_options as training_options
     from minisft.training.run import Run
@@ -114,7 +115,7 @@ def train_minisft(options, rows):
     model, lora_config = load_trainable(settings, folder / "model", dtype, device)
     examples = [encoding.Example(np.array(ids), np.array(supervised)) for ids, supervised in rows]
     run = Run(settings, model, lora_config, len(examples), dtype, device)
-    batches = batching.Batches(examples, lambda chosen: (chosen, encoding.EncodeReport()))
+    batches = batching.Batches(examples, lambda chosen: (chosen, EncodeReport()))
     collate, computed = run.collate, []
 
     def counted(*arguments):

@@ -12,17 +12,12 @@ import torch
 from conftest import ROOT
 
 from minisft.common.errors import UserError
-from minisft.data.batching import (
-    WINDOW_STEPS,
-    Batches,
-    batches_of_rows,
-    batches_of_texts,
-    collate,
-    micro_batches,
-    pack,
-)
+from minisft.data.batching import WINDOW_STEPS, Batches, collate, micro_batches, pack
+from minisft.data.build_batches import batches_of_rows, batches_of_texts, first_examples
 from minisft.data.dataset import Row, open_rows
-from minisft.data.encoding import EncodeReport, Example, encode_rows, encode_texts
+from minisft.data.encode_report import EncodeReport
+from minisft.data.encode_texts import encode_texts
+from minisft.data.encoding import Example, encode_rows
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -150,7 +145,7 @@ class TestWorkers:
         alone = self.batches(file, 0)
         expected = ids_of(alone.steps(3, 20, 300))
         report = alone.take_report()
-        assert report.num_cut and report.num_rows >= 400
+        assert report.num_truncated and report.num_rows >= 400
         for num_workers in (1, 2, 3):
             torch.manual_seed(0)
             state = torch.get_rng_state()
@@ -166,7 +161,7 @@ class TestWorkers:
         lines = file.read_text().split("\n")
         lines[29], lines[31] = lines[29].replace("output", "outptu"), "{"
         file.write_text("\n".join(lines))
-        monkeypatch.setattr("minisft.data.batching.SAMPLE_ROWS", 2)
+        monkeypatch.setattr("minisft.data.build_batches.SAMPLE_ROWS", 2)
         with pytest.raises(UserError) as caught:
             list(self.batches(file, num_workers).steps(3, 0, 200))
         message = str(caught.value)
@@ -236,7 +231,7 @@ def test_little_padding_on_real_rows(shared_data, rows_per_step):
 
     steps = epoch_of(batches, rows_per_step, 0)
     assert padding(flat(micro_batches(step, 8) for step in steps)) < 0.04
-    in_file_order = batches.first(999)
+    in_file_order = first_examples(batches, 999)
     assert padding([in_file_order[at : at + 8] for at in range(0, 999, 8)]) > 0.2  # what is saved
 
 
@@ -270,8 +265,8 @@ def conversation(prompt, answer):
 def test_long_rows_are_cut_and_counted():
     rows = [conversation("aa", "bb"), conversation("aa", "b" * 20), conversation("a" * 30, "b")]
     examples, report = encode_rows(rows, Letters(), cutoff_len=8)
-    assert report == EncodeReport(num_rows=3, num_cut=2, num_dropped=1)
-    assert str(report).startswith("2 of 3 rows cut to the length limit, 1 dropped")
+    assert report == EncodeReport(num_rows=3, num_truncated=2, num_dropped=1)
+    assert str(report).startswith("2 of 3 rows truncated, 1 of them dropped")
     assert examples[0].ids[-1] == Letters.eos_token_id
     assert examples[1].ids.tolist() == [97, 97] + [98] * 6  # a cut answer has no end
 
@@ -288,8 +283,8 @@ def test_the_first_examples_are_ones_that_are_learned_from(tmp_path):
     lines = [{"instruction": "a" * size, "output": "b"} for size in (9, 2, 9, 3, 1)]
     (tmp_path / "rows.json").write_text(json.dumps(lines))
     batches = batches_of_rows(open_rows(tmp_path / "rows.json"), Letters(), cutoff_len=6)
-    assert [len(example.ids) for example in batches.first(2)] == [4, 5]
-    assert len(batches.first(9)) == 3
+    assert [len(example.ids) for example in first_examples(batches, 2)] == [4, 5]
+    assert len(first_examples(batches, 9)) == 3
 
 
 def test_nothing_to_learn(tmp_path):
@@ -334,7 +329,7 @@ class TestTexts:
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_long_text_comes_whole_in_every_epoch_and_from_any_step(
             self, tmp_path, monkeypatch, num_workers):
-        monkeypatch.setattr("minisft.data.batching.SAMPLE_BYTES", 5000)
+        monkeypatch.setattr("minisft.data.build_batches.SAMPLE_BYTES", 5000)
         texts = self.texts(tmp_path, 6000)
         batches = batches_of_texts(texts, Letters(), 32, num_workers=num_workers)
         tokens = sum(len(text) + 2 for text in texts)

@@ -188,19 +188,19 @@ BROKEN = {
     "system twice": ({**turns("system", "human", "gpt"), "system": "S"}, "system speaks where"),
     "unanswered": (turns("human", "gpt", "human"), "no answer"),
     "only a system prompt": (turns("system"), "no answer"),
-    "unknown speaker": (turns("human", "bard"), "turn 2: the speaker 'bard'"),
+    "unknown speaker": (turns("human", "bard"), "turn 2: unknown speaker 'bard'"),
     "no turns": ({"conversations": []}, "the conversation is empty"),
     "turns not a list": ({"conversations": {"a": 1}}, "conversations must be a list"),
-    "turn not an object": ({"messages": ["hello"]}, "turn 1: a turn is a JSON object"),
+    "turn not an object": ({"messages": ["hello"]}, "turn 1: a turn must be a JSON object"),
     "empty turn": ({"messages": [user("")]}, "turn 1: the user turn is empty"),
     "list content": ({"messages": [user(["a"])]}, "content must be a string"),
     "bad tools": ({**turns("human", "gpt"), "tools": "[{"}, "in tools, line 1 column 3"),
     "tools of nothing": ({**turns("human", "gpt"), "tools": [1, "add"]}, "a list of objects"),
     "a call by the user": ({"messages": [user("Q", tool_calls=[{"name": "f", "arguments": {}}]),
-                                         assistant("A")]}, "which only an answer can have"),
+                                         assistant("A")]}, "only the assistant calls tools"),
     "only a blank system prompt": ({"messages": [{"role": "system", "content": ""}]}, "is empty"),
     "firefly without target": ({"kind": "NLI", "input": "Q"}, "no answer"),
-    "not an object": (["Q", "A"], "a row is a JSON object"),
+    "not an object": (["Q", "A"], "a row must be a JSON object"),
     "half a character": ({**GOOD, "output": "\ud800"}, "surrogate"),
 }
 
@@ -244,7 +244,7 @@ class TestBrokenRows:
     def test_only_broken_rows_is_an_error_even_when_they_are_skipped(self, tmp_path):
         good = write(tmp_path / "a.json", [GOOD])
         bad = write(tmp_path / "b.json", [{"a": 1, "b": 2}])
-        with pytest.raises(UserError, match=r"b\.json, row 1: the columns \(a, b\)") as caught:
+        with pytest.raises(UserError, match=r"b\.json, row 1: no known format has the columns a, b") as caught:
             load_rows(f"{good},{bad}", skipped=[])
         for name in ("alpaca", "sharegpt", "openai", "firefly", "dataset_info.json"):
             assert name in str(caught.value)
@@ -258,7 +258,7 @@ class TestBrokenRows:
     def test_files_that_are_not_there_or_not_text(self, tmp_path):
         with pytest.raises(UserError, match="nothing.json: there is no such file"):
             load_rows(tmp_path / "nothing.json")
-        with pytest.raises(UserError, match="is a folder"):
+        with pytest.raises(UserError, match="the folder has no"):
             load_rows(tmp_path)
         with pytest.raises(UserError, match="names no file"):
             load_rows(" , ")
@@ -313,7 +313,7 @@ class TestFolders:
         assert load_rows(folder, plain_text=True) == ["one", "two", "text"]
 
     def test_empty_folder(self, tmp_path):
-        with pytest.raises(UserError, match=r"no \.json, \.jsonl file in it"):
+        with pytest.raises(UserError, match=r"no \.json, \.jsonl file"):
             open_rows(tmp_path)
 
 
@@ -438,8 +438,8 @@ class TestConvert:
         os.mkfifo(device)
         for words, message in (((bad, output), "row 2"), ((good, good), "exists"),
                                ((good, folder), "is a folder or a device. Give the name of a f"),
-                               ((good, folder, "--overwrite"), "folder: is a folder or a device"),
-                               ((good, device, "--overwrite"), "device: is a folder or a device"),
+                               ((good, folder, "--overwrite"), "folder is a folder or a device"),
+                               ((good, device, "--overwrite"), "device is a folder or a device"),
                                ((good, good, "--overwrite"), "is an input"),
                                ((good, tmp_path / "no" / "out.json"), "No such file"),
                                ((tmp_path / "none.json", output), "no such file")):
@@ -452,14 +452,14 @@ class TestConvert:
         assert json.loads(good.read_text()) == [GOOD]
         done = self.run(bad, output, "--skip_bad_rows")
         assert "1 rows; 1 broken rows left out, the first: " in done.stdout
-        assert "sharegpt" in self.run("--help").stdout
+        assert "ShareGPT" in self.run("--help").stdout
 
     def test_what_sharegpt_cannot_say_is_a_broken_row(self, tmp_path):
         call = assistant("Well,", tool_calls=[{"name": "f", "arguments": {}}])
         bad = write(tmp_path / "bad.json", [GOOD, {"messages": [user("Q"), call]}])
         skipped = []
         assert convert(bad, tmp_path / "out.json", skipped=skipped) == 1
-        assert len(skipped) == 1 and "bad.json, row 2: an answer that also calls" in skipped[0]
+        assert len(skipped) == 1 and "bad.json, row 2: an answer has text and tool calls" in skipped[0]
         with pytest.raises(UserError, match=r"bad\.json, row 2: an answer .*--skip_bad_rows"):
             convert(bad, tmp_path / "other.json")
 

@@ -25,6 +25,8 @@ from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options
 from minisft.common.tensor_files import read_header
 from minisft.data import batching, dataset, encoding
+from minisft.data.build_batches import batches_of_rows, batches_of_texts
+from minisft.data.encode_texts import encode_texts
 from minisft.generation.generate import Sampling, generate
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
@@ -179,7 +181,7 @@ def use_tokenizer(folder):
         rows = [dataset.Row(CONVERSATION, source=str(folder))]
         examples, _ = encoding.encode_rows(rows, template, 32, 300)
         make_batch(examples)
-    encoding.encode_texts(["the cat <s> 中文 \0"], tokenizer, 8, 2**20)
+    encode_texts(["the cat <s> 中文 \0"], tokenizer, 8, 2**20)
 
 
 def make_batch(examples):
@@ -193,11 +195,11 @@ def use_data(folder):
     for path in sorted(folder.glob("*.json*")):
         name = "named" if path.name == "dataset_info.json" else str(path)
         rows = dataset.open_rows(name, dataset_dir=folder, say=lambda text: None)
-        batches = batching.batches_of_rows(rows, template, 1000, 300)
+        batches = batches_of_rows(rows, template, 1000, 300)
         make_batch(next(iter(batches.steps(2, 0, 1))))
         dataset.open_rows(name, dataset_dir=folder, skipped=[], say=lambda text: None)
     texts = dataset.open_rows(folder / "text.txt", plain_text=True)
-    make_batch(next(iter(batching.batches_of_texts(texts, tokenizer, 8, 300).steps(2, 0, 1))))
+    make_batch(next(iter(batches_of_texts(texts, tokenizer, 8, 300).steps(2, 0, 1))))
 
 
 def use_run(folder):

@@ -13,7 +13,7 @@ from test_template import LLAMA3, QWEN, TINYLLAMA, fitting
 
 from minisft.common.errors import UserError
 from minisft.data.dataset import Row
-from minisft.data.formats import BadRow
+from minisft.data.row_values import BadRow
 from minisft.selection import ifd
 from minisft.text.template import TEMPLATES, get_template
 from minisft.text.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ import torch._dynamo
 import torch.nn.functional as F
 
 from minisft.data.batching import collate, micro_batches, pack
-from minisft.data.encoding import Example, encode_texts
+from minisft.data.encode_texts import encode_texts
+from minisft.data.encoding import Example
 from minisft.model import loss
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM

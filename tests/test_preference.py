@@ -24,6 +24,8 @@ from minisft.checkpoints.folders import load_model, save_model
 from minisft.checkpoints.reward_models import choose_padding, load_reward_model
 from minisft.common.errors import UserError
 from minisft.data import batching, encoding
+from minisft.data.build_batches import first_examples
+from minisft.data.encode_report import EncodeReport
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
@@ -57,7 +59,7 @@ def ragged_rows(count, answers=2, seed=0):
 
 
 def already_encoded(examples):
-    return batching.Batches(examples, lambda chosen: (chosen, encoding.EncodeReport()))
+    return batching.Batches(examples, lambda chosen: (chosen, EncodeReport()))
 
 
 def metrics_of(run_dir):
@@ -574,7 +576,7 @@ def loaded(checkpoint, answers, stage, *flags):
     tokenizer = Tokenizer.load(checkpoint)
     batches, _ = load_data(options, tokenizer, get_template("plain", tokenizer),
                            ModelConfig.load(checkpoint), said.append)
-    return batches.first(99), said
+    return first_examples(batches, 99), said
 
 
 @pytest.mark.parametrize("stage", ["dpo", "rm"])
@@ -587,8 +589,7 @@ def test_equal_answers_teach_nothing(stage, checkpoint):
     for one, other in zip(examples, expected, strict=True):
         assert np.array_equal(one.ids, other.ids) and np.array_equal(one.supervised,
                                                                      other.supervised)
-    assert said == ["a look at 5 rows: 2 of 5 rows left out: their answers are the same, so none "
-                    "is to be preferred"] and nothing == []
+    assert said == ["a look at 5 rows: 2 of 5 rows left out: their answers are the same"] and nothing == []
     with pytest.raises(UserError, match="nothing to learn: 2 of 2 rows left out: their answers"):
         loaded(checkpoint, [["yes", "yes"], ["no", "no"]], stage)
 
@@ -597,13 +598,13 @@ def test_answers_that_the_limit_makes_equal(checkpoint):
     """Of a pair that differs behind the limit only --stage dpo would see one text twice."""
     answers = [["yes " * 60 + "so", "yes " * 60 + "no"], ["yes", "no"]]
     examples, said = loaded(checkpoint, answers, "dpo", "--cutoff_len", "40")
-    assert len(examples) == 1 and said[0].startswith("a look at 2 rows: 1 of 2 rows cut to the ")
-    assert said[0].endswith("; 1 of 2 rows left out: their answers are the same, so none is to be "
-                            "preferred; --cutoff_len is 40")
+    assert len(examples) == 1 and said[0].startswith("a look at 2 rows: 1 of 2 rows truncated")
+    assert said[0].endswith("; 1 of 2 rows left out: their answers are the same"
+                            "; --cutoff_len is 40")
 
 
 @pytest.mark.parametrize(("stage", "kept", "told"), [
-    ("dpo", 2, "1 of 2 rows cut to the length limit"), ("rm", 1, "1 of 2 rows left out: longer")])
+    ("dpo", 2, "1 of 2 rows truncated"), ("rm", 1, "1 of 2 rows left out: longer")])
 def test_only_a_reward_needs_whole_conversations(stage, kept, told, checkpoint):
     """Of an answer that is cut the beginning can be learned, but it was not what was judged.
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from minisft.common.errors import UserError
-from minisft.data.batching import batches_of_rows
+from minisft.data.build_batches import batches_of_rows
 from minisft.data.dataset import open_rows
-from minisft.data.encoding import encode_rankings
-from minisft.data.formats import BadRow, ranking
+from minisft.data.encode_preferences import encode_preferences
+from minisft.data.preferences import parse_preferences
+from minisft.data.row_values import BadRow
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     record, prompt = LAYOUTS[layout]
-    conversations, tools = ranking(record)
+    conversations, tools = parse_preferences(record)
     assert conversations == [[*prompt, assistant("3")], [*prompt, assistant("4")]]
     assert tools is None
 
@@ -70,7 +71,7 @@ def test_calls_of_functions_are_answers():
     record = {"conversations": [{"from": "human", "value": "Add."}], "tools": [{"name": "add"}],
               "chosen": {"from": "function_call", "value": json.dumps(call)},
               "rejected": {"from": "gpt", "value": "I cannot."}}
-    (best, worse), tools = ranking(record)
+    (best, worse), tools = parse_preferences(record)
     assert best[-1]["tool_calls"] == [call] and worse[-1] == assistant("I cannot.")
     assert tools == [{"name": "add"}]
 
@@ -82,23 +83,23 @@ PROMPT = {"prompt": "Add."}
     ({"instruction": "Add.", "output": "3"}, "need the columns chosen and rejected, or a list"),
     ({"instruction": "Add.", "output": ["3"]}, "a list of at least two answers"),
     ({"instruction": "Add.", "output": ["3", " "]}, "answer 2 of output: the assistant turn is"),
-    ({"instruction": "Add.", "output": ["3", 4]}, "answer 2 of output: a turn is a JSON object"),
+    ({"instruction": "Add.", "output": ["3", 4]}, "answer 2 of output: a turn must be a JSON object"),
     ({"instruction": "", "output": ["3", "4"]}, "there is no question"),
     ({**PROMPT, "chosen": "3", "rejected": ""}, "rejected: the assistant turn is empty"),
-    ({**PROMPT, "chosen": "3", "rejected": None}, "rejected: a turn is a JSON object"),
+    ({**PROMPT, "chosen": "3", "rejected": None}, "rejected: a turn must be a JSON object"),
     ({**PROMPT, "chosen": [], "rejected": "4"}, "chosen is empty"),
-    ({**PROMPT, "chosen": {"from": "robot", "value": "3"}, "rejected": "4"}, "chosen: the speaker"),
+    ({**PROMPT, "chosen": {"from": "robot", "value": "3"}, "rejected": "4"}, "chosen: unknown speaker"),
     ({"prompt": [assistant("Q")], "chosen": "3", "rejected": "4"}, "with chosen: assistant speaks"),
     ({"chosen": "3", "rejected": "4"}, "chosen and rejected have no question"),
     ({"chosen": [user("Q"), assistant("3")], "rejected": "4"}, "with rejected: assistant speaks"),
     ({"chosen": [user("Q"), assistant("3")], "rejected": [user("Z"), assistant("4")]},
-     "the answers are to different questions"),
+     "the answers belong to different questions"),
     ({**PROMPT, "chosen": "3", "rejected": "\ud800"}, "half of a surrogate pair"),
-    (["3"], "a row is a JSON object"),
+    (["3"], "a row must be a JSON object"),
 ])
 def test_mistakes(record, message):
     with pytest.raises(BadRow, match=message):
-        ranking(record)
+        parse_preferences(record)
 
 
 def test_a_broken_row_is_named_or_left_out(tmp_path):
@@ -129,7 +130,7 @@ def test_an_answer_beside_those_to_compare_is_the_one_to_learn(tmp_path, prompt,
     path.write_text(json.dumps([{**prompt, **answer, **compared}] * 2 + [{**prompt, **answer}]))
     rows = open_rows(path, say=said.append)
     assert [row.messages for row in rows] == [[user("Add."), assistant("three")]] * 3
-    assert said == [f"{path}: of each row only its one answer is read; train.py --stage rm and dpo "
+    assert said == [f"{path}: only the single answer of each row is read; train.py --stage rm and dpo "
                     "learn from chosen and rejected"]
     path.write_text(json.dumps([{**prompt, **answer}, {**prompt, **compared}]))
     with pytest.raises(UserError, match=r"row 2: preference data.*--stage dpo or rm"):
@@ -149,8 +150,8 @@ def test_an_entry_that_names_one_answer_says_who_would_compare(tmp_path):
     said = []
     assert open_rows("it", tmp_path, say=said.append)[0].messages[-1] == assistant("three")
     (line,) = said
-    assert "'chosen' (as chosen), 'rejected' (as rejected), which columns in" in line
-    assert line.endswith("not read; train.py --stage rm and dpo learn from chosen and rejected")
+    assert "'chosen' (as chosen), 'rejected' (as rejected). dataset_info.json does not name them" in line
+    assert line.endswith("so they are ignored; train.py --stage rm and dpo learn from chosen and rejected")
 
 
 @pytest.mark.parametrize(("entry", "record"), [
@@ -211,7 +212,7 @@ def test_only_the_answers_are_learned(name, shared_data, tiny_tokenizer_dir):
     template = get_template(name, tokenizer)
     for rows, _ in real_rows(shared_data):
         rows = sorted(rows, key=lambda row: -len(row.messages))[:5] + list(rows[:5])
-        examples, report = encode_rankings(rows, template, 10**6)
+        examples, report = encode_preferences(rows, template, 10**6)
         assert len(examples) == report.num_rows == 10 and not report
         for row, example in zip(rows, examples, strict=True):
             texts, conversations = example.texts(), [row.messages, *row.rejected]
@@ -236,15 +237,15 @@ def test_long_rows(tiny_tokenizer_dir, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     rows = open_rows(path, ranking=True)
-    examples, report = encode_rankings(rows, template, 30)
+    examples, report = encode_preferences(rows, template, 30)
     assert [example.lengths[0] <= 30 for example in examples] == [True] * 3
     assert max(example.lengths[0] for example in examples) == 30
-    assert str(report).startswith("2 of 4 rows cut to the length limit, 1 dropped")
-    examples, report = encode_rankings(rows, template, 30, whole=True)
+    assert str(report).startswith("2 of 4 rows truncated, 1 of them dropped")
+    examples, report = encode_preferences(rows, template, 30, drop_long=True)
     assert len(examples) == 2
-    assert str(report) == "2 of 4 rows left out: longer than the length limit" and report
+    assert str(report) == "2 of 4 rows left out: longer than the limit" and report
     with pytest.raises(UserError, match="--cutoff_len"):
-        batches_of_rows(rows, template, 3, encode=encode_rankings)
+        batches_of_rows(rows, template, 3, encode=encode_preferences)
 
 
 def test_multi_message_answers(tiny_tokenizer_dir, tmp_path):
@@ -254,7 +255,7 @@ def test_multi_message_answers(tiny_tokenizer_dir, tmp_path):
     longer = [assistant("one"), user("go"), assistant("two")]
     path.write_text(json.dumps([{"prompt": [*HISTORY, user("Add.")], "chosen": longer,
                                  "rejected": [assistant("three")]}]))
-    (example,), _ = encode_rankings(open_rows(path, ranking=True), template, 10**6)
+    (example,), _ = encode_preferences(open_rows(path, ranking=True), template, 10**6)
     shown = [template.show(text.ids.tolist(), text.supervised.tolist()) for text in example.texts()]
     learned = [[part.split("\033[0m")[0] for part in one.split("\033[32m")[1:]] for one in shown]
     assert learned == [["one</s>", "two</s>"], ["three</s>"]]

@@ -14,6 +14,7 @@ import train
 from minisft.checkpoints.adapters import save_adapter
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.data import batching, encoding
+from minisft.data.encode_report import EncodeReport
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.training.metrics import read_metrics
@@ -33,7 +34,7 @@ def learnable_examples(count=190):
 
 
 def already_encoded(examples):
-    return batching.Batches(examples, lambda chosen: (chosen, encoding.EncodeReport()))
+    return batching.Batches(examples, lambda chosen: (chosen, EncodeReport()))
 
 
 def metrics_of(run_dir):
@@ -179,7 +180,7 @@ def test_data_by_name_by_folder_and_mixed(checkpoint, rows_file, tmp_path):
                     "--dataloader_num_workers", 2, "--output_dir", tmp_path / "first")
     assert first.returncode == 0, first.stderr
     assert f"mixed in 8 rows of {rows_file} to 24" in first.stdout and "32 rows" in first.stdout
-    assert "epoch 1: " in first.stdout and "rows cut to the length limit" in first.stdout
+    assert "epoch 1: " in first.stdout and "rows truncated" in first.stdout
     second = command(*shared, "--train_dir", folder, "--valid_dir", folder,
                      "--dataloader_num_workers", 0, "--output_dir", tmp_path / "second")
     assert second.returncode == 0, second.stderr

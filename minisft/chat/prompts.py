@@ -20,8 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minisft.common.errors import UserError
-from minisft.data.formats import ROLES, BadRow, conversation
+from minisft.data.formats import ROLES, parse_conversation
 from minisft.data.records import open_records
+from minisft.data.row_values import BadRow
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "text")
 FORMAT_COLUMNS = {"instruction", "messages", "conversations", "kind"}  # not of a bare prompt
@@ -175,7 +176,7 @@ class Answers:
 def question_of(record):
     """One record -> (messages up to where the answer begins, tools or None), or BadRow."""
     record = {"prompt": record} if isinstance(record, str) else record
-    messages, tools = conversation(unanswered(record) if isinstance(record, dict) else record)
+    messages, tools = parse_conversation(unanswered(record) if isinstance(record, dict) else record)
     return messages[:-1], tools
 
 

@@ -4,6 +4,7 @@ python -m minisft.data convert firefly.jsonl sharegpt.json
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from minisft.common.command_line import OptionParser
 from minisft.common.errors import UserError
 from minisft.common.outputs import atomic_write, check_not_an_input, check_output_file
 from minisft.common.script import run_script
-from minisft.data.dataset import open_rows, read
+from minisft.data.dataset import Rows, open_rows, read
 from minisft.data.dataset_info import FILE_NAME
-from minisft.data.formats import BadRow, sharegpt
+from minisft.data.formats import to_sharegpt
+from minisft.data.row_values import BadRow
 
 
 def convert(
@@ -42,12 +44,12 @@ def convert(
     return count
 
 
-def _sharegpt_lines(rows, skipped):
-    """Yield the JSON of each row; one that sharegpt cannot say is a broken one."""
+def _sharegpt_lines(rows: Rows, skipped: list[str] | None) -> Iterator[str]:
+    """Yield the JSON of each row. A row that ShareGPT cannot express counts as broken."""
     for number in range(len(rows)):
         for row in read(rows, skipped, [number]):
             try:
-                yield json.dumps(sharegpt(row.messages, row.tools), ensure_ascii=False)
+                yield json.dumps(to_sharegpt(row.messages, row.tools), ensure_ascii=False)
             except BadRow as error:
                 message = f"{row.source}, row {row.index + 1}: {error}"
                 if skipped is None:
@@ -55,10 +57,10 @@ def _sharegpt_lines(rows, skipped):
                 skipped.append(message)
 
 
-def main():
+def main() -> None:
     """The command `convert`."""
     parser = OptionParser(
-        prog="python -m minisft.data", description="convert instruction data to the sharegpt format"
+        prog="python -m minisft.data", description="convert instruction data to the ShareGPT format"
     )
     parser.add_argument("command", choices=["convert"], help="what to do")
     parser.add_argument("input", help="what --dataset of train.py names: file, folder, data set")

@@ -1,58 +1,103 @@
-"""Files in any supported format -> rows: conversations to learn from, or texts to read.
+"""Files in any supported format -> rows: conversations to learn, or texts to read.
 
     rows = open_rows("alpaca_en_demo,more.jsonl", dataset_dir="data")
-    print(len(rows), rows[0].messages)  # [{"role": "user", "content": ...}, ...]
+    print(len(rows), rows[0].messages)          # [{"role": "user", "content": ...}, ...]
 
-
-Rows are read when they are asked for: of JSON lines only the offsets are held in memory, so that a
-file may be larger than it. `formats.py` lists the columns that are known, `dataset_info.py` what
-`--dataset` may name. A row that cannot be learned from is an error which names the file and the
-row, unless the caller asks for such rows to be left out.
+Rows are read when they are needed. formats.py lists the columns, sources.py says what `--dataset`
+may name. A row that cannot be learned is an error with file and row number, unless the caller asks
+to leave such rows out.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from minisft.common.errors import UserError
-from minisft.data.dataset_info import FILE_NAME, find_sources
-from minisft.data.formats import JUDGED, BadRow, conversation, ranking, text_of
-from minisft.data.records import open_records
+from minisft.data.dataset_info import FILE_NAME, Description
+from minisft.data.formats import (
+    PREFERENCE_COLUMNS,
+    Messages,
+    Tools,
+    parse_conversation,
+    parse_text,
+)
+from minisft.data.preferences import has_several_answers, parse_preferences
+from minisft.data.records import Array, Lines, open_records
+from minisft.data.row_values import BadRow
+from minisft.data.sources import Source, find_sources
 
-# Files up to this size are checked whole before training begins, of others the first rows.
+# Files up to this size are checked completely before training, of others the first rows.
 CHECKED_BYTES, CHECKED_ROWS = 64 * 2**20, 1000
+PrintLine = Callable[[str], Any]
 
 
 @dataclass
 class Row:
     """One example: a conversation that ends with the assistant, and where it came from."""
 
-    messages: list[dict]
-    tools: list | None = None
+    messages: Messages
+    tools: Tools = None
     source: str = ""
-    index: int = 0  # in its file, from 0, counting broken rows too
-    rejected: list = field(default_factory=list)  # conversations with the other answers, best first
+    index: int = 0  # in its file, from 0, broken rows included
+    rejected: list[Messages] = field(default_factory=list)  # the other answers, best first
+
+
+@dataclass
+class RowFile:
+    """The records of a file, and how to turn a record into a Row, or a str for plain text."""
+
+    records: Array | Lines
+    description: Description | None
+    plain_text: bool = False
+    ranking: bool | None = False  # as in open_rows
+
+    def read(self, index: int) -> Row | str:
+        """The row of a record. BadRow names file and row."""
+        path = self.records.path
+        try:
+            record = self.records[index]
+            if self.plain_text:
+                return self._text(record)
+            if self.description:
+                record = self.description.rename(record)
+            if self.ranking or (self.ranking is None and has_several_answers(record)):
+                (best, *rejected), tools = parse_preferences(record)
+                return Row(best, tools, str(path), index, rejected)
+            messages, tools = parse_conversation(record)
+            return Row(messages, tools, str(path), index)
+        except BadRow as error:
+            raise BadRow(f"{path}, {self.records.place(index)}: {error}") from error
+
+    def _text(self, record: Any) -> str:
+        if not self.records.is_json:
+            return record
+        return parse_text(self.description.text(record) if self.description else record)
 
 
 class Rows(Sequence):
-    """A sequence of Row, or of str for plain text, each read from its file when asked for.
+    """A sequence of Row, or of str for plain text, each read from its file when it is needed.
 
-    A broken row raises BadRow, which names file and row; with `skip_bad_rows` the reader is meant
-    to leave it out. Slices and `select` give another such sequence and read nothing.
+    A broken row raises BadRow, which names file and row. Slices and `select` read nothing.
+    numbers: the rows, counted through all files; None for all. skip_bad_rows: readers leave broken
+    rows out.
     """
 
-    def __init__(self, files, numbers=None, skip_bad_rows=False):
-        self.files = files  # list of _File
-        self.numbers = numbers  # array of row numbers, counted through all files; None: all rows
-        self.skip_bad_rows = skip_bad_rows
+    def __init__(
+        self,
+        files: list[RowFile],
+        numbers: np.ndarray | None = None,
+        skip_bad_rows: bool = False,
+    ) -> None:
+        self.files, self.numbers, self.skip_bad_rows = files, numbers, skip_bad_rows
         self.ends = np.cumsum([len(file.records) for file in files], dtype=np.int64)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.ends[-1]) if self.numbers is None else len(self.numbers)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return self if number == slice(None) else self.select(np.arange(len(self))[number])
         number = range(len(self))[number]
@@ -62,164 +107,133 @@ class Rows(Sequence):
         file = self.files[file_number]
         return file.read(number - int(self.ends[file_number]) + len(file.records))
 
-    def select(self, numbers):
-        """The rows of these numbers, in this order; a number may come several times."""
+    def select(self, numbers: Iterable[int] | np.ndarray) -> "Rows":
+        """The rows of these numbers, in this order; a number may appear several times."""
         numbers = np.asarray(numbers, np.int64)
         numbers = numbers if self.numbers is None else self.numbers[numbers]
         return Rows(self.files, numbers, self.skip_bad_rows)
 
-    def sizes(self):
-        """Bytes of each row in its file."""
+    def sizes(self) -> np.ndarray:
+        """Bytes of each row in its file (N,)."""
         sizes = np.concatenate([file.records.sizes() for file in self.files])
         return sizes if self.numbers is None else sizes[self.numbers]
 
-    def __add__(self, other):
-        """These rows and then those of `other`."""
+    def __add__(self, other: "Rows") -> "Rows":
+        """These rows, then those of `other`."""
         if self.numbers is None and other.numbers is None:
             return Rows(self.files + other.files, None, self.skip_bad_rows)
-        first, second = (
-            np.arange(len(rows)) if rows.numbers is None else rows.numbers for rows in (self, other)
-        )
+        first = np.arange(len(self)) if self.numbers is None else self.numbers
+        second = np.arange(len(other)) if other.numbers is None else other.numbers
         numbers = np.concatenate([first, second + self.ends[-1]])
         return Rows(self.files + other.files, numbers, self.skip_bad_rows)
 
 
-@dataclass
-class _File:
-    """The records of a file and how to make a Row, or of plain text a str, of one."""
-
-    records: object
-    description: object  # of its columns, or None
-    plain_text: bool = False
-    ranking: bool | None = False  # as open_rows has it
-
-    def read(self, index):
-        """The Row (or str) of a record; BadRow names file and row."""
-        path = self.records.path
-        try:
-            record = self.records[index]
-            if self.plain_text:
-                return self._text(record)
-            if self.description:
-                record = self.description.rename(record)
-            if self.ranking or self.ranking is None and _has_several(record):
-                (best, *rejected), tools = ranking(record)
-                return Row(best, tools, str(path), index, rejected)
-            return Row(*conversation(record), source=str(path), index=index)
-        except BadRow as error:
-            raise BadRow(f"{path}, {self.records.place(index)}: {error}") from error
-
-    def _text(self, record):
-        if not self.records.is_json:
-            return record
-        return text_of(self.description.text(record) if self.description else record)
-
-
-def _has_several(record):
-    """Whether a row has answers to compare, and not a single one."""
-    return isinstance(record, dict) and (
-        record.keys() >= JUDGED
-        or ("instruction" in record and isinstance(record.get("output"), list))
-    )
-
-
 def open_rows(
-    dataset, dataset_dir="data", plain_text=False, ranking=False, skipped=None, seed=0, say=print
-):
-    """The rows of the data sets that `dataset` names (see dataset_info.py), in their order.
+    dataset: Any,
+    dataset_dir: Any = "data",
+    plain_text: bool = False,
+    ranking: bool | None = False,
+    skipped: list[str] | None = None,
+    seed: int = 0,
+    say: PrintLine = print,
+) -> Rows:
+    """The rows of the data sets that `dataset` names (see sources.py), in their order.
 
     plain_text: texts for --stage pt, each line of a .txt file and each "text" of a JSON file.
-    ranking: rows with several answers, for --stage rm and dpo; `Row.rejected` has all but the best.
-    None: such rows, and those with one answer.
-    skipped: a list to which a message goes for each broken row, which is then left out; without it
-    the first one is a UserError. Files above CHECKED_BYTES are only checked as they are read.
-    seed: of the choice of rows where an entry asks for a number of them. say: told what is special.
+    ranking: True for rows with several answers, for --stage rm and dpo; None for rows of both
+    kinds. skipped: a list that collects a message for each broken row, which is then left out;
+    without it the first broken row raises UserError. Files above CHECKED_BYTES are checked as they
+    are read. seed: for the rows drawn where an entry has num_samples. say: prints a line.
     """
     parts = []
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False):
-        files = [
-            _File(open_records(path, plain_text), source.description, plain_text, ranking)
-            for path in source.paths
-        ]
-        rows = sum_of(
-            [_checked(Rows([file], None, skipped is not None), skipped) for file in files]
-        )
+        files = []
+        for path in source.paths:
+            records = open_records(path, plain_text)
+            files.append(RowFile(records, source.description, plain_text, ranking))
+        rows = concatenate([_checked(file, skipped) for file in files])
         if not plain_text:
-            _tell_unread(source, files, say)
+            _name_ignored_columns(source, files, say)
         if source.num_samples:
             rows = rows.select(_sample(source.name, len(rows), source.num_samples, seed, say))
         parts.append(rows)
-    return sum_of(parts)
+    return concatenate(parts)
 
 
-def load_rows(dataset, skipped=None, **options):
-    """`open_rows`, all of them read into a list; of plain text, str."""
+def load_rows(dataset: Any, skipped: list[str] | None = None, **options: Any) -> list[Any]:
+    """`open_rows`, all rows read into a list."""
     return read(open_rows(dataset, skipped=skipped, **options), skipped)
 
 
-def read(rows, skipped, numbers=None):
-    """The rows (of these numbers) as a list.
+def read(
+    rows: Rows | Sequence[Any],
+    skipped: list[str] | None,
+    numbers: Iterable[int] | None = None,
+) -> list[Any]:
+    """The rows, or those of these numbers, as a list.
 
-    Broken ones are UserErrors, or left out and told of in `skipped` if so `rows` were opened.
+    skipped: collects the message of each broken row, if the rows were opened with
+    skip_bad_rows; otherwise a broken row raises UserError.
     """
     good = []
     for number in range(len(rows)) if numbers is None else numbers:
         try:
             good.append(rows[number])
         except BadRow as error:
-            if not rows.skip_bad_rows:
+            if skipped is None or not getattr(rows, "skip_bad_rows", False):
                 raise UserError(f"{error} (--skip_bad_rows leaves such rows out)") from error
             skipped.append(str(error))
     return good
 
 
-def split(rows, validation, seed):
-    """Set rows aside at random -> (training rows, validation rows), both in their old order.
+def split(rows: Rows, validation: float, seed: int) -> tuple[Rows, Rows]:
+    """Set rows aside at random: (training rows, validation rows), both in file order.
 
-    `validation` below 1 is the fraction of the rows, from 1 on their number.
+    validation: below 1 a fraction of the rows, else their number.
     """
     count = round(validation * len(rows)) if validation < 1 else validation
     if not 0 < count < len(rows) or count != int(count):
         raise UserError(
             f"--validation_split {validation} of {len(rows)} rows: give a fraction below 1 or a "
-            "whole number, such that rows are left on both sides"
+            "whole number that leaves rows on both sides"
         )
     chosen = sorted(random.Random(seed).sample(range(len(rows)), int(count)))
     return rows.select(np.delete(np.arange(len(rows)), chosen)), rows.select(chosen)
 
 
-def mix(rows, mixture, seed=0, say=print, **options):
-    """Blend general data in -> Rows of which a share comes from it.
+def mix(rows: Rows, mixture: str, seed: int = 0, say: PrintLine = print, **options: Any) -> Rows:
+    """Add rows of a general data set, so that they make up a given share of the result.
 
-    mixture: "FILE:RATIO", anything that --dataset names and the share of it in the result; 0.15 to
-    0.3 is the usual advice against forgetting. The rows are drawn at random, each once as long as
-    they last. options: those of `open_rows`.
+    mixture: "FILE:RATIO"; FILE is anything that --dataset names. Ratios of 0.15 to 0.3 are the
+    usual advice against forgetting. Rows are drawn at random; none repeats before all are used.
+    options: those of open_rows.
     """
     name, _, ratio = mixture.rpartition(":")
     try:
-        count = round(len(rows) * float(ratio) / (1 - float(ratio))) if 0 < float(ratio) < 1 else 0
+        share = float(ratio)
     except ValueError:
-        count = 0
+        share = 0.0
+    count = round(len(rows) * share / (1 - share)) if 0 < share < 1 else 0
     if not name or not count:
         raise UserError(
-            f"--mix {mixture}: must be FILE:RATIO with a ratio between 0 and 1 that "
-            f"comes to at least one row beside {len(rows)}"
+            f"--mix {mixture}: give FILE:RATIO with a ratio between 0 and 1 that adds at least one "
+            f"row to the {len(rows)}"
         )
     general = open_rows(name, seed=seed, say=say, **options)
     say(f"mixed in {count} rows of {name} to {len(rows)}")
     return rows + general.select(_sample(name, len(general), count, seed, say))
 
 
-def sum_of(parts):
+def concatenate(parts: list[Rows]) -> Rows:
     """Several Rows as one."""
     return sum(parts[1:], start=parts[0])
 
 
-def _checked(rows, skipped):
-    """The rows of one file, without those known to be broken or blank."""
-    records, good, broken = rows.files[0].records, [], []
-    whole = records.size <= CHECKED_BYTES
-    for number in range(len(rows) if whole else min(len(rows), CHECKED_ROWS)):
+def _checked(file: RowFile, skipped: list[str] | None) -> Rows:
+    """The rows of a file, without those known to be broken or blank."""
+    records, rows, good, broken = file.records, Rows([file], None, skipped is not None), [], []
+    is_small = records.size <= CHECKED_BYTES
+    for number in range(len(rows) if is_small else min(len(rows), CHECKED_ROWS)):
         try:
             row = rows[number]
         except BadRow as error:
@@ -228,32 +242,31 @@ def _checked(rows, skipped):
             if isinstance(row, Row) or row.strip():
                 good.append(number)
     if not good:
-        what = "text" if rows.files[0].plain_text else "row"
+        what = "text" if file.plain_text else "row"
         raise UserError(broken[0] if broken else f"{records.path}: there is no {what} in it")
     if broken and skipped is None:
         share = f"{len(broken)} of {len(good) + len(broken)} rows broken"
         raise UserError(f"{broken[0]} ({share}; --skip_bad_rows leaves them out)")
-    if not whole or len(good) == len(rows):
+    if not is_small or len(good) == len(rows):
         return rows
-    if broken:
+    if skipped is not None:
         skipped.extend(broken)
     return rows.select(good)
 
 
-def _sample(name, total, count, seed, say):
-    """`count` row numbers below `total` at random, none once more before all have come."""
+def _sample(name: str, total: int, count: int, seed: int, say: PrintLine) -> np.ndarray:
+    """`count` random row numbers below `total`; none repeats before all are used."""
     rounds, rest = divmod(count, total)
     if rounds and count > total:
-        say(f"{name}: has only {total} rows; to make {count}, rows are repeated")
+        say(f"{name} has only {total} rows; rows are repeated to make {count}")
     chosen = np.random.default_rng(seed).choice(total, rest, replace=False)
     return np.concatenate([np.tile(np.arange(total), rounds), np.sort(chosen)])
 
 
-def _tell_unread(source, files, say):
-    """Name columns of the rows that are not read: left out by the entry, or for another stage."""
+def _name_ignored_columns(source: Source, files: list[RowFile], say: PrintLine) -> None:
+    """Name the columns of the first rows that are not read."""
     for file in files:
-        records = file.records
-        columns = set()
+        records, columns = file.records, set()
         for number in range(min(100, len(records))):
             try:
                 record = records[number]
@@ -261,11 +274,12 @@ def _tell_unread(source, files, say):
                 continue
             columns |= set(record) if isinstance(record, dict) else set()
         hint = "train.py --stage rm and dpo learn from chosen and rejected"
-        compared = columns >= JUDGED and not file.ranking
-        if unread := source.description and source.description.unread(columns):
+        has_preferences = columns >= PREFERENCE_COLUMNS and not file.ranking
+        ignored = source.description.ignored(columns) if source.description else []
+        if ignored:
             say(
-                f"{source.name}: {records.path} has {', '.join(unread)}, which columns in "
-                f"{FILE_NAME} does not name, so it is not read{f'; {hint}' * compared}"
+                f"{source.name}: {records.path} has {', '.join(ignored)}. {FILE_NAME} does not "
+                f"name them, so they are ignored{f'; {hint}' if has_preferences else ''}"
             )
-        elif compared:
-            say(f"{records.path}: of each row only its one answer is read; {hint}")
+        elif has_preferences:
+            say(f"{records.path}: only the single answer of each row is read; {hint}")

@@ -3,51 +3,30 @@
     records = open_records("alpaca_data.jsonl")
     records[7], records.place(7)        # the eighth object, and "row 8 (line 8)"
 
-Of lines only the offsets are held, eight bytes a row; a record is read when it is asked for, so a
-file of any size opens in the time it takes to find its line ends. An array is parsed whole.
+Of JSON lines only the offsets are in memory, eight bytes a row; a record is read when it is needed.
+So a file may be larger than memory, and opens as fast as its line ends are found. A JSON array is
+parsed at once.
 """
 
 import codecs
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from minisft.common.errors import UserError
-from minisft.data.formats import BadRow, parse_json
+from minisft.data.row_values import BadRow, parse_json
 
 BLOCK_SIZE = 4 * 2**20  # bytes searched for line ends at a time
 NEWLINE, SPACE = 10, 32
-# From other kinds of file that data sets come as.
-WAYS_OUT = dict.fromkeys(
-    (".csv", ".parquet"),
-    "; convert it, for instance with pandas: "
-    "read_csv or read_parquet, then to_json(..., orient='records', lines=True)",
-) | dict.fromkeys((".gz", ".xz", ".zip", ".zst"), "; unpack it first")
-
-
-def open_records(path, plain_text=False):
-    """The records of a file, in the format that its content shows: an `Array` or `Lines`.
-
-    plain_text: of a file whose name ends in .txt, each line is a record. Raises UserError for a
-    file that cannot be read, is empty or is neither.
-    """
-    path = Path(path)
-    try:
-        start = _first_byte(path)
-        if start in (b"\xff", b"\xfe"):  # the mark of UTF-16; no byte of UTF-8
-            raise UserError(f"{path}: not UTF-8 text; convert the file")
-        if plain_text and path.suffix.lower() == ".txt":
-            return Lines(path, is_json=False)
-        if start == b"{":
-            return Lines(path, is_json=True)
-        if start == b"[":
-            return Array(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    what = "neither a JSON array nor JSON lines (plain text is for --stage pt, in a .txt file)"
-    what += WAYS_OUT.get(path.suffix.lower(), "")
-    raise UserError(f"{path}: {what if start else 'the file is empty'}")
+_CONVERT = (
+    "; convert it, for instance with pandas: read_csv or read_parquet, then "
+    "to_json(..., orient='records', lines=True)"
+)
+# Suffixes of other kinds of file -> what to do with them.
+HINTS = dict.fromkeys((".csv", ".parquet"), _CONVERT)
+HINTS |= dict.fromkeys((".gz", ".xz", ".zip", ".zst"), "; unpack it first")
 
 
 class Array:
@@ -55,7 +34,7 @@ class Array:
 
     is_json = True
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         content = path.read_bytes()
         self.size = len(content)
@@ -64,43 +43,43 @@ class Array:
         except BadRow as error:
             raise UserError(f"{path}, {error}") from error
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> Any:
         return self.records[number]
 
-    def place(self, number):
-        """Where a record stands, for people."""
+    def place(self, number: int) -> str:
+        """Where a record is, for messages."""
         return f"row {number + 1}"
 
-    def sizes(self):
-        """Bytes of each record, on average."""
+    def sizes(self) -> np.ndarray:
+        """Bytes of each record (N,): the average."""
         return np.full(len(self), self.size / max(1, len(self)))
 
 
 class Lines:
-    """A file of one record a line, each read when it is asked for. Blank lines do not count.
+    """A file with one record per line, each read when it is needed. Blank lines do not count.
 
-    Safe to hand to other processes: no open file is held.
+    Holds no open file, so it can be sent to other processes.
     """
 
-    def __init__(self, path, is_json):
+    def __init__(self, path: Path, is_json: bool) -> None:
         self.path, self.is_json = path, is_json
         self.starts, self.blank = _find_lines(path)
         self.stamp = _stamp(os.stat(path))
         self.size = int(self.starts[-1])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def raw(self, number):
+    def raw(self, number: int) -> bytes:
         """The bytes of a line, without its end."""
-        # Blank lines may follow, up to where the next record starts.
+        # Blank lines may follow, up to the start of the next record.
         return self._read(number).split(b"\n", 1)[0].removeprefix(codecs.BOM_UTF8)
 
-    def __getitem__(self, number):
-        """The parsed JSON or the text of a line; BadRow where it is neither."""
+    def __getitem__(self, number: int) -> Any:
+        """The parsed JSON or the text of a line; BadRow if it is neither."""
         content = self.raw(number)
         try:
             text = content.decode()
@@ -108,7 +87,7 @@ class Lines:
             raise BadRow("not UTF-8 text; convert the file") from error
         return parse_json(text, self.line(number)) if self.is_json else text.rstrip("\r")
 
-    def _read(self, number):
+    def _read(self, number: int) -> bytes:
         start, end = self.starts[number], self.starts[number + 1]
         try:
             with open(self.path, "rb") as file:
@@ -119,43 +98,70 @@ class Lines:
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from error
 
-    def line(self, number):
-        """The number of a record's line in the file, from 1."""
+    def line(self, number: int) -> int:
+        """The line number of a record, from 1."""
         records_before = self.blank - np.arange(len(self.blank))
         return number + 1 + int(np.searchsorted(records_before, number, side="right"))
 
-    def place(self, number):
-        """Where a record stands, for people."""
+    def place(self, number: int) -> str:
+        """Where a record is, for messages."""
         return f"row {number + 1} (line {self.line(number)})"
 
-    def sizes(self):
-        """Bytes of each record."""
+    def sizes(self) -> np.ndarray:
+        """Bytes of each record (N,)."""
         return np.diff(self.starts)
 
 
-def _find_lines(path):
-    """(offsets of the lines with something in them and of the file's end, numbers of the others).
+def open_records(path: str | Path, plain_text: bool = False) -> Array | Lines:
+    """The records of a file, in the format that its content shows.
 
-    int64 both; lines are numbered from 0.
+    plain_text: in a .txt file every line is a record. Raises UserError if the file cannot be read,
+    is empty, or has another format.
+    """
+    path = Path(path)
+    try:
+        start = _first_byte(path)
+        if start in (b"\xff", b"\xfe"):  # the byte order mark of UTF-16
+            raise UserError(f"{path}: not UTF-8 text; convert the file")
+        if plain_text and path.suffix.lower() == ".txt":
+            return Lines(path, is_json=False)
+        if start == b"{":
+            return Lines(path, is_json=True)
+        if start == b"[":
+            return Array(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    if not start:
+        raise UserError(f"{path}: the file is empty")
+    raise UserError(
+        f"{path}: neither a JSON array nor JSON lines (plain text is for --stage pt, in a .txt "
+        f"file){HINTS.get(path.suffix.lower(), '')}"
+    )
+
+
+def _find_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets of the lines that are not blank and of the file's end; numbers of the blank lines.
+
+    Both int64; lines are numbered from 0.
     """
     starts, blank, offset, line = [], [], 0, 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK_SIZE):
-            block += file.readline()  # whole lines only
+            block += file.readline()  # up to the end of a line
             content = np.frombuffer(block, np.uint8)
             begins = np.append(0, np.flatnonzero(content[:-1] == NEWLINE) + 1)
-            filled = np.logical_or.reduceat(content > SPACE, begins)
-            starts.append(offset + begins[filled])
-            blank.append(line + np.flatnonzero(~filled))
+            is_filled = np.logical_or.reduceat(content > SPACE, begins)
+            starts.append(offset + begins[is_filled])
+            blank.append(line + np.flatnonzero(~is_filled))
             offset, line = offset + len(block), line + len(begins)
     return np.concatenate([*starts, [offset]]), np.concatenate([*blank, []]).astype(np.int64)
 
 
-def _stamp(status):
+def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _first_byte(path):
+def _first_byte(path: Path) -> bytes:
     """The first byte that is not white space, b"" if there is none."""
     with open(path, "rb") as file:
         while block := file.read(BLOCK_SIZE):
@@ -164,7 +170,7 @@ def _first_byte(path):
     return b""
 
 
-def _decode(path, content):
+def _decode(path: Path, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

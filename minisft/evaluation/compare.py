@@ -145,7 +145,7 @@ def reference_losses(assistant, items, batch_size):
         found, report = encode_rows(
             [Row(messages, item.tools)], assistant.template, assistant.max_length
         )
-        examples.append(found[0] if found and not report.num_cut else None)
+        examples.append(found[0] if found and not report.num_truncated else None)
     order = sorted(
         (row for row, one in enumerate(examples) if one is not None),
         key=lambda row: len(examples[row].ids),

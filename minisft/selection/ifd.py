@@ -24,9 +24,10 @@ import torch
 
 from minisft.common import processes
 from minisft.common.errors import UserError
-from minisft.data.batching import PAD_MULTIPLE, ahead, collate
+from minisft.data.batching import PAD_MULTIPLE, collate
 from minisft.data.encoding import Example, encode_row
-from minisft.data.formats import BadRow
+from minisft.data.row_values import BadRow
+from minisft.data.workers import read_ahead
 from minisft.model.cache import KeyValueCache
 from minisft.model.loss import token_losses
 
@@ -181,7 +182,8 @@ class Encoder:
 
     def encode(self, row):
         """(ids, supervised, bounds of the answers, why it cannot be scored or None) of a Row."""
-        ids, supervised = encode_row(row, self.template, self.vocab_size)
+        example = encode_row(row, self.template, self.vocab_size)
+        ids, supervised = example.ids, example.supervised
         reason = None
         if len(ids) > self.max_length:
             reason = f"longer than max_length: {len(ids)} tokens, of {self.max_length}"
@@ -208,7 +210,7 @@ def score(model, encoder, numbers, batch_tokens, num_workers=0, compute=None):
     compute = compute or compute_losses
     numbers = numbers[processes.rank() :: processes.world_size()]
     tasks = [numbers[start : start + WINDOW_ROWS] for start in range(0, len(numbers), WINDOW_ROWS)]
-    for window in ahead(encoder, tasks, num_workers):
+    for window in read_ahead(encoder, tasks, num_workers):
         if isinstance(window, UserError):
             raise window
         yield [one for one in window if not one.sequences]

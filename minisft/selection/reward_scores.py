@@ -18,7 +18,8 @@ from statistics import fmean
 import torch
 
 from minisft.data.batching import collate
-from minisft.data.encoding import Example, unique_texts
+from minisft.data.encode_preferences import unique_texts
+from minisft.data.encoding import Example
 from minisft.selection import ifd
 
 FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minisft.common.errors import UserError
-from minisft.data.formats import BadRow
+from minisft.data.row_values import BadRow
 from minisft.selection.kmeans import Space
 from minisft.selection.near_duplicates import near_duplicates
 

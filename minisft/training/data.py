@@ -5,7 +5,9 @@ batches, held_out = load_data(options, tokenizer, template, config, print)
 
 from functools import partial
 
-from minisft.data import batching, dataset, encoding
+from minisft.data import dataset
+from minisft.data.build_batches import batches_of_rows, batches_of_texts, held_out_examples
+from minisft.data.encode_preferences import encode_preferences
 
 
 def load_data(options, tokenizer, template, config, say):
@@ -39,12 +41,14 @@ def load_data(options, tokenizer, template, config, say):
     )
     if plain_text:
         settings["packing"] = options.packing
-        batches = batching.batches_of_texts(rows, tokenizer, limit, **settings)
+        batches = batches_of_texts(rows, tokenizer, limit, **settings)
     else:
         if ranking:  # a reward is that of a whole conversation
-            settings["encode"] = partial(encoding.encode_rankings, whole=options.stage == "rm")
-        batches = batching.batches_of_rows(rows, template, limit, **settings)
-    if seen := batches.sampled:
-        told = f"; --cutoff_len is {limit}" if seen.num_cut or seen.num_long else ""
-        say(f"a look at {seen.num_rows} rows: {seen}{told}")
-    return batches, held_out and batches.held_out(held_out, say)
+            settings["encode"] = partial(encode_preferences, drop_long=options.stage == "rm")
+        batches = batches_of_rows(rows, template, limit, **settings)
+        if sample := batches.sample_report:
+            hint = (
+                f"; --cutoff_len is {limit}" if sample.num_truncated or sample.num_too_long else ""
+            )
+            say(f"a look at {sample.num_rows} rows: {sample}{hint}")
+    return batches, held_out and held_out_examples(batches, held_out, say)

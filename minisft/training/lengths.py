@@ -13,8 +13,9 @@ import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.data import batching
-from minisft.data.dataset_info import find_sources
-from minisft.data.encoding import EncodeReport, Example, read_and_encode
+from minisft.data.encode_report import EncodeReport
+from minisft.data.encoding import Example, read_and_encode
+from minisft.data.sources import find_sources
 from minisft.text.template import get_template
 from minisft.text.tokenizer import FILES, Tokenizer
 from minisft.training.data import load_data

@@ -1,0 +1,118 @@
+"""The Batches of a data set, after a look at a sample of its rows.
+
+batches = batches_of_rows(rows, template, cutoff_len=1024, num_workers=2)
+batches = batches_of_texts(texts, tokenizer, block_size=1024)
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import chain, islice
+
+import numpy as np
+
+from minisft.common.errors import UserError
+from minisft.data.batching import Batches
+from minisft.data.dataset import Rows
+from minisft.data.encode_report import EncodeReport
+from minisft.data.encode_texts import encode_texts
+from minisft.data.encoding import Example, encode_rows, read_and_encode
+from minisft.data.order import ShuffledRuns
+from minisft.text.template import Template
+from minisft.text.tokenizer import Tokenizer
+
+# Neighbouring texts stay together in runs of about this many blocks.
+RUN_BLOCKS = 4
+# Encoded before training: rows, to see that they can be learned; bytes of text, to estimate tokens.
+SAMPLE_ROWS, SAMPLE_BYTES = 128, 2**20
+# About how many bytes of text a token stands for.
+BYTES_PER_TOKEN = 4
+
+
+def batches_of_rows(
+    rows: Rows,
+    template: Template,
+    cutoff_len: int,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    encode: Callable[..., tuple[list[Example], EncodeReport]] = encode_rows,
+) -> Batches:
+    """The Batches of conversations; its sample_report is about rows spread over the data set.
+
+    encode: encode_rows or encode_preferences. Raises UserError if no row of the sample has
+    anything to learn.
+    """
+    encode = partial(encode, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
+    sample = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
+    examples, report = read_and_encode(rows, encode, sample)
+    check_learnable(examples, report)
+    batches = Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()))
+    batches.sample_report = report
+    return batches
+
+
+def batches_of_texts(
+    texts: Rows,
+    tokenizer: Tokenizer,
+    block_size: int,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    packing: bool = False,
+) -> Batches:
+    """The Batches of plain texts, cut into blocks window by window.
+
+    A sample tells about how many blocks there are, so a step may have a few more or fewer than
+    `rows_per_step`; every text is used. Every window ends in a shorter block.
+    """
+    encode = partial(
+        encode_texts,
+        tokenizer=tokenizer,
+        block_size=block_size,
+        vocab_size=vocab_size,
+        packing=packing,
+    )
+    sizes = texts.sizes()
+    run_bytes = RUN_BLOCKS * BYTES_PER_TOKEN * block_size
+    starts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // run_bytes, prepend=-1))
+    run_sizes = np.add.reduceat(sizes, starts)
+    order = ShuffledRuns(np.append(starts, len(texts)), run_sizes, 1, seed)
+
+    num_sampled = max(4, SAMPLE_BYTES // run_bytes)
+    sample = np.unique(np.linspace(0, len(starts) - 1, num_sampled).astype(int))
+    examples, report = read_and_encode(texts, encode, order.rows_of(sample))
+    check_learnable(examples, report)
+    num_tokens = sum(len(example.ids) for example in examples)
+    total_tokens = num_tokens * run_sizes.sum() / run_sizes[sample].sum()
+    order.num_examples = max(1, math.ceil(total_tokens / block_size))
+    return Batches(texts, encode, seed, num_workers, int(sizes.sum()), order)
+
+
+def held_out_examples(
+    batches: Batches, rows: Rows, print_line: Callable[[str], None]
+) -> list[Example]:
+    """The examples of rows to evaluate on, encoded as `batches` does, in memory."""
+    examples, report = read_and_encode(rows, batches.encode)
+    if report:
+        print_line(f"evaluation: {report}")
+    check_learnable(examples, report)
+    return examples
+
+
+def first_examples(batches: Batches, count: int) -> list[Example]:
+    """The first `count` examples in the order of the file, to be shown."""
+    each = (
+        read_and_encode(batches.rows, batches.encode, [number])[0]
+        for number in range(len(batches.rows))
+    )
+    return list(islice(chain.from_iterable(each), count))
+
+
+def check_learnable(examples: list[Example], report: EncodeReport) -> None:
+    """Raise UserError if there are no examples."""
+    if examples:
+        return
+    if 0 < report.num_equal == report.num_rows:
+        raise UserError(f"nothing to learn: {report}")
+    raise UserError("no row has an answer left after truncation; raise --cutoff_len")

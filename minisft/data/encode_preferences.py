@@ -1,0 +1,84 @@
+"""Preference rows become examples that hold all answers of a row, each behind the prompt.
+
+examples, report = encode_preferences(rows, template, cutoff_len=1024)
+chosen, rejected = examples[0].texts()
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from minisft.common.sequences import common_prefix_length, true_spans
+from minisft.data.dataset import Row
+from minisft.data.encode_report import EncodeReport
+from minisft.data.encoding import Example, encode_row
+from minisft.text.template import Template
+
+
+def encode_preferences(
+    rows: Iterable[Row],
+    template: Template,
+    cutoff_len: int,
+    vocab_size: int | None = None,
+    drop_long: bool = False,
+) -> tuple[list[Example], EncodeReport]:
+    """Encode rows with several answers, best first.
+
+    Supervised are the turns after the messages that all conversations of a row have in common.
+    drop_long: leave out rows longer than `cutoff_len` instead of truncating them. A reward judges
+    a complete conversation, so --stage rm needs this.
+    An answer that appears twice counts once, at its best place. Rows are left out if truncation
+    leaves nothing of an answer, or if only one answer is left.
+    """
+    examples, report = [], EncodeReport()
+    for row in rows:
+        texts = _encode_answers(row, template, vocab_size)
+        is_long = any(len(text.ids) > cutoff_len for text in texts)
+        report.num_rows += 1
+        if is_long and drop_long:
+            report.num_too_long += 1
+            continue
+        report.num_truncated += is_long
+        texts = [Example(text.ids[:cutoff_len], text.supervised[:cutoff_len]) for text in texts]
+        if not all(text.supervised[1:].any() for text in texts):
+            report.num_dropped += 1
+            continue
+        texts = unique_texts(texts)
+        if len(texts) == 1:
+            report.num_equal += 1
+            continue
+        examples.append(
+            Example(
+                np.concatenate([text.ids for text in texts]),
+                np.concatenate([text.supervised for text in texts]),
+                [len(text.ids) for text in texts],
+            )
+        )
+    return examples, report
+
+
+def unique_texts(texts: list[Example]) -> list[Example]:
+    """The texts without those that repeat the ids of an earlier text."""
+    first_of = {}
+    for text in texts:
+        first_of.setdefault(text.ids.tobytes(), text)
+    return list(first_of.values())
+
+
+def _encode_answers(row: Row, template: Template, vocab_size: int | None) -> list[Example]:
+    conversations = [row.messages, *row.rejected]
+    # Every conversation keeps at least its last message for itself.
+    num_common = min(len(messages) for messages in conversations) - 1
+    for messages in conversations:
+        num_common = min(num_common, common_prefix_length(messages, conversations[0]))
+    num_common_answers = sum(
+        message["role"] == "assistant" for message in row.messages[:num_common]
+    )
+    texts = []
+    for messages in conversations:
+        text = encode_row(replace(row, messages=messages), template, vocab_size)
+        start, _ = true_spans(text.supervised.tolist())[num_common_answers]
+        text.supervised[:start] = False
+        texts.append(text)
+    return texts

@@ -1,0 +1,44 @@
+"""What happened to the rows of a data set when they were encoded, counted for the log."""
+
+from dataclasses import dataclass, field, fields
+
+
+@dataclass
+class EncodeReport:
+    """Counts of rows. `broken` holds a message for each row that could not be read."""
+
+    num_rows: int = 0
+    num_truncated: int = 0
+    num_dropped: int = 0  # truncated so far that no answer is left
+    num_too_long: int = 0  # left out, because they may not be truncated
+    num_equal: int = 0  # preference rows whose answers are all the same
+    broken: list[str] = field(default_factory=list)
+
+    def add(self, other: "EncodeReport") -> None:
+        """Add the counts of another report to this one."""
+        for count in fields(self):
+            setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
+
+    def __bool__(self) -> bool:
+        """True if there is anything to say."""
+        return bool(self.num_truncated or self.num_too_long or self.num_equal or self.broken)
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        parts = []
+        if self.num_truncated:
+            parts.append(
+                f"{self.num_truncated} of {self.num_rows} rows truncated, {self.num_dropped} of "
+                "them dropped because no answer was left"
+            )
+        if self.num_too_long:
+            parts.append(
+                f"{self.num_too_long} of {self.num_rows} rows left out: longer than the limit"
+            )
+        if self.num_equal:
+            parts.append(
+                f"{self.num_equal} of {self.num_rows} rows left out: their answers are the same"
+            )
+        if self.broken:
+            parts.append(f"{len(self.broken)} broken rows left out, the first: {self.broken[0]}")
+        return "; ".join(parts)

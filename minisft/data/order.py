@@ -1,0 +1,57 @@
+"""Which rows stand where in an epoch.
+
+rows_between = ShuffledRows(1000, seed=0).of_epoch(2)
+rows_between(0, 32)                  # numbers of the first 32 rows of epoch 2
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+# Two positions in an epoch -> the numbers of the rows between them.
+RowsBetween = Callable[[int, int], np.ndarray]
+
+
+class ShuffledRows:
+    """Every row once, in an order that depends on seed and epoch."""
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_examples, self.seed = num_rows, seed
+
+    def of_epoch(self, epoch: int) -> RowsBetween:
+        """The order of one epoch."""
+        # Half the memory for data sets of up to four billion rows.
+        dtype = np.uint32 if self.num_examples < 2**32 else np.int64
+        order = np.arange(self.num_examples, dtype=dtype)
+        np.random.default_rng([self.seed, epoch]).shuffle(order)
+        return lambda start, end: order[start:end]
+
+
+class ShuffledRuns:
+    """Runs of consecutive rows, shuffled; the rows of a run stay together, in file order.
+
+    Plain texts need this: neighbouring short texts share a block, and a block is cut from a run.
+    bounds: (R + 1,) row numbers where the runs begin, and the end. sizes: (R,) bytes of each run.
+    num_examples: about how many blocks all runs make.
+    """
+
+    def __init__(self, bounds: np.ndarray, sizes: np.ndarray, num_examples: int, seed: int) -> None:
+        self.bounds, self.sizes = bounds, sizes
+        self.num_examples, self.seed = num_examples, seed
+
+    def of_epoch(self, epoch: int) -> RowsBetween:
+        """The order of one epoch. A run belongs to the positions where its middle lies."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
+        ends = np.cumsum(self.sizes[order])
+        middles = (ends - self.sizes[order] / 2) * (self.num_examples / ends[-1])
+
+        def rows_between(start: int, end: int) -> np.ndarray:
+            first, last = np.searchsorted(middles, [start, end])
+            return self.rows_of(order[first:last])
+
+        return rows_between
+
+    def rows_of(self, runs: Iterable[int]) -> np.ndarray:
+        """The numbers of the rows in these runs."""
+        parts = [np.arange(self.bounds[run], self.bounds[run + 1]) for run in runs]
+        return np.concatenate([np.arange(0), *parts])

@@ -1,0 +1,73 @@
+"""Values of one parsed JSON row, checked; BadRow says what is wrong with them."""
+
+import json
+from typing import Any
+
+from minisft.common.errors import UserError
+
+
+class BadRow(UserError):
+    """What is wrong with a row. The caller adds the file and the number of the row."""
+
+
+def parse_json(text: str, first_line: int = 1) -> Any:
+    """`json.loads`; an error becomes a BadRow with line and column."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise BadRow(f"line {line} column {error.colno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"line {first_line}: JSON that cannot be read: {error}") from error
+
+
+def parse_json_or_none(text: str) -> Any:
+    """The parsed JSON, or None where the text is not JSON."""
+    try:
+        return parse_json(text)
+    except BadRow:
+        return None
+
+
+def object_of(record: Any) -> dict[str, Any]:
+    """The row itself, if it is a JSON object."""
+    if not isinstance(record, dict):
+        raise BadRow(f"a row must be a JSON object, not {kind_of(record)}")
+    return record
+
+
+def string_of(record: dict[str, Any], column: str) -> str:
+    """The string in a column, "" if it is absent or null."""
+    value = record.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(f"{column} must be a string, not {kind_of(value)}")
+    return value
+
+
+def list_of(record: dict[str, Any], column: str) -> list[Any] | None:
+    """The list in a column, also as JSON text; None if it is absent or empty text."""
+    value = record.get(column)
+    if isinstance(value, str):
+        try:
+            value = parse_json(value) if value.strip() else None
+        except BadRow as error:
+            raise BadRow(f"in {column}, {error}") from error
+    if value is not None and not isinstance(value, list):
+        raise BadRow(f"{column} must be a list, not {kind_of(value)}")
+    return value
+
+
+def check_unicode(value: Any) -> None:
+    """Raise BadRow if a string holds half of a surrogate pair, which UTF-8 cannot express."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise BadRow("half of a surrogate pair, which is not text") from error
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return names.get(type(value), "null" if value is None else "a number")

@@ -1,0 +1,84 @@
+"""Worker processes that read and encode windows of rows ahead of training."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from minisft.common.errors import UserError
+from minisft.data.dataset import Rows
+from minisft.data.encode_report import EncodeReport
+from minisft.data.encoding import Encode, Example, read_and_encode
+
+
+@dataclass
+class Window:
+    """Rows that are read, sorted by length and cut into steps together."""
+
+    first_step: int
+    num_steps: int
+    numbers: np.ndarray  # of its rows
+    seed: list[int]
+
+
+class WindowReader:
+    """`reader[window]`: the window with its examples, or with the UserError of a broken row."""
+
+    def __init__(self, rows: Rows | Sequence[Example], encode: Encode) -> None:
+        self.rows, self.encode = rows, encode
+
+    def __getitem__(self, window: Window) -> tuple[Window, list[Example] | UserError, EncodeReport]:
+        try:
+            examples, report = read_and_encode(self.rows, self.encode, window.numbers)
+        except UserError as error:
+            # Raised by the training process, without the traceback of a worker.
+            return window, UserError(str(error)), EncodeReport()
+        return window, examples, report
+
+
+def read_ahead(reader: Any, tasks: Iterable[Any], num_workers: int) -> Iterator[Any]:
+    """Yield `reader[task]` for every task, in order; with workers, before it is asked for.
+
+    reader: anything with __getitem__ that can be sent to a worker process.
+    """
+    if num_workers == 0:
+        for task in tasks:
+            yield reader[task]
+        return
+    yield from DataLoader(
+        reader,
+        batch_size=None,
+        sampler=tasks,
+        num_workers=num_workers,
+        prefetch_factor=1,
+        collate_fn=_unchanged,
+        worker_init_fn=_start_worker,
+        # Its own generator: otherwise the loader draws from the generator that dropout uses.
+        generator=torch.Generator(),
+    )
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _start_worker(number: int) -> None:
+    # The training process handles these signals and ends its workers.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    # DataLoader watches its parent too, but not while a full queue blocks it, nor if the parent
+    # died before the worker started.
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(1)
