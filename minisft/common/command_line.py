@@ -184,12 +184,13 @@ def _convert_one(action, value):
 
 
 def run_script(main):
-    """Call `main()`; a UserError becomes one line on standard error and exit status 2.
+    """Call `main()` and return its result.
 
-    Of several processes under torchrun, the first to fail says why.
+    A UserError becomes one line on standard error and exit status 2. Of several processes under
+    torchrun, the first to fail says why.
     """
     try:
-        main()
+        return main()
     except SystemExit:
         raise
     except BaseException as error:
