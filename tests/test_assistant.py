@@ -8,14 +8,15 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import CONFIG, command
+from conftest import CONFIG
 
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.common.errors import UserError
-from minisft.generation.assistant import Assistant, check_messages
-from minisft.generation.generate import Sampling
-from minisft.generation.sharing import Caches, Turns, common_prefix
+from minisft.generation.assistant import Assistant
+from minisft.generation.messages import check_messages
+from minisft.generation.sampling import Sampling
+from minisft.generation.sharing import Caches, Turns
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
@@ -89,34 +90,37 @@ def test_oldest_turns_give_way_but_never_the_system_prompt(tiny_chat_model_dir):
     turns = [SYSTEM]
     for number in range(6):
         turns += [user(f"question {number}"), {"role": "assistant", "content": f"answer {number}"}]
-    kept = assistant.fit(turns + [user("last")], max_new_tokens=20)
+    kept = assistant.context.fit(turns + [user("last")], max_new_tokens=20)
     assert kept[0] == SYSTEM and kept[-1] == user("last")
     assert kept[1:] == (turns + [user("last")])[-len(kept) + 1 :]
     assert 3 < len(kept) < len(turns) and kept[1]["role"] == "user"
-    assert assistant.fit(kept, max_new_tokens=20) == kept
+    assert assistant.context.fit(kept, max_new_tokens=20) == kept
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama2", "alpaca"])
-def test_turns_give_way_until_half_of_the_room_is_free(template, tiny_chat_model_dir):
-    """And only then, so that between such turns a prompt begins as the one before did."""
+def test_dropping_turns_frees_half_of_the_room_so_that_prompts_seldom_begin_anew(
+        template, tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, template=template, device="cpu", dtype="float32",
                           max_length=500)
-    length = lambda kept: len(assistant.template.encode_prompt(kept))  # noqa: E731
-    script, turns, first, jumps = [], [], 0, 0
-    for number in range(40):
-        script.append(user(f"question {number} " + "cat " * (5 * number % 7)))
+    length = lambda *turns: len(assistant.template.encode_prompt([SYSTEM, *turns]))  # noqa: E731
+    half = (450 - length(user("x"))) // 2
+    turns, starts, longest = [], [0], 0
+    for number in range(60):
+        question = user(f"question {number} " + "cat " * (5 * number % 7))
+        kept = assistant.context.fit([SYSTEM, *turns, question], max_new_tokens=50)
+        start = len(turns) + 2 - len(kept)
+        assert kept == [SYSTEM, *turns[start:], question] and kept[1]["role"] == "user"
+        if start:
+            assert 450 - half - longest <= length(*kept[1:]) <= 450
+        if start != starts[-1]:
+            starts.append(start)
+        turn = [question, {"role": "assistant", "content": f"answer {number}"}]
         if number % 3:
-            script += [{"role": "assistant", "content": "call"}, {"role": "tool", "content": "7"}]
-        script.append({"role": "assistant", "content": f"answer {number}" + " hat" * (number % 5)})
-    for turn in script:
-        if turn["role"] != "assistant" and length([SYSTEM, *turns[first:], turn]) > 450:
-            jumps += 1
-            while length([SYSTEM, *turns[first:], turn]) > 225:
-                first += 4 if turns[first + 1]["content"] == "call" else 2
-        turns.append(turn)
-        if turn["role"] != "assistant":
-            assert assistant.fit([SYSTEM, *turns], max_new_tokens=50) == [SYSTEM, *turns[first:]]
-    assert 3 <= jumps <= 12
+            turn[1:1] = [{"role": "assistant", "content": "call"}, {"role": "tool", "content": "7"}]
+        turns += turn
+        longest = max(longest, length(*turn, user("x")))
+    assert starts == sorted(starts)
+    assert 3 < len(starts) <= 2 + (length(*turns, user("x")) - 450) / half
 
 
 def test_most_turns_of_a_conversation_longer_than_the_context_compute_what_is_new(
@@ -142,11 +146,11 @@ def test_most_turns_of_a_conversation_longer_than_the_context_compute_what_is_ne
 def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
     with pytest.raises(UserError, match="the limit is 80 tokens .of 100"):
-        assistant.fit([SYSTEM, user("x" * 300)], max_new_tokens=20)
+        assistant.context.fit([SYSTEM, user("x" * 300)], max_new_tokens=20)
     # However long an answer may be, half of the context is left to the question.
-    assert assistant.fit([user("short")], max_new_tokens=5000) == [user("short")]
+    assert assistant.context.fit([user("short")], max_new_tokens=5000) == [user("short")]
     with pytest.raises(UserError, match="tokens with its template, the limit is 50"):
-        assistant.fit([user("x" * 60)], max_new_tokens=5000)
+        assistant.context.fit([user("x" * 60)], max_new_tokens=5000)
 
 
 def test_answers_end_at_the_context_and_say_so(tiny_chat_model_dir):
@@ -215,15 +219,9 @@ def test_oldest_turn_with_tools_goes_whole(tiny_chat_model_dir):
         {"role": "assistant", "content": "b"}, user("c"),
     ]
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
-    assert assistant.fit([SYSTEM, *messages], 20) == [SYSTEM, user("c")]
-    assert assistant.fit(messages, 20) == [user("c")]
-    assert assistant.fit([SYSTEM, *messages], 20)[1:] == assistant.fit(messages, 20)
-
-
-def test_common_prefix():
-    assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert common_prefix([1, 2], [1, 2, 4]) == common_prefix([1, 2, 4], [1, 2]) == 2
-    assert common_prefix([], [1]) == common_prefix([2], [1]) == 0
+    assert assistant.context.fit([SYSTEM, *messages], 20) == [SYSTEM, user("c")]
+    assert assistant.context.fit(messages, 20) == [user("c")]
+    assert assistant.context.fit([SYSTEM, *messages], 20)[1:] == assistant.context.fit(messages, 20)
 
 
 CONVERSATIONS = [
@@ -278,14 +276,14 @@ def test_long_histories_are_cut_by_stream_and_inference_which_say_so(tiny_chat_m
     for number in range(300):
         turns += [user(f"question {number}"), {"role": "assistant", "content": f"answer {number}"}]
     messages, said = [*turns, user("last")], []
-    short = assistant.fit(messages, 20)
+    short = assistant.context.fit(messages, 20)
     expected = answer_of(assistant, short, Sampling(20, greedy=True))
     answer = assistant.stream(messages, Sampling(20, greedy=True), say=said.append)
     assert "".join(answer) == expected
     responses, _ = assistant.inference([{"messages": messages}], Sampling(20, greedy=True),
                                        say=said.append)
     assert responses == [expected]
-    cut = f"the oldest {len(messages) - len(short)} messages are not seen"
+    cut = f"the oldest {len(messages) - len(short)} messages are left out"
     assert [cut in line for line in said] == [True, True] and said[1].startswith("conversation 1: ")
 
 
@@ -328,12 +326,12 @@ def test_a_system_prompt_that_leaves_no_room_is_told_as_such(tiny_chat_model_dir
         [{"role": "system", "content": text}, user("x")]))
     most = max((text for text in ("cat " * number for number in range(100))
                 if length(text) <= 70), key=len)
-    assistant.check_system(most, 30)
+    assistant.context.check_system(most, 30)
     for text, said in ((most + "cat cat", f"too long: {length(most + 'cat cat')} tokens"),
                        ("y" * 10_000_000, "too long: 10,000,001 characters"),
                        ("be\0brief", "has the control character")):
         with pytest.raises(UserError, match=f"^--identity F .*{said}"):
-            assistant.check_system(text, 30, "--identity F")
+            assistant.context.check_system(text, 30, "--identity F")
         with pytest.raises(UserError, match=f"^the system prompt .*{said}"):
             assistant.stream([{"role": "system", "content": text}, user("x")], Sampling(30))
     with pytest.raises(UserError, match="^the message with the system prompt is too long"):
@@ -403,7 +401,8 @@ def test_turns_go_by_the_order_of_asking():
 
 def test_conversations_in_turn_compute_only_what_is_new(tiny_chat_model_dir):
     """Three people one after another; the tokens through the model are counted."""
-    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", kept_conversations=3)
+    assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32")
+    assistant.caches.limit = 3
     computed, lengths = [], {}
     assistant.model.register_forward_pre_hook(lambda _, given: computed.append(given[0].shape[1]))
     histories = [[SYSTEM, user(f"{name} the cat sat on the mat")] for name in ("ann", "bob", "cy")]
@@ -472,8 +471,8 @@ def test_an_adapter_beside_its_base_shares_the_weights(bits, tiny_chat_model_dir
     save_adapter(model, tmp_path, lora, tiny_chat_model_dir)
     shared = load_model(tiny_chat_model_dir, quantization_bit=bits)
     options = {"device": "cpu", "dtype": "float32"}
-    tuned = Assistant(tiny_chat_model_dir, tmp_path, model=shared, **options)
-    plain = Assistant(tiny_chat_model_dir, model=shared, **options)
+    tuned = Assistant(tiny_chat_model_dir, tmp_path, base_model=shared, **options)
+    plain = Assistant(tiny_chat_model_dir, base_model=shared, **options)
     alone, assistant = (Assistant(tiny_chat_model_dir, adapter, quantization_bit=bits, **options)
                         for adapter in (tmp_path, None))
     messages = [user("the cat sat on")]
@@ -495,12 +494,6 @@ def test_the_scales_of_a_quantised_base_stay_in_float32(tiny_chat_model_dir, tmp
     assert layer.lora_A.weight.dtype == torch.bfloat16
     expected = load_model(tiny_chat_model_dir, quantization_bit=4).model.layers[0].mlp.up_proj
     assert torch.equal(layer.base_layer.weight, expected.weight)
-
-
-def test_minisft_has_the_assistant_without_loading_torch():
-    code = ("import sys, minisft; assert 'torch' not in sys.modules; "
-            "assert minisft.Assistant.__module__ == 'minisft.generation.assistant'")
-    assert command("-c", code, script=None).returncode == 0
 
 
 def test_auto_takes_the_template_of_the_training(tiny_chat_model_dir, tmp_path):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import command
 
+from minisft.generation.context import Context
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -54,7 +55,7 @@ def oracle(tiny_chat_model_dir):
         )
         return tokenizer.decode(output[0, ids.shape[1] :].tolist())
 
-    answer.length = lambda messages: len(template.encode_prompt(messages))
+    answer.fit = Context(template, max_length=150).fit
     return answer
 
 
@@ -149,14 +150,13 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
     flags = [*GREEDY, "--max_new_tokens", "20", "--max_length", "150", "--system", "be brief"]
     lines = ["first question", "second question", "x" * 400, "third question", "fourth question"]
     status, printed, said = chat(tiny_chat_model_dir, *flags, input="\n".join(lines) + "\n")
-    system, turns, first, answers = {"role": "system", "content": "be brief"}, [], 0, []
+    messages, first, answers = [{"role": "system", "content": "be brief"}], 0, []
     for question in lines[:2] + lines[3:]:
-        turns.append(user(question))
-        if oracle.length([system, *turns[first:]]) > 130:
-            while oracle.length([system, *turns[first:]]) > 65:
-                first += 2
-        answers.append(oracle([system, *turns[first:]]))
-        turns.append({"role": "assistant", "content": answers[-1]})
+        messages.append(user(question))
+        kept = oracle.fit(messages, 20)
+        first = len(messages) - len(kept)
+        answers.append(oracle(kept))
+        messages.append({"role": "assistant", "content": answers[-1]})
     assert first and (status, printed) == (2, "".join(answer + "\n" for answer in answers))
     assert f"(the conversation is longer than 150 tokens: the oldest {first} messages" in said
     assert said.count("error: the message with the system prompt is too long") == 1

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from minisft.common.errors import UserError
 from minisft.generation.assistant import Assistant
 from minisft.generation.compiled import CompiledDecoder, next_logits
-from minisft.generation.generate import Sampling
+from minisft.generation.sampling import Sampling
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
@@ -50,8 +50,12 @@ def test_the_step_gives_the_logits_of_the_model(fields):
 @pytest.fixture(scope="module")
 def assistants(tiny_chat_model_dir):
     """The same model (without, with) a compiled step."""
-    return [Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=CAPACITY,
-                      kept_conversations=2, compiled=compiled) for compiled in (False, True)]
+    pair = [Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=CAPACITY)
+            for _ in range(2)]
+    for assistant in pair:
+        assistant.caches.limit = 2
+    pair[1].compile()
+    return pair
 
 
 def converse(assistant, sampling):
@@ -85,7 +89,7 @@ def test_answers_are_those_of_the_model_as_it_is_and_nothing_compiles_again(assi
         compiled.decoder.step = step
     assert answers == expected and all(known > 15 for _, known in expected[2:])
     assert len({text for text, _ in answers}) == 4
-    assert steps.count(0) == 4 and steps.count(1) > 50  # the questions, and every token after
+    assert steps.count(0) <= 4 and steps.count(1) > 50  # prefills; every token after them
     assert counters["stats"]["unique_graphs"] == graphs
 
 
@@ -111,20 +115,20 @@ def test_no_room_left_is_told(assistants):
     decoder = assistants[1].decoder
     cache = decoder.new_cache()
     cache.length = CAPACITY
-    with pytest.raises(ValueError, match="no room for more than 128 tokens"):
-        decoder(torch.zeros(1, 1, dtype=torch.int64), cache)
+    with pytest.raises(ValueError, match="room for 128 tokens only"):
+        decoder(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
 
 
 def test_what_cannot_be_compiled_is_told(monkeypatch):
     config = {**CONFIG, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
-    with pytest.raises(UserError, match="--compile: this model's rotary positions"):
+    with pytest.raises(UserError, match="--compile: the rotary angles of this model"):
         CompiledDecoder(CausalLM(ModelConfig.from_dict(config)), CAPACITY)
 
     def fail(*_):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler\n\nmuch more")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **more: fail)
-    told = r"^--compile: did not succeed \(Inv.* C\+\+ compiler\); leave it out$"
+    told = r"^--compile failed \(Inv.* C\+\+ compiler\). Leave out --compile.$"
     with pytest.raises(UserError, match=told):
         CompiledDecoder(CausalLM(ModelConfig.from_dict(CONFIG)).eval(), CAPACITY)
 

@@ -1,7 +1,6 @@
 """generate.py against transformers (generate, logits processors) and a generator without cache."""
 
 import json
-import random
 
 import pytest
 import torch
@@ -10,15 +9,15 @@ from transformers import generation
 
 from minisft.checkpoints.folders import load_model
 from minisft.common.errors import UserError
-from minisft.generation.generate import (
+from minisft.generation.generate import generate, stream
+from minisft.generation.sampling import (
     Sampling,
+    choose_tokens,
     distribution,
-    generate,
-    generate_naive,
-    generate_scored,
-    next_tokens,
-    stream,
+    penalize,
+    random_generator,
 )
+from minisft.generation.scored import generate_scored
 from minisft.model.cache import KeyValueCache
 
 SIZES = dict(
@@ -67,6 +66,20 @@ def transformers_generate(model, ids, stop_ids=(), **options):
     return output[:-1] if output and output[-1] in stop_ids else output
 
 
+@torch.inference_mode()
+def generate_naive(model, prompt, sampling, stop_ids=(), row=0):
+    """The answer to one prompt, computing the whole sequence again for every token."""
+    ids, generator = list(prompt), random_generator(sampling.seed, row)
+    while len(ids) < len(prompt) + sampling.max_new_tokens:
+        logits = model.logits(model(torch.tensor([ids]))[:, -1])
+        seen = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, torch.tensor([ids]), True)
+        token = choose_tokens(logits, sampling, [generator], seen).item()
+        if token in stop_ids:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_equals_transformers(pair, penalty):
     theirs, ours = pair
@@ -111,14 +124,14 @@ def test_ragged_batch_equals_each_alone_and_uncached(pair, sampling):
     Sampling(20, greedy=True), Sampling(20, temperature=1.5, seed=3, repetition_penalty=1.3),
 ], ids=["greedy", "sampled"])
 def test_scores_are_the_mean_log_probability_of_what_was_chosen(pair, sampling):
-    """Of the whole sequence through transformers' model at once; limits cut each row alone."""
+    """The oracle is transformers' model on the sequence; limits cut each row alone."""
     theirs, ours = pair
     stop_ids = {generate(ours, PROMPTS, sampling)[1][6]}
-    whole = generate(ours, PROMPTS, sampling, stop_ids)
+    unlimited = generate(ours, PROMPTS, sampling, stop_ids)
     limits = [5, 20, 1, 9]
     answers, scores = generate_scored(ours, PROMPTS, sampling, stop_ids, limits=limits)
-    assert answers == [one[:limit] for one, limit in zip(whole, limits, strict=True)]
-    assert len(whole[1]) < 20
+    assert answers == [one[:limit] for one, limit in zip(unlimited, limits, strict=True)]
+    assert len(unlimited[1]) < 20
     for ids, answer, limit, score in zip(PROMPTS, answers, limits, scores, strict=True):
         chosen = answer + (list(stop_ids) if len(answer) < limit else [])
         with torch.no_grad():
@@ -202,9 +215,7 @@ def test_distribution_equals_transformers_processors():
 
 
 def full_distribution(logits, seen, sampling):
-    """The probabilities (B, V) that next_tokens draws from."""
-    from minisft.generation.generate import penalize
-
+    """The probabilities (B, V) that choose_tokens draws from."""
     if sampling.repetition_penalty != 1:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     probabilities, candidates = distribution(logits, sampling)
@@ -215,11 +226,11 @@ def test_draws_follow_the_distribution():
     draws, sampling = 20_000, Sampling(1, temperature=0.8, top_k=6, top_p=0.9)
     logits = torch.tensor([[2.0, -1.0, 1.5, 0.0, 3.0, 0.5, -9.0, 1.0]])
     expected = full_distribution(logits, None, sampling)[0]
-    streams = [random.Random(f"1 {row}") for row in range(draws)]
-    tokens = next_tokens(logits.expand(draws, -1), sampling, streams=streams)
-    found = tokens.bincount(minlength=8) / draws
-    assert (found[expected == 0] == 0).all()
-    torch.testing.assert_close(found, expected, rtol=0, atol=4 * (0.25 / draws) ** 0.5)
+    generators = [random_generator(1, row) for row in range(draws)]
+    tokens = choose_tokens(logits.expand(draws, -1), sampling, generators)
+    drawn = tokens.bincount(minlength=8) / draws
+    assert (drawn[expected == 0] == 0).all()
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=4 * (0.25 / draws) ** 0.5)
 
 
 def test_seed_repeats_and_rows_are_independent(pair):
