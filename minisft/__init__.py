@@ -5,34 +5,15 @@
     assistant = Assistant("examples/base", adapter="runs/demo")
     print("".join(assistant.stream([{"role": "user", "content": "What is 2 + 2?"}])))
 
-The names in __all__ are public; everything else may move. They are imported at their first use,
-so that `import minisft` does not load torch.
+The names in PUBLIC stay; everything else may move. Each is imported at its first use, so that
+`import minisft` is fast and does not load torch.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from minisft.checkpoints.adapters import load_adapter
-    from minisft.checkpoints.folders import load_model
-    from minisft.generation.assistant import Assistant
-    from minisft.generation.generate import generate
-    from minisft.generation.sampling import Sampling
-    from minisft.model.config import ModelConfig
-    from minisft.text.template import get_template
-    from minisft.text.tokenizer import Tokenizer
-
-__all__ = [
-    "Assistant",
-    "ModelConfig",
-    "Sampling",
-    "Tokenizer",
-    "generate",
-    "get_template",
-    "load_adapter",
-    "load_model",
-]
-_MODULES = {
+# The modules that define the public names.
+PUBLIC = {
     "Assistant": "minisft.generation.assistant",
     "ModelConfig": "minisft.model.config",
     "Sampling": "minisft.generation.sampling",
@@ -46,6 +27,11 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name not in _MODULES:
+    if name not in PUBLIC:
         raise AttributeError(f"module 'minisft' has no attribute '{name}'")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return list(PUBLIC)

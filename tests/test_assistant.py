@@ -72,7 +72,7 @@ def test_turns_equal_transformers_and_only_new_tokens_are_computed(assistant, or
     assert all(new < 0.7 * whole for new, whole in lengths[1:])
 
 
-def test_an_answer_left_in_the_middle_harms_nothing(assistant, oracle):
+def test_unfinished_answer_does_not_change_later_answers(assistant, oracle):
     messages = [user("the cat")]
     expected = transformers_answer(oracle, assistant, messages)
     for pieces_read in (0, 1, 7):
@@ -85,7 +85,7 @@ def test_an_answer_left_in_the_middle_harms_nothing(assistant, oracle):
     assert answer_of(assistant, other) == transformers_answer(oracle, assistant, other)
 
 
-def test_oldest_turns_give_way_but_never_the_system_prompt(tiny_chat_model_dir):
+def test_oldest_turns_are_dropped_but_not_the_system_prompt(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=150)
     turns = [SYSTEM]
     for number in range(6):
@@ -97,19 +97,21 @@ def test_oldest_turns_give_way_but_never_the_system_prompt(tiny_chat_model_dir):
     assert assistant.context.fit(kept, max_new_tokens=20) == kept
 
 
-@pytest.mark.parametrize("template", ["chatml", "llama2", "alpaca"])
-def test_dropping_turns_frees_half_of_the_room_so_that_prompts_seldom_begin_anew(
-        template, tiny_chat_model_dir):
+@pytest.mark.parametrize("template, system", [
+    ("chatml", "Be terse."), ("llama2", "简洁"), ("alpaca", "Be terse."), ("chatml", "cat " * 100)])
+def test_turns_are_dropped_half_the_room_at_a_time(template, system, tiny_chat_model_dir):
+    """So the beginning of the prompt, which the cache holds, changes seldom."""
     assistant = Assistant(tiny_chat_model_dir, template=template, device="cpu", dtype="float32",
                           max_length=500)
-    length = lambda *turns: len(assistant.template.encode_prompt([SYSTEM, *turns]))  # noqa: E731
+    system = {"role": "system", "content": system}
+    length = lambda *turns: len(assistant.template.encode_prompt([system, *turns]))  # noqa: E731
     half = (450 - length(user("x"))) // 2
     turns, starts, longest = [], [0], 0
     for number in range(60):
         question = user(f"question {number} " + "cat " * (5 * number % 7))
-        kept = assistant.context.fit([SYSTEM, *turns, question], max_new_tokens=50)
+        kept = assistant.context.fit([system, *turns, question], max_new_tokens=50)
         start = len(turns) + 2 - len(kept)
-        assert kept == [SYSTEM, *turns[start:], question] and kept[1]["role"] == "user"
+        assert kept == [system, *turns[start:], question] and kept[1]["role"] == "user"
         if start:
             assert 450 - half - longest <= length(*kept[1:]) <= 450
         if start != starts[-1]:
@@ -123,7 +125,7 @@ def test_dropping_turns_frees_half_of_the_room_so_that_prompts_seldom_begin_anew
     assert 3 < len(starts) <= 2 + (length(*turns, user("x")) - 450) / half
 
 
-def test_most_turns_of_a_conversation_longer_than_the_context_compute_what_is_new(
+def test_long_conversation_reuses_the_cache_at_most_turns(
         tiny_chat_model_dir):
     """The tokens through the model are counted, of 40 turns."""
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=300)
@@ -143,7 +145,7 @@ def test_most_turns_of_a_conversation_longer_than_the_context_compute_what_is_ne
     assert 2 <= len(dear) <= 8 and max(dear) < 150
 
 
-def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
+def test_message_that_is_too_long_names_the_limit(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
     with pytest.raises(UserError, match="the limit is 80 tokens .of 100"):
         assistant.context.fit([SYSTEM, user("x" * 300)], max_new_tokens=20)
@@ -153,7 +155,7 @@ def test_one_message_too_long_names_the_limit(tiny_chat_model_dir):
         assistant.context.fit([user("x" * 60)], max_new_tokens=5000)
 
 
-def test_answers_end_at_the_context_and_say_so(tiny_chat_model_dir):
+def test_answer_ends_at_the_context_length(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=60)
     messages = [user("the cat")]
     answer = assistant.stream(messages, Sampling(5000, greedy=True))
@@ -167,7 +169,7 @@ def test_answers_end_at_the_context_and_say_so(tiny_chat_model_dir):
     assert "".join(answer) == "" and not answer.cut_short
 
 
-def test_stop_ids_are_the_template_s_and_the_checkpoint_s(assistant, tiny_chat_model_dir, tmp_path):
+def test_stop_ids_of_template_and_checkpoint(assistant, tiny_chat_model_dir, tmp_path):
     turn_end = assistant.tokenizer.token_id("<|im_end|>")
     assert assistant.stop_ids == {turn_end, assistant.tokenizer.eos_token_id, 3}
     for file in tiny_chat_model_dir.iterdir():
@@ -176,7 +178,7 @@ def test_stop_ids_are_the_template_s_and_the_checkpoint_s(assistant, tiny_chat_m
     assert {turn_end, 77, 78} <= Assistant(tmp_path, device="cpu").stop_ids
 
 
-def test_adapter_answers_as_if_merged(assistant, tiny_chat_model_dir, tmp_path):
+def test_adapter_answers_like_the_merged_model(assistant, tiny_chat_model_dir, tmp_path):
     model = load_model(tiny_chat_model_dir)
     lora = LoraConfig(rank=4, dropout=0.5, modules_to_save=("embed_tokens",))
     add_lora(model, lora)
@@ -201,7 +203,7 @@ def test_adapter_answers_as_if_merged(assistant, tiny_chat_model_dir, tmp_path):
     assert answer_of(low, messages)
 
 
-def test_the_space_that_a_template_puts_is_not_the_answer_s(tiny_chat_model_dir):
+def test_leading_space_of_the_template_is_stripped(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, template="vicuna", device="cpu", dtype="float32")
     ids = assistant.tokenizer.encode(" the cat")
     dictated = iter(ids)
@@ -213,7 +215,7 @@ def one_hot(token, hidden):
     return torch.nn.functional.one_hot(torch.full(hidden.shape[:1], token), 300).float()
 
 
-def test_oldest_turn_with_tools_goes_whole(tiny_chat_model_dir):
+def test_turn_with_tools_is_dropped_as_one(tiny_chat_model_dir):
     messages = [
         user("a"), {"role": "assistant", "content": "call"}, {"role": "tool", "content": "1" * 90},
         {"role": "assistant", "content": "b"}, user("c"),
@@ -255,7 +257,7 @@ def test_inference_equals_transformers_with_its_scores(assistant, oracle):
 @pytest.mark.parametrize("sampling", [
     Sampling(200, greedy=True), Sampling(200, temperature=1.3, seed=4, repetition_penalty=1.1),
 ], ids=["greedy", "sampled"])
-def test_a_batch_gives_what_each_gives_alone(tiny_chat_model_dir, sampling):
+def test_batch_equals_single_conversations(tiny_chat_model_dir, sampling):
     """Also where each row has another room for its answer, and when a seed draws."""
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=150)
     conversations = CONVERSATIONS[:2] + CONVERSATIONS[3:]
@@ -270,7 +272,7 @@ def test_a_batch_gives_what_each_gives_alone(tiny_chat_model_dir, sampling):
     assert alone.cut_short and alone.num_prompt_tokens + alone.num_tokens == 150
 
 
-def test_long_histories_are_cut_by_stream_and_inference_which_say_so(tiny_chat_model_dir):
+def test_stream_and_inference_drop_old_turns_and_warn(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=150)
     turns = [SYSTEM]
     for number in range(300):
@@ -311,7 +313,7 @@ def test_long_histories_are_cut_by_stream_and_inference_which_say_so(tiny_chat_m
     (["hello"], "messages must be a list"),
     ([user("好 " * 5_000_000)], "too long: 10,000,000 characters, the limit is 19970 tokens"),
 ])
-def test_what_cannot_be_answered_is_told(assistant, messages, said):
+def test_conversation_that_cannot_be_asked_raises(assistant, messages, said):
     before = answer_of(assistant, [user("the cat")])
     with pytest.raises(UserError, match=said):
         assistant.stream(messages, GREEDY)
@@ -320,7 +322,7 @@ def test_what_cannot_be_answered_is_told(assistant, messages, said):
     assert answer_of(assistant, [user("the cat")]) == before
 
 
-def test_a_system_prompt_that_leaves_no_room_is_told_as_such(tiny_chat_model_dir):
+def test_system_prompt_without_room_for_a_question_raises(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
     length = lambda text: len(assistant.template.encode_prompt(  # noqa: E731
         [{"role": "system", "content": text}, user("x")]))
@@ -340,7 +342,7 @@ def test_a_system_prompt_that_leaves_no_room_is_told_as_such(tiny_chat_model_dir
         assistant.stream([user("x " * 50)], Sampling(30))
 
 
-def test_functions_that_are_none_are_told(assistant):
+def test_wrong_tools_raise(assistant):
     for tools in ("add", [1], {"name": "add"}):
         with pytest.raises(UserError, match="tools must be a list of objects"):
             assistant.stream([user("x")], GREEDY, tools)
@@ -348,7 +350,7 @@ def test_functions_that_are_none_are_told(assistant):
         assistant.stream([user("x")], GREEDY, [{"description": "f" * 10_000_000}])
 
 
-def test_other_things_are_no_conversations(assistant):
+def test_wrong_conversation_type_raises(assistant):
     for wrong in (user("x"), [user("x")], "x", None):
         with pytest.raises(UserError, match='conversation 1: not of the form {"messages"'):
             assistant.inference([wrong])
@@ -399,7 +401,7 @@ def test_turns_go_by_the_order_of_asking():
     assert not turns._waiting
 
 
-def test_conversations_in_turn_compute_only_what_is_new(tiny_chat_model_dir):
+def test_alternating_conversations_compute_only_new_tokens(tiny_chat_model_dir):
     """Three people one after another; the tokens through the model are counted."""
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32")
     assistant.caches.limit = 3
@@ -426,7 +428,7 @@ def test_conversations_in_turn_compute_only_what_is_new(tiny_chat_model_dir):
 
 
 @torch.inference_mode()
-def test_caches_keep_the_latest_and_take_the_longest():
+def test_caches_keep_the_latest_and_return_the_longest_prefix():
     """Beginnings that others are in are copied: the numbers below stand for keys and values."""
     config, made = ModelConfig.from_dict(CONFIG), []
     caches = Caches(lambda: made.append(KeyValueCache(config)) or made[-1], limit=2)
@@ -459,7 +461,7 @@ def test_caches_keep_the_latest_and_take_the_longest():
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_an_adapter_beside_its_base_shares_the_weights(bits, tiny_chat_model_dir, tmp_path):
+def test_adapter_and_base_share_weights(bits, tiny_chat_model_dir, tmp_path):
     model = load_model(tiny_chat_model_dir)
     lora = LoraConfig(rank=4, modules_to_save=("embed_tokens",))
     add_lora(model, lora)
@@ -483,7 +485,7 @@ def test_an_adapter_beside_its_base_shares_the_weights(bits, tiny_chat_model_dir
     assert len({(one.packed if bits else one.weight).data_ptr() for one in layers}) == 1
 
 
-def test_the_scales_of_a_quantised_base_stay_in_float32(tiny_chat_model_dir, tmp_path):
+def test_quantisation_scales_stay_in_float32_with_an_adapter(tiny_chat_model_dir, tmp_path):
     """Where the adapter is converted, they are not: rounded they would change every weight."""
     model, lora = load_model(tiny_chat_model_dir), LoraConfig(rank=2)
     add_lora(model, lora)
@@ -508,7 +510,7 @@ def test_auto_takes_the_template_of_the_training(tiny_chat_model_dir, tmp_path):
     assert Assistant(folder, template="plain").template.name == "plain"
 
 
-def test_a_checkpoint_of_a_run_takes_the_template_of_the_run(tiny_chat_model_dir, tmp_path):
+def test_checkpoint_of_a_run_uses_the_template_of_the_run(tiny_chat_model_dir, tmp_path):
     model, lora = load_model(tiny_chat_model_dir), LoraConfig(rank=2)
     add_lora(model, lora)
     save_adapter(model, tmp_path / "checkpoint-10", lora, tiny_chat_model_dir)
@@ -516,7 +518,7 @@ def test_a_checkpoint_of_a_run_takes_the_template_of_the_run(tiny_chat_model_dir
     assert Assistant(tiny_chat_model_dir, tmp_path / "checkpoint-10").template.name == "alpaca"
 
 
-def test_the_tokenizer_of_another_model_is_told(tiny_tokenizer_dir, tmp_path):
+def test_tokenizer_of_another_model_raises(tiny_tokenizer_dir, tmp_path):
     model = CausalLM(ModelConfig.from_dict({**CONFIG, "vocab_size": 100}))
     model.initialize()
     save_model(model, tmp_path)

@@ -25,7 +25,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     {"model_type": "qwen2", "tie_word_embeddings": True}, {"model_type": "qwen3", "head_dim": 8},
 ], ids=["llama", "mistral", "qwen2", "qwen3"])
 @torch.inference_mode()
-def test_the_step_gives_the_logits_of_the_model(fields):
+def test_step_equals_the_logits_of_the_model(fields):
     """Written into a cache whose later places hold what is left of a longer conversation."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict({**CONFIG, **fields})).eval()
@@ -74,7 +74,7 @@ def converse(assistant, sampling):
 @pytest.mark.parametrize("sampling", [
     Sampling(20, greedy=True), Sampling(20, temperature=1.3, seed=4, repetition_penalty=1.1),
 ], ids=["greedy", "sampled"])
-def test_answers_are_those_of_the_model_as_it_is_and_nothing_compiles_again(assistants, sampling):
+def test_answers_equal_the_plain_model_and_nothing_is_compiled_twice(assistants, sampling):
     plain, compiled = assistants
     graphs, steps = counters["stats"]["unique_graphs"], []
     step = compiled.decoder.step
@@ -93,7 +93,7 @@ def test_answers_are_those_of_the_model_as_it_is_and_nothing_compiles_again(assi
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-def test_more_conversations_than_are_kept_take_no_more_memory(assistants, monkeypatch):
+def test_caches_are_reused_beyond_the_limit(assistants, monkeypatch):
     """The cache of the one that has been silent for longest, with what is left in it, is reused."""
     plain, compiled = assistants
     made, new_cache = [], compiled.decoder.new_cache
@@ -111,7 +111,7 @@ def test_more_conversations_than_are_kept_take_no_more_memory(assistants, monkey
     assert len(made) == 2 and counters["stats"]["unique_graphs"] == graphs
 
 
-def test_no_room_left_is_told(assistants):
+def test_full_cache_raises(assistants):
     decoder = assistants[1].decoder
     cache = decoder.new_cache()
     cache.length = CAPACITY
@@ -119,7 +119,7 @@ def test_no_room_left_is_told(assistants):
         decoder(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
 
 
-def test_what_cannot_be_compiled_is_told(monkeypatch):
+def test_model_that_cannot_be_compiled_raises(monkeypatch):
     config = {**CONFIG, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     with pytest.raises(UserError, match="--compile: the rotary angles of this model"):
         CompiledDecoder(CausalLM(ModelConfig.from_dict(config)), CAPACITY)
@@ -133,7 +133,7 @@ def test_what_cannot_be_compiled_is_told(monkeypatch):
         CompiledDecoder(CausalLM(ModelConfig.from_dict(CONFIG)).eval(), CAPACITY)
 
 
-def test_chat_compiles(tiny_chat_model_dir, assistants):
+def test_chat_with_compile_gives_the_same_answer(tiny_chat_model_dir, assistants):
     flags = ["--model_name_or_path", tiny_chat_model_dir, "--greedy", "--max_new_tokens", 20,
              "--max_length", CAPACITY, "--device", "cpu", "--dtype", "float32", "--compile",
              "--prompt", "the cat"]

@@ -93,7 +93,7 @@ def test_greedy_equals_transformers(pair, penalty):
     assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
 
 
-def test_stop_ids_end_rows_as_in_transformers(pair):
+def test_stop_ids_end_answers_as_in_transformers(pair):
     theirs, ours = pair
     sampling = Sampling(max_new_tokens=30, greedy=True)
     free = generate(ours, PROMPTS, sampling)
@@ -109,7 +109,7 @@ def test_stop_ids_end_rows_as_in_transformers(pair):
     Sampling(24, greedy=True, repetition_penalty=1.2),
     Sampling(24, temperature=1.5, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3),
 ], ids=["greedy", "penalty", "sampled"])
-def test_ragged_batch_equals_each_alone_and_uncached(pair, sampling):
+def test_padded_batch_equals_single_prompts_and_no_cache(pair, sampling):
     model = pair[1]
     stop_ids = {generate(model, PROMPTS, sampling)[1][6]}
     answers = generate(model, PROMPTS, sampling, stop_ids)
@@ -123,7 +123,7 @@ def test_ragged_batch_equals_each_alone_and_uncached(pair, sampling):
 @pytest.mark.parametrize("sampling", [
     Sampling(20, greedy=True), Sampling(20, temperature=1.5, seed=3, repetition_penalty=1.3),
 ], ids=["greedy", "sampled"])
-def test_scores_are_the_mean_log_probability_of_what_was_chosen(pair, sampling):
+def test_scores_are_mean_log_probabilities_of_the_chosen_tokens(pair, sampling):
     """The oracle is transformers' model on the sequence; limits cut each row alone."""
     theirs, ours = pair
     stop_ids = {generate(ours, PROMPTS, sampling)[1][6]}
@@ -152,7 +152,7 @@ def test_published_story(stories, shared_data):
     assert published[:50] + answers[2][:207] == published
 
 
-def test_prefix_in_the_cache_changes_nothing(pair):
+def test_cached_prefix_gives_the_same_answer(pair):
     model = pair[1]
     sampling = Sampling(max_new_tokens=12, greedy=True)
     cache, first = KeyValueCache(model.config), PROMPTS[2]
@@ -181,7 +181,7 @@ def count_tokens(model, action):
         hook.remove()
 
 
-def test_every_token_is_computed_once_and_stopped_rows_are_dropped(pair):
+def test_every_token_is_computed_once_and_ended_rows_leave_the_batch(pair):
     model, sampling = pair[1], Sampling(max_new_tokens=20, greedy=True)
     stop_ids = {generate(model, PROMPTS, sampling)[1][6]}
     answers, shapes = count_tokens(model, lambda: generate(model, PROMPTS, sampling, stop_ids))
@@ -222,7 +222,7 @@ def full_distribution(logits, seen, sampling):
     return torch.zeros_like(logits).scatter(1, candidates, probabilities)
 
 
-def test_draws_follow_the_distribution():
+def test_drawn_tokens_follow_the_distribution():
     draws, sampling = 20_000, Sampling(1, temperature=0.8, top_k=6, top_p=0.9)
     logits = torch.tensor([[2.0, -1.0, 1.5, 0.0, 3.0, 0.5, -9.0, 1.0]])
     expected = full_distribution(logits, None, sampling)[0]
@@ -233,7 +233,7 @@ def test_draws_follow_the_distribution():
     torch.testing.assert_close(drawn, expected, rtol=0, atol=4 * (0.25 / draws) ** 0.5)
 
 
-def test_seed_repeats_and_rows_are_independent(pair):
+def test_seed_repeats_answers_and_rows_are_independent(pair):
     model = pair[1]
     sampling = Sampling(16, temperature=1.2, seed=5)
     answers = generate(model, [PROMPTS[0]] * 3, sampling)
@@ -255,7 +255,7 @@ def test_temperature_zero_is_greedy(pair):
     {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
     {"top_p": 1.1}, {"repetition_penalty": 0.0}, {"max_new_tokens": 0},
 ])
-def test_wrong_values_are_named(wrong):
+def test_sampling_value_out_of_range_names_the_flag(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))} must be"):
         Sampling(**wrong)
 
@@ -267,7 +267,7 @@ def test_empty_prompts(pair):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(greedy=True), Sampling(temperature=1.0, seed=1)])
-def test_scores_that_are_no_numbers_and_foreign_tokens(pair, sampling):
+def test_nan_logits_and_unknown_tokens_raise(pair, sampling):
     _, model = pair
     with pytest.raises(UserError, match="token 97 is outside"):
         generate(model, [[1], [97]], sampling)
@@ -284,7 +284,7 @@ def test_scores_that_are_no_numbers_and_foreign_tokens(pair, sampling):
         weight.data = kept
 
 
-def test_a_temperature_next_to_zero_is_greedy(pair):
+def test_temperature_near_zero_is_greedy(pair):
     _, model = pair
     cold = Sampling(max_new_tokens=9, temperature=1e-42, top_k=0, top_p=1, seed=1)
     assert generate(model, PROMPTS, cold) == generate(model, PROMPTS, Sampling(9, greedy=True))

@@ -39,7 +39,7 @@ def ask(text):
     return {"messages": [{"role": "user", "content": text}]}
 
 
-def test_the_command_answers_in_order_what_each_gets_alone(
+def test_answers_are_in_order_and_equal_single_prompts(
         tiny_chat_model_dir, assistant, prompts_file, tmp_path):
     flags = ["--model_name_or_path", tiny_chat_model_dir, "--device", "cpu", "--dtype", "float32",
              "--file", prompts_file, "--output", tmp_path / "answers.jsonl", "--batch_size", 4,
@@ -58,7 +58,7 @@ def test_the_command_answers_in_order_what_each_gets_alone(
     assert done.returncode == 2 and "answers.jsonl exists" in done.stderr
 
 
-def test_a_killed_run_goes_on_where_it_was(assistant, prompts_file, tmp_path, capsys):
+def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
     output = tmp_path / "new" / "folder" / "answers.jsonl"
     partial, whole = output.with_name("answers.jsonl.partial"), tmp_path / "whole.jsonl"
     prompts.answer_file(assistant, prompts_file, whole, SAMPLED, 2)
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_where_it_was(assistant, prompts_file, tmp_path, ca
     assert not partial.exists()
 
 
-def test_a_line_that_was_cut_harms_no_later_one(tmp_path):
+def test_cut_last_line_is_answered_again(tmp_path):
     """Begun, cut in the last line, gone on with, and gone on with again."""
     path = tmp_path / "out.partial"
     for row in range(3):
@@ -117,7 +117,7 @@ def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path)
     assert all(json.loads(row) for row in rows if row.endswith(b"\n"))
 
 
-def test_rows_of_many_forms(assistant, tmp_path):
+def test_rows_of_every_format(assistant, tmp_path):
     """An answer that a row has is not seen; a system prompt of its own comes before the file's."""
     rows = [
         "only text", {"prompt": "p"}, {"question_id": 1, "text": "t", "category": "c"},
@@ -145,7 +145,7 @@ def test_rows_of_many_forms(assistant, tmp_path):
     assert answers[-1]["messages"][-1]["content"] == responses[0]
 
 
-def test_rows_that_cannot_be_asked_are_listed_before_anything_is(assistant, tmp_path):
+def test_bad_rows_are_listed_before_the_first_answer(assistant, tmp_path):
     lines = ['{"prompt": "good"}', '{"prompt": " "}', "", '{"prompt": "a\\u0007"}', "{broken",
              '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
              '{"other": 1}', json.dumps({"prompt": "x" * 30_000}),

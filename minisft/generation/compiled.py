@@ -11,7 +11,6 @@ the cache has its full capacity S from the start, and the position of the new to
 """
 
 from functools import partial
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,15 +21,8 @@ from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values (1, K, S, d) of every layer
-
-
-class Graph(NamedTuple):
-    """A CUDA graph of one decoding step, with the tensors that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    token: Tensor  # (1, 1)
-    position: Tensor  # (1,)
-    logits: Tensor  # (1, V)
+# A CUDA graph, the token (1, 1) and position (1,) that it reads, the logits (1, V) that it writes.
+Graph = tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]
 
 
 class CompiledDecoder(nn.Module):
@@ -115,11 +107,11 @@ class CompiledDecoder(nn.Module):
             # The current GPU of a thread need not be the GPU of the model.
             with torch.cuda.device(self.device):
                 self.graphs[cache] = self._capture(token, cache)
-        graph = self.graphs[cache]
-        graph.token.copy_(token)
-        graph.position.fill_(cache.length)
-        graph.graph.replay()
-        return graph.logits
+        graph, graph_token, graph_position, logits = self.graphs[cache]
+        graph_token.copy_(token)
+        graph_position.fill_(cache.length)
+        graph.replay()
+        return logits
 
     def _capture(self, token: Tensor, cache: KeyValueCache) -> Graph:
         token, position = token.clone(), torch.tensor([cache.length], device=self.device)
@@ -133,7 +125,7 @@ class CompiledDecoder(nn.Module):
         # thread_local: other threads may copy caches meanwhile.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             logits = step()
-        return Graph(graph, token, position, logits)
+        return graph, token, position, logits
 
 
 def next_logits(
