@@ -6,9 +6,9 @@
     python chat.py --model_name_or_path MODEL --file prompts.jsonl --output answers.jsonl
     python chat.py --model_name_or_path examples/base --adapter runs/demo --web --compare_with none
 
-If standard input is no terminal and there is no --prompt, each of its lines is a turn of one
-conversation. A refused line does not end the conversation, but the exit status is then 2. Answers
-go to standard output, everything else to standard error.
+Without a terminal and without --prompt, every line of standard input is a turn of one conversation.
+A refused line does not end the conversation, but the exit status is then 2. Answers go to standard
+output, everything else to standard error.
 """
 
 import os

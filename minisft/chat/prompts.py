@@ -66,14 +66,17 @@ def answer_file(
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
         missing = [row for row in range(len(prompts)) if row not in answers.rows]
-        # The longest first: a lack of memory shows at once, and the estimated time is no less.
+        # The longest first: if they do not fit into memory, the run fails at its start.
         missing.sort(key=lambda row: lengths[row], reverse=True)
         is_silent, num_done = not sys.stderr.isatty(), len(answers.rows)
         try:
-            with tqdm(total=len(prompts), initial=num_done, disable=is_silent) as bar:
+            with tqdm(
+                total=len(prompts), initial=num_done, unit="prompt", disable=is_silent
+            ) as bar:
                 for start in range(0, len(missing), batch_size):
                     rows = missing[start : start + batch_size]
                     batch = [prompts[row] for row in rows]
+                    # Prompts.lengths has printed the warnings.
                     responses, scores = assistant.inference(
                         batch, sampling, batch_size, rows, say=lambda text: None
                     )

@@ -164,9 +164,9 @@ class Assistant:
     ) -> tuple[list[str], list[float]]:
         """(answers, scores) to conversations {"messages": [...], "tools": [...]}, tools optional.
 
-        A score is the mean log-probability of the answer's tokens, see generate_scored; the surest
-        is 0. Every answer is what the conversation alone would get. rows: the number of each
-        conversation, which selects its random numbers.
+        A score is the mean log-probability of the answer's tokens (see generate_scored); 0 means
+        certain. The batches do not change the answers. rows: the number of each conversation, which
+        selects its random numbers.
         """
         prompts = []
         for number, conversation in enumerate(conversations, start=1):

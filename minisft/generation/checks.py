@@ -1,4 +1,4 @@
-"""Refuse what generation cannot work with: sampling values, prompts, logits."""
+"""Checks of sampling values, prompts and logits, which raise UserError."""
 
 import math
 from collections.abc import Callable, Sequence
