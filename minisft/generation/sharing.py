@@ -95,7 +95,11 @@ class Caches:
             cache.truncate(length)
             return cache
         # Another conversation, perhaps with the same system prompt, keeps its own cache.
-        return copy_prefix(cache, length, self._unused_cache())
+        target = self._unused_cache()
+        if target is not cache:
+            copy_prefix(cache, length, target)
+        target.truncate(length)
+        return target
 
     def _unused_cache(self) -> KeyValueCache:
         """A new cache; at the limit, the least recently used one."""
@@ -105,16 +109,13 @@ class Caches:
 
 
 @torch.inference_mode()
-def copy_prefix(source: KeyValueCache, length: int, target: KeyValueCache) -> KeyValueCache:
-    """`target`, holding the first `length` tokens of `source` and no others."""
-    if target is not source:
-        target.truncate(0)
-        for layer, pair in enumerate(source.pairs):
-            if pair is not None:
-                target.append(layer, pair[0][:, :, :length], pair[1][:, :, :length])
-        target.length, target.angles = length, source.angles
-    target.truncate(length)
-    return target
+def copy_prefix(source: KeyValueCache, length: int, target: KeyValueCache) -> None:
+    """Replace the content of `target` by the first `length` tokens of `source`."""
+    target.truncate(0)
+    for layer, pair in enumerate(source.pairs):
+        if pair is not None:
+            target.append(layer, pair[0][:, :, :length], pair[1][:, :, :length])
+    target.length = length
 
 
 def share_weights(model: CausalLM) -> CausalLM:
