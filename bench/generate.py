@@ -48,7 +48,7 @@ def both_sides(model, reference, batch_size, options, device, decoder):
         if not decoder:
             return generate(model, prompts.tolist(), sampling, set())
         cache.truncate(0)
-        return [list(stream(model, prompts[0].tolist(), sampling, set(), cache, decoder))]
+        return [list(stream(decoder, prompts[0].tolist(), sampling, set(), cache))]
 
     def theirs():
         return reference.generate(

@@ -1,6 +1,6 @@
 """Wait for events, and have a script stand still at a point, so that a test meets it there.
 
-    words = [sys.executable, *standing_still("minisft.prompts:Answers.add", [4], told),
+    words = [sys.executable, *standing_still("minisft.chat.prompts:Answers.add", [4], told),
              ROOT / "chat.py", *flags]
     with subprocess.Popen(words) as process:
         wait_until(lambda: lines_in(told), process)
@@ -102,7 +102,7 @@ def main():
     settings, script, *flags = sys.argv[1:]
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *flags]
-    from minisft.common.command_line import run_script as run
+    from minisft.common.script import run_script as run
 
     stop_at(**json.loads(settings))
     run(importlib.import_module(Path(script).stem).main)

@@ -17,6 +17,7 @@ import torch
 from conftest import command
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
+from minisft.generation.context import Context
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LC_ALL": 
 PROMPT = "\033[1;32m>\033[0m "
 ENTERED = "\r\n\033[?2004l\r"  # a line has been read; what is pasted is no longer marked as such
 GREEDY = ["--dtype", "float32", "--device", "cpu", "--greedy"]
-TOKEN = "minisft.model:CausalLM.logits"  # called for every token of an answer
+TOKEN = "minisft.model.decoder:CausalLM.logits"  # called for every token of an answer
 
 
 def chat(model_dir, *flags, input=""):
@@ -55,7 +56,7 @@ def oracle(tiny_chat_model_dir):
         )
         return tokenizer.decode(output[0, ids.shape[1] :].tolist())
 
-    answer.length = lambda messages: len(template.encode_prompt(messages))
+    answer.fit = Context(template, max_length=150).fit
     return answer
 
 
@@ -142,14 +143,13 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
     flags = [*GREEDY, "--max_new_tokens", "20", "--max_length", "150", "--system", "be brief"]
     lines = ["first question", "second question", "x" * 400, "third question", "fourth question"]
     status, printed, said = chat(tiny_chat_model_dir, *flags, input="\n".join(lines) + "\n")
-    system, turns, first, answers = {"role": "system", "content": "be brief"}, [], 0, []
+    messages, first, answers = [{"role": "system", "content": "be brief"}], 0, []
     for question in lines[:2] + lines[3:]:
-        turns.append(user(question))
-        if oracle.length([system, *turns[first:]]) > 130:
-            while oracle.length([system, *turns[first:]]) > 65:
-                first += 2
-        answers.append(oracle([system, *turns[first:]]))
-        turns.append({"role": "assistant", "content": answers[-1]})
+        messages.append(user(question))
+        kept = oracle.fit(messages, 20)
+        first = len(messages) - len(kept)
+        answers.append(oracle(kept))
+        messages.append({"role": "assistant", "content": answers[-1]})
     assert first and (status, printed) == (2, "".join(answer + "\n" for answer in answers))
     assert f"(the conversation is longer than 150 tokens: the oldest {first} messages" in said
     assert said.count("error: the message with the system prompt is too long") == 1
@@ -265,7 +265,7 @@ def test_a_crash_loses_nothing_of_the_transcript(tiny_chat_model_dir, oracle, tm
     """Killed while it computes the tenth token: the nine before are in the file."""
     told, log = tmp_path / "told", tmp_path / "log"
     # The transcript gets a line when this much time has passed, here at once.
-    standing = standing_still(TOKEN, [10], told, **{"minisft.transcript:SECONDS_BETWEEN_PARTS": -1})
+    standing = standing_still(TOKEN, [10], told, **{"minisft.chat.transcript:SECONDS_BETWEEN_PARTS": -1})
     words = [sys.executable, *standing, SCRIPT, "--model_name_or_path", tiny_chat_model_dir,
              *GREEDY, "--prompt", "the cat 你好", "--log", log]
     with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:

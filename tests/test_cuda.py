@@ -181,7 +181,7 @@ def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
     expected = generate(model, prompts, sampling, {2}, rows=[0, 0])
 
     def answer():
-        streams = [stream(model, ids, sampling, {2}, cache, decoder)
+        streams = [stream(decoder, ids, sampling, {2}, cache)
                    for ids, cache in zip(prompts, caches, strict=True)]
         steps = list(zip_longest(*streams))
         answers.append([[one for one in row if one is not None]
@@ -204,7 +204,7 @@ def test_a_graph_belongs_to_the_gpu_of_the_model(models):
     expected = generate(model, [[1, 5, 9]], sampling, {2})
     decoder = CompiledDecoder(model, 64)
     for _ in range(2):
-        found = list(stream(model, [1, 5, 9], sampling, {2}, decoder.new_cache(), decoder))
+        found = list(stream(decoder, [1, 5, 9], sampling, {2}, decoder.new_cache()))
         assert found == expected[0]
 
 

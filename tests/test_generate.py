@@ -1,7 +1,6 @@
 """generate.py against transformers (generate, logits processors) and a generator without cache."""
 
 import json
-import random
 
 import pytest
 import torch
@@ -10,15 +9,15 @@ from transformers import generation
 
 from minisft.checkpoints.folders import load_model
 from minisft.common.errors import UserError
-from minisft.generation.generate import (
+from minisft.generation.generate import generate, stream
+from minisft.generation.sampling import (
     Sampling,
+    choose_tokens,
     distribution,
-    generate,
-    generate_naive,
-    generate_scored,
-    next_tokens,
-    stream,
+    penalize,
+    random_generator,
 )
+from minisft.generation.scored import generate_scored
 from minisft.model.cache import KeyValueCache
 
 SIZES = dict(
@@ -67,6 +66,20 @@ def transformers_generate(model, ids, stop_ids=(), **options):
     return output[:-1] if output and output[-1] in stop_ids else output
 
 
+@torch.inference_mode()
+def generate_naive(model, prompt, sampling, stop_ids=(), row=0):
+    """The answer to one prompt, computing the whole sequence again for every token."""
+    ids, generator = list(prompt), random_generator(sampling.seed, row)
+    while len(ids) < len(prompt) + sampling.max_new_tokens:
+        logits = model.logits(model(torch.tensor([ids]))[:, -1])
+        seen = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, torch.tensor([ids]), True)
+        token = choose_tokens(logits, sampling, [generator], seen).item()
+        if token in stop_ids:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_equals_transformers(pair, penalty):
     theirs, ours = pair
@@ -80,7 +93,7 @@ def test_greedy_equals_transformers(pair, penalty):
     assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
 
 
-def test_stop_ids_end_rows_as_in_transformers(pair):
+def test_stop_ids_end_answers_as_in_transformers(pair):
     theirs, ours = pair
     sampling = Sampling(max_new_tokens=30, greedy=True)
     free = generate(ours, PROMPTS, sampling)
@@ -96,7 +109,7 @@ def test_stop_ids_end_rows_as_in_transformers(pair):
     Sampling(24, greedy=True, repetition_penalty=1.2),
     Sampling(24, temperature=1.5, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3),
 ], ids=["greedy", "penalty", "sampled"])
-def test_ragged_batch_equals_each_alone_and_uncached(pair, sampling):
+def test_padded_batch_equals_single_prompts_and_no_cache(pair, sampling):
     model = pair[1]
     stop_ids = {generate(model, PROMPTS, sampling)[1][6]}
     answers = generate(model, PROMPTS, sampling, stop_ids)
@@ -110,15 +123,15 @@ def test_ragged_batch_equals_each_alone_and_uncached(pair, sampling):
 @pytest.mark.parametrize("sampling", [
     Sampling(20, greedy=True), Sampling(20, temperature=1.5, seed=3, repetition_penalty=1.3),
 ], ids=["greedy", "sampled"])
-def test_scores_are_the_mean_log_probability_of_what_was_chosen(pair, sampling):
-    """Of the whole sequence through transformers' model at once; limits cut each row alone."""
+def test_scores_are_mean_log_probabilities_of_the_chosen_tokens(pair, sampling):
+    """The oracle is transformers' model on the sequence; limits cut each row alone."""
     theirs, ours = pair
     stop_ids = {generate(ours, PROMPTS, sampling)[1][6]}
-    whole = generate(ours, PROMPTS, sampling, stop_ids)
+    unlimited = generate(ours, PROMPTS, sampling, stop_ids)
     limits = [5, 20, 1, 9]
     answers, scores = generate_scored(ours, PROMPTS, sampling, stop_ids, limits=limits)
-    assert answers == [one[:limit] for one, limit in zip(whole, limits, strict=True)]
-    assert len(whole[1]) < 20
+    assert answers == [one[:limit] for one, limit in zip(unlimited, limits, strict=True)]
+    assert len(unlimited[1]) < 20
     for ids, answer, limit, score in zip(PROMPTS, answers, limits, scores, strict=True):
         chosen = answer + (list(stop_ids) if len(answer) < limit else [])
         with torch.no_grad():
@@ -139,7 +152,7 @@ def test_published_story(stories, shared_data):
     assert published[:50] + answers[2][:207] == published
 
 
-def test_prefix_in_the_cache_changes_nothing(pair):
+def test_cached_prefix_gives_the_same_answer(pair):
     model = pair[1]
     sampling = Sampling(max_new_tokens=12, greedy=True)
     cache, first = KeyValueCache(model.config), PROMPTS[2]
@@ -168,7 +181,7 @@ def count_tokens(model, action):
         hook.remove()
 
 
-def test_every_token_is_computed_once_and_stopped_rows_are_dropped(pair):
+def test_every_token_is_computed_once_and_ended_rows_leave_the_batch(pair):
     model, sampling = pair[1], Sampling(max_new_tokens=20, greedy=True)
     stop_ids = {generate(model, PROMPTS, sampling)[1][6]}
     answers, shapes = count_tokens(model, lambda: generate(model, PROMPTS, sampling, stop_ids))
@@ -202,27 +215,25 @@ def test_distribution_equals_transformers_processors():
 
 
 def full_distribution(logits, seen, sampling):
-    """The probabilities (B, V) that next_tokens draws from."""
-    from minisft.generation.generate import penalize
-
+    """The probabilities (B, V) that choose_tokens draws from."""
     if sampling.repetition_penalty != 1:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     probabilities, candidates = distribution(logits, sampling)
     return torch.zeros_like(logits).scatter(1, candidates, probabilities)
 
 
-def test_draws_follow_the_distribution():
+def test_drawn_tokens_follow_the_distribution():
     draws, sampling = 20_000, Sampling(1, temperature=0.8, top_k=6, top_p=0.9)
     logits = torch.tensor([[2.0, -1.0, 1.5, 0.0, 3.0, 0.5, -9.0, 1.0]])
     expected = full_distribution(logits, None, sampling)[0]
-    streams = [random.Random(f"1 {row}") for row in range(draws)]
-    tokens = next_tokens(logits.expand(draws, -1), sampling, streams=streams)
-    found = tokens.bincount(minlength=8) / draws
-    assert (found[expected == 0] == 0).all()
-    torch.testing.assert_close(found, expected, rtol=0, atol=4 * (0.25 / draws) ** 0.5)
+    generators = [random_generator(1, row) for row in range(draws)]
+    tokens = choose_tokens(logits.expand(draws, -1), sampling, generators)
+    drawn = tokens.bincount(minlength=8) / draws
+    assert (drawn[expected == 0] == 0).all()
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=4 * (0.25 / draws) ** 0.5)
 
 
-def test_seed_repeats_and_rows_are_independent(pair):
+def test_seed_repeats_answers_and_rows_are_independent(pair):
     model = pair[1]
     sampling = Sampling(16, temperature=1.2, seed=5)
     answers = generate(model, [PROMPTS[0]] * 3, sampling)
@@ -244,7 +255,7 @@ def test_temperature_zero_is_greedy(pair):
     {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
     {"top_p": 1.1}, {"repetition_penalty": 0.0}, {"max_new_tokens": 0},
 ])
-def test_wrong_values_are_named(wrong):
+def test_sampling_value_out_of_range_names_the_flag(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))} must be"):
         Sampling(**wrong)
 
@@ -256,7 +267,7 @@ def test_empty_prompts(pair):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(greedy=True), Sampling(temperature=1.0, seed=1)])
-def test_scores_that_are_no_numbers_and_foreign_tokens(pair, sampling):
+def test_nan_logits_and_unknown_tokens_raise(pair, sampling):
     _, model = pair
     with pytest.raises(UserError, match="token 97 is outside"):
         generate(model, [[1], [97]], sampling)
@@ -273,7 +284,7 @@ def test_scores_that_are_no_numbers_and_foreign_tokens(pair, sampling):
         weight.data = kept
 
 
-def test_a_temperature_next_to_zero_is_greedy(pair):
+def test_temperature_near_zero_is_greedy(pair):
     _, model = pair
     cold = Sampling(max_new_tokens=9, temperature=1e-42, top_k=0, top_p=1, seed=1)
     assert generate(model, PROMPTS, cold) == generate(model, PROMPTS, Sampling(9, greedy=True))

@@ -38,7 +38,7 @@ def ask(text):
     return {"messages": [{"role": "user", "content": text}]}
 
 
-def test_the_command_answers_in_order_what_each_gets_alone(
+def test_answers_are_in_order_and_equal_single_prompts(
         tiny_chat_model_dir, assistant, prompts_file, tmp_path):
     flags = ["--model_name_or_path", tiny_chat_model_dir, "--device", "cpu", "--dtype", "float32",
              "--file", prompts_file, "--output", tmp_path / "answers.jsonl", "--batch_size", 4,
@@ -54,10 +54,10 @@ def test_the_command_answers_in_order_what_each_gets_alone(
         assert row["score"] == pytest.approx(scores[0], abs=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.txt"]
     done = command(*flags, script="chat.py")
-    assert done.returncode == 2 and "answers.jsonl: is there already" in done.stderr
+    assert done.returncode == 2 and "answers.jsonl exists" in done.stderr
 
 
-def test_a_killed_run_goes_on_where_it_was(assistant, prompts_file, tmp_path, capsys):
+def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
     output = tmp_path / "new" / "folder" / "answers.jsonl"
     partial, whole = output.with_name("answers.jsonl.partial"), tmp_path / "whole.jsonl"
     prompts.answer_file(assistant, prompts_file, whole, SAMPLED, 2)
@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_where_it_was(assistant, prompts_file, tmp_path, ca
     assert "6 of 11 answers are in" in capsys.readouterr().err
     assert len(read(partial)) == 1 + 6 and not output.exists()
     partial.write_bytes(partial.read_bytes()[:-4])  # cut in the last line
-    with pytest.raises(UserError, match="was begun with another top_k; remove it"):
+    with pytest.raises(UserError, match="was begun with another top_k. Remove it"):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2, settings={"top_k": 7})
     again = []
     assistant.inference = lambda given, *rest, **more: (
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_where_it_was(assistant, prompts_file, tmp_path, ca
     assert not partial.exists()
 
 
-def test_a_line_that_was_cut_harms_no_later_one(tmp_path):
+def test_cut_last_line_is_answered_again(tmp_path):
     """Begun, cut in the last line, gone on with, and gone on with again."""
     path = tmp_path / "out.partial"
     for row in range(3):
@@ -103,7 +103,7 @@ def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path)
     path, told = tmp_path / "many.txt", tmp_path / "told"
     path.write_text("the cat\n" * 9)
     process = subprocess.Popen(
-        [sys.executable, *standing_still("minisft.prompts:Answers.add", [4], told),
+        [sys.executable, *standing_still("minisft.chat.prompts:Answers.add", [4], told),
          ROOT / "chat.py", "--model_name_or_path", tiny_chat_model_dir, "--file", path, "--output",
          tmp_path / "out", "--batch_size", "1", "--max_new_tokens", "4", "--device", "cpu"],
         stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -115,7 +115,7 @@ def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_of_many_forms(assistant, tmp_path):
+def test_rows_of_every_format(assistant, tmp_path):
     """An answer that a row has is not seen; a system prompt of its own comes before the file's."""
     rows = [
         "only text", {"prompt": "p"}, {"question_id": 1, "text": "t", "category": "c"},
@@ -136,14 +136,14 @@ def test_rows_of_many_forms(assistant, tmp_path):
     assert [messages[-1]["content"] for messages in asked] == [
         "only text", "p", "t", "i", "m", "h", "f", "u"]
     assert len(asked[3]) == 4 and asked[3][-1]["input"] == "x"
-    assert "secret" not in output.read_text() and prompts.UNSEEN not in output.read_text()
+    assert "secret" not in output.read_text()
     assert answers[-1]["tools"] == [{"name": "add"}]
     responses, _ = assistant.inference(
         [{"messages": asked[-1], "tools": [{"name": "add"}]}], Sampling(3, greedy=True))
     assert answers[-1]["messages"][-1]["content"] == responses[0]
 
 
-def test_rows_that_cannot_be_asked_are_listed_before_anything_is(assistant, tmp_path):
+def test_bad_rows_are_listed_before_the_first_answer(assistant, tmp_path):
     lines = ['{"prompt": "good"}', '{"prompt": " "}', "", '{"prompt": "a\\u0007"}', "{broken",
              '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
              '{"other": 1}', json.dumps({"prompt": "x" * 30_000}),

@@ -44,7 +44,9 @@ def user(text):
 
 
 def load(model_dir, **more):
-    return Assistant(model_dir, device="cpu", dtype="float32", kept_conversations=8, **more)
+    assistant = Assistant(model_dir, device="cpu", dtype="float32", **more)
+    assistant.caches.limit = 8
+    return assistant
 
 
 @pytest.fixture
@@ -330,9 +332,9 @@ def test_every_response_carries_the_policy(served):
 def test_an_address_that_cannot_be_served_at_is_told(served):
     page, address = served
     port = int(address.split(":")[2].strip("/"))
-    with pytest.raises(UserError, match=f"--server_port {port}: cannot be .* the port is in use"):
+    with pytest.raises(UserError, match=f"--server_port {port} cannot be .* the port is in use"):
         web.launch(page, "127.0.0.1", port)
-    with pytest.raises(UserError, match="at on 192.0.2.1: .* the address is not this machine's"):
+    with pytest.raises(UserError, match="on 192.0.2.1: .* the address is not this machine's"):
         web.launch(page, "192.0.2.1", free_port())
 
 

@@ -1,248 +1,239 @@
-"""What visitors of a page can do with a model: ask, stop, retry, edit, clear, take along.
+"""What visitors of the web page can do: ask, stop, retry, edit, clear, download.
 
     page, talk = Page([Assistant("examples/base", "runs/demo")], Sampling()), Talk()
-    sampling = (512, 0.95, 50, 0.7, 1.0, False, "")             # as the fields of Sampling
-    for chats, notice, box in page.ask(talk, "What is 2 + 2?", "", *sampling):
+    values = (512, 0.95, 50, 0.7, 1.0, False, "")       # the fields of Sampling, the seed as text
+    for chats, notice, box in page.ask(talk, "What is 2 + 2?", "", *values):
         print(chats[0][-1]["content"])
 
-Each visitor has a Talk on the server, of which the browser shows a picture: an error, or a page
-that is loaded again, loses none of it. web.py shows this with gradio, which is not needed here.
+The server keeps a Talk for each visitor, and the browser shows a view of it. So neither an error
+nor loading the page again loses anything. web.py shows the views with gradio.
 """
 
 import json
-import re
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from itertools import count, zip_longest
+from itertools import zip_longest
+from typing import Any
 
+from minisft.chat.markup import JOINER as JOINER
+from minisft.chat.markup import original, shown
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
-from minisft.generation.generate import Sampling
+from minisft.data.formats import Message
+from minisft.generation.answer import Answer
+from minisft.generation.assistant import Assistant
+from minisft.generation.sampling import Sampling
 
 SECONDS_BETWEEN_VIEWS = 0.05
-KEPT_TALKS = 1000  # visitors whose conversation is there when they load the page again
-# Blocks between fences, in lists too (an open one goes to the end), and code between backticks.
-CODE = re.compile(
-    r"(^[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})"
-    r"[\s\S]*?(?:^[ \t>]*(?P=fence)[`~]*[ \t]*$|\Z)"
-    r"|(?P<ticks>(?<!`)`+(?!`))[^\n]+?(?<!`)(?P=ticks)(?!`))",
-    re.MULTILINE,
-)
-JOINER = "\u2060"  # has no width, and behind "<" makes it no tag
-MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
+KEPT_TALKS = 1000  # visitors who find their conversation when they load the page again
+
+# (the messages of each chat, a line of Markdown, the text of the question's box or None to keep it)
+View = tuple[list[list[Message]], str, str | None]
 
 
 @dataclass
 class Turn:
-    """A question and what each model has answered so far."""
+    """A question, and the answer of each model so far."""
 
     question: str
-    answers: list
+    answers: list[str]
 
 
 @dataclass
 class Talk:
-    """The conversation of one visitor, with each of the models."""
+    """The conversation of one visitor with all models."""
 
-    turns: list = field(default_factory=list)
-    number: int = 0  # in the transcript, from 1; 0 before there is anything to write
+    turns: list[Turn] = field(default_factory=list)
+    number: int = 0  # in the transcript; 0 before the first question
     system: str = ""
     busy: bool = False
     stopping: bool = False
 
 
 class Page:
-    """One or two Assistants and what visitors can do with them.
+    """One model, or two side by side. Methods that answer yield views, of errors too."""
 
-    The methods that answer are generators of (chats, notice, box): for each model its messages as
-    gradio's Chatbot takes them, a line of Markdown, and the text for the question's box (None: as
-    it is). They show errors instead of raising them.
-    """
-
-    def __init__(self, assistants, sampling, system="", transcript=None):
+    def __init__(
+        self,
+        assistants: list[Assistant],
+        sampling: Sampling,
+        system: str = "",
+        transcript: Transcript | None = None,
+    ):
         self.assistants, self.sampling, self.system = assistants, sampling, system
-        self.transcript, self.numbers = transcript or Transcript(), count(1)
-        self.talks = {}  # visitor: Talk, the one who came last at the end
+        self.transcript = transcript or Transcript()
+        self.talks: dict[str, Talk] = {}  # by visitor; the latest to load the page is the last
 
-    def come_back(self, visitor):
-        """The Talk of a visitor, by a name that nobody else can guess; a new one for a new name.
+    def come_back(self, visitor: str) -> Talk:
+        """The Talk of a visitor who loads the page, by a name that nobody else can guess.
 
-        An answer that is still being written for the page as it was before ends.
+        If an answer was being written for the page as it was before, it stops.
         """
-        self.talks[visitor] = talk = self.talks.pop(visitor, None) or Talk()
+        talk = self.talks.pop(visitor, None) or Talk()
+        self.talks[visitor] = talk
         talk.busy, talk.stopping = False, True
         while len(self.talks) > KEPT_TALKS:
             self.talks.pop(next(iter(self.talks)))
         return talk
 
-    def ask(self, talk, question, system, *sampling):
-        """Answer a question; sampling: the fields of Sampling in their order."""
-        return self._answer(talk, talk.turns, question, system, sampling)
+    def ask(self, talk: Talk, question: str, system: str, *values: Any) -> Iterator[View]:
+        """Answer a question. values: the fields of Sampling in their order."""
+        return self._answer(talk, talk.turns, question, system, values, is_typed=True)
 
-    def retry(self, talk, system, *sampling):
+    def retry(self, talk: Talk, system: str, *values: Any) -> Iterator[View]:
         """Answer the last question again."""
         if not talk.turns:
-            return iter([self.view(talk, "There is no answer yet to do again.")])
+            return iter([self.view(talk, "There is no answer yet to repeat.")])
         *earlier, last = talk.turns
-        return self._answer(talk, earlier, last.question, system, sampling, box=None)
+        return self._answer(talk, earlier, last.question, system, values)
 
-    def edit(self, talk, index, question, system, *sampling):
-        """Ask another question in place of message `index`; what came after it goes.
+    def edit(
+        self, talk: Talk, index: int, question: str, system: str, *values: Any
+    ) -> Iterator[View]:
+        """Replace the question in message `index` and drop everything after it.
 
-        The question is as it was edited on the page: with what `shown` has put into it.
+        question: as edited in the browser, with the marks of `shown`.
         """
-        question = question.replace(JOINER, "")
-        return self._answer(talk, talk.turns[: index // 2], question, system, sampling, box=None)
+        earlier = talk.turns[: index // 2]
+        return self._answer(talk, earlier, original(question), system, values)
 
-    def stop(self, talk):
-        """End the answer that is being written; what has come of it stays."""
+    def stop(self, talk: Talk) -> None:
+        """Stop the answer; the text so far stays."""
         talk.stopping = True
 
-    def clear(self, talk):
-        """Forget the conversation -> (chats, notice, box)."""
+    def clear(self, talk: Talk) -> View:
+        """Forget the conversation."""
         talk.turns, talk.number, talk.system = [], 0, ""
         return self.view(talk, "")
 
-    def export(self, talk):
+    def export(self, talk: Talk) -> str:
         """The conversation as JSON that train.py reads, a row for each model that has answered."""
         rows = [
-            {"model": one.name, "messages": self._messages(talk.turns, place, talk.system)}
-            for place, one in enumerate(self.assistants)
+            {"model": assistant.name, "messages": self._messages(talk.turns, place, talk.system)}
+            for place, assistant in enumerate(self.assistants)
             if any(turn.answers[place].strip() for turn in talk.turns)
         ]
         return json.dumps(rows, ensure_ascii=False, indent=2) + "\n" if rows else ""
 
-    def view(self, talk, notice, box=None):
-        """(chats, notice, box) of what has been said."""
-        chats = [
-            [
-                message
-                for turn in talk.turns
-                for message in (
-                    {"role": "user", "content": shown(turn.question)},
-                    {"role": "assistant", "content": shown(turn.answers[place]) or "…"},
-                )
-            ]
-            for place in range(len(self.assistants))
-        ]
+    def view(self, talk: Talk, notice: str, box: str | None = None) -> View:
+        """The conversation as it is now."""
+        chats = []
+        for place in range(len(self.assistants)):
+            messages = []
+            for turn in talk.turns:
+                messages.append({"role": "user", "content": shown(turn.question)})
+                answer = shown(turn.answers[place]) or "…"
+                messages.append({"role": "assistant", "content": answer})
+            chats.append(messages)
         return chats, notice, box
 
-    def _messages(self, turns, place, system):
-        """The conversation with the model at `place`; a question it left unanswered is left out."""
+    def _messages(self, turns: list[Turn], place: int, system: str) -> list[Message]:
+        """The conversation with the model at `place`, without questions it has not answered."""
         messages = [{"role": "system", "content": system}] if system.strip() else []
         for turn in turns:
             if turn.answers[place].strip():
-                messages += [
-                    {"role": "user", "content": turn.question},
-                    {"role": "assistant", "content": turn.answers[place]},
-                ]
+                messages.append({"role": "user", "content": turn.question})
+                messages.append({"role": "assistant", "content": turn.answers[place]})
         return messages
 
-    def _answer(self, talk, earlier, question, system, sampling, box=""):
-        """Answer `question` after the turns `earlier`; they replace the talk's once it begins."""
-        refused = question if box == "" else None  # a question that was typed is given back
+    def _answer(
+        self,
+        talk: Talk,
+        earlier: list[Turn],
+        question: str,
+        system: str,
+        values: tuple[Any, ...],
+        is_typed: bool = False,
+    ) -> Iterator[View]:
+        """Answer `question` after the turns `earlier`; both replace the turns of the talk.
+
+        values: the fields of Sampling. is_typed: the question is in the box, which is emptied; a
+        refused question stays there.
+        """
+        refused, accepted = (question, "") if is_typed else (None, None)
         if talk.busy:
             yield self.view(talk, "An answer is still being written: stop it first.", refused)
             return
-        talk.busy, talk.stopping, before, notes = True, False, talk.turns, []
+        previous, notes = talk.turns, []
         turn = Turn(question, [""] * len(self.assistants))
         turns = talk.turns = [*earlier, turn]
+        talk.busy, talk.stopping = True, False
         try:
+            answers = self._begin(earlier, question, system, values, notes)
+            talk.system = system
+            talk.number = talk.number or self.transcript.new_conversation()
+            self.transcript.write_question(talk.number, system, question)
             with ExitStack() as stack:
-                answers = self._begin(earlier, turn, system, sampling, notes)
-                talk.system = system
                 pieces = [
-                    stack.enter_context(closing(one))
-                    for one in self._logged(talk, question, answers)
+                    stack.enter_context(
+                        closing(self.transcript.follow(talk.number, answer, model=assistant.name))
+                    )
+                    for assistant, answer in zip(self.assistants, answers, strict=True)
                 ]
-                yield self.view(talk, " ".join(notes), box)
-                yield from self._follow(talk, turns, pieces, answers, notes)
-            notes += [self._figures(answers)]
+                yield self.view(talk, " ".join(notes), accepted)
+                last_view = 0.0
+                for _ in zip_longest(*pieces):  # a token of each answer in turn
+                    turn.answers = [answer.text for answer in answers]
+                    if talk.stopping or talk.turns is not turns:
+                        notes.append("Stopped.")
+                        break
+                    if time.monotonic() - last_view > SECONDS_BETWEEN_VIEWS:
+                        yield self.view(talk, " ".join(notes))
+                        last_view = time.monotonic()
+            notes.append(self._figures(answers))
         except UserError as error:
-            notes += [f"**{shown(str(error))}**"]
-        except Exception as error:  # of the model: the page lives on, the server's log tells where
+            notes.append(f"**{shown(str(error))}**")
+        except Exception as error:  # an error of the model must not end the page
             traceback.print_exc()
-            notes += [
-                f"**The model failed: {shown(str(error)) or type(error).__name__}** "
-                "The conversation is kept; try again."
-            ]
+            reason = shown(str(error)) or type(error).__name__
+            notes.append(f"**The model failed: {reason}** The conversation is kept; try again.")
         finally:
             talk.busy = False
-            empty = not any(answer.strip() for answer in turn.answers)
-            if empty and talk.turns is turns:  # else it has been cleared meanwhile
-                talk.turns = before
-        yield self.view(talk, " ".join(notes), refused if empty else None)
+            is_empty = not any(answer.strip() for answer in turn.answers)
+            if is_empty and talk.turns is turns:  # not if the visitor has cleared it meanwhile
+                talk.turns = previous
+        yield self.view(talk, " ".join(notes), refused if is_empty else None)
 
-    def _begin(self, earlier, turn, system, sampling, notes):
-        """An Answer from each model; UserError for what cannot be asked."""
-        max_new_tokens, temperature, top_k, top_p, penalty, greedy, seed = sampling
+    def _begin(
+        self,
+        earlier: list[Turn],
+        question: str,
+        system: str,
+        values: tuple[Any, ...],
+        notes: list[str],
+    ) -> list[Answer]:
+        """The answer of each model, to be written. UserError if the question cannot be asked."""
+        max_new_tokens, temperature, top_k, top_p, penalty, greedy, seed = values
         sampling = Sampling(
-            int(max_new_tokens), temperature, int(top_k), top_p, penalty, greedy, seed_of(seed)
+            int(max_new_tokens), temperature, int(top_k), top_p, penalty, greedy, parse_seed(seed)
         )
-        question = {"role": "user", "content": turn.question}
-        return [
-            assistant.stream(
-                [*self._messages(earlier, place, system), question],
-                sampling,
-                say=lambda text: notes.append(f"{text.capitalize()}."),
+        answers = []
+        for place, assistant in enumerate(self.assistants):
+            messages = self._messages(earlier, place, system)
+            messages.append({"role": "user", "content": question})
+            answers.append(
+                assistant.stream(
+                    messages, sampling, say=lambda text: notes.append(f"{text.capitalize()}.")
+                )
             )
-            for place, assistant in enumerate(self.assistants)
-        ]
+        return answers
 
-    def _logged(self, talk, question, answers):
-        """The pieces of the answers, with all of the turn in the transcript."""
-        talk.number = talk.number or next(self.numbers)
-        self.transcript.write(talk.number, "system", talk.system)
-        self.transcript.write(talk.number, "user", question)
-        return [
-            self.transcript.follow(talk.number, answer, model=assistant.name)
-            for assistant, answer in zip(self.assistants, answers, strict=True)
-        ]
-
-    def _follow(self, talk, turns, pieces, answers, notes):
-        """Write all answers side by side, a token of each at a time, and show them as they grow."""
-        shown_at = 0.0
-        for _ in zip_longest(*pieces):
-            turns[-1].answers = [answer.text for answer in answers]
-            if talk.stopping or talk.turns is not turns:
-                notes.append("Stopped.")
-                return
-            if time.monotonic() - shown_at > SECONDS_BETWEEN_VIEWS:
-                yield self.view(talk, " ".join(notes))
-                shown_at = time.monotonic()
-
-    def _figures(self, answers):
-        """How fast the answers came, and why they ended if it was not by themselves."""
+    def _figures(self, answers: list[Answer]) -> str:
+        """How fast the answers were, and which of them were cut."""
         parts = []
         for assistant, answer in zip(self.assistants, answers, strict=True):
             name = f"{shown(assistant.name)}: " if len(answers) > 1 else ""
-            cut = ", cut because the room for it was used up" if answer.cut_short else ""
+            cut = ", cut because it reached its maximum length" if answer.cut_short else ""
             parts.append(name + answer.figures() + cut)
         return " · ".join(parts)
 
 
-def seed_of(text):
-    """The seed that a visitor has typed, None for an empty field."""
+def parse_seed(text: str | None) -> int | None:
+    """The seed in a visitor's text field, None for an empty field."""
     try:
         return int(text) if text and text.strip() else None
     except ValueError as error:
         raise UserError(f"the seed must be a whole number or empty, not '{text}'") from error
-
-
-def shown(text):
-    """Text of anyone as Markdown that is only read: tags stand as they are, images are links.
-
-    What would be markup gets a JOINER, which nobody sees and the page's copies leave out; code is
-    left alone. The page's sanitizer and POLICY stand behind this.
-    """
-    parts, end = [], 0
-    for code in CODE.finditer(text):
-        parts += [_marked(text[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join(parts) + _marked(text[end:])
-
-
-def _marked(text):
-    return MARKUP.sub(lambda found: found[0] + JOINER, text)

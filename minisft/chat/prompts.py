@@ -1,13 +1,13 @@
-"""Files of prompts: each answered, in batches of similar length, in the order of the file.
+"""Answer a file of prompts: in batches of similar length, written in the order of the file.
 
     answer_file(assistant, "prompts.jsonl", "answers.jsonl", Sampling(greedy=True))
 
-Prompts are lines of a .txt file, or rows of JSON or JSON lines: texts, rows with a column that
-PROMPT_COLUMNS names, or rows in the formats of training data (formats.py), whose answer, if they
-have one, the model does not see. Answers are JSON lines that train.py reads: {"messages": [...,
-the answer], "score": its mean log-probability}.
+Prompts are the lines of a .txt file, or the rows of a JSON or JSON-lines file: strings, rows with
+one of PROMPT_COLUMNS, or rows in a format of training data, whose own answer the model does not
+see. The output is JSON lines that train.py reads: {"messages": [..., the answer], "score": the mean
+log-probability of the answer}.
 
-What has been answered is kept in OUTPUT.partial, and a run that was interrupted goes on from there.
+OUTPUT.partial has the answers so far. An interrupted run continues from it.
 """
 
 import contextlib
@@ -15,195 +15,223 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from minisft.common.errors import UserError
-from minisft.data.formats import ROLES, parse_conversation
+from minisft.common.outputs import atomic_write, check_output_file
+from minisft.data.formats import (
+    Messages,
+    Tools,
+    alpaca_prompt,
+    check_order,
+    parse_tools,
+    parse_turns,
+    question,
+    turns_column,
+    with_system,
+)
 from minisft.data.records import open_records
-from minisft.data.row_values import BadRow
+from minisft.data.row_values import BadRow, check_unicode, object_of, string_of
+from minisft.generation.assistant import Assistant
+from minisft.generation.sampling import Sampling
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "text")
-FORMAT_COLUMNS = {"instruction", "messages", "conversations", "kind"}  # not of a bare prompt
-UNSEEN = "(the answer)"  # fills the place of the answer while a row is checked
-LISTED = 10  # bad rows that are named before the rest is only counted
+MAX_LISTED_ROWS = 10  # bad rows that an error message lists
 
 
-def answer_file(assistant, path, output_path, sampling, batch_size=8, system=None, settings=None):
-    """Write the answers to the prompts in `path` -> number of rows.
+def answer_file(
+    assistant: Assistant,
+    path: str | Path,
+    output_path: str | Path,
+    sampling: Sampling,
+    batch_size: int = 8,
+    system: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> int:
+    """Write the answers to the prompts in `path`; returns their number.
 
-    system: the system prompt of rows that bring none. settings: what the answers depend on, as a
-    dict; a run goes on only with those it was begun with. Raises UserError for rows that cannot be
-    asked, all of them listed before the first is answered, and where the output is there already.
+    system: the system prompt of rows that have none. settings: other options that the answers
+    depend on; only a run with equal ones continues an interrupted run. Before the first answer,
+    UserError lists all rows that cannot be asked.
     """
-    output_path = Path(output_path)
-    if output_path.exists():
-        raise UserError(f"--output {output_path}: is there already; choose another name")
+    check_output(output_path, path)
     prompts = Prompts(path, system)
     lengths = prompts.lengths(assistant, sampling)
-    output_path.parent.mkdir(parents=True, exist_ok=True)
-    answers = Answers(f"{output_path}.partial", {**(settings or {}), "sha256": digest(path)})
-    missing = [row for row in range(len(prompts)) if row not in answers.rows]
-    missing.sort(key=lengths.__getitem__)
-    silent = not sys.stderr.isatty()
-    with (
-        contextlib.closing(answers),
-        tqdm(total=len(prompts), initial=len(answers.rows), unit="prompt", disable=silent) as bar,
-    ):
-        # The longest first: what does not fit into memory shows at once, and time left is honest.
-        for end in range(len(missing), 0, -batch_size):
-            rows = missing[max(0, end - batch_size) : end]
-            batch = [dict(zip(("messages", "tools"), prompts[row], strict=True)) for row in rows]
-            try:
-                found = assistant.inference(batch, sampling, batch_size, rows, lambda text: None)
-            except KeyboardInterrupt:
-                bar.write(
-                    f"{len(answers.rows)} of {len(prompts)} answers are in {answers.path}; "
-                    "the same command goes on from there",
-                    file=sys.stderr,
-                )
-                raise
-            answers.add(rows, *found)
-            bar.update(len(rows))
-    answers.finish(output_path, prompts)
+    identity = {"system": system, **asdict(sampling), **(settings or {}), "sha256": sha256(path)}
+    Path(output_path).parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
+        missing = [row for row in range(len(prompts)) if row not in answers.rows]
+        # The longest first: if they do not fit into memory, the run fails at its start.
+        missing.sort(key=lambda row: lengths[row], reverse=True)
+        is_silent, num_done = not sys.stderr.isatty(), len(answers.rows)
+        try:
+            with tqdm(
+                total=len(prompts), initial=num_done, unit="prompt", disable=is_silent
+            ) as bar:
+                for start in range(0, len(missing), batch_size):
+                    rows = missing[start : start + batch_size]
+                    batch = [prompts[row] for row in rows]
+                    # Prompts.lengths has printed the warnings.
+                    responses, scores = assistant.inference(
+                        batch, sampling, batch_size, rows, say=lambda text: None
+                    )
+                    answers.add(rows, responses, scores)
+                    bar.update(len(rows))
+        except KeyboardInterrupt:
+            print(
+                f"{len(answers.rows)} of {len(prompts)} answers are in {answers.path}; the same "
+                "command continues from there",
+                file=sys.stderr,
+            )
+            raise
+        answers.finish(output_path, prompts)
     return len(prompts)
 
 
-class Prompts:
-    """The prompts of a file: by number (messages, tools or None); BadRow names file and row."""
+def check_output(output_path: str | Path, path: str | Path) -> None:
+    """Raise UserError if the output exists already, or is the file of prompts."""
+    if check_output_file("--output", output_path, [path]).exists():
+        raise UserError(f"--output {output_path} exists. Choose another name.")
 
-    def __init__(self, path, system=None):
+
+class Prompts:
+    """The prompts of a file as conversations {"messages": ..., "tools": ...}, by number."""
+
+    def __init__(self, path: str | Path, system: str | None = None):
         self.records, self.system = open_records(path, plain_text=True), system
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> dict[str, Any]:
         try:
-            messages, tools = question_of(self.records[row])
+            messages, tools = parse_prompt(self.records[row])
         except BadRow as error:
             raise BadRow(f"{self.place(row)}: {error}") from error
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        return messages, tools
+        return {"messages": messages, "tools": tools}
 
-    def place(self, row):
-        """File and row, for people."""
+    def place(self, row: int) -> str:
+        """The file and the row, for messages."""
         return f"{self.records.path}, {self.records.place(row)}"
 
-    def lengths(self, assistant, sampling):
-        """The tokens of each prompt; UserError lists the rows that cannot be asked."""
-        lengths, faults = [], []
+    def lengths(self, assistant: Assistant, sampling: Sampling) -> list[int]:
+        """The number of tokens of each prompt. UserError lists the rows that cannot be asked."""
+        lengths, problems = [], []
         for row in range(len(self)):
+            place = self.place(row)
             try:
-                messages, tools = self[row]
                 ids = assistant.prompt_ids(
-                    messages,
-                    sampling,
-                    tools,
-                    lambda text, row=row: print(f"{self.place(row)}: {text}", file=sys.stderr),
+                    **self[row],
+                    sampling=sampling,
+                    say=lambda text, place=place: print(f"{place}: {text}", file=sys.stderr),
                 )
                 lengths.append(len(ids))
             except BadRow as error:
-                faults.append(str(error))
+                problems.append(str(error))
             except UserError as error:
-                faults.append(f"{self.place(row)}: {error}")
-        if faults:
-            rest = len(faults) - LISTED
-            more = [f"and {rest} more of {len(self)} rows"] if rest > 0 else []
-            raise UserError(f"rows that cannot be asked: {'; '.join(faults[:LISTED] + more)}")
+                problems.append(f"{place}: {error}")
+        if problems:
+            num_unlisted = len(problems) - MAX_LISTED_ROWS
+            listed = problems[:MAX_LISTED_ROWS]
+            if num_unlisted > 0:
+                listed.append(f"and {num_unlisted} more of {len(self)} rows")
+            raise UserError(f"rows that cannot be asked: {'; '.join(listed)}")
         return lengths
 
 
 class Answers:
-    """What has been answered so far, kept in a file; `rows` {row: (response, score)}.
+    """The answers so far, in a file: `rows` is {row: (response, score)}.
 
-    Raises UserError where the file was begun with other settings.
+    The first line of the file is the identity of the run. UserError if it is another run's.
     """
 
-    def __init__(self, path, settings):
+    def __init__(self, path: str | Path, identity: Mapping[str, Any]):
         self.path = Path(path)
         content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]  # a last line that was cut is answered again
+        content = content[: content.rfind(b"\n") + 1]  # without a last line that was cut
         try:
-            begun, *answers = [json.loads(line) for line in whole.splitlines()] or [settings]
+            recorded, *answers = map(json.loads, content.splitlines() or [json.dumps(identity)])
             self.rows = {row: (response, score) for row, response, score in answers}
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{self.path}: is damaged ({error}); remove it") from error
-        if begun != settings:
-            changed = [name for name in settings if begun.get(name) != settings[name]]
+            changed = [name for name in identity if recorded.get(name) != identity[name]]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path} is damaged ({error}). Remove it.") from error
+        if changed:
             raise UserError(
-                f"{self.path}: was begun with another {', '.join(changed)}; remove it, "
-                "or choose another --output"
+                f"{self.path} was begun with another {', '.join(changed)}. Remove it, or choose "
+                "another --output."
             )
-        self.file = open(self.path, "ab")
-        self.file.truncate(len(whole))
-        self._write([] if whole else [settings])
+        self._file = open(self.path, "ab")
+        self._file.truncate(len(content))
+        if not content:
+            self._append([identity])
 
-    def add(self, rows, responses, scores):
-        """Keep the answers of a batch; they are on disk when this returns."""
+    def add(self, rows: Sequence[int], responses: Sequence[str], scores: Sequence[float]) -> None:
+        """Keep the answers of a batch; they are on the disk when this returns."""
         answers = list(zip(rows, responses, scores, strict=True))
-        self._write(answers)
+        self._append(answers)
         self.rows |= {row: (response, score) for row, response, score in answers}
 
-    def close(self):
-        """Leave the file as it is, to go on from."""
-        self.file.close()
+    def close(self) -> None:
+        """Close the file; a later run can continue it."""
+        self._file.close()
 
-    def finish(self, output_path, prompts):
+    def finish(self, output_path: str | Path, prompts: Prompts) -> None:
         """Write all answers in the order of the prompts, and remove the partial file."""
-        whole = Path(f"{self.path}.whole")
-        with open(whole, "w", encoding="utf-8") as file:
+        # Not atomic_write(output_path): its temporary file has the name of our partial file.
+        complete = Path(f"{self.path}.complete")
+        with atomic_write(complete) as file:
             for row, (response, score) in sorted(self.rows.items()):
-                messages, tools = prompts[row]
-                answered = [*messages, {"role": "assistant", "content": response}]
-                line = {"messages": answered, "score": round(score, 6)}
-                line |= {"tools": tools} if tools else {}
+                prompt = prompts[row]
+                messages = [*prompt["messages"], {"role": "assistant", "content": response}]
+                line = {"messages": messages, "score": round(score, 6)}
+                if prompt["tools"]:
+                    line["tools"] = prompt["tools"]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(whole, output_path)
+        os.replace(complete, output_path)
         self.path.unlink()
 
-    def _write(self, lines):
-        text = "".join([json.dumps(line, ensure_ascii=False) + "\n" for line in lines])
-        self.file.write(text.encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+    def _append(self, values: Sequence[Any]) -> None:
+        for value in values:
+            self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
-def question_of(record):
-    """One record -> (messages up to where the answer begins, tools or None), or BadRow."""
-    record = {"prompt": record} if isinstance(record, str) else record
-    messages, tools = parse_conversation(unanswered(record) if isinstance(record, dict) else record)
-    return messages[:-1], tools
-
-
-def unanswered(record):
-    """A record in a format of training data, with UNSEEN in the place of its answer."""
-    prompt = next(
-        (record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), None
-    )
-    if prompt is not None and not record.keys() & FORMAT_COLUMNS:
-        record = {**record, "instruction": prompt}
+def parse_prompt(record: Any) -> tuple[Messages, Tools]:
+    """The messages of a record up to where its answer begins, and its tools."""
+    record = object_of({"prompt": record} if isinstance(record, str) else record)
+    column = next((name for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), None)
     if "instruction" in record:
-        return {**record, "output": UNSEEN}
-    name = "conversations" if "conversations" in record else "messages"
-    turns = record.get(name)
-    if isinstance(turns, list) and turns:
-        last = turns[-1] if isinstance(turns[-1], dict) else {}
-        role = last.get("from", last.get("role"))
-        role = ROLES.get(role) if isinstance(role, str) else None
-        if role == "system":
-            raise BadRow("there is no question")
-        if role != "assistant":
-            turns = [*turns, {"role": "assistant", "content": UNSEEN}]
-        return {**record, name: turns}
-    return {**record, "target": UNSEEN} if "input" in record else record
+        messages = alpaca_prompt(record)
+    elif turns := turns_column(record):
+        messages = parse_turns(record, turns)
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+    elif column and "kind" not in record:
+        messages = alpaca_prompt({**record, "instruction": record[column]})
+    elif "input" in record:
+        messages = [question(string_of(record, "input"))]
+    else:
+        raise BadRow(
+            f"there is no question: none of the columns {', '.join(PROMPT_COLUMNS)}, "
+            "and no format of training data"
+        )
+    messages, tools = with_system(record, messages), parse_tools(record)
+    if not messages or messages[-1]["role"] == "system":
+        raise BadRow("there is no question")
+    check_order([*messages, {"role": "assistant", "content": "the answer"}])
+    check_unicode([messages, tools])
+    return messages, tools
 
 
-def digest(path):
+def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""A conversation at a terminal, or line by line through a pipe.
+"""A conversation in a terminal, or line by line through a pipe.
 
-    conversation = Conversation(system="Be brief.")
-    conversation.ask("What is 2 + 2?", assistant, Sampling(greedy=True))
-    converse(conversation, assistant, Sampling())       # until the input ends
+    conversation = Conversation(assistant, Sampling(greedy=True), system="Be brief.")
+    conversation.ask("What is 2 + 2?")
+    converse(conversation)                              # until the input ends
 
 Answers go to standard output, everything else to standard error.
 """
@@ -11,67 +11,178 @@ import contextlib
 import json
 import os
 import sys
+from io import TextIOWrapper
+from typing import TextIO
 
+from minisft.chat.options import BYTE_ORDER_MARK
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
+from minisft.data.formats import Message
+from minisft.generation.answer import Answer
+from minisft.generation.assistant import Assistant
+from minisft.generation.sampling import Sampling
 
-FAILED = 2  # exit status, as after any mistake
-INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
-BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with
+FAILED = 2  # exit status after a mistake
+INTERRUPTED = 130  # exit status after Ctrl-C, as a shell has it: 128 + SIGINT
 HELP = """\
 /reset          forget the conversation (the system prompt stays)
-/system TEXT    set the system prompt; without TEXT, as it was in the beginning
+/system TEXT    set the system prompt; without TEXT, go back to the first one
 /save FILE      write the conversation as JSON that train.py reads
-/stats          how fast the last answer came
+/stats          how fast the last answer was
 /help           this list
-/quit           leave (Ctrl-D does too)
+/quit           leave (or Ctrl-D)
 Ctrl-C stops an answer."""
 
 
-def converse(conversation, assistant, sampling):
-    """Read and answer until the end of the input -> exit status.
+def open_standard_streams() -> None:
+    """Make standard input and output UTF-8 whatever the locale, and usable if they are closed."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
 
-    An error ends no conversation. Without a terminal, where it may be that nobody has read of it,
-    the status is FAILED after one, and Ctrl-C ends the whole with INTERRUPTED.
+
+class Conversation:
+    """The turns so far, the system prompt, and what a person can do with them."""
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        sampling: Sampling,
+        system: str | None = None,
+        transcript: Transcript | None = None,
+    ):
+        self.assistant, self.sampling = assistant, sampling
+        self.first_system, self.system = system, system
+        self.turns: list[Message] = []
+        self.transcript = transcript or Transcript()
+        self.number = self.transcript.new_conversation()
+        self.answer: Answer | None = None  # the last one
+        self.saved_paths: set[str] = set()
+
+    def ask(self, question: str) -> bool:
+        """Print the answer and remember both; True if it is complete, False after Ctrl-C.
+
+        After Ctrl-C the text so far is remembered; without any text, the question is not.
+        """
+        turns = [*self.turns, {"role": "user", "content": question}]
+        answer = self.answer = self.assistant.stream(
+            self._with_system(turns), self.sampling, say=lambda text: notice(f"({text})")
+        )
+        self.transcript.write_question(self.number, self.system or "", question)
+        is_complete = False
+        try:
+            with contextlib.closing(self.transcript.follow(self.number, answer)) as pieces:
+                for piece in pieces:
+                    print(printable(piece), end="", flush=True)
+            print()
+            if answer.cut_short:
+                notice("(cut: the answer reached its maximum length)")
+            is_complete = True
+        except KeyboardInterrupt:
+            notice("\n(stopped)")
+        finally:
+            answer.close()
+            # An answer without text cannot be trained on, so /save must not write it.
+            if answer.text.strip():
+                self.turns = [*turns, {"role": "assistant", "content": answer.text}]
+        if is_complete and not answer.text.strip():
+            notice("(no answer: the question is not remembered)")
+        return is_complete
+
+    def run_command(self, name: str, argument: str) -> None:
+        """Carry out `/name argument`."""
+        match name:
+            case "/help":
+                notice(HELP)
+            case "/reset":
+                self.turns, self.number = [], self.transcript.new_conversation()
+                notice("(forgotten)")
+            case "/system":
+                self.system = argument or self.first_system
+                removed = "removed" if self.first_system is None else "as in the beginning"
+                notice(f"(system prompt {'set' if argument else removed})")
+            case "/stats":
+                notice(f"({self.answer.figures() if self.answer else 'no answer yet'})")
+            case "/save":
+                self.save(argument)
+            case _:
+                raise UserError(f"{name} is not a command; /help lists them")
+
+    def save(self, path: str) -> None:
+        """Write the conversation as a dataset of one row. Other files are not overwritten."""
+        if not path:
+            raise UserError("/save needs the name of a file")
+        if not self.turns:
+            raise UserError("there is nothing to save yet")
+        path = os.path.expanduser(path)
+        row = {"messages": self._with_system(self.turns)}
+        try:
+            with open(path, "w" if path in self.saved_paths else "x", encoding="utf-8") as file:
+                file.write(json.dumps([row], ensure_ascii=False, indent=2) + "\n")
+        except FileExistsError as error:
+            raise UserError(f"{path} exists; choose another name") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: {reason}; choose another name") from error
+        self.saved_paths.add(path)
+        notice(f"({len(self.turns)} messages saved to {path})")
+
+    def _with_system(self, turns: list[Message]) -> list[Message]:
+        return [{"role": "system", "content": self.system}, *turns] if self.system else turns
+
+
+def converse(conversation: Conversation) -> int:
+    """Read and answer lines until the input ends; returns the exit status.
+
+    A mistake does not end the conversation. Without a terminal nobody may have read about it, so
+    the status is FAILED then; and Ctrl-C ends the conversation there.
     """
-    interrupted, status, by_hand = False, 0, sys.stdin.isatty()
+    status, was_interrupted, is_terminal = 0, False, sys.stdin.isatty()
+    if is_terminal:
+        notice(f"{conversation.assistant.description} · /help lists the commands")
     while True:
         try:
             line = read_line()
-            interrupted = False
-            name, argument = split_command(line or "")
-            if line is None or name == "/quit":
+            was_interrupted = False
+            if line is None:
+                return status
+            name, argument = split_command(line)
+            if name == "/quit":
                 return status
             if name:
-                conversation.command(name, argument)
-            elif line.strip() and not conversation.ask(line, assistant, sampling) and not by_hand:
-                return INTERRUPTED
-        except (UserError, RuntimeError) as error:
-            # Of the model too, such as memory that does not suffice.
+                conversation.run_command(name, argument)
+            elif line.strip():
+                is_complete = conversation.ask(line)
+                if not is_complete and not is_terminal:
+                    return INTERRUPTED
+        except (UserError, RuntimeError) as error:  # the model may run out of memory
             notice(f"error: {error}")
-            status = 0 if by_hand else FAILED
+            status = 0 if is_terminal else FAILED
         except KeyboardInterrupt:
-            if interrupted or not by_hand:
+            if was_interrupted or not is_terminal:
                 print(file=sys.stderr)
-                return 0 if by_hand else INTERRUPTED
-            interrupted = True
+                return 0 if is_terminal else INTERRUPTED
+            was_interrupted = True
             notice("\n(Ctrl-C again leaves; so does /quit)")
 
 
-def read_line():
-    """The next line of input, or None at its end."""
+def read_line() -> str | None:
+    """The next line of input, without its end; None at the end of the input."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        if sys.stdin.isatty():  # the answers go to a file, into which input() would prompt
+        if sys.stdin.isatty():  # input() would print its prompt to the file of the answers
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         return line.removeprefix(BYTE_ORDER_MARK).rstrip("\r\n") if line else None
     with contextlib.suppress(ImportError):
-        import readline  # gives input() editing and history
+        import readline  # gives input() editing and history; not on every system
 
-        # What is pasted is one message, however many lines it has.
+        # Pasted text is one message, even if it has several lines.
         readline.parse_and_bind("set enable-bracketed-paste on")
     # \001 and \002 tell readline which characters of the prompt have no width.
-    prompt = "\001\033[1;32m\002>\001\033[0m\002 " if coloured(sys.stdout) else "> "
+    prompt = "\001\033[1;32m\002>\001\033[0m\002 " if has_colours(sys.stdout) else "> "
     try:
         return input(prompt)
     except EOFError:
@@ -79,118 +190,29 @@ def read_line():
         return None
 
 
-def split_command(line):
-    """(`/word`, what follows it) of a command; ("", the line) of a message.
+def split_command(line: str) -> tuple[str, str]:
+    """("/word", the rest of the line) for a command, ("", line) for a message.
 
-    Only a word of ASCII letters is a command: `/etc/hosts is missing` and `/你好` are messages.
+    Only ASCII letters make a command: `/etc/hosts is missing` and `/你好` are messages.
     """
-    word, *rest = line.split(maxsplit=1) or [""]  # also at the wide space of Chinese input
+    word, *rest = line.split(maxsplit=1) or [""]  # splits at the wide space of Chinese input too
     if word.startswith("/") and word.isascii() and word[1:].isalpha():
         return word, rest[0].strip() if rest else ""
     return "", line
 
 
-class Conversation:
-    """What was said, under which system prompt, and what is done with it."""
-
-    def __init__(self, system=None, transcript=None):
-        self.standing, self.system, self.transcript = system, system, transcript or Transcript()
-        self.turns, self.saved_to = [], set()
-        self.number, self.logged_system = 1, None  # of this conversation in the transcript
-        self.answer = None  # the last one
-
-    def messages(self, turns):
-        """`turns` behind the system prompt, if there is one."""
-        return [{"role": "system", "content": self.system}] * bool(self.system) + turns
-
-    def ask(self, question, assistant, sampling):
-        """Stream the answer to standard output and keep both; True if it came to its end.
-
-        Ctrl-C keeps what has come, or nothing of the turn if nothing has.
-        """
-        turns = self.turns + [{"role": "user", "content": question}]
-        self.answer = answer = assistant.stream(
-            self.messages(turns), sampling, say=lambda text: notice(f"({text})")
-        )
-        complete = False
-        try:
-            with contextlib.closing(self._logged(question, answer)) as pieces:
-                for piece in pieces:
-                    print(shown(piece), end="", flush=True)
-            print()
-            if answer.cut_short:
-                notice("(cut: the answer has used up the room it had)")
-            complete = True
-        except KeyboardInterrupt:
-            notice("\n(stopped)")
-        finally:
-            answer.close()
-            # A turn without words could not be learned from: it is no part of what /save writes.
-            if answer.text.strip():
-                self.turns = turns + [{"role": "assistant", "content": answer.text}]
-        if complete and not answer.text.strip():
-            notice("(no answer: the question is not remembered)")
-        return complete
-
-    def _logged(self, question, answer):
-        """The pieces of the answer, with all of the turn in the transcript."""
-        if self.system != self.logged_system:
-            self.transcript.write(self.number, "system", self.system or "")
-            self.logged_system = self.system
-        self.transcript.write(self.number, "user", question)
-        return self.transcript.follow(self.number, answer)
-
-    def command(self, name, argument):
-        """Carry out `/name argument`; UserError if there is no such command."""
-        if name == "/help":
-            notice(HELP)
-        elif name == "/reset":
-            self.turns = []
-            self.number, self.logged_system = self.number + 1, None
-            notice("(forgotten)")
-        elif name == "/system":
-            self.system = argument or self.standing
-            removed = "removed" if self.standing is None else "as in the beginning"
-            notice(f"(system prompt {'set' if argument else removed})")
-        elif name == "/stats":
-            notice(f"({self.answer.figures() if self.answer else 'no answer yet'})")
-        elif name == "/save":
-            self.save(argument)
-        else:
-            raise UserError(f"{name} is not a command; /help lists them")
-
-    def save(self, path):
-        """Write the conversation as a data set of one row; no other file is overwritten."""
-        if not path:
-            raise UserError("/save needs the name of a file")
-        if not self.turns:
-            raise UserError("there is nothing to save yet")
-        path = os.path.expanduser(path)
-        text = json.dumps([{"messages": self.messages(self.turns)}], ensure_ascii=False, indent=2)
-        try:
-            with open(path, "w" if path in self.saved_to else "x", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except FileExistsError as error:
-            raise UserError(f"{path} exists; choose another name") from error
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: {reason}; choose another name") from error
-        self.saved_to.add(path)
-        notice(f"({len(self.turns)} messages saved to {path})")
-
-
-def shown(text):
-    """The text for standard output; on a terminal without the characters that would steer it."""
+def printable(text: str) -> str:
+    """The text without control characters, which would steer a terminal; unchanged for a file."""
     if not sys.stdout.isatty():
         return text
-    return "".join(one for one in text if one in "\n\t" or one.isprintable() or one > "\x9f")
+    return "".join(char for char in text if char in "\n\t" or char.isprintable() or char > "\x9f")
 
 
-def notice(text):
-    """Say something that is not part of the answer."""
-    print(f"\033[2m{text}\033[0m" if coloured(sys.stderr) else text, file=sys.stderr, flush=True)
+def notice(text: str) -> None:
+    """Print a line that is not part of an answer."""
+    print(f"\033[2m{text}\033[0m" if has_colours(sys.stderr) else text, file=sys.stderr, flush=True)
 
 
-def coloured(stream):
-    """Whether to use colours: on a terminal, unless NO_COLOR is set (no-color.org)."""
+def has_colours(stream: TextIO) -> bool:
+    """True for a terminal, unless NO_COLOR is set (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")

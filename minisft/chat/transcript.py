@@ -1,17 +1,21 @@
-"""The transcript of conversations, on disk as they go, so that a crash loses nothing.
+"""The log of conversations, written while they happen, so that a crash loses nothing.
 
     transcript = Transcript("chat.jsonl")
-    transcript.write("1", "user", "What is 2 + 2?")
-    for piece in transcript.follow("1", pieces):
+    number = transcript.new_conversation()
+    transcript.write_question(number, "Be brief.", "What is 2 + 2?")
+    for piece in transcript.follow(number, answer):
         print(piece, end="")
 
-JSON lines: {"time", "conversation", "role", "content"}. An answer that is long in coming is in
-several lines, of which the last says in "end" how it came: "complete" or "stopped".
+Every line is JSON: {"time", "conversation", "role", "content"}. A slow answer takes several lines;
+the last of them has "end": "complete" or "stopped".
 """
 
 import json
 import time
+from collections.abc import Generator, Iterable
 from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
 from threading import Lock
 
 from minisft.common.errors import UserError
@@ -20,47 +24,62 @@ SECONDS_BETWEEN_PARTS = 1.0
 
 
 class Transcript:
-    """A file that conversations, of several threads too, are added to; without a path nothing is.
+    """A file that conversations are appended to, also from several threads; None: no file.
 
-    Raises UserError where the file cannot be written.
+    UserError if the file cannot be written.
     """
 
-    def __init__(self, path=None):
-        self.path, self._lock = path, Lock()
+    def __init__(self, path: str | Path | None = None):
+        self.path = path
+        self._lock, self._numbers = Lock(), count(1)
+        self._systems: dict[int, str] = {}  # of each conversation, as last written
         try:
             self._file = open(path, "ab+") if path else None
             if self._file and self._file.tell():
+                # A crash may have cut the last line. End it, so that the next line is whole.
                 self._file.seek(-1, 2)
-                # Of a line that a crash has cut, the rest is lost, but not the next one.
                 self._file.write(b"" if self._file.read() == b"\n" else b"\n")
         except OSError as error:
             raise UserError(f"--log {path}: {error.strerror}") from error
 
-    def write(self, conversation, role, content, **more):
-        """Add a line, which is with the operating system when this returns."""
-        if not self._file:
-            return
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = {"time": now, "conversation": conversation, "role": role, "content": content, **more}
-        try:
-            with self._lock:
-                # Half of a surrogate pair, which is not text, becomes a question mark.
-                text = json.dumps(line, ensure_ascii=False) + "\n"
-                self._file.write(text.encode("utf-8", "replace"))
-                self._file.flush()
-        except OSError as error:
-            raise UserError(f"--log {self.path}: {error.strerror}") from error
+    def new_conversation(self) -> int:
+        """The number of another conversation, from 1."""
+        return next(self._numbers)
 
-    def follow(self, conversation, pieces, **more):
-        """Yield the pieces of an answer; what has come is written every second and at the end."""
+    def write_question(self, conversation: int, system: str, question: str) -> None:
+        """Write a question, and before it the system prompt if that has changed."""
+        if system != self._systems.get(conversation, ""):
+            self._systems[conversation] = system
+            self._write(conversation, "system", system)
+        self._write(conversation, "user", question)
+
+    def follow(
+        self, conversation: int, pieces: Iterable[str], **more: str
+    ) -> Generator[str, None, None]:
+        """Yield the pieces of an answer, and write what has come every second and at the end."""
         part, written, end = "", time.monotonic(), "stopped"
         try:
             for piece in pieces:
                 part += piece
                 if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
-                    self.write(conversation, "assistant", part, **more)
+                    self._write(conversation, "assistant", part, **more)
                     part, written = "", time.monotonic()
                 yield piece
             end = "complete"
         finally:
-            self.write(conversation, "assistant", part, **more, end=end)
+            self._write(conversation, "assistant", part, **more, end=end)
+
+    def _write(self, conversation: int, role: str, content: str, **more: str) -> None:
+        """Append a line and flush it, so that it survives the end of this process."""
+        if self._file is None:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"time": now, "conversation": conversation, "role": role, "content": content, **more}
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        try:
+            with self._lock:
+                # "replace": half of a surrogate pair, which is not text, becomes a question mark.
+                self._file.write(text.encode("utf-8", "replace"))
+                self._file.flush()
+        except OSError as error:
+            raise UserError(f"--log {self.path}: {error.strerror}") from error

@@ -1,32 +1,36 @@
-"""The page of chat.py: how what page.py does looks in a browser, with gradio.
+"""The web page of chat.py: the views of page.py in a browser, with gradio.
 
     page = Page([Assistant("examples/base", adapter="runs/demo")], Sampling(), system="Be brief.")
     serve(page, "127.0.0.1", 7860)
 
-Nothing is asked of other machines, by the server or by the browser.
+Neither the server nor the browser sends anything to another machine.
 """
 
 import hmac
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import Any
 
-from minisft.chat.page import JOINER, Talk
+from minisft.chat.markup import JOINER
+from minisft.chat.page import Page, Talk, View
 from minisft.common.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LARGEST_REQUEST = 32 * 2**20  # bytes
-AT_ONCE = 8  # answers that are written at the same time; other visitors wait in the queue
+AT_ONCE = 8  # answers written at the same time; other visitors wait in the queue
 QUEUE_SIZE = 64
-# The browser's part of the promise: it loads and sends nothing from or to elsewhere, whatever an
-# answer says. What is inline is gradio's own.
+# The browser loads and sends nothing from or to elsewhere, whatever an answer says. gradio's own
+# scripts and styles are inline.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
     "connect-src 'self'; frame-src 'none'; object-src 'none'; base-uri 'self'; "
     "form-action 'self'; frame-ancestors 'self'"
 )
+# Download a text as a file.
 SAVE = """(text) => {
     if (!text) return;
     const link = document.createElement("a");
@@ -34,20 +38,20 @@ SAVE = """(text) => {
     link.download = "conversation.json";
     link.click();
 }"""
-# A name that this tab keeps when the page is loaded again, and that nobody can guess.
+# A name for the visitor that nobody can guess. The tab keeps it when it loads the page again.
 VISITOR = """() => sessionStorage.visitor ||=
     Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-")"""
-# What is copied from the page is what was said, without the joiners of page.shown.
+# Copy text without the joiners of markup.py.
 COPIES = """() => {
-    const said = text => text.replaceAll("JOINER", ""), clipboard = navigator.clipboard;
+    const original = text => text.replaceAll("JOINER", ""), clipboard = navigator.clipboard;
     if (clipboard) {
         const write = clipboard.writeText.bind(clipboard);
-        clipboard.writeText = text => write(said(text));
+        clipboard.writeText = text => write(original(text));
     }
     document.addEventListener("copy", event => {
         const text = getSelection().toString();
-        if (said(text) !== text) {
-            event.clipboardData.setData("text/plain", said(text));
+        if (original(text) !== text) {
+            event.clipboardData.setData("text/plain", original(text));
             event.preventDefault();
         }
     });
@@ -55,40 +59,41 @@ COPIES = """() => {
 
 
 class Policy:
-    """ASGI middleware: every response tells the browser the POLICY; no request is too large."""
+    """ASGI middleware: adds POLICY to every response and refuses large requests."""
 
-    def __init__(self, app):
+    def __init__(self, app: Callable[..., Any]):
         self.app = app
 
-    async def __call__(self, scope, receive, send):
-        """Hand a request to the app, or refuse it."""
+    async def __call__(
+        self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
+    ) -> None:
+        """Handle one request."""
 
-        async def send_with_policy(message):
-            """Send the app's message, the POLICY among its headers."""
+        async def send_with_policy(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 header = (b"content-security-policy", POLICY.encode())
                 message = {**message, "headers": [*message.get("headers", []), header]}
             await send(message)
 
         headers = dict(scope.get("headers", ()))
-        size = headers.get(b"content-length", b"0")
-        if b"transfer-encoding" in headers or int(size) > LARGEST_REQUEST:
+        size = int(headers.get(b"content-length", b"0"))
+        if b"transfer-encoding" in headers or size > LARGEST_REQUEST:
             await send_with_policy({"type": "http.response.start", "status": 413})
             await send({"type": "http.response.body", "body": b"The request is too large."})
         else:
             await self.app(scope, receive, send_with_policy)
 
 
-def check_gradio():
-    """UserError where gradio is not installed."""
+def check_gradio() -> None:
+    """Raise UserError if gradio is not installed."""
     if find_spec("gradio") is None:
         raise UserError(
             "--web needs gradio, which is not installed: pip install -r requirements-extras.txt"
         )
 
 
-def build(page):
-    """The gradio Blocks of a Page."""
+def build(page: Page) -> Any:
+    """The gradio Blocks of a Page: its components, then what connects them with its methods."""
     import gradio as gr
 
     names = " beside ".join(assistant.name for assistant in page.assistants)
@@ -118,36 +123,75 @@ def build(page):
             elem_id="box",
         )
         with gr.Row():
-            stop, retry, clear, download = (
-                # Narrow enough for a phone to have all of them in a row.
+            stop_button, retry_button, clear_button, download_button = (
+                # Narrow enough for a phone to show them in one row.
                 gr.Button(label, elem_id=label.lower(), size="sm", min_width=60)
                 for label in ("Stop", "Retry", "Clear", "Download")
             )
         controls = _controls(gr, page)
-        _connect(
-            gr,
-            page,
-            talk,
-            chats,
-            notice,
-            box,
-            controls,
-            {"stop": stop, "retry": retry, "clear": clear},
+        exported, visitor = gr.Textbox(visible=False), gr.Textbox(visible=False)
+
+        outputs = [*chats, notice, box]
+
+        def values_of(view: View) -> list[Any]:
+            messages, line, text = view
+            return [*messages, line, gr.skip() if text is None else text]
+
+        def ask(talk: Talk, question: str, *values: Any) -> Iterator[list[Any]]:
+            yield from map(values_of, page.ask(talk, question, *values))
+
+        def retry(talk: Talk, *values: Any) -> Iterator[list[Any]]:
+            yield from map(values_of, page.retry(talk, *values))
+
+        def edit(event: gr.EditData, talk: Talk, *values: Any) -> Iterator[list[Any]]:
+            assert isinstance(event.index, int)  # as for every message of a Chatbot
+            yield from map(values_of, page.edit(talk, event.index, event.value, *values))
+
+        def clear(talk: Talk) -> list[Any]:
+            return values_of(page.clear(talk))
+
+        def export(talk: Talk) -> tuple[str, Any]:
+            text = page.export(talk)
+            return text, gr.skip() if text else "There is nothing to download yet."
+
+        def come_back(visitor: str) -> list[Any]:
+            talk = page.come_back(visitor)
+            return [talk, *page.view(talk, "")[0]]
+
+        # An answer of a compiled model takes a cache with the memory of the longest conversation.
+        limits = [assistant.caches.limit for assistant in page.assistants if assistant.decoder]
+        answering: dict[str, Any] = {
+            "outputs": outputs,
+            "concurrency_limit": min([AT_ONCE, *limits]),
+            "concurrency_id": "answers",
+            "show_progress": "minimal",
+        }
+        box.submit(ask, [talk, box, *controls], api_name="ask", **answering)
+        retry_button.click(retry, [talk, *controls], api_name="retry", **answering)
+        for chat in chats:
+            chat.edit(edit, [talk, *controls], **answering)
+        stop_button.click(page.stop, talk, None, api_name="stop", queue=False)
+        # The bin of a Chatbot alone would only empty what is shown.
+        clearing = [clear_button.click, *(chat.clear for chat in chats)]
+        gr.on(clearing, clear, talk, outputs, api_name="clear", queue=False)
+        download_button.click(
+            export, talk, [exported, notice], api_name="export", queue=False
+        ).then(None, exported, None, js=SAVE)
+        blocks.load(
+            come_back, visitor, [talk, *chats], js=VISITOR, queue=False, api_visibility="private"
         )
-        _keep(gr, page, talk, chats, notice, download, blocks)
     return blocks
 
 
-def _controls(gr, page):
-    """The components of system prompt and sampling, in the order in which handlers take them."""
+def _controls(gr: Any, page: Page) -> list[Any]:
+    """The components for the system prompt and the fields of Sampling, in their order."""
     sampling = page.sampling
     longest = max(assistant.max_length for assistant in page.assistants)
 
-    def slider(label, lowest, highest, value, **more):
-        """A slider that reaches to the value of the command line, wherever that is."""
-        return gr.Slider(
-            min(lowest, value), max(highest, value), value, label=label, min_width=200, **more
-        )
+    def slider(label: str, lowest: float, highest: float, value: float, **more: Any) -> Any:
+        # A slider refuses values outside its range, and so the value of the command line.
+        lowest, highest = min(lowest, value), max(highest, value)
+        return gr.Slider(lowest, highest, value, label=label, min_width=200, **more)
 
     with gr.Accordion("System prompt and sampling", open=False):
         system = gr.Textbox(
@@ -162,7 +206,7 @@ def _controls(gr, page):
                 slider("Top p (1: all)", 0.01, 1, sampling.top_p),
                 slider("Repetition penalty", 0.5, 2, sampling.repetition_penalty),
                 gr.Checkbox(sampling.greedy, label="Greedy"),
-                # A Textbox, since a Number that is left empty says 0.
+                # A Textbox, because an empty gr.Number is 0.
                 gr.Textbox(
                     "" if sampling.seed is None else str(sampling.seed),
                     elem_id="seed",
@@ -171,88 +215,25 @@ def _controls(gr, page):
             ]
 
 
-def _connect(gr, page, talk, chats, notice, box, controls, buttons):
-    """Tie what visitors do to the methods of the Page."""
-    outputs = [*chats, notice, box]
-
-    def flat(view):
-        """What a Page shows, as the values of the outputs."""
-        columns, said, text = view
-        return [*columns, said, gr.skip() if text is None else text]
-
-    def ask(talk, question, *values):
-        """The views of an answer to what was typed."""
-        yield from map(flat, page.ask(talk, question, *values))
-
-    def retry(talk, *values):
-        """The views of another answer."""
-        yield from map(flat, page.retry(talk, *values))
-
-    def edit(event: gr.EditData, talk, *values):
-        """The views of an answer to a question that was edited."""
-        yield from map(flat, page.edit(talk, event.index, event.value, *values))
-
-    # Each that is written by a compiled model takes the memory of a full context.
-    limits = [assistant.caches.limit for assistant in page.assistants if assistant.decoder]
-    answering = {
-        "outputs": outputs,
-        "concurrency_limit": min([AT_ONCE, *limits]),
-        "concurrency_id": "answers",
-        "show_progress": "minimal",
-    }
-    box.submit(ask, [talk, box, *controls], api_name="ask", **answering)
-    buttons["retry"].click(retry, [talk, *controls], api_name="retry", **answering)
-    for chat in chats:
-        chat.edit(edit, [talk, *controls], **answering)
-    buttons["stop"].click(page.stop, talk, None, api_name="stop", queue=False)
-    # The Chatbot's own bin empties what is shown: it means the conversation, as the button does.
-    gr.on(
-        [buttons["clear"].click, *(chat.clear for chat in chats)],
-        lambda talk: flat(page.clear(talk)),
-        talk,
-        outputs,
-        api_name="clear",
-        queue=False,
-    )
-
-
-def _keep(gr, page, talk, chats, notice, download, blocks):
-    """Let visitors take their conversation along, and find it when they load the page again."""
-    saved, visitor = gr.Textbox(visible=False), gr.Textbox(visible=False)
-
-    def export(talk):
-        """The conversation for SAVE, and what is said where there is none."""
-        text = page.export(talk)
-        return text, gr.skip() if text else "There is nothing to download yet."
-
-    def come_back(visitor):
-        """The conversation of someone who was here before, and what of it is shown."""
-        talk = page.come_back(visitor)
-        return talk, *page.view(talk, "")[0]
-
-    download.click(export, talk, [saved, notice], api_name="export", queue=False).then(
-        None, saved, None, js=SAVE
-    )
-    blocks.load(
-        come_back, visitor, [talk, *chats], js=VISITOR, queue=False, api_visibility="private"
-    )
-
-
-def launch(page, host, port, password=None, share=False):
-    """Start to serve a Page; returns the gradio Blocks, of which `close()` ends it."""
-    # Before gradio is imported: it asks its makers' server for its newest version otherwise.
+def launch(
+    page: Page, host: str, port: int, password: str | None = None, share: bool = False
+) -> Any:
+    """Start a server in the background; returns the gradio Blocks, whose close() ends it."""
+    # Before gradio is imported, which asks its makers' server for its newest version otherwise.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    def knows_password(name, given):
-        """Whether `given` is the password, in a time that does not tell how far it is right."""
-        return hmac.compare_digest(given.encode(), password.encode())
+    def is_password(name: str, given: str) -> bool:
+        # compare_digest takes the same time however much of it is right.
+        return hmac.compare_digest(given.encode(), (password or "").encode())
 
-    blocks, guards = build(page).queue(max_size=QUEUE_SIZE), [Middleware(Policy)]
+    middleware = [Middleware(Policy)]
     if host in LOOPBACK and not share:
-        # Another site could give its own name this machine's address and so speak to the page.
-        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
+        # Another site could give its own name this machine's address, to read the page.
+        hosts = [*LOOPBACK, "[::1]"]
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts))
+    blocks = build(page).queue(max_size=QUEUE_SIZE)
     try:
         blocks.launch(
             server_name=host,
@@ -260,9 +241,9 @@ def launch(page, host, port, password=None, share=False):
             share=share,
             quiet=True,
             footer_links=[],
-            auth=knows_password if password else None,
+            auth=is_password if password else None,
             auth_message="Any name will do.",
-            app_kwargs={"middleware": guards},
+            app_kwargs={"middleware": middleware},
             prevent_thread_lock=True,
             js=COPIES,
             max_file_size=1,
@@ -273,20 +254,20 @@ def launch(page, host, port, password=None, share=False):
         )
     except OSError as error:
         raise UserError(
-            f"--server_port {port}: cannot be served at on {host}: the port is in use, "
-            "or the address is not this machine's; choose another port or "
-            "--server_name"
+            f"--server_port {port} cannot be opened on {host}: the port is in use, or the address "
+            "is not this machine's. Choose another --server_port or --server_name."
         ) from error
     return blocks
 
 
-def serve(page, host, port, password=None, share=False):
+def serve(
+    page: Page, host: str, port: int, password: str | None = None, share: bool = False
+) -> None:
     """Serve a Page until Ctrl-C."""
     blocks = launch(page, host, port, password, share)
-    open_to_all = host not in LOOPBACK or share
-    if open_to_all and not password:
+    if not password and (host not in LOOPBACK or share):
         print(
-            "anyone who can reach this machine can use the page: consider --password",
+            "Anyone who can reach this machine can use the page. Consider --password.",
             file=sys.stderr,
         )
     try:

@@ -4,18 +4,21 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TypeVar
 
 from minisft.common import failure
 from minisft.common.errors import UserError
 
+Result = TypeVar("Result")
 
-def run_script(main: Callable[[], object]) -> None:
-    """Call `main()`. A mistake of the user prints one line and exits with status 2.
+
+def run_script(main: Callable[[], Result]) -> Result:
+    """Call `main()` and return its result. A mistake of the user prints one line, status 2.
 
     `--debug` adds the traceback. Under torchrun the first process to fail prints the reason.
     """
     try:
-        main()
+        return main()
     except SystemExit:
         raise
     except BaseException as exception:

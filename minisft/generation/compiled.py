@@ -1,156 +1,181 @@
-"""One token after another by a compiled model, on a GPU as one CUDA graph: chat.py --compile.
+"""Compiled decoding, for chat.py --compile: the same answers to one conversation, faster.
 
-    decoder = CompiledDecoder(model, capacity=2048)          # compiles: a minute for a large model
-    for token in stream(model, [1, 403, 407], sampling, stop_ids={2}, cache=decoder.new_cache(),
-                        decoder=decoder):
+    decoder = CompiledDecoder(model, capacity=2048)     # compiles; a minute for a large model
+    for token in stream(decoder, [5, 17, 3], sampling, stop_ids={2}, cache=decoder.new_cache()):
         print(token)
 
-At batch size 1 a token takes as long as it takes to read the weights, if nothing else holds the
-GPU up: neither the launching of a thousand small kernels (a graph launches them at once) nor the
-writing and reading of what lies between them (the compiler fuses them). Both want shapes and
-addresses that stay, so the cache has its full length from the start, and the place of the new
-token in it is a tensor. Shapes are named as in model.py; here S is the capacity of the cache.
+At batch size 1 a token needs at least the time it takes to read the weights. Two other costs can be
+avoided: launching a thousand small kernels, which a CUDA graph launches at once, and writing and
+reading what lies between them, which the compiler fuses. Both need fixed shapes and addresses. So
+the cache has its full capacity S from the start, and the position of the new token is a tensor.
 """
 
 from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 
 from minisft.common.errors import UserError
 from minisft.model.cache import KeyValueCache
+from minisft.model.decoder import CausalLM
+
+Pairs = list[tuple[Tensor, Tensor]]  # keys and values (1, K, S, d) of every layer
+# A CUDA graph, the token (1, 1) and position (1,) that it reads, the logits (1, V) that it writes.
+Graph = tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]
 
 
-class CompiledDecoder:
-    """Scores of the next token for a model in evaluation mode, compiled once for all conversations.
+class CompiledDecoder(nn.Module):
+    """A model whose decoding steps are compiled, to be used in its place by `stream`.
 
-    capacity: how many tokens a conversation may have; every token reads a cache of this length.
-    Raises UserError for what cannot be compiled.
+    It returns logits instead of hidden states, because one compiled function computes both.
+    capacity: the maximum length of a conversation; every step reads a cache of this length.
+    UserError if the model cannot be compiled.
     """
 
-    def __init__(self, model, capacity):
+    def __init__(self, model: CausalLM, capacity: int):
+        super().__init__()
         scaling = model.config.rope_scaling
         if scaling and scaling["rope_type"] == "dynamic":
             raise UserError(
-                "--compile: this model's rotary positions (rope type dynamic) change "
-                "with the length of the conversation; leave it out"
+                "--compile: the rotary angles of this model (rope type dynamic) change with the "
+                "length of the conversation. Leave out --compile."
             )
-        self.model, self.capacity = model, capacity
-        self.device = next(model.parameters()).device
-        # Of all positions, since a compiler would compute an angle again wherever one is used.
+        self.model, self.config, self.capacity = model, model.config, capacity
+        self.device = model.model.embed_tokens.weight.device
+        # A table, since a compiler would compute an angle again wherever it is used.
         positions = torch.arange(capacity, device=self.device)
         self.angles = model.model.angles(positions, model.model.embed_tokens.weight.dtype)
-        # With this tuning a product with one row is not left to cuBLAS, but fused with what is
-        # around it. Not mode="reduce-overhead": its graphs belong to the thread that made them.
+        # With this tuning, a matrix product with one row is fused with its neighbours instead of
+        # left to cuBLAS. mode="reduce-overhead" would bind its graphs to the compiling thread.
         self.step = torch.compile(
             next_logits, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
         )
-        self.graphs = WeakKeyDictionary()  # cache: (graph, its token, its position, its logits)
+        self.graphs: WeakKeyDictionary[KeyValueCache, Graph] = WeakKeyDictionary()
         try:
-            self._warm_up()
+            self._compile_now()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--compile: did not succeed ({reason}); leave it out") from error
+            raise UserError(f"--compile failed ({reason}). Leave out --compile.") from error
 
     @torch.inference_mode()
-    def _warm_up(self):
-        """Compile now, and not while someone waits for an answer."""
+    def _compile_now(self) -> None:
+        """Take two steps, so that nobody waits for the compiler later."""
         token, cache = torch.zeros(1, 1, dtype=torch.int64, device=self.device), self.new_cache()
-        self.model(token, cache=cache)
-        self(token, cache)
+        self(token, cache=cache)
+        self(token, cache=cache)
 
-    def new_cache(self):
-        """A KeyValueCache of the full capacity, as the decoder needs it."""
-        return KeyValueCache(self.model.config, self.capacity)
+    def new_cache(self) -> KeyValueCache:
+        """An empty cache of the full capacity."""
+        return KeyValueCache(self.config, self.capacity)
 
-    def __call__(self, token, cache):
-        """Logits (1, V) after `token` (1, 1), which the cache holds from then on.
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits (1, 1, V) after the last of the tokens (1, T), which the cache holds from now on.
 
-        cache: of `new_cache`, with room for one token and at least one before it. On a GPU the
-        logits hold until the next call.
+        cache: from `new_cache`. positions and mask are not supported. On a GPU the logits are valid
+        until the next call.
         """
-        if cache.length >= self.capacity:
-            raise ValueError(f"there is no room for more than {self.capacity} tokens")
-        if token.is_cuda:
-            logits = self._replay(token, cache)
+        assert cache is not None and positions is None and mask is None
+        if cache.length + tokens.shape[1] > self.capacity:
+            raise ValueError(f"the compiled cache has room for {self.capacity} tokens only")
+        if cache.length == 0 or tokens.shape[1] > 1:  # the prefill
+            return self.model.logits(self.model(tokens, cache=cache)[:, -1:])
+        if tokens.is_cuda:
+            logits = self._replay(tokens, cache)
         else:
-            logits = self._step_of(token, torch.tensor([cache.length]), cache)()
+            logits = self._bind_step(tokens, torch.tensor([cache.length]), cache)()
         cache.length += 1
-        return logits
+        return logits[:, None]
 
-    def _step_of(self, token, position, cache):
-        return partial(self.step, self.model, token, position, self.angles, cache.pairs)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits themselves, which `forward` has returned."""
+        return hidden
 
-    def _replay(self, token, cache):
+    def _bind_step(self, token: Tensor, position: Tensor, cache: KeyValueCache) -> partial[Tensor]:
+        pairs = [pair for pair in cache.pairs if pair is not None]
+        return partial(self.step, self.model, token, position, self.angles, pairs)
+
+    def _replay(self, token: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits (1, V) by the CUDA graph of this cache, which is captured at first."""
         if cache not in self.graphs:
-            # Streams are those of the current GPU, which need not be the model's.
+            # The current GPU of a thread need not be the GPU of the model.
             with torch.cuda.device(self.device):
-                self.graphs[cache] = self._captured(token, cache)
-        graph, its_token, its_position, logits = self.graphs[cache]
-        its_token.copy_(token)
-        its_position.fill_(cache.length)
+                self.graphs[cache] = self._capture(token, cache)
+        graph, graph_token, graph_position, logits = self.graphs[cache]
+        graph_token.copy_(token)
+        graph_position.fill_(cache.length)
         graph.replay()
         return logits
 
-    def _captured(self, token, cache):
-        """A CUDA graph of the step on this cache, with the tensors that it reads and writes."""
+    def _capture(self, token: Tensor, cache: KeyValueCache) -> Graph:
         token, position = token.clone(), torch.tensor([cache.length], device=self.device)
-        run = self._step_of(token, position, cache)
+        step = self._bind_step(token, position, cache)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run()  # compiles, tunes, loads kernels: nothing of it may happen during a capture
+            step()  # compiles, tunes and loads kernels, which must not happen during a capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may copy caches meanwhile.
+        # thread_local: other threads may copy caches meanwhile.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            logits = run()
+            logits = step()
         return graph, token, position, logits
 
 
-def next_logits(model, token, position, angles, pairs):
-    """Logits (1, V) after `token` (1, 1) at `position` (1,), whose keys and values it writes.
+def next_logits(
+    model: CausalLM,
+    token: Tensor,
+    position: Tensor,
+    angles: tuple[Tensor, Tensor],
+    pairs: Pairs,
+) -> Tensor:
+    """Logits (1, V) after `token` (1, 1) at `position` (1,): CausalLM's step in fixed shapes.
 
-    angles: the rotary cos and sin (1, 1, S, d) of all positions. pairs: of each layer the keys and
-    values (1, K, S, d) of the positions before, and of later ones any finite numbers. What model.py
-    does, without anything that depends on a length.
+    angles: the rotary cos and sin (1, 1, S, d) of all positions. pairs: the keys and values of the
+    positions before; the step adds its own. Later places may hold any finite numbers.
     """
     decoder, window = model.model, model.config.sliding_window
-    x = decoder.embed_tokens(token)
     cos, sin = (part.index_select(2, position) for part in angles)
-    distance = position - torch.arange(pairs[0][0].shape[2], device=token.device)
+    distance = position - torch.arange(pairs[0][0].shape[2], device=token.device)  # (S,)
     visible = {"full_attention": distance >= 0}
     if window is not None:
         visible["sliding_attention"] = (distance >= 0) & (distance < window)
-    attend = {name: partial(attend_to_visible, visible=one) for name, one in visible.items()}
-    cache = Places(pairs, position)
+    attend = {name: partial(attend_to_visible, visible=keys) for name, keys in visible.items()}
+    cache = FixedCache(pairs, position)
+    x = decoder.embed_tokens(token)
     for index, layer in enumerate(decoder.layers):
         x = layer(x, cos, sin, attend[model.config.layer_types[index]], cache, index)
     return model.logits(decoder.norm(x)[:, -1])
 
 
-class Places:
-    """A cache of fixed length, as a layer sees it: written at a position that is a tensor."""
+class FixedCache:
+    """A LayerCache of fixed length, written at a position that is a tensor."""
 
-    def __init__(self, pairs, position):
+    def __init__(self, pairs: Pairs, position: Tensor):
         self.pairs, self.position = pairs, position
 
-    def append(self, layer, keys, values):
-        """Put (1, K, 1, d) of one layer in their place; returns all keys and values."""
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (1, K, 1, d) of a layer; returns all of that layer (1, K, S, d)."""
         for store, new in zip(self.pairs[layer], (keys, values), strict=True):
             store.index_copy_(2, self.position, new)
         return self.pairs[layer]
 
 
-def attend_to_visible(q, k, v, visible):
-    """(1, H, 1, d) of q (1, H, 1, d) and k, v (1, K, S, d), where `visible` (S,).
+def attend_to_visible(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """(1, H, 1, d) from q (1, H, 1, d), k and v (1, K, S, d), over the keys in `visible` (S,).
 
-    Written out as products and sums in float32, of which a compiler makes kernels that read a long
-    cache with the whole GPU; those of scaled_dot_product_attention with a mask take a block a head.
+    Written as products and sums in float32: the compiler makes kernels of them that read a long
+    cache with all of the GPU, while scaled_dot_product_attention with a mask uses a block per head.
     """
     _, H, _, d = q.shape
-    q = q.view(1, k.shape[1], -1, 1, d).float()  # the heads that share keys side by side
+    q = q.view(1, k.shape[1], -1, 1, d).float()  # query heads beside the key head they share
     scores = (q * k[:, :, None].float()).sum(-1) * d**-0.5  # (1, K, H/K, S)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    y = (weights[..., None] * v[:, :, None].float()).sum(-2)
+    y = (weights[..., None] * v[:, :, None].float()).sum(-2)  # (1, K, H/K, d)
     return y.view(1, H, 1, d).to(v.dtype)

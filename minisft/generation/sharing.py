@@ -1,128 +1,127 @@
-"""What conversations share: turns at the device, keys and values, the weights themselves.
+"""What conversations share: the device, in turns; caches of keys and values; the weights.
 
 turns, caches = Turns(), Caches(partial(KeyValueCache, model.config), limit=8)
-cache = caches.take(ids)            # holds as much of the beginning of ids as is known
-with turns:                         # one at a time, in the order of asking
+cache = caches.take(ids)                # holds the longest known prefix of ids
+with turns:                             # one thread at a time
     model(torch.tensor([ids[cache.length :]]), cache=cache)
 caches.give_back(ids, cache)
 """
 
 import copy
 from collections import deque
+from collections.abc import Callable, Sequence
 from threading import Condition, Lock, get_ident
 
 import torch
 from torch import nn
 
+from minisft.common.sequences import common_prefix_length
+from minisft.model.cache import KeyValueCache
+from minisft.model.decoder import CausalLM
+
 
 class Turns:
-    """A lock that threads get in the order in which they ask.
+    """A lock that threads get in the order in which they ask for it.
 
-    With threading.Lock, one that asks again at once mostly gets it before those that wait.
+    threading.Lock mostly goes to the thread that has just released it, so that of several answers
+    one would be written to its end while the others wait.
     """
 
-    def __init__(self):
-        self._changed, self._waiting = Condition(), deque()  # of threads, the first has its turn
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._waiting: deque[int] = deque()  # ids of threads; the first holds the lock
 
-    def __enter__(self):
-        me = get_ident()
+    def __enter__(self) -> None:
+        thread = get_ident()
         with self._changed:
-            self._leave(me)  # what Ctrl-C at a bad moment may have left
-            self._waiting.append(me)
+            # Ctrl-C between __enter__ and the body of a `with` leaves the thread in the queue.
+            self._remove(thread)
+            self._waiting.append(thread)
             try:
-                self._changed.wait_for(lambda: self._waiting[0] == me)
+                self._changed.wait_for(lambda: self._waiting[0] == thread)
             except BaseException:
-                self._leave(me)
+                self._remove(thread)
                 raise
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         with self._changed:
-            self._leave(get_ident())
+            self._remove(get_ident())
 
-    def _leave(self, thread):
+    def _remove(self, thread: int) -> None:
         if thread in self._waiting:
             self._waiting.remove(thread)
             self._changed.notify_all()
 
-    def call(self, function, *arguments):
-        """`function(*arguments)` when it is our turn."""
-        with self:
-            return function(*arguments)
-
 
 class Caches:
-    """The keys and values of the last conversations, for any thread to go on from.
+    """The KV caches of the latest conversations. Threads may use it at the same time.
 
-    new_cache: makes an empty KeyValueCache. limit: how many there are, kept or in use, unless more
-    are in use at the same time.
+    new_cache: makes an empty KeyValueCache. limit: the number of caches, kept or in use; only if
+    more are in use at the same time are there more.
     """
 
-    def __init__(self, new_cache, limit):
+    def __init__(self, new_cache: Callable[[], KeyValueCache], limit: int = 1):
         self.new_cache, self.limit = new_cache, limit
-        self._kept, self._lock = [], Lock()  # (ids, cache), the latest used last
-        self._in_use = 0
+        self._kept: list[tuple[Sequence[int], KeyValueCache]] = []  # the latest used last
+        self._num_in_use = 0
+        self._lock = Lock()
 
-    def take(self, ids):
-        """A KeyValueCache with as much of the beginning of `ids` as is known, never all of it."""
+    def take(self, ids: Sequence[int]) -> KeyValueCache:
+        """A cache that holds the longest known prefix of `ids`, but never all of them.
+
+        The last id has to be computed again, because its hidden state predicts the next token.
+        """
         with self._lock:
-            # The last id is computed in any case: what follows it is wanted.
-            cache = self._taken(ids[:-1])
-            self._in_use += 1
+            cache = self._best_cache(ids[:-1])
+            self._num_in_use += 1
         return cache
 
-    def _taken(self, ids):
-        if not self._kept:
-            return self.new_cache()
-        overlaps = [common_prefix(known, ids) for known, _ in self._kept]
-        best = max(range(len(overlaps)), key=overlaps.__getitem__)
-        known, cache = self._kept[best]
-        if 10 * overlaps[best] >= 9 * len(known):
-            del self._kept[best]
-        else:
-            # Another conversation, perhaps with the same system prompt: it keeps its own.
-            source, cache = cache, self._unused()
-            if cache is not source:
-                return copy_of_beginning(source, overlaps[best], cache)
-        cache.truncate(overlaps[best])
-        return cache
-
-    def _unused(self):
-        """A new cache, or the one that has not been used for longest if there are enough."""
-        if len(self._kept) + self._in_use < self.limit:
-            return self.new_cache()
-        return self._kept.pop(0)[1]
-
-    def give_back(self, ids, cache):
-        """Keep a cache that holds `ids`; the one that has not been used for longest goes."""
+    def give_back(self, ids: Sequence[int], cache: KeyValueCache) -> None:
+        """Keep a cache that holds `ids`; beyond the limit, the least recently used is dropped."""
         with self._lock:
-            self._in_use -= 1
+            self._num_in_use -= 1
             if cache.length:
                 self._kept = [*self._kept, (ids, cache)][-self.limit :]
 
+    def _best_cache(self, ids: Sequence[int]) -> KeyValueCache:
+        if not self._kept:
+            return self.new_cache()
+        lengths = [common_prefix_length(known, ids) for known, _ in self._kept]
+        length = max(lengths)
+        place = lengths.index(length)
+        known, cache = self._kept[place]
+        if length >= 0.9 * len(known):  # the same conversation goes on
+            del self._kept[place]
+            cache.truncate(length)
+            return cache
+        # Another conversation, perhaps with the same system prompt, keeps its own cache.
+        target = self._unused_cache()
+        if target is not cache:
+            copy_prefix(cache, length, target)
+        target.truncate(length)
+        return target
+
+    def _unused_cache(self) -> KeyValueCache:
+        """A new cache; at the limit, the least recently used one."""
+        if len(self._kept) + self._num_in_use < self.limit:
+            return self.new_cache()
+        return self._kept.pop(0)[1]
+
 
 @torch.inference_mode()
-def copy_of_beginning(source, length, cache):
-    """`cache`, which from then on has the first `length` tokens of another and no others."""
-    cache.truncate(0)
-    for layer, (keys, values) in enumerate(source.pairs):
-        cache.append(layer, keys[:, :, :length], values[:, :, :length])
-    cache.length, cache.angles = length, source.angles
-    return cache
+def copy_prefix(source: KeyValueCache, length: int, target: KeyValueCache) -> None:
+    """Replace the content of `target` by the first `length` tokens of `source`."""
+    target.truncate(0)
+    for layer, pair in enumerate(source.pairs):
+        if pair is not None:
+            target.append(layer, pair[0][:, :, :length], pair[1][:, :, :length])
+    target.length = length
 
 
-def sharing_weights(model):
-    """A copy of a model with the same tensors in memory, to which an adapter can be added."""
-    shared = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    shared |= {id(buffer): buffer for buffer in model.buffers()}  # of quantised layers
+def share_weights(model: CausalLM) -> CausalLM:
+    """A copy of a model on the same tensors in memory, to which an adapter can be added."""
+    # deepcopy takes an object from this table instead of copying it.
+    shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     return copy.deepcopy(model, shared)
-
-
-def common_prefix(left, right):
-    """How many ids at the beginning are the same."""
-    for index, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return index
-    return min(len(left), len(right))

@@ -1,0 +1,27 @@
+"""The part of a model that generation uses, which CausalLM and CompiledDecoder have."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from minisft.model.cache import KeyValueCache
+from minisft.model.config import ModelConfig
+
+
+class LanguageModel(Protocol):
+    """A model that predicts the next token; see CausalLM for the methods."""
+
+    config: ModelConfig
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        cache: KeyValueCache,
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
