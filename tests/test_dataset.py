@@ -470,6 +470,6 @@ class TestConvert:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.fsync", full)
-        with pytest.raises(UserError, match="out.json: cannot be written: No space left"):
+        with pytest.raises(UserError, match="out.json: could not be written: No space left"):
             convert(good, output, overwrite=True)
         assert output.read_text() == "[]" and len(list(tmp_path.iterdir())) == 2

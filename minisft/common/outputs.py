@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -23,25 +23,35 @@ UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open `path`.partial for writing; on success flush it to disk and rename it to `path`.
+def atomic_path(path: str | Path) -> Generator[Path, None, None]:
+    """The path `path`.partial, to write a file to; on success it is renamed to `path`.
 
-    mode: "w" for UTF-8 text, "wb" for bytes. If the body fails, `path` keeps its old content and
-    the partial file is removed. A full or failing disk raises UserError.
+    If the body fails, `path` keeps its old content and the partial file is removed. A full or
+    failing disk raises UserError.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        encoding = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-        with open(partial, mode, **encoding) as file:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Generator[IO[Any], None, None]:
+    """Open `path` for writing: see atomic_path. The content is on the disk before the rename.
+
+    mode: "w" for UTF-8 text, "wb" for bytes.
+    """
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    with atomic_path(path) as partial:
+        with open(partial, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_not_an_input(flag: str, output: str | Path, inputs: Iterable[str | Path | None]) -> None:
@@ -115,7 +125,10 @@ def recorded_options(folder: str | Path) -> dict[str, Any]:
 def check_free_space(folder: str | Path, num_bytes: int) -> None:
     """Create the folder; raise UserError unless its disk has room for so many bytes."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be created: {error.strerror}") from error
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise UserError(

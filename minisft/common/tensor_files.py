@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json
+from minisft.common.outputs import atomic_path
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -214,19 +215,14 @@ def shorten_list(names, limit=5):
 
 
 def write_safetensors(tensors, path):
-    """Write beside the place, then rename: a file under its name is always whole.
-
-    Raises UserError, and leaves nothing behind, where it cannot be written: a full disk.
-    """
-    partial = Path(f"{path}.partial")
+    """Write a safetensors file with `atomic_path`; UserError if the disk is full."""
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.chmod(mode)  # save_file makes it private to its owner
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with atomic_path(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode
+            save_file(dict(tensors), partial, metadata={"format": "pt"})
+            partial.chmod(mode)  # save_file makes the file private to its owner
+    except SafetensorError as error:
         raise UserError(f"{path}: could not be written: {error}") from error
 
 
