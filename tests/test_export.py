@@ -190,7 +190,7 @@ def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
         (["--output_dir", tmp_path / "out", "--adapter", checkpoint], "adapter_config.json"),
         (["--output_dir", tmp_path / "out", "--template", "lama2"], "unknown template"),
         (["--output_dir", tmp_path / "out", "--format", "peft", "--max_shard_size", "1GB"],
-         "does not read --max_shard_size"),
+         "does not use --max_shard_size"),
     ):
         done = command("--model_name_or_path", checkpoint, "--adapter", adapter, *words,
                        script="export.py")

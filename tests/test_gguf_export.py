@@ -12,10 +12,12 @@ from conftest import CONFIG, command
 from llama_cpp import Server
 
 from minisft.checkpoints import adapters, folders, gguf_export
-from minisft.checkpoints.gguf_export import export_adapter, export_model, tensor_type
+from minisft.checkpoints.gguf_export import export_model
+from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.common.command_line import QUANTIZATIONS
 from minisft.common.errors import UserError
 from minisft.gguf import writer
+from minisft.gguf.tensor_types import tensor_type
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, LoRALinear, add_lora
@@ -312,12 +314,12 @@ def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
     out = tmp_path / "out.gguf"
     for words, message in (
         (["--format", "gguf"], "needs --output"),
-        (["--format", "gguf", "--output", out, "--output_dir", "x"], "does not read --output_dir"),
-        (["--format", "gguf", "--output", out, "--dtype", "float16"], "--quantization says"),
+        (["--format", "gguf", "--output", out, "--output_dir", "x"], "does not use --output_dir"),
+        (["--format", "gguf", "--output", out, "--dtype", "float16"], "--quantization sets"),
         (["--format", "hf", "--output_dir", "x", "--quantization", "q8_0"], "--quantization"),
         (["--format", "gguf-lora", "--output", out], "needs --adapter"),
         (["--format", "gguf-lora", "--output", out, "--adapter", adapter, "--template", "alpaca"],
-         "does not read --template"),
+         "does not use --template"),
         (["--format", "gguf", "--output", taken, "--overwrite_output_dir"], "is not a GGUF file"),
         (["--format", "gguf", "--output", taken], "exists"),
         (["--format", "gguf", "--output", tmp_path], "is a folder"),
@@ -343,5 +345,5 @@ def test_models_that_llama_cpp_cannot_run(tmp_path, tiny_tokenizer_dir):
     folder = save(tmp_path / "windowed", tiny_tokenizer_dir, {
         "model_type": "mistral", "sliding_window": 100,
         "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
-    notes = export_model(folder, tmp_path / "model.gguf", "f16")["notes"]
+    notes = export_model(folder, tmp_path / "model.gguf", "f16").notes
     assert "beyond 100 tokens" in " ".join(notes) and "dynamic" in " ".join(notes)

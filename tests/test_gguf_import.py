@@ -20,8 +20,8 @@ from minisft.checkpoints import folders, gguf_export, hub
 from minisft.checkpoints.gguf_export import export_model
 from minisft.common.errors import UserError
 from minisft.gguf import writer
-from minisft.gguf.mapping import config_fields
 from minisft.gguf.reader import read_gguf
+from minisft.gguf.unpack_config import config_fields
 from minisft.model.config import ModelConfig
 from minisft.text.tokenizer import Tokenizer
 
@@ -69,7 +69,7 @@ def test_quantised_files_read_as_llama_cpp_reads_them(quantization, tmp_path, ti
 
 def check_against_llama_cpp(path, limit=0.15):
     """Log-probabilities: llama.cpp rounds the activations as well, we do not."""
-    model, ids = folders.load_model(opened(path)), prompts()[1]
+    model, ids = folders.load_model(opened(path), torch.float32), prompts()[1]
     with torch.no_grad():
         ours = torch.log_softmax(model.logits(model(torch.tensor([ids]))[0, -1]), -1).numpy()
     with Server(path) as server:

@@ -16,15 +16,15 @@ from minisft.gguf import writer
 INTERRUPTED = """
 import os, runpy, signal, sys
 from minisft.gguf.writer import Tensor
-converted = Tensor.converted
+convert = Tensor.convert
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background takes away
 
 def interrupt(self, begin, end):
     if self.name == "output_norm.weight":
         os.kill(os.getpid(), signal.SIGINT)
-    return converted(self, begin, end)
+    return convert(self, begin, end)
 
-Tensor.converted = interrupt
+Tensor.convert = interrupt
 sys.argv = sys.argv[1:]
 runpy.run_path("export.py", run_name="__main__")
 """
@@ -73,7 +73,7 @@ def test_a_disk_that_fills_while_writing(size, tmp_path):
 
 def test_a_full_disk_is_said_before_writing(checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="the disk has"):
         export_model(checkpoint, tmp_path / "model.gguf", "f16")
     assert not list(tmp_path.glob("model.gguf*"))

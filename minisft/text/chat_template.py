@@ -62,7 +62,7 @@ class ConversationForm:
     """What a model carries along, for other programs to ask it as it was trained."""
 
     chat_template: str | None  # Jinja; None where the model has none
-    stop_ids: object  # what ends an answer: an id or a list of them
+    stop_ids: list[int]  # the tokens that end an answer
     is_exact: bool = True  # whether llama.cpp makes the ids of the training of it ...
     writes_space: bool = False  # ... provided that it puts no space before texts by itself
 

@@ -153,7 +153,7 @@ class StreamDecoder:
         """The text that this id completes; empty in the middle of a character."""
         if id in self._skipped:
             return ""
-        return self._without_leading_space(self._utf8.decode(self._tokenizer.token_bytes(int(id))))
+        return self._without_leading_space(self._utf8.decode(self._tokenizer.token_bytes(id)))
 
     def flush(self) -> str:
         """The rest of the text; U+FFFD if the last character is incomplete."""
