@@ -34,7 +34,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add, switch = add_model_flags(parser, auto_dtype="the checkpoint's; float32 for peft")
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
-    formats = ["hf", "peft", "gguf", "gguf-lora"]
+    formats = ["hf", "peft", *FILE_FORMATS]
     add("--format", choices=formats, default="hf", help="the model, or the adapter alone")
     add("--output_dir", help="folder to write: hf, peft")
     add("--output", help="file to write: gguf, gguf-lora")
@@ -82,12 +82,16 @@ def quantization_note(options: Namespace, adapter_dir: Path) -> str | None:
     trained = recorded_options(adapter_dir).get("quantization_bit")
     if options.format not in ("hf", "gguf") or trained == options.quantization_bit:
         return None
-    base = f"a base in {trained} bits" if trained else "the full base"
-    note = f"the adapter was trained on {base} and is merged into another"
+    note = f"the adapter was trained on {_weights(trained)}"
+    note += f" and is merged into {_weights(options.quantization_bit)}"
     if options.format == "hf":
         flag = f"--quantization_bit {trained}" if trained else "no --quantization_bit"
-        note += f"; use {flag} to merge it into the same"
+        note += f"; with {flag} both are the same"
     return note
+
+
+def _weights(bits: int | None) -> str:
+    return f"{bits}-bit weights" if bits else "full weights"
 
 
 def main() -> None:
@@ -134,13 +138,14 @@ def main() -> None:
             print(f"note: {note}")
         return
 
-    # The folders: load the model, then the adapter.
+    # The folders need the model and the adapter, in memory.
+    stored_dtype = folders.stored_dtype(model_dir)
+    auto_dtype = torch.float32 if options.format == "peft" else stored_dtype
+    dtype = resolve_dtype(dtype_option(options), device, auto_dtype)
     is_reward_model = has_head(model_dir, adapter_dir)
     load = load_reward_model if is_reward_model else folders.load_model
-    model = load(model_dir, None, device, options.quantization_bit)
+    model = load(model_dir, stored_dtype, device, options.quantization_bit)
     lora_config = adapters.load_adapter(model, adapter_dir) if adapter_dir else None
-    auto_dtype = torch.float32 if options.format == "peft" else folders.stored_dtype(model_dir)
-    dtype = resolve_dtype(dtype_option(options), device, auto_dtype)
 
     # Other programs must use the chat template of the training.
     tokenizer = Tokenizer.load(model_dir)

@@ -39,17 +39,9 @@ from minisft.model.reward import RewardModel
 PEFT_PREFIX = "base_model.model."
 # Options of PEFT that change what an adapter computes, and that we do not compute.
 UNSUPPORTED = (
-    "use_dora",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "lora_bias",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "use_bdlora",
-    "trainable_token_indices",
-    "layer_replication",
-    "arrow_config",
-)
+    "use_dora alpha_pattern fan_in_fan_out lora_bias use_qalora alora_invocation_tokens use_bdlora "
+    "trainable_token_indices layer_replication arrow_config"
+).split()
 # Initialisations that leave the base model as it is. Others change it, and we do not know how.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 

@@ -11,14 +11,7 @@ from minisft.gguf.reader import is_gguf
 from minisft.gguf.unpack import unpack
 
 CONFIG = "config.json"
-HUB_PATTERNS = [
-    "*.json",
-    "*.txt",
-    "*.jinja",
-    "tokenizer.model",
-    "model*.safetensors",
-    ADAPTER_WEIGHTS,
-]
+HUB_PATTERNS = [*"*.json *.txt *.jinja tokenizer.model model*.safetensors".split(), ADAPTER_WEIGHTS]
 
 
 def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:

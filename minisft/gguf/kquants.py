@@ -24,22 +24,21 @@ BLOCK = 256
 BLOCKS_AT_ONCE = 1024  # enough to amortise the calls; the arrays still fit the caches
 TINY = 1e-15  # a group whose numbers are all below this counts as zero
 
-Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
+Array = np.ndarray
+Sums = tuple[Array, Array, Array]
 
 
-def quantize_q4_k(rows: np.ndarray) -> np.ndarray:
+def quantize_q4_k(rows: Array) -> Array:
     """float32 (R, C), C a multiple of 256 -> uint8 (R, C / 256 * 144)."""
     return _by_blocks(rows, _q4_k_blocks, 144)
 
 
-def quantize_q6_k(rows: np.ndarray) -> np.ndarray:
+def quantize_q6_k(rows: Array) -> Array:
     """float32 (R, C), C a multiple of 256 -> uint8 (R, C / 256 * 210)."""
     return _by_blocks(rows, _q6_k_blocks, 210)
 
 
-def _by_blocks(
-    rows: np.ndarray, quantize: Callable[[np.ndarray], np.ndarray], block_bytes: int
-) -> np.ndarray:
+def _by_blocks(rows: Array, quantize: Callable[[Array], Array], block_bytes: int) -> Array:
     blocks = np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, BLOCK)
     data = np.empty((len(blocks), block_bytes), dtype=np.uint8)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -49,7 +48,7 @@ def _by_blocks(
     return data.reshape(len(rows), -1)
 
 
-def _q4_k_blocks(blocks: np.ndarray) -> np.ndarray:
+def _q4_k_blocks(blocks: Array) -> Array:
     """float32 (N, 256) -> uint8 (N, 144)."""
     groups = blocks.reshape(-1, 8, 32)
     x = np.ascontiguousarray(groups.reshape(-1, 32).T)
@@ -67,14 +66,14 @@ def _q4_k_blocks(blocks: np.ndarray) -> np.ndarray:
     )
 
 
-def _six_bits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _six_bits(values: Array) -> tuple[Array, Array]:
     """Non-negative (N, 8) -> a unit (N, 1) in float32, and multiples of it in 0..63 (N, 8)."""
     largest = values.max(-1, keepdims=True)
     multiples = np.where(largest > 0, np.rint(values * (63 / largest)), 0)
     return largest / 63, multiples.astype(np.uint8).clip(0, 63)
 
 
-def _packed(scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+def _packed(scale: Array, minimum: Array) -> Array:
     """Two (N, 8) of 6-bit numbers in (N, 12) bytes.
 
     The first four of each take the low bits of a byte. The others are cut into 4 and 2 bits.
@@ -85,7 +84,7 @@ def _packed(scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
     return np.concatenate([first, second, third], axis=1)
 
 
-def _q6_k_blocks(blocks: np.ndarray) -> np.ndarray:
+def _q6_k_blocks(blocks: Array) -> Array:
     """float32 (N, 256) -> uint8 (N, 210)."""
     groups = blocks.reshape(-1, 16, 16)
     x = np.ascontiguousarray(groups.reshape(-1, 16).T)
@@ -113,7 +112,7 @@ def _q6_k_blocks(blocks: np.ndarray) -> np.ndarray:
     )
 
 
-def affine_fit(x: np.ndarray, weights: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+def affine_fit(x: Array, weights: Array, top: int) -> tuple[Array, Array]:
     """The scale and minimum (M,), both >= 0, for x ~ scale * q - minimum with q in 0..top.
 
     x and weights: (n, M). The first grid spans x. Then come grids from one step coarser to one step
@@ -137,7 +136,7 @@ def affine_fit(x: np.ndarray, weights: np.ndarray, top: int) -> tuple[np.ndarray
     return np.where(is_flat, 0, best_scale), -low
 
 
-def _affine_least_squares(of_q: Sums, of_x: Sums) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _affine_least_squares(of_q: Sums, of_x: Sums) -> tuple[Array, Array, Array]:
     """The scale and offset <= 0 with the smallest _affine_error, and whether they are unique."""
     (sum_q, sum_qq, sum_qx), (sum_w, sum_x, _) = of_q, of_x
     determinant = sum_w * sum_qq - sum_q * sum_q
@@ -147,7 +146,7 @@ def _affine_least_squares(of_q: Sums, of_x: Sums) -> tuple[np.ndarray, np.ndarra
     return scale, np.minimum(offset, 0), determinant > 0
 
 
-def _affine_error(scale: np.ndarray, offset: np.ndarray, of_q: Sums, of_x: Sums) -> np.ndarray:
+def _affine_error(scale: Array, offset: Array, of_q: Sums, of_x: Sums) -> Array:
     """The weighted sum (M,) of (scale * q + offset - x)^2, from weighted sums of its terms.
 
     of_q: the sums of q, q q and q x. of_x: the sums of 1, x and x x.
@@ -161,7 +160,7 @@ def _affine_error(scale: np.ndarray, offset: np.ndarray, of_q: Sums, of_x: Sums)
     )
 
 
-def symmetric_fit(x: np.ndarray, weights: np.ndarray, top: int) -> np.ndarray:
+def symmetric_fit(x: Array, weights: Array, top: int) -> Array:
     """The scale (M,), of either sign, for x ~ scale * q with q in -top..top-1.
 
     x and weights: (n, M).
@@ -181,12 +180,7 @@ def symmetric_fit(x: np.ndarray, weights: np.ndarray, top: int) -> np.ndarray:
 
 
 def _sums(
-    q: np.ndarray,
-    factor: np.ndarray,
-    limits: tuple[int, int],
-    x: np.ndarray,
-    weights: np.ndarray,
-    product: np.ndarray,
+    q: Array, factor: Array, limits: tuple[int, int], x: Array, weights: Array, product: Array
 ) -> Sums:
     """Round q * factor in place; the weighted sums (M,) of q, q q and q x. Overwrites `product`."""
     q *= factor
@@ -199,9 +193,9 @@ def _sums(
     return sum_q, q.sum(0), product.sum(0)
 
 
-def _as_stored(values: np.ndarray) -> np.ndarray:
+def _as_stored(values: Array) -> Array:
     return values.astype(np.float16).astype(np.float32)
 
 
-def _float16_bytes(values: np.ndarray) -> np.ndarray:
+def _float16_bytes(values: Array) -> Array:
     return values.astype(np.float16).view(np.uint8)

@@ -39,17 +39,10 @@ PRE_TOKENIZERS = {
     ("single digits", "gpt2 words and bytes", False): "smollm",
 }
 # Tokens at which llama.cpp stops because of their text.
-KNOWN_STOPS = {
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "</s>",
-    "<EOT>",
-}
+KNOWN_STOPS = (
+    "<|eot_id|> <|eom_id|> <|end_of_text|> <|im_end|> <|endoftext|> <|end|> <end_of_turn> </s> "
+    "<EOT>"
+).split()
 
 
 def vocabulary_fields(

@@ -14,17 +14,11 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json, token_ids, write_json
 
+# All files that a tokenizer can consist of.
 FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json"
+).split()
 
 
 def read_added_tokens(model_dir: Path, config: dict[str, Any]) -> dict[int, str]:
