@@ -16,9 +16,10 @@ import os
 import sys
 
 from minisft.chat.terminal import BYTE_ORDER_MARK
-from minisft.common.command_line import OptionParser, optional_int, positive_int, run_script
+from minisft.common.command_line import OptionParser, optional_int, positive_int
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, dtype_option
+from minisft.common.script import run_script
 
 KEPT_ON_THE_WEB = 8  # conversations whose next turn computes only what is new
 KEPT_COMPILED = 2  # of those with --compile, each of which takes the memory of a full context

@@ -12,10 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from minisft.common.command_line import run_script
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.outputs import check_output_dir, recorded_options, save_options
+from minisft.common.script import run_script
 from minisft.evaluation.options import in_bits, parse_choice_options, parse_compare_options
 
 CHOICES = ("ceval", "cmmlu", "mmlu")

@@ -15,7 +15,7 @@ A reward model (train.py --stage rm) becomes transformers' LlamaForSequenceClass
 from argparse import Namespace
 from pathlib import Path
 
-from minisft.common.command_line import QUANTIZATIONS, OptionParser, run_script
+from minisft.common.command_line import QUANTIZATIONS, OptionParser
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, dtype_option
 from minisft.common.outputs import (
@@ -24,6 +24,7 @@ from minisft.common.outputs import (
     recorded_options,
     save_options,
 )
+from minisft.common.script import run_script
 
 FILE_FORMATS = ("gguf", "gguf-lora")
 

@@ -17,9 +17,10 @@ import sys
 import time
 from collections import Counter
 
-from minisft.common.command_line import OptionParser, non_negative_int, positive_int, run_script
+from minisft.common.command_line import OptionParser, non_negative_int, positive_int
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, dtype_option
+from minisft.common.script import run_script
 
 EPILOGUE = """\
 What comes out, a line of JSON for every row of the data set:
@@ -220,7 +221,8 @@ def add_adapter(model, adapter_dir, quantization_bit):
     import torch
 
     from minisft.checkpoints.adapters import load_adapter
-    from minisft.model.lora import convert_parameters, merge_lora
+    from minisft.model.lora import merge_lora
+    from minisft.model.quantized import convert_parameters
 
     dtype = model.model.embed_tokens.weight.dtype
     load_adapter(model, adapter_dir)

@@ -400,6 +400,6 @@ def choose_by_cluster(options, inputs, rows):
 
 
 if __name__ == "__main__":
-    from minisft.common.command_line import run_script
+    from minisft.common.script import run_script
 
     run_script(main)

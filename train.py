@@ -18,10 +18,10 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from minisft.common.command_line import run_script as run_script
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.outputs import check_output_dir, save_options
+from minisft.common.script import run_script as run_script
 from minisft.training.options import can_go_on, parse_options
 
 
@@ -35,7 +35,8 @@ def load_trainable(options, model_dir, dtype, device):
     from minisft.checkpoints.reward_models import load_reward_model
     from minisft.model.config import ModelConfig
     from minisft.model.decoder import CausalLM
-    from minisft.model.lora import LoraConfig, add_lora, resume_lora
+    from minisft.model.lora import LoraConfig, add_lora
+    from minisft.model.lora_tools import resume_lora
 
     load, head = load_model, ()
     if options.stage == "rm":

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minisft.common.command_line import OptionParser, run_script  # noqa: E402
+from minisft.common.command_line import OptionParser  # noqa: E402
+from minisft.common.script import run_script  # noqa: E402
 
 BASE, DATA = ROOT / "examples/base", ROOT / "examples/data"
 QUESTIONS = 6  # how many held-out questions the conversation at the end shows

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (which comes with the first optimizer)
 
 import train  # noqa: E402
-from minisft.common.command_line import run_script  # noqa: E402
+from minisft.common.script import run_script  # noqa: E402
 
 
 def attempt(arguments):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minisft.checkpoints.adapters import save_adapter
 from minisft.checkpoints.folders import load_model, save_model
-from minisft.common.command_line import run_script
+from minisft.common.script import run_script
 from minisft.model.lora import LoraConfig, add_lora
 
 SCRIPTS = {
@@ -111,7 +111,7 @@ def no_tokenizer(folder):
 
 DAMAGES = {
     "truncated": (cut_off, "model.safetensors: damaged"),
-    "overlapping": (overlapping, "overlaps with what comes before it"),
+    "overlapping": (overlapping, "overlaps with the tensor before it"),
     "hostile index": (hostile_index, "'../model-00001-of"),
     "wrong shape": (wrong_shape, "model.norm.weight has shape [31], config.json says [32]"),
     "unknown family": (config_says(model_type="gpt2"), "model_type 'gpt2' is not supported"),

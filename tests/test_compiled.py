@@ -13,7 +13,7 @@ from minisft.generation.compiled import CompiledDecoder, next_logits
 from minisft.generation.generate import Sampling
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM, linear
+from minisft.model.decoder import CausalLM
 
 CAPACITY = 128
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -105,13 +105,6 @@ def test_more_conversations_than_are_kept_take_no_more_memory(assistants, monkey
             messages += [{"role": "assistant", "content": answers[0]},
                          {"role": "user", "content": "and?"}]
     assert len(made) == 2 and counters["stats"]["unique_graphs"] == graphs
-
-
-@torch.inference_mode()
-def test_matrices_that_onednn_multiplies_otherwise_compile_too():
-    x, weight = torch.randn(1, 256), torch.randn(1024, 256)
-    compiled = torch.compile(linear, fullgraph=True)
-    torch.testing.assert_close(compiled(x, weight, None), linear(x, weight, None))
 
 
 def test_no_room_left_is_told(assistants):

@@ -10,13 +10,7 @@ from minisft.checkpoints.folders import load_model
 from minisft.common.errors import UserError
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
-from minisft.model.decoder import (
-    CausalLM,
-    Linear,
-    attend_in_rows,
-    attend_in_rows_at_once,
-    kernel_for_rows,
-)
+from minisft.model.decoder import CausalLM
 from minisft.model.rotary import rotary_frequencies
 
 SMALL = {
@@ -73,7 +67,7 @@ def reference(content, directory):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2, window", "qwen3"])
 def test_packed_rows_do_not_see_each_other(name, tmp_path):
-    """transformers' logits of each row alone, out of one packed row; windows included."""
+    """A pack gives the logits that transformers gives for each row alone, also with windows."""
     content = {**SMALL, **VARIANTS[name]}
     theirs = reference(content, tmp_path)
     ours, lengths = load_model(tmp_path), [30, 1, 7, 41]
@@ -82,7 +76,7 @@ def test_packed_rows_do_not_see_each_other(name, tmp_path):
     actual = ours.logits(ours(tokens, lengths=lengths))
     expected = [theirs(row).logits for row in tokens.split(lengths, dim=1)]
     torch.testing.assert_close(actual, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
-    assert (actual - ours.logits(ours(tokens))).abs().max() > 0.1  # as if it were one text
+    assert (actual - ours.logits(ours(tokens))).abs().max() > 0.1  # as a single text
 
 
 @torch.no_grad()
@@ -197,7 +191,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model.model.gradient_checkpointing = on
         model.zero_grad()
         model(tokens).square().sum().backward()
-        gradients.append([one.grad.clone() for one in model.model.parameters()])
+        gradients.append([parameter.grad.clone() for parameter in model.model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
 
@@ -230,56 +224,3 @@ def test_published_greedy_text(shared_data):
             ids.append(int(best))
             tokens = best[None]
     assert ids[-256:] == expected[-256:]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (8, 1), (2, 40), (5, 40)])
-def test_few_rows_are_multiplied_by_onednn(rows, bias):
-    """Linear equals torch's, in value and layout, with and without the shortcut."""
-    torch.manual_seed(0)
-    layer, x = Linear(512, 768, bias=bias), torch.randn(*rows, 512)
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        actual = layer(x)
-    assert actual.is_contiguous()
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    used = any("_linear_pointwise" in event.name for event in profile.events())
-    assert used == (rows[0] * rows[1] <= 64 and torch.backends.mkldnn.is_available())
-
-
-def test_the_shortcut_keeps_out_of_autocast_and_half_precision():
-    layer, x = Linear(512, 768), torch.randn(1, 512)
-    with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16
-        assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-    assert layer.float()(x.requires_grad_()).requires_grad
-
-
-def varlen_by_rows(q, k, v, bounds, bounds_k, longest, longest_k, window_size, enable_gqa):
-    """What torch documents of varlen_attn: rows (T, heads, d) one after another, a left window."""
-    assert enable_gqa and bounds.dtype == torch.int32 and longest == bounds.diff().max()
-    rows = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        near = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-        if window_size[0] >= 0:
-            near = near.triu(-window_size[0])
-        parts = (one[start:end].transpose(0, 1) for one in (q, k, v))
-        rows.append(torch.nn.functional.scaled_dot_product_attention(
-            *parts, attn_mask=near, enable_gqa=True).transpose(0, 1))
-    return torch.cat(rows)
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_rows_of_a_pack_at_once(window, monkeypatch):
-    """The GPU's way through a pack hands over what the CPU's way does row by row."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_rows)
-    torch.manual_seed(0)
-    lengths = [3, 9, 1, 5]
-    q, k, v = (torch.randn(1, heads, sum(lengths), 16) for heads in (4, 2, 2))
-    masks = [torch.ones(n, n, dtype=torch.bool).tril().triu(1 - (window or n)) for n in lengths]
-    expected = attend_in_rows(q, k, v, lengths, masks)
-    bounds = torch.tensor([0, 3, 12, 13, 18], dtype=torch.int32)
-    actual = attend_in_rows_at_once(
-        q, k, v, kernel_for_rows(), bounds, 9, -1 if window is None else window - 1)
-    torch.testing.assert_close(actual, expected)

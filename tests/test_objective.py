@@ -1,4 +1,4 @@
-"""The loss: equal to a plain computation, and its gradient independent of how a step is split."""
+"""The loss: equal to a plain computation; the gradient does not depend on the split of a step."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,8 @@ from minisft.data.encoding import Example, encode_texts
 from minisft.model import loss
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.model.loss import next_token_loss, token_losses
+from minisft.model.loss import next_token_loss, token_losses, token_losses_in_chunks
+from minisft.model.memory_saving_loss import token_losses_frozen_head, token_losses_trained_head
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
@@ -28,7 +29,7 @@ def new_model():
 
 
 def ragged_examples(count, seed=0):
-    """Rows of 3 to 40 tokens of which the last few are learned: counts differ much."""
+    """Rows of 3 to 40 tokens with different numbers of supervised tokens at the end."""
     generator = torch.Generator().manual_seed(seed)
     examples = []
     for length in torch.randint(3, 40, (count,), generator=generator).tolist():
@@ -39,7 +40,7 @@ def ragged_examples(count, seed=0):
 
 
 def test_equals_masked_cross_entropy():
-    """The loss, its gradient and the count of tokens."""
+    """The loss, its gradient and the number of tokens."""
     model = new_model()
     tokens, supervised, _ = collate(ragged_examples(5))
     loss, count = next_token_loss(model, tokens, supervised)
@@ -66,7 +67,7 @@ def step_gradients(examples, batch_size, frozen_head=False):
 
 
 def test_gradient_does_not_depend_on_the_split():
-    """8 x 1, 4 x 2, 1 x 8 and 3 x 3 on ragged rows: one step, one gradient."""
+    """Batches of 1, 3, 4 and 8 ragged rows: one step, one gradient."""
     examples = ragged_examples(8)
     expected = step_gradients(examples, 8)
     for batch_size in (4, 1, 3):
@@ -76,7 +77,7 @@ def test_gradient_does_not_depend_on_the_split():
 
 
 def test_mean_of_means_would_differ():
-    """The rows above can tell the right normalisation from the common wrong one."""
+    """These rows can tell the right normalisation from the common wrong one."""
     examples, model = ragged_examples(8), new_model()
     means = []
     for example in examples:
@@ -88,7 +89,7 @@ def test_mean_of_means_would_differ():
 
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 7, 50, 1024])
-def test_chunks_and_a_frozen_head_change_nothing(chunk_size, frozen_head, monkeypatch):
+def test_the_gradient_does_not_depend_on_chunks(chunk_size, frozen_head, monkeypatch):
     examples = ragged_examples(8)
     expected = step_gradients(examples, 8)
     monkeypatch.setattr(loss, "chunk_size", lambda vocab_size: chunk_size)
@@ -100,27 +101,50 @@ def test_chunks_and_a_frozen_head_change_nothing(chunk_size, frozen_head, monkey
 
 
 @pytest.mark.parametrize("vocab_size", [96, 8000, 128256, 2**21])
-def test_as_many_logits_at_a_time_for_any_vocabulary(vocab_size):
+def test_a_chunk_has_as_many_logits_for_any_vocabulary(vocab_size):
     rows = loss.chunk_size(vocab_size)
     assert rows % 64 == 0 and rows >= 64
     assert rows == 64 or rows * vocab_size <= loss.CHUNK_LOGITS < (rows + 64) * vocab_size
 
 
-def test_tokens_may_weigh_differently():
-    """What a preference asks for: a gradient for every token's loss, not only for their sum."""
+@pytest.mark.parametrize("size", [7, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_memory_saving_losses_equal_the_plain_ones(frozen_head, dtype, size):
+    """Equal values, gradients and types, where every token has a weight of its own."""
+    generator = torch.Generator().manual_seed(1)
+    states, weights = (torch.randn(*shape, generator=generator) for shape in ((30, 32), (30,)))
+    targets = torch.randint(0, 96, (30,), generator=generator)
+    head = torch.nn.Linear(32, 96, bias=False).to(dtype).requires_grad_(not frozen_head)
+    fast = token_losses_frozen_head if frozen_head else token_losses_trained_head
+    results = []
+    for function in (fast, token_losses_in_chunks):
+        given = states.to(dtype).requires_grad_()
+        losses = function(head, given, targets, size)
+        trained = [given, *(parameter for parameter in head.parameters() if not frozen_head)]
+        results.append([losses, *torch.autograd.grad((losses * weights).sum(), trained)])
+        assert losses.dtype == torch.float32
+    (losses, *gradients), (plain_losses, *plain_gradients) = results
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-6, atol=1e-6)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {
+        "rtol": 2e-2, "atol": 1e-2}
+    torch.testing.assert_close(gradients, plain_gradients, **tolerance)
+
+
+def test_losses_without_gradients_are_the_same():
     model, (tokens, supervised, _) = new_model(), collate(ragged_examples(8))
-    weights = torch.randn(int(supervised[:, 1:].sum()), generator=torch.Generator().manual_seed(1))
-    gradients = []
-    for frozen in (False, True):
-        model.lm_head.requires_grad_(not frozen)
-        hidden = model(tokens)[:, :-1][supervised[:, 1:]]
-        losses = token_losses(model.logits, hidden, tokens[:, 1:][supervised[:, 1:]])
-        gradients.append(torch.autograd.grad((losses * weights).sum(), hidden)[0])
-    torch.testing.assert_close(gradients[1], gradients[0])
+    hidden = model(tokens)[:, :-1][supervised[:, 1:]].detach()
+    arguments = (model.logits, hidden, tokens[:, 1:][supervised[:, 1:]])
+    with torch.no_grad():
+        plain = token_losses(*arguments)
+    assert not plain.requires_grad
+    torch.testing.assert_close(token_losses(*arguments), plain)
 
 
-def test_no_logits_for_prompts_and_padding():
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_no_logits_for_prompts_and_padding(frozen_head):
     model, seen = new_model(), []
+    model.lm_head.requires_grad_(not frozen_head)
 
     def logits(hidden):
         seen.append(len(hidden))
@@ -147,7 +171,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones():
 
 
 def test_texts_in_packed_blocks_have_the_losses_they_have_alone(monkeypatch):
-    """--stage pt --packing: of every token, in blocks of several texts and parts of long ones."""
+    """--stage pt --packing: in blocks of several texts, and of parts of long texts."""
     draw, model, seen = random.Random(0), new_model(), []
     letters = SimpleNamespace(bos_token_id=0, add_bos_token=True, eos_token_id=1, encode=lambda
                               text: [3 + ord(letter) % 90 for letter in text])
@@ -176,7 +200,7 @@ def packs(count):
 
 
 def count_graphs(model, batches):
-    """(the losses and gradients of the batches, how many graphs were compiled for them)."""
+    """(losses and gradients of the batches, the number of graphs compiled for them)."""
     counts = torch._dynamo.utils.counters
     counts.clear()
     results = []
@@ -190,23 +214,22 @@ def count_graphs(model, batches):
 
 @pytest.mark.parametrize("kernel", [False, True])
 def test_packs_of_any_shape_are_compiled_as_one(kernel, monkeypatch):
-    """One graph for the first pack, one for all others; on a GPU by the kernel for ragged rows."""
+    """One graph for the first pack, one for all others; with masks, and with the GPU kernel."""
     torch._dynamo.reset()
     plain, compiled = new_model(), new_model()
     batches = packs(8)
     expected, none = count_graphs(plain, batches)
     if kernel:
-        monkeypatch.setattr("minisft.model.decoder.has_kernel_for_rows", lambda x: True)
+        monkeypatch.setattr("minisft.model.packed_attention.has_kernel", lambda x: True)
         varlen_on_the_cpu()
-    for layer in compiled.model.layers:
-        layer.compile(backend="aot_eager")
+    compiled.model.compile_layers(backend="aot_eager")
     actual, graphs = count_graphs(compiled, batches)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert none == 0 and 0 < graphs <= 2
 
 
 def varlen_on_the_cpu():
-    """Teach torch's operators for ragged rows, as the compiler sees them, to compute on the CPU."""
+    """Give torch's operators for rows of different lengths an implementation on the CPU."""
     from torch.nn.attention import varlen
 
     def attend(q, k, v, bounds):
@@ -232,7 +255,7 @@ def varlen_on_the_cpu():
 
 
 def test_batch_without_supervised_tokens():
-    """Exactly zero, and connected to every parameter, as averaging over processes needs."""
+    """Exactly zero, and connected to every parameter, as DDP needs it."""
     model = new_model()
     tokens, supervised, _ = collate(ragged_examples(2))
     loss, count = next_token_loss(model, tokens, torch.zeros_like(supervised))
@@ -243,7 +266,7 @@ def test_batch_without_supervised_tokens():
 
 
 def test_padding_with_the_end_token_keeps_the_end_supervised():
-    """Padding is told by position: a real token with the id of padding is learned like any."""
+    """Padding is known by its place: a real token with the id of padding is learned."""
     model = new_model()
     ids = torch.tensor([5, 6, 0, 0], dtype=torch.int32).numpy()
     example = Example(ids, torch.tensor([False, True, True, True]).numpy())

@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import command
 
-from minisft.common.command_line import OptionParser, run_script
+from minisft.common.command_line import OptionParser
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.flag_names import OTHER_NAMES
 from minisft.common.model_flags import add_model_flags, dtype_option
 from minisft.common.outputs import check_output_dir, save_options
+from minisft.common.script import run_script
 
 
 def new_parser():
@@ -45,7 +46,7 @@ def test_recipe_and_command_line(tmp_path):
     assert options.names == "x,y" and options.model_name_or_path == "m"
 
 
-def test_home_is_found_where_no_shell_has_put_it(tmp_path, monkeypatch):
+def test_home_folder_in_recipes_and_after_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('model_name_or_path = "~/m"\nnames = "a~/b"\n')
@@ -55,7 +56,7 @@ def test_home_is_found_where_no_shell_has_put_it(tmp_path, monkeypatch):
         "/home/someone/n")
 
 
-def test_names_of_other_tools_lead_to_flags_that_there_are():
+def test_names_of_other_tools_lead_to_existing_flags():
     flags, scripts = set(), ("train", "score", "export", "chat")
     for script in scripts:
         flags |= set(re.findall(r"--(\w+)", command("--help", script=f"{script}.py").stdout))
@@ -65,9 +66,46 @@ def test_names_of_other_tools_lead_to_flags_that_there_are():
     assert "num_epochs" in theirs and not {"lora_rank", "seed"} & set(theirs)
 
 
+def test_given_flags_are_known_also_at_their_default(tmp_path):
+    parser, recipe = new_parser(), tmp_path / "recipe.toml"
+    recipe.write_text('model_name_or_path = "m"\nnames = "a"\nplot_loss = true\n')
+    assert parser.given(parser.parse_options([*MODEL, "--lora_rank", "8"])) == {
+        "model_name_or_path", "lora_rank"}
+    options = parser.parse_options(["--config", str(recipe)])
+    assert parser.given(options) == {"config", "model_name_or_path", "names", "plot_loss"}
+    options = parser.parse_options(["--config", str(recipe), "--plot_loss", "false"])
+    assert "plot_loss" not in parser.given(options)
+
+
+def test_a_record_has_given_only_what_is_not_a_default(tmp_path):
+    parser = new_parser()
+    options = parser.parse_options([*MODEL, "--learning_rate", "1", "--lora_rank", "8"])
+    for name in ("options.toml", "copied.toml"):
+        save_options(options, tmp_path / name)
+        again = parser.parse_options(["--config", str(tmp_path / name), "--names", "a"])
+        assert parser.given(again) == {"config", "model_name_or_path", "learning_rate", "names"}
+
+
+def test_all_unknown_names_are_reported_at_once(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("lora_rnk = 4\nsomething = 1\nlora_rank = 2\n")
+    with pytest.raises(UserError) as caught:
+        new_parser().parse_options(
+            ["--config", str(recipe), "--do_train", "--lr=3", "--names", "x"])
+    assert str(caught.value) == (
+        f"unknown flags --do_train, --lr (did you mean --learning_rate?); {recipe}: unknown "
+        "options lora_rnk (did you mean lora_rank?), something (see --help)")
+    with pytest.raises(UserError, match="--a, --b must be given"):
+        parser = OptionParser()
+        add, _ = parser.section("numbers")
+        for name in ("--a", "--b"):
+            add(name, required=True, help="a number")
+        parser.parse_options([])
+
+
 @pytest.mark.parametrize(("text", "message"), [
-    ("lora_rnk = 4", "did you mean --lora_rank"),
-    ("load_in_4bit = true", "did you mean --quantization_bit"),
+    ("lora_rnk = 4", "unknown option lora_rnk .did you mean lora_rank"),
+    ("load_in_4bit = true", "did you mean quantization_bit"),
     ('lora_rank = "many"', "lora_rank"),
     ('dtype = "float8"', "float32"),
     ("plot_loss = 5", "true nor false"),
@@ -84,7 +122,7 @@ def test_bad_recipes(text, message, tmp_path):
     ([*MODEL, "--lora_rnk", "4"], "did you mean --lora_rank"),
     ([*MODEL, "--lora_r", "4"], "did you mean --lora_rank"),
     ([*MODEL, "--torch-dtype=bfloat16"], "did you mean --dtype"),
-    ([*MODEL, "--do_train"], "unknown flag --do_train$"),
+    ([*MODEL, "--do_train"], "unknown flag --do_train .see --help.$"),
     ([*MODEL, "--lora_rank", "many"], "many"),
     ([*MODEL, "--dtype", "float8"], "float8"),
     ([*MODEL, "stray"], "stray"),
@@ -150,17 +188,17 @@ def failing(error):
     (UserError("a\nb\x1b[2J \ud83d 中文"), 2, r"error: a\nb\x1b[2J \ud83d 中文" + "\n"),
     (FileNotFoundError(2, "No such file", "x.json"), 2, "error: x.json: No such file\n"),
     (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
-    (MemoryError(), 2, "error: out of memory: use smaller batches, or a smaller model\n"),
+    (MemoryError(), 2, "error: out of memory: use smaller batches or a smaller model\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
 ])
-def test_failures_in_one_line(error, status, said, capsys):
+def test_user_errors_take_one_line(error, status, said, capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(failing(error))
     assert (ended.value.code, capsys.readouterr().err) == (status, said)
 
 
-def test_a_fault_of_the_program_shows_where(capsys, monkeypatch):
-    """So does a mistake of the user with --debug."""
+def test_a_bug_shows_its_traceback(capsys, monkeypatch):
+    """A mistake of the user does so with --debug."""
     for error, status, words in ((ZeroDivisionError(), 1, []), (UserError(), 2, ["--debug"])):
         monkeypatch.setattr("sys.argv", ["train.py", *words])
         with pytest.raises(SystemExit) as ended:
@@ -170,7 +208,7 @@ def test_a_fault_of_the_program_shows_where(capsys, monkeypatch):
         assert "in main" in shown
 
 
-def test_out_of_memory_is_told_in_one_line(capsys):
+def test_out_of_memory_takes_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: torch.empty(2**60))
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: ")

@@ -1,8 +1,9 @@
-"""Several processes under torchrun: when one fails, one says why and all end.
+"""Several processes under torchrun: when one fails, one process prints why and all end.
 
-That 1, 2 and 3 processes train alike is in test_train.py.
+test_train.py checks that 1, 2 and 3 processes train alike.
 """
 
+import sys
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import ROOT, command
 
 from minisft.common import failure
 
-# The first is found before the processes have met, the second after.
+# The first fails before the processes join, the second after.
 MISTAKES = {"--lora_rnk": "did you mean --lora_rank",
             "--dataset": "nowhere.json: there is no such file"}
 
@@ -27,12 +28,12 @@ def torchrun(processes, *arguments, script="train.py"):
 
 
 @pytest.mark.parametrize("flag", MISTAKES)
-def test_a_mistake_is_told_once(flag, flags, tmp_path):
+def test_a_mistake_is_printed_once(flag, flags, tmp_path):
     done = torchrun(2, *flags, flag, "nowhere.json")
     assert done.stdout.count("error: ") + done.stderr.count("error: ") == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert MISTAKES[flag] in line
-    # torchrun has a status of its own; it shows that of the process which told.
+    # torchrun has a status of its own; it shows that of the process that printed.
     assert done.returncode == 1 and "exitcode  : 2 " in done.stderr.partition("Root Cause")[2]
     assert done.stderr.count("Traceback") == 1  # torchrun's
     assert not (tmp_path / "out").exists()
@@ -42,17 +43,17 @@ CRASHES = """
 import sys, time
 sys.path.insert(0, {root!r})
 import train
-from minisft.common import processes as parallel
+from minisft.common import processes
 
 train_step = train.train_step
 
 def step(run, batches):
-    if run.progress.step == 2 and parallel.rank() == 0:
-        while True:  # as if inside a library: no signal is acted on, no broken connection seen
+    if run.progress.step == 2 and processes.rank() == 0:
+        while True:  # as if inside a library, where signals and lost connections do not reach it
             time.sleep(1)
-    if run.progress.step == 2 and parallel.rank() == 1:
-        raise ZeroDivisionError("one has crashed")
-    return train_step(run, batches)  # here process 2 waits for the others
+    if run.progress.step == 2 and processes.rank() == 1:
+        raise ZeroDivisionError("rank 1 has crashed")
+    return train_step(run, batches)  # rank 2 waits here for the others
 
 train.train_step = step
 train.run_script(train.main)
@@ -60,13 +61,13 @@ train.run_script(train.main)
 
 
 def test_a_crash_ends_all_at_once(flags, tmp_path):
-    """One process crashes, one waits for it in a reduction, one is where nothing reaches it."""
+    """Rank 1 crashes, rank 2 waits for it in an all-reduce, rank 0 cannot be reached."""
     script = tmp_path / "crashes.py"
     script.write_text(CRASHES.format(root=str(ROOT)))
     done = torchrun(3, *flags, script=script)
     ended = time.time()
     assert done.returncode == 1
-    assert done.stderr.count("ZeroDivisionError: one has crashed") == 1
+    assert done.stderr.count("ZeroDivisionError: rank 1 has crashed") == 1
     assert done.stderr.count("Traceback") == 2  # of the crash, and torchrun's
     assert "rank      : 1" in done.stderr.partition("Root Cause")[2]
     # torchrun would have waited half a minute for process 0, and then killed it.
@@ -74,14 +75,29 @@ def test_a_crash_ends_all_at_once(flags, tmp_path):
     assert ended - (tmp_path / "out" / "options.toml").stat().st_mtime < 25
 
 
-def test_the_first_to_fail_speaks(tmp_path, monkeypatch):
-    assert failure.claim() and failure.claim()  # alone, whenever it fails
-    with pytest.raises(SystemExit, match="2"):
-        failure.leave(2)
+def status_of_failing(reason, printed):
+    """The exit status of a process that fails for this reason; printed collects the reasons."""
+    with pytest.raises(SystemExit) as ended:
+        failure.fail(lambda: printed.append(reason) or 2)
+    return ended.value.code
+
+
+def test_only_the_first_process_to_fail_prints_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("os._exit", sys.exit)
+    printed = []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
-        assert failure.claim() == (rank == 0)
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "removed" / "0" / "error.json"))
-    assert failure.claim()  # where there is nowhere to agree
-    failure.told()
+        assert status_of_failing(rank, printed) == (2 if rank == 0 else 1)
+    assert printed == [0]
+
+
+@pytest.mark.parametrize("error_file", [None, "removed/0/error.json"])
+def test_processes_that_share_no_file_all_print_their_reason(error_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    if error_file:
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / error_file))
+    printed = []
+    assert [status_of_failing(rank, printed) for rank in range(2)] == [2, 2]
+    assert printed == [0, 1]

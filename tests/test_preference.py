@@ -26,7 +26,8 @@ from minisft.common.errors import UserError
 from minisft.data import batching, encoding
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LoraConfig, add_lora, frozen_copy
+from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.lora_tools import frozen_copy
 from minisft.model.reward import RewardModel
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer

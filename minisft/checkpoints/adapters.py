@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minisft.checkpoints.folders import REWARD_MODEL_HINT, remove_other_weights
+from minisft.checkpoints.folders import REWARD_MODEL_HINT, gather_tensors, remove_other_weights
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, is_number, read_json, write_json
@@ -24,17 +24,9 @@ from minisft.common.tensor_files import (
     shorten_list,
     write_safetensors,
 )
-from minisft.model.decoder import CausalLM
-from minisft.model.lora import (
-    LINEAR_TYPES,
-    SAVEABLE_MODULES,
-    LoraConfig,
-    LoRALinear,
-    freeze,
-    train_fully,
-    wrap_linear,
-)
-from minisft.model.reward import RewardModel
+from minisft.model.lora import LINEAR_TYPES, LoraConfig, LoRALinear, wrap_linear
+from minisft.model.modules_to_save import SAVEABLE_MODULES, train_fully
+from minisft.model.reward import Model
 
 PEFT_PREFIX = "base_model.model."
 # Options of PEFT that change what an adapter computes, and that we do not compute.
@@ -47,7 +39,7 @@ PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(
-    model: CausalLM | RewardModel,
+    model: Model,
     output_dir: str | Path,
     config: LoraConfig,
     base_model: str | Path,
@@ -56,10 +48,11 @@ def save_adapter(
     """Write the adapter of a model. All ranks call it, and rank 0 writes."""
     trained = [f"{SAVEABLE_MODULES[name]}.weight" for name in config.modules_to_save]
     tensors = {
-        PEFT_PREFIX + name: processes.gather_to_rank0(tensor, dtype)
+        PEFT_PREFIX + name: tensor
         for name, tensor in model.state_dict().items()
         if ".lora_" in name or name in trained
     }
+    tensors = gather_tensors(tensors, dtype)
     if processes.rank() != 0:
         return
     output_dir = Path(output_dir)
@@ -100,9 +93,7 @@ def _target_modules(model: nn.Module, adapted: Mapping[str, int]) -> list[str]:
     return sorted(adapted if not_adapted else short_names)
 
 
-def load_adapter(
-    model: CausalLM | RewardModel, adapter_dir: str | Path, dropout: float = 0.0
-) -> LoraConfig:
+def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) -> LoraConfig:
     """Wrap a model with the adapter in a PEFT folder, in place and frozen.
 
     The tensors themselves say which modules are adapted, and with what rank. dropout: for training
@@ -111,7 +102,7 @@ def load_adapter(
     adapter_dir = Path(adapter_dir)
     config = replace(_read_config(adapter_dir / ADAPTER_CONFIG), dropout=dropout)
     stored = adapter_tensors(adapter_dir)
-    freeze(model)
+    model.requires_grad_(False)
     if "score" in config.modules_to_save and not hasattr(model, "score"):
         raise UserError(f"{adapter_dir}: {REWARD_MODEL_HINT}")
     train_fully(model, config.modules_to_save)

@@ -31,13 +31,13 @@ from minisft.gguf import unpack
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import QuantizedLinear
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model, RewardModel
 
 # The files of the formats that we write. A folder holds one format.
 WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 REWARD_MODEL_HINT = "it is a reward model, for score.py --mode reward, and cannot write text"
 
-Model = TypeVar("Model", CausalLM, RewardModel)
+M = TypeVar("M", CausalLM, RewardModel)
 
 
 # Loading
@@ -61,8 +61,8 @@ def load_model(
 
 
 def open_model(
-    path: str | Path, build: Callable[[ModelConfig], Model]
-) -> tuple[Model, dict[str, StoredTensor]]:
+    path: str | Path, build: Callable[[ModelConfig], M]
+) -> tuple[M, dict[str, StoredTensor]]:
     """(a model on the meta device, {name: StoredTensor}), after all checks and before any reading.
 
     build: CausalLM or RewardModel.
@@ -145,7 +145,7 @@ def load_weights(
 
 
 def save_model(
-    model: CausalLM | RewardModel,
+    model: Model,
     output_dir: str | Path,
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
@@ -170,7 +170,7 @@ def save_model(
         check_free_space(output_dir, sum(sizes.values()))
     weight_map = {}
     for file_name, names in zip(file_names, shards, strict=True):
-        shard = {name: processes.gather_to_rank0(tensors[name], dtype) for name in names}
+        shard = gather_tensors({name: tensors[name] for name in names}, dtype)
         weight_map |= dict.fromkeys(names, file_name)
         if is_rank0:
             write_safetensors(shard, output_dir / file_name)
@@ -185,6 +185,18 @@ def save_model(
     config.pop("torch_dtype", None)  # the old name of dtype
     config["dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_json(config, output_dir / "config.json")
+
+
+def gather_tensors(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """The full tensors on rank 0, nothing on other ranks. All ranks call it."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = processes.gather_to_rank0(tensor, dtype)
+        if full is not None:
+            gathered[name] = full
+    return gathered
 
 
 def _split_into_shards(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:

@@ -12,8 +12,7 @@ from torch import nn
 from minisft.checkpoints.adapters import adapter_tensors
 from minisft.checkpoints.folders import load_weights, open_model, stored_tensors
 from minisft.common.errors import UserError
-from minisft.model.decoder import CausalLM
-from minisft.model.reward import RewardModel, new_head
+from minisft.model.reward import Model, RewardModel, new_head
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -50,9 +49,7 @@ def check_head(path: str | Path, adapter_dir: str | Path | None = None) -> None:
         )
 
 
-def choose_padding(
-    model: CausalLM | RewardModel, tokenizer: Tokenizer, stop_ids: Collection[int]
-) -> None:
+def choose_padding(model: Model, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
     """Give config.json a padding token that does not end a conversation.
 
     transformers scores a conversation at the last token that is not padding.

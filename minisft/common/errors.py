@@ -1,6 +1,6 @@
 """Errors that a user can fix."""
 
-# A hostile file may hold a name of a million letters.
+# A hostile file may contain a name of a million letters.
 MAX_MESSAGE_LENGTH = 2000
 
 
@@ -8,7 +8,7 @@ class UserError(ValueError):
     """A mistake the user can fix. The message says what is wrong, where, and what to do."""
 
     def __str__(self) -> str:
-        """The message on one line, without control characters, whatever it quotes from a file."""
+        """The message on one line, shortened, with control characters escaped."""
         text = super().__str__()
         if len(text) > MAX_MESSAGE_LENGTH:
             half = MAX_MESSAGE_LENGTH // 2

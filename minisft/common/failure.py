@@ -1,79 +1,80 @@
-"""When one of the processes under torchrun fails: one of them says why, and all end.
+"""A failing run under torchrun: one process prints the reason, then all processes end.
 
-    if not claim():
-        give_way()
-    print("error: ...", file=sys.stderr)
-    told()
-    leave(2)
+    fail(print_reason)              # called by the process that failed
+    exit_when_another_fails()       # called by all processes at the start
 
-A mistake in the options is found by every process at once, a broken connection by those that are
-left when one has crashed; either should be read once. torchrun gives each process the name of a
-file, RUN/RANK/error.json, in a folder that it makes and removes; the processes of this machine
-agree by a file there. Without torchrun, every process speaks for itself.
+A mistake in the options fails in every process at once, and a lost connection fails in every
+process that is left. The user should read the reason once. torchrun gives each process the path
+RUN/RANK/error.json in a temporary folder. The processes of a machine share one more file there:
+
+    RUN/minisft_failure exists          a process has failed and is printing its reason
+    RUN/minisft_failure has content     the reason is printed; all other processes end
+
+torch's own recording of errors (`elastic.multiprocessing.errors.record`) does not replace this.
+It prints a traceback for a mistake in the options, and it cannot end a process that waits for the
+others inside a library.
 """
 
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
-def claim():
-    """Whether this process is the first to fail of those on this machine, and is to say why."""
-    path = _file()
-    if path is None:
-        return True
+def fail(print_reason: Callable[[], int]) -> NoReturn:
+    """End this process. The first process to fail calls `print_reason`, which returns the status.
+
+    Without torchrun every process prints its own reason.
+    """
+    shared = _shared_file()
+    if shared is None:
+        sys.exit(print_reason())
     try:
-        path.open("x").close()
+        shared.open("x").close()
     except FileExistsError:
-        return False
-    except OSError:  # nowhere to agree: better said twice than never
+        _exit_after_the_first(shared)
+    except OSError:  # nothing is shared: better printed twice than never
         pass
-    return True
+    status = print_reason()
+    if shared.exists():
+        shared.write_text(str(os.getpid()))
+    _exit_now(status)
 
 
-def told():
-    """The reason has been said: the other processes may end."""
-    path = _file()
-    if path and path.exists():
-        path.write_text(str(os.getpid()))
+def exit_when_another_fails() -> None:
+    """Start a thread that ends this process when another one has failed.
+
+    The main thread may be waiting for that process inside a library, where neither signals nor
+    exceptions reach it.
+    """
+    if shared := _shared_file():
+        threading.Thread(target=_watch, args=(shared,), daemon=True).start()
 
 
-def leave(status):
-    """End this process; under torchrun at once, without the exit in order, which may wait."""
-    if _file() is None:
-        sys.exit(status)
+def _watch(shared: Path) -> None:
+    while not (shared.exists() and shared.read_text() not in ("", str(os.getpid()))):
+        time.sleep(0.5)
+    _exit_after_the_first(shared)
+
+
+def _exit_after_the_first(shared: Path) -> NoReturn:
+    deadline = time.monotonic() + 10
+    while shared.exists() and not shared.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)  # torchrun names the process that ends first as the root cause
+    _exit_now(1)
+
+
+def _exit_now(status: int) -> NoReturn:
+    """End without the usual clean-up, which may wait for other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def give_way():
-    """End this process, which is not the first to fail, after that one."""
-    path, tries = _file(), 100
-    while tries and path.exists() and not path.read_text():
-        tries -= 1
-        time.sleep(0.1)
-    time.sleep(1)  # torchrun names the one that ends first as the cause
-    leave(1)
-
-
-def end_with_others():
-    """From now on end this process, wherever it is, when another one has failed and said why.
-
-    It may be waiting for that one inside a library, where neither signals nor errors reach it.
-    """
-    if path := _file():
-        threading.Thread(target=_watch, args=(path,), daemon=True).start()
-
-
-def _watch(path):
-    while not (path.exists() and path.read_text() not in ("", str(os.getpid()))):
-        time.sleep(0.5)
-    give_way()
-
-
-def _file():
+def _shared_file() -> Path | None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(path).parent.parent / "minisft_failure" if path else None

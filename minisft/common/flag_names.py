@@ -1,13 +1,14 @@
-"""What other tools call the flags of these scripts, so that an error can name the one meant.
+"""The flag that a misspelt or foreign name stands for.
 
-    meant("max_seq_length", ["cutoff_len", "seed"])     # "; did you mean --cutoff_len?"
+    nearest_flag("max_seq_length", ["cutoff_len", "seed"])     # "cutoff_len"
 
-No flag has a second name: who writes another tool's is told ours.
+No flag has a second name. The error for another tool's name gives ours.
 """
 
 import difflib
+from collections.abc import Collection
 
-# Ours -> what transformers, trl, peft, LLaMA-Factory, Axolotl, llama.cpp and others call it.
+# Our flag -> its names in transformers, trl, peft, LLaMA-Factory, Axolotl, llama.cpp and others.
 OTHER_NAMES = {
     "model_name_or_path": "model model_name model_path model_dir base_model pretrained",
     "adapter": "adapter_name_or_path adapter_path adapter_dir lora lora_path lora_weights "
@@ -46,11 +47,11 @@ OTHER_NAMES = {
 }
 
 
-def suggest_flag(name, flags):
-    """ "; did you mean --FLAG?" with the one of the `flags` that is meant; "" where none is near."""
-    for ours, theirs in OTHER_NAMES.items():
-        if name in theirs.split() and ours in flags:
-            return f"; did you mean --{ours}?"
-    # A flag that means something else helps less than none, so only what is nearly the same.
+def nearest_flag(name: str, flags: Collection[str]) -> str | None:
+    """The flag among `flags` that `name` stands for; None if no flag is near enough."""
+    for ours, others in OTHER_NAMES.items():
+        if ours in flags and name in others.split():
+            return ours
+    # A wrong guess is worse than none, so the names must be nearly the same.
     near = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
-    return f"; did you mean --{near[0]}?" if near else ""
+    return near[0] if near else None

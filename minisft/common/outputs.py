@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from minisft.common.command_line import read_toml
 from minisft.common.errors import UserError
+from minisft.common.toml_files import RECORD_HEADER, read_toml
 
 # Options of one invocation: how to write, and where to resume from.
 UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
@@ -106,6 +106,7 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, *inputs: str | Pat
 def save_options(options: Namespace, path: str | Path) -> None:
     """Write the resolved options as TOML, so that `--config` can repeat the run."""
     with atomic_write(path) as file:
+        file.write(RECORD_HEADER)
         for name, value in sorted(vars(options).items()):
             if name not in UNRECORDED and value is not None:
                 # JSON strings, numbers, lists and booleans are also TOML.

@@ -1,90 +1,102 @@
-"""Several processes under torchrun: who am I, sums over all, gradients averaged by DDP.
+"""The processes that torchrun started: ranks, collective operations, DDP.
 
     torchrun --nproc_per_node 2 train.py ...
 
-A model that each process holds only a part of is made in fsdp.py; what others need of it is here.
+Every process is a rank, numbered from 0. All functions also work in a single process without
+torchrun: it is rank 0 of 1. All ranks must call a collective operation, in the same order.
+Sharded models are built in training/fsdp.py; what other modules need for them is here.
 """
 
 import contextlib
 import inspect
 import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minisft.common import failure
 from minisft.common.errors import UserError
 
-# How long one process may keep the others waiting: large checkpoints are written by the first.
-PATIENCE = timedelta(hours=2)
+# How long ranks wait for each other. Rank 0 alone writes large checkpoints.
+TIMEOUT = timedelta(hours=2)
 
 
-def start(device, kind="ddp"):
-    """Join the processes that torchrun started; returns this process's device.
+def start(device: torch.device, kind: str = "ddp") -> torch.device:
+    """Join the processes that torchrun started; returns this rank's device.
 
-    From then on all end when one fails. UserError where there is no GPU left for this one, or
-    where it is alone and the model is to be sharded (kind "fsdp").
+    From here on, all ranks end when one fails. UserError if this rank has no GPU, or if there is
+    only one rank and kind is "fsdp".
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         if kind == "fsdp":
             raise UserError(
-                "--parallel fsdp shards the model over processes, and there is only "
-                "one: start several with torchrun, or give --parallel ddp"
+                "--parallel fsdp shards the model over several processes, but there is only one. "
+                "Start more with torchrun, or use --parallel ddp."
             )
         return device
-    failure.end_with_others()
+    failure.exit_when_another_fails()
     if device.type == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(f"--nproc_per_node: more processes than the {count} GPUs here")
-        device = torch.device("cuda", local)
+        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise UserError(f"--nproc_per_node: more processes than GPUs ({num_gpus})")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return device
 
 
-def stop():
+def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def rank():
-    """Number of this process, from 0."""
+def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def print_rank0(text):
-    """Print, in the first process only."""
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print_rank0(text: str) -> None:
+    """Print on rank 0 only."""
     if rank() == 0:
         print(text, flush=True)
 
 
-def world_size():
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def launch_command():
-    """The words before `train.py` that start as many processes again."""
+def launch_command() -> str:
+    """The command before `train.py` that starts this many processes again."""
     if world_size() == 1:
         return "python"
     return f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
 
 
-def sum_over_ranks(values, device):
-    """Element-wise sum of a list of numbers over all processes."""
+def barrier() -> None:
+    """Wait until all ranks have called this."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Iterable[float], device: torch.device | str) -> list[float]:
+    """The sum over all ranks of each value, in float64 (all-reduce)."""
     if world_size() == 1:
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    total = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
 
 
-def max_over_ranks(number, device):
-    """The largest of the processes' numbers; None counts as 0, and 0 is returned as None."""
+def max_over_ranks(number: int | None, device: torch.device | str) -> int | None:
+    """The largest number of all ranks (all-reduce). None counts as 0, and 0 is returned as None."""
     if world_size() == 1:
         return number
     largest = torch.tensor(number or 0, device=device)
@@ -92,8 +104,8 @@ def max_over_ranks(number, device):
     return int(largest) or None
 
 
-def all_gather(value):
-    """The picklable values of all processes, in the order of their ranks."""
+def all_gather(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order. They must be picklable."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -101,8 +113,8 @@ def all_gather(value):
     return values
 
 
-def broadcast_from_rank0(function):
-    """What function() returns in the first process, the only one to call it, for all of them."""
+def broadcast_from_rank0(function: Callable[[], Any]) -> Any:
+    """Call function() on rank 0 and broadcast the result, which must be picklable."""
     if world_size() == 1:
         return function()
     values = [function() if rank() == 0 else None]
@@ -110,53 +122,50 @@ def broadcast_from_rank0(function):
     return values[0]
 
 
-def full_tensor(tensor):
-    """The tensor; where it is sharded, all of it, put together by all processes at once."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all ranks; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def gather_to_rank0(tensor, dtype=None):
-    """The whole tensor on the CPU in the first process, None in others. All have to call it."""
+def gather_to_rank0(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """The full tensor on the CPU of rank 0, as `dtype` if given; None on the other ranks."""
     tensor = full_tensor(tensor.detach())
     return tensor.to("cpu", dtype or tensor.dtype).contiguous() if rank() == 0 else None
 
 
 @torch.no_grad()
-def copy_shard(parameter, read):
-    """Give a parameter its values; where it is sharded, this process's part of them.
+def copy_shard(parameter: Tensor, read: Callable[[int, int], Tensor]) -> None:
+    """Fill a parameter with its values. A sharded parameter gets only this rank's rows.
 
-    read(begin, end): the rows from begin to end - 1.
+    read(begin, end): returns the rows from begin to end - 1.
     """
-    if not hasattr(parameter, "full_tensor"):
+    if not hasattr(parameter, "to_local"):
         parameter.copy_(read(0, len(parameter)))
         return
-    each = -(-len(parameter) // world_size())  # the last processes may have fewer, or none
-    begin, end = (min(len(parameter), number * each) for number in (rank(), rank() + 1))
+    num_rows = len(parameter)
+    rows_per_rank = -(-num_rows // world_size())  # the last ranks may have fewer, or none
+    begin = min(num_rows, rank() * rows_per_rank)
+    end = min(num_rows, begin + rows_per_rank)
     parameter.to_local().copy_(read(begin, end))
 
 
-def wrap_ddp(model):
-    """The model whose backward pass averages gradients over processes; itself if there is one."""
+def wrap_ddp(model: nn.Module) -> nn.Module:
+    """The model in DDP, which averages gradients over ranks; the model itself on a single rank."""
     if world_size() == 1:
         return model
-    # What a model has in buffers is a frozen, quantised base: it stays equal everywhere. The flag
-    # has another name before torch 2.13, and the old one is warned of from then on.
-    known = inspect.signature(DistributedDataParallel).parameters
-    flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{flag: False})
+    # The only buffers are the frozen weights of quantised layers, equal on all ranks, so they are
+    # not broadcast. torch 2.13 renamed the flag for this.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    is_new = "forward_sync_buffers" in parameters
+    flags: dict[str, Any] = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **flags)
 
 
-def barrier():
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
+def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
+    """Context of a backward pass. DDP averages the gradients in it only if `enabled`.
 
-
-def gradient_sync(model, wanted):
-    """Context of a backward pass: gradients are averaged in it only if `wanted`.
-
-    Those of a sharded model always are, lest every process holds them all.
+    A sharded model always averages them: otherwise every rank would hold all gradients.
     """
-    if wanted or not isinstance(model, DistributedDataParallel):
+    if enabled or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

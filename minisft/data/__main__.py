@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minisft.common.command_line import OptionParser, run_script
+from minisft.common.command_line import OptionParser
 from minisft.common.errors import UserError
 from minisft.common.outputs import atomic_write, check_not_an_input, check_output_file
+from minisft.common.script import run_script
 from minisft.data.dataset import open_rows, read
 from minisft.data.dataset_info import FILE_NAME
 from minisft.data.formats import BadRow, sharegpt

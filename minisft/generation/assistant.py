@@ -28,7 +28,7 @@ from minisft.generation.compiled import CompiledDecoder
 from minisft.generation.generate import Sampling, generate_scored, stream
 from minisft.generation.sharing import Caches, Turns, sharing_weights
 from minisft.model.cache import KeyValueCache
-from minisft.model.lora import convert_parameters
+from minisft.model.quantized import convert_parameters
 from minisft.text.chat_template import trained_template
 from minisft.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 

@@ -1,55 +1,61 @@
-"""Attention as such: of rows that are padded, and of rows that stand one after another in a pack.
+"""Attention of rows that stand below each other in a batch, and the masks for it.
 
-    y = attend_causally(q, k, v, mask=None)        # (B, H, T, d), queries see keys up to their own
+    y = attend(q, k, v, mask)       # softmax(q k^T / sqrt(d) + mask) v
 
-The letters of the shapes are those of model.py.
+The letters of the shapes are explained in decoder.py. T queries meet S keys: the keys of the cache,
+then their own. A mask is True where a query may see a key. None stands for the causal mask: a
+query sees the keys up to its own position.
 """
 
-import inspect
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from minisft.model.fast_paths import attend_with_one_query
+
+# (q, k, v) -> y: what a layer calls.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attend_causally(q, k, v, mask):
-    """(B, H, T, d) of q (B, H, T, d) and k, v (B, K, S, d); without a mask, queries see the keys up
-    to their own."""
-    B, H, T, d = q.shape
-    if T == 1:  # It sees all keys: the heads that share keys can stand where time does.
-        y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, d), k, v, attn_mask=mask)
-        return y.view(B, H, 1, d)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, H, T, d) from q (B, H, T, d), k and v (B, K, S, d); H / K query heads share a key head.
+
+    mask: broadcastable to (B, H, T, S). Without it T and S are equal.
+    """
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
 
 
-def attend_in_rows(q, k, v, lengths, masks):
-    """The same for rows of a pack (1, H, T, d), each by itself."""
-    rows = zip(*(one.split(lengths, dim=2) for one in (q, k, v)), masks, strict=True)
-    return torch.cat([attend_causally(*row) for row in rows], dim=2)
+def causal_mask(T: int, S: int, device: torch.device, window: int | None = None) -> Tensor:
+    """(T, S), True where key j is not after query i, and less than `window` before it.
 
-
-def attend_in_rows_at_once(q, k, v, kernel, bounds, longest, window):
-    """The same on a GPU in half precision, by the flash kernel for rows of any lengths.
-
-    kernel: of `kernel_for_rows`. bounds: (N + 1,) int32, where the rows begin and end. window: how
-    many keys before its own a query sees, -1 for all.
+    The queries are the last T of the S positions.
     """
-    q, k, v = (one[0].transpose(0, 1).to(v.dtype) for one in (q, k, v))  # (T, H or K, d)
-    y = kernel(q, k, v, bounds, bounds, longest, longest, window_size=(window, 0))
-    return y.transpose(0, 1)[None]
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return mask if window is None else mask.triu(S - T - window + 1)
 
 
-def has_kernel_for_rows(x):
-    """Whether attend_in_rows_at_once can be computed where and as x is."""
-    return x.is_cuda and (torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32)
+def attention_by_layer_type(
+    T: int, S: int, mask: Tensor | None, window: int | None, device: torch.device
+) -> dict[str, Attend]:
+    """The attention function of each layer type for T queries and S keys.
 
-
-def kernel_for_rows():
-    """torch's varlen_attn, for keys of fewer heads than queries too."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Before torch 2.12 it takes fewer heads without being told.
-    is_told = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return partial(varlen_attn, enable_gqa=True) if is_told else varlen_attn
+    mask: of the padding, with the causal mask in it; None where there is no padding. window: how
+    many keys a query of a sliding-attention layer sees.
+    """
+    if mask is None and 1 < T < S:
+        mask = causal_mask(T, S, device)
+    near = mask
+    if window is not None and S > window:
+        near = causal_mask(T, S, device, window)
+        if mask is not None:
+            near = near & mask
+    function = attend_with_one_query if T == 1 else attend
+    return {
+        "full_attention": partial(function, mask=mask),
+        "sliding_attention": partial(function, mask=near),
+    }

@@ -1,44 +1,59 @@
-"""Keys and values of the tokens a model has seen."""
+"""The KV cache: keys and values of the tokens that a model has seen."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from minisft.model.config import ModelConfig
+
+
+class LayerCache(Protocol):
+    """What a layer needs of a cache."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values (B, K, T, d) of a layer; returns all of that layer."""
+        ...
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, one pair of (B, K, capacity, d) per layer.
+    """Keys and values of the tokens so far: for each layer a pair of tensors (B, K, capacity, d).
 
-    Handed to `forward`, never kept in modules. Grows by doubling, so that a new token costs a
-    write, not a copy of the past. `length` counts the tokens held; `angles` are the rotary cos and
-    sin of the first positions, computed once. capacity: how many tokens there is room for before
-    it has to grow; where none is yet there are zeros.
+    It is an argument of `forward`. `length` is the number of tokens it holds. The tensors grow by
+    doubling, so adding a token does not copy the others; places without a token hold zeros.
+    capacity: the number of tokens before the tensors have to grow. `angles` is the table of
+    fast_paths.next_angles.
     """
 
-    def __init__(self, config, capacity=64):
+    def __init__(self, config: ModelConfig, capacity: int = 64):
         self.length, self.capacity = 0, capacity
-        self.pairs = [None] * config.num_hidden_layers
-        self.angles = None
+        self.pairs: list[tuple[Tensor, ...] | None] = [None] * config.num_hidden_layers
+        self.angles: tuple[Tensor, Tensor] | None = None
 
-    def append(self, layer, keys, values):
-        """Add (B, K, T, d) of one layer; returns views of all keys and values (B, K, S, d)."""
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, K, T, d) of a layer; returns views of all (B, K, S, d)."""
         end = self.length + keys.shape[2]
-        if self.pairs[layer] is None or self.pairs[layer][0].shape[2] < end:
-            self.pairs[layer] = tuple(
-                self._grown(layer, index, new, end) for index, new in enumerate((keys, values))
-            )
-        held = self.pairs[layer]
-        for store, new in zip(held, (keys, values), strict=True):
+        pair = self.pairs[layer]
+        if pair is None or pair[0].shape[2] < end:
+            old_keys, old_values = pair or (None, None)
+            pair = self._grown(old_keys, keys, end), self._grown(old_values, values, end)
+            self.pairs[layer] = pair
+        for store, new in zip(pair, (keys, values), strict=True):
             store.narrow(2, self.length, new.shape[2]).copy_(new)
-        return tuple(store.narrow(2, 0, end) for store in held)
+        return pair[0].narrow(2, 0, end), pair[1].narrow(2, 0, end)
 
-    def _grown(self, layer, index, new, end):
-        batch, heads, _, width = new.shape
-        capacity = max(end, 2 * self.length, self.capacity)
-        store = new.new_zeros(batch, heads, capacity, width)
-        if self.length:
-            store[:, :, : self.length] = self.pairs[layer][index][:, :, : self.length]
+    def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
+        """A larger tensor with the content of the old one, and room for `end` tokens."""
+        B, K, _, d = new.shape
+        store = new.new_zeros(B, K, max(end, 2 * self.length, self.capacity), d)
+        if old is not None and self.length:
+            store[:, :, : self.length] = old[:, :, : self.length]
         return store
 
-    def truncate(self, length):
+    def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
         self.length = min(self.length, length)
 
-    def select(self, rows):
-        """Keep only the given batch rows (a list or tensor of indices)."""
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        """Keep only these rows of the batch."""
         self.pairs = [pair and tuple(store[rows] for store in pair) for pair in self.pairs]

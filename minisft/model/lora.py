@@ -1,68 +1,80 @@
-"""Low-rank adaptation (arXiv 2106.09685): train B A beside a frozen weight W.
+"""Low-rank adaptation (arXiv 2106.09685): train a low-rank update B A next to a frozen weight W.
+
+y = W x + scaling * B A x               A (rank, in), B (out, rank)
 
 add_lora(model, LoraConfig(rank=8, alpha=16, target_modules=("q_proj", "v_proj")))
-train(model)
-merge_lora(model)                      # W <- W + scaling * B A, plain Linear layers again
+...                                     # train: only A and B have gradients
+merge_lora(model)                       # W <- W + scaling * B A
 """
 
-import copy
 import math
+from argparse import Namespace
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from minisft.common.errors import UserError
+from minisft.model.modules_to_save import train_fully
 from minisft.model.quantized import QuantizedLinear, plain_linear
+from minisft.model.reward import Model
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LINEAR_TYPES = (nn.Linear, QuantizedLinear)
-SAVEABLE_MODULES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head", "score": "score"}
 
 
 @dataclass
 class LoraConfig:
-    """How an adapter is built. `alpha` over `rank` (its root for rsLoRA) scales the update."""
+    """The settings of an adapter.
+
+    target_modules: names of the linear layers to adapt. modules_to_save: modules that are trained
+    in full, next to the adapter.
+    """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    target_modules: tuple = LINEAR_NAMES
+    target_modules: tuple[str, ...] = LINEAR_NAMES
     use_rslora: bool = False
-    modules_to_save: tuple = ()
+    modules_to_save: tuple[str, ...] = ()
 
     @classmethod
-    def from_options(cls, options):
+    def from_options(cls, options: Namespace) -> "LoraConfig":
         """The adapter that the flags of train.py describe."""
-        targets = listed(options.lora_target)
+        targets = _split_names(options.lora_target)
         return cls(
             rank=options.lora_rank,
             alpha=options.lora_alpha,
             dropout=options.lora_dropout,
             target_modules=LINEAR_NAMES if targets == ("all",) else targets,
             use_rslora=options.use_rslora,
-            modules_to_save=listed(options.modules_to_save),
+            modules_to_save=_split_names(options.modules_to_save),
         )
 
     @property
-    def scaling(self):
-        """The factor on B A (rsLoRA: arXiv 2312.03732)."""
+    def scaling(self) -> float:
+        """The factor of B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def listed(text):
-    """Names separated by commas, as a tuple."""
+def _split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 class LoRALinear(nn.Module):
-    """y = base_layer(x) + scaling * B A dropout(x); B starts at zero, so y starts at the base's."""
+    """y = base_layer(x) + scaling * B A dropout(x). B starts at zero: at first y is the base's."""
 
-    def __init__(self, base_layer, config, device=None):
+    def __init__(
+        self,
+        base_layer: nn.Linear | QuantizedLinear,
+        config: LoraConfig,
+        device: torch.device | str | None = None,
+    ):
         super().__init__()
-        device = device or next(chain(base_layer.parameters(), base_layer.buffers())).device
+        if device is None:
+            device = next(chain(base_layer.parameters(), base_layer.buffers())).device
         self.base_layer = base_layer
         self.lora_A = nn.Linear(base_layer.in_features, config.rank, bias=False, device=device)
         self.lora_B = nn.Linear(config.rank, base_layer.out_features, bias=False, device=device)
@@ -71,137 +83,68 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
-    def forward(self, x):
-        """y (..., out_features) of x (..., in_features)."""
-        # The factors are kept in float32; multiply in the type of the activations.
-        low = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
-        return self.base_layer(x) + self.scaling * F.linear(low, self.lora_B.weight.to(x.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., out_features) from x (..., in_features)."""
+        # A and B are kept in float32, and multiplied in the type of x.
+        low_rank = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))  # (..., rank)
+        y = self.base_layer(x)
+        return y + self.scaling * F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
     @torch.no_grad()
-    def merged(self, dtype=None):
-        """The base layer with the update added to its weight, in float32, cast once.
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain layer with the weight W + scaling * B A, summed in float32 and cast once.
 
-        A quantised base becomes a plain Linear: the sum is no longer on the quantised levels.
+        dtype: of the new weight, by default that of W.
         """
-        update = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
         weight = self.base_layer.weight
-        merged = (weight.float() + update).to(dtype or weight.dtype)
-        return plain_linear(merged, self.base_layer.bias)
+        update = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        return plain_linear(
+            (weight.float() + update).to(dtype or weight.dtype), self.base_layer.bias
+        )
 
 
-def freeze(model):
-    """No parameter is trained."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-
-def convert_parameters(model, dtype):
-    """Hold every parameter as `dtype`, but not the scales of quantised layers. In place."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-def trainable_in_float32(model):
-    """Hold every trainable parameter in float32: small updates vanish in bfloat16."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def add_lora(model, config):
-    """Freeze the model, wrap its target modules, make `modules_to_save` trainable. In place.
-
-    Raises UserError for module names that the model does not have.
-    """
-    freeze(model)
-    targets = {
+def add_lora(model: Model, config: LoraConfig) -> None:
+    """Freeze the model, adapt its target modules, and train `modules_to_save`. In place."""
+    model.requires_grad_(False)
+    targets = [
         name
         for name, module in model.named_modules()
         if isinstance(module, LINEAR_TYPES) and name.split(".")[-1] in config.target_modules
-    }
-    missing = set(config.target_modules) - {name.split(".")[-1] for name in targets}
-    if missing:
+    ]
+    unknown = set(config.target_modules) - {name.split(".")[-1] for name in targets}
+    if unknown:
         raise UserError(
-            f"--lora_target: no linear module is called {', '.join(sorted(missing))}; "
-            f"choose from all, {', '.join(LINEAR_NAMES)}"
+            f"--lora_target: no linear layer is called {', '.join(sorted(unknown))}. "
+            f"Choose from all, {', '.join(LINEAR_NAMES)}."
         )
-    for name in targets & set(config.modules_to_save):
-        raise UserError(f"{name} is in --lora_target and in --modules_to_save: give one of the two")
+    if both := set(targets) & set(config.modules_to_save):
+        raise UserError(f"{min(both)} is in --lora_target and in --modules_to_save. Choose one.")
     for name in sorted(targets):
         wrap_linear(model, name, config)
     train_fully(model, config.modules_to_save)
     trainable_in_float32(model)
 
 
-def resume_lora(model, config):
-    """Make a loaded adapter trainable again, with its own dropout. In place."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.requires_grad_(True)
-    train_fully(model, config.modules_to_save)
-    trainable_in_float32(model)
-
-
-def wrap_linear(model, name, config):
-    """Replace the linear module called `name` by a LoRALinear around it."""
-    parent, _, child = name.rpartition(".")
+def wrap_linear(model: nn.Module, name: str, config: LoraConfig) -> None:
+    """Replace the linear layer with this name by a LoRALinear around it."""
     base_layer = model.get_submodule(name)
-    setattr(model.get_submodule(parent), child, LoRALinear(base_layer, config))
+    assert isinstance(base_layer, LINEAR_TYPES)
+    model.set_submodule(name, LoRALinear(base_layer, config))
 
 
-def train_fully(model, names):
-    """Make whole modules trainable: embed_tokens, lm_head. Tied ones part: each gets its own.
+def trainable_in_float32(model: nn.Module) -> None:
+    """Convert all trainable parameters to float32, in which small updates do not vanish."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
-    A reward model has `score` instead of lm_head.
+
+def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every LoRALinear and every QuantizedLinear by a plain layer. In place.
+
+    dtype: of the new weights, by default that of the base; float32 for a quantised base.
     """
-    there = [
-        name
-        for name, place in SAVEABLE_MODULES.items()
-        if name == "lm_head"
-        and model.config.tie_word_embeddings
-        or hasattr(model, place.split(".")[0])
-    ]
-    for name in names:
-        if name not in there:
-            raise UserError(f"--modules_to_save {name}: choose from {', '.join(there)}")
-    if names and model.config.tie_word_embeddings:
-        untie(model)
-    for name in names:
-        model.get_submodule(SAVEABLE_MODULES[name]).weight.requires_grad_(True)
-
-
-def untie(model):
-    """Give the model an output matrix of its own, a copy of the embedding."""
-    embedding = model.model.embed_tokens.weight
-    model.lm_head = nn.Linear(*reversed(embedding.shape), bias=False, device="meta")
-    model.lm_head.weight = nn.Parameter(embedding.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
-
-
-def frozen_copy(model):
-    """The model as it is now, to stay so. What is not trained is shared with it, not copied.
-
-    An adapter that changes nothing yet is left away.
-    """
-    shared = {
-        id(tensor): tensor
-        for tensor in chain(model.parameters(), model.buffers())
-        if not tensor.requires_grad
-    }
-    copied = copy.deepcopy(model, shared).requires_grad_(False).eval()
-    for name, module in list(copied.named_modules()):
-        if isinstance(module, LoRALinear) and not module.lora_B.weight.any():
-            copied.set_submodule(name, module.base_layer)
-    return copied
-
-
-def merge_lora(model, dtype=None):
-    """Fold every LoRALinear into its base layer, of type `dtype` if given. In place.
-
-    Quantised layers become plain ones, also those without an adapter.
-    """
-    for kind in (LoRALinear, QuantizedLinear):  # of the second those that are not in the first
+    for kind in (LoRALinear, QuantizedLinear):  # the first pass removes adapted quantised layers
         for name, module in list(model.named_modules()):
             if isinstance(module, kind):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.merged(dtype))
+                model.set_submodule(name, module.merged(dtype))

@@ -1,22 +1,26 @@
-"""Frozen 4-bit and 8-bit linear layers: the base of QLoRA (arXiv 2305.14314).
+"""Frozen linear layers in 4 or 8 bits: the base of QLoRA (arXiv 2305.14314).
 
-    layer = QuantizedLinear.from_weight(linear.weight, bits=4)   # an eighth of float32's bytes
-    y = layer(x)                                                 # as the dequantised weight gives
+    layer = QuantizedLinear.from_weight(linear.weight, bits=4)   # an eighth of the bytes in float32
+    y = layer(x)
 
-4 bits: NF4. Blocks of 64 weights are divided by their largest, and each becomes the nearest of 16
-levels, the quantiles of a normal distribution. The blocks' largest are themselves held in 8 bits
-("double quantisation"). 8 bits: every row is divided by its largest and rounded to one of 255
-steps. The weight is dequantised for every multiplication, forward and backward, and thrown away:
-what is kept is the packed one.
+4 bits (NF4): each block of 64 weights is divided by its largest absolute value, and every weight
+becomes the nearest of 16 levels, the quantiles of a normal distribution. The largest values are
+quantised as well, to 8 bits ("double quantisation").
+
+8 bits: each row is divided by its largest absolute value and rounded to 255 steps.
+
+Only the quantised weight is kept. Every multiplication, forward and backward, dequantises it again.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
-PIECE = BLOCK_SIZE * 2**16  # weights that are worked on at a time, in float32
-# As published with the paper: 8 quantiles below zero, zero, 7 above, divided by the largest.
+PIECE = BLOCK_SIZE * 2**16  # weights that are in float32 at a time
+# From the paper: 8 quantiles below zero, zero, and 7 above, divided by the largest.
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -37,57 +41,58 @@ NF4_LEVELS = (
 )
 
 
-def dynamic_levels():
-    """(256,) float32 in rising order: 8-bit numbers with a moving exponent (arXiv 2110.02861).
+def dynamic_levels() -> Tensor:
+    """(256,) float32, ascending: 8-bit numbers with a moving exponent (arXiv 2110.02861).
 
-    Zero, one, and for each power of ten from 1e-6 to 1 twice as many steps as for the one below.
+    They are 0, 1, and for every power of ten from 1e-6 to 1 twice as many as for the one below.
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
-        steps = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
-        levels += [*steps.tolist(), *(-steps).tolist()]
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        levels += [*middles.tolist(), *(-middles).tolist()]
     return torch.tensor(sorted(levels))
 
 
-def nearest(values, levels):
-    """Index (uint8) of the level next to each value; in the middle the lower one."""
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """The index (uint8) of the level nearest to each value; halfway, the lower level."""
     middles = (levels[:-1] + levels[1:]) / 2
     return torch.bucketize(values, middles, out_int32=True).to(torch.uint8)
 
 
-def in_blocks(values, block_size):
-    """(n,) -> (blocks, block_size), the last block filled up with zeros."""
+def in_blocks(values: Tensor, block_size: int) -> Tensor:
+    """(n,) -> (blocks, block_size); the last block is filled up with zeros."""
     return F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)
 
 
-def quantize_blocks(values, levels, block_size):
-    """(n,) float32 -> indices (n,) uint8 of the levels, and each block's largest (blocks,)."""
+def quantize_blocks(values: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(n,) float32 -> indices of levels (n,) uint8, and the largest of each block (blocks,)."""
     blocks = in_blocks(values, block_size)
     largest = blocks.abs().amax(1)
     scaled = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     return nearest(scaled, levels).view(-1)[: len(values)], largest
 
 
-def dequantize_blocks(indices, largest, levels, block_size):
-    """What quantize_blocks has kept of the values: (n,) float32."""
+def dequantize_blocks(indices: Tensor, largest: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    """The values (n,) in float32 from the result of quantize_blocks."""
     values = in_blocks(levels[indices.int()], block_size) * largest[:, None]
     return values.view(-1)[: len(indices)]
 
 
-def quantize_nf4(weight):
-    """Weight of any shape -> the four tensors that dequantize_nf4 takes.
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A weight of any shape -> (packed, scales, nested_scales, mean), for dequantize_nf4.
 
-    packed: uint8, two indices a byte, the first in the high half. scales: uint8, one a block, in
-    dynamic levels. nested_scales: float32, one for 256 of those. mean: float32, of the blocks'
-    largest, which is taken off before they are quantised.
+    packed: uint8, two indices of levels in a byte, the first in the high half.
+    scales: uint8, the largest value of each block minus the mean, as an index of dynamic_levels.
+    nested_scales: float32, the scale of 256 scales. mean: float32, of the blocks' largest values.
     """
     levels = torch.tensor(NF4_LEVELS, device=weight.device)
-    pieces = weight.detach().flatten().split(PIECE)
-    indices, largest = map(
-        torch.cat,
-        zip(*(quantize_blocks(piece.float(), levels, BLOCK_SIZE) for piece in pieces), strict=True),
-    )
+    all_indices, all_largest = [], []
+    for piece in weight.detach().flatten().split(PIECE):
+        indices, largest = quantize_blocks(piece.float(), levels, BLOCK_SIZE)
+        all_indices.append(indices)
+        all_largest.append(largest)
+    indices, largest = torch.cat(all_indices), torch.cat(all_largest)
     indices = F.pad(indices, (0, len(indices) % 2), value=NF4_LEVELS.index(0.0))
     mean = largest.mean()
     scales, nested_scales = quantize_blocks(
@@ -96,8 +101,15 @@ def quantize_nf4(weight):
     return indices[::2] * 16 + indices[1::2], scales, nested_scales, mean
 
 
-def dequantize_nf4(packed, scales, nested_scales, mean, shape, dtype):
-    """The weight (`shape`, `dtype`) that quantize_nf4 has packed."""
+def dequantize_nf4(
+    packed: Tensor,
+    scales: Tensor,
+    nested_scales: Tensor,
+    mean: Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight, with this shape and type, from the result of quantize_nf4."""
     levels = torch.tensor(NF4_LEVELS, device=packed.device)
     # Both halves of a byte in one look-up: 256 pairs of levels.
     pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
@@ -111,27 +123,120 @@ def dequantize_nf4(packed, scales, nested_scales, mean, shape, dtype):
         largest.split(PIECE // BLOCK_SIZE),
         strict=True,
     )
-    for piece, codes, most in pieces:  # float32 is there for a piece only
-        values = in_blocks(pairs[codes.int()].view(-1)[: len(piece)], BLOCK_SIZE)
-        piece.copy_((values * most[:, None]).view(-1)[: len(piece)])
+    for piece, piece_bytes, piece_largest in pieces:  # float32 for one piece at a time
+        values = in_blocks(pairs[piece_bytes.int()].view(-1)[: len(piece)], BLOCK_SIZE)
+        piece.copy_((values * piece_largest[:, None]).view(-1)[: len(piece)])
     return weight.view(shape)
 
 
-def quantize_rows(weight):
-    """Weight (out, in) -> int8 (out, in) and each row's largest (out,) float32."""
-    wide = weight.detach().float()
-    largest = wide.abs().amax(1)
-    steps = wide * (127.0 / largest.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) -> int8 (out, in), and the largest value of each row (out,) float32."""
+    weight = weight.detach().float()
+    largest = weight.abs().amax(1)
+    steps = weight * (127.0 / largest.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
     return steps.round().to(torch.int8), largest
 
 
-def dequantize_rows(steps, largest, dtype):
-    """The weight (out, in) that quantize_rows has kept."""
+def dequantize_rows(steps: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) from the result of quantize_rows."""
     return steps.float().mul_((largest / 127.0)[:, None]).to(dtype)
 
 
-def count_parameters(model):
-    """How many numbers a model consists of, those that are held in 4 or 8 bits included."""
+class QuantizedMatmul(torch.autograd.Function):
+    """x W^T + b with a quantised W, which is dequantised again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: "QuantizedLinear") -> Tensor:
+        """(..., out) from x (..., in)."""
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient of x; W is frozen."""
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dequantized(gradient.dtype), None
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen nn.Linear with its weight (out, in) in 4 or 8 bits."""
+
+    steps: Tensor  # 8 bits: the result of quantize_rows
+    largest: Tensor
+    packed: Tensor  # 4 bits: the result of quantize_nf4
+    scales: Tensor
+    nested_scales: Tensor
+    mean: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, bias: nn.Parameter | None = None
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.bias = bias
+        if bits == 8:
+            buffers = {
+                "steps": torch.empty(out_features, in_features, dtype=torch.int8),
+                "largest": torch.empty(out_features),
+            }
+        else:
+            num_weights = in_features * out_features
+            num_blocks = -(-num_weights // BLOCK_SIZE)
+            buffers = {
+                "packed": torch.empty(-(-num_weights // 2), dtype=torch.uint8),
+                "scales": torch.empty(num_blocks, dtype=torch.uint8),
+                "nested_scales": torch.empty(-(-num_blocks // NESTED_BLOCK_SIZE)),
+                "mean": torch.empty(()),
+            }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, bits: int, bias: nn.Parameter | None = None
+    ) -> "QuantizedLinear":
+        """Quantise a weight (out, in) of any floating-point type, on its device."""
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, bits, bias)
+        buffers = quantize_rows(weight) if bits == 8 else quantize_nf4(weight)
+        for name, buffer in zip(dict(layer.named_buffers()), buffers, strict=True):
+            setattr(layer, name, buffer)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in float32, dequantised at every access."""
+        return self.dequantized(torch.float32)
+
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain layer with the dequantised weight, in float32 unless `dtype` is given."""
+        return plain_linear(self.dequantized(dtype or torch.float32), self.bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) as `dtype`."""
+        if self.bits == 8:
+            return dequantize_rows(self.steps, self.largest, dtype)
+        shape = torch.Size((self.out_features, self.in_features))
+        return dequantize_nf4(self.packed, self.scales, self.nested_scales, self.mean, shape, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., out) from x (..., in), multiplied in the type of x, or that of autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return QuantizedMatmul.apply(x, self)
+
+
+def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """A frozen nn.Linear with this weight (out, in), which is not copied."""
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", bias)
+    return linear
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters of a model, quantised ones included."""
     quantized = sum(
         module.in_features * module.out_features
         for module in model.modules()
@@ -140,79 +245,7 @@ def count_parameters(model):
     return quantized + sum(parameter.numel() for parameter in model.parameters())
 
 
-def plain_linear(weight, bias):
-    """A frozen nn.Linear that holds this weight (out, in), not a copy of it."""
-    linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), bias
-    return linear
-
-
-class Multiply(torch.autograd.Function):
-    """x @ weight.T with a weight that is made for the moment and made again to go backward."""
-
-    @staticmethod
-    def forward(context, x, layer):
-        """(..., out) of x (..., in)."""
-        context.layer = layer
-        return F.linear(x, layer.dequantized(x.dtype), layer.bias)
-
-    @staticmethod
-    def backward(context, gradient):
-        """The gradient of x; the weight is frozen."""
-        return gradient @ context.layer.dequantized(gradient.dtype), None
-
-
-class QuantizedLinear(nn.Module):
-    """A frozen nn.Linear whose weight (out, in) is held in 4 or 8 bits."""
-
-    def __init__(self, in_features, out_features, bits, bias=None):
-        super().__init__()
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.bias = bias
-        count = in_features * out_features
-        if bits == 8:
-            shapes = {
-                "steps": (torch.int8, out_features, in_features),
-                "largest": (torch.float32, out_features),
-            }
-        else:
-            blocks = -(-count // BLOCK_SIZE)
-            shapes = {
-                "packed": (torch.uint8, -(-count // 2)),
-                "scales": (torch.uint8, blocks),
-                "nested_scales": (torch.float32, -(-blocks // NESTED_BLOCK_SIZE)),
-                "mean": (torch.float32,),
-            }
-        for name, (dtype, *shape) in shapes.items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype))
-
-    @classmethod
-    def from_weight(cls, weight, bits, bias=None):
-        """Quantise a weight (out, in) of any floating-point type, on its device."""
-        layer = cls(*reversed(weight.shape), bits, bias)
-        parts = quantize_rows(weight) if bits == 8 else quantize_nf4(weight)
-        for name, part in zip([name for name, _ in layer.named_buffers()], parts, strict=True):
-            setattr(layer, name, part)
-        return layer
-
-    @property
-    def weight(self):
-        """The weight in float32, made anew: what merging adds to, and what says the device."""
-        return self.dequantized(torch.float32)
-
-    def merged(self, dtype=None):
-        """A plain nn.Linear with the dequantised weight, in float32 unless `dtype` is given."""
-        return plain_linear(self.dequantized(dtype or torch.float32), self.bias)
-
-    def dequantized(self, dtype):
-        """The weight (out, in) in `dtype`, made anew."""
-        if self.bits == 8:
-            return dequantize_rows(self.steps, self.largest, dtype)
-        shape = torch.Size((self.out_features, self.in_features))
-        return dequantize_nf4(self.packed, self.scales, self.nested_scales, self.mean, shape, dtype)
-
-    def forward(self, x):
-        """(..., out) of x (..., in), multiplied in the type of x (under autocast, in its type)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return Multiply.apply(x, self)
+def convert_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert all parameters to `dtype`, but not the buffers of quantised layers. In place."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -1,52 +1,61 @@
-"""A reward model: the decoder, and a head that gives one number for a whole conversation.
+"""A reward model: the decoder with a head that gives one number for a conversation.
 
-    model = load_reward_model("examples/base")        # with a new head, or its own if it has one
-    rewards = model.rewards(model(tokens)[rows, last])
+    model = load_reward_model("examples/base")      # with a new head, if the folder has none
+    hidden = model(tokens)                          # (B, T, D)
+    rewards = model.rewards(hidden[rows, last])     # (B,), from the last token of each row
 
 Its files are those of transformers' LlamaForSequenceClassification with one label: `score.weight`
-beside the decoder, no output matrix. An adapter has the head among its `modules_to_save`.
+beside the decoder, and no output matrix. An adapter has the head among its `modules_to_save`.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minisft.model.decoder import Decoder
+from minisft.model.cache import KeyValueCache
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM, Decoder
 
 
 class RewardModel(nn.Module):
-    """`forward` gives hidden states, as CausalLM's does; `rewards` what they are worth."""
+    """`forward` returns hidden states, and `rewards` a number for each."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        # There is no output matrix that the embedding could be tied to.
-        self.config = replace(config, tie_word_embeddings=False)
-        self.config.original = _described(config)
+        # There is no output matrix to tie the embedding to.
+        self.config = replace(
+            config, tie_word_embeddings=False, original=_reward_model_json(config)
+        )
         self.model = Decoder(self.config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, tokens, cache=None):
-        """Hidden states (B, T, D) of tokens (B, T), padded on the right; `cache` as CausalLM's."""
-        return self.model(tokens, None, None, cache, None)
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states (B, T, D) from tokens (B, T), padded on the right."""
+        return self.model(tokens, cache=cache)
 
-    def rewards(self, hidden):
-        """Rewards (...) in float32 of the hidden states (..., D) of the last tokens."""
-        # Not a matrix product, which autocast would round to half precision.
+    def rewards(self, hidden: Tensor) -> Tensor:
+        """Rewards (...) in float32 from the hidden states (..., D) of last tokens."""
+        # Autocast would compute a matrix product in half precision.
         return (hidden.float() * self.score.weight.float()).sum(-1)
 
 
-def _described(config):
-    """What config.json says of a reward model."""
-    family = config.to_dict()["model_type"].capitalize()
+# Either kind. Both have a `config`, and a Decoder called `model`.
+Model = CausalLM | RewardModel
+
+
+def _reward_model_json(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a reward model on this architecture."""
+    content = config.to_dict()
     return {
-        **config.to_dict(),
-        "architectures": [f"{family}ForSequenceClassification"],
+        **content,
+        "architectures": [f"{content['model_type'].capitalize()}ForSequenceClassification"],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }
 
 
-def new_head(config):
-    """A weight (1, D) for `score`, drawn on the CPU as the model's weights once were."""
+def new_head(config: ModelConfig) -> Tensor:
+    """An initial weight (1, D) for `score`, drawn on the CPU."""
     return torch.randn(1, config.hidden_size) * config.initializer_range

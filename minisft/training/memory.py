@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LoRALinear, convert_parameters, freeze
+from minisft.model.lora import LoRALinear
 from minisft.model.loss import chunk_size
-from minisft.model.quantized import PIECE, QuantizedLinear
+from minisft.model.quantized import PIECE, QuantizedLinear, convert_parameters
 
 FLOAT32, INT64 = 4, 8
 # While the loss of a chunk is computed: logits and log-probabilities.
@@ -79,7 +79,7 @@ def skeleton(config, dtype, quantization_bit=None, build=CausalLM):
                     module.in_features, module.out_features, quantization_bit, module.bias
                 )
                 setattr(model.model.layers.get_submodule(owner), child, layer)
-    freeze(model)
+    model.requires_grad_(False)
     convert_parameters(model, dtype)
     return model
 

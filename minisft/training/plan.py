@@ -22,7 +22,8 @@ from minisft.common.model_flags import dtype_option
 from minisft.common.tensor_files import parse_size
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LoraConfig, add_lora, resume_lora
+from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.lora_tools import resume_lora
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import RewardModel
 from minisft.training import memory

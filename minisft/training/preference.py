@@ -34,7 +34,7 @@ from tqdm import tqdm
 from minisft.checkpoints.reward_models import choose_padding
 from minisft.common import processes
 from minisft.data import batching
-from minisft.model.lora import frozen_copy
+from minisft.model.lora_tools import frozen_copy
 from minisft.model.loss import token_losses
 from minisft.training.objective import NextToken
 

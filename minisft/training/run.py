@@ -116,8 +116,7 @@ class Run:
         if options.compile:
             if not options.packing:
                 self.collate = partial(self.collate, pad_multiple=batching.COMPILED_PAD_MULTIPLE)
-            for layer in model.model.layers:
-                layer.compile()
+            model.model.compile_layers()
         self.wrapped = model if self.is_sharded else processes.wrap_ddp(model)
         self.progress = Progress(
             self.total_steps,

@@ -1,0 +1,70 @@
+"""Types of flags: text from the command line or a recipe -> value."""
+
+import math
+from argparse import ArgumentTypeError
+
+
+def boolean(text: str) -> bool:
+    """True for `true`, `yes`, `1`; False for `false`, `no`, `0`; in any case."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def optional_int(text: str) -> int | None:
+    """A whole number, or None for `none`."""
+    return None if text.lower() == "none" else int(text)
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    return _integer(text, least=1)
+
+
+def non_negative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    return _integer(text, least=0)
+
+
+def _integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value < 2**53:  # libraries overflow above
+        raise ArgumentTypeError(f"'{text}' is not a whole number of at least {least}, below 2**53")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    value = _float(text)
+    if not 0 < value < math.inf:
+        raise ArgumentTypeError(f"'{text}' is not a number above 0")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """A number of at least 0."""
+    value = _float(text)
+    if not 0 <= value < math.inf:
+        raise ArgumentTypeError(f"'{text}' is not a number of at least 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number of at least 0 and below 1."""
+    value = _float(text)
+    if not 0 <= value < 1:
+        raise ArgumentTypeError(f"'{text}' is not a number of at least 0 and below 1")
+    return value
+
+
+def _float(text: str) -> float:
+    """The number, or NaN, which fails every comparison."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

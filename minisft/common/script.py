@@ -1,0 +1,57 @@
+"""Run a script: an error of the user becomes one line, an error of the program a traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from minisft.common import failure
+from minisft.common.errors import UserError
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call `main()`. A mistake of the user prints one line and exits with status 2.
+
+    `--debug` adds the traceback. Under torchrun the first process to fail prints the reason.
+    """
+    try:
+        main()
+    except SystemExit:
+        raise
+    except BaseException as exception:
+        error = exception
+        failure.fail(lambda: _print_reason(error))
+
+
+def _print_reason(error: BaseException) -> int:
+    """Print why the script ends to standard error; returns the exit status."""
+    if isinstance(error, BrokenPipeError):
+        # The reader of a pipe (`| head`) has ended. Nobody reads a message.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    message = _message(error)
+    if message is None or "--debug" in sys.argv:
+        traceback.print_exception(error)
+    if message is None:
+        return 1
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _message(error: BaseException) -> str | None:
+    """The line for an error that is no fault of the program; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # By name, since torch may not be loaded.
+    is_torch_error = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(
+        error
+    )
+    if is_torch_error or isinstance(error, MemoryError):
+        reason = str(error).partition("\n")[0]
+        return f"out of memory: use smaller batches or a smaller model {reason}".rstrip()
+    return None

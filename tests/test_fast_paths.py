@@ -1,0 +1,142 @@
+"""Fast paths of the model: each gives the numbers of the plain function next to it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CONFIG
+
+from minisft.model import packed_attention
+from minisft.model.attention import attend, causal_mask
+from minisft.model.cache import KeyValueCache
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM, Linear
+from minisft.model.fast_paths import (
+    attend_with_one_query,
+    linear,
+    linear_by_onednn,
+    next_angles,
+    rms_norm,
+    rms_norm_by_product,
+)
+from minisft.model.packed_attention import (
+    attend_by_kernel,
+    attend_by_row,
+    packed_attention_by_layer_type,
+    packed_mask,
+    varlen_kernel,
+)
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
+                                  reason="this torch has no oneDNN")
+
+
+def operations(function):
+    """The names of the torch operations that function() calls."""
+    with torch.profiler.profile() as profile:
+        function()
+    return {event.name for event in profile.events()}
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (8, 1), (2, 40), (5, 40)])
+def test_linear(rows, bias):
+    """Equal in value and layout; only a few rows without gradients take the fast path."""
+    torch.manual_seed(0)
+    layer, x = Linear(512, 768, bias=bias), torch.randn(*rows, 512)
+    expected = F.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        actual = linear_by_onednn(x, layer.weight, layer.bias)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert actual.is_contiguous()
+        is_fast = "mkldnn::_linear_pointwise" in operations(lambda: layer(x))
+    assert is_fast == (rows[0] * rows[1] <= 64)
+    assert "mkldnn::_linear_pointwise" not in operations(lambda: layer(x))  # with gradients
+
+
+def test_linear_in_half_precision_and_autocast():
+    layer, x = Linear(512, 768), torch.randn(1, 512)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16
+        assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert layer.float()(x.requires_grad_()).requires_grad
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 1, 48)])
+def test_rms_norm(shape):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(shape[-1])
+    expected = F.rms_norm(x, weight.shape, weight, 1e-5)
+    torch.testing.assert_close(rms_norm_by_product(x, weight, 1e-5), expected)
+    assert "aten::baddbmm" in operations(lambda: rms_norm(x, weight, 1e-5))
+    for other in (x.expand(-1, 3, -1), x.bfloat16()):  # several positions, half precision
+        assert "aten::baddbmm" not in operations(lambda other=other: rms_norm(other, weight, 1e-5))
+        assert rms_norm(other, weight, 1e-5).dtype == other.dtype
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_one_query(masked):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    mask = torch.rand(2, 1, 1, 9) < 0.7 if masked else torch.ones(1, 9, dtype=torch.bool)
+    expected = attend(q, k, v, mask)
+    actual = attend_with_one_query(q, k, v, mask if masked else None)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_angles_from_the_table_of_a_cache():
+    """Of any steps: the table grows, and earlier angles stay."""
+    model = CausalLM(ModelConfig.from_dict(CONFIG)).model
+    cache, x = KeyValueCache(model.config), torch.zeros(1, 1, 32)
+    for T in (5, 1, 1, 100, 1):
+        positions = torch.arange(cache.length, cache.length + T)
+        expected = model.angles(positions, torch.float32)
+        torch.testing.assert_close(next_angles(model.angles, T, x, cache), expected)
+        cache.length += T
+    torch.testing.assert_close(next_angles(model.angles, 3, x, None),
+                               model.angles(torch.arange(3), torch.float32))
+
+
+def varlen_by_rows(q, k, v, bounds, bounds_k, longest, longest_k, window_size, enable_gqa):
+    """varlen_attn as torch documents it: rows (T, heads, d) one after another, a left window."""
+    assert enable_gqa and bounds.dtype == torch.int32 and longest == bounds.diff().max()
+    rows = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        near = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            near = near.triu(-window_size[0])
+        parts = (tensor[start:end].transpose(0, 1) for tensor in (q, k, v))
+        rows.append(F.scaled_dot_product_attention(
+            *parts, attn_mask=near, enable_gqa=True).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_three_ways_through_a_pack(window, monkeypatch):
+    """One mask over all rows, row by row, and by the kernel."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_rows)
+    torch.manual_seed(0)
+    lengths, device = [3, 9, 1, 5], torch.device("cpu")
+    q, k, v = (torch.randn(1, heads, sum(lengths), 16) for heads in (4, 2, 2))
+    expected = attend(q, k, v, packed_mask(lengths, window, device))
+    masks = [causal_mask(length, length, device, window) for length in lengths]
+    torch.testing.assert_close(attend_by_row(q, k, v, lengths, masks), expected)
+    bounds = torch.tensor([0, 3, 12, 13, 18], dtype=torch.int32)
+    actual = attend_by_kernel(q, k, v, varlen_kernel(), bounds, max(lengths), window)
+    torch.testing.assert_close(actual, expected)
+
+    name = "full_attention" if window is None else "sliding_attention"
+    for layers_are_compiled, has_kernel in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(packed_attention, "has_kernel", lambda x, there=has_kernel: there)
+        chosen = packed_attention_by_layer_type(lengths, q, window, layers_are_compiled)
+        torch.testing.assert_close(chosen[name](q, k, v), expected)
+
+
+@torch.inference_mode()
+def test_a_compiler_gets_the_plain_way():
+    """A weight that oneDNN would multiply without the compiler."""
+    x, weight = torch.randn(1, 256), torch.randn(1024, 256)
+    compiled = torch.compile(linear, fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, None), linear(x, weight, None))
