@@ -1,17 +1,17 @@
-"""A checkpoint, with or without an adapter, as the one file that llama.cpp and Ollama run.
+"""Write a checkpoint, with or without an adapter, as a GGUF file for llama.cpp and Ollama.
 
     report = export_model("examples/base", "base-q8_0.gguf", "q8_0", adapter_dir="runs/cherry")
 
 The way of a tensor:
 
-    model.layers.0.self_attn.q_proj.weight      a row range of the checkpoint's file, in float32
-    + scaling * B A                             if the adapter has changed the module
-    rows of a head change places                q_proj and k_proj only (mapping.py)
-    blk.0.attn_q.weight                         its name in the file
-    Q4_K                                        its type (tensor_types.py), converted and written
+    model.layers.0.self_attn.q_proj.weight    rows from the checkpoint's file, in float32
+    + scaling * B A                           if the adapter changes this module
+    rows of a head change places              q_proj and k_proj only: mapping.py
+    Q4_K                                      the number type: tensor_types.py, writer.py
+    blk.0.attn_q.weight                       the name in the GGUF file: mapping.py
 
-It goes this way a few million numbers at a time, so memory holds a few such pieces, however large
-the model is. The model itself is only built on the meta device, for its names and shapes.
+A few million numbers go this way at a time, so memory does not grow with the model. The model
+itself is built on the meta device, only for its names and shapes.
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def export_model(
     name: str | None = None,
     template: str = "auto",
 ) -> Report:
-    """Write a checkpoint, with the adapter merged if there is one.
+    """Write a checkpoint, with the adapter merged into it.
 
     quantization: a key of QUANTIZATIONS. name: what programs show for the model; by default the
     folder's name. template: the chat template for other programs, see conversation_form.
@@ -119,8 +119,8 @@ def model_tensors(
         if ".lora_" in parameter_name:
             continue
         name = parameter_name.replace(".base_layer.", ".")
-        # An adapter can have whole modules too. If it has parted lm_head from a tied embedding
-        # without training it, lm_head is still the embedding.
+        # An adapter can replace a module. If it has untied lm_head from the embedding without
+        # training it, lm_head still equals the embedding.
         source = adapter.get(name) or stored.get(name) or stored["model.embed_tokens.weight"]
         lora, module_name = None, name.removesuffix(".weight")
         if module_name in scalings:
@@ -159,7 +159,7 @@ def read_rows(
 ) -> torch.Tensor:
     """Rows begin..end-1 of the merged tensor in float32, in the file's order.
 
-    lora: (A, B, scaling). head_dim: set if rows change places; then the rows are whole heads.
+    lora: (A, B, scaling). head_dim: set if rows change places; then begin and end are multiples.
     """
     rows = source.read(begin, end).float()
     if lora:

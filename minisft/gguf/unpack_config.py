@@ -26,7 +26,7 @@ def config_fields(
 ) -> dict[str, Any]:
     """The config.json of a file; UserError if minisft has no such model.
 
-    tensor_names: tell whether the model has biases and an output matrix. divisors: the tensor
+    tensor_names: show whether the model has biases and an output matrix. divisors: the tensor
     ROTARY_DIVISORS (d/2,), if the file has it.
     """
     architecture: Any = metadata.get("general.architecture")

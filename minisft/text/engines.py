@@ -190,24 +190,24 @@ def without_leading_space(spec: dict[str, Any]) -> tuple[dict[str, Any] | None, 
 
     The first is None if `spec` adds no leading space.
     """
-    found, after_special = False, True
+    adds_space, after_special = False, True
     normalizer = spec.get("normalizer") or {}
     steps = normalizer.get("normalizers", [normalizer])
     kept = [step for step in steps if step.get("type") != "Prepend"]
     if len(kept) < len(steps):
-        found = True
+        adds_space = True
         normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
     pre_tokenizer = copy.deepcopy(spec.get("pre_tokenizer")) or {}
     for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         scheme = step.get("prepend_scheme", "always")
         if step.get("type") == "Metaspace" and scheme != "never":
-            found, after_special = True, scheme == "always"
+            adds_space, after_special = True, scheme == "always"
             step.update(prepend_scheme="never", add_prefix_space=False)
         if step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
-            found = True
+            adds_space = True
             step["add_prefix_space"] = False
     changed = {"normalizer": normalizer or None, "pre_tokenizer": pre_tokenizer or None}
-    return ({**spec, **changed} if found else None), after_special
+    return ({**spec, **changed} if adds_space else None), after_special
 
 
 def piece_bytes(piece: str) -> bytes:
