@@ -212,7 +212,7 @@ def test_files_without_rows(content, message, start, place):
      "is an input"),
     ("train", ["--resume_from_checkpoint", "nowhere"], "nowhere: there is no such folder"),
     ("export", ["--device", "cuda:99"], "--device cuda:99: torch sees"),
-    ("export", ["--device", "tpu"], "--device tpu: not a"),
+    ("export", ["--device", "tpu"], "--device tpu: no such device"),
     ("export", ["--bf16", "--fp16"], "--fp16 contradicts --dtype bfloat16"),
     ("export", ["--max_shard_size", "-5"], "'-5' is not a size"),
     ("export", ["--format", "onnx"], "--format: invalid choice: 'onnx'"),
@@ -225,7 +225,7 @@ def test_flags(script, flags, message, start, place):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu(start, place):
     complaint = refused(start, place, "train", "--device", "cuda")
-    assert "torch sees 0 GPUs; use --device cpu" in complaint
+    assert "torch sees 0 GPUs. Use --device cpu." in complaint
 
 
 def test_output_by_another_name_is_the_input_all_the_same(start, place):

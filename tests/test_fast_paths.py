@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CONFIG
 
-from minisft.model import packed_attention
+from minisft.model import packed_attention as packs
 from minisft.model.attention import attend, causal_mask
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
@@ -21,7 +21,6 @@ from minisft.model.fast_paths import (
 from minisft.model.packed_attention import (
     attend_by_kernel,
     attend_by_row,
-    packed_attention_by_layer_type,
     packed_mask,
     varlen_kernel,
 )
@@ -93,9 +92,9 @@ def test_angles_from_the_table_of_a_cache():
     for T in (5, 1, 1, 100, 1):
         positions = torch.arange(cache.length, cache.length + T)
         expected = model.angles(positions, torch.float32)
-        torch.testing.assert_close(next_angles(model.angles, T, x, cache), expected)
+        torch.testing.assert_close(next_angles(model.angles, model.config, T, x, cache), expected)
         cache.length += T
-    torch.testing.assert_close(next_angles(model.angles, 3, x, None),
+    torch.testing.assert_close(next_angles(model.angles, model.config, 3, x, None),
                                model.angles(torch.arange(3), torch.float32))
 
 
@@ -127,11 +126,10 @@ def test_three_ways_through_a_pack(window, monkeypatch):
     actual = attend_by_kernel(q, k, v, varlen_kernel(), bounds, max(lengths), window)
     torch.testing.assert_close(actual, expected)
 
-    name = "full_attention" if window is None else "sliding_attention"
     for layers_are_compiled, has_kernel in ((False, False), (True, False), (False, True)):
-        monkeypatch.setattr(packed_attention, "has_kernel", lambda x, there=has_kernel: there)
-        chosen = packed_attention_by_layer_type(lengths, q, window, layers_are_compiled)
-        torch.testing.assert_close(chosen[name](q, k, v), expected)
+        monkeypatch.setattr(packs, "has_kernel", lambda x, there=has_kernel: there)
+        chosen = packs.packed_attention(lengths, window, q, layers_are_compiled)
+        torch.testing.assert_close(chosen(q, k, v), expected)
 
 
 @torch.inference_mode()

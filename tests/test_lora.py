@@ -1,4 +1,4 @@
-"""LoRA against peft: adapters go both ways, and merging changes nothing."""
+"""LoRA against peft: each reads the adapters of the other, and merging changes no result."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def base_dir(request, tmp_path):
 
 
 def randomize(model):
-    """Give everything trainable other values, as training would."""
+    """Change all trainable parameters, as training would."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -111,8 +111,8 @@ def test_merging_casts_once(base_dir):
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, expected.bfloat16())
 
 
-def test_what_is_trained(base_dir):
-    """Only the adapter and the saved modules, in float32, also over a bfloat16 base."""
+def test_trained_parameters(base_dir):
+    """The adapter and modules_to_save, in float32, also with a bfloat16 base."""
     model = load_model(base_dir, torch.bfloat16)
     add_lora(model, LoraConfig(target_modules=("q_proj",), modules_to_save=("lm_head",)))
     for name, parameter in model.named_parameters():
@@ -134,7 +134,7 @@ def test_dropout_is_on_the_adapter_only(base_dir):
     assert torch.equal(logits(model, TOKENS), logits(model, TOKENS))
 
 
-def test_start_is_that_of_peft():
+def test_initial_values_are_those_of_peft():
     """A: kaiming uniform with a = sqrt(5), that is uniform within 1 / sqrt(inputs)."""
     torch.manual_seed(0)
     layer = LoRALinear(torch.nn.Linear(400, 50), LoraConfig(rank=64))
@@ -170,8 +170,8 @@ def test_mistakes_are_named(base_dir, tmp_path):
     {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}},
     {"target_modules": ["q_proj"], "layers_to_transform": [1]},
 ], ids=["regex", "all-linear", "rank_pattern", "one layer"])
-def test_unusual_adapters_come_and_go(settings, base_dir, tmp_path):
-    """peft -> ours -> peft: what is adapted, and with what rank, stays."""
+def test_unusual_adapters_survive_loading_and_saving(settings, base_dir, tmp_path):
+    """peft -> ours -> peft keeps the adapted modules and their ranks."""
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     theirs = peft.get_peft_model(base, peft.LoraConfig(
         r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
@@ -188,8 +188,8 @@ def test_unusual_adapters_come_and_go(settings, base_dir, tmp_path):
     torch.testing.assert_close(logits(ours, TOKENS), expected, rtol=0, atol=1e-6)
 
 
-def test_adapters_of_a_changed_base_are_refused(base_dir, tmp_path):
-    """PiSSA moves part of the base into the adapter: added to the plain base it is wrong."""
+def test_adapters_that_change_the_base_are_refused(base_dir, tmp_path):
+    """PiSSA moves part of the base into the adapter, which does not fit the plain base."""
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")

@@ -93,8 +93,8 @@ def test_all_unknown_names_are_reported_at_once(tmp_path):
         new_parser().parse_options(
             ["--config", str(recipe), "--do_train", "--lr=3", "--names", "x"])
     assert str(caught.value) == (
-        f"unknown flags --do_train, --lr (did you mean --learning_rate?); {recipe}: unknown "
-        "options lora_rnk (did you mean lora_rank?), something (see --help)")
+        f"no such flag: --do_train, --lr (did you mean --learning_rate?); {recipe}: no such "
+        "option: lora_rnk (did you mean lora_rank?), something (see --help)")
     with pytest.raises(UserError, match="--a, --b must be given"):
         parser = OptionParser()
         add, _ = parser.section("numbers")
@@ -104,7 +104,7 @@ def test_all_unknown_names_are_reported_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("lora_rnk = 4", "unknown option lora_rnk .did you mean lora_rank"),
+    ("lora_rnk = 4", "no such option: lora_rnk .did you mean lora_rank"),
     ("load_in_4bit = true", "did you mean quantization_bit"),
     ('lora_rank = "many"', "lora_rank"),
     ('dtype = "float8"', "float32"),
@@ -122,7 +122,7 @@ def test_bad_recipes(text, message, tmp_path):
     ([*MODEL, "--lora_rnk", "4"], "did you mean --lora_rank"),
     ([*MODEL, "--lora_r", "4"], "did you mean --lora_rank"),
     ([*MODEL, "--torch-dtype=bfloat16"], "did you mean --dtype"),
-    ([*MODEL, "--do_train"], "unknown flag --do_train .see --help.$"),
+    ([*MODEL, "--do_train"], "no such flag: --do_train .see --help.$"),
     ([*MODEL, "--lora_rank", "many"], "many"),
     ([*MODEL, "--dtype", "float8"], "float8"),
     ([*MODEL, "stray"], "stray"),
@@ -162,7 +162,7 @@ def test_types_and_devices(monkeypatch):
         if name == "cuda:77":
             assert resolve_device(options.device, must_exist=False) == torch.device(name)
         else:
-            with pytest.raises(UserError, match="not a device to use; give cpu, cuda or cuda:N"):
+            with pytest.raises(UserError, match="no such device. Use cpu, cuda or cuda:N."):
                 resolve_device(options.device, must_exist=False)
 
 

@@ -352,8 +352,8 @@ def test_a_device_need_not_be_here_but_must_be_one(checkpoint, rows_file):
     for name in ("cuda:zz", "cuda:-1", "gpu"):
         done = command(*words, name)
         assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr == f"error: --device {name}: not a device to use; give cpu, cuda or " \
-                              "cuda:N\n"
+        assert done.stderr == (
+            f"error: --device {name}: no such device. Use cpu, cuda or cuda:N.\n")
     for name in ("cuda", "cuda:7"):
         done = command(*words, name)
         assert done.returncode == 0 and "bfloat16 on 1 x cuda" in done.stdout, done.stderr

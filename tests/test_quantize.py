@@ -1,4 +1,4 @@
-"""quantize.py against bitsandbytes: the same bytes, the same numbers, the same gradients."""
+"""quantized.py against bitsandbytes: the same bytes, numbers and gradients."""
 
 import csv
 import json
@@ -57,8 +57,8 @@ def test_packed_bytes_and_values_equal_bitsandbytes(shape, dtype):
     # With their scales the values are theirs bit for bit.
     values = dequantize_nf4(packed, their_scales, nested_scales, mean, weight.shape, dtype)
     assert torch.equal(values, functional.dequantize_4bit(theirs, state))
-    # A scale differs only where two levels are as near to the step of their look-up table, which
-    # has 2**16 entries between -1 and 1.
+    # bitsandbytes rounds to a table of 2**16 entries first. A scale differs only where two levels
+    # are equally near at that precision.
     largest = in_blocks(weight.float().flatten(), 64).abs().amax(1) - mean
     scaled = largest / nested_scales.repeat_interleave(256)[: len(largest)]
     levels = dynamic_levels()
@@ -72,7 +72,7 @@ def test_rows_equal_bitsandbytes(dtype):
     weight = weight_of((64, 128), dtype)
     steps, largest = quantize_rows(weight)
     their_steps, their_largest, _ = functional.int8_vectorwise_quant(weight.half())
-    if dtype == torch.float16:  # the type that theirs is made for
+    if dtype == torch.float16:  # the only type that bitsandbytes supports
         assert torch.equal(steps, their_steps)
         torch.testing.assert_close(largest, their_largest.float())
     error = (dequantize_rows(steps, largest, torch.float32) - weight.float()).abs()
@@ -94,12 +94,12 @@ def test_layer_equals_linear4bit():
         y = layer(x)
         (y * torch.arange(48)).sum().backward()
         results.append((y, x.grad))
-    for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+    for ours_result, their_result in zip(*results, strict=True):
+        torch.testing.assert_close(ours_result, their_result, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_only_the_packed_weight_is_kept_for_the_way_back(bits):
+def test_the_backward_pass_keeps_no_dequantised_weight(bits):
     layer = QuantizedLinear.from_weight(weight_of((64, 128), torch.float32), bits)
     x = torch.randn(3, 128, requires_grad=True)
     kept = []
@@ -127,8 +127,10 @@ def test_zeros_and_a_state_dict(bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_loaded_model_computes_with_the_dequantised_weights(bits, checkpoint, tmp_path):
-    """Loss, gradients of the adapter and the merged model are those of a plain model that has the
-    dequantised weights; embedding and output matrix are left alone."""
+    """Loss, gradients and merged model equal those of a plain model with the dequantised weights.
+
+    The embedding and the output matrix are not quantised.
+    """
     quantized, plain = load_model(checkpoint, quantization_bit=bits), load_model(checkpoint)
     names = [name for name, module in quantized.named_modules()
              if isinstance(module, QuantizedLinear)]
@@ -157,7 +159,7 @@ def test_a_loaded_model_computes_with_the_dequantised_weights(bits, checkpoint, 
 
 
 def test_training_in_four_bits_by_command_line(checkpoint, rows_file, tmp_path):
-    """QLoRA learns, is interrupted and goes on, to the adapter of the run in one go."""
+    """QLoRA learns, and a resumed run ends with the adapter of an uninterrupted run."""
     flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--template", "plain",
              "--quantization_bit", 4, "--learning_rate", "5e-3", "--logging_steps", 1,
              "--save_steps", 3, "--lora_dropout", "0.1"]
@@ -181,7 +183,7 @@ def test_training_in_four_bits_by_command_line(checkpoint, rows_file, tmp_path):
 
 @pytest.fixture
 def trained(tiny_chat_model_dir, tmp_path):
-    """An adapter on some of the layers, with values, whose run was in 4 bits."""
+    """An adapter on some layers, from a run in 4 bits."""
     torch.manual_seed(5)
     model, config = load_model(tiny_chat_model_dir), LoraConfig(
         rank=4, target_modules=("q_proj", "up_proj"))
@@ -195,14 +197,14 @@ def trained(tiny_chat_model_dir, tmp_path):
 
 
 def call(monkeypatch, script, *words):
-    """A script's main in this process, which has loaded torch already."""
+    """Run the main of a script in this process, which has loaded torch already."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
     script.main()
 
 
 @pytest.fixture
 def merged(tiny_chat_model_dir, trained, tmp_path, monkeypatch):
-    """The same as a plain checkpoint: the adapter added to the dequantised base."""
+    """The adapter added to the dequantised base, as a plain checkpoint."""
     call(monkeypatch, export, "--model_name_or_path", tiny_chat_model_dir, "--adapter", trained,
          "--quantization_bit", 4, "--output_dir", tmp_path / "merged")
     return tmp_path / "merged"
@@ -230,7 +232,7 @@ def test_export_merges_into_the_base_that_was_trained_on(
 
 def test_chat_score_and_eval_in_four_bits(
         tiny_chat_model_dir, trained, merged, rows_file, tmp_path, monkeypatch):
-    """Base in 4 bits with its adapter, and both merged: the same answers and scores."""
+    """A base in 4 bits with its adapter, and the merged model: the same answers and scores."""
     models = {"quantized": [tiny_chat_model_dir, "--adapter", trained, "--quantization_bit", 4],
               "merged": [merged]}
     (tmp_path / "ceval/val").mkdir(parents=True)

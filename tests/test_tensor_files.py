@@ -1,4 +1,4 @@
-"""Safetensors and shard indexes: what the library reads, we read; what is hostile is refused."""
+"""Safetensors and shard indexes: read as the library reads them; hostile files are refused."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def entry(start, end, dtype="F32", shape=(2,)):
 GOOD = {"a": entry(0, 8), "b": entry(8, 16)}
 REPEATED = ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
             '"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}')
-# What a file holds between its eight bytes and its 16 bytes of data, and what is said of it.
+# The header of a file with 16 bytes of data, and the error about it.
 HOSTILE = {
     "overlapping": ({"a": entry(0, 8), "b": entry(4, 16, shape=(3,))}, "b overlaps with"),
     "the same place twice": ({"a": entry(0, 16, shape=(4,)), "b": entry(0, 16, shape=(4,))},
@@ -96,12 +96,12 @@ def test_hostile_headers(name, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         read_header(path)
     assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value)) < 2100
-    if name not in ("unknown type", "shape without end"):  # which the library lets pass
+    if name not in ("unknown type", "shape without end"):  # the library accepts these
         with pytest.raises(SafetensorError), safe_open(path, framework="pt") as file:
             file.keys()
 
 
-def test_the_good_one_is_accepted(tmp_path):
+def test_a_correct_file_is_accepted(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors_bytes({**GOOD, "__metadata__": {"format": "pt"}}))
     assert list(read_header(path)) == ["a", "b"] and len(load_file(path)) == 2
@@ -128,7 +128,7 @@ def test_cut_off_and_oversized(content, message, tmp_path):
 
 
 def test_a_header_too_long_in_a_file_that_has_it(tmp_path):
-    """A sparse file: nothing of it is read before its length is looked at."""
+    """A sparse file: its length is checked before the header is read."""
     path = tmp_path / "model.safetensors"
     with open(path, "wb") as file:
         file.write((10**8 + 1).to_bytes(8, "little"))
@@ -144,7 +144,7 @@ def new_model():
 
 
 def test_nothing_is_read_before_all_is_checked(tmp_path):
-    """A tensor of a terabyte, in a sparse file as large: its shape is refused from the header."""
+    """A tensor of a terabyte in a sparse file: its shape is refused from the header."""
     save_model(new_model(), tmp_path)
     path = tmp_path / "model.safetensors"
     content, (header_length,) = path.read_bytes(), np.fromfile(path, np.uint64, 1)
@@ -165,7 +165,7 @@ def test_nothing_is_read_before_all_is_checked(tmp_path):
     tracemalloc.stop()
 
 
-def test_a_file_cut_while_it_is_read(tmp_path):
+def test_a_file_truncated_while_it_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(WHOLE)
     stored = read_header(path)["b"]
@@ -222,7 +222,7 @@ def test_indexes_that_do_not_fit_their_shards(sharded):
         folder, {"weight_map": twice})
 
 
-def test_many_lost_tensors_are_counted(sharded):
+def test_many_missing_tensors_are_counted(sharded):
     folder, index = sharded
     index["weight_map"] |= {f"extra.{number}": index["weight_map"]["lm_head.weight"]
                             for number in range(9)}

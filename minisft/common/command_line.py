@@ -94,15 +94,9 @@ class OptionParser(argparse.ArgumentParser):
         """
         words = sys.argv[1:] if arguments is None else arguments
         options, rest = self._parse([_normalized(word) for word in words])
-        unknown = self._unknown("flag", "--", [word for word in rest if word.startswith("-")])
-        recipe = dict.fromkeys(self._flags, _UNSET)
-        if options.config is not _UNSET:
-            recipe, unknown_keys = self._read_recipe(options.config)
-            if unknown_keys:
-                keys = self._unknown("option", "", unknown_keys)
-                unknown += f"{'; ' if unknown else ''}{options.config}: {keys}"
-        if unknown:
-            raise UserError(f"{unknown} (see --help)")
+        path = "" if options.config is _UNSET else options.config
+        recipe, keys = self._read_recipe(path) if path else (dict.fromkeys(self._flags, _UNSET), [])
+        self._refuse_unknown([word for word in rest if word.startswith("-")], path, keys)
         if rest:
             raise UserError(f"unexpected argument '{rest[0]}': flags begin with -- (see --help)")
         self._given = self._names_given(vars(options), recipe)
@@ -154,17 +148,22 @@ class OptionParser(argparse.ArgumentParser):
             given = {name for name in given if recipe[name] != self._flags[name].default}
         return given | {name for name in self._flags if options[name] is not _UNSET}
 
-    def _unknown(self, kind: str, prefix: str, words: list[str]) -> str:
-        """`unknown flags --a (did you mean --b?), --c`; empty if there are no words."""
-        if not words:
-            return ""
-        texts = []
-        for word in words:
-            name = word.partition("=")[0].removeprefix("--")
-            near = nearest_flag(name.replace("-", "_"), self._flags)
-            hint = f" (did you mean {prefix}{near}?)" if near else ""
-            texts.append(word.partition("=")[0] + hint)
-        return f"unknown {kind}{'s' if len(texts) > 1 else ''} {', '.join(texts)}"
+    def _refuse_unknown(self, words: list[str], recipe_path: str, keys: list[str]) -> None:
+        """UserError that names unknown words of the command line and unknown keys of the recipe."""
+        flags = [word.partition("=")[0] for word in words]
+        faults = []
+        if flags:
+            faults.append(f"no such flag: {', '.join(map(self._with_hint, flags))}")
+        if keys:
+            faults.append(f"{recipe_path}: no such option: {', '.join(map(self._with_hint, keys))}")
+        if faults:
+            raise UserError(f"{'; '.join(faults)} (see --help)")
+
+    def _with_hint(self, unknown: str) -> str:
+        """The unknown flag or key, and the flag or key that is near it."""
+        name = unknown.removeprefix("--")
+        near = nearest_flag(name.replace("-", "_"), self._flags)
+        return unknown + (f" (did you mean {unknown.replace(name, near)}?)" if near else "")
 
 
 def _normalized(word: str) -> str:

@@ -21,11 +21,11 @@ def resolve_device(name: str | torch.device = "auto", must_exist: bool = True) -
         name = "cuda" if torch.cuda.is_available() else "cpu"
     # torch would read cuda:200 as device -56.
     if not re.fullmatch(r"cpu(:0)?|cuda(:(0|[1-9][0-9]?))?", name):
-        raise UserError(f"--device {name}: not a device to use; give cpu, cuda or cuda:N")
+        raise UserError(f"--device {name}: no such device. Use cpu, cuda or cuda:N.")
     device = torch.device(name)
     if must_exist and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu"
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu."
         )
     return device
 

@@ -1,4 +1,4 @@
-"""JSON files: read with checks, because others wrote them; written whole or not at all.
+"""JSON files: read with checks, because others wrote them; written completely or not at all.
 
 config = read_json("checkpoint/config.json")       # a dict, or a UserError that names the file
 write_json(config, "copy/config.json")
@@ -29,8 +29,8 @@ def read_json(path: str | Path, missing: dict[str, Any] | None = None) -> dict[s
             raise UserError(f"{path}: no such file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(
-                f"{path}: {path.stat().st_size:,} bytes are too many for this file. "
-                "Download it again."
+                f"{path}: {path.stat().st_size:,} bytes are too many for this file; "
+                "download it again"
             )
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -38,9 +38,9 @@ def read_json(path: str | Path, missing: dict[str, Any] | None = None) -> dict[s
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Download it again.") from error
+        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object. Download it again.")
+        raise UserError(f"{path}: not a JSON object; download it again")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Output files and folders: written whole or not at all, never over an input, with their options.
+"""Output files and folders: written completely or not at all, and never over an input.
 
 check_output_dir(options.output_dir, options.overwrite_output_dir, options.model_name_or_path)
 with atomic_write("runs/a/metrics.json") as file:

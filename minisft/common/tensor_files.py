@@ -131,7 +131,7 @@ def read_header(path: str | Path) -> dict[str, StoredTensor]:
         _check_places(tensors, 8 + length, size)
     except (ValueError, RecursionError, AttributeError) as error:
         raise UserError(
-            f"{path}: damaged, or not a safetensors file: {error}. Download it again."
+            f"{path}: damaged, or not a safetensors file: {error}; download it again"
         ) from error
     return {tensor.name: tensor for tensor in tensors}
 

@@ -1,10 +1,10 @@
-"""Attention of rows that stand below each other in a batch, and the masks for it.
+"""Attention, and the masks that say which keys a query may see.
 
-    y = attend(q, k, v, mask)       # softmax(q k^T / sqrt(d) + mask) v
+    y = attend(q, k, v, mask)       # softmax(q k^T / sqrt(d)) v, over the keys in the mask
 
-The letters of the shapes are explained in decoder.py. T queries meet S keys: the keys of the cache,
-then their own. A mask is True where a query may see a key. None stands for the causal mask: a
-query sees the keys up to its own position.
+The T queries meet S keys: the keys in the cache, then their own. A mask is True where a query may
+see a key. None stands for the causal mask: a query sees no key after its position. The
+letters of the shapes are explained in decoder.py.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minisft.model.fast_paths import attend_with_one_query
 
-# (q, k, v) -> y: what a layer calls.
+# (q, k, v) -> y, with the mask filled in: what a layer calls.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -39,23 +39,17 @@ def causal_mask(T: int, S: int, device: torch.device, window: int | None = None)
     return mask if window is None else mask.triu(S - T - window + 1)
 
 
-def attention_by_layer_type(
+def attention_with_mask(
     T: int, S: int, mask: Tensor | None, window: int | None, device: torch.device
-) -> dict[str, Attend]:
-    """The attention function of each layer type for T queries and S keys.
+) -> Attend:
+    """The attention of T queries to S keys.
 
-    mask: of the padding, with the causal mask in it; None where there is no padding. window: how
-    many keys a query of a sliding-attention layer sees.
+    mask: given by the caller for padded rows, else None. window: the number of keys that a query
+    sees; None: all.
     """
-    if mask is None and 1 < T < S:
-        mask = causal_mask(T, S, device)
-    near = mask
     if window is not None and S > window:
         near = causal_mask(T, S, device, window)
-        if mask is not None:
-            near = near & mask
-    function = attend_with_one_query if T == 1 else attend
-    return {
-        "full_attention": partial(function, mask=mask),
-        "sliding_attention": partial(function, mask=near),
-    }
+        mask = near if mask is None else mask & near
+    elif mask is None and 1 < T < S:
+        mask = causal_mask(T, S, device)
+    return partial(attend_with_one_query if T == 1 else attend, mask=mask)

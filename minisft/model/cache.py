@@ -8,7 +8,7 @@ from torch import Tensor
 from minisft.model.config import ModelConfig
 
 
-class LayerCache(Protocol):
+class Cache(Protocol):
     """What a layer needs of a cache."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

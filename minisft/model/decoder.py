@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisft.model.attention import Attend, attention_by_layer_type
-from minisft.model.cache import KeyValueCache, LayerCache
+from minisft.model.attention import Attend, attention_with_mask
+from minisft.model.cache import Cache, KeyValueCache
 from minisft.model.config import ModelConfig
 from minisft.model.fast_paths import linear, next_angles, rms_norm
 from minisft.model.gradient_checkpointing import recompute_in_backward
-from minisft.model.packed_attention import packed_attention_by_layer_type, packed_positions
+from minisft.model.packed_attention import packed_attention, packed_positions
 from minisft.model.rotary import rotary_angles, rotate
 
 
@@ -72,13 +72,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        attend: Attend,
-        cache: LayerCache | None,
-        layer: int,
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None, layer: int
     ) -> Tensor:
         """(B, T, D) from x (B, T, D).
 
@@ -125,13 +119,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        attend: Attend,
-        cache: LayerCache | None,
-        layer: int,
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None, layer: int
     ) -> Tensor:
         """(B, T, D) from x (B, T, D); for the other arguments see Attention."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, cache, layer)
@@ -162,18 +150,19 @@ class Decoder(nn.Module):
         lengths: list[int] | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) from tokens (B, T). For the arguments see CausalLM.forward."""
-        T, window = tokens.shape[1], self.config.sliding_window
-        past = 0 if cache is None else cache.length
+        T = tokens.shape[1]
+        S = T if cache is None else T + cache.length
         x = self.embed_tokens(tokens)  # (B, T, D)
-        if lengths is not None:
-            attend = packed_attention_by_layer_type(lengths, x, window, self.layers_are_compiled)
-            positions = packed_positions(lengths, x.device)
-        else:
-            attend = attention_by_layer_type(T, past + T, mask, window, x.device)
-        if positions is None and self.config.has_dynamic_rope:  # angles depend on the length
-            positions = torch.arange(past, past + T, device=x.device)
+        attend: dict[str, Attend] = {}  # for each layer type
+        for layer_type in set(self.config.layer_types):
+            window = self.config.sliding_window if layer_type == "sliding_attention" else None
+            if lengths is None:
+                attend[layer_type] = attention_with_mask(T, S, mask, window, x.device)
+            else:
+                attend[layer_type] = packed_attention(lengths, window, x, self.layers_are_compiled)
+                positions = packed_positions(lengths, x.device)
         if positions is None:
-            cos, sin = next_angles(self.angles, T, x, cache)
+            cos, sin = next_angles(self.angles, self.config, T, x, cache)
         else:
             cos, sin = self.angles(positions, x.dtype)
         for index, layer in enumerate(self.layers):

@@ -1,7 +1,7 @@
 """Faster ways to compute some steps of the decoder; each gives the numbers of the plain way.
 
 At batch size 1 on a CPU, a model generates a token at a time and its time goes into reading the
-weights and into calling torch. Other operations than those for many rows are then faster.
+weights and into calls of torch. Then other operations are faster than for many rows.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisft.model.cache import KeyValueCache
+from minisft.model.config import ModelConfig
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -58,22 +59,23 @@ def attend_with_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None =
 
 def next_angles(
     compute: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]],
+    config: ModelConfig,
     T: int,
     x: Tensor,
     cache: KeyValueCache | None,
 ) -> tuple[Tensor, Tensor]:
     """Rotary cos and sin (1, 1, T, d) of the T positions after the cache.
 
-    compute(positions, dtype): the plain way. A cache keeps a table of the angles, which grows by
-    doubling.
+    compute(positions, dtype): the plain way. With a cache, they come from a table in it, which
+    grows by doubling. Dynamic scaling has no table, because all angles change with the length.
     """
-    if cache is None:
-        return compute(torch.arange(T, device=x.device), x.dtype)
-    end = cache.length + T
-    if cache.angles is None or cache.angles[0].shape[2] < end:
-        cache.angles = compute(torch.arange(max(2 * end, 64), device=x.device), x.dtype)
+    past = 0 if cache is None else cache.length
+    if cache is None or config.has_dynamic_rope:
+        return compute(torch.arange(past, past + T, device=x.device), x.dtype)
+    if cache.angles is None or cache.angles[0].shape[2] < past + T:
+        cache.angles = compute(torch.arange(max(2 * (past + T), 64), device=x.device), x.dtype)
     cos, sin = cache.angles
-    return cos[:, :, cache.length : end], sin[:, :, cache.length : end]
+    return cos[:, :, past : past + T], sin[:, :, past : past + T]
 
 
 def _is_decoding_on_cpu(x: Tensor, weight: Tensor) -> bool:

@@ -8,17 +8,18 @@ and ranks have counted their tokens. A mean of their means would give the tokens
 more weight.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minisft.model.decoder import CausalLM
-from minisft.model.memory_saving_loss import token_losses_frozen_head, token_losses_trained_head
-
-Logits = Callable[[Tensor], Tensor]
+from minisft.model.memory_saving_loss import (
+    CrossEntropy,
+    Logits,
+    cross_entropy_in_place,
+    token_losses_frozen_head,
+)
 
 # Logits that are in memory at a time: 256 MB in float32.
 CHUNK_LOGITS = 2**26
@@ -60,24 +61,30 @@ def token_losses(logits: Logits, states: Tensor, targets: Tensor) -> Tensor:
     no_logits = logits(states[:0].detach())  # (0, V)
     size = chunk_size(no_logits.shape[-1])
     if not torch.is_grad_enabled():
-        return token_losses_in_chunks(logits, states, targets, size)
+        return token_losses_in_chunks(logits, states, targets, size, cross_entropy)
     if no_logits.requires_grad:
-        return token_losses_trained_head(logits, states, targets, size)
+        return token_losses_in_chunks(logits, states, targets, size, cross_entropy_in_place)
     return token_losses_frozen_head(logits, states, targets, size)
 
 
-def token_losses_in_chunks(logits: Logits, states: Tensor, targets: Tensor, size: int) -> Tensor:
-    """token_losses by chunks of `size` states, plainly. The logits are recomputed to go backward.
-
-    With gradients, the functions in memory_saving_loss.py compute the same with less.
-    """
+def token_losses_in_chunks(
+    logits: Logits, states: Tensor, targets: Tensor, size: int, cross_entropy: CrossEntropy
+) -> Tensor:
+    """token_losses by chunks of `size` states. The logits are computed again to go backward."""
 
     def losses(states: Tensor, targets: Tensor) -> Tensor:
         # float32 so that a sum over 100,000 tokens keeps its digits
-        return F.cross_entropy(logits(states).float(), targets, reduction="none")
+        return cross_entropy(logits(states).float(), targets)
 
+    if len(states) <= size:
+        return losses(states, targets)
     chunks = zip(states.split(size), targets.split(size), strict=True)
     return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of logits (N, V) and targets (N,): (N,)."""
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def chunk_size(vocab_size: int) -> int:

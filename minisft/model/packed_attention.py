@@ -22,41 +22,30 @@ from torch import Tensor
 from minisft.model.attention import Attend, attend, causal_mask
 
 
-def packed_attention_by_layer_type(
-    lengths: list[int], x: Tensor, window: int | None, layers_are_compiled: bool
-) -> dict[str, Attend]:
-    """The attention function of each layer type, for a pack of rows with these lengths.
+def packed_attention(
+    lengths: list[int], window: int | None, x: Tensor, layers_are_compiled: bool
+) -> Attend:
+    """The attention of a pack of rows with these lengths.
 
-    x (1, T, D): the embedded tokens, for the device and the type.
+    window: the number of keys that a query sees; None: all. x (1, T, D): the embedded tokens, for
+    their device and type.
     """
     if has_kernel(x):
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
-        by_kernel = partial(
-            attend_by_kernel, kernel=varlen_kernel(), bounds=bounds, longest=max(lengths)
-        )
-        return {
-            "full_attention": partial(by_kernel, window=None),
-            "sliding_attention": partial(by_kernel, window=window),
-        }
+        arguments = {"kernel": varlen_kernel(), "bounds": bounds, "longest": max(lengths)}
+        return partial(attend_by_kernel, **arguments, window=window)
     if layers_are_compiled:
-        # A list of lengths would become part of the compiled code; a mask does not.
-        masks = [packed_mask(lengths, limit, x.device) for limit in (None, window)]
-        # Added as numbers, because torch would convert a mask of booleans again in every layer.
-        full, near = (torch.where(mask, 0.0, -torch.inf) for mask in masks)
-        return {
-            "full_attention": partial(attend, mask=full),
-            "sliding_attention": partial(attend, mask=near),
-        }
-    near_masks = [
+        # A list of lengths would become part of the compiled code; a mask does not. It is added as
+        # numbers, because torch would convert a mask of booleans again in every layer.
+        mask = packed_mask(lengths, window, x.device)
+        return partial(attend, mask=torch.where(mask, 0.0, -torch.inf))
+    masks = [
         None
         if window is None or length <= window
         else causal_mask(length, length, x.device, window)
         for length in lengths
     ]
-    return {
-        "full_attention": partial(attend_by_row, lengths=lengths, masks=[None] * len(lengths)),
-        "sliding_attention": partial(attend_by_row, lengths=lengths, masks=near_masks),
-    }
+    return partial(attend_by_row, lengths=lengths, masks=masks)
 
 
 def packed_positions(lengths: list[int], device: torch.device) -> Tensor:

@@ -44,7 +44,7 @@ NF4_LEVELS = (
 def dynamic_levels() -> Tensor:
     """(256,) float32, ascending: 8-bit numbers with a moving exponent (arXiv 2110.02861).
 
-    They are 0, 1, and for every power of ten from 1e-6 to 1 twice as many as for the one below.
+    They are 0, 1, and values around every power of ten from 1e-6 to 1, twice as many each time.
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
