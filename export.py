@@ -1,21 +1,23 @@
-"""Write a model for others to use: merge an adapter, convert, split into shards.
+"""Write a trained model for other programs, in the format that they read.
 
     python export.py --model_name_or_path base --adapter runs/cherry --format hf --output_dir merged
     python export.py --model_name_or_path base --adapter runs/cherry --format gguf \
         --quantization q4_k_m --output cherry.gguf
 
-hf is the folder that transformers, vLLM and others load, peft the adapter alone; gguf is the file
-that llama.cpp, Ollama and LM Studio run, gguf-lora the adapter alone for llama.cpp's --lora. A
-reward model (train.py --stage rm) becomes transformers' LlamaForSequenceClassification.
+    hf           a folder for transformers and vLLM, with the adapter merged
+    peft         a folder with the adapter alone, for peft
+    gguf         a file for llama.cpp, Ollama and LM Studio, with the adapter merged
+    gguf-lora    a file with the adapter alone, for llama.cpp's --lora
+
+A reward model (train.py --stage rm) becomes transformers' LlamaForSequenceClassification.
 """
 
 from argparse import Namespace
 from pathlib import Path
 
-from minisft.common import tensor_files
 from minisft.common.command_line import QUANTIZATIONS, OptionParser
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_model_flags
+from minisft.common.model_flags import add_model_flags, dtype_option
 from minisft.common.outputs import (
     check_output_dir,
     check_output_file,
@@ -24,171 +26,147 @@ from minisft.common.outputs import (
 )
 from minisft.common.script import run_script
 
+FILE_FORMATS = ("gguf", "gguf-lora")
 
-def parse_options(arguments=None):
-    """The options of export.py, checked; from the command line if no words are given."""
+
+def parse_options(arguments: list[str] | None = None) -> Namespace:
+    """The options; UserError for flags that are missing or have no effect."""
     parser = OptionParser(description=__doc__.split("\n")[0])
     add, switch = add_model_flags(parser, auto_dtype="the checkpoint's; float32 for peft")
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
-    add(
-        "--format",
-        choices=["hf", "peft", "gguf", "gguf-lora"],
-        default="hf",
-        help="whole model (hf, gguf), or adapter alone (peft, gguf-lora)",
-    )
+    formats = ["hf", "peft", *FILE_FORMATS]
+    add("--format", choices=formats, default="hf", help="the model, or the adapter alone")
     add("--output_dir", help="folder to write: hf, peft")
     add("--output", help="file to write: gguf, gguf-lora")
-    add("--quantization", choices=QUANTIZATIONS, default="f16", help="type of the numbers in gguf")
-    add(
-        "--template",
-        default="auto",
-        help="conversation format that goes along (auto: the trained, else the checkpoint's)",
-    )
-    switch("--overwrite_output_dir", "write into a folder that has something in it, over a file")
+    add("--quantization", choices=QUANTIZATIONS, default="f16", help="number type in a GGUF file")
+    add("--template", default="auto", help="chat template to write (auto: that of the training)")
+    switch("--overwrite_output_dir", "write into a folder that is not empty, or over a file")
     add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")
     options = parser.parse_options(arguments)
     check_options(options, parser.given(options))
     return options
 
 
-def check_options(options, given):
-    """UserError for flags that are missing or that this format does not read."""
-    to_file = options.format.startswith("gguf")
-    needed, unread = ("output", "output_dir") if to_file else ("output_dir", "output")
+def check_options(options: Namespace, given: set[str]) -> None:
+    """UserError for flags that are missing, or that the format does not use."""
+    format = options.format
+    needed = "output" if format in FILE_FORMATS else "output_dir"
     if needed not in given:
-        raise UserError(f"--format {options.format} needs --{needed}")
-    unread = {unread} | ({"dtype", "bf16", "fp16", "device"} if to_file else {"quantization"})
-    if options.format != "hf":
-        unread |= {"max_shard_size", "quantization_bit"}
-    if options.format == "gguf-lora":
-        unread |= {"template"}
-    if unread & given:
-        hint = "; --quantization says the type" if to_file else ""
-        raise UserError(f"--format {options.format} does not read --{min(unread & given)}{hint}")
-    if options.format in ("peft", "gguf-lora") and not options.adapter:
-        raise UserError(f"--format {options.format} needs --adapter")
+        raise UserError(f"--format {format} needs --{needed}")
+    if format in ("peft", "gguf-lora") and not options.adapter:
+        raise UserError(f"--format {format} needs --adapter")
+    unused = {
+        "hf": {"output", "quantization"},
+        "peft": {"output", "quantization", "max_shard_size", "quantization_bit"},
+        "gguf": {"output_dir", "max_shard_size", "quantization_bit"},
+        "gguf-lora": {"output_dir", "max_shard_size", "quantization_bit", "template"},
+    }[format]
+    if format in FILE_FORMATS:
+        unused |= {"dtype", "bf16", "fp16", "device"}
+    if unused & given:
+        hint = "; --quantization sets the number type" if format in FILE_FORMATS else ""
+        raise UserError(f"--format {format} does not use --{min(unused & given)}{hint}")
 
 
-def main():
-    options = parse_options()
-    if options.format.startswith("gguf"):
-        write_gguf(options)
-    else:
-        write_folder(options)
+def check_output(options: Namespace) -> Path:
+    """The file or folder to write; UserError if it is an input, or exists."""
+    inputs, overwrite = (options.model_name_or_path, options.adapter), options.overwrite_output_dir
+    if options.format in FILE_FORMATS:
+        flag = "--overwrite_output_dir"
+        return check_output_file("--output", options.output, inputs, overwrite, flag)
+    return check_output_dir(options.output_dir, overwrite, *inputs)
 
 
-def write_gguf(options):
-    """The GGUF formats: tensor by tensor from file to file, the model is never loaded."""
-    output = check_gguf_output(options)
-
-    from minisft.checkpoints import hub
-    from minisft.checkpoints.gguf_export import export_adapter, export_model
-
-    model_dir, adapter_dir = hub.resolve(options.model_name_or_path), None
-    if options.adapter:
-        adapter_dir = hub.resolve(options.adapter, tensor_files.ADAPTER_CONFIG)
-        tell_of_quantization(options, adapter_dir)
-    if options.format == "gguf-lora":
-        summary = export_adapter(model_dir, adapter_dir, output, options.quantization)
-    else:
-        paths = [options.model_name_or_path, options.adapter]
-        name = " + ".join(Path(path).resolve().name for path in paths if path)
-        summary = export_model(
-            model_dir, output, options.quantization, adapter_dir, name, options.template
-        )
-    types = ", ".join(f"{count} {name}" for name, count in summary["types"].items())
-    print(
-        f"wrote {output}: {summary['bytes'] / 1e6:,.1f} MB, {summary['bits_per_weight']:.2f} "
-        f"bits per weight, "
-        f"{summary['tensors']} tensors ({types})"
-    )
-    for note in summary["notes"]:
-        print(f"note: {note}")
-
-
-def tell_of_quantization(options, adapter_dir):
-    """Say so where the adapter is not merged into the weights that it was trained on."""
+def quantization_note(options: Namespace, adapter_dir: Path) -> str | None:
+    """A note if the adapter is merged into other weights than it was trained on."""
     trained = recorded_options(adapter_dir).get("quantization_bit")
-    if options.format in ("hf", "gguf") and trained != options.quantization_bit:
-        base = f"a base in {trained} bits" if trained else "the full base"
+    if options.format not in ("hf", "gguf") or trained == options.quantization_bit:
+        return None
+    note = f"the adapter was trained on {_weights(trained)}"
+    note += f" and is merged into {_weights(options.quantization_bit)}"
+    if options.format == "hf":
         flag = f"--quantization_bit {trained}" if trained else "no --quantization_bit"
-        way_out = f"; {flag} merges into that one" if options.format == "hf" else ""
-        print(f"note: the adapter was trained on {base} and is merged into another{way_out}")
+        note += f"; with {flag} both are the same"
+    return note
 
 
-def check_gguf_output(options):
-    """The file to write. An existing file is overwritten only if it is a GGUF file."""
-    from minisft.gguf.reader import is_gguf
-
-    path = check_output_file(
-        "--output",
-        options.output,
-        [options.model_name_or_path],
-        options.overwrite_output_dir,
-        "--overwrite_output_dir",
-    )
-    if path.exists() and not is_gguf(path):
-        raise UserError(f"--output {path} exists and is not a GGUF file. Choose another name.")
-    return path
+def _weights(bits: int | None) -> str:
+    return f"{bits}-bit weights" if bits else "full weights"
 
 
-def write_folder(options):
-    """The formats that are folders."""
-    output_dir = check_output_dir(
-        options.output_dir,
-        options.overwrite_output_dir,
-        options.model_name_or_path,
-        options.adapter,
-    )
+def main() -> None:
+    options = parse_options()
+    output = check_output(options)
 
+    # Loading torch takes seconds, so everything above comes first.
     import torch
 
-    from minisft.checkpoints import adapters, folders, hub
+    from minisft.checkpoints import adapters, folders
+    from minisft.checkpoints.gguf_export import export_model
+    from minisft.checkpoints.gguf_lora import export_adapter
+    from minisft.checkpoints.hub import resolve
     from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
     from minisft.common.devices import resolve_device, resolve_dtype
-    from minisft.common.model_flags import dtype_option
-    from minisft.common.tensor_files import parse_size
+    from minisft.common.tensor_files import ADAPTER_CONFIG, parse_size
+    from minisft.gguf.reader import is_gguf
     from minisft.model.lora import merge_lora
     from minisft.text.chat_template import conversation_form
     from minisft.text.tokenizer import Tokenizer
 
+    if output.is_file() and not is_gguf(output):
+        raise UserError(f"--output {output} exists and is not a GGUF file. Choose another name.")
     max_shard_size = parse_size(options.max_shard_size)
-    model_dir = hub.resolve(options.model_name_or_path)
     device = resolve_device(options.device)
-    stored = folders.stored_dtype(model_dir)
-    auto = torch.float32 if options.format == "peft" else stored
-    dtype = resolve_dtype(dtype_option(options), device, auto)
-    adapter_dir = options.adapter and hub.resolve(options.adapter, tensor_files.ADAPTER_CONFIG)
+    model_dir = resolve(options.model_name_or_path)
+    adapter_dir = resolve(options.adapter, ADAPTER_CONFIG) if options.adapter else None
+    trained_dir = adapter_dir or model_dir  # where train.py has left its options
+    if adapter_dir and (note := quantization_note(options, adapter_dir)):
+        print(f"note: {note}")
+
+    # The GGUF formats go from file to file; the model is never loaded.
+    if options.format in FILE_FORMATS:
+        if adapter_dir and options.format == "gguf-lora":
+            report = export_adapter(model_dir, adapter_dir, output, options.quantization)
+        else:
+            paths = [options.model_name_or_path, options.adapter]
+            name = " + ".join(Path(path).resolve().name for path in paths if path)
+            report = export_model(
+                model_dir, output, options.quantization, adapter_dir, name, options.template
+            )
+        print(f"wrote {output}: {report.summary}")
+        for note in report.notes:
+            print(f"note: {note}")
+        return
+
+    # The folders need the model and the adapter, in memory.
+    stored_dtype = folders.stored_dtype(model_dir)
+    auto_dtype = torch.float32 if options.format == "peft" else stored_dtype
+    dtype = resolve_dtype(dtype_option(options), device, auto_dtype)
     is_reward_model = has_head(model_dir, adapter_dir)
     load = load_reward_model if is_reward_model else folders.load_model
-    model = load(model_dir, stored, device, options.quantization_bit)
-    tokenizer = Tokenizer.load(model_dir)
+    model = load(model_dir, stored_dtype, device, options.quantization_bit)
+    lora_config = adapters.load_adapter(model, adapter_dir) if adapter_dir else None
 
-    trained_dir = adapter_dir or model_dir
-    if adapter_dir:
-        lora_config = adapters.load_adapter(model, adapter_dir)
-        tell_of_quantization(options, adapter_dir)
-    form = conversation_form(
-        tokenizer, options.template, trained_dir, folders.generation_eos(model_dir, model.config)
-    )
+    # Other programs must use the chat template of the training.
+    tokenizer = Tokenizer.load(model_dir)
+    listed_stops = folders.generation_eos(model_dir, model.config)
+    form = conversation_form(tokenizer, options.template, trained_dir, listed_stops)
     if is_reward_model:
         choose_padding(model, tokenizer, form.stop_ids)
-    if options.format == "peft":
-        adapters.save_adapter(model, output_dir, lora_config, options.model_name_or_path, dtype)
+
+    if lora_config and options.format == "peft":
+        adapters.save_adapter(model, output, lora_config, options.model_name_or_path, dtype)
     else:
         merge_lora(model, dtype)
-        folders.save_model(model, output_dir, dtype, max_shard_size)
-        folders.save_generation_config(model_dir, output_dir, model.config, form.stop_ids)
-    tokenizer.save(output_dir, form.chat_template)
-    # What chat.py looks for: the form of the conversations that the model was trained on.
+        folders.save_model(model, output, dtype, max_shard_size)
+        folders.save_generation_config(model_dir, output, model.config, form.stop_ids)
+    tokenizer.save(output, form.chat_template)
     trained = recorded_options(trained_dir)
-    name = trained.get("template") if options.template == "auto" else options.template
-    save_options(
-        Namespace(template=name, default_system=trained.get("default_system")),
-        output_dir / "options.toml",
-    )
-    print(f"wrote {output_dir}")
+    template = trained.get("template") if options.template == "auto" else options.template
+    record = Namespace(template=template, default_system=trained.get("default_system"))
+    save_options(record, output / "options.toml")  # for chat.py
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""export.py: what it writes is what was trained, for transformers and for peft."""
+"""export.py: transformers and peft compute from its folders what was trained."""
 
 import json
 
@@ -23,7 +23,7 @@ TOKENS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(
 
 @pytest.fixture
 def adapter(checkpoint, tmp_path):
-    """An adapter with values, on `checkpoint`, that also has an output matrix of its own."""
+    """A random adapter for `checkpoint` that has trained the output matrix too."""
     model = load_model(checkpoint)
     config = LoraConfig(rank=4, alpha=8, modules_to_save=("lm_head",))
     add_lora(model, config)
@@ -60,8 +60,8 @@ def test_merged_in_transformers(shard, checkpoint, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["hf", "peft"])
-def test_the_form_of_the_training_goes_along(format, checkpoint, adapter, tmp_path):
-    """So that chat.py asks the merged model as it was trained, not as its base was."""
+def test_the_template_of_the_training_is_written(format, checkpoint, adapter, tmp_path):
+    """chat.py and other programs prompt the model as in training, not as its base."""
     (checkpoint / "options.toml").write_text('template = "zephyr"\n')
     (adapter / "options.toml").write_text(
         'template = "alpaca"\ndefault_system = "简洁"\nseed = 3\n', encoding="utf-8")
@@ -75,7 +75,7 @@ def test_the_form_of_the_training_goes_along(format, checkpoint, adapter, tmp_pa
         trained = recorded_options(out)
         assert (trained["template"], trained.get("default_system")) == expected
         assert "seed" not in trained
-        # Other programs find it too.
+        # Other programs read it from the tokenizer's files.
         theirs = transformers.AutoTokenizer.from_pretrained(out)
         ours = get_template(expected[0], Tokenizer.load(checkpoint), expected[1])
         assert theirs.apply_chat_template(QUESTION, add_generation_prompt=True,
@@ -85,7 +85,7 @@ def test_the_form_of_the_training_goes_along(format, checkpoint, adapter, tmp_pa
             assert stops == [2, 1]
 
 
-def test_types_out(checkpoint, adapter, tmp_path):
+def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
     for flag, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         out = tmp_path / flag
         done = command("--model_name_or_path", checkpoint, "--adapter", adapter, "--dtype", flag,
@@ -114,7 +114,7 @@ def test_peft_format(checkpoint, adapter, tmp_path):
 
 @pytest.fixture(params=[False, True], ids=["plain", "tied"])
 def judge(request, checkpoint, tmp_path):
-    """An adapter with values that makes a reward model of `checkpoint`, a language model."""
+    """A random adapter that makes a reward model of `checkpoint`."""
     if request.param:
         tensors = load_file(checkpoint / "model.safetensors")
         del tensors["lm_head.weight"]
@@ -133,7 +133,7 @@ def judge(request, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("format", ["hf", "peft"])
 def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
-    """Merged it scores as what peft merges, also texts of unequal lengths in one batch."""
+    """The merged model scores as peft's, also with padding in a batch."""
     kind, out = transformers.AutoModelForSequenceClassification, tmp_path / "out"
     texts = [row[:length].tolist() for row, length in zip(TOKENS + 7, (40, 13), strict=True)]
     texts = [[min(id, 299) for id in text] for text in texts]
@@ -168,7 +168,7 @@ def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
 
 @torch.no_grad()
 def test_a_reward_model_from_peft(checkpoint, judge, tmp_path):
-    """As peft, and trl by it, writes the adapter: among what is saved it names a classifier too."""
+    """peft and trl list "classifier" among modules_to_save, though the model has none."""
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint,
                                                                              num_labels=1)
     theirs = peft.PeftModel.from_pretrained(theirs, judge)
@@ -190,7 +190,7 @@ def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
         (["--output_dir", tmp_path / "out", "--adapter", checkpoint], "adapter_config.json"),
         (["--output_dir", tmp_path / "out", "--template", "lama2"], "unknown template"),
         (["--output_dir", tmp_path / "out", "--format", "peft", "--max_shard_size", "1GB"],
-         "does not read --max_shard_size"),
+         "does not use --max_shard_size"),
     ):
         done = command("--model_name_or_path", checkpoint, "--adapter", adapter, *words,
                        script="export.py")

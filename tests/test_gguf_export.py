@@ -1,4 +1,4 @@
-"""GGUF export: llama.cpp computes from the file what we compute from the checkpoint."""
+"""GGUF export: llama.cpp computes the same from the file as we do from the checkpoint."""
 
 import json
 import shutil
@@ -12,10 +12,12 @@ from conftest import CONFIG, command
 from llama_cpp import Server
 
 from minisft.checkpoints import adapters, folders, gguf_export
-from minisft.checkpoints.gguf_export import export_adapter, export_model, tensor_type
+from minisft.checkpoints.gguf_export import export_model
+from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.common.command_line import QUANTIZATIONS
 from minisft.common.errors import UserError
 from minisft.gguf import writer
+from minisft.gguf.tensor_types import tensor_type
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, LoRALinear, add_lora
@@ -43,7 +45,7 @@ FAMILIES = {
 
 
 def save(folder, tokenizer_dir, content):
-    """A random checkpoint; biases and norms, which start as zeros and ones, random too."""
+    """A random checkpoint. Biases and norms are random too, not zeros and ones."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict({**SMALL, **content}))
     model.initialize()
@@ -62,7 +64,7 @@ def checkpoint(tmp_path, tiny_tokenizer_dir):
 
 
 def prompts(vocab_size=VOCAB):
-    """Ids: one, a few, and more than STRETCHED's original context."""
+    """Prompts of one id, a few ids, and more than STRETCHED's original context."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(8, vocab_size, (length,), generator=generator).tolist()
             for length in (1, 17, 150)]
@@ -98,7 +100,7 @@ def test_llama_cpp_computes_the_same(family, tmp_path, tiny_tokenizer_dir):
         assert server.greedy(prompts()[1], 40) == our_greedy(folder, prompts()[1], 40)
 
 
-def test_without_interleaving_it_would_not(checkpoint, tmp_path, monkeypatch):
+def test_without_interleaving_llama_cpp_computes_something_else(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_export, "is_interleaved", lambda name, architecture: False)
     export_model(checkpoint, tmp_path / "model.gguf", "f32")
     ids = prompts()[1]
@@ -107,7 +109,7 @@ def test_without_interleaving_it_would_not(checkpoint, tmp_path, monkeypatch):
     assert np.abs(difference).max() > 1
 
 
-def test_the_published_text(shared_data, tmp_path):
+def test_greedy_text_of_a_published_model(shared_data, tmp_path):
     folder = shared_data / "models" / "stories260K"
     export_model(folder, tmp_path / "model.gguf", "f32")
     published = json.loads((folder / "greedy_256_ids.json").read_text())
@@ -132,7 +134,7 @@ def test_every_type_runs(quantization, tmp_path, tiny_tokenizer_dir):
 
 
 def read(path):
-    """({key: value}, {name: (type, float32 numbers)}) by the gguf package."""
+    """({key: value}, {name: (type, float32 numbers)}), read by the gguf package."""
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {one.name: (one.tensor_type.name, gguf.quants.dequantize(one.data, one.tensor_type))
@@ -142,7 +144,7 @@ def read(path):
 
 @pytest.fixture
 def adapter(checkpoint, tmp_path):
-    """An adapter with values on `checkpoint`, one module of another rank."""
+    """A random adapter for `checkpoint`; one module has another rank."""
     model = folders.load_model(checkpoint)
     config = LoraConfig(rank=4, alpha=6, use_rslora=True)
     add_lora(model, config)
@@ -168,8 +170,8 @@ def test_adapter_merged_and_as_lora(checkpoint, adapter, tmp_path):
         np.testing.assert_allclose(server.log_probabilities(ids, VOCAB), expected, atol=1e-4)
 
 
-def test_adapter_with_an_embedding_of_its_own(tmp_path, tiny_tokenizer_dir):
-    """A tied model whose adapter has trained the embedding: the two part."""
+def test_adapter_that_trained_a_tied_embedding(tmp_path, tiny_tokenizer_dir):
+    """The output matrix keeps the old values, so the two are no longer tied."""
     folder = save(tmp_path / "model", tiny_tokenizer_dir, {"tie_word_embeddings": True})
     model = folders.load_model(folder)
     config = LoraConfig(rank=2, target_modules=("q_proj",), modules_to_save=("embed_tokens",))
@@ -186,7 +188,7 @@ def test_adapter_with_an_embedding_of_its_own(tmp_path, tiny_tokenizer_dir):
         export_adapter(folder, tmp_path / "adapter", tmp_path / "lora.gguf", "f32")
 
 
-def test_large_tensors_go_in_pieces(checkpoint, adapter, tmp_path, monkeypatch):
+def test_piece_size_does_not_change_the_file(checkpoint, adapter, tmp_path, monkeypatch):
     export_model(checkpoint, tmp_path / "whole.gguf", "q8_0", adapter)
     monkeypatch.setattr(writer, "PIECE_SIZE", 1500)  # less than two heads of q_proj
     export_model(checkpoint, tmp_path / "pieces.gguf", "q8_0", adapter)
@@ -194,7 +196,7 @@ def test_large_tensors_go_in_pieces(checkpoint, adapter, tmp_path, monkeypatch):
 
 
 def test_which_tensor_gets_which_type():
-    """What llama-quantize says it chose (build of llama-cpp-python 0.3.36) for 9 layers."""
+    """The choices of llama-quantize for 9 layers (build of llama-cpp-python 0.3.36)."""
     config = ModelConfig.from_dict({**SMALL, "num_hidden_layers": 9})
 
     def types(quantization, name, width=256):
@@ -236,7 +238,7 @@ METHODS = {"general.sampling.temp": "sampling_temp", "general.sampling.top_k": "
 
 
 def types_by_the_package(path, fields):
-    """types_of a file with these fields, each written by the gguf package's method for it."""
+    """types_of a file whose fields are written by the gguf package's own methods."""
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in fields.items():
         if "GGUF" not in name and name != "general.architecture":
@@ -249,13 +251,12 @@ def types_by_the_package(path, fields):
 
 
 def test_metadata(checkpoint, tmp_path):
-    """The fields that llama.cpp's own converter writes (llama-cpp-python 0.3.36), and its values.
+    """The fields and values of llama.cpp's own converter (llama-cpp-python 0.3.36).
 
-    On purpose ours has in addition: key_length and value_length, add_space_prefix,
-    padding_token_id and a place-holder for BOS also where they are what llama.cpp assumes, and
-    minisft's own WRITES_SPACE; and not: add_eos_token and add_sep_token, both false. The name is
-    the folder's, not in title case; control tokens of SentencePiece have the types and scores that
-    its model gives them.
+    Intended differences: we always write key_length, value_length, add_space_prefix,
+    padding_token_id and a placeholder for BOS, and our own WRITES_SPACE. We do not write
+    add_eos_token and add_sep_token, which are false. The name is the folder's, not in title case.
+    Control tokens of SentencePiece keep the types and scores of its model.
     """
     (checkpoint / "generation_config.json").write_text('{"temperature": 1, "top_k": 20}')
     export_model(checkpoint, tmp_path / "model.gguf", "q8_0", name="My model")
@@ -312,12 +313,12 @@ def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
     out = tmp_path / "out.gguf"
     for words, message in (
         (["--format", "gguf"], "needs --output"),
-        (["--format", "gguf", "--output", out, "--output_dir", "x"], "does not read --output_dir"),
-        (["--format", "gguf", "--output", out, "--dtype", "float16"], "--quantization says"),
+        (["--format", "gguf", "--output", out, "--output_dir", "x"], "does not use --output_dir"),
+        (["--format", "gguf", "--output", out, "--dtype", "float16"], "--quantization sets"),
         (["--format", "hf", "--output_dir", "x", "--quantization", "q8_0"], "--quantization"),
         (["--format", "gguf-lora", "--output", out], "needs --adapter"),
         (["--format", "gguf-lora", "--output", out, "--adapter", adapter, "--template", "alpaca"],
-         "does not read --template"),
+         "does not use --template"),
         (["--format", "gguf", "--output", taken, "--overwrite_output_dir"], "is not a GGUF file"),
         (["--format", "gguf", "--output", taken], "exists"),
         (["--format", "gguf", "--output", tmp_path], "is a folder"),
@@ -331,7 +332,7 @@ def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
     assert sorted(one.name for one in tmp_path.iterdir()) == ["adapter", "checkpoint", "taken.gguf"]
 
 
-def test_models_that_llama_cpp_cannot_run(tmp_path, tiny_tokenizer_dir):
+def test_models_that_llama_cpp_cannot_run_or_runs_differently(tmp_path, tiny_tokenizer_dir):
     for content, message in (
         ({"model_type": "qwen2", "head_dim": 32}, "head_dim 32"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention biases"),
@@ -343,5 +344,5 @@ def test_models_that_llama_cpp_cannot_run(tmp_path, tiny_tokenizer_dir):
     folder = save(tmp_path / "windowed", tiny_tokenizer_dir, {
         "model_type": "mistral", "sliding_window": 100,
         "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
-    notes = export_model(folder, tmp_path / "model.gguf", "f16")["notes"]
+    notes = export_model(folder, tmp_path / "model.gguf", "f16").notes
     assert "beyond 100 tokens" in " ".join(notes) and "dynamic" in " ".join(notes)

@@ -1,4 +1,4 @@
-"""Reading GGUF back: bit for bit, with llama.cpp's ids; hostile files are refused at once."""
+"""GGUF files as checkpoints: the exact weights, llama.cpp's numbers, and all scripts."""
 
 import csv
 import json
@@ -20,8 +20,8 @@ from minisft.checkpoints import folders, gguf_export, hub
 from minisft.checkpoints.gguf_export import export_model
 from minisft.common.errors import UserError
 from minisft.gguf import writer
-from minisft.gguf.mapping import config_fields
 from minisft.gguf.reader import read_gguf
+from minisft.gguf.unpack_config import config_fields
 from minisft.model.config import ModelConfig
 from minisft.text.tokenizer import Tokenizer
 
@@ -68,8 +68,8 @@ def test_quantised_files_read_as_llama_cpp_reads_them(quantization, tmp_path, ti
 
 
 def check_against_llama_cpp(path, limit=0.15):
-    """Log-probabilities: llama.cpp rounds the activations as well, we do not."""
-    model, ids = folders.load_model(opened(path)), prompts()[1]
+    """Log-probabilities. llama.cpp rounds the activations too; we do not."""
+    model, ids = folders.load_model(opened(path), torch.float32), prompts()[1]
     with torch.no_grad():
         ours = torch.log_softmax(model.logits(model(torch.tensor([ids]))[0, -1]), -1).numpy()
     with Server(path) as server:
@@ -83,7 +83,7 @@ SMALL_SCALES = {"IQ1_M": 0x97ff, "TQ2_0": 0x9fff, "IQ4_XS": 0x87ff}  # bits that
 @pytest.mark.parametrize("type", ["Q2_K", "Q3_K", "Q5_K", "IQ2_XXS", "IQ3_S", "IQ4_NL",
                                   *SMALL_SCALES])
 def test_types_that_only_others_write(type, tmp_path, tiny_tokenizer_dir, monkeypatch):
-    """Arbitrary blocks of them, whose numbers are small: ours are llama.cpp's."""
+    """Random blocks with small numbers: we read the same as llama.cpp."""
     mask = SMALL_SCALES.get(type, 0x8fff)
     type = gguf.GGMLQuantizationType[type]
     generator, (block, block_bytes) = np.random.default_rng(0), gguf.GGML_QUANT_SIZES[type]
@@ -102,7 +102,7 @@ def test_types_that_only_others_write(type, tmp_path, tiny_tokenizer_dir, monkey
     check_against_llama_cpp(tmp_path / "model.gguf", 0.1)
 
 
-def test_what_was_exported_can_be_exported_again(exported, tmp_path):
+def test_a_file_can_be_exported_again(exported, tmp_path):
     done = command("--model_name_or_path", exported, "--output_dir", tmp_path / "again",
                    script="export.py")
     assert done.returncode == 0, done.stderr
@@ -123,7 +123,7 @@ def test_chat_on_a_gguf_file(tiny_chat_model_dir, tmp_path):
 
 
 def test_transformers_reads_what_is_unpacked(exported, shared_data, tmp_path):
-    """The tokenizer of a folder that export.py --format hf makes of a GGUF file."""
+    """transformers produces our ids with the tokenizer files of a GGUF file."""
     export_model(shared_data / "models" / "stories260K", tmp_path / "stories.gguf", "f16")
     for path in (exported, tmp_path / "stories.gguf"):
         folder = opened(path)
@@ -135,9 +135,9 @@ def test_transformers_reads_what_is_unpacked(exported, shared_data, tmp_path):
 
 @pytest.fixture
 def run_script(monkeypatch):
-    """A function that runs a script: one GGUF file as a user does, a checkpoint here, to be quick.
+    """run_script(module, model, *words): run a script with `model` for --model_name_or_path.
 
-    run_script(module, model, *words) with `model` for --model_name_or_path.
+    A GGUF file is run as a user would, a folder in this process, which is faster.
     """
 
     def run(module, model, *words):
@@ -153,7 +153,7 @@ def run_script(monkeypatch):
 
 
 def same(rows, others):
-    """Whether tables have equal fields, numbers up to rounding."""
+    """Assert that tables have equal fields, numbers up to rounding."""
     assert len(rows) == len(others) > 5
     for row, other in zip(rows, others, strict=True):
         assert row.keys() == other.keys()
@@ -164,7 +164,7 @@ def same(rows, others):
                 assert other[name] == value, name
 
 
-def test_eval_of_a_file_is_that_of_the_checkpoint(run_script, tiny_chat_model_dir, tmp_path):
+def test_eval_gives_the_same_for_file_and_folder(run_script, tiny_chat_model_dir, tmp_path):
     export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
     benchmark, rows = tmp_path / "ceval", []
     for split, count in (("dev", 2), ("val", 7)):
@@ -181,8 +181,8 @@ def test_eval_of_a_file_is_that_of_the_checkpoint(run_script, tiny_chat_model_di
     same(*rows)
 
 
-def test_score_of_a_file_is_that_of_the_checkpoint(run_script, tiny_chat_model_dir, rows_file,
-                                                   tmp_path):
+def test_score_gives_the_same_for_file_and_folder(run_script, tiny_chat_model_dir, rows_file,
+                                                  tmp_path):
     export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
     for number, model in enumerate((tiny_chat_model_dir, tmp_path / "model.gguf")):
         run_script(score, model, "--dataset", rows_file, "--mode", "all", "--template", "auto",
@@ -193,8 +193,7 @@ def test_score_of_a_file_is_that_of_the_checkpoint(run_script, tiny_chat_model_d
     np.testing.assert_allclose(*embeddings, rtol=1e-5, atol=1e-6)
 
 
-def test_compared_with_the_checkpoint(tiny_chat_model_dir, rows_file, tmp_path):
-    """eval.py compare: the same answers from both."""
+def test_compare_gives_the_same_for_file_and_folder(tiny_chat_model_dir, rows_file, tmp_path):
     export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
     done = command("compare", "--models", f"folder={tiny_chat_model_dir}",
                    f"file={tmp_path / 'model.gguf'}", "--dataset", rows_file, "--max_samples", 3,
@@ -207,7 +206,7 @@ def test_compared_with_the_checkpoint(tiny_chat_model_dir, rows_file, tmp_path):
     np.testing.assert_allclose(folder["losses"], file["losses"], rtol=1e-5)
 
 
-def test_a_file_is_known_by_its_beginning(exported):
+def test_a_file_is_recognised_by_its_first_bytes(exported):
     for name in ("sha256-70c2f9ff", "MODEL.GGUF"):
         path = shutil.copyfile(exported, exported.with_name(name))
         folders.load_model(opened(path))
@@ -215,7 +214,7 @@ def test_a_file_is_known_by_its_beginning(exported):
         opened(exported.parent)
 
 
-def test_linear_scaling_as_older_files_say_it(exported):
+def test_linear_scaling_in_older_files(exported):
     file = read_gguf(exported)
     for added, factor in (({"llama.rope.scaling.factor": 4.0}, 4.0),
                           ({"llama.rope.scale_linear": 2.0}, 2.0),
@@ -227,7 +226,7 @@ def test_linear_scaling_as_older_files_say_it(exported):
             scaling is factor is None)
 
 
-def test_the_config_comes_back(tmp_path, tiny_tokenizer_dir):
+def test_round_trip_of_the_config(tmp_path, tiny_tokenizer_dir):
     for index, content in enumerate(FAMILIES.values()):
         folder = save(tmp_path / str(index), tiny_tokenizer_dir, content)
         export_model(folder, tmp_path / "model.gguf", "q8_0")

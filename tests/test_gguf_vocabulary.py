@@ -1,4 +1,4 @@
-"""Vocabulary and chat template in a GGUF file: llama.cpp makes our ids of our text."""
+"""Vocabulary and chat template in a GGUF file: llama.cpp produces our ids."""
 
 import json
 import re
@@ -39,7 +39,7 @@ AWKWARD = [
 
 
 def narrow_model(folder, rows, family):
-    """A checkpoint of one narrow layer with so many rows in its embedding."""
+    """A checkpoint with one narrow layer and `rows` rows in its embedding."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict({
         "model_type": family, "vocab_size": rows, "hidden_size": 32, "intermediate_size": 32,
@@ -50,7 +50,7 @@ def narrow_model(folder, rows, family):
 
 
 def keep_tokens_below(count, path):
-    """Cut a large vocabulary, for speed; its control tokens keep their places behind the gap."""
+    """Cut a large vocabulary, for speed. Its control tokens keep their ids."""
     spec = json.loads(path.read_text(encoding="utf-8"))
     model = spec["model"]
     model["vocab"] = {token: id for token, id in model["vocab"].items() if id < count}
@@ -61,7 +61,7 @@ def keep_tokens_below(count, path):
 
 @pytest.fixture(scope="module")
 def exported(shared_data, tmp_path_factory):
-    """A function: name in REAL -> (checkpoint folder, GGUF file), made once."""
+    """exported(name in REAL): (checkpoint folder, GGUF file), made once."""
     made = {}
 
     def make(name):
@@ -84,7 +84,7 @@ def exported(shared_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strings(shared_data):
-    """500 and more, English, Chinese and awkward. None begins with a space: see below."""
+    """More than 500 texts, English, Chinese and awkward. None begins with a space: see below."""
     found = list(AWKWARD)
     for name in ("alpaca_en_demo", "alpaca_zh_demo"):
         rows = json.loads((shared_data / "instruct" / f"{name}.json").read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def strings(shared_data):
 
 
 def check_ids(server, path, tokenizer, strings, space=""):
-    """llama.cpp's ids of every string behind `space`, and those of the file read back, are ours."""
+    """llama.cpp, and the file read back, produce our ids. llama.cpp gets `space` before a text."""
     read_back = Tokenizer.load(hub.resolve(str(path)))
     for text in strings:
         ids = tokenizer.encode(text)
@@ -129,9 +129,9 @@ def test_ids_of_a_trained_model(shared_data, strings, tmp_path):
 
 @pytest.fixture
 def small_sentencepiece(shared_data, tmp_path):
-    """A function that makes a checkpoint folder whose tokenizer is SentencePiece's, of 512 pieces.
+    """make(control, **config): a checkpoint folder with a SentencePiece tokenizer of 512 pieces.
 
-    The words given are for tokenizer_config.json. `control`: control tokens to add.
+    control: control tokens to add. config: for tokenizer_config.json.
     """
 
     def make(control=(), **config):
@@ -152,12 +152,12 @@ def small_sentencepiece(shared_data, tmp_path):
 
 
 def check_prompts(folder, template):
-    """llama.cpp's ids of what it renders, and those of the file read back, are ours.
+    """llama.cpp, and the file read back, produce our ids of rendered prompts.
 
-    Returns the chat template and whether llama.cpp puts a space before texts.
+    Returns (chat template, True if llama.cpp adds a leading space).
     """
     path = f"{folder}.gguf"
-    notes = export_model(folder, path, "f16", template=template.name)["notes"]
+    notes = export_model(folder, path, "f16", template=template.name).notes
     metadata, read_back = read_gguf(path).metadata, Tokenizer.load(hub.resolve(path))
     back = template if template.name == "plain" else get_template("auto", read_back)
     with Server(path, context=512) as server:
@@ -168,14 +168,14 @@ def check_prompts(folder, template):
             answer = server.post("/v1/chat/completions", messages=messages, max_tokens=1)
             assert answer["usage"]["prompt_tokens"] == len(ids)  # one BOS there, too
     puts_space = metadata["tokenizer.ggml.add_space_prefix"]
-    assert notes == [] if puts_space else "begin texts for use without" in notes[0]
+    assert notes == [] if puts_space else "without the chat template" in notes[0]
     return metadata["tokenizer.chat_template"], puts_space
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("form", TEMPLATES)
 def test_every_form_with_sentencepiece(form, legacy, small_sentencepiece):
-    """Spaces behind every control token (`legacy`), or before the first text only."""
+    """With a space after every control token (`legacy`), or before the first text only."""
     folder = small_sentencepiece(TEMPLATES[form].control, legacy=legacy)
     _, puts_space = check_prompts(folder, get_template(form, Tokenizer.load(folder)))
     assert puts_space == (legacy or form == "llama2")
@@ -194,8 +194,8 @@ def test_every_form_with_sentencepiece(form, legacy, small_sentencepiece):
     ("chatml", "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
      "message['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"),
 ])
-def test_a_chat_template_of_its_own_is_kept(form, own, small_sentencepiece, monkeypatch):
-    """As far as can be: Ollama knows the published ones by their letters."""
+def test_the_checkpoints_chat_template_is_kept(form, own, small_sentencepiece, monkeypatch):
+    """As far as possible, since Ollama recognises the published ones by their exact text."""
     monkeypatch.setattr("test_gguf_vocabulary.CONVERSATIONS", CONVERSATIONS[::2])  # no system
     folder = small_sentencepiece(TEMPLATES[form].control, chat_template=own)
     written, _ = check_prompts(folder, get_template(form, Tokenizer.load(folder)))
@@ -203,13 +203,13 @@ def test_a_chat_template_of_its_own_is_kept(form, own, small_sentencepiece, monk
                        "zephyr": SPACE_BEFORE + own}.get(form, own)
 
 
-def test_where_llama_cpp_puts_a_space_of_its_own(small_sentencepiece):
-    """Behind a control token, and before a text that begins with a space."""
+def test_notes_say_where_llama_cpp_adds_a_space(small_sentencepiece):
+    """After a control token, and before a text that begins with a space."""
     folder = small_sentencepiece(chat_template=(  # of none of our forms
         "{% for message in messages %}{{ '<|you|>' + message['content'] + eos_token }}{% endfor %}"
         "{{ '<|me|>' }}"))
-    notes = export_model(folder, f"{folder}.gguf", "f16")["notes"]
-    assert "directly behind a control token" in notes[0]
+    notes = export_model(folder, f"{folder}.gguf", "f16").notes
+    assert "directly follows a special token" in notes[0]
     tokenizer = Tokenizer.load(folder)
     read_back = Tokenizer.load(hub.resolve(f"{folder}.gguf"))
     with Server(f"{folder}.gguf") as server:
@@ -217,13 +217,13 @@ def test_where_llama_cpp_puts_a_space_of_its_own(small_sentencepiece):
         parts = [tokenizer.encode("<|you|>Hello there!"), tokenizer.encode("<|me|>")]
         assert theirs == [*parts[0], tokenizer.eos_token_id, *parts[1]]
         assert server.tokenize("  two") != tokenizer.encode("  two")
-        # Read back, the file is taken as llama.cpp takes it.
+        # Our own reading of the file agrees with llama.cpp.
         assert server.tokenize("  two") == read_back.encode("  two")
 
 
 @pytest.mark.parametrize("has_bos", [True, False])
 def test_the_template_of_the_training_is_written(has_bos, tiny_tokenizer_dir, tmp_path):
-    """People must ask a model in the form it was trained with, whatever its base came with."""
+    """A model must be prompted as in training, whatever template its base has."""
     folder = tmp_path / "model"
     if has_bos:
         shutil.copytree(tiny_tokenizer_dir, folder)
@@ -239,7 +239,7 @@ def test_the_template_of_the_training_is_written(has_bos, tiny_tokenizer_dir, tm
         read_back = Tokenizer.load(hub.resolve(str(tmp_path / "model.gguf")))
         back = ours if name == "plain" else get_template("auto", read_back)
         with Server(tmp_path / "model.gguf", context=512) as server:
-            # Without one it would take token 11, here a comma.
+            # Without a BOS llama.cpp would use token 11, here a comma.
             assert server.get("/props")["bos_token"] == ("<s>" if has_bos else "</s>")
             for messages in CONVERSATIONS:
                 prompt = server.render(messages)
@@ -248,8 +248,8 @@ def test_the_template_of_the_training_is_written(has_bos, tiny_tokenizer_dir, tm
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "smaug-bpe"])
-def test_other_ways_to_cut_words(pre, tiny_tokenizer_dir, strings, tmp_path):
-    """A small byte-level BPE trained with each pre-tokenizer that no real one here has."""
+def test_other_pre_tokenizers(pre, tiny_tokenizer_dir, strings, tmp_path):
+    """A small byte-level BPE with each pre-tokenizer that no tokenizer in REAL has."""
     spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
     if pre == "smollm":
         digits = {"type": "Digits", "individual_digits": True}
@@ -273,7 +273,7 @@ def test_other_ways_to_cut_words(pre, tiny_tokenizer_dir, strings, tmp_path):
 
 
 def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):
-    """tokenizer.json alone: the scores are the ranks of its merges."""
+    """With tokenizer.json alone, the ranks of its merges become the scores."""
     folder, _ = exported("TinyLlama-1.1B-Chat-v0.6")
     folder = shutil.copytree(folder, tmp_path / "model")
     (folder / "tokenizer.model").unlink()
@@ -313,14 +313,14 @@ def cut_by(pattern):
                 "trim_offsets": True}]}
 
 
-def test_what_cannot_be_expressed(tiny_tokenizer_dir, tmp_path):
+def test_tokenizers_that_llama_cpp_does_not_have(tiny_tokenizer_dir, tmp_path):
     spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
     with pytest.raises(UserError, match="'.+' has the id 2.., but the embedding has 250 rows"):
         vocabulary_fields(tokenizer, 250)
     for change, message in (
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer is none of those"),
-        ({"pre_tokenizer": cut_by(TEKKEN)}, "pre_tokenizer is none of those"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer is not supported"),
+        ({"pre_tokenizer": cut_by(TEKKEN)}, "pre_tokenizer is not supported"),
         ({"pre_tokenizer": {**spec["pre_tokenizer"], "add_prefix_space": True}}, "pre_tokenizer"),
         ({"normalizer": {"type": "Lowercase"}}, "no normalizer Lowercase"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}},

@@ -1,4 +1,4 @@
-"""GGUF files are written whole or not at all."""
+"""A GGUF file is written completely or not at all."""
 
 import resource
 import shutil
@@ -16,21 +16,21 @@ from minisft.gguf import writer
 INTERRUPTED = """
 import os, runpy, signal, sys
 from minisft.gguf.writer import Tensor
-converted = Tensor.converted
+convert = Tensor.convert
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background takes away
 
 def interrupt(self, begin, end):
     if self.name == "output_norm.weight":
         os.kill(os.getpid(), signal.SIGINT)
-    return converted(self, begin, end)
+    return convert(self, begin, end)
 
-Tensor.converted = interrupt
+Tensor.convert = interrupt
 sys.argv = sys.argv[1:]
 runpy.run_path("export.py", run_name="__main__")
 """
 
 
-def test_an_interrupt(checkpoint, tmp_path):
+def test_an_interrupt_leaves_no_file(checkpoint, tmp_path):
     output = tmp_path / "out" / "model.gguf"
     done = command("export.py", "--model_name_or_path", checkpoint, "--format", "gguf",
                    "--output", output, script=None, before=["-c", INTERRUPTED])
@@ -71,9 +71,9 @@ def test_a_disk_that_fills_while_writing(size, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_said_before_writing(checkpoint, tmp_path, monkeypatch):
+def test_too_little_space_is_an_error_before_writing(checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="the disk has"):
         export_model(checkpoint, tmp_path / "model.gguf", "f16")
     assert not list(tmp_path.glob("model.gguf*"))

@@ -1,4 +1,4 @@
-"""K-quants: the bytes of llama.cpp's own quantiser, and what the gguf package reads from ours."""
+"""K-quants: the bytes of llama.cpp's quantiser, and a small error when read back."""
 
 import gguf
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from minisft.gguf.kquants import affine_fit, quantize_q4_k, quantize_q6_k, symmetric_fit
 
-# What ggml_quantize_chunk (ggml 0.25, of llama-cpp-python 0.3.36) makes of BLOCK.
+# BLOCK quantised by ggml_quantize_chunk (ggml 0.25, of llama-cpp-python 0.3.36).
 INDEX = np.arange(768, 1024)
 BLOCK = ((INDEX * INDEX * 7919 + INDEX * 104729) % 10007 - 5003) / np.float32(5000)
 BLOCK = (BLOCK * (1 + INDEX // 32 % 5)).astype(np.float32)[None]
@@ -23,7 +23,7 @@ THEIRS_Q6_K = (
     "e03be9f17b045f3844c6e375064ddf0b4d7aa14fba0824bb48194b1284a164454cbe8a0c29e001199ba42d4811"
     "435fc12ce514ec526ee30ed7809ae9e6cd2d424a9b5f8183eae7cdce0995"
 )
-# Of numbers that are all positive, whose minimum can only be zero.
+# All numbers are positive, so the minimum can only be zero.
 POSITIVE = np.abs(BLOCK) + 1
 THEIRS_POSITIVE_Q4_K = (
     "871ed61afcd55f6a15c0070044ff04bfe4aaa5e3efcddaef8d98b77eaebcbbbd96d88696d4ed9dc496f6f886ad"
@@ -44,14 +44,14 @@ def read_back(data, kind):
 def test_bytes_equal_llama_cpp(quantize, block, theirs):
     theirs = np.frombuffer(bytes.fromhex(theirs), dtype=np.uint8)
     ours = quantize(block)[0]
-    # A tie may fall the other way on a processor that adds in another order.
+    # A tie can go the other way on a processor that sums in another order.
     assert (ours == theirs).mean() > 0.97
     np.testing.assert_array_equal(ours.shape, theirs.shape)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_error(kind):
-    """The error, relative to the numbers, for normal and for heavy-tailed ones."""
+def test_relative_error(kind):
+    """The relative error of normal and of heavy-tailed numbers."""
     quantize, limit = KINDS[kind]
     generator = np.random.default_rng(0)
     for x in (generator.standard_normal((50, 512)), generator.standard_t(4, (50, 512)) * 1e-3):
@@ -78,7 +78,7 @@ def test_zeros_constants_and_extremes(kind):
     np.testing.assert_array_equal(quantize(many), np.tile(quantize(rows), (500, 1)))
 
 
-def test_the_fits_beat_the_spanning_grid():
+def test_fits_beat_the_grid_from_minimum_to_maximum():
     x = np.random.default_rng(1).standard_normal((32, 200)).astype(np.float32)
     weights = np.ones_like(x)
     scale, minimum = affine_fit(x, weights, 15)

@@ -237,7 +237,7 @@ def test_export_merges_into_the_base_that_was_trained_on(
     assert "note" not in capsys.readouterr().out
     words = ("--model_name_or_path", tiny_chat_model_dir, "--adapter", trained)
     call(monkeypatch, export, *words, "--output_dir", tmp_path / "full")
-    assert "--quantization_bit 4 merges into that one" in capsys.readouterr().out
+    assert "with --quantization_bit 4 both are the same" in capsys.readouterr().out
     full = load_model(tiny_chat_model_dir)
     load_adapter(full, trained)
     torch.testing.assert_close(load_model(tmp_path / "full")(tokens), full(tokens), rtol=1e-4,
@@ -245,7 +245,7 @@ def test_export_merges_into_the_base_that_was_trained_on(
     assert (full(tokens) - adapted(tokens)).abs().max() > 0.1
     done = command(*words, "--format", "gguf", "--quantization_bit", 4, "--output",
                    tmp_path / "x.gguf", script="export.py")
-    assert done.returncode == 2 and "does not read --quantization_bit" in done.stderr
+    assert done.returncode == 2 and "does not use --quantization_bit" in done.stderr
 
 
 def test_chat_score_and_eval_in_four_bits(

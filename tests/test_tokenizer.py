@@ -1,4 +1,4 @@
-"""Tokenizer: the ids of transformers and sentencepiece, special tokens by id only, streaming."""
+"""Tokenizer: the ids of transformers and sentencepiece, special tokens, streaming."""
 
 import functools
 import json
@@ -44,7 +44,7 @@ def load(folder):
 
 @pytest.fixture(scope="session")
 def strings(shared_data):
-    """More than 2,000 strings: rows of the real data, English and Chinese, and awkward ones."""
+    """More than 2,000 texts: English and Chinese rows of real data, and awkward ones."""
     found = list(AWKWARD)
     for name in ("alpaca_en_demo", "alpaca_zh_demo", "oaast_sft_zh"):
         rows = json.loads((shared_data / "instruct" / f"{name}.json").read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ TEXT_PRESERVING += [(folder, "model") for folder in MODEL_FOLDERS[:3]]
 
 
 @pytest.mark.parametrize(("folder", "kind"), TEXT_PRESERVING)
-def test_a_continuation_stands_in_place(shared_data, folder, kind, tmp_path):
+def test_a_continuation_gets_no_leading_space(shared_data, folder, kind, tmp_path):
     source = shared_data / folder
     tokenizer = bare_model(source, tmp_path) if kind == "model" else load(source)
     rows = rows_with_answers(shared_data) + rows_with_answers(shared_data, "alpaca_zh_demo")
@@ -175,7 +175,7 @@ def test_a_split_character_is_held_back(shared_data):
 
 
 def test_streams_of_any_ids_join_to_the_decoded_text(shared_data, tmp_path):
-    """Ids as an untrained model gives them: cut characters, control tokens, ids without a token."""
+    """Random ids, as of an untrained model: partial characters, control tokens, unknown ids."""
     chance = random.Random(0)
     tokenizers = [load(shared_data / folder) for folder in JSON_FOLDERS]
     for tokenizer in [*tokenizers, bare_model(shared_data / "tokenizers/Baichuan2", tmp_path)]:
@@ -234,7 +234,7 @@ def test_saving_copies_the_files_byte_for_byte(tiny_tokenizer_dir, tmp_path):
         ("tokenizer.json", '{"model": ', "not valid JSON"),
         ("tokenizer.json", "[]", "not a JSON object"),
         ("tokenizer.json", '{"version": "1.0"}', "tokenizers cannot read it"),
-        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", "download it again"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", "Download it again"),
         ("tokenizer.model", "IQ== 0\nIg== 1\n", "not a SentencePiece model"),
         ("merges.txt", "#version", "no tokenizer.json and no tokenizer.model"),
         ("tokenizer_config.json", "{,}", "not valid JSON"),
@@ -257,15 +257,15 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     ("config.json", '{"pad_token_id": "x"}'),
     ("generation_config.json", '{"pad_token_id": [99999999999]}'),
 ])
-def test_neighbours_that_make_no_sense_are_named(tmp_path, tiny_tokenizer_dir, name, content):
+def test_invalid_files_beside_the_tokenizer_are_named(tmp_path, tiny_tokenizer_dir, name, content):
     (tmp_path / "tokenizer.json").write_bytes((tiny_tokenizer_dir / "tokenizer.json").read_bytes())
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=name):
         Tokenizer.load(tmp_path)
 
 
-def test_a_panic_of_the_library_is_a_damaged_file(tmp_path, tiny_tokenizer_dir):
-    """A prefix longer than a token makes the library end in a way that is no Exception."""
+def test_a_panic_of_the_library_is_a_user_error(tmp_path, tiny_tokenizer_dir):
+    """A prefix longer than a token makes the library panic, which is not an Exception."""
     spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
     spec["model"]["continuing_subword_prefix"] = "x" * 100
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -273,12 +273,12 @@ def test_a_panic_of_the_library_is_a_damaged_file(tmp_path, tiny_tokenizer_dir):
         Tokenizer.load(tmp_path)
 
 
-def test_half_a_surrogate_pair_is_no_accident(tiny_tokenizer_dir):
+def test_a_lone_surrogate_becomes_a_question_mark(tiny_tokenizer_dir):
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a?b"
 
 
-def test_the_padding_token_may_be_the_first(tiny_tokenizer_dir, tmp_path):
+def test_the_padding_token_may_have_id_0(tiny_tokenizer_dir, tmp_path):
     for token, expected in (("<s>", 0), (None, 1), ("<|im_end|>", 3)):
         Tokenizer.load(tiny_tokenizer_dir).save(tmp_path)
         (tmp_path / "tokenizer_config.json").write_text(

@@ -1,37 +1,58 @@
-"""PEFT adapters in and out."""
+"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
+config = load_adapter(model, "runs/cherry")                    # wraps the model in place
+save_adapter(model, "copy", config, base_model="examples/base")
+"""
+
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from minisft.checkpoints.folders import A_REWARD_MODEL, remove_other_weights
+import torch
+from torch import nn
+
+from minisft.checkpoints.folders import REWARD_MODEL_HINT, gather_tensors, remove_other_weights
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, is_number, read_json, write_json
 from minisft.common.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    StoredTensor,
     read_header,
     shorten_list,
     write_safetensors,
 )
 from minisft.model.lora import LINEAR_TYPES, LoraConfig, LoRALinear, wrap_linear
 from minisft.model.modules_to_save import SAVEABLE_MODULES, train_fully
+from minisft.model.reward import Model
 
 PEFT_PREFIX = "base_model.model."
+# Options of PEFT that change what an adapter computes, and that we do not compute.
+UNSUPPORTED = (
+    "use_dora alpha_pattern fan_in_fan_out lora_bias use_qalora alora_invocation_tokens use_bdlora "
+    "trainable_token_indices layer_replication arrow_config"
+).split()
+# Initialisations that leave the base model as it is. Others change it, and we do not know how.
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-# How adapters start without changing the base they are added to.
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-def save_adapter(model, output_dir, config, base_model, dtype=None):
-    """Write the adapter of `model` as PEFT does; of several processes all call it, one writes."""
-    saved = [SAVEABLE_MODULES[name] for name in config.modules_to_save]
+def save_adapter(
+    model: Model,
+    output_dir: str | Path,
+    config: LoraConfig,
+    base_model: str | Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the adapter of a model. All ranks call it, and rank 0 writes."""
+    trained = [f"{SAVEABLE_MODULES[name]}.weight" for name in config.modules_to_save]
     tensors = {
-        PEFT_PREFIX + name: processes.gather_to_rank0(tensor, dtype)
+        PEFT_PREFIX + name: tensor
         for name, tensor in model.state_dict().items()
-        if ".lora_" in name or name.removesuffix(".weight") in saved
+        if ".lora_" in name or name in trained
     }
+    tensors = gather_tensors(tensors, dtype)
     if processes.rank() != 0:
         return
     output_dir = Path(output_dir)
@@ -43,118 +64,117 @@ def save_adapter(model, output_dir, config, base_model, dtype=None):
         for name, module in model.named_modules()
         if isinstance(module, LoRALinear)
     }
-    write_json(
-        {
-            "peft_type": "LORA",
-            "base_model_name_or_path": str(base_model),
-            "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
-            "r": config.rank,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "target_modules": _target_modules(model, ranks),
-            "use_rslora": config.use_rslora,
-            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
-            "modules_to_save": list(config.modules_to_save) or None,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-        },
-        output_dir / ADAPTER_CONFIG,
-    )
+    content = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base_model),
+        "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": _target_modules(model, ranks),
+        "use_rslora": config.use_rslora,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
+        "modules_to_save": list(config.modules_to_save) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    write_json(content, output_dir / ADAPTER_CONFIG)
 
 
-def _target_modules(model, adapted):
-    """The last parts of the adapted modules' names, or their whole names where those say more."""
-    short = {name.rpartition(".")[2] for name in adapted}
-    plain = [
+def _target_modules(model: nn.Module, adapted: Mapping[str, int]) -> list[str]:
+    """The adapted modules for PEFT: `q_proj` if all modules of this name are, else full names."""
+    short_names = {name.rpartition(".")[2] for name in adapted}
+    not_adapted = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, LINEAR_TYPES) and name.rpartition(".")[2] in short
+        if isinstance(module, LINEAR_TYPES) and name.rpartition(".")[2] in short_names
     ]
-    return sorted(short if not plain else adapted)
+    return sorted(adapted if not_adapted else short_names)
 
 
-def load_adapter(model, adapter_dir, dropout=0.0):
-    """Wrap `model` with the adapter in a PEFT folder, in place; returns its LoraConfig.
+def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) -> LoraConfig:
+    """Wrap a model with the adapter in a PEFT folder, in place and frozen.
 
-    Which modules are adapted, and with what rank, is read from the tensors themselves. `dropout`
-    is for training it further.
+    The tensors themselves say which modules are adapted, and with what rank. dropout: for training
+    the adapter further.
     """
     adapter_dir = Path(adapter_dir)
-    config = replace(_adapter_config(adapter_dir / ADAPTER_CONFIG), dropout=dropout)
-    path, stored = adapter_dir / ADAPTER_WEIGHTS, adapter_tensors(adapter_dir)
-    device = model.model.embed_tokens.weight.device
+    config = replace(_read_config(adapter_dir / ADAPTER_CONFIG), dropout=dropout)
+    stored = adapter_tensors(adapter_dir)
     model.requires_grad_(False)
     if "score" in config.modules_to_save and not hasattr(model, "score"):
-        raise UserError(f"{adapter_dir}:{A_REWARD_MODEL[1:]}")
+        raise UserError(f"{adapter_dir}: {REWARD_MODEL_HINT}")
     train_fully(model, config.modules_to_save)
-    modules = dict(model.named_modules())
+
+    path, modules = adapter_dir / ADAPTER_WEIGHTS, dict(model.named_modules())
     for name, tensor in stored.items():
-        module = name.removesuffix(".lora_A.weight")
-        if module == name:
+        if not name.endswith(".lora_A.weight"):
             continue
-        if not isinstance(modules.get(module), LINEAR_TYPES):
-            raise UserError(f"{path}: the model has no linear module {module}")
+        module_name = name.removesuffix(".lora_A.weight")
+        module = modules.get(module_name)
+        if not isinstance(module, LINEAR_TYPES):
+            raise UserError(f"{path}: the model has no linear module {module_name}")
         rank = tensor.shape[0] if tensor.shape else 0
-        tensor.check((max(rank, 1), modules[module].in_features), "this base model needs")
-        wrap_linear(model, module, replace(config, rank=rank))
+        tensor.check((max(rank, 1), module.in_features), "this base model needs")
+        wrap_linear(model, module_name, replace(config, rank=rank))
+
     parameters = dict(model.named_parameters())
     for name, tensor in stored.items():
         if name not in parameters:
-            raise UserError(f"{path}: the model has no place for {name}")
+            raise UserError(f"{path}: the model has no parameter {name}")
         tensor.check(parameters[name].shape, "this base model needs")
-    lost = [name for name, one in parameters.items() if one.requires_grad and name not in stored]
-    if lost:
-        raise UserError(f"{path}: tensors are missing: {shorten_list(lost)}")
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.requires_grad and name not in stored
+    ]
+    if missing:
+        raise UserError(f"{path}: tensors are missing: {shorten_list(missing)}")
+    device = model.model.embed_tokens.weight.device
     for name, tensor in stored.items():
         parameters[name].data = tensor.read().float().to(device)
     return config
 
 
-def adapter_tensors(adapter_dir):
+def adapter_tensors(adapter_dir: str | Path) -> dict[str, StoredTensor]:
     """{name in the model: StoredTensor} of the adapter in a PEFT folder."""
-    path, places = Path(adapter_dir) / ADAPTER_WEIGHTS, {}
+    path = Path(adapter_dir) / ADAPTER_WEIGHTS
     if not path.is_file():
         raise UserError(f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}")
+    tensors: dict[str, StoredTensor] = {}
     for key, tensor in read_header(path).items():
         name = key.removeprefix(PEFT_PREFIX)
         if name == key:
             raise UserError(f"{path}: tensor {key} does not begin with {PEFT_PREFIX}")
         name = name.replace(".modules_to_save.", ".").replace(".default.", ".")
-        if name in places:
-            raise UserError(f"{path}: {places[name].name} and {key} are the same")
-        places[name] = tensor
-    return places
+        if name in tensors:
+            raise UserError(f"{path}: {tensors[name].name} and {key} are the same tensor")
+        tensors[name] = tensor
+    return tensors
 
 
-def _adapter_config(path):
+def _read_config(path: Path) -> LoraConfig:
     content = read_json(path)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{path}: not a LoRA adapter (peft_type is not LORA)")
-    for name in (
-        "use_dora",
-        "alpha_pattern",
-        "fan_in_fan_out",
-        "lora_bias",
-        "use_qalora",
-        "alora_invocation_tokens",
-        "use_bdlora",
-        "trainable_token_indices",
-        "layer_replication",
-        "arrow_config",
-    ):
+    for name in UNSUPPORTED:
         if content.get(name):
             raise UserError(f"{path}: {name} is not supported")
-    if content.get("init_lora_weights") not in PLAIN_STARTS:
+    initialisation = content.get("init_lora_weights")
+    if initialisation not in PLAIN_INITIALISATIONS:
         raise UserError(
-            f"{path}: init_lora_weights '{content['init_lora_weights']}' has changed "
-            "the base; save the adapter as plain LoRA (see PEFT's documentation)"
+            f"{path}: init_lora_weights '{initialisation}' has changed the base model. Save the "
+            "adapter as plain LoRA (see PEFT's documentation)."
         )
     if content.get("bias", "none") != "none":
         raise UserError(f"{path}: bias '{content['bias']}' is not supported (only none)")
-    targets, saved = (_names(path, content, key) for key in ("target_modules", "modules_to_save"))
     # PEFT lists "classifier" beside "score" for every model that classifies, whichever it has.
-    saved = tuple(name.removeprefix("model.") for name in saved if name != "classifier")
+    saved = tuple(
+        name.removeprefix("model.")
+        for name in _names(path, content, "modules_to_save")
+        if name != "classifier"
+    )
     if not set(saved) <= set(SAVEABLE_MODULES):
         raise UserError(
             f"{path}: modules_to_save {list(saved)}; only {', '.join(SAVEABLE_MODULES)} are "
@@ -166,14 +186,14 @@ def _adapter_config(path):
     return LoraConfig(
         rank=rank,
         alpha=float(alpha),
-        target_modules=targets,
+        target_modules=_names(path, content, "target_modules"),
         use_rslora=bool(content.get("use_rslora")),
         modules_to_save=saved,
     )
 
 
-def _names(path, content, key):
-    """The names in a list, or the one name, that adapter_config.json has under a key."""
+def _names(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
+    """The names under a key of adapter_config.json: a list, or a single name."""
     value = content.get(key) or []
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):

@@ -1,11 +1,14 @@
-"""Safetensors in and out: checkpoints (single file or sharded) and PEFT adapters.
+"""Checkpoint folders as Hugging Face has them: config.json and safetensors, single or in shards.
 
-model = load_model(resolve("examples/base"), dtype=torch.float32)
-adapter = load_adapter(model, "runs/cherry")
-save_model(model, "copy")
+    model = load_model("examples/base")
+    save_model(model, "copy")
+
+Modules and parameters are named as in a checkpoint, so there is no table of names.
 """
 
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +22,7 @@ from minisft.common.tensor_files import (
     ADAPTER_WEIGHTS,
     INDEX,
     WEIGHTS,
+    StoredTensor,
     shorten_list,
     tensor_files,
     write_safetensors,
@@ -27,131 +31,176 @@ from minisft.gguf import unpack
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import QuantizedLinear
+from minisft.model.reward import Model, RewardModel
 
-# What these formats call their files; a folder holds one of them, never two.
+# The files of the formats that we write. A folder holds one format.
 WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG)
-A_REWARD_MODEL = "; it is a reward model, for score.py --mode reward: it writes no text"
+REWARD_MODEL_HINT = "it is a reward model, for score.py --mode reward, and cannot write text"
+
+M = TypeVar("M", CausalLM, RewardModel)
 
 
-def stored_tensors(model_dir):
-    """{tensor name: StoredTensor} of a checkpoint folder, whichever kind of file it has."""
-    path = Path(model_dir) / unpack.GGUF
-    return unpack.stored_tensors(path) if path.is_file() else tensor_files(model_dir)
+# Loading
 
 
-def stored_dtype(model_dir):
-    """The torch.dtype that a checkpoint's embedding has on disk."""
-    name = "model.embed_tokens.weight"
-    stored = stored_tensors(model_dir).get(name)
-    if stored is None:
-        raise UserError(f"{model_dir}: there is no tensor {name}")
-    return stored.dtype
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    quantization_bit: int | None = None,
+) -> CausalLM:
+    """The model in a checkpoint folder, frozen, on a device.
 
-
-def load_model(model_dir, dtype=torch.float32, device="cpu", quantization_bit=None, build=CausalLM):
-    """The CausalLM of a checkpoint folder, frozen, its weights as `dtype` on `device`.
-
-    Tensors are read and converted one by one, so that memory holds the weights once. Missing,
-    unexpected or misshapen tensors raise UserError with their names. quantization_bit: 4 or 8, to
-    hold the linear layers of the decoder so; the embedding and the output matrix stay `dtype`.
-    build: CausalLM, or RewardModel, whose `score` is left on the meta device if there is none.
+    dtype: by default the type of the stored embedding. quantization_bit: 4 or 8, to hold the linear
+    layers of the decoder in so many bits; the embedding and the output matrix keep `dtype`.
+    UserError names tensors that are missing, unexpected or of the wrong shape.
     """
-    model, stored = open_model(model_dir, build)
-    for name in [name for name in dict(model.named_parameters()) if name in stored]:
-        tensor = stored[name].read().to(device)
-        parent, _, child = name.rpartition(".")
-        module = model.get_submodule(parent)
-        if (
-            quantization_bit
-            and child == "weight"
-            and parent.startswith("model.layers.")
-            and isinstance(module, nn.Linear)
-        ):
-            owner, _, attribute = parent.rpartition(".")
-            layer = QuantizedLinear.from_weight(tensor, quantization_bit)
-            setattr(model.get_submodule(owner), attribute, layer)
-        else:
-            setattr(module, child, nn.Parameter(tensor.to(dtype), requires_grad=False))
+    model, stored = open_model(path, CausalLM)
+    load_weights(model, stored, dtype, device, quantization_bit)
     return model.eval()
 
 
-def open_model(model_dir, build=CausalLM):
-    """(the CausalLM of a checkpoint folder on the meta device, {name: StoredTensor}).
+def open_model(
+    path: str | Path, build: Callable[[ModelConfig], M]
+) -> tuple[M, dict[str, StoredTensor]]:
+    """(a model on the meta device, {name: StoredTensor}), after all checks and before any reading.
 
-    All that load_model checks is checked, and nothing large is read.
+    build: CausalLM or RewardModel.
     """
-    config = ModelConfig.load(model_dir)
-    files = stored_tensors(model_dir)
-    last = f"model.layers.{config.num_hidden_layers - 1}."
-    if not any(name.startswith(last) for name in files):
-        # Found here, lest a wrong number of layers is built, a million perhaps.
-        raise UserError(f"{model_dir}: the weights do not fit config.json; missing: {last}*")
+    config = ModelConfig.load(path)
+    stored = stored_tensors(path)
+    # A wrong number of layers, perhaps a million, must fail before they are built.
+    last_layer = f"model.layers.{config.num_hidden_layers - 1}."
+    if not any(name.startswith(last_layer) for name in stored):
+        raise UserError(f"{path}: the weights do not fit config.json; missing: {last_layer}*")
     with torch.device("meta"):
         model = build(config)
-    _check_fit(model_dir, files, model)
-    return model, files
+    _check_fit(path, model, stored)
+    return model, stored
 
 
-def _check_fit(model_dir, files, model):
-    expected = dict(model.named_parameters())
-    if "score.weight" not in files:  # a reward model may get a new one
-        expected.pop("score.weight", None)
-    ignored = set() if hasattr(model, "lm_head") else {"lm_head.weight"}
-    unexpected = [
-        name
-        for name in files
-        if name not in expected and name not in ignored and "rotary_emb" not in name
-    ]
-    missing = [name for name in expected if name not in files]
+def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
+    """{name: StoredTensor} of a checkpoint folder, from safetensors or a GGUF file."""
+    gguf_path = Path(path) / unpack.GGUF
+    return unpack.stored_tensors(gguf_path) if gguf_path.is_file() else tensor_files(path)
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The type of a checkpoint's embedding in its file."""
+    name = "model.embed_tokens.weight"
+    stored = stored_tensors(path).get(name)
+    if stored is None:
+        raise UserError(f"{path}: there is no tensor {name}")
+    return stored.dtype
+
+
+def _check_fit(path: str | Path, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """UserError unless the tensors are the model's parameters, each with its shape."""
+    parameters = dict(model.named_parameters())
+    if "score.weight" not in stored:  # a reward model without it gets a new head
+        parameters.pop("score.weight", None)
+    missing = [name for name in parameters if name not in stored]
+    unexpected = [name for name in stored if name not in parameters and "rotary_emb" not in name]
+    if not hasattr(model, "lm_head"):  # some checkpoints store a tied output matrix twice
+        unexpected = [name for name in unexpected if name != "lm_head.weight"]
     if missing or unexpected:
-        raise UserError(
-            f"{model_dir}: the weights do not fit config.json;"
-            + (f" missing: {shorten_list(missing)}" if missing else "")
-            + (f" unexpected: {shorten_list(unexpected)}" if unexpected else "")
-            + (A_REWARD_MODEL if "score.weight" in unexpected else "")
-        )
-    for name, parameter in expected.items():
-        files[name].check(parameter.shape, "config.json says")
+        problems = [f"{path}: the weights do not fit config.json"]
+        if missing:
+            problems.append(f"missing: {shorten_list(missing)}")
+        if unexpected:
+            problems.append(f"unexpected: {shorten_list(unexpected)}")
+        if "score.weight" in unexpected:
+            problems.append(REWARD_MODEL_HINT)
+        raise UserError("; ".join(problems))
+    for name, parameter in parameters.items():
+        stored[name].check(parameter.shape, "config.json says")
 
 
-def save_model(model, output_dir, dtype=None, max_shard_size=5 * 10**9):
+def load_weights(
+    model: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    quantization_bit: int | None = None,
+) -> None:
+    """Give a model on the meta device its weights. Arguments as in load_model.
+
+    Tensors are read and converted one after the other, so memory holds the weights once.
+    """
+    dtype = dtype or stored["model.embed_tokens.weight"].dtype
+    for name in [name for name, _ in model.named_parameters() if name in stored]:
+        weight = stored[name].read().to(device)
+        module_name, _, kind = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        in_decoder_layer = module_name.startswith("model.layers.")
+        is_matrix = isinstance(module, nn.Linear) and kind == "weight"
+        if quantization_bit and in_decoder_layer and is_matrix:
+            quantized = QuantizedLinear.from_weight(weight, quantization_bit)
+            model.set_submodule(module_name, quantized)
+        else:
+            setattr(module, kind, nn.Parameter(weight.to(dtype), requires_grad=False))
+
+
+# Saving
+
+
+def save_model(
+    model: Model,
+    output_dir: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
     """Write config.json and safetensors, in shards of at most `max_shard_size` bytes.
 
-    `dtype` converts on the way out; a shard is put together only when it is written. UserError
-    where there is no room for them all. Of several processes all call it, and the first writes.
+    dtype: converts the weights; by default they keep their types. All ranks call it, also for a
+    model that is sharded over ranks, and rank 0 writes. A shard is in memory only while it is
+    written. UserError if the disk has too little room.
     """
     output_dir, tensors = Path(output_dir), model.state_dict()
-    sizes = {name: one.numel() * (dtype or one.dtype).itemsize for name, one in tensors.items()}
-    shards = _shards(sizes, max_shard_size)
-    count, is_first = len(shards), processes.rank() == 0
-    names = (
-        [WEIGHTS]
-        if count == 1
-        else [f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
-    )
-    if is_first:
+    sizes = {
+        name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()
+    }
+    shards = _split_into_shards(sizes, max_shard_size)
+    file_names = [WEIGHTS]
+    if len(shards) > 1:
+        numbers = range(1, len(shards) + 1)
+        file_names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in numbers]
+    is_rank0 = processes.rank() == 0
+    if is_rank0:
         check_free_space(output_dir, sum(sizes.values()))
-    for file_name, keys in zip(names, shards, strict=True):
-        shard = {key: processes.gather_to_rank0(tensors[key], dtype) for key in keys}
-        if is_first:
+    weight_map = {}
+    for file_name, names in zip(file_names, shards, strict=True):
+        shard = gather_tensors({name: tensors[name] for name in names}, dtype)
+        weight_map |= dict.fromkeys(names, file_name)
+        if is_rank0:
             write_safetensors(shard, output_dir / file_name)
-    if not is_first:
+    if not is_rank0:
         return
-    if count > 1:
-        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        write_json(
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
-            output_dir / INDEX,
-        )
-    remove_other_weights(output_dir, names if count == 1 else [*names, INDEX])
+    if len(shards) > 1:
+        metadata = {"total_size": sum(sizes.values())}
+        write_json({"metadata": metadata, "weight_map": weight_map}, output_dir / INDEX)
+        file_names.append(INDEX)
+    remove_other_weights(output_dir, file_names)
     config = model.config.to_dict()
-    config.pop("torch_dtype", None)
+    config.pop("torch_dtype", None)  # the old name of dtype
     config["dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_json(config, output_dir / "config.json")
 
 
-def _shards(sizes, max_shard_size):
-    """The names in order, in lists whose sizes add up to at most that, if no single one is more."""
+def gather_tensors(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """The full tensors on rank 0, nothing on other ranks. All ranks call it."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = processes.gather_to_rank0(tensor, dtype)
+        if full is not None:
+            gathered[name] = full
+    return gathered
+
+
+def _split_into_shards(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
+    """Names in order, in lists of at most `max_shard_size` bytes. A larger tensor gets its own."""
     shards, filled = [[]], 0
     for name, size in sizes.items():
         if shards[-1] and filled + size > max_shard_size:
@@ -162,30 +211,31 @@ def _shards(sizes, max_shard_size):
     return shards
 
 
-def remove_other_weights(output_dir, written):
-    """Remove weights that an earlier save left: who loads the folder might take those."""
+def remove_other_weights(output_dir: str | Path, written: Collection[str]) -> None:
+    """Remove weights from an earlier save, which a program could load instead of the new ones."""
     for pattern in WEIGHT_FILES:
         for path in Path(output_dir).glob(pattern):
             if path.name not in written:
                 path.unlink()
 
 
-def save_generation_config(model_dir, output_dir, config, stop_ids):
-    """generation_config.json travels along; where it lacks ids that end an answer, with those."""
-    content = read_json(Path(model_dir) / "generation_config.json", missing={})
-    shorten_list = generation_eos(model_dir, config)
-    if more := sorted(set(stop_ids) - set(shorten_list)):
-        content = {
-            "bos_token_id": config.bos_token_id,
-            **content,
-            "eos_token_id": shorten_list + more,
-        }
+# Generation config
+
+
+def generation_eos(path: str | Path, config: ModelConfig) -> list[int]:
+    """The ids of `eos_token_id` in generation_config.json, else in config.json."""
+    path = Path(path) / "generation_config.json"
+    eos = read_json(path, missing={}).get("eos_token_id", config.eos_token_id)
+    return token_ids(eos, path, "eos_token_id")
+
+
+def save_generation_config(
+    path: str | Path, output_dir: str | Path, config: ModelConfig, stop_ids: Collection[int]
+) -> None:
+    """Copy generation_config.json to `output_dir`, and add stop tokens that it lacks."""
+    content = read_json(Path(path) / "generation_config.json", missing={})
+    eos = generation_eos(path, config)
+    if more := sorted(set(stop_ids) - set(eos)):
+        content = {"bos_token_id": config.bos_token_id, **content, "eos_token_id": eos + more}
     if content:
         write_json(content, Path(output_dir) / "generation_config.json")
-
-
-def generation_eos(model_dir, config):
-    """The ids of `eos_token_id` in generation_config.json, else in config.json, as a list."""
-    path = Path(model_dir) / "generation_config.json"
-    stated = read_json(path, missing={}).get("eos_token_id", config.eos_token_id)
-    return token_ids(stated, path, "eos_token_id")

@@ -126,7 +126,10 @@ def recorded_options(folder: str | Path) -> dict[str, Any]:
 def check_free_space(folder: str | Path, num_bytes: int) -> None:
     """Create the folder; raise UserError unless its disk has room for so many bytes."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be created: {error.strerror}") from error
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise UserError(

@@ -1,11 +1,11 @@
-"""The chat template that goes along with a model, for other programs to ask it as it was trained.
+"""The chat template that a saved model carries, so that other programs prompt it as in training.
 
-    form = conversation_form(tokenizer, "auto", "runs/cherry", listed_stops=2)
+    form = conversation_form(tokenizer, "auto", "runs/cherry", listed_stops=[2])
     print(form.chat_template, form.stop_ids)
     text = as_jinja(get_template("alpaca", tokenizer))
 
-A model fine-tuned with `--template alpaca` must be asked in that form by whoever runs it, whatever
-chat template its base came with, or none. Tools are left to checkpoints' own templates.
+A model that was fine-tuned with `--template alpaca` must be prompted in this form by every program,
+whatever chat template its base has. Our templates do not offer tools to other programs.
 """
 
 import json
@@ -54,26 +54,31 @@ VARIABLES = {
     "{content}": "content",
     "{system}": "system",
 }
-SPACE_BEFORE = "{{ bos_token + ' ' }}"  # before a chat template that leaves BOS to the tokenizer
+SPACE_BEFORE = "{{ bos_token + ' ' }}"  # for chat templates without BOS
 
 
 @dataclass(frozen=True)
 class ConversationForm:
-    """What a model carries along, for other programs to ask it as it was trained."""
+    """How other programs prompt a model.
 
-    chat_template: str | None  # Jinja; None where the model has none
-    stop_ids: object  # what ends an answer: an id or a list of them
-    is_exact: bool = True  # whether llama.cpp makes the ids of the training of it ...
-    writes_space: bool = False  # ... provided that it puts no space before texts by itself
+    chat_template: Jinja, or None. stop_ids: the tokens that end an answer. is_exact: llama.cpp
+    produces the ids of the training. writes_space: the chat template writes SentencePiece's leading
+    space, so llama.cpp must not add it.
+    """
+
+    chat_template: str | None
+    stop_ids: list[int]
+    is_exact: bool = True
+    writes_space: bool = False
 
 
 def trained_template(
     name: str, tokenizer: Tokenizer, trained_dir: str | Path, default_system: str | None = None
 ) -> Template:
-    """The template to use with a model, "auto" being the one that train.py used.
+    """The template `name`; "auto" is the one that the model was trained with.
 
-    trained_dir: the adapter's or the model's folder, where train.py has left options.toml.
-    default_system: the system prompt of conversations that have none; by default that of training.
+    trained_dir: the folder of the adapter or the model, where train.py has left options.toml.
+    default_system: for conversations without a system prompt; by default that of the training.
     """
     trained = recorded_options(trained_dir)
     if name == "auto":
@@ -83,12 +88,17 @@ def trained_template(
     return get_template(name, tokenizer, default_system)
 
 
-def conversation_form(tokenizer, name, trained_dir, listed_stops, for_llama_cpp=False):
-    """The ConversationForm for a model to carry.
+def conversation_form(
+    tokenizer: Tokenizer,
+    name: str,
+    trained_dir: str | Path,
+    listed_stops: list[int],
+    for_llama_cpp: bool = False,
+) -> ConversationForm:
+    """The ConversationForm that a saved model carries.
 
-    name: one of our templates, or "auto" for the one that `trained_dir` was trained with by
-    train.py, or else the checkpoint's own, which is written as it is. listed_stops: the
-    ids that end an answer of the model that was trained, as weights.generation_eos lists them.
+    name: one of our templates; "auto" is the one of the training, else the checkpoint's own, which
+    is kept as it is. listed_stops: the stop tokens of generation_config.json.
     """
     trained = recorded_options(trained_dir)
     name = trained.get("template", "auto") if name == "auto" else name
@@ -106,18 +116,20 @@ def conversation_form(tokenizer, name, trained_dir, listed_stops, for_llama_cpp=
     return ConversationForm(chat_template_text(template, default_system), stop_ids)
 
 
-def _form_for_llama_cpp(template, default_system, stop_ids):
-    """With a SentencePiece vocabulary llama.cpp puts spaces everywhere or nowhere.
+def _form_for_llama_cpp(
+    template: Template, default_system: str | None, stop_ids: list[int]
+) -> ConversationForm:
+    """With SentencePiece, llama.cpp adds a space to all text after a special token, or never.
 
-    Either before every text at the beginning and behind a control token, or before none. Where the
-    training had one at the beginning only, none is right, and the chat template writes that one.
+    If the training had a space only at the start, the chat template writes it and llama.cpp adds
+    none.
     """
     tokenizer, form = template.tokenizer, template.form
     if not (_has_one_space(tokenizer) and text_follows_control(template)):
         text = chat_template_text(template, default_system, puts_space=True)
         return ConversationForm(text, stop_ids)
     text = chat_template_text(template, default_system)
-    if form.control:  # begins with one, not with text
+    if form.control:  # prompts begin with a special token, not with text
         return ConversationForm(text, stop_ids, writes_space=True)
     if tokenizer.bos_token_id is None or not (template.writes_bos or tokenizer.add_bos_token):
         return ConversationForm(text, stop_ids, is_exact=False)
@@ -127,13 +139,13 @@ def _form_for_llama_cpp(template, default_system, stop_ids):
     return ConversationForm(text, stop_ids, writes_space=True)
 
 
-def _has_one_space(tokenizer):
-    """Whether there is a space before a text, but none behind control tokens."""
+def _has_one_space(tokenizer: Tokenizer) -> bool:
+    """True if a text gets a leading space, but not after special tokens."""
     return tokenizer.leading_space and not tokenizer.prefix_after_special
 
 
-def text_follows_control(template):
-    """Whether prompts have text directly behind a control token that is not BOS: `</s>\n`."""
+def text_follows_control(template: Template) -> bool:
+    """True if prompts have text directly after a special token other than BOS: `</s>\n`."""
     words = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     controls = set(template.control_ids.values())
     return any(
@@ -142,29 +154,29 @@ def text_follows_control(template):
     )
 
 
-def chat_template_text(template, default_system=None, puts_space=False):
-    """The checkpoint's own chat template where it is this form, else the form in Jinja.
+def chat_template_text(
+    template: Template, default_system: str | None = None, puts_space: bool = False
+) -> str:
+    """The checkpoint's own chat template if it is this template, else ours as Jinja.
 
-    default_system: the system prompt that the training was told to use, if any. puts_space: see
-    as_jinja.
+    default_system: the --default_system of the training. puts_space: see as_jinja.
     """
     own = template.tokenizer.chat_template
-    if default_system is None and is_form(own, template.name):
+    if own is not None and default_system is None and is_form(own, template.name):
         return own
     return as_jinja(template, puts_space)
 
 
-def as_jinja(template, puts_space=False):
-    """The Jinja text that renders what `template.encode` encodes, for messages without tools.
+def as_jinja(template: Template, puts_space: bool = False) -> str:
+    """Jinja that renders what `template.encode` encodes, for messages without tools.
 
-    BOS included, also where only the tokenizer puts it: most programs that render a chat template
-    add none, and llama.cpp looks whether there is one. puts_space: whether the program puts
-    SentencePiece's leading space behind BOS by itself; transformers does so only with tokenizers
-    that put one behind every control token.
+    It writes BOS even if the tokenizer would add it: most programs that render a chat template add
+    none, and llama.cpp adds it only if it is missing. puts_space: the program adds SentencePiece's
+    leading space after BOS. transformers does so only for legacy tokenizers.
     """
     form, variables = template.form, _variables(template, puts_space)
 
-    def expression(pattern):
+    def expression(pattern: str) -> str:
         """`[INST] {content}` -> `"[INST] " + content`."""
         parts = re.split("(" + "|".join(map(re.escape, variables)) + ")", pattern)
         parts = [
@@ -190,8 +202,8 @@ def as_jinja(template, puts_space=False):
     return re.sub("|".join(parts), lambda found: parts[found[0]], SKELETON)
 
 
-def _variables(template, puts_space):
-    """{field of a Format: what it is in Jinja}."""
+def _variables(template: Template, puts_space: bool) -> dict[str, str]:
+    """{field of a Format: its Jinja expression}."""
     tokenizer = template.tokenizer
     if tokenizer.bos_token_id is None:
         return {**VARIABLES, "{bos}": ""}

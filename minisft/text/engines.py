@@ -1,16 +1,21 @@
-"""The two libraries behind tokenizer.py: `tokenizer.json` and `tokenizer.model`, as one interface.
+"""The libraries behind tokenizer.py, `tokenizers` and `sentencepiece`, with one interface.
 
     engine = TokenizersEngine(Path("TinyLlama-1.1B-Chat-v0.6/tokenizer.json"), config={})
-    engine.encode("in mid-line", continuation=True)
+    engine.encode("the rest of a line", continuation=True)
 
-An engine knows the vocabulary and the control tokens of its file, and nothing of the files beside
-it. Text never becomes a control token here.
+An engine reads one file and knows its vocabulary and special tokens. Tokenizer adds what the files
+beside it say. No text is ever encoded as a special token.
 """
 
 import copy
 import json
 import re
 from functools import cache
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
@@ -19,64 +24,67 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
 class TokenizersEngine:
-    """`tokenizer.json` through the tokenizers library."""
+    """A `tokenizer.json`, read by the tokenizers library."""
 
-    def __init__(self, path, config):
-        import tokenizers
-
-        spec = read_json(path)
+    def __init__(self, path: Path, config: dict[str, Any]):
+        """config: the content of tokenizer_config.json. UserError if the file cannot be read."""
+        content = read_json(path)
         try:
-            in_file, spec = spec, as_transformers_reads_it(spec, config)
-            # First as it is, for what the library refuses need not be taken apart.
-            self.start = self.inside = (
-                tokenizers.Tokenizer.from_file(str(path))
-                if spec is in_file
-                else tokenizers.Tokenizer.from_str(json.dumps(spec))
-            )
-            inside, self.prefix_after_special = without_prefix(spec)
-            if inside:
-                self.inside = tokenizers.Tokenizer.from_str(json.dumps(inside))
+            spec = as_transformers_reads_it(content, config)
+            # Load before looking inside: the library checks the file more strictly than we do.
+            if spec is content:
+                self._at_start = tokenizers.Tokenizer.from_file(str(path))
+            else:
+                self._at_start = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            mid_line, self.prefix_after_special = without_leading_space(spec)
+            self._mid_line = self._at_start
+            if mid_line is not None:
+                self._mid_line = tokenizers.Tokenizer.from_str(json.dumps(mid_line))
         except BaseException as error:
-            # The library raises plain Exception, and where it panics not even that.
+            # The library raises plain Exception, and its panics derive from BaseException only.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            way_out = "download it again, or update the library"
-            raise UserError(f"{path}: tokenizers cannot read it ({error}); {way_out}") from error
-        for backend in (self.start, self.inside):
-            backend.encode_special_tokens = True
+            raise UserError(
+                f"{path}: tokenizers cannot read it ({error}). Download the file again, or update "
+                "the library."
+            ) from error
+        for backend in (self._at_start, self._mid_line):
+            backend.encode_special_tokens = True  # spell special tokens out, as any other text
             backend.no_truncation()
             backend.no_padding()
         decoder = json.dumps(spec.get("decoder"), ensure_ascii=False)
         self.byte_level = '"ByteLevel"' in decoder
         if not self.byte_level and SPACE not in decoder:
-            raise UserError(f"{path}: neither byte-level nor SentencePiece-style; not supported")
+            raise UserError(
+                f"{path}: not supported. Its decoder must be byte-level or SentencePiece's."
+            )
         metaspace = '"Metaspace"' in decoder and '"never"' not in decoder
-        self.strips_space = '"Strip"' in decoder or metaspace
-        self.vocab_size = self.start.get_vocab_size(with_added_tokens=True)
+        self.strips_space = metaspace or '"Strip"' in decoder
+        self.vocab_size = self._at_start.get_vocab_size(with_added_tokens=True)
         added = spec.get("added_tokens") or []
-        self.added_text = {token["id"]: token["content"] for token in added}
-        self.special_ids = {token["id"] for token in added if token["special"]}
-        self.default_ids = {}
-        self.post_processor = json.dumps(spec.get("post_processor"))
+        self.added_text: dict[int, str] = {token["id"]: token["content"] for token in added}
+        self.special_ids: set[int] = {token["id"] for token in added if token["special"]}
+        self.default_ids: dict[str, int] = {}
+        self._post_processor = json.dumps(spec.get("post_processor"))
 
-    def encode(self, text, continuation):
-        """str -> ids; with `continuation` without a leading space."""
-        backend = self.inside if continuation else self.start
+    def encode(self, text: str, continuation: bool) -> list[int]:
+        """The ids of a text; with `continuation` without a leading space."""
+        backend = self._mid_line if continuation else self._at_start
         return backend.encode(text, add_special_tokens=False).ids
 
-    def token_id(self, token):
-        """The id of a token by its exact text, None where there is none."""
-        return self.start.token_to_id(token)
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact text; None if there is no such token."""
+        return self._at_start.token_to_id(token)
 
-    def token_text(self, id):
-        """The text of a token as the vocabulary spells it, None for an unknown id."""
-        return self.start.id_to_token(id)
+    def token_text(self, id: int) -> str | None:
+        """The text of a token as the vocabulary spells it; None for an unknown id."""
+        return self._at_start.id_to_token(id)
 
-    def token_bytes(self, id):
-        """The UTF-8 bytes that a token stands for, none for an unknown id."""
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes of a token; empty for an unknown id."""
         if id in self.added_text:
             return self.added_text[id].encode()
-        token = self.start.id_to_token(id)
+        token = self._at_start.id_to_token(id)
         if token is None:
             return b""
         if self.byte_level:
@@ -84,71 +92,87 @@ class TokenizersEngine:
             return b"".join([table.get(character, character.encode()) for character in token])
         return piece_bytes(token)
 
-    def adds_bos(self, bos_token_id):
-        """Whether a text gets BOS in front, where tokenizer_config.json does not say."""
-        return f'"ids": [{bos_token_id}]' in self.post_processor
+    def adds_bos(self, bos_token_id: int | None) -> bool:
+        """True if the file's post-processor puts BOS before a text."""
+        return f'"ids": [{bos_token_id}]' in self._post_processor
 
 
 class SentencePieceEngine:
-    """A bare `tokenizer.model` through the sentencepiece library."""
+    """A `tokenizer.model` without a tokenizer.json, read by the sentencepiece library."""
 
-    def __init__(self, path, config):
-        import sentencepiece
+    byte_level = False
 
+    def __init__(self, path: Path, config: dict[str, Any]):
+        """config: the content of tokenizer_config.json. UserError if the file cannot be read."""
         try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            self.vocab_size = self.processor.vocab_size()
-            self.pieces = [self.processor.id_to_piece(id) for id in range(self.vocab_size)]
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.vocab_size: int = self._processor.vocab_size()
+            ids = range(self.vocab_size)
+            self._pieces = [self._processor.id_to_piece(id) for id in ids]
         except (RuntimeError, OSError, ValueError) as error:
-            way_out = "download it again (or, for Llama 3, the tokenizer.json)"
-            raise UserError(f"{path}: not a SentencePiece model; {way_out}") from error
-        self.strips_space = self.processor.normalize("a").startswith(SPACE)
+            raise UserError(
+                f"{path}: not a SentencePiece model. Download the file again (or, for Llama 3, its "
+                "tokenizer.json)."
+            ) from error
+        self.strips_space = self._processor.normalize("a").startswith(SPACE)
         self.prefix_after_special = bool(config.get("legacy", False))
-        is_control, is_unknown = self.processor.is_control, self.processor.is_unknown
-        every_id = range(self.vocab_size)
-        self.special_ids = {id for id in every_id if is_control(id) or is_unknown(id)}
-        ids = {name: getattr(self.processor, name)() for name in ("bos_id", "eos_id", "unk_id")}
-        self.default_ids = {name[:3] + "_token": id for name, id in ids.items() if id >= 0}
-        self.guard = self._find_guard(path)
-        self.guard_length = len(self.processor.encode(self.guard))
+        is_control, is_unknown = self._processor.is_control, self._processor.is_unknown
+        self.added_text: dict[int, str] = {}
+        self.special_ids = {id for id in ids if is_control(id) or is_unknown(id)}
+        named = {
+            "bos_token": self._processor.bos_id(),
+            "eos_token": self._processor.eos_id(),
+            "unk_token": self._processor.unk_id(),
+        }
+        self.default_ids: dict[str, int] = {name: id for name, id in named.items() if id >= 0}
+        self._guard = self._find_guard(path)
+        self._guard_length = len(self._processor.encode(self._guard))
 
-    def _find_guard(self, path):
-        """A character to encode mid-line text behind: one that merges with nothing after it."""
+    def _find_guard(self, path: Path) -> str:
+        """A character that merges with nothing after it.
+
+        The library adds a leading space to every text. To encode text without it, we put the guard
+        before the text and drop the guard's ids.
+        """
         for guard in ("\n", "\x01", "\x02"):
-            alone = not any(guard in piece and piece != guard for piece in self.pieces)
-            if alone and guard in self.processor.normalize(guard):
+            merges = any(guard in piece and piece != guard for piece in self._pieces)
+            if not merges and guard in self._processor.normalize(guard):
                 return guard
-        raise UserError(f"{path}: cannot encode text in mid-line; convert it to tokenizer.json")
+        raise UserError(
+            f"{path}: this model cannot encode text without a leading space. Convert it to "
+            "tokenizer.json."
+        )
 
-    def encode(self, text, continuation):
-        """str -> ids; with `continuation` without a leading space."""
+    def encode(self, text: str, continuation: bool) -> list[int]:
+        """The ids of a text; with `continuation` without a leading space."""
         if continuation:
-            return self.processor.encode(self.guard + text)[self.guard_length :]
-        return self.processor.encode(text)
+            return self._processor.encode(self._guard + text)[self._guard_length :]
+        return self._processor.encode(text)
 
-    def token_id(self, token):
-        """The id of a token by its exact text, None where there is none."""
-        id = self.processor.piece_to_id(token)
-        return id if self.processor.id_to_piece(id) == token else None
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact text; None if there is no such token."""
+        id = self._processor.piece_to_id(token)
+        return id if self._processor.id_to_piece(id) == token else None
 
-    def token_text(self, id):
-        """The text of a token as the vocabulary spells it, None for an unknown id."""
-        return self.pieces[id] if id < self.vocab_size else None
+    def token_text(self, id: int) -> str | None:
+        """The text of a token as the vocabulary spells it; None for an unknown id."""
+        return self._pieces[id] if id < self.vocab_size else None
 
-    def token_bytes(self, id):
-        """The UTF-8 bytes that a token stands for, none for an unknown id."""
-        return piece_bytes(self.pieces[id]) if id < self.vocab_size else b""
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes of a token; empty for an unknown id."""
+        return piece_bytes(self._pieces[id]) if id < self.vocab_size else b""
 
-    def adds_bos(self, bos_token_id):
-        """Whether a text gets BOS in front, where tokenizer_config.json does not say."""
-        return True  # Llama's convention, where nothing else is stated
+    def adds_bos(self, bos_token_id: int | None) -> bool:
+        """True: Llama's tokenizers put BOS before a text unless tokenizer_config.json denies it."""
+        return True
 
 
-def as_transformers_reads_it(spec, config):
-    """tokenizer.json as transformers 5 reads it for a `LlamaTokenizer`.
+def as_transformers_reads_it(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json as transformers 5 reads it for the class `LlamaTokenizer`.
 
-    It puts one leading space unless the text has one, and after control tokens only when `legacy`;
-    the files of Llama 2's time, taken by the letter, add it always.
+    transformers adds one leading space unless the text begins with a space, and adds it after
+    special tokens only if the config says `legacy`. The files from the time of Llama 2, read
+    literally, would always add a space.
     """
     name = str(config.get("tokenizer_class") or "")
     byte_level = "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
@@ -161,44 +185,43 @@ def as_transformers_reads_it(spec, config):
     return {**spec, "normalizer": None, "pre_tokenizer": {**metaspace, "split": False}}
 
 
-def without_prefix(spec):
-    """(the same tokenizer adding no leading space, whether `spec` adds it after control tokens).
+def without_leading_space(spec: dict[str, Any]) -> tuple[dict[str, Any] | None, bool]:
+    """(a tokenizer.json that adds no leading space, True if `spec` adds it after special tokens).
 
-    The first is None where `spec` adds none anyway.
+    The first is None if `spec` adds no leading space.
     """
-    inside, found, after_special = copy.copy(spec), False, True
+    adds_space, after_special = False, True
     normalizer = spec.get("normalizer") or {}
     steps = normalizer.get("normalizers", [normalizer])
     kept = [step for step in steps if step.get("type") != "Prepend"]
     if len(kept) < len(steps):
-        found = True
-        inside["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
-    inside["pre_tokenizer"] = copy.deepcopy(spec.get("pre_tokenizer"))
-    pre_tokenizer = inside["pre_tokenizer"] or {}
+        adds_space = True
+        normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
+    pre_tokenizer = copy.deepcopy(spec.get("pre_tokenizer")) or {}
     for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         scheme = step.get("prepend_scheme", "always")
         if step.get("type") == "Metaspace" and scheme != "never":
-            after_special = scheme == "always"
+            adds_space, after_special = True, scheme == "always"
             step.update(prepend_scheme="never", add_prefix_space=False)
-            found = True
         if step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
+            adds_space = True
             step["add_prefix_space"] = False
-            found = True
-    return (inside if found else None), after_special
+    changed = {"normalizer": normalizer or None, "pre_tokenizer": pre_tokenizer or None}
+    return ({**spec, **changed} if adds_space else None), after_special
 
 
-def piece_bytes(piece):
-    """The bytes of a SentencePiece piece: `<0xE4>` is one byte, the low block a space."""
+def piece_bytes(piece: str) -> bytes:
+    """The bytes of a SentencePiece piece: `<0xE4>` is a byte, and U+2581 is a space."""
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return bytes.fromhex(piece[3:5])
     return piece.replace(SPACE, " ").encode()
 
 
 @cache
-def byte_of_character():
-    """Byte-level BPE's alphabet: a printable character stands for its own byte.
+def byte_of_character() -> dict[str, bytes]:
+    """The alphabet of byte-level BPE (GPT-2): which character stands for which byte.
 
-    GPT-2's table: the 68 bytes that do not print are written as U+0100, U+0101, ... in order.
+    A printable character stands for its own byte. The 68 other bytes are U+0100, U+0101, ...
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,32 +1,34 @@
-"""Conversations to token ids and the mask of what is learned.
+"""Conversations to token ids, and which of them the model learns to write.
 
     template = get_template("auto", tokenizer)      # or one of TEMPLATES by name; see template.name
     ids, supervised = template.encode([
         {"role": "user", "content": "Name a colour."},
         {"role": "assistant", "content": "Red."},
     ])
-    print(template.show(ids, supervised))           # what is learned stands out in colour
+    print(template.show(ids, supervised))           # supervised text in green
 
-A template is a handful of strings (`Format`). One pass over a conversation cuts it into segments:
-control tokens, which become ids directly, and runs of text. The answer is a run of its own, encoded
-as it stands behind the prompt; so the ids before an answer in training are the ids of the prompt in
-use, and only the answer with its end-of-turn token is supervised.
+A template is a few strings (`Format`). One pass over a conversation cuts it into segments: control
+tokens, which become ids directly, and runs of text. An answer is a run of its own, encoded as the
+continuation of its prompt. So in training the ids before an answer are exactly the prompt's ids in
+chat, and only the answer with its end-of-turn token is supervised.
 """
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 from minisft.common.errors import UserError
-from minisft.text.tokenizer import StreamDecoder
+from minisft.text.tokenizer import StreamDecoder, Tokenizer
 from minisft.text.tool_calls import call_text, merge_tool_messages, offer
 
 
 @dataclass(frozen=True)
 class Format:
-    """The strings of a template; `{bos}` and `{eos}` are the tokenizer's, all else is literal."""
+    """The strings of a template. `{bos}` and `{eos}` are the tokenizer's tokens."""
 
     user: str  # a user turn
     answer: str  # what the model writes, its end-of-turn token included: the supervised part
@@ -36,16 +38,16 @@ class Format:
     begin: str = ""  # opens the conversation
     system: str = ""  # the system prompt as a turn of its own ...
     system_in_user: str = ""  # ... or as it is put before the first user's words
-    user_with_input: str = ""  # a user turn that has Alpaca's second field
-    default_system: str = ""  # where the conversation brings none
+    user_with_input: str = ""  # a user turn with Alpaca's second field
+    default_system: str = ""  # for conversations without a system prompt
     default_system_with_input: str = ""
-    control: tuple = ()  # tokens that the vocabulary must have
-    strip: bool = False  # white space around a message is not part of it
-    markers: tuple = ()  # a checkpoint's chat template that has all of these is this one ...
-    foreign: tuple = ()  # ... unless it has one of these
+    control: tuple[str, ...] = ()  # tokens that the vocabulary must have
+    strip: bool = False  # remove white space around a message
+    markers: tuple[str, ...] = ()  # a chat template with all of these is this one ...
+    foreign: tuple[str, ...] = ()  # ... unless it has one of these
 
 
-# In the order in which "auto" tries their markers.
+# "auto" tries their markers in this order.
 TEMPLATES = {
     "llama3": Format(
         begin="{bos}",
@@ -117,27 +119,26 @@ TEMPLATES = {
     "plain": Format(system="{content}\n", user="{content}\n", answer="{content}{eos}"),
 }
 
-# The system prompt that a chat template falls back on, as its source spells it: in those that
-# chat_template.py writes, and in Qwen's chatml.
+# The default system prompt in the source of a chat template: as chat_template.py writes it, and in
+# Qwen's chatml.
 OUR_SYSTEM = re.compile(
     r'\{%- set system = ("(?:[^"\\\x00-\x1f]|\\["\\nrtbf]|\\u[0-9a-f]{4})*") -%}'
 )
 CHATML_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"\\]+)<\|im_end\|>")
 
-# Llama 3.1 and 3.2 open every system prompt with these lines. The second is the date that their
-# chat template has where it is not told the day: training and chat agree on one.
+# Llama 3.1 and 3.2 begin every system prompt with these lines. The second has the date that their
+# chat template uses by default, so that training and chat agree.
 LLAMA31_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-# What stands for a control character, which would steer the terminal that a row is shown on.
+# Control characters, which would change the terminal, are shown as text.
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
-def get_template(name, tokenizer, default_system=None):
-    """The template `name`, or with "auto" the one that the checkpoint's chat template is.
+def get_template(name: str, tokenizer: Tokenizer, default_system: str | None = None) -> "Template":
+    """The template `name`; "auto" recognises the checkpoint's chat template.
 
-    default_system: the system prompt of conversations without one; "" for none at all; None for
-    the template's own, which for chatml is the one in the checkpoint's chat template. llama3 also
-    puts the lines of Llama 3.1 before it where the checkpoint's chat template does.
-    Raises UserError for an unknown name and where the tokenizer lacks the template's tokens.
+    default_system: the system prompt of conversations without one; "" for none; None for the
+    template's own, which for chatml is in the checkpoint's chat template. UserError for an unknown
+    name, or if the tokenizer lacks the template's tokens.
     """
     if name == "auto":
         name = recognise(tokenizer.chat_template)
@@ -150,8 +151,8 @@ def get_template(name, tokenizer, default_system=None):
     return Template(name, tokenizer, default_system, preface)
 
 
-def stated_system(name, chat_template):
-    """The system prompt that a chat template gives conversations without one; None: the form's."""
+def stated_system(name: str, chat_template: str | None) -> str | None:
+    """The default system prompt in a chat template; None if it has none of its own."""
     text = chat_template or ""
     if (ours := OUR_SYSTEM.match(text)) and is_form(text, name):
         stated = json.loads(ours[1])
@@ -160,16 +161,16 @@ def stated_system(name, chat_template):
     return own and own[1]
 
 
-def is_form(chat_template, name):
-    """Whether a checkpoint's chat template is the one of our templates with this name."""
+def is_form(chat_template: str | None, name: str) -> bool:
+    """True if a checkpoint's chat template is our template of this name."""
     try:
         return recognise(chat_template) == name
     except UserError:
         return False
 
 
-def recognise(chat_template):
-    """The name of the template that a chat template's text is, by its markers; never executed."""
+def recognise(chat_template: str | None) -> str:
+    """The name of the template that has the markers of a chat template, which is not executed."""
     names = ", ".join(TEMPLATES)
     if not chat_template:
         raise UserError(f"the checkpoint has no chat template; choose --template from: {names}")
@@ -183,10 +184,14 @@ def recognise(chat_template):
 class Template:
     """A `Format` with a tokenizer: renders and encodes conversations."""
 
-    def __init__(self, name, tokenizer, default_system=None, preface=""):
+    def __init__(
+        self, name: str, tokenizer: Tokenizer, default_system: str | None = None, preface: str = ""
+    ):
         self.name, self.tokenizer, self.form = name, tokenizer, TEMPLATES[name]
         self.default_system, self.preface = default_system, preface
-        self.control_ids = {token: tokenizer.token_id(token) for token in self.form.control}
+        self.control_ids: dict[str, Any] = {
+            token: tokenizer.token_id(token) for token in self.form.control
+        }
         if "{eos}" in self.form.answer:
             self.control_ids["{eos}"] = tokenizer.eos_token_id
         for token, id in self.control_ids.items():
@@ -201,46 +206,41 @@ class Template:
         fields = ["{content}", "{input}", *self.control_ids]
         self.fields = re.compile("(" + "|".join(map(re.escape, fields)) + ")")
 
-    def encode(self, messages, tools=None):
-        """Messages -> (ids, supervised), lists of equal length; True where the model learns."""
+    def encode(self, messages: list, tools: list | None = None) -> tuple[list, list]:
+        """(ids, supervised), lists of equal length; True where the model learns to write the id."""
         return self._encode(self._segments(messages, tools))
 
-    def encode_prompt(self, messages, tools=None):
-        """Messages that end in a user's or tool's turn -> ids up to where the answer begins."""
+    def encode_prompt(self, messages: list, tools: list | None = None) -> list[int]:
+        """The ids before the answer to messages that end with a user's or a tool's turn."""
         if messages and messages[-1].get("role") == "assistant":
             raise UserError("a prompt ends with a user's or a tool's message, not the assistant's")
         ids, _ = self._encode(self._segments(messages, tools, add_generation_prompt=True))
         return ids
 
-    def encode_marker(self):
-        """The prompt with nothing of the conversation in it -> ids: BOS, and what opens an answer.
-
-        For alpaca that is `### Response:`; where the user's turn itself ends in the marker, as in
-        `[INST] {content} [/INST]`, what follows the user's words.
-        """
+    def encode_marker(self) -> list[int]:
+        """The ids of BOS and of the text before an answer: `### Response:` for alpaca."""
         marker = self.form.assistant or self.form.user.rpartition("{content}")[2].lstrip(" ")
         begin = "{bos}" if self.writes_bos else ""
         return self._encode([*self._fill(begin), *self._fill(marker)])[0]
 
-    def render(self, messages, tools=None, add_generation_prompt=False):
-        """The conversation as text, control tokens spelled out as the published format does."""
+    def render(
+        self, messages: list, tools: list | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The conversation as text, with control tokens spelled out."""
         segments = self._segments(messages, tools, add_generation_prompt)
-        spell = self.tokenizer.token_text
+        spell: Any = self.tokenizer.token_text
         return "".join([spell(self.control_ids[t]) if control else t for t, control, _ in segments])
 
-    def stop_token_ids(self, generation_config_eos=None):
-        """What ends an answer: the template's end of turn, EOS, and generation_config's ids."""
+    def stop_token_ids(self, generation_config_eos: list[int] | int | None = None) -> set[int]:
+        """The tokens that end an answer: end of turn, EOS, and those of generation_config.json."""
         listed = generation_config_eos
-        listed = listed if isinstance(listed, (list, tuple)) else [listed]
+        listed = listed if isinstance(listed, list) else [listed]
         end_of_turn = [token for token in self.fields.split(self.form.answer) if token][-1]
-        ids = {self.control_ids[end_of_turn], self.tokenizer.eos_token_id, *listed}
-        return ids - {None}
+        ids = (self.control_ids[end_of_turn], self.tokenizer.eos_token_id, *listed)
+        return {id for id in ids if id is not None}
 
-    def show(self, ids, supervised):
-        """The text of a row for a terminal, what is supervised in green.
-
-        Control characters but tab and line feed are spelled out, such as `\\x0d`.
-        """
+    def show(self, ids: list[int], supervised: list[bool]) -> str:
+        """The text of a row for a terminal: supervised in green, control characters as `\\x0d`."""
         stream = StreamDecoder(self.tokenizer, skip_special_tokens=False)
         shown, was_learned = "", False
         for id, learned in zip(ids, supervised, strict=True):
@@ -249,8 +249,8 @@ class Template:
             shown, was_learned = shown + stream.push(id).translate(VISIBLE), learned
         return shown + stream.flush() + ("\033[0m" if was_learned else "")
 
-    def _encode(self, segments):
-        """The single pass: control tokens by id, text joined as far as it belongs together."""
+    def _encode(self, segments: Iterable) -> tuple[list[Any], list[bool]]:
+        """The single pass over segments: control tokens by id, consecutive text joined."""
         tokenizer, ids, supervised = self.tokenizer, [], []
         if tokenizer.add_bos_token and not self.writes_bos:
             ids, supervised = [tokenizer.bos_token_id], [False]
@@ -263,14 +263,14 @@ class Template:
         return ids, supervised
 
     def _text(self, text, ids):
-        """Text behind `ids`: in mid-line it gets no leading space, at the start it does."""
+        """The ids of a text after `ids`. It gets a leading space only at the start."""
         at_start = not ids or ids[-1] == self.tokenizer.bos_token_id
         after_control = ids and ids[-1] in self.control_ids.values()
         prefixed = at_start or (after_control and self.tokenizer.prefix_after_special)
         return self.tokenizer.encode(text, continuation=not prefixed)
 
     def _segments(self, messages, tools=None, add_generation_prompt=False):
-        """Yield (text, is control token, is supervised) for the whole conversation in order."""
+        """Yield (text, is a control token, is supervised) in the order of the conversation."""
         form = self.form
         system, turns = self._turns(messages, tools)
         yield from self._fill(form.begin)
@@ -294,7 +294,7 @@ class Template:
             yield from self._fill(form.assistant)
 
     def _fill(self, pattern, learned=False, content="", input=""):
-        """Cut a pattern at its fields; what is filled in is text, whatever it spells."""
+        """Cut a pattern at its fields. Values are text, whatever they spell."""
         for part in self.fields.split(pattern):
             if part in ("{content}", "{input}"):
                 yield (content if part == "{content}" else input), False, learned
@@ -320,7 +320,7 @@ class Template:
         return system, turns
 
     def _cleaned(self, message, number):
-        """One message with text for content, calls of functions written out."""
+        """A checked message, with its calls of functions as text."""
         role, content = message.get("role"), message.get("content") or ""
         if role not in ("system", "user", "assistant", "tool"):
             known = "system, user, assistant, tool"
@@ -338,7 +338,7 @@ class Template:
         return {"role": role, "content": content, "input": second}
 
 
-def check_alternation(turns):
+def check_alternation(turns: list[dict[str, Any]]) -> None:
     """UserError unless user (or tool) and assistant take turns, the user first."""
     if not turns:
         raise UserError("a conversation needs at least one user message")

@@ -1,12 +1,13 @@
-"""Functions in conversations: how they are offered, called and answered, as Qwen2.5 has it.
+"""Functions in conversations, in the form of Qwen2.5: offers, calls and results.
 
     system = offer("Be brief.", [{"name": "add", "parameters": {}}])
     call_text({"name": "add", "arguments": {"left": 1}}, number=2)
 
-All templates use these words; the ones of Llama 3.1 and Mistral for functions are not known here.
+All templates use this form. The forms of Llama 3.1 and Mistral are not supported.
 """
 
 import json
+from typing import Any
 
 from minisft.common.errors import UserError
 
@@ -27,14 +28,14 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 
-def offer(system, tools):
-    """The system prompt with the descriptions of functions (JSON objects) behind it."""
+def offer(system: str, tools: list[dict[str, Any]]) -> str:
+    """The system prompt, followed by the descriptions of functions (JSON objects)."""
     lines = "".join(["\n" + json.dumps(tool, ensure_ascii=False) for tool in tools])
     return (system + TOOLS.replace("{tools}", lines)).lstrip("\n")
 
 
-def call_text(call, number):
-    """A call of a function, `{"name", "arguments"}`, as Qwen2.5 writes it."""
+def call_text(call: Any, number: int) -> str:
+    """A call `{"name", "arguments"}` in message `number`, as Qwen2.5 writes it."""
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
         raise UserError(f"message {number}: a tool call needs a name and arguments")
@@ -43,9 +44,9 @@ def call_text(call, number):
     return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
 
 
-def merge_tool_messages(messages):
-    """What functions returned, one or several in a row, is one user turn (as in Qwen2.5)."""
-    turns = []
+def merge_tool_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join consecutive results of functions to one turn."""
+    turns: list[dict[str, Any]] = []
     for message in messages:
         if message["role"] == "tool":
             text = f"<tool_response>\n{message['content']}\n</tool_response>"

@@ -1,0 +1,81 @@
+"""A LoRA adapter alone as a GGUF file, for llama.cpp's --lora.
+
+report = export_adapter("examples/base", "runs/cherry", "cherry.gguf", "f16")
+"""
+
+from functools import partial
+from pathlib import Path
+
+import gguf
+import torch
+
+from minisft.checkpoints.adapters import adapter_tensors, load_adapter
+from minisft.checkpoints.folders import open_model
+from minisft.checkpoints.gguf_export import read_rows
+from minisft.checkpoints.gguf_report import Report, summarize
+from minisft.common.errors import UserError
+from minisft.common.tensor_files import StoredTensor
+from minisft.gguf.mapping import ARCHITECTURES, gguf_name, is_interleaved
+from minisft.gguf.tensor_types import QUANTIZATIONS
+from minisft.gguf.writer import Tensor, write_gguf
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoRALinear
+
+
+def export_adapter(
+    model_dir: str | Path, adapter_dir: str | Path, output: str | Path, quantization: str
+) -> Report:
+    """Write an adapter. Arguments and errors as in export_model."""
+    model, _ = open_model(model_dir, CausalLM)
+    lora, adapter = load_adapter(model, adapter_dir), adapter_tensors(adapter_dir)
+    if lora.modules_to_save:
+        raise UserError(
+            f"{adapter_dir}: has trained {', '.join(lora.modules_to_save)} in full, which --lora "
+            "cannot express; use --format gguf"
+        )
+    architecture = ARCHITECTURES[model.config.model_type]
+    file_type, type = QUANTIZATIONS[quantization]
+    tensors = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRALinear):
+            continue
+        A, B = (adapter[f"{name}.lora_{factor}.weight"] for factor in "AB")
+        # llama.cpp multiplies by alpha / rank, also for rsLoRA, so B takes the difference.
+        factor = module.scaling * A.shape[0] / lora.alpha
+        name = f"{name}.weight"
+        # The rows of B are the outputs of the module, which change places like its weight's rows.
+        head_dim = model.config.head_dim if is_interleaved(name, architecture) else None
+        tensors += [
+            _tensor(f"{gguf_name(name)}.lora_a", A, type, 1.0, None),
+            _tensor(f"{gguf_name(name)}.lora_b", B, type, factor, head_dim),
+        ]
+    metadata = {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": lora.alpha,
+        "general.name": Path(adapter_dir).resolve().name,
+        "general.file_type": int(file_type),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
+    write_gguf(output, architecture, metadata, tensors)
+    return Report(summarize(output, tensors))
+
+
+def _tensor(
+    name: str,
+    source: StoredTensor,
+    type: gguf.GGMLQuantizationType,
+    factor: float,
+    head_dim: int | None,
+) -> Tensor:
+    """A matrix of the adapter times a factor. F16 if its rows cannot be cut into blocks."""
+    if source.shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
+        type = gguf.GGMLQuantizationType.F16
+    read = partial(_read_rows, source, factor, head_dim)
+    return Tensor(name, source.shape, type, read, head_dim or 1)
+
+
+def _read_rows(
+    source: StoredTensor, factor: float, head_dim: int | None, begin: int, end: int
+) -> torch.Tensor:
+    return factor * read_rows(source, None, head_dim, begin, end)

@@ -1,0 +1,60 @@
+"""Models that llama.cpp cannot run, or runs differently.
+
+check_architecture(config)                       # UserError for the first kind
+for sentence in known_differences(config):       # notes on the second kind
+    print(sentence)
+"""
+
+from minisft.common.errors import UserError
+from minisft.gguf.mapping import ARCHITECTURES
+from minisft.model.config import ModelConfig
+from minisft.text.chat_template import ConversationForm
+
+
+def check_architecture(config: ModelConfig) -> None:
+    """UserError if llama.cpp has no place for something that the model needs."""
+    architecture, scaling = ARCHITECTURES[config.model_type], config.rope_scaling or {}
+    if config.head_dim % 2:
+        raise UserError(f"head_dim {config.head_dim} is odd: llama.cpp cannot rotate such heads")
+    width = config.head_dim * config.num_attention_heads
+    if architecture == "qwen2" and width != config.hidden_size:
+        raise UserError(
+            "llama.cpp computes head_dim of qwen2 as hidden_size / num_attention_heads; this "
+            f"checkpoint has head_dim {config.head_dim}"
+        )
+    if architecture == "qwen3" and config.attention_bias:
+        raise UserError("llama.cpp's qwen3 has no attention biases, but this checkpoint has")
+    if scaling.get("rope_type") == "yarn" and not scaling.get("truncate", True):
+        raise UserError("llama.cpp's YaRN always truncates; this checkpoint says truncate = false")
+
+
+def known_differences(config: ModelConfig) -> list[str]:
+    """Sentences about the computation: where llama.cpp deviates from the checkpoint."""
+    sentences = []
+    if (config.rope_scaling or {}).get("rope_type") == "dynamic":
+        sentences.append(
+            "llama.cpp does not know dynamic rotary scaling: answers differ beyond "
+            f"{config.max_position_embeddings} tokens"
+        )
+    window, length = config.sliding_window, config.max_position_embeddings
+    if "sliding_attention" in config.layer_types and window is not None and window < length:
+        sentences.append(
+            "llama.cpp does not use this model's sliding window: answers differ beyond "
+            f"{window} tokens"
+        )
+    return sentences
+
+
+def tokenizer_differences(form: ConversationForm) -> list[str]:
+    """Sentences about the token ids: where llama.cpp deviates from the training."""
+    if form.writes_space:
+        return [
+            "llama.cpp adds no leading space to a text, because it would add one after every "
+            "special token too; prompts without the chat template must begin with a space"
+        ]
+    if not form.is_exact:
+        return [
+            "llama.cpp adds a space to text that directly follows a special token; if the chat "
+            "template has such text, prompts get a token that training did not have"
+        ]
+    return []
