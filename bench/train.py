@@ -95,11 +95,14 @@ def train_minisft(options, rows):
     import numpy as np
     import torch
 
+    from peak import new_run
+
     from minisft.data import batching, encoding
+    from minisft.training.build import load_trainable
     from minisft.training.metrics import read_metrics
+    from minisft.training.objective import NextToken
     from minisft.training.options import parse_options as training_options
-    from minisft.training.run import Run
-    from train import load_trainable, train
+    from train import train
 
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     folder = Path(options.folder)
@@ -113,12 +116,13 @@ def train_minisft(options, rows):
         "--logging_steps", "1", "--save_steps", "1000000", *switches])
     model, lora_config = load_trainable(settings, folder / "model", dtype, device)
     examples = [encoding.Example(np.array(ids), np.array(supervised)) for ids, supervised in rows]
-    run = Run(settings, model, lora_config, len(examples), dtype, device)
+    objective = NextToken(model)
+    run = new_run(settings, model, lora_config, len(examples), dtype, device, objective)
     batches = batching.Batches(examples, lambda chosen: (chosen, encoding.EncodeReport()))
     collate, computed = run.collate, []
 
-    def counted(*arguments):
-        batch = collate(*arguments)
+    def counted(examples):
+        batch = collate(examples)
         computed.append(batch[0].numel())
         return batch
 
