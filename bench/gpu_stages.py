@@ -27,7 +27,7 @@ from minisft.generation.compiled import CompiledDecoder
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training import plan
+from minisft.training.operations import forward_operations, training_operations
 
 ROOT = Path(__file__).resolve().parent.parent
 # Operations and bytes a second that these cards reached elsewhere: much less is a card in trouble.
@@ -137,7 +137,7 @@ def training(bench, size, finetuning_type):
         else:
             lora_config = LoraConfig()
             add_lora(model, lora_config)
-        operations = plan.operations_per_token(model, length, False)
+        per_token = training_operations(model, length)
         variants = {"padded": ["minisft"], "packed": ["packed"]}
         if not is_full:
             variants["packed, compiled"] = ["packed", "--compile"]
@@ -153,7 +153,7 @@ def training(bench, size, finetuning_type):
                          peak_gib=peak / 2**30, peer_peak_gib=peer_peak and peer_peak / 2**30,
                          padding=padding, difference=checked.get("difference"),
                          took=time.monotonic() - began,
-                         **bench.share(speed * operations, MATMUL))
+                         **bench.share(speed * per_token, MATMUL))
 
 
 def writing_speed(bench, function, written):
@@ -230,7 +230,7 @@ def scoring(bench, size):
                                get_template("alpaca", Tokenizer.load(ROOT / "examples/base")))
     ours, theirs = (statistics.median(one[0] for one in result["speeds"][side])
                     for side in ("ours", "theirs"))
-    operations = result["tokens"] * plan.forward_operations(model, result["tokens"] / 2)
+    per_row = result["tokens"] * forward_operations(model, result["tokens"] / 2)
     yield beside(f"{size} scoring", ours, "rows/s", "reference way", theirs, None,
                  tokens_per_row=result["tokens"], difference=result["difference"],
-                 **bench.share(ours * operations, MATMUL))
+                 **bench.share(ours * per_row, MATMUL))

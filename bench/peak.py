@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +95,27 @@ def write_model(folder, fields):
                    check=True)
 
 
+def new_run(options, model, lora_config, num_rows, dtype, device, objective):
+    """A new Run, as `main` of train.py fills it."""
+    from minisft.common import processes
+    from minisft.training.metrics import Progress
+    from minisft.training.optimizer import build_optimizer
+    from minisft.training.run import (
+        Run,
+        build_precision,
+        build_schedule,
+        count_rows_per_step,
+        wrap_model,
+    )
+
+    rows_per_step = count_rows_per_step(options, processes.world_size())
+    schedule = build_schedule(options, num_rows, rows_per_step)
+    path = Path(options.output_dir) / "metrics.jsonl"
+    return Run(options, model, lora_config, objective, build_optimizer(model, options), schedule,
+               build_precision(options, dtype, device),
+               Progress(schedule.total_steps, path, device), wrap_model(model, options))
+
+
 def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
     """A Run as train.py makes it, and this process's micro-batches."""
     import numpy as np
@@ -104,10 +124,9 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
     from minisft.common import processes
     from minisft.data import batching, encoding
     from minisft.data.encode_report import EncodeReport
-    from minisft.training import preference
+    from minisft.training.build import load_trainable
     from minisft.training.options import parse_options
-    from minisft.training.run import Run
-    from train import load_trainable
+    from train import build_objective
 
     options = parse_options([
         "--model_name_or_path", str(folder / "model"), "--dataset", "-", "--output_dir",
@@ -121,15 +140,11 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
                                  lengths)
                 for _ in range(batch_size * accumulated * processes.world_size())]
     batches = batching.Batches(examples, lambda rows: (rows, EncodeReport()))
-
-    def objective(run):  # a reward model as it is, without a template to choose its padding by
-        if options.stage == "rm":
-            return preference.Reward(run.model)
-        return preference.build(run, None, batches, None)
-
-    run = Run(options, model, lora_config, len(examples), dtype, device, None, objective)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    objective = build_objective(options, model, batches, None, autocast)
+    run = new_run(options, model, lora_config, len(examples), dtype, device, objective)
     parts = batching.micro_batches(examples, batch_size, processes.rank(), processes.world_size())
-    return run, [run.collate(part, device) for part in parts]
+    return run, [run.collate(part) for part in parts]
 
 
 def allocated(function):
@@ -153,6 +168,7 @@ def measure(folder, fields, batch_size, length, accumulated, dtype, flags):
 
     from minisft.model.config import ModelConfig
     from minisft.training import memory, plan
+    from minisft.training.build import model_on_meta
     from train import train_step
 
     before = forget_peak()
@@ -161,17 +177,16 @@ def measure(folder, fields, batch_size, length, accumulated, dtype, flags):
         train_step(run, batches)
     process = status("VmHWM") - before
     states = [one for state in run.optimizer.state.values() for one in state.values()]
-    with getattr(run.objective, "reference", None) or nullcontext(run.model) as reference:
-        held = {one.data_ptr(): one.nbytes for one in (
-            *run.model.parameters(), *run.model.buffers(), *reference.parameters(), *states)}
+    reference = getattr(getattr(run.objective, "reference", None), "model", run.model)
+    held = {one.data_ptr(): one.nbytes for one in (
+        *run.model.parameters(), *run.model.buffers(), *reference.parameters(), *states)}
     tensors = sum(held.values()) + allocated(lambda: train_step(run, batches))
-    model = plan.planned_model(run.options, ModelConfig.load(folder / "model"),
-                               getattr(torch, dtype))
+    model = model_on_meta(run.options, ModelConfig.load(folder / "model"), getattr(torch, dtype))
     tokens, supervised = ((one.tokens, one.supervised) if hasattr(one := batches[0], "tokens")
                           else one[:2])
     step = plan.planned_step(run.options, model, (tokens.numel(), int(supervised[:, 1:].sum())),
                              getattr(torch, dtype), "cpu", 1)
-    peak = max(memory.moments(model, step), key=lambda moment: moment.total)
+    peak = max(memory.phases(model, step), key=lambda phase: phase.total)
     return {"planned": peak.total, "tensors": tensors, "process": process, "at": peak.name}
 
 

@@ -83,7 +83,8 @@ def measure(name, folder):
 
 def measured_rows(names):
     """Rows of the measured table; a speed is that of all processes together."""
-    from minisft.training import plan
+    from minisft.training.build import model_on_meta
+    from minisft.training.operations import training_operations
 
     rows = []
     for name in names:
@@ -95,8 +96,8 @@ def measured_rows(names):
                 [sys.executable, *(launch if count > 1 else []), __file__, "--one", name, folder],
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
         seconds, tokens = json.loads(done.stdout.splitlines()[-1]), count * batch_size * length
-        model = plan.planned_model(*planned(fields, flags))
-        operations = tokens * plan.operations_per_token(model, length, CHECKPOINTING[0] in flags)
+        model = model_on_meta(*planned(fields, flags))
+        operations = tokens * training_operations(model, length, CHECKPOINTING[0] in flags)
         rows.append([name, f"{batch_size} x {length:,}", count, f"{tokens / seconds:,.0f}",
                      f"{operations / seconds / 1e9:,.0f}"])
         print(*rows[-1], sep=" | ", flush=True)
@@ -104,7 +105,7 @@ def measured_rows(names):
 
 
 def planned(fields, flags):
-    """What plan.planned_model takes."""
+    """What model_on_meta takes."""
     import torch
 
     from minisft.model.config import ModelConfig
@@ -126,7 +127,7 @@ def computed_rows():
                  "--dataset", "nowhere", "--output_dir", folder, "--device", "cuda", *flags],
                 stdout=subprocess.PIPE, text=True, check=True)
             lines = [line.split() for line in done.stdout.splitlines() if line.startswith("  ")]
-            rows.append([name, *(line[2] if line[0] != "together" else line[1] for line in lines)])
+            rows.append([name, *(line[2] if line[0] != "total" else line[1] for line in lines)])
             print(*rows[-1], sep=" | ", flush=True)
     return rows
 

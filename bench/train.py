@@ -10,8 +10,8 @@ own that take turns. Only tokens that are not padding count, and only the second
 that kernels are prepared and both sides have done the same rows. For Trainer there are its defaults
 (float32, rows in random order) and its best (the type named, rows grouped by length). Padding is
 its share of all that was computed. Peak memory is the process's on the CPU and the allocator's on
-a GPU. "Of the device" is the speed of the operations that a step needs (`operations_per_token` in
-minisft/training/plan.py), over that of one large matrix product on the same device.
+a GPU. "Of the device" is the speed of the operations that a step needs (`training_operations` in
+minisft/training/operations.py), over that of one large matrix product on the same device.
 """
 
 import argparse
@@ -109,20 +109,23 @@ def train_minisft(options, model, lora_config, rows):
     import torch
 
     from bench.limits import peak_memory
+    from bench.peak import new_run
     from minisft.data import batching, encoding
     from minisft.data.encode_report import EncodeReport
     from minisft.training.metrics import read_metrics
-    from minisft.training.run import Run
+    from minisft.training.objective import NextToken
     from train import train
 
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     examples = [encoding.Example(np.array(ids), np.array(supervised)) for ids, supervised in rows]
-    run = Run(training_flags(options), model, lora_config, len(examples), dtype, device)
+    settings = training_flags(options)
+    objective = NextToken(model)
+    run = new_run(settings, model, lora_config, len(examples), dtype, device, objective)
     batches = batching.Batches(examples, lambda chosen: (chosen, EncodeReport()))
     collate, computed = run.collate, []
 
-    def counted(*arguments):
-        batch = collate(*arguments)
+    def counted(examples):
+        batch = collate(examples)
         computed.append(batch[0].numel())
         return batch
 
@@ -224,7 +227,7 @@ def one_side():
     rows = json.loads((Path(options.folder) / "rows.json").read_text())
     model_dir, dtype = Path(options.folder) / "model", getattr(torch, options.dtype)
     if options.side in OURS:
-        from train import load_trainable
+        from minisft.training.build import load_trainable
 
         model, lora_config = load_trainable(training_flags(options), model_dir, dtype,
                                             torch.device(options.device))
@@ -260,14 +263,15 @@ def report(options, results, folder):
 
     from bench.limits import matrix_speed
     from minisft.model.config import ModelConfig
-    from minisft.training import plan
+    from minisft.training.build import model_on_meta
+    from minisft.training.operations import training_operations
 
     dtype, options.folder = getattr(torch, options.dtype), folder
     config = ModelConfig.load(Path(folder) / "model")
     rows = json.loads((Path(folder) / "rows.json").read_text())
     length = statistics.mean(len(ids) for ids, _ in rows)
-    operations = plan.operations_per_token(
-        plan.planned_model(training_flags(options), config, dtype), length, False)
+    model = model_on_meta(training_flags(options), config, dtype)
+    operations = training_operations(model, length)
     fastest = matrix_speed(torch.device(options.device), dtype)
     print(f"{options.shape}, {config.num_hidden_layers} layers, {options.finetuning_type}, "
           f"{len(rows)} rows of {length:.0f} tokens, batch {options.batch_size}, "

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import CONFIG, ROOT, command
+from runs import new_run
 from safetensors.torch import load_file
 from standing import HANG_SECONDS
 from torch.distributed.tensor import DTensor
@@ -21,9 +22,9 @@ from minisft.common.errors import UserError
 from minisft.common.tensor_files import StoredTensor
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.training import checkpoint, fsdp
+from minisft.training import checkpoint, fsdp, resume
+from minisft.training.build import load_trainable
 from minisft.training.metrics import read_metrics
-from minisft.training.run import Run
 
 # Eighteen ragged rows in six steps of six: they do not go round, for four processes in a batch not
 # even once. The rank divides by neither number of processes.
@@ -191,7 +192,7 @@ def test_a_process_holds_its_rows_alone(extra, runs, monkeypatch):
     for rank in range(4):
         dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
         try:
-            model, lora_config = train.load_trainable(
+            model, lora_config = load_trainable(
                 options, runs / "plain", torch.float32, torch.device("meta"))
             assert all(parameter.is_meta for parameter in model.parameters())
             monkeypatch.setattr(StoredTensor, "read", counted)
@@ -216,14 +217,14 @@ def test_a_process_holds_its_rows_alone(extra, runs, monkeypatch):
 def two_steps(options, folder, device):
     """A Run after two steps of full training on the same batch, with their losses and norms."""
     is_sharded = options.parallel == "fsdp"
-    model, _ = train.load_trainable(
+    model, _ = load_trainable(
         options, folder, torch.float32, torch.device("meta") if is_sharded else device)
     if is_sharded:
         fsdp.distribute(model, None, options, folder, torch.float32, device)
-    run = Run(options, model, None, 2, torch.float32, device)
+    run = new_run(options, model, num_rows=2, device=device)
     tokens = torch.arange(24, device=device).view(2, 12)
     steps = [train.train_step(run, [(tokens, tokens > 3, None)]) for _ in range(2)]
-    return run, [(float(sums["loss"]), norm) for sums, _, norm in steps]
+    return run, [(float(step.sums["loss"]), step.grad_norm) for step in steps]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -241,9 +242,10 @@ def test_on_each_device(device, runs, tmp_path):
             runs_of.append(two_steps(options, runs / "tied", device))
         (run, expected), (sharded, figures) = runs_of
         assert figures == [pytest.approx(step, rel=1e-3) for step in expected]
-        sharded.save_checkpoint()
-        resumed = Run(options, sharded.model, None, 2, torch.float32, device,
-                      tmp_path / "checkpoint-0")
+        resume.save_checkpoint(sharded)
+        resumed = new_run(options, sharded.model, num_rows=2, device=device)
+        path = tmp_path / "checkpoint-0"
+        resume.restore(resumed, resume.SavedRun(path, checkpoint.load_state(path)))
         before, after = (fsdp.moments(sharded.model, one.optimizer) for one in (sharded, resumed))
         assert before.keys() == after.keys() and all(
             torch.equal(after[name].to_local(), value.to_local())
@@ -273,7 +275,7 @@ def test_nothing_is_left_of_a_checkpoint_that_fails(runs, tmp_path, monkeypatch)
         monkeypatch.setattr(processes, "barrier", wait)
         monkeypatch.setattr(processes, "all_gather", lambda value: [value, value])
         with pytest.raises(UserError, match="could not be written"):
-            run.save_checkpoint()
+            resume.save_checkpoint(run)
     finally:
         dist.destroy_process_group()
     assert not (tmp_path / "out").exists()

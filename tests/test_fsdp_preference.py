@@ -26,7 +26,9 @@ from minisft.data.encoding import Example
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import fsdp
-from minisft.training.preference import DirectPreference, answer_log_probs, collate
+from minisft.training.build import load_trainable
+from minisft.training.preference import answer_log_probs, collate
+from minisft.training.reference import ShardedReference
 
 BEST = "the cat sat on the mat"
 HELD_OUT = ["--validation_split", 5, "--eval_steps", 2, "--per_device_eval_batch_size", 1]
@@ -138,21 +140,19 @@ def test_the_reference_is_the_beginning(runs):
         "--adapter", str(runs / "dpo lora/2")])
     dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     try:
-        model, config = train.load_trainable(
+        model, config = load_trainable(
             options, runs / "plain", torch.float32, torch.device("meta"))
         fsdp.distribute(model, config, options, runs / "plain", torch.float32, torch.device("cpu"))
         batch = collate([Example(np.arange(3, 40), np.arange(37) % 20 > 8, [20, 17])])
         with torch.no_grad():
             expected = answer_log_probs(model, model.logits, batch)
-            objective = DirectPreference(model, is_sharded=True)
-            for parameter in fsdp.trained(model).values():
+            reference = ShardedReference(model)
+            for parameter in fsdp.trainable_parameters(model).values():
                 parameter.to_local().add_(0.1)
-        held = objective.reference.rows
+        held = reference.snapshot.rows
         assert held.keys() == {name for name, one in model.named_parameters() if one.requires_grad}
         assert 0 < sum(one.numel() for one in held.values()) < 20_000
-        with objective.reference as before, torch.no_grad():
-            found = answer_log_probs(before, before.logits, batch)
-        assert torch.equal(found, expected)
+        assert torch.equal(reference(batch), expected)
         with torch.no_grad():
             assert not torch.allclose(answer_log_probs(model, model.logits, batch), expected)
     finally:

@@ -9,6 +9,7 @@ from minisft.common.command_line import SCHEDULES
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.training.optimizer import build_optimizer, learning_rate_at
+from minisft.training.options import parse_options
 
 CONFIG = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24,
           "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -33,7 +34,9 @@ def test_rates_equal_transformers(schedule, warmup_steps):
 
 def test_what_is_decayed_equals_trainer(tmp_path):
     model = CausalLM(ModelConfig.from_dict(CONFIG)).requires_grad_(True)
-    optimizer = build_optimizer(model, 1e-3, weight_decay=0.1)
+    options = parse_options(["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-",
+                             "--weight_decay", "0.1"])
+    optimizer = build_optimizer(model, options)
     names = {id(one): name for name, one in model.named_parameters()}
     decayed = {names[id(one)] for group in optimizer.param_groups for one in group["params"]
                if group["weight_decay"] == 0.1}

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -15,6 +14,7 @@ import torch
 import transformers
 import trl
 from conftest import CONFIG, command
+from runs import new_run
 from safetensors.torch import load_file
 
 import score
@@ -33,11 +33,13 @@ from minisft.model.lora_tools import frozen_copy
 from minisft.model.reward import RewardModel
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training import preference
+from minisft.training import preference, reference
+from minisft.training.build import load_trainable
 from minisft.training.data import load_data
 from minisft.training.metrics import read_metrics
+from minisft.training.objective import mean_figures
 from minisft.training.options import parse_options
-from minisft.training.run import Run
+from minisft.training.reference import FrozenReference
 
 STEPS, ROWS_PER_STEP = 8, 6
 PAD = 0  # no row of these tests has it
@@ -147,7 +149,7 @@ def their_log(stage, model, reference, options, examples, tokenizer_dir, loss):
 
 def start_of(stage, options, base, work):
     """(our model, its LoraConfig, transformers' and peft's model with the same weights)."""
-    ours, lora_config = train.load_trainable(options, base, torch.float32, torch.device("cpu"))
+    ours, lora_config = load_trainable(options, base, torch.float32, torch.device("cpu"))
     kind, more = transformers.AutoModelForCausalLM, {}
     if stage == "rm":
         kind, more = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
@@ -186,14 +188,14 @@ def test_steps_equal_trl(case, base, tiny_tokenizer_dir, tmp_path):
                      *flags)
     examples = ragged_rows(STEPS * ROWS_PER_STEP)
     ours, lora_config, theirs = start_of(stage, options, base, tmp_path)
-    reference = None if lora_config else copy.deepcopy(theirs)
-    expected = their_log(stage, theirs, reference, options, examples, tiny_tokenizer_dir, loss)
+    their_reference = None if lora_config else copy.deepcopy(theirs)
+    expected = their_log(stage, theirs, their_reference, options, examples, tiny_tokenizer_dir,
+                         loss)
 
-    batches = already_encoded(examples)
-    template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
-    run = Run(options, ours, lora_config, len(examples), torch.float32, torch.device("cpu"), None,
-              partial(preference.build, template=template, batches=batches, held_out=None))
-    train.train(run, batches, None)
+    batches, autocast = already_encoded(examples), torch.autocast("cpu", enabled=False)
+    objective = train.build_objective(options, ours, batches, None, autocast)
+    run = new_run(options, ours, lora_config, len(examples), objective)
+    train.train(run, batches)
     names = {"loss": "loss", "grad_norm": "grad_norm", "accuracy": "accuracy", "margin": "margin"}
     if stage == "dpo":
         names |= {"accuracy": "rewards/accuracies", "margin": "rewards/margins",
@@ -220,7 +222,7 @@ def new_objective(**settings):
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     model.initialize()
-    objective = preference.DirectPreference(model, **settings)
+    objective = preference.DirectPreference(model, FrozenReference(model), **settings)
     with torch.no_grad():  # as if it had been trained for a while
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -239,13 +241,12 @@ def step_of(objective, examples, batch_size):
     """(figures, gradients) of one step in micro-batches."""
     batches = [objective.collate(examples[start : start + batch_size])
                for start in range(0, len(examples), batch_size)]
-    totals, sums = objective.count(batches), {}
+    count, means = objective.count(batches), {}
     for batch in batches:
-        found = objective(objective.model, batch, totals)
-        (found["loss"] / totals[0]).backward()
-        sums = {name: sums.get(name, 0) + value.item() / totals[0]
-                for name, value in found.items()}
-    return sums, [parameter.grad for parameter in objective.model.parameters()]
+        sums = objective.sums(objective.model, batch)
+        (sums["loss"] / count).backward()
+        means = {name: means.get(name, 0) + value.item() / count for name, value in sums.items()}
+    return means, [parameter.grad for parameter in objective.model.parameters()]
 
 
 @pytest.mark.parametrize("new", [
@@ -259,7 +260,7 @@ def test_the_split_changes_nothing(new):
         assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
         torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
     objective = new()
-    evaluated = objective.evaluate(examples, 3, objective.collate)
+    evaluated = mean_figures(objective, examples, 3, objective.collate, torch.device("cpu"))
     assert evaluated == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -286,7 +287,7 @@ def test_logits_of_answers_only_and_in_chunks(monkeypatch):
     logits = objective.model.logits
     objective.model.logits = lambda hidden: held.append(len(hidden)) or logits(hidden)
     batch = objective.collate(examples)
-    objective(objective.model, batch, objective.count([batch]))
+    objective.sums(objective.model, batch)
     assert sum(held) == sum(int(example.supervised.sum()) for example in examples)
     assert max(held) <= 16
 
@@ -296,10 +297,10 @@ def test_at_the_start_model_and_reference_agree_in_half_precision():
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     model.initialize()
-    objective = preference.DirectPreference(model)
+    objective = preference.DirectPreference(model, FrozenReference(model))
     batch = objective.collate(ragged_rows(4))
     with torch.autocast("cpu", torch.bfloat16):
-        found = objective(model, batch, objective.count([batch]))
+        found = objective.sums(model, batch)
     found["loss"].backward()
     assert found["margin"] == 0 and found["loss"].item() == pytest.approx(4 * math.log(2), 1e-6)
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -307,7 +308,8 @@ def test_at_the_start_model_and_reference_agree_in_half_precision():
 
 def test_no_rows_give_exactly_nothing():
     for objective in (new_objective(sft_weight=1.0), new_reward_objective()):
-        found = objective(objective.model, objective.collate([]), [3, 5])
+        objective.count([objective.collate(ragged_rows(3))])
+        found = objective.sums(objective.model, objective.collate([]))
         found["loss"].backward()
         assert all(value == 0 for value in found.values())
         assert all(parameter.grad is not None and not parameter.grad.any()
@@ -367,7 +369,7 @@ def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here, monkeypa
     shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
     for name in ("metrics.jsonl", "options.toml"):
         shutil.copy(tmp_path / "whole" / name, tmp_path / "resumed" / name)
-    monkeypatch.setattr(preference, "log_probs_of", None)  # nor is it computed again
+    monkeypatch.setattr(reference, "compute_log_probs", None)  # nor is it computed again
     said = here(train, *words_of(checkpoint, pairs_file, tmp_path / "resumed", *flags,
                                  "--resume_from_checkpoint", "auto"))
     assert ("rows, 24 of them from the checkpoint" in said) == ("--precompute_reference" in flags)
@@ -408,7 +410,7 @@ def test_a_resumed_run_computes_only_what_is_new(checkpoint, pairs_file, tmp_pat
     here(train, *words, "--output_dir", tmp_path / "along")
     known, along = (metrics_of(tmp_path / name) for name in ("known", "along"))
     assert known[-1]["eval_loss"] == pytest.approx(along[-1]["eval_loss"], rel=1e-5)
-    monkeypatch.setattr(preference, "log_probs_of", None)
+    monkeypatch.setattr(reference, "compute_log_probs", None)
     with pytest.raises(UserError, match="seed 42, not 7"):
         here(train, *words, "--output_dir", tmp_path / "no", "--precompute_reference", "--seed", 7)
 

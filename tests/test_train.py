@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIG, command
+from runs import new_run
 from safetensors.torch import load_file, save_file
 
 import train
@@ -17,8 +18,8 @@ from minisft.data import batching, encoding
 from minisft.data.encode_report import EncodeReport
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
+from minisft.training.build import load_trainable
 from minisft.training.metrics import read_metrics
-from minisft.training.run import Run
 
 STEPS, BATCH_SIZE, ACCUMULATION = 30, 3, 2
 
@@ -82,7 +83,7 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
         "--gradient_accumulation_steps", str(ACCUMULATION), "--learning_rate", "5e-3",
         "--weight_decay", "0.1", "--warmup_steps", "3", "--logging_steps", "1"])
     examples = learnable_examples()
-    ours, lora_config = train.load_trainable(
+    ours, lora_config = load_trainable(
         options, tmp_path / "base", torch.float32, torch.device("cpu"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", dtype=torch.float32)
@@ -91,8 +92,8 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True)
 
     losses, norms, rates = trainer_losses(theirs, options, examples, tmp_path)
-    run = Run(options, ours, lora_config, len(examples), torch.float32, torch.device("cpu"))
-    train.train(run, already_encoded(examples), None)
+    run = new_run(options, ours, lora_config, len(examples))
+    train.train(run, already_encoded(examples))
     metrics = metrics_of(tmp_path)
 
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
@@ -119,8 +120,8 @@ def test_compiled_layers_compute_the_same(tmp_path):
         model = CausalLM(ModelConfig.from_dict(CONFIG))
         model.initialize()
         examples = learnable_examples(32)  # whole batches only, so one shape to compile
-        run = Run(options, model, None, len(examples), torch.float32, torch.device("cpu"))
-        train.train(run, already_encoded(examples), None)
+        run = new_run(options, model, num_rows=len(examples))
+        train.train(run, already_encoded(examples))
         compiled = [layer for layer in model.model.layers if layer._compiled_call_impl]
         assert len(compiled) == (len(model.model.layers) if switches else 0)
         losses.append([row["loss"] for row in metrics_of(tmp_path)])
@@ -332,13 +333,13 @@ def test_float16_overflow_skips_the_step(tmp_path):
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     model.initialize()
-    run = Run(options, model, None, 4, torch.float16, torch.device("cpu"))
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    run = new_run(options, model, num_rows=4, dtype=torch.float16)
+    run.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     before = model.model.norm.weight.clone()
     batch = batching.collate(learnable_examples(2))
-    _, _, grad_norm = train.train_step(run, [batch])
-    assert not np.isfinite(grad_norm) and torch.equal(model.model.norm.weight, before)
-    assert run.scaler.get_scale() < 2.0**60
+    result = train.train_step(run, [batch])
+    assert not np.isfinite(result.grad_norm) and torch.equal(model.model.norm.weight, before)
+    assert run.precision.scaler.get_scale() < 2.0**60
 
 
 @pytest.mark.parametrize("stage", ["sft", "pt"])

@@ -1,14 +1,16 @@
-"""Save and resume a run, atomically and exactly.
+"""Checkpoint folders: written atomically, verified before they are used.
 
-    path = save(output_dir, step=40, write_weights=lambda folder: ..., state={...}, keep=2)
-    path = find(output_dir, "auto", print)         # the newest complete one, or None
+    with new_checkpoint(output_dir, step=40, keep=2) as folder:      # every rank
+        save_model(model, folder)
+        if processes.rank() == 0:
+            save_state({"step": 40}, folder)
+    path = find(output_dir, "auto", say=print)                       # newest complete one, or None
     state = load_state(path)
 
-A checkpoint is a folder `checkpoint-STEP` with the trained weights (an adapter, or the model in
-float32), `trainer_state.pt` (optimizer, random states, counters) and `complete.json`, which lists
-the size and SHA-256 of every file. Of a sharded model the state of the optimizer is in a folder of
-its own, written by all processes. It is written under another name, the list last, and renamed
-when all of it is on disk: whatever happens in between, a folder of that name is whole.
+`checkpoint-STEP` holds the trained weights (an adapter, or the model in float32),
+`trainer_state.pt` (optimizer, random states, counters) and `complete.json`, which lists the size
+and SHA-256 of every file. It is written as `checkpoint-STEP.partial` and renamed when everything is
+on disk, so whatever happens in between, a folder without `.partial` is complete.
 """
 
 import hashlib
@@ -16,10 +18,13 @@ import json
 import os
 import re
 import shutil
-import signal
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from minisft.checkpoints.adapters import PEFT_PREFIX
 from minisft.common import processes
@@ -30,39 +35,49 @@ STATE, MARKER = "trainer_state.pt", "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save(output_dir, step, write_weights, state, keep=None, best=None):
-    """Write `checkpoint-STEP`, then remove all but the newest `keep` and the one of step `best`.
+# Write
 
-    Every process calls it, and every one's write_weights(folder), which writes the trained weights
-    and what else is sharded; the rest is done by the first. Returns the folder. Where the disk is
-    full or fails, the unfinished folder is removed and UserError raised; older checkpoints stay.
+
+@contextmanager
+def new_checkpoint(
+    output_dir: str | Path, step: int, keep: int | None = None, best: int | None = None
+) -> Generator[Path, None, None]:
+    """A folder to fill, which becomes `checkpoint-STEP`. Every rank enters it.
+
+    Afterwards all checkpoints but the newest `keep` and that of step `best` are removed. If the
+    disk is full or fails, the partial folder is removed, older checkpoints stay, and UserError is
+    raised.
     """
-    output_dir, is_first = Path(output_dir), processes.rank() == 0
-    final, partial = (output_dir / f"checkpoint-{step}{end}" for end in ("", ".partial"))
+    output_dir, is_rank0 = Path(output_dir), processes.rank() == 0
+    final = output_dir / f"checkpoint-{step}"
+    partial = output_dir / f"checkpoint-{step}.partial"
     try:
-        if is_first:
+        if is_rank0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         processes.barrier()
-        write_weights(partial)
+        yield partial
         processes.barrier()
-        if is_first:
-            torch.save(state, partial / STATE)
+        if is_rank0:
             _complete(partial, final, step)
-            _rotate(output_dir, keep, {step, best})
+            _remove_old(output_dir, keep, {step, best})
         processes.barrier()
     except (OSError, RuntimeError, UserError) as error:
-        if is_first:
+        if is_rank0:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{final} could not be written: {error}; what was saved before is intact, "
-            "go on from it with --resume_from_checkpoint auto"
+            f"{final} could not be written ({error}). Earlier checkpoints are intact; "
+            "--resume_from_checkpoint auto continues from the last one."
         ) from error
-    return final
 
 
-def _complete(partial, final, step):
-    """Add the list of all files, wait until they are on disk, and give the folder its name."""
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Write trainer_state.pt."""
+    torch.save(state, folder / STATE)
+
+
+def _complete(partial: Path, final: Path, step: int) -> None:
+    """Add the list of files, flush everything to disk, and rename the folder."""
     paths = sorted(partial.rglob("*"))
     files = {
         path.relative_to(partial).as_posix(): _fingerprint(path) for path in paths if path.is_file()
@@ -70,7 +85,7 @@ def _complete(partial, final, step):
     (partial / MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in [*paths, partial / MARKER, partial]:
         _flush(path)
-    if final.exists():  # one of the same step must not be lost before this one is in place
+    if final.exists():  # an earlier one of this step stays until the new one is complete
         old = final.rename(f"{final}.old")
         os.rename(partial, final)
         _remove(old)
@@ -79,41 +94,14 @@ def _complete(partial, final, step):
     _flush(final.parent)
 
 
-def _rotate(output_dir, keep, wanted):
-    old = [path for _, path in _checkpoints(output_dir)][keep:] if keep else []
-    for path in old:
-        if int(NAME.fullmatch(path.name)[1]) not in wanted:
-            _remove(path)
-
-
-def remove_others(output_dir, resumed, step):
-    """Remove the checkpoints that a run from here on would take for its own, and are not.
-
-    resumed: the folder that it goes on from, at `step`; None for a new run. Of the same output
-    folder the earlier ones stay, since they are this run's past; of unfinished ones none does.
-    """
-    own = resumed and Path(resumed).parent.resolve() == Path(output_dir).resolve()
-    for path in Path(output_dir).glob("checkpoint-*"):
-        number = NAME.match(path.name)
-        is_past = own and number and number[0] == path.name and int(number[1]) <= step
-        if number and path.is_dir() and not is_past:
-            _remove(path)
-
-
-def _remove(path):
-    # Without its marker a folder is no checkpoint, so a half-removed one is never taken for one.
-    (path / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _fingerprint(path):
+def _fingerprint(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
 
 
-def _flush(path):
-    """Wait until a file, or a folder's list of names, is on disk."""
+def _flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -121,45 +109,79 @@ def _flush(path):
         os.close(handle)
 
 
-def _checkpoints(output_dir):
-    """(step, folder) of what is called a checkpoint, the newest first."""
-    found = [
-        (int(match[1]), path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if (match := NAME.fullmatch(path.name)) and path.is_dir()
-    ]
+# Remove
+
+
+def _remove_old(output_dir: Path, keep: int | None, wanted: set[int | None]) -> None:
+    for step, path in _checkpoints(output_dir)[keep:] if keep else []:
+        if step not in wanted:
+            _remove(path)
+
+
+def remove_others(output_dir: Path, resumed: Path | None, step: int) -> None:
+    """Remove the checkpoints that do not belong to a run that is at `step`.
+
+    resumed: the checkpoint that it resumed from; None for a new run. Earlier checkpoints in the
+    same folder are its past and stay; later ones are those of an abandoned run.
+    """
+    same_run = resumed is not None and resumed.parent.resolve() == output_dir.resolve()
+    for path in output_dir.glob("checkpoint-*"):
+        name = NAME.match(path.name)  # also matches checkpoint-40.partial
+        if name is None or not path.is_dir():
+            continue
+        is_complete = name[0] == path.name
+        if not (same_run and is_complete and int(name[1]) <= step):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    # Marker first: a folder that is only half removed is not a checkpoint.
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+# Find and read
+
+
+def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints, the newest first."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        name = NAME.fullmatch(path.name)
+        if name and path.is_dir():
+            found.append((int(name[1]), path))
     return sorted(found, reverse=True)
 
 
-def find(output_dir, which, say):
+def find(output_dir: str | Path, which: str, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from: the folder `which`, or with "auto" the newest complete one.
 
-    say(text) is told of every damaged one that is passed over. Returns None if "auto" finds none;
-    a damaged `which` raises UserError.
+    "auto" reports damaged checkpoints with say(text) and skips them; None if there is none at all.
+    UserError if `which` is damaged, or all are.
     """
     if which != "auto":
-        fault = damage(Path(which))
-        if fault:
+        if fault := damage(Path(which)):
             raise UserError(
-                f"--resume_from_checkpoint {which}: {fault}; give the folder of a "
-                "checkpoint, or auto for the newest in --output_dir"
+                f"--resume_from_checkpoint {which}: {fault}. Give the folder of a complete "
+                "checkpoint, or auto for the newest one in --output_dir."
             )
         return Path(which)
-    for _, path in _checkpoints(output_dir):
+    checkpoints = _checkpoints(Path(output_dir))
+    for _, path in checkpoints:
         fault = damage(path)
         if fault is None:
             return path
         say(f"skipped {path}: {fault}")
-    if _checkpoints(output_dir):
+    if checkpoints:
         raise UserError(
-            f"{output_dir}: none of its checkpoints is whole; "
-            "--overwrite_output_dir, without resuming, starts anew and removes them"
+            f"{output_dir}: all checkpoints are damaged. To start again and remove them, give "
+            "--overwrite_output_dir without --resume_from_checkpoint."
         )
     return None
 
 
-def damage(path):
-    """What is wrong with a checkpoint folder, in words; None if it is whole."""
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None if it is complete and unchanged."""
     if not path.is_dir():
         return "there is no such folder"
     try:
@@ -172,78 +194,39 @@ def damage(path):
             if _fingerprint(path / name) != expected:
                 return f"{name} has changed since it was saved"
     except FileNotFoundError:
-        return f"not complete: {MARKER} is missing"
+        return f"{MARKER} is missing, so it is not complete"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MARKER} cannot be read: {error}"
     return None
 
 
-def load_state(path):
-    """The `state` that was saved, on the CPU. Only plain data is unpickled, never code.
+def load_state(path: str | Path) -> dict[str, Any]:
+    """The state that `save_state` wrote, on the CPU. Only plain data is unpickled, never code.
 
-    Tensors are mapped from the file, so that the processes of a machine share what they read.
+    The tensors are memory-mapped, so the ranks of a machine share them.
     """
     path = Path(path) / STATE
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many kinds, and of many lines
+    except Exception as error:  # torch raises many kinds, with long messages
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read ({reason}); go on from another checkpoint") from (
-            error
-        )
+        raise UserError(f"{path} cannot be read ({reason}). Resume from another one.") from error
 
 
 @torch.no_grad()
-def restore_weights(model, path):
+def restore_weights(model: nn.Module, path: str | Path) -> None:
     """Give the trainable parameters of `model` their values from a checkpoint."""
     path = Path(path)
-    adapter = path / ADAPTER_WEIGHTS
-    prefix = PEFT_PREFIX if adapter.is_file() else ""
-    files = read_header(adapter) if prefix else tensor_files(path)
-    # Unlike named_parameters, state_dict puts nothing together that is sharded.
+    is_adapter = (path / ADAPTER_WEIGHTS).is_file()
+    stored = read_header(path / ADAPTER_WEIGHTS) if is_adapter else tensor_files(path)
+    # state_dict, not named_parameters: it leaves the parameters of a sharded model sharded.
     for name, parameter in model.state_dict(keep_vars=True).items():
         if not parameter.requires_grad:
             continue
-        stored = files.get(prefix + name)
-        if stored is None or stored.shape != parameter.shape:
-            raise UserError(f"{path}: {name} does not fit; was the run started with other options?")
-        processes.copy_shard(parameter, stored.read)
-
-
-def random_state(device):
-    """The state of every random generator that training draws from in this process."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state, device):
-    """Put back what `random_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-class Interruption:
-    """Inside `with`: the first SIGTERM or Ctrl-C is noted in `signal`; a second Ctrl-C acts.
-
-    A second SIGTERM does not: a cluster sends it to the whole group, and torchrun passes it on.
-    """
-
-    def __enter__(self):
-        self.signal = None
-        self.before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def _note(self, number, frame):
-        if self.signal is not None and number == signal.SIGINT:
-            self.__exit__()
-            signal.raise_signal(number)
-        self.signal = self.signal or number
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        tensor = stored.get(PEFT_PREFIX + name if is_adapter else name)
+        if tensor is None or tensor.shape != parameter.shape:
+            raise UserError(
+                f"{path}: {name} is missing or has another shape. Was the run started with other "
+                "options?"
+            )
+        processes.copy_shard(parameter, tensor.read)

@@ -1,24 +1,49 @@
-"""What the flags of train.py say to train on and to evaluate on, read and encoded.
+"""Training and evaluation rows, read and encoded as the options say.
 
-batches, held_out = load_data(options, tokenizer, template, config, print)
+batches, eval_examples = load_data(options, tokenizer, template, config, print)
+for examples in training_steps(batches, rows_per_step=32, start=0, stop=1000):
+    ...
 """
 
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
+from minisft.common.errors import UserError
 from minisft.data import dataset
-from minisft.data.build_batches import batches_of_rows, batches_of_texts, held_out_examples
+from minisft.data.batching import Batches
+from minisft.data.build_batches import (
+    batches_of_rows,
+    batches_of_texts,
+    first_examples,
+    held_out_examples,
+)
 from minisft.data.encode_preferences import encode_preferences
+from minisft.data.encoding import Example
+from minisft.model.config import ModelConfig
+from minisft.text.template import Template, get_template
+from minisft.text.tokenizer import Tokenizer
 
 
-def load_data(options, tokenizer, template, config, say):
-    """(Batches to train on, held-out examples or None). Mistakes in the rows are found here."""
+def load_data(
+    options: Namespace,
+    tokenizer: Tokenizer,
+    template: Template | None,
+    config: ModelConfig,
+    say: Callable[[str], None],
+) -> tuple[Batches, list[Example] | None]:
+    """(batches to train on, held-out examples or None). Reports rows that are truncated or skipped.
+
+    template: None with --stage pt, which reads plain text. UserError if no row is usable.
+    """
     plain_text, ranking = options.stage == "pt", options.stage in ("rm", "dpo")
+    max_length = length_limit(options, config)
     flag = "block_size" if plain_text else "cutoff_len"
-    limit = min(getattr(options, flag), config.context_length)
-    if limit < getattr(options, flag):
-        say(f"--{flag}: {limit} tokens, which is the context that the model is made for")
-    skipped = [] if options.skip_bad_rows else None
-    reading = dict(
+    if max_length < getattr(options, flag):
+        say(f"--{flag}: reduced to {max_length} tokens, the context length of the model")
+    skipped: list[str] | None = [] if options.skip_bad_rows else None
+    reading: dict[str, Any] = dict(
         dataset_dir=options.dataset_dir,
         plain_text=plain_text,
         ranking=ranking,
@@ -27,28 +52,76 @@ def load_data(options, tokenizer, template, config, say):
         say=say,
     )
     rows = dataset.open_rows(options.dataset or options.train_dir, **reading)
-    rows, held_out = rows[: options.max_samples], None
+    rows, eval_rows = rows[: options.max_samples], None
     if options.eval_dataset or options.valid_dir:
-        held_out = dataset.open_rows(options.eval_dataset or options.valid_dir, **reading)
+        eval_rows = dataset.open_rows(options.eval_dataset or options.valid_dir, **reading)
     elif options.validation_split:
-        rows, held_out = dataset.split(rows, options.validation_split, options.seed)
+        rows, eval_rows = dataset.split(rows, options.validation_split, options.seed)
     if options.mix:
         rows = dataset.mix(rows, options.mix, **reading)
     if skipped:
         say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
-    settings = dict(
+
+    batching_options: dict[str, Any] = dict(
         vocab_size=config.vocab_size, seed=options.seed, num_workers=options.dataloader_num_workers
     )
     if plain_text:
-        settings["packing"] = options.packing
-        batches = batches_of_texts(rows, tokenizer, limit, **settings)
+        batches = batches_of_texts(
+            rows, tokenizer, max_length, packing=options.packing, **batching_options
+        )
     else:
-        if ranking:  # a reward is that of a whole conversation
-            settings["encode"] = partial(encode_preferences, drop_long=options.stage == "rm")
-        batches = batches_of_rows(rows, template, limit, **settings)
-        if sample := batches.sample_report:
-            hint = (
-                f"; --cutoff_len is {limit}" if sample.num_truncated or sample.num_too_long else ""
-            )
-            say(f"a look at {sample.num_rows} rows: {sample}{hint}")
-    return batches, held_out and held_out_examples(batches, held_out, say)
+        if ranking:  # a reward belongs to a complete conversation, so do not truncate it
+            encode = partial(encode_preferences, drop_long=options.stage == "rm")
+            batching_options["encode"] = encode
+        batches = batches_of_rows(rows, template, max_length, **batching_options)
+    if sample := batches.sample_report:
+        limit = (
+            f"; --cutoff_len is {max_length}" if sample.num_truncated or sample.num_too_long else ""
+        )
+        say(f"a look at {sample.num_rows} rows: {sample}{limit}")
+    return batches, None if eval_rows is None else held_out_examples(batches, eval_rows, say)
+
+
+def load_template(
+    options: Namespace, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> Template | None:
+    """How conversations become text. Plain text (--stage pt) has no template."""
+    if options.stage == "pt":
+        return None
+    template = get_template(options.template, tokenizer, options.default_system)
+    say(f"template: {template.name}")
+    return template
+
+
+def show_samples(
+    batches: Batches, template: Template | None, count: int, say: Callable[[str], None]
+) -> None:
+    """Print the first rows as the model reads them, supervised tokens in green."""
+    if template is None:
+        return
+    for example in first_examples(batches, count):
+        for text in example.texts():
+            say(template.show(text.ids.tolist(), text.supervised.tolist()) + "\n")
+
+
+def length_limit(options: Namespace, config: ModelConfig) -> int:
+    """Longest row, or block of plain text, in tokens."""
+    wanted = options.block_size if options.stage == "pt" else options.cutoff_len
+    return min(wanted, config.context_length)
+
+
+class BrokenRow(UserError):
+    """A row that cannot be read in the middle of training: large files are not checked before."""
+
+
+def training_steps(
+    batches: Batches, rows_per_step: int, start: int, stop: int
+) -> Iterator[list[Example]]:
+    """The examples of the optimizer steps start .. stop - 1, over all ranks.
+
+    BrokenRow if a row cannot be read; the steps before it are complete.
+    """
+    try:
+        yield from batches.steps(rows_per_step, start, stop)
+    except UserError as error:
+        raise BrokenRow(str(error)) from error

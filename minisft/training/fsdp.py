@@ -1,23 +1,28 @@
-"""Shard a model over processes (FSDP, arXiv 2304.11277): each holds a part of all that is large.
+"""Fully sharded data parallelism (FSDP, arXiv 2304.11277): each rank holds a shard of the model.
 
     torchrun --nproc_per_node 8 train.py --parallel fsdp ...
 
-Of every weight, gradient and moment of AdamW a process keeps some rows. A decoder layer is put
-together, in the type to compute in, when it is about to compute, and given up right after, on the
-way forward and on the way back; then its gradients are averaged in float32, and each process keeps
-those of its rows. Embedding, last norm and output matrix are one more such group.
+A rank keeps some rows of every weight, gradient and AdamW moment. To compute a decoder layer,
+forward or backward, the ranks gather it in the compute type and free it afterwards; its gradients
+are averaged in float32, and each rank keeps those of its rows. The embedding, the last norm and the
+output matrix are gathered as one more group.
 
-    model, lora_config = load_trainable(options, model_dir, dtype, torch.device("meta"))
+    model, lora_config = loadtrainable_parameters(options, model_dir, dtype, torch.device("meta"))
     distribute(model, lora_config, options, model_dir, dtype, device)
-    save_moments(model, optimizer, "checkpoint-40/optimizer")    # every process its rows
-    load_moments(model, optimizer, "checkpoint-40/optimizer")    # any number of processes
-    with Before(model) as reference:                             # as it was when this was made
+    save_moments(model, optimizer, folder)     # every rank writes its rows
+    load_moments(model, optimizer, folder)     # on any number of ranks
+    with Snapshot(model) as reference:         # the model as it was when the snapshot was made
         hidden = reference(tokens)
 """
 
 import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -30,88 +35,90 @@ from minisft.checkpoints.hub import resolve
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.model.config import ModelConfig
-from minisft.model.lora import LoRALinear
-from minisft.model.reward import new_head
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, LoRALinear
+from minisft.model.reward import RewardModel, new_head
 
-FILE_BYTES = 10**9  # of moments in a file, all of which is put together before it is written
+# Size of a file of moments. A file is gathered in memory before it is written.
+MAX_FILE_BYTES = 10**9
 
 
-def distribute(model, lora_config, options, model_dir, dtype, device):
-    """Give every process its rows, on `device`, of what `load_trainable` would have loaded.
+def distribute(
+    model: CausalLM | RewardModel,
+    lora_config: LoraConfig | None,
+    options: Namespace,
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Shard a model that is on the meta device, and load this rank's rows on `device`. In place.
 
-    model: what it has made on the meta device, with shapes and types alone. UserError where
-    nothing in the decoder is trained.
+    UserError if nothing in the decoder is trained.
     """
     if not any(parameter.requires_grad for parameter in model.model.parameters()):
-        # The averaging of gradients begins where the backward pass enters the decoder.
+        # Gradients are averaged from where the backward pass enters the decoder.
         raise UserError("--parallel fsdp: train something below the output matrix as well")
-    shard(model, dtype, device)
-    if options.train_from_scratch:
+    _shard(model, dtype, device)
+    if options.train_from_scratch and isinstance(model, CausalLM):
         generator = torch.Generator().manual_seed(options.seed)
         for parameter, value in model.initial_values(generator):
-            processes.copy_shard(parameter, rows_of(value))
+            processes.copy_shard(parameter, _reader(value))
         return
-    found = load_rows(model, model_dir, options.adapter)
-    if options.stage == "rm" and "score.weight" not in found:
-        processes.copy_shard(model.score.weight, rows_of(new_head(model.config)))
+    loaded = _load_shards(model, model_dir, options.adapter)
+    if isinstance(model, RewardModel) and "score.weight" not in loaded:
+        processes.copy_shard(model.score.weight, _reader(new_head(model.config)))
     if lora_config and not options.adapter:
-        start_factors(model, lora_config)
+        _initialize_lora(model, lora_config)
 
 
-def shard(model, dtype, device):
-    """Cut all parameters by rows, and hold this process's on `device`, not yet filled. In place.
+def _shard(model: CausalLM | RewardModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Split all parameters by rows and allocate this rank's on `device`. In place.
 
-    dtype: of the weights while they are whole, and of what is computed with them.
+    dtype: type of gathered weights and of what is computed with them.
     """
     mesh = init_device_mesh(device.type, (processes.world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    # The loss multiplies by the output matrix after the forward pass: it has to be whole still.
+    # The loss uses the output matrix after the forward pass, so it must not be freed.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=device)
 
 
-def load_rows(model, model_dir, adapter=None):
-    """Read this process's rows of a checkpoint, and of an adapter, from the mapped files.
-
-    Returns the names of what there is.
-    """
+def _load_shards(model: CausalLM | RewardModel, model_dir: Path, adapter: str | None) -> set[str]:
+    """Read this rank's rows of a checkpoint and an adapter. Returns the names of what was there."""
     stored = stored_tensors(model_dir)
-    if ModelConfig.load(model_dir).tie_word_embeddings:  # if an adapter has parted them since
+    if ModelConfig.load(model_dir).tie_word_embeddings:  # the adapter may have untied them
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
-    sources = {
-        name: stored[plain]
-        for name in dict(model.named_parameters())
-        if (plain := name.replace(".base_layer.", ".")) in stored
-    }
-    if adapter:
-        sources |= adapter_tensors(resolve(adapter, "adapter_config.json"))
+    adapted = adapter_tensors(resolve(adapter, "adapter_config.json")) if adapter else {}
+    loaded = set()
     for name, parameter in model.named_parameters():
-        if name in sources:
-            processes.copy_shard(parameter, sources[name].read)
-    return sources.keys()
+        source = adapted.get(name) or stored.get(name.replace(".base_layer.", "."))
+        if source:
+            processes.copy_shard(parameter, source.read)
+            loaded.add(name)
+    return loaded
 
 
-def start_factors(model, lora_config):
-    """Draw the factors of a new adapter as `add_lora` does: all numbers alike, kept by rows."""
+def _initialize_lora(model: CausalLM | RewardModel, lora_config: LoraConfig) -> None:
+    """Draw the factors of a new adapter. Every rank draws all of them, as `add_lora` does."""
     adapted = {
         name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
     }
     for name in sorted(adapted):
         drawn = LoRALinear(adapted[name].base_layer, lora_config, device="cpu")
-        processes.copy_shard(adapted[name].lora_A.weight, rows_of(drawn.lora_A.weight))
-        processes.copy_shard(adapted[name].lora_B.weight, rows_of(drawn.lora_B.weight))
+        processes.copy_shard(adapted[name].lora_A.weight, _reader(drawn.lora_A.weight))
+        processes.copy_shard(adapted[name].lora_B.weight, _reader(drawn.lora_B.weight))
 
 
-def rows_of(tensor):
-    """A function: begin, end -> these rows of the tensor."""
+def _reader(tensor: Tensor) -> Callable[[int, int], Tensor]:
+    """A function (begin, end) -> rows of the tensor, as `copy_shard` reads them."""
     return lambda begin, end: tensor[begin:end]
 
 
-def trained(model):
-    """{name: parameter} of what is trained, all of it cut."""
-    # Unlike named_parameters, state_dict has a group that is still together cut again first.
+def trainable_parameters(model: nn.Module) -> dict[str, Any]:
+    """{name: trainable parameter}, all of them sharded."""
+    # state_dict, not named_parameters: it reshards groups that are still gathered.
     return {
         name: parameter
         for name, parameter in model.state_dict(keep_vars=True).items()
@@ -119,89 +126,95 @@ def trained(model):
     }
 
 
-class Before:
-    """`with Before(model) as model:` the model as it was when this was made, and in eval mode.
+class Snapshot:
+    """`with Snapshot(model) as model:` the model as it was when this was made, in eval mode.
 
-    Of what is trained a copy of this process's rows is kept; inside of `with` it has their place,
-    and they have its. What is frozen is there only once. No gradient can be taken.
+    Holds a copy of this rank's trainable rows and exchanges them with the current ones. Frozen
+    parameters are not copied. Inside, no gradient may be computed.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: Any):
         self.model = model
         self.rows = {
             name: parameter.detach().to_local().clone()
-            for name, parameter in trained(model).items()
+            for name, parameter in trainable_parameters(model).items()
         }
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         self.was_training = self.model.training
         self._exchange()
         return self.model.eval()
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._exchange()
         self.model.train(self.was_training)
 
     @torch.no_grad()
-    def _exchange(self):
-        for name, parameter in trained(self.model).items():
-            present = parameter.to_local()
-            kept = present.clone()
-            present.copy_(self.rows[name])
+    def _exchange(self) -> None:
+        for name, parameter in trainable_parameters(self.model).items():
+            current = parameter.to_local()
+            kept = current.clone()
+            current.copy_(self.rows[name])
             self.rows[name].copy_(kept)
 
 
-def moments(model, optimizer):
-    """{name in the model and kind: tensor} of all that AdamW keeps; zeros before its first step."""
+# Optimizer state
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{parameter name and kind: tensor} of AdamW's state; zeros before its first step."""
     state = {}
-    for name, parameter in trained(model).items():
+    for name, parameter in trainable_parameters(model).items():
         own = optimizer.state[parameter]
         if not own:
             own["step"] = torch.zeros((), device=parameter.device)
-            own["exp_avg"], own["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-        state |= {f"{name}.{kind}": value for kind, value in own.items()}
+            own["exp_avg"] = torch.zeros_like(parameter)
+            own["exp_avg_sq"] = torch.zeros_like(parameter)
+        for kind, value in own.items():
+            state[f"{name}.{kind}"] = value
     return state
 
 
-def save_moments(model, optimizer, folder):
-    """Write what AdamW keeps as safetensors, each process its rows. Every process calls it."""
-    state, files, size = moments(model, optimizer), {}, 0
+def save_moments(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write AdamW's state as safetensors. Every rank calls it and writes its rows."""
+    state, files, num_bytes = moments(model, optimizer), {}, 0
     for name, tensor in state.items():
-        files[name] = 1 + size // FILE_BYTES
-        size += tensor.nbytes // processes.world_size()
+        files[name] = 1 + num_bytes // MAX_FILE_BYTES
+        num_bytes += tensor.nbytes // processes.world_size()
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     try:
         distributed_checkpoint.save(state, storage_writer=writer)
     except CheckpointException as error:
-        raise UserError(reason(error)) from error
+        raise UserError(_reason(error)) from error
 
 
-def load_moments(model, optimizer, folder):
-    """Read what AdamW keeps, as any number of processes has saved it, into a model as it is now.
+def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Read AdamW's state that any number of ranks saved.
 
-    It may be sharded over another number of processes, or not at all.
+    This model may be sharded over another number of ranks, or not at all.
     """
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        with warnings.catch_warnings():  # that there is only one process
+        with warnings.catch_warnings():  # torch warns when there is only one process
             warnings.simplefilter("ignore", UserWarning)
             distributed_checkpoint.load(moments(model, optimizer), storage_reader=reader)
     except CheckpointException as error:
-        raise UserError(f"{folder}: {reason(error)}; go on from another checkpoint") from error
+        raise UserError(f"{folder}: {_reason(error)}. Resume from another checkpoint.") from error
 
 
-def cut_moments(optimizer, saved):
-    """Take over this process's rows of the `state_dict` of a run that was not sharded."""
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    for number, values in saved["state"].items():
-        parameter, own = parameters[number], optimizer.state[parameters[number]]
+def shard_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take this rank's rows from the optimizer's state_dict of a run that was not sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in saved["state"].items():
+        parameter = parameters[index]
+        own = optimizer.state[parameter]
         own["step"] = values["step"].to(parameter.device)
         for kind in ("exp_avg", "exp_avg_sq"):
             own[kind] = torch.zeros_like(parameter)
-            processes.copy_shard(own[kind], rows_of(values[kind]))
+            processes.copy_shard(own[kind], _reader(values[kind]))
 
 
-def reason(error):
-    """The first of the processes' reasons in a CheckpointException, in one line."""
+def _reason(error: CheckpointException) -> str:
+    """What the first rank that failed says, on one line."""
     fault, _ = next(iter(error.failures.values()))
     return str(fault).partition("\n")[0]

@@ -1,13 +1,16 @@
-"""How long the rows of a run are and how they fall into batches, before there is a model.
+"""How long the rows of a run are, and how they fall into batches. No model is needed.
 
-    data = look_at_data(options, ModelConfig.load(model_dir), model_dir, num_processes=8)
+    data = inspect_data(options, ModelConfig.load(model_dir), model_dir, num_processes=8)
     print(data.num_tokens, data.padding, data.largest)
 
-Lengths are counted by the tokenizer, or estimated from the bytes of the rows where there is none;
-the batches are those that training would make.
+The tokenizer counts the tokens. Without one they are estimated from the bytes of the rows; without
+the rows, all are taken to be as long as the limit. The batches are those that training makes.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,90 +19,90 @@ from minisft.data import batching
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Example, read_and_encode
 from minisft.data.sources import find_sources
-from minisft.text.template import get_template
+from minisft.model.config import ModelConfig
 from minisft.text.tokenizer import FILES, Tokenizer
-from minisft.training.data import load_data
+from minisft.training.data import length_limit, load_data, load_template
+from minisft.training.run import count_rows_per_step
 
-# So many rows are encoded, the lengths of others estimated from their size; of larger data sets a
-# part is dealt out into batches, which is enough to know the padding.
-ENCODED_ROWS, DEALT_ROWS = 5_000, 100_000
-SMALL_VOCABULARY = 100  # no model has a smaller one
-BYTES_PER_TOKEN = 4  # of text in UTF-8, English or Chinese, within a third for most tokenizers
+# At most so many rows are encoded; the lengths of others are estimated from their size. Of more
+# than MAX_BATCHED rows a part is dealt into batches: enough to know the padding.
+MAX_ENCODED, MAX_BATCHED = 5_000, 100_000
+BYTES_PER_TOKEN = 4  # of UTF-8 text, English or Chinese, within a third for most tokenizers
+
+
+@dataclass
+class Epoch:
+    """What one epoch holds, over all ranks."""
+
+    num_rows: int
+    num_tokens: int  # without padding
+    num_texts: int  # the rows, or their answers if these are compared
+    padding: float  # share of the tokens that are computed
 
 
 @dataclass
 class Data:
-    """What is known of the rows. Totals are of one epoch; None where there are no rows.
+    """Sizes of the data of a run."""
 
-    largest: (tokens with padding, supervised tokens) of the largest micro-batch of any process.
-    num_texts: the answers of all rows where these are compared, else the rows. padding: share of
-    what is computed. origin: in words, where the lengths are from.
-    """
-
-    origin: str
-    largest: tuple
-    num_examples: int | None = None
-    num_tokens: int | None = None
-    num_texts: int | None = None
-    padding: float = 0.0
+    origin: str  # where the lengths come from, for people
+    largest: tuple[int, int]  # (tokens with padding, supervised) of any rank's largest micro-batch
+    epoch: Epoch | None = None  # None if the rows are not there
 
 
-def look_at_data(options, config, model_dir, num_processes):
+def inspect_data(
+    options: Namespace, config: ModelConfig, model_dir: Path, num_processes: int
+) -> Data:
     """The Data of a run."""
     plain_text, ranking = options.stage == "pt", options.stage in ("rm", "dpo")
-    limit = min(options.block_size if plain_text else options.cutoff_len, config.context_length)
-    batch_size = options.per_device_train_batch_size
-    num_texts = batch_size * (2 if ranking else 1)
-    longest = (num_texts * padded(limit, options), num_texts * limit)
+    limit = length_limit(options, config)
+    num_texts = options.per_device_train_batch_size * (2 if ranking else 1)
+    longest = (num_texts * padded_length(limit, options), num_texts * limit)
     try:
         find_sources(options.dataset or options.train_dir, options.dataset_dir, plain_text, ranking)
     except UserError as error:
-        each = "answer of two" if ranking else "row"
+        text = "answer of two" if ranking else "row"
         return Data(
-            f"assumed, {limit:,} tokens in every {each}, as the rows are not here ({error})",
+            f"assumed, {limit:,} tokens in every {text}, as the rows are not here ({error})",
             longest,
         )
-    if any((model_dir / name).is_file() for name in FILES[:2]):
-        tokenizer, origin = Tokenizer.load(model_dir), "counted by the tokenizer"
-        template = (
-            None
-            if plain_text
-            else get_template(options.template, tokenizer, options.default_system)
-        )
-    else:
-        tokenizer = template = BytesAsTokens()
-        origin = f"estimated, a token for {BYTES_PER_TOKEN} bytes, as there is no tokenizer"
+    tokenizer, template, origin = find_tokenizer(options, model_dir)
     batches, _ = load_data(options, tokenizer, template, config, print)
-    if plain_text:
-        return Data(
-            origin,
-            longest,
-            batches.num_examples,
-            batches.num_examples * limit,
-            batches.num_examples,
-        )
-    examples, note = stand_ins(batches, limit)
-    return dealt_out(examples, origin + note, batches, options, num_processes)
+    if plain_text:  # blocks, all of them full but the last
+        num_blocks = batches.num_examples
+        return Data(origin, longest, Epoch(num_blocks, num_blocks * limit, num_blocks, 0.0))
+    examples, note = estimate_lengths(batches, limit)
+    largest, epoch = measure_batches(examples, batches, options, num_processes)
+    return Data(origin + note, largest, epoch)
 
 
-class BytesAsTokens:
-    """Stands for tokenizer and template where there is none: ids of the right number, about.
+def find_tokenizer(options: Namespace, model_dir: Path) -> tuple[Any, Any, str]:
+    """(tokenizer, template, where lengths come from); without a tokenizer one that counts bytes."""
+    if any((model_dir / name).is_file() for name in FILES[:2]):
+        tokenizer = Tokenizer.load(model_dir)
+        template = load_template(options, tokenizer, say=lambda text: None)
+        return tokenizer, template, "counted by the tokenizer"
+    origin = f"estimated, a token for {BYTES_PER_TOKEN} bytes, as there is no tokenizer"
+    return ByteTokenizer(), ByteTokenizer(), origin
 
-    They differ where texts do, lest rows are taken to have the same answers.
+
+class ByteTokenizer:
+    """Stands in for a missing tokenizer and template: about the right number of ids.
+
+    The ids depend on the text, so that different answers of a row stay different.
     """
 
     bos_token_id = eos_token_id = None
     add_bos_token = False
+    vocab_size = 100  # smaller than that of any model
 
-    def encode(self, text, tools=None):
-        """As Tokenizer.encode for str, as Template.encode for messages."""
+    def encode(self, text: Any, tools: Any = None) -> Any:
+        """As Tokenizer.encode for a str, as Template.encode for messages."""
         if isinstance(text, str):
             content = text.encode("utf-8", "replace")
-            return [
-                sum(content[start : start + BYTES_PER_TOKEN]) % SMALL_VOCABULARY
-                for start in range(0, len(content), BYTES_PER_TOKEN)
-            ]
-        ids, supervised = [], []
+            starts = range(0, len(content), BYTES_PER_TOKEN)
+            return [sum(content[i : i + BYTES_PER_TOKEN]) % self.vocab_size for i in starts]
+        ids: list[int] = []
+        supervised: list[bool] = []
         for message in text:
             new = self.encode(f"{message.get('content') or ''}{message.get('input') or ''}") or [0]
             ids += new
@@ -107,83 +110,101 @@ class BytesAsTokens:
         return ids, supervised
 
 
-def stand_ins(batches, limit):
-    """(rows without content, as Examples whose ids and supervised are ranges; a note).
+def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Example], str]:
+    """(rows without content, which have only their lengths; a note on how they were found).
 
-    Of many rows a part, spread over all. Lengths are encoded, or estimated from a row's bytes.
+    Of many rows a part, evenly spread. A row that is not encoded has the length that its bytes
+    suggest, divided into texts like the encoded row that is nearest in size.
     """
     sizes = batches.rows.sizes()
-    part = spread(len(sizes), DEALT_ROWS)
-    chosen = part[spread(len(part), ENCODED_ROWS)]
-    found = {row: read_and_encode(batches.rows, batches.encode, [row])[0] for row in chosen}
-    known = [example for examples in found.values() for example in examples]
+    selected = evenly_spread(len(sizes), MAX_BATCHED)
+    encoded = selected[evenly_spread(len(selected), MAX_ENCODED)]
+    known: dict[int, Example] = {}
+    for row in encoded:
+        for example in read_and_encode(batches.rows, batches.encode, [row])[0]:
+            known[row] = example
     if not known:
-        raise UserError("no row has anything to learn")
-    num_tokens = sum(len(one.ids) for one in known)
-    per_byte = num_tokens / sizes[chosen].sum()
-    share = sum(int(one.supervised.sum()) for one in known) / num_tokens
-    made = [
-        Example(range(len(one.ids)), range(int(one.supervised.sum())), one.lengths) for one in known
+        raise UserError("no row has anything to learn from")
+    num_tokens = sum(len(example.ids) for example in known.values())
+    tokens_per_byte = num_tokens / sizes[encoded].sum()
+    supervised_share = sum(example.supervised.sum() for example in known.values()) / num_tokens
+    examples = [
+        without_content(text_lengths(example), int(example.supervised.sum()))
+        for example in known.values()
     ]
-    by_size, others = sorted(filter(found.get, chosen), key=sizes.item), np.setdiff1d(part, chosen)
+    by_size = sorted(known, key=lambda row: sizes[row])
+    others = np.setdiff1d(selected, encoded)
     places = np.searchsorted(sizes[by_size], sizes[others]).clip(max=len(by_size) - 1)
     for row, place in zip(others, places, strict=True):
-        (like,) = found[by_size[place]]  # its answers share the row as those of one of its size
-        ratio = sizes[row] * per_byte / len(like.ids)
-        lengths = [
-            min(limit, max(2, round(length * ratio))) for length in like.lengths or [len(like.ids)]
-        ]
-        made.append(
-            Example(
-                range(sum(lengths)), range(round(sum(lengths) * share)), like.lengths and lengths
-            )
-        )
-    note = f"; {len(chosen):,} of {len(sizes):,} rows, the others by their size"
-    return made, note if len(chosen) < len(sizes) else ""
+        similar = known[by_size[place]]
+        scale = sizes[row] * tokens_per_byte / len(similar.ids)
+        lengths = [min(limit, max(2, round(n * scale))) for n in text_lengths(similar)]
+        examples.append(without_content(lengths, round(sum(lengths) * supervised_share)))
+    note = f"; {len(encoded):,} of {len(sizes):,} rows, the others by their size"
+    return examples, note if len(encoded) < len(sizes) else ""
 
 
-def spread(count, most):
-    """At most so many numbers below `count`, at equal distances."""
+def evenly_spread(count: int, most: int) -> np.ndarray:
+    """At most `most` of the numbers below `count`, at equal distances."""
     return np.unique(np.linspace(0, count - 1, most).astype(int))
 
 
-def dealt_out(examples, origin, batches, options, num_processes):
-    """The Data of rows of these lengths, dealt out by batching.py as in training."""
-    dealer = batching.Batches(
+def text_lengths(example: Example) -> list[int]:
+    """Lengths of the texts of an example, in tokens."""
+    return example.lengths or [len(example.ids)]
+
+
+def without_content(lengths: list[int], num_supervised: int) -> Example:
+    """An Example with these numbers of tokens. Its arrays take no memory."""
+    ids = np.broadcast_to(np.int32(0), sum(lengths))
+    return Example(ids, np.broadcast_to(np.True_, num_supervised), lengths)
+
+
+def measure_batches(
+    examples: list[Example], batches: batching.Batches, options: Namespace, num_processes: int
+) -> tuple[tuple[int, int], Epoch]:
+    """(tokens and supervised tokens of the largest micro-batch, the epoch) as training makes them.
+
+    batches: those of all rows, of which the examples may be a part.
+    """
+    dealt = batching.Batches(
         examples,
         lambda rows: (rows, EncodeReport()),
         options.seed,
         total_bytes=batches.example_bytes * len(examples),
     )
-    batch_size = options.per_device_train_batch_size
-    rows_per_step = batch_size * options.gradient_accumulation_steps * num_processes
-    computed, largest = 0, (0, 0)
-    for rows in dealer.steps(rows_per_step, 0, dealer.steps_per_epoch(rows_per_step)):
+    rows_per_step = count_rows_per_step(options, num_processes)
+    num_computed, largest = 0, (0, 0)
+    for rows in dealt.steps(rows_per_step, 0, dealt.steps_per_epoch(rows_per_step)):
         for rank in range(num_processes):
-            for some in batching.micro_batches(rows, batch_size, rank, num_processes):
-                size = shape_of(some, options), sum(len(one.supervised) for one in some)
-                computed, largest = computed + size[0], max(largest, size)
-    num_tokens = sum(len(one.ids) for one in examples)
-    num_texts = sum(len(one.lengths or [one]) for one in examples)
-    whole = batches.num_examples / len(spread(batches.num_examples, DEALT_ROWS))
-    return Data(
-        origin,
-        largest,
+            for part in batching.micro_batches(
+                rows, options.per_device_train_batch_size, rank, num_processes
+            ):
+                size = batch_size(part, options)
+                num_computed += size
+                largest = max(largest, (size, sum(len(row.supervised) for row in part)))
+    num_tokens = sum(len(example.ids) for example in examples)
+    num_texts = sum(len(text_lengths(example)) for example in examples)
+    selected = len(evenly_spread(batches.num_examples, MAX_BATCHED))
+    factor = batches.num_examples / selected
+    return largest, Epoch(
         batches.num_examples,
-        round(num_tokens * whole),
-        round(num_texts * whole),
-        1 - num_tokens / computed,
+        round(num_tokens * factor),
+        round(num_texts * factor),
+        padding=1 - num_tokens / num_computed,
     )
 
 
-def shape_of(rows, options):
-    """Tokens of a micro-batch, with what it is padded by."""
-    texts = [length for one in rows for length in one.lengths or [len(one.ids)]] or [1]
-    return sum(texts) if options.packing else len(texts) * padded(max(texts), options)
+def batch_size(rows: list[Example], options: Namespace) -> int:
+    """Tokens of a micro-batch with its padding."""
+    lengths = [length for row in rows for length in text_lengths(row)] or [1]
+    if options.packing:
+        return sum(lengths)
+    return len(lengths) * padded_length(max(lengths), options)
 
 
-def padded(length, options):
-    """The length of a row in a batch of which it is the longest."""
+def padded_length(length: int, options: Namespace) -> int:
+    """Length of a row in a batch in which it is the longest."""
     if options.packing:
         return length
     multiple = batching.COMPILED_PAD_MULTIPLE if options.compile else batching.PAD_MULTIPLE

@@ -1,22 +1,22 @@
-"""The memory of a training step, computed from shapes: nothing is loaded and nothing allocated.
+"""Memory of a training step, computed from shapes. Nothing is loaded or allocated.
 
-    model = skeleton(ModelConfig.load("Meta-Llama-3-8B"), torch.bfloat16)
-    add_lora(model, LoraConfig(rank=8))                             # or model.requires_grad_(True)
-    step = Step(num_tokens=4 * 2048, num_learned=4 * 1500, dtype=torch.bfloat16, device="cuda")
-    peak = max(moments(model, step), key=lambda moment: moment.total)
+    model = model_on_meta(options, ModelConfig.load("Meta-Llama-3-8B"), torch.bfloat16)
+    step = Step(num_tokens=4 * 2048, num_supervised=4 * 1500, dtype=torch.bfloat16, device="cuda")
+    peak = max(phases(model, step), key=lambda phase: phase.total)
     print(peak.name, peak.parts)
 
-A training step holds the weights, the optimizer's state and, in the course of it, more and less of
-three other things: activations (what autograd keeps of the forward pass to go back through it),
-logits, gradients. `kept_in_layer` is the list of the activations. Which of the three stand together
-is a matter of when: `moments` goes through the step and adds up what is held at each of the few
-points where the sum can be largest.
+A step holds weights, gradients, AdamW's moments, activations (what autograd keeps of the forward
+pass) and logits. They are not largest at the same time: at the loss all activations and the logits
+are there; in the backward pass activations give way to gradients. `phases` adds up what is held at
+the points where the sum can be largest.
 
-The letters of the shapes are those of model.py; sizes are bytes.
+D is the width of the model, Q and K are the widths of all queries and of all keys. Sizes are in
+bytes.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,357 +24,263 @@ from torch import nn
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoRALinear
 from minisft.model.loss import chunk_size
-from minisft.model.quantized import PIECE, QuantizedLinear, convert_parameters
+from minisft.model.quantized import PIECE, QuantizedLinear
+from minisft.model.reward import RewardModel
 
-FLOAT32, INT64 = 4, 8
-# While the loss of a chunk is computed: logits and log-probabilities.
-LOGIT_COPIES = 2
-# AdamW's mean and mean square of every trained number.
-ADAM_STATES = 2
+FLOAT32, INT64, BOOL = 4, 8, 1
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 
 
 @dataclass
 class Step:
-    """What the memory of a step depends on beside the model: one process's largest micro-batch.
+    """What the memory of a step depends on besides the model: one rank's largest micro-batch."""
 
-    num_tokens: rows times padded length, or the packed length. num_learned: how many of them are
-    supervised, and so have logits. accumulating: a step has several micro-batches. sharded: FSDP,
-    not DDP. num_copied: numbers that are kept as they were beside the model, in float32.
-    """
-
-    num_tokens: int
-    num_learned: int
-    dtype: torch.dtype = torch.float32
+    num_tokens: int  # with padding
+    num_supervised: int  # tokens that have logits
+    dtype: torch.dtype = torch.float32  # of matrix products
     device: str = "cpu"
     checkpointing: bool = False
-    packed: bool = False
-    accumulating: bool = False
+    accumulating: bool = False  # a step has several micro-batches
     num_processes: int = 1
-    sharded: bool = False
-    num_copied: int = 0
+    is_sharded: bool = False  # FSDP, not DDP
+    num_copied: int = 0  # numbers that the reference of DPO holds besides the model, in float32
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """True if gradients exist before a backward pass: of the one before, or DDP's buffers."""
+        return self.accumulating or (self.num_processes > 1 and not self.is_sharded)
 
 
 @dataclass
-class Moment:
-    """A point of the step, and the bytes that each of PARTS has there."""
+class Phase:
+    """A point in the step, and what each of PARTS holds there."""
 
     name: str
-    parts: dict = field(default_factory=dict)
+    parts: dict[str, int]
 
     @property
-    def total(self):
-        """All parts together."""
+    def total(self) -> int:
+        """The sum of all parts."""
         return sum(self.parts.values())
 
 
-def skeleton(config, dtype, quantization_bit=None, build=CausalLM):
-    """A model as load_model would load it, frozen, but without its numbers (on the meta device)."""
-    with torch.device("meta"):
-        model = build(dataclasses.replace(config))
-        for name, module in list(model.model.layers.named_modules()) if quantization_bit else ():
-            if isinstance(module, nn.Linear):
-                owner, _, child = name.rpartition(".")
-                layer = QuantizedLinear(
-                    module.in_features, module.out_features, quantization_bit, module.bias
-                )
-                setattr(model.model.layers.get_submodule(owner), child, layer)
-    model.requires_grad_(False)
-    convert_parameters(model, dtype)
-    return model
+def phases(model: CausalLM | RewardModel, step: Step) -> list[Phase]:
+    """The points of a step where the most memory can be in use."""
+    layers, head, embedding = model.model.layers, output_module(model), model.model.embed_tokens
+    chunk = chunk_size(model.config.vocab_size)
+    logits = min(step.num_supervised, chunk) * model.config.vocab_size * FLOAT32
+    cast_layer, cast_head = cast_bytes(layers[-1], step), cast_bytes(head, step)
+    cast_layers = 0 if step.checkpointing else len(layers) * cast_layer
 
-
-def bytes_of(module):
-    """Of all parameters and buffers."""
-    return sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
-
-
-def trained_numbers(module):
-    """How many of its numbers are trained."""
-    return sum(one.numel() for one in module.parameters() if one.requires_grad)
-
-
-def kept_in_layer(model, step):
-    """{what autograd keeps of a layer's forward pass: bytes per token}.
-
-    An operation keeps what its gradient is made of. A sum keeps nothing; a product keeps both
-    factors, but not one whose partner is frozen: the input of a linear layer is kept only where
-    that layer, or an adapter beside it, is trained.
-    """
-    config, layer = model.config, model.model.layers[-1]
-    D, inner = config.hidden_size, config.intermediate_size
-    Q, K = (
-        heads * config.head_dim
-        for heads in (config.num_attention_heads, config.num_key_value_heads)
-    )
-    number, stream = step.dtype.itemsize, stream_bytes(model, step)
-    attention, mlp = layer.self_attn, layer.mlp
-    kept = {
-        "input, for its norm": norm_bytes(layer.input_layernorm, D, stream, step),
-        "normed input of q, k, v": inputs_kept(
-            (attention.q_proj, attention.k_proj, attention.v_proj), D, number, stream
-        ),
-        "queries, keys, values": (Q + 2 * K) * number,
-        "answer of attention": Q * number,
-        "log of the attention's sums": config.num_attention_heads * FLOAT32,
-        "input of the MLP, for its norm": norm_bytes(
-            layer.post_attention_layernorm, D, stream, step
-        ),
-        "normed input of gate, up": inputs_kept((mlp.gate_proj, mlp.up_proj), D, number, stream),
-        "gate, silu(gate), up": 3 * inner * number,
-        "their product": inputs_kept((mlp.down_proj,), inner, number, number),
-        "low-rank states": sum(
-            one.lora_A.out_features * number
-            for one in layer.modules()
-            if isinstance(one, LoRALinear)
-        ),
-    }
-    if attention.q_norm is not None:
-        kept["queries and keys before their norms"] = sum(
-            norm_bytes(norm, width, number, step, groups=width // config.head_dim)
-            for norm, width in ((attention.q_norm, Q), (attention.k_norm, K))
-        )
-    if step.packed and step.device == "cpu":  # each row's answer, and all rows' in one piece
-        kept["answers of attention in a row"] = inputs_kept((attention.o_proj,), Q, number, number)
-    elif dropout_of(attention.o_proj):
-        kept["dropped answer of attention"] = inputs_kept((attention.o_proj,), Q, number, number)
-    return kept
-
-
-def stream_bytes(model, step):
-    """Bytes of a number of the residual stream: it has the type that the embedding is held in."""
-    if step.sharded:
-        return step.dtype.itemsize
-    held = model.model.embed_tokens.weight.dtype.itemsize
-    return max(held, step.dtype.itemsize)
-
-
-def norm_bytes(norm, width, number, step, groups=1):
-    """A norm keeps its input and a factor for each token (or head, `groups` of them)."""
-    if step.device != "cpu":
-        return width * number + groups * FLOAT32
-    # There it is made of smaller operations, in float32: a trained weight keeps what it multiplies.
-    return (1 + norm.weight.requires_grad) * width * FLOAT32 + groups * FLOAT32
-
-
-def inputs_kept(linears, width, number, stream):
-    """What these linear layers keep of the input (..., width) that they share.
-
-    They share one copy, unless each converts it from the stream's type or drops parts of it.
-    """
-    learning = [one for one in linears if trained_numbers(one)]
-    dropped = [one for one in learning if dropout_of(one)]
-    if dropped:
-        return len(dropped) * width * (number + number)  # what is left, and the mask
-    copies = len(learning) if stream > number else min(1, len(learning))
-    return copies * width * number
-
-
-def dropout_of(linear):
-    """The share that an adapter drops of its input."""
-    return isinstance(linear, LoRALinear) and getattr(linear.dropout, "p", 0.0)
-
-
-def moments(model, step):
-    """The Moments of a step at which most can be held, in their order."""
-    kept, working, gradient = activations(model, step), working_bytes(model, step), gradients(model)
-    cast = cast_bytes(model.model.layers[-1], step)
-    casts = cast * (0 if step.checkpointing else len(model.model.layers))
-    cast_of_head = cast_bytes(output_module(model), step)
-    size = chunk_size(model.config.vocab_size)
-    chunk = min(step.num_learned, size) * model.config.vocab_size * FLOAT32
-    # A trained output matrix has a gradient from every chunk: their sum, and the new one beside it.
-    head = gradient["head"] * (step.num_learned > size)
-    yield moment(
-        model,
-        step,
-        "the loss",
-        kept["layers"] + kept["loss"],
-        head,
-        logits=LOGIT_COPIES * chunk,
-        casts=casts + cast_of_head,
-    )
-    if gradient["head"]:
-        yield moment(
-            model,
-            step,
-            "the output matrix's gradient",
-            kept["layers"] + kept["loss"],
-            head,
-            gradient["head"],
-            chunk,
-            casts + cast_of_head,
-        )
-    yield moment(
-        model,
-        step,
-        "back through the last layer",
-        kept["layers"] + kept["again"] + working,
-        gradient["head"],
-        gradient["largest"],
-        casts=max(cast, casts),
-    )
-    tied = model.config.tie_word_embeddings
-    earlier = gradient["all"] - gradient["layer"] - (0 if tied else gradient["embedding"])
-    yield moment(
-        model,
-        step,
-        "back through the first layer",
-        kept["first layer"] + kept["again"] + working,
-        earlier,
-        gradient["largest"],
-        casts=cast,
-    )
-    # A tied embedding's is a sum, made beside both summands; to one of before another is added.
-    yield moment(
-        model,
-        step,
-        "the embedding's gradient",
-        kept["stream"],
-        gradient["all"],
-        gradient["embedding"] * (2 * tied + keeps_gradients(step)),
-    )
-
-
-def moment(model, step, name, activations, done, new=0, logits=0, casts=0):
-    """A Moment: to what comes and goes, what is always there is added.
-
-    done: bytes of the gradients that this pass back has left. new: of the one that it makes.
-    casts: of weights in another type.
-    """
-    averages, parts = ADAM_STATES * gradients(model)["all"], 1
-    weights = bytes_of(model) + FLOAT32 * step.num_copied
-    if step.sharded:
-        whole_weights, new = gathered_bytes(model, step)
-        casts, parts = casts + whole_weights, step.num_processes
-    if keeps_gradients(step):  # to which the new one is added
-        done = gradients(model)["all"]
-    return Moment(
-        name,
-        {
-            "weights": weights // parts + casts,
-            "gradients": done // parts + new,
-            "optimizer": averages // parts,
-            "activations": activations,
-            "logits": logits,
-        },
-    )
-
-
-def gradients(model):
-    """Bytes of the gradients: of all, of the ends of the model, of a layer, of its largest one."""
-    layer = model.model.layers[-1]
-    sizes = {
-        name: trained_numbers(part)
-        for name, part in (
-            ("all", model),
-            ("embedding", model.model.embed_tokens),
-            ("head", output_module(model)),
-            ("layer", layer),
-        )
-    }
-    sizes["largest"] = max([0, *(one.numel() for one in layer.parameters() if one.requires_grad)])
-    return {name: FLOAT32 * size for name, size in sizes.items()}
-
-
-def keeps_gradients(step):
-    """Whether gradients outlive a micro-batch: those of the one before, or DDP's buckets."""
-    return step.accumulating or step.num_processes > 1 and not step.sharded
-
-
-def gathered_bytes(model, step):
-    """(weights, gradients) that fsdp.py has whole for the moment, in the type that is computed in.
-
-    The weights of the layer at work and of the next one, which is on its way; embedding and output
-    matrix until the end of the step. The gradients of a layer, in float32 to be averaged, and those
-    of embedding and output matrix.
-    """
-    if not step.sharded:
-        return 0, 0
-    layer = model.model.layers[-1]
-    ends = {model.model.embed_tokens, output_module(model)}  # one module where they are tied
-    number = step.dtype.itemsize
-    weights = 2 * sum(one.numel() for one in layer.parameters())
-    weights += sum(one.weight.numel() for one in ends)
-    gradients = (number + FLOAT32) * trained_numbers(layer)
-    return number * weights, gradients + number * sum(map(trained_numbers, ends))
-
-
-def activations(model, step):
-    """Bytes of what is kept, by how far back it is needed."""
-    tokens, stream = step.num_tokens, model.config.hidden_size * stream_bytes(model, step)
-    layer, count = tokens * sum(kept_in_layer(model, step).values()), len(model.model.layers)
-    if step.checkpointing:  # of each layer its input
-        layers, again, first = count * tokens * stream, layer, tokens * stream
-        if step.device != "cpu" or stream_bytes(model, step) == FLOAT32:
-            again -= tokens * stream  # which is what its first norm keeps
+    # Activations
+    stream = step.num_tokens * model.config.hidden_size * stream_itemsize(model, step)
+    layer = step.num_tokens * layer_bytes_per_token(model, step)
+    if step.checkpointing:  # the input of every layer, and one layer that is computed again
+        kept, recomputed, first = len(layers) * stream, layer - stream, stream
     else:
-        layers, again, first = count * layer, 0, layer
-    # With a frozen embedding nothing is computed back to the first norm.
-    if not (step.checkpointing or model.model.embed_tokens.weight.requires_grad):
-        layers -= tokens * norm_bytes(
-            model.model.norm, model.config.hidden_size, stream_bytes(model, step), step
-        )
-    end = tokens * norm_bytes(
-        model.model.norm, model.config.hidden_size, stream_bytes(model, step), step
-    )
-    # The states of learned tokens, and their gradients where the output matrix is frozen.
-    chosen = step.num_learned * stream * (1 if trained_numbers(output_module(model)) else 2)
-    return {
-        "stream": tokens * stream,
-        "layers": layers,
-        "again": again,
-        "first layer": first,
-        "loss": end + tokens * stream + chosen + tokens * (INT64 + 1),
-    }
+        kept, recomputed, first = len(layers) * layer, 0, layer
+    at_loss = kept + loss_bytes(model, step)
+    backward = recomputed + backward_bytes(model, step)
+
+    # Gradients
+    all_gradients, head_gradient = gradient_bytes(model), gradient_bytes(head)
+    embedding_gradient = gradient_bytes(embedding)
+    largest = max(gradient_bytes(module) for module in layers[-1].modules() if is_leaf(module))
+    # Every chunk of logits adds to the gradient of the output matrix.
+    from_chunks = head_gradient if step.num_supervised > chunk else 0
+    is_tied = head is embedding
+    at_first_layer = all_gradients - gradient_bytes(layers[-1])
+    if not is_tied:
+        at_first_layer -= embedding_gradient
+    # The gradient of a tied embedding is the sum of two; one that is kept is added to.
+    of_embedding = embedding_gradient * (2 * is_tied + step.keeps_gradients)
+
+    def phase(
+        name: str, activations: int, done: int, new: int = 0, logits: int = 0, casts: int = 0
+    ) -> Phase:
+        """done: gradients that this backward pass has finished. new: the one it is computing."""
+        fixed = {
+            "weights": stored_bytes(model) + FLOAT32 * step.num_copied,
+            "gradients": all_gradients if step.keeps_gradients else done,
+            "optimizer": 2 * all_gradients,  # mean and mean square
+        }
+        if step.is_sharded:
+            fixed = {part: size // step.num_processes for part, size in fixed.items()}
+            casts += gathered_weight_bytes(model, step)
+            new = gathered_gradient_bytes(model, step)
+        fixed["weights"] += casts
+        fixed["gradients"] += new
+        return Phase(name, {**fixed, "activations": activations, "logits": logits})
+
+    all_casts = cast_layers + cast_head
+    last_casts = max(cast_layers, cast_layer)
+    points = [
+        phase("the loss", at_loss, from_chunks, 0, 2 * logits, all_casts),
+        phase("the last layer, backward", kept + backward, head_gradient, largest, 0, last_casts),
+        phase(
+            "the first layer, backward", first + backward, at_first_layer, largest, 0, cast_layer
+        ),
+        phase("the gradient of the embedding", stream, all_gradients, of_embedding),
+    ]
+    if head_gradient:
+        name = "the gradient of the output matrix"
+        points.append(phase(name, at_loss, from_chunks, head_gradient, logits, all_casts))
+    return points
 
 
-def working_bytes(model, step):
-    """What the backward pass of a layer holds beside what was kept: gradients of activations.
-
-    Most in the MLP: the gradient of the product (from both paths where there is an adapter), or of
-    its two factors; and those of the residual stream. A quantised weight is there as a whole.
-    """
-    config = model.config
-    inner = 2 * config.intermediate_size * step.dtype.itemsize
-    stream = 2 * config.hidden_size * stream_bytes(model, step)
-    quantized = max(
-        [
-            dequantized_bytes(one, step.dtype.itemsize)
-            for one in model.model.layers[-1].modules()
-            if isinstance(one, QuantizedLinear)
-        ],
-        default=0,
-    )
-    return step.num_tokens * (inner + stream) + quantized
+# Parameters
 
 
-def dequantized_bytes(layer, number):
-    """While a quantised weight is made anew: the weight, and what it is made of, in float32."""
-    count = layer.in_features * layer.out_features
-    if layer.bits == 8:
-        return count * (FLOAT32 if number == FLOAT32 else FLOAT32 + number)
-    return count * number + min(count, PIECE) * (2 + 2 * FLOAT32)  # an int32 for two numbers
+def stored_bytes(module: nn.Module) -> int:
+    """All parameters and buffers, as the model holds them."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def output_module(model):
-    """The module whose weight gives the logits, or the reward."""
-    if hasattr(model, "score"):
+def num_trainable(module: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def gradient_bytes(module: nn.Module) -> int:
+    """Gradients of all trained parameters, in float32."""
+    return FLOAT32 * num_trainable(module)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """True if the module contains no others."""
+    return not any(module.children())
+
+
+def output_module(model: CausalLM | RewardModel) -> nn.Module:
+    """The module that gives the logits, or the reward."""
+    if isinstance(model, RewardModel):
         return model.score
-    tied = model.config.tie_word_embeddings
-    return model.model.embed_tokens if tied else model.lm_head
+    return model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
 
 
-def cast_bytes(module, step):
-    """Bytes of the copies, in the type of the activations, of what is trained in float32.
+def cast_bytes(module: nn.Module, step: Step) -> int:
+    """Copies of the trained weights in the half type of the products, which autocast keeps.
 
-    module: a layer, or that of the output matrix. Copies live until they have been gone back
-    through; with checkpointing those of a layer go with it, and are made again.
+    They live until their layer's backward pass; with checkpointing, only while it computes.
     """
-    if step.sharded or step.dtype.itemsize == FLOAT32:
+    if step.is_sharded or step.dtype.itemsize == FLOAT32:
         return 0
-    return step.dtype.itemsize * sum(
-        trained_numbers(one)
-        for one in module.modules()
-        if isinstance(one, (nn.Linear, nn.Embedding))
-    )
+    matrices = [one for one in module.modules() if isinstance(one, (nn.Linear, nn.Embedding))]
+    return step.dtype.itemsize * sum(map(num_trainable, matrices))
+
+
+def gathered_weight_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+    """FSDP: gathered weights of two layers (the next one is on its way), embedding and output."""
+    layer = sum(parameter.numel() for parameter in model.model.layers[-1].parameters())
+    ends: set[Any] = {model.model.embed_tokens, output_module(model)}  # one module if tied
+    return step.dtype.itemsize * (2 * layer + sum(end.weight.numel() for end in ends))
+
+
+def gathered_gradient_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+    """FSDP: gradients of a layer, also in float32 to be averaged, of embedding and output."""
+    ends = {model.model.embed_tokens, output_module(model)}
+    layer = (step.dtype.itemsize + FLOAT32) * num_trainable(model.model.layers[-1])
+    return layer + step.dtype.itemsize * sum(map(num_trainable, ends))
+
+
+# Activations
+
+
+def layer_bytes_per_token(model: CausalLM | RewardModel, step: Step) -> int:
+    """What autograd keeps of one layer for each token.
+
+    An operation keeps what its gradient needs. A sum needs nothing; a product needs both factors,
+    but a linear module with a frozen weight does not need its input.
+    """
+    config, itemsize = model.config, step.dtype.itemsize
+    layer: Any = model.model.layers[-1]
+    D, inner = config.hidden_size, config.intermediate_size
+    Q = config.num_attention_heads * config.head_dim
+    K = config.num_key_value_heads * config.head_dim
+    stream, attention, mlp = stream_itemsize(model, step), layer.self_attn, layer.mlp
+    kept = [
+        norm_bytes(layer.input_layernorm, D, stream, step),
+        input_bytes((attention.q_proj, attention.k_proj, attention.v_proj), D, stream, step),
+        (Q + 2 * K) * itemsize,  # queries, keys and values
+        Q * itemsize,  # result of the attention, which o_proj shares
+        norm_bytes(layer.post_attention_layernorm, D, stream, step),
+        input_bytes((mlp.gate_proj, mlp.up_proj), D, stream, step),
+        3 * inner * itemsize,  # gate, silu(gate) and up
+        input_bytes((mlp.down_proj,), inner, itemsize, step),
+    ]
+    if attention.q_norm is not None:
+        kept.append(norm_bytes(attention.q_norm, Q, itemsize, step))
+        kept.append(norm_bytes(attention.k_norm, K, itemsize, step))
+    if dropout_of(attention.o_proj):
+        kept.append(input_bytes((attention.o_proj,), Q, itemsize, step))
+    adapters = [module for module in layer.modules() if isinstance(module, LoRALinear)]
+    ranks = sum(adapter.lora_A.out_features for adapter in adapters)
+    return sum(kept) + ranks * itemsize
+
+
+def stream_itemsize(model: CausalLM | RewardModel, step: Step) -> int:
+    """Bytes of a number in the residual stream, which has the type of the embedding."""
+    if step.is_sharded:
+        return step.dtype.itemsize
+    return max(model.model.embed_tokens.weight.dtype.itemsize, step.dtype.itemsize)
+
+
+def norm_bytes(norm: nn.Module, width: int, itemsize: int, step: Step) -> int:
+    """Input of a norm, per token. On the CPU it is computed in float32, by several operations."""
+    if step.device != "cpu":
+        return width * itemsize
+    return (2 if num_trainable(norm) else 1) * width * FLOAT32
+
+
+def input_bytes(linears: Iterable[nn.Module], width: int, itemsize: int, step: Step) -> int:
+    """Input that linear modules keep, per token. itemsize: its type before they multiply.
+
+    Trained ones share one copy, unless each converts the type or applies its own dropout, which
+    keeps the result and the mask.
+    """
+    trained = [linear for linear in linears if num_trainable(linear)]
+    product = step.dtype.itemsize
+    if any(map(dropout_of, trained)):
+        return len(trained) * width * 2 * product
+    is_converted = itemsize > product
+    return (len(trained) if is_converted else min(1, len(trained))) * width * product
+
+
+def dropout_of(linear: nn.Module) -> float:
+    """Dropout of an adapter's input; 0 without an adapter."""
+    dropout = getattr(linear, "dropout", None)
+    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+
+
+def loss_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+    """What is there at the loss besides the layers' activations and the logits."""
+    D, itemsize = model.config.hidden_size, stream_itemsize(model, step)
+    # States of supervised tokens; with a frozen output matrix, their gradients too.
+    num_states = step.num_supervised * (1 if num_trainable(output_module(model)) else 2)
+    states = (step.num_tokens + num_states) * D * itemsize
+    norm = step.num_tokens * norm_bytes(model.model.norm, D, itemsize, step)
+    return states + norm + step.num_tokens * (INT64 + BOOL)  # token ids and mask
+
+
+def backward_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+    """Gradients of activations in the backward pass of a layer, and a dequantised weight.
+
+    Most are in the MLP: two of the inner width, and two of the residual stream.
+    """
+    inner = 2 * model.config.intermediate_size * step.dtype.itemsize
+    stream = 2 * model.config.hidden_size * stream_itemsize(model, step)
+    weights = [
+        dequantized_bytes(module, step)
+        for module in model.model.layers[-1].modules()
+        if isinstance(module, QuantizedLinear)
+    ]
+    return step.num_tokens * (inner + stream) + max(weights, default=0)
+
+
+def dequantized_bytes(layer: QuantizedLinear, step: Step) -> int:
+    """A dequantised weight, and the float32 values that it is converted from."""
+    count, itemsize = layer.in_features * layer.out_features, step.dtype.itemsize
+    if layer.bits == 8:
+        return count * (FLOAT32 if itemsize == FLOAT32 else FLOAT32 + itemsize)
+    # 4 bits are converted in pieces: two values and half an int32 index for each number.
+    return count * itemsize + min(count, PIECE) * (2 * FLOAT32 + 2)

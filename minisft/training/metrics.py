@@ -1,89 +1,98 @@
-"""What a run shows and leaves behind: a progress bar, metrics.jsonl, a picture of the loss.
+"""What a run shows and leaves behind: a progress bar, metrics.jsonl, a plot of the loss.
 
 progress = Progress(total_steps=100, path="runs/cherry/metrics.jsonl")
-progress.add({"loss": 12.5}, total=10, num_tokens=40)
+progress.start()
+progress.add({"loss": 12.5}, count=10, num_tokens=40)
 progress.record(epoch=0.1, learning_rate=1e-4, grad_norm=0.7)
 plot_loss("runs/cherry")          # runs/cherry/loss.png
 """
 
 import json
 import math
-import os
 import sys
 import time
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minisft.common import processes
+from minisft.common.outputs import atomic_write
 
 
 class Progress:
-    """Counts a run's steps, losses and tokens. Only the first process shows and writes them.
+    """Counts the steps, losses and tokens of a run. Only rank 0 shows and writes them.
 
-    `tokens` are all tokens of the rows, without padding; losses and other figures are per
-    supervised token, or per row of preferences.
+    Tokens are all tokens of the rows, without padding. The loss and other figures are means over
+    supervised tokens, or over rows if answers are compared.
     """
 
-    def __init__(self, total_steps, path, device="cpu", state=None):
-        self.is_main = processes.rank() == 0
-        self.device = device
+    def __init__(
+        self, total_steps: int, path: str | Path, device: torch.device | str = "cpu"
+    ) -> None:
+        self.total_steps, self.path, self.device = total_steps, Path(path), device
+        self.is_rank0 = processes.rank() == 0
         self.step = self.tokens = 0
+        self._file: IO[str] | None = None
+        self._bar = tqdm(disable=True)
         self._begin_interval()
-        earlier = []
-        if state:
-            self.step, self.tokens = state["step"], state["tokens"]
-            self.sums = Counter(
-                {name: value if self.is_main else 0.0 for name, value in state["sums"].items()}
-            )
-            self.total = state["total"]
-        self.file = None
-        if self.is_main:
-            if state:
-                earlier = [row for row in read_metrics(path) if row["step"] <= self.step]
-            partial = Path(f"{path}.partial")  # a full disk leaves the log of before
-            partial.write_text("".join(json.dumps(row) + "\n" for row in earlier), "utf-8")
-            os.replace(partial, path)
-            self.file = open(path, "a", encoding="utf-8")
-        silent = not (self.is_main and sys.stderr.isatty())
-        self.bar = tqdm(total=total_steps, initial=self.step, unit="step", disable=silent)
 
-    def state(self):
-        """What `state` takes, to count on from here after an interruption."""
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes. Every rank calls it."""
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "sums": self._all_sums(),
-            "total": self.total,
+            "sums": self._sums_of_all_ranks(),
+            "total": self._count,
         }
 
-    def _begin_interval(self):
-        self.sums, self.total, self.num_tokens = Counter(), 0, 0
-        self.began = time.monotonic()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the step of a checkpoint."""
+        self.step, self.tokens, self._count = state["step"], state["tokens"], state["total"]
+        # The saved sums are those of all ranks, so only rank 0 takes them.
+        self._sums = {
+            name: value if self.is_rank0 else 0.0 for name, value in state["sums"].items()
+        }
 
-    def _all_sums(self):
-        """{figure: sum over all processes} since the last record."""
-        values = processes.sum_over_ranks(list(map(float, self.sums.values())), self.device)
-        return dict(zip(self.sums, values, strict=True))
+    def start(self) -> None:
+        """Show the bar and open the log, without what a resumed run logged after its checkpoint."""
+        if not self.is_rank0:
+            return
+        earlier = read_metrics(self.path) if self.step else []
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in earlier if row["step"] <= self.step)
+        self._file = open(self.path, "a", encoding="utf-8")
+        silent = not sys.stderr.isatty()
+        self._bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=silent)
 
-    def add(self, sums, total, num_tokens):
+    def close(self) -> None:
+        """Finish the bar and the log."""
+        self._bar.close()
+        if self._file:
+            self._file.close()
+
+    def add(self, sums: Mapping[str, Tensor | float], count: float, num_tokens: int) -> None:
         """Count one optimizer step.
 
-        sums: {figure: sum over this process's rows}. total: over how much all processes' sums
-        are, in supervised tokens or rows of preferences. num_tokens: of all processes.
+        sums: {figure: sum over this rank's rows}. count: the number of supervised tokens, or rows,
+        that they are sums over, of all ranks. num_tokens: all tokens, of all ranks.
         """
         self.step += 1
         self.tokens += num_tokens
-        self.sums.update(sums)
-        self.total += total
-        self.num_tokens += num_tokens
-        self.bar.update()
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += count
+        self._interval_tokens += num_tokens
+        self._bar.update()
 
-    def record(self, epoch, learning_rate, grad_norm):
-        """Write the mean figures and the speed since the last record, over all processes."""
-        means = {name: value / max(1, self.total) for name, value in self._all_sums().items()}
-        speed = self.num_tokens / max(1e-9, time.monotonic() - self.began)
+    def record(self, epoch: float, learning_rate: float, grad_norm: float) -> None:
+        """Write the means and the speed since the last record. Every rank calls it."""
+        sums = self._sums_of_all_ranks()
+        means = {name: value / max(1, self._count) for name, value in sums.items()}
+        speed = self._interval_tokens / max(1e-9, time.monotonic() - self._began)
         self._write(
             step=self.step,
             epoch=epoch,
@@ -93,87 +102,89 @@ class Progress:
             tokens=self.tokens,
             tokens_per_second=speed,
         )
-        self.bar.set_postfix_str(
+        self._bar.set_postfix_str(
             f"{in_words(means)}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
         )
         self._begin_interval()
 
-    def record_evaluation(self, figures, seconds):
-        """Write {figure: mean} of an evaluation that took `seconds`, no part of training time."""
+    def record_evaluation(self, figures: Mapping[str, float], seconds: float) -> None:
+        """Write the means of an evaluation. Its time does not count as training time."""
         self._write(step=self.step, **{f"eval_{name}": value for name, value in figures.items()})
         self.say(f"step {self.step}: evaluation {in_words(figures)}")
-        self.began += seconds
+        self._began += seconds
 
-    def say(self, text):
-        """Print a line above the bar, at once also where it goes into a file."""
-        if self.is_main:
-            self.bar.write(text)
+    def say(self, text: str) -> None:
+        """Print a line above the bar, at once: a log file may be read while the run goes on."""
+        if self.is_rank0:
+            self._bar.write(text)
             sys.stdout.flush()
 
-    def close(self):
-        """Finish the bar and the file."""
-        self.bar.close()
-        if self.file:
-            self.file.close()
+    def _begin_interval(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._count: float = 0
+        self._interval_tokens = 0
+        self._began = time.monotonic()
 
-    def _write(self, **values):
-        if self.file:
+    def _sums_of_all_ranks(self) -> dict[str, float]:
+        values = [float(value) for value in self._sums.values()]
+        totals = processes.sum_over_ranks(values, self.device)
+        return dict(zip(self._sums, totals, strict=True))
+
+    def _write(self, **values: float) -> None:
+        if self._file:
             rounded = {name: _rounded(value) for name, value in values.items()}
-            self.file.write(json.dumps(rounded, allow_nan=False) + "\n")
-            self.file.flush()
+            self._file.write(json.dumps(rounded, allow_nan=False) + "\n")
+            self._file.flush()
 
 
-def in_words(figures):
+def in_words(figures: Mapping[str, float]) -> str:
     """{"loss": 0.5, "accuracy": 0.75} -> "loss 0.5000, accuracy 75.0 %"."""
-
-    def in_units(name, value):
-        """A share in per cent, other figures as they are."""
+    parts = []
+    for name, value in figures.items():
         if name in ("accuracy", "exact_match"):
-            return f"{100 * value:.1f} %"
-        return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
+            text = f"{100 * value:.1f} %"
+        elif name == "perplexity":
+            text = f"{value:.2f}"
+        else:
+            text = f"{value:.4f}"
+        parts.append(f"{name.replace('_', ' ')} {text}")
+    return ", ".join(parts)
 
-    return ", ".join(
-        f"{name.replace('_', ' ')} {in_units(name, value)}" for name, value in figures.items()
-    )
 
-
-def _rounded(value):
-    """Six significant digits; None for what JSON has no number for."""
+def _rounded(value: float) -> float | None:
+    """Six significant digits; None for infinity and NaN, which JSON does not have."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def read_metrics(path):
-    """The objects of a metrics.jsonl, as a list of dicts; a last line cut off is left out."""
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a last one that is still being written."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def plot_loss(run_dir):
-    """Draw loss and evaluation loss over steps to `run_dir/loss.png`; returns its path.
-
-    Raises ImportError where matplotlib is not installed.
-    """
+def plot_loss(run_dir: str | Path) -> Path:
+    """Draw training and evaluation loss to `run_dir/loss.png`. ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
     rows = read_metrics(Path(run_dir) / "metrics.jsonl")
-    per = "row" if any("accuracy" in row for row in rows) else "token"
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel=f"loss per {per}")
+    unit = "row" if any("accuracy" in row for row in rows) else "token"
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel=f"loss per {unit}")
     for name, style in (("loss", "-"), ("eval_loss", "o-")):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
-    right = [
+    matches = [
         (row["step"], 100 * row["eval_exact_match"]) for row in rows if "eval_exact_match" in row
     ]
-    if right:
-        axes.plot([], [], "g^:", label="exact match")  # named in the legend of the losses
-        other = axes.twinx()
-        other.plot(*zip(*right, strict=True), "g^:")
-        other.set(ylabel="exact match, %", ylim=(0, 100))
+    if matches:
+        axes.plot([], [], "g^:", label="exact match")  # for the legend of the first axes
+        right = axes.twinx()
+        right.plot(*zip(*matches, strict=True), "g^:")
+        right.set(ylabel="exact match, %", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(run_dir) / "loss.png"

@@ -1,56 +1,91 @@
-"""What is minimised: the negative log-likelihood of the supervised tokens, as a sum.
+"""Next-token prediction: the objective of supervised fine-tuning and of pre-training.
 
-    loss_sum, num_tokens = next_token_loss(model, tokens, supervised)
-    (loss_sum / num_tokens).backward()
+    loss of a step = - sum of log p(token | tokens before it) over its N supervised tokens / N
 
-A sum, because the mean over a step's tokens is only known when all micro-batches and processes
-have counted theirs; a mean of means would weigh the tokens of short batches more.
+An objective returns sums, not means. The mean of an optimizer step is known only after all of its
+micro-batches, on all ranks, have counted their tokens; averaging the means of micro-batches would
+give tokens in short batches more weight.
 """
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from minisft.common import processes
 from minisft.data.batching import collate, micro_batches
+from minisft.data.encoding import Example
+from minisft.model.decoder import CausalLM
 from minisft.model.loss import next_token_loss
 
 
-@torch.inference_mode()
-def mean_loss(model, examples, batch_size, collate=collate):
-    """Loss per supervised token of held-out Examples, over all processes; every row once.
+class Objective(Protocol):
+    """What the training loop minimises. preference.py has two more."""
 
-    collate: how Examples become a batch: `collate` or `pack` of batching.py.
-    """
-    model.eval()
-    device = model.model.embed_tokens.weight.device
-    examples = sorted(examples, key=lambda example: len(example.ids))
-    loss_sum, num_targets = 0.0, 0
-    # As many batches on every process, some perhaps empty: those of a sharded model go together.
-    for batch in micro_batches(examples, batch_size, processes.rank(), processes.world_size()):
-        loss, count = next_token_loss(model, *collate(batch, device))
-        loss_sum, num_targets = loss_sum + loss.item(), num_targets + count
-    loss_sum, num_targets = processes.sum_over_ranks([loss_sum, num_targets], device)
-    return loss_sum / num_targets
+    model: Any
+
+    @property
+    def collate(self) -> Callable[..., Any]:
+        """(examples, device, length that padding is a multiple of) -> a batch."""
+
+    def count(self, batches: Iterable[Any]) -> int:
+        """Number of tokens (or rows, if answers are compared) that the loss is a sum over."""
+
+    def sums(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """{figure: sum over the batch}. "loss" has a gradient; the others are for the log.
+
+        model: self.model, or the DDP wrapper around it.
+        """
 
 
 class NextToken:
-    """The objective of --stage sft and pt: the mean loss of the supervised tokens of a step."""
+    """Objective of --stage sft and pt."""
 
     collate = staticmethod(collate)
 
-    def __init__(self, model):
+    def __init__(self, model: CausalLM):
         self.model = model
 
-    def count(self, batches):
-        """[supervised tokens of these batches]: what the sums of a step are divided by."""
-        return [sum(int(supervised[:, 1:].sum()) for _, supervised, _ in batches)]
+    def count(self, batches: Iterable[tuple[Tensor, Tensor, list[int] | None]]) -> int:
+        """Number of supervised tokens. The first token of a row is never a target."""
+        return sum(int(supervised[:, 1:].sum()) for _, supervised, _ in batches)
 
-    def __call__(self, wrapped, batch, totals):
-        """{"loss": sum over tokens}; `wrapped`: the model, or what averages its gradients."""
-        return {"loss": next_token_loss(wrapped, *batch, logits=self.model.logits)[0]}
+    def sums(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor, list[int] | None]
+    ) -> dict[str, Tensor]:
+        """{"loss": sum over the supervised tokens} of tokens (B, T), supervised (B, T), lengths."""
+        tokens, supervised, lengths = batch
+        loss, _ = next_token_loss(model, tokens, supervised, lengths, self.model.logits)
+        return {"loss": loss}
 
-    def evaluate(self, examples, batch_size, collate):
-        """{figure: mean} over held-out Examples."""
-        loss = mean_loss(self.model, examples, batch_size, collate)
-        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+@torch.inference_mode()
+def mean_figures(
+    objective: Objective,
+    examples: list[Example],
+    batch_size: int,
+    collate: Callable[[list[Example]], Any],
+    device: torch.device,
+) -> dict[str, float]:
+    """{figure: mean} over held-out examples. Every rank calls it and computes its share.
+
+    collate: examples -> a batch on `device`.
+    """
+    model = objective.model.eval()
+    examples = sorted(examples, key=lambda example: len(example.ids))
+    # All ranks get equally many batches, some perhaps empty: a sharded model needs all of them.
+    parts = micro_batches(examples, batch_size, processes.rank(), processes.world_size())
+    (count,) = processes.sum_over_ranks([objective.count(map(collate, parts))], device)
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, value in objective.sums(model, collate(part)).items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    totals = processes.sum_over_ranks(list(sums.values()), device)
+    return {name: total / count for name, total in zip(sums, totals, strict=True)}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity if that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

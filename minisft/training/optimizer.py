@@ -1,37 +1,47 @@
-"""AdamW and the learning rate over time.
+"""AdamW, and the learning rate over the steps of a run.
 
-optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.1)
+optimizer = build_optimizer(model, options)
 rate = learning_rate_at(step, total_steps=1000, peak=1e-4, schedule="cosine", warmup_steps=30)
+set_learning_rate(optimizer, rate)
 """
 
 import math
+from argparse import Namespace
 
 import torch
+from torch import nn
 
 
-def build_optimizer(model, learning_rate, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-8):
-    """AdamW (arXiv 1711.05101) on what is trained; norms and biases are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(model: nn.Module, options: Namespace) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) on the trainable parameters; norms and biases have no decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
     groups = [
-        {"params": [one for one in trained if one.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = all(one.device.type in ("cpu", "cuda") for one in trained)
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        fused=True,  # one kernel for all parameters instead of a few for each
+    )
 
 
-def load_optimizer(optimizer, state):
-    """Take over the moments in a `state_dict`; rates, decay and betas stay those of `optimizer`."""
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+def learning_rate_at(
+    step: int,
+    total_steps: int,
+    peak: float,
+    schedule: str = "cosine",
+    warmup_steps: int = 0,
+    end: float = 0.0,
+) -> float:
+    """Learning rate of a step, counted from 0: linear warm-up from zero, then the schedule.
 
-
-def learning_rate_at(step, total_steps, peak, schedule="cosine", warmup_steps=0, end=0.0):
-    """The rate of optimizer step `step` (from 0): linear warm-up from zero, then the schedule.
-
-    The curves are those of transformers' schedulers of the same names, but that "constant" is its
-    constant_with_warmup. `end` is where the polynomial (of degree one) arrives.
+    The curves are those of the transformers schedulers with the same names, except that
+    "constant" warms up too. end: final rate of the polynomial (of degree one).
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -45,7 +55,7 @@ def learning_rate_at(step, total_steps, peak, schedule="cosine", warmup_steps=0,
     return peak
 
 
-def set_learning_rate(optimizer, rate):
-    """Use `rate` for every parameter group from the next step on."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use this learning rate for every parameter from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = rate

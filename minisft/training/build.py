@@ -1,0 +1,127 @@
+"""The model that the options describe, with the parameters that are to be trained.
+
+    model, lora_config = build_model(options, model_dir, dtype, device)     # to train it
+    model = model_on_meta(options, config, dtype)                           # to plan the training
+
+LoRA, QLoRA and full fine-tuning differ only in which parameters are trainable.
+"""
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minisft.checkpoints.adapters import load_adapter
+from minisft.checkpoints.folders import load_model
+from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.reward_models import load_reward_model
+from minisft.common import processes
+from minisft.common.devices import has_fast_bfloat16
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.lora_tools import resume_lora
+from minisft.model.quantized import QuantizedLinear, convert_parameters, count_parameters
+from minisft.model.reward import RewardModel
+from minisft.training import fsdp
+
+
+def build_model(
+    options: Namespace, model_dir: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[CausalLM | RewardModel, LoraConfig | None]:
+    """The model on `device`, and the LoraConfig of its adapter (None in full fine-tuning).
+
+    Frozen parameters have type `dtype`, trainable ones float32. With --parallel fsdp the model is
+    sharded, and this rank holds its shard.
+    """
+    if options.parallel != "fsdp":
+        return load_trainable(options, model_dir, dtype, device)
+    model, lora_config = load_trainable(options, model_dir, dtype, torch.device("meta"))
+    fsdp.distribute(model, lora_config, options, model_dir, dtype, device)
+    return model, lora_config
+
+
+def load_trainable(
+    options: Namespace, model_dir: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[CausalLM | RewardModel, LoraConfig | None]:
+    """`build_model` without sharding. On the meta device it has shapes and types only."""
+    if options.train_from_scratch:
+        with torch.device(device):
+            model = CausalLM(ModelConfig.load(model_dir))
+        model.initialize(torch.Generator().manual_seed(options.seed))
+        return model, None
+    load = load_reward_model if options.stage == "rm" else load_model
+    base_dtype = torch.float32 if options.finetuning_type == "full" else dtype
+    model = load(model_dir, base_dtype, device, options.quantization_bit)
+    return model, make_trainable(model, options)
+
+
+def make_trainable(model: CausalLM | RewardModel, options: Namespace) -> LoraConfig | None:
+    """Choose what is trained: all parameters, a new LoRA adapter, or the one of --adapter.
+
+    model: frozen; changed in place. The head of a reward model is always trained.
+    """
+    if options.finetuning_type == "full":
+        model.requires_grad_(True)
+        return None
+    head = ("score",) if options.stage == "rm" else ()
+    if options.adapter:
+        adapter_dir = resolve(options.adapter, "adapter_config.json")
+        config = load_adapter(model, adapter_dir, options.lora_dropout)
+        config.modules_to_save = tuple(dict.fromkeys((*config.modules_to_save, *head)))
+        resume_lora(model, config)
+        return config
+    config = LoraConfig.from_options(options)
+    config.modules_to_save += head
+    add_lora(model, config)
+    return config
+
+
+def model_on_meta(
+    options: Namespace, config: ModelConfig, dtype: torch.dtype
+) -> CausalLM | RewardModel:
+    """What `build_model` would make, on the meta device. Needs no weights, only config.json."""
+    if options.finetuning_type == "full":
+        dtype = torch.float32
+    with torch.device("meta"):
+        kind = RewardModel if options.stage == "rm" else CausalLM
+        model = kind(dataclasses.replace(config))  # untying the embedding changes the config
+        if options.quantization_bit:
+            quantize_layers(model, options.quantization_bit)
+    model.requires_grad_(False)
+    convert_parameters(model, dtype)
+    make_trainable(model, options)
+    return model
+
+
+def quantize_layers(model: CausalLM | RewardModel, bits: int) -> None:
+    """Replace the linear modules of the decoder layers by empty quantised ones."""
+    for layer in model.model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                sizes = module.in_features, module.out_features
+                layer.set_submodule(name, QuantizedLinear(*sizes, bits, module.bias))
+
+
+def describe_training(
+    options: Namespace,
+    model: CausalLM | RewardModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_rows: int,
+) -> str:
+    """What is trained, on what, for people."""
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    text = (
+        f"{num_rows:,} rows; training {trained:,} of {count_parameters(model):,} parameters "
+        f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
+        f"{processes.world_size()} process(es)"
+    )
+    if dtype == torch.bfloat16 and not has_fast_bfloat16(device):
+        text += (
+            "\nbfloat16 halves the memory of the base model, but this processor only emulates it: "
+            "--dtype float32 is faster here"
+        )
+    return text

@@ -1,0 +1,79 @@
+"""The result of a run: an adapter or a model folder that chat.py, eval.py and export.py read."""
+
+from pathlib import Path
+
+import torch
+
+from minisft.checkpoints.adapters import save_adapter
+from minisft.checkpoints.folders import (
+    generation_eos,
+    save_generation_config,
+    save_model,
+    stored_dtype,
+)
+from minisft.common import processes
+from minisft.common.errors import UserError
+from minisft.text.chat_template import chat_template_text
+from minisft.text.template import Template
+from minisft.text.tokenizer import Tokenizer
+from minisft.training import checkpoint
+from minisft.training.metrics import plot_loss
+from minisft.training.run import Run
+
+
+def save_result(run: Run, model_dir: Path, tokenizer: Tokenizer, template: Template | None) -> None:
+    """Write what was trained to --output_dir, and draw the losses if asked to. Every rank calls it.
+
+    model_dir: folder of the base model. UserError if there is no room on the disk.
+    """
+    options, say = run.options, processes.print_rank0
+    output_dir = Path(options.output_dir)
+    if options.load_best_model_at_end and run.best.step:
+        load_best(run)
+    try:
+        if run.lora_config:
+            save_adapter(run.model, output_dir, run.lora_config, options.model_name_or_path)
+        else:
+            save_full_model(run, model_dir, output_dir, template)
+        if processes.rank() == 0:
+            text = template and chat_template_text(template, options.default_system)
+            tokenizer.save(output_dir, text)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"{error}. Make room; --resume_from_checkpoint auto then continues from the last "
+            "checkpoint."
+        ) from error
+    say(f"saved to {output_dir}")
+    if options.plot_loss and processes.rank() == 0:
+        try:
+            say(f"drew {plot_loss(output_dir)}")
+        except ImportError:
+            say(
+                "--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
+                f"{output_dir / 'metrics.jsonl'}"
+            )
+
+
+def load_best(run: Run) -> None:
+    """Go back to the weights with the lowest evaluation loss."""
+    best = Path(run.options.output_dir) / f"checkpoint-{run.best.step}"
+    if fault := processes.broadcast_from_rank0(lambda: checkpoint.damage(best)):
+        processes.print_rank0(f"{best}: {fault}; saving the last weights instead of the best")
+        return
+    checkpoint.restore_weights(run.model, best)
+    processes.print_rank0(f"loaded the weights of {best}, evaluation loss {run.best.loss:.4f}")
+
+
+def save_full_model(run: Run, model_dir: Path, output_dir: Path, template: Template | None) -> None:
+    """Write the model in the type of its base, with the tokens that end its answers."""
+    config = run.model.config
+    if run.options.train_from_scratch:
+        dtype = getattr(torch, config.dtype)
+    else:
+        dtype = stored_dtype(model_dir)
+    save_model(run.model, output_dir, dtype)
+    if processes.rank() == 0:
+        stop_ids = generation_eos(model_dir, config)
+        if template:
+            stop_ids = template.stop_token_ids(stop_ids)
+        save_generation_config(model_dir, output_dir, config, stop_ids)

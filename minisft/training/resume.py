@@ -1,0 +1,270 @@
+"""Save a run and continue it exactly: same weights, optimizer, step, random numbers and log.
+
+save_checkpoint(run)                                # every rank; runs/demo/checkpoint-40
+saved = load_saved_run(options, num_rows, say)      # None if there is nothing to resume
+restore(run, saved)
+"""
+
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisft.checkpoints.adapters import save_adapter
+from minisft.checkpoints.folders import save_model
+from minisft.common import processes
+from minisft.common.errors import UserError
+from minisft.common.outputs import save_options
+from minisft.data.batching import Batches
+from minisft.training import checkpoint, fsdp
+from minisft.training.data import BrokenRow
+from minisft.training.reference import LogProbs, saved_log_probs
+from minisft.training.run import Best, Run, count_rows_per_step
+
+# Options that decide which rows are trained on and what is trained. They cannot change on resume.
+IDENTITY = (
+    "seed",
+    "stage",
+    "template",
+    "default_system",
+    "cutoff_len",
+    "block_size",
+    "max_samples",
+    "validation_split",
+    "finetuning_type",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target",
+    "use_rslora",
+    "modules_to_save",
+    "quantization_bit",
+)
+# Options that may change on resume without a warning.
+SILENT = {
+    "config",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "output_dir",
+    "show_samples",
+    "plot_loss",
+}
+# Folder in the checkpoint of a sharded model: the optimizer state, written by all ranks.
+OPTIMIZER = "optimizer"
+
+
+@dataclass
+class SavedRun:
+    """A checkpoint of a run: its folder, and the content of trainer_state.pt."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step. A resumed run keeps it, whatever its number of ranks."""
+        return self.state["rows_per_step"]
+
+    @property
+    def reference_log_probs(self) -> LogProbs:
+        """What --precompute_reference has computed; empty without it."""
+        return self.state["reference"]
+
+
+def can_resume(options: Namespace) -> bool:
+    """True if --resume_from_checkpoint is given and --output_dir holds a run.
+
+    UserError if it holds a result but no checkpoint: the run would start again and overwrite it.
+    """
+    if not options.resume_from_checkpoint:
+        return False
+    output_dir = Path(options.output_dir)
+    has_result = any((output_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    if has_result and not any(output_dir.glob("checkpoint-*")):
+        raise UserError(
+            f"--output_dir {output_dir} holds a finished run without a checkpoint to resume from. "
+            "Choose another folder, or add --overwrite_output_dir to start again."
+        )
+    return (output_dir / "options.toml").exists()
+
+
+# Save
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write `checkpoint-STEP` with the state of all ranks. Every rank calls it."""
+    is_sharded = run.options.parallel == "fsdp"
+    state = {
+        "identity": _identity(run.options, run.schedule.num_rows),
+        "num_bytes": run.num_bytes,
+        "options": vars(run.options),
+        "rows_per_step": run.schedule.rows_per_step,
+        "best": asdict(run.best),
+        "progress": run.progress.state(),
+        "scaler": run.precision.scaler.state_dict(),
+        "reference": saved_log_probs(run.objective),
+        "optimizer": None if is_sharded else run.optimizer.state_dict(),
+        "random": processes.all_gather(_random_state(run.device)),
+    }
+    with checkpoint.new_checkpoint(
+        run.options.output_dir, run.progress.step, run.options.save_total_limit, run.best.step
+    ) as folder:
+        if run.lora_config:
+            save_adapter(run.model, folder, run.lora_config, run.options.model_name_or_path)
+        else:
+            save_model(run.model, folder)
+        if is_sharded:
+            # If rank 0 failed above, it has removed the folder. Do not create it again.
+            processes.barrier()
+            fsdp.save_moments(run.model, run.optimizer, folder / OPTIMIZER)
+        if processes.rank() == 0:
+            checkpoint.save_state(state, folder)
+
+
+def _identity(options: Namespace, num_rows: int) -> dict[str, Any]:
+    return {"num_rows": num_rows, **{name: getattr(options, name) for name in IDENTITY}}
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of the random generators that training draws from on this rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+# Resume
+
+
+def load_saved_run(
+    options: Namespace, batches: Batches, say: Callable[[str], None]
+) -> SavedRun | None:
+    """The checkpoint that --resume_from_checkpoint names; None for a new run. Every rank calls it.
+
+    UserError if it is from a run that differs in what cannot change; other changes are reported.
+    """
+    which = options.resume_from_checkpoint
+    if not which:
+        return None
+    path = processes.broadcast_from_rank0(lambda: checkpoint.find(options.output_dir, which, say))
+    if path is None:
+        say("no checkpoint to resume from: starting a new run")
+        return None
+    say(f"resuming from {path}")
+    state = checkpoint.load_state(path)
+    for name, value in _identity(options, batches.num_examples).items():
+        if state["identity"][name] != value:
+            raise UserError(
+                f"{path} is from a run with {name} {state['identity'][name]}, not {value}. Give "
+                "the same value, or start a new run in another folder."
+            )
+    for name, value in vars(options).items():
+        before = state["options"].get(name)
+        if name not in SILENT and before != value:
+            say(f"--{name} is {value} from here on; it was {before}")
+    if state["rows_per_step"] != count_rows_per_step(options, processes.world_size()):
+        say(
+            f"every step still has {state['rows_per_step']} rows, whatever the batch size, "
+            "accumulation and number of processes are now"
+        )
+    num_bytes = count_bytes(batches)
+    if state["num_bytes"] != num_bytes:
+        say(
+            f"the training rows have changed since the checkpoint ({num_bytes:,} bytes instead of "
+            f"{state['num_bytes']:,}); from here on the new ones are used"
+        )
+    return SavedRun(path, state)
+
+
+def count_bytes(batches: Batches) -> int:
+    """Size of the training rows in their files; tells whether they have changed."""
+    return int(batches.rows.sizes().sum())
+
+
+def restore(run: Run, saved: SavedRun) -> None:
+    """Continue `run` from a checkpoint. Call it last: it also restores the random generators."""
+    path, state = saved.path, saved.state
+    if state["progress"]["step"] > run.schedule.total_steps:
+        raise UserError(
+            f"{path} is at step {state['progress']['step']}, but this run ends at step "
+            f"{run.schedule.total_steps}. Raise --max_steps or --num_train_epochs, or resume from "
+            "an earlier checkpoint."
+        )
+    checkpoint.restore_weights(run.model, path)
+    _restore_optimizer(run, state["optimizer"], path)
+    if state["scaler"]:  # empty unless the run was in float16
+        run.precision.scaler.load_state_dict(state["scaler"])
+    if path.parent.resolve() == Path(run.options.output_dir).resolve():
+        run.best = Best(**state["best"])  # of another folder there is no checkpoint to go back to
+    run.progress.restore(state["progress"])
+    _restore_random_state(state["random"], run.device)
+
+
+def _restore_optimizer(run: Run, state: dict[str, Any] | None, path: Path) -> None:
+    """state: AdamW's state_dict; None if the run that saved it was sharded."""
+    if state is None:
+        fsdp.load_moments(run.model, run.optimizer, path / OPTIMIZER)
+    elif run.options.parallel == "fsdp":
+        fsdp.shard_moments(run.optimizer, state)
+    else:
+        # Learning rate, decay and betas are those of the options, which may have changed.
+        groups = run.optimizer.state_dict()["param_groups"]
+        run.optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def _restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.device) -> None:
+    """states: one for each rank of the run that saved them."""
+    if len(states) != processes.world_size():
+        processes.print_rank0(
+            f"{processes.world_size()} processes instead of {len(states)}: dropout draws new "
+            "random numbers"
+        )
+        return
+    state = states[processes.rank()]
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
+    """Create --output_dir, record the options, and remove the checkpoints of other runs.
+
+    Call it when nothing can refuse the run any more.
+    """
+    if processes.rank() == 0:
+        output_dir = Path(run.options.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_others(output_dir, saved.path if saved else None, run.progress.step)
+        save_options(run.options, output_dir / "options.toml")
+
+
+# Stop early
+
+
+@contextmanager
+def save_before_broken_row(run: Run) -> Generator[None, None, None]:
+    """If training stops at a row that cannot be read, save the steps before it."""
+    first_step = run.progress.step
+    try:
+        yield
+    except BrokenRow as error:
+        if run.progress.step == first_step:
+            raise
+        save_checkpoint(run)
+        raise UserError(
+            f"{error}. Saved at step {run.progress.step}: repair the row, then continue with "
+            "--resume_from_checkpoint auto."
+        ) from error
+
+
+def how_to_continue(run: Run) -> str:
+    """For the user who has interrupted a run."""
+    record = shlex.quote(str(Path(run.options.output_dir) / "options.toml"))
+    return (
+        f"stopped and saved at step {run.progress.step}; continue with\n"
+        f"  {processes.launch_command()} train.py --config {record} --resume_from_checkpoint auto"
+    )
