@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.training.memory import skeleton
 
 COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
           "eos_token_id": 2, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
@@ -77,7 +76,9 @@ def random_tensor(name, shape, generator):
 
 def random_model(shape, num_layers, dtype, device):
     """A frozen CausalLM whose weights are drawn on the device itself, without any file."""
-    model = skeleton(ModelConfig.from_dict(config_of(shape, num_layers)), dtype)
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(config_of(shape, num_layers)))
+    model.requires_grad_(False)
     torch.manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         value = torch.empty(parameter.shape, dtype=dtype, device=device)
