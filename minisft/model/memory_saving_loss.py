@@ -4,7 +4,8 @@ torch holds three tensors with the shape of the logits in the backward pass of a
 log-probabilities, their gradient, and the gradient of the logits. Here there is one.
 
 torch's F.linear_cross_entropy was measured and is not used: with bfloat16 states it sums in
-bfloat16, and the sum was 0.5 % wrong.
+bfloat16, so that the sum of 5,000 losses was 0.3 % wrong. It also needs the weight of the output
+matrix, which an adapter may change.
 """
 
 from collections.abc import Callable
