@@ -106,7 +106,8 @@ def main() -> None:
     from minisft.common import processes
     from minisft.common.devices import resolve_device, resolve_dtype
     from minisft.model.config import ModelConfig
-    from minisft.model.lora import convert_parameters, merge_lora
+    from minisft.model.lora import merge_lora
+    from minisft.model.quantized import convert_parameters
     from minisft.selection.ifd import IfdScorer
     from minisft.selection.provenance import score_record
     from minisft.selection.reward_scores import RewardScorer, mean_preference_fields

@@ -25,7 +25,7 @@ import torch._dynamo  # noqa: E402, F401  (which comes with the first optimizer)
 
 import train  # noqa: E402
 from minisft.common.script import run_script  # noqa: E402
-from minisft.training.run import Run  # noqa: E402
+from minisft.training import resume  # noqa: E402
 
 LINES = 30_000  # of this project, the most before a kill: the start and some twenty steps
 LINES_OF_SAVING = 100_000  # some three checkpoints
@@ -66,14 +66,14 @@ def kill_at(number):
 
 def kill_in_saving(number):
     """Have this process killed at one of the lines, of any file, executed while it saves."""
-    trace, save = killer(number, "/"), Run.save_checkpoint
+    trace, save = killer(number, "/"), resume.save_checkpoint
 
     def save_traced(run):
         sys.settrace(trace)
         save(run)
         sys.settrace(None)
 
-    Run.save_checkpoint = save_traced
+    resume.save_checkpoint = save_traced
 
 
 def main():

@@ -165,7 +165,7 @@ BAD_ROWS = {
     "no answer in JSON lines": (json.dumps(GOOD) + '\n\n{"instruction": "x", "output": null}\n',
                                 "rows.json, row 2 (line 3): there is no answer"),
     "unknown columns": (json.dumps([GOOD, {"question": "x", "reply": "y"}]),
-                        "row 2: the columns (question, reply) are those of no known format"),
+                        "row 2: no known format has the columns question, reply"),
     "broken line": (json.dumps(GOOD) + '\n{"instruction": "x",, }\n',
                     "row 2 (line 2): line 2 column 21: not valid JSON"),
 }
@@ -202,7 +202,7 @@ def test_files_without_rows(content, message, start, place):
     ("train", ["--lora_rank", 10**15], "out of memory"),
     ("train", ["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     ("train", ["--template", "nonsense"], "unknown template 'nonsense'; choose one of: auto"),
-    ("train", ["--adapter", "ADAPTER", "--lora_rank", 3], "--lora_rank is the adapter's own"),
+    ("train", ["--adapter", "ADAPTER", "--lora_rank", 3], "--lora_rank is fixed by --adapter"),
     ("train", ["--adapter", "ROWS"], "rows.json: is a file; give the folder that holds it"),
     ("train", ["--train_dir", "."], "--train_dir contradicts --dataset"),
     ("train", ["--plot_loss", "maybe"], "'maybe' is neither true nor false"),

@@ -87,7 +87,7 @@ def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
     wait_until(lambda: lines_in(told) == processes, process)  # all of them in the fourth step
     process.send_signal(number)
     output, errors = process.communicate(timeout=HANG_SECONDS)
-    assert "stopped and saved at step 4; go on with" in output
+    assert "stopped and saved at step 4; continue with" in output
     if not before:
         assert process.returncode == 128 + number and "Traceback" not in errors, errors
     start, advice = output.strip().splitlines()[-1].split("train.py")
@@ -105,7 +105,7 @@ def test_another_number_of_processes(flags, tmp_path):
     done = command(*flags, "--resume_from_checkpoint", "auto", processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 processes instead of 1" in done.stdout
-    assert "every step still has the same" in done.stdout
+    assert "every step still has" in done.stdout
     first, second = final(tmp_path / "one"), final(tmp_path / "two")
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
@@ -166,11 +166,16 @@ def test_best_of_another_folder(flags, tmp_path):
     assert (tmp_path / "b/adapter_model.safetensors").exists()
 
 
-def write(folder, value):
-    def weights(path):
-        (path / "weights").write_bytes(value * 1000)
+def save(folder, step, state, **keeping):
+    """A checkpoint that holds only this state."""
+    with checkpoint.new_checkpoint(folder, step, **keeping) as path:
+        checkpoint.save_state(state, path)
 
-    return checkpoint.save(folder, int(value), weights, {"value": value}, keep=2, best=1)
+
+def write(folder, value):
+    with checkpoint.new_checkpoint(folder, int(value), keep=2, best=1) as path:
+        (path / "weights").write_bytes(value * 1000)
+        checkpoint.save_state({"value": value}, path)
 
 
 def test_rotation_keeps_the_best_and_the_newest(tmp_path):
@@ -277,7 +282,7 @@ def test_what_changed_is_said_and_holds(flags, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "--weight_decay is 0.5 from here on; it was 0.0" in done.stdout
     assert "--gradient_accumulation_steps is 3" in done.stdout
-    assert "every step still has the same 4 rows" in done.stdout
+    assert "every step still has 4 rows" in done.stdout
     assert "--dataset" not in done.stdout
     state = checkpoint.load_state(tmp_path / "out/checkpoint-3")
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
@@ -293,7 +298,7 @@ def test_rows_that_changed_are_told(flags, tmp_path, rows_file):
     rows[0]["output"] += " And more than that."
     rows_file.write_text(json.dumps(rows))
     done = command(*again, 5)
-    assert done.returncode == 0 and "the rows have changed since the checkpoint" in done.stdout
+    assert done.returncode == 0 and "the training rows have changed since the checkpoint" in done.stdout
 
 
 def test_a_broken_row_met_late(flags, tmp_path, rows_file):
@@ -315,7 +320,7 @@ def test_a_broken_row_met_late(flags, tmp_path, rows_file):
     done = subprocess.run(list(map(str, [*words, "--output_dir", tmp_path / "late"])), cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 2 and "row 201" in done.stderr, done.stderr
-    assert "saved at step" in done.stderr and done.stderr.count("\n") == 1
+    assert "Saved at step" in done.stderr and done.stderr.count("\n") == 1
     rows_file.write_text(json.dumps(good))
     done = command(*flags, "--output_dir", tmp_path / "late", "--resume_from_checkpoint", "auto")
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
@@ -329,7 +334,7 @@ def test_no_checkpoint_is_whole(flags, tmp_path):
     state = tmp_path / "out/checkpoint-2/trainer_state.pt"
     state.write_bytes(state.read_bytes()[:-1] + b"?")
     done = command(*flags, "--resume_from_checkpoint", "auto")
-    assert done.returncode == 2 and "none of its checkpoints is whole" in done.stderr
+    assert done.returncode == 2 and "all checkpoints are damaged" in done.stderr
     assert state.exists()
 
 
@@ -350,7 +355,7 @@ def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
     assert command(*flags, 6).returncode == 0
     before = final(tmp_path / "out")
     done = command(*flags, 3, "--resume_from_checkpoint", "auto")
-    assert done.returncode == 2 and "is at step 4, beyond the 3" in done.stderr, done.stderr
+    assert done.returncode == 2 and "is at step 4, but this run ends at step 3" in done.stderr, done.stderr
     assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
     done = command(*flags, 4, "--resume_from_checkpoint", "auto")
     assert done.returncode == 0, done.stderr  # nothing is left but to write the result
@@ -359,11 +364,11 @@ def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
 def test_checkpoints_of_an_abandoned_branch_go(tmp_path):
     """Going on from step 5, what was at 10 and 15 is another run's: `auto` must not take it."""
     for step in (5, 10, 15):
-        checkpoint.save(tmp_path, step, lambda folder: None, {"step": step})
+        save(tmp_path, step, {"step": step})
     (tmp_path / "checkpoint-4.partial/optimizer").mkdir(parents=True)  # killed while saving
     checkpoint.remove_others(tmp_path, tmp_path / "checkpoint-5", 5)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
-    checkpoint.save(tmp_path, 5, lambda folder: None, {"step": "again"})
+    save(tmp_path, 5, {"step": "again"})
     assert checkpoint.load_state(tmp_path / "checkpoint-5") == {"step": "again"}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
     checkpoint.remove_others(tmp_path, tmp_path / "elsewhere/checkpoint-9", 9)

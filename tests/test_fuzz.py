@@ -138,8 +138,10 @@ def make_data(folder):
 def make_run(folder):
     """A checkpoint of a run with its options."""
     model = make_model().requires_grad_(True)
-    checkpoint.save(folder, 4, lambda path: folders.save_model(model, path),
-                    {"progress": {"step": 4}, "random": [{"cpu": torch.get_rng_state()}]})
+    state = {"progress": {"step": 4}, "random": [{"cpu": torch.get_rng_state()}]}
+    with checkpoint.new_checkpoint(folder, 4) as path:
+        folders.save_model(model, path)
+        checkpoint.save_state(state, path)
     (folder / "options.toml").write_text(
         'template = "plain"\nlearning_rate = 0.01\ndataset = ["a", "b"]\nseed = 3\nbf16 = false\n')
 
@@ -343,6 +345,8 @@ def test_works_or_says_what_is_wrong(kind, files, limits, tmp_path, tiny_tokeniz
             assert message.isprintable() and len(message) < 2500, message
             # The file; of rows and recipes that can be read, the flag that does not fit them.
             places = [str(folder), Path(name).name, *(["--"] if kind in ("data", "run") else [])]
+            # A flipped bit can make a weight huge; the model then notices, and has read no file.
+            places += ["logits are not finite. Its weights are damaged"]
             assert any(place in message for place in places), message
             outcomes.append(message)
         finally:

@@ -372,7 +372,7 @@ def test_mistakes_of_planning(checkpoint, rows_file, monkeypatch, capsys):
         dry_run(monkeypatch, capsys, "--model_name_or_path", checkpoint, *common, "--template",
                 "plain", "--device_memory", "much")
     assert "model " not in capsys.readouterr().out  # before half a plan is told
-    with pytest.raises(UserError, match="give --num_processes"):  # as the run would refuse it
+    with pytest.raises(UserError, match="Give --num_processes"):  # as the run would refuse it
         dry_run(monkeypatch, capsys, "--model_name_or_path", checkpoint, *common, "--template",
                 "plain", "--parallel", "fsdp")
     for words, said in ((["--num_processes", "2"], "belongs to --dry_run"),

@@ -437,7 +437,7 @@ def test_early_stopping_and_samples(checkpoint, pairs_file, tmp_path, here):
         checkpoint, pairs_file, tmp_path / "out", "--stage", "dpo", "--max_steps", 40,
         "--learning_rate", 0.5, "--validation_split", 6, "--eval_steps", 1, "--show_samples", 1,
         "--early_stopping_patience", 2, "--load_best_model_at_end"))
-    assert "no better evaluation in 2" in said and "took the weights of" in said
+    assert "the last 2 evaluations were no better" in said and "loaded the weights of" in said
     assert metrics_of(tmp_path / "out")[-1]["step"] < 40
     shown = [part.split("\033[0m")[0] for part in said.split("\033[32m")[1:]]
     assert shown == ["yes 1yes 1</s>", "the cat sat " * 4 + "</s>"]  # row 0 is held out
@@ -531,7 +531,7 @@ def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, t
     assert json.loads((tmp_path / "best.json").read_text()) == [rows[row] for row in best]
     done = command(*shared[:2], "--scores", tmp_path / "s.jsonl", "--strategy", "ifd",
                    "--sample_number", 5, "--output", tmp_path / "more.json", script="select.py")
-    assert done.returncode == 2 and "has no ifd; score.py --mode ifd computes it" in done.stderr
+    assert done.returncode == 2 and "has no ifd: score.py --mode ifd computes it" in done.stderr
 
 
 def test_a_reward_model_is_trained_further(checkpoint, pairs_file, tmp_path, here):

@@ -14,6 +14,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from minisft.common import processes
@@ -108,8 +109,12 @@ def precompute(
         chain(epoch, [eval_examples or []]), "reference", unit="step", disable=silent
     ):
         new = [example for example in examples if fingerprint(example) not in log_probs]
-        with autocast:
-            computed |= compute_log_probs(model, new, batch_size)
+        if new:
+            with autocast:
+                computed |= compute_log_probs(model, new, batch_size)
+    if isinstance(model, FSDPModule):
+        # The forward pass has left the root group gathered; the optimizer needs the shards.
+        model.reshard()
     batches.take_report()  # the first epoch of training reports these rows again
     for part in processes.all_gather(computed):
         log_probs |= part
@@ -125,8 +130,6 @@ def compute_log_probs(model: CausalLM, examples: list[Example], batch_size: int)
     model.eval()
     device = model.model.embed_tokens.weight.device
     log_probs: LogProbs = {}
-    if not examples:
-        return log_probs
     for part in micro_batches(examples, batch_size, processes.rank(), processes.world_size()):
         values = answer_log_probs(model, model.logits, collate(part, device)).tolist()
         for example in part:
