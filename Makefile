@@ -1,11 +1,12 @@
 # make demo: install what is needed, then fine-tune, evaluate and chat with the embedded model.
 # make test: install the test dependencies and run the tests.
-# Both install into .venv unless PYTHON names the interpreter of an environment of your own:
+# make test-avx2: run the numerical tests again as an x86 processor without AVX-512 computes.
+# They install into .venv unless PYTHON names the interpreter of an environment of your own:
 #   make test PYTHON=python
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test test-avx2 clean
 .DEFAULT_GOAL := demo
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -26,8 +27,19 @@ demo: $(RUNTIME)
 	OMP_NUM_THREADS=1 $(PYTHON) examples/demo.py
 
 test: $(TESTING)
+	$(PYTHON) tests/kernels.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 	$(PYTHON) -m ruff check .
+
+# ATen, oneDNN, MKL (which heeds it on Intel's processors only) and numpy's OpenBLAS.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+        OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=1
+# A cache of compiled code of its own: what torch.compile cached for AVX-512 is taken up again by a
+# process limited to AVX2, and computes NaN there.
+test-avx2: $(TESTING)
+	$(AVX2) $(PYTHON) tests/kernels.py avx2
+	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
+		$(AVX2) TORCHINDUCTOR_CACHE_DIR="$$cache" $(PYTHON) -m pytest -q -n 2 -m numerical
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -7,6 +7,9 @@ import pytest
 import torch
 from conftest import command
 
+import score
+import train
+from minisft.common import devices
 from minisft.common.command_line import OptionParser
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
@@ -14,6 +17,7 @@ from minisft.common.flag_names import OTHER_NAMES
 from minisft.common.model_flags import add_model_flags, dtype_option
 from minisft.common.outputs import check_output_dir, save_options
 from minisft.common.script import run_script
+from minisft.generation.assistant import Assistant
 
 
 def new_parser():
@@ -140,6 +144,45 @@ def test_record_repeats_the_run(tmp_path):
     again = new_parser().parse_options(["--config", str(tmp_path / "options.toml")])
     assert {**vars(again), "config": None} == vars(options)
     assert tomllib.loads((tmp_path / "options.toml").read_text())["learning_rate"] == 3e-5
+
+
+@pytest.mark.parametrize(("capabilities", "native"), [
+    ({"avx2": True}, False), ({"avx512_f": True, "avx512_bf16": False}, False), ({}, False),
+    ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"bf16": True}, True)])
+def test_which_processors_multiply_bfloat16(capabilities, native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert devices.has_fast_bfloat16.real(torch.device("cpu")) == native
+
+
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True)])
+def test_which_gpus_multiply_bfloat16(capability, native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.has_fast_bfloat16.real(torch.device("cuda")) == native
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkeypatch):
+    """In training, scoring and chat, whatever processor this is."""
+    monkeypatch.setattr("minisft.common.devices.has_fast_bfloat16", lambda device: native)
+    dtype = "bfloat16" if native else "float32"
+    model = ["--model_name_or_path", checkpoint, "--device", "cpu", "--dataset", rows_file]
+    printed = here(train, *model, "--template", "plain", "--max_steps", 1, "--output_dir",
+                   tmp_path / "out", "--dataloader_num_workers", 0)
+    assert f" cpu, {dtype}, 1 process(es)" in printed
+    assert f" cpu, {dtype}, 1 process(es)" in here(
+        score, *model, "--template", "alpaca", "--output", tmp_path / "scores.jsonl")
+    assistant = Assistant(checkpoint, template="plain", device="cpu")
+    assert assistant.dtype == assistant.model.model.norm.weight.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("before", [
+    [], ["-u"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]],
+    ids=["forked", "started", "torchrun"])
+def test_the_suite_computes_in_float32(before, checkpoint, rows_file):
+    """However a script is started: tests/startup/sitecustomize.py comes first."""
+    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
+                   "plain", "--device", "cpu", "--output_dir", "-", "--dry_run", before=before)
+    assert "float32 on 1 x cpu" in done.stdout, done.stdout + done.stderr
 
 
 def test_types_and_devices(monkeypatch):
