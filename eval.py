@@ -384,7 +384,8 @@ def compare_protocol(options, count):
         "greedily"
         if options.temperature == 0
         else (
-            f"at temperature {options.temperature}, top-k {options.top_k}, top-p {options.top_p}, seed "
+            f"at temperature {options.temperature}, top-k {options.top_k}, top-p {options.top_p}, "
+            "seed "
             f"{options.seed}"
         )
     )

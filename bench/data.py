@@ -27,9 +27,17 @@ def write_rows(path, num_bytes):
     texts = [" ".join(generator.choices(words, k=generator.randint(5, 200))) for _ in range(5000)]
     with open(path, "w", encoding="utf-8") as file:
         while file.tell() < num_bytes:
-            lines = [json.dumps({"instruction": f"{count + number}: {generator.choice(texts)[:80]}",
-                                 "input": "", "output": generator.choice(texts)}) + "\n"
-                     for number in range(1000 if num_bytes > 10**6 else 10)]
+            lines = [
+                json.dumps(
+                    {
+                        "instruction": f"{count + number}: {generator.choice(texts)[:80]}",
+                        "input": "",
+                        "output": generator.choice(texts),
+                    }
+                )
+                + "\n"
+                for number in range(1000 if num_bytes > 10**6 else 10)
+            ]
             file.write("".join(lines))
             count += len(lines)
     return count
@@ -55,11 +63,28 @@ def measure(data, model, folder, workers):
     """Train for a few steps -> (seconds to the first step, seconds to the last, peak bytes)."""
     metrics, began, first, peak = folder / "metrics.jsonl", time.monotonic(), None, 0
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--model_name_or_path", model, "--dataset", data,
-         "--template", "alpaca", "--cutoff_len", "256", "--max_steps", str(STEPS),
-         "--logging_steps", "1", "--dataloader_num_workers", str(workers),
-         "--output_dir", folder],
-        stdout=subprocess.DEVNULL)
+        [
+            sys.executable,
+            ROOT / "train.py",
+            "--model_name_or_path",
+            model,
+            "--dataset",
+            data,
+            "--template",
+            "alpaca",
+            "--cutoff_len",
+            "256",
+            "--max_steps",
+            str(STEPS),
+            "--logging_steps",
+            "1",
+            "--dataloader_num_workers",
+            str(workers),
+            "--output_dir",
+            folder,
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     while process.poll() is None:
         peak = max(peak, memory_of(process.pid))
         if first is None and metrics.exists() and metrics.stat().st_size:
@@ -81,8 +106,12 @@ def main():
         write_rows(folder / "few.jsonl", 1)
         count = write_rows(folder / "many.jsonl", options.gigabytes * 10**9)
         few = measure(folder / "few.jsonl", options.model_name_or_path, folder / "a", 0)
-        many = measure(folder / "many.jsonl", options.model_name_or_path, folder / "b",
-                       options.dataloader_num_workers)
+        many = measure(
+            folder / "many.jsonl",
+            options.model_name_or_path,
+            folder / "b",
+            options.dataloader_num_workers,
+        )
     print(f"{'rows':>12} {'first step':>12} {f'{STEPS} steps':>12} {'peak memory':>14}")
     for rows, (first, last, peak) in ((10, few), (count, many)):
         print(f"{rows:>12,} {first:>10.1f} s {last:>10.1f} s {peak / 2**20:>11,.0f} MiB")

@@ -37,8 +37,12 @@ def both_sides(model, reference, batch_size, options, device, decoder):
     decoder: a CompiledDecoder for a single prompt, or None. Each returns the new tokens.
     """
     count = options.max_new_tokens
-    prompts = torch.randint(3, model.config.vocab_size, (batch_size, options.prompt_length),
-                            generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(
+        3,
+        model.config.vocab_size,
+        (batch_size, options.prompt_length),
+        generator=torch.Generator().manual_seed(0),
+    )
     mask, sampling = torch.ones_like(prompts), Sampling(max_new_tokens=count, greedy=True)
 
     cache = decoder and decoder.new_cache()
@@ -52,8 +56,13 @@ def both_sides(model, reference, batch_size, options, device, decoder):
 
     def theirs():
         return reference.generate(
-            prompts.to(device), attention_mask=mask.to(device), do_sample=False, pad_token_id=0,
-            max_new_tokens=count, **static)[:, prompts.shape[1]:].tolist()
+            prompts.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            pad_token_id=0,
+            max_new_tokens=count,
+            **static,
+        )[:, prompts.shape[1] :].tolist()
 
     return ours, theirs
 
@@ -62,8 +71,7 @@ def compare(model, reference, batch_size, options, device, decoder):
     """Median tokens a second of both sides, the median ratio of their turns, same tokens or not."""
     ours, theirs = both_sides(model, reference, batch_size, options, device, decoder)
     same = ours() == theirs()  # also the warm-up
-    turns = [(seconds_of(ours, device), seconds_of(theirs, device))
-             for _ in range(options.repeats)]
+    turns = [(seconds_of(ours, device), seconds_of(theirs, device)) for _ in range(options.repeats)]
     written = options.max_new_tokens * batch_size
     speeds = [written / statistics.median(side) for side in zip(*turns, strict=True)]
     return *speeds, statistics.median(b / a for a, b in turns), same
@@ -88,10 +96,13 @@ def next_turn(model, options, device):
             list(stream(model, history + turn, one, set(), cache))
 
         cached()
-        return (statistics.median(seconds_of(cached, device) for _ in range(5)),
-                statistics.median(seconds_of(
-                    lambda: list(stream(model, history + turn, one, set())), device)
-                    for _ in range(5)))
+        return (
+            statistics.median(seconds_of(cached, device) for _ in range(5)),
+            statistics.median(
+                seconds_of(lambda: list(stream(model, history + turn, one, set())), device)
+                for _ in range(5)
+            ),
+        )
 
 
 def parse_options(arguments=None):
@@ -126,29 +137,38 @@ def main():
         model = load_model(source, dtype, device)
         reference = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
         reference.generation_config.eos_token_id = None  # ours has no end either
-        print(f"{source if options.model_name_or_path else options.shape}, {device}, "
-              f"{options.dtype}, {torch.get_num_threads()} threads, {options.max_new_tokens} new "
-              "tokens")
+        print(
+            f"{source if options.model_name_or_path else options.shape}, {device}, "
+            f"{options.dtype}, {torch.get_num_threads()} threads, {options.max_new_tokens} new "
+            "tokens"
+        )
         for batch_size in options.batch_size:
             decoder = None
             if options.compile and batch_size == 1:
                 decoder = CompiledDecoder(model, options.max_length)
             ours, theirs, ratio, same = compare(
-                model, reference, batch_size, options, device, decoder)
-            print(f"batch {batch_size:3}: minisft {ours:9,.1f} tokens/s, transformers "
-                  f"{theirs:9,.1f}, ratio {ratio:.2f}, "
-                  f"{'the same' if same else 'different'} tokens"
-                  f"{', both compiled' if decoder else ''}")
+                model, reference, batch_size, options, device, decoder
+            )
+            print(
+                f"batch {batch_size:3}: minisft {ours:9,.1f} tokens/s, transformers "
+                f"{theirs:9,.1f}, ratio {ratio:.2f}, "
+                f"{'the same' if same else 'different'} tokens"
+                f"{', both compiled' if decoder else ''}"
+            )
             if batch_size == 1:
                 positions = options.prompt_length + options.max_new_tokens // 2  # in the middle
                 if decoder:
                     positions = options.max_length
                 read = bytes_per_step(model.config, positions, dtype) * ours
-                print(f"           reads {read / 1e9:.1f} GB/s of weights and cache, "
-                      f"{read / bandwidth(device):.0%} of the memory bandwidth")
+                print(
+                    f"           reads {read / 1e9:.1f} GB/s of weights and cache, "
+                    f"{read / bandwidth(device):.0%} of the memory bandwidth"
+                )
         with_cache, without = next_turn(model, options, device)
-        print(f"next turn after {options.history} tokens: first token in {with_cache * 1e3:.1f} ms "
-              f"with the history cached, {without * 1e3:.1f} ms without")
+        print(
+            f"next turn after {options.history} tokens: first token in {with_cache * 1e3:.1f} ms "
+            f"with the history cached, {without * 1e3:.1f} ms without"
+        )
 
 
 if __name__ == "__main__":

@@ -31,10 +31,19 @@ def write_checkpoint(folder, tokenizer_dir, num_hidden_layers):
     from minisft.text.tokenizer import Tokenizer
 
     torch.set_default_dtype(torch.bfloat16)
-    model = CausalLM(ModelConfig.from_dict({
-        "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
-        "intermediate_size": 5632, "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": 32, "num_key_value_heads": 4}))
+    model = CausalLM(
+        ModelConfig.from_dict(
+            {
+                "model_type": "llama",
+                "vocab_size": 32000,
+                "hidden_size": 2048,
+                "intermediate_size": 5632,
+                "num_hidden_layers": num_hidden_layers,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+            }
+        )
+    )
     model.initialize()
     folders.save_model(model, folder, max_shard_size=10**12)
     Tokenizer.load(tokenizer_dir).save(folder)
@@ -43,8 +52,9 @@ def write_checkpoint(folder, tokenizer_dir, num_hidden_layers):
 def measure(*words):
     """Run a Python program -> (seconds, peak resident bytes)."""
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(map(str, words))}: failed")
@@ -54,8 +64,9 @@ def measure(*words):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num_hidden_layers", type=int, default=22)
-    parser.add_argument("--quantizations", nargs="+",
-                        default=["f16", "q8_0", "q4_0", "q4_k_m", "q6_k"])
+    parser.add_argument(
+        "--quantizations", nargs="+", default=["f16", "q8_0", "q4_0", "q4_k_m", "q6_k"]
+    )
     parser.add_argument("--tokenizer", default=ROOT / "examples" / "base")
     parser.add_argument("--folder", help="where to write, for a disk with room (default: /tmp)")
     options = parser.parse_args()
@@ -64,7 +75,8 @@ def main():
         # In a process of its own: what starts others counts as their memory at first.
         writer = multiprocessing.get_context("spawn").Process(
             target=write_checkpoint,
-            args=(folder / "model", options.tokenizer, options.num_hidden_layers))
+            args=(folder / "model", options.tokenizer, options.num_hidden_layers),
+        )
         writer.start()
         writer.join()
         stored = folder / "model" / "model.safetensors"
@@ -73,17 +85,30 @@ def main():
         copying, size = time.monotonic() - began, stored.stat().st_size
         (folder / "copy").unlink()
         _, memory = measure("-c", "import minisft.checkpoints.gguf_export")
-        print(f"{size // 2:,} weights in bfloat16; Python and torch alone take "
-              f"{memory / 2**20:,.0f} MiB")
+        print(
+            f"{size // 2:,} weights in bfloat16; Python and torch alone take "
+            f"{memory / 2**20:,.0f} MiB"
+        )
         print(f"{'':>8} {'seconds':>9} {'copies':>8} {'MB':>8} {'peak MiB':>10}")
         print(f"{'copy':>8} {copying:>9.1f} {1:>8.1f} {size / 1e6:>8,.0f}")
         for quantization in options.quantizations:
             output = folder / "model.gguf"
             seconds, memory = measure(
-                "export.py", "--model_name_or_path", folder / "model", "--format", "gguf",
-                "--quantization", quantization, "--output", output)
-            print(f"{quantization:>8} {seconds:>9.1f} {seconds / copying:>8.1f} "
-                  f"{output.stat().st_size / 1e6:>8,.0f} {memory / 2**20:>10,.0f}", flush=True)
+                "export.py",
+                "--model_name_or_path",
+                folder / "model",
+                "--format",
+                "gguf",
+                "--quantization",
+                quantization,
+                "--output",
+                output,
+            )
+            print(
+                f"{quantization:>8} {seconds:>9.1f} {seconds / copying:>8.1f} "
+                f"{output.stat().st_size / 1e6:>8,.0f} {memory / 2**20:>10,.0f}",
+                flush=True,
+            )
             output.unlink()
 
 

@@ -93,8 +93,14 @@ def work(name, dry_run):
             say(line)
     except Exception as error:
         traceback.print_exc()  # into the log
-        say({"name": name, "skipped" if isinstance(error, ImportError) else "failed":
-             f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]})
+        say(
+            {
+                "name": name,
+                "skipped"
+                if isinstance(error, ImportError)
+                else "failed": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0],
+            }
+        )
 
 
 class Results:
@@ -145,13 +151,28 @@ def in_words(line):
 def start(name, dry_run, log):
     """The process of a stage, which imports and then waits for `finish`."""
     if name == "tests":
-        words = ["-m", "pytest", "-v", "--tb=short", "--durations=8", "-p", "no:cacheprovider",
-                 str(ROOT / "tests/test_cuda.py")]
+        words = [
+            "-m",
+            "pytest",
+            "-v",
+            "--tb=short",
+            "--durations=8",
+            "-p",
+            "no:cacheprovider",
+            str(ROOT / "tests/test_cuda.py"),
+        ]
     else:
         words = [str(ROOT / "bench/gpu.py"), "--stage", name, *["--dry_run"] * dry_run]
     return subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=log, encoding="utf-8", errors="replace", start_new_session=True)
+        [sys.executable, *words],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
 
 
 def end(process):
@@ -225,14 +246,27 @@ def main():
     if options.stage:
         work(options.stage, options.dry_run)
         return
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
-                      TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_VERBOSITY="error",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONUNBUFFERED="1",
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    results = Results(options.results, {"python": sys.version.split()[0],
-                                        "date": time.strftime("%F"), "dry_run": options.dry_run,
-                                        **versions()})
-    print(*(f"{name} {value}" for name, value in results.content.items() if name != "lines"),
-          sep=", ", flush=True)
+    results = Results(
+        options.results,
+        {
+            "python": sys.version.split()[0],
+            "date": time.strftime("%F"),
+            "dry_run": options.dry_run,
+            **versions(),
+        },
+    )
+    print(
+        *(f"{name} {value}" for name, value in results.content.items() if name != "lines"),
+        sep=", ",
+        flush=True,
+    )
     names = [name for name in STAGES if not options.only or name in ("limits", *options.only)]
     measured, processes = {}, {}
     with open(f"{options.results}.log", "w", encoding="utf-8") as log:
@@ -250,8 +284,11 @@ def main():
                     if one not in processes and (STAGES[one].function or not waits):
                         processes[one] = start(one, options.dry_run, log)
                 seconds = min(left, STAGES[name].seconds)
-                lines = (run_tests(processes[name], seconds, log) if name == "tests" else
-                         run_stage(name, processes[name], measured, seconds))
+                lines = (
+                    run_tests(processes[name], seconds, log)
+                    if name == "tests"
+                    else run_stage(name, processes[name], measured, seconds)
+                )
                 for line in lines:
                     results.add(line)
                     if "per_second" in line:

@@ -36,12 +36,38 @@ MATMUL, COPY = "matrix product", "memory copy"
 # rows, length: of a step, 4,096 tokens in all. steps: of an epoch; there are two, and the second is
 # measured. capacity: of a compiled cache. few_layers: where two sides compile, so that there is
 # time for both. scored, reference: rows that minisft and the reference way score.
-SIZES = {"tinyllama": "tinyllama", "llama3-8b": "llama3-8b", "rows": 16, "length": 256, "steps": 6,
-         "new_tokens": 64, "capacity": 1024, "few_layers": 8, "scored": 1024, "reference": 32,
-         "batch_tokens": 32768, "workers": 4, "repeats": 3, "matrix": 8192}
-DRY_SIZES = {"tinyllama": "tiny", "llama3-8b": "tiny", "rows": 2, "length": 32, "steps": 1,
-             "new_tokens": 4, "capacity": 32, "few_layers": 1, "scored": 12, "reference": 2,
-             "batch_tokens": 2048, "workers": 1, "repeats": 1, "matrix": 256}
+SIZES = {
+    "tinyllama": "tinyllama",
+    "llama3-8b": "llama3-8b",
+    "rows": 16,
+    "length": 256,
+    "steps": 6,
+    "new_tokens": 64,
+    "capacity": 1024,
+    "few_layers": 8,
+    "scored": 1024,
+    "reference": 32,
+    "batch_tokens": 32768,
+    "workers": 4,
+    "repeats": 3,
+    "matrix": 8192,
+}
+DRY_SIZES = {
+    "tinyllama": "tiny",
+    "llama3-8b": "tiny",
+    "rows": 2,
+    "length": 32,
+    "steps": 1,
+    "new_tokens": 4,
+    "capacity": 32,
+    "few_layers": 1,
+    "scored": 12,
+    "reference": 2,
+    "batch_tokens": 2048,
+    "workers": 1,
+    "repeats": 1,
+    "matrix": 256,
+}
 
 
 class Bench:
@@ -73,10 +99,22 @@ def attempt(function):
 def beside(name, figure, unit, peer_name, peer, why_not, **more):
     """A line with its peer; where that failed, with the reason."""
     if peer is None:
-        return {"name": name, "figure": figure, "unit": unit,
-                "note": f"{peer_name}: {why_not}", **more}
-    return {"name": name, "figure": figure, "unit": unit, "peer_name": peer_name, "peer": peer,
-            "ratio": figure / peer, **more}
+        return {
+            "name": name,
+            "figure": figure,
+            "unit": unit,
+            "note": f"{peer_name}: {why_not}",
+            **more,
+        }
+    return {
+        "name": name,
+        "figure": figure,
+        "unit": unit,
+        "peer_name": peer_name,
+        "peer": peer,
+        "ratio": figure / peer,
+        **more,
+    }
 
 
 def limits(bench):
@@ -84,13 +122,22 @@ def limits(bench):
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
     expected = next((one for card, one in EXPECTED.items() if card in name), (None, None))
     for line, measure, unit, scale, usual in (
-            (MATMUL, lambda: matrix_speed(bench.device, bench.dtype, bench.sizes["matrix"]),
-             "TFLOP/s", 1e12, expected[0]),
-            (COPY, lambda: bandwidth(bench.device), "GB/s", 1e9, expected[1])):
+        (
+            MATMUL,
+            lambda: matrix_speed(bench.device, bench.dtype, bench.sizes["matrix"]),
+            "TFLOP/s",
+            1e12,
+            expected[0],
+        ),
+        (COPY, lambda: bandwidth(bench.device), "GB/s", 1e9, expected[1]),
+    ):
         speed = measure()
         usual = usual and usual / scale
-        yield {**beside(line, speed / scale, unit, "usual", usual, "not known for this device"),
-               "per_second": speed, "device": name}
+        yield {
+            **beside(line, speed / scale, unit, "usual", usual, "not known for this device"),
+            "per_second": speed,
+            "device": name,
+        }
 
 
 def training(bench, size, finetuning_type):
@@ -104,9 +151,23 @@ def training(bench, size, finetuning_type):
     model = random_model(shape, None, torch.float32 if is_full else bench.dtype, bench.device)
 
     def options_of(side, *flags):
-        options = train.parse_options([
-            "--side", side, "--folder", folder, "--batch_size", str(rows), "--dtype", "bfloat16",
-            "--device", bench.device.type, "--finetuning_type", finetuning_type, *flags])
+        options = train.parse_options(
+            [
+                "--side",
+                side,
+                "--folder",
+                folder,
+                "--batch_size",
+                str(rows),
+                "--dtype",
+                "bfloat16",
+                "--device",
+                bench.device.type,
+                "--finetuning_type",
+                finetuning_type,
+                *flags,
+            ]
+        )
         forget_peak(bench.device)
         return options
 
@@ -149,18 +210,28 @@ def training(bench, size, finetuning_type):
                 yield {"name": name, "failed": failed}
                 continue
             speed, peak, padding = found
-            yield beside(name, speed, "tokens/s", peer_name, peer_speed, why_not,
-                         peak_gib=peak / 2**30, peer_peak_gib=peer_peak and peer_peak / 2**30,
-                         padding=padding, difference=checked.get("difference"),
-                         took=time.monotonic() - began,
-                         **bench.share(speed * per_token, MATMUL))
+            yield beside(
+                name,
+                speed,
+                "tokens/s",
+                peer_name,
+                peer_speed,
+                why_not,
+                peak_gib=peak / 2**30,
+                peer_peak_gib=peer_peak and peer_peak / 2**30,
+                padding=padding,
+                difference=checked.get("difference"),
+                took=time.monotonic() - began,
+                **bench.share(speed * per_token, MATMUL),
+            )
 
 
 def writing_speed(bench, function, written):
     """Tokens a second of a function that writes so many; its first call prepares kernels."""
     function()
     return written / statistics.median(
-        seconds_of(function, bench.device) for _ in range(bench.sizes["repeats"]))
+        seconds_of(function, bench.device) for _ in range(bench.sizes["repeats"])
+    )
 
 
 def decoding(bench, size):
@@ -198,8 +269,9 @@ def written_tokens(bench, name, model, twin, why_not, batch_size, is_compiled=Fa
     written = batch_size * options.max_new_tokens
     speed = writing_speed(bench, ours, written)
     middle = options.prompt_length + options.max_new_tokens // 2
-    read = generate.bytes_per_step(model.config, capacity if decoder else middle, bench.dtype,
-                                   batch_size)
+    read = generate.bytes_per_step(
+        model.config, capacity if decoder else middle, bench.dtype, batch_size
+    )
     more = {"took": time.monotonic() - began, **bench.share(speed / batch_size * read, COPY)}
     peer_name, peer = "generate, static cache" if decoder else "generate", None
     if twin and decoder:
@@ -213,24 +285,57 @@ def scoring(bench, size):
     """IFD of rows a second, next to the reference way, which scores fewer of them."""
     shape, sizes = bench.sizes[size], bench.sizes
     model = random_model(shape, None, bench.dtype, bench.device)
-    options = score.parse_options([
-        "--num_rows", str(sizes["scored"]), "--reference_rows", str(sizes["reference"]),
-        "--batch_tokens", str(sizes["batch_tokens"]), "--workers", str(sizes["workers"]),
-        "--rounds", "1"])
-    texts = [row["instruction"] + " " + row["input"] for row in
-             json.loads((ROOT / "examples/data/train.json").read_text(encoding="utf-8"))]
+    options = score.parse_options(
+        [
+            "--num_rows",
+            str(sizes["scored"]),
+            "--reference_rows",
+            str(sizes["reference"]),
+            "--batch_tokens",
+            str(sizes["batch_tokens"]),
+            "--workers",
+            str(sizes["workers"]),
+            "--rounds",
+            "1",
+        ]
+    )
+    texts = [
+        row["instruction"] + " " + row["input"]
+        for row in json.loads((ROOT / "examples/data/train.json").read_text(encoding="utf-8"))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        path.write_text(json.dumps([
-            {"instruction": " ".join(texts[number : number + 4]),
-             "output": " ".join(texts[number + 4 : number + 12])}
-            for number in range(sizes["scored"])]), encoding="utf-8")
-        result = score.compare(options, model, transformers_twin(model, shape),
-                               dataset.open_rows(str(path), skipped=[]),
-                               get_template("alpaca", Tokenizer.load(ROOT / "examples/base")))
-    ours, theirs = (statistics.median(one[0] for one in result["speeds"][side])
-                    for side in ("ours", "theirs"))
+        path.write_text(
+            json.dumps(
+                [
+                    {
+                        "instruction": " ".join(texts[number : number + 4]),
+                        "output": " ".join(texts[number + 4 : number + 12]),
+                    }
+                    for number in range(sizes["scored"])
+                ]
+            ),
+            encoding="utf-8",
+        )
+        result = score.compare(
+            options,
+            model,
+            transformers_twin(model, shape),
+            dataset.open_rows(str(path), skipped=[]),
+            get_template("alpaca", Tokenizer.load(ROOT / "examples/base")),
+        )
+    ours, theirs = (
+        statistics.median(one[0] for one in result["speeds"][side]) for side in ("ours", "theirs")
+    )
     per_row = result["tokens"] * forward_operations(model, result["tokens"] / 2)
-    yield beside(f"{size} scoring", ours, "rows/s", "reference way", theirs, None,
-                 tokens_per_row=result["tokens"], difference=result["difference"],
-                 **bench.share(ours * per_row, MATMUL))
+    yield beside(
+        f"{size} scoring",
+        ours,
+        "rows/s",
+        "reference way",
+        theirs,
+        None,
+        tokens_per_row=result["tokens"],
+        difference=result["difference"],
+        **bench.share(ours * per_row, MATMUL),
+    )

@@ -34,7 +34,8 @@ def make(kind, rows, width):
     points = generator.standard_normal((rows, width), dtype=np.float32)
     if kind == "blobs":
         points += generator.standard_normal((100, width), dtype=np.float32)[
-            generator.integers(100, size=rows)]
+            generator.integers(100, size=rows)
+        ]
     if kind == "spectrum":
         points *= np.arange(1, width + 1, dtype=np.float32) ** -0.7
         points += 10 * generator.standard_normal(width, dtype=np.float32)
@@ -67,10 +68,18 @@ def work(side, path, clusters, starts, seed):
 
     before, began, used = peak_memory(), time.perf_counter(), time.process_time()
     inertia, steps = run()
-    print(json.dumps({
-        "seconds": time.perf_counter() - began, "cpu": time.process_time() - used,
-        "memory": peak_memory() - before, "data": points.nbytes, "inertia": float(inertia),
-        "steps": int(steps)}))
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - began,
+                "cpu": time.process_time() - used,
+                "memory": peak_memory() - before,
+                "data": points.nbytes,
+                "inertia": float(inertia),
+                "steps": int(steps),
+            }
+        )
+    )
 
 
 def main():
@@ -88,8 +97,10 @@ def main():
         return work(side, path, *map(int, numbers))
 
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    print(f"{options.rows:,} x {options.width:,}, {options.clusters} clusters, best of "
-          f"{options.starts} starts, {options.rounds} rounds in turns, {threads} thread(s)")
+    print(
+        f"{options.rows:,} x {options.width:,}, {options.clusters} clusters, best of "
+        f"{options.starts} starts, {options.rounds} rounds in turns, {threads} thread(s)"
+    )
     print(f"{'':10} {'seconds':>18} {'CPU seconds':>20} {'MiB with the data':>20} {'inertia':>9}")
     for kind in options.kinds:
         results = {"ours": [], "theirs": []}
@@ -99,14 +110,19 @@ def main():
             for seed in range(options.rounds):
                 for side in results:
                     words = [side, path, options.clusters, options.starts, seed]
-                    done = subprocess.run([sys.executable, __file__, "--work", *map(str, words)],
-                                          capture_output=True, text=True, check=True)
+                    done = subprocess.run(
+                        [sys.executable, __file__, "--work", *map(str, words)],
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    )
                     results[side].append(json.loads(done.stdout))
         show(kind, results)
 
 
 def show(kind, results):
     """A line of medians: ours, theirs and their ratio."""
+
     def median(side, name):
         return statistics.median(one[name] for one in results[side])
 
@@ -116,11 +132,16 @@ def show(kind, results):
     for name, unit, digits in (("seconds", 1, 2), ("cpu", 1, 2), ("memory", 2**20, 0)):
         ours, theirs = (median(side, name) / unit for side in ("ours", "theirs"))
         columns.append(f"{ours:.{digits}f} / {theirs:.{digits}f} = {ours / theirs:.2f}")
-    worst = max(ours["inertia"] / theirs["inertia"] for ours, theirs in
-                zip(results["ours"], results["theirs"], strict=True))
+    worst = max(
+        ours["inertia"] / theirs["inertia"]
+        for ours, theirs in zip(results["ours"], results["theirs"], strict=True)
+    )
     columns.append(f"{median('ours', 'inertia') / median('theirs', 'inertia'):.4f}")
-    print(f"{kind:10} {columns[0]:>18} {columns[1]:>20} {columns[2]:>20} {columns[3]:>9}"
-          f"  (worst round {worst:.4f}; {KINDS[kind]})", flush=True)
+    print(
+        f"{kind:10} {columns[0]:>18} {columns[1]:>20} {columns[2]:>20} {columns[3]:>9}"
+        f"  (worst round {worst:.4f}; {KINDS[kind]})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

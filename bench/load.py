@@ -45,8 +45,13 @@ print(json.dumps([seconds, status("VmHWM") - before, size]))
 
 def measure(side, folder, dtype):
     """(seconds, growth of the peak in bytes, size of the parameters in bytes) of one load."""
-    done = subprocess.run([sys.executable, "-c", ONE_LOAD, side, str(folder), dtype], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_LOAD, side, str(folder), dtype],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -56,8 +61,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
     parser.add_argument("--num_layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"],
-                        help="to load as; the files are in bfloat16")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float32"],
+        help="to load as; the files are in bfloat16",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     figures = {"minisft": [], "transformers": []}
@@ -67,11 +76,15 @@ def main():
             for side in figures:
                 if result := measure(side, folder, options.dtype):
                     figures[side] += [result] if repeat else []  # the first warms the file cache
-    medians = {side: [statistics.median(column) for column in zip(*runs, strict=True)]
-               for side, runs in figures.items()}
+    medians = {
+        side: [statistics.median(column) for column in zip(*runs, strict=True)]
+        for side, runs in figures.items()
+    }
     for side, (seconds, grown, size) in medians.items():
-        print(f"{side:>14} {seconds:8.2f} s {grown / 2**20:10,.0f} MiB "
-              f"({grown / size:.2f} x the parameters)")
+        print(
+            f"{side:>14} {seconds:8.2f} s {grown / 2**20:10,.0f} MiB "
+            f"({grown / size:.2f} x the parameters)"
+        )
     (ours, our_peak, _), (theirs, their_peak, _) = medians.values()
     print(f"{'ratio':>14} {ours / theirs:8.2f}   {our_peak / their_peak:10.2f}")
 

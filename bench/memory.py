@@ -23,18 +23,34 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from peak import forget_peak, prepare, status, write_model  # noqa: E402
 
-SHAPE = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408,
-         "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
-TINY = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
-                "vocab_size": 256}
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+TINY = SHAPE | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "vocab_size": 256,
+}
 BATCH_SIZE, LENGTH, NUM_STEPS = 4, 512, 3
-WAYS = {"LoRA": [], "LoRA, checkpointing": ["--gradient_checkpointing"],
-        "QLoRA": ["--quantization_bit", "4"],
-        "QLoRA, checkpointing": ["--quantization_bit", "4", "--gradient_checkpointing"],
-        "full": ["--finetuning_type", "full"],
-        "full, checkpointing": ["--finetuning_type", "full", "--gradient_checkpointing"]}
-SETTINGS = {f"{way}, vocabulary of {size // 1000}k": (SHAPE | {"vocab_size": size}, flags)
-            for size in (32000, 128256) for way, flags in WAYS.items()}
+WAYS = {
+    "LoRA": [],
+    "LoRA, checkpointing": ["--gradient_checkpointing"],
+    "QLoRA": ["--quantization_bit", "4"],
+    "QLoRA, checkpointing": ["--quantization_bit", "4", "--gradient_checkpointing"],
+    "full": ["--finetuning_type", "full"],
+    "full, checkpointing": ["--finetuning_type", "full", "--gradient_checkpointing"],
+}
+SETTINGS = {
+    f"{way}, vocabulary of {size // 1000}k": (SHAPE | {"vocab_size": size}, flags)
+    for size in (32000, 128256)
+    for way, flags in WAYS.items()
+}
 
 
 def train_minisft(folder, fields, flags):
@@ -75,18 +91,23 @@ def their_model(folder, flags):
     settings = {}
     if "--quantization_bit" in flags:
         settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32)
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **settings)
     if "--finetuning_type" in flags:
         return model
     if settings:
         model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing="--gradient_checkpointing" in flags)
+            model, use_gradient_checkpointing="--gradient_checkpointing" in flags
+        )
     elif "--gradient_checkpointing" in flags:
         model.enable_input_require_grads()
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM",
-                                            target_modules="all-linear"))
+    return get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear")
+    )
 
 
 def one_side(side, folder, name):
@@ -116,15 +137,27 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder) / "real/model", SETTINGS[name][0])
             write_model(Path(folder) / "tiny/model", TINY)
-            peaks = [int(subprocess.run(
-                [sys.executable, __file__, "--one", side, folder, name], stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True, check=True).stdout.split()[-1])
-                for side in ("minisft", "peft")]
+            peaks = [
+                int(
+                    subprocess.run(
+                        [sys.executable, __file__, "--one", side, folder, name],
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                        text=True,
+                        check=True,
+                    ).stdout.split()[-1]
+                )
+                for side in ("minisft", "peft")
+            ]
         row = [name, *(f"{peak / 2**20:,.0f}" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}"]
         print(*row, sep=" | ", flush=True)
-        update("scaling.md", "memory",
-               ["setting", "minisft, MiB", "transformers + peft, MiB", "ratio"], [row],
-               order=SETTINGS)
+        update(
+            "scaling.md",
+            "memory",
+            ["setting", "minisft, MiB", "transformers + peft, MiB", "ratio"],
+            [row],
+            order=SETTINGS,
+        )
 
 
 if __name__ == "__main__":

@@ -43,13 +43,17 @@ def harness_requests(benchmark, subjects, num_fewshot):
     delimiter = benchmark.letter.format(letter="")
     requests = []
     for subject in subjects:
-        shown = [f"{one.asked(benchmark)}{delimiter}{one.answer}\n\n"
-                 for one in subject.demonstrations[:num_fewshot]]
+        shown = [
+            f"{one.asked(benchmark)}{delimiter}{one.answer}\n\n"
+            for one in subject.demonstrations[:num_fewshot]
+        ]
         opening = benchmark.heading.format(subject=subject.name) + "".join(shown)
         for question in subject.questions:
             context = opening + question.asked(benchmark)
-            requests += [Instance("loglikelihood", {}, (context, delimiter + letter), index)
-                         for index, letter in enumerate(LETTERS)]
+            requests += [
+                Instance("loglikelihood", {}, (context, delimiter + letter), index)
+                for index, letter in enumerate(LETTERS)
+            ]
     return requests
 
 
@@ -61,20 +65,30 @@ def compare(options, model_dir):
 
     benchmark = BENCHMARKS[options.benchmark]
     wanted = options.subjects.split(",") if options.subjects else ()
-    subjects = read_subjects(benchmark, options.data_dir, options.split, options.num_fewshot,
-                             wanted)
+    subjects = read_subjects(
+        benchmark, options.data_dir, options.split, options.num_fewshot, wanted
+    )
     subjects = [replace(one, questions=one.questions[: options.max_samples]) for one in subjects]
     count = sum(len(one.questions) for one in subjects)
     model, tokenizer = load_model(model_dir), Tokenizer.load(model_dir)
     prompts = Prompts(benchmark, tokenizer, max_length=options.max_length)
-    harness = HFLM(pretrained=str(model_dir), max_length=options.max_length, dtype="float32",
-                   device="cpu", batch_size=options.batch_size)
+    harness = HFLM(
+        pretrained=str(model_dir),
+        max_length=options.max_length,
+        dtype="float32",
+        device="cpu",
+        batch_size=options.batch_size,
+    )
     requests = harness_requests(benchmark, subjects, options.num_fewshot)
 
     def ours():
-        rows = [row for one in subjects
-                for row in answer_subject(model, prompts, one, options.num_fewshot,
-                                          batch_size=options.batch_size)]
+        rows = [
+            row
+            for one in subjects
+            for row in answer_subject(
+                model, prompts, one, options.num_fewshot, batch_size=options.batch_size
+            )
+        ]
         assert {row["num_fewshot"] for row in rows} == {options.num_fewshot}, "raise --max_length"
         return [row[letter] for row in rows for letter in LETTERS]
 
@@ -86,13 +100,17 @@ def compare(options, model_dir):
     difference = max(abs(one - other) for one, other in zip(found, expected, strict=True))
     seconds = [[side[1] for side in turn] for turn in turns]
     mean_length = statistics.mean(len(tokenizer.encode(one.args[0])) for one in requests[::4])
-    print(f"{count} questions of {mean_length:.0f} tokens on average, {options.num_fewshot}-shot, "
-          f"{torch.get_num_threads()} thread(s)")
+    print(
+        f"{count} questions of {mean_length:.0f} tokens on average, {options.num_fewshot}-shot, "
+        f"{torch.get_num_threads()} thread(s)"
+    )
     for name, side in (("minisft", 0), ("lm-evaluation-harness", 1)):
         speed = count / statistics.median(turn[side] for turn in seconds)
         print(f"{name:<24} {speed:>8.2f} questions/s")
-    print(f"ratio {statistics.median(turn[1] / turn[0] for turn in seconds):.1f}, largest "
-          f"difference of a log-likelihood {difference:.1e}")
+    print(
+        f"ratio {statistics.median(turn[1] / turn[0] for turn in seconds):.1f}, largest "
+        f"difference of a log-likelihood {difference:.1e}"
+    )
 
 
 def main():
@@ -117,8 +135,9 @@ def main():
     if not options.tokenizer_dir:
         parser.error("give --model_name_or_path, or --tokenizer_dir for random weights")
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(folder, options.shape, options.num_layers,
-                         tokenizer_dir=options.tokenizer_dir)
+        write_checkpoint(
+            folder, options.shape, options.num_layers, tokenizer_dir=options.tokenizer_dir
+        )
         compare(options, Path(folder))
 
 

@@ -27,8 +27,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-SMALL = {"model_type": "llama", "vocab_size": 4000, "hidden_size": 384, "intermediate_size": 1024,
-         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 4000,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 LARGE_VOCABULARY = SMALL | {"vocab_size": 128256, "hidden_size": 256, "num_hidden_layers": 2}
 QWEN3 = SMALL | {"model_type": "qwen3", "head_dim": 64}
 FULL, CHECKPOINTING = ["--finetuning_type", "full"], ["--gradient_checkpointing"]
@@ -40,37 +47,81 @@ SETTINGS = {
     "LoRA, half the batch": (SMALL, 4, 256, 1, "float32", []),
     "LoRA, longer rows": (SMALL, 4, 1024, 1, "float32", []),
     "LoRA, checkpointing": (SMALL, 8, 512, 1, "float32", CHECKPOINTING),
-    "LoRA of q and v, dropout": (SMALL, 8, 256, 1, "float32", [
-        "--lora_target", "q_proj,v_proj", "--lora_dropout", "0.05"]),
+    "LoRA of q and v, dropout": (
+        SMALL,
+        8,
+        256,
+        1,
+        "float32",
+        ["--lora_target", "q_proj,v_proj", "--lora_dropout", "0.05"],
+    ),
     "LoRA, packing": (SMALL, 8, 256, 1, "float32", ["--packing"]),
     "LoRA, bfloat16": (SMALL, 8, 256, 1, "bfloat16", []),
-    "LoRA, embedding and output saved": (SMALL, 8, 256, 1, "float32", [
-        "--modules_to_save", "embed_tokens,lm_head"]),
+    "LoRA, embedding and output saved": (
+        SMALL,
+        8,
+        256,
+        1,
+        "float32",
+        ["--modules_to_save", "embed_tokens,lm_head"],
+    ),
     "LoRA, Qwen3": (QWEN3, 8, 256, 1, "float32", []),
     "LoRA, vocabulary of 128k": (LARGE_VOCABULARY, 8, 256, 1, "float32", []),
     "QLoRA, 4 bits": (SMALL, 8, 256, 1, "float32", ["--quantization_bit", "4"]),
-    "QLoRA, 8 bits, checkpointing": (SMALL, 8, 256, 1, "float32", [
-        "--quantization_bit", "8", *CHECKPOINTING]),
+    "QLoRA, 8 bits, checkpointing": (
+        SMALL,
+        8,
+        256,
+        1,
+        "float32",
+        ["--quantization_bit", "8", *CHECKPOINTING],
+    ),
     "full": (SMALL, 8, 256, 1, "float32", FULL),
     "full, checkpointing": (SMALL, 8, 256, 1, "float32", FULL + CHECKPOINTING),
     "full, accumulation": (SMALL, 4, 256, 2, "float32", FULL),
     "full, bfloat16": (SMALL, 8, 256, 1, "bfloat16", FULL),
-    "full, bfloat16, checkpointing, accumulation": (SMALL, 4, 256, 2, "bfloat16",
-                                                    FULL + CHECKPOINTING),
+    "full, bfloat16, checkpointing, accumulation": (
+        SMALL,
+        4,
+        256,
+        2,
+        "bfloat16",
+        FULL + CHECKPOINTING,
+    ),
     "full, vocabulary of 128k": (LARGE_VOCABULARY, 8, 256, 1, "float32", FULL),
-    "full, tied, accumulation": (LARGE_VOCABULARY | {"tie_word_embeddings": True}, 2, 256, 2,
-                                 "float32", FULL),
+    "full, tied, accumulation": (
+        LARGE_VOCABULARY | {"tie_word_embeddings": True},
+        2,
+        256,
+        2,
+        "float32",
+        FULL,
+    ),
     "reward, LoRA": (SMALL, 4, 256, 1, "float32", REWARD),
     "reward, full": (SMALL, 4, 256, 1, "float32", REWARD + FULL),
     "DPO, LoRA": (SMALL, 4, 256, 1, "float32", DPO),
     "DPO, LoRA, vocabulary of 128k": (LARGE_VOCABULARY, 4, 256, 1, "float32", DPO),
     "DPO, full": (SMALL, 4, 256, 1, "float32", DPO + FULL),
     "DPO, full, checkpointing": (SMALL, 4, 256, 1, "float32", DPO + FULL + CHECKPOINTING),
-    "DPO, full, reference computed before": (SMALL, 4, 256, 1, "float32",
-                                             DPO + FULL + ["--precompute_reference"]),
+    "DPO, full, reference computed before": (
+        SMALL,
+        4,
+        256,
+        1,
+        "float32",
+        DPO + FULL + ["--precompute_reference"],
+    ),
 }
-HEADS = ["setting", "micro-batch", "planned, MiB", "tensors, MiB", "process, MiB",
-         "planned / tensors", "planned / process", "the peak is at"]
+HEADS = [
+    "setting",
+    "micro-batch",
+    "planned, MiB",
+    "tensors, MiB",
+    "process, MiB",
+    "planned / tensors",
+    "planned / process",
+    "the peak is at",
+]
 SUPERVISED = 0.75  # share of a row
 
 
@@ -87,12 +138,16 @@ def forget_peak():
 
 def write_model(folder, fields):
     """A checkpoint in bfloat16 with random weights, written by another process."""
-    code = ("import json, sys, torch; from minisft.model.config import ModelConfig; "
-            "from minisft.model.decoder import CausalLM; from minisft.checkpoints.folders import save_model; "
-            "model = CausalLM(ModelConfig.from_dict(json.loads(sys.argv[2]))); model.initialize(); "
-            "save_model(model, sys.argv[1], torch.bfloat16)")
-    subprocess.run([sys.executable, "-c", code, str(folder), json.dumps(fields)], cwd=ROOT,
-                   check=True)
+    code = (
+        "import json, sys, torch; from minisft.model.config import ModelConfig; "
+        "from minisft.model.decoder import CausalLM; "
+        "from minisft.checkpoints.folders import save_model; "
+        "model = CausalLM(ModelConfig.from_dict(json.loads(sys.argv[2]))); model.initialize(); "
+        "save_model(model, sys.argv[1], torch.bfloat16)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(folder), json.dumps(fields)], cwd=ROOT, check=True
+    )
 
 
 def new_run(options, model, lora_config, num_rows, dtype, device, objective):
@@ -111,9 +166,17 @@ def new_run(options, model, lora_config, num_rows, dtype, device, objective):
     rows_per_step = count_rows_per_step(options, processes.world_size())
     schedule = build_schedule(options, num_rows, rows_per_step)
     path = Path(options.output_dir) / "metrics.jsonl"
-    return Run(options, model, lora_config, objective, build_optimizer(model, options), schedule,
-               build_precision(options, dtype, device),
-               Progress(schedule.total_steps, path, device), wrap_model(model, options))
+    return Run(
+        options,
+        model,
+        lora_config,
+        objective,
+        build_optimizer(model, options),
+        schedule,
+        build_precision(options, dtype, device),
+        Progress(schedule.total_steps, path, device),
+        wrap_model(model, options),
+    )
 
 
 def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
@@ -128,17 +191,31 @@ def prepare(folder, fields, batch_size, length, accumulated, dtype, flags):
     from minisft.training.options import parse_options
     from train import build_objective
 
-    options = parse_options([
-        "--model_name_or_path", str(folder / "model"), "--dataset", "-", "--output_dir",
-        str(folder), "--per_device_train_batch_size", str(batch_size), "--max_steps", "100",
-        "--gradient_accumulation_steps", str(accumulated), *flags])
+    options = parse_options(
+        [
+            "--model_name_or_path",
+            str(folder / "model"),
+            "--dataset",
+            "-",
+            "--output_dir",
+            str(folder),
+            "--per_device_train_batch_size",
+            str(batch_size),
+            "--max_steps",
+            "100",
+            "--gradient_accumulation_steps",
+            str(accumulated),
+            *flags,
+        ]
+    )
     device, dtype, draw = torch.device("cpu"), getattr(torch, dtype), np.random.default_rng(0)
     model, lora_config = load_trainable(options, folder / "model", dtype, device)
     lengths = [length] * 2 if options.stage in ("rm", "dpo") else [length]
     supervised = np.tile(np.arange(length) >= (1 - SUPERVISED) * length, len(lengths))
-    examples = [encoding.Example(draw.integers(0, fields["vocab_size"], sum(lengths)), supervised,
-                                 lengths)
-                for _ in range(batch_size * accumulated * processes.world_size())]
+    examples = [
+        encoding.Example(draw.integers(0, fields["vocab_size"], sum(lengths)), supervised, lengths)
+        for _ in range(batch_size * accumulated * processes.world_size())
+    ]
     batches = batching.Batches(examples, lambda rows: (rows, EncodeReport()))
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     objective = build_objective(options, model, batches, None, autocast)
@@ -153,8 +230,9 @@ def allocated(function):
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    events = [event for event in profiler.profiler.kineto_results.events()
-              if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -178,14 +256,23 @@ def measure(folder, fields, batch_size, length, accumulated, dtype, flags):
     process = status("VmHWM") - before
     states = [one for state in run.optimizer.state.values() for one in state.values()]
     reference = getattr(getattr(run.objective, "reference", None), "model", run.model)
-    held = {one.data_ptr(): one.nbytes for one in (
-        *run.model.parameters(), *run.model.buffers(), *reference.parameters(), *states)}
+    held = {
+        one.data_ptr(): one.nbytes
+        for one in (*run.model.parameters(), *run.model.buffers(), *reference.parameters(), *states)
+    }
     tensors = sum(held.values()) + allocated(lambda: train_step(run, batches))
     model = model_on_meta(run.options, ModelConfig.load(folder / "model"), getattr(torch, dtype))
-    tokens, supervised = ((one.tokens, one.supervised) if hasattr(one := batches[0], "tokens")
-                          else one[:2])
-    step = plan.planned_step(run.options, model, (tokens.numel(), int(supervised[:, 1:].sum())),
-                             getattr(torch, dtype), "cpu", 1)
+    tokens, supervised = (
+        (one.tokens, one.supervised) if hasattr(one := batches[0], "tokens") else one[:2]
+    )
+    step = plan.planned_step(
+        run.options,
+        model,
+        (tokens.numel(), int(supervised[:, 1:].sum())),
+        getattr(torch, dtype),
+        "cpu",
+        1,
+    )
     peak = max(memory.phases(model, step), key=lambda phase: phase.total)
     return {"planned": peak.total, "tensors": tensors, "process": process, "at": peak.name}
 
@@ -193,8 +280,13 @@ def measure(folder, fields, batch_size, length, accumulated, dtype, flags):
 def measure_one(name):
     """measure() of a setting, behind a step of a tiny model: what is loaded once is not counted."""
     fields, *setting = SETTINGS[name]
-    tiny = fields | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": 4,
-                     "num_hidden_layers": 1}
+    tiny = fields | {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "head_dim": 4,
+        "num_hidden_layers": 1,
+    }
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         write_model(Path(one) / "model", tiny)
         measure(Path(one), tiny, 1, 16, *setting[2:])
@@ -213,16 +305,24 @@ def main():
     from tables import update
 
     for name in options.only or SETTINGS:
-        done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, text=True, check=True,
-                              env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)})
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=True,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)},
+        )
         found = json.loads(done.stdout.splitlines()[-1])
         _, batch_size, length, accumulated, dtype, flags = SETTINGS[name]
         pairs = " x 2" if "--stage" in flags else ""
-        row = [name, f"{batch_size}{pairs} x {length:,}" + f" x {accumulated}" * (accumulated > 1),
-               *(f"{found[one] / 2**20:,.0f}" for one in ("planned", "tensors", "process")),
-               *(f"{found['planned'] / found[one]:.2f}" for one in ("tensors", "process")),
-               found["at"]]
+        row = [
+            name,
+            f"{batch_size}{pairs} x {length:,}" + f" x {accumulated}" * (accumulated > 1),
+            *(f"{found[one] / 2**20:,.0f}" for one in ("planned", "tensors", "process")),
+            *(f"{found['planned'] / found[one]:.2f}" for one in ("tensors", "process")),
+            found["at"],
+        ]
         print(*row, sep=" | ", flush=True)
         update("scaling.md", "peak", HEADS, [row], order=SETTINGS)
 

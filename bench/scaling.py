@@ -22,10 +22,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from peak import CHECKPOINTING, FULL, prepare, write_model  # noqa: E402
 
-MODEL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408,
-         "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}
-TWICE_AS_WIDE = MODEL | {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
-                         "num_key_value_heads": 8}
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+TWICE_AS_WIDE = MODEL | {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
 # what is turned: (model, rows, their length, processes, flags)
 MEASURED = {
     "LoRA": (MODEL, 8, 256, 1, []),
@@ -41,9 +52,16 @@ MEASURED = {
     "two processes": (MODEL, 8, 256, 2, []),
     "in full, two processes": (MODEL, 8, 256, 2, FULL),
 }
-LLAMA3_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
-             "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-             "num_key_value_heads": 8, "max_position_embeddings": 8192}
+LLAMA3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
 LORA = ["--gradient_checkpointing", "--per_device_train_batch_size", "4", "--cutoff_len", "2048"]
 COMPUTED = {
     "LoRA, checkpointing, 4 x 2,048": LORA,
@@ -94,12 +112,23 @@ def measured_rows(names):
             write_model(Path(folder) / "model", fields)
             done = subprocess.run(
                 [sys.executable, *(launch if count > 1 else []), __file__, "--one", name, folder],
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                check=True,
+            )
         seconds, tokens = json.loads(done.stdout.splitlines()[-1]), count * batch_size * length
         model = model_on_meta(*planned(fields, flags))
         operations = tokens * training_operations(model, length, CHECKPOINTING[0] in flags)
-        rows.append([name, f"{batch_size} x {length:,}", count, f"{tokens / seconds:,.0f}",
-                     f"{operations / seconds / 1e9:,.0f}"])
+        rows.append(
+            [
+                name,
+                f"{batch_size} x {length:,}",
+                count,
+                f"{tokens / seconds:,.0f}",
+                f"{operations / seconds / 1e9:,.0f}",
+            ]
+        )
         print(*rows[-1], sep=" | ", flush=True)
     return rows
 
@@ -111,8 +140,9 @@ def planned(fields, flags):
     from minisft.model.config import ModelConfig
     from minisft.training.options import parse_options
 
-    options = parse_options(["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-",
-                             *flags])
+    options = parse_options(
+        ["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-", *flags]
+    )
     return options, ModelConfig.from_dict(fields), torch.bfloat16
 
 
@@ -123,9 +153,24 @@ def computed_rows():
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA3_8B))
         for name, flags in COMPUTED.items():
             done = subprocess.run(
-                [sys.executable, ROOT / "train.py", "--dry_run", "--model_name_or_path", folder,
-                 "--dataset", "nowhere", "--output_dir", folder, "--device", "cuda", *flags],
-                stdout=subprocess.PIPE, text=True, check=True)
+                [
+                    sys.executable,
+                    ROOT / "train.py",
+                    "--dry_run",
+                    "--model_name_or_path",
+                    folder,
+                    "--dataset",
+                    "nowhere",
+                    "--output_dir",
+                    folder,
+                    "--device",
+                    "cuda",
+                    *flags,
+                ],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
             lines = [line.split() for line in done.stdout.splitlines() if line.startswith("  ")]
             rows.append([name, *(line[2] if line[0] != "total" else line[1] for line in lines)])
             print(*rows[-1], sep=" | ", flush=True)
@@ -144,16 +189,32 @@ def main():
     from tables import update
 
     if not options.only:
-        update("scaling.md", "grows",
-               ["Llama-3-8B, GB at the peak", "weights", "gradients", "optimizer", "activations",
-                "logits", "together"], computed_rows(), order=COMPUTED)
+        update(
+            "scaling.md",
+            "grows",
+            [
+                "Llama-3-8B, GB at the peak",
+                "weights",
+                "gradients",
+                "optimizer",
+                "activations",
+                "logits",
+                "together",
+            ],
+            computed_rows(),
+            order=COMPUTED,
+        )
     if not options.computed:
         import torch
 
-        update("scaling.md", "speed",
-               ["what is turned", "micro-batch", "processes", "tokens/s", "10^9 operations/s"],
-               measured_rows(options.only or MEASURED), order=MEASURED,
-               note=f"torch {torch.__version__}, {torch.get_num_threads()} threads in all.")
+        update(
+            "scaling.md",
+            "speed",
+            ["what is turned", "micro-batch", "processes", "tokens/s", "10^9 operations/s"],
+            measured_rows(options.only or MEASURED),
+            order=MEASURED,
+            note=f"torch {torch.__version__}, {torch.get_num_threads()} threads in all.",
+        )
 
 
 if __name__ == "__main__":

@@ -113,8 +113,12 @@ def compare(options, ours, theirs, rows, template):
         speeds["theirs"].append(len(chosen) / (middle - began))
         speeds["ours"].append(len(prepared) / (clocks() - middle))
         worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=False))
-    return {"speeds": speeds, "rows": len(prepared), "tokens": sum(tokens) / len(tokens),
-            "difference": worst}
+    return {
+        "speeds": speeds,
+        "rows": len(prepared),
+        "tokens": sum(tokens) / len(tokens),
+        "difference": worst,
+    }
 
 
 def load_and_compare(options, model_dir):
@@ -132,17 +136,25 @@ def load_and_compare(options, model_dir):
     ours = load_model(model_dir, dtype, device)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     result = compare(
-        options, ours, theirs.to(device).eval(), dataset.open_rows(options.dataset, skipped=[]),
-        get_template(options.template, Tokenizer.load(model_dir)))
+        options,
+        ours,
+        theirs.to(device).eval(),
+        dataset.open_rows(options.dataset, skipped=[]),
+        get_template(options.template, Tokenizer.load(model_dir)),
+    )
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     speeds = result["speeds"]
-    print(f"{result['rows']} rows, {device}, {options.dtype}, {threads} thread(s), "
-          f"{options.rounds} rounds in turns; largest relative difference of a score "
-          f"{result['difference']:.1e}")
+    print(
+        f"{result['rows']} rows, {device}, {options.dtype}, {threads} thread(s), "
+        f"{options.rounds} rounds in turns; largest relative difference of a score "
+        f"{result['difference']:.1e}"
+    )
     for clock, name in enumerate(("rows/s", "rows per CPU second")):
         medians = [statistics.median(one[clock] for one in speeds[side]) for side in speeds]
-        print(f"{name:20} ours {medians[0]:>9,.2f}   theirs {medians[1]:>9,.2f}   "
-              f"= {medians[0] / medians[1]:.1f} x")
+        print(
+            f"{name:20} ours {medians[0]:>9,.2f}   theirs {medians[1]:>9,.2f}   "
+            f"= {medians[0] / medians[1]:.1f} x"
+        )
 
 
 def memory(options):
@@ -153,12 +165,19 @@ def memory(options):
         for count in options.row_counts:
             path = folder / f"{count}.jsonl"
             if not path.exists():
-                path.write_text("".join(f'{{"instruction": "Say {number}", "output": "ok"}}\n'
-                                        for number in range(count)))
+                path.write_text(
+                    "".join(
+                        f'{{"instruction": "Say {number}", "output": "ok"}}\n'
+                        for number in range(count)
+                    )
+                )
             began = time.monotonic()
             peaks.append(peak_memory(options, path))
-            print(f"{count:>9,} rows  {peaks[-1] / 2**20:>7,.1f} MiB peak  "
-                  f"{time.monotonic() - began:>7.0f} s", flush=True)
+            print(
+                f"{count:>9,} rows  {peaks[-1] / 2**20:>7,.1f} MiB peak  "
+                f"{time.monotonic() - began:>7.0f} s",
+                flush=True,
+            )
     few, many = options.row_counts[0], options.row_counts[-1]
     print(f"{(peaks[-1] - peaks[0]) / (many - few):.1f} bytes for each row more")
 
@@ -166,10 +185,24 @@ def memory(options):
 def peak_memory(options, path):
     """Bytes that scoring the rows takes at most, by the system's account (mapped files too)."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "score.py", "--dataset", path, "--template", "plain",
-         "--model_name_or_path", options.model_name_or_path or ROOT / "examples/base",
-         "--mode", options.mode, "--dataloader_num_workers", "0",
-         "--output", path.with_suffix(".scores.jsonl")], stdout=subprocess.DEVNULL)
+        [
+            sys.executable,
+            ROOT / "score.py",
+            "--dataset",
+            path,
+            "--template",
+            "plain",
+            "--model_name_or_path",
+            options.model_name_or_path or ROOT / "examples/base",
+            "--mode",
+            options.mode,
+            "--dataloader_num_workers",
+            "0",
+            "--output",
+            path.with_suffix(".scores.jsonl"),
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     status, noted = Path(f"/proc/{process.pid}/status"), path.with_suffix(".peak")
     peak = int(noted.read_text()) if noted.exists() else 0  # of a run that was stopped
     while process.poll() is None:
@@ -193,8 +226,9 @@ def parse_options(arguments=None):
     parser.add_argument("--template", default="alpaca")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--num_rows", type=int, default=200)
-    parser.add_argument("--reference_rows", type=int,
-                        help="the reference way scores only so many of them (all)")
+    parser.add_argument(
+        "--reference_rows", type=int, help="the reference way scores only so many of them (all)"
+    )
     parser.add_argument("--batch_tokens", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
@@ -210,8 +244,12 @@ def main():
     if options.memory:
         return memory(options)
     with tempfile.TemporaryDirectory() as folder:
-        load_and_compare(options, random_checkpoint(options, Path(folder)) if options.config_dir
-                         else Path(options.model_name_or_path))
+        load_and_compare(
+            options,
+            random_checkpoint(options, Path(folder))
+            if options.config_dir
+            else Path(options.model_name_or_path),
+        )
 
 
 if __name__ == "__main__":

@@ -32,9 +32,12 @@ BASE, DATA = ROOT / "examples/base", ROOT / "examples/data"
 RECIPE, DOCS = ROOT / "examples/demo.toml", ROOT / "docs"
 TEMPLATE, BATCH = "plain", 16
 METHODS = {
-    "recipe": "ifd after pre-experience", "ifd": "ifd without pre-experience",
-    "longest": "the longest answers", "random": "random",
-    "random_matched": "random, lengths of the recipe", "all": "all rows",
+    "recipe": "ifd after pre-experience",
+    "ifd": "ifd without pre-experience",
+    "longest": "the longest answers",
+    "random": "random",
+    "random_matched": "random, lengths of the recipe",
+    "all": "all rows",
     "all_same_steps": "all rows, same steps",
 }
 WHOLE = ("all", "all_same_steps")
@@ -69,13 +72,36 @@ class Cells:
         score = partial(call, "score.py", *about, "--dataset", self.train_file, log=log)
         score("--mode", "all", "--output", before)
         if not (pre / "adapter_model.safetensors").exists():
-            self.select("cluster", pre.with_suffix(".json"), seed, log, "--embeddings",
-                        before.with_name("before.embeddings.npy"), "--clusters",
-                        self.options.clusters, "--per_cluster", self.options.per_cluster)
+            self.select(
+                "cluster",
+                pre.with_suffix(".json"),
+                seed,
+                log,
+                "--embeddings",
+                before.with_name("before.embeddings.npy"),
+                "--clusters",
+                self.options.clusters,
+                "--per_cluster",
+                self.options.per_cluster,
+            )
             # Small batches, so that one epoch of a few hundred rows is more than a few steps.
-            call("train.py", "--config", RECIPE, "--dataset", pre.with_suffix(".json"), "--seed",
-                 seed, "--num_train_epochs", 1, "--per_device_train_batch_size", 8,
-                 "--output_dir", pre, "--overwrite_output_dir", log=log)
+            call(
+                "train.py",
+                "--config",
+                RECIPE,
+                "--dataset",
+                pre.with_suffix(".json"),
+                "--seed",
+                seed,
+                "--num_train_epochs",
+                1,
+                "--per_device_train_batch_size",
+                8,
+                "--output_dir",
+                pre,
+                "--overwrite_output_dir",
+                log=log,
+            )
         score("--adapter", pre, "--output", self.folder / f"scores-{seed}.jsonl")
         for rate in self.options.rates:  # which two methods need, maybe at the same time
             self.chosen("recipe", rate, seed, log)
@@ -83,8 +109,20 @@ class Cells:
     def select(self, strategy, output, seed, log, *more):
         """Choose rows with select.py, unless that has been done."""
         if not Path(f"{output}.manifest").exists():
-            call("select.py", "--dataset", self.train_file, "--strategy", strategy, "--seed", seed,
-                 "--output", output, "--overwrite", *more, log=log)
+            call(
+                "select.py",
+                "--dataset",
+                self.train_file,
+                "--strategy",
+                strategy,
+                "--seed",
+                seed,
+                "--output",
+                output,
+                "--overwrite",
+                *more,
+                log=log,
+            )
 
     def chosen(self, method, rate, seed, log):
         """The file of the rows that a cell trains on."""
@@ -97,8 +135,15 @@ class Cells:
         if method == "recipe":
             self.select("ifd", output, seed, log, *after, *size)
         elif method == "random_matched":
-            self.select("random_matched", output, seed, log, *after, "--match",
-                        self.chosen("recipe", rate, seed, log))
+            self.select(
+                "random_matched",
+                output,
+                seed,
+                log,
+                *after,
+                "--match",
+                self.chosen("recipe", rate, seed, log),
+            )
         elif method == "random":
             self.select(method, output, seed, log, *size)
         else:
@@ -116,17 +161,46 @@ class Cells:
         steps = max(self.options.min_steps, self.options.epochs * per_epoch)
         if method == "all_same_steps":
             steps = self.options.min_steps
-        call("train.py", "--config", RECIPE, "--dataset", data, "--seed", seed, "--max_steps",
-             steps, "--per_device_train_batch_size", BATCH, "--dataloader_num_workers", 0,
-             "--save_steps", 10**6, "--output_dir", model, "--overwrite_output_dir", log=log)
-        answer = subprocess.run([sys.executable, __file__, "--evaluate", model],
-                                capture_output=True, text=True, check=True).stdout
+        call(
+            "train.py",
+            "--config",
+            RECIPE,
+            "--dataset",
+            data,
+            "--seed",
+            seed,
+            "--max_steps",
+            steps,
+            "--per_device_train_batch_size",
+            BATCH,
+            "--dataloader_num_workers",
+            0,
+            "--save_steps",
+            10**6,
+            "--output_dir",
+            model,
+            "--overwrite_output_dir",
+            log=log,
+        )
+        answer = subprocess.run(
+            [sys.executable, __file__, "--evaluate", model],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         bad = sum(row["quality"] != "good" for row in rows) / len(rows)
         length = statistics.mean(len(row["output"]) for row in rows)
-        return {"method": method, "rate": rate, "seed": seed, "num_rows": len(rows),
-                "steps": steps, "exact_match": json.loads(answer)["exact_match"],
-                "bad_share": bad, "mean_answer_characters": length,
-                "seconds": round(time.monotonic() - began, 1)}
+        return {
+            "method": method,
+            "rate": rate,
+            "seed": seed,
+            "num_rows": len(rows),
+            "steps": steps,
+            "exact_match": json.loads(answer)["exact_match"],
+            "bad_share": bad,
+            "mean_answer_characters": length,
+            "seconds": round(time.monotonic() - began, 1),
+        }
 
 
 def evaluate(model):
@@ -146,9 +220,13 @@ def identity(options):
     from minisft.selection.provenance import sha256
 
     files = [BASE / "model.safetensors", DATA / "train.json", DATA / "heldout.json", RECIPE]
-    return {"files": [sha256(path) for path in files], "min_steps": options.min_steps,
-            "epochs": options.epochs, "clusters": options.clusters,
-            "per_cluster": options.per_cluster}
+    return {
+        "files": [sha256(path) for path in files],
+        "min_steps": options.min_steps,
+        "epochs": options.epochs,
+        "clusters": options.clusters,
+        "per_cluster": options.per_cluster,
+    }
 
 
 def read_results(path, record):
@@ -157,8 +235,10 @@ def read_results(path, record):
         path.write_text(json.dumps(record) + "\n")
     first, *results = map(json.loads, path.read_text().splitlines())
     if first != record:
-        sys.exit(f"{path}: has results of another base, data set, recipe or setting; give another "
-                 "--output_dir")
+        sys.exit(
+            f"{path}: has results of another base, data set, recipe or setting; give another "
+            "--output_dir"
+        )
     return results
 
 
@@ -166,9 +246,12 @@ def run_missing(options, path, results):
     """Run the cells that are wanted and not there, --jobs at a time; append each as it ends."""
     cells = Cells(options)
     done = {(one["method"], one["rate"], one["seed"]) for one in results}
-    wanted = [(method, 1.0 if method in WHOLE else rate, seed)
-              for seed in options.seeds for method in options.methods
-              for rate in (options.rates[:1] if method in WHOLE else options.rates)]
+    wanted = [
+        (method, 1.0 if method in WHOLE else rate, seed)
+        for seed in options.seeds
+        for method in options.methods
+        for rate in (options.rates[:1] if method in WHOLE else options.rates)
+    ]
     missing = [one for one in wanted if one not in done]
     print(f"{len(wanted)} cells, {len(missing)} to do", flush=True)
     for seed in sorted({seed for method, _, seed in missing if method not in WHOLE}):
@@ -179,9 +262,13 @@ def run_missing(options, path, results):
             with open(path, "a") as file:
                 file.write(json.dumps(result) + "\n")
             results.append(result)
-            print("{method:15} {rate:5.0%} seed {seed}: {num_rows:5,} rows, {steps:5,} steps, "
-                  "exact match {exact_match:6.1%}, bad {bad_share:5.1%}, {seconds:,.0f} s".format(
-                      **result), flush=True)
+            print(
+                "{method:15} {rate:5.0%} seed {seed}: {num_rows:5,} rows, {steps:5,} steps, "
+                "exact match {exact_match:6.1%}, bad {bad_share:5.1%}, {seconds:,.0f} s".format(
+                    **result
+                ),
+                flush=True,
+            )
 
 
 def summary(results):
@@ -198,21 +285,38 @@ def summary(results):
             values, half = [one["exact_match"] for one in runs], None
             if len(runs) > 1:
                 half = t.ppf(0.975, len(runs) - 1) * statistics.stdev(values) / len(runs) ** 0.5
-            means = [statistics.mean(one[name] for one in runs) for name in
-                     ("exact_match", "bad_share", "mean_answer_characters")]
-            lines.append((method, rate, means[0], half, *means[1:], runs[0]["num_rows"],
-                          runs[0]["steps"], len(runs)))
+            means = [
+                statistics.mean(one[name] for one in runs)
+                for name in ("exact_match", "bad_share", "mean_answer_characters")
+            ]
+            lines.append(
+                (
+                    method,
+                    rate,
+                    means[0],
+                    half,
+                    *means[1:],
+                    runs[0]["num_rows"],
+                    runs[0]["steps"],
+                    len(runs),
+                )
+            )
     return lines
 
 
 def table(lines):
     """The summary as a Markdown table."""
-    rows = ["| rows trained on | share | rows | steps | exact match | bad rows let through | "
-            "characters of an answer | runs |", "|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| rows trained on | share | rows | steps | exact match | bad rows let through | "
+        "characters of an answer | runs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for method, rate, mean, half, bad, length, num_rows, steps, runs in lines:
         around = f" ± {half:.1%}" if half is not None else ""
-        rows.append(f"| {METHODS[method]} | {rate:.0%} | {num_rows:,} | {steps:,} | "
-                    f"{mean:.1%}{around} | {bad:.1%} | {length:.1f} | {runs} |")
+        rows.append(
+            f"| {METHODS[method]} | {rate:.0%} | {num_rows:,} | {steps:,} | "
+            f"{mean:.1%}{around} | {bad:.1%} | {length:.1f} | {runs} |"
+        )
     return "\n".join(rows)
 
 
@@ -230,8 +334,14 @@ def draw(lines, path):
         elif own:
             # A little apart, so that intervals do not hide each other.
             shares = [rate * (1 + 0.03 * (number - 2)) for _, rate, *_ in own]
-            axes.errorbar(shares, [line[2] for line in own], [line[3] or 0 for line in own],
-                          marker="o", capsize=3, label=METHODS[method])
+            axes.errorbar(
+                shares,
+                [line[2] for line in own],
+                [line[3] or 0 for line in own],
+                marker="o",
+                capsize=3,
+                label=METHODS[method],
+            )
     axes.set_xticks(sorted({rate for method, rate, *_ in lines if method not in WHOLE}))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -246,8 +356,10 @@ def write_docs(text):
     page = DOCS / "selection.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n![exact match](selection.png)\n\n{END}{after}",
-                    encoding="utf-8")
+    page.write_text(
+        f"{before}{BEGIN}\n\n{text}\n\n![exact match](selection.png)\n\n{END}{after}",
+        encoding="utf-8",
+    )
 
 
 def main():
@@ -261,8 +373,11 @@ def main():
     parser.add_argument("--per_cluster", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=1, help="cells that run at the same time")
     parser.add_argument("--output_dir", default=str(ROOT / "runs/selection"))
-    parser.add_argument("--write_docs", action="store_true",
-                        help="run nothing; write table and picture into docs/selection.md")
+    parser.add_argument(
+        "--write_docs",
+        action="store_true",
+        help="run nothing; write table and picture into docs/selection.md",
+    )
     parser.add_argument("--evaluate", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

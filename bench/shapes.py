@@ -1,8 +1,8 @@
 """Random weights in the shapes of well-known models, for the benchmarks.
 
-    write_checkpoint("runs/shape", "tinyllama", num_layers=2)         # files for both sides
-    model = random_model("llama3-8b", None, torch.bfloat16, "cuda")   # no files, on the GPU
-    twin = transformers_twin(model, "llama3-8b")                      # the same weights
+write_checkpoint("runs/shape", "tinyllama", num_layers=2)         # files for both sides
+model = random_model("llama3-8b", None, torch.bfloat16, "cuda")   # no files, on the GPU
+twin = transformers_twin(model, "llama3-8b")                      # the same weights
 """
 
 import dataclasses
@@ -16,21 +16,52 @@ from safetensors.torch import save_file
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 
-COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
-          "eos_token_id": 2, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
+COMMON = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+}
 SHAPES = {
-    "tiny": {"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 128,
-             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "max_position_embeddings": 2048},
-    "small": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172,
-              "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
-              "max_position_embeddings": 2048},
-    "tinyllama": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
-                  "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
-                  "max_position_embeddings": 2048},
-    "llama3-8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-                  "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-                  "max_position_embeddings": 8192, "rope_theta": 500000.0},
+    "tiny": {
+        "vocab_size": 1536,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    },
+    "small": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
+    "tinyllama": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
+    "llama3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
 }
 
 
@@ -61,7 +92,8 @@ def write_checkpoint(folder, shape, num_layers=None, dtype=torch.bfloat16, token
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+        json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8"
+    )
     for path in Path(tokenizer_dir).glob("*token*") if tokenizer_dir else ():
         shutil.copy(path, folder)
     return config
@@ -84,8 +116,9 @@ def random_model(shape, num_layers, dtype, device):
         value = torch.empty(parameter.shape, dtype=dtype, device=device)
         value = value.fill_(1.0) if name.endswith("norm.weight") else value.normal_(0.0, 0.02)
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute,
-                torch.nn.Parameter(value, requires_grad=False))
+        setattr(
+            model.get_submodule(owner), attribute, torch.nn.Parameter(value, requires_grad=False)
+        )
     return model.eval()
 
 
@@ -102,8 +135,10 @@ def transformers_twin(model, shape):
     has_flash = embedding.is_cuda and is_flash_attn_2_available()
     with torch.device(embedding.device):
         twin = AutoModelForCausalLM.from_config(
-            LlamaConfig(**config_of(shape, model.config.num_hidden_layers)), dtype=embedding.dtype,
-            attn_implementation="flash_attention_2" if has_flash else "sdpa")
+            LlamaConfig(**config_of(shape, model.config.num_hidden_layers)),
+            dtype=embedding.dtype,
+            attn_implementation="flash_attention_2" if has_flash else "sdpa",
+        )
     twin.load_state_dict(weights, assign=True)
     twin.generation_config.eos_token_id = None  # ours has no end either
     return twin.requires_grad_(False).eval()

@@ -38,8 +38,12 @@ def parse_options(arguments=None):
     parser.add_argument("--tokenizer_dir", help="folder of the model's tokenizer")
     parser.add_argument("--dataset", help="alpaca rows, with --tokenizer_dir")
     parser.add_argument("--num_rows", type=int, default=64)
-    parser.add_argument("--synthetic_rows", type=int, default=0,
-                        help="instead of --dataset: rows of random tokens, all --cutoff_len long")
+    parser.add_argument(
+        "--synthetic_rows",
+        type=int,
+        default=0,
+        help="instead of --dataset: rows of random tokens, all --cutoff_len long",
+    )
     parser.add_argument("--cutoff_len", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--finetuning_type", choices=["lora", "full"], default="lora")
@@ -47,8 +51,12 @@ def parse_options(arguments=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--sides", nargs="+", default=["minisft", "best", "defaults"],
-                        choices=[*OURS, "best", "defaults"])
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        default=["minisft", "best", "defaults"],
+        choices=[*OURS, "best", "defaults"],
+    )
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args(arguments)
 
@@ -57,8 +65,9 @@ def prepare(options, folder):
     """Write the checkpoint and the rows, as token ids with the supervised part marked."""
     from bench.shapes import write_checkpoint
 
-    write_checkpoint(folder / "model", options.shape, options.num_layers,
-                     tokenizer_dir=options.tokenizer_dir)
+    write_checkpoint(
+        folder / "model", options.shape, options.num_layers, tokenizer_dir=options.tokenizer_dir
+    )
     if options.synthetic_rows:
         rows = synthetic_rows(options.shape, [options.cutoff_len] * options.synthetic_rows)
     else:
@@ -67,10 +76,13 @@ def prepare(options, folder):
         from minisft.text.tokenizer import Tokenizer
 
         template = get_template("alpaca", Tokenizer.load(folder / "model"))
-        encoded = [template.encode(row.messages)
-                   for row in load_rows(options.dataset)[: options.num_rows]]
-        rows = [(ids[: options.cutoff_len], supervised[: options.cutoff_len])
-                for ids, supervised in encoded]
+        encoded = [
+            template.encode(row.messages) for row in load_rows(options.dataset)[: options.num_rows]
+        ]
+        rows = [
+            (ids[: options.cutoff_len], supervised[: options.cutoff_len])
+            for ids, supervised in encoded
+        ]
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
@@ -81,23 +93,46 @@ def synthetic_rows(shape, lengths):
     from bench.shapes import SHAPES
 
     draw = np.random.default_rng(0)
-    return [(draw.integers(3, SHAPES[shape]["vocab_size"], length).tolist(),
-             [place >= length // 4 for place in range(length)]) for length in lengths]
+    return [
+        (
+            draw.integers(3, SHAPES[shape]["vocab_size"], length).tolist(),
+            [place >= length // 4 for place in range(length)],
+        )
+        for length in lengths
+    ]
 
 
 def training_flags(options):
     """The options of train.py for minisft's side."""
     from minisft.training.options import parse_options as training_options
 
-    switches = [f"--{name}" for name in ("compile", "gradient_checkpointing")
-                if getattr(options, name)]
+    switches = [
+        f"--{name}" for name in ("compile", "gradient_checkpointing") if getattr(options, name)
+    ]
     switches += ["--packing"] * (options.side == "packed")
-    return training_options([
-        "--model_name_or_path", str(Path(options.folder) / "model"), "--dataset", "-",
-        "--template", "alpaca", "--output_dir", options.folder,
-        "--finetuning_type", options.finetuning_type,
-        "--per_device_train_batch_size", str(options.batch_size), "--num_train_epochs", "2",
-        "--logging_steps", "1", "--save_steps", "1000000", *switches])
+    return training_options(
+        [
+            "--model_name_or_path",
+            str(Path(options.folder) / "model"),
+            "--dataset",
+            "-",
+            "--template",
+            "alpaca",
+            "--output_dir",
+            options.folder,
+            "--finetuning_type",
+            options.finetuning_type,
+            "--per_device_train_batch_size",
+            str(options.batch_size),
+            "--num_train_epochs",
+            "2",
+            "--logging_steps",
+            "1",
+            "--save_steps",
+            "1000000",
+            *switches,
+        ]
+    )
 
 
 def train_minisft(options, model, lora_config, rows):
@@ -135,8 +170,12 @@ def train_minisft(options, model, lora_config, rows):
     log = read_metrics(Path(options.folder) / "metrics.jsonl")
     tokens = np.diff([0, *(row["tokens"] for row in log)])
     seconds = tokens / [row["tokens_per_second"] for row in log]
-    return {"seconds": seconds.tolist(), "tokens": tokens.tolist(),
-            "padding": (computed - tokens).tolist(), "peak": peak_memory(device)}
+    return {
+        "seconds": seconds.tolist(),
+        "tokens": tokens.tolist(),
+        "padding": (computed - tokens).tolist(),
+        "peak": peak_memory(device),
+    }
 
 
 def train_with_trainer(options, model, rows):
@@ -157,8 +196,10 @@ def train_with_trainer(options, model, rows):
     if options.finetuning_type == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(
-            r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear"))
+        model = get_peft_model(
+            model,
+            LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear"),
+        )
         if options.gradient_checkpointing:
             model.enable_input_require_grads()
     times, tokens, padding = [], [], []
@@ -171,10 +212,14 @@ def train_with_trainer(options, model, rows):
         def padded(name, filler):
             return torch.tensor([one[name] + [filler] * (width - len(one[name])) for one in batch])
 
-        mask = torch.tensor([[1] * len(one["input_ids"]) + [0] * (width - len(one["input_ids"]))
-                             for one in batch])
-        return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100),
-                "attention_mask": mask}
+        mask = torch.tensor(
+            [[1] * len(one["input_ids"]) + [0] * (width - len(one["input_ids"])) for one in batch]
+        )
+        return {
+            "input_ids": padded("input_ids", 0),
+            "labels": padded("labels", -100),
+            "attention_mask": mask,
+        }
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -185,23 +230,41 @@ def train_with_trainer(options, model, rows):
             wait(device)
             times.append(time.perf_counter())
 
-    data = [{"input_ids": ids, "length": len(ids),
-             "labels": [one if kept else -100 for one, kept in zip(ids, supervised, strict=True)]}
-            for ids, supervised in rows]
+    data = [
+        {
+            "input_ids": ids,
+            "length": len(ids),
+            "labels": [one if kept else -100 for one, kept in zip(ids, supervised, strict=True)],
+        }
+        for ids, supervised in rows
+    ]
     arguments = TrainingArguments(
-        options.folder + "/trainer", per_device_train_batch_size=options.batch_size,
-        num_train_epochs=2, learning_rate=1e-4, lr_scheduler_type="cosine", report_to=[],
-        bf16=best and options.dtype == "bfloat16", use_cpu=options.device == "cpu",
-        logging_steps=1, save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        options.folder + "/trainer",
+        per_device_train_batch_size=options.batch_size,
+        num_train_epochs=2,
+        learning_rate=1e-4,
+        lr_scheduler_type="cosine",
+        report_to=[],
+        bf16=best and options.dtype == "bfloat16",
+        use_cpu=options.device == "cpu",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
         gradient_checkpointing=options.gradient_checkpointing,
         torch_compile=options.compile and best,
         train_sampling_strategy="group_by_length" if best else "random",
     )
-    Trainer(model, arguments, train_dataset=data, data_collator=collate,
-            callbacks=[Clock()]).train()
+    Trainer(
+        model, arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()]
+    ).train()
     steps = len(times) - 1
-    return {"seconds": np.diff(times).tolist(), "tokens": tokens[:steps],
-            "padding": padding[:steps], "peak": peak_memory(device)}
+    return {
+        "seconds": np.diff(times).tolist(),
+        "tokens": tokens[:steps],
+        "padding": padding[:steps],
+        "peak": peak_memory(device),
+    }
 
 
 def second_epoch(result):
@@ -229,13 +292,15 @@ def one_side():
     if options.side in OURS:
         from minisft.training.build import load_trainable
 
-        model, lora_config = load_trainable(training_flags(options), model_dir, dtype,
-                                            torch.device(options.device))
+        model, lora_config = load_trainable(
+            training_flags(options), model_dir, dtype, torch.device(options.device)
+        )
         result = train_minisft(options, model, lora_config, rows)
     else:
         in_float32 = options.side == "defaults" or options.finetuning_type == "full"
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32 if in_float32 else dtype)
+            model_dir, dtype=torch.float32 if in_float32 else dtype
+        )
         result = train_with_trainer(options, model, rows)
     print(json.dumps(result))
 
@@ -252,7 +317,10 @@ def main():
             for side in options.sides:
                 done = subprocess.run(
                     [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder],
-                    stdout=subprocess.PIPE, text=True, check=True)
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
                 results[side].append(second_epoch(json.loads(done.stdout.splitlines()[-1])))
         report(options, results, folder)
 
@@ -273,16 +341,20 @@ def report(options, results, folder):
     model = model_on_meta(training_flags(options), config, dtype)
     operations = training_operations(model, length)
     fastest = matrix_speed(torch.device(options.device), dtype)
-    print(f"{options.shape}, {config.num_hidden_layers} layers, {options.finetuning_type}, "
-          f"{len(rows)} rows of {length:.0f} tokens, batch {options.batch_size}, "
-          f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads")
+    print(
+        f"{options.shape}, {config.num_hidden_layers} layers, {options.finetuning_type}, "
+        f"{len(rows)} rows of {length:.0f} tokens, batch {options.batch_size}, "
+        f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads"
+    )
     ours = results.get("minisft", [(math.nan,)] * options.repeats)
     for side, runs in results.items():
         speed, peak, padding = (statistics.median(one) for one in zip(*runs, strict=True))
         ratio = statistics.median(mine[0] / run[0] for mine, run in zip(ours, runs, strict=True))
-        print(f"{side:>10}: {speed:10,.1f} tokens/s, {peak / 2**20:9,.0f} MiB, "
-              f"{padding:5.1%} padding, "
-              f"{speed * operations / fastest:4.0%} of the device, minisft / it {ratio:5.2f}")
+        print(
+            f"{side:>10}: {speed:10,.1f} tokens/s, {peak / 2**20:9,.0f} MiB, "
+            f"{padding:5.1%} padding, "
+            f"{speed * operations / fastest:4.0%} of the device, minisft / it {ratio:5.2f}"
+        )
 
 
 if __name__ == "__main__":

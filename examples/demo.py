@@ -39,19 +39,30 @@ def exact_match(assistant, rows):
     prompts = [assistant.template.encode_prompt(row.messages[:-1]) for row in rows]
     answers = []
     for start in range(0, len(rows), 64):
-        ids = generate(assistant.model, prompts[start : start + 64],
-                       Sampling(max_new_tokens=48, greedy=True), assistant.stop_ids)
+        ids = generate(
+            assistant.model,
+            prompts[start : start + 64],
+            Sampling(max_new_tokens=48, greedy=True),
+            assistant.stop_ids,
+        )
         answers += [assistant.tokenizer.decode(answer).strip() for answer in ids]
-    right = sum(answer == row.messages[-1]["content"] for answer, row in
-                zip(answers, rows, strict=True))
+    right = sum(
+        answer == row.messages[-1]["content"] for answer, row in zip(answers, rows, strict=True)
+    )
     return right / len(rows), answers
 
 
 def main():
     """Train, measure before and after, and show a conversation."""
     options = parse_options()
-    command = ["train.py", "--config", options.recipe, "--output_dir", options.output_dir,
-               "--overwrite_output_dir"]
+    command = [
+        "train.py",
+        "--config",
+        options.recipe,
+        "--output_dir",
+        options.output_dir,
+        "--overwrite_output_dir",
+    ]
     print("$ python", shlex.join(command), flush=True)
     began = time.monotonic()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)

@@ -1,7 +1,7 @@
 """The words of the embedded data set, English and Chinese: categories, opposites, names.
 
-    from lexicon import NOUNS
-    NOUNS["animal"]     # [("cat", "猫"), ("dog", "狗"), ...]
+from lexicon import NOUNS
+NOUNS["animal"]     # [("cat", "猫"), ("dog", "狗"), ...]
 """
 
 
@@ -22,8 +22,7 @@ NOUNS = {
         "rice 米饭, bread 面包, egg 鸡蛋, cheese 奶酪, soup 汤, meat 肉, cake 蛋糕, salt 盐"
     ),
     "color": _pairs(
-        "red 红色, blue 蓝色, green 绿色, yellow 黄色, white 白色, black 黑色, pink 粉色,"
-        "brown 棕色"
+        "red 红色, blue 蓝色, green 绿色, yellow 黄色, white 白色, black 黑色, pink 粉色,brown 棕色"
     ),
     "garment": _pairs(
         "hat 帽子, coat 外套, shirt 衬衫, shoe 鞋, sock 袜子, glove 手套, scarf 围巾"

@@ -18,20 +18,31 @@ ROOT = Path(__file__).resolve().parent.parent
 # The suite computes in float32 on every processor: in this process and in those that it starts.
 STARTUP = ROOT / "tests" / "startup"
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
+    [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 runpy.run_path(str(STARTUP / "sitecustomize.py"))
 CONFIG = {  # a Llama that computes in no time
-    "model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2,
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Hello there!"}],
     [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Say 你好\nnow"}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
-     {"role": "user", "content": "What is 2+2?"}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "What is 2+2?"},
+    ],
 ]
 
 
@@ -56,18 +67,24 @@ def command(*arguments, script="train.py", before=(), processes=1):
     """
     if script and not before:
         return run_script(script, arguments, processes)
-    words = [sys.executable, *before, *([str(ROOT / script)] if script else []),
-             *map(str, arguments)]
+    words = [
+        sys.executable,
+        *before,
+        *([str(ROOT / script)] if script else []),
+        *map(str, arguments),
+    ]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 @pytest.fixture
 def here(monkeypatch, capsys):
     """Run a script in this process, which has loaded torch; mistakes raise UserError."""
+
     def started(script, *words):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
         script.main()
         return capsys.readouterr().out
+
     return started
 
 
@@ -124,9 +141,17 @@ def tiny_chat_model_dir(tmp_path_factory, tiny_tokenizer_dir):
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
     torch.manual_seed(3)
     config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=20_000,
-        initializer_range=0.4, bos_token_id=0, eos_token_id=[1, 3], tie_word_embeddings=True,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=20_000,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=[1, 3],
+        tie_word_embeddings=True,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -153,8 +178,11 @@ def checkpoint(tmp_path, tiny_tokenizer_dir):
 @pytest.fixture
 def rows_file(tmp_path):
     """A file of 24 short Alpaca rows."""
-    rows = [{"instruction": f"Say {word}{number}.", "input": "", "output": f"{word} {number}!"}
-            for word in ("one", "two", "three") for number in range(8)]
+    rows = [
+        {"instruction": f"Say {word}{number}.", "input": "", "output": f"{word} {number}!"}
+        for word in ("one", "two", "three")
+        for number in range(8)
+    ]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     return path

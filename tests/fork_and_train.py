@@ -61,8 +61,10 @@ def train_with(processes, arguments, signalled=None):
     expected = 0 if signalled is None else 128 + signal.SIGTERM
     with meeting(processes) as environments:
         last = len(environments) - 1
-        children = {start(environment, arguments, signalled if rank == last else None)
-                    for rank, environment in enumerate(environments)}
+        children = {
+            start(environment, arguments, signalled if rank == last else None)
+            for rank, environment in enumerate(environments)
+        }
         while children:
             child, status = os.wait()
             children.discard(child)

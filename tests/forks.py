@@ -38,16 +38,18 @@ def run_script(script, arguments, processes=1):
     words = [str(ROOT / script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder, meeting(processes) as environments:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
-        ranks = [SERVER.Process(target=_run, args=(words, {**os.environ, **environment}, said))
-                 for environment in environments]
+        ranks = [
+            SERVER.Process(target=_run, args=(words, {**os.environ, **environment}, said))
+            for environment in environments
+        ]
         for rank in ranks:
             rank.start()
         if not _ended(ranks):
-            raise subprocess.TimeoutExpired(words, HANG_SECONDS,
-                                            *(path.read_text() for path in said))
+            raise subprocess.TimeoutExpired(
+                words, HANG_SECONDS, *(path.read_text() for path in said)
+            )
         code = max((rank.exitcode for rank in ranks), key=lambda code: (code > 0, abs(code)))
-        return subprocess.CompletedProcess(words, code,
-                                           *(path.read_text() for path in said))
+        return subprocess.CompletedProcess(words, code, *(path.read_text() for path in said))
 
 
 def _ended(ranks):
@@ -78,10 +80,17 @@ def meeting(processes):
     from torch.distributed import TCPStore
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost",
-             "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    yield [{name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
-           for rank in range(processes)]
+    world = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
+    yield [
+        {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        for rank in range(processes)
+    ]
     del store
 
 
@@ -93,8 +102,12 @@ def _run(words, environment, said):
     os.environ.update(environment)
     os.chdir(ROOT)
     first = [str(ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    ours = [path for path in sys.path if Path(path).is_relative_to(ROOT)  # what tests have added,
-            and not Path(path).is_relative_to(sys.prefix)]  # but not an environment that lies here
+    ours = [
+        path
+        for path in sys.path
+        if Path(path).is_relative_to(ROOT)  # what tests have added,
+        and not Path(path).is_relative_to(sys.prefix)
+    ]  # but not an environment that lies here
     sys.path[:] = [*first, *(path for path in sys.path if path and path not in ours)]
     sys.argv = words
     faulthandler.enable()

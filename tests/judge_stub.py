@@ -1,8 +1,8 @@
 """A judge behind an address on this machine, for the tests of judge.py and of eval.py compare.
 
-    with serving() as server:
-        RemoteJudge(server.url, "stub", key=None)
-        server.requests                  # (path, what authorizes, model, question) of each so far
+with serving() as server:
+    RemoteJudge(server.url, "stub", key=None)
+    server.requests                  # (path, what authorizes, model, question) of each so far
 """
 
 import json
@@ -21,8 +21,9 @@ class Stub(BaseHTTPRequestHandler):
         prompt = request["messages"][0]["content"]
         question = re.search(r"\[Question\]\n(.*)\n", prompt)[1]
         with server.lock:
-            server.requests.append((self.path, self.headers.get("Authorization"), request["model"],
-                                    question))
+            server.requests.append(
+                (self.path, self.headers.get("Authorization"), request["model"], question)
+            )
             first_time = [one[3] for one in server.requests].count(question) <= 2
         if question == "busy" and first_time:
             return self.reply(429, b"", {"Retry-After": "0"})
@@ -44,7 +45,8 @@ class Stub(BaseHTTPRequestHandler):
         first, second = re.search(r"\[Answer 1\]\n(.*)\n\n\[Answer 2\]\n(.*)\n", prompt).groups()
         better = 1 if len(first) > len(second) else 2 if len(first) < len(second) else "tie"
         text = {"nonsense": "I like both \u2028 or \ud800 none", "first": "Verdict: 1"}.get(
-            question, f"So.\nVerdict: {better}")
+            question, f"So.\nVerdict: {better}"
+        )
         content = {"choices": [{"message": {"content": text}}]}
         return self.reply(200, json.dumps(content).encode())
 

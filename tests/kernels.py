@@ -39,8 +39,9 @@ BEYOND_AVX2 = re.compile(r"avx.?512|avx10|amx|skylakex|cooperlake|sapphirerapids
 def used():
     """{library: what it says that it uses} of a process with this environment."""
     environment = os.environ | {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPUTE], env=environment, check=True,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPUTE], env=environment, check=True, capture_output=True, text=True
+    )
     found = {name: re.search(report, done.stdout) for name, report in REPORTS.items()}
     return {name: match[1] for name, match in found.items() if match}
 

@@ -47,6 +47,7 @@ def attempt(arguments, prepare=lambda: None):
 
 def killer(number, folder):
     """A trace function that kills this process at a line of the files in a folder."""
+
     def trace(frame, event, _):
         nonlocal number
         if not frame.f_code.co_filename.startswith(str(folder)):

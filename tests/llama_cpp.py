@@ -1,8 +1,8 @@
 """llama.cpp as an oracle: its server, in this process, on a free port of the loopback device.
 
-    with Server("model.gguf") as server:
-        server.tokenize("Hello")
-        server.log_probabilities([1, 5, 7])     # of the next token, the whole vocabulary
+with Server("model.gguf") as server:
+    server.tokenize("Hello")
+    server.log_probabilities([1, 5, 7])     # of the next token, the whole vocabulary
 """
 
 import json
@@ -38,9 +38,11 @@ class Server:
 
     def post(self, path, **content):
         """The answer to a request, both JSON objects."""
-        request = urllib.request.Request(self.server.listening_address + path,
-                                         json.dumps(content).encode(),
-                                         {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.server.listening_address + path,
+            json.dumps(content).encode(),
+            {"Content-Type": "application/json"},
+        )
         with urllib.request.urlopen(request, timeout=HANG_SECONDS) as answer:
             return json.load(answer)
 
@@ -52,8 +54,9 @@ class Server:
 
     def tokenize(self, text, add_special=False, parse_special=False):
         """The ids of a text."""
-        return self.post("/tokenize", content=text, add_special=add_special,
-                         parse_special=parse_special)["tokens"]
+        return self.post(
+            "/tokenize", content=text, add_special=add_special, parse_special=parse_special
+        )["tokens"]
 
     def log_probabilities(self, ids, vocab_size):
         """Those of every token (V,) to follow `ids`."""
@@ -72,8 +75,16 @@ class Server:
 
     def complete(self, ids, length, **more):
         """One greedy completion; see llama.cpp's server for `more`."""
-        return self.post("/completion", prompt=ids, n_predict=length, temperature=0,
-                         ignore_eos=True, return_tokens=True, cache_prompt=False, **more)
+        return self.post(
+            "/completion",
+            prompt=ids,
+            n_predict=length,
+            temperature=0,
+            ignore_eos=True,
+            return_tokens=True,
+            cache_prompt=False,
+            **more,
+        )
 
     def render(self, messages):
         """A conversation up to where the answer begins, by the file's own chat template."""

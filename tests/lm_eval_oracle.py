@@ -1,7 +1,7 @@
 """Log-likelihoods by lm-evaluation-harness, for test_multiple_choice.py.
 
-    found = log_likelihoods(model_dir, task_dir, shots=(0, 5), max_length=4096, limit=4)
-    found["ceval"][5]                        # of every question [of A, B, C, D]
+found = log_likelihoods(model_dir, task_dir, shots=(0, 5), max_length=4096, limit=4)
+found["ceval"][5]                        # of every question [of A, B, C, D]
 """
 
 import os
@@ -22,17 +22,29 @@ def log_likelihoods(model_dir, task_dir, shots, max_length, limit):
 
     task_dir holds the YAML files of the tasks.
     """
-    model = HFLM(pretrained=str(model_dir), max_length=max_length, dtype="float32", device="cpu",
-                 batch_size=4)
+    model = HFLM(
+        pretrained=str(model_dir),
+        max_length=max_length,
+        dtype="float32",
+        device="cpu",
+        batch_size=4,
+    )
     tasks = TaskManager(include_path=str(task_dir), include_defaults=False)
     names = sorted(path.stem for path in task_dir.glob("*.yaml"))
     found = {name: {} for name in names}
     for count in shots:
         results = lm_eval.simple_evaluate(
-            model=model, tasks=names, task_manager=tasks, num_fewshot=count, limit=limit,
-            log_samples=True, bootstrap_iters=0)
+            model=model,
+            tasks=names,
+            task_manager=tasks,
+            num_fewshot=count,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,
+        )
         for name in names:
             samples = sorted(results["samples"][name], key=lambda one: one["doc_id"])
-            found[name][count] = [[float(option[0]) for option in one["filtered_resps"]]
-                                  for one in samples]
+            found[name][count] = [
+                [float(option[0]) for option in one["filtered_resps"]] for one in samples
+            ]
     return found

@@ -1,7 +1,7 @@
 """A Run for tests that start in the middle of train.py.
 
-    run = new_run(options, model, num_rows=100)
-    train.train(run, batches)
+run = new_run(options, model, num_rows=100)
+train.train(run, batches)
 """
 
 from pathlib import Path
@@ -21,14 +21,22 @@ from minisft.training.run import (
 )
 
 
-def new_run(options, model, lora_config=None, num_rows=1, objective=None, dtype=torch.float32,
-            device="cpu"):
+def new_run(
+    options, model, lora_config=None, num_rows=1, objective=None, dtype=torch.float32, device="cpu"
+):
     """A new run on `num_rows` rows, as `main` of train.py fills it."""
     device = torch.device(device)
     rows_per_step = count_rows_per_step(options, processes.world_size())
     schedule = build_schedule(options, num_rows, rows_per_step)
     path = Path(options.output_dir) / "metrics.jsonl"
     return Run(
-        options, model, lora_config, objective or NextToken(model),
-        build_optimizer(model, options), schedule, build_precision(options, dtype, device),
-        Progress(schedule.total_steps, path, device), wrap_model(model, options))
+        options,
+        model,
+        lora_config,
+        objective or NextToken(model),
+        build_optimizer(model, options),
+        schedule,
+        build_precision(options, dtype, device),
+        Progress(schedule.total_steps, path, device),
+        wrap_model(model, options),
+    )

@@ -41,8 +41,9 @@ def lines_in(path):
 
 def state_of(process_id):
     """The letter of a process's state: R runs, S sleeps, Z has ended; "" where there is none."""
-    done = subprocess.run(["ps", "-o", "stat=", "-p", str(process_id)], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(process_id)], capture_output=True, text=True
+    )
     return done.stdout.strip()[:1]
 
 
@@ -52,8 +53,10 @@ def standing_still(function, calls, told, **values):
     function: "module:name", also of a method. calls: numbers of calls, from 1. told: the file for
     a line at each of them. values: of other names, {"module:name": value}.
     """
-    return [__file__, json.dumps({"function": function, "calls": calls, "told": str(told),
-                                  "values": values})]
+    return [
+        __file__,
+        json.dumps({"function": function, "calls": calls, "told": str(told), "values": values}),
+    ]
 
 
 def stand_still(told):

@@ -48,8 +48,12 @@ def oracle(tiny_chat_model_dir):
 def transformers_answer(oracle, assistant, messages):
     ids = torch.tensor([assistant.template.encode_prompt(messages)])
     output = oracle.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-        max_new_tokens=GREEDY.max_new_tokens, eos_token_id=sorted(assistant.stop_ids),
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        pad_token_id=0,
+        max_new_tokens=GREEDY.max_new_tokens,
+        eos_token_id=sorted(assistant.stop_ids),
     )
     return assistant.tokenizer.decode(output[0, ids.shape[1] :].tolist())
 
@@ -98,12 +102,20 @@ def test_oldest_turns_are_dropped_but_not_the_system_prompt(tiny_chat_model_dir)
     assert assistant.context.fit(kept, max_new_tokens=20) == kept
 
 
-@pytest.mark.parametrize("template, system", [
-    ("chatml", "Be terse."), ("llama2", "简洁"), ("alpaca", "Be terse."), ("chatml", "cat " * 100)])
+@pytest.mark.parametrize(
+    "template, system",
+    [
+        ("chatml", "Be terse."),
+        ("llama2", "简洁"),
+        ("alpaca", "Be terse."),
+        ("chatml", "cat " * 100),
+    ],
+)
 def test_turns_are_dropped_half_the_room_at_a_time(template, system, tiny_chat_model_dir):
     """So the beginning of the prompt, which the cache holds, changes seldom."""
-    assistant = Assistant(tiny_chat_model_dir, template=template, device="cpu", dtype="float32",
-                          max_length=500)
+    assistant = Assistant(
+        tiny_chat_model_dir, template=template, device="cpu", dtype="float32", max_length=500
+    )
     system = {"role": "system", "content": system}
     length = lambda *turns: len(assistant.template.encode_prompt([system, *turns]))  # noqa: E731
     half = (450 - length(user("x"))) // 2
@@ -126,8 +138,7 @@ def test_turns_are_dropped_half_the_room_at_a_time(template, system, tiny_chat_m
     assert 3 < len(starts) <= 2 + (length(*turns, user("x")) - 450) / half
 
 
-def test_long_conversation_reuses_the_cache_at_most_turns(
-        tiny_chat_model_dir):
+def test_long_conversation_reuses_the_cache_at_most_turns(tiny_chat_model_dir):
     """The tokens through the model are counted, of 40 turns."""
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=300)
     computed, messages, costs = [], [SYSTEM], []
@@ -218,8 +229,11 @@ def one_hot(token, hidden):
 
 def test_turn_with_tools_is_dropped_as_one(tiny_chat_model_dir):
     messages = [
-        user("a"), {"role": "assistant", "content": "call"}, {"role": "tool", "content": "1" * 90},
-        {"role": "assistant", "content": "b"}, user("c"),
+        user("a"),
+        {"role": "assistant", "content": "call"},
+        {"role": "tool", "content": "1" * 90},
+        {"role": "assistant", "content": "b"},
+        user("c"),
     ]
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
     assert assistant.context.fit([SYSTEM, *messages], 20) == [SYSTEM, user("c")]
@@ -229,10 +243,22 @@ def test_turn_with_tools_is_dropped_as_one(tiny_chat_model_dir):
 
 CONVERSATIONS = [
     {"messages": [user("the cat")]},
-    {"messages": [SYSTEM, user("你好 🙂 the mat"), {"role": "assistant", "content": "the hat"},
-                  user("on the mat and the rat sat on the hat")]},
-    {"messages": [user("x"), {"role": "assistant", "content": "call"},
-                  {"role": "tool", "content": "7"}], "tools": [{"name": "add"}]},
+    {
+        "messages": [
+            SYSTEM,
+            user("你好 🙂 the mat"),
+            {"role": "assistant", "content": "the hat"},
+            user("on the mat and the rat sat on the hat"),
+        ]
+    },
+    {
+        "messages": [
+            user("x"),
+            {"role": "assistant", "content": "call"},
+            {"role": "tool", "content": "7"},
+        ],
+        "tools": [{"name": "add"}],
+    },
     {"messages": [user("the rat sat on the hat and the cat sat on the rat")]},
     {"messages": [user("y")]},
 ]
@@ -245,19 +271,33 @@ def test_inference_equals_transformers_with_its_scores(assistant, oracle):
     for one, response, score in zip(CONVERSATIONS, responses, scores, strict=True):
         ids = torch.tensor([assistant.template.encode_prompt(one["messages"], one.get("tools"))])
         output = oracle.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-            max_new_tokens=30, eos_token_id=sorted(assistant.stop_ids),
-            output_logits=True, return_dict_in_generate=True)
-        expected = oracle.compute_transition_scores(
-            output.sequences, output.logits, normalize_logits=True).mean().item()
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            pad_token_id=0,
+            max_new_tokens=30,
+            eos_token_id=sorted(assistant.stop_ids),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        expected = (
+            oracle.compute_transition_scores(output.sequences, output.logits, normalize_logits=True)
+            .mean()
+            .item()
+        )
         assert response == assistant.tokenizer.decode(output.sequences[0, ids.shape[1] :].tolist())
         assert score == pytest.approx(expected, abs=1e-4)
     assert len(set(responses)) == len(responses)
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(200, greedy=True), Sampling(200, temperature=1.3, seed=4, repetition_penalty=1.1),
-], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(200, greedy=True),
+        Sampling(200, temperature=1.3, seed=4, repetition_penalty=1.1),
+    ],
+    ids=["greedy", "sampled"],
+)
 def test_batch_equals_single_conversations(tiny_chat_model_dir, sampling):
     """Also where each row has another room for its answer, and when a seed draws."""
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=150)
@@ -283,37 +323,52 @@ def test_stream_and_inference_drop_old_turns_and_warn(tiny_chat_model_dir):
     expected = answer_of(assistant, short, Sampling(20, greedy=True))
     answer = assistant.stream(messages, Sampling(20, greedy=True), say=said.append)
     assert "".join(answer) == expected
-    responses, _ = assistant.inference([{"messages": messages}], Sampling(20, greedy=True),
-                                       say=said.append)
+    responses, _ = assistant.inference(
+        [{"messages": messages}], Sampling(20, greedy=True), say=said.append
+    )
     assert responses == [expected]
     cut = f"the oldest {len(messages) - len(short)} messages are left out"
     assert [cut in line for line in said] == [True, True] and said[1].startswith("conversation 1: ")
 
 
-@pytest.mark.parametrize("messages, said", [
-    ([user("ok"), {"role": "assistant", "content": "\x07"}, user(" \n\u3000")],
-     "the message is empty"),
-    ([user(""), {"role": "assistant", "content": "a"}, user("b")], "message 1 is empty"),
-    ([user("abc\x1b[31m")], r"the message has the control character U\+001B \(character 4\)"),
-    ([{"role": "system", "content": "a\0"}, user("b")], "the system prompt has the control char"),
-    ([SYSTEM], "at least one user message"),
-    ([], "at least one user message"),
-    ([user("a"), user("b")], "must alternate, user first: user user"),
-    ([{"role": "assistant", "content": "a"}, user("b")], "must alternate"),
-    ([user("a"), {"role": "assistant", "content": "b"}], "a prompt ends with a user's"),
-    ([{"role": "nobody", "content": "b"}], "has the role 'nobody'"),
-    ([{"content": "b"}], "has the role None"),
-    ([user(None)], "the message is empty"),
-    ([user(7)], "content is not text"),
-    ([{**user("x"), "input": ["y"]}], 'the "input" of the message: content is not text'),
-    ([{**user("x"), "input": "y\x07"}], 'the "input" of the message has the control character'),
-    ([{**user("x"), "input": "y" * 10_000_000}], "too long: 10,000,001 characters"),
-    ([user("x"), {"role": "assistant", "tool_calls": 5}, user("y")], "message 2: tool_calls must"),
-    ([user("x"), {"role": "assistant", "tool_calls": ["f"]}, user("y")], "2: a tool call needs a"),
-    ("hello", "messages must be a list"),
-    (["hello"], "messages must be a list"),
-    ([user("好 " * 5_000_000)], "too long: 10,000,000 characters, the limit is 19970 tokens"),
-])
+@pytest.mark.parametrize(
+    "messages, said",
+    [
+        (
+            [user("ok"), {"role": "assistant", "content": "\x07"}, user(" \n\u3000")],
+            "the message is empty",
+        ),
+        ([user(""), {"role": "assistant", "content": "a"}, user("b")], "message 1 is empty"),
+        ([user("abc\x1b[31m")], r"the message has the control character U\+001B \(character 4\)"),
+        (
+            [{"role": "system", "content": "a\0"}, user("b")],
+            "the system prompt has the control char",
+        ),
+        ([SYSTEM], "at least one user message"),
+        ([], "at least one user message"),
+        ([user("a"), user("b")], "must alternate, user first: user user"),
+        ([{"role": "assistant", "content": "a"}, user("b")], "must alternate"),
+        ([user("a"), {"role": "assistant", "content": "b"}], "a prompt ends with a user's"),
+        ([{"role": "nobody", "content": "b"}], "has the role 'nobody'"),
+        ([{"content": "b"}], "has the role None"),
+        ([user(None)], "the message is empty"),
+        ([user(7)], "content is not text"),
+        ([{**user("x"), "input": ["y"]}], 'the "input" of the message: content is not text'),
+        ([{**user("x"), "input": "y\x07"}], 'the "input" of the message has the control character'),
+        ([{**user("x"), "input": "y" * 10_000_000}], "too long: 10,000,001 characters"),
+        (
+            [user("x"), {"role": "assistant", "tool_calls": 5}, user("y")],
+            "message 2: tool_calls must",
+        ),
+        (
+            [user("x"), {"role": "assistant", "tool_calls": ["f"]}, user("y")],
+            "2: a tool call needs a",
+        ),
+        ("hello", "messages must be a list"),
+        (["hello"], "messages must be a list"),
+        ([user("好 " * 5_000_000)], "too long: 10,000,000 characters, the limit is 19970 tokens"),
+    ],
+)
 def test_conversation_that_cannot_be_asked_raises(assistant, messages, said):
     before = answer_of(assistant, [user("the cat")])
     with pytest.raises(UserError, match=said):
@@ -325,14 +380,18 @@ def test_conversation_that_cannot_be_asked_raises(assistant, messages, said):
 
 def test_system_prompt_without_room_for_a_question_raises(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
-    length = lambda text: len(assistant.template.encode_prompt(  # noqa: E731
-        [{"role": "system", "content": text}, user("x")]))
-    most = max((text for text in ("cat " * number for number in range(100))
-                if length(text) <= 70), key=len)
+    length = lambda text: len(  # noqa: E731
+        assistant.template.encode_prompt([{"role": "system", "content": text}, user("x")])
+    )
+    most = max(
+        (text for text in ("cat " * number for number in range(100)) if length(text) <= 70), key=len
+    )
     assistant.context.check_system(most, 30)
-    for text, said in ((most + "cat cat", f"too long: {length(most + 'cat cat')} tokens"),
-                       ("y" * 10_000_000, "too long: 10,000,001 characters"),
-                       ("be\0brief", "has the control character")):
+    for text, said in (
+        (most + "cat cat", f"too long: {length(most + 'cat cat')} tokens"),
+        ("y" * 10_000_000, "too long: 10,000,001 characters"),
+        ("be\0brief", "has the control character"),
+    ):
         with pytest.raises(UserError, match=f"^--identity F .*{said}"):
             assistant.context.check_system(text, 30, "--identity F")
         with pytest.raises(UserError, match=f"^the system prompt .*{said}"):
@@ -482,8 +541,10 @@ def test_adapter_and_base_share_weights(bits, tiny_chat_model_dir, tmp_path):
     options = {"device": "cpu", "dtype": "float32"}
     tuned = Assistant(tiny_chat_model_dir, tmp_path, base_model=shared, **options)
     plain = Assistant(tiny_chat_model_dir, base_model=shared, **options)
-    alone, assistant = (Assistant(tiny_chat_model_dir, adapter, quantization_bit=bits, **options)
-                        for adapter in (tmp_path, None))
+    alone, assistant = (
+        Assistant(tiny_chat_model_dir, adapter, quantization_bit=bits, **options)
+        for adapter in (tmp_path, None)
+    )
     messages = [user("the cat sat on")]
     assert answer_of(plain, messages) == answer_of(assistant, messages)
     assert answer_of(tuned, messages) == answer_of(alone, messages) != answer_of(plain, messages)
@@ -497,8 +558,9 @@ def test_quantisation_scales_stay_in_float32_with_an_adapter(tiny_chat_model_dir
     model, lora = load_model(tiny_chat_model_dir), LoraConfig(rank=2)
     add_lora(model, lora)
     save_adapter(model, tmp_path, lora, tiny_chat_model_dir)
-    made = Assistant(tiny_chat_model_dir, tmp_path, device="cpu", dtype="bfloat16",
-                     quantization_bit=4)
+    made = Assistant(
+        tiny_chat_model_dir, tmp_path, device="cpu", dtype="bfloat16", quantization_bit=4
+    )
     layer = made.model.model.layers[0].mlp.up_proj
     assert layer.lora_A.weight.dtype == torch.bfloat16
     expected = load_model(tiny_chat_model_dir, quantization_bit=4).model.layers[0].mlp.up_proj

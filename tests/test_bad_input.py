@@ -18,10 +18,28 @@ from minisft.common.script import run_script
 from minisft.model.lora import LoraConfig, add_lora
 
 SCRIPTS = {
-    "train": ["--dataset", "ROWS", "--template", "plain", "--max_steps", 1, "--output_dir", "OUT",
-              "--dataloader_num_workers", 0],
-    "train full": ["--dataset", "ROWS", "--template", "plain", "--finetuning_type", "full",
-                   "--output_dir", "OUT"],
+    "train": [
+        "--dataset",
+        "ROWS",
+        "--template",
+        "plain",
+        "--max_steps",
+        1,
+        "--output_dir",
+        "OUT",
+        "--dataloader_num_workers",
+        0,
+    ],
+    "train full": [
+        "--dataset",
+        "ROWS",
+        "--template",
+        "plain",
+        "--finetuning_type",
+        "full",
+        "--output_dir",
+        "OUT",
+    ],
     "export": ["--output_dir", "OUT"],
 }
 
@@ -38,6 +56,7 @@ def place(checkpoint, rows_file, tmp_path):
 @pytest.fixture
 def start(place, monkeypatch, capsys):
     """Run a script in this process, as its last lines do -> (exit status, stdout, stderr)."""
+
     def started(script, *flags):
         names = {"ROWS": place / "rows.json", "OUT": place / "out", "ADAPTER": place / "adapter"}
         words = ["--model_name_or_path", place / "checkpoint", *SCRIPTS[script], *flags]
@@ -51,6 +70,7 @@ def start(place, monkeypatch, capsys):
         except SystemExit as ended:
             status = ended.code
         return status, *capsys.readouterr()
+
     return started
 
 
@@ -75,6 +95,7 @@ def config_says(**changes):
     def change(folder):
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
     return change
 
 
@@ -118,11 +139,15 @@ DAMAGES = {
     "too many layers": (config_says(num_hidden_layers=7), "missing: model.layers.6."),
     "huge": (config_says(vocab_size=10**12), "vocab_size must be a whole number from 1 to"),
     "no number": (config_says(rms_norm_eps=float("nan")), "rms_norm_eps must be a number"),
-    "broken JSON": (lambda folder: (folder / "config.json").write_text('{"a": 1,\n "b": }'),
-                    "line 2 column 7"),
+    "broken JSON": (
+        lambda folder: (folder / "config.json").write_text('{"a": 1,\n "b": }'),
+        "line 2 column 7",
+    ),
     "no tokenizer": (no_tokenizer, "no tokenizer.json and no tokenizer.model"),
-    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"),
-                         "tokenizer.json: tokenizers cannot read it"),
+    "broken tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "tokenizer.json: tokenizers cannot read it",
+    ),
 }
 
 
@@ -136,11 +161,18 @@ def test_damaged_checkpoints(name, script, start, place):
 
 
 @pytest.mark.parametrize("script", ["train", "export"])
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("adapter_config.json", '{"peft_type": "IA3"}', "not a LoRA adapter"),
-    ("adapter_config.json", '{"peft_type": "LORA", "r": "8", "lora_alpha": 1}', "the numbers r"),
-    ("adapter_model.safetensors", "", "adapter_model.safetensors: not a safetensors file"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", '{"peft_type": "IA3"}', "not a LoRA adapter"),
+        (
+            "adapter_config.json",
+            '{"peft_type": "LORA", "r": "8", "lora_alpha": 1}',
+            "the numbers r",
+        ),
+        ("adapter_model.safetensors", "", "adapter_model.safetensors: not a safetensors file"),
+    ],
+)
 def test_damaged_adapters(name, content, message, script, start, place):
     (place / "adapter" / name).write_text(content)
     assert message in refused(start, place, script, "--adapter", "ADAPTER")
@@ -149,8 +181,15 @@ def test_damaged_adapters(name, content, message, script, start, place):
 def test_chat(place):
     """chat.py says the same."""
     cut_off(place / "checkpoint")
-    done = command("--model_name_or_path", place / "checkpoint", "--template", "plain", "--prompt",
-                   "x", script="chat.py")
+    done = command(
+        "--model_name_or_path",
+        place / "checkpoint",
+        "--template",
+        "plain",
+        "--prompt",
+        "x",
+        script="chat.py",
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ") and "model.safetensors: damaged" in done.stderr
 
@@ -160,14 +199,22 @@ def test_chat(place):
 
 GOOD = {"instruction": "Say one.", "output": "one!"}
 BAD_ROWS = {
-    "no answer": (json.dumps([GOOD, {"instruction": "Say two.", "output": ""}]),
-                  "rows.json, row 2: there is no answer (1 of 2 rows broken"),
-    "no answer in JSON lines": (json.dumps(GOOD) + '\n\n{"instruction": "x", "output": null}\n',
-                                "rows.json, row 2 (line 3): there is no answer"),
-    "unknown columns": (json.dumps([GOOD, {"question": "x", "reply": "y"}]),
-                        "row 2: no known format has the columns question, reply"),
-    "broken line": (json.dumps(GOOD) + '\n{"instruction": "x",, }\n',
-                    "row 2 (line 2): line 2 column 21: not valid JSON"),
+    "no answer": (
+        json.dumps([GOOD, {"instruction": "Say two.", "output": ""}]),
+        "rows.json, row 2: there is no answer (1 of 2 rows broken",
+    ),
+    "no answer in JSON lines": (
+        json.dumps(GOOD) + '\n\n{"instruction": "x", "output": null}\n',
+        "rows.json, row 2 (line 3): there is no answer",
+    ),
+    "unknown columns": (
+        json.dumps([GOOD, {"question": "x", "reply": "y"}]),
+        "row 2: no known format has the columns question, reply",
+    ),
+    "broken line": (
+        json.dumps(GOOD) + '\n{"instruction": "x",, }\n',
+        "row 2 (line 2): line 2 column 21: not valid JSON",
+    ),
 }
 
 
@@ -181,13 +228,16 @@ def test_broken_rows_are_named_or_counted(name, start, place):
     assert status == 0 and "1 broken rows left out, the first: " in said and "1 rows; " in said
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("", "rows.json: the file is empty"),
-    ('[\n{"instruction": "x"\n"output"}]', "rows.json, line 3 column 1: not valid JSON"),
-    ("[]", "there is no row in it"),
-    ("instruction,output\nx,y", "neither a JSON array nor JSON lines"),
-    ('[{"instruction": "x", "output": "\xff"}]'.encode("latin-1"), "line 1: not UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "rows.json: the file is empty"),
+        ('[\n{"instruction": "x"\n"output"}]', "rows.json, line 3 column 1: not valid JSON"),
+        ("[]", "there is no row in it"),
+        ("instruction,output\nx,y", "neither a JSON array nor JSON lines"),
+        ('[{"instruction": "x", "output": "\xff"}]'.encode("latin-1"), "line 1: not UTF-8"),
+    ],
+)
 def test_files_without_rows(content, message, start, place):
     content = content if isinstance(content, bytes) else content.encode()
     (place / "rows.json").write_bytes(content)
@@ -197,27 +247,33 @@ def test_files_without_rows(content, message, start, place):
 # Flags and places
 
 
-@pytest.mark.parametrize(("script", "flags", "message"), [
-    ("train", ["--seed", 10**20], "--seed: '100000000000000000000' is not a whole number"),
-    ("train", ["--lora_rank", 10**15], "out of memory"),
-    ("train", ["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-    ("train", ["--template", "nonsense"], "unknown template 'nonsense'; choose one of: auto"),
-    ("train", ["--adapter", "ADAPTER", "--lora_rank", 3], "--lora_rank is fixed by --adapter"),
-    ("train", ["--adapter", "ROWS"], "rows.json: is a file; give the folder that holds it"),
-    ("train", ["--train_dir", "."], "--train_dir contradicts --dataset"),
-    ("train", ["--plot_loss", "maybe"], "'maybe' is neither true nor false"),
-    ("train", ["--output_dir", "ROWS"], "rows.json is a file"),
-    ("train", ["--output_dir", "ADAPTER"], "is not empty"),
-    ("train", ["--adapter", "ADAPTER", "--output_dir", "ADAPTER", "--overwrite_output_dir"],
-     "is an input"),
-    ("train", ["--resume_from_checkpoint", "nowhere"], "nowhere: there is no such folder"),
-    ("export", ["--device", "cuda:99"], "--device cuda:99: torch sees"),
-    ("export", ["--device", "tpu"], "--device tpu: no such device"),
-    ("export", ["--bf16", "--fp16"], "--fp16 contradicts --dtype bfloat16"),
-    ("export", ["--max_shard_size", "-5"], "'-5' is not a size"),
-    ("export", ["--format", "onnx"], "--format: invalid choice: 'onnx'"),
-    ("export", ["--output_dir", "ADAPTER"], "is not empty"),
-])
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("train", ["--seed", 10**20], "--seed: '100000000000000000000' is not a whole number"),
+        ("train", ["--lora_rank", 10**15], "out of memory"),
+        ("train", ["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        ("train", ["--template", "nonsense"], "unknown template 'nonsense'; choose one of: auto"),
+        ("train", ["--adapter", "ADAPTER", "--lora_rank", 3], "--lora_rank is fixed by --adapter"),
+        ("train", ["--adapter", "ROWS"], "rows.json: is a file; give the folder that holds it"),
+        ("train", ["--train_dir", "."], "--train_dir contradicts --dataset"),
+        ("train", ["--plot_loss", "maybe"], "'maybe' is neither true nor false"),
+        ("train", ["--output_dir", "ROWS"], "rows.json is a file"),
+        ("train", ["--output_dir", "ADAPTER"], "is not empty"),
+        (
+            "train",
+            ["--adapter", "ADAPTER", "--output_dir", "ADAPTER", "--overwrite_output_dir"],
+            "is an input",
+        ),
+        ("train", ["--resume_from_checkpoint", "nowhere"], "nowhere: there is no such folder"),
+        ("export", ["--device", "cuda:99"], "--device cuda:99: torch sees"),
+        ("export", ["--device", "tpu"], "--device tpu: no such device"),
+        ("export", ["--bf16", "--fp16"], "--fp16 contradicts --dtype bfloat16"),
+        ("export", ["--max_shard_size", "-5"], "'-5' is not a size"),
+        ("export", ["--format", "onnx"], "--format: invalid choice: 'onnx'"),
+        ("export", ["--output_dir", "ADAPTER"], "is not empty"),
+    ],
+)
 def test_flags(script, flags, message, start, place):
     assert message in refused(start, place, script, *flags)
 
@@ -232,8 +288,9 @@ def test_output_by_another_name_is_the_input_all_the_same(start, place):
     (place / "link").symlink_to(place / "checkpoint")
     for name in ("link", "adapter/../checkpoint"):
         for script in ("train", "export"):
-            complaint = refused(start, place, script, "--output_dir", place / name,
-                                "--overwrite_output_dir")
+            complaint = refused(
+                start, place, script, "--output_dir", place / name, "--overwrite_output_dir"
+            )
             assert "is an input" in complaint
 
 

@@ -29,8 +29,10 @@ def as_they_are(examples):
 def ragged_examples(count, longest=500):
     """Rows whose first two ids are their number."""
     lengths = np.random.default_rng(0).integers(5, longest, count)
-    examples = [Example(np.full(length, row, np.int32), np.ones(length, bool))
-                for row, length in enumerate(lengths)]
+    examples = [
+        Example(np.full(length, row, np.int32), np.ones(length, bool))
+        for row, length in enumerate(lengths)
+    ]
     return examples
 
 
@@ -72,8 +74,10 @@ class TestSteps:
 
     def test_neither_rows_nor_steps_come_in_order_of_length_or_file(self):
         steps = epoch_of(Batches(EXAMPLES, as_they_are), 16, 0)
-        for values in ([len(step[0].ids) for step in steps],
-                       [np.mean(numbers) for numbers in rows_of(steps)]):
+        for values in (
+            [len(step[0].ids) for step in steps],
+            [np.mean(numbers) for numbers in rows_of(steps)],
+        ):
             assert abs(np.corrcoef(values, np.arange(len(values)))[0, 1]) < 0.25
 
     def test_any_step_is_found_by_its_number(self):
@@ -127,8 +131,10 @@ class TestSteps:
 class TestWorkers:
     @pytest.fixture
     def file(self, tmp_path):
-        lines = [json.dumps({"instruction": f"q{n}", "output": "ab" * (n * 7 % 50 + 1)})
-                 for n in range(400)]
+        lines = [
+            json.dumps({"instruction": f"q{n}", "output": "ab" * (n * 7 % 50 + 1)})
+            for n in range(400)
+        ]
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(lines))
         return path
@@ -172,11 +178,17 @@ class TestWorkers:
         report = batches.take_report()
         assert sum(map(len, steps)) == 398 and report.num_rows == 398
         assert sorted(message.split(": ")[0].split(", ")[1] for message in report.broken) == [
-            "row 30 (line 30)", "row 32 (line 32)"]
+            "row 30 (line 30)",
+            "row 32 (line 32)",
+        ]
         assert "2 broken rows left out, the first" in str(report)
 
     # The second kind of worker begins only when its parent is gone.
-    @pytest.mark.parametrize("begins", ["", """
+    @pytest.mark.parametrize(
+        "begins",
+        [
+            "",
+            """
 def begin():
     print(os.getpid(), flush=True)
     while os.getppid() == parent:
@@ -184,7 +196,9 @@ def begin():
 
 parent = os.getpid()
 os.register_at_fork(after_in_child=begin)
-"""])
+""",
+        ],
+    )
     def test_workers_end_with_a_killed_parent(self, begins):
         """Also while they hold windows that nobody takes, and where it is gone as they begin."""
         program = (
@@ -193,9 +207,11 @@ os.register_at_fork(after_in_child=begin)
             "batches = Batches(EXAMPLES, as_they_are, num_workers=2)\n"
             "steps = batches.steps(8, 0, 10**6); next(steps)\n"
             "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
-            "signal.pause()")
-        parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True,
-                                  stdout=subprocess.PIPE)
+            "signal.pause()"
+        )
+        parent = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE
+        )
         workers = parent.stdout.readline().split()
         assert len(workers) == (1 if begins else 2) and all(map(running, workers))
         parent.kill()
@@ -218,7 +234,8 @@ def test_processes_share_a_step(world_size):
     assert len({len(part) for part in parts}) == 1
     assert sorted(flat(batch for part in parts for batch in part)) == list(range(23))
     assert [micro_batches([], 4, rank, world_size) for rank in range(world_size)] == (
-        [[[]]] * world_size)  # each has something to run backward through
+        [[[]]] * world_size
+    )  # each has something to run backward through
 
 
 @pytest.mark.parametrize("rows_per_step", [8, 64])
@@ -239,8 +256,10 @@ def test_little_padding_on_real_rows(shared_data, rows_per_step):
 
 
 def test_collate_pads_on_the_right():
-    examples = [Example(np.array([1, 2, 3], np.int32), np.array([False, True, True])),
-                Example(np.arange(9, dtype=np.int32), np.ones(9, bool))]
+    examples = [
+        Example(np.array([1, 2, 3], np.int32), np.array([False, True, True])),
+        Example(np.arange(9, dtype=np.int32), np.ones(9, bool)),
+    ]
     tokens, supervised, _ = collate(examples)
     assert tokens.shape == (2, 16) and tokens.dtype == torch.int64
     assert tokens[0, :3].tolist() == [1, 2, 3] and tokens[1, :9].tolist() == list(range(9))
@@ -307,7 +326,10 @@ class TestTexts:
     def test_packed_blocks_know_where_their_texts_end(self):
         blocks, _ = encode_texts(["abc", "de", "", "f"], Letters(), block_size=6, packing=True)
         assert [block.ids.tolist() for block in blocks] == [
-            [0, 97, 98, 99, 1, 0], [100, 101, 1, 0, 1, 0], [102, 1]]
+            [0, 97, 98, 99, 1, 0],
+            [100, 101, 1, 0, 1, 0],
+            [102, 1],
+        ]
         assert [block.lengths for block in blocks] == [[5, 1], [3, 2, 1], [2]]
         *_, lengths = pack(blocks[:2])
         assert lengths == [5, 1, 3, 2, 1]
@@ -315,9 +337,12 @@ class TestTexts:
     def texts(self, tmp_path, count):
         generator = np.random.default_rng(0)
         path = tmp_path / f"{count}.txt"
-        path.write_text("\n".join(
-            f"{number:05d}" + "x" * int(length)
-            for number, length in enumerate(generator.exponential(60, count))))
+        path.write_text(
+            "\n".join(
+                f"{number:05d}" + "x" * int(length)
+                for number, length in enumerate(generator.exponential(60, count))
+            )
+        )
         return open_rows(path, plain_text=True)
 
     def test_short_text_has_exactly_its_blocks(self, tmp_path):
@@ -331,7 +356,8 @@ class TestTexts:
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_long_text_comes_whole_in_every_epoch_and_from_any_step(
-            self, tmp_path, monkeypatch, num_workers):
+        self, tmp_path, monkeypatch, num_workers
+    ):
         monkeypatch.setattr("minisft.data.build_batches.SAMPLE_BYTES", 5000)
         texts = self.texts(tmp_path, 6000)
         batches = batches_of_texts(texts, Letters(), 32, num_workers=num_workers)
@@ -360,6 +386,7 @@ class TestTexts:
         for block in flat(epoch_of(batches, 8, 0)):
             numbers = "".join(map(chr, block.ids)).split(chr(Letters.eos_token_id))[1:-1]
             numbers = [int(text[1:6]) for text in numbers]
-            followed += [later == earlier + 1
-                         for earlier, later in zip(numbers, numbers[1:], strict=False)]
+            followed += [
+                later == earlier + 1 for earlier, later in zip(numbers, numbers[1:], strict=False)
+            ]
         assert np.mean(followed) > 0.7

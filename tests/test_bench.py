@@ -15,8 +15,13 @@ QUICK = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHON": sys.execu
 
 
 def dry_run(path, *flags):
-    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--dry_run", *flags, path],
-                          capture_output=True, text=True, timeout=300, env=os.environ | QUICK)
+    done = subprocess.run(
+        ["bash", ROOT / "bench/gpu.sh", "--dry_run", *flags, path],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | QUICK,
+    )
     return done, json.loads(path.read_text())["lines"]
 
 
@@ -24,13 +29,23 @@ def test_a_dry_run_fills_every_line(tmp_path):
     done, lines = dry_run(tmp_path / "results.json", "--minutes", "10")
     assert done.returncode == 0, done.stdout + (tmp_path / "results.json.log").read_text()
     assert [line["name"] for line in lines] == [
-        "matrix product", "memory copy", "tests/test_cuda.py",
-        *(f"{shape} lora, {way}" for shape in ("tinyllama", "llama3-8b")
-          for way in ("padded", "packed", "packed, compiled")),
-        "tinyllama full, padded", "tinyllama full, packed",
-        "llama3-8b decoding, batch 1", "llama3-8b decoding, batch 8",
-        "llama3-8b, 1 layers, decoding, batch 1, compiled", "tinyllama scoring", "k-means",
-        "llama3-8b decoding, batch 1, compiled"]
+        "matrix product",
+        "memory copy",
+        "tests/test_cuda.py",
+        *(
+            f"{shape} lora, {way}"
+            for shape in ("tinyllama", "llama3-8b")
+            for way in ("padded", "packed", "packed, compiled")
+        ),
+        "tinyllama full, padded",
+        "tinyllama full, packed",
+        "llama3-8b decoding, batch 1",
+        "llama3-8b decoding, batch 8",
+        "llama3-8b, 1 layers, decoding, batch 1, compiled",
+        "tinyllama scoring",
+        "k-means",
+        "llama3-8b decoding, batch 1, compiled",
+    ]
     for line in lines[3:-2]:
         assert line["ratio"] == line["figure"] / line["peer"] and line["share"] > 0, line
 
@@ -42,14 +57,21 @@ def test_without_time_stages_are_skipped(tmp_path):
 
 
 def process_of(code):
-    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True,
-                            stdout=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def test_a_stage_that_hangs_is_stopped_and_keeps_its_lines():
     """Also where a process that it has started holds its output open."""
-    process = process_of("import subprocess, sys; print('{\"name\": \"one\"}', flush=True); "
-                         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])")
+    process = process_of(
+        'import subprocess, sys; print(\'{"name": "one"}\', flush=True); '
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    )
     lines = list(gpu.run_stage("stage", process, {}, 2))
     assert lines == [{"name": "one"}, {"name": "stage", "failed": "stopped after 2 s"}]
 
@@ -61,14 +83,17 @@ def test_a_stage_that_crashes_says_so():
 
 
 def test_failed_tests_are_named():
-    said = ["tests/test_cuda.py::test_a PASSED [ 50%]",
-            "tests/test_cuda.py::test_b[x] FAILED [100%]",
-            "E   ModuleNotFoundError: No module named 'gguf'",
-            "FAILED tests/test_cuda.py::test_b[x]"]
+    said = [
+        "tests/test_cuda.py::test_a PASSED [ 50%]",
+        "tests/test_cuda.py::test_b[x] FAILED [100%]",
+        "E   ModuleNotFoundError: No module named 'gguf'",
+        "FAILED tests/test_cuda.py::test_b[x]",
+    ]
     process, log = process_of(f"print({chr(10).join(said)!r}); raise SystemExit(1)"), io.StringIO()
     (line,) = gpu.run_tests(process, 60, log)
-    assert line["failed"] == ("1 passed, 1 failed | test_b[x] | "
-                              "ModuleNotFoundError: No module named 'gguf'")
+    assert line["failed"] == (
+        "1 passed, 1 failed | test_b[x] | ModuleNotFoundError: No module named 'gguf'"
+    )
     assert log.getvalue().splitlines() == said
 
 

@@ -38,7 +38,8 @@ def models(request, tmp_path):
     """A random model of each family: (ours, transformers') in float32, the same in bfloat16."""
     exact = reference({**SMALL, **VARIANTS[request.param]}, tmp_path)
     rounded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.bfloat16).eval()
+        tmp_path, dtype=torch.bfloat16
+    ).eval()
     return (load_model(tmp_path), exact), (load_model(tmp_path, torch.bfloat16), rounded)
 
 
@@ -92,19 +93,42 @@ def test_gradients_are_as_near_to_float32_as_transformers(models):
 def test_scores(checkpoint, rows_file, tmp_path, here):
     losses = []
     for dtype in ("float32", "bfloat16"):
-        here(score, "--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-             "alpaca", "--device", "cpu", "--dtype", dtype, "--output", tmp_path / f"{dtype}.jsonl")
+        here(
+            score,
+            "--model_name_or_path",
+            checkpoint,
+            "--dataset",
+            rows_file,
+            "--template",
+            "alpaca",
+            "--device",
+            "cpu",
+            "--dtype",
+            dtype,
+            "--output",
+            tmp_path / f"{dtype}.jsonl",
+        )
         rows = map(json.loads, (tmp_path / f"{dtype}.jsonl").read_text().splitlines())
-        losses.append(torch.tensor([[row["loss_conditioned"], row["loss_direct"]]
-                                    for row in rows]))
+        losses.append(torch.tensor([[row["loss_conditioned"], row["loss_direct"]] for row in rows]))
     assert 0 < distance(losses[1], losses[0]) < 2**-8  # a rounding; measured: 5.4e-4
 
 
 def test_chat(tiny_chat_model_dir):
     """The command line gives the Assistant's answer: the same kernels, so the same numbers."""
-    done = command("--model_name_or_path", tiny_chat_model_dir, "--device", "cpu", "--dtype",
-                   "bfloat16", "--greedy", "--max_new_tokens", 20, "--prompt", "the cat",
-                   script="chat.py")
+    done = command(
+        "--model_name_or_path",
+        tiny_chat_model_dir,
+        "--device",
+        "cpu",
+        "--dtype",
+        "bfloat16",
+        "--greedy",
+        "--max_new_tokens",
+        20,
+        "--prompt",
+        "the cat",
+        script="chat.py",
+    )
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="bfloat16")
     messages = [{"role": "user", "content": "the cat"}]
     answer = "".join(assistant.stream(messages, Sampling(20, greedy=True)))
@@ -112,8 +136,11 @@ def test_chat(tiny_chat_model_dir):
     assert assistant.model.model.norm.weight.dtype == torch.bfloat16
 
 
-KINDS = {"lora": ["--lora_rank", 3], "full": ["--finetuning_type", "full"],
-         "dropout": ["--lora_rank", 3, "--lora_dropout", 0.2]}
+KINDS = {
+    "lora": ["--lora_rank", 3],
+    "full": ["--finetuning_type", "full"],
+    "dropout": ["--lora_rank", 3, "--lora_dropout", 0.2],
+}
 PROCESSES = {"1": (1, "ddp"), "2 ddp": (2, "ddp"), "2 fsdp": (2, "fsdp")}
 
 
@@ -124,8 +151,14 @@ def planned():
         for name, (processes, parallel) in PROCESSES.items():
             run_dir, more = f"{kind}/{name}", [*words, "--dtype", "bfloat16"]
             yield flags(processes, run_dir, *more, "--save_steps", 3, kind=parallel)
-            yield flags(processes, f"{run_dir}, resumed", *more, "--resume_from_checkpoint",
-                        f"{run_dir}/checkpoint-3", kind=parallel)
+            yield flags(
+                processes,
+                f"{run_dir}, resumed",
+                *more,
+                "--resume_from_checkpoint",
+                f"{run_dir}/checkpoint-3",
+                kind=parallel,
+            )
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +166,10 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
     """A folder of runs of six steps, with a checkpoint in the middle."""
     folder = tmp_path_factory.mktemp("bfloat16")
     write_bases(folder, tiny_tokenizer_dir)
-    rows = [{"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
-            for number in range(24)]
+    rows = [
+        {"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
+        for number in range(24)
+    ]
     (folder / "rows.json").write_text(json.dumps(rows))
     train_forked(folder, planned())
     return folder

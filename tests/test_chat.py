@@ -33,7 +33,10 @@ def chat(model_dir, *flags, input=""):
     """Run chat.py to its end with `input` on a pipe -> (exit status, stdout, stderr)."""
     result = subprocess.run(
         [sys.executable, SCRIPT, "--model_name_or_path", model_dir, *flags],
-        input=input.encode(), capture_output=True, env=ENVIRONMENT, timeout=HANG_SECONDS,
+        input=input.encode(),
+        capture_output=True,
+        env=ENVIRONMENT,
+        timeout=HANG_SECONDS,
     )
     # Decoded here, strictly, since text mode would change the line ends that the model writes.
     return result.returncode, result.stdout.decode(), result.stderr.decode()
@@ -51,8 +54,12 @@ def oracle(tiny_chat_model_dir):
     def answer(messages):
         ids = torch.tensor([template.encode_prompt(messages)])
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
-            pad_token_id=0, eos_token_id=sorted(template.stop_token_ids([1, 3])),
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=20,
+            pad_token_id=0,
+            eos_token_id=sorted(template.stop_token_ids([1, 3])),
         )
         return tokenizer.decode(output[0, ids.shape[1] :].tolist())
 
@@ -69,17 +76,35 @@ def test_one_question_prints_the_answer_only(tiny_chat_model_dir, oracle):
     expected = oracle([{"role": "system", "content": "简洁"}, user("the cat 你好")])
     status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "the cat 你好", input="no")
     assert (status, answer) == (0, expected + "\n")
-    status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "-",
-                             input="\ufeffthe cat 你好")  # as some editors begin a file
+    status, answer, _ = chat(
+        tiny_chat_model_dir, *flags, "--prompt", "-", input="\ufeffthe cat 你好"
+    )  # as some editors begin a file
     assert (status, answer) == (0, expected + "\n")
 
 
 def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
     saved, other = tmp_path / "saved.json", tmp_path / "other.json"
     other.write_text("precious")
-    lines = ["the cat", "", "/system be brief", "你好 🙂", f"/save {saved}", f"/save {other}",
-             "/etc/hosts is missing", f"/save {saved}", "/reset", "the cat", "/nonsense", "/save",
-             f"/save {tmp_path}/no/folder", "/system", "/help", "the mat", "/quit", "never read"]
+    lines = [
+        "the cat",
+        "",
+        "/system be brief",
+        "你好 🙂",
+        f"/save {saved}",
+        f"/save {other}",
+        "/etc/hosts is missing",
+        f"/save {saved}",
+        "/reset",
+        "the cat",
+        "/nonsense",
+        "/save",
+        f"/save {tmp_path}/no/folder",
+        "/system",
+        "/help",
+        "the mat",
+        "/quit",
+        "never read",
+    ]
     flags = [*GREEDY, "--max_new_tokens", "20"]
     status, printed, said = chat(tiny_chat_model_dir, *flags, input="\n".join(lines))
     system, messages = {"role": "system", "content": "be brief"}, [user("the cat")]
@@ -95,21 +120,39 @@ def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
     messages.append({"role": "assistant", "content": answers[2]})
     assert json.loads(saved.read_text("utf-8")) == [{"messages": [system, *messages]}]
     assert other.read_text() == "precious" and f"error: {other} exists" in said
-    for part in ("(6 messages saved", "(forgotten)", "error: /nonsense is not a command",
-                 "error: /save needs", "no/folder", "(system prompt removed)", "/save FILE"):
+    for part in (
+        "(6 messages saved",
+        "(forgotten)",
+        "error: /nonsense is not a command",
+        "error: /save needs",
+        "no/folder",
+        "(system prompt removed)",
+        "/save FILE",
+    ):
         assert part in said
     assert "\033" not in said
 
 
 def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
     """The wide space of Chinese input and a tab part a command from its argument."""
-    lines = [f"\ufeff/save {tmp_path}/x", "/system　你是诗人", "/你好", "/SAVE x",
-             f"  /save\t{tmp_path}/对话.json", "/save ~/chat.json", "/save ~/no/x", "/system",
-             "the mat", "/quit now", "never"]
+    lines = [
+        f"\ufeff/save {tmp_path}/x",
+        "/system　你是诗人",
+        "/你好",
+        "/SAVE x",
+        f"  /save\t{tmp_path}/对话.json",
+        "/save ~/chat.json",
+        "/save ~/no/x",
+        "/system",
+        "the mat",
+        "/quit now",
+        "never",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENVIRONMENT, "HOME", str(tmp_path))
-        status, printed, said = chat(tiny_chat_model_dir, *GREEDY, "--max_new_tokens", "20",
-                                     input="\n".join(lines))
+        status, printed, said = chat(
+            tiny_chat_model_dir, *GREEDY, "--max_new_tokens", "20", input="\n".join(lines)
+        )
     messages = [{"role": "system", "content": "你是诗人"}, user("/你好")]
     messages.append({"role": "assistant", "content": oracle(messages)})
     answer = oracle([*messages[1:], user("the mat")])
@@ -131,10 +174,23 @@ def test_a_turn_without_an_answer_is_told_and_forgotten(tiny_chat_model_dir, tmp
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
 def test_standard_output_or_error_that_is_closed(tiny_chat_model_dir, closed):
-    words = [sys.executable, SCRIPT, "--model_name_or_path", tiny_chat_model_dir, "--prompt", "x",
-             "--max_new_tokens", "2"]
-    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *words],
-                          capture_output=True, text=True, env=ENVIRONMENT, timeout=HANG_SECONDS)
+    words = [
+        sys.executable,
+        SCRIPT,
+        "--model_name_or_path",
+        tiny_chat_model_dir,
+        "--prompt",
+        "x",
+        "--max_new_tokens",
+        "2",
+    ]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *words],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=HANG_SECONDS,
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert bool(done.stdout) == (closed == "2>&-")
 
@@ -156,30 +212,33 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
     assert "the limit is 130 tokens (of 150" in said
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--tempature", "1"], "did you mean --temperature"),
-    (["--prompt", " "], "the question is empty"),
-    (["--max_length", "1"], "--max_length must be at least 2"),
-    (["--prompt", "x", "--max_length", "1000000"], "tokens at most, not 1000000"),
-    (["--prompt", "x", "--top_p", "0"], "--top_p must be above 0"),
-    (["--prompt", "a\x1b[2J"], "the message has the control character U+001B (character 2)"),
-    (["--prompt", "x", "--web"], "--prompt and --web exclude each other"),
-    (["--prompt", "x", "--system", "y", "--identity", "z"], "--system and --identity exclude"),
-    (["--prompt", "x", "--identity", "/nowhere"], "--identity /nowhere: No such file"),
-    (["--prompt", "x", "--identity", "/dev/null"], "--identity /dev/null: the file is empty"),
-    (["--prompt", "x", "--log", "/nowhere/log"], "--log /nowhere/log: No such file"),
-    (["--file", "x"], "--file needs --output"),
-    (["--file", "x", "--output", "y", "--log", "z"], "--log is for conversations"),
-    (["--file", "x", "--output", "y", "--compile"], "--compile is for conversations"),
-    (["--compile", "--quantization_bit", "4"], "--compile contradicts --quantization_bit 4"),
-    (["--output", "x"], "--output belongs to --file"),
-    (["--compare_with", "none"], "--compare_with belongs to --web"),
-    (["--web", "--server_port", "65536"], "--server_port must be at most 65535"),
-    (["--web", "--password", ""], "--password is empty"),
-    (["--prompt", "x", "--template", "nonsense"], "unknown template 'nonsense'"),
-    (["--prompt", "x", "--adapter", "/nowhere"], "/nowhere"),
-    (["--prompt", "x" * 300, "--max_length", "100"], "the limit is 50 tokens (of 100"),
-])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--tempature", "1"], "did you mean --temperature"),
+        (["--prompt", " "], "the question is empty"),
+        (["--max_length", "1"], "--max_length must be at least 2"),
+        (["--prompt", "x", "--max_length", "1000000"], "tokens at most, not 1000000"),
+        (["--prompt", "x", "--top_p", "0"], "--top_p must be above 0"),
+        (["--prompt", "a\x1b[2J"], "the message has the control character U+001B (character 2)"),
+        (["--prompt", "x", "--web"], "--prompt and --web exclude each other"),
+        (["--prompt", "x", "--system", "y", "--identity", "z"], "--system and --identity exclude"),
+        (["--prompt", "x", "--identity", "/nowhere"], "--identity /nowhere: No such file"),
+        (["--prompt", "x", "--identity", "/dev/null"], "--identity /dev/null: the file is empty"),
+        (["--prompt", "x", "--log", "/nowhere/log"], "--log /nowhere/log: No such file"),
+        (["--file", "x"], "--file needs --output"),
+        (["--file", "x", "--output", "y", "--log", "z"], "--log is for conversations"),
+        (["--file", "x", "--output", "y", "--compile"], "--compile is for conversations"),
+        (["--compile", "--quantization_bit", "4"], "--compile contradicts --quantization_bit 4"),
+        (["--output", "x"], "--output belongs to --file"),
+        (["--compare_with", "none"], "--compare_with belongs to --web"),
+        (["--web", "--server_port", "65536"], "--server_port must be at most 65535"),
+        (["--web", "--password", ""], "--password is empty"),
+        (["--prompt", "x", "--template", "nonsense"], "unknown template 'nonsense'"),
+        (["--prompt", "x", "--adapter", "/nowhere"], "/nowhere"),
+        (["--prompt", "x" * 300, "--max_length", "100"], "the limit is 50 tokens (of 100"),
+    ],
+)
 def test_mistakes_are_one_line_and_status_2(tiny_chat_model_dir, flags, said):
     status, printed, complaint = chat(tiny_chat_model_dir, *flags)
     assert (status, printed) == (2, "")
@@ -189,11 +248,23 @@ def test_mistakes_are_one_line_and_status_2(tiny_chat_model_dir, flags, said):
 def test_identity_is_the_standing_instruction(tiny_chat_model_dir, oracle, tmp_path):
     (tmp_path / "identity.txt").write_text("你是小明。\nBe brief.\n\n", encoding="utf-8-sig")
     lines = ["the cat", "/system other", "/reset", "the mat", "/system", "/reset", "the rat"]
-    status, printed, _ = chat(tiny_chat_model_dir, *GREEDY, "--max_new_tokens", "20", "--identity",
-                              tmp_path / "identity.txt", input="\n".join(lines))
-    answers = [oracle([{"role": "system", "content": system}, user(question)])
-               for system, question in (("你是小明。\nBe brief.", "the cat"), ("other", "the mat"),
-                                        ("你是小明。\nBe brief.", "the rat"))]
+    status, printed, _ = chat(
+        tiny_chat_model_dir,
+        *GREEDY,
+        "--max_new_tokens",
+        "20",
+        "--identity",
+        tmp_path / "identity.txt",
+        input="\n".join(lines),
+    )
+    answers = [
+        oracle([{"role": "system", "content": system}, user(question)])
+        for system, question in (
+            ("你是小明。\nBe brief.", "the cat"),
+            ("other", "the mat"),
+            ("你是小明。\nBe brief.", "the rat"),
+        )
+    ]
     assert (status, printed) == (0, "".join(answer + "\n" for answer in answers))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     flags = ["--prompt", "x", "--identity", tmp_path / "latin.txt"]
@@ -209,8 +280,17 @@ def test_an_identity_that_leaves_no_room_is_told_at_the_start(tiny_chat_model_di
     messages = [{"role": "system", "content": identity.read_text().strip()}, user("x")]
     length = len(template.encode_prompt(messages))
     for flags in ([], ["--file", prompts, "--output", tmp_path / "answers.jsonl"], ["--web"]):
-        done = command("--model_name_or_path", tiny_chat_model_dir, "--max_length", 100, *GREEDY,
-                       "--identity", identity, *flags, script="chat.py")
+        done = command(
+            "--model_name_or_path",
+            tiny_chat_model_dir,
+            "--max_length",
+            100,
+            *GREEDY,
+            "--identity",
+            identity,
+            *flags,
+            script="chat.py",
+        )
         said = f"error: --identity {identity} is too long: {length} tokens with its template, "
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"{said}the limit is 50 tokens (of 100, the rest")
@@ -218,11 +298,21 @@ def test_an_identity_that_leaves_no_room_is_told_at_the_start(tiny_chat_model_di
 
 def test_ctrl_c_ends_a_conversation_through_a_pipe(tiny_chat_model_dir, tmp_path):
     told = tmp_path / "told"
-    words = [sys.executable, *standing_still(TOKEN, [10], told), SCRIPT,
-             "--model_name_or_path", tiny_chat_model_dir, *GREEDY]
+    words = [
+        sys.executable,
+        *standing_still(TOKEN, [10], told),
+        SCRIPT,
+        "--model_name_or_path",
+        tiny_chat_model_dir,
+        *GREEDY,
+    ]
     with subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         process.stdin.write("the cat 你好\nthe mat\n".encode())
         process.stdin.flush()
         wait_until(lambda: lines_in(told), process)
@@ -235,18 +325,28 @@ def test_log_and_stats_and_what_is_refused(tiny_chat_model_dir, oracle, tmp_path
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"cut by a crash": "')
     lines = ["/stats", "the cat", "\x07bell", "/reset", "/system be brief", "你好", "and", "/stats"]
-    status, printed, said = chat(tiny_chat_model_dir, *GREEDY, "--max_new_tokens", "20", "--log",
-                                 log, input="\n".join(lines))
+    status, printed, said = chat(
+        tiny_chat_model_dir, *GREEDY, "--max_new_tokens", "20", "--log", log, input="\n".join(lines)
+    )
     system = {"role": "system", "content": "be brief"}
     answers = [oracle([user("the cat")]), oracle([system, user("你好")])]
-    told = [user("the cat"), {"role": "assistant", "content": answers[0]}, system, user("你好"),
-            {"role": "assistant", "content": answers[1]}, user("and")]
+    told = [
+        user("the cat"),
+        {"role": "assistant", "content": answers[0]},
+        system,
+        user("你好"),
+        {"role": "assistant", "content": answers[1]},
+        user("and"),
+    ]
     answers.append(oracle([system, *told[3:]]))
     told.append({"role": "assistant", "content": answers[2]})
     assert (status, printed) == (2, "".join(answer + "\n" for answer in answers))
     assert "(no answer yet)" in said and "the control character U+0007 (character 1)" in said
-    figures = re.search(r"\(20 tokens, the first after [\d.]+ s, then [\d,.]+ tokens/s, (\d+) of "
-                        r"(\d+) prompt tokens were known\)", said)
+    figures = re.search(
+        r"\(20 tokens, the first after [\d.]+ s, then [\d,.]+ tokens/s, (\d+) of "
+        r"(\d+) prompt tokens were known\)",
+        said,
+    )
     assert 20 < int(figures[1]) < int(figures[2])
     begun, *rows = log.read_text("utf-8").splitlines()
     assert begun == '{"cut by a crash": "'
@@ -265,9 +365,21 @@ def test_a_crash_loses_nothing_of_the_transcript(tiny_chat_model_dir, oracle, tm
     """Killed while it computes the tenth token: the nine before are in the file."""
     told, log = tmp_path / "told", tmp_path / "log"
     # The transcript gets a line when this much time has passed, here at once.
-    standing = standing_still(TOKEN, [10], told, **{"minisft.chat.transcript:SECONDS_BETWEEN_PARTS": -1})
-    words = [sys.executable, *standing, SCRIPT, "--model_name_or_path", tiny_chat_model_dir,
-             *GREEDY, "--prompt", "the cat 你好", "--log", log]
+    standing = standing_still(
+        TOKEN, [10], told, **{"minisft.chat.transcript:SECONDS_BETWEEN_PARTS": -1}
+    )
+    words = [
+        sys.executable,
+        *standing,
+        SCRIPT,
+        "--model_name_or_path",
+        tiny_chat_model_dir,
+        *GREEDY,
+        "--prompt",
+        "the cat 你好",
+        "--log",
+        log,
+    ]
     with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
         wait_until(lambda: lines_in(told), process)
         process.kill()
@@ -327,7 +439,8 @@ def terminal(tiny_chat_model_dir):
 
     def start(*flags, **more):
         started.append(
-            Terminal("--model_name_or_path", tiny_chat_model_dir, *GREEDY, *flags, **more))
+            Terminal("--model_name_or_path", tiny_chat_model_dir, *GREEDY, *flags, **more)
+        )
         return started[-1]
 
     yield start
@@ -422,8 +535,9 @@ def test_typed_questions_with_the_answers_going_to_a_file(terminal, oracle, tmp_
 
 
 def test_question_interrupted_by_ctrl_c_exits_130(terminal, tmp_path):
-    screen = terminal("--prompt", "the cat 你好",
-                      standing=standing_still(TOKEN, [10], tmp_path / "told"))
+    screen = terminal(
+        "--prompt", "the cat 你好", standing=standing_still(TOKEN, [10], tmp_path / "told")
+    )
     wait_until(lambda: lines_in(tmp_path / "told"))
     screen.press("\x03")
     screen.wait_for("(stopped)")

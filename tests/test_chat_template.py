@@ -29,8 +29,9 @@ def test_our_templates_as_jinja(name, has_bos, tiny_tokenizer_dir, tmp_path):
         jinja = jinja2.Environment().from_string(as_jinja(template))
         begin = "<s>" * (has_bos and not template.writes_bos)
         for messages in CONVERSATIONS + [[{"role": "user", "content": " spaces "}]]:
-            text = jinja.render(messages=messages, add_generation_prompt=True, eos_token="</s>",
-                                **spelled)
+            text = jinja.render(
+                messages=messages, add_generation_prompt=True, eos_token="</s>", **spelled
+            )
             assert text == begin + template.render(messages, add_generation_prompt=True)
     if name != "plain":  # what our own code takes it for, when it reads the file back
         assert recognise(as_jinja(template)) == name
@@ -50,10 +51,17 @@ def test_our_jinja_is_read_back(name, default_system, tiny_tokenizer_dir):
     assert back.encode_prompt(both) == template.encode_prompt(both)
 
 
-@pytest.mark.parametrize(("name", "folder"), [
-    ("alpaca", "TinyLlama-1.1B-Chat-v0.6"), ("llama2", "TinyLlama-1.1B-Chat-v0.6"),
-    ("llama2", "Mistral-7B-Instruct-v0.2"), ("vicuna", "Mistral-7B-Instruct-v0.2"),
-    ("llama2", "without BOS"), ("chatml", "without BOS")])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("alpaca", "TinyLlama-1.1B-Chat-v0.6"),
+        ("llama2", "TinyLlama-1.1B-Chat-v0.6"),
+        ("llama2", "Mistral-7B-Instruct-v0.2"),
+        ("vicuna", "Mistral-7B-Instruct-v0.2"),
+        ("llama2", "without BOS"),
+        ("chatml", "without BOS"),
+    ],
+)
 def test_ids_in_transformers(name, folder, shared_data, tiny_tokenizer_dir, tmp_path):
     """What apply_chat_template makes of a saved tokenizer's is what we ask the model."""
     source = shared_data / "tokenizers" / folder
@@ -75,12 +83,19 @@ def test_which_form_is_written(tiny_chat_model_dir, tmp_path):
     assert conversation_form(tokenizer, "auto", tmp_path, [1]) == ConversationForm(own, [1, 3])
     text = conversation_form(tokenizer, "alpaca", tmp_path, [1]).chat_template
     assert text.count("### Response:") == 2
-    for recorded, expected in (('template = "chatml"', own), ('default_system = "x"', None),
-                               ('template = "vicuna"', "ASSISTANT:"), ("seed = 1", own)):
+    for recorded, expected in (
+        ('template = "chatml"', own),
+        ('default_system = "x"', None),
+        ('template = "vicuna"', "ASSISTANT:"),
+        ("seed = 1", own),
+    ):
         record.write_text(recorded)
         form = conversation_form(tokenizer, "auto", tmp_path, [2])
-        assert expected in form.chat_template if expected else form.chat_template == as_jinja(
-            get_template("chatml", tokenizer, "x"))
+        assert (
+            expected in form.chat_template
+            if expected
+            else form.chat_template == as_jinja(get_template("chatml", tokenizer, "x"))
+        )
         assert form.stop_ids == ([1, 2] if "vicuna" in recorded else [1, 2, 3])
     assert chat_template_text(chatml) == own
     tokenizer.chat_template = "one of its own"

@@ -19,8 +19,20 @@ from minisft.training.metrics import read_metrics
 
 # Dropout, accumulation, an epoch that does not divide into steps, and steps that do not divide
 # into saves: what an inexact resume would get wrong.
-RUN = ["--template", "plain", "--lora_dropout", 0.2, "--per_device_train_batch_size", 2,
-       "--gradient_accumulation_steps", 2, "--learning_rate", 5e-3, "--logging_steps", 2]
+RUN = [
+    "--template",
+    "plain",
+    "--lora_dropout",
+    0.2,
+    "--per_device_train_batch_size",
+    2,
+    "--gradient_accumulation_steps",
+    2,
+    "--learning_rate",
+    5e-3,
+    "--logging_steps",
+    2,
+]
 
 
 @pytest.fixture
@@ -38,8 +50,13 @@ def assert_equal_runs(first, second):
     weights, others = final(first), final(second)
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-    logs = [[{name: value for name, value in row.items() if name != "tokens_per_second"}
-             for row in read_metrics(run / "metrics.jsonl")] for run in (first, second)]
+    logs = [
+        [
+            {name: value for name, value in row.items() if name != "tokens_per_second"}
+            for row in read_metrics(run / "metrics.jsonl")
+        ]
+        for run in (first, second)
+    ]
     assert logs[0] == logs[1]
 
 
@@ -74,16 +91,25 @@ def test_killed_twenty_times(flags, tmp_path):
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
 
-@pytest.mark.parametrize("before, number", [
-    ([], signal.SIGTERM), ([], signal.SIGINT), (TORCHRUN, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "before, number", [([], signal.SIGTERM), ([], signal.SIGINT), (TORCHRUN, signal.SIGTERM)]
+)
 def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
     flags, processes = [*flags, "--max_steps", 100], 2 if before else 1
     assert command(*flags, "--output_dir", tmp_path / "whole", processes=processes).returncode == 0
     told = tmp_path / "told"
-    words = [sys.executable, *before, *standing_still("train:train_step", [4], told),
-             ROOT / "train.py", *flags, "--output_dir", tmp_path / "it was stopped"]
-    process = subprocess.Popen(list(map(str, words)), cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = [
+        sys.executable,
+        *before,
+        *standing_still("train:train_step", [4], told),
+        ROOT / "train.py",
+        *flags,
+        "--output_dir",
+        tmp_path / "it was stopped",
+    ]
+    process = subprocess.Popen(
+        list(map(str, words)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     wait_until(lambda: lines_in(told) == processes, process)  # all of them in the fourth step
     process.send_signal(number)
     output, errors = process.communicate(timeout=HANG_SECONDS)
@@ -113,12 +139,32 @@ def test_another_number_of_processes(flags, tmp_path):
 
 def test_best_and_early_stopping(flags, tmp_path):
     """The best evaluation's weights are what is left; no gain ends the run."""
-    done = command(*flags, "--validation_split", 6, "--eval_steps", 1, "--learning_rate", 0.2,
-                   "--max_steps", 40, "--load_best_model_at_end", "--early_stopping_patience", 3,
-                   "--save_steps", 1, "--save_total_limit", 1, "--output_dir", tmp_path / "out")
+    done = command(
+        *flags,
+        "--validation_split",
+        6,
+        "--eval_steps",
+        1,
+        "--learning_rate",
+        0.2,
+        "--max_steps",
+        40,
+        "--load_best_model_at_end",
+        "--early_stopping_patience",
+        3,
+        "--save_steps",
+        1,
+        "--save_total_limit",
+        1,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
-    losses = [row["eval_loss"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")
-              if "eval_loss" in row]
+    losses = [
+        row["eval_loss"]
+        for row in read_metrics(tmp_path / "out" / "metrics.jsonl")
+        if "eval_loss" in row
+    ]
     best = losses.index(min(losses)) + 1
     assert len(losses) == best + 3 < 40
     assert f"checkpoint-{best}," in done.stdout
@@ -130,13 +176,25 @@ def test_evaluations_and_checkpoints_after_each_epoch(flags, tmp_path):
     """Of 17 rows in steps of four: five steps an epoch."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('eval_steps = "epoch"\nsave_steps = "epoch"\nsave_total_limit = 9\n')
-    done = command("--config", recipe, *flags, "--validation_split", 6, "--num_train_epochs", 3,
-                   "--output_dir", tmp_path / "out")
+    done = command(
+        "--config",
+        recipe,
+        *flags,
+        "--validation_split",
+        6,
+        "--num_train_epochs",
+        3,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in read_metrics(tmp_path / "out/metrics.jsonl")
-            if "eval_loss" in row] == [5, 10, 15]
+    assert [
+        row["step"] for row in read_metrics(tmp_path / "out/metrics.jsonl") if "eval_loss" in row
+    ] == [5, 10, 15]
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
-        "checkpoint-10", "checkpoint-5"]
+        "checkpoint-10",
+        "checkpoint-5",
+    ]
     done = command(*flags, "--save_steps", "often", "--output_dir", tmp_path / "other")
     assert done.returncode == 2 and "'often' is not a whole number" in done.stderr
 
@@ -151,17 +209,39 @@ def test_overwriting_forgets_the_old_run(flags, tmp_path):
     done = command(*flags, "--max_steps", 5, "--overwrite_output_dir", "--lora_alpha", 3)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
-        "checkpoint-2", "checkpoint-4"]
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
 
 
 def test_best_of_another_folder(flags, tmp_path):
     """Going on in a new folder, the best weights are looked for among its own evaluations."""
-    flags = [*flags, "--learning_rate", 0.3, "--lr_scheduler_type", "constant", "--eval_steps", 1,
-             "--save_steps", 2, "--save_total_limit", 9, "--validation_split", 6,
-             "--load_best_model_at_end", "--max_steps", 5]
+    flags = [
+        *flags,
+        "--learning_rate",
+        0.3,
+        "--lr_scheduler_type",
+        "constant",
+        "--eval_steps",
+        1,
+        "--save_steps",
+        2,
+        "--save_total_limit",
+        9,
+        "--validation_split",
+        6,
+        "--load_best_model_at_end",
+        "--max_steps",
+        5,
+    ]
     assert command(*flags, "--output_dir", tmp_path / "a").returncode == 0
-    done = command(*flags, "--output_dir", tmp_path / "b", "--resume_from_checkpoint",
-                   tmp_path / "a/checkpoint-4")
+    done = command(
+        *flags,
+        "--output_dir",
+        tmp_path / "b",
+        "--resume_from_checkpoint",
+        tmp_path / "a/checkpoint-4",
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b/adapter_model.safetensors").exists()
 
@@ -182,7 +262,10 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path):
     for value in (b"1", b"2", b"3", b"4"):
         write(tmp_path, value)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-1", "checkpoint-3", "checkpoint-4"]
+        "checkpoint-1",
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
     assert checkpoint.load_state(tmp_path / "checkpoint-4") == {"value": b"4"}
 
 
@@ -237,13 +320,27 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
     flags = [*flags, "--max_steps", 12, "--save_steps", 4, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
     newest = checkpoint.find(tmp_path / "out", "auto", print)
-    limited = [sys.executable, "-c",
-               "import resource, runpy, signal, sys; sys.argv = sys.argv[1:];"
-               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
-               "runpy.run_path(sys.argv[0], run_name='__main__')", "train.py",
-               *map(str, [*flags, "--save_steps", save_steps, "--resume_from_checkpoint", "auto",
-                          "--max_steps", 20])]
+    limited = [
+        sys.executable,
+        "-c",
+        "import resource, runpy, signal, sys; sys.argv = sys.argv[1:];"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "runpy.run_path(sys.argv[0], run_name='__main__')",
+        "train.py",
+        *map(
+            str,
+            [
+                *flags,
+                "--save_steps",
+                save_steps,
+                "--resume_from_checkpoint",
+                "auto",
+                "--max_steps",
+                20,
+            ],
+        ),
+    ]
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "could not be written" in done.stderr and "--resume_from_checkpoint" in done.stderr
@@ -253,6 +350,7 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
 
 def test_state_is_plain_data(tmp_path):
     """A pickle that would run code is refused."""
+
     class Evil:
         def __reduce__(self):
             return (print, ("executed",))
@@ -269,16 +367,28 @@ def test_other_run_is_refused(flags, tmp_path):
     written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     done = command(*flags, "--seed", 7, "--resume_from_checkpoint", "auto")
     assert done.returncode == 2 and "seed 42, not 7" in done.stderr
-    assert written == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*")
-                       if path.is_file()}  # the record, the log and the checkpoints too
+    assert written == {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }  # the record, the log and the checkpoints too
 
 
 def test_what_changed_is_said_and_holds(flags, tmp_path):
     """Flags of the call win over what the checkpoint holds, but for the rows of a step."""
     flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
-    done = command(*flags, "--resume_from_checkpoint", "auto", "--weight_decay", 0.5,
-                   "--gradient_accumulation_steps", 3, "--save_steps", 1, "--max_steps", 4)
+    done = command(
+        *flags,
+        "--resume_from_checkpoint",
+        "auto",
+        "--weight_decay",
+        0.5,
+        "--gradient_accumulation_steps",
+        3,
+        "--save_steps",
+        1,
+        "--max_steps",
+        4,
+    )
     assert done.returncode == 0, done.stderr
     assert "--weight_decay is 0.5 from here on; it was 0.0" in done.stdout
     assert "--gradient_accumulation_steps is 3" in done.stdout
@@ -298,7 +408,10 @@ def test_rows_that_changed_are_told(flags, tmp_path, rows_file):
     rows[0]["output"] += " And more than that."
     rows_file.write_text(json.dumps(rows))
     done = command(*again, 5)
-    assert done.returncode == 0 and "the training rows have changed since the checkpoint" in done.stdout
+    assert (
+        done.returncode == 0
+        and "the training rows have changed since the checkpoint" in done.stdout
+    )
 
 
 def test_a_broken_row_met_late(flags, tmp_path, rows_file):
@@ -309,16 +422,33 @@ def test_a_broken_row_met_late(flags, tmp_path, rows_file):
     broken = [dict(row) for row in good]
     broken[200]["history"] = [["one alone"]]  # its turn comes after step 128
     flags = [word for word in flags if word not in ("--max_samples", 23)]
-    flags = [*flags, "--gradient_accumulation_steps", 1, "--num_train_epochs", 1,
-             "--per_device_train_batch_size", 1]
+    flags = [
+        *flags,
+        "--gradient_accumulation_steps",
+        1,
+        "--num_train_epochs",
+        1,
+        "--per_device_train_batch_size",
+        1,
+    ]
     rows_file.write_text(json.dumps(good))
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
     rows_file.write_text(json.dumps(broken))
-    words = [sys.executable, "-c", "import runpy, sys; from minisft.data import dataset;"
-             "dataset.CHECKED_BYTES = dataset.CHECKED_ROWS = 1; sys.argv = sys.argv[1:];"
-             "runpy.run_path(sys.argv[0], run_name='__main__')", "train.py", *flags]
-    done = subprocess.run(list(map(str, [*words, "--output_dir", tmp_path / "late"])), cwd=ROOT,
-                          capture_output=True, text=True)
+    words = [
+        sys.executable,
+        "-c",
+        "import runpy, sys; from minisft.data import dataset;"
+        "dataset.CHECKED_BYTES = dataset.CHECKED_ROWS = 1; sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')",
+        "train.py",
+        *flags,
+    ]
+    done = subprocess.run(
+        list(map(str, [*words, "--output_dir", tmp_path / "late"])),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "row 201" in done.stderr, done.stderr
     assert "Saved at step" in done.stderr and done.stderr.count("\n") == 1
     rows_file.write_text(json.dumps(good))
@@ -355,7 +485,9 @@ def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
     assert command(*flags, 6).returncode == 0
     before = final(tmp_path / "out")
     done = command(*flags, 3, "--resume_from_checkpoint", "auto")
-    assert done.returncode == 2 and "is at step 4, but this run ends at step 3" in done.stderr, done.stderr
+    assert done.returncode == 2 and "is at step 4, but this run ends at step 3" in done.stderr, (
+        done.stderr
+    )
     assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
     done = command(*flags, 4, "--resume_from_checkpoint", "auto")
     assert done.returncode == 0, done.stderr  # nothing is left but to write the result

@@ -34,10 +34,19 @@ def recipe(tmp_path):
     def run(**settings):
         log.write_text("")
         done = subprocess.run(
-            ["bash", ROOT / "examples/cherry.sh"], capture_output=True, text=True,
+            ["bash", ROOT / "examples/cherry.sh"],
+            capture_output=True,
+            text=True,
             timeout=HANG_SECONDS,
-            env=os.environ | {"PYTHON": str(stand_in), "LOG": str(log), "CLUSTERS": "30",
-                              "OUTPUT": str(tmp_path / "with space")} | settings)
+            env=os.environ
+            | {
+                "PYTHON": str(stand_in),
+                "LOG": str(log),
+                "CLUSTERS": "30",
+                "OUTPUT": str(tmp_path / "with space"),
+            }
+            | settings,
+        )
         commands = [shlex.split(line) for line in log.read_text().splitlines()]
         return done.returncode, commands, done.stderr
 
@@ -48,9 +57,12 @@ def test_the_steps(recipe):
     status, commands, error = recipe()
     assert status == 0, error
     assert [words[0] for words in commands] == [
-        f"{name}.py" for name in ("score", "select", "train", "score", "select", "train")]
-    flags = {name: set(command("--help", script=name).stdout.split())
-             for name in ("score.py", "select.py", "train.py")}
+        f"{name}.py" for name in ("score", "select", "train", "score", "select", "train")
+    ]
+    flags = {
+        name: set(command("--help", script=name).stdout.split())
+        for name in ("score.py", "select.py", "train.py")
+    }
     for words in commands:
         assert {word for word in words if word.startswith("--")} <= flags[words[0]]
 
@@ -81,8 +93,15 @@ def test_finished_steps_are_skipped(recipe):
     assert "cherry-0.1.json" in " ".join(trained[0]) and "model-0.1" in " ".join(trained[0])
 
 
-@pytest.mark.parametrize("setting", [{"EPOCHS": "7"}, {"TRAIN": "--learning_rate 1e-3"},
-                                     {"HELDOUT": "other.json"}, {"CLUSTERS": "31"}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"EPOCHS": "7"},
+        {"TRAIN": "--learning_rate 1e-3"},
+        {"HELDOUT": "other.json"},
+        {"CLUSTERS": "31"},
+    ],
+)
 def test_results_of_other_settings_are_not_shown(recipe, setting):
     assert recipe()[0] == 0
     status, _, error = recipe(**setting)

@@ -29,8 +29,13 @@ from minisft.evaluation.text_metrics import Splitter, corpus_bleu2, row_scores
 from minisft.generation.assistant import Assistant
 from minisft.generation.generate import Sampling
 
-PAIRS = [("the cat sat", "a cat sat down"), ("今天天气很好", "今天天气不错"),
-         ("same same", "same same"), ("", "nothing"), ("我用 Python 写 code。", "我写 Python code")]
+PAIRS = [
+    ("the cat sat", "a cat sat down"),
+    ("今天天气很好", "今天天气不错"),
+    ("same same", "same same"),
+    ("", "nothing"),
+    ("我用 Python 写 code。", "我写 Python code"),
+]
 
 
 def test_rouge_equals_the_library_character_by_character():
@@ -56,11 +61,16 @@ def spelled_out(text):
 
 @pytest.mark.parametrize("name", ["alpaca_en_demo", "alpaca_zh_demo"])
 def test_real_rows_score_as_the_libraries_say(shared_data, name):
-    texts = [row.messages[-1]["content"]
-             for row in load_rows(str(shared_data / "instruct" / f"{name}.json"))[:60]]
+    texts = [
+        row.messages[-1]["content"]
+        for row in load_rows(str(shared_data / "instruct" / f"{name}.json"))[:60]
+    ]
     # Letters of other scripts, accented ones among them, are ours alone.
-    texts = [text for text in texts if all(one.isascii() or not one.isalnum()
-                                           or "\u4e00" <= one <= "\u9fff" for one in text)]
+    texts = [
+        text
+        for text in texts
+        if all(one.isascii() or not one.isalnum() or "\u4e00" <= one <= "\u9fff" for one in text)
+    ]
     rouge = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
     bleu = sacrebleu.BLEU(tokenize="zh", max_ngram_order=2, effective_order=True)
     pairs = list(zip(texts, texts[1:], strict=False))
@@ -69,7 +79,8 @@ def test_real_rows_score_as_the_libraries_say(shared_data, name):
         found = row_scores(answer, reference)
         expected = rouge.score(spelled_out(reference), spelled_out(answer))
         assert [found["rouge_1"], found["rouge_2"], found["rouge_l"]] == pytest.approx(
-            [expected[key].fmeasure for key in ("rouge1", "rouge2", "rougeL")])
+            [expected[key].fmeasure for key in ("rouge1", "rouge2", "rougeL")]
+        )
         score = bleu.sentence_score(answer, [reference]).score
         assert found["bleu_2"] == pytest.approx(score / 100)
     assert sum(row_scores(*pair)["rouge_l"] > 0 for pair in pairs) > 20
@@ -86,8 +97,14 @@ def test_bleu_is_sacrebleus_of_two_grams():
     assert row_scores("same same", "same same ")["exact_match"] == 1.0
 
 
-ITEMS = [Item([{"role": "user", "content": text}], reference) for text, reference in (
-    ("the cat", "the mat"), ("where is the rat and the hat?", "on the mat 垫子"), ("你好", "yes"))]
+ITEMS = [
+    Item([{"role": "user", "content": text}], reference)
+    for text, reference in (
+        ("the cat", "the mat"),
+        ("where is the rat and the hat?", "on the mat 垫子"),
+        ("你好", "yes"),
+    )
+]
 SAMPLING = Sampling(max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, seed=5)
 
 
@@ -107,8 +124,12 @@ def test_answers_do_not_depend_on_the_batch(assistant):
     assert together == answer_items(assistant, ITEMS, SAMPLING, 1)
     assert len({one["answer"] for one in together}) == 3
     lengths = [len(assistant.template.encode_prompt(item.messages)) for item in ITEMS]
-    short = Assistant(assistant.tokenizer.model_dir, device="cpu", dtype="float32",
-                      max_length=lengths[1] - 1 + SAMPLING.max_new_tokens)
+    short = Assistant(
+        assistant.tokenizer.model_dir,
+        device="cpu",
+        dtype="float32",
+        max_length=lengths[1] - 1 + SAMPLING.max_new_tokens,
+    )
     skipped = answer_items(short, ITEMS, SAMPLING, 8)
     assert [one["is_skipped"] for one in skipped] == [False, True, False]
     assert skipped[0] == together[0] and skipped[1]["answer"] == ""
@@ -117,8 +138,10 @@ def test_answers_do_not_depend_on_the_batch(assistant):
 def test_functions_that_a_row_offers_are_offered(assistant):
     tools = [{"name": "find_hat", "description": "", "parameters": {}}]
     with_tools = [Item(item.messages, item.reference, tools) for item in ITEMS]
-    assert read_items([Row([*ITEMS[0].messages, {"role": "assistant", "content": "the mat"}],
-                           tools)]) == with_tools[:1]
+    assert (
+        read_items([Row([*ITEMS[0].messages, {"role": "assistant", "content": "the mat"}], tools)])
+        == with_tools[:1]
+    )
     assert fingerprint(with_tools) != fingerprint(ITEMS) == fingerprint(list(ITEMS))
     lengths = []
     for items in (ITEMS, with_tools):
@@ -126,14 +149,17 @@ def test_functions_that_a_row_offers_are_offered(assistant):
         lengths.append([len(encode(item.messages, item.tools)) for item in items])
         prompts = []
         assistant.template.encode_prompt = lambda *given, to=prompts, by=encode: (
-            to.append(by(*given)) or to[-1])
+            to.append(by(*given)) or to[-1]
+        )
         answer_items(assistant, items, SAMPLING, 8)
         del assistant.template.encode_prompt
         assert [len(ids) for ids in prompts] == lengths[-1]
     assert all(two > one + 20 for one, two in zip(*lengths, strict=True))
     plain, told = (reference_losses(assistant, items, 2) for items in (ITEMS, with_tools))
-    assert all(one[1] == two[1] and abs(one[0] - two[0]) > 1e-3
-               for one, two in zip(plain, told, strict=True))
+    assert all(
+        one[1] == two[1] and abs(one[0] - two[0]) > 1e-3
+        for one, two in zip(plain, told, strict=True)
+    )
 
 
 def test_reference_losses_equal_transformers(assistant, tiny_chat_model_dir):
@@ -154,9 +180,21 @@ def test_reference_losses_equal_transformers(assistant, tiny_chat_model_dir):
 
 
 def test_differences_are_paired():
-    first, other = ({"rows": [{"bleu_2": 0, "rouge_1": 0, "rouge_2": 0, "rouge_l": value,
-                               "exact_match": float(value == 1)} for value in values]}
-                    for values in ([0.5, 0.2, 0.4], [1, 0.7, 0.9]))
+    first, other = (
+        {
+            "rows": [
+                {
+                    "bleu_2": 0,
+                    "rouge_1": 0,
+                    "rouge_2": 0,
+                    "rouge_l": value,
+                    "exact_match": float(value == 1),
+                }
+                for value in values
+            ]
+        }
+        for values in ([0.5, 0.2, 0.4], [1, 0.7, 0.9])
+    )
     found = differences(first, other)
     assert found["rouge_l"]["mean"] == pytest.approx(0.5)
     assert found["rouge_l"]["interval"] == pytest.approx((0.5, 0.5))  # the same gain in every row
@@ -173,16 +211,32 @@ def test_names_of_models(tmp_path):
             parse_model(wrong)
 
 
-ROWS = [{"instruction": "plain", "output": "the mat"},
-        {"instruction": "<script>alert(1)</script> 你好", "output": "</script><b>是"},
-        {"instruction": "the rat", "output": "the hat"}]
+ROWS = [
+    {"instruction": "plain", "output": "the mat"},
+    {"instruction": "<script>alert(1)</script> 你好", "output": "</script><b>是"},
+    {"instruction": "the rat", "output": "the hat"},
+]
 
 
 def words_for(model_dir, tmp_path, *more):
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    return ["compare", "--models", f"base={model_dir}", f"same={model_dir}", "--dataset",
-            tmp_path / "rows.json", "--max_new_tokens", 5, "--device", "cpu", "--dtype", "float32",
-            "--output_dir", tmp_path / "out", *more]
+    return [
+        "compare",
+        "--models",
+        f"base={model_dir}",
+        f"same={model_dir}",
+        "--dataset",
+        tmp_path / "rows.json",
+        "--max_new_tokens",
+        5,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--output_dir",
+        tmp_path / "out",
+        *more,
+    ]
 
 
 def run_here(monkeypatch, *words):
@@ -192,8 +246,9 @@ def run_here(monkeypatch, *words):
 
 
 def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path, monkeypatch, capsys):
-    words = words_for(tiny_chat_model_dir, tmp_path, "--judge_model", "stub", "--judge_url",
-                      stub.url)
+    words = words_for(
+        tiny_chat_model_dir, tmp_path, "--judge_model", "stub", "--judge_url", stub.url
+    )
     done = command(*words, script="eval.py")
     assert done.returncode == 0, done.stderr
     assert "judging: 6 requests" in done.stdout and "0 win, 3 tie, 0 loss" in done.stdout
@@ -243,26 +298,32 @@ def test_what_is_wrong_is_said_before_anything_is_computed(
         (["--judge_model", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["--judge_model", f"{model}+{tmp_path}"], "there is no adapter_config.json"),
         (["--judge_model", "x", "--judge_url", "localhost:80"], "neither http:// nor https://"),
-        (["--judge_model", "x", "--judge_url", "http://x", "--judge_template", "alpaca"],
-         "--judge_template is for a judge of ours"),
+        (
+            ["--judge_model", "x", "--judge_url", "http://x", "--judge_template", "alpaca"],
+            "--judge_template is for a judge of ours",
+        ),
         (["--judge_url", "http://x"], "--judge_url needs --judge_model"),
         (["--models", f"a={model}", f"b={tmp_path / 'nowhere'}"], "nowhere: no such folder"),
         (["--models", f"a={model}", f"a={model}"], "two have the same name"),
-        (["--top_p", "1.5"], "--top_p must be"), (["--resume", "--overwrite_output_dir"], "one of"),
+        (["--top_p", "1.5"], "--top_p must be"),
+        (["--resume", "--overwrite_output_dir"], "one of"),
     ):
         with pytest.raises(UserError, match=said):
             run_here(monkeypatch, *words, *more)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     # Answers as long as the context: no question could be asked, so nothing is measured.
-    with pytest.raises(UserError, match="--max_new_tokens 20000: no question leaves room .* base's "
-                                        "context of 20000"):
+    with pytest.raises(
+        UserError,
+        match="--max_new_tokens 20000: no question leaves room .* base's context of 20000",
+    ):
         run_here(monkeypatch, *words, "--max_new_tokens", 20000)
 
 
 def test_a_judge_that_fails_leaves_the_measures(tiny_chat_model_dir, stub, tmp_path, monkeypatch):
-    words = words_for(tiny_chat_model_dir, tmp_path, "--judge_model", "stub", "--judge_url",
-                      stub.url)
+    words = words_for(
+        tiny_chat_model_dir, tmp_path, "--judge_model", "stub", "--judge_url", stub.url
+    )
     (tmp_path / "rows.json").write_text(json.dumps([{**ROWS[0], "instruction": "refused"}]))
     with pytest.raises(UserError, match="401"):
         run_here(monkeypatch, *words)
@@ -275,7 +336,13 @@ def test_real_rows_become_items(shared_data):
     rows = load_rows(str(shared_data / "instruct" / "compare_alpaca.json"))
     items = read_items(rows)
     assert len(items) == 10 and all(item.reference and item.question for item in items)
-    report = measure(items, [{"answer": item.reference, "num_tokens": 1, "is_cut": False,
-                              "is_skipped": False} for item in items], [None] * 10)
+    report = measure(
+        items,
+        [
+            {"answer": item.reference, "num_tokens": 1, "is_cut": False, "is_skipped": False}
+            for item in items
+        ],
+        [None] * 10,
+    )
     assert report["mean"]["exact_match"]["mean"] == report["mean"]["rouge_l"]["mean"] == 1
     assert report["mean"]["bleu_2"]["mean"] == pytest.approx(1)

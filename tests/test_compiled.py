@@ -17,14 +17,25 @@ from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 
 CAPACITY = 128
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
-@pytest.mark.parametrize("fields", [
-    {"rope_scaling": LLAMA3}, {"model_type": "mistral", "sliding_window": 6},
-    {"model_type": "qwen2", "tie_word_embeddings": True}, {"model_type": "qwen3", "head_dim": 8},
-], ids=["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": LLAMA3},
+        {"model_type": "mistral", "sliding_window": 6},
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+        {"model_type": "qwen3", "head_dim": 8},
+    ],
+    ids=["llama", "mistral", "qwen2", "qwen3"],
+)
 @torch.inference_mode()
 def test_step_equals_the_logits_of_the_model(fields):
     """Written into a cache whose later places hold what is left of a longer conversation."""
@@ -51,8 +62,10 @@ def test_step_equals_the_logits_of_the_model(fields):
 @pytest.fixture(scope="module")
 def assistants(tiny_chat_model_dir):
     """The same model (without, with) a compiled step."""
-    pair = [Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=CAPACITY)
-            for _ in range(2)]
+    pair = [
+        Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=CAPACITY)
+        for _ in range(2)
+    ]
     for assistant in pair:
         assistant.caches.limit = 2
     pair[1].compile()
@@ -61,20 +74,29 @@ def assistants(tiny_chat_model_dir):
 
 def converse(assistant, sampling):
     """Two conversations in turn, of two turns each -> [(text, known tokens), ...]."""
-    conversations, said = [[{"role": "user", "content": "the cat"}],
-                           [{"role": "user", "content": "你好"}]], []
+    conversations, said = (
+        [[{"role": "user", "content": "the cat"}], [{"role": "user", "content": "你好"}]],
+        [],
+    )
     for _ in range(2):
         for messages in conversations:
             answer = assistant.stream(messages, sampling)
-            messages += [{"role": "assistant", "content": "".join(answer)},
-                         {"role": "user", "content": "and?"}]
+            messages += [
+                {"role": "assistant", "content": "".join(answer)},
+                {"role": "user", "content": "and?"},
+            ]
             said.append((answer.text, answer.num_reused))
     return said
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(20, greedy=True), Sampling(20, temperature=1.3, seed=4, repetition_penalty=1.1),
-], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(20, greedy=True),
+        Sampling(20, temperature=1.3, seed=4, repetition_penalty=1.1),
+    ],
+    ids=["greedy", "sampled"],
+)
 def test_answers_equal_the_plain_model_and_nothing_is_compiled_twice(assistants, sampling):
     plain, compiled = assistants
     graphs, steps = counters["stats"]["unique_graphs"], []
@@ -104,11 +126,14 @@ def test_caches_are_reused_beyond_the_limit(assistants, monkeypatch):
     conversations = [[{"role": "user", "content": text}] for text in ("the cat", "你好", "the rat")]
     for _ in range(2):
         for messages in conversations:
-            answers = ["".join(one.stream(messages, Sampling(20, greedy=True)))
-                       for one in assistants]
+            answers = [
+                "".join(one.stream(messages, Sampling(20, greedy=True))) for one in assistants
+            ]
             assert answers[0] == answers[1]
-            messages += [{"role": "assistant", "content": answers[0]},
-                         {"role": "user", "content": "and?"}]
+            messages += [
+                {"role": "assistant", "content": answers[0]},
+                {"role": "user", "content": "and?"},
+            ]
     assert len(made) == 2 and counters["stats"]["unique_graphs"] == graphs
 
 
@@ -135,9 +160,22 @@ def test_model_that_cannot_be_compiled_raises(monkeypatch):
 
 
 def test_chat_with_compile_gives_the_same_answer(tiny_chat_model_dir, assistants):
-    flags = ["--model_name_or_path", tiny_chat_model_dir, "--greedy", "--max_new_tokens", 20,
-             "--max_length", CAPACITY, "--device", "cpu", "--dtype", "float32", "--compile",
-             "--prompt", "the cat"]
+    flags = [
+        "--model_name_or_path",
+        tiny_chat_model_dir,
+        "--greedy",
+        "--max_new_tokens",
+        20,
+        "--max_length",
+        CAPACITY,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--compile",
+        "--prompt",
+        "the cat",
+    ]
     done = command(*flags, script="chat.py")
     messages = [{"role": "user", "content": "the cat"}]
     answer = assistants[0].stream(messages, Sampling(20, greedy=True))

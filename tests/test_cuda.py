@@ -52,8 +52,9 @@ def test_loss_and_gradients(models):
         device = next(model.parameters()).device
         loss, _ = next_token_loss(model, *batch(device))
         loss.backward()
-        grads = {name: one.grad.cpu() for name, one in model.named_parameters()
-                 if one.grad is not None}
+        grads = {
+            name: one.grad.cpu() for name, one in model.named_parameters() if one.grad is not None
+        }
         results.append((loss.item(), grads))
     (cpu_loss, cpu_grads), (gpu_loss, gpu_grads) = results
     assert abs(cpu_loss - gpu_loss) < 1e-4 * cpu_loss
@@ -76,8 +77,22 @@ def test_generates_the_same(models):
     assert cpu == gpu
 
 
-RUN = ["--template", "plain", "--per_device_train_batch_size", 2, "--learning_rate", 5e-3,
-       "--logging_steps", 1, "--max_steps", 8, "--device", "cuda", "--dataloader_num_workers", 0]
+RUN = [
+    "--template",
+    "plain",
+    "--per_device_train_batch_size",
+    2,
+    "--learning_rate",
+    5e-3,
+    "--logging_steps",
+    1,
+    "--max_steps",
+    8,
+    "--device",
+    "cuda",
+    "--dataloader_num_workers",
+    0,
+]
 
 
 def adapter(folder):
@@ -86,13 +101,25 @@ def adapter(folder):
 
 def test_resumes_exactly(checkpoint, rows_file, here, tmp_path):
     """Dropout's random state on the GPU is saved too. A new process resumes, with workers."""
-    flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, *RUN,
-             "--lora_dropout", 0.2]
+    flags = [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        *RUN,
+        "--lora_dropout",
+        0.2,
+    ]
     here(train, *flags, "--output_dir", tmp_path / "whole")
     flags += ["--output_dir", tmp_path / "parts", "--save_steps", 3]
     here(train, *flags)
-    done = command(*flags, "--dataloader_num_workers", 2,
-                   "--resume_from_checkpoint", tmp_path / "parts/checkpoint-3")
+    done = command(
+        *flags,
+        "--dataloader_num_workers",
+        2,
+        "--resume_from_checkpoint",
+        tmp_path / "parts/checkpoint-3",
+    )
     assert done.returncode == 0, done.stderr
     parts = adapter(tmp_path / "parts")
     for name, value in adapter(tmp_path / "whole").items():
@@ -105,20 +132,39 @@ def losses_of(here, *flags, output_dir):
     return [row["loss"] for row in read_metrics(output_dir / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("extra", [
-    [], ["--packing"], ["--gradient_checkpointing"], ["--bf16"], ["--fp16"],
-    ["--quantization_bit", 4], ["--quantization_bit", 8], ["--finetuning_type", "full"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--packing"],
+        ["--gradient_checkpointing"],
+        ["--bf16"],
+        ["--fp16"],
+        ["--quantization_bit", 4],
+        ["--quantization_bit", 8],
+        ["--finetuning_type", "full"],
+    ],
+)
 def test_every_way_to_train_learns(extra, checkpoint, rows_file, here, tmp_path):
-    losses = losses_of(here, "--model_name_or_path", checkpoint, "--dataset", rows_file, *extra,
-                       output_dir=tmp_path / "out")
+    losses = losses_of(
+        here,
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        *extra,
+        output_dir=tmp_path / "out",
+    )
     assert losses[-1] < losses[0]
 
 
 def test_packed_loss_is_the_padded_one(models):
     _, model = models
     draw = np.random.default_rng(0)
-    examples = [Example(draw.integers(0, CONFIG["vocab_size"], length), np.arange(length) > 3)
-                for length in (9, 30, 17)]
+    examples = [
+        Example(draw.integers(0, CONFIG["vocab_size"], length), np.arange(length) > 3)
+        for length in (9, 30, 17)
+    ]
     padded, count = next_token_loss(model, *collate(examples, "cuda"))
     packed, packed_count = next_token_loss(model, *pack(examples, "cuda"))
     assert count == packed_count
@@ -130,16 +176,36 @@ def test_packed_loss_is_the_padded_one(models):
     assert all(one.grad.isfinite().all() for one in model.parameters() if one.requires_grad)
 
 
-@pytest.mark.parametrize("extra", [
-    ["--stage", "dpo", "--finetuning_type", "full"], ["--stage", "dpo", "--bf16"],
-    ["--stage", "dpo", "--precompute_reference", "--quantization_bit", 4, "--fp16"],
-    ["--stage", "rm", "--bf16"], ["--stage", "rm", "--finetuning_type", "full"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--stage", "dpo", "--finetuning_type", "full"],
+        ["--stage", "dpo", "--bf16"],
+        ["--stage", "dpo", "--precompute_reference", "--quantization_bit", 4, "--fp16"],
+        ["--stage", "rm", "--bf16"],
+        ["--stage", "rm", "--finetuning_type", "full"],
+    ],
+)
 def test_every_way_to_prefer_learns(extra, checkpoint, here, tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Say {number}.", "chosen": f"yes {number}",
-                                        "rejected": "the cat sat"}) + "\n" for number in range(16)))
-    losses = losses_of(here, "--model_name_or_path", checkpoint, "--dataset", path, *extra,
-                       output_dir=tmp_path / "out")
+    path.write_text(
+        "".join(
+            json.dumps(
+                {"prompt": f"Say {number}.", "chosen": f"yes {number}", "rejected": "the cat sat"}
+            )
+            + "\n"
+            for number in range(16)
+        )
+    )
+    losses = losses_of(
+        here,
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        path,
+        *extra,
+        output_dir=tmp_path / "out",
+    )
     log = read_metrics(tmp_path / "out/metrics.jsonl")
     assert losses[-1] < losses[0] and log[-1]["accuracy"] > 0.8
 
@@ -156,8 +222,9 @@ def assert_compiled_layers_learn_the_same(here, checkpoint, rows_file, folder, *
 
 def test_compiled_packed_rows_learn_the_same(here, checkpoint, rows_file, tmp_path):
     """With the kernel for rows of any lengths, which takes bfloat16."""
-    assert_compiled_layers_learn_the_same(here, checkpoint, rows_file, tmp_path,
-                                          "--packing", "--bf16")
+    assert_compiled_layers_learn_the_same(
+        here, checkpoint, rows_file, tmp_path, "--packing", "--bf16"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +238,10 @@ def decoder():
     return CompiledDecoder(model.eval(), 64)
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(40, greedy=True), Sampling(40, temperature=1.3, seed=4, repetition_penalty=1.1)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(40, greedy=True), Sampling(40, temperature=1.3, seed=4, repetition_penalty=1.1)],
+)
 def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
     """Conversations in turn, each in a cache with a graph of its own, also from another thread."""
     model = decoder.model
@@ -181,11 +250,14 @@ def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
     expected = generate(model, prompts, sampling, {2}, rows=[0, 0])
 
     def answer():
-        streams = [stream(decoder, ids, sampling, {2}, cache)
-                   for ids, cache in zip(prompts, caches, strict=True)]
+        streams = [
+            stream(decoder, ids, sampling, {2}, cache)
+            for ids, cache in zip(prompts, caches, strict=True)
+        ]
         steps = list(zip_longest(*streams))
-        answers.append([[one for one in row if one is not None]
-                        for row in zip(*steps, strict=True)])
+        answers.append(
+            [[one for one in row if one is not None] for row in zip(*steps, strict=True)]
+        )
         for cache in caches:
             cache.truncate(2)  # the next turn goes on from there
 

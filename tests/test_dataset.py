@@ -100,9 +100,11 @@ class TestFormats:
     def test_a_blank_system_prompt_is_none(self, tmp_path, blank):
         expected = [user("Name a colour."), assistant("Red.")]
         turns = [("system", blank), ("human", "Name a colour."), ("gpt", "Red.")]
-        for record in ({**GOOD, "system": blank},
-                       {"conversations": [{"from": name, "value": text} for name, text in turns]},
-                       {"messages": [{"role": "system", "content": blank}, *expected]}):
+        for record in (
+            {**GOOD, "system": blank},
+            {"conversations": [{"from": name, "value": text} for name, text in turns]},
+            {"messages": [{"role": "system", "content": blank}, *expected]},
+        ):
             assert conversation_of(tmp_path, record)[0] == expected
 
     @pytest.mark.parametrize("value", ["add(1, 2)", '{"arguments": {}}', '{"name": "add"', "[]"])
@@ -196,8 +198,10 @@ BROKEN = {
     "list content": ({"messages": [user(["a"])]}, "content must be a string"),
     "bad tools": ({**turns("human", "gpt"), "tools": "[{"}, "in tools, line 1 column 3"),
     "tools of nothing": ({**turns("human", "gpt"), "tools": [1, "add"]}, "a list of objects"),
-    "a call by the user": ({"messages": [user("Q", tool_calls=[{"name": "f", "arguments": {}}]),
-                                         assistant("A")]}, "only the assistant calls tools"),
+    "a call by the user": (
+        {"messages": [user("Q", tool_calls=[{"name": "f", "arguments": {}}]), assistant("A")]},
+        "only the assistant calls tools",
+    ),
     "only a blank system prompt": ({"messages": [{"role": "system", "content": ""}]}, "is empty"),
     "firefly without target": ({"kind": "NLI", "input": "Q"}, "no answer"),
     "not an object": (["Q", "A"], "a row must be a JSON object"),
@@ -228,7 +232,7 @@ class TestBrokenRows:
 
     def test_json_error_in_a_line_names_line_and_column(self, tmp_path):
         good = json.dumps(GOOD)
-        path = write(tmp_path / "data.jsonl", f'{good}\n\n{good[:-1]}, }}\n{good}\n')
+        path = write(tmp_path / "data.jsonl", f"{good}\n\n{good[:-1]}, }}\n{good}\n")
         with pytest.raises(UserError, match=rf"row 2 \(line 3\): line 3 column {len(good) + 2}"):
             load_rows(path)
         skipped = []
@@ -244,7 +248,9 @@ class TestBrokenRows:
     def test_only_broken_rows_is_an_error_even_when_they_are_skipped(self, tmp_path):
         good = write(tmp_path / "a.json", [GOOD])
         bad = write(tmp_path / "b.json", [{"a": 1, "b": 2}])
-        with pytest.raises(UserError, match=r"b\.json, row 1: no known format has the columns a, b") as caught:
+        with pytest.raises(
+            UserError, match=r"b\.json, row 1: no known format has the columns a, b"
+        ) as caught:
             load_rows(f"{good},{bad}", skipped=[])
         for name in ("alpaca", "sharegpt", "openai", "firefly", "dataset_info.json"):
             assert name in str(caught.value)
@@ -284,7 +290,9 @@ class TestSplit:
         training, validation = split(rows, 0.1, seed=1)
         assert len(validation) == 5
         assert [list(part) for part in split(rows, 0.1, seed=1)] == [
-            list(training), list(validation)]
+            list(training),
+            list(validation),
+        ]
         assert list(split(rows, 0.1, seed=2)[1]) != list(validation)
         for part in (training, validation):
             assert list(part) == sorted(part, key=lambda row: row.index)
@@ -333,8 +341,9 @@ class TestMix:
         rows = mix(open_rows(main), f"{general}:0.2", seed=1, say=said.append)
         assert len(rows) == 100 and len(set(self.answers(rows))) == 20
         assert said == [f"mixed in 20 rows of {general} to 80"]
-        again, other = (mix(open_rows(main), f"{general}:0.2", seed=seed, say=said.append)
-                        for seed in (1, 2))
+        again, other = (
+            mix(open_rows(main), f"{general}:0.2", seed=seed, say=said.append) for seed in (1, 2)
+        )
         assert self.answers(again) == self.answers(rows) != self.answers(other)
 
     def test_rows_come_again_when_there_are_too_few(self, files):
@@ -414,9 +423,15 @@ class TestConvert:
         originals = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
         text = target.read_bytes().decode("utf-8")
         rows = json.loads(text) if ending == ".json" else list(map(json.loads, text.splitlines()))
-        assert rows == [{"conversations": [{"from": "human", "value": one["input"]},
-                                           {"from": "gpt", "value": one["target"]}]}
-                        for one in originals]
+        assert rows == [
+            {
+                "conversations": [
+                    {"from": "human", "value": one["input"]},
+                    {"from": "gpt", "value": one["target"]},
+                ]
+            }
+            for one in originals
+        ]
         assert originals[0]["target"][:10] in text  # as characters, not as escapes
         assert list(tmp_path.iterdir()) == [target]
 
@@ -436,18 +451,25 @@ class TestConvert:
         output, folder, device = (tmp_path / name for name in ("out.json", "folder", "device"))
         folder.mkdir()
         os.mkfifo(device)
-        for words, message in (((bad, output), "row 2"), ((good, good), "exists"),
-                               ((good, folder), "is a folder or a device. Give the name of a f"),
-                               ((good, folder, "--overwrite"), "folder is a folder or a device"),
-                               ((good, device, "--overwrite"), "device is a folder or a device"),
-                               ((good, good, "--overwrite"), "is an input"),
-                               ((good, tmp_path / "no" / "out.json"), "No such file"),
-                               ((tmp_path / "none.json", output), "no such file")):
+        for words, message in (
+            ((bad, output), "row 2"),
+            ((good, good), "exists"),
+            ((good, folder), "is a folder or a device. Give the name of a f"),
+            ((good, folder, "--overwrite"), "folder is a folder or a device"),
+            ((good, device, "--overwrite"), "device is a folder or a device"),
+            ((good, good, "--overwrite"), "is an input"),
+            ((good, tmp_path / "no" / "out.json"), "No such file"),
+            ((tmp_path / "none.json", output), "no such file"),
+        ):
             done = self.run(*words)
             assert done.returncode == 2 and done.stderr.startswith("error: "), words
             assert message in done.stderr and done.stderr.count("\n") == 1
         assert {path.name for path in tmp_path.iterdir()} == {
-            "bad.json", "good.json", "folder", "device"}
+            "bad.json",
+            "good.json",
+            "folder",
+            "device",
+        }
         assert device.is_fifo() and not list(folder.iterdir())
         assert json.loads(good.read_text()) == [GOOD]
         done = self.run(bad, output, "--skip_bad_rows")
@@ -459,7 +481,9 @@ class TestConvert:
         bad = write(tmp_path / "bad.json", [GOOD, {"messages": [user("Q"), call]}])
         skipped = []
         assert convert(bad, tmp_path / "out.json", skipped=skipped) == 1
-        assert len(skipped) == 1 and "bad.json, row 2: an answer has text and tool calls" in skipped[0]
+        assert (
+            len(skipped) == 1 and "bad.json, row 2: an answer has text and tool calls" in skipped[0]
+        )
         with pytest.raises(UserError, match=r"bad\.json, row 2: an answer .*--skip_bad_rows"):
             convert(bad, tmp_path / "other.json")
 

@@ -37,17 +37,26 @@ class TestRealRegistry:
                 with pytest.raises(UserError, match=f"{name}: preference data"):
                     open_rows(name, **reading)
             elif "response" not in entry.get("columns", {"response": 0, "messages": 0}) and (
-                    "messages" not in entry.get("columns", {"messages": 0})):
+                "messages" not in entry.get("columns", {"messages": 0})
+            ):
                 with pytest.raises(UserError, match="--stage pt"):
                     open_rows(name, **reading)
                 lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
                 texts = list(open_rows(name, plain_text=True, **reading))
-                assert texts == [json.loads(line)["text"] if path.suffix == ".jsonl" else line
-                                 for line in lines]
+                assert texts == [
+                    json.loads(line)["text"] if path.suffix == ".jsonl" else line for line in lines
+                ]
             else:
                 assert len(open_rows(name, **reading)) == len(json.loads(path.read_text()))
-        assert seen == ["identity", "alpaca_en_demo", "alpaca_zh_demo", "glaive_toolcall_zh_demo",
-                        "dpo_en_demo", "wiki_demo", "c4_demo"]
+        assert seen == [
+            "identity",
+            "alpaca_en_demo",
+            "alpaca_zh_demo",
+            "glaive_toolcall_zh_demo",
+            "dpo_en_demo",
+            "wiki_demo",
+            "c4_demo",
+        ]
 
     def test_several_names_and_files(self, shared_data):
         folder = shared_data / "instruct"
@@ -55,8 +64,12 @@ class TestRealRegistry:
         assert len(rows) == 91 + 6 + 1000
 
     def test_entries_of_other_places_say_what_to_do(self, shared_data):
-        for name, reason in (("deepctrl", "file_name"), ("mllm_demo", "images"),
-                             ("kto_en_demo", "preference"), ("glaive_toolcall_en_demo", "no file")):
+        for name, reason in (
+            ("deepctrl", "file_name"),
+            ("mllm_demo", "images"),
+            ("kto_en_demo", "preference"),
+            ("glaive_toolcall_en_demo", "no file"),
+        ):
             with pytest.raises(UserError, match=f"{name}: .*{reason}"):
                 open_rows(name, shared_data / "instruct")
 
@@ -74,27 +87,40 @@ class TestRealRegistry:
 
 class TestColumns:
     def test_what_is_not_named_is_absent_and_told(self, tmp_path):
-        record = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "S",
-                  "history": [["Q", "A"]]}
+        record = {
+            "instruction": "Add.",
+            "input": "1 2",
+            "output": "3",
+            "system": "S",
+            "history": [["Q", "A"]],
+        }
         said = []
         columns = {"prompt": "instruction", "response": "output"}
         assert messages_of(tmp_path, {"columns": columns}, [record], say=said.append) == [
-            [user("Add."), assistant("3")]]
+            [user("Add."), assistant("3")]
+        ]
         assert len(said) == 1
         for column in ("'input' (as query)", "'history' (as history)", "'system' (as system)"):
             assert column in said[0]
 
         everything = {**columns, "query": "input", "system": "system", "history": "history"}
         assert messages_of(tmp_path, {"columns": everything}, [record], say=said.append) == [
-            [{"role": "system", "content": "S"}, user("Q"), assistant("A"),
-             user("Add.", input="1 2"), assistant("3")]]
+            [
+                {"role": "system", "content": "S"},
+                user("Q"),
+                assistant("A"),
+                user("Add.", input="1 2"),
+                assistant("3"),
+            ]
+        ]
         assert len(said) == 1
 
     def test_without_columns_alpaca_has_its_three(self, tmp_path):
         said = []
         record = {**GOOD, "input": "x", "history": [["Q", "A"]]}
         assert messages_of(tmp_path, {}, [record], say=said.append) == [
-            [user(GOOD["instruction"], input="x"), assistant("Red.")]]
+            [user(GOOD["instruction"], input="x"), assistant("Red.")]
+        ]
         assert "'history'" in said[0]
 
     def test_other_names(self, tmp_path):
@@ -102,7 +128,8 @@ class TestColumns:
         columns = {"prompt": "question", "response": "answer", "system": "system_prompt"}
         said = []
         assert messages_of(tmp_path, {"columns": columns}, [record], say=said.append) == [
-            [{"role": "system", "content": "S"}, user("Q"), assistant("A")]]
+            [{"role": "system", "content": "S"}, user("Q"), assistant("A")]
+        ]
 
     def test_a_named_column_that_rows_lack(self, tmp_path):
         columns = {"prompt": "question", "response": "output"}
@@ -110,45 +137,79 @@ class TestColumns:
             registered(tmp_path, {"columns": columns})
 
     def test_sharegpt_with_tags(self, tmp_path):
-        tags = {"role_tag": "who", "content_tag": "text", "user_tag": "U", "assistant_tag": "A",
-                "system_tag": "S", "observation_tag": "O", "function_tag": "F"}
+        tags = {
+            "role_tag": "who",
+            "content_tag": "text",
+            "user_tag": "U",
+            "assistant_tag": "A",
+            "system_tag": "S",
+            "observation_tag": "O",
+            "function_tag": "F",
+        }
         call = {"name": "f", "arguments": {}}
         turns = [("S", "s"), ("U", "u"), ("F", json.dumps(call)), ("O", "o"), ("A", "a")]
-        record = {"talk": [{"who": who, "text": text} for who, text in turns],
-                  "functions": json.dumps([{"name": "f"}])}
-        entry = {"formatting": "sharegpt", "tags": tags,
-                 "columns": {"messages": "talk", "tools": "functions"}}
+        record = {
+            "talk": [{"who": who, "text": text} for who, text in turns],
+            "functions": json.dumps([{"name": "f"}]),
+        }
+        entry = {
+            "formatting": "sharegpt",
+            "tags": tags,
+            "columns": {"messages": "talk", "tools": "functions"},
+        }
         (row,) = registered(tmp_path, entry, [record])
         assert row.tools == [{"name": "f"}]
         assert row.messages == [
-            {"role": "system", "content": "s"}, user("u"), assistant("", tool_calls=[call]),
-            {"role": "tool", "content": "o"}, assistant("a")]
+            {"role": "system", "content": "s"},
+            user("u"),
+            assistant("", tool_calls=[call]),
+            {"role": "tool", "content": "o"},
+            assistant("a"),
+        ]
         del tags["system_tag"]
-        with pytest.raises(UserError, match="row 1: unknown speaker 'S'; the tags in dataset_info.json are U, A"):
+        with pytest.raises(
+            UserError, match="row 1: unknown speaker 'S'; the tags in dataset_info.json are U, A"
+        ):
             registered(tmp_path, entry, [record])
 
     def test_openai(self, tmp_path):
         function = {"name": "f", "arguments": "{}"}
-        record = {"messages": [
-            {"role": "user", "content": "u"},
-            {"role": "assistant", "content": None, "tool_calls": [{"function": function}]},
-            {"role": "tool", "content": "o"}, {"role": "assistant", "content": "a"}]}
+        record = {
+            "messages": [
+                {"role": "user", "content": "u"},
+                {"role": "assistant", "content": None, "tool_calls": [{"function": function}]},
+                {"role": "tool", "content": "o"},
+                {"role": "assistant", "content": "a"},
+            ]
+        }
         assert messages_of(tmp_path, {"formatting": "openai"}, [record]) == [
-            [user("u"), assistant("", tool_calls=[{"name": "f", "arguments": {}}]),
-             {"role": "tool", "content": "o"}, assistant("a")]]
+            [
+                user("u"),
+                assistant("", tool_calls=[{"name": "f", "arguments": {}}]),
+                {"role": "tool", "content": "o"},
+                assistant("a"),
+            ]
+        ]
 
     def test_text_in_another_column(self, tmp_path):
-        rows = registered(tmp_path, {"columns": {"prompt": "content"}}, [{"content": "one"}],
-                          plain_text=True)
+        rows = registered(
+            tmp_path, {"columns": {"prompt": "content"}}, [{"content": "one"}], plain_text=True
+        )
         assert list(rows) == ["one"]
 
 
 class TestEntry:
     def test_num_samples(self, tmp_path):
         records = [{**GOOD, "output": str(number)} for number in range(20)]
-        answers = [[row.messages[1]["content"] for row in registered(
-            tmp_path, {"num_samples": number}, records, seed=seed, say=lambda text: None)]
-            for number, seed in ((5, 0), (5, 0), (5, 1), (45, 0))]
+        answers = [
+            [
+                row.messages[1]["content"]
+                for row in registered(
+                    tmp_path, {"num_samples": number}, records, seed=seed, say=lambda text: None
+                )
+            ]
+            for number, seed in ((5, 0), (5, 0), (5, 1), (45, 0))
+        ]
         assert answers[0] == answers[1] != answers[2] and len(set(answers[0])) == 5
         assert sorted(map(answers[3].count, set(answers[3]))) == [2] * 15 + [3] * 5
 
@@ -169,30 +230,45 @@ class TestEntry:
             return [row.messages[1]["content"] for row in rows]
 
         assert answers() == ["en/train-0.json", "en/train-1.json", "zh/train-0.json"]
-        assert answers(subset="en", split="test") == answers(folder="en", split="test") == [
-            "en/test.json"]
+        assert (
+            answers(subset="en", split="test")
+            == answers(folder="en", split="test")
+            == ["en/test.json"]
+        )
         for entry in ({"subset": "fr"}, {"split": "validation"}, {"folder": "fr"}):
             with pytest.raises(UserError, match="it: .*(subset|split|folder)"):
                 answers(**entry)
 
-    @pytest.mark.parametrize("entry, message", [
-        ({"script_url": "here"}, "has a script_url, which would run"),
-        ({"ms_hub_url": "a/b"}, "ModelScope"),
-        ({"cloud_file_name": "s3://a"}, "has a cloud_file_name, which is not supported"),
-        ({"file_name": "nowhere.json"}, "there is no file"),
-        ({"file_name": 3}, "file_name must be a name"),
-        ({"formatting": "parquet"}, "unknown formatting 'parquet'; known are alpaca, sharegpt, openai"),
-        ({"columns": {"promt": "a"}}, "unknown column 'promt'; known are prompt"),
-        ({"columns": {"query": "a"}}, "columns must name 'prompt'"),
-        ({"columns": {"prompt": "a"}}, "must name 'response'; text without answers is for --stage"),
-        ({"columns": ["a"]}, "columns must be an object of strings"),
-        ({"formatting": "sharegpt", "columns": {"prompt": "a"}}, "columns must name 'messages'"),
-        ({"tags": {"user": "a"}}, "unknown tag 'user'"),
-        ({"colums": {}}, "unknown key 'colums'; did you mean 'columns'"),
-        ({"num_samples": 0}, "num_samples must be a whole number above 0"),
-        ({"split": "test"}, "no split 'test'"),
-        ({"ranking": True}, "preference data"),
-    ])
+    @pytest.mark.parametrize(
+        "entry, message",
+        [
+            ({"script_url": "here"}, "has a script_url, which would run"),
+            ({"ms_hub_url": "a/b"}, "ModelScope"),
+            ({"cloud_file_name": "s3://a"}, "has a cloud_file_name, which is not supported"),
+            ({"file_name": "nowhere.json"}, "there is no file"),
+            ({"file_name": 3}, "file_name must be a name"),
+            (
+                {"formatting": "parquet"},
+                "unknown formatting 'parquet'; known are alpaca, sharegpt, openai",
+            ),
+            ({"columns": {"promt": "a"}}, "unknown column 'promt'; known are prompt"),
+            ({"columns": {"query": "a"}}, "columns must name 'prompt'"),
+            (
+                {"columns": {"prompt": "a"}},
+                "must name 'response'; text without answers is for --stage",
+            ),
+            ({"columns": ["a"]}, "columns must be an object of strings"),
+            (
+                {"formatting": "sharegpt", "columns": {"prompt": "a"}},
+                "columns must name 'messages'",
+            ),
+            ({"tags": {"user": "a"}}, "unknown tag 'user'"),
+            ({"colums": {}}, "unknown key 'colums'; did you mean 'columns'"),
+            ({"num_samples": 0}, "num_samples must be a whole number above 0"),
+            ({"split": "test"}, "no split 'test'"),
+            ({"ranking": True}, "preference data"),
+        ],
+    )
     def test_mistakes_name_the_entry(self, tmp_path, entry, message):
         with pytest.raises(UserError) as caught:
             registered(tmp_path, entry)
@@ -229,8 +305,11 @@ class TestHub:
         write(tmp_path / "hub" / "data.jsonl", json.dumps(GOOD))
         write(tmp_path / "hub" / "dataset_infos.json", {})
         assert len(registered(tmp_path, {"hf_hub_url": "a/b", "ms_hub_url": "c/d"})) == 1
-        assert asked == {"repo_id": "a/b", "repo_type": "dataset",
-                         "allow_patterns": ["*.json", "*.jsonl"]}
+        assert asked == {
+            "repo_id": "a/b",
+            "repo_type": "dataset",
+            "allow_patterns": ["*.json", "*.jsonl"],
+        }
         (tmp_path / "hub" / "data.jsonl").unlink()
         with pytest.raises(UserError, match="it: .*convert other kinds of file first"):
             registered(tmp_path, {"hf_hub_url": "a/b"})

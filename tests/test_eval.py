@@ -23,8 +23,18 @@ from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval
 
 
 def row(id, answer, prediction, run=0, num_fewshot=1):
-    return {"run": run, "id": id, "answer": answer, "prediction": prediction, "A": -1.25, "B": -2.0,
-            "C": -3.0, "D": -4.5, "num_fewshot": num_fewshot, "is_cut": False}
+    return {
+        "run": run,
+        "id": id,
+        "answer": answer,
+        "prediction": prediction,
+        "A": -1.25,
+        "B": -2.0,
+        "C": -3.0,
+        "D": -4.5,
+        "num_fewshot": num_fewshot,
+        "is_cut": False,
+    }
 
 
 def subject_of(key, count, group=""):
@@ -119,16 +129,33 @@ def benchmark_dir(tmp_path):
             lines = ["id,question,A,B,C,D" + ",answer" * bool(answer)]
             lines += [f"{10 + n},Who {n}?,the cat,the rat,a hat,it{answer}" for n in range(count)]
             (folder / split / f"{key}_{split}.csv").write_text("\n".join(lines) + "\n")
-    names = {"law": {"name": "法学", "category": "Humanities"},
-             "art": {"name": "艺术学", "category": "STEM"}}
+    names = {
+        "law": {"name": "法学", "category": "Humanities"},
+        "art": {"name": "艺术学", "category": "STEM"},
+    }
     (folder / "subject_mapping.json").write_text(json.dumps(names))
     return folder
 
 
 def ceval(checkpoint, benchmark_dir, output_dir, *more, before=()):
-    return command("ceval", "--model_name_or_path", checkpoint, "--data_dir", benchmark_dir,
-                   "--num_fewshot", 2, "--device", "cpu", "--dtype", "float32",
-                   "--output_dir", output_dir, *more, script="eval.py", before=before)
+    return command(
+        "ceval",
+        "--model_name_or_path",
+        checkpoint,
+        "--data_dir",
+        benchmark_dir,
+        "--num_fewshot",
+        2,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--output_dir",
+        output_dir,
+        *more,
+        script="eval.py",
+        before=before,
+    )
 
 
 def predictions(path):
@@ -141,7 +168,9 @@ def test_a_run_its_resumption_and_two_processes(checkpoint, benchmark_dir, tmp_p
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert set(summary["subjects"]) == {"law", "art"} and set(summary["groups"]) == {
-        "Humanities", "STEM"}
+        "Humanities",
+        "STEM",
+    }
     assert summary["num_questions"] == 5 and "2-shot" in summary["protocol"]
     rows_dir = tmp_path / "one" / "ceval-val"
     right = [one == "B" for one in predictions(rows_dir / "law.csv")]
@@ -162,21 +191,39 @@ def test_a_run_its_resumption_and_two_processes(checkpoint, benchmark_dir, tmp_p
     assert done.returncode == 2 and "split val, not dev" in done.stderr
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = ceval(checkpoint, benchmark_dir, tmp_path / "two", "--n_times", 2,
-                 "--baseline_dir", tmp_path / "one", before=torchrun)
+    done = ceval(
+        checkpoint,
+        benchmark_dir,
+        tmp_path / "two",
+        "--n_times",
+        2,
+        "--baseline_dir",
+        tmp_path / "one",
+        before=torchrun,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two" / "ceval-val" / "art.csv").read_text().startswith(expected)
     assert done.stdout.count("mean over subjects") == 1 and "McNemar" in done.stdout
 
 
 def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, tmp_path):
-    done = ceval(checkpoint, benchmark_dir, tmp_path / "out", "--split", "test",
-                 "--template", "chatml", "--subjects", "law")
+    done = ceval(
+        checkpoint,
+        benchmark_dir,
+        tmp_path / "out",
+        "--split",
+        "test",
+        "--template",
+        "chatml",
+        "--subjects",
+        "law",
+    )
     assert done.returncode == 0, done.stderr
     handed_in = json.loads((tmp_path / "out" / "submission.json").read_text())
     assert list(handed_in) == ["law"] and list(handed_in["law"]) == ["10", "11", "12"]
     assert list(handed_in["law"].values()) == predictions(
-        tmp_path / "out" / "ceval-test" / "law.csv")
+        tmp_path / "out" / "ceval-test" / "law.csv"
+    )
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert "macro" not in summary and "template chatml" in summary["protocol"]
 
@@ -185,23 +232,73 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
     done = ceval(checkpoint, benchmark_dir, tmp_path / "out", "--baseline_dir", tmp_path / "none")
     assert done.returncode == 2 and "art.csv is not there" in done.stderr
     write_rows(tmp_path / "base" / "ceval-test" / "law.csv", [row("10", "A", "A")])
-    done = ceval(checkpoint, benchmark_dir, tmp_path / "out", "--baseline_dir", tmp_path / "base",
-                 "--split", "test", "--subjects", "law, law")
+    done = ceval(
+        checkpoint,
+        benchmark_dir,
+        tmp_path / "out",
+        "--baseline_dir",
+        tmp_path / "base",
+        "--split",
+        "test",
+        "--subjects",
+        "law, law",
+    )
     assert done.returncode == 2 and "the answers of law are not told" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words, said", [
-    (["hellaswag"], "'hellaswag' is nothing to measure"),
-    (["mmlu", "--model_name_or_path", "x"], "--data_dir"),
-    (["cmmlu", "--data_dir", "x", "--model_name_or_path", "x", "--output_dir", "y", "--split",
-      "val"], "CMMLU has test, dev"),
-    (["ceval", "--data_di", "x"], "did you mean --data_dir"),
-    (["ceval", "--data_dir", "x", "--model_name_or_path", "x", "--output_dir", "y",
-      "--num_fewshot", "0", "--n_times", "2"], "--n_times repeats with other demonstrations"),
-    (["mmlu", "--data_dir", "x", "--model_name_or_path", "x", "--output_dir", "y", "--resume",
-      "--overwrite_output_dir"], "give one of them"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["hellaswag"], "'hellaswag' is nothing to measure"),
+        (["mmlu", "--model_name_or_path", "x"], "--data_dir"),
+        (
+            [
+                "cmmlu",
+                "--data_dir",
+                "x",
+                "--model_name_or_path",
+                "x",
+                "--output_dir",
+                "y",
+                "--split",
+                "val",
+            ],
+            "CMMLU has test, dev",
+        ),
+        (["ceval", "--data_di", "x"], "did you mean --data_dir"),
+        (
+            [
+                "ceval",
+                "--data_dir",
+                "x",
+                "--model_name_or_path",
+                "x",
+                "--output_dir",
+                "y",
+                "--num_fewshot",
+                "0",
+                "--n_times",
+                "2",
+            ],
+            "--n_times repeats with other demonstrations",
+        ),
+        (
+            [
+                "mmlu",
+                "--data_dir",
+                "x",
+                "--model_name_or_path",
+                "x",
+                "--output_dir",
+                "y",
+                "--resume",
+                "--overwrite_output_dir",
+            ],
+            "give one of them",
+        ),
+    ],
+)
 def test_mistakes_are_one_line(words, said):
     done = command(*words, script="eval.py")
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

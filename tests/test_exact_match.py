@@ -35,8 +35,14 @@ def test_right_is_what_transformers_would_answer(tiny_chat_model_dir, batch_size
 
     def answered(question, **settings):
         ids = torch.tensor([template.encode_prompt([{"role": "user", "content": question}])])
-        whole = oracle.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                max_new_tokens=40, pad_token_id=0, **settings)[0].numpy()
+        whole = oracle.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=40,
+            pad_token_id=0,
+            **settings,
+        )[0].numpy()
         return Example(whole.astype(np.int32), np.arange(len(whole)) >= ids.shape[1])
 
     # A model with random weights never ends its turn: let a token that it likes be the end.
@@ -47,8 +53,10 @@ def test_right_is_what_transformers_would_answer(tiny_chat_model_dir, batch_size
     assert examples
     model = load_model(tiny_chat_model_dir)
     assert exact_match(model, examples, template, batch_size) == 1.0
-    wrong = example_of(template, [{"role": "user", "content": "the cat"},
-                                  {"role": "assistant", "content": "never said"}])
+    wrong = example_of(
+        template,
+        [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "never said"}],
+    )
     cut = Example(examples[0].ids[:-3], examples[0].supervised[:-3])
     expected = len(examples) / (len(examples) + 2)
     assert exact_match(model, [wrong, *examples, cut], template, batch_size) == expected
@@ -59,20 +67,54 @@ def test_a_training_run_logs_and_draws_it(checkpoint, tmp_path):
     rows = [{"instruction": f"Say {word}.", "output": word} for word in words]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     done = command(
-        "--model_name_or_path", checkpoint, "--dataset", tmp_path / "rows.json", "--eval_dataset",
-        tmp_path / "rows.json", "--template", "alpaca", "--finetuning_type", "full",
-        "--learning_rate", "1e-2", "--num_train_epochs", "60", "--eval_steps", "30",
-        "--eval_exact_match", "--plot_loss", "--device", "cpu", "--dtype", "float32",
-        "--dataloader_num_workers", "0", "--output_dir", tmp_path / "run")
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        tmp_path / "rows.json",
+        "--eval_dataset",
+        tmp_path / "rows.json",
+        "--template",
+        "alpaca",
+        "--finetuning_type",
+        "full",
+        "--learning_rate",
+        "1e-2",
+        "--num_train_epochs",
+        "60",
+        "--eval_steps",
+        "30",
+        "--eval_exact_match",
+        "--plot_loss",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--dataloader_num_workers",
+        "0",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert done.returncode == 0, done.stderr
-    shares = [row["eval_exact_match"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")
-              if "eval_loss" in row]
+    shares = [
+        row["eval_exact_match"]
+        for row in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if "eval_loss" in row
+    ]
     assert len(shares) == 2 and shares[-1] == 1.0
     assert "exact match 100.0 %" in done.stdout + done.stderr
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
 
 def test_it_needs_rows_to_answer(checkpoint, rows_file, tmp_path):
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-                   "alpaca", "--eval_exact_match", "--output_dir", tmp_path / "run")
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "alpaca",
+        "--eval_exact_match",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert done.returncode == 2 and "--eval_exact_match needs --eval_dataset" in done.stderr

@@ -45,14 +45,26 @@ def adapted_logits(checkpoint, adapter):
 def test_merged_in_transformers(shard, checkpoint, adapter, tmp_path):
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     out = tmp_path / "merged"
-    done = command("--model_name_or_path", checkpoint, "--adapter", adapter, "--format", "hf",
-                   "--max_shard_size", shard, "--output_dir", out, script="export.py")
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--adapter",
+        adapter,
+        "--format",
+        "hf",
+        "--max_shard_size",
+        shard,
+        "--output_dir",
+        out,
+        script="export.py",
+    )
     assert done.returncode == 0, done.stderr
     assert (len(list(out.glob("*.safetensors"))) > 1) == (shard == "40KB")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(TOKENS).logits, adapted_logits(checkpoint, adapter),
-                                   rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            theirs(TOKENS).logits, adapted_logits(checkpoint, adapter), rtol=1e-5, atol=1e-5
+        )
     assert theirs.generation_config.eos_token_id == [2, 3]
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     ours = transformers.AutoTokenizer.from_pretrained(checkpoint)
@@ -64,13 +76,22 @@ def test_the_template_of_the_training_is_written(format, checkpoint, adapter, tm
     """chat.py and other programs prompt the model as in training, not as its base."""
     (checkpoint / "options.toml").write_text('template = "zephyr"\n')
     (adapter / "options.toml").write_text(
-        'template = "alpaca"\ndefault_system = "简洁"\nseed = 3\n', encoding="utf-8")
+        'template = "alpaca"\ndefault_system = "简洁"\nseed = 3\n', encoding="utf-8"
+    )
     for words, expected in ((["--adapter", adapter], ("alpaca", "简洁")), ([], ("zephyr", None))):
         if format == "peft" and not words:
             continue
         out = tmp_path / f"out{len(words)}"
-        done = command("--model_name_or_path", checkpoint, *words, "--format", format,
-                       "--output_dir", out, script="export.py")
+        done = command(
+            "--model_name_or_path",
+            checkpoint,
+            *words,
+            "--format",
+            format,
+            "--output_dir",
+            out,
+            script="export.py",
+        )
         assert done.returncode == 0, done.stderr
         trained = recorded_options(out)
         assert (trained["template"], trained.get("default_system")) == expected
@@ -78,8 +99,9 @@ def test_the_template_of_the_training_is_written(format, checkpoint, adapter, tm
         # Other programs read it from the tokenizer's files.
         theirs = transformers.AutoTokenizer.from_pretrained(out)
         ours = get_template(expected[0], Tokenizer.load(checkpoint), expected[1])
-        assert theirs.apply_chat_template(QUESTION, add_generation_prompt=True,
-                                          return_dict=False) == ours.encode_prompt(QUESTION)
+        assert theirs.apply_chat_template(
+            QUESTION, add_generation_prompt=True, return_dict=False
+        ) == ours.encode_prompt(QUESTION)
         if format == "hf":  # config.json's, and the end of the template's answers
             stops = transformers.GenerationConfig.from_pretrained(out).eos_token_id
             assert stops == [2, 1]
@@ -88,8 +110,17 @@ def test_the_template_of_the_training_is_written(format, checkpoint, adapter, tm
 def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
     for flag, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         out = tmp_path / flag
-        done = command("--model_name_or_path", checkpoint, "--adapter", adapter, "--dtype", flag,
-                       "--output_dir", out, script="export.py")
+        done = command(
+            "--model_name_or_path",
+            checkpoint,
+            "--adapter",
+            adapter,
+            "--dtype",
+            flag,
+            "--output_dir",
+            out,
+            script="export.py",
+        )
         assert done.returncode == 0, done.stderr
         tensors = load_file(out / "model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {dtype}
@@ -102,14 +133,24 @@ def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
 
 
 def test_peft_format(checkpoint, adapter, tmp_path):
-    done = command("--model_name_or_path", checkpoint, "--adapter", adapter, "--format", "peft",
-                   "--output_dir", tmp_path / "out", script="export.py")
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--adapter",
+        adapter,
+        "--format",
+        "peft",
+        "--output_dir",
+        tmp_path / "out",
+        script="export.py",
+    )
     assert done.returncode == 0, done.stderr
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out")
     with torch.no_grad():
-        torch.testing.assert_close(theirs(TOKENS).logits, adapted_logits(checkpoint, adapter),
-                                   rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            theirs(TOKENS).logits, adapted_logits(checkpoint, adapter), rtol=0, atol=1e-6
+        )
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "tied"])
@@ -139,8 +180,17 @@ def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
     texts = [[min(id, 299) for id in text] for text in texts]
     theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(checkpoint, num_labels=1), judge)
     theirs = theirs.merge_and_unload()
-    done = command("--model_name_or_path", checkpoint, "--adapter", judge, "--format", format,
-                   "--output_dir", out, script="export.py")
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--adapter",
+        judge,
+        "--format",
+        format,
+        "--output_dir",
+        out,
+        script="export.py",
+    )
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = [theirs(torch.tensor([text])).logits.item() for text in texts]
@@ -160,8 +210,15 @@ def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
             found = [model(torch.tensor([text])).logits.item() for text in texts]
     assert found == pytest.approx(expected, abs=1e-5) and abs(expected[0] - expected[1]) > 0.01
     place = [out] if format == "hf" else [checkpoint, "--adapter", out]
-    done = command("--model_name_or_path", *place, "--format", "gguf", "--output",
-                   tmp_path / "no.gguf", script="export.py")
+    done = command(
+        "--model_name_or_path",
+        *place,
+        "--format",
+        "gguf",
+        "--output",
+        tmp_path / "no.gguf",
+        script="export.py",
+    )
     assert done.returncode == 2 and "it is a reward model" in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -169,16 +226,18 @@ def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
 @torch.no_grad()
 def test_a_reward_model_from_peft(checkpoint, judge, tmp_path):
     """peft and trl list "classifier" among modules_to_save, though the model has none."""
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint,
-                                                                             num_labels=1)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, num_labels=1
+    )
     theirs = peft.PeftModel.from_pretrained(theirs, judge)
     theirs.save_pretrained(tmp_path / "theirs")
     content = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
     assert set(content["modules_to_save"]) == {"classifier", "score"}
     ours = load_reward_model(checkpoint)
     load_adapter(ours, tmp_path / "theirs")
-    torch.testing.assert_close(ours.rewards(ours(TOKENS[:1]))[:, -1],
-                               theirs(TOKENS[:1]).logits[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours.rewards(ours(TOKENS[:1]))[:, -1], theirs(TOKENS[:1]).logits[:, 0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
@@ -189,14 +248,24 @@ def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
         (["--output_dir", tmp_path / "out", "--max_shard_size", "big"], "not a size"),
         (["--output_dir", tmp_path / "out", "--adapter", checkpoint], "adapter_config.json"),
         (["--output_dir", tmp_path / "out", "--template", "lama2"], "unknown template"),
-        (["--output_dir", tmp_path / "out", "--format", "peft", "--max_shard_size", "1GB"],
-         "does not use --max_shard_size"),
+        (
+            ["--output_dir", tmp_path / "out", "--format", "peft", "--max_shard_size", "1GB"],
+            "does not use --max_shard_size",
+        ),
     ):
-        done = command("--model_name_or_path", checkpoint, "--adapter", adapter, *words,
-                       script="export.py")
+        done = command(
+            "--model_name_or_path", checkpoint, "--adapter", adapter, *words, script="export.py"
+        )
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
-    done = command("--model_name_or_path", checkpoint, "--format", "peft", "--output_dir",
-                   tmp_path / "out", script="export.py")
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--format",
+        "peft",
+        "--output_dir",
+        tmp_path / "out",
+        script="export.py",
+    )
     assert done.returncode == 2 and "--adapter" in done.stderr
     assert before == {path: path.read_bytes() for path in checkpoint.iterdir()}
     assert not (tmp_path / "out").exists()

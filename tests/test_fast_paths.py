@@ -25,8 +25,9 @@ from minisft.model.packed_attention import (
     varlen_kernel,
 )
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
-                                  reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
 
 
 def operations(function):
@@ -94,8 +95,10 @@ def test_angles_from_the_table_of_a_cache():
         expected = model.angles(positions, torch.float32)
         torch.testing.assert_close(next_angles(model.angles, model.config, T, x, cache), expected)
         cache.length += T
-    torch.testing.assert_close(next_angles(model.angles, model.config, 3, x, None),
-                               model.angles(torch.arange(3), torch.float32))
+    torch.testing.assert_close(
+        next_angles(model.angles, model.config, 3, x, None),
+        model.angles(torch.arange(3), torch.float32),
+    )
 
 
 def varlen_by_rows(q, k, v, bounds, bounds_k, longest, longest_k, window_size, enable_gqa):
@@ -107,8 +110,9 @@ def varlen_by_rows(q, k, v, bounds, bounds_k, longest, longest_k, window_size, e
         if window_size[0] >= 0:
             near = near.triu(-window_size[0])
         parts = (tensor[start:end].transpose(0, 1) for tensor in (q, k, v))
-        rows.append(F.scaled_dot_product_attention(
-            *parts, attn_mask=near, enable_gqa=True).transpose(0, 1))
+        rows.append(
+            F.scaled_dot_product_attention(*parts, attn_mask=near, enable_gqa=True).transpose(0, 1)
+        )
     return torch.cat(rows)
 
 

@@ -29,17 +29,33 @@ from minisft.training.metrics import read_metrics
 # Eighteen ragged rows in six steps of six: they do not go round, for four processes in a batch not
 # even once. The rank divides by neither number of processes.
 KINDS = {
-    "full": ["--model_name_or_path", "tied", "--finetuning_type", "full",
-             "--gradient_checkpointing", "--validation_split", 5, "--eval_steps", 2,
-             "--load_best_model_at_end", "--per_device_eval_batch_size", 1],
+    "full": [
+        "--model_name_or_path",
+        "tied",
+        "--finetuning_type",
+        "full",
+        "--gradient_checkpointing",
+        "--validation_split",
+        5,
+        "--eval_steps",
+        2,
+        "--load_best_model_at_end",
+        "--per_device_eval_batch_size",
+        1,
+    ],
     "lora": ["--model_name_or_path", "plain", "--lora_rank", 3, "--validation_split", 5],
 }
 BATCHES = {1: (8, 1), 2: (2, 2), 4: (1, 2)}
 SHORT = {
     "saved": ["--model_name_or_path", "tied", "--modules_to_save", "embed_tokens,lm_head"],
     "adapter": ["--model_name_or_path", "plain", "--adapter", "lora/2"],
-    "scratch": ["--model_name_or_path", "tied", "--finetuning_type", "full",
-                "--train_from_scratch"],
+    "scratch": [
+        "--model_name_or_path",
+        "tied",
+        "--finetuning_type",
+        "full",
+        "--train_from_scratch",
+    ],
     "packed": ["--model_name_or_path", "plain", "--packing"],
     "bfloat16": ["--model_name_or_path", "plain", "--dtype", "bfloat16"],
     "float16": ["--model_name_or_path", "plain", "--dtype", "float16"],
@@ -48,10 +64,27 @@ SHORT = {
 
 def flags(processes, output_dir, *more, kind="fsdp"):
     batch_size, accumulation = BATCHES[processes]
-    words = ["--dataset", "rows.json", "--template", "plain", "--learning_rate", 1e-3,
-             "--num_train_epochs", 2, "--logging_steps", 1, "--dataloader_num_workers", 0,
-             "--per_device_train_batch_size", batch_size, "--gradient_accumulation_steps",
-             accumulation, "--output_dir", output_dir, *more]
+    words = [
+        "--dataset",
+        "rows.json",
+        "--template",
+        "plain",
+        "--learning_rate",
+        1e-3,
+        "--num_train_epochs",
+        2,
+        "--logging_steps",
+        1,
+        "--dataloader_num_workers",
+        0,
+        "--per_device_train_batch_size",
+        batch_size,
+        "--gradient_accumulation_steps",
+        accumulation,
+        "--output_dir",
+        output_dir,
+        *more,
+    ]
     words += ["--parallel", kind] if processes > 1 else []
     return [processes, list(map(str, words))]
 
@@ -83,8 +116,10 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
     """The folder of all runs, made by a single process that forks."""
     folder = tmp_path_factory.mktemp("fsdp")
     write_bases(folder, tiny_tokenizer_dir)
-    rows = [{"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
-            for number in range(23)]
+    rows = [
+        {"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
+        for number in range(23)
+    ]
     (folder / "rows.json").write_text(json.dumps(rows))
     train_forked(folder, planned())
     return folder
@@ -94,8 +129,11 @@ def write_bases(folder, tokenizer_dir):
     """Two base models, one of them with a tied embedding."""
     for name in ("plain", "tied"):
         torch.manual_seed(0)
-        model = CausalLM(ModelConfig.from_dict(
-            {**CONFIG, "vocab_size": 300, "tie_word_embeddings": name == "tied"}))
+        model = CausalLM(
+            ModelConfig.from_dict(
+                {**CONFIG, "vocab_size": 300, "tie_word_embeddings": name == "tied"}
+            )
+        )
         model.initialize()
         save_model(model, folder / name)
         for path in tokenizer_dir.iterdir():
@@ -105,8 +143,13 @@ def write_bases(folder, tokenizer_dir):
 def train_forked(folder, plan):
     """Work off a list of runs."""
     (folder / "runs.json").write_text(json.dumps(list(plan)))
-    done = subprocess.run([sys.executable, ROOT / "tests" / "fork_and_train.py", "runs.json"],
-                          cwd=folder, capture_output=True, text=True, timeout=HANG_SECONDS)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "fork_and_train.py", "runs.json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -116,8 +159,10 @@ def final(run_dir):
 
 
 def logged(run_dir):
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"}
-            for row in read_metrics(run_dir / "metrics.jsonl")]
+    return [
+        {name: value for name, value in row.items() if name != "tokens_per_second"}
+        for row in read_metrics(run_dir / "metrics.jsonl")
+    ]
 
 
 def assert_equal_runs(first, second, rtol=1e-4, atol=1e-5, near=None):
@@ -126,7 +171,7 @@ def assert_equal_runs(first, second, rtol=1e-4, atol=1e-5, near=None):
     near: what figures may differ by that are about zero.
     """
     rows = logged(second)
-    for expected, row in zip(logged(first)[-len(rows):], rows, strict=True):
+    for expected, row in zip(logged(first)[-len(rows) :], rows, strict=True):
         assert row == (pytest.approx(expected, rel=rtol, abs=near) if rtol else expected)
     weights, others = final(first), final(second)
     assert weights.keys() == others.keys()
@@ -177,9 +222,19 @@ def test_a_process_holds_its_rows_alone(extra, runs, monkeypatch):
 
     After a forward pass only the output matrix and what goes with it is whole, until cut again.
     """
-    options = train.parse_options([
-        "--model_name_or_path", str(runs / "plain"), "--dataset", "-", "--output_dir", "-",
-        "--parallel", "fsdp", *extra])
+    options = train.parse_options(
+        [
+            "--model_name_or_path",
+            str(runs / "plain"),
+            "--dataset",
+            "-",
+            "--output_dir",
+            "-",
+            "--parallel",
+            "fsdp",
+            *extra,
+        ]
+    )
     device, parts, num_read = torch.device("cpu"), [], 0
     whole, read = load_model(runs / "plain"), StoredTensor.read
 
@@ -193,7 +248,8 @@ def test_a_process_holds_its_rows_alone(extra, runs, monkeypatch):
         dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
         try:
             model, lora_config = load_trainable(
-                options, runs / "plain", torch.float32, torch.device("meta"))
+                options, runs / "plain", torch.float32, torch.device("meta")
+            )
             assert all(parameter.is_meta for parameter in model.parameters())
             monkeypatch.setattr(StoredTensor, "read", counted)
             fsdp.distribute(model, lora_config, options, runs / "plain", torch.float32, device)
@@ -210,15 +266,18 @@ def test_a_process_holds_its_rows_alone(extra, runs, monkeypatch):
         for ending in (name, name.replace("proj.", "proj.base_layer.")):
             if ending in parts[0]:
                 assert torch.equal(torch.cat([part[ending] for part in parts]), parameter)
-    assert sum(one.numel() for part in parts for name, one in part.items()
-               if "lora" not in name) == num_read
+    assert (
+        sum(one.numel() for part in parts for name, one in part.items() if "lora" not in name)
+        == num_read
+    )
 
 
 def two_steps(options, folder, device):
     """A Run after two steps of full training on the same batch, with their losses and norms."""
     is_sharded = options.parallel == "fsdp"
     model, _ = load_trainable(
-        options, folder, torch.float32, torch.device("meta") if is_sharded else device)
+        options, folder, torch.float32, torch.device("meta") if is_sharded else device
+    )
     if is_sharded:
         fsdp.distribute(model, None, options, folder, torch.float32, device)
     run = new_run(options, model, num_rows=2, device=device)
@@ -227,18 +286,40 @@ def two_steps(options, folder, device):
     return run, [(float(step.sums["loss"]), step.grad_norm) for step in steps]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="there is no GPU here"))])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+        ),
+    ],
+)
 def test_on_each_device(device, runs, tmp_path):
     """A group of one process, which a single GPU can have: steps, saving and going on."""
     device, runs_of = torch.device(device), []
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
-                            store=dist.HashStore())
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore()
+    )
     try:
         for kind in ("ddp", "fsdp"):
-            options = train.parse_options([
-                "--model_name_or_path", "-", "--dataset", "-", "--output_dir", str(tmp_path),
-                "--finetuning_type", "full", "--learning_rate", "1e-2", "--parallel", kind])
+            options = train.parse_options(
+                [
+                    "--model_name_or_path",
+                    "-",
+                    "--dataset",
+                    "-",
+                    "--output_dir",
+                    str(tmp_path),
+                    "--finetuning_type",
+                    "full",
+                    "--learning_rate",
+                    "1e-2",
+                    "--parallel",
+                    kind,
+                ]
+            )
             runs_of.append(two_steps(options, runs / "tied", device))
         (run, expected), (sharded, figures) = runs_of
         assert figures == [pytest.approx(step, rel=1e-3) for step in expected]
@@ -249,19 +330,33 @@ def test_on_each_device(device, runs, tmp_path):
         before, after = (fsdp.moments(sharded.model, one.optimizer) for one in (sharded, resumed))
         assert before.keys() == after.keys() and all(
             torch.equal(after[name].to_local(), value.to_local())
-            for name, value in before.items() if is_sharded(value))
+            for name, value in before.items()
+            if is_sharded(value)
+        )
         for name, value in sharded.model.state_dict().items():
-            torch.testing.assert_close(value.full_tensor(), run.model.state_dict()[name].detach(),
-                                       rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                value.full_tensor(), run.model.state_dict()[name].detach(), rtol=1e-3, atol=1e-4
+            )
     finally:
         dist.destroy_process_group()
 
 
 def test_nothing_is_left_of_a_checkpoint_that_fails(runs, tmp_path, monkeypatch):
     """The first process has failed and removed what there was; the other one adds nothing."""
-    options = train.parse_options([
-        "--model_name_or_path", "-", "--dataset", "-", "--output_dir", str(tmp_path / "out"),
-        "--finetuning_type", "full", "--parallel", "fsdp"])
+    options = train.parse_options(
+        [
+            "--model_name_or_path",
+            "-",
+            "--dataset",
+            "-",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--finetuning_type",
+            "full",
+            "--parallel",
+            "fsdp",
+        ]
+    )
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
         run, _ = two_steps(options, runs / "plain", torch.device("cpu"))
@@ -293,16 +388,38 @@ def test_damage_to_a_part_is_found(runs, tmp_path):
     assert checkpoint.damage(path) == f"optimizer/{parts[0].name} is missing"
 
 
-@pytest.mark.parametrize("extra", [["--quantization_bit", "4"],
-                                   ["--eval_exact_match", "--validation_split", "4"]])
+@pytest.mark.parametrize(
+    "extra", [["--quantization_bit", "4"], ["--eval_exact_match", "--validation_split", "4"]]
+)
 def test_contradictions(extra):
     with pytest.raises(UserError, match=f"{extra[0]} contradicts --parallel fsdp"):
-        train.parse_options(["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-",
-                             "--parallel", "fsdp", *extra])
+        train.parse_options(
+            [
+                "--model_name_or_path",
+                "-",
+                "--dataset",
+                "-",
+                "--output_dir",
+                "-",
+                "--parallel",
+                "fsdp",
+                *extra,
+            ]
+        )
 
 
 def test_alone_there_is_nothing_to_shard_over(runs, tmp_path):
-    done = command("--model_name_or_path", runs / "plain", "--dataset", runs / "rows.json",
-                   "--template", "plain", "--parallel", "fsdp", "--output_dir", tmp_path / "out")
+    done = command(
+        "--model_name_or_path",
+        runs / "plain",
+        "--dataset",
+        runs / "rows.json",
+        "--template",
+        "plain",
+        "--parallel",
+        "fsdp",
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "--parallel fsdp" in done.stderr and "torchrun" in done.stderr

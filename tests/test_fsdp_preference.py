@@ -34,30 +34,95 @@ BEST = "the cat sat on the mat"
 HELD_OUT = ["--validation_split", 5, "--eval_steps", 2, "--per_device_eval_batch_size", 1]
 # Eighteen ragged rows, every third with three answers, in six steps of six.
 KINDS = {
-    "dpo full": ["--model_name_or_path", "tied", "--stage", "dpo", "--finetuning_type", "full",
-                 "--dpo_ftx", 0.5, "--gradient_checkpointing", "--load_best_model_at_end",
-                 *HELD_OUT],
-    "dpo lora": ["--model_name_or_path", "plain", "--stage", "dpo", "--lora_rank", 3,
-                 "--modules_to_save", "lm_head", "--validation_split", 5],
-    "dpo known": ["--model_name_or_path", "plain", "--stage", "dpo", "--finetuning_type", "full",
-                  "--precompute_reference", *HELD_OUT],
-    "rm full": ["--model_name_or_path", "tied", "--stage", "rm", "--finetuning_type", "full",
-                *HELD_OUT],
-    "rm lora": ["--model_name_or_path", "plain", "--stage", "rm", "--lora_rank", 3,
-                "--validation_split", 5],
+    "dpo full": [
+        "--model_name_or_path",
+        "tied",
+        "--stage",
+        "dpo",
+        "--finetuning_type",
+        "full",
+        "--dpo_ftx",
+        0.5,
+        "--gradient_checkpointing",
+        "--load_best_model_at_end",
+        *HELD_OUT,
+    ],
+    "dpo lora": [
+        "--model_name_or_path",
+        "plain",
+        "--stage",
+        "dpo",
+        "--lora_rank",
+        3,
+        "--modules_to_save",
+        "lm_head",
+        "--validation_split",
+        5,
+    ],
+    "dpo known": [
+        "--model_name_or_path",
+        "plain",
+        "--stage",
+        "dpo",
+        "--finetuning_type",
+        "full",
+        "--precompute_reference",
+        *HELD_OUT,
+    ],
+    "rm full": [
+        "--model_name_or_path",
+        "tied",
+        "--stage",
+        "rm",
+        "--finetuning_type",
+        "full",
+        *HELD_OUT,
+    ],
+    "rm lora": [
+        "--model_name_or_path",
+        "plain",
+        "--stage",
+        "rm",
+        "--lora_rank",
+        3,
+        "--validation_split",
+        5,
+    ],
 }
 SHORT = {
     "dpo adapter": ["--model_name_or_path", "plain", "--stage", "dpo", "--adapter", "dpo lora/2"],
     "rm adapter": ["--model_name_or_path", "plain", "--stage", "rm", "--adapter", "rm lora/2"],
     "rm again": ["--model_name_or_path", "rm full/2", "--stage", "rm", "--lora_rank", 2],
-    "dpo bfloat16": ["--model_name_or_path", "plain", "--stage", "dpo", "--finetuning_type",
-                     "full", "--dtype", "bfloat16"],
+    "dpo bfloat16": [
+        "--model_name_or_path",
+        "plain",
+        "--stage",
+        "dpo",
+        "--finetuning_type",
+        "full",
+        "--dtype",
+        "bfloat16",
+    ],
     "rm bfloat16": ["--model_name_or_path", "plain", "--stage", "rm", "--dtype", "bfloat16"],
 }
 
 
-DROPPED = ["--model_name_or_path", "plain", "--stage", "dpo", "--adapter", "dpo lora/2",
-           "--lora_dropout", 0.9, "--dpo_ftx", 1, "--dataset", "pairs.json", "--max_steps", 3]
+DROPPED = [
+    "--model_name_or_path",
+    "plain",
+    "--stage",
+    "dpo",
+    "--adapter",
+    "dpo lora/2",
+    "--lora_dropout",
+    0.9,
+    "--dpo_ftx",
+    1,
+    "--dataset",
+    "pairs.json",
+    "--max_steps",
+    3,
+]
 
 
 def planned():
@@ -80,20 +145,35 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
     """The folder of all runs."""
     folder = tmp_path_factory.mktemp("preferences")
     write_bases(folder, tiny_tokenizer_dir)
-    rows = [{"instruction": f"go {number}", "output": [
-        f"yes {number}" * (1 + number % 5), "the cat sat " * (1 + 7 * number % 4), "no"][
-            : 3 if number % 3 == 0 else 2]} for number in range(23)]
+    rows = [
+        {
+            "instruction": f"go {number}",
+            "output": [
+                f"yes {number}" * (1 + number % 5),
+                "the cat sat " * (1 + 7 * number % 4),
+                "no",
+            ][: 3 if number % 3 == 0 else 2],
+        }
+        for number in range(23)
+    ]
     (folder / "rows.json").write_text(json.dumps(rows))
-    rows = [{"instruction": f"go {number}", "output": [BEST, "no " * (1 + number % 5)]}
-            for number in range(18)]
+    rows = [
+        {"instruction": f"go {number}", "output": [BEST, "no " * (1 + number % 5)]}
+        for number in range(18)
+    ]
     (folder / "pairs.json").write_text(json.dumps(rows))
     train_forked(folder, planned())
     return folder
 
 
-@pytest.mark.parametrize("name, other", [
-    *((name, other) for name in KINDS for other in ("2", "2-4")),
-    ("dpo lora", "ddp"), ("rm full", "ddp")])
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        *((name, other) for name in KINDS for other in ("2", "2-4")),
+        ("dpo lora", "ddp"),
+        ("rm full", "ddp"),
+    ],
+)
 def test_any_number_of_processes_trains_as_one(name, other, runs):
     """Figures, norms of the gradient, weights and the head; resumed with twice as many."""
     rows = [row for row in logged(runs / name / "1") if "loss" in row]
@@ -116,10 +196,13 @@ def test_the_reference_drops_nothing(runs, tiny_tokenizer_dir):
     """
     logs = [logged(runs / "dropped" / number) for number in "12"]
     template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
-    _, supervised = template.encode([{"role": "user", "content": "go"},
-                                     {"role": "assistant", "content": BEST}])
-    found = [[-sum(supervised) * row["sft_loss"] - row["reward_chosen"] / 0.1 for row in log]
-             for log in logs]
+    _, supervised = template.encode(
+        [{"role": "user", "content": "go"}, {"role": "assistant", "content": BEST}]
+    )
+    found = [
+        [-sum(supervised) * row["sft_loss"] - row["reward_chosen"] / 0.1 for row in log]
+        for log in logs
+    ]
     assert len(found[0]) == 3 and found[1] == pytest.approx(found[0], abs=2e-4)
     dropped = [[row["sft_loss"] for row in log] for log in logs]
     assert dropped[1] != pytest.approx(dropped[0], abs=1e-3)  # the model does, each in its own way
@@ -135,13 +218,23 @@ def test_a_head_that_was_sharded_is_loaded(runs):
 
 def test_the_reference_is_the_beginning(runs):
     """Whatever training makes of the model; a copy is held of a process's own rows alone."""
-    options = train.parse_options([
-        "--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-", "--parallel", "fsdp",
-        "--adapter", str(runs / "dpo lora/2")])
+    options = train.parse_options(
+        [
+            "--model_name_or_path",
+            "-",
+            "--dataset",
+            "-",
+            "--output_dir",
+            "-",
+            "--parallel",
+            "fsdp",
+            "--adapter",
+            str(runs / "dpo lora/2"),
+        ]
+    )
     dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     try:
-        model, config = load_trainable(
-            options, runs / "plain", torch.float32, torch.device("meta"))
+        model, config = load_trainable(options, runs / "plain", torch.float32, torch.device("meta"))
         fsdp.distribute(model, config, options, runs / "plain", torch.float32, torch.device("cpu"))
         batch = collate([Example(np.arange(3, 40), np.arange(37) % 20 > 8, [20, 17])])
         with torch.no_grad():

@@ -40,21 +40,56 @@ EXAMPLES = 220  # of each kind
 MORE_MEMORY = 2 * 2**30
 CONVERSATION = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat "}]
 ROWS = {
-    "alpaca.json": [{"instruction": "Say it.", "input": "the cat", "output": "sat", "system": "s",
-                     "history": [["the rat", "sat"]]}, {"instruction": "on", "output": "the mat"}],
-    "sharegpt.json": [{"conversations": [{"from": "human", "value": "the"}, {
-        "from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}, {
-        "from": "observation", "value": "5"}, {"from": "gpt", "value": "five"}],
-        "tools": '[{"name": "f"}]'}],
-    "openai.json": [{"messages": [*CONVERSATION, CONVERSATION[0], {
-        "role": "assistant", "content": None,
-        "tool_calls": [{"function": {"name": "f", "arguments": '{"x": [1]}'}}]}]}] * 2,
+    "alpaca.json": [
+        {
+            "instruction": "Say it.",
+            "input": "the cat",
+            "output": "sat",
+            "system": "s",
+            "history": [["the rat", "sat"]],
+        },
+        {"instruction": "on", "output": "the mat"},
+    ],
+    "sharegpt.json": [
+        {
+            "conversations": [
+                {"from": "human", "value": "the"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "5"},
+                {"from": "gpt", "value": "five"},
+            ],
+            "tools": '[{"name": "f"}]',
+        }
+    ],
+    "openai.json": [
+        {
+            "messages": [
+                *CONVERSATION,
+                CONVERSATION[0],
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "f", "arguments": '{"x": [1]}'}}],
+                },
+            ]
+        }
+    ]
+    * 2,
     "firefly.json": [{"kind": "k", "input": "the cat", "target": "sat"}],
 }
-ENTRY = {"file_name": "openai.json", "formatting": "openai", "num_samples": 2,
-         "columns": {"messages": "messages"},
-         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
-                  "assistant_tag": "assistant", "observation_tag": "tool"}}
+ENTRY = {
+    "file_name": "openai.json",
+    "formatting": "openai",
+    "num_samples": 2,
+    "columns": {"messages": "messages"},
+    "tags": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "observation_tag": "tool",
+    },
+}
 
 
 class Hang(BaseException):
@@ -66,9 +101,19 @@ class Hang(BaseException):
 
 def make_model(**changes):
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig.from_dict({
-        **CONFIG, "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24,
-        "num_hidden_layers": 1, "max_position_embeddings": 64, **changes}))
+    model = CausalLM(
+        ModelConfig.from_dict(
+            {
+                **CONFIG,
+                "vocab_size": 300,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "max_position_embeddings": 64,
+                **changes,
+            }
+        )
+    )
     model.initialize()
     return model
 
@@ -94,8 +139,11 @@ def files(tmp_path_factory, tiny_tokenizer_dir):
     make_run(root / "run")
     kinds = {}
     for folder in root.iterdir():
-        kinds[folder.name] = {str(path.relative_to(folder)): path.read_bytes()
-                              for path in sorted(folder.rglob("*")) if path.is_file()}
+        kinds[folder.name] = {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
     return kinds
 
 
@@ -105,25 +153,46 @@ def make_tokenizers(root, tiny_tokenizer_dir):
     (root / "pieces").mkdir()
     for path in tiny_tokenizer_dir.iterdir():
         (root / "tokenizer" / path.name).write_bytes(path.read_bytes())
-    entry = {"content": "<extra>", "lstrip": False, "normalized": False, "rstrip": False,
-             "single_word": False, "special": True}
+    entry = {
+        "content": "<extra>",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     for folder in ("tokenizer", "pieces"):
-        config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None,
-                  "add_bos_token": True, "tokenizer_class": "LlamaTokenizer", "legacy": False,
-                  "chat_template": "<|im_start|>{{ x }}<|im_end|>",
-                  "added_tokens_decoder": {"290": entry}}
-        others = {"tokenizer_config.json": config, "added_tokens.json": {"<more>": 291},
-                  "special_tokens_map.json": {"unk_token": "<unk>"},
-                  "config.json": {"pad_token_id": 0},
-                  "chat_template.json": {"chat_template": [{"name": "default", "template": "x"}]}}
+        config = {
+            "bos_token": {"content": "<s>"},
+            "eos_token": "</s>",
+            "pad_token": None,
+            "add_bos_token": True,
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+            "chat_template": "<|im_start|>{{ x }}<|im_end|>",
+            "added_tokens_decoder": {"290": entry},
+        }
+        others = {
+            "tokenizer_config.json": config,
+            "added_tokens.json": {"<more>": 291},
+            "special_tokens_map.json": {"unk_token": "<unk>"},
+            "config.json": {"pad_token_id": 0},
+            "chat_template.json": {"chat_template": [{"name": "default", "template": "x"}]},
+        }
         for name, content in others.items():
             (root / folder / name).write_text(json.dumps(content))
     text = ["the cat sat on the mat and the rat sat on the hat"] * 50
     with open(root / "pieces" / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(text), model_writer=file, vocab_size=280, byte_fallback=True,
-            model_type="bpe", normalization_rule_name="identity", hard_vocab_limit=False,
-            minloglevel=2)
+            sentence_iterator=iter(text),
+            model_writer=file,
+            vocab_size=280,
+            byte_fallback=True,
+            model_type="bpe",
+            normalization_rule_name="identity",
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
 
 
 def make_data(folder):
@@ -143,7 +212,8 @@ def make_run(folder):
         folders.save_model(model, path)
         checkpoint.save_state(state, path)
     (folder / "options.toml").write_text(
-        'template = "plain"\nlearning_rate = 0.01\ndataset = ["a", "b"]\nseed = 3\nbf16 = false\n')
+        'template = "plain"\nlearning_rate = 0.01\ndataset = ["a", "b"]\nseed = 3\nbf16 = false\n'
+    )
 
 
 # How it is put to use
@@ -212,21 +282,77 @@ def use_run(folder):
     if found:
         checkpoint.restore_weights(make_model().requires_grad_(True), found)
     recorded_options(folder)
-    train.parse_options(["--config", str(folder / "options.toml"), "--output_dir", "out",
-                         "--model_name_or_path", "base"])
+    train.parse_options(
+        [
+            "--config",
+            str(folder / "options.toml"),
+            "--output_dir",
+            "out",
+            "--model_name_or_path",
+            "base",
+        ]
+    )
 
 
-USES = {"checkpoint": use_checkpoint, "shards": use_checkpoint, "adapter": use_adapter,
-        "tokenizer": use_tokenizer, "pieces": use_tokenizer, "data": use_data, "run": use_run}
+USES = {
+    "checkpoint": use_checkpoint,
+    "shards": use_checkpoint,
+    "adapter": use_adapter,
+    "tokenizer": use_tokenizer,
+    "pieces": use_tokenizer,
+    "data": use_data,
+    "run": use_run,
+}
 
 
 # How it is mutated
 
-NASTY = [None, True, False, 0, -1, 1, 2, 3, 7, 10**6, 2**31, 2**63, -(2**63), 10**40, 0.5, -0.0,
-         1e-320, 1e308, float("nan"), float("inf"), -float("inf"), "", "x", "1", "\0", "\ud83d",
-         "\n\x1b[2J", "../../etc/passwd", "a" * 10**5, "中文", "<s>", "full_attention", "F64",
-         "I64", [], {}, [[]], [None], [1, 2], ["a", "a"], {"a": 1}, [0] * 10**4, {"content": 5},
-         [-1, 2**70]]
+NASTY = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    10**6,
+    2**31,
+    2**63,
+    -(2**63),
+    10**40,
+    0.5,
+    -0.0,
+    1e-320,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    "",
+    "x",
+    "1",
+    "\0",
+    "\ud83d",
+    "\n\x1b[2J",
+    "../../etc/passwd",
+    "a" * 10**5,
+    "中文",
+    "<s>",
+    "full_attention",
+    "F64",
+    "I64",
+    [],
+    {},
+    [[]],
+    [None],
+    [1, 2],
+    ["a", "a"],
+    {"a": 1},
+    [0] * 10**4,
+    {"content": 5},
+    [-1, 2**70],
+]
 
 
 def mutate_bytes(content, generator):
@@ -306,6 +432,7 @@ def mutate(name, content, generator):
 @pytest.fixture
 def limits():
     """Address space and time are limited while the examples run."""
+
     def stop(number, frame):
         raise Hang(f"more than {HANG_SECONDS} seconds")
 
@@ -330,8 +457,13 @@ def test_works_or_says_what_is_wrong(kind, files, limits, tmp_path, tiny_tokeniz
     USES[kind](folder)  # as it is, it works
     outcomes, peak = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(name=st.sampled_from(sorted(sound)), seed=st.integers(0, 2**32))
     def check(name, seed):
         generator = random.Random(seed)

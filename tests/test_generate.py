@@ -21,9 +21,17 @@ from minisft.generation.scored import generate_scored
 from minisft.model.cache import KeyValueCache
 
 SIZES = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.4,
-    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.4,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
 )
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
@@ -60,8 +68,12 @@ def transformers_generate(model, ids, stop_ids=(), **options):
     ids = torch.tensor([ids])
     # With the mask said, since it would take every id 0 of a prompt for padding.
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-        eos_token_id=list(stop_ids) or None, **options,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=list(stop_ids) or None,
+        **options,
     )[0, ids.shape[1] :].tolist()
     return output[:-1] if output and output[-1] in stop_ids else output
 
@@ -86,9 +98,7 @@ def test_greedy_equals_transformers(pair, penalty):
     sampling = Sampling(max_new_tokens=40, repetition_penalty=penalty, greedy=True)
     answers = generate(ours, PROMPTS, sampling)
     for ids, answer in zip(PROMPTS, answers, strict=True):
-        expected = transformers_generate(
-            theirs, ids, max_new_tokens=40, repetition_penalty=penalty
-        )
+        expected = transformers_generate(theirs, ids, max_new_tokens=40, repetition_penalty=penalty)
         assert answer == expected
     assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
 
@@ -104,11 +114,15 @@ def test_stop_ids_end_answers_as_in_transformers(pair):
     assert len(answers[0]) <= 3 and not stop_ids & {token for one in answers for token in one}
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(24, greedy=True),
-    Sampling(24, greedy=True, repetition_penalty=1.2),
-    Sampling(24, temperature=1.5, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3),
-], ids=["greedy", "penalty", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(24, greedy=True),
+        Sampling(24, greedy=True, repetition_penalty=1.2),
+        Sampling(24, temperature=1.5, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3),
+    ],
+    ids=["greedy", "penalty", "sampled"],
+)
 def test_padded_batch_equals_single_prompts_and_no_cache(pair, sampling):
     model = pair[1]
     stop_ids = {generate(model, PROMPTS, sampling)[1][6]}
@@ -120,9 +134,14 @@ def test_padded_batch_equals_single_prompts_and_no_cache(pair, sampling):
     assert len({len(answer) for answer in answers}) > 1
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(20, greedy=True), Sampling(20, temperature=1.5, seed=3, repetition_penalty=1.3),
-], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(20, greedy=True),
+        Sampling(20, temperature=1.5, seed=3, repetition_penalty=1.3),
+    ],
+    ids=["greedy", "sampled"],
+)
 def test_scores_are_mean_log_probabilities_of_the_chosen_tokens(pair, sampling):
     """The oracle is transformers' model on the sequence; limits cut each row alone."""
     theirs, ours = pair
@@ -195,8 +214,12 @@ def test_distribution_equals_transformers_processors():
     logits, ids = torch.randn(6, 500) * 3, torch.randint(500, (6, 40))
     seen = torch.zeros(6, 500, dtype=torch.bool).scatter_(1, ids, True)
     for temperature, top_k, top_p, penalty in [
-        (0.7, 0, 1.0, 1.0), (1.3, 30, 1.0, 1.0), (1.0, 0, 0.8, 1.0), (0.95, 50, 0.7, 1.2),
-        (2.0, 1000, 0.95, 0.9), (1.0, 1, 0.5, 1.5),
+        (0.7, 0, 1.0, 1.0),
+        (1.3, 30, 1.0, 1.0),
+        (1.0, 0, 0.8, 1.0),
+        (0.95, 50, 0.7, 1.2),
+        (2.0, 1000, 0.95, 0.9),
+        (1.0, 1, 0.5, 1.5),
     ]:
         scores = logits.clone()
         processors = [generation.TemperatureLogitsWarper(temperature)]
@@ -251,10 +274,18 @@ def test_temperature_zero_is_greedy(pair):
     assert generate(pair[1], PROMPTS, cold) == generate(pair[1], PROMPTS, greedy)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
-    {"top_p": 1.1}, {"repetition_penalty": 0.0}, {"max_new_tokens": 0},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"max_new_tokens": 0},
+    ],
+)
 def test_sampling_value_out_of_range_names_the_flag(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))} must be"):
         Sampling(**wrong)

@@ -25,8 +25,14 @@ from minisft.text.tokenizer import Tokenizer
 
 VOCAB = 300
 STOPS = [1, 2, 3, 6]  # EOS, config.json's eos_token_id, and two that llama.cpp knows by name
-SMALL = {**CONFIG, "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96,
-         "initializer_range": 0.3, "max_position_embeddings": 512}
+SMALL = {
+    **CONFIG,
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 512,
+}
 STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STRETCHED}
 FAMILIES = {
@@ -34,8 +40,14 @@ FAMILIES = {
     "llama, tied, llama3 rotation": {"tie_word_embeddings": True, "rope_scaling": LLAMA3},
     "llama, linear rotation": {"rope_scaling": {"type": "linear", **STRETCHED}},
     "llama, YaRN": {"rope_scaling": {"rope_type": "yarn", **STRETCHED}},
-    "llama, YaRN, its own temperature": {"rope_scaling": {
-        "rope_type": "yarn", "attention_factor": 1.3, "beta_fast": 16.0, **STRETCHED}},
+    "llama, YaRN, its own temperature": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "attention_factor": 1.3,
+            "beta_fast": 16.0,
+            **STRETCHED,
+        }
+    },
     "llama, biases": {"attention_bias": True, "mlp_bias": True},
     "llama, wide heads": {"head_dim": 32, "rope_theta": 500000.0},
     "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None},
@@ -66,8 +78,10 @@ def checkpoint(tmp_path, tiny_tokenizer_dir):
 def prompts(vocab_size=VOCAB):
     """Prompts of one id, a few ids, and more than STRETCHED's original context."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(8, vocab_size, (length,), generator=generator).tolist()
-            for length in (1, 17, 150)]
+    return [
+        torch.randint(8, vocab_size, (length,), generator=generator).tolist()
+        for length in (1, 17, 150)
+    ]
 
 
 @torch.no_grad()
@@ -116,8 +130,9 @@ def test_greedy_text_of_a_published_model(shared_data, tmp_path):
     ids, vocab_size = published[:100], Tokenizer.load(folder).vocab_size
     with Server(tmp_path / "model.gguf", context=512) as server:
         assert server.greedy(published[:1], 256) == published[1:]
-        np.testing.assert_allclose(server.log_probabilities(ids, vocab_size),
-                                   our_log_probabilities(folder, ids), atol=1e-4)
+        np.testing.assert_allclose(
+            server.log_probabilities(ids, vocab_size), our_log_probabilities(folder, ids), atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -126,7 +141,8 @@ def test_every_type_runs(quantization, tmp_path, tiny_tokenizer_dir):
     folder = save(tmp_path / "model", tiny_tokenizer_dir, wide)
     export_model(folder, tmp_path / "model.gguf", quantization)
     limit = {"f32": 1e-4, "f16": 0.02, "bf16": 0.15, "q8_0": 0.15, "q6_k": 0.25}.get(
-        quantization, 1.5)
+        quantization, 1.5
+    )
     ids = prompts()[1]
     with Server(tmp_path / "model.gguf") as server:
         difference = server.log_probabilities(ids, VOCAB) - our_log_probabilities(folder, ids)
@@ -137,8 +153,10 @@ def read(path):
     """({key: value}, {name: (type, float32 numbers)}), read by the gguf package."""
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {one.name: (one.tensor_type.name, gguf.quants.dequantize(one.data, one.tensor_type))
-               for one in reader.tensors}
+    tensors = {
+        one.name: (one.tensor_type.name, gguf.quants.dequantize(one.data, one.tensor_type))
+        for one in reader.tensors
+    }
     return fields, tensors
 
 
@@ -181,9 +199,11 @@ def test_adapter_that_trained_a_tied_embedding(tmp_path, tiny_tokenizer_dir):
     export_model(folder, tmp_path / "model.gguf", "f32", tmp_path / "adapter")
     ids = prompts()[1]
     with Server(tmp_path / "model.gguf") as server:
-        np.testing.assert_allclose(server.log_probabilities(ids, VOCAB),
-                                   our_log_probabilities(folder, ids, tmp_path / "adapter"),
-                                   atol=1e-4)
+        np.testing.assert_allclose(
+            server.log_probabilities(ids, VOCAB),
+            our_log_probabilities(folder, ids, tmp_path / "adapter"),
+            atol=1e-4,
+        )
     with pytest.raises(UserError, match="embed_tokens"):
         export_adapter(folder, tmp_path / "adapter", tmp_path / "lora.gguf", "f32")
 
@@ -200,8 +220,10 @@ def test_which_tensor_gets_which_type():
     config = ModelConfig.from_dict({**SMALL, "num_hidden_layers": 9})
 
     def types(quantization, name, width=256):
-        return [tensor_type(f"blk.{layer}.{name}.weight", (8, width), quantization, config).name
-                for layer in range(9)]
+        return [
+            tensor_type(f"blk.{layer}.{name}.weight", (8, width), quantization, config).name
+            for layer in range(9)
+        ]
 
     finer = ["Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K", "Q6_K"]
     assert types("q4_k_m", "attn_v") == types("q4_k_m", "ffn_down") == finer
@@ -225,16 +247,25 @@ def test_which_tensor_gets_which_type():
 
 def types_of(path):
     """{key: GGUF types of the value}."""
-    return {name: [type.name for type in field.types]
-            for name, field in gguf.GGUFReader(path).fields.items()}
+    return {
+        name: [type.name for type in field.types]
+        for name, field in gguf.GGUFReader(path).fields.items()
+    }
 
 
-METHODS = {"general.sampling.temp": "sampling_temp", "general.sampling.top_k": "sampling_top_k",
-           "attention.layer_norm_rms_epsilon": "layer_norm_rms_eps", "tokenizer.ggml.tokens":
-           "token_list", "tokenizer.ggml.token_type": "token_types", "tokenizer.ggml.merges":
-           "token_merges", "tokenizer.ggml.padding_token_id": "pad_token_id",
-           "tokenizer.ggml.model": "tokenizer_model", "tokenizer.ggml.pre": "tokenizer_pre",
-           "rope.dimension_count": "rope_dimension_count", "rope.freq_base": "rope_freq_base"}
+METHODS = {
+    "general.sampling.temp": "sampling_temp",
+    "general.sampling.top_k": "sampling_top_k",
+    "attention.layer_norm_rms_epsilon": "layer_norm_rms_eps",
+    "tokenizer.ggml.tokens": "token_list",
+    "tokenizer.ggml.token_type": "token_types",
+    "tokenizer.ggml.merges": "token_merges",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+    "tokenizer.ggml.model": "tokenizer_model",
+    "tokenizer.ggml.pre": "tokenizer_pre",
+    "rope.dimension_count": "rope_dimension_count",
+    "rope.freq_base": "rope_freq_base",
+}
 
 
 def types_by_the_package(path, fields):
@@ -261,29 +292,48 @@ def test_metadata(checkpoint, tmp_path):
     (checkpoint / "generation_config.json").write_text('{"temperature": 1, "top_k": 20}')
     export_model(checkpoint, tmp_path / "model.gguf", "q8_0", name="My model")
     fields, _ = read(tmp_path / "model.gguf")
-    lists = {f"tokenizer.ggml.{name}": fields.pop(f"tokenizer.ggml.{name}")
-             for name in ("tokens", "token_type", "merges")}
+    lists = {
+        f"tokenizer.ggml.{name}": fields.pop(f"tokenizer.ggml.{name}")
+        for name in ("tokens", "token_type", "merges")
+    }
     vocabulary = {name.rpartition(".")[2]: content for name, content in lists.items()}
     expected = {
-        "general.architecture": "llama", "general.type": "model", "general.name": "My model",
-        "general.size_label": "100K", "general.file_type": 7, "general.quantization_version": 2,
-        "general.sampling.temp": 1.0, "general.sampling.top_k": 20,
-        "llama.block_count": 2, "llama.context_length": 512, "llama.embedding_length": 64,
-        "llama.feed_forward_length": 96, "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2, "llama.rope.freq_base": 10000.0,
-        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-6), "llama.vocab_size": VOCAB,
-        "llama.rope.dimension_count": 16, "llama.attention.key_length": 16,
-        "llama.attention.value_length": 16, "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 1, "tokenizer.ggml.add_bos_token": True,
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "My model",
+        "general.size_label": "100K",
+        "general.file_type": 7,
+        "general.quantization_version": 2,
+        "general.sampling.temp": 1.0,
+        "general.sampling.top_k": 20,
+        "llama.block_count": 2,
+        "llama.context_length": 512,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.rope.freq_base": 10000.0,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-6),
+        "llama.vocab_size": VOCAB,
+        "llama.rope.dimension_count": 16,
+        "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.eot_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 1,
+        "tokenizer.ggml.add_bos_token": True,
     }
     assert {name: value for name, value in fields.items() if "GGUF" not in name} == expected
-    assert types_of(tmp_path / "model.gguf") == types_by_the_package(tmp_path / "theirs.gguf",
-                                                                     {**fields, **lists})
+    assert types_of(tmp_path / "model.gguf") == types_by_the_package(
+        tmp_path / "theirs.gguf", {**fields, **lists}
+    )
     tokenizer = Tokenizer.load(checkpoint)
-    assert vocabulary["tokens"][:tokenizer.vocab_size] == [
-        tokenizer.token_text(id) for id in range(tokenizer.vocab_size)]
+    assert vocabulary["tokens"][: tokenizer.vocab_size] == [
+        tokenizer.token_text(id) for id in range(tokenizer.vocab_size)
+    ]
     assert len(vocabulary["tokens"]) == VOCAB
     assert vocabulary["token_type"][:8] == [3] * 7 + [1]
 
@@ -317,8 +367,19 @@ def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
         (["--format", "gguf", "--output", out, "--dtype", "float16"], "--quantization sets"),
         (["--format", "hf", "--output_dir", "x", "--quantization", "q8_0"], "--quantization"),
         (["--format", "gguf-lora", "--output", out], "needs --adapter"),
-        (["--format", "gguf-lora", "--output", out, "--adapter", adapter, "--template", "alpaca"],
-         "does not use --template"),
+        (
+            [
+                "--format",
+                "gguf-lora",
+                "--output",
+                out,
+                "--adapter",
+                adapter,
+                "--template",
+                "alpaca",
+            ],
+            "does not use --template",
+        ),
         (["--format", "gguf", "--output", taken, "--overwrite_output_dir"], "is not a GGUF file"),
         (["--format", "gguf", "--output", taken], "exists"),
         (["--format", "gguf", "--output", tmp_path], "is a folder"),
@@ -341,8 +402,14 @@ def test_models_that_llama_cpp_cannot_run_or_runs_differently(tmp_path, tiny_tok
         folder = save(tmp_path / message, tiny_tokenizer_dir, content)
         with pytest.raises(UserError, match=message):
             export_model(folder, tmp_path / "model.gguf", "f16")
-    folder = save(tmp_path / "windowed", tiny_tokenizer_dir, {
-        "model_type": "mistral", "sliding_window": 100,
-        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
+    folder = save(
+        tmp_path / "windowed",
+        tiny_tokenizer_dir,
+        {
+            "model_type": "mistral",
+            "sliding_window": 100,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+        },
+    )
     notes = export_model(folder, tmp_path / "model.gguf", "f16").notes
     assert "beyond 100 tokens" in " ".join(notes) and "dynamic" in " ".join(notes)

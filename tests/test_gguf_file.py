@@ -33,7 +33,7 @@ def opened(path):
 def damaged(path, data, position=0):
     """A copy of a file with other bytes at a position."""
     content = bytearray(path.read_bytes())
-    content[position:position + len(data)] = data
+    content[position : position + len(data)] = data
     target = path.with_name("damaged.gguf")
     target.write_bytes(content)
     return target
@@ -61,8 +61,12 @@ def test_large_counts_take_no_memory(exported):
         target.write_bytes(data)
         tracemalloc.start()
         string = "a string of 4,611,686,018,427,387,904 bytes"
-        message = {"shape": "has the shape|bytes at offset", "offset": "bytes at offset",
-                   "token": string, "key": string}.get(name, "announces [0-9,]+ entries")
+        message = {
+            "shape": "has the shape|bytes at offset",
+            "offset": "bytes at offset",
+            "token": string,
+            "key": string,
+        }.get(name, "announces [0-9,]+ entries")
         with pytest.raises(UserError, match=f"hostile.gguf: damaged.*{message}"):
             opened(target)
         assert tracemalloc.get_traced_memory()[1] < 3 * len(content), name
@@ -72,8 +76,11 @@ def test_large_counts_take_no_memory(exported):
 def test_counts_in_a_sparse_file_take_no_memory(tmp_path):
     """Such a file has any size, so a count can be smaller than the file and still be huge."""
     path = tmp_path / "sparse.gguf"
-    for field in (struct.pack("<IQ", 8, 2**30), struct.pack("<IIQ", 9, 0, 2**30),
-                  struct.pack("<IIQ", 9, 8, 2**27)):
+    for field in (
+        struct.pack("<IQ", 8, 2**30),
+        struct.pack("<IIQ", 9, 0, 2**30),
+        struct.pack("<IIQ", 9, 8, 2**27),
+    ):
         with open(path, "wb") as file:
             file.write(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + field)
             file.truncate(2**32)
@@ -84,13 +91,26 @@ def test_counts_in_a_sparse_file_take_no_memory(tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("words", [
-    ["chat.py", "--model_name_or_path", "FILE", "--prompt", "hi"],
-    ["score.py", "--model_name_or_path", "FILE", "--dataset", "ROWS", "--output", "OUT.jsonl"],
-    ["eval.py", "compare", "--models", "one=FILE", "two=FILE", "--dataset", "ROWS",
-     "--output_dir", "OUT"],
-    ["export.py", "--model_name_or_path", "FILE", "--output_dir", "OUT"],
-], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["chat.py", "--model_name_or_path", "FILE", "--prompt", "hi"],
+        ["score.py", "--model_name_or_path", "FILE", "--dataset", "ROWS", "--output", "OUT.jsonl"],
+        [
+            "eval.py",
+            "compare",
+            "--models",
+            "one=FILE",
+            "two=FILE",
+            "--dataset",
+            "ROWS",
+            "--output_dir",
+            "OUT",
+        ],
+        ["export.py", "--model_name_or_path", "FILE", "--output_dir", "OUT"],
+    ],
+    ids=lambda words: words[0],
+)
 def test_scripts_refuse_a_truncated_file(words, exported, rows_file, tmp_path):
     path = tmp_path / "sha256-70c2f9ff"  # as Ollama names its files
     path.write_bytes(exported.read_bytes()[:-1000])
@@ -129,8 +149,13 @@ def test_truncated_and_garbled_files(exported):
 def test_any_value_of_any_field(exported, monkeypatch):
     """The file can be used, or it is refused with a UserError."""
     file, refused = read_gguf(exported), 0
-    for name in [*file.metadata, "llama.rope.scaling.type", "llama.rope.scaling.factor",
-                 "tokenizer.ggml.scores", "tokenizer.ggml.add_space_prefix"]:
+    for name in [
+        *file.metadata,
+        "llama.rope.scaling.type",
+        "llama.rope.scaling.factor",
+        "tokenizer.ggml.scores",
+        "tokenizer.ggml.add_space_prefix",
+    ]:
         for value in (-1, 2**40, float("nan"), float("inf"), True, "", "x", [], ["x"], [1]):
             changed = replace(file, metadata={**file.metadata, name: value})
             monkeypatch.setattr(unpack, "read_gguf", lambda path, changed=changed: changed)
@@ -184,12 +209,16 @@ def test_unsupported_models_tokenizers_and_types(exported):
         (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0falco", "falco"),
         (b"\x05\0\0\0\0\0\0\0gpt-2", b"\x05\0\0\0\0\0\0\0gpt-3", "gpt-3"),
         (b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight", "ffn_xx"),
-        (b"output_norm.weight" + struct.pack("<IQI", 1, 64, 0),  # 31 was Q4_0_4_4
-         b"output_norm.weight" + struct.pack("<IQI", 1, 64, 31),
-         "'output_norm.weight' has the unknown type 31"),
-        (b"output_norm.weight" + struct.pack("<IQI", 1, 64, 0),
-         b"output_norm.weight" + struct.pack("<IQI", 1, 64, 26),
-         "'output_norm.weight' has the type I32, which cannot be read"),
+        (
+            b"output_norm.weight" + struct.pack("<IQI", 1, 64, 0),  # 31 was Q4_0_4_4
+            b"output_norm.weight" + struct.pack("<IQI", 1, 64, 31),
+            "'output_norm.weight' has the unknown type 31",
+        ),
+        (
+            b"output_norm.weight" + struct.pack("<IQI", 1, 64, 0),
+            b"output_norm.weight" + struct.pack("<IQI", 1, 64, 26),
+            "'output_norm.weight' has the type I32, which cannot be read",
+        ),
     ):
         assert content.count(old) == 1
         target = damaged(exported, new, content.index(old))

@@ -25,8 +25,15 @@ from minisft.gguf.unpack_config import config_fields
 from minisft.model.config import ModelConfig
 from minisft.text.tokenizer import Tokenizer
 
-DERIVED = ("original", "initializer_range", "bos_token_id", "eos_token_id", "model_type",
-           "max_window_layers", "attention_bias")
+DERIVED = (
+    "original",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "model_type",
+    "max_window_layers",
+    "attention_bias",
+)
 
 
 @pytest.fixture
@@ -77,14 +84,15 @@ def check_against_llama_cpp(path, limit=0.15):
     assert np.abs(ours - theirs).max() < limit
 
 
-SMALL_SCALES = {"IQ1_M": 0x97ff, "TQ2_0": 0x9fff, "IQ4_XS": 0x87ff}  # bits that float16 may have
+SMALL_SCALES = {"IQ1_M": 0x97FF, "TQ2_0": 0x9FFF, "IQ4_XS": 0x87FF}  # bits that float16 may have
 
 
-@pytest.mark.parametrize("type", ["Q2_K", "Q3_K", "Q5_K", "IQ2_XXS", "IQ3_S", "IQ4_NL",
-                                  *SMALL_SCALES])
+@pytest.mark.parametrize(
+    "type", ["Q2_K", "Q3_K", "Q5_K", "IQ2_XXS", "IQ3_S", "IQ4_NL", *SMALL_SCALES]
+)
 def test_types_that_only_others_write(type, tmp_path, tiny_tokenizer_dir, monkeypatch):
     """Random blocks with small numbers: we read the same as llama.cpp."""
-    mask = SMALL_SCALES.get(type, 0x8fff)
+    mask = SMALL_SCALES.get(type, 0x8FFF)
     type = gguf.GGMLQuantizationType[type]
     generator, (block, block_bytes) = np.random.default_rng(0), gguf.GGML_QUANT_SIZES[type]
 
@@ -94,8 +102,13 @@ def test_types_that_only_others_write(type, tmp_path, tiny_tokenizer_dir, monkey
         return halves.view(np.uint8)
 
     monkeypatch.setitem(writer.K_QUANTS, type, arbitrary)
-    monkeypatch.setattr(gguf_export, "tensor_type", lambda name, *others: (
-        type if ".ffn_up." in name or ".attn_q." in name else gguf.GGMLQuantizationType.F32))
+    monkeypatch.setattr(
+        gguf_export,
+        "tensor_type",
+        lambda name, *others: (
+            type if ".ffn_up." in name or ".attn_q." in name else gguf.GGMLQuantizationType.F32
+        ),
+    )
     wide = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
     folder = save(tmp_path / "model", tiny_tokenizer_dir, wide)
     export_model(folder, tmp_path / "model.gguf", "f32")
@@ -103,11 +116,13 @@ def test_types_that_only_others_write(type, tmp_path, tiny_tokenizer_dir, monkey
 
 
 def test_a_file_can_be_exported_again(exported, tmp_path):
-    done = command("--model_name_or_path", exported, "--output_dir", tmp_path / "again",
-                   script="export.py")
+    done = command(
+        "--model_name_or_path", exported, "--output_dir", tmp_path / "again", script="export.py"
+    )
     assert done.returncode == 0, done.stderr
-    ours, theirs = (folders.load_model(one).state_dict()
-                    for one in (tmp_path / "model", tmp_path / "again"))
+    ours, theirs = (
+        folders.load_model(one).state_dict() for one in (tmp_path / "model", tmp_path / "again")
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     export_model(opened(exported), tmp_path / "again.gguf", "f32", name="model")
     assert (tmp_path / "again.gguf").read_bytes() == exported.read_bytes()
@@ -116,8 +131,10 @@ def test_a_file_can_be_exported_again(exported, tmp_path):
 def test_chat_on_a_gguf_file(tiny_chat_model_dir, tmp_path):
     export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
     words = ["--prompt", "the cat", "--greedy", "--max_new_tokens", "12"]
-    answers = [command("--model_name_or_path", model, *words, script="chat.py")
-               for model in (tiny_chat_model_dir, tmp_path / "model.gguf")]
+    answers = [
+        command("--model_name_or_path", model, *words, script="chat.py")
+        for model in (tiny_chat_model_dir, tmp_path / "model.gguf")
+    ]
     assert answers[1].returncode == 0, answers[1].stderr
     assert answers[0].stdout == answers[1].stdout != ""
 
@@ -171,37 +188,83 @@ def test_eval_gives_the_same_for_file_and_folder(run_script, tiny_chat_model_dir
         (benchmark / split).mkdir(parents=True)
         lines = [f"{n},Who {n}?,the cat,the rat,a hat,it,B" for n in range(count)]
         (benchmark / split / f"law_{split}.csv").write_text(
-            "\n".join(["id,question,A,B,C,D,answer", *lines]) + "\n")
+            "\n".join(["id,question,A,B,C,D,answer", *lines]) + "\n"
+        )
     (benchmark / "subject_mapping.json").write_text('{"law": {"name": "法学", "category": "X"}}')
     for number, model in enumerate((tiny_chat_model_dir, tmp_path / "model.gguf")):
-        run_script(eval_script, model, "ceval", "--data_dir", benchmark, "--num_fewshot", 2,
-                   "--template", "auto", "--output_dir", tmp_path / str(number))
+        run_script(
+            eval_script,
+            model,
+            "ceval",
+            "--data_dir",
+            benchmark,
+            "--num_fewshot",
+            2,
+            "--template",
+            "auto",
+            "--output_dir",
+            tmp_path / str(number),
+        )
         with open(tmp_path / str(number) / "ceval-val" / "law.csv", encoding="utf-8") as file:
             rows.append(list(csv.DictReader(file)))
     same(*rows)
 
 
-def test_score_gives_the_same_for_file_and_folder(run_script, tiny_chat_model_dir, rows_file,
-                                                  tmp_path):
+def test_score_gives_the_same_for_file_and_folder(
+    run_script, tiny_chat_model_dir, rows_file, tmp_path
+):
     export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
     for number, model in enumerate((tiny_chat_model_dir, tmp_path / "model.gguf")):
-        run_script(score, model, "--dataset", rows_file, "--mode", "all", "--template", "auto",
-                   "--dataloader_num_workers", 0, "--output", tmp_path / f"{number}.jsonl")
-    same(*([json.loads(line) for line in (tmp_path / f"{number}.jsonl").read_text().splitlines()]
-           for number in (0, 1)))
+        run_script(
+            score,
+            model,
+            "--dataset",
+            rows_file,
+            "--mode",
+            "all",
+            "--template",
+            "auto",
+            "--dataloader_num_workers",
+            0,
+            "--output",
+            tmp_path / f"{number}.jsonl",
+        )
+    same(
+        *(
+            [json.loads(line) for line in (tmp_path / f"{number}.jsonl").read_text().splitlines()]
+            for number in (0, 1)
+        )
+    )
     embeddings = [np.load(tmp_path / f"{number}.embeddings.npy") for number in (0, 1)]
     np.testing.assert_allclose(*embeddings, rtol=1e-5, atol=1e-6)
 
 
 def test_compare_gives_the_same_for_file_and_folder(tiny_chat_model_dir, rows_file, tmp_path):
     export_model(tiny_chat_model_dir, tmp_path / "model.gguf", "f32")
-    done = command("compare", "--models", f"folder={tiny_chat_model_dir}",
-                   f"file={tmp_path / 'model.gguf'}", "--dataset", rows_file, "--max_samples", 3,
-                   "--max_new_tokens", 8, "--dtype", "float32", "--temperature", 0,
-                   "--output_dir", tmp_path / "out", script="eval.py")
+    done = command(
+        "compare",
+        "--models",
+        f"folder={tiny_chat_model_dir}",
+        f"file={tmp_path / 'model.gguf'}",
+        "--dataset",
+        rows_file,
+        "--max_samples",
+        3,
+        "--max_new_tokens",
+        8,
+        "--dtype",
+        "float32",
+        "--temperature",
+        0,
+        "--output_dir",
+        tmp_path / "out",
+        script="eval.py",
+    )
     assert done.returncode == 0, done.stderr
-    folder, file = (json.loads((tmp_path / "out" / "answers" / f"{name}.json").read_text())
-                    for name in ("folder", "file"))
+    folder, file = (
+        json.loads((tmp_path / "out" / "answers" / f"{name}.json").read_text())
+        for name in ("folder", "file")
+    )
     assert folder["answers"] == file["answers"]
     np.testing.assert_allclose(folder["losses"], file["losses"], rtol=1e-5)
 
@@ -216,22 +279,27 @@ def test_a_file_is_recognised_by_its_first_bytes(exported):
 
 def test_linear_scaling_in_older_files(exported):
     file = read_gguf(exported)
-    for added, factor in (({"llama.rope.scaling.factor": 4.0}, 4.0),
-                          ({"llama.rope.scale_linear": 2.0}, 2.0),
-                          ({"llama.rope.scale_linear": 1.0}, None),
-                          ({"llama.rope.scaling.factor": 4.0,
-                            "llama.rope.scaling.type": "none"}, None)):
+    for added, factor in (
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scale_linear": 2.0}, 2.0),
+        ({"llama.rope.scale_linear": 1.0}, None),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"}, None),
+    ):
         scaling = config_fields({**file.metadata, **added}, file.tensors)["rope_scaling"]
-        assert scaling and (scaling["rope_type"], scaling["factor"]) == ("linear", factor) or (
-            scaling is factor is None)
+        assert (
+            scaling
+            and (scaling["rope_type"], scaling["factor"]) == ("linear", factor)
+            or (scaling is factor is None)
+        )
 
 
 def test_round_trip_of_the_config(tmp_path, tiny_tokenizer_dir):
     for index, content in enumerate(FAMILIES.values()):
         folder = save(tmp_path / str(index), tiny_tokenizer_dir, content)
         export_model(folder, tmp_path / "model.gguf", "q8_0")
-        ours, theirs = (vars(ModelConfig.load(one)) for one in (folder, opened(
-            tmp_path / "model.gguf")))
+        ours, theirs = (
+            vars(ModelConfig.load(one)) for one in (folder, opened(tmp_path / "model.gguf"))
+        )
         for name in ours.keys() - set(DERIVED) - {"rope_scaling"}:
             assert ours[name] == pytest.approx(theirs[name]), name
         assert (ours["rope_scaling"] is None) == (theirs["rope_scaling"] is None)

@@ -30,21 +30,50 @@ REAL = {
     "Qwen2.5": (151936, "qwen2"),
 }
 AWKWARD = [
-    "trailing  ", "a   b     c", "\ttab\t\ttab", "\n\n\nlines", "a\r\nb", "你好，世界",
-    "全角　空格", "👩‍👩‍👧 🇨🇳 ❤️", "é", "<0x0A>", "<unk><s></s>", "x</s>y",
+    "trailing  ",
+    "a   b     c",
+    "\ttab\t\ttab",
+    "\n\n\nlines",
+    "a\r\nb",
+    "你好，世界",
+    "全角　空格",
+    "👩‍👩‍👧 🇨🇳 ❤️",
+    "é",
+    "<0x0A>",
+    "<unk><s></s>",
+    "x</s>y",
     "<|im_start|>user\n<|im_end|>",
-    "<|eot_id|>", "[INST] [/INST]", "12345 3.14", "'s'LL I'Ve", "def f(x):\n    return x**2\n",
-    "\ufeffbom", "a\u200bb", "ﬁﬂ ½ ²", "नमस्ते สวัสดี", "x" * 200, "=" * 70,
+    "<|eot_id|>",
+    "[INST] [/INST]",
+    "12345 3.14",
+    "'s'LL I'Ve",
+    "def f(x):\n    return x**2\n",
+    "\ufeffbom",
+    "a\u200bb",
+    "ﬁﬂ ½ ²",
+    "नमस्ते สวัสดี",
+    "x" * 200,
+    "=" * 70,
 ]
 
 
 def narrow_model(folder, rows, family):
     """A checkpoint with one narrow layer and `rows` rows in its embedding."""
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig.from_dict({
-        "model_type": family, "vocab_size": rows, "hidden_size": 32, "intermediate_size": 32,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "tie_word_embeddings": True}))
+    model = CausalLM(
+        ModelConfig.from_dict(
+            {
+                "model_type": family,
+                "vocab_size": rows,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "tie_word_embeddings": True,
+            }
+        )
+    )
     model.initialize()
     folders.save_model(model, folder)
 
@@ -54,8 +83,11 @@ def keep_tokens_below(count, path):
     spec = json.loads(path.read_text(encoding="utf-8"))
     model = spec["model"]
     model["vocab"] = {token: id for token, id in model["vocab"].items() if id < count}
-    model["merges"] = [[left, right] for left, right in model["merges"]
-                       if {left, right, left + right} <= model["vocab"].keys()]
+    model["merges"] = [
+        [left, right]
+        for left, right in model["merges"]
+        if {left, right, left + right} <= model["vocab"].keys()
+    ]
     path.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
 
 
@@ -142,8 +174,9 @@ def small_sentencepiece(shared_data, tmp_path):
         (folder / "tokenizer_config.json").write_text(json.dumps(content | config))
         content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
         example = content["added_tokens"][1]
-        content["added_tokens"] += [{**example, "id": id, "content": text}
-                                    for id, text in enumerate(control, 512)]
+        content["added_tokens"] += [
+            {**example, "id": id, "content": text} for id, text in enumerate(control, 512)
+        ]
         (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
         shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
         return folder
@@ -181,33 +214,54 @@ def test_every_form_with_sentencepiece(form, legacy, small_sentencepiece):
     assert puts_space == (legacy or form == "llama2")
 
 
-@pytest.mark.parametrize("form, own", [
-    ("llama2", "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + "
-     "'[INST] ' + message['content'] + ' [/INST]' }}{% else %}{# <<SYS>> #}"
-     "{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"),
-    ("mistral", "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ "
-     "'[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
-     "{{ message['content'] + eos_token }}{% endif %}{% endfor %}"),
-    ("zephyr", "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + "
-     "message['content'] + eos_token + '\n' }}{% endfor %}{{ '<|assistant|>\n' }}"
-     "{# <|user|> #}"),
-    ("chatml", "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
-     "message['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"),
-])
+@pytest.mark.parametrize(
+    "form, own",
+    [
+        (
+            "llama2",
+            "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + "
+            "'[INST] ' + message['content'] + ' [/INST]' }}{% else %}{# <<SYS>> #}"
+            "{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
+        ),
+        (
+            "mistral",
+            "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ "
+            "'[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
+            "{{ message['content'] + eos_token }}{% endif %}{% endfor %}",
+        ),
+        (
+            "zephyr",
+            "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + "
+            "message['content'] + eos_token + '\n' }}{% endfor %}{{ '<|assistant|>\n' }}"
+            "{# <|user|> #}",
+        ),
+        (
+            "chatml",
+            "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+            "message['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}",
+        ),
+    ],
+)
 def test_the_checkpoints_chat_template_is_kept(form, own, small_sentencepiece, monkeypatch):
     """As far as possible, since Ollama recognises the published ones by their exact text."""
     monkeypatch.setattr("test_gguf_vocabulary.CONVERSATIONS", CONVERSATIONS[::2])  # no system
     folder = small_sentencepiece(TEMPLATES[form].control, chat_template=own)
     written, _ = check_prompts(folder, get_template(form, Tokenizer.load(folder)))
-    assert written == {"mistral": as_jinja(get_template(form, Tokenizer.load(folder))),
-                       "zephyr": SPACE_BEFORE + own}.get(form, own)
+    assert written == {
+        "mistral": as_jinja(get_template(form, Tokenizer.load(folder))),
+        "zephyr": SPACE_BEFORE + own,
+    }.get(form, own)
 
 
 def test_notes_say_where_llama_cpp_adds_a_space(small_sentencepiece):
     """After a control token, and before a text that begins with a space."""
-    folder = small_sentencepiece(chat_template=(  # of none of our forms
-        "{% for message in messages %}{{ '<|you|>' + message['content'] + eos_token }}{% endfor %}"
-        "{{ '<|me|>' }}"))
+    folder = small_sentencepiece(
+        chat_template=(  # of none of our forms
+            "{% for message in messages %}"
+            "{{ '<|you|>' + message['content'] + eos_token }}{% endfor %}"
+            "{{ '<|me|>' }}"
+        )
+    )
     notes = export_model(folder, f"{folder}.gguf", "f16").notes
     assert "directly follows a special token" in notes[0]
     tokenizer = Tokenizer.load(folder)
@@ -253,14 +307,20 @@ def test_other_pre_tokenizers(pre, tiny_tokenizer_dir, strings, tmp_path):
     spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
     if pre == "smollm":
         digits = {"type": "Digits", "individual_digits": True}
-        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits,
-                                                                       spec["pre_tokenizer"]]}
+        spec["pre_tokenizer"] = {
+            "type": "Sequence",
+            "pretokenizers": [digits, spec["pre_tokenizer"]],
+        }
     if pre == "smaug-bpe":
         spec["pre_tokenizer"] = cut_by(WORDS % r"\p{N}{1,3}")
     backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet,
-                                             special_tokens=["<s>", "</s>"], show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=900,
+        initial_alphabet=alphabet,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )
     backend.train_from_iterator(strings + ["a  1234 x!!", "'s 2023"] * 50, trainer)
     narrow_model(tmp_path / "model", 1000, "llama")
     backend.save(str(tmp_path / "model" / "tokenizer.json"))
@@ -289,7 +349,7 @@ def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):
     merges = spec["model"]["merges"]
     made = ["".join(merge.split(" ")) for merge in merges]
     shared = next(place for place, piece in enumerate(made) if made.count(piece) > 1)
-    moved = [*merges[:shared], *merges[shared + 1:], merges[shared]]
+    moved = [*merges[:shared], *merges[shared + 1 :], merges[shared]]
     for damage, message in ((merges[:500] + merges[501:], "not merged there"), (moved, "order")):
         spec["model"]["merges"] = damage
         path.write_text(json.dumps(spec), encoding="utf-8")
@@ -301,16 +361,30 @@ def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def cut_by(pattern):
     """A pre_tokenizer of tokenizer.json."""
-    split = {"type": "Split", "behavior": "Isolated", "invert": False,
-             "pattern": {"Regex": pattern}}
-    return {"type": "Sequence", "pretokenizers": [
-        split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False,
-                "trim_offsets": True}]}
+    split = {
+        "type": "Split",
+        "behavior": "Isolated",
+        "invert": False,
+        "pattern": {"Regex": pattern},
+    }
+    return {
+        "type": "Sequence",
+        "pretokenizers": [
+            split,
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "use_regex": False,
+                "trim_offsets": True,
+            },
+        ],
+    }
 
 
 def test_tokenizers_that_llama_cpp_does_not_have(tiny_tokenizer_dir, tmp_path):
@@ -323,14 +397,22 @@ def test_tokenizers_that_llama_cpp_does_not_have(tiny_tokenizer_dir, tmp_path):
         ({"pre_tokenizer": cut_by(TEKKEN)}, "pre_tokenizer is not supported"),
         ({"pre_tokenizer": {**spec["pre_tokenizer"], "add_prefix_space": True}}, "pre_tokenizer"),
         ({"normalizer": {"type": "Lowercase"}}, "no normalizer Lowercase"),
-        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}},
-         "no normalizer NFKC"),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [{"type": "NFC"}, {"type": "NFKC"}],
+                }
+            },
+            "no normalizer NFKC",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             pre_tokenizer_name({**spec, **change})
     folder = shutil.copytree(tiny_tokenizer_dir, tmp_path / "no merges")
-    (folder / "tokenizer.json").write_text(json.dumps(
-        {**spec, "model": {**spec["model"], "merges": []}}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps({**spec, "model": {**spec["model"], "merges": []}})
+    )
     with pytest.raises(UserError, match="has no merges"):
         vocabulary_fields(Tokenizer.load(folder), 300)
     nothing = {"type": "Sequence", "normalizers": []}  # DeepSeek's distilled Llama and Qwen

@@ -32,8 +32,17 @@ runpy.run_path("export.py", run_name="__main__")
 
 def test_an_interrupt_leaves_no_file(checkpoint, tmp_path):
     output = tmp_path / "out" / "model.gguf"
-    done = command("export.py", "--model_name_or_path", checkpoint, "--format", "gguf",
-                   "--output", output, script=None, before=["-c", INTERRUPTED])
+    done = command(
+        "export.py",
+        "--model_name_or_path",
+        checkpoint,
+        "--format",
+        "gguf",
+        "--output",
+        output,
+        script=None,
+        before=["-c", INTERRUPTED],
+    )
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert list(output.parent.iterdir()) == []
 
@@ -44,9 +53,15 @@ def test_a_folder_that_cannot_be_written(folder, checkpoint):
         export_model(checkpoint, f"{folder}/model.gguf", "f16")
 
 
-@pytest.mark.parametrize("value, quantization, message", [
-    (float("nan"), "f32", "holds NaN"), (float("inf"), "bf16", "holds inf"),
-    (7e4, "f16", "7e+04"), (-7e4, "q4_k_m", "--quantization bf16 or f32")])
+@pytest.mark.parametrize(
+    "value, quantization, message",
+    [
+        (float("nan"), "f32", "holds NaN"),
+        (float("inf"), "bf16", "holds inf"),
+        (7e4, "f16", "7e+04"),
+        (-7e4, "q4_k_m", "--quantization bf16 or f32"),
+    ],
+)
 def test_numbers_that_do_not_fit(value, quantization, message, checkpoint, tmp_path):
     model = folders.load_model(checkpoint)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
@@ -59,8 +74,9 @@ def test_numbers_that_do_not_fit(value, quantization, message, checkpoint, tmp_p
 @pytest.mark.parametrize("size", [100, 5000])  # within the metadata, within the tensors
 def test_a_disk_that_fills_while_writing(size, tmp_path):
     numbers = torch.zeros(64, 32)
-    tensor = writer.Tensor("zeros", (64, 32), GGMLQuantizationType.F32,
-                                lambda begin, end: numbers[begin:end])
+    tensor = writer.Tensor(
+        "zeros", (64, 32), GGMLQuantizationType.F32, lambda begin, end: numbers[begin:end]
+    )
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -62,8 +62,15 @@ class RowList(list):
 
 
 def rows_of(*conversations):
-    return RowList(Row([{"role": ("user", "assistant")[i % 2], "content": text}
-                        for i, text in enumerate(texts)]) for texts in conversations)
+    return RowList(
+        Row(
+            [
+                {"role": ("user", "assistant")[i % 2], "content": text}
+                for i, text in enumerate(texts)
+            ]
+        )
+        for texts in conversations
+    )
 
 
 def run(model, rows, template, batch_tokens=512, parts=("ifd", "embed"), max_length=400):
@@ -111,10 +118,12 @@ def test_by_hand(alpaca):
     assert values["loss_direct"] == pytest.approx(direct / count, rel=1e-5)
     assert values["ifd"] == pytest.approx(conditioned / direct, rel=1e-5)
     assert values["ifd_ppl"] == pytest.approx(
-        math.exp(conditioned / count) / math.exp(direct / count), rel=1e-5)
+        math.exp(conditioned / count) / math.exp(direct / count), rel=1e-5
+    )
     # The prompt of the last answer is embedded. A state of this model counts the tokens so far.
     assert score.perplexity == pytest.approx(
-        math.exp(urn_loss(prompt, 1, 300) / (len(prompt) - 1)), rel=1e-5)
+        math.exp(urn_loss(prompt, 1, 300) / (len(prompt) - 1)), rel=1e-5
+    )
     states = [np.bincount(prompt[: end + 1], minlength=300) for end in range(len(prompt))]
     np.testing.assert_allclose(score.embedding, np.mean(states, 0), rtol=1e-5)
 
@@ -146,13 +155,19 @@ def test_a_shared_prefix_gives_the_states_of_a_single_call():
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: widths.append(args[0].shape))
     torch.testing.assert_close(hidden_states(model, tokens), model(tokens), rtol=1e-4, atol=1e-5)
     assert widths == [(1, 30), (3, 10), (3, 40)]
-    torch.testing.assert_close(hidden_states(model, tokens[:1].repeat(3, 1)),
-                               model(tokens[:1]).repeat(3, 1, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        hidden_states(model, tokens[:1].repeat(3, 1)),
+        model(tokens[:1]).repeat(3, 1, 1),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_batches_keep_to_the_budget():
-    passes = [Pass(np.zeros(length), np.zeros(length)) for length in
-              np.random.default_rng(0).integers(1, 200, 500)]
+    passes = [
+        Pass(np.zeros(length), np.zeros(length))
+        for length in np.random.default_rng(0).integers(1, 200, 500)
+    ]
     batches = list(make_batches(passes, 600))
     assert sum(map(len, batches)) == 500 and len(batches) < 120
     for batch in batches:
@@ -180,8 +195,11 @@ def check_template(template):
     if template.name == "alpaca":
         assert marker == begins + tokenizer.encode("### Response:")
     else:  # the prompt ends with it
-        assert tokenizer.decode(prompt).strip().endswith(
-            tokenizer.decode(marker[len(begins) :]).strip())
+        assert (
+            tokenizer.decode(prompt)
+            .strip()
+            .endswith(tokenizer.decode(marker[len(begins) :]).strip())
+        )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -195,10 +213,16 @@ def test_every_template_with_real_tokenizers(shared_data, name):
         check_template(get_template(name, tokenizer))
 
 
-MARKERS = {"llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
-           "chatml": "<|im_start|>assistant\n", "llama2": "[/INST]", "mistral": "[/INST]",
-           "zephyr": "<|assistant|>\n", "vicuna": "ASSISTANT:", "alpaca": "### Response:",
-           "plain": "\n"}
+MARKERS = {
+    "llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "chatml": "<|im_start|>assistant\n",
+    "llama2": "[/INST]",
+    "mistral": "[/INST]",
+    "zephyr": "<|assistant|>\n",
+    "vicuna": "ASSISTANT:",
+    "alpaca": "### Response:",
+    "plain": "\n",
+}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -246,7 +270,11 @@ def test_losses_that_give_no_ratio(alpaca):
     assert "ifd" not in zero and "zero" in zero["reason"] and zero["loss_conditioned"] == 0.5
     large = ifd_fields(1000.0, 0.5)  # JSON has no number for infinity
     assert json.loads(json.dumps(large, allow_nan=False)) == {
-        "loss_conditioned": 1000.0, "loss_direct": 0.5, "ifd": 2000.0, "ifd_ppl": None}
+        "loss_conditioned": 1000.0,
+        "loss_direct": 0.5,
+        "ifd": 2000.0,
+        "ifd_ppl": None,
+    }
     scorer = IfdScorer(alpaca, parts=("embed",))
     plan = Plan(0, 2, passes=[Pass(np.zeros(3), np.zeros(3), prompt_length=3)])
     for loss, expected in ((180.0, math.inf), (math.nan, math.inf), (2.0, math.e)):

@@ -25,21 +25,41 @@ from minisft.generation.assistant import Assistant
 from minisft.generation.generate import Sampling
 
 
-@pytest.mark.parametrize("text, verdict", [
-    ("Because.\nVerdict: 1", 1), ("**Verdict:** 2", 2), ("verdict - TIE", "tie"),
-    ("Verdict: 1? No.\nVerdict: 2", 2), ("The first.", None), ("Verdict: 12", None), ("", None),
-    ("Verdict: Answer 2.", 2), ("Verdict: [[1]]", 1), ("Verdict：1。因为它短", 1),
-    ("Verdict:2更好", 2),
-])
+@pytest.mark.parametrize(
+    "text, verdict",
+    [
+        ("Because.\nVerdict: 1", 1),
+        ("**Verdict:** 2", 2),
+        ("verdict - TIE", "tie"),
+        ("Verdict: 1? No.\nVerdict: 2", 2),
+        ("The first.", None),
+        ("Verdict: 12", None),
+        ("", None),
+        ("Verdict: Answer 2.", 2),
+        ("Verdict: [[1]]", 1),
+        ("Verdict：1。因为它短", 1),
+        ("Verdict:2更好", 2),
+    ],
+)
 def test_verdicts_are_read(text, verdict):
     assert parse_verdict(text) == verdict
 
 
 def test_what_two_verdicts_mean():
     # First with the baseline's answer in front, then with the other's.
-    expected = {(2, 1): "win", (2, "tie"): "win", ("tie", 1): "win", (1, 2): "loss",
-                (1, "tie"): "loss", ("tie", 2): "loss", ("tie", "tie"): "tie", (1, 1): "tie",
-                (2, 2): "tie", (None, 1): None, (2, None): None}
+    expected = {
+        (2, 1): "win",
+        (2, "tie"): "win",
+        ("tie", 1): "win",
+        (1, 2): "loss",
+        (1, "tie"): "loss",
+        ("tie", 2): "loss",
+        ("tie", "tie"): "tie",
+        (1, 1): "tie",
+        (2, 2): "tie",
+        (None, 1): None,
+        (2, None): None,
+    }
     assert {pair: outcome(*pair) for pair in expected} == expected
     always_first = tally([(1, 1)] * 9 + [(2, 1)])
     assert always_first["contradicting"] == 9 and always_first["tie"]["count"] == 9
@@ -75,10 +95,15 @@ def impatient(monkeypatch):
 
 
 def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, impatient, tmp_path):
-    comparisons = [Comparison("plain", "a", "longer"), Comparison("busy", "longer", "b"),
-                   Comparison("broken", "same", "size"), Comparison("slow", "a", "longer"),
-                   Comparison("html", "a", "longer"), Comparison("nonsense", "a", "longer"),
-                   Comparison("first", "a", "longer")]
+    comparisons = [
+        Comparison("plain", "a", "longer"),
+        Comparison("busy", "longer", "b"),
+        Comparison("broken", "same", "size"),
+        Comparison("slow", "a", "longer"),
+        Comparison("html", "a", "longer"),
+        Comparison("nonsense", "a", "longer"),
+        Comparison("first", "a", "longer"),
+    ]
     path, seen, written = tmp_path / "verdicts.jsonl", [], []
 
     def advance(count):
@@ -91,8 +116,7 @@ def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, impatient
     # A judge that always takes the first place contradicts itself: that is a tie.
     assert outcomes == ["win", "loss", "tie", "win", "win", None, "tie"]
     assert sum(seen) == 14
-    assert {one[:3] for one in stub.requests} == {
-        ("/v1/chat/completions", "Bearer secret", "stub")}
+    assert {one[:3] for one in stub.requests} == {("/v1/chat/completions", "Bearer secret", "stub")}
     # Those that nobody waited for may arrive late.
     wait_until(lambda: [one[3] for one in stub.requests].count("slow") == 4)
     asked = [one[3] for one in stub.requests]
@@ -148,16 +172,23 @@ def test_a_judge_that_refuses_is_not_asked_again(stub, tmp_path):
         RemoteJudge(stub.url, "x", "geheim–1")
     assert "geheim" not in str(error.value)
     with pytest.raises(UserError, match="--judge_url http://127.0.0.1:9"):
-        judge(RemoteJudge("http://127.0.0.1:9", "x", None, retries=1, pause=0.01),
-              [Comparison("plain", "a", "b")], tmp_path / "w.jsonl")
+        judge(
+            RemoteJudge("http://127.0.0.1:9", "x", None, retries=1, pause=0.01),
+            [Comparison("plain", "a", "b")],
+            tmp_path / "w.jsonl",
+        )
 
 
 def test_a_model_of_ours_as_judge(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32")
     ask = LocalJudge(assistant, "ours", 2)
     texts = dict(ask(["Which?", "the cat", "you?"]))
-    expected = answer_items(assistant, [Item([{"role": "user", "content": "the cat"}], "")],
-                            Sampling(max_new_tokens=512, greedy=True), 1)
+    expected = answer_items(
+        assistant,
+        [Item([{"role": "user", "content": "the cat"}], "")],
+        Sampling(max_new_tokens=512, greedy=True),
+        1,
+    )
     assert sorted(texts) == [0, 1, 2] and texts[1] == expected[0]["answer"]
     short = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=40)
     texts = dict(LocalJudge(short, "ours", 2)(["the cat " * 30]))

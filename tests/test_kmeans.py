@@ -74,8 +74,10 @@ def test_seeding_is_as_good_as_theirs():
     assert np.mean(ours) < 1.08 * np.mean(theirs)
     # Uniformly drawn seeds miss blobs.
     space, generator = Space(points), np.random.default_rng(0)
-    uniform = [lloyd(space, points[generator.choice(len(points), 12)] - space.mean, 100, 1e-4)
-               for _ in range(40)]
+    uniform = [
+        lloyd(space, points[generator.choice(len(points), 12)] - space.mean, 100, 1e-4)
+        for _ in range(40)
+    ]
     assert np.mean([one.inertia for one in uniform]) > 1.5 * np.mean(ours)
 
 
@@ -103,14 +105,19 @@ def test_assignment_centers_and_inertia_agree():
     np.testing.assert_array_equal(found.assignment, distances.argmin(1))
     assert found.inertia == pytest.approx(distances.min(1).sum(), rel=1e-5)
     for cluster in range(20):
-        np.testing.assert_allclose(points[found.assignment == cluster].mean(0),
-                                   found.centers[cluster], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            points[found.assignment == cluster].mean(0),
+            found.centers[cluster],
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 def test_tolerance_stops_early():
     points = blobs(spread=3.0)
     assert kmeans.kmeans(points, 20, tolerance=1e-2).num_steps < (
-        kmeans.kmeans(points, 20, tolerance=0).num_steps)
+        kmeans.kmeans(points, 20, tolerance=0).num_steps
+    )
     assert kmeans.kmeans(points, 20, max_steps=2, tolerance=0).num_steps == 2
 
 

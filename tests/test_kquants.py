@@ -38,9 +38,15 @@ def read_back(data, kind):
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
 
 
-@pytest.mark.parametrize("quantize, block, theirs", [
-    (quantize_q4_k, BLOCK, THEIRS_Q4_K), (quantize_q4_k, POSITIVE, THEIRS_POSITIVE_Q4_K),
-    (quantize_q6_k, BLOCK, THEIRS_Q6_K)], ids=["Q4_K", "Q4_K, positive", "Q6_K"])
+@pytest.mark.parametrize(
+    "quantize, block, theirs",
+    [
+        (quantize_q4_k, BLOCK, THEIRS_Q4_K),
+        (quantize_q4_k, POSITIVE, THEIRS_POSITIVE_Q4_K),
+        (quantize_q6_k, BLOCK, THEIRS_Q6_K),
+    ],
+    ids=["Q4_K", "Q4_K, positive", "Q6_K"],
+)
 def test_bytes_equal_llama_cpp(quantize, block, theirs):
     theirs = np.frombuffer(bytes.fromhex(theirs), dtype=np.uint8)
     ours = quantize(block)[0]

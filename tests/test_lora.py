@@ -70,10 +70,17 @@ def test_we_read_peft(name, base_dir, tmp_path):
     config = ADAPTERS[name]
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.target_modules),
-        use_rslora=config.use_rslora, modules_to_save=list(config.modules_to_save) or None,
-        task_type="CAUSAL_LM"))
+    theirs = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=list(config.target_modules),
+            use_rslora=config.use_rslora,
+            modules_to_save=list(config.modules_to_save) or None,
+            task_type="CAUSAL_LM",
+        ),
+    )
     randomize(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = load_model(base_dir)
@@ -95,8 +102,9 @@ def test_merged_equals_unmerged(name, base_dir, tmp_path):
     save_model(model, tmp_path / "merged")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        torch.testing.assert_close(theirs(TOKENS).logits, logits(model, TOKENS),
-                                   rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            theirs(TOKENS).logits, logits(model, TOKENS), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_merging_casts_once(base_dir):
@@ -164,17 +172,22 @@ def test_mistakes_are_named(base_dir, tmp_path):
         load_adapter(load_model(base_dir), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("settings", [
-    {"target_modules": r".*layers\.1\.(self_attn\.q_proj|mlp\.up_proj)"},
-    {"target_modules": "all-linear"},
-    {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}},
-    {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-], ids=["regex", "all-linear", "rank_pattern", "one layer"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r".*layers\.1\.(self_attn\.q_proj|mlp\.up_proj)"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    ],
+    ids=["regex", "all-linear", "rank_pattern", "one layer"],
+)
 def test_unusual_adapters_survive_loading_and_saving(settings, base_dir, tmp_path):
     """peft -> ours -> peft keeps the adapted modules and their ranks."""
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(
-        r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    )
     randomize(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(base_dir)

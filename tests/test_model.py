@@ -14,12 +14,25 @@ from minisft.model.decoder import CausalLM
 from minisft.model.rotary import rotary_frequencies
 
 SMALL = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 VARIANTS = {
@@ -32,21 +45,40 @@ VARIANTS = {
     "linear rope": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
     "dynamic rope": {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "yarn": {"model_type": "llama", "rope_scaling": YARN},
-    "yarn, untruncated": {"model_type": "qwen2", "rope_scaling": {
-        **YARN, "truncate": False, "beta_fast": 16, "beta_slow": 2, "attention_factor": 1.3}},
-    "yarn, mscale": {"model_type": "llama", "rope_scaling": {
-        **YARN, "mscale": 0.7, "mscale_all_dim": 1.1}},
-    "rope_parameters": {"model_type": "llama",
-                        "rope_parameters": {"rope_theta": 500000.0, **LLAMA3_ROPE}},
+    "yarn, untruncated": {
+        "model_type": "qwen2",
+        "rope_scaling": {
+            **YARN,
+            "truncate": False,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "attention_factor": 1.3,
+        },
+    },
+    "yarn, mscale": {
+        "model_type": "llama",
+        "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.1},
+    },
+    "rope_parameters": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_theta": 500000.0, **LLAMA3_ROPE},
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral, window": {"model_type": "mistral", "sliding_window": 16},
     "qwen2": {"model_type": "qwen2"},
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2, window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16,
-                      "max_window_layers": 1},
+    "qwen2, window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_theta": 1000000},
-    "qwen3, default head_dim": {"model_type": "qwen3", "num_attention_heads": 2,
-                                "num_key_value_heads": 1},
+    "qwen3, default head_dim": {
+        "model_type": "qwen3",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
 }
 
 
@@ -71,8 +103,9 @@ def test_packed_rows_do_not_see_each_other(name, tmp_path):
     content = {**SMALL, **VARIANTS[name]}
     theirs = reference(content, tmp_path)
     ours, lengths = load_model(tmp_path), [30, 1, 7, 41]
-    tokens = torch.randint(0, ours.config.vocab_size, (1, sum(lengths)),
-                           generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(
+        0, ours.config.vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(2)
+    )
     actual = ours.logits(ours(tokens, lengths=lengths))
     expected = [theirs(row).logits for row in tokens.split(lengths, dim=1)]
     torch.testing.assert_close(actual, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
@@ -81,8 +114,9 @@ def test_packed_rows_do_not_see_each_other(name, tmp_path):
 
 @torch.no_grad()
 def assert_same_logits(theirs, ours, length, positions=None):
-    tokens = torch.randint(0, ours.config.vocab_size, (2, length),
-                           generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        0, ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1)
+    )
     expected = theirs(tokens, position_ids=positions).logits
     actual = ours.logits(ours(tokens, positions=positions))
     assert expected.std() > 0.1
@@ -92,8 +126,9 @@ def assert_same_logits(theirs, ours, length, positions=None):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_transformers(name, tmp_path):
     content = {**SMALL, **VARIANTS[name]}
-    content = {key: value for key, value in content.items()
-               if value is not None or key == "sliding_window"}
+    content = {
+        key: value for key, value in content.items() if value is not None or key == "sliding_window"
+    }
     theirs = reference(content, tmp_path)
     ours = load_model(tmp_path)
     assert_same_logits(theirs, ours, length=24)
@@ -131,10 +166,18 @@ def test_real_configs(shared_data, tmp_path):
         full = ModelConfig.load(directory)
         assert full.hidden_size == content["hidden_size"]
         ratio = content["num_attention_heads"] // content["num_key_value_heads"]
-        content.update(num_hidden_layers=2, hidden_size=16 * ratio, intermediate_size=48,
-                       vocab_size=128, num_attention_heads=2 * ratio,
-                       num_key_value_heads=2, head_dim=16, bos_token_id=1, eos_token_id=2,
-                       initializer_range=0.3)
+        content.update(
+            num_hidden_layers=2,
+            hidden_size=16 * ratio,
+            intermediate_size=48,
+            vocab_size=128,
+            num_attention_heads=2 * ratio,
+            num_key_value_heads=2,
+            head_dim=16,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.3,
+        )
         work = tmp_path / directory.name
         work.mkdir()
         theirs = reference(content, work)
@@ -170,8 +213,9 @@ def test_cache_gives_the_same_states(name):
         parts.append(model(chunk, cache=cache))
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=1e-4, atol=1e-5)
     cache.truncate(20)
-    torch.testing.assert_close(model(tokens[:, 20:30], cache=cache), model(tokens)[:, 20:30],
-                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(tokens[:, 20:30], cache=cache), model(tokens)[:, 20:30], rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -196,16 +240,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(plain, recomputed)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "baichuan"}, "baichuan"),
-    ({"hidden_act": "gelu"}, "gelu"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
-    ({"num_key_value_heads": 3}, "multiple"),
-    ({"vocab_size": -5}, "vocab_size"),
-    ({"hidden_size": None}, "hidden_size"),
-    ({"quantization_config": {"bits": 4}}, "quantised"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "baichuan"}, "baichuan"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"num_key_value_heads": 3}, "multiple"),
+        ({"vocab_size": -5}, "vocab_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+    ],
+)
 def test_refused_configs(change, message):
     content = {**SMALL, "model_type": "llama", **change}
     with pytest.raises(UserError, match=message):

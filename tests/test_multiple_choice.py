@@ -39,9 +39,17 @@ def small_model(folder, tokenizer_dir, vocab_size, **settings):
         if (tokenizer_dir / name).is_file():
             shutil.copyfile(tokenizer_dir / name, folder / name)
     torch.manual_seed(0)
-    config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
-              "max_position_embeddings": 4096, "vocab_size": vocab_size, **settings}
+    config = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 4096,
+        "vocab_size": vocab_size,
+        **settings,
+    }
     kind = transformers.MistralConfig if "sliding_window" in settings else transformers.LlamaConfig
     model = transformers.AutoModelForCausalLM.from_config(kind(**config))
     model.save_pretrained(folder)
@@ -50,8 +58,11 @@ def small_model(folder, tokenizer_dir, vocab_size, **settings):
 
 @pytest.fixture(scope="module")
 def llama2_dir(shared_data, tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "llama2",
-                       shared_data / "tokenizers" / "TinyLlama-1.1B-Chat-v0.6", 32000)
+    return small_model(
+        tmp_path_factory.mktemp("models") / "llama2",
+        shared_data / "tokenizers" / "TinyLlama-1.1B-Chat-v0.6",
+        32000,
+    )
 
 
 def harness(shared_data, llama2_dir, folder):
@@ -59,22 +70,31 @@ def harness(shared_data, llama2_dir, folder):
     from lm_eval_oracle import log_likelihoods as found_by_harness
 
     (folder / "tasks").mkdir()
-    headings = {"ceval": "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n",
-                "cmmlu": "以下是关于解剖学的单项选择题，请直接给出正确答案的选项。\n\n",
-                "mmlu": "The following are multiple choice questions (with answers) about anatomy."
-                        "\n\n"}
+    headings = {
+        "ceval": "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n",
+        "cmmlu": "以下是关于解剖学的单项选择题，请直接给出正确答案的选项。\n\n",
+        "mmlu": "The following are multiple choice questions (with answers) about anatomy.\n\n",
+    }
     endings = {"ceval": "答案：", "cmmlu": "答案是：", "mmlu": "Answer:"}
     for name, (_, rows, shown, question, answer, delimiter) in FILES.items():
-        files = {"dev": str(shared_data / "eval" / name / shown),
-                 "rows": str(shared_data / "eval" / name / rows)}
+        files = {
+            "dev": str(shared_data / "eval" / name / shown),
+            "rows": str(shared_data / "eval" / name / rows),
+        }
         header = {"names": [question, *LETTERS, answer], "header": None} if name == "mmlu" else {}
         task = {
-            "task": name, "dataset_path": "csv", "test_split": "rows", "fewshot_split": "dev",
+            "task": name,
+            "dataset_path": "csv",
+            "test_split": "rows",
+            "fewshot_split": "dev",
             "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache"), **header},
-            "fewshot_config": {"sampler": "first_n"}, "output_type": "multiple_choice",
-            "description": headings[name], "doc_to_target": answer, "doc_to_choice": list(LETTERS),
+            "fewshot_config": {"sampler": "first_n"},
+            "output_type": "multiple_choice",
+            "description": headings[name],
+            "doc_to_target": answer,
+            "doc_to_choice": list(LETTERS),
             "doc_to_text": "题目：" * (name == "cmmlu") + "{{" + question + ".strip()}}\nA. {{A}}\n"
-                           "B. {{B}}\nC. {{C}}\nD. {{D}}\n" + endings[name],
+            "B. {{B}}\nC. {{C}}\nD. {{D}}\n" + endings[name],
             "target_delimiter": delimiter,
         }
         (folder / "tasks" / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML too
@@ -83,8 +103,9 @@ def harness(shared_data, llama2_dir, folder):
 
 def first_questions(shared_data, name, num_fewshot, count=SAMPLES):
     key, rows, *_ = FILES[name]
-    (subject,) = read_subjects(BENCHMARKS[name], shared_data / "eval" / name, rows.split("/")[0],
-                               num_fewshot, [key])
+    (subject,) = read_subjects(
+        BENCHMARKS[name], shared_data / "eval" / name, rows.split("/")[0], num_fewshot, [key]
+    )
     return replace(subject, questions=subject.questions[:count])
 
 
@@ -96,8 +117,13 @@ def test_log_likelihoods_equal_lm_evaluation_harness(shared_data, llama2_dir, tm
         rows = answer_subject(model, prompts, subject, num_fewshot, batch_size=3)
         ours = torch.tensor([[row[letter] for letter in LETTERS] for row in rows])
         assert ours.shape == (SAMPLES, 4) and {row["num_fewshot"] for row in rows} == {num_fewshot}
-        torch.testing.assert_close(ours, torch.tensor(theirs[name][num_fewshot]), rtol=0, atol=1e-4,
-                                   msg=lambda text, at=(name, num_fewshot): f"{at}: {text}")
+        torch.testing.assert_close(
+            ours,
+            torch.tensor(theirs[name][num_fewshot]),
+            rtol=0,
+            atol=1e-4,
+            msg=lambda text, at=(name, num_fewshot): f"{at}: {text}",
+        )
 
 
 def alone(model, ids, option):
@@ -111,8 +137,10 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
     folder = small_model(tmp_path / "model", tiny_tokenizer_dir, 300)
     tokenizer = Tokenizer.load(folder)
     template = template_name and get_template(template_name, tokenizer)
-    questions = [Question(str(number), "the cat " * (1 + 3 * number), ("a", "b 猫", "", "d"), "B")
-                 for number in range(5)]
+    questions = [
+        Question(str(number), "the cat " * (1 + 3 * number), ("a", "b 猫", "", "d"), "B")
+        for number in range(5)
+    ]
     subject = Subject("cats", "cats", "", questions[1:], questions[:1])
     prompts = Prompts(BENCHMARKS["ceval"], tokenizer, template)
     made = [prompts.prompt(subject, subject.demonstrations, one) for one in subject.questions]
@@ -122,8 +150,11 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
         found = log_likelihoods(load_model(folder), made, batch_size)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
     if template:  # the letter stands where the model was trained to write it
-        message = {"role": "user", "content": BENCHMARKS["ceval"].heading.format(subject="cats")
-                   + questions[1].asked(BENCHMARKS["ceval"])}
+        message = {
+            "role": "user",
+            "content": BENCHMARKS["ceval"].heading.format(subject="cats")
+            + questions[1].asked(BENCHMARKS["ceval"]),
+        }
         one = prompts.prompt(subject, [], questions[1])
         assert one.ids == template.encode_prompt([message])
         whole, _ = template.encode([message, {"role": "assistant", "content": "C"}])
@@ -150,19 +181,27 @@ def test_the_letter_is_the_token_of_its_place(llama2_dir):
     assert prompt.options[0] == [29909] and tokenizer.encode("A") == [319]
     assert tokenizer.decode(prompt.ids) == (
         "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
-        "一\nA. a\nB. b\nC. c\nD. d\n答案：")
+        "一\nA. a\nB. b\nC. c\nD. d\n答案："
+    )
 
 
 def test_a_tokenizer_without_the_letters_is_refused():
     known = {"A": 1, "B": 2}
     for letters in ({}, known, {**known, "C": 3}):
-        tokenizer = SimpleNamespace(add_bos_token=False, bos_token_id=None, encode=lambda text,
-                                    ids=letters: [ids.get(one, 0) for one in text])
+        tokenizer = SimpleNamespace(
+            add_bos_token=False,
+            bos_token_id=None,
+            encode=lambda text, ids=letters: [ids.get(one, 0) for one in text],
+        )
         question = Question("0", "一", ("a", "b", "c", "d"), "A")
         prompts = Prompts(BENCHMARKS["ceval"], tokenizer)
         if len(letters) == 3:  # one unknown letter is still told from the others
-            assert prompts.prompt(Subject("", "", "", []), [], question).options == [[1], [2], [3],
-                                                                                     [0]]
+            assert prompts.prompt(Subject("", "", "", []), [], question).options == [
+                [1],
+                [2],
+                [3],
+                [0],
+            ]
             continue
         with pytest.raises(UserError, match="does not tell the letters"):
             prompts.prompt(Subject("", "", "", []), [], question)
@@ -170,8 +209,9 @@ def test_a_tokenizer_without_the_letters_is_refused():
 
 def test_demonstrations_that_find_no_room_are_dropped(tiny_tokenizer_dir):
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
-    questions = [Question(str(number), "the cat " * 5, ("a", "b", "c", "d"), "B")
-                 for number in range(4)]
+    questions = [
+        Question(str(number), "the cat " * 5, ("a", "b", "c", "d"), "B") for number in range(4)
+    ]
     subject = Subject("cats", "cats", "", questions, questions)
     whole = Prompts(BENCHMARKS["mmlu"], tokenizer).prompt(subject, questions[:3], questions[3])
     room = Prompts(BENCHMARKS["mmlu"], tokenizer, max_length=len(whole.ids) + 1)
@@ -202,8 +242,11 @@ def test_shared_length():
     assert shared_length([[], []]) == 0
 
 
-HEADERS = {"ceval": "id,question,A,B,C,D,answer,explanation\n3,Q,a,b,c,d,B,why\n",
-           "cmmlu": ",Question,A,B,C,D,Answer\n3,Q,a,b,c,d,B\n", "mmlu": "Q,a,b,c,d,B\n"}
+HEADERS = {
+    "ceval": "id,question,A,B,C,D,answer,explanation\n3,Q,a,b,c,d,B,why\n",
+    "cmmlu": ",Question,A,B,C,D,Answer\n3,Q,a,b,c,d,B\n",
+    "mmlu": "Q,a,b,c,d,B\n",
+}
 
 
 def data_folder(tmp_path, content, name="law", mapping='{"law": ["Law", "法学", "Humanities"]}'):
@@ -264,15 +307,23 @@ def test_answers_that_are_kept_back_and_numbers_that_are_not_unique(tmp_path):
         read_subjects(BENCHMARKS["ceval"], tmp_path / "data", "test", 1)
 
 
-@pytest.mark.parametrize("content, said", [
-    ("id,question,A,B,C,answer\n0,Q,a,b,c,B\n", "column d is missing"),
-    ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,E\n", "line 2: the answer is 'E'"),
-    ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,A\n1,Q,a,b,c,d,\n", "line 3: there is no answer"),
-    ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d\n", "line 2: 6 columns where the first row has 7"),
-    ("id,question,A,B,C,D,answer\n", "no questions"), ("", "no questions"),
-    ("a,b\n", "but 2 columns"),
-    ("Q,a,b,c,d\n", "has no answers"), ('Q,"a,b,c,d,B\n', "line"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("id,question,A,B,C,answer\n0,Q,a,b,c,B\n", "column d is missing"),
+        ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,E\n", "line 2: the answer is 'E'"),
+        ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,A\n1,Q,a,b,c,d,\n", "line 3: there is no answer"),
+        (
+            "id,question,A,B,C,D,answer\n0,Q,a,b,c,d\n",
+            "line 2: 6 columns where the first row has 7",
+        ),
+        ("id,question,A,B,C,D,answer\n", "no questions"),
+        ("", "no questions"),
+        ("a,b\n", "but 2 columns"),
+        ("Q,a,b,c,d\n", "has no answers"),
+        ('Q,"a,b,c,d,B\n', "line"),
+    ],
+)
 def test_bad_files_are_named(tmp_path, content, said):
     folder = data_folder(tmp_path, content)
     with pytest.raises(UserError, match=said) as error:

@@ -13,14 +13,21 @@ from minisft.selection.near_duplicates import near_duplicates
 
 def similarity_of(left, right):
     """The Jaccard index of the sets of runs of five characters."""
-    left, right = ({text[start : start + 5] for start in range(max(1, len(text) - 4))}
-                   for text in (left, right))
+    left, right = (
+        {text[start : start + 5] for start in range(max(1, len(text) - 4))}
+        for text in (left, right)
+    )
     return len(left & right) / len(left | right)
 
 
 def test_similarity_is_of_runs_of_five_characters():
-    for left, right in (("the cat sat on the mat", "the cat sat on the hat"), ("abc", "abc"),
-                        ("abc", "abd"), ("今天天气很好啊", "今天天气很好吗"), ("a" * 20, "a" * 9)):
+    for left, right in (
+        ("the cat sat on the mat", "the cat sat on the hat"),
+        ("abc", "abc"),
+        ("abc", "abd"),
+        ("今天天气很好啊", "今天天气很好吗"),
+        ("a" * 20, "a" * 9),
+    ):
         found = module.jaccard(*map(module.shingles, (left, right)))
         assert found == pytest.approx(similarity_of(left, right))
 
@@ -33,13 +40,17 @@ def test_near_duplicates():
         "Name three countries in Europe and describe the food that people eat here.",
         "Name three animals in Africa and say what they eat.",
         "Write a poem about a tree",
-        "写一首关于树的诗。", "写一首关于树的诗", "写一首关于海的长诗。",
-        "?", "!",
+        "写一首关于树的诗。",
+        "写一首关于树的诗",
+        "写一首关于海的长诗。",
+        "?",
+        "!",
     ]
     found = near_duplicates(texts, 0.85).tolist()
     assert [number for number, one in enumerate(found) if one] == [2, 3, 5, 7, 10]
     assert near_duplicates(texts, 1.0).tolist() == [
-        number in (2, 5, 7, 10) for number in range(len(texts))]
+        number in (2, 5, 7, 10) for number in range(len(texts))
+    ]
 
 
 def test_a_dropped_text_drops_no_other():
@@ -125,6 +136,8 @@ def test_a_signature_is_of_all_shingles():
     generator = np.random.default_rng(0)
     shingles = np.unique(generator.integers(2**63, size=10_000, dtype=np.uint64))
     factors, offsets = generator.integers(2**63, size=(2, 6), dtype=np.uint64)
-    expected = [min((value * factor + offset) % 2**64 for value in shingles.tolist())
-                for factor, offset in zip(factors.tolist(), offsets.tolist(), strict=True)]
+    expected = [
+        min((value * factor + offset) % 2**64 for value in shingles.tolist())
+        for factor, offset in zip(factors.tolist(), offsets.tolist(), strict=True)
+    ]
     assert module.minhash(shingles, factors, offsets).tolist() == expected

@@ -24,8 +24,15 @@ from minisft.model.loss import (
 )
 from minisft.model.memory_saving_loss import cross_entropy_in_place, token_losses_frozen_head
 
-CONFIG = ModelConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                     num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+CONFIG = ModelConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+)
 
 
 def new_model():
@@ -53,13 +60,21 @@ def test_equals_masked_cross_entropy():
     loss, count = next_token_loss(model, tokens, supervised)
     labels = torch.where(supervised, tokens, -100)
     logits = model.logits(model(tokens))
-    expected = F.cross_entropy(logits[:, :-1].reshape(-1, 96), labels[:, 1:].reshape(-1),
-                               ignore_index=-100, reduction="sum")
+    expected = F.cross_entropy(
+        logits[:, :-1].reshape(-1, 96),
+        labels[:, 1:].reshape(-1),
+        ignore_index=-100,
+        reduction="sum",
+    )
     torch.testing.assert_close(loss, expected)
     assert count == (labels[:, 1:] != -100).sum()
     trained = list(model.parameters())
-    torch.testing.assert_close(torch.autograd.grad(loss, trained),
-                               torch.autograd.grad(expected, trained), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, trained),
+        torch.autograd.grad(expected, trained),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def step_gradients(examples, batch_size, frozen_head=False):
@@ -134,8 +149,9 @@ def test_memory_saving_losses_equal_the_plain_ones(frozen_head, dtype, size):
         assert losses.dtype == torch.float32
     (losses, *gradients), (plain_losses, *plain_gradients) = results
     torch.testing.assert_close(losses, plain_losses, rtol=1e-6, atol=1e-6)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {
-        "rtol": 2e-2, "atol": 1e-2}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    )
     torch.testing.assert_close(gradients, plain_gradients, **tolerance)
 
 
@@ -173,7 +189,8 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones():
         results.append((loss, count, [one.grad for one in model.parameters()]))
     (padded, count, gradients), (packed, packed_count, packed_gradients) = results
     assert count == packed_count and pack(examples)[0].numel() == sum(
-        len(one.ids) for one in examples)
+        len(one.ids) for one in examples
+    )
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=0)
     torch.testing.assert_close(packed_gradients, gradients, rtol=1e-4, atol=1e-5)
 
@@ -181,24 +198,34 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones():
 def test_texts_in_packed_blocks_have_the_losses_they_have_alone(monkeypatch):
     """--stage pt --packing: in blocks of several texts, and of parts of long texts."""
     draw, model, seen = random.Random(0), new_model(), []
-    letters = SimpleNamespace(bos_token_id=0, add_bos_token=True, eos_token_id=1, encode=lambda
-                              text: [3 + ord(letter) % 90 for letter in text])
+    letters = SimpleNamespace(
+        bos_token_id=0,
+        add_bos_token=True,
+        eos_token_id=1,
+        encode=lambda text: [3 + ord(letter) % 90 for letter in text],
+    )
     texts = ["".join(draw.choices("abcdefgh ij", k=length)) for length in (5, 9, 70, 0, 3, 24, 1)]
     blocks, _ = encode_texts(texts, letters, block_size=24, packing=True)
     assert max(len(block.lengths) for block in blocks) > 2  # several texts
     assert any(block.lengths == [24] for block in blocks)  # the middle of a long one
     angles = model.model.angles
-    monkeypatch.setattr(model.model, "angles", lambda positions, dtype: (
-        seen.append(positions) or angles(positions, dtype)))
+    monkeypatch.setattr(
+        model.model,
+        "angles",
+        lambda positions, dtype: seen.append(positions) or angles(positions, dtype),
+    )
     tokens, supervised, lengths = pack(blocks)
     states = model(tokens, lengths=lengths)[0, :-1][supervised[0, 1:]]
     packed = token_losses(model.logits, states, tokens[0, 1:][supervised[0, 1:]])
 
-    alone = [torch.from_numpy(text.ids.astype("int64")) for block in blocks
-             for text in block.texts()]
+    alone = [
+        torch.from_numpy(text.ids.astype("int64")) for block in blocks for text in block.texts()
+    ]
     assert torch.equal(seen[0], torch.cat([torch.arange(len(ids)) for ids in alone]))
-    expected = [F.cross_entropy(model.logits(model(ids[None]))[0, :-1], ids[1:], reduction="none")
-                for ids in alone]
+    expected = [
+        F.cross_entropy(model.logits(model(ids[None]))[0, :-1], ids[1:], reduction="none")
+        for ids in alone
+    ]
     torch.testing.assert_close(packed, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -241,10 +268,21 @@ def varlen_on_the_cpu():
     from torch.nn.attention import varlen
 
     def attend(q, k, v, bounds):
-        rows = zip(*(one.transpose(0, 1).tensor_split(bounds[1:-1].long(), dim=1)
-                     for one in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True)
-                          for row in rows], dim=1).transpose(0, 1).contiguous()
+        rows = zip(
+            *(one.transpose(0, 1).tensor_split(bounds[1:-1].long(), dim=1) for one in (q, k, v)),
+            strict=True,
+        )
+        return (
+            torch.cat(
+                [
+                    F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True)
+                    for row in rows
+                ],
+                dim=1,
+            )
+            .transpose(0, 1)
+            .contiguous()
+        )
 
     @varlen._varlen_attn.register_kernel("cpu")
     def forward(q, k, v, bounds, bounds_k, longest, longest_k, is_causal, *_):
@@ -269,8 +307,9 @@ def test_batch_without_supervised_tokens():
     loss, count = next_token_loss(model, tokens, torch.zeros_like(supervised))
     loss.backward()
     assert loss.item() == 0.0 and count == 0
-    assert all(parameter.grad is not None and not parameter.grad.any()
-               for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters()
+    )
 
 
 def test_padding_with_the_end_token_keeps_the_end_supervised():

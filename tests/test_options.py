@@ -35,7 +35,8 @@ MODEL = ["--model_name_or_path", "m"]
 
 def test_hyphens_and_switches():
     options = new_parser().parse_options(
-        ["--model-name-or-path", "some-model", "--lora-rank=4", "--plot-loss"])
+        ["--model-name-or-path", "some-model", "--lora-rank=4", "--plot-loss"]
+    )
     assert options.model_name_or_path == "some-model"
     assert options.lora_rank == 4 and options.plot_loss is True
     assert new_parser().parse_options([*MODEL, "--plot_loss", "False"]).plot_loss is False
@@ -43,8 +44,10 @@ def test_hyphens_and_switches():
 
 def test_recipe_and_command_line(tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('model_name_or_path = "m"\nlora-rank = 16\nlearning_rate = 1e-3\n'
-                      'plot_loss = true\nnames = ["x", "y"]\ndtype = "bfloat16"\n')
+    recipe.write_text(
+        'model_name_or_path = "m"\nlora-rank = 16\nlearning_rate = 1e-3\n'
+        'plot_loss = true\nnames = ["x", "y"]\ndtype = "bfloat16"\n'
+    )
     options = new_parser().parse_options(["--config", str(recipe), "--lora_rank", "2"])
     assert (options.lora_rank, options.learning_rate, options.plot_loss) == (2, 1e-3, True)
     assert options.names == "x,y" and options.model_name_or_path == "m"
@@ -57,7 +60,8 @@ def test_home_folder_in_recipes_and_after_an_equals_sign(tmp_path, monkeypatch):
     options = new_parser().parse_options(["--config", str(recipe)])
     assert (options.model_name_or_path, options.names) == ("/home/someone/m", "a~/b")
     assert new_parser().parse_options(["--model_name_or_path=~/n"]).model_name_or_path == (
-        "/home/someone/n")
+        "/home/someone/n"
+    )
 
 
 def test_names_of_other_tools_lead_to_existing_flags():
@@ -74,7 +78,9 @@ def test_given_flags_are_known_also_at_their_default(tmp_path):
     parser, recipe = new_parser(), tmp_path / "recipe.toml"
     recipe.write_text('model_name_or_path = "m"\nnames = "a"\nplot_loss = true\n')
     assert parser.given(parser.parse_options([*MODEL, "--lora_rank", "8"])) == {
-        "model_name_or_path", "lora_rank"}
+        "model_name_or_path",
+        "lora_rank",
+    }
     options = parser.parse_options(["--config", str(recipe)])
     assert parser.given(options) == {"config", "model_name_or_path", "names", "plot_loss"}
     options = parser.parse_options(["--config", str(recipe), "--plot_loss", "false"])
@@ -95,10 +101,12 @@ def test_all_unknown_names_are_reported_at_once(tmp_path):
     recipe.write_text("lora_rnk = 4\nsomething = 1\nlora_rank = 2\n")
     with pytest.raises(UserError) as caught:
         new_parser().parse_options(
-            ["--config", str(recipe), "--do_train", "--lr=3", "--names", "x"])
+            ["--config", str(recipe), "--do_train", "--lr=3", "--names", "x"]
+        )
     assert str(caught.value) == (
         f"no such flag: --do_train, --lr (did you mean --learning_rate?); {recipe}: no such "
-        "option: lora_rnk (did you mean lora_rank?), something (see --help)")
+        "option: lora_rnk (did you mean lora_rank?), something (see --help)"
+    )
     with pytest.raises(UserError, match="--a, --b must be given"):
         parser = OptionParser()
         add, _ = parser.section("numbers")
@@ -107,14 +115,17 @@ def test_all_unknown_names_are_reported_at_once(tmp_path):
         parser.parse_options([])
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("lora_rnk = 4", "no such option: lora_rnk .did you mean lora_rank"),
-    ("load_in_4bit = true", "did you mean quantization_bit"),
-    ('lora_rank = "many"', "lora_rank"),
-    ('dtype = "float8"', "float32"),
-    ("plot_loss = 5", "true nor false"),
-    ("lora_rank = ", "TOML"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_rnk = 4", "no such option: lora_rnk .did you mean lora_rank"),
+        ("load_in_4bit = true", "did you mean quantization_bit"),
+        ('lora_rank = "many"', "lora_rank"),
+        ('dtype = "float8"', "float32"),
+        ("plot_loss = 5", "true nor false"),
+        ("lora_rank = ", "TOML"),
+    ],
+)
 def test_bad_recipes(text, message, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(text)
@@ -122,16 +133,19 @@ def test_bad_recipes(text, message, tmp_path):
         new_parser().parse_options([*MODEL, "--config", str(recipe)])
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([*MODEL, "--lora_rnk", "4"], "did you mean --lora_rank"),
-    ([*MODEL, "--lora_r", "4"], "did you mean --lora_rank"),
-    ([*MODEL, "--torch-dtype=bfloat16"], "did you mean --dtype"),
-    ([*MODEL, "--do_train"], "no such flag: --do_train .see --help.$"),
-    ([*MODEL, "--lora_rank", "many"], "many"),
-    ([*MODEL, "--dtype", "float8"], "float8"),
-    ([*MODEL, "stray"], "stray"),
-    ([], "--model_name_or_path"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*MODEL, "--lora_rnk", "4"], "did you mean --lora_rank"),
+        ([*MODEL, "--lora_r", "4"], "did you mean --lora_rank"),
+        ([*MODEL, "--torch-dtype=bfloat16"], "did you mean --dtype"),
+        ([*MODEL, "--do_train"], "no such flag: --do_train .see --help.$"),
+        ([*MODEL, "--lora_rank", "many"], "many"),
+        ([*MODEL, "--dtype", "float8"], "float8"),
+        ([*MODEL, "stray"], "stray"),
+        ([], "--model_name_or_path"),
+    ],
+)
 def test_bad_command_lines(arguments, message):
     with pytest.raises(UserError, match=message):
         new_parser().parse_options(arguments)
@@ -146,9 +160,17 @@ def test_record_repeats_the_run(tmp_path):
     assert tomllib.loads((tmp_path / "options.toml").read_text())["learning_rate"] == 3e-5
 
 
-@pytest.mark.parametrize(("capabilities", "native"), [
-    ({"avx2": True}, False), ({"avx512_f": True, "avx512_bf16": False}, False), ({}, False),
-    ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"bf16": True}, True)])
+@pytest.mark.parametrize(
+    ("capabilities", "native"),
+    [
+        ({"avx2": True}, False),
+        ({"avx512_f": True, "avx512_bf16": False}, False),
+        ({}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"bf16": True}, True),
+    ],
+)
 def test_which_processors_multiply_bfloat16(capabilities, native, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert devices.has_fast_bfloat16.real(torch.device("cpu")) == native
@@ -166,22 +188,47 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
     monkeypatch.setattr("minisft.common.devices.has_fast_bfloat16", lambda device: native)
     dtype = "bfloat16" if native else "float32"
     model = ["--model_name_or_path", checkpoint, "--device", "cpu", "--dataset", rows_file]
-    printed = here(train, *model, "--template", "plain", "--max_steps", 1, "--output_dir",
-                   tmp_path / "out", "--dataloader_num_workers", 0)
+    printed = here(
+        train,
+        *model,
+        "--template",
+        "plain",
+        "--max_steps",
+        1,
+        "--output_dir",
+        tmp_path / "out",
+        "--dataloader_num_workers",
+        0,
+    )
     assert f" cpu, {dtype}, 1 process(es)" in printed
     assert f" cpu, {dtype}, 1 process(es)" in here(
-        score, *model, "--template", "alpaca", "--output", tmp_path / "scores.jsonl")
+        score, *model, "--template", "alpaca", "--output", tmp_path / "scores.jsonl"
+    )
     assistant = Assistant(checkpoint, template="plain", device="cpu")
     assert assistant.dtype == assistant.model.model.norm.weight.dtype == getattr(torch, dtype)
 
 
-@pytest.mark.parametrize("before", [
-    [], ["-u"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]],
-    ids=["forked", "started", "torchrun"])
+@pytest.mark.parametrize(
+    "before",
+    [[], ["-u"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]],
+    ids=["forked", "started", "torchrun"],
+)
 def test_the_suite_computes_in_float32(before, checkpoint, rows_file):
     """However a script is started: tests/startup/sitecustomize.py comes first."""
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-                   "plain", "--device", "cpu", "--output_dir", "-", "--dry_run", before=before)
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--device",
+        "cpu",
+        "--output_dir",
+        "-",
+        "--dry_run",
+        before=before,
+    )
     assert "float32 on 1 x cpu" in done.stdout, done.stdout + done.stderr
 
 
@@ -197,8 +244,18 @@ def test_types_and_devices(monkeypatch):
     for arguments in (["--bf16", "--fp16"], ["--fp16", "--dtype", "float32"]):
         with pytest.raises(UserError, match="contradicts"):
             resolved(*arguments)
-    for name in ("cuda:77", "cuda:zz", "cuda:", "cuda:-1", "cuda:200", "cuda:01", "cpu:3", "gpu",
-                 "mps", ""):
+    for name in (
+        "cuda:77",
+        "cuda:zz",
+        "cuda:",
+        "cuda:-1",
+        "cuda:200",
+        "cuda:01",
+        "cpu:3",
+        "gpu",
+        "mps",
+        "",
+    ):
         options = new_parser().parse_options([*MODEL, f"--device={name}"])
         with pytest.raises(UserError, match=f"--device {name}: "):
             resolve_device(options.device)
@@ -214,8 +271,11 @@ def test_output_folder(tmp_path):
     (tmp_path / "full" / "file").write_text("x")
     assert check_output_dir(tmp_path / "new", False) == tmp_path / "new"
     check_output_dir(tmp_path / "full", True)
-    for path, overwrite, inputs in (("full", False, []), ("full/file", True, []),
-                                    ("full", True, [tmp_path / "full"])):
+    for path, overwrite, inputs in (
+        ("full", False, []),
+        ("full/file", True, []),
+        ("full", True, [tmp_path / "full"]),
+    ):
         with pytest.raises(UserError, match="--output_dir"):
             check_output_dir(tmp_path / path, overwrite, *inputs)
 
@@ -223,17 +283,21 @@ def test_output_folder(tmp_path):
 def failing(error):
     def main():
         raise error
+
     return main
 
 
-@pytest.mark.parametrize(("error", "status", "said"), [
-    (UserError("rows.json: empty"), 2, "error: rows.json: empty\n"),
-    (UserError("a\nb\x1b[2J \ud83d 中文"), 2, r"error: a\nb\x1b[2J \ud83d 中文" + "\n"),
-    (FileNotFoundError(2, "No such file", "x.json"), 2, "error: x.json: No such file\n"),
-    (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
-    (MemoryError(), 2, "error: out of memory: use smaller batches or a smaller model\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n"),
-])
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UserError("rows.json: empty"), 2, "error: rows.json: empty\n"),
+        (UserError("a\nb\x1b[2J \ud83d 中文"), 2, r"error: a\nb\x1b[2J \ud83d 中文" + "\n"),
+        (FileNotFoundError(2, "No such file", "x.json"), 2, "error: x.json: No such file\n"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
+        (MemoryError(), 2, "error: out of memory: use smaller batches or a smaller model\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
 def test_user_errors_take_one_line(error, status, said, capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(failing(error))

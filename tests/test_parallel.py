@@ -12,19 +12,34 @@ from standing import HANG_SECONDS
 from minisft.common import failure
 
 # The first fails before the processes join, the second after.
-MISTAKES = {"--lora_rnk": "did you mean --lora_rank",
-            "--dataset": "nowhere.json: there is no such file"}
+MISTAKES = {
+    "--lora_rnk": "did you mean --lora_rank",
+    "--dataset": "nowhere.json: there is no such file",
+}
 
 
 @pytest.fixture
 def flags(checkpoint, rows_file, tmp_path):
-    return ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--template", "plain",
-            "--output_dir", tmp_path / "out", "--dataloader_num_workers", 0]
+    return [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--output_dir",
+        tmp_path / "out",
+        "--dataloader_num_workers",
+        0,
+    ]
 
 
 def torchrun(processes, *arguments, script="train.py"):
-    return command(*arguments, script=script,
-                   before=["-m", "torch.distributed.run", "--nproc_per_node", str(processes)])
+    return command(
+        *arguments,
+        script=script,
+        before=["-m", "torch.distributed.run", "--nproc_per_node", str(processes)],
+    )
 
 
 @pytest.mark.parametrize("flag", MISTAKES)

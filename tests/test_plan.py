@@ -31,8 +31,15 @@ sys.path.append(str(ROOT / "bench"))
 import peak  # noqa: E402
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.toml"))
-SHAPE = {**CONFIG, "vocab_size": 500, "hidden_size": 96, "intermediate_size": 264,
-         "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 4}
+SHAPE = {
+    **CONFIG,
+    "vocab_size": 500,
+    "hidden_size": 96,
+    "intermediate_size": 264,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 4,
+}
 
 
 def saved(folder, fields, seed=0):
@@ -47,22 +54,27 @@ def saved(folder, fields, seed=0):
 QWEN3 = {"model_type": "qwen3", "head_dim": 16}
 
 
-@pytest.mark.parametrize(("fields", "lora", "bits", "dtype"), [
-    ({}, LoraConfig(rank=5), None, torch.float32),
-    ({}, None, None, torch.float32),
-    ({}, LoraConfig(rank=5), None, torch.bfloat16),
-    ({}, None, None, torch.bfloat16),
-    ({}, LoraConfig(rank=5), 4, torch.float32),
-    ({}, LoraConfig(rank=5), 8, torch.bfloat16),
-    ({}, LoraConfig(target_modules=("q_proj", "v_proj")), None, torch.float32),
-    ({}, LoraConfig(target_modules=("o_proj", "down_proj")), None, torch.float32),
-    ({}, LoraConfig(dropout=0.1), None, torch.float32),
-    ({}, LoraConfig(dropout=0.1), None, torch.bfloat16),
-    ({}, LoraConfig(rank=5, modules_to_save=("embed_tokens",)), None, torch.bfloat16),
-    (QWEN3, LoraConfig(), None, torch.float32),
-    (QWEN3, None, None, torch.bfloat16),
-])
-def test_planned_activations_of_a_layer_are_what_autograd_keeps(fields, lora, bits, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("fields", "lora", "bits", "dtype"),
+    [
+        ({}, LoraConfig(rank=5), None, torch.float32),
+        ({}, None, None, torch.float32),
+        ({}, LoraConfig(rank=5), None, torch.bfloat16),
+        ({}, None, None, torch.bfloat16),
+        ({}, LoraConfig(rank=5), 4, torch.float32),
+        ({}, LoraConfig(rank=5), 8, torch.bfloat16),
+        ({}, LoraConfig(target_modules=("q_proj", "v_proj")), None, torch.float32),
+        ({}, LoraConfig(target_modules=("o_proj", "down_proj")), None, torch.float32),
+        ({}, LoraConfig(dropout=0.1), None, torch.float32),
+        ({}, LoraConfig(dropout=0.1), None, torch.bfloat16),
+        ({}, LoraConfig(rank=5, modules_to_save=("embed_tokens",)), None, torch.bfloat16),
+        (QWEN3, LoraConfig(), None, torch.float32),
+        (QWEN3, None, None, torch.bfloat16),
+    ],
+)
+def test_planned_activations_of_a_layer_are_what_autograd_keeps(
+    fields, lora, bits, dtype, tmp_path
+):
     """Within a hundredth; the sums of the attention and of the norms, a few numbers, are left out.
 
     The peak of a step would hide an error here behind weights and logits.
@@ -74,8 +86,10 @@ def test_planned_activations_of_a_layer_are_what_autograd_keeps(fields, lora, bi
     else:
         model.requires_grad_(True)
     model.train()
-    kept, known = {}, {one.untyped_storage().data_ptr()
-                       for one in (*model.parameters(), *model.buffers())}
+    kept, known = (
+        {},
+        {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())},
+    )
     layer = model.model.layers[1]
 
     def keep(tensor):
@@ -85,8 +99,11 @@ def test_planned_activations_of_a_layer_are_what_autograd_keeps(fields, lora, bi
         return tensor
 
     def begin(_, arguments):
-        known.update(one.untyped_storage().data_ptr() for one in arguments[1:]
-                     if isinstance(one, torch.Tensor))  # the angles, which all layers share
+        known.update(
+            one.untyped_storage().data_ptr()
+            for one in arguments[1:]
+            if isinstance(one, torch.Tensor)
+        )  # the angles, which all layers share
         hooks.__enter__()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
@@ -100,30 +117,59 @@ def test_planned_activations_of_a_layer_are_what_autograd_keeps(fields, lora, bi
     assert planned == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize(("fields", "batch_size", "length", "accumulated", "dtype", "flags"), [
-    ({}, 4, 128, 1, "float32", []),
-    ({"vocab_size": 20000}, 4, 400, 1, "float32", []),
-    ({}, 4, 128, 1, "float32", peak.CHECKPOINTING),
-    ({}, 4, 128, 1, "float32", peak.FULL),
-    ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 1, "float32", peak.FULL),
-    ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 3, "float32", peak.FULL),
-    ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 1, "float32", peak.FULL),
-    ({"vocab_size": 8000}, 4, 400, 2, "float32", peak.FULL + peak.CHECKPOINTING),
-    ({}, 4, 128, 1, "bfloat16", peak.FULL),
-    ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 2, "bfloat16",
-     peak.FULL + peak.CHECKPOINTING),
-    ({"hidden_size": 384}, 2, 64, 1, "float32", ["--quantization_bit", "4", "--packing"]),
-    ({"vocab_size": 20000}, 1, 64, 1, "float32", ["--modules_to_save", "embed_tokens,lm_head"]),
-    ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 1, "float32",
-     peak.REWARD + peak.FULL),
-    ({"vocab_size": 20000}, 2, 128, 1, "float32", peak.REWARD),
-    ({"vocab_size": 20000}, 1, 64, 1, "float32", peak.DPO + ["--modules_to_save", "lm_head"]),
-    ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 1, "float32", peak.DPO + peak.FULL),
-    ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 1, "bfloat16",
-     peak.DPO + peak.FULL + ["--precompute_reference"]),
-])
-def test_planned_peak_is_the_measured_one(fields, batch_size, length, accumulated, dtype, flags,
-                                          tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("fields", "batch_size", "length", "accumulated", "dtype", "flags"),
+    [
+        ({}, 4, 128, 1, "float32", []),
+        ({"vocab_size": 20000}, 4, 400, 1, "float32", []),
+        ({}, 4, 128, 1, "float32", peak.CHECKPOINTING),
+        ({}, 4, 128, 1, "float32", peak.FULL),
+        ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 1, "float32", peak.FULL),
+        ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 3, "float32", peak.FULL),
+        ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 1, "float32", peak.FULL),
+        ({"vocab_size": 8000}, 4, 400, 2, "float32", peak.FULL + peak.CHECKPOINTING),
+        ({}, 4, 128, 1, "bfloat16", peak.FULL),
+        (
+            {"hidden_size": 384, "intermediate_size": 1024},
+            1,
+            32,
+            2,
+            "bfloat16",
+            peak.FULL + peak.CHECKPOINTING,
+        ),
+        ({"hidden_size": 384}, 2, 64, 1, "float32", ["--quantization_bit", "4", "--packing"]),
+        ({"vocab_size": 20000}, 1, 64, 1, "float32", ["--modules_to_save", "embed_tokens,lm_head"]),
+        (
+            {"vocab_size": 20000, "tie_word_embeddings": True},
+            1,
+            64,
+            1,
+            "float32",
+            peak.REWARD + peak.FULL,
+        ),
+        ({"vocab_size": 20000}, 2, 128, 1, "float32", peak.REWARD),
+        ({"vocab_size": 20000}, 1, 64, 1, "float32", peak.DPO + ["--modules_to_save", "lm_head"]),
+        (
+            {"hidden_size": 384, "intermediate_size": 1024},
+            1,
+            32,
+            1,
+            "float32",
+            peak.DPO + peak.FULL,
+        ),
+        (
+            {"hidden_size": 384, "intermediate_size": 1024},
+            1,
+            32,
+            1,
+            "bfloat16",
+            peak.DPO + peak.FULL + ["--precompute_reference"],
+        ),
+    ],
+)
+def test_planned_peak_is_the_measured_one(
+    fields, batch_size, length, accumulated, dtype, flags, tmp_path, monkeypatch
+):
     """Within a tenth of what torch's allocator gave out at its peak in a step of train.py."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**23)  # several chunks in some of these
     saved(tmp_path / "model", SHAPE | fields)
@@ -148,14 +194,29 @@ def test_parameters_are_those_of_transformers_and_peft(shared_data):
     folder = shared_data / "configs/Meta-Llama-3-8B-Instruct"
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.from_pretrained(folder))
+            transformers.AutoConfig.from_pretrained(folder)
+        )
         total = theirs.num_parameters()
-        theirs = peft.get_peft_model(theirs, peft.LoraConfig(
-            r=64, target_modules="all-linear", modules_to_save=["lm_head"]))
+        theirs = peft.get_peft_model(
+            theirs, peft.LoraConfig(r=64, target_modules="all-linear", modules_to_save=["lm_head"])
+        )
     for bits in (None, 4):
         words = ["--quantization_bit", str(bits)] if bits else []
-        options = parse_options(["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-",
-                                 "--lora_rank", "64", "--modules_to_save", "lm_head", *words])
+        options = parse_options(
+            [
+                "--model_name_or_path",
+                "-",
+                "--dataset",
+                "-",
+                "--output_dir",
+                "-",
+                "--lora_rank",
+                "64",
+                "--modules_to_save",
+                "lm_head",
+                *words,
+            ]
+        )
         model = model_on_meta(options, ModelConfig.load(folder), torch.bfloat16)
         trained = memory.num_trainable(model)
         assert trained == theirs.get_nb_trainable_parameters()[0]
@@ -196,18 +257,38 @@ def numbers(pattern, text):
 
 @pytest.mark.parametrize("stage", ["sft", "pt", "rm", "dpo"])
 def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch, capsys):
-    rows = [{"instruction": "Say" + " it" * (number % 40), "output": "the cat " * (number % 7 + 1)}
-            for number in range(61)]
+    rows = [
+        {"instruction": "Say" + " it" * (number % 40), "output": "the cat " * (number % 7 + 1)}
+        for number in range(61)
+    ]
     path = tmp_path / "rows.json"
     if stage == "pt":
         rows = [{"text": row["output"] * 9} for row in rows]
     for number, row in enumerate(rows if stage in ("rm", "dpo") else ()):
         row["output"] = [row["output"], "no " * (number % 5 + 1), "well"][: 2 + (number % 4 == 0)]
     path.write_text(json.dumps(rows))
-    words = ["--model_name_or_path", checkpoint, "--dataset", path, "--output_dir", tmp_path / "o",
-             "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--device",
-             "cpu", "--dtype", "float32", "--num_train_epochs", 1, "--stage", stage,
-             "--dataloader_num_workers", 0]
+    words = [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        path,
+        "--output_dir",
+        tmp_path / "o",
+        "--per_device_train_batch_size",
+        3,
+        "--gradient_accumulation_steps",
+        2,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--num_train_epochs",
+        1,
+        "--stage",
+        stage,
+        "--dataloader_num_workers",
+        0,
+    ]
     words += ["--block_size", 32] if stage == "pt" else ["--template", "plain"]
     words += ["--finetuning_type", "full"] if stage == "dpo" else []
     said = dry_run(monkeypatch, capsys, *words)
@@ -224,7 +305,7 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.main()
     last = read_metrics(tmp_path / "o/metrics.jsonl")[-1]
-    steps, = numbers(r"epoch, ([\d,]+) in all", said)
+    (steps,) = numbers(r"epoch, ([\d,]+) in all", said)
     tokens, padding = numbers(r"([\d,]+) tokens, ([\d.]+)% padding", said)
     assert steps == last["step"]
     assert numbers(r"with ([\d,]+) tokens in the largest", said) == [max(sizes)]
@@ -234,8 +315,7 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
         assert padding == pytest.approx(100 * (1 - tokens / sum(sizes)), abs=0.06)
     else:  # blocks are counted as if all were full
         assert tokens == pytest.approx(last["tokens"], 0.1) and padding == 0
-    trained, total = numbers(r"training ([\d,]+) of ([\d,]+) parameters",
-                             capsys.readouterr().out)
+    trained, total = numbers(r"training ([\d,]+) of ([\d,]+) parameters", capsys.readouterr().out)
     assert numbers(r"([\d,]+) parameters, of which ([\d,]+) are", said) == [total, trained]
     copied = re.search(r"reference   a copy of ([\d,]+)", said)
     assert (stage == "dpo") == bool(copied and float(copied[1].replace(",", "")) == total)
@@ -244,15 +324,33 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch, capsys):
     """Then tokens, padding and the largest micro-batch are about those of all."""
-    rows = [{"instruction": "Say" + " it" * (number * 7 % 50), "output": "the cat " * (number % 9)}
-            for number in range(900)]
+    rows = [
+        {"instruction": "Say" + " it" * (number * 7 % 50), "output": "the cat " * (number % 9)}
+        for number in range(900)
+    ]
     if stage == "dpo":
-        rows = [row | {"output": [row["output"], "no " * (number % 5 + 1)]}
-                for number, row in enumerate(rows) if row["output"]]
+        rows = [
+            row | {"output": [row["output"], "no " * (number % 5 + 1)]}
+            for number, row in enumerate(rows)
+            if row["output"]
+        ]
         rows += [{"output": ["lonely"]}] * 100
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = ["--model_name_or_path", checkpoint, "--dataset", tmp_path / "rows.json", "--template",
-             "plain", "--skip_bad_rows", "--output_dir", "o", "--device", "cpu", "--stage", stage]
+    words = [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        tmp_path / "rows.json",
+        "--template",
+        "plain",
+        "--skip_bad_rows",
+        "--output_dir",
+        "o",
+        "--device",
+        "cpu",
+        "--stage",
+        stage,
+    ]
     patterns = (r"([\d,]+) tokens, ([\d.]+)% padding", r"with ([\d,]+) tokens in the largest")
     every = dry_run(monkeypatch, capsys, *words)
     monkeypatch.setattr(lengths, "MAX_ENCODED", 90)
@@ -260,22 +358,46 @@ def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch
     part = dry_run(monkeypatch, capsys, *words)
     assert "; 90 of 800 rows, the others by their size" in part and "; " not in every.split("\n")[2]
     for pattern, tolerance in zip(patterns, (0.1, 0.2), strict=True):
-        assert numbers(pattern, part) == pytest.approx(numbers(pattern, every), rel=tolerance,
-                                                       abs=3)
+        assert numbers(pattern, part) == pytest.approx(
+            numbers(pattern, every), rel=tolerance, abs=3
+        )
 
 
-LLAMA_70B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
-             "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-             "num_key_value_heads": 8, "max_position_embeddings": 8192}
+LLAMA_70B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
 
 
 def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"instruction": "x" * 400, "output": "四个字节" * 100}] * 640))
-    words = ["--model_name_or_path", tmp_path, "--output_dir", tmp_path / "o", "--device", "cuda",
-             "--num_processes", 64, "--finetuning_type", "full", "--gradient_checkpointing",
-             "--device_memory", "80GB", "--per_device_train_batch_size", 1, "--parallel", "fsdp"]
+    words = [
+        "--model_name_or_path",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "o",
+        "--device",
+        "cuda",
+        "--num_processes",
+        64,
+        "--finetuning_type",
+        "full",
+        "--gradient_checkpointing",
+        "--device_memory",
+        "80GB",
+        "--per_device_train_batch_size",
+        1,
+        "--parallel",
+        "fsdp",
+    ]
     said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--device_tflops", 400)
     assert "70,553,706,496 parameters, of which 70,553,706,496 are trained in full" in said
     assert "estimated, a token for 4 bytes" in said and "640 rows, 256,000 tokens" in said
@@ -285,28 +407,31 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, caps
     assert numbers(r"gradients +([\d.]+)", said)[0] > 70.55 * 4 / 64
     assert "fits        yes" in said
     # 6 operations a weight and token, 2 more for checkpointing.
-    work, = numbers(r"tokens, ([\d.e+]+) operations", said)
+    (work,) = numbers(r"tokens, ([\d.e+]+) operations", said)
     assert work == pytest.approx(3 * 256_000 * 8 * 70e9, rel=0.05)
-    seconds, = numbers(r"time +([\d.]+) seconds", said)
+    (seconds,) = numbers(r"time +([\d.]+) seconds", said)
     assert seconds == pytest.approx(work / 64 / 400e12, abs=1)
 
     said = dry_run(monkeypatch, capsys, *words[:-2], "--dataset", "nowhere.json", "--max_steps", 5)
     assert "assumed, 1,024 tokens in every row" in said and "fits        NO" in said
     said = dry_run(monkeypatch, capsys, *words, "--dataset", rows)
-    weights, = numbers(r"weights +([\d.]+)", said)
+    (weights,) = numbers(r"weights +([\d.]+)", said)
 
     # With a reference of its own: four bytes more, over 64; with all answers read by it too.
-    rows.write_text(json.dumps([{"instruction": "x" * 400, "output": ["四个字节" * 100, "y", "z"]}]
-                               * 640))
+    rows.write_text(
+        json.dumps([{"instruction": "x" * 400, "output": ["四个字节" * 100, "y", "z"]}] * 640)
+    )
     said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo")
     assert "reference   a copy of 70,553,706,496" in said
     assert numbers(r"weights +([\d.]+)", said) == [
-        pytest.approx(weights + 4 * 70.55 / 64, abs=0.01)]
+        pytest.approx(weights + 4 * 70.55 / 64, abs=0.01)
+    ]
     assert "640 rows, 1,920 answers, 385,280 tokens" in said
-    work, = numbers(r"tokens, ([\d.e+]+) operations", said)
+    (work,) = numbers(r"tokens, ([\d.e+]+) operations", said)
     assert work == pytest.approx(3 * 640 * 3 * 400 * 10 * 70e9, rel=0.05)  # padding too
-    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo",
-                   "--precompute_reference")
+    said = dry_run(
+        monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo", "--precompute_reference"
+    )
     assert "reference" not in said
     assert numbers(r"weights +([\d.]+)", said) == [weights]
     # A reward model ends in a row of numbers.
@@ -327,38 +452,81 @@ def test_the_reference_has_a_copy_of_an_adapter_that_is_trained_on():
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
-def test_the_plan_says_of_the_rows_what_the_run_says(stage, checkpoint, tmp_path, monkeypatch,
-                                                     capsys):
+def test_the_plan_says_of_the_rows_what_the_run_says(
+    stage, checkpoint, tmp_path, monkeypatch, capsys
+):
     """Those that are cut, left out, broken; of the rows to train on and to evaluate on."""
-    rows = [{"instruction": "Hi", "output": answer} for answer in
-            ("yes", "yes " * 60, "well " * 60, "no", "the cat", "the mat", "so", "", "oh")]
+    rows = [
+        {"instruction": "Hi", "output": answer}
+        for answer in ("yes", "yes " * 60, "well " * 60, "no", "the cat", "the mat", "so", "", "oh")
+    ]
     for row in rows if stage != "sft" else ():
         row["output"] = [row["output"], "no"]  # one pair of equal ones
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "dataset_info.json").write_text(json.dumps({
-        "named": {"file_name": "rows.json", "ranking": stage != "sft"}}))
-    words = ["--model_name_or_path", checkpoint, "--dataset", "named", "--dataset_dir", tmp_path,
-             "--stage", stage, "--template", "plain", "--output_dir", tmp_path / "o",
-             "--cutoff_len", 40, "--validation_split", 4, "--skip_bad_rows", "--device", "cpu",
-             "--max_steps", 1, "--seed", 1, "--dataloader_num_workers", 0]
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"named": {"file_name": "rows.json", "ranking": stage != "sft"}})
+    )
+    words = [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        "named",
+        "--dataset_dir",
+        tmp_path,
+        "--stage",
+        stage,
+        "--template",
+        "plain",
+        "--output_dir",
+        tmp_path / "o",
+        "--cutoff_len",
+        40,
+        "--validation_split",
+        4,
+        "--skip_bad_rows",
+        "--device",
+        "cpu",
+        "--max_steps",
+        1,
+        "--seed",
+        1,
+        "--dataloader_num_workers",
+        0,
+    ]
     planned = dry_run(monkeypatch, capsys, *words).splitlines()
     assert "lengths     counted by the tokenizer" in planned
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.main()
-    said = [line for line in capsys.readouterr().out.splitlines() if re.match(
-        r"a look at 4 rows: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out", line)]
+    said = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if re.match(
+            r"a look at 4 rows: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out", line
+        )
+    ]
     assert len(said) == 3 and planned[:3] == said
     assert ("their answers are the same" in " ".join(said)) == (stage != "sft")
 
 
 def test_a_device_need_not_be_here_but_must_be_one(checkpoint, rows_file):
-    words = ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--output_dir", "o",
-             "--template", "plain", "--dry_run", "--device"]
+    words = [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--output_dir",
+        "o",
+        "--template",
+        "plain",
+        "--dry_run",
+        "--device",
+    ]
     for name in ("cuda:zz", "cuda:-1", "gpu"):
         done = command(*words, name)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr == (
-            f"error: --device {name}: no such device. Use cpu, cuda or cuda:N.\n")
+            f"error: --device {name}: no such device. Use cpu, cuda or cuda:N.\n"
+        )
     for name in ("cuda", "cuda:7"):
         done = command(*words, name)
         assert done.returncode == 0 and "bfloat16 on 1 x cuda" in done.stdout, done.stderr
@@ -369,15 +537,34 @@ def test_mistakes_of_planning(checkpoint, rows_file, monkeypatch, capsys):
     with pytest.raises(UserError, match="downloads nothing. Put its config.json"):
         dry_run(monkeypatch, capsys, "--model_name_or_path", "nobody/nothing", *common)
     with pytest.raises(UserError, match="--device_memory: 'much' is not a size"):
-        dry_run(monkeypatch, capsys, "--model_name_or_path", checkpoint, *common, "--template",
-                "plain", "--device_memory", "much")
+        dry_run(
+            monkeypatch,
+            capsys,
+            "--model_name_or_path",
+            checkpoint,
+            *common,
+            "--template",
+            "plain",
+            "--device_memory",
+            "much",
+        )
     assert "model " not in capsys.readouterr().out  # before half a plan is told
     with pytest.raises(UserError, match="Give --num_processes"):  # as the run would refuse it
-        dry_run(monkeypatch, capsys, "--model_name_or_path", checkpoint, *common, "--template",
-                "plain", "--parallel", "fsdp")
-    for words, said in ((["--num_processes", "2"], "belongs to --dry_run"),
-                        (["--dry_run", "--device_tflops", "1", "--tokens_per_second", "1"],
-                         "contradicts")):
+        dry_run(
+            monkeypatch,
+            capsys,
+            "--model_name_or_path",
+            checkpoint,
+            *common,
+            "--template",
+            "plain",
+            "--parallel",
+            "fsdp",
+        )
+    for words, said in (
+        (["--num_processes", "2"], "belongs to --dry_run"),
+        (["--dry_run", "--device_tflops", "1", "--tokens_per_second", "1"], "contradicts"),
+    ):
         with pytest.raises(UserError, match=said):
             parse_options(["--model_name_or_path", "-", *map(str, common), *words])
 
@@ -398,14 +585,29 @@ STAND_INS = {
 def test_recipes_fit_where_they_say(recipe, shared_data, monkeypatch, capsys):
     config, rows = STAND_INS[recipe.stem]
     rows = shared_data / "instruct" / rows
-    mixed = ["--mix", f"{shared_data / 'instruct/c4_demo.jsonl'}:0.1"] if "mix =" in (
-        recipe.read_text()) else []
+    mixed = (
+        ["--mix", f"{shared_data / 'instruct/c4_demo.jsonl'}:0.1"]
+        if "mix =" in (recipe.read_text())
+        else []
+    )
     stated = re.search(r"(\d+)GB", recipe.read_text().split("model_name")[0])
     said = dry_run(
-        monkeypatch, capsys, "--config", recipe, "--model_name_or_path",
-        shared_data / "configs" / config, "--dataset", rows, "--device", "cuda", "--num_processes",
-        8 if "full" in recipe.stem else 1, "--device_memory", f"{stated[1] if stated else 80}GB",
-        *mixed)
+        monkeypatch,
+        capsys,
+        "--config",
+        recipe,
+        "--model_name_or_path",
+        shared_data / "configs" / config,
+        "--dataset",
+        rows,
+        "--device",
+        "cuda",
+        "--num_processes",
+        8 if "full" in recipe.stem else 1,
+        "--device_memory",
+        f"{stated[1] if stated else 80}GB",
+        *mixed,
+    )
     assert "fits        yes" in said and "estimated" in said
     assert numbers(r"([\d,]+) in all", said)[0] > 1
 

@@ -52,11 +52,19 @@ def ragged_rows(count, answers=2, seed=0):
         prompt, texts = generator.integers(3, 120, generator.integers(1, 15)), []
         for _ in range(answers):
             answer = generator.integers(3, 120, generator.integers(2, 20))
-            texts.append(encoding.Example(np.append(prompt, answer).astype(np.int32),
-                                          np.arange(len(prompt) + len(answer)) >= len(prompt)))
-        examples.append(encoding.Example(np.concatenate([text.ids for text in texts]),
-                                         np.concatenate([text.supervised for text in texts]),
-                                         [len(text.ids) for text in texts]))
+            texts.append(
+                encoding.Example(
+                    np.append(prompt, answer).astype(np.int32),
+                    np.arange(len(prompt) + len(answer)) >= len(prompt),
+                )
+            )
+        examples.append(
+            encoding.Example(
+                np.concatenate([text.ids for text in texts]),
+                np.concatenate([text.supervised for text in texts]),
+                [len(text.ids) for text in texts],
+            )
+        )
     return examples
 
 
@@ -78,9 +86,24 @@ def base(tmp_path):
 
 
 def parsed(base, *flags):
-    return train.parse_options([str(word) for word in (
-        "--model_name_or_path", base, "--dataset", "-", "--output_dir", base.parent,
-        "--dtype", "float32", "--logging_steps", 1, *flags)])
+    return train.parse_options(
+        [
+            str(word)
+            for word in (
+                "--model_name_or_path",
+                base,
+                "--dataset",
+                "-",
+                "--output_dir",
+                base.parent,
+                "--dtype",
+                "float32",
+                "--logging_steps",
+                1,
+                *flags,
+            )
+        ]
+    )
 
 
 # Against trl
@@ -109,38 +132,63 @@ def their_rows(examples):
     for example in examples:
         chosen, rejected = example.texts()
         prompt = int((~chosen.supervised).sum())
-        rows.append({"prompt_ids": chosen.ids[:prompt].tolist(),
-                     "chosen_ids": chosen.ids[prompt:].tolist(),
-                     "rejected_ids": rejected.ids[prompt:].tolist()})
+        rows.append(
+            {
+                "prompt_ids": chosen.ids[:prompt].tolist(),
+                "chosen_ids": chosen.ids[prompt:].tolist(),
+                "rejected_ids": rejected.ids[prompt:].tolist(),
+            }
+        )
     return rows
 
 
 def their_log(stage, model, reference, options, examples, tokenizer_dir, loss):
     """What trl's trainer logs for every step on exactly the rows that ours take."""
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_dir / "tokenizer.json"), pad_token="<s>", eos_token="</s>")
+        tokenizer_file=str(tokenizer_dir / "tokenizer.json"), pad_token="<s>", eos_token="</s>"
+    )
     assert tokenizer.pad_token_id == PAD
     accumulation, size = options.gradient_accumulation_steps, options.per_device_train_batch_size
     shared = dict(
-        output_dir=f"{options.output_dir}/theirs", max_steps=STEPS, logging_steps=1, report_to=[],
-        gradient_accumulation_steps=accumulation, learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=2, max_grad_norm=1.0, weight_decay=0.0,
-        save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, seed=0)
+        output_dir=f"{options.output_dir}/theirs",
+        max_steps=STEPS,
+        logging_steps=1,
+        report_to=[],
+        gradient_accumulation_steps=accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=0,
+    )
     if stage == "dpo":
         some = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
-        trainer = TheirDPO(model, reference, trl.DPOConfig(**shared, **loss), train_dataset=some,
-                           processing_class=tokenizer)
+        trainer = TheirDPO(
+            model,
+            reference,
+            trl.DPOConfig(**shared, **loss),
+            train_dataset=some,
+            processing_class=tokenizer,
+        )
     else:
         some = datasets.Dataset.from_list([{"chosen_ids": [5], "rejected_ids": [6]}])
-        trainer = TheirReward(model, trl.RewardConfig(**shared), train_dataset=some,
-                              processing_class=tokenizer)
+        trainer = TheirReward(
+            model, trl.RewardConfig(**shared), train_dataset=some, processing_class=tokenizer
+        )
     batches = []
     for step in already_encoded(examples).steps(ROWS_PER_STEP, 0, STEPS):
         for micro in batching.micro_batches(step, size):
             rows = their_rows(micro)
             if stage == "rm":
-                rows = [{name: row["prompt_ids"] + row[name]
-                         for name in ("chosen_ids", "rejected_ids")} for row in rows]
+                rows = [
+                    {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")}
+                    for row in rows
+                ]
             batches.append(trainer.data_collator(rows))
     trainer.batches = batches
     trainer.train()
@@ -156,23 +204,39 @@ def start_of(stage, options, base, work):
     if lora_config:
         save_adapter(ours, work / "start", lora_config, base)
         theirs = kind.from_pretrained(base, dtype=torch.float32, **more)
-        return ours, lora_config, peft.PeftModel.from_pretrained(theirs, work / "start",
-                                                                 is_trainable=True)
+        return (
+            ours,
+            lora_config,
+            peft.PeftModel.from_pretrained(theirs, work / "start", is_trainable=True),
+        )
     save_model(ours, work / "start")
     return ours, None, kind.from_pretrained(work / "start", dtype=torch.float32)
 
 
 CASES = {  # flags of ours, arguments of trl's
     "dpo lora, accumulation": (["--per_device_train_batch_size", 2], {}),
-    "dpo full, precomputed": (["--finetuning_type", "full", "--per_device_train_batch_size", 3,
-                               "--precompute_reference", "--dpo_beta", 0.3], {"beta": 0.3}),
+    "dpo full, precomputed": (
+        [
+            "--finetuning_type",
+            "full",
+            "--per_device_train_batch_size",
+            3,
+            "--precompute_reference",
+            "--dpo_beta",
+            0.3,
+        ],
+        {"beta": 0.3},
+    ),
     # The loss that is sorted over a batch of one is that of the pair: what smoothing means here.
-    "dpo lora, smoothing": (["--per_device_train_batch_size", 1, "--dpo_label_smoothing", 0.2],
-                            {"loss_type": ["aot"], "label_smoothing": 0.2}),
+    "dpo lora, smoothing": (
+        ["--per_device_train_batch_size", 1, "--dpo_label_smoothing", 0.2],
+        {"loss_type": ["aot"], "label_smoothing": 0.2},
+    ),
     # A mean over the tokens of a batch, which here is the whole step.
-    "dpo full, SFT term": (["--finetuning_type", "full", "--per_device_train_batch_size", 6,
-                            "--dpo_ftx", 0.5],
-                           {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    "dpo full, SFT term": (
+        ["--finetuning_type", "full", "--per_device_train_batch_size", 6, "--dpo_ftx", 0.5],
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    ),
     "rm lora, accumulation": (["--per_device_train_batch_size", 2], {}),
     "rm full": (["--finetuning_type", "full", "--per_device_train_batch_size", 3], {}),
 }
@@ -183,14 +247,26 @@ def test_steps_equal_trl(case, base, tiny_tokenizer_dir, tmp_path):
     """Losses, accuracies, margins, rewards, gradient norms and final weights of eight steps."""
     flags, loss = CASES[case]
     stage, size = case[:3].strip(), flags[flags.index("--per_device_train_batch_size") + 1]
-    options = parsed(base, "--stage", stage, "--max_steps", STEPS, "--learning_rate", 5e-3,
-                     "--warmup_steps", 2, "--gradient_accumulation_steps", ROWS_PER_STEP // size,
-                     *flags)
+    options = parsed(
+        base,
+        "--stage",
+        stage,
+        "--max_steps",
+        STEPS,
+        "--learning_rate",
+        5e-3,
+        "--warmup_steps",
+        2,
+        "--gradient_accumulation_steps",
+        ROWS_PER_STEP // size,
+        *flags,
+    )
     examples = ragged_rows(STEPS * ROWS_PER_STEP)
     ours, lora_config, theirs = start_of(stage, options, base, tmp_path)
     their_reference = None if lora_config else copy.deepcopy(theirs)
-    expected = their_log(stage, theirs, their_reference, options, examples, tiny_tokenizer_dir,
-                         loss)
+    expected = their_log(
+        stage, theirs, their_reference, options, examples, tiny_tokenizer_dir, loss
+    )
 
     batches, autocast = already_encoded(examples), torch.autocast("cpu", enabled=False)
     objective = train.build_objective(options, ours, batches, None, autocast)
@@ -198,17 +274,29 @@ def test_steps_equal_trl(case, base, tiny_tokenizer_dir, tmp_path):
     train.train(run, batches)
     names = {"loss": "loss", "grad_norm": "grad_norm", "accuracy": "accuracy", "margin": "margin"}
     if stage == "dpo":
-        names |= {"accuracy": "rewards/accuracies", "margin": "rewards/margins",
-                  "reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected"}
+        names |= {
+            "accuracy": "rewards/accuracies",
+            "margin": "rewards/margins",
+            "reward_chosen": "rewards/chosen",
+            "reward_rejected": "rewards/rejected",
+        }
     found = metrics_of(tmp_path)
     assert len(found) == len(expected) == STEPS
     for name, theirs_name in names.items():
         tolerance = {"rtol": 1e-3} if name == "grad_norm" else {"rtol": 0, "atol": 1e-4}
-        np.testing.assert_allclose([row[name] for row in found], [
-            row[theirs_name] for row in expected], err_msg=name, **tolerance)
+        np.testing.assert_allclose(
+            [row[name] for row in found],
+            [row[theirs_name] for row in expected],
+            err_msg=name,
+            **tolerance,
+        )
     assert len({row["loss"] for row in found}) >= STEPS - 1  # the rate of the first step is 0
-    final = {name.replace(".default", "").replace(".modules_to_save", "").removeprefix(
-        "base_model.model."): value for name, value in theirs.state_dict().items()}
+    final = {
+        name.replace(".default", "")
+        .replace(".modules_to_save", "")
+        .removeprefix("base_model.model."): value
+        for name, value in theirs.state_dict().items()
+    }
     trained = {name: value for name, value in ours.named_parameters() if value.requires_grad}
     assert ("score.weight" in trained) == (stage == "rm")
     for name, parameter in trained.items():
@@ -239,8 +327,10 @@ def new_reward_objective():
 
 def step_of(objective, examples, batch_size):
     """(figures, gradients) of one step in micro-batches."""
-    batches = [objective.collate(examples[start : start + batch_size])
-               for start in range(0, len(examples), batch_size)]
+    batches = [
+        objective.collate(examples[start : start + batch_size])
+        for start in range(0, len(examples), batch_size)
+    ]
     count, means = objective.count(batches), {}
     for batch in batches:
         sums = objective.sums(objective.model, batch)
@@ -249,8 +339,9 @@ def step_of(objective, examples, batch_size):
     return means, [parameter.grad for parameter in objective.model.parameters()]
 
 
-@pytest.mark.parametrize("new", [
-    lambda: new_objective(sft_weight=0.7, label_smoothing=0.1), new_reward_objective])
+@pytest.mark.parametrize(
+    "new", [lambda: new_objective(sft_weight=0.7, label_smoothing=0.1), new_reward_objective]
+)
 def test_the_split_changes_nothing(new):
     """Rows of two and of three answers, 8 x 1, 3 x 3 and 1 x 8; the evaluation agrees."""
     examples = ragged_rows(5) + ragged_rows(3, answers=3, seed=1)
@@ -273,8 +364,10 @@ def test_several_answers_are_all_their_pairs():
     for text in three[0].texts() + two[0].texts():
         tokens = torch.from_numpy(text.ids.astype(np.int64))[None]
         rewards.append(objective.model.rewards(objective.model(tokens)[0, -1]).item())
-    losses = [-math.log(1 / (1 + math.exp(rewards[worse] - rewards[better])))
-              for better, worse in ((0, 1), (0, 2), (1, 2), (3, 4))]
+    losses = [
+        -math.log(1 / (1 + math.exp(rewards[worse] - rewards[better])))
+        for better, worse in ((0, 1), (0, 2), (1, 2), (3, 4))
+    ]
     assert figures["loss"] == pytest.approx((sum(losses[:3]) / 3 + losses[3]) / 2, rel=1e-5)
 
 
@@ -312,8 +405,10 @@ def test_no_rows_give_exactly_nothing():
         found = objective.sums(objective.model, objective.collate([]))
         found["loss"].backward()
         assert all(value == 0 for value in found.values())
-        assert all(parameter.grad is not None and not parameter.grad.any()
-                   for parameter in objective.model.parameters())
+        assert all(
+            parameter.grad is not None and not parameter.grad.any()
+            for parameter in objective.model.parameters()
+        )
 
 
 def test_the_reference_shares_what_is_not_trained():
@@ -344,23 +439,56 @@ def pairs_file(tmp_path):
     with open(path, "w") as file:
         for number in range(24):
             good, bad = f"yes {number}" * (1 + number % 5), "the cat sat " * (1 + 7 * number % 4)
-            row = {"instruction": f"Say {number}.", "input": "", "history": [["Hi", "Ho"]],
-                   "output": [good, bad, "no"][: 3 if number % 3 == 0 else 2]}
+            row = {
+                "instruction": f"Say {number}.",
+                "input": "",
+                "history": [["Hi", "Ho"]],
+                "output": [good, bad, "no"][: 3 if number % 3 == 0 else 2],
+            }
             file.write(json.dumps(row) + "\n")
     return path
 
 
 def words_of(checkpoint, pairs_file, output, *more):
-    return ["--model_name_or_path", checkpoint, "--dataset", pairs_file, "--template", "plain",
-            "--dtype", "float32", "--dataloader_num_workers", 0, "--learning_rate", 2e-3,
-            "--logging_steps", 1, "--per_device_train_batch_size", 4, "--output_dir", output, *more]
+    return [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        pairs_file,
+        "--template",
+        "plain",
+        "--dtype",
+        "float32",
+        "--dataloader_num_workers",
+        0,
+        "--learning_rate",
+        2e-3,
+        "--logging_steps",
+        1,
+        "--per_device_train_batch_size",
+        4,
+        "--output_dir",
+        output,
+        *more,
+    ]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--stage", "dpo", "--finetuning_type", "full"],
-    ["--stage", "dpo", "--precompute_reference", "--modules_to_save", "lm_head"],
-    ["--stage", "rm", "--lora_dropout", 0.2, "--quantization_bit", 8, "--gradient_checkpointing"],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stage", "dpo", "--finetuning_type", "full"],
+        ["--stage", "dpo", "--precompute_reference", "--modules_to_save", "lm_head"],
+        [
+            "--stage",
+            "rm",
+            "--lora_dropout",
+            0.2,
+            "--quantization_bit",
+            8,
+            "--gradient_checkpointing",
+        ],
+    ],
+)
 def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here, monkeypatch):
     """The reference is what the first run began with, not what the resumed one finds."""
     flags = [*flags, "--max_steps", 6, "--save_steps", 3]
@@ -370,11 +498,17 @@ def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here, monkeypa
     for name in ("metrics.jsonl", "options.toml"):
         shutil.copy(tmp_path / "whole" / name, tmp_path / "resumed" / name)
     monkeypatch.setattr(reference, "compute_log_probs", None)  # nor is it computed again
-    said = here(train, *words_of(checkpoint, pairs_file, tmp_path / "resumed", *flags,
-                                 "--resume_from_checkpoint", "auto"))
+    said = here(
+        train,
+        *words_of(
+            checkpoint, pairs_file, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "auto"
+        ),
+    )
     assert ("rows, 24 of them from the checkpoint" in said) == ("--precompute_reference" in flags)
-    logs = [[{**row, "tokens_per_second": 0} for row in metrics_of(tmp_path / run)]
-            for run in ("whole", "resumed")]
+    logs = [
+        [{**row, "tokens_per_second": 0} for row in metrics_of(tmp_path / run)]
+        for run in ("whole", "resumed")
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 6
     name = "model.safetensors" if "full" in flags else "adapter_model.safetensors"
     first, second = (load_file(tmp_path / run / name) for run in ("whole", "resumed"))
@@ -385,25 +519,56 @@ def test_computed_before_or_along_the_way(checkpoint, pairs_file, tmp_path, here
     """--precompute_reference, --quantization_bit and --gradient_checkpointing: equal losses."""
     logs = []
     for number, more in enumerate(([], ["--precompute_reference"], ["--gradient_checkpointing"])):
-        said = here(train, *words_of(
-            checkpoint, pairs_file, tmp_path / str(number), "--stage", "dpo", "--max_steps", 4,
-            "--quantization_bit", 4, "--validation_split", 4, *more))
+        said = here(
+            train,
+            *words_of(
+                checkpoint,
+                pairs_file,
+                tmp_path / str(number),
+                "--stage",
+                "dpo",
+                "--max_steps",
+                4,
+                "--quantization_bit",
+                4,
+                "--validation_split",
+                4,
+                *more,
+            ),
+        )
         assert ("log-probabilities of 24 rows" in said) == (number == 1)
-        logs.append([row.get("loss", row.get("eval_loss")) for row in
-                     metrics_of(tmp_path / str(number))])
+        logs.append(
+            [row.get("loss", row.get("eval_loss")) for row in metrics_of(tmp_path / str(number))]
+        )
     np.testing.assert_allclose(logs[1:], [logs[0]] * 2, rtol=1e-5)
 
 
-def test_a_resumed_run_computes_only_what_is_new(checkpoint, pairs_file, tmp_path, here,
-                                                 monkeypatch):
+def test_a_resumed_run_computes_only_what_is_new(
+    checkpoint, pairs_file, tmp_path, here, monkeypatch
+):
     """Of rows that it newly evaluates on, by the model of the beginning; if refused, nothing."""
-    words = words_of(checkpoint, pairs_file, tmp_path / "out", "--stage", "dpo", "--max_steps", 2,
-                     "--save_steps", 1, "--precompute_reference")
+    words = words_of(
+        checkpoint,
+        pairs_file,
+        tmp_path / "out",
+        "--stage",
+        "dpo",
+        "--max_steps",
+        2,
+        "--save_steps",
+        1,
+        "--precompute_reference",
+    )
     here(train, *words)
-    (tmp_path / "held_out.jsonl").write_text("\n".join(
-        line.replace("Say", "Tell") for line in pairs_file.read_text().splitlines()[:3]))
-    words += ["--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--eval_dataset",
-              tmp_path / "held_out.jsonl"]
+    (tmp_path / "held_out.jsonl").write_text(
+        "\n".join(line.replace("Say", "Tell") for line in pairs_file.read_text().splitlines()[:3])
+    )
+    words += [
+        "--resume_from_checkpoint",
+        tmp_path / "out/checkpoint-1",
+        "--eval_dataset",
+        tmp_path / "held_out.jsonl",
+    ]
     said = here(train, *words, "--output_dir", tmp_path / "known")
     assert "27 rows, 24 of them from the checkpoint" in said
     words.remove("--precompute_reference")
@@ -418,25 +583,74 @@ def test_a_resumed_run_computes_only_what_is_new(checkpoint, pairs_file, tmp_pat
 def test_it_learns_what_is_better(checkpoint, pairs_file, tmp_path, here):
     """Accuracy rises on held-out rows; the evaluation is said; an adapter goes on from itself."""
     for stage in ("dpo", "rm"):
-        said = here(train, *words_of(checkpoint, pairs_file, tmp_path / stage, "--stage", stage,
-                                     "--max_steps", 30, "--learning_rate", 1e-2, "--dpo_beta", 0.2)
-                    [: None if stage == "dpo" else -2], "--validation_split", 6)
+        said = here(
+            train,
+            *words_of(
+                checkpoint,
+                pairs_file,
+                tmp_path / stage,
+                "--stage",
+                stage,
+                "--max_steps",
+                30,
+                "--learning_rate",
+                1e-2,
+                "--dpo_beta",
+                0.2,
+            )[: None if stage == "dpo" else -2],
+            "--validation_split",
+            6,
+        )
         log = metrics_of(tmp_path / stage)
         assert log[-1]["eval_accuracy"] > 0.8 and log[-2]["loss"] < 0.3
         assert "evaluation loss" in said and "accuracy" in said and "perplexity" not in said
-        here(train, *words_of(checkpoint, pairs_file, tmp_path / f"{stage}2", "--stage", stage,
-                              "--adapter", tmp_path / stage, "--max_steps", 1))
+        here(
+            train,
+            *words_of(
+                checkpoint,
+                pairs_file,
+                tmp_path / f"{stage}2",
+                "--stage",
+                stage,
+                "--adapter",
+                tmp_path / stage,
+                "--max_steps",
+                1,
+            ),
+        )
         (again,) = metrics_of(tmp_path / f"{stage}2")
         # dpo: what it begins with is the new reference.
-        assert again["loss"] == pytest.approx(math.log(2), 1e-4) if stage == "dpo" else (
-            again["loss"] < 0.3)
+        assert (
+            again["loss"] == pytest.approx(math.log(2), 1e-4)
+            if stage == "dpo"
+            else (again["loss"] < 0.3)
+        )
 
 
 def test_early_stopping_and_samples(checkpoint, pairs_file, tmp_path, here):
-    said = here(train, *words_of(
-        checkpoint, pairs_file, tmp_path / "out", "--stage", "dpo", "--max_steps", 40,
-        "--learning_rate", 0.5, "--validation_split", 6, "--eval_steps", 1, "--show_samples", 1,
-        "--early_stopping_patience", 2, "--load_best_model_at_end"))
+    said = here(
+        train,
+        *words_of(
+            checkpoint,
+            pairs_file,
+            tmp_path / "out",
+            "--stage",
+            "dpo",
+            "--max_steps",
+            40,
+            "--learning_rate",
+            0.5,
+            "--validation_split",
+            6,
+            "--eval_steps",
+            1,
+            "--show_samples",
+            1,
+            "--early_stopping_patience",
+            2,
+            "--load_best_model_at_end",
+        ),
+    )
     assert "the last 2 evaluations were no better" in said and "loaded the weights of" in said
     assert metrics_of(tmp_path / "out")[-1]["step"] < 40
     shown = [part.split("\033[0m")[0] for part in said.split("\033[32m")[1:]]
@@ -452,18 +666,30 @@ def test_skip_bad_rows(checkpoint, pairs_file, tmp_path, here):
     assert "1 broken rows left out" in here(train, *words, "--skip_bad_rows")
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--dpo_beta", "0.2"], "--dpo_beta belongs to --stage dpo"),
-    (["--stage", "rm", "--precompute_reference"], "--precompute_reference belongs to --stage dpo"),
-    (["--stage", "dpo", "--packing"], "--packing contradicts --stage dpo"),
-    (["--stage", "rm", "--packing"], "--packing contradicts --stage rm"),
-    (["--stage", "dpo", "--finetuning_type", "full", "--train_from_scratch"], "contradicts --st"),
-    (["--stage", "dpo", "--eval_exact_match", "--validation_split", "3"], "belongs to --stage sft"),
-    (["--stage", "dpo", "--block_size", "9"], "--block_size belongs to --stage pt"),
-    (["--stage", "pt", "--template", "alpaca"], "--template belongs to conversations"),
-    (["--stage", "dpo", "--dpo_label_smoothing", "0.5"], "must be below 0.5"),
-    (["--stage", "dpo", "--dpo_beta", "0"], "--dpo_beta"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dpo_beta", "0.2"], "--dpo_beta belongs to --stage dpo"),
+        (
+            ["--stage", "rm", "--precompute_reference"],
+            "--precompute_reference belongs to --stage dpo",
+        ),
+        (["--stage", "dpo", "--packing"], "--packing contradicts --stage dpo"),
+        (["--stage", "rm", "--packing"], "--packing contradicts --stage rm"),
+        (
+            ["--stage", "dpo", "--finetuning_type", "full", "--train_from_scratch"],
+            "contradicts --st",
+        ),
+        (
+            ["--stage", "dpo", "--eval_exact_match", "--validation_split", "3"],
+            "belongs to --stage sft",
+        ),
+        (["--stage", "dpo", "--block_size", "9"], "--block_size belongs to --stage pt"),
+        (["--stage", "pt", "--template", "alpaca"], "--template belongs to conversations"),
+        (["--stage", "dpo", "--dpo_label_smoothing", "0.5"], "must be below 0.5"),
+        (["--stage", "dpo", "--dpo_beta", "0"], "--dpo_beta"),
+    ],
+)
 def test_contradictions(flags, message, base):
     with pytest.raises(UserError, match=message):
         parsed(base, *flags)
@@ -493,44 +719,96 @@ def their_rewards(folder, base, texts):
 @pytest.mark.parametrize("finetuning_type", ["full", "lora"])
 def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, tmp_path, here):
     """As transformers and peft score what was saved; select.py chooses by it."""
-    here(train, *words_of(checkpoint, pairs_file, tmp_path / "rm", "--stage", "rm", "--max_steps",
-                          4, "--learning_rate", 1e-2, "--finetuning_type", finetuning_type))
-    rows = [{"instruction": f"Say {number}.", "output": "the cat " * (1 + number % 7)}
-            for number in range(20)]
+    here(
+        train,
+        *words_of(
+            checkpoint,
+            pairs_file,
+            tmp_path / "rm",
+            "--stage",
+            "rm",
+            "--max_steps",
+            4,
+            "--learning_rate",
+            1e-2,
+            "--finetuning_type",
+            finetuning_type,
+        ),
+    )
+    rows = [
+        {"instruction": f"Say {number}.", "output": "the cat " * (1 + number % 7)}
+        for number in range(20)
+    ]
     rows[3]["output"] *= 100
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     place = ["--model_name_or_path", tmp_path / "rm"]
     if finetuning_type == "lora":
         place = ["--model_name_or_path", checkpoint, "--adapter", tmp_path / "rm"]
     shared = ["--dataset", tmp_path / "rows.json", "--output", tmp_path / "s.jsonl"]
-    said = here(score, *place, *shared, "--mode", "reward", "--dtype", "float32",
-                "--dataloader_num_workers", 0)
+    said = here(
+        score,
+        *place,
+        *shared,
+        "--mode",
+        "reward",
+        "--dtype",
+        "float32",
+        "--dataloader_num_workers",
+        0,
+    )
     assert "template plain" in said and "not scored 1: longer than max_length" in said
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(20)) and lines[3]["reward"] is None
     template = get_template("plain", Tokenizer.load(checkpoint))
-    texts = [template.encode([{"role": "user", "content": row["instruction"]},
-                              {"role": "assistant", "content": row["output"]}])[0]
-             for row in rows if len(row["output"]) < 100]
+    texts = [
+        template.encode(
+            [
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": row["output"]},
+            ]
+        )[0]
+        for row in rows
+        if len(row["output"]) < 100
+    ]
     expected = their_rewards(tmp_path / "rm", checkpoint, texts)
     found = [line["reward"] for line in lines if line["reason"] is None]
     assert found == pytest.approx(expected, abs=1e-5) and max(found) - min(found) > 1e-2
 
     for flags, message in (
-            ([*place, *shared, "--mode", "ifd"], "reward model|another kind of scores"),
-            (["--model_name_or_path", checkpoint, *shared, "--mode", "reward"],
-             "is no reward model")):
+        ([*place, *shared, "--mode", "ifd"], "reward model|another kind of scores"),
+        (["--model_name_or_path", checkpoint, *shared, "--mode", "reward"], "is no reward model"),
+    ):
         with pytest.raises(UserError, match=message):
             here(score, *flags)
     with pytest.raises(UserError, match="it is a reward model"):
         load_adapter(load_model(place[1]), tmp_path / "rm")  # as chat.py and the others do
-    done = command(*shared[:2], "--scores", tmp_path / "s.jsonl", "--strategy", "reward",
-                   "--sample_number", 5, "--output", tmp_path / "best.json", script="select.py")
+    done = command(
+        *shared[:2],
+        "--scores",
+        tmp_path / "s.jsonl",
+        "--strategy",
+        "reward",
+        "--sample_number",
+        5,
+        "--output",
+        tmp_path / "best.json",
+        script="select.py",
+    )
     assert done.returncode == 0, done.stderr
     best = sorted(sorted(range(20), key=lambda row: -(lines[row]["reward"] or -99))[:5])
     assert json.loads((tmp_path / "best.json").read_text()) == [rows[row] for row in best]
-    done = command(*shared[:2], "--scores", tmp_path / "s.jsonl", "--strategy", "ifd",
-                   "--sample_number", 5, "--output", tmp_path / "more.json", script="select.py")
+    done = command(
+        *shared[:2],
+        "--scores",
+        tmp_path / "s.jsonl",
+        "--strategy",
+        "ifd",
+        "--sample_number",
+        5,
+        "--output",
+        tmp_path / "more.json",
+        script="select.py",
+    )
     assert done.returncode == 2 and "has no ifd: score.py --mode ifd computes it" in done.stderr
 
 
@@ -540,8 +818,19 @@ def test_a_reward_model_is_trained_further(checkpoint, pairs_file, tmp_path, her
     here(train, *words_of(checkpoint, pairs_file, tmp_path / "first", *words))
     head = load_reward_model(tmp_path / "first").score.weight
     assert torch.equal(head, load_file(tmp_path / "first/model.safetensors")["score.weight"])
-    here(train, *words_of(tmp_path / "first", pairs_file, tmp_path / "second", *words,
-                          "--learning_rate", 1e-9, "--dtype", "bfloat16"))
+    here(
+        train,
+        *words_of(
+            tmp_path / "first",
+            pairs_file,
+            tmp_path / "second",
+            *words,
+            "--learning_rate",
+            1e-9,
+            "--dtype",
+            "bfloat16",
+        ),
+    )
     torch.testing.assert_close(load_reward_model(tmp_path / "second").score.weight, head)
     assert np.isfinite([row["loss"] for row in metrics_of(tmp_path / "second")]).all()
     with pytest.raises(UserError, match="it is a reward model"):
@@ -563,8 +852,7 @@ def test_the_reference_drops_nothing():
 def test_a_reward_model_is_not_padded_with_what_ends_conversations():
     """There transformers would take a token before the end for the last."""
     for ends, padding in (({7}, 1), ({2}, 7), ({1, 7}, None)):
-        model = RewardModel(ModelConfig.from_dict({**CONFIG, "bos_token_id": 1,
-                                                   "pad_token_id": 7}))
+        model = RewardModel(ModelConfig.from_dict({**CONFIG, "bos_token_id": 1, "pad_token_id": 7}))
         choose_padding(model, SimpleNamespace(bos_token_id=1), ends)
         assert model.config.original["pad_token_id"] == padding
 
@@ -573,11 +861,27 @@ def loaded(checkpoint, answers, stage, *flags):
     """(the Examples of rows with these lists of answers, what was said before training)."""
     path, said = checkpoint / "rows.json", []
     path.write_text(json.dumps([{"instruction": "Hi", "output": one} for one in answers]))
-    options = parse_options(["--model_name_or_path", str(checkpoint), "--output_dir", "-",
-                             "--dataset", str(path), "--stage", stage, *flags])
+    options = parse_options(
+        [
+            "--model_name_or_path",
+            str(checkpoint),
+            "--output_dir",
+            "-",
+            "--dataset",
+            str(path),
+            "--stage",
+            stage,
+            *flags,
+        ]
+    )
     tokenizer = Tokenizer.load(checkpoint)
-    batches, _ = load_data(options, tokenizer, get_template("plain", tokenizer),
-                           ModelConfig.load(checkpoint), said.append)
+    batches, _ = load_data(
+        options,
+        tokenizer,
+        get_template("plain", tokenizer),
+        ModelConfig.load(checkpoint),
+        said.append,
+    )
     return first_examples(batches, 99), said
 
 
@@ -589,9 +893,13 @@ def test_equal_answers_teach_nothing(stage, checkpoint):
     expected, nothing = loaded(checkpoint, [["yes", "no"], ["a", "b"], ["a", "b", "c"]], stage)
     assert [one.lengths for one in examples] == [one.lengths for one in expected]
     for one, other in zip(examples, expected, strict=True):
-        assert np.array_equal(one.ids, other.ids) and np.array_equal(one.supervised,
-                                                                     other.supervised)
-    assert said == ["a look at 5 rows: 2 of 5 rows left out: their answers are the same"] and nothing == []
+        assert np.array_equal(one.ids, other.ids) and np.array_equal(
+            one.supervised, other.supervised
+        )
+    assert (
+        said == ["a look at 5 rows: 2 of 5 rows left out: their answers are the same"]
+        and nothing == []
+    )
     with pytest.raises(UserError, match="nothing to learn: 2 of 2 rows left out: their answers"):
         loaded(checkpoint, [["yes", "yes"], ["no", "no"]], stage)
 
@@ -601,18 +909,22 @@ def test_answers_that_the_limit_makes_equal(checkpoint):
     answers = [["yes " * 60 + "so", "yes " * 60 + "no"], ["yes", "no"]]
     examples, said = loaded(checkpoint, answers, "dpo", "--cutoff_len", "40")
     assert len(examples) == 1 and said[0].startswith("a look at 2 rows: 1 of 2 rows truncated")
-    assert said[0].endswith("; 1 of 2 rows left out: their answers are the same"
-                            "; --cutoff_len is 40")
+    assert said[0].endswith(
+        "; 1 of 2 rows left out: their answers are the same; --cutoff_len is 40"
+    )
 
 
-@pytest.mark.parametrize(("stage", "kept", "told"), [
-    ("dpo", 2, "1 of 2 rows truncated"), ("rm", 1, "1 of 2 rows left out: longer")])
+@pytest.mark.parametrize(
+    ("stage", "kept", "told"),
+    [("dpo", 2, "1 of 2 rows truncated"), ("rm", 1, "1 of 2 rows left out: longer")],
+)
 def test_only_a_reward_needs_whole_conversations(stage, kept, told, checkpoint):
     """Of an answer that is cut the beginning can be learned, but it was not what was judged.
 
     Before training begins it is told how many rows that is.
     """
-    examples, said = loaded(checkpoint, [["yes", "no"], ["yes " * 60, "no"]], stage,
-                            "--cutoff_len", "40")
+    examples, said = loaded(
+        checkpoint, [["yes", "no"], ["yes " * 60, "no"]], stage, "--cutoff_len", "40"
+    )
     assert len(examples) == kept
     assert told in said[-1] and "--cutoff_len is 40" in said[-1]

@@ -39,18 +39,42 @@ def ask(text):
 
 
 def test_answers_are_in_order_and_equal_single_prompts(
-        tiny_chat_model_dir, assistant, prompts_file, tmp_path):
-    flags = ["--model_name_or_path", tiny_chat_model_dir, "--device", "cpu", "--dtype", "float32",
-             "--file", prompts_file, "--output", tmp_path / "answers.jsonl", "--batch_size", 4,
-             "--max_new_tokens", 12, "--temperature", 1.3, "--top_k", 0, "--top_p", 1, "--seed", 5]
+    tiny_chat_model_dir, assistant, prompts_file, tmp_path
+):
+    flags = [
+        "--model_name_or_path",
+        tiny_chat_model_dir,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--file",
+        prompts_file,
+        "--output",
+        tmp_path / "answers.jsonl",
+        "--batch_size",
+        4,
+        "--max_new_tokens",
+        12,
+        "--temperature",
+        1.3,
+        "--top_k",
+        0,
+        "--top_p",
+        1,
+        "--seed",
+        5,
+    ]
     done = command(*flags, script="chat.py")
     assert done.returncode == 0 and done.stderr.endswith("answers.jsonl: 11 answers\n")
     sampling = Sampling(12, temperature=1.3, top_k=0, top_p=1, seed=5)
     rows = read(tmp_path / "answers.jsonl")
     for number, (row, text) in enumerate(zip(rows, TEXTS, strict=True)):
         responses, scores = assistant.inference([ask(text)], sampling, rows=[number])
-        assert row["messages"] == [*ask(text)["messages"],
-                                   {"role": "assistant", "content": responses[0]}]
+        assert row["messages"] == [
+            *ask(text)["messages"],
+            {"role": "assistant", "content": responses[0]},
+        ]
         assert row["score"] == pytest.approx(scores[0], abs=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.txt"]
     done = command(*flags, script="chat.py")
@@ -79,7 +103,8 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2, settings={"top_k": 7})
     again = []
     assistant.inference = lambda given, *rest, **more: (
-        again.extend(given) or answer(given, *rest, **more))
+        again.extend(given) or answer(given, *rest, **more)
+    )
     assert prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2) == 11
     assert len(again) == 11 - 5
     for row, expected in zip(read(output), read(whole), strict=True):
@@ -103,10 +128,26 @@ def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path)
     path, told = tmp_path / "many.txt", tmp_path / "told"
     path.write_text("the cat\n" * 9)
     process = subprocess.Popen(
-        [sys.executable, *standing_still("minisft.chat.prompts:Answers.add", [4], told),
-         ROOT / "chat.py", "--model_name_or_path", tiny_chat_model_dir, "--file", path, "--output",
-         tmp_path / "out", "--batch_size", "1", "--max_new_tokens", "4", "--device", "cpu"],
-        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        [
+            sys.executable,
+            *standing_still("minisft.chat.prompts:Answers.add", [4], told),
+            ROOT / "chat.py",
+            "--model_name_or_path",
+            tiny_chat_model_dir,
+            "--file",
+            path,
+            "--output",
+            tmp_path / "out",
+            "--batch_size",
+            "1",
+            "--max_new_tokens",
+            "4",
+            "--device",
+            "cpu",
+        ],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     wait_until(lambda: lines_in(told), process)
     process.kill()
     process.wait()
@@ -118,7 +159,9 @@ def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path)
 def test_rows_of_every_format(assistant, tmp_path):
     """An answer that a row has is not seen; a system prompt of its own comes before the file's."""
     rows = [
-        "only text", {"prompt": "p"}, {"question_id": 1, "text": "t", "category": "c"},
+        "only text",
+        {"prompt": "p"},
+        {"question_id": 1, "text": "t", "category": "c"},
         {"instruction": "i", "input": "x", "output": "secret", "history": [["a", "b"]]},
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "m"}]},
         {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "secret"}]},
@@ -127,38 +170,61 @@ def test_rows_of_every_format(assistant, tmp_path):
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     output = tmp_path / "answers.jsonl"
-    prompts.answer_file(assistant, tmp_path / "rows.json", output, Sampling(3, greedy=True),
-                        system="general")
+    prompts.answer_file(
+        assistant, tmp_path / "rows.json", output, Sampling(3, greedy=True), system="general"
+    )
     answers = read(output)
     general, own = [{"role": "system", "content": text} for text in ("general", "s")]
     asked = [row["messages"][:-1] for row in answers]
     assert [messages[0] for messages in asked] == [general] * 4 + [own] + [general] * 3
     assert [messages[-1]["content"] for messages in asked] == [
-        "only text", "p", "t", "i", "m", "h", "f", "u"]
+        "only text",
+        "p",
+        "t",
+        "i",
+        "m",
+        "h",
+        "f",
+        "u",
+    ]
     assert len(asked[3]) == 4 and asked[3][-1]["input"] == "x"
     assert "secret" not in output.read_text()
     assert answers[-1]["tools"] == [{"name": "add"}]
     responses, _ = assistant.inference(
-        [{"messages": asked[-1], "tools": [{"name": "add"}]}], Sampling(3, greedy=True))
+        [{"messages": asked[-1], "tools": [{"name": "add"}]}], Sampling(3, greedy=True)
+    )
     assert answers[-1]["messages"][-1]["content"] == responses[0]
 
 
 def test_bad_rows_are_listed_before_the_first_answer(assistant, tmp_path):
-    lines = ['{"prompt": "good"}', '{"prompt": " "}', "", '{"prompt": "a\\u0007"}', "{broken",
-             '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
-             '{"other": 1}', json.dumps({"prompt": "x" * 30_000}),
-             '{"messages": [{"role": "system", "content": "a"}]}',
-             '{"messages": [{"role": ["user"], "content": "a"}]}']
+    lines = [
+        '{"prompt": "good"}',
+        '{"prompt": " "}',
+        "",
+        '{"prompt": "a\\u0007"}',
+        "{broken",
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+        '{"other": 1}',
+        json.dumps({"prompt": "x" * 30_000}),
+        '{"messages": [{"role": "system", "content": "a"}]}',
+        '{"messages": [{"role": ["user"], "content": "a"}]}',
+    ]
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(lines))
     assistant.inference = None
     with pytest.raises(UserError) as error:
         prompts.answer_file(assistant, path, tmp_path / "new" / "out", Sampling(3))
-    for said in ("rows that cannot be asked:", "row 2 (line 2): there is no question",
-                 "row 3 (line 4): the message has the control character U+0007",
-                 "row 4 (line 5)", "row 5 (line 6): ", "row 6 (line 7): ",
-                 "row 7 (line 8): the message is too long",
-                 "row 8 (line 9): there is no question", "row 9 (line 10): "):
+    for said in (
+        "rows that cannot be asked:",
+        "row 2 (line 2): there is no question",
+        "row 3 (line 4): the message has the control character U+0007",
+        "row 4 (line 5)",
+        "row 5 (line 6): ",
+        "row 6 (line 7): ",
+        "row 7 (line 8): the message is too long",
+        "row 8 (line 9): there is no question",
+        "row 9 (line 10): ",
+    ):
         assert said in str(error.value)
     path.write_text('{"prompt": ""}\n' * 30)
     with pytest.raises(UserError, match="and 20 more of 30 rows"):

@@ -5,14 +5,24 @@ from conftest import command
 
 import minisft
 
-PUBLIC = {"Assistant", "ModelConfig", "Sampling", "Tokenizer", "generate", "get_template",
-          "load_adapter", "load_model"}
+PUBLIC = {
+    "Assistant",
+    "ModelConfig",
+    "Sampling",
+    "Tokenizer",
+    "generate",
+    "get_template",
+    "load_adapter",
+    "load_model",
+}
 
 
 def test_import_loads_no_torch_and_a_name_is_imported_on_first_use():
-    code = ("import sys, minisft; assert not {'torch', 'numpy'} & set(sys.modules); "
-            "from minisft import Sampling; assert 'torch' in sys.modules; "
-            "assert Sampling is minisft.Sampling")
+    code = (
+        "import sys, minisft; assert not {'torch', 'numpy'} & set(sys.modules); "
+        "from minisft import Sampling; assert 'torch' in sys.modules; "
+        "assert Sampling is minisft.Sampling"
+    )
     done = command("-c", code, script=None)
     assert done.returncode == 0, done.stderr
 

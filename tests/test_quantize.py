@@ -64,8 +64,9 @@ def reference(packed, state, shape, dtype):
 def test_packed_bytes_and_values_equal_bitsandbytes(shape, dtype):
     weight = weight_of(shape, dtype)
     packed, scales, nested_scales, mean = quantize_nf4(weight)
-    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4",
-                                             compress_statistics=True)
+    theirs, state = functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
     assert torch.equal(packed, theirs.flatten())
     assert torch.equal(nested_scales, state.state2.absmax) and mean == state.offset
     their_scales = state.absmax.flatten()
@@ -99,10 +100,12 @@ def test_rows_equal_bitsandbytes(dtype):
 
 def test_layer_equals_linear4bit():
     weight, bias = weight_of((48, 128), torch.float32), torch.randn(48)
-    theirs = bitsandbytes.nn.Linear4bit(128, 48, compute_dtype=torch.float32, quant_type="nf4",
-                                        compress_statistics=True)
-    theirs.weight = bitsandbytes.nn.Params4bit(weight.clone(), requires_grad=False,
-                                               quant_type="nf4", compress_statistics=True)
+    theirs = bitsandbytes.nn.Linear4bit(
+        128, 48, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True
+    )
+    theirs.weight = bitsandbytes.nn.Params4bit(
+        weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
     theirs.bias.data = bias.clone()
     theirs = theirs.to("cpu")
     ours = QuantizedLinear.from_weight(weight, 4, bias)
@@ -150,8 +153,9 @@ def test_a_loaded_model_computes_with_the_dequantised_weights(bits, checkpoint, 
     The embedding and the output matrix are not quantised.
     """
     quantized, plain = load_model(checkpoint, quantization_bit=bits), load_model(checkpoint)
-    names = [name for name, module in quantized.named_modules()
-             if isinstance(module, QuantizedLinear)]
+    names = [
+        name for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear)
+    ]
     assert len(names) == 7 * quantized.config.num_hidden_layers
     for name in names:
         plain.get_submodule(name).weight.data = quantized.get_submodule(name).weight
@@ -178,24 +182,57 @@ def test_a_loaded_model_computes_with_the_dequantised_weights(bits, checkpoint, 
 
 def test_training_in_four_bits_by_command_line(checkpoint, rows_file, tmp_path):
     """QLoRA learns, and a resumed run ends with the adapter of an uninterrupted run."""
-    flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--template", "plain",
-             "--quantization_bit", 4, "--learning_rate", "5e-3", "--logging_steps", 1,
-             "--save_steps", 3, "--lora_dropout", "0.1"]
+    flags = [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--quantization_bit",
+        4,
+        "--learning_rate",
+        "5e-3",
+        "--logging_steps",
+        1,
+        "--save_steps",
+        3,
+        "--lora_dropout",
+        "0.1",
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder, more in ((whole, ["--max_steps", 6]), (parts, ["--max_steps", 6])):
         done = command(*flags, *more, "--output_dir", folder)
         assert done.returncode == 0, done.stderr
     (parts / "adapter_model.safetensors").unlink()
-    done = command(*flags, "--max_steps", 6, "--output_dir", parts, "--resume_from_checkpoint",
-                   parts / "checkpoint-3")
+    done = command(
+        *flags,
+        "--max_steps",
+        6,
+        "--output_dir",
+        parts,
+        "--resume_from_checkpoint",
+        parts / "checkpoint-3",
+    )
     assert done.returncode == 0, done.stderr
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [row["loss"] for row in read_metrics(whole / "metrics.jsonl")]
     assert losses[-1] < losses[0]
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-                   "plain", "--quantization_bit", 4, "--finetuning_type", "full",
-                   "--output_dir", tmp_path / "no")
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--quantization_bit",
+        4,
+        "--finetuning_type",
+        "full",
+        "--output_dir",
+        tmp_path / "no",
+    )
     assert done.returncode == 2 and "--quantization_bit belongs to" in done.stderr
 
 
@@ -203,8 +240,10 @@ def test_training_in_four_bits_by_command_line(checkpoint, rows_file, tmp_path):
 def trained(tiny_chat_model_dir, tmp_path):
     """An adapter on some layers, from a run in 4 bits."""
     torch.manual_seed(5)
-    model, config = load_model(tiny_chat_model_dir), LoraConfig(
-        rank=4, target_modules=("q_proj", "up_proj"))
+    model, config = (
+        load_model(tiny_chat_model_dir),
+        LoraConfig(rank=4, target_modules=("q_proj", "up_proj")),
+    )
     add_lora(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -223,13 +262,24 @@ def call(monkeypatch, script, *words):
 @pytest.fixture
 def merged(tiny_chat_model_dir, trained, tmp_path, monkeypatch):
     """The adapter added to the dequantised base, as a plain checkpoint."""
-    call(monkeypatch, export, "--model_name_or_path", tiny_chat_model_dir, "--adapter", trained,
-         "--quantization_bit", 4, "--output_dir", tmp_path / "merged")
+    call(
+        monkeypatch,
+        export,
+        "--model_name_or_path",
+        tiny_chat_model_dir,
+        "--adapter",
+        trained,
+        "--quantization_bit",
+        4,
+        "--output_dir",
+        tmp_path / "merged",
+    )
     return tmp_path / "merged"
 
 
 def test_export_merges_into_the_base_that_was_trained_on(
-        tiny_chat_model_dir, trained, merged, tmp_path, monkeypatch, capsys):
+    tiny_chat_model_dir, trained, merged, tmp_path, monkeypatch, capsys
+):
     adapted = load_model(tiny_chat_model_dir, quantization_bit=4)
     load_adapter(adapted, trained)
     tokens = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -240,37 +290,76 @@ def test_export_merges_into_the_base_that_was_trained_on(
     assert "with --quantization_bit 4 both are the same" in capsys.readouterr().out
     full = load_model(tiny_chat_model_dir)
     load_adapter(full, trained)
-    torch.testing.assert_close(load_model(tmp_path / "full")(tokens), full(tokens), rtol=1e-4,
-                               atol=1e-5)
+    torch.testing.assert_close(
+        load_model(tmp_path / "full")(tokens), full(tokens), rtol=1e-4, atol=1e-5
+    )
     assert (full(tokens) - adapted(tokens)).abs().max() > 0.1
-    done = command(*words, "--format", "gguf", "--quantization_bit", 4, "--output",
-                   tmp_path / "x.gguf", script="export.py")
+    done = command(
+        *words,
+        "--format",
+        "gguf",
+        "--quantization_bit",
+        4,
+        "--output",
+        tmp_path / "x.gguf",
+        script="export.py",
+    )
     assert done.returncode == 2 and "does not use --quantization_bit" in done.stderr
 
 
 def test_chat_score_and_eval_in_four_bits(
-        tiny_chat_model_dir, trained, merged, rows_file, tmp_path, monkeypatch):
+    tiny_chat_model_dir, trained, merged, rows_file, tmp_path, monkeypatch
+):
     """A base in 4 bits with its adapter, and the merged model: the same answers and scores."""
-    models = {"quantized": [tiny_chat_model_dir, "--adapter", trained, "--quantization_bit", 4],
-              "merged": [merged]}
+    models = {
+        "quantized": [tiny_chat_model_dir, "--adapter", trained, "--quantization_bit", 4],
+        "merged": [merged],
+    }
     (tmp_path / "ceval/val").mkdir(parents=True)
     with open(tmp_path / "ceval/val/law_val.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["id", "question", "A", "B", "C", "D", "answer"],
-                                    [0, "the cat?", "sat", "mat", "hat", "rat", "B"]])
+        csv.writer(file).writerows(
+            [
+                ["id", "question", "A", "B", "C", "D", "answer"],
+                [0, "the cat?", "sat", "mat", "hat", "rat", "B"],
+            ]
+        )
     (tmp_path / "ceval/subject_mapping.json").write_text(
-        '{"law": {"name": "法学", "category": "Humanities"}}')
+        '{"law": {"name": "法学", "category": "Humanities"}}'
+    )
     found = {}
     for name, model in models.items():
         common = ["--model_name_or_path", *model, "--dtype", "float32", "--device", "cpu"]
-        done = command(*common, "--greedy", "--max_new_tokens", 12, "--prompt", "the cat",
-                       script="chat.py")
+        done = command(
+            *common, "--greedy", "--max_new_tokens", 12, "--prompt", "the cat", script="chat.py"
+        )
         assert done.returncode == 0, done.stderr
-        call(monkeypatch, score, *common, "--dataset", rows_file, "--dataloader_num_workers", 0,
-             "--output", tmp_path / f"{name}.jsonl")
-        call(monkeypatch, evaluation, "ceval", *common, "--data_dir", tmp_path / "ceval",
-             "--num_fewshot", 0, "--output_dir", tmp_path / f"eval-{name}")
-        scores = [json.loads(line)["ifd"]
-                  for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        call(
+            monkeypatch,
+            score,
+            *common,
+            "--dataset",
+            rows_file,
+            "--dataloader_num_workers",
+            0,
+            "--output",
+            tmp_path / f"{name}.jsonl",
+        )
+        call(
+            monkeypatch,
+            evaluation,
+            "ceval",
+            *common,
+            "--data_dir",
+            tmp_path / "ceval",
+            "--num_fewshot",
+            0,
+            "--output_dir",
+            tmp_path / f"eval-{name}",
+        )
+        scores = [
+            json.loads(line)["ifd"]
+            for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        ]
         with open(tmp_path / f"eval-{name}/ceval-val/law.csv", encoding="utf-8") as file:
             letters = [float(row[letter]) for row in csv.DictReader(file) for letter in "ABCD"]
         protocol = json.loads((tmp_path / f"eval-{name}/summary.json").read_text())["protocol"]

@@ -27,34 +27,75 @@ HISTORY = [user("Q"), assistant("A")]
 SYSTEM = {"role": "system", "content": "S"}
 LAYOUTS = {
     "sharegpt": (
-        {"conversations": [{"from": "human", "value": "Add."}],
-         "chosen": {"from": "gpt", "value": "3"}, "rejected": {"from": "gpt", "value": "4"}},
-        [user("Add.")]),
+        {
+            "conversations": [{"from": "human", "value": "Add."}],
+            "chosen": {"from": "gpt", "value": "3"},
+            "rejected": {"from": "gpt", "value": "4"},
+        },
+        [user("Add.")],
+    ),
     "sharegpt, several turns": (
-        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"},
-                           {"from": "human", "value": "Add."}], "system": "S",
-         "chosen": {"from": "gpt", "value": "3"}, "rejected": {"from": "gpt", "value": "4"}},
-        [SYSTEM, *HISTORY, user("Add.")]),
+        {
+            "conversations": [
+                {"from": "human", "value": "Q"},
+                {"from": "gpt", "value": "A"},
+                {"from": "human", "value": "Add."},
+            ],
+            "system": "S",
+            "chosen": {"from": "gpt", "value": "3"},
+            "rejected": {"from": "gpt", "value": "4"},
+        },
+        [SYSTEM, *HISTORY, user("Add.")],
+    ),
     "alpaca": (
-        {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4", "system": "S",
-         "history": [["Q", "A"]], "output": "not this"},
-        [SYSTEM, *HISTORY, user("Add.", input="1 2")]),
+        {
+            "instruction": "Add.",
+            "input": "1 2",
+            "chosen": "3",
+            "rejected": "4",
+            "system": "S",
+            "history": [["Q", "A"]],
+            "output": "not this",
+        },
+        [SYSTEM, *HISTORY, user("Add.", input="1 2")],
+    ),
     "alpaca, a list": (
         {"instruction": "Add.", "input": "1 2", "output": ["3", "4"], "history": [["Q", "A"]]},
-        [*HISTORY, user("Add.", input="1 2")]),
+        [*HISTORY, user("Add.", input="1 2")],
+    ),
     "texts": ({"prompt": "Add.", "chosen": "3", "rejected": "4"}, [user("Add.")]),
     "messages": (
-        {"prompt": [SYSTEM, *HISTORY, user("Add.")], "chosen": [assistant("3")],
-         "rejected": [assistant("4")], "score": 7}, [SYSTEM, *HISTORY, user("Add.")]),
+        {
+            "prompt": [SYSTEM, *HISTORY, user("Add.")],
+            "chosen": [assistant("3")],
+            "rejected": [assistant("4")],
+            "score": 7,
+        },
+        [SYSTEM, *HISTORY, user("Add.")],
+    ),
     "openai": (
-        {"messages": [*HISTORY, user("Add.")], "chosen": assistant("3"),
-         "rejected": assistant("4")}, [*HISTORY, user("Add.")]),
+        {
+            "messages": [*HISTORY, user("Add.")],
+            "chosen": assistant("3"),
+            "rejected": assistant("4"),
+        },
+        [*HISTORY, user("Add.")],
+    ),
     "whole conversations": (
-        {"chosen": [*HISTORY, user("Add."), assistant("3")],
-         "rejected": [*HISTORY, user("Add."), assistant("4")]}, [*HISTORY, user("Add.")]),
+        {
+            "chosen": [*HISTORY, user("Add."), assistant("3")],
+            "rejected": [*HISTORY, user("Add."), assistant("4")],
+        },
+        [*HISTORY, user("Add.")],
+    ),
     "whole, and the prompt beside them": (
-        {"prompt": "Add.", "chosen": [user("Add."), assistant("3")],
-         "rejected": [user("Add."), assistant("4")]}, [user("Add.")]),
+        {
+            "prompt": "Add.",
+            "chosen": [user("Add."), assistant("3")],
+            "rejected": [user("Add."), assistant("4")],
+        },
+        [user("Add.")],
+    ),
 }
 
 
@@ -68,9 +109,12 @@ def test_layouts(layout):
 
 def test_calls_of_functions_are_answers():
     call = {"name": "add", "arguments": {"a": 1}}
-    record = {"conversations": [{"from": "human", "value": "Add."}], "tools": [{"name": "add"}],
-              "chosen": {"from": "function_call", "value": json.dumps(call)},
-              "rejected": {"from": "gpt", "value": "I cannot."}}
+    record = {
+        "conversations": [{"from": "human", "value": "Add."}],
+        "tools": [{"name": "add"}],
+        "chosen": {"from": "function_call", "value": json.dumps(call)},
+        "rejected": {"from": "gpt", "value": "I cannot."},
+    }
     (best, worse), tools = parse_preferences(record)
     assert best[-1]["tool_calls"] == [call] and worse[-1] == assistant("I cannot.")
     assert tools == [{"name": "add"}]
@@ -79,24 +123,44 @@ def test_calls_of_functions_are_answers():
 PROMPT = {"prompt": "Add."}
 
 
-@pytest.mark.parametrize(("record", "message"), [
-    ({"instruction": "Add.", "output": "3"}, "need the columns chosen and rejected, or a list"),
-    ({"instruction": "Add.", "output": ["3"]}, "a list of at least two answers"),
-    ({"instruction": "Add.", "output": ["3", " "]}, "answer 2 of output: the assistant turn is"),
-    ({"instruction": "Add.", "output": ["3", 4]}, "answer 2 of output: a turn must be a JSON object"),
-    ({"instruction": "", "output": ["3", "4"]}, "there is no question"),
-    ({**PROMPT, "chosen": "3", "rejected": ""}, "rejected: the assistant turn is empty"),
-    ({**PROMPT, "chosen": "3", "rejected": None}, "rejected: a turn must be a JSON object"),
-    ({**PROMPT, "chosen": [], "rejected": "4"}, "chosen is empty"),
-    ({**PROMPT, "chosen": {"from": "robot", "value": "3"}, "rejected": "4"}, "chosen: unknown speaker"),
-    ({"prompt": [assistant("Q")], "chosen": "3", "rejected": "4"}, "with chosen: assistant speaks"),
-    ({"chosen": "3", "rejected": "4"}, "chosen and rejected have no question"),
-    ({"chosen": [user("Q"), assistant("3")], "rejected": "4"}, "with rejected: assistant speaks"),
-    ({"chosen": [user("Q"), assistant("3")], "rejected": [user("Z"), assistant("4")]},
-     "the answers belong to different questions"),
-    ({**PROMPT, "chosen": "3", "rejected": "\ud800"}, "half of a surrogate pair"),
-    (["3"], "a row must be a JSON object"),
-])
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"instruction": "Add.", "output": "3"}, "need the columns chosen and rejected, or a list"),
+        ({"instruction": "Add.", "output": ["3"]}, "a list of at least two answers"),
+        (
+            {"instruction": "Add.", "output": ["3", " "]},
+            "answer 2 of output: the assistant turn is",
+        ),
+        (
+            {"instruction": "Add.", "output": ["3", 4]},
+            "answer 2 of output: a turn must be a JSON object",
+        ),
+        ({"instruction": "", "output": ["3", "4"]}, "there is no question"),
+        ({**PROMPT, "chosen": "3", "rejected": ""}, "rejected: the assistant turn is empty"),
+        ({**PROMPT, "chosen": "3", "rejected": None}, "rejected: a turn must be a JSON object"),
+        ({**PROMPT, "chosen": [], "rejected": "4"}, "chosen is empty"),
+        (
+            {**PROMPT, "chosen": {"from": "robot", "value": "3"}, "rejected": "4"},
+            "chosen: unknown speaker",
+        ),
+        (
+            {"prompt": [assistant("Q")], "chosen": "3", "rejected": "4"},
+            "with chosen: assistant speaks",
+        ),
+        ({"chosen": "3", "rejected": "4"}, "chosen and rejected have no question"),
+        (
+            {"chosen": [user("Q"), assistant("3")], "rejected": "4"},
+            "with rejected: assistant speaks",
+        ),
+        (
+            {"chosen": [user("Q"), assistant("3")], "rejected": [user("Z"), assistant("4")]},
+            "the answers belong to different questions",
+        ),
+        ({**PROMPT, "chosen": "3", "rejected": "\ud800"}, "half of a surrogate pair"),
+        (["3"], "a row must be a JSON object"),
+    ],
+)
 def test_mistakes(record, message):
     with pytest.raises(BadRow, match=message):
         parse_preferences(record)
@@ -116,13 +180,23 @@ def test_a_broken_row_is_named_or_left_out(tmp_path):
         open_rows(path)
 
 
-@pytest.mark.parametrize(("prompt", "answer"), [
-    ({"instruction": "Add."}, {"output": "three"}),
-    ({"kind": "x", "input": "Add."}, {"target": "three"}),
-    ({"conversations": [{"from": "human", "value": "Add."}]},
-     {"conversations": [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "three"}]}),
-    ({"messages": [user("Add.")]}, {"messages": [user("Add."), assistant("three")]}),
-])
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ({"instruction": "Add."}, {"output": "three"}),
+        ({"kind": "x", "input": "Add."}, {"target": "three"}),
+        (
+            {"conversations": [{"from": "human", "value": "Add."}]},
+            {
+                "conversations": [
+                    {"from": "human", "value": "Add."},
+                    {"from": "gpt", "value": "three"},
+                ]
+            },
+        ),
+        ({"messages": [user("Add.")]}, {"messages": [user("Add."), assistant("three")]}),
+    ],
+)
 def test_an_answer_beside_those_to_compare_is_the_one_to_learn(tmp_path, prompt, answer):
     """It is told that they are not read and by what; without it the row is refused."""
     compared, said = {"chosen": "3", "rejected": "4"}, []
@@ -130,8 +204,10 @@ def test_an_answer_beside_those_to_compare_is_the_one_to_learn(tmp_path, prompt,
     path.write_text(json.dumps([{**prompt, **answer, **compared}] * 2 + [{**prompt, **answer}]))
     rows = open_rows(path, say=said.append)
     assert [row.messages for row in rows] == [[user("Add."), assistant("three")]] * 3
-    assert said == [f"{path}: only the single answer of each row is read; train.py --stage rm and dpo "
-                    "learn from chosen and rejected"]
+    assert said == [
+        f"{path}: only the single answer of each row is read; train.py --stage rm and dpo "
+        "learn from chosen and rejected"
+    ]
     path.write_text(json.dumps([{**prompt, **answer}, {**prompt, **compared}]))
     with pytest.raises(UserError, match=r"row 2: preference data.*--stage dpo or rm"):
         open_rows(path, say=said.append)
@@ -150,27 +226,52 @@ def test_an_entry_that_names_one_answer_says_who_would_compare(tmp_path):
     said = []
     assert open_rows("it", tmp_path, say=said.append)[0].messages[-1] == assistant("three")
     (line,) = said
-    assert "'chosen' (as chosen), 'rejected' (as rejected). dataset_info.json does not name them" in line
-    assert line.endswith("so they are ignored; train.py --stage rm and dpo learn from chosen and rejected")
+    assert (
+        "'chosen' (as chosen), 'rejected' (as rejected). dataset_info.json does not name them"
+        in line
+    )
+    assert line.endswith(
+        "so they are ignored; train.py --stage rm and dpo learn from chosen and rejected"
+    )
 
 
-@pytest.mark.parametrize(("entry", "record"), [
-    ({"ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
-     {"q": "Add.", "good": "3", "bad": "4", "instruction": "not this"}),
-    ({"ranking": True, "formatting": "sharegpt", "columns": {
-        "messages": "talk", "chosen": "good", "rejected": "bad"},
-      "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "U", "assistant_tag": "A"}},
-     {"talk": [{"who": "U", "says": "Add."}], "good": {"who": "A", "says": "3"},
-      "bad": {"who": "A", "says": "4"}}),
-    ({"ranking": True}, {"instruction": "Add.", "input": "", "output": ["3", "4"]}),
-])
+@pytest.mark.parametrize(
+    ("entry", "record"),
+    [
+        (
+            {"ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
+            {"q": "Add.", "good": "3", "bad": "4", "instruction": "not this"},
+        ),
+        (
+            {
+                "ranking": True,
+                "formatting": "sharegpt",
+                "columns": {"messages": "talk", "chosen": "good", "rejected": "bad"},
+                "tags": {
+                    "role_tag": "who",
+                    "content_tag": "says",
+                    "user_tag": "U",
+                    "assistant_tag": "A",
+                },
+            },
+            {
+                "talk": [{"who": "U", "says": "Add."}],
+                "good": {"who": "A", "says": "3"},
+                "bad": {"who": "A", "says": "4"},
+            },
+        ),
+        ({"ranking": True}, {"instruction": "Add.", "input": "", "output": ["3", "4"]}),
+    ],
+)
 def test_dataset_info(tmp_path, entry, record):
     (tmp_path / "rows.json").write_text(json.dumps([record]))
     info = tmp_path / "dataset_info.json"
     info.write_text(json.dumps({"it": {"file_name": "rows.json", **entry}}))
     (row,) = open_rows("it", tmp_path, ranking=True)
-    assert [row.messages, *row.rejected] == [[user("Add."), assistant("3")],
-                                          [user("Add."), assistant("4")]]
+    assert [row.messages, *row.rejected] == [
+        [user("Add."), assistant("3")],
+        [user("Add."), assistant("4")],
+    ]
     with pytest.raises(UserError, match="it: preference data"):
         open_rows("it", tmp_path)
     if "columns" in entry:
@@ -186,8 +287,9 @@ def real_rows(shared_data):
     expected = []
     for row in json.loads((folder / "dpo_en_demo.json").read_text()):
         turns = [turn for turn in row["conversations"] if turn["from"] != "system"]
-        expected.append([[turn["value"] for turn in [*turns, row[name]]]
-                         for name in ("chosen", "rejected")])
+        expected.append(
+            [[turn["value"] for turn in [*turns, row[name]]] for name in ("chosen", "rejected")]
+        )
     yield open_rows("dpo_en_demo", folder, ranking=True), expected
     expected = []
     for row in json.loads((folder / "oaast_rm_zh.json").read_text()):
@@ -199,8 +301,13 @@ def real_rows(shared_data):
 def test_real_files(shared_data):
     """Every conversation of dpo_en_demo (by dataset_info.json) and oaast_rm_zh, word for word."""
     for rows, expected in real_rows(shared_data):
-        found = [[[message["content"] for message in messages if message["role"] != "system"]
-                  for messages in (row.messages, *row.rejected)] for row in rows]
+        found = [
+            [
+                [message["content"] for message in messages if message["role"] != "system"]
+                for messages in (row.messages, *row.rejected)
+            ]
+            for row in rows
+        ]
         assert found == expected
         assert any(len(row.messages) > 3 for row in rows)
 
@@ -223,7 +330,8 @@ def test_only_the_answers_are_learned(name, shared_data, tiny_tokenizer_dir):
                 assert text.ids.tolist() == ids and ids[: len(prompt)] == prompt
                 answer = np.flatnonzero(text.supervised)
                 assert answer.tolist() == list(range(len(ids) - len(answer), len(ids))) or (
-                    name == "chatml" and answer[-1] == len(ids) - 2)  # a line feed after each turn
+                    name == "chatml" and answer[-1] == len(ids) - 2
+                )  # a line feed after each turn
                 assert answer[0] == len(prompt)
                 spelled = tokenizer.decode(text.ids[answer[:-1]].tolist())
                 assert spelled.strip() == messages[-1]["content"].strip()
@@ -253,8 +361,17 @@ def test_multi_message_answers(tiny_tokenizer_dir, tmp_path):
     template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
     path = tmp_path / "rows.json"
     longer = [assistant("one"), user("go"), assistant("two")]
-    path.write_text(json.dumps([{"prompt": [*HISTORY, user("Add.")], "chosen": longer,
-                                 "rejected": [assistant("three")]}]))
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "prompt": [*HISTORY, user("Add.")],
+                    "chosen": longer,
+                    "rejected": [assistant("three")],
+                }
+            ]
+        )
+    )
     (example,), _ = encode_preferences(open_rows(path, ranking=True), template, 10**6)
     shown = [template.show(text.ids.tolist(), text.supervised.tolist()) for text in example.texts()]
     learned = [[part.split("\033[0m")[0] for part in one.split("\033[32m")[1:]] for one in shown]

@@ -19,11 +19,12 @@ class TestRows:
     def lines(self, tmp_path):
         generator = np.random.default_rng(0)
         lengths = map(int, generator.integers(1, 300, 500))
-        records = [{**GOOD, "output": "a" + "颜x\u2028"[length % 3] * length}
-                   for length in lengths]
+        records = [{**GOOD, "output": "a" + "颜x\u2028"[length % 3] * length} for length in lengths]
         gaps = ["\n" + "\r\n  \n\t\n"[: 2 * int(generator.integers(0, 4))] for _ in records]
-        lines = [" " * (number % 2) + json.dumps(record, ensure_ascii=False) + gap
-                 for number, (record, gap) in enumerate(zip(records, gaps, strict=True))]
+        lines = [
+            " " * (number % 2) + json.dumps(record, ensure_ascii=False) + gap
+            for number, (record, gap) in enumerate(zip(records, gaps, strict=True))
+        ]
         return write(tmp_path / "many.jsonl", "\ufeff" + "".join(lines)), records
 
     @pytest.mark.parametrize("block_size", [3, 7, 1000, 2**22])
@@ -50,7 +51,11 @@ class TestRows:
         assert len(rows) == 507
         picked = rows[3:100:30].select([1, 0, 0, -1])
         assert [(row.source, row.index) for row in picked] == [
-            (str(lines[0]), 26), (str(other), 3), (str(other), 3), (str(lines[0]), 86)]
+            (str(lines[0]), 26),
+            (str(other), 3),
+            (str(other), 3),
+            (str(lines[0]), 86),
+        ]
         both = picked + open_rows(other)
         assert [row.index for row in both] == [26, 3, 3, 86, *range(7)]
         assert len(both.sizes()) == 11
@@ -90,8 +95,10 @@ class TestRows:
         with pytest.raises(UserError, match="not UTF-8"):
             open_rows(path)
 
-    @pytest.mark.parametrize(("name", "way_out"), [
-        ("rows.csv", "convert it"), ("rows.parquet", "convert it"), ("rows.json.gz", "unpack it")])
+    @pytest.mark.parametrize(
+        ("name", "way_out"),
+        [("rows.csv", "convert it"), ("rows.parquet", "convert it"), ("rows.json.gz", "unpack it")],
+    )
     def test_other_kinds_of_file_say_the_way(self, name, way_out, tmp_path):
         with pytest.raises(UserError, match=f"{name}: neither .*; {way_out}"):
             open_rows(write(tmp_path / name, "PAR1,\n"))

@@ -38,25 +38,37 @@ class Reader(HTMLParser):
 
 def made_up_results():
     """What a comparison of three models leaves, with long words and every kind of verdict."""
-    items = [Item([{"role": "user", "content": f"问题 {number}: {'很长' * 40}"}], "the mat")
-             for number in range(12)]
-    texts = {"base": ["x" * 300] * 12, "tuned": ["the mat", "the cat"] * 6,
-             "第三": ["the mat"] * 11 + [NASTY]}
+    items = [
+        Item([{"role": "user", "content": f"问题 {number}: {'很长' * 40}"}], "the mat")
+        for number in range(12)
+    ]
+    texts = {
+        "base": ["x" * 300] * 12,
+        "tuned": ["the mat", "the cat"] * 6,
+        "第三": ["the mat"] * 11 + [NASTY],
+    }
     models = {}
     for name, answers in texts.items():
-        answers = [{"answer": text, "num_tokens": 3, "is_cut": False, "is_skipped": False}
-                   for text in answers]
+        answers = [
+            {"answer": text, "num_tokens": 3, "is_cut": False, "is_skipped": False}
+            for text in answers
+        ]
         models[name] = measure(items, answers, [(1.0, 3)] * 12) | {"answers": answers}
     verdicts = {"tuned": [(2, 1), (1, 2), (1, 1), (None, 1)] * 3, "第三": [(2, 1)] * 12}
     return {
-        "protocol": "12 questions of /a/path/" + "without-spaces" * 10, "models": models,
+        "protocol": "12 questions of /a/path/" + "without-spaces" * 10,
+        "models": models,
         "questions": [{"question": item.question, "reference": item.reference} for item in items],
-        "differences_to_first": {name: differences(models["base"], models[name])
-                                 for name in verdicts},
-        "judge": {"name": "made up",
-                  "outcomes": {name: [outcome(*pair) for pair in pairs]
-                               for name, pairs in verdicts.items()},
-                  "against_first": {name: tally(pairs) for name, pairs in verdicts.items()}},
+        "differences_to_first": {
+            name: differences(models["base"], models[name]) for name in verdicts
+        },
+        "judge": {
+            "name": "made up",
+            "outcomes": {
+                name: [outcome(*pair) for pair in pairs] for name, pairs in verdicts.items()
+            },
+            "against_first": {name: tally(pairs) for name, pairs in verdicts.items()},
+        },
     }
 
 
@@ -73,8 +85,11 @@ def test_what_models_wrote_is_text_and_the_page_asks_nobody():
 
 def test_lines_say_what_went_wrong():
     results = made_up_results()
-    results["models"]["tuned"] |= {"answers_cut": 3, "references_without_room": 1,
-                                   "perplexity": None}
+    results["models"]["tuned"] |= {
+        "answers_cut": 3,
+        "references_without_room": 1,
+        "perplexity": None,
+    }
     lines = measure_lines(results)
     assert sum("of 12" in one for one in lines) == 2
     assert any(one.startswith("tuned: 3 of 12 answers were cut") for one in lines)
@@ -86,7 +101,8 @@ def test_lines_say_what_went_wrong():
         "tuned against base: 3 win, 3 tie, 3 loss, 3 unreadable; 3 of the ties because it "
         "contradicted itself, 67 % of its choices for the answer shown first",
         "第三 against base: 12 win, 0 tie, 0 loss, 0 unreadable; 0 of the ties because it "
-        "contradicted itself, 50 % of its choices for the answer shown first"]
+        "contradicted itself, 50 % of its choices for the answer shown first",
+    ]
 
 
 def test_the_page_in_a_browser(tmp_path):
@@ -98,8 +114,9 @@ def test_the_page_in_a_browser(tmp_path):
     write_results(made_up_results(), tmp_path)
     asked, complaints = [], []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(chromium),
-                                             args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=str(chromium), args=["--no-sandbox", "--disable-gpu"]
+        )
         tab = browser.new_page(viewport={"width": 390, "height": 844})
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("console", lambda message: complaints.append(message.text))
@@ -113,8 +130,16 @@ def test_the_page_in_a_browser(tmp_path):
             tab.select_option("select", kind)
             counts[kind] = shown.count()
             assert tab.inner_text("#shown") == f"{counts[kind]} of 12"
-        assert counts == {"": 12, "all-right": 0, "differ": 11, "none-right": 1, "win-1": 3,
-                          "loss-1": 3, "tie-1": 3, "win-2": 12}
+        assert counts == {
+            "": 12,
+            "all-right": 0,
+            "differ": 11,
+            "none-right": 1,
+            "win-1": 3,
+            "loss-1": 3,
+            "tie-1": 3,
+            "win-2": 12,
+        }
         tab.fill("input", "问题 7")
         assert shown.count() == 1 and "问题 7" in shown.inner_text()
         tab.select_option("select", "loss-1")

@@ -59,9 +59,13 @@ def rows_and_texts():
         elif number % 3 == 1:
             rows.append({"prompt": f"Say {number}.", "chosen": chosen, "rejected": rejected})
         else:
-            rows.append({"conversations": [{"from": "human", "value": f"Say {number}."}],
-                         "chosen": {"from": "gpt", "value": chosen},
-                         "rejected": {"from": "gpt", "value": rejected}})
+            rows.append(
+                {
+                    "conversations": [{"from": "human", "value": f"Say {number}."}],
+                    "chosen": {"from": "gpt", "value": chosen},
+                    "rejected": {"from": "gpt", "value": rejected},
+                }
+            )
     for answers in ("the mat", ["yes", "yes"], ["yes", "no " * 200], ["yes"]):
         rows.append({"instruction": "Say 24.", "output": answers})
     return rows, [*texts, [[asked(24), answered("the mat")]]]
@@ -76,9 +80,25 @@ def pairs(tmp_path):
 
 
 def words_of(judge, rows, output, *more):
-    return ["--model_name_or_path", judge, "--dataset", rows, "--template", "plain", "--dtype",
-            "float32", "--device", "cpu", "--dataloader_num_workers", 0, "--mode", "reward",
-            "--output", output, *more]
+    return [
+        "--model_name_or_path",
+        judge,
+        "--dataset",
+        rows,
+        "--template",
+        "plain",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--dataloader_num_workers",
+        0,
+        "--mode",
+        "reward",
+        "--output",
+        output,
+        *more,
+    ]
 
 
 def read(path):
@@ -90,8 +110,9 @@ def their_rewards(judge, conversations):
     """The rewards by transformers, one conversation at a time."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(judge)
     template = get_template("plain", Tokenizer.load(judge))
-    return [model.eval()(torch.tensor([template.encode(one)[0]])).logits.item()
-            for one in conversations]
+    return [
+        model.eval()(torch.tensor([template.encode(one)[0]])).logits.item() for one in conversations
+    ]
 
 
 def check(lines, judge):
@@ -101,11 +122,16 @@ def check(lines, judge):
     for line, conversations in zip(lines, texts, strict=False):
         rewards = their_rewards(judge, conversations)
         pairs = list(combinations(rewards, 2))
-        expected = {"reward": rewards[0]} if not pairs else {
-            "accuracy": np.mean([better > worse for better, worse in pairs]),
-            "margin": np.mean([better - worse for better, worse in pairs]),
-            "reward_chosen": np.mean([better for better, _ in pairs]),
-            "reward_rejected": np.mean([worse for _, worse in pairs])}
+        expected = (
+            {"reward": rewards[0]}
+            if not pairs
+            else {
+                "accuracy": np.mean([better > worse for better, worse in pairs]),
+                "margin": np.mean([better - worse for better, worse in pairs]),
+                "reward_chosen": np.mean([better for better, _ in pairs]),
+                "reward_rejected": np.mean([worse for _, worse in pairs]),
+            }
+        )
         assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-5)
         assert line.keys() == {"index", *expected, "num_answer_tokens", "reason"}
         assert line["reason"] is None
@@ -126,8 +152,11 @@ def test_preferences_equal_transformers(judge, pairs, tmp_path, here):
     assert said[-1] == f"preferences of 24 rows: {in_words(means)}"
     assert 0 < means["accuracy"] < 1 and "not scored 1: the answers are the same" in said
     assert len({line["accuracy"] for line in lines[:24]}) > 2  # of three answers some, of two all
-    done = command(*words_of(judge, pairs, tmp_path / "two.jsonl", "--skip_bad_rows",
-                             "--batch_tokens", 64), script="score.py", processes=2)
+    done = command(
+        *words_of(judge, pairs, tmp_path / "two.jsonl", "--skip_bad_rows", "--batch_tokens", 64),
+        script="score.py",
+        processes=2,
+    )
     assert done.returncode == 0 and "2 process(es)" in done.stdout, done.stderr
     check(read(tmp_path / "two.jsonl"), judge)
     assert said[-1].partition(",")[0] in done.stdout
@@ -153,10 +182,31 @@ def test_the_means_are_those_of_an_evaluation(judge, pairs, tmp_path, here):
     """train.py --stage rm has the same means on the same rows, and leaves out the same rows."""
     rows = [row for number, row in enumerate(rows_and_texts()[0]) if number not in (24, 27)]
     (tmp_path / "only_pairs.json").write_text(json.dumps(rows))
-    here(train, "--model_name_or_path", judge, "--dataset", tmp_path / "only_pairs.json",
-         "--eval_dataset", tmp_path / "only_pairs.json", "--template", "plain", "--stage", "rm",
-         "--output_dir", tmp_path / "rm", "--max_steps", 1, "--dtype", "float32", "--device", "cpu",
-         "--dataloader_num_workers", 0, "--cutoff_len", 512)
+    here(
+        train,
+        "--model_name_or_path",
+        judge,
+        "--dataset",
+        tmp_path / "only_pairs.json",
+        "--eval_dataset",
+        tmp_path / "only_pairs.json",
+        "--template",
+        "plain",
+        "--stage",
+        "rm",
+        "--output_dir",
+        tmp_path / "rm",
+        "--max_steps",
+        1,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--dataloader_num_workers",
+        0,
+        "--cutoff_len",
+        512,
+    )
     evaluated = read_metrics(tmp_path / "rm/metrics.jsonl")[-1]
     words = words_of(judge, tmp_path / "only_pairs.json", tmp_path / "s.jsonl")
     said = here(score, *words, "--adapter", tmp_path / "rm")
@@ -171,15 +221,25 @@ def test_a_data_set_of_pairs_by_name(judge, pairs, tmp_path, here):
     """dataset_info.json describes its columns."""
     rows = [{"q": f"Say {number}.", "good": "yes", "bad": "no"} for number in range(6)]
     (tmp_path / "named.json").write_text(json.dumps(rows))
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"named": {
-        "file_name": "named.json", "ranking": True, "num_samples": 4,
-        "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}}}))
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                "named": {
+                    "file_name": "named.json",
+                    "ranking": True,
+                    "num_samples": 4,
+                    "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"},
+                }
+            }
+        )
+    )
     said = here(score, *words_of(judge, "named", tmp_path / "s.jsonl", "--dataset_dir", tmp_path))
     assert "preferences of 4 rows" in said and "not scored 2: not drawn" in said
     lines = [line for line in read(tmp_path / "s.jsonl") if line["reason"] is None]
     chosen = [[asked(line["index"]), answered("yes")] for line in lines]
     assert [line["reward_chosen"] for line in lines] == pytest.approx(
-        their_rewards(judge, chosen), abs=1e-5)
+        their_rewards(judge, chosen), abs=1e-5
+    )
 
 
 def test_rows_are_chosen_by_margin(judge, pairs, tmp_path, here):
@@ -189,15 +249,17 @@ def test_rows_are_chosen_by_margin(judge, pairs, tmp_path, here):
     path.write_text(json.dumps(rows))
     here(score, *words_of(judge, path, scores))
     words = ["--dataset", path, "--scores", scores, "--sample_number", 7, "--output"]
-    done = command(*words, tmp_path / "best.json", "--strategy", "margin", "--plot",
-                   script="select.py")
+    done = command(
+        *words, tmp_path / "best.json", "--strategy", "margin", "--plot", script="select.py"
+    )
     assert done.returncode == 0 and (tmp_path / "best.png").exists(), done.stderr
     lines = read(scores)
     best = sorted(sorted(range(24), key=lambda row: -lines[row]["margin"])[:7])
     assert json.loads((tmp_path / "best.json").read_text()) == [rows[row] for row in best]
     for strategy, message in (
-            ("reward", "has no reward: score.py --mode reward computes it, of rows with one ans"),
-            ("ifd", "preference data")):
+        ("reward", "has no reward: score.py --mode reward computes it, of rows with one ans"),
+        ("ifd", "preference data"),
+    ):
         done = command(*words, tmp_path / "no.json", "--strategy", strategy, script="select.py")
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     with pytest.raises(UserError, match="preference data"):
@@ -207,6 +269,10 @@ def test_rows_are_chosen_by_margin(judge, pairs, tmp_path, here):
 def test_a_reward_that_is_not_finite_is_a_reason(judge):
     scorer = RewardScorer(get_template("plain", Tokenizer.load(judge)))
     assert scorer.score(Plan(3), [1.0, float("nan")]).record == {
-        "index": 3, "reward": None, **dict.fromkeys(FIGURES), "num_answer_tokens": 0,
-        "reason": "the reward is not a finite number"}
+        "index": 3,
+        "reward": None,
+        **dict.fromkeys(FIGURES),
+        "num_answer_tokens": 0,
+        "reason": "the reward is not a finite number",
+    }
     assert preference_fields([2.0, 2.0])["accuracy"] == 0  # equal is not better

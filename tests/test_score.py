@@ -20,8 +20,10 @@ import score as script
 from minisft.common.errors import UserError
 
 NUM_ROWS = 300
-PROMPT = "Below is an instruction that describes a task{}. Write a response that appropriately " \
+PROMPT = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{}\n\n{}### Response:"
+)
 FIELDS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl")
 
 
@@ -75,11 +77,17 @@ def row_by_row(model_dir, rows_path):
         direct, _ = look(marker + answer, len(marker))
         # A third of the embeddings is enough.
         prompt_loss, embedding = look(prompt, 1) if len(expected) % 3 == 0 else (None, None)
-        expected.append({
-            "num_answer_tokens": len(answer), "loss_conditioned": conditioned,
-            "loss_direct": direct, "ifd": conditioned / direct,
-            "ifd_ppl": math.exp(conditioned) / math.exp(direct),
-            "embedding": embedding, "perplexity": prompt_loss and math.exp(prompt_loss)})
+        expected.append(
+            {
+                "num_answer_tokens": len(answer),
+                "loss_conditioned": conditioned,
+                "loss_direct": direct,
+                "ifd": conditioned / direct,
+                "ifd_ppl": math.exp(conditioned) / math.exp(direct),
+                "embedding": embedding,
+                "perplexity": prompt_loss and math.exp(prompt_loss),
+            }
+        )
     return expected
 
 
@@ -96,9 +104,26 @@ def check(scores, expected):
 
 
 def words_of(model, rows, output, *more):
-    return [*map(str, ("--model_name_or_path", model, "--dataset", rows, "--template", "alpaca",
-                       "--dataloader_num_workers", 0, "--dtype", "float32", "--output", output,
-                       *more))]
+    return [
+        *map(
+            str,
+            (
+                "--model_name_or_path",
+                model,
+                "--dataset",
+                rows,
+                "--template",
+                "alpaca",
+                "--dataloader_num_workers",
+                0,
+                "--dtype",
+                "float32",
+                "--output",
+                output,
+                *more,
+            ),
+        )
+    ]
 
 
 def score(model, rows, output, *more, before=()):
@@ -133,8 +158,14 @@ def test_batch_order_and_processes_make_no_difference(real, tmp_path):
     order = random.Random(1).sample(range(NUM_ROWS), NUM_ROWS)
     shuffled = tmp_path / "shuffled.jsonl"
     shuffled.write_text("".join(json.dumps(rows[number]) + "\n" for number in order))
-    done = score(model, shuffled, tmp_path / "s.jsonl", "--batch_tokens", 700,
-                 before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    done = score(
+        model,
+        shuffled,
+        tmp_path / "s.jsonl",
+        "--batch_tokens",
+        700,
+        before=["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    )
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     expected = row_by_row(model, path)
@@ -145,12 +176,21 @@ def test_batch_order_and_processes_make_no_difference(real, tmp_path):
 def many(tmp_path):
     """A file of 400 rows: of all lengths, a conversation, a broken row."""
     generator = random.Random(0)
-    rows = [{"instruction": "the cat " * generator.randint(1, 9),
-             "output": "sat on the mat " * generator.randint(1, 9)} for _ in range(400)]
-    rows[7] = {"conversations": [{"from": "human", "value": "the rat"},
-                                 {"from": "gpt", "value": "sat"},
-                                 {"from": "human", "value": "the hat"},
-                                 {"from": "gpt", "value": "on the mat"}]}
+    rows = [
+        {
+            "instruction": "the cat " * generator.randint(1, 9),
+            "output": "sat on the mat " * generator.randint(1, 9),
+        }
+        for _ in range(400)
+    ]
+    rows[7] = {
+        "conversations": [
+            {"from": "human", "value": "the rat"},
+            {"from": "gpt", "value": "sat"},
+            {"from": "human", "value": "the hat"},
+            {"from": "gpt", "value": "on the mat"},
+        ]
+    }
     rows[11]["output"] = ""
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -158,17 +198,35 @@ def many(tmp_path):
 
 
 # Before finished rows are written; and when their lines are written and their embeddings are not.
-@pytest.mark.parametrize("function, calls", [
-    ("minisft.selection.score_writer:ScoreWriter.add", [420]), ("numpy:load", [2 * 20 - 1])])
+@pytest.mark.parametrize(
+    "function, calls",
+    [("minisft.selection.score_writer:ScoreWriter.add", [420]), ("numpy:load", [2 * 20 - 1])],
+)
 def test_killed_it_goes_on(function, calls, checkpoint, many, tmp_path, monkeypatch, capfd):
     whole, output, told = (tmp_path / name for name in ("whole.jsonl", "s.jsonl", "told"))
     words = ["--skip_bad_rows", "--mode", "all", "--batch_tokens", 128]
     score_here(monkeypatch, checkpoint, many, whole, *words)
     process = subprocess.Popen(
-        [sys.executable, *standing_still(function, calls, told), ROOT / "score.py",
-         "--model_name_or_path", checkpoint, "--dataset", many, "--template", "alpaca",
-         "--dataloader_num_workers", "0", "--dtype", "float32", "--output", output,
-         *map(str, words)], stdout=subprocess.DEVNULL)
+        [
+            sys.executable,
+            *standing_still(function, calls, told),
+            ROOT / "score.py",
+            "--model_name_or_path",
+            checkpoint,
+            "--dataset",
+            many,
+            "--template",
+            "alpaca",
+            "--dataloader_num_workers",
+            "0",
+            "--dtype",
+            "float32",
+            "--output",
+            output,
+            *map(str, words),
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     wait_until(lambda: lines_in(told), process)
     process.kill()
     process.wait()
@@ -243,17 +301,30 @@ def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
     assert [one["index"] for one in lines if one["reason"] is None] == taken
     assert lines[5]["reason"].startswith("broken: ")
     assert {one["reason"] for one in lines} >= {None, "not drawn: num_samples"}
-    for words, count in ((["--strategy", "random", "--sample_number", 10], 10),
-                         (["--strategy", "longest", "--scores", output, "--sample_rate", 0.5], 5)):
-        done = command("--dataset", "few", *named, "--output", chosen, "--overwrite", *words,
-                       script="select.py")
+    for words, count in (
+        (["--strategy", "random", "--sample_number", 10], 10),
+        (["--strategy", "longest", "--scores", output, "--sample_rate", 0.5], 5),
+    ):
+        done = command(
+            "--dataset",
+            "few",
+            *named,
+            "--output",
+            chosen,
+            "--overwrite",
+            *words,
+            script="select.py",
+        )
         assert done.returncode == 0, done.stderr
         assert "dropped 13: left out by num_samples" in done.stdout
         manifest = json.loads((tmp_path / "c.json.manifest").read_text())
         assert len(manifest["chosen"]) == count and set(manifest["chosen"]) <= set(taken)
         assert manifest["answer_length"]["mean_all"] == np.mean(
-            [lines[n]["num_answer_tokens"] if "--scores" in words else len(rows[n]["output"])
-             for n in taken])
+            [
+                lines[n]["num_answer_tokens"] if "--scores" in words else len(rows[n]["output"])
+                for n in taken
+            ]
+        )
     info.write_text(info.read_text().replace("10", "11"))
     with pytest.raises(UserError, match="another dataset"):
         score_here(monkeypatch, checkpoint, "few", output, *named)
@@ -329,13 +400,29 @@ def test_a_run_that_fails_early_leaves_nothing(checkpoint, rows_file, tmp_path, 
 def test_dynamic_rotary_scaling(checkpoint, many, tmp_path, monkeypatch):
     """Rows whose angles depend on the batch get no score; other scores do not depend on it."""
     path = checkpoint / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {
-        "max_position_embeddings": 44, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}))
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text())
+            | {
+                "max_position_embeddings": 44,
+                "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+            }
+        )
+    )
     found = []
     for batch_tokens in (1, 100_000):
         output = tmp_path / f"{batch_tokens}.jsonl"
-        score_here(monkeypatch, checkpoint, many, output, "--batch_tokens", batch_tokens,
-                   "--template", "plain", "--skip_bad_rows")
+        score_here(
+            monkeypatch,
+            checkpoint,
+            many,
+            output,
+            "--batch_tokens",
+            batch_tokens,
+            "--template",
+            "plain",
+            "--skip_bad_rows",
+        )
         found.append(read(output))
     reasons = {one["reason"] and one["reason"].split(", ")[-1] for one in found[0]}
     assert {None, "the limit is 40"} <= reasons
@@ -359,12 +446,14 @@ def test_an_adapter_is_used(checkpoint, rows_file, tmp_path, monkeypatch):
     merge_lora(model)
     merged = shutil.copytree(checkpoint, tmp_path / "merged")
     save_model(model, merged)
-    score_here(monkeypatch, checkpoint, rows_file, tmp_path / "a.jsonl", "--adapter",
-               tmp_path / "adapter")
+    score_here(
+        monkeypatch, checkpoint, rows_file, tmp_path / "a.jsonl", "--adapter", tmp_path / "adapter"
+    )
     score_here(monkeypatch, merged, rows_file, tmp_path / "m.jsonl")
     score_here(monkeypatch, checkpoint, rows_file, tmp_path / "b.jsonl")
-    adapted, merged, base = ([one["ifd"] for one in read(tmp_path / f"{name}.jsonl")]
-                             for name in "amb")
+    adapted, merged, base = (
+        [one["ifd"] for one in read(tmp_path / f"{name}.jsonl")] for name in "amb"
+    )
     np.testing.assert_allclose(adapted, merged, rtol=1e-5)
     assert np.abs(np.array(adapted) - base).max() > 1e-2
     with pytest.raises(UserError, match="another adapter"):

@@ -19,22 +19,31 @@ from minisft.selection.strategies import spread_over_clusters
 
 NOT_BUILT_IN = pytest.mark.skipif(
     "select" in sys.builtin_module_names,
-    reason="this Python has `select` built in, where our file cannot come before it")
+    reason="this Python has `select` built in, where our file cannot come before it",
+)
 
 
 def python(*words, input=None, cwd=ROOT):
-    return subprocess.run([sys.executable, *words], cwd=cwd, input=input, capture_output=True,
-                          text=True, timeout=HANG_SECONDS)
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        input=input,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
 
 
 @NOT_BUILT_IN
 class TestTheName:
     """In the root of the repository, `import select` finds our file, which hands over."""
 
-    USE = ("import select, selectors, subprocess; print(select.__file__); "
-           "print(select.select([], [], [], 0)); "
-           "print(len(selectors.DefaultSelector().get_map())); "
-           "print(subprocess.run(['echo', 'hello'], capture_output=True, text=True).stdout)")
+    USE = (
+        "import select, selectors, subprocess; print(select.__file__); "
+        "print(select.select([], [], [], 0)); "
+        "print(len(selectors.DefaultSelector().get_map())); "
+        "print(subprocess.run(['echo', 'hello'], capture_output=True, text=True).stdout)"
+    )
 
     @pytest.mark.parametrize("words", [["-c", USE], ["-i", "-q"], ["-"]], ids=["-c", "REPL", "-"])
     def test_python_started_here(self, words):
@@ -55,27 +64,46 @@ class TestTheName:
         assert done.returncode == 0 and done.stdout.splitlines()[0].endswith(".so")
 
     def test_nothing_else_is_imported(self):
-        code = ("import sys; before = set(sys.modules); import select; "
-                "print(sorted(set(sys.modules) - before))")
+        code = (
+            "import sys; before = set(sys.modules); import select; "
+            "print(sorted(set(sys.modules) - before))"
+        )
         loaded = python("-S", "-c", code).stdout
         assert "argparse" not in loaded and "minisft" not in loaded and "'select'" in loaded
 
-    @pytest.mark.parametrize("words", [
-        ["train.py", "--help"], ["score.py", "--help"], ["select.py", "--help"],
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "select.py", "--help"],
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_options.py", "-k", "hyphen"],
-    ], ids=["train", "score", "select", "torchrun", "pytest"])
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["train.py", "--help"],
+            ["score.py", "--help"],
+            ["select.py", "--help"],
+            ["-m", "torch.distributed.run", "--nproc_per_node", "2", "select.py", "--help"],
+            [
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "tests/test_options.py",
+                "-k",
+                "hyphen",
+            ],
+        ],
+        ids=["train", "score", "select", "torchrun", "pytest"],
+    )
     def test_commands(self, words):
         done = python(*words)
         assert done.returncode == 0, done.stderr
         assert "usage:" in done.stdout or "passed" in done.stdout
 
     def test_torch_in_a_worker(self):
-        code = ("import torch, torch.distributed.run, multiprocessing as m\n"
-                "import concurrent.futures as f\n"
-                "if __name__ == '__main__':\n"
-                "    with f.ProcessPoolExecutor(1, m.get_context('spawn')) as pool:\n"
-                "        print(pool.submit(abs, -3).result())")
+        code = (
+            "import torch, torch.distributed.run, multiprocessing as m\n"
+            "import concurrent.futures as f\n"
+            "if __name__ == '__main__':\n"
+            "    with f.ProcessPoolExecutor(1, m.get_context('spawn')) as pool:\n"
+            "        print(pool.submit(abs, -3).result())"
+        )
         done = python("-c", code)
         assert done.stdout.strip() == "3", done.stderr
 
@@ -91,15 +119,32 @@ def fingerprint(path):
 def data(tmp_path):
     """(file of rows, scores, embeddings), as score.py writes them, with made-up numbers."""
     generator = np.random.default_rng(0)
-    rows = [{"instruction": f"Do {'xyz'[n % 3] * 5} {n * n}", "input": "", "output": "y" * (n + 1),
-             "number": n, "extra": 1.50} for n in range(NUM_ROWS)]
+    rows = [
+        {
+            "instruction": f"Do {'xyz'[n % 3] * 5} {n * n}",
+            "input": "",
+            "output": "y" * (n + 1),
+            "number": n,
+            "extra": 1.50,
+        }
+        for n in range(NUM_ROWS)
+    ]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     output = tmp_path / "scores.jsonl"
     ifd = generator.permutation(NUM_ROWS) / 40
-    lines = [{"index": n, "loss_conditioned": float(generator.random()) + 1, "loss_direct": 2.0,
-              "ifd": ifd[n], "ifd_ppl": ifd[n] ** 2, "num_answer_tokens": n % 20 + 1,
-              "reason": None} for n in range(NUM_ROWS)]
+    lines = [
+        {
+            "index": n,
+            "loss_conditioned": float(generator.random()) + 1,
+            "loss_direct": 2.0,
+            "ifd": ifd[n],
+            "ifd_ppl": ifd[n] ** 2,
+            "num_answer_tokens": n % 20 + 1,
+            "reason": None,
+        }
+        for n in range(NUM_ROWS)
+    ]
     lines[5] |= dict.fromkeys(("loss_conditioned", "loss_direct", "ifd", "ifd_ppl"))
     lines[5]["reason"] = "longer than max_length: 600 tokens, of 512"
     output.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -135,13 +180,23 @@ def choose(data, tmp_path, monkeypatch):
 
 def test_through_the_command_line(data, tmp_path):
     path, scores, _ = data
-    done = command("--dataset", path, "--scores", scores, "--strategy", "ifd", "--sample_rate",
-                   0.1, "--output", tmp_path / "out.json", script="select.py")
+    done = command(
+        "--dataset",
+        path,
+        "--scores",
+        scores,
+        "--strategy",
+        "ifd",
+        "--sample_rate",
+        0.1,
+        "--output",
+        tmp_path / "out.json",
+        script="select.py",
+    )
     assert done.returncode == 0, done.stderr
     ours = json.loads((tmp_path / "out.json").read_text())
     ifd = [json.loads(line)["ifd"] for line in scores.read_text().splitlines()]
-    below = sorted((value, n) for n, value in enumerate(ifd)
-                   if value is not None and value < 1)
+    below = sorted((value, n) for n, value in enumerate(ifd) if value is not None and value < 1)
     expected = sorted(n for _, n in below[-6:])
     theirs = json.loads(path.read_text())
     assert ours == [theirs[n] for n in expected]  # whole rows, in the order of the file
@@ -149,19 +204,31 @@ def test_through_the_command_line(data, tmp_path):
     manifest = read_json(tmp_path / "out.json.manifest")
     assert manifest["inputs"] == {"scores": fingerprint(scores)}
     assert manifest["dataset"] == [{"sha256": fingerprint(path), "rows": 60, "opened": 60}]
-    assert manifest["dropped"] == {"longer than max_length": 1,
-                                   "ifd of 1 or more": 60 - 1 - len(below)}
+    assert manifest["dropped"] == {
+        "longer than max_length": 1,
+        "ifd of 1 or more": 60 - 1 - len(below),
+    }
     assert (manifest["num_chosen"], manifest["strategy"], manifest["seed"]) == (6, "ifd", 42)
     assert manifest["not_chosen"] + 6 == len(below)
     assert manifest["options"]["sample_rate"] == 0.1
     from minisft.data.dataset import load_rows
+
     assert len(load_rows(tmp_path / "out.json")) == 6  # train.py reads it
 
 
 def test_several_processes_write_one_file(data, tmp_path):
-    done = command("--dataset", data[0], "--strategy", "random", "--sample_number", 7, "--output",
-                   tmp_path / "out.json", script="select.py",
-                   before=["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    done = command(
+        "--dataset",
+        data[0],
+        "--strategy",
+        "random",
+        "--sample_number",
+        7,
+        "--output",
+        tmp_path / "out.json",
+        script="select.py",
+        before=["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("7 of 60 rows") == 1
     assert len(json.loads((tmp_path / "out.json").read_text())) == 7
@@ -180,20 +247,36 @@ def test_strategies(choose, data):
     longest, manifest = choose("--strategy", "longest", *few)
     assert longest == list(range(53, 60)) and manifest["answer_length"]["unit"] == "characters"
     longest, manifest = choose("--strategy", "longest", *by_scores)
-    assert manifest["answer_length"] == {"unit": "tokens", "mean_all": 10.5,
-                                         "mean_chosen": (20 * 3 + 19 * 3 + 18) / 7}
+    assert manifest["answer_length"] == {
+        "unit": "tokens",
+        "mean_all": 10.5,
+        "mean_chosen": (20 * 3 + 19 * 3 + 18) / 7,
+    }
     random, _ = choose("--strategy", "random", *few)
     assert random == choose("--strategy", "random", *few)[0]
     assert random != choose("--strategy", "random", *few, "--seed", 1)[0]
-    cluster, manifest = choose("--strategy", "cluster", "--embeddings", embeddings, "--clusters",
-                               6, "--per_cluster", 3, "--starts", 2)
+    cluster, manifest = choose(
+        "--strategy",
+        "cluster",
+        "--embeddings",
+        embeddings,
+        "--clusters",
+        6,
+        "--per_cluster",
+        3,
+        "--starts",
+        2,
+    )
     points, perplexity = np.load(embeddings), np.load(ScorePaths(scores).perplexity)
     assignment = kmeans(points, 6, seed=42, num_starts=2).assignment
     assert set(cluster) == set(
-        spread_over_clusters(assignment, perplexity, np.arange(60), 3, [25, 75]))
+        spread_over_clusters(assignment, perplexity, np.arange(60), 3, [25, 75])
+    )
     assert len(cluster) <= 18 and sum(manifest["clusters"]["sizes"]) == 60
-    assert manifest["inputs"] == {"embeddings": fingerprint(embeddings),
-                                  "perplexity": fingerprint(ScorePaths(scores).perplexity)}
+    assert manifest["inputs"] == {
+        "embeddings": fingerprint(embeddings),
+        "perplexity": fingerprint(ScorePaths(scores).perplexity),
+    }
     kcenter, _ = choose("--strategy", "kcenter", "--embeddings", embeddings, *few)
     assert len(kcenter) == 7
     mixed, _ = choose("--strategy", "ifd+kcenter", *both, *few)
@@ -233,8 +316,11 @@ def test_dedup(choose, data):
 
 @pytest.mark.parametrize("kind", ["lines", "folder"])
 def test_format_and_order_stay(kind, tmp_path, monkeypatch):
-    lines = [f'{{"messages": [{{"role": "user", "content": "q{n}"}},  {{"role": "assistant", '
-             f'"content": "caf\\u00e9 颜 {n}"}}], "id": {n}.0}}' for n in range(30)]
+    lines = [
+        f'{{"messages": [{{"role": "user", "content": "q{n}"}},  {{"role": "assistant", '
+        f'"content": "caf\\u00e9 颜 {n}"}}], "id": {n}.0}}'
+        for n in range(30)
+    ]
     source = tmp_path / "source"
     source.mkdir()
     if kind == "lines":
@@ -244,8 +330,17 @@ def test_format_and_order_stay(kind, tmp_path, monkeypatch):
         (source / "a.json").write_text("[" + ",".join(lines[:10]) + "]", "utf-8")
         (source / "b.jsonl").write_text("\n".join(lines[10:]), "utf-8")
     output = tmp_path / "new" / "out.jsonl"
-    select_here(monkeypatch, "--dataset", source, "--strategy", "random", "--sample_rate", 0.5,
-                "--output", output)
+    select_here(
+        monkeypatch,
+        "--dataset",
+        source,
+        "--strategy",
+        "random",
+        "--sample_rate",
+        0.5,
+        "--output",
+        output,
+    )
     written = output.read_text("utf-8").splitlines()
     numbers = read_json(tmp_path / "new/out.jsonl.manifest")["chosen"]
     assert len(numbers) == 15
@@ -254,17 +349,32 @@ def test_format_and_order_stay(kind, tmp_path, monkeypatch):
         assert written == [lines[n] for n in numbers]  # byte for byte
 
 
-@pytest.mark.parametrize(("read", "written", "is_array"), [
-    ("json", "jsonl", False), ("jsonl", "json", True), ("json", "txt", True),
-    ("jsonl", "txt", False)])
+@pytest.mark.parametrize(
+    ("read", "written", "is_array"),
+    [
+        ("json", "jsonl", False),
+        ("jsonl", "json", True),
+        ("json", "txt", True),
+        ("jsonl", "txt", False),
+    ],
+)
 def test_the_name_says_lines_or_array(read, written, is_array, tmp_path, monkeypatch):
     """Other programs go by the name: pandas, jq, the hub."""
     rows = [{"instruction": f"q{n}", "output": "颜"} for n in range(6)]
     lines = "\n".join(json.dumps(row) for row in rows)
     source, output = tmp_path / f"rows.{read}", tmp_path / f"out.{written}"
     source.write_text(json.dumps(rows) if read == "json" else lines, "utf-8")
-    select_here(monkeypatch, "--dataset", source, "--strategy", "random", "--sample_number", 6,
-                "--output", output)
+    select_here(
+        monkeypatch,
+        "--dataset",
+        source,
+        "--strategy",
+        "random",
+        "--sample_number",
+        6,
+        "--output",
+        output,
+    )
     text = output.read_text("utf-8")
     assert (json.loads(text) if is_array else list(map(json.loads, text.splitlines()))) == rows
 
@@ -301,8 +411,14 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("is an input", *by_cluster, "--output", ScorePaths(scores).perplexity)
     refused("--plot draws there", *by_ifd, *few, "--plot", "--output", tmp_path / "x.png")
     refused("no row is in the --band", *by_cluster, "--clusters", 1, "--band", "49.99,50")
-    refused("give the file that ends in .embeddings.npy", "--strategy", "kcenter", *few,
-            "--embeddings", ScorePaths(scores).perplexity)
+    refused(
+        "give the file that ends in .embeddings.npy",
+        "--strategy",
+        "kcenter",
+        *few,
+        "--embeddings",
+        ScorePaths(scores).perplexity,
+    )
 
     values = np.load(embeddings)
     values[17, 3] = np.nan
@@ -336,8 +452,17 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     chosen, manifest = choose("--strategy", "random", "--sample_number", 59, "--skip_bad_rows")
     assert 8 not in chosen and manifest["dropped"] == {"broken": 1}
     with pytest.raises(UserError, match="out.json exists"):
-        select_here(monkeypatch, "--dataset", path, "--strategy", "random", *few, "--output",
-                    tmp_path / "out.json", "--skip_bad_rows")
+        select_here(
+            monkeypatch,
+            "--dataset",
+            path,
+            "--strategy",
+            "random",
+            *few,
+            "--output",
+            tmp_path / "out.json",
+            "--skip_bad_rows",
+        )
 
 
 def test_perplexities_not_yet_computed(choose, data):
@@ -355,22 +480,47 @@ def test_perplexities_not_yet_computed(choose, data):
 
 def test_plot(choose, data, tmp_path, monkeypatch):
     path, scores, embeddings = data
-    for words in (["--strategy", "ifd", "--scores", scores, "--sample_number", 5],
-                  ["--strategy", "cluster", "--scores", scores, "--embeddings", embeddings,
-                   "--clusters", 4]):
+    for words in (
+        ["--strategy", "ifd", "--scores", scores, "--sample_number", 5],
+        ["--strategy", "cluster", "--scores", scores, "--embeddings", embeddings, "--clusters", 4],
+    ):
         (tmp_path / "out.png").unlink(missing_ok=True)
         choose(*words, "--plot")
         assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    select_here(monkeypatch, "--dataset", path, "--strategy", "ifd", "--scores", scores, "--plot",
-                "--sample_number", 5, "--output", tmp_path / "选择.json")
+    select_here(
+        monkeypatch,
+        "--dataset",
+        path,
+        "--strategy",
+        "ifd",
+        "--scores",
+        scores,
+        "--plot",
+        "--sample_number",
+        5,
+        "--output",
+        tmp_path / "选择.json",
+    )
     assert (tmp_path / "选择.png").exists()
     (tmp_path / "out.json").unlink()
     for there, other in (("out.json.manifest", "out.png"), ("out.png", "out.json.manifest")):
         (tmp_path / other).unlink(missing_ok=True)
         (tmp_path / there).write_text("precious")
         with pytest.raises(UserError, match=f"{there} exists"):
-            select_here(monkeypatch, "--dataset", path, "--strategy", "ifd", "--scores", scores,
-                        "--sample_number", 5, "--plot", "--output", tmp_path / "out.json")
+            select_here(
+                monkeypatch,
+                "--dataset",
+                path,
+                "--strategy",
+                "ifd",
+                "--scores",
+                scores,
+                "--sample_number",
+                5,
+                "--plot",
+                "--output",
+                tmp_path / "out.json",
+            )
         assert (tmp_path / there).read_text() == "precious"
     with pytest.raises(UserError, match="--plot draws"):
         choose("--strategy", "random", "--sample_number", 5, "--plot")
@@ -386,6 +536,8 @@ def test_a_full_disk_leaves_the_old_file(choose, data, tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match="No space left on device"):
         choose("--strategy", "random", "--sample_number", 6)
-    assert before == ((tmp_path / "out.json").read_bytes(),
-                      (tmp_path / "out.json.manifest").read_bytes())
+    assert before == (
+        (tmp_path / "out.json").read_bytes(),
+        (tmp_path / "out.json.manifest").read_bytes(),
+    )
     assert not list(tmp_path.glob("*.partial"))

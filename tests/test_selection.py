@@ -27,8 +27,9 @@ def test_highest_and_middle():
 
 
 def test_at_random():
-    first, again, other = (strategies.at_random(ROWS, 20, np.random.default_rng(seed))
-                           for seed in (1, 1, 2))
+    first, again, other = (
+        strategies.at_random(ROWS, 20, np.random.default_rng(seed)) for seed in (1, 1, 2)
+    )
     assert len(set(first)) == 20 and set(first) <= set(ROWS)
     assert (first == again).all() and set(first) != set(other)
     with pytest.raises(UserError, match="only 40"):
@@ -93,7 +94,8 @@ def test_at_random_with_lengths():
     lengths = generator.geometric(0.02, 5000)
     reference = np.argsort(-lengths)[:2000:4]  # long ones
     chosen = strategies.at_random_with_lengths(
-        lengths, np.arange(5000), reference, np.random.default_rng(0))
+        lengths, np.arange(5000), reference, np.random.default_rng(0)
+    )
     assert len(chosen) == len(set(chosen)) == len(reference)
     ours, theirs = np.sort(lengths[chosen]), np.sort(lengths[reference])
     grid = np.unique(lengths)
@@ -103,7 +105,8 @@ def test_at_random_with_lengths():
     assert lengths[reference].mean() > 1.5 * lengths.mean()
     assert len(np.intersect1d(chosen, reference)) < 0.6 * len(reference)  # and yet random
     other = strategies.at_random_with_lengths(
-        lengths, np.arange(5000), reference, np.random.default_rng(1))
+        lengths, np.arange(5000), reference, np.random.default_rng(1)
+    )
     assert set(other) != set(chosen)
 
 

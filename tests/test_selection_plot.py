@@ -32,15 +32,22 @@ def test_every_row_is_in_the_histogram():
     assert all(bar.get_x() + bar.get_width() < 1 + 1e-9 for bar in chosen if bar.get_height())
     assert axes.get_xlim()[1] < 2  # one outlier does not make the rest a line
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {
-        "above: the instruction does not help", "all rows", "chosen"}
+        "above: the instruction does not help",
+        "all rows",
+        "chosen",
+    }
     assert "IFD" in axes.get_xlabel() and axes.get_ylabel() == "number of rows"
 
 
-@pytest.mark.parametrize(("strategy", "reward", "drawn"), [
-    ("ifd", np.nan, 20), ("ifd_ppl", np.nan, 30), ("reward", 1.0, 40), ("margin", np.nan, 10)])
+@pytest.mark.parametrize(
+    ("strategy", "reward", "drawn"),
+    [("ifd", np.nan, 20), ("ifd_ppl", np.nan, 30), ("reward", 1.0, 40), ("margin", np.nan, 10)],
+)
 def test_the_score_of_the_strategy_is_drawn(strategy, reward, drawn):
-    scores = {name: np.array([1.5] * count + [np.nan] * (40 - count))
-              for name, count in (("ifd", 20), ("ifd_ppl", 30), ("margin", 10))}
+    scores = {
+        name: np.array([1.5] * count + [np.nan] * (40 - count))
+        for name, count in (("ifd", 20), ("ifd_ppl", 30), ("margin", 10))
+    }
     axes = Figure().subplots()
     plot.draw_scores(axes, {**scores, "reward": np.full(40, reward)}, [0], strategy)
     assert sum(bar.get_height() for bar in axes.containers[0].patches) == drawn

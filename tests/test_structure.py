@@ -10,11 +10,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Imports between folders only go down this list.
-ORDER = ("chat", "evaluation", "training", "selection", "generation", "checkpoints", "gguf", "data",
-         "text", "model", "common")
+ORDER = (
+    "chat",
+    "evaluation",
+    "training",
+    "selection",
+    "generation",
+    "checkpoints",
+    "gguf",
+    "data",
+    "text",
+    "model",
+    "common",
+)
 # Folders that stand side by side.
-APART = [{"chat", "evaluation"}, {"chat", "training"}, {"evaluation", "training"},
-         {"generation", "selection"}]
+APART = [
+    {"chat", "evaluation"},
+    {"chat", "training"},
+    {"evaluation", "training"},
+    {"generation", "selection"},
+]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted((ROOT / "minisft").rglob("*.py"))
 
@@ -49,10 +64,23 @@ def test_imports_between_folders_go_down():
     assert not wrong
 
 
-CORE = {"torch", "sentencepiece", "tokenizers", "safetensors", "numpy", "gguf", "tqdm",
-        "huggingface_hub", "minisft", "matplotlib", "sacrebleu", "rouge_score",
-        "gradio", "starlette",
-        *sys.stdlib_module_names}
+CORE = {
+    "torch",
+    "sentencepiece",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "tqdm",
+    "huggingface_hub",
+    "minisft",
+    "matplotlib",
+    "sacrebleu",
+    "rouge_score",
+    "gradio",
+    "starlette",
+    *sys.stdlib_module_names,
+}
 
 
 def test_only_the_core_libraries():
@@ -104,8 +132,11 @@ def is_option(node):
 
 
 def gets_by_name(node):
-    return (isinstance(node, ast.Call) and getattr(node.func, "id", None) == "getattr"
-            and getattr(node.args[0], "id", None) == "options")
+    return (
+        isinstance(node, ast.Call)
+        and getattr(node.func, "id", None) == "getattr"
+        and getattr(node.args[0], "id", None) == "options"
+    )
 
 
 def in_function(node, parents, names):
@@ -160,7 +191,11 @@ def test_help_loads_little_and_every_flag_is_used(script):
     for first in FIRST_WORDS.get(script.stem, []) or [None]:
         done = subprocess.run(
             [sys.executable, "-X", "importtime", *words, *filter(None, [first]), "--help"],
-            cwd=ROOT, capture_output=True, text=True, check=True)
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         loaded = set(re.findall(r"\| +(\w+)", done.stderr))
         assert "argparse" in loaded
         if script in SCRIPTS:
@@ -170,21 +205,24 @@ def test_help_loads_little_and_every_flag_is_used(script):
     assert flags - OF_THE_PARSER <= used_options(map(parsed, reached(script)))
 
 
-@pytest.mark.parametrize(("code", "is_used"), [
-    ("train(options.speed)", True),
-    ("if run.options.speed: train()", True),
-    ("self.speed = options.speed\nprint(self.speed)", True),
-    ("def f():\n    for flag in ('speed', 'x'): print(getattr(options, flag))", True),
-    ("self.speed, self.x = options.speed, options.x\nprint(self.x)", False),
-    ("self.speed = options.speed", False),
-    ("self.speed = options.speed\nprint(options.x, self.x)", False),
-    ("options.speed", False),
-    ("options.speed = 3", False),
-    ("print('speed', 'options.speed')  # options.speed", False),
-    ("NAMES = {'speed'}", False),
-    ("print(wheel.speed)", False),
-    ("def check_options(options):\n    if options.speed < 0: raise ValueError", False),
-])
+@pytest.mark.parametrize(
+    ("code", "is_used"),
+    [
+        ("train(options.speed)", True),
+        ("if run.options.speed: train()", True),
+        ("self.speed = options.speed\nprint(self.speed)", True),
+        ("def f():\n    for flag in ('speed', 'x'): print(getattr(options, flag))", True),
+        ("self.speed, self.x = options.speed, options.x\nprint(self.x)", False),
+        ("self.speed = options.speed", False),
+        ("self.speed = options.speed\nprint(options.x, self.x)", False),
+        ("options.speed", False),
+        ("options.speed = 3", False),
+        ("print('speed', 'options.speed')  # options.speed", False),
+        ("NAMES = {'speed'}", False),
+        ("print(wheel.speed)", False),
+        ("def check_options(options):\n    if options.speed < 0: raise ValueError", False),
+    ],
+)
 def test_an_option_that_nothing_uses_is_found(code, is_used):
     assert ("speed" in used_options([ast.parse(code)])) == is_used
 
@@ -207,10 +245,17 @@ def missing_hints(source):
     """
     missing = []
     for name, node in functions(ast.parse(source).body):
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs,
-                     *filter(None, [node.args.vararg, node.args.kwarg])]
-        missing += [f"{name}: {argument.arg}" for argument in arguments
-                    if argument.annotation is None and argument.arg not in ("self", "cls")]
+        arguments = [
+            *node.args.posonlyargs,
+            *node.args.args,
+            *node.args.kwonlyargs,
+            *filter(None, [node.args.vararg, node.args.kwarg]),
+        ]
+        missing += [
+            f"{name}: {argument.arg}"
+            for argument in arguments
+            if argument.annotation is None and argument.arg not in ("self", "cls")
+        ]
         if node.returns is None and node.name != "__init__":
             missing.append(f"{name}: return")
     return missing
@@ -234,7 +279,12 @@ class _Private:
     def method(self, a): ...
 """
     assert missing_hints(source) == [
-        "bad: a", "bad: b", "bad: d", "bad: return", "Public.__call__: a"]
+        "bad: a",
+        "bad: b",
+        "bad: d",
+        "bad: return",
+        "Public.__call__: a",
+    ]
 
 
 def test_no_long_files():

@@ -301,7 +301,8 @@ def test_chatml_default_system_prompt(shared_data, tiny_tokenizer_dir):
         other = Tokenizer.load(tiny_tokenizer_dir)
         other.chat_template = "{% if x %}{{ '<|im_start|>system\\n" + text + "<|im_end|>\\n' }}"
         assert get_template("auto", other).render(question) == (
-            f"<|im_start|>system\n{text}<|im_end|>\n{tail}")
+            f"<|im_start|>system\n{text}<|im_end|>\n{tail}"
+        )
     own = get_template("chatml", bare, default_system="Be.").render(question)
     assert own == "<|im_start|>system\nBe.<|im_end|>\n" + tail
 

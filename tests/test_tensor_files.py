@@ -26,8 +26,9 @@ def test_every_type_and_shape_as_the_library_reads_it(tmp_path):
             numbers = torch.randint(0, 2, shape, generator=generator).to(dtype)
             tensors[f"{dtype} {list(shape)} 中文"] = numbers
     save_file(tensors, tmp_path / "all.safetensors", metadata={"format": "pt", "any": "text"})
-    found = {name: stored.read() for name, stored in
-             read_header(tmp_path / "all.safetensors").items()}
+    found = {
+        name: stored.read() for name, stored in read_header(tmp_path / "all.safetensors").items()
+    }
     theirs = load_file(tmp_path / "all.safetensors")
     assert found.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -38,8 +39,9 @@ def test_every_type_and_shape_as_the_library_reads_it(tmp_path):
 def test_real_checkpoints(shared_data):
     path = shared_data / "models" / "stories260K" / "model.safetensors"
     theirs = load_file(path)
-    assert all(torch.equal(stored.read(), theirs[name])
-               for name, stored in read_header(path).items())
+    assert all(
+        torch.equal(stored.read(), theirs[name]) for name, stored in read_header(path).items()
+    )
 
 
 def entry(start, end, dtype="F32", shape=(2,)):
@@ -47,17 +49,23 @@ def entry(start, end, dtype="F32", shape=(2,)):
 
 
 GOOD = {"a": entry(0, 8), "b": entry(8, 16)}
-REPEATED = ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-            '"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}')
+REPEATED = (
+    '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    '"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'
+)
 # The header of a file with 16 bytes of data, and the error about it.
 HOSTILE = {
     "overlapping": ({"a": entry(0, 8), "b": entry(4, 16, shape=(3,))}, "b overlaps with"),
-    "the same place twice": ({"a": entry(0, 16, shape=(4,)), "b": entry(0, 16, shape=(4,))},
-                             "overlaps with"),
+    "the same place twice": (
+        {"a": entry(0, 16, shape=(4,)), "b": entry(0, 16, shape=(4,))},
+        "overlaps with",
+    ),
     "gap": ({"a": entry(0, 8), "b": entry(12, 16, shape=(1,))}, "b leaves a gap"),
     "late start": ({"b": entry(8, 16)}, "b leaves a gap"),
-    "beyond the end": ({"a": entry(0, 8), "b": entry(8, 1 << 40, shape=((1 << 38) - 2,))},
-                       "the file at"),
+    "beyond the end": (
+        {"a": entry(0, 8), "b": entry(8, 1 << 40, shape=((1 << 38) - 2,))},
+        "the file at",
+    ),
     "bytes left over": ({"a": entry(0, 8)}, "its tensors end at byte"),
     "negative offset": ({"a": entry(-8, 0), "b": entry(0, 16, shape=(4,))}, "data_offsets -8"),
     "end before start": ({"a": entry(8, 0), "b": entry(0, 16, shape=(4,))}, "data_offsets 8, 0"),
@@ -110,16 +118,19 @@ def test_a_correct_file_is_accepted(tmp_path):
 WHOLE = safetensors_bytes(GOOD)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "a header of 0 bytes in a file of 0"),
-    (b"\x10\0", "in a file of 2"),
-    (WHOLE[:8], "in a file of 8"),
-    (WHOLE[:40], "in a file of 40"),
-    (WHOLE[:-1], "the file at"),
-    (WHOLE + b"x", "the file at"),
-    (b"\xff" * 8 + WHOLE[8:], "a header of 18,446,744,073,709,551,615 bytes"),
-    ((10**8 + 1).to_bytes(8, "little") + WHOLE[8:], "a header of 100,000,001 bytes"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a header of 0 bytes in a file of 0"),
+        (b"\x10\0", "in a file of 2"),
+        (WHOLE[:8], "in a file of 8"),
+        (WHOLE[:40], "in a file of 40"),
+        (WHOLE[:-1], "the file at"),
+        (WHOLE + b"x", "the file at"),
+        (b"\xff" * 8 + WHOLE[8:], "a header of 18,446,744,073,709,551,615 bytes"),
+        ((10**8 + 1).to_bytes(8, "little") + WHOLE[8:], "a header of 100,000,001 bytes"),
+    ],
+)
 def test_cut_off_and_oversized(content, message, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
@@ -149,8 +160,10 @@ def test_nothing_is_read_before_all_is_checked(tmp_path):
     path = tmp_path / "model.safetensors"
     content, (header_length,) = path.read_bytes(), np.fromfile(path, np.uint64, 1)
     header = json.loads(content[8 : 8 + int(header_length)])
-    last = max((name for name in header if name != "__metadata__"),
-               key=lambda name: header[name]["data_offsets"][1])
+    last = max(
+        (name for name in header if name != "__metadata__"),
+        key=lambda name: header[name]["data_offsets"][1],
+    )
     width = header[last]["shape"][1:]
     start = header[last]["data_offsets"][0]
     header[last]["shape"] = [2**40 // 4 // int(np.prod(width)), *width]
@@ -192,10 +205,23 @@ def refused(folder, index):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("shard", [
-    "../model.safetensors", "/etc/passwd", "lost.safetensors", "..", "", ".", "a/../b", "x" * 5000,
-    "nul\0", 7, None, ["a"],
-])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "lost.safetensors",
+        "..",
+        "",
+        ".",
+        "a/../b",
+        "x" * 5000,
+        "nul\0",
+        7,
+        None,
+        ["a"],
+    ],
+)
 def test_an_index_names_only_files_beside_it(shard, sharded):
     folder, index = sharded
     outside = folder.parent / "model.safetensors"
@@ -219,13 +245,15 @@ def test_indexes_that_do_not_fit_their_shards(sharded):
     save_file({name: torch.zeros(1)}, folder / "again.safetensors")
     twice = {**weight_map, "model.norm.weight": "again.safetensors"}
     assert f"tensor {name} is in again.safetensors and {shards[0]}" in refused(
-        folder, {"weight_map": twice})
+        folder, {"weight_map": twice}
+    )
 
 
 def test_many_missing_tensors_are_counted(sharded):
     folder, index = sharded
-    index["weight_map"] |= {f"extra.{number}": index["weight_map"]["lm_head.weight"]
-                            for number in range(9)}
+    index["weight_map"] |= {
+        f"extra.{number}": index["weight_map"]["lm_head.weight"] for number in range(9)
+    }
     assert "extra.0, extra.1, extra.2, extra.3, extra.4 and 4 more" in refused(folder, index)
 
 

@@ -247,16 +247,19 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("tokenizer_config.json", '{"bos_token": ["<s>"]}'),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<t>"}}}'),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {"-1": {"content": "<t>"}}}'),
-    ("tokenizer_config.json", '{"added_tokens_decoder": ["<t>"]}'),
-    ("added_tokens.json", '{"<t>": 1e3}'),
-    ("special_tokens_map.json", '{"eos_token": {"content": 5}}'),
-    ("config.json", '{"pad_token_id": "x"}'),
-    ("generation_config.json", '{"pad_token_id": [99999999999]}'),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"bos_token": ["<s>"]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<t>"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"-1": {"content": "<t>"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["<t>"]}'),
+        ("added_tokens.json", '{"<t>": 1e3}'),
+        ("special_tokens_map.json", '{"eos_token": {"content": 5}}'),
+        ("config.json", '{"pad_token_id": "x"}'),
+        ("generation_config.json", '{"pad_token_id": [99999999999]}'),
+    ],
+)
 def test_invalid_files_beside_the_tokenizer_are_named(tmp_path, tiny_tokenizer_dir, name, content):
     (tmp_path / "tokenizer.json").write_bytes((tiny_tokenizer_dir / "tokenizer.json").read_bytes())
     (tmp_path / name).write_text(content)
@@ -282,5 +285,6 @@ def test_the_padding_token_may_have_id_0(tiny_tokenizer_dir, tmp_path):
     for token, expected in (("<s>", 0), (None, 1), ("<|im_end|>", 3)):
         Tokenizer.load(tiny_tokenizer_dir).save(tmp_path)
         (tmp_path / "tokenizer_config.json").write_text(
-            json.dumps({"eos_token": "</s>", "pad_token": token}))
+            json.dumps({"eos_token": "</s>", "pad_token": token})
+        )
         assert Tokenizer.load(tmp_path).pad_token_id == expected

@@ -58,16 +58,29 @@ def trainer_losses(model, options, examples, work):
             labels = torch.where(supervised, tokens, -100)
             batches.append({"input_ids": tokens, "labels": labels})
     arguments = transformers.TrainingArguments(
-        output_dir=work / "theirs", max_steps=STEPS, gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=options.learning_rate, weight_decay=options.weight_decay,
-        lr_scheduler_type="cosine", warmup_steps=3, max_grad_norm=options.max_grad_norm,
-        logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, seed=0)
+        output_dir=work / "theirs",
+        max_steps=STEPS,
+        gradient_accumulation_steps=ACCUMULATION,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=3,
+        max_grad_norm=options.max_grad_norm,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        seed=0,
+    )
     TrainerOnOurBatches.batches = batches
     trainer = TrainerOnOurBatches(model=model, args=arguments, train_dataset=batches)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return ([entry["loss"] for entry in logged], [entry["grad_norm"] for entry in logged],
-            [entry["learning_rate"] for entry in logged])
+    return (
+        [entry["loss"] for entry in logged],
+        [entry["grad_norm"] for entry in logged],
+        [entry["learning_rate"] for entry in logged],
+    )
 
 
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
@@ -76,17 +89,39 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
     base = CausalLM(ModelConfig.from_dict(CONFIG))
     base.initialize()
     save_model(base, tmp_path / "base")
-    options = train.parse_options([
-        "--model_name_or_path", str(tmp_path / "base"), "--dataset", "-",
-        "--output_dir", str(tmp_path), "--finetuning_type", finetuning_type,
-        "--max_steps", str(STEPS), "--per_device_train_batch_size", str(BATCH_SIZE),
-        "--gradient_accumulation_steps", str(ACCUMULATION), "--learning_rate", "5e-3",
-        "--weight_decay", "0.1", "--warmup_steps", "3", "--logging_steps", "1"])
+    options = train.parse_options(
+        [
+            "--model_name_or_path",
+            str(tmp_path / "base"),
+            "--dataset",
+            "-",
+            "--output_dir",
+            str(tmp_path),
+            "--finetuning_type",
+            finetuning_type,
+            "--max_steps",
+            str(STEPS),
+            "--per_device_train_batch_size",
+            str(BATCH_SIZE),
+            "--gradient_accumulation_steps",
+            str(ACCUMULATION),
+            "--learning_rate",
+            "5e-3",
+            "--weight_decay",
+            "0.1",
+            "--warmup_steps",
+            "3",
+            "--logging_steps",
+            "1",
+        ]
+    )
     examples = learnable_examples()
     ours, lora_config = load_trainable(
-        options, tmp_path / "base", torch.float32, torch.device("cpu"))
+        options, tmp_path / "base", torch.float32, torch.device("cpu")
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", dtype=torch.float32)
+        tmp_path / "base", dtype=torch.float32
+    )
     if lora_config:
         save_adapter(ours, tmp_path / "start", lora_config, tmp_path / "base")
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True)
@@ -101,8 +136,10 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
     np.testing.assert_allclose([row["grad_norm"] for row in metrics], norms, rtol=1e-3)
     np.testing.assert_allclose([row["learning_rate"] for row in metrics], rates, rtol=1e-5)
     assert losses[-1] < losses[0] - 0.5  # it learned, so the comparison saw real updates
-    final = {name.replace(".default", "").removeprefix("base_model.model."): value
-             for name, value in theirs.state_dict().items()}
+    final = {
+        name.replace(".default", "").removeprefix("base_model.model."): value
+        for name, value in theirs.state_dict().items()
+    }
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter, final[name], rtol=0, atol=2e-4)
@@ -113,10 +150,25 @@ def test_compiled_layers_compute_the_same(tmp_path):
     losses = []
     for switches in ([], ["--compile"]):
         torch.manual_seed(0)
-        options = train.parse_options([
-            "--model_name_or_path", "-", "--dataset", "-", "--finetuning_type", "full",
-            "--output_dir", str(tmp_path), "--max_steps", "4", "--learning_rate", "5e-3",
-            "--logging_steps", "1", *switches])
+        options = train.parse_options(
+            [
+                "--model_name_or_path",
+                "-",
+                "--dataset",
+                "-",
+                "--finetuning_type",
+                "full",
+                "--output_dir",
+                str(tmp_path),
+                "--max_steps",
+                "4",
+                "--learning_rate",
+                "5e-3",
+                "--logging_steps",
+                "1",
+                *switches,
+            ]
+        )
         model = CausalLM(ModelConfig.from_dict(CONFIG))
         model.initialize()
         examples = learnable_examples(32)  # whole batches only, so one shape to compile
@@ -131,23 +183,44 @@ def test_compiled_layers_compute_the_same(tmp_path):
 def test_command_line_run(checkpoint, rows_file, tmp_path):
     """LoRA by command line, from a recipe, twice: equal files; then full."""
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('template = "alpaca"\nnum_train_epochs = 2\nlearning_rate = 0.005\n'
-                      'logging_steps = 2\neval_steps = 3\n')
-    shared = ["--config", recipe, "--model-name-or-path", checkpoint, "--dataset", rows_file,
-              "--validation_split", 6]
+    recipe.write_text(
+        'template = "alpaca"\nnum_train_epochs = 2\nlearning_rate = 0.005\n'
+        "logging_steps = 2\neval_steps = 3\n"
+    )
+    shared = [
+        "--config",
+        recipe,
+        "--model-name-or-path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--validation_split",
+        6,
+    ]
     outputs = [tmp_path / "a", tmp_path / "b"]
     for output in outputs:
         done = command(*shared, "--lora_dropout", 0.1, "--output_dir", output)
         assert done.returncode == 0, done.stderr
     assert {path.name for path in outputs[0].iterdir()} >= {
-        "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "options.toml",
-        "tokenizer.json"}
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "metrics.jsonl",
+        "options.toml",
+        "tokenizer.json",
+    }
     weights = [(output / "adapter_model.safetensors").read_bytes() for output in outputs]
     assert weights[0] == weights[1]
     metrics = metrics_of(outputs[0])
     logged = [row for row in metrics if "loss" in row]
-    assert set(logged[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens",
-                              "tokens_per_second"}
+    assert set(logged[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+    }
     evaluated = [row for row in metrics if "eval_loss" in row]
     assert [row["step"] for row in evaluated] == [3, 6]
     assert evaluated[0]["eval_perplexity"] == pytest.approx(np.exp(evaluated[0]["eval_loss"]), 1e-4)
@@ -156,8 +229,9 @@ def test_command_line_run(checkpoint, rows_file, tmp_path):
     done = command(*shared, "--output_dir", tmp_path / "full", "--finetuning_type", "full")
     assert done.returncode == 0, done.stderr
     tuned = load_model(tmp_path / "full")
-    assert not torch.equal(tuned.model.embed_tokens.weight,
-                           load_model(checkpoint).model.embed_tokens.weight)
+    assert not torch.equal(
+        tuned.model.embed_tokens.weight, load_model(checkpoint).model.embed_tokens.weight
+    )
     for output in (outputs[0], tmp_path / "full"):  # programs that load it ask it as trained
         assert "### Response:" in (output / "chat_template.jinja").read_text()
     stops = json.loads((tmp_path / "full" / "generation_config.json").read_text())["eos_token_id"]
@@ -175,40 +249,100 @@ def test_data_by_name_by_folder_and_mixed(checkpoint, rows_file, tmp_path):
         path.mkdir()
     (folder / "a.json").write_bytes(rows_file.read_bytes())
     (info / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "../rows/a.json"}}))
-    shared = ["--model_name_or_path", checkpoint, "--template", "plain", "--max_steps", 6,
-              "--mix", f"{rows_file}:0.25", "--cutoff_len", 12]
-    first = command(*shared, "--dataset", "mine", "--dataset_dir", info, "--eval_dataset", "mine",
-                    "--dataloader_num_workers", 2, "--output_dir", tmp_path / "first")
+    shared = [
+        "--model_name_or_path",
+        checkpoint,
+        "--template",
+        "plain",
+        "--max_steps",
+        6,
+        "--mix",
+        f"{rows_file}:0.25",
+        "--cutoff_len",
+        12,
+    ]
+    first = command(
+        *shared,
+        "--dataset",
+        "mine",
+        "--dataset_dir",
+        info,
+        "--eval_dataset",
+        "mine",
+        "--dataloader_num_workers",
+        2,
+        "--output_dir",
+        tmp_path / "first",
+    )
     assert first.returncode == 0, first.stderr
     assert f"mixed in 8 rows of {rows_file} to 24" in first.stdout and "32 rows" in first.stdout
     assert "epoch 1: " in first.stdout and "rows truncated" in first.stdout
-    second = command(*shared, "--train_dir", folder, "--valid_dir", folder,
-                     "--dataloader_num_workers", 0, "--output_dir", tmp_path / "second")
+    second = command(
+        *shared,
+        "--train_dir",
+        folder,
+        "--valid_dir",
+        folder,
+        "--dataloader_num_workers",
+        0,
+        "--output_dir",
+        tmp_path / "second",
+    )
     assert second.returncode == 0, second.stderr
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors")
-                     for name in ("first", "second"))
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_recipe_of_a_run_repeats_it(checkpoint, rows_file, tmp_path):
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-                   "plain", "--output_dir", tmp_path / "first", "--max_steps", 2)
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--output_dir",
+        tmp_path / "first",
+        "--max_steps",
+        2,
+    )
     assert done.returncode == 0, done.stderr
-    again = command("--config", tmp_path / "first" / "options.toml", "--output_dir",
-                    tmp_path / "second")
+    again = command(
+        "--config", tmp_path / "first" / "options.toml", "--output_dir", tmp_path / "second"
+    )
     assert again.returncode == 0, again.stderr
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors")
-                     for name in ("first", "second"))
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_pretraining(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat\n" * 50)
-    done = command("--model_name_or_path", checkpoint, "--stage", "pt", "--dataset", text,
-                   "--block_size", 32, "--train_from_scratch", "--finetuning_type", "full",
-                   "--learning_rate", 3e-3, "--output_dir", tmp_path / "out", "--logging_steps", 1,
-                   "--num_train_epochs", 15)
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--stage",
+        "pt",
+        "--dataset",
+        text,
+        "--block_size",
+        32,
+        "--train_from_scratch",
+        "--finetuning_type",
+        "full",
+        "--learning_rate",
+        3e-3,
+        "--output_dir",
+        tmp_path / "out",
+        "--logging_steps",
+        1,
+        "--num_train_epochs",
+        15,
+    )
     assert done.returncode == 0, done.stderr
     losses = [row["loss"] for row in metrics_of(tmp_path / "out") if "loss" in row]
     assert losses[-1] < losses[0] / 2
@@ -216,9 +350,25 @@ def test_pretraining(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, checkpoint, rows_file, tmp_path):
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-                   "plain", "--output_dir", tmp_path / "out", "--max_steps", 12, "--dtype", dtype,
-                   "--learning_rate", 1e-2, "--gradient_checkpointing", "--logging_steps", 1)
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--output_dir",
+        tmp_path / "out",
+        "--max_steps",
+        12,
+        "--dtype",
+        dtype,
+        "--learning_rate",
+        1e-2,
+        "--gradient_checkpointing",
+        "--logging_steps",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     losses = [row["loss"] for row in metrics_of(tmp_path / "out") if "loss" in row]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
@@ -228,38 +378,58 @@ def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_pa
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-                   "plain", "--output_dir", tmp_path / "out")
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert done.returncode == 2
     assert "gradient" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    (["--lora_rnk", "4"], "--lora_rank"),
-    (["--template", "nonsense"], "alpaca"),
-    (["--learning_rate", "-1"], "--learning_rate"),
-    (["--lora_target", "wq"], "q_proj"),
-    (["--dataset", "nowhere.json"], "nowhere.json"),
-    (["--train_dir", "."], "--train_dir"),
-    (["--mix", "rows.json"], "FILE:RATIO"),
-    (["--valid_dir", ".", "--validation_split", "3"], "--validation_split"),
-    (["--cutoff_len", "3"], "--cutoff_len"),
-    (["--bf16", "--dtype", "float16"], "--bf16"),
-    (["--device", "cuda:99"], "cuda:99"),
-    (["--eval_steps", "5"], "--eval_steps"),
-    (["--max_grad_norm", "-1"], "--max_grad_norm"),
-    (["--seed", "-1"], "--seed"),
-    (["--learning_rate", "nan"], "--learning_rate"),
-    (["--stage", "pt", "--default_system", "x"], "--default_system"),
-    (["--lr_end", "1e-5"], "--lr_end"),
-    (["--finetuning_type", "full", "--modules_to_save", "lm_head"], "--modules_to_save"),
-    (["--model_name_or_path", "/nowhere"], "/nowhere"),
-    (["--config", "nowhere.toml"], "nowhere.toml"),
-])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--lora_rnk", "4"], "--lora_rank"),
+        (["--template", "nonsense"], "alpaca"),
+        (["--learning_rate", "-1"], "--learning_rate"),
+        (["--lora_target", "wq"], "q_proj"),
+        (["--dataset", "nowhere.json"], "nowhere.json"),
+        (["--train_dir", "."], "--train_dir"),
+        (["--mix", "rows.json"], "FILE:RATIO"),
+        (["--valid_dir", ".", "--validation_split", "3"], "--validation_split"),
+        (["--cutoff_len", "3"], "--cutoff_len"),
+        (["--bf16", "--dtype", "float16"], "--bf16"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--eval_steps", "5"], "--eval_steps"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm"),
+        (["--seed", "-1"], "--seed"),
+        (["--learning_rate", "nan"], "--learning_rate"),
+        (["--stage", "pt", "--default_system", "x"], "--default_system"),
+        (["--lr_end", "1e-5"], "--lr_end"),
+        (["--finetuning_type", "full", "--modules_to_save", "lm_head"], "--modules_to_save"),
+        (["--model_name_or_path", "/nowhere"], "/nowhere"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
 def test_mistakes_get_one_line(extra, message, checkpoint, rows_file, tmp_path):
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-                   "plain", "--output_dir", tmp_path / "out", *extra)
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--output_dir",
+        tmp_path / "out",
+        *extra,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
@@ -270,8 +440,16 @@ def test_output_folder_is_not_overwritten(checkpoint, rows_file, tmp_path):
     keep = tmp_path / "out" / "precious.txt"
     keep.parent.mkdir()
     keep.write_text("data")
-    shared = ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--template", "plain",
-              "--max_steps", 1]
+    shared = [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--max_steps",
+        1,
+    ]
     done = command(*shared, "--output_dir", keep.parent)
     assert done.returncode == 2 and "--overwrite_output_dir" in done.stderr
     assert list(keep.parent.iterdir()) == [keep]
@@ -283,17 +461,43 @@ def test_output_folder_is_not_overwritten(checkpoint, rows_file, tmp_path):
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
 def test_any_number_of_processes_trains_as_one(finetuning_type, checkpoint, tmp_path):
     """Ragged rows whose last step does not go round, for 1, 2 and 3: equal losses and weights."""
-    rows = [{"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
-            for number in range(20)]
+    rows = [
+        {"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
+        for number in range(20)
+    ]
     path = tmp_path / "ragged.json"
     path.write_text(json.dumps(rows))
-    shared = ["--model_name_or_path", checkpoint, "--dataset", path, "--template", "plain",
-              "--finetuning_type", finetuning_type, "--learning_rate", 1e-3, "--logging_steps", 1,
-              "--num_train_epochs", 2, "--validation_split", 4, "--dataloader_num_workers", 0]
+    shared = [
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        path,
+        "--template",
+        "plain",
+        "--finetuning_type",
+        finetuning_type,
+        "--learning_rate",
+        1e-3,
+        "--logging_steps",
+        1,
+        "--num_train_epochs",
+        2,
+        "--validation_split",
+        4,
+        "--dataloader_num_workers",
+        0,
+    ]
     for processes, batch_size, accumulation in ((1, 6, 1), (2, 1, 3), (3, 2, 1)):
-        done = command(*shared, "--per_device_train_batch_size", batch_size,
-                       "--gradient_accumulation_steps", accumulation,
-                       "--output_dir", tmp_path / str(processes), processes=processes)
+        done = command(
+            *shared,
+            "--per_device_train_batch_size",
+            batch_size,
+            "--gradient_accumulation_steps",
+            accumulation,
+            "--output_dir",
+            tmp_path / str(processes),
+            processes=processes,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("saved to") == 1 and "Warning" not in done.stderr
     name = "adapter_model.safetensors" if finetuning_type == "lora" else "model.safetensors"
@@ -312,24 +516,56 @@ def test_no_picture_without_matplotlib(checkpoint, rows_file, tmp_path, monkeypa
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-                   "plain", "--max_steps", 2, "--plot_loss", "--output_dir", tmp_path / "out")
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--max_steps",
+        2,
+        "--plot_loss",
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
     assert "matplotlib" in done.stdout and "metrics.jsonl" in done.stdout
     assert metrics_of(tmp_path / "out")
 
 
 def test_picture(checkpoint, rows_file, tmp_path):
-    done = command("--model_name_or_path", checkpoint, "--dataset", rows_file, "--template",
-                   "plain", "--max_steps", 2, "--plot_loss", "--output_dir", tmp_path / "out")
+    done = command(
+        "--model_name_or_path",
+        checkpoint,
+        "--dataset",
+        rows_file,
+        "--template",
+        "plain",
+        "--max_steps",
+        2,
+        "--plot_loss",
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_float16_overflow_skips_the_step(tmp_path):
     """While the loss scale is being found, an overflow changes no weight and ends no run."""
-    options = train.parse_options(["--model_name_or_path", "-", "--dataset", "-", "--output_dir",
-                                   str(tmp_path), "--finetuning_type", "full"])
+    options = train.parse_options(
+        [
+            "--model_name_or_path",
+            "-",
+            "--dataset",
+            "-",
+            "--output_dir",
+            str(tmp_path),
+            "--finetuning_type",
+            "full",
+        ]
+    )
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     model.initialize()
@@ -349,12 +585,30 @@ def test_packing_by_command_line(checkpoint, rows_file, tmp_path, stage):
     if stage == "pt":
         data = tmp_path / "text.txt"
         data.write_text("once upon a time\nthere was a cat\nit sat\n" * 40, encoding="utf-8")
-    flags = ["--template", "plain"] if stage == "sft" else [
-        "--block_size", 32, "--finetuning_type", "full"]
+    flags = (
+        ["--template", "plain"]
+        if stage == "sft"
+        else ["--block_size", 32, "--finetuning_type", "full"]
+    )
     for switch in ((), ("--packing",)):
-        done = command("--model_name_or_path", checkpoint, "--dataset", data, "--stage", stage,
-                       *flags, "--max_steps", 3, "--logging_steps", 1, "--learning_rate", "1e-3",
-                       "--output_dir", tmp_path / f"out{len(switch)}", *switch)
+        done = command(
+            "--model_name_or_path",
+            checkpoint,
+            "--dataset",
+            data,
+            "--stage",
+            stage,
+            *flags,
+            "--max_steps",
+            3,
+            "--logging_steps",
+            1,
+            "--learning_rate",
+            "1e-3",
+            "--output_dir",
+            tmp_path / f"out{len(switch)}",
+            *switch,
+        )
         assert done.returncode == 0, done.stderr
         losses.append([row["loss"] for row in metrics_of(tmp_path / f"out{len(switch)}")])
     if stage == "sft":

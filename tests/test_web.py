@@ -80,6 +80,7 @@ def dictate(assistant, tokens):
 
 def endless(assistant, released=None):
     """Have the model answer for ever; after some tokens, not before the Event `released` is set."""
+
     def tokens():
         for number, token in enumerate(itertools.cycle(assistant.tokenizer.encode("on and "))):
             if number == 40 and released:
@@ -105,26 +106,39 @@ def test_turns_with_history_retry_edit_and_clear(page, alone):
     assert known > 30  # of the first turn, which is not computed again
     assert last(page.retry(talk, SYSTEM, *VALUES))[0] == [chat]
     edited = last(page.edit(talk, 0, "the mat", "", *VALUES))[0][0]
-    assert edited == [user("the mat"),
-                      {"role": "assistant", "content": shown(alone(user("the mat")))}]
+    assert edited == [
+        user("the mat"),
+        {"role": "assistant", "content": shown(alone(user("the mat")))},
+    ]
     rows = json.loads(page.export(talk))
-    assert rows == [{"model": page.assistants[0].name, "messages": [
-        user("the mat"), {"role": "assistant", "content": talk.turns[0].answers[0]}]}]
+    assert rows == [
+        {
+            "model": page.assistants[0].name,
+            "messages": [
+                user("the mat"),
+                {"role": "assistant", "content": talk.turns[0].answers[0]},
+            ],
+        }
+    ]
     assert page.clear(talk) == ([[]], "", None) and talk.turns == [] and page.export(talk) == ""
     assert "no answer yet" in last(page.retry(talk, "", *VALUES))[1]
 
 
-@pytest.mark.parametrize("question, values, said", [
-    ("x" * 500, VALUES, "tokens with its template, the limit is 280 tokens (of 300"),
-    ("x" * 10_000_000, VALUES, "10,000,000 characters, the limit is 280 tokens (of 300"),
-    ("  \n", VALUES, "the message is empty"),
-    ("a\x1b[2J", VALUES, "the control character U+001B (character 2)"),
-    ("ok", (20, -1.0, *VALUES[2:]), "--temperature must be"),
-    ("ok", (*VALUES[:-1], "x7"), "the seed must be a whole number or empty, not 'x7'"),
-    ("ok", (None, *VALUES[1:]), "The model failed"),
-])
+@pytest.mark.parametrize(
+    "question, values, said",
+    [
+        ("x" * 500, VALUES, "tokens with its template, the limit is 280 tokens (of 300"),
+        ("x" * 10_000_000, VALUES, "10,000,000 characters, the limit is 280 tokens (of 300"),
+        ("  \n", VALUES, "the message is empty"),
+        ("a\x1b[2J", VALUES, "the control character U+001B (character 2)"),
+        ("ok", (20, -1.0, *VALUES[2:]), "--temperature must be"),
+        ("ok", (*VALUES[:-1], "x7"), "the seed must be a whole number or empty, not 'x7'"),
+        ("ok", (None, *VALUES[1:]), "The model failed"),
+    ],
+)
 def test_what_is_refused_is_given_back_and_nothing_is_lost(
-        tiny_chat_model_dir, question, values, said):
+    tiny_chat_model_dir, question, values, said
+):
     page, talk = Page([load(tiny_chat_model_dir, max_length=300)], GREEDY), Talk()
     before = last(page.ask(talk, "the cat", "", *VALUES))[0]
     chats, notice, box = last(page.ask(talk, question, "", *values))
@@ -172,19 +186,26 @@ def test_stop_keeps_what_has_come_and_only_one_answer_at_a_time(page, monkeypatc
 
 
 def test_two_models_side_by_side_each_with_its_own_history(
-        tiny_chat_model_dir, alone, tmp_path, monkeypatch):
+    tiny_chat_model_dir, alone, tmp_path, monkeypatch
+):
     monkeypatch.setattr(transcript, "SECONDS_BETWEEN_PARTS", 1000)
-    page = Page([load(tiny_chat_model_dir), load(tiny_chat_model_dir, template="plain")], GREEDY,
-                transcript=Transcript(tmp_path / "log"))
+    page = Page(
+        [load(tiny_chat_model_dir), load(tiny_chat_model_dir, template="plain")],
+        GREEDY,
+        transcript=Transcript(tmp_path / "log"),
+    )
     talk = Talk()
     for question in ("the cat", "the mat"):
         chats, notice, _ = last(page.ask(talk, question, "", *VALUES))
     first, second = ([turn.answers[place] for turn in talk.turns] for place in (0, 1))
-    assert first[1] == alone(user("the cat"), {"role": "assistant", "content": first[0]},
-                             user("the mat"))
+    assert first[1] == alone(
+        user("the cat"), {"role": "assistant", "content": first[0]}, user("the mat")
+    )
     assert first != second and notice.count("tokens/s") == 2 and len(chats) == 2
     assert [row["messages"][-1]["content"] for row in json.loads(page.export(talk))] == [
-        first[1], second[1]]
+        first[1],
+        second[1],
+    ]
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line["content"] for line in lines if line["role"] == "user"] == ["the cat", "the mat"]
     answers = {line["content"] for line in lines if line["role"] == "assistant"}
@@ -192,7 +213,8 @@ def test_two_models_side_by_side_each_with_its_own_history(
 
 
 def test_a_question_that_one_model_left_unanswered_is_not_told_to_it_again(
-        tiny_chat_model_dir, alone):
+    tiny_chat_model_dir, alone
+):
     page, talk = Page([load(tiny_chat_model_dir), load(tiny_chat_model_dir)], GREEDY), Talk()
     silent = page.assistants[1]
     stop_ids, silent.stop_ids = silent.stop_ids, set(range(300))
@@ -207,20 +229,30 @@ def test_a_question_that_one_model_left_unanswered_is_not_told_to_it_again(
 
 def test_a_seed_repeats_and_none_does_not(page):
     talk, drawn = Talk(), (12, 2.0, 0, 1.0, 1.0, False)
-    answers = [last(page.edit(talk, 0, "the cat", "", *drawn, seed))[0] for seed in
-               ("7", " 7 ", "8", "", None, "")]
+    answers = [
+        last(page.edit(talk, 0, "the cat", "", *drawn, seed))[0]
+        for seed in ("7", " 7 ", "8", "", None, "")
+    ]
     assert answers[0] == answers[1]
-    assert all(one != other for place, one in enumerate(answers[1:]) for other in answers[:place]
-               if place)
+    assert all(
+        one != other for place, one in enumerate(answers[1:]) for other in answers[:place] if place
+    )
 
 
 def test_markup_is_shown_and_all_else_is_left_alone():
     marked = f"a <{JOINER}b> &{JOINER}amp; !{JOINER}[x](y) <{JOINER}/b> <{JOINER}!-- <{JOINER}?"
     assert shown(marked.replace(JOINER, "")) == marked
     assert shown(plain := "a < b && c<1; AT&T a&b. <- =<3 wow! [x](y)") == plain
-    for code in ("```html\n<b> & ![x]\n```", "~~~\n<b>", "`<b>`", "`` a`<b> ``",
-                 "> ```\n> <b>\n> ```", "````\n```\n<b>\n````", "- ```c\n  <b>\n  ```",
-                 "10) - ~~~\n      <b>"):
+    for code in (
+        "```html\n<b> & ![x]\n```",
+        "~~~\n<b>",
+        "`<b>`",
+        "`` a`<b> ``",
+        "> ```\n> <b>\n> ```",
+        "````\n```\n<b>\n````",
+        "- ```c\n  <b>\n  ```",
+        "10) - ~~~\n      <b>",
+    ):
         assert shown(f"<i>\n{code}") == f"<{JOINER}i>\n{code}"
     assert shown("```\n<b>\n```\n<i>") == f"```\n<b>\n```\n<{JOINER}i>"
     assert shown("`<b>\n`") == f"`<{JOINER}b>\n`"  # no code over a line's end
@@ -274,8 +306,12 @@ def served(tiny_chat_model_dir):
 def request(address, path, body=None, **headers):
     """(status, headers, text) of a request: a GET, or a POST of a body."""
     connection = http.client.HTTPConnection(address.split("/")[2], timeout=HANG_SECONDS)
-    connection.request("GET" if body is None else "POST", f"/{path}", body,
-                       {name.replace("_", "-"): value for name, value in headers.items()})
+    connection.request(
+        "GET" if body is None else "POST",
+        f"/{path}",
+        body,
+        {name.replace("_", "-"): value for name, value in headers.items()},
+    )
     response = connection.getresponse()
     return response.status, response.headers, response.read().decode()
 
@@ -283,12 +319,16 @@ def request(address, path, body=None, **headers):
 def ask_over_http(address, question, session, **headers):
     """The texts of the chats after a question, as a program without a browser asks it."""
     body = json.dumps({"data": [question, "", *VALUES], "session_hash": session})
-    *_, text = request(address, "gradio_api/call/ask", body, Content_Type="application/json",
-                       **headers)
+    *_, text = request(
+        address, "gradio_api/call/ask", body, Content_Type="application/json", **headers
+    )
     *_, text = request(address, f"gradio_api/call/ask/{json.loads(text)['event_id']}", **headers)
     views = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
-    return [[message["content"][0]["text"] for message in chat] for chat in views[-1]
-            if isinstance(chat, list)]
+    return [
+        [message["content"][0]["text"] for message in chat]
+        for chat in views[-1]
+        if isinstance(chat, list)
+    ]
 
 
 def ask_twice(address, number):
@@ -316,8 +356,9 @@ def test_eight_clients_at_once_each_get_their_answers(served, alone):
 
 def test_no_more_compiled_answers_are_written_at_once_than_are_kept(page):
     """Each takes the memory of a full context; who comes later waits in the queue."""
-    at_once = lambda: {one.api_name: one.concurrency_limit  # noqa: E731
-                       for one in web.build(page).fns.values()}["ask"]
+    at_once = lambda: {  # noqa: E731
+        one.api_name: one.concurrency_limit for one in web.build(page).fns.values()
+    }["ask"]
     assert at_once() == web.AT_ONCE == 8
     page.assistants[0].decoder, page.assistants[0].caches.limit = "compiled", 2
     assert at_once() == 2
@@ -361,8 +402,9 @@ def test_the_controls_take_whatever_the_command_line_may_say(tiny_chat_model_dir
         (Sampling(1, 0.0, 0, 1.0, 0.1), [1, 0, 0, 1, 0.1]),
     ):
         page = Page([load(tiny_chat_model_dir, max_length=100)], sampling)
-        sliders = [block for block in web.build(page).blocks.values()
-                   if isinstance(block, gradio.Slider)]
+        sliders = [
+            block for block in web.build(page).blocks.values() if isinstance(block, gradio.Slider)
+        ]
         assert [one.preprocess(one.value) for one in sliders] == told
 
 
@@ -374,11 +416,26 @@ def test_gradio_missing_is_told(monkeypatch):
 
 def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat_model_dir):
     port = free_port()
-    words = [sys.executable, ROOT / "chat.py", "--model_name_or_path", tiny_chat_model_dir,
-             "--web", "--server_port", str(port), "--compare_with", "none", "--device", "cpu"]
+    words = [
+        sys.executable,
+        ROOT / "chat.py",
+        "--model_name_or_path",
+        tiny_chat_model_dir,
+        "--web",
+        "--server_port",
+        str(port),
+        "--compare_with",
+        "none",
+        "--device",
+        "cpu",
+    ]
     process = subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, env={**os.environ, "MINISFT_PASSWORD": "geheim"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        words,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "MINISFT_PASSWORD": "geheim"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         line = process.stderr.readline()
         address = f"http://127.0.0.1:{port}/"
@@ -390,8 +447,11 @@ def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat
         cookie = "; ".join(one.split(";")[0] for one in headers.get_all("set-cookie"))
         left, right = ask_over_http(address, "the cat", "ann", Cookie=cookie)
         assert status == 200 and left == right and len(left) == 2
-        listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
-                     if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")]
+        listening = [
+            line.split()[1]
+            for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
+            if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
+        ]
         assert listening == [f"0100007F:{port:04X}"]  # 127.0.0.1 only
     finally:
         process.send_signal(signal.SIGINT)
@@ -408,11 +468,19 @@ def browser():
         pytest.skip(f"there is no {CHROMIUM} to test in")
     from playwright.sync_api import sync_playwright
 
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags,
-                                              timeout=1000 * HANG_SECONDS)
+        chromium = playwright.chromium.launch(
+            executable_path=str(CHROMIUM), args=flags, timeout=1000 * HANG_SECONDS
+        )
         yield chromium
         chromium.close()
 
@@ -426,8 +494,12 @@ def visit(browser, served):
         contexts.append(browser.new_context(accept_downloads=True))
         contexts[-1].set_default_timeout(1000 * HANG_SECONDS)
         tab = contexts[-1].new_page()
-        tab.on("requestfinished", lambda request: hosts.add(request.url.split("/")[2])
-               if request.url.startswith("http") else None)
+        tab.on(
+            "requestfinished",
+            lambda request: (
+                hosts.add(request.url.split("/")[2]) if request.url.startswith("http") else None
+            ),
+        )
         tab.goto(served[1])
         tab.locator("#box textarea").wait_for()
         return tab
@@ -450,8 +522,11 @@ def wait_for_answer(tab, text):
 
 
 def wait_for(tab, text, within="#notice"):
-    tab.wait_for_function("([place, text]) => document.querySelector(place)?.innerText"
-                          ".includes(text)", arg=[within, text], timeout=1000 * HANG_SECONDS)
+    tab.wait_for_function(
+        "([place, text]) => document.querySelector(place)?.innerText.includes(text)",
+        arg=[within, text],
+        timeout=1000 * HANG_SECONDS,
+    )
 
 
 def test_browser_two_turns_stop_and_download(served, visit, monkeypatch):
@@ -554,21 +629,29 @@ def test_browser_nothing_in_an_answer_runs_or_loads(served, visit, far):
         wait_for_answer(tab, "window.hit = 4")
         said = tab.locator("#chat0").inner_text().replace(JOINER, "")
         # All of it can be read, also what no page would show.
-        for text in ("<script>window.hit = 1</script>", "<b>bold?</b>", "<iframe src=", "onerror",
-                     "<script>window.hit = 5</script>"):
+        for text in (
+            "<script>window.hit = 1</script>",
+            "<b>bold?</b>",
+            "<iframe src=",
+            "onerror",
+            "<script>window.hit = 5</script>",
+        ):
             assert text in said
         tab.get_by_text("link", exact=True).click()
         assert tab.evaluate("() => window.hit") is None
         assert tab.locator("#chat0 .message :is(script, iframe, img[src^='http'])").count() == 0
         assert connections(far) == []
         # The policy alone would hold too: what is put into the page by force loads nothing.
-        tab.evaluate("""name => {
+        tab.evaluate(
+            """name => {
             window.refused = [];
             document.addEventListener("securitypolicyviolation",
                                       event => window.refused.push(event.effectiveDirective));
             document.body.insertAdjacentHTML("beforeend",
                 `<img src="http://${name}/y.png"><iframe src="http://${name}/"></iframe>`);
-        }""", name)
+        }""",
+            name,
+        )
         tab.wait_for_function("() => window.refused.length >= 2")
         assert sorted(tab.evaluate("() => window.refused")) == ["frame-src", "img-src"]
         # Chromium may connect to where a frame would lead, ahead of the policy; it asks nothing.

@@ -71,11 +71,14 @@ def test_dtype_of_files_and_of_the_model(stored, wanted, tmp_path):
 def test_no_file_stays_open(tmp_path):
     """The number of open files does not grow with the number of tensors."""
     save_model(new_model(), tmp_path)
-    code = ("import resource, sys; from minisft.checkpoints.folders import load_model\n"
-            "resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))\n"
-            "load_model(sys.argv[1])")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True,
-                          text=True)
+    code = (
+        "import resource, sys; from minisft.checkpoints.folders import load_model\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))\n"
+        "load_model(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert len(list(new_model().parameters())) > 20
 
@@ -101,13 +104,24 @@ print((status("VmHWM") - before) / sum(parameter.nbytes for parameter in model.p
 @pytest.mark.parametrize("wanted", ["bfloat16", "float32"])
 def test_memory_holds_the_weights_once(wanted, tmp_path):
     """Peak memory of loading is at most 1.15 x the weights, with and without conversion."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
-             "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 4096}
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    }
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_dict({**CONFIG, **sizes})).bfloat16()
     save_model(model.to_empty(device="cpu"), tmp_path)
-    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, wanted], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path, wanted],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert 0.9 < float(done.stdout) <= 1.15
 
 

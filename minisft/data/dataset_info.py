@@ -4,7 +4,7 @@
 
     entries = read_entries("data")
     description = parse_description("my_data", entries["my_data"], place="dataset_info.json")
-    description.rename({"question": "1 + 1?", "answer": "2"})   # {"instruction": ..., "output": ...}
+    description.rename({"question": "1 + 1?", "answer": "2"})  # {"instruction": ..., "output": ...}
 
 As in LLaMA-Factory, a column that `columns` does not name is absent, whatever the file holds.
 """

@@ -8,8 +8,8 @@
 
 Squared distances come from matrix products: |x - c|^2 = |x|^2 - 2 x.c + |c|^2, with x and c
 relative to the mean of the points: far from the origin, the difference of such large squares would
-be mostly rounding error. The mean is subtracted a block at a time, so memory-mapped points are never
-copied.
+be mostly rounding error. The mean is subtracted a block at a time, so memory-mapped points are
+never copied.
 """
 
 import math
