@@ -2,18 +2,26 @@
 # make test: install the test dependencies and run the tests.
 # make lint, make types, make format: ruff, the type checker, and ruff's formatter.
 # make test-avx2: run the numerical tests again as an x86 processor without AVX-512 computes.
-# They install into .venv unless PYTHON names the interpreter of an environment of your own:
+# make floor: both of them with Python 3.11 and the lowest versions that the requirements allow.
+#
+# Everything goes into .venv, which python3 makes. Where python3 is too old, name another:
+#   make test BASE_PYTHON=python3.13
+# To use an environment of your own, in which nothing is installed, name its interpreter:
 #   make test PYTHON=python
-VENV   := .venv
-PYTHON ?= $(VENV)/bin/python
+VENV        := .venv
+PYTHON      ?= $(VENV)/bin/python
+BASE_PYTHON := python3
 
-.PHONY: demo test test-avx2 lint types format clean
+CHECK_VERSION := -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"This is Python %d.%d; 3.11 or newer is needed, see Makefile" % sys.version_info[:2])'
+
+.PHONY: demo test test-avx2 floor lint types format clean
 .DEFAULT_GOAL := demo
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 $(PYTHON):
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	python3 -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@$(BASE_PYTHON) $(CHECK_VERSION)
+	$(BASE_PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 RUNTIME := $(VENV)/runtime.stamp
 TESTING := $(VENV)/testing.stamp
 $(RUNTIME): requirements.txt | $(PYTHON)
@@ -25,9 +33,11 @@ $(TESTING): requirements-dev.txt requirements.txt requirements-extras.txt | $(PY
 endif
 
 demo: $(RUNTIME)
+	@$(PYTHON) $(CHECK_VERSION)
 	OMP_NUM_THREADS=1 $(PYTHON) examples/demo.py
 
 test: $(TESTING)
+	@$(PYTHON) $(CHECK_VERSION)
 	$(PYTHON) tests/kernels.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 	$(PYTHON) -m ruff check .
@@ -53,5 +63,13 @@ types: $(TESTING)
 format: $(TESTING)
 	$(PYTHON) -m ruff format .
 
+# Every >=X becomes ==X, and pip then finds test dependencies that accept those versions. demo runs
+# before they are installed, so that it has the packages of requirements.txt and no others.
+floor: BASE_PYTHON := python3.11
+floor:
+	sed -E 's/>=([^,]+).*/==\1/' requirements.txt requirements-extras.txt > .venv-floor.txt
+	PIP_CONSTRAINT=.venv-floor.txt $(MAKE) -j1 demo test \
+		VENV=.venv-floor PYTHON=.venv-floor/bin/python BASE_PYTHON=$(BASE_PYTHON)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf .venv .venv-floor .venv-floor.txt .pytest_cache .ruff_cache
