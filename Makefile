@@ -2,7 +2,7 @@
 # make test: install the test dependencies and run the tests.
 # make lint, make types, make format: ruff, the type checker, and ruff's formatter.
 # make test-avx2: run the numerical tests again as an x86 processor without AVX-512 computes.
-# make floor: both of them with Python 3.11 and the lowest versions that the requirements allow.
+# make floor: demo and test with Python 3.11 and the lowest versions that the requirements allow.
 #
 # Everything goes into .venv, which python3 makes. Where python3 is too old, name another:
 #   make test BASE_PYTHON=python3.13
