@@ -123,6 +123,9 @@ def main(options: Namespace | None = None) -> None:
         say(resume.how_to_continue(run))
     else:
         save_result(run, model_dir, tokenizer, template)
+    # Free DDP before the process group: its destructor, if it ends the group, can wait for a thread
+    # that waits for Python.
+    run.wrapped = model
     processes.stop()
     if interrupted_by:
         sys.exit(128 + interrupted_by)
@@ -198,13 +201,13 @@ def train(
 
 
 def every(num_steps: int | None, step: int) -> bool:
-    """True every `num_steps` steps; never if that is None."""
+    """True every `num_steps` steps; never if it is None."""
     return num_steps is not None and step % num_steps == 0
 
 
 @dataclass
 class StepResult:
-    """Of one optimizer step. The mean of a figure is its sum over all ranks / count."""
+    """Result of an optimizer step. The mean of a figure is its sum over all ranks / count."""
 
     sums: dict[str, Tensor]  # of this rank's micro-batches
     count: float  # supervised tokens, or rows if answers are compared, of all ranks
@@ -230,7 +233,9 @@ def train_step(run: Run, batches: list[Any]) -> StepResult:
             sums[name] = sums.get(name, 0.0) + value.detach()
 
     scaler.unscale_(run.optimizer)
-    parameters = [one for group in run.optimizer.param_groups for one in group["params"]]
+    parameters = [
+        parameter for group in run.optimizer.param_groups for parameter in group["params"]
+    ]
     max_norm = run.options.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     grad_norm = processes.full_tensor(norm).item()

@@ -96,6 +96,11 @@ def model_on_meta(
     return model
 
 
+def num_trainable(module: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
 def quantize_layers(model: CausalLM | RewardModel, bits: int) -> None:
     """Replace the linear modules of the decoder layers by empty quantised ones."""
     for layer in model.model.layers:
@@ -112,10 +117,10 @@ def describe_training(
     device: torch.device,
     num_rows: int,
 ) -> str:
-    """What is trained, on what, for people."""
-    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    """A line for people: rows, parameters, device, number type."""
     text = (
-        f"{num_rows:,} rows; training {trained:,} of {count_parameters(model):,} parameters "
+        f"{num_rows:,} rows; training {num_trainable(model):,} of "
+        f"{count_parameters(model):,} parameters "
         f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
         f"{processes.world_size()} process(es)"
     )

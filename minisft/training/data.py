@@ -65,7 +65,7 @@ def load_data(
     batching_options: dict[str, Any] = dict(
         vocab_size=config.vocab_size, seed=options.seed, num_workers=options.dataloader_num_workers
     )
-    if plain_text:
+    if plain_text or template is None:
         batches = batches_of_texts(
             rows, tokenizer, max_length, packing=options.packing, **batching_options
         )

@@ -8,6 +8,7 @@ the rows, all are taken to be as long as the limit. The batches are those that t
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.data import batching
+from minisft.data.build_batches import BYTES_PER_TOKEN
+from minisft.data.dataset import Rows
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Example, read_and_encode
 from minisft.data.sources import find_sources
@@ -27,7 +30,6 @@ from minisft.training.run import count_rows_per_step
 # At most so many rows are encoded; the lengths of others are estimated from their size. Of more
 # than MAX_BATCHED rows a part is dealt into batches: enough to know the padding.
 MAX_ENCODED, MAX_BATCHED = 5_000, 100_000
-BYTES_PER_TOKEN = 4  # of UTF-8 text, English or Chinese, within a third for most tokenizers
 
 
 @dataclass
@@ -116,6 +118,7 @@ def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Exampl
     Of many rows a part, evenly spread. A row that is not encoded has the length that its bytes
     suggest, divided into texts like the encoded row that is nearest in size.
     """
+    assert isinstance(batches.rows, Rows)
     sizes = batches.rows.sizes()
     selected = evenly_spread(len(sizes), MAX_BATCHED)
     encoded = selected[evenly_spread(len(selected), MAX_ENCODED)]
@@ -169,7 +172,7 @@ def measure_batches(
     """
     dealt = batching.Batches(
         examples,
-        lambda rows: (rows, EncodeReport()),
+        already_encoded,
         options.seed,
         total_bytes=batches.example_bytes * len(examples),
     )
@@ -195,7 +198,12 @@ def measure_batches(
     )
 
 
-def batch_size(rows: list[Example], options: Namespace) -> int:
+def already_encoded(rows: Any) -> tuple[list[Example], EncodeReport]:
+    """Stands in for encoding where the rows are examples."""
+    return list(rows), EncodeReport()
+
+
+def batch_size(rows: Sequence[Example], options: Namespace) -> int:
     """Tokens of a micro-batch with its padding."""
     lengths = [length for row in rows for length in text_lengths(row)] or [1]
     if options.packing:

@@ -26,6 +26,7 @@ from minisft.model.lora import LoRALinear
 from minisft.model.loss import chunk_size
 from minisft.model.quantized import PIECE, QuantizedLinear
 from minisft.model.reward import RewardModel
+from minisft.training.build import num_trainable
 
 FLOAT32, INT64, BOOL = 4, 8, 1
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
@@ -136,11 +137,6 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def num_trainable(module: nn.Module) -> int:
-    """How many numbers are trained."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
 def gradient_bytes(module: nn.Module) -> int:
     """Gradients of all trained parameters, in float32."""
     return FLOAT32 * num_trainable(module)
@@ -165,7 +161,7 @@ def cast_bytes(module: nn.Module, step: Step) -> int:
     """
     if step.is_sharded or step.dtype.itemsize == FLOAT32:
         return 0
-    matrices = [one for one in module.modules() if isinstance(one, (nn.Linear, nn.Embedding))]
+    matrices = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Embedding))]
     return step.dtype.itemsize * sum(map(num_trainable, matrices))
 
 

@@ -8,14 +8,14 @@ give tokens in short batches more weight.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from minisft.common import processes
-from minisft.data.batching import collate, micro_batches
+from minisft.data.batching import Batch, collate, micro_batches
 from minisft.data.encoding import Example
 from minisft.model.decoder import CausalLM
 from minisft.model.loss import next_token_loss
@@ -48,14 +48,12 @@ class NextToken:
     def __init__(self, model: CausalLM):
         self.model = model
 
-    def count(self, batches: Iterable[tuple[Tensor, Tensor, list[int] | None]]) -> int:
+    def count(self, batches: Iterable[Batch]) -> int:
         """Number of supervised tokens. The first token of a row is never a target."""
         return sum(int(supervised[:, 1:].sum()) for _, supervised, _ in batches)
 
-    def sums(
-        self, model: nn.Module, batch: tuple[Tensor, Tensor, list[int] | None]
-    ) -> dict[str, Tensor]:
-        """{"loss": sum over the supervised tokens} of tokens (B, T), supervised (B, T), lengths."""
+    def sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """{"loss": sum over the supervised tokens} of a batch from `collate` or `pack`."""
         tokens, supervised, lengths = batch
         loss, _ = next_token_loss(model, tokens, supervised, lengths, self.model.logits)
         return {"loss": loss}
@@ -64,9 +62,9 @@ class NextToken:
 @torch.inference_mode()
 def mean_figures(
     objective: Objective,
-    examples: list[Example],
+    examples: Sequence[Example],
     batch_size: int,
-    collate: Callable[[list[Example]], Any],
+    collate: Callable[[Sequence[Example]], Any],
     device: torch.device,
 ) -> dict[str, float]:
     """{figure: mean} over held-out examples. Every rank calls it and computes its share.

@@ -8,7 +8,7 @@ trained. Checkpointing repeats the forward pass. Attention comes on top.
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import RewardModel
-from minisft.training.memory import num_trainable
+from minisft.training.build import num_trainable
 
 
 def training_operations(

@@ -22,9 +22,9 @@ from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import RewardModel
-from minisft.training.build import model_on_meta
+from minisft.training.build import model_on_meta, num_trainable
 from minisft.training.lengths import Data, Epoch, inspect_data
-from minisft.training.memory import PARTS, Phase, Step, num_trainable, phases
+from minisft.training.memory import PARTS, Phase, Step, phases
 from minisft.training.operations import duration, forward_operations, training_operations
 from minisft.training.run import build_schedule, count_rows_per_step
 

@@ -12,7 +12,7 @@ A row of K ranked answers has K (K - 1) / 2 pairs. Its loss is the mean over the
 row has the same weight (arXiv 2203.02155, equation 1). The loss of a step is the mean over rows.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -35,7 +35,7 @@ class Answers:
     Indices count the texts of the batch; there are R rows and P pairs.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     tokens: Tensor  # (B, T) int64, padded on the right
     supervised: Tensor  # (B, T) bool, True for the tokens of the answer
     last: Tensor  # (B,) position of the last token of each text
@@ -46,7 +46,7 @@ class Answers:
 
 
 def collate(
-    examples: list[Example],
+    examples: Sequence[Example],
     device: torch.device | str = "cpu",
     pad_multiple: int = batching.PAD_MULTIPLE,
 ) -> Answers:

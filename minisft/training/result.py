@@ -36,7 +36,7 @@ def save_result(run: Run, model_dir: Path, tokenizer: Tokenizer, template: Templ
         else:
             save_full_model(run, model_dir, output_dir, template)
         if processes.rank() == 0:
-            text = template and chat_template_text(template, options.default_system)
+            text = chat_template_text(template, options.default_system) if template else None
             tokenizer.save(output_dir, text)
     except (OSError, UserError) as error:
         raise UserError(

@@ -21,6 +21,7 @@ from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.outputs import save_options
 from minisft.data.batching import Batches
+from minisft.data.dataset import Rows
 from minisft.training import checkpoint, fsdp
 from minisft.training.data import BrokenRow
 from minisft.training.reference import LogProbs, saved_log_probs
@@ -182,7 +183,7 @@ def load_saved_run(
 
 def count_bytes(batches: Batches) -> int:
     """Size of the training rows in their files; tells whether they have changed."""
-    return int(batches.rows.sizes().sum())
+    return int(batches.rows.sizes().sum()) if isinstance(batches.rows, Rows) else 0
 
 
 def restore(run: Run, saved: SavedRun) -> None:

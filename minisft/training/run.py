@@ -5,6 +5,7 @@
 
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +105,7 @@ class Run:
         """Where this rank computes."""
         return self.model.model.embed_tokens.weight.device
 
-    def collate(self, examples: list[Example]) -> Any:
+    def collate(self, examples: Sequence[Example]) -> Any:
         """Examples -> a batch as the objective takes it."""
         if self.options.packing:
             return batching.pack(examples, self.device)
