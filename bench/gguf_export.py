@@ -1,7 +1,7 @@
 """How long a checkpoint takes to a GGUF file, and how much memory, beside a plain copy.
 
-    python bench/gguf.py                       # 1.1 billion random weights in bfloat16
-    python bench/gguf.py --num_hidden_layers 2 --quantizations f16 q4_k_m
+    python bench/gguf_export.py                       # 1.1 billion random weights in bfloat16
+    python bench/gguf_export.py --num_hidden_layers 2 --quantizations f16 q4_k_m
 
 The copy is of the checkpoint's weights, by the system. Memory is the largest resident set of
 export.py, with Python and torch, which alone take the amount in the first line.
