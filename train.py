@@ -123,9 +123,6 @@ def main(options: Namespace | None = None) -> None:
         say(resume.how_to_continue(run))
     else:
         save_result(run, model_dir, tokenizer, template)
-    # Free DDP before the process group: its destructor, if it ends the group, can wait for a thread
-    # that waits for Python.
-    run.wrapped = model
     processes.stop()
     if interrupted_by:
         sys.exit(128 + interrupted_by)

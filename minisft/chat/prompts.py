@@ -11,7 +11,6 @@ OUTPUT.partial has the answers so far. An interrupted run continues from it.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minisft.common.errors import UserError
+from minisft.common.hashes import sha256
 from minisft.common.outputs import atomic_write, check_output_file
 from minisft.data.formats import (
     Messages,
@@ -229,9 +229,3 @@ def parse_prompt(record: Any) -> tuple[Messages, Tools]:
     check_order([*messages, {"role": "assistant", "content": "the answer"}])
     check_unicode([messages, tools])
     return messages, tools
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

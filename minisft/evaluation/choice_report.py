@@ -9,10 +9,10 @@ Rows are the dicts of `multiple_choice.answer_subject`. Shares are from 0 to 1, 
 
 import csv
 import io
-import os
 from pathlib import Path
 
 from minisft.common.errors import UserError
+from minisft.common.outputs import atomic_write
 from minisft.evaluation.benchmarks import LETTERS
 from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
 
@@ -34,9 +34,8 @@ def write_rows(path, rows):
             }
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_write(path) as file:
+        file.write(text.getvalue())
 
 
 def read_rows(path):

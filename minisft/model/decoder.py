@@ -160,7 +160,8 @@ class Decoder(nn.Module):
                 attend[layer_type] = attention_with_mask(T, S, mask, window, x.device)
             else:
                 attend[layer_type] = packed_attention(lengths, window, x, self.layers_are_compiled)
-                positions = packed_positions(lengths, x.device)
+        if lengths is not None:
+            positions = packed_positions(lengths, x.device)
         if positions is None:
             cos, sin = next_angles(self.angles, self.config, T, x, cache)
         else:

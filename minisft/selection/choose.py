@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from minisft.common.errors import UserError
+from minisft.common.hashes import sha256
 from minisft.common.json_files import is_integer, read_json
 from minisft.selection import strategies
 from minisft.selection.kmeans import ArrayRows, kmeans
-from minisft.selection.provenance import check_computed_from, sha256
+from minisft.selection.provenance import check_computed_from
 from minisft.selection.score_files import ScorePaths, read_embeddings, read_scores
 
 # The score that a strategy goes by.

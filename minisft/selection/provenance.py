@@ -5,7 +5,6 @@ check_same_record("scores.jsonl", old_record, record)
 check_computed_from("scores.jsonl", record["dataset"])
 """
 
-import hashlib
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from minisft.checkpoints.folders import stored_tensors
 from minisft.common.errors import UserError
+from minisft.common.hashes import sha256
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.data.dataset import Rows
@@ -50,12 +50,6 @@ def score_record(
             "dataset": options.dataset,
         },
     }
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dataset_record(rows: Rows, is_drawn: np.ndarray) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ and SHA-256 of every file. It is written as `checkpoint-STEP.partial` and rename
 on disk, so whatever happens in between, a folder without `.partial` is complete.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from torch import nn
 from minisft.checkpoints.adapters import PEFT_PREFIX
 from minisft.common import processes
 from minisft.common.errors import UserError
+from minisft.common.hashes import sha256
 from minisft.common.tensor_files import ADAPTER_WEIGHTS, read_header, tensor_files
 
 STATE, MARKER = "trainer_state.pt", "complete.json"
@@ -95,9 +95,7 @@ def _complete(partial: Path, final: Path, step: int) -> None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _flush(path: Path) -> None:
