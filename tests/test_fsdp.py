@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import CONFIG, ROOT, command
-from runs import new_run
+from run_builder import new_run
 from safetensors.torch import load_file
 from standing import HANG_SECONDS
 from torch.distributed.tensor import DTensor

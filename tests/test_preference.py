@@ -14,7 +14,7 @@ import torch
 import transformers
 import trl
 from conftest import CONFIG, command
-from runs import new_run
+from run_builder import new_run
 from safetensors.torch import load_file
 
 import score

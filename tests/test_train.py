@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIG, command
-from runs import new_run
+from run_builder import new_run
 from safetensors.torch import load_file, save_file
 
 import train
