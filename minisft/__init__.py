@@ -19,7 +19,7 @@ PUBLIC = {
     "Sampling": "minisft.generation.sampling",
     "Tokenizer": "minisft.text.tokenizer",
     "generate": "minisft.generation.generate",
-    "get_template": "minisft.text.template",
+    "get_template": "minisft.text.template_choice",
     "load_adapter": "minisft.checkpoints.adapters",
     "load_model": "minisft.checkpoints.folders",
 }

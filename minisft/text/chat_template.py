@@ -1,213 +1,278 @@
-"""The chat template that a saved model carries, so that other programs prompt it as in training.
+"""Conversations to token ids, and which of them the model learns to write.
 
-    form = conversation_form(tokenizer, "auto", "runs/cherry", listed_stops=[2])
-    print(form.chat_template, form.stop_ids)
-    text = as_jinja(get_template("alpaca", tokenizer))
+    template = get_template("auto", tokenizer)        # the checkpoint's own, or one of ours
+    [example] = template.encode([
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Red."},
+    ])
+    print(template.show(example.ids, example.supervised))       # supervised text in green
 
-A model that was fine-tuned with `--template alpaca` must be prompted in this form by every program,
-whatever chat template its base has. Our templates do not offer tools to other programs.
+A chat template is Jinja text. Ids and mask follow from what it writes for the answer messages[k]:
+
+    prompt = render(messages[:k], add_generation_prompt=True)
+    text   = render(messages[:k + 1])
+
+The text begins with the prompt. The rest, up to and including the end-of-turn token, is supervised.
+Where every text also begins the next prompt, all answers share one example. Where it does not
+(Qwen3 leaves out earlier thoughts), each answer gets an example of its own, behind the prompt that
+it has in use.
+
+An answer is tokenised behind its prompt, not together with it. So the ids of a prompt in training
+are the ids of the same prompt in use.
 """
 
-import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from datetime import datetime
+from os.path import commonprefix
+from typing import Any
 
 from minisft.common.errors import UserError
-from minisft.common.outputs import recorded_options
-from minisft.text.template import Template, get_template, is_form
-from minisft.text.tokenizer import Tokenizer
+from minisft.text.control_tokens import ControlTokens, Match
+from minisft.text.conversation import Conversation, check_written, prepare
+from minisft.text.jinja_template import JinjaTemplate
+from minisft.text.marks import Span, without_marks
+from minisft.text.messages import Message
+from minisft.text.tokenizer import StreamDecoder, Tokenizer
 
-SKELETON = """\
-{%- set system = DEFAULT -%}
-{%- set turns = messages -%}
-{%- if messages[0]['role'] == 'system' -%}
-{%- set system = messages[0]['content']STRIP -%}
-{%- set turns = messages[1:] -%}
-{%- endif -%}
-{%- set system = PREFACE + system -%}
-{{- BEGIN -}}
-{%- if system -%}
-{{- SYSTEM -}}
-{%- endif -%}
-{%- for message in turns -%}
-{%- set content = message['content']STRIP -%}
-{%- if message['role'] == 'assistant' -%}
-{{- ANSWER -}}
-{%- else -%}
-{%- if not loop.first -%}
-{{- BETWEEN -}}
-{%- elif system -%}
-{%- set content = FIRST -%}
-{%- endif -%}
-{{- USER -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- ASSISTANT -}}
-{%- endif -%}
-"""
-VARIABLES = {
-    "{bos}": "bos_token",
-    "{eos}": "eos_token",
-    "{content}": "content",
-    "{system}": "system",
-}
-SPACE_BEFORE = "{{ bos_token + ' ' }}"  # for chat templates without BOS
+# What some templates write before an answer without thoughts. It carries no loss.
+EMPTY_THOUGHT = re.compile(
+    r"\s*(<(\w+:)?think>\s*)?</(\w+:)?think>\s*|\s*\[THINK\]\s*\[/THINK\]\s*"
+)
+# Control characters, which would change the terminal, are shown as text.
+VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
-@dataclass(frozen=True)
-class ConversationForm:
-    """How other programs prompt a model.
+@dataclass
+class TokenizedText:
+    """Token ids, and True for those that the model learns to write."""
 
-    chat_template: Jinja, or None. stop_ids: the tokens that end an answer. is_exact: llama.cpp
-    produces the ids of the training. writes_space: the chat template writes SentencePiece's leading
-    space, so llama.cpp must not add it.
+    ids: list[int]
+    supervised: list[bool]
+
+
+@dataclass
+class Turn:
+    """An answer in its conversation: text[:start] is its prompt, text[answer:] the answer.
+
+    Between start and answer stands an empty think block, if anything. message_spans: where message
+    texts stand in the text.
     """
 
-    chat_template: str | None
-    stop_ids: list[int]
-    is_exact: bool = True
-    writes_space: bool = False
+    text: str
+    start: int
+    answer: int
+    learned: bool
+    has_calls: bool
+    message_spans: list[Span]
 
 
-def trained_template(
-    name: str, tokenizer: Tokenizer, trained_dir: str | Path, default_system: str | None = None
-) -> Template:
-    """The template `name`; "auto" is the one that the model was trained with.
+class ChatTemplate:
+    """A chat template with a tokenizer.
 
-    trained_dir: the folder of the adapter or the model, where train.py has left options.toml.
-    default_system: for conversations without a system prompt; by default that of the training.
+    text: Jinja. name: for messages. enable_thinking: True for prompts that ask for thoughts; by
+    default only answers that have thoughts get such prompts. now: what the template sees as date
+    and time, in ISO format; by default the time of the call.
     """
-    trained = recorded_options(trained_dir)
-    if name == "auto":
-        name = trained.get("template", "auto")
-    if default_system is None:
-        default_system = trained.get("default_system")
-    return get_template(name, tokenizer, default_system)
+
+    def __init__(
+        self,
+        text: str,
+        tokenizer: Tokenizer,
+        name: str = "auto",
+        enable_thinking: bool | None = None,
+        now: str | None = None,
+    ):
+        self.text, self.tokenizer, self.name = text, tokenizer, name
+        self.tokens = ControlTokens(tokenizer)
+        special = {name: tokenizer.token_text(id) for name, id in tokenizer.named_ids.items()}
+        self.bos_token = special.get("bos_token") or ""
+        now = now or datetime.now().isoformat(timespec="seconds")
+        self._jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
+        self.facts = self._jinja.facts
+
+    def encode(self, messages: list[Message], tools: list | None = None) -> list[TokenizedText]:
+        """The examples of a conversation: one for all answers, or one for each.
+
+        UserError if the template cannot express the conversation.
+        """
+        conversation = self._prepare(messages, tools)
+        turns = [self._turn(conversation, place) for place in conversation.answers]
+        examples = []
+        for chain in chains(turns):
+            while chain and not chain[-1].learned:
+                chain.pop()
+            if chain:
+                examples.append(self._encode_chain(chain))
+        return examples
+
+    def encode_prompt(self, messages: list[Message], tools: list | None = None) -> list[int]:
+        """The ids before the answer to messages that end with a user's or a tool's turn."""
+        conversation = self._prepare(messages, tools)
+        if conversation.messages[-1]["role"] == "assistant":
+            raise UserError("a prompt ends with a user's or a tool's message, not the assistant's")
+        text, spans = self._write(conversation, {"add_generation_prompt": True})
+        # Cut where training cuts: at the earlier answers that this prompt begins with.
+        regions, following = [], text
+        for place in reversed(conversation.answers):
+            try:
+                turn = self._turn(conversation, place)
+            except UserError:  # it can be read, though it could not be learned
+                break
+            if not following.startswith(turn.text):
+                break
+            regions.append((turn.start, turn.answer, False))
+            following = turn.text[: turn.start]
+        return self._tokenize(text, regions[::-1], spans).ids
+
+    def render(
+        self,
+        messages: list[Message],
+        tools: list | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The conversation as text."""
+        conversation = self._prepare(messages, tools)
+        return self._write(conversation, {"add_generation_prompt": add_generation_prompt})[0]
+
+    def encode_marker(self) -> list[int]:
+        """The ids of BOS, if prompts have it, and of what opens an answer: `### Response:`."""
+        text = self.facts.opening.lstrip(" ")
+        if self.bos_token and self.facts.prompt.startswith(self.bos_token):
+            text = self.bos_token + text
+        return self._tokenize(text, [], []).ids
+
+    def stop_token_ids(self, generation_config_eos: list[int] | int | None = None) -> set[int]:
+        """The tokens that end an answer: end of turn, EOS, and those of generation_config.json."""
+        listed = generation_config_eos
+        listed = listed if isinstance(listed, list) else [listed]
+        end = self.tokens.ids.get(self.facts.end or "")
+        return {id for id in (end, self.tokenizer.eos_token_id, *listed) if id is not None}
+
+    def show(self, ids: Sequence[int], supervised: Sequence[bool]) -> str:
+        """The text of an example for a terminal: supervised in green, no control characters."""
+        stream = StreamDecoder(self.tokenizer, skip_special_tokens=False)
+        shown, was_learned = "", False
+        for id, learned in zip(ids, supervised, strict=True):
+            if learned != was_learned:
+                shown += "\033[32m" if learned else "\033[0m"
+            shown, was_learned = shown + stream.push(id).translate(VISIBLE), learned
+        return shown + stream.flush() + ("\033[0m" if was_learned else "")
+
+    def _prepare(self, messages: list[Message], tools: list | None) -> Conversation:
+        return prepare(messages, tools, self.facts, self.tokens)
+
+    def _write(
+        self, conversation: Conversation, variables: dict[str, Any]
+    ) -> tuple[str, list[Span]]:
+        """(the conversation as text, where message texts stand in it)."""
+        text = self._jinja.write(conversation.messages, conversation.tools, **variables)
+        spans = self._jinja.message_spans(text, conversation, None, variables)
+        return without_marks(text)[0], spans
+
+    def _turn(self, conversation: Conversation, place: int) -> Turn:
+        """The answer messages[place] behind its prompt; UserError if it cannot be learned there."""
+        messages = conversation.messages[: place + 1]
+        message = messages[place]
+        has_thoughts = bool(message.get("reasoning_content"))
+        variables = {"enable_thinking": True} if has_thoughts else {}
+        before = {"add_generation_prompt": True, **variables}
+        prompt, text = self._jinja.render(
+            messages, conversation.tools, [(place, before), (place + 1, variables)]
+        )
+        spans = self._jinja.message_spans(text, conversation, place + 1, variables)
+        prompt, (text, _, generated) = without_marks(prompt)[0], without_marks(text)
+        if not text.startswith(prompt):
+            spells_control = self.tokens.find(text, spans) != self.tokens.find(text)
+            answer = answer_behind(messages[place - 1]["content"].strip(), prompt, text)
+            if answer is None or spells_control:
+                raise UserError(where_they_part(prompt, text))
+            text, spans = prompt + answer, []
+        start = answer_start = len(prompt)
+        if not has_thoughts and (empty := EMPTY_THOUGHT.match(text, start)):
+            answer_start = empty.end()
+        check_written(message, text[answer_start:], place + 1)
+        if messages[0]["role"] == "system":
+            check_written(messages[0], text, 1)
+        if generated and not any(begin <= answer_start < end for begin, end in generated):
+            raise UserError(
+                "the template's {% generation %} blocks do not contain the answer "
+                f"{text[answer_start : answer_start + 40]!r}"
+            )
+        has_calls = "tool_calls" in message
+        return Turn(text, start, answer_start, conversation.learned[place], has_calls, spans)
+
+    def _encode_chain(self, chain: list[Turn]) -> TokenizedText:
+        """The example of answers that share a text, that of the last answer."""
+        text, spans = chain[-1].text, chain[-1].message_spans
+        if self.facts.end and self.facts.end_follows and not chain[-1].has_calls:
+            text += self.facts.end
+        matches, regions = self.tokens.find(text, spans), []
+        for turn in chain:
+            end = self._answer_end(turn, matches)
+            regions += [(turn.start, turn.answer, False), (turn.answer, end, turn.learned)]
+        return self._tokenize(text, regions, spans)
+
+    def _answer_end(self, turn: Turn, matches: Sequence[Match]) -> int:
+        """The place behind the token that ends an answer."""
+        if self.facts.end_follows:  # it opens the next message
+            stop = len(turn.text)
+            return next((match.end for match in matches if match.start == stop), stop)
+        inside = [match for match in matches if turn.answer <= match.start < len(turn.text)]
+        usual = [match for match in inside if match.id == self.tokens.ids.get(self.facts.end or "")]
+        if usual or (inside and self.facts.end):  # a tool call may have an end of its own
+            return (usual or inside)[-1].end
+        return len(turn.text.rstrip())
+
+    def _tokenize(
+        self, text: str, regions: list[tuple[int, int, bool]], message_spans: Sequence[Span]
+    ) -> TokenizedText:
+        """The ids of a text that is cut at the regions (start, end, learned), in their order."""
+        cuts = [place for region in regions for place in region[:2]]
+        matches = self.tokens.find(text, message_spans, cuts)
+        result, place = TokenizedText([], []), 0
+        for start, end, learned in [*regions, (len(text), len(text), False)]:
+            for begin, stop, supervised in ((place, start, False), (start, end, learned)):
+                ids = self.tokens.encode(text, begin, stop, matches)
+                result.ids += ids
+                result.supervised += [supervised] * len(ids)
+            place = end
+        return result
 
 
-def conversation_form(
-    tokenizer: Tokenizer,
-    name: str,
-    trained_dir: str | Path,
-    listed_stops: list[int],
-    for_llama_cpp: bool = False,
-) -> ConversationForm:
-    """The ConversationForm that a saved model carries.
+def chains(turns: list[Turn]) -> list[list[Turn]]:
+    """Runs of turns in which every text begins the next turn's prompt."""
+    runs: list[list[Turn]] = []
+    for turn in turns:
+        if runs and turn.text[: turn.start].startswith(runs[-1][-1].text):
+            runs[-1].append(turn)
+        else:
+            runs.append([turn])
+    return runs
 
-    name: one of our templates; "auto" is the one of the training, else the checkpoint's own, which
-    is kept as it is. listed_stops: the stop tokens of generation_config.json.
+
+def answer_behind(question: str, prompt: str, text: str) -> str | None:
+    """The answer in a text that differs from its prompt only before the question.
+
+    Mistral-Nemo writes the system prompt into the last question, and only while it is the last
+    message. None if that is not how they differ.
     """
-    trained = recorded_options(trained_dir)
-    name = trained.get("template", "auto") if name == "auto" else name
-    default_system = trained.get("default_system")
-    try:
-        template = get_template(name, tokenizer, default_system)
-    except UserError:
-        if name != "auto":
-            raise
-        is_exact = tokenizer.chat_template is None or not _has_one_space(tokenizer)
-        return ConversationForm(tokenizer.chat_template, listed_stops, is_exact)
-    stop_ids = sorted(template.stop_token_ids(listed_stops))
-    if for_llama_cpp:
-        return _form_for_llama_cpp(template, default_system, stop_ids)
-    return ConversationForm(chat_template_text(template, default_system), stop_ids)
+    if not question or question not in prompt or question not in text:
+        return None
+    after_prompt, after_text = prompt.rpartition(question)[2], text.rpartition(question)[2]
+    if after_prompt and after_text.startswith(after_prompt):
+        return after_text[len(after_prompt) :]
+    return None
 
 
-def _form_for_llama_cpp(
-    template: Template, default_system: str | None, stop_ids: list[int]
-) -> ConversationForm:
-    """With SentencePiece, llama.cpp adds a space to all text after a special token, or never.
-
-    If the training had a space only at the start, the chat template writes it and llama.cpp adds
-    none.
-    """
-    tokenizer, form = template.tokenizer, template.form
-    if not (_has_one_space(tokenizer) and text_follows_control(template)):
-        text = chat_template_text(template, default_system, puts_space=True)
-        return ConversationForm(text, stop_ids)
-    text = chat_template_text(template, default_system)
-    if form.control:  # prompts begin with a special token, not with text
-        return ConversationForm(text, stop_ids, writes_space=True)
-    if tokenizer.bos_token_id is None or not (template.writes_bos or tokenizer.add_bos_token):
-        return ConversationForm(text, stop_ids, is_exact=False)
-    if text == tokenizer.chat_template:
-        own = text.removeprefix(SPACE_BEFORE)
-        text = as_jinja(template) if "bos_token" in own else SPACE_BEFORE + own
-    return ConversationForm(text, stop_ids, writes_space=True)
-
-
-def _has_one_space(tokenizer: Tokenizer) -> bool:
-    """True if a text gets a leading space, but not after special tokens."""
-    return tokenizer.leading_space and not tokenizer.prefix_after_special
-
-
-def text_follows_control(template: Template) -> bool:
-    """True if prompts have text directly after a special token other than BOS: `</s>\n`."""
-    words = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-    controls = set(template.control_ids.values())
-    return any(
-        id in controls - {template.tokenizer.bos_token_id} and following not in controls
-        for id, following in pairwise(template.encode_prompt(words))
+def where_they_part(prompt: str, text: str) -> str:
+    """Why an answer cannot be learned behind its prompt."""
+    place = len(commonprefix([prompt, text]))
+    return (
+        "the template's prompt is not the beginning of its conversation: after "
+        f"{prompt[max(0, place - 30) : place]!r} the prompt goes on with "
+        f"{prompt[place : place + 40]!r}, the conversation with {text[place : place + 40]!r}. So "
+        "the answer cannot be learned behind its prompt. --template_kwargs may change this; else "
+        "choose another --template"
     )
-
-
-def chat_template_text(
-    template: Template, default_system: str | None = None, puts_space: bool = False
-) -> str:
-    """The checkpoint's own chat template if it is this template, else ours as Jinja.
-
-    default_system: the --default_system of the training. puts_space: see as_jinja.
-    """
-    own = template.tokenizer.chat_template
-    if own is not None and default_system is None and is_form(own, template.name):
-        return own
-    return as_jinja(template, puts_space)
-
-
-def as_jinja(template: Template, puts_space: bool = False) -> str:
-    """Jinja that renders what `template.encode` encodes, for messages without tools.
-
-    It writes BOS even if the tokenizer would add it: most programs that render a chat template add
-    none, and llama.cpp adds it only if it is missing. puts_space: the program adds SentencePiece's
-    leading space after BOS. transformers does so only for legacy tokenizers.
-    """
-    form, variables = template.form, _variables(template, puts_space)
-
-    def expression(pattern: str) -> str:
-        """`[INST] {content}` -> `"[INST] " + content`."""
-        parts = re.split("(" + "|".join(map(re.escape, variables)) + ")", pattern)
-        parts = [
-            variables.get(part, part and json.dumps(part, ensure_ascii=False)) for part in parts
-        ]
-        return " + ".join(part for part in parts if part) or '""'
-
-    adds_bos = template.tokenizer.add_bos_token and not template.writes_bos
-    default = template.default_system
-    default = form.default_system if default is None else default
-    parts = {
-        "DEFAULT": json.dumps(default, ensure_ascii=False),
-        "PREFACE": json.dumps(template.preface),
-        "STRIP": " | trim" if form.strip else "",
-        "BEGIN": expression("{bos}" * adds_bos + form.begin),
-        "SYSTEM": expression(form.system.replace("{content}", "{system}")),
-        "ANSWER": expression(form.assistant + form.answer + form.after),
-        "BETWEEN": expression(form.between),
-        "FIRST": expression(form.system_in_user.replace("{content}", "{system}") + "{content}"),
-        "USER": expression(form.user),
-        "ASSISTANT": expression(form.assistant),
-    }
-    return re.sub("|".join(parts), lambda found: parts[found[0]], SKELETON)
-
-
-def _variables(template: Template, puts_space: bool) -> dict[str, str]:
-    """{field of a Format: its Jinja expression}."""
-    tokenizer = template.tokenizer
-    if tokenizer.bos_token_id is None:
-        return {**VARIABLES, "{bos}": ""}
-    puts_space = puts_space or tokenizer.prefix_after_special
-    if tokenizer.leading_space and not puts_space and not template.form.control:
-        return {**VARIABLES, "{bos}": 'bos_token + " "'}
-    return VARIABLES

@@ -64,6 +64,9 @@ class TokenizersEngine:
         added = spec.get("added_tokens") or []
         self.added_text: dict[int, str] = {token["id"]: token["content"] for token in added}
         self.special_ids: set[int] = {token["id"] for token in added if token["special"]}
+        self.strips: dict[int, tuple[bool, bool]] = {
+            token["id"]: (bool(token.get("lstrip")), bool(token.get("rstrip"))) for token in added
+        }
         self.default_ids: dict[str, int] = {}
         self._post_processor = json.dumps(spec.get("post_processor"))
 
@@ -118,6 +121,7 @@ class SentencePieceEngine:
         self.prefix_after_special = bool(config.get("legacy", False))
         is_control, is_unknown = self._processor.is_control, self._processor.is_unknown
         self.added_text: dict[int, str] = {}
+        self.strips: dict[int, tuple[bool, bool]] = {}
         self.special_ids = {id for id in ids if is_control(id) or is_unknown(id)}
         named = {
             "bos_token": self._processor.bos_id(),

@@ -35,9 +35,10 @@ from minisft.text.tokenizer_files import (
 class Tokenizer:
     """A checkpoint's tokenizer with its special tokens and chat template.
 
-    add_bos_token: True if a text gets BOS. special_ids: ids that `encode` never produces.
-    leading_space: True if a text gets a leading space. prefix_after_special: True if text after a
-    special token gets it too (Llama's "legacy" behaviour).
+    named_ids: {"bos_token": id, ...} of those that it has. add_bos_token: True if a text gets BOS.
+    special_ids: ids that `encode` never produces. leading_space: True if a text gets a leading
+    space. prefix_after_special: True if text after a special token gets it too (Llama's "legacy"
+    behaviour).
     """
 
     def __init__(self, model_dir: str | Path):
@@ -53,12 +54,14 @@ class Tokenizer:
         self._added_ids = {text: id for id, text in self._added.items()}
         self.vocab_size = self.engine.vocab_size + len(self._added)
 
-        self.bos_token_id = self._special_id("bos_token")
-        self.eos_token_id = self._special_id("eos_token")
-        pad_ids = (self._special_id("pad_token"), self.eos_token_id, 0)
-        self.pad_token_id = next(id for id in pad_ids if id is not None)
-        named = {self.bos_token_id, self.eos_token_id, self._special_id("unk_token")} - {None}
-        self.special_ids = self.engine.special_ids | named | self._added.keys()
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        named = {name: self._special_id(name) for name in names}
+        self.named_ids = {name: id for name, id in named.items() if id is not None}
+        self.bos_token_id = self.named_ids.get("bos_token")
+        self.eos_token_id = self.named_ids.get("eos_token")
+        self.pad_token_id = self.named_ids.get("pad_token", self.eos_token_id or 0)
+        ends = {id for name, id in self.named_ids.items() if name != "pad_token"}
+        self.special_ids = self.engine.special_ids | ends | self._added.keys()
 
         adds_bos = self.config.get("add_bos_token")
         if adds_bos is None:

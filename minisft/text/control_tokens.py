@@ -1,0 +1,91 @@
+"""Rendered text to token ids: control tokens by id, the text between them in one piece.
+
+    tokens = ControlTokens(tokenizer)
+    matches = tokens.find("<|im_start|>user\nHi<|im_end|>", message_spans=[(17, 19)])
+    ids = tokens.encode(text, 0, len(text), matches)
+
+The ids are those of transformers for the same text, except that a control token which a message
+spells stays text.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minisft.text.marks import Span
+from minisft.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Match:
+    """A control token in a text. start and end include the white space that it swallows."""
+
+    start: int
+    end: int
+    id: int
+
+
+class ControlTokens:
+    """The special tokens of a tokenizer, as they are spelled in text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        texts = {id: tokenizer.token_text(id) for id in tokenizer.special_ids}
+        self.ids = {text: id for id, text in texts.items() if text}
+        # The longest first: <|end_of_text|> before <|end|>.
+        patterns = []
+        for text in sorted(self.ids, key=len, reverse=True):
+            strips_left, strips_right = tokenizer.engine.strips.get(self.ids[text], (False, False))
+            patterns.append(r"\s*" * strips_left + re.escape(text) + r"\s*" * strips_right)
+        self.pattern = re.compile("|".join(patterns)) if patterns else None
+        ends = {text[0] for text in self.ids} | {text[-1] for text in self.ids}
+        self._edge = re.compile("[" + re.escape("".join(sorted(ends))) + "]") if ends else None
+
+    def could_be_spelled(self, text: str) -> bool:
+        """True if a text might be a part of a control token: it has a first or last character."""
+        return self._edge is not None and self._edge.search(text) is not None
+
+    def find(
+        self, text: str, message_spans: Sequence[Span] = (), cuts: Sequence[int] = ()
+    ) -> list[Match]:
+        """The control tokens in a text that do not touch a message's text.
+
+        cuts: places in the text across which no token swallows white space.
+        """
+        if self.pattern is None:
+            return []
+        matches: list[Match] = []
+        place = 0
+        while found := self.pattern.search(text, place):
+            start, end = found.span()
+            spelled = found[0] if found[0] in self.ids else found[0].strip()
+            token_start = found[0].index(spelled) + start
+            token_end = token_start + len(spelled)
+            if any(a < token_end and token_start < b for a, b in message_spans):
+                place = token_start + 1
+            else:
+                start = max([start, *(cut for cut in cuts if cut <= token_start)])
+                end = min([end, *(cut for cut in cuts if cut >= token_end)])
+                matches.append(Match(start, end, self.ids[spelled]))
+                place = end
+        return matches
+
+    def encode(self, text: str, start: int, end: int, matches: Sequence[Match]) -> list[int]:
+        """The ids of text[start:end], as they follow text[:start].
+
+        matches: the control tokens of the text, from `find`.
+        """
+        ids, place = [], start
+        after_control = any(match.end == start for match in matches)
+        for match in [match for match in matches if start <= match.start and match.end <= end]:
+            if place < match.start:
+                ids += self._run(text, place, match.start, after_control)
+            ids.append(match.id)
+            place, after_control = match.end, True
+        if place < end:
+            ids += self._run(text, place, end, after_control)
+        return ids
+
+    def _run(self, text: str, start: int, end: int, after_control: bool) -> list[int]:
+        prefixed = start == 0 or (after_control and self.tokenizer.prefix_after_special)
+        return self.tokenizer.encode(text[start:end], continuation=not prefixed)

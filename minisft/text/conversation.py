@@ -1,0 +1,89 @@
+"""A conversation in the form that a chat template reads.
+
+    conversation = prepare(messages, tools, template.facts, tokens)
+
+What the template does not know becomes text: tools, their calls and results, Alpaca's input. Where
+that would lose something that is learned, the conversation is refused.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from minisft.common.errors import UserError
+from minisft.text.control_tokens import ControlTokens
+from minisft.text.marks import check_no_marks, texts_of
+from minisft.text.messages import Message, standard_messages, standard_tools
+from minisft.text.template_facts import TemplateFacts, with_call_form
+from minisft.text.tool_texts import calls_as_text, offer_tools
+
+
+@dataclass
+class Conversation:
+    """What a template renders.
+
+    learned: for every message, True if it is an answer to learn. spells_controls: True if a message
+    might spell a control token.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    learned: list[bool]
+    spells_controls: bool
+
+    @property
+    def answers(self) -> list[int]:
+        """The places of the assistant's messages."""
+        return [k for k, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+
+def prepare(
+    messages: list[Message],
+    tools: list[Any] | None,
+    facts: TemplateFacts,
+    tokens: ControlTokens,
+) -> Conversation:
+    """The conversation of a row; UserError for what the template cannot express."""
+    messages, learned = standard_messages(messages)
+    offered = standard_tools(tools)
+    if not any(message["role"] in ("user", "tool") for message in messages):
+        raise UserError("a conversation needs at least one user message")
+    if offered and not facts.knows_tools:
+        messages, learned = offer_tools(messages, learned, offered)
+        offered = None
+    if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        if facts.call_form is None:
+            messages, learned = calls_as_text(messages, learned)
+        else:
+            messages = with_call_form(messages, facts.call_form)
+    for number, message in enumerate(messages, start=1):
+        if message.get("input") and not facts.knows_input:
+            parts = [message["content"], message.pop("input")]
+            message["content"] = "\n".join(filter(None, parts))
+        if message.get("reasoning_content") and not facts.knows_thoughts:
+            raise UserError(f"message {number} has thoughts, and the template does not write them")
+    texts = list(texts_of([written_fields(messages), offered or []]))
+    check_no_marks(texts)
+    spells_controls = any(tokens.could_be_spelled(text) for text in texts)
+    return Conversation(messages, offered or facts.empty_tools, learned, spells_controls)
+
+
+def written_fields(messages: list[Message]) -> list[Message]:
+    """The messages without the fields that only steer a template."""
+    steering = ("role", "tool_call_id")
+    return [
+        {name: value for name, value in message.items() if name not in steering}
+        for message in messages
+    ]
+
+
+def check_written(message: Message, text: str, number: int) -> None:
+    """UserError if a text does not contain what a message says."""
+    for name in ("content", "reasoning_content"):
+        said = message.get(name)
+        if not said or said.strip() in text:
+            continue
+        if "".join(said.split()) not in "".join(text.split()):
+            raise UserError(
+                f"message {number} ({message['role']}): the template does not write its {name} as "
+                f"it is: {said.strip()[:40]!r}"
+            )

@@ -1,0 +1,108 @@
+"""A chat template as a program: conversations to text.
+
+    template = JinjaTemplate(text, {"bos_token": "<s>"}, tokens)
+    [prompt, text] = template.render(
+        messages, tools, [(1, {"add_generation_prompt": True}), (2, {})]
+    )
+    template.facts.end        # what the program does, see template_facts.py
+
+The program runs in a sandbox of its own, see rendering.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from minisft.common.errors import UserError
+from minisft.text.control_tokens import ControlTokens
+from minisft.text.conversation import Conversation, written_fields
+from minisft.text.marks import Span, texts_of, with_marks, without_marks
+from minisft.text.rendering import Renderer
+from minisft.text.template_facts import TemplateFacts
+
+# Variables that ask a template for a prompt without thoughts, in the order they are tried.
+WITHOUT_THOUGHTS: tuple[dict[str, Any], ...] = (
+    {"enable_thinking": False},
+    {},
+    {"thinking": False},
+)
+
+
+class JinjaTemplate:
+    """A template's text with the values of its variables.
+
+    variables: bos_token and the like. enable_thinking: True for prompts that ask for thoughts. now:
+    what the template sees as date and time, in ISO format.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        variables: dict[str, Any],
+        tokens: ControlTokens,
+        enable_thinking: bool | None,
+        now: str,
+    ):
+        self.tokens, self.now = tokens, now
+        self._renderer = Renderer(text)
+        self._always = {"add_generation_prompt": False, **variables}
+        self._thinking: dict[str, Any] = {"enable_thinking": True}
+        if not enable_thinking:
+            self._thinking = self._variables_without_thoughts()
+        self.facts = TemplateFacts(self.write, tokens)
+
+    def write(self, messages: list, tools: list | None, **variables: Any) -> str:
+        """The text of messages."""
+        return self.render(messages, tools, [(None, variables)])[0]
+
+    def render(
+        self,
+        messages: list,
+        tools: list | None,
+        renders: Sequence[tuple[int | None, dict[str, Any]]],
+    ) -> list[str]:
+        """The texts of the first messages, for every (number of messages, variables)."""
+        always = {**self._always, **self._thinking}
+        return self._renderer.render(messages, tools, always, self.now, renders)
+
+    def message_spans(
+        self, text: str, conversation: Conversation, count: int | None, variables: dict[str, Any]
+    ) -> list[Span]:
+        """Where the first messages' texts stand in `text`, the render of these messages.
+
+        Only texts that might spell a control token count. UserError if one does, and the template
+        changes it so that it cannot be located.
+        """
+        if not conversation.spells_controls:
+            return []
+        messages, tools = conversation.messages[:count], conversation.tools
+        might_spell = self.tokens.could_be_spelled
+        marked = [
+            {**message, **with_marks(written, might_spell)}
+            for message, written in zip(messages, written_fields(messages), strict=True)
+        ]
+        try:
+            rendered = self.write(marked, with_marks(tools, might_spell), **variables)
+            plain, spans, _ = without_marks(rendered)
+            if plain == without_marks(text)[0]:
+                return spans
+        except UserError:
+            pass  # the template looks into its messages, and the marks are in the way
+        for said in texts_of([written_fields(messages), tools or []]):
+            for match in self.tokens.find(said)[:1]:
+                raise UserError(
+                    f"a message contains {said[match.start : match.end]!r}, a control token of "
+                    "this tokenizer, and the template changes the message, so the message's text "
+                    "cannot be told from the template's. Remove it from the row"
+                )
+        return []
+
+    def _variables_without_thoughts(self) -> dict[str, Any]:
+        """The first of WITHOUT_THOUGHTS with which an answer follows its prompt."""
+        for variables in WITHOUT_THOUGHTS:
+            self._thinking = variables
+            try:
+                if TemplateFacts(self.write, self.tokens).answer is not None:
+                    return variables
+            except UserError:
+                continue
+        return {}

@@ -1,0 +1,76 @@
+"""Where the text of messages stands in a rendered conversation.
+
+A message may spell a control token: "what does <|im_end|> mean?". In the rendered text it looks
+like the template's own. So the conversation is rendered a second time, with a mark before and
+after each message text, and the marks tell them apart:
+
+    <|im_start|>user\n[what does <|im_end|> mean?]<|im_end|>\n
+
+The marks stand inside the white space around a text, because many templates trim it.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from minisft.common.errors import UserError
+from minisft.text.render_process import GENERATION_END, GENERATION_START
+
+# Unicode noncharacters, reserved for uses such as this.
+START, END = "\ufdd2", "\ufdd3"
+MARK = re.compile(f"[{GENERATION_START}{GENERATION_END}{START}{END}]")
+
+Span = tuple[int, int]
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every string in messages or tools, keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from texts_of(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_of(item)
+
+
+def with_marks(value: Any, needs_marks: Any) -> Any:
+    """Messages or tools in which the strings that `needs_marks` matches stand between marks."""
+    if isinstance(value, str) and needs_marks(value):
+        core = value.strip()
+        before, after = value.split(core, 1) if core else ("", "")
+        return f"{before}{START}{core}{END}{after}" if core else value
+    if isinstance(value, dict):
+        return {key: with_marks(item, needs_marks) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_marks(item, needs_marks) for item in value]
+    return value
+
+
+def without_marks(text: str) -> tuple[str, list[Span], list[Span]]:
+    """(text, spans of message texts in it, spans of {% generation %} blocks in it)."""
+    if not MARK.search(text):
+        return text, [], []
+    spans: dict[str, list[Span]] = {START: [], GENERATION_START: []}
+    opened: dict[str, list[int]] = {START: [], GENERATION_START: []}
+    parts, length, place = [], 0, 0
+    for found in MARK.finditer(text):
+        parts.append(text[place : found.start()])
+        length, place = length + len(parts[-1]), found.end()
+        if found[0] in opened:
+            opened[found[0]].append(length)
+            continue
+        kind = START if found[0] == END else GENERATION_START
+        if opened[kind]:
+            spans[kind].append((opened[kind].pop(), length))
+    parts.append(text[place:])
+    return "".join(parts), spans[START], spans[GENERATION_START]
+
+
+def check_no_marks(texts: list[str]) -> None:
+    """UserError if a message contains a mark."""
+    for text in texts:
+        if found := MARK.search(text):
+            raise UserError(f"a message contains U+{ord(found[0]):X}, which is not a character")

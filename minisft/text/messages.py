@@ -1,0 +1,144 @@
+"""Messages in the form that chat templates read.
+
+    messages, learned = standard_messages([
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Add 1 and 2."}]},
+        {"role": "assistant", "content": "3", "weight": 0},
+    ])
+
+Data sets spell messages in many ways. Here they become transformers' form: `content` is text,
+`tool_calls` are {"type": "function", "function": {"name", "arguments": dict}}, thoughts are
+`reasoning_content`. Whatever cannot be expressed is refused by name.
+"""
+
+import json
+from typing import Any
+
+from minisft.common.errors import UserError
+
+Message = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# Ours, or spelled differently in the standard form.
+CONSUMED = {"role", "content", "weight", "train", "mask", "function_call", "tool_calls", *THOUGHTS}
+
+
+def standard_messages(messages: list[Message]) -> tuple[list[Message], list[bool]]:
+    """(messages in the standard form, True for those whose answer is learned).
+
+    An answer is not learned if it says `"weight": 0`, `"train": false` or `"mask": true`.
+    Raises UserError, naming the message, for what cannot be expressed.
+    """
+    standard, learned = [], []
+    for number, message in enumerate(messages, start=1):
+        try:
+            standard.append(_standard(message))
+            learned.append(standard[-1]["role"] == "assistant" and is_learned(message))
+        except UserError as error:
+            role = message.get("role") if isinstance(message, dict) else None
+            raise UserError(f"message {number} ({role}): {error}") from error
+    return standard, learned
+
+
+def is_learned(message: Message) -> bool:
+    """What `weight`, `train` and `mask` say of an answer."""
+    weight, train, mask = message.get("weight"), message.get("train"), message.get("mask")
+    if weight is not None and weight not in (0, 1):
+        raise UserError(f"weight is {weight!r}; only 0 (not learned) and 1 are possible")
+    for name, value in (("train", train), ("mask", mask)):
+        if not isinstance(value, bool | None):
+            raise UserError(f"{name} is {value!r}; it must be true or false")
+    return weight != 0 and train is not False and mask is not True
+
+
+def standard_tools(tools: list[Any] | None) -> list[dict[str, Any]] | None:
+    """Tools as {"type": "function", "function": {"name", ...}}; None for no tools."""
+    if not tools:
+        return None
+    standard = []
+    for number, tool in enumerate(tools, start=1):
+        if not isinstance(tool, dict):
+            raise UserError(f"tool {number} is not a JSON object")
+        if "function" not in tool and "name" in tool:
+            tool = {"type": "function", "function": tool}
+        standard.append(tool)
+    return standard
+
+
+def _standard(message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise UserError("it is not a JSON object")
+    role = message.get("role")
+    if role not in ROLES:
+        raise UserError(f"unknown role {role!r}; known are {', '.join(ROLES)}")
+    role = ROLES[role]
+    for name in MEDIA:
+        if message.get(name):
+            raise UserError(f"{name}: only text can be learned")
+    standard: Message = {"role": role, "content": content_text(message.get("content"), role)}
+    standard |= {name: value for name, value in message.items() if name not in CONSUMED}
+    thoughts = next((message[name] for name in THOUGHTS if message.get(name)), None)
+    if thoughts is not None:
+        if role != "assistant" or not isinstance(thoughts, str):
+            raise UserError("reasoning_content must be the text of an assistant's thoughts")
+        standard["reasoning_content"] = standard["thinking"] = thoughts
+    calls = message.get("tool_calls") or message.get("function_call")
+    if calls:
+        if role != "assistant":
+            raise UserError("only the assistant calls tools")
+        calls = calls if isinstance(calls, list) else [calls]
+        standard["tool_calls"] = [standard_call(call) for call in calls]
+    return standard
+
+
+def content_text(content: Any, role: str) -> str:
+    """The content of a message as text. A tool's result may be any JSON value."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(part, dict | str) for part in content):
+        texts = [_part_text(part) for part in content]
+        if None not in texts:
+            return "".join(text for text in texts if text is not None)
+    if role == "tool":
+        return json.dumps(content, ensure_ascii=False)
+    raise UserError("content is neither text nor a list of text parts")
+
+
+def _part_text(part: Any) -> str | None:
+    """The text of a part of a content; None if it is something else."""
+    if isinstance(part, str):
+        return part
+    text = part.get("text")
+    return text if part.get("type", "text") == "text" and isinstance(text, str) else None
+
+
+def standard_call(call: Any) -> dict[str, Any]:
+    """A tool call; its arguments may be an object, a JSON string, empty or null."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError("a tool call needs a name and arguments")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise UserError(f"the arguments of {function['name']} are not JSON: {error}") from error
+    arguments = arguments or {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"the arguments of {function['name']} must be a JSON object")
+    standard = {
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+    if isinstance(call.get("id"), str):
+        standard["id"] = call["id"]
+    return standard

@@ -1,0 +1,197 @@
+"""Renders chat templates, as a program of its own: requests on stdin, answers on stdout.
+
+A chat template is code from a stranger. Jinja's sandbox keeps it from files and from Python's
+internals, but not from endless loops or huge strings. The operating system does: this process may
+use MAX_BYTES of memory and, for each request, MAX_SECONDS of processor time. It ends when it uses
+more; `rendering.py` starts another.
+
+A line of stdin is a JSON object, a line of stdout the answer, {"texts": [...]} or {"error": ...}:
+
+    template          the Jinja text; null for that of the last request
+    messages, tools   what it renders
+    renders           [[how many of the messages, more variables], ...]: what texts are wanted
+    variables         bos_token and the like
+    now               what strftime_now sees, in ISO format
+
+The environment is transformers' (utils/chat_template_utils.py), with `tojson`, `raise_exception`,
+`strftime_now`, loop controls and `{% generation %}`. Only jinja2 is imported, so this starts fast.
+"""
+
+import json
+import signal
+import sys
+import traceback
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_SECONDS = 10.0
+MAX_BYTES = 2**30
+MAX_TEMPLATE = 2**20  # characters
+MAX_OUTPUT = 2**24  # characters
+
+# Around what a {% generation %} block writes: noncharacters, which no text contains.
+GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"
+
+
+class Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: what the model writes."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        """The body of the block, between the two marks."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        call = self.call_method("_between_marks")
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _between_marks(self, caller: Any) -> str:
+        return GENERATION_START + caller() + GENERATION_END
+
+
+class Dict:
+    """`dict` in a template: no class, so that nothing can be reached through it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+
+class Namespace(jinja2.utils.Namespace):
+    """`namespace` in a template, without attributes that could reach Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, attributes = args[0], dict(*args[1:], **kwargs)
+        for name in attributes:
+            Namespace.check_name(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        Namespace.check_name(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def check_name(name: Any) -> None:
+        """Refuse names that begin with an underscore."""
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot store {name!r}")
+
+
+class Clock:
+    """`strftime_now` in a template. A run keeps the time at which it started."""
+
+    now = datetime(2000, 1, 1)
+
+    def __call__(self, pattern: str) -> str:
+        return self.now.strftime(pattern)
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson`. Jinja's own escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def raise_exception(message: str) -> None:
+    """A template refuses a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+def environment(clock: Clock) -> ImmutableSandboxedEnvironment:
+    """The sandbox with what transformers gives to a chat template."""
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    sandbox.filters["tojson"] = to_json
+    ours: dict[str, Any] = {"raise_exception": raise_exception, "strftime_now": clock}
+    ours |= {"dict": Dict(), "namespace": Namespace}
+    sandbox.globals.update(ours)
+    return sandbox
+
+
+def render(template: jinja2.Template, request: dict[str, Any]) -> list[str]:
+    """The texts that a request wants."""
+    texts = []
+    for count, variables in request["renders"]:
+        values = {"messages": request["messages"][:count], "tools": request["tools"]}
+        parts, length = [], 0
+        for part in template.generate(**values, **{**request["variables"], **variables}):
+            length += len(part)
+            if length > MAX_OUTPUT:
+                raise jinja2.TemplateError(f"it writes more than {MAX_OUTPUT:,} characters")
+            parts.append(part)
+        texts.append("".join(parts))
+    return texts
+
+
+def answer(template: jinja2.Template, request: dict[str, Any]) -> dict[str, Any]:
+    """The texts, or what went wrong as {"error": ..., "line": ...}."""
+    try:
+        return {"texts": render(template, request)}
+    except MemoryError:
+        return {"error": "it needs too much memory"}
+    except Exception as error:
+        # Jinja gives the frames of a template the template's line numbers.
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+        stated = isinstance(error, jinja2.TemplateError)
+        message = str(error) if stated else f"{type(error).__name__}: {error}"
+        return {"error": message, "line": lines[-1] if lines else None}
+
+
+def limit_memory() -> None:
+    """Let allocations beyond MAX_BYTES fail, where the operating system can do that."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    except (ImportError, ValueError, OSError):  # Windows, macOS
+        return
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
+    limit_memory()
+    clock = Clock()
+    sandbox, template = environment(clock), None
+    set_timer = getattr(signal, "setitimer", None)
+    for line in sys.stdin.buffer:
+        if set_timer:
+            set_timer(signal.ITIMER_PROF, MAX_SECONDS)  # then SIGPROF ends the process
+        request = json.loads(line)
+        clock.now = datetime.fromisoformat(request["now"])
+        reply: dict[str, Any] | None = None
+        if request["template"] is not None:
+            try:
+                template = sandbox.from_string(request["template"])
+            except jinja2.TemplateSyntaxError as error:
+                template = None
+                reply = {"error": error.message, "line": error.lineno}
+            except (MemoryError, RecursionError):
+                template, reply = None, {"error": "it is nested too deeply"}
+        if template is not None:
+            reply = answer(template, request)
+        if set_timer:
+            set_timer(signal.ITIMER_PROF, 0)
+        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

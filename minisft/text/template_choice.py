@@ -1,0 +1,141 @@
+"""Where the text of a chat template comes from.
+
+    get_template("auto", tokenizer)                     # the checkpoint's own
+    get_template("alpaca", tokenizer)                   # ours: templates/alpaca.jinja
+    get_template("my_template.jinja", tokenizer)        # a file
+    trained_template("auto", tokenizer, "runs/cherry")  # what train.py has used
+
+A system prompt and --template_kwargs become lines at the beginning of the text. So the text that
+a saved model carries prompts other programs exactly as in training.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minisft.common.errors import UserError
+from minisft.common.outputs import recorded_options
+from minisft.text.chat_template import ChatTemplate
+from minisft.text.render_process import MAX_TEMPLATE
+from minisft.text.template_facts import ANSWER
+from minisft.text.tokenizer import Tokenizer
+
+FOLDER = Path(__file__).parent / "templates"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+CHAT_TEMPLATE = "chat_template.jinja"  # the file in a folder that train.py writes
+
+
+def get_template(
+    name: str,
+    tokenizer: Tokenizer,
+    default_system: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+    enable_thinking: bool | None = None,
+    now: str | None = None,
+) -> ChatTemplate:
+    """The template `name`: "auto", one of NAMES, or the path of a Jinja file.
+
+    default_system: the system prompt of conversations without one; None for the template's own.
+    template_kwargs: variables for the template. enable_thinking, now: see ChatTemplate. UserError
+    for an unknown name, or if the template cannot express `default_system`.
+    """
+    text = template_text(name, tokenizer)
+    lines = ""
+    if name in NAMES and tokenizer.leading_space and not tokenizer.prefix_after_special:
+        # transformers adds SentencePiece's leading space only before the first character, and that
+        # is BOS. These templates were published for tokenizers that add it to the text after BOS.
+        lines += setting("leading_space", " ")
+    for key, value in (template_kwargs or {}).items():
+        lines += setting(key, value)
+    if default_system is not None:
+        lines += system_line(default_system)
+    if not text.startswith(lines):
+        text = lines + text
+    template = ChatTemplate(text, tokenizer, name, enable_thinking, now)
+    if name in NAMES and template.facts.end is None:
+        after = (template.facts.answer or "").rpartition(ANSWER)[2]
+        raise UserError(
+            f"template {name} ends an answer with {after.strip()!r}, which the tokenizer of "
+            f"{tokenizer.model_dir} does not have as a token; choose another --template"
+        )
+    if default_system and not template.facts.knows_system:
+        raise UserError(f"--default_system: the template {name} has no place for a system prompt")
+    return template
+
+
+def template_text(name: str, tokenizer: Tokenizer) -> str:
+    """The Jinja text of the template `name`, without settings."""
+    if name == "auto":
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"{tokenizer.model_dir}: the checkpoint has no chat template; choose --template "
+                f"from {', '.join(NAMES)}, or name a .jinja file"
+            )
+        text = tokenizer.chat_template
+    elif name in NAMES:
+        text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8", errors="replace")
+    elif name.endswith(".jinja"):
+        raise UserError(f"--template {name}: there is no such file")
+    else:
+        raise UserError(
+            f"unknown template '{name}'; choose one of auto, {', '.join(NAMES)}, or name a .jinja "
+            "file"
+        )
+    if len(text) > MAX_TEMPLATE:
+        raise UserError(f"template {name}: {len(text):,} characters; {MAX_TEMPLATE:,} is the limit")
+    return text
+
+
+def trained_template(
+    name: str,
+    tokenizer: Tokenizer,
+    trained_dir: str | Path,
+    default_system: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+    enable_thinking: bool | None = None,
+) -> ChatTemplate:
+    """The template `name`; "auto" is the one that the model was trained with.
+
+    trained_dir: the folder of the adapter or the model, where train.py has left options.toml and
+    the text of its template. The other arguments by default are those of the training.
+    """
+    trained = recorded_options(trained_dir)
+    if default_system is None:
+        default_system = trained.get("default_system")
+    if template_kwargs is None and (recorded := trained.get("template_kwargs")):
+        template_kwargs = json.loads(recorded)
+    if enable_thinking is None:
+        enable_thinking = trained.get("enable_thinking")
+    if name == "auto" and trained:
+        saved = Path(trained_dir) / CHAT_TEMPLATE
+        name = str(saved) if saved.is_file() else trained.get("template", "auto")
+    return get_template(name, tokenizer, default_system, template_kwargs, enable_thinking)
+
+
+def setting(name: str, value: Any) -> str:
+    """Jinja that gives a variable a value, unless the program that renders it does."""
+    return (
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {literal(value)} -%}}{{%- endif -%}}"
+    )
+
+
+def system_line(text: str) -> str:
+    """Jinja that puts a system message before conversations without one."""
+    message = f"{{'role': 'system', 'content': {literal(text)}}}"
+    return (
+        "{%- if messages[0]['role'] != 'system' -%}"
+        f"{{%- set messages = [{message}] + messages -%}}"
+        "{%- endif -%}"
+    )
+
+
+def literal(value: Any) -> str:
+    """A JSON value as Jinja writes it."""
+    if isinstance(value, dict):
+        items = (f"{literal(key)}: {literal(item)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,230 @@
+"""What a chat template does, found out by rendering a few words.
+
+    facts = TemplateFacts(render, tokens)
+    facts.end               the token that ends an answer
+    facts.knows_tools       True if the template writes the tools that it is given
+
+A template is a program, so we do not read it; we look at what it writes.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from os.path import commonprefix
+from typing import Any
+
+from minisft.text.control_tokens import ControlTokens
+from minisft.text.rendering import TemplateError
+
+# What the probes say. No template contains these words.
+QUESTION, ANSWER, NEXT = "Probequestion", "Probeanswer", "Probenext"
+THOUGHT, TOOL, RESULT, INPUT = "Probethought", "probe_tool", "Proberesult", "Probeinput"
+USER = {"role": "user", "content": QUESTION}
+ASSISTANT = {"role": "assistant", "content": ANSWER}
+TOOL_OFFER = {
+    "type": "function",
+    "function": {
+        "name": TOOL,
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
+
+# render(messages, tools, **variables) -> text
+Render = Callable[..., str]
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a template wants tool calls. arguments_as_text: as JSON text instead of an object.
+    with_ids: every call and its result need an id."""
+
+    arguments_as_text: bool
+    with_ids: bool
+
+
+class TemplateFacts:
+    """Facts about a template. Each costs a few renders, when it is first asked for."""
+
+    def __init__(self, render: Render, tokens: ControlTokens):
+        self._render, self._tokens = render, tokens
+
+    @cached_property
+    def empty_tools(self) -> list | None:
+        """What the template wants if there are no tools: nothing, or an empty list."""
+        try:
+            self._render([USER], None)
+        except TemplateError:
+            try:
+                self._render([USER], [])
+            except TemplateError:
+                return None
+            return []
+        return None
+
+    @cached_property
+    def has_thinking_switch(self) -> bool:
+        """True if `enable_thinking` changes the prompt."""
+        on, off = (self._prompt(enable_thinking=value) for value in (True, False))
+        return on != off
+
+    @cached_property
+    def prompt(self) -> str:
+        """What the template writes before an answer."""
+        return self._prompt()
+
+    @cached_property
+    def opening(self) -> str:
+        """What opens an answer: what the generation prompt adds, or what follows the question."""
+        prompt, text = self.prompt, self._render([USER], self.empty_tools)
+        if prompt.startswith(text) and len(prompt) > len(text):
+            return prompt[len(text) :]
+        return prompt.rpartition(QUESTION)[2]
+
+    @cached_property
+    def answer(self) -> str | None:
+        """What the template writes behind a prompt for an answer; None if it changes the prompt."""
+        prompt = self.prompt
+        text = self._render([USER, ASSISTANT], self.empty_tools)
+        return text[len(prompt) :] if text.startswith(prompt) else None
+
+    @cached_property
+    def _end(self) -> tuple[str | None, bool]:
+        """(the control token that ends an answer, True if only the next message writes it)."""
+        prompt, tools = self.prompt, self.empty_tools
+        text = self._render([USER, ASSISTANT], tools)
+        try:
+            longer = self._render([USER, ASSISTANT, {"role": "user", "content": NEXT}], tools)
+        except TemplateError:
+            longer = text
+        after = text.rfind(ANSWER) + len(ANSWER)
+        if not text.startswith(prompt) or after < len(prompt):
+            return None, False
+        shared = len(commonprefix([text, longer]))
+        ends = [match for match in self._tokens.find(text) if match.start >= after]
+        if kept := [match for match in ends if match.end <= shared]:
+            return self._spelling(kept[-1].id), False
+        if ends:
+            return self._spelling(ends[0].id), False
+        if not longer.startswith(text):
+            return None, False
+        following = [match for match in self._tokens.find(longer) if match.start >= len(text)]
+        if following and not longer[len(text) : following[0].start].strip():
+            return self._spelling(following[0].id), True
+        return None, False
+
+    @property
+    def end(self) -> str | None:
+        """The control token that ends an answer; None if there is none."""
+        return self._end[0]
+
+    @property
+    def end_follows(self) -> bool:
+        """True if `end` is written only when another message follows."""
+        return self._end[1]
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know about the end of answers; None if all is well."""
+        if self.end or self.answer is None:
+            return None
+        return (
+            f"the template ends an answer with {self.answer.rpartition(ANSWER)[2]!r}, which is no "
+            "token of this tokenizer; generation stops only at the EOS of the checkpoint"
+        )
+
+    @cached_property
+    def knows_system(self) -> bool:
+        """True if the template writes a system message."""
+        system = {"role": "system", "content": RESULT}
+        return self._writes(RESULT, [system, USER], self.empty_tools)
+
+    @cached_property
+    def knows_input(self) -> bool:
+        """True if the template has a place for Alpaca's `input`."""
+        return self._writes(INPUT, [{**USER, "input": INPUT}], self.empty_tools)
+
+    @cached_property
+    def knows_thoughts(self) -> bool:
+        """True if the template writes the thoughts of an answer."""
+        answer = {**ASSISTANT, "reasoning_content": THOUGHT, "thinking": THOUGHT}
+        return self._writes(THOUGHT, [USER, answer], self.empty_tools, enable_thinking=True)
+
+    @cached_property
+    def thought_marks(self) -> tuple[str, str] | None:
+        """(what comes before thoughts, what comes between thoughts and answer), without white space
+        around them; None if the template shows no thoughts."""
+        if not self.knows_thoughts:
+            return None
+        answer = {**ASSISTANT, "reasoning_content": THOUGHT, "thinking": THOUGHT}
+        text = self._render([USER, answer], self.empty_tools, enable_thinking=True)
+        found = re.search(f"{THOUGHT}(.*?){ANSWER}", text, re.DOTALL)
+        prompt = commonprefix([text, self._prompt(enable_thinking=True)])
+        before = text[: text.find(THOUGHT)].rstrip()
+        opened = before[len(prompt.rstrip()) :].strip() or before.split("\n")[-1]
+        return (opened, found[1].strip()) if found and found[1].strip() else None
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """True if the template writes the tools that are offered."""
+        return self._writes(TOOL, [USER], [TOOL_OFFER])
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How the template writes tool calls and their results; None if it cannot."""
+        for form in (CallForm(text, ids) for ids in (False, True) for text in (False, True)):
+            function = {"name": TOOL, "arguments": {"at": RESULT + "1"}}
+            call = {"type": "function", "function": function}
+            messages = [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": RESULT + "2"},
+            ]
+            messages = with_call_form(messages, form)
+            tools = [TOOL_OFFER] if self.knows_tools else self.empty_tools
+            words = (TOOL, RESULT + "1", RESULT + "2")
+            try:
+                text = self._render(messages, tools, add_generation_prompt=True)
+            except TemplateError:
+                continue
+            if all(word in text.rpartition(QUESTION)[2] for word in words):
+                return form
+        return None
+
+    def _prompt(self, **variables: Any) -> str:
+        return self._render([USER], self.empty_tools, add_generation_prompt=True, **variables)
+
+    def _writes(self, word: str, messages: list, tools: list | None, **variables: Any) -> bool:
+        try:
+            return word in self._render(messages, tools, **variables)
+        except TemplateError:
+            return False
+
+    def _spelling(self, id: int) -> str:
+        return next(text for text, other in self._tokens.ids.items() if other == id)
+
+
+def with_call_form(messages: list[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:
+    """Messages whose tool calls have the form that a template wants."""
+    changed, open_ids, number = [], [], 0
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            new_calls = []
+            for call in calls:
+                function = call["function"]
+                if form.arguments_as_text:
+                    text = json.dumps(function["arguments"], ensure_ascii=False)
+                    function = {**function, "arguments": text}
+                call = {**call, "function": function}
+                if form.with_ids:
+                    call.setdefault("id", f"call{number:05}")
+                    open_ids.append(call["id"])
+                number += 1
+                new_calls.append(call)
+            message = {**message, "tool_calls": new_calls}
+        elif form.with_ids and message["role"] == "tool" and open_ids:
+            message = {"tool_call_id": open_ids.pop(0), **message}
+        changed.append(message)
+    return changed
