@@ -20,7 +20,12 @@ from collections.abc import Sequence
 
 from minisft.common.command_line import OptionParser, non_negative_int, positive_int
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_model_flags, dtype_option
+from minisft.common.model_flags import (
+    add_model_flags,
+    add_template_flags,
+    dtype_option,
+    template_options,
+)
 from minisft.common.outputs import check_output_file
 from minisft.common.script import run_script
 
@@ -60,8 +65,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--dataset", required=True, help="files, folders, names in dataset_info.json; by commas")
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
     switch("--skip_bad_rows", "give broken rows a reason instead of stopping")
-    add("--template", default="auto", help="chat template (auto: that of the training)")
-    add("--default_system", help="system prompt of conversations without one")
+    add_template_flags(add, auto="that of the training")
     add("--max_length", type=positive_int, default=512, help="longer rows get no score")
     add(
         "--dataloader_num_workers",
@@ -109,13 +113,13 @@ def main() -> None:
     from minisft.model.lora import merge_lora
     from minisft.model.quantized import convert_parameters
     from minisft.selection.ifd import IfdScorer
-    from minisft.selection.provenance import score_record
+    from minisft.selection.provenance import recorded_date, score_record
     from minisft.selection.reward_scores import RewardScorer, mean_preference_fields
     from minisft.selection.rows import open_every_row
     from minisft.selection.score_files import ScorePaths
     from minisft.selection.score_writer import ScoreWriter
     from minisft.selection.scoring import RowReader, max_row_length, score_rows
-    from minisft.text.chat_template import trained_template
+    from minisft.text.template_choice import trained_template
     from minisft.text.tokenizer import Tokenizer
     from minisft.training.metrics import in_words
 
@@ -140,7 +144,8 @@ def main() -> None:
         options.template,
         Tokenizer.load(model_dir),
         adapter_dir or model_dir,
-        options.default_system,
+        **template_options(options),
+        now=None if options.overwrite else recorded_date(options.output),
     )
     max_length = min(options.max_length, max_row_length(config))
     if max_length < options.max_length:

@@ -43,7 +43,7 @@ from minisft.evaluation.exact_match import exact_match
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.reward import RewardModel
-from minisft.text.template import Template
+from minisft.text.chat_template import ChatTemplate
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import plan, resume
 from minisft.training.build import build_model, describe_training
@@ -80,6 +80,7 @@ def main(options: Namespace | None = None) -> None:
 
     model_dir = resolve(options.model_name_or_path)
     tokenizer = Tokenizer.load(model_dir)
+    options.template_date = resume.template_date(options)
     template = load_template(options, tokenizer, say)  # None with --stage pt
     config = ModelConfig.load(model_dir)
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
@@ -152,7 +153,7 @@ def train(
     run: Run,
     batches: Batches,
     eval_examples: list[Example] | None = None,
-    template: Template | None = None,
+    template: ChatTemplate | None = None,
 ) -> int | None:
     """The training loop. Returns the signal that interrupted it, or None at the end."""
     options, schedule, progress = run.options, run.schedule, run.progress
@@ -249,7 +250,7 @@ def train_step(run: Run, batches: list[Any]) -> StepResult:
     return StepResult(sums, count, grad_norm)
 
 
-def evaluate(run: Run, examples: list[Example], template: Template | None) -> None:
+def evaluate(run: Run, examples: list[Example], template: ChatTemplate | None) -> None:
     """Log the mean loss of held-out rows, and remember the step if it is the best so far."""
     began, batch_size = time.monotonic(), run.options.per_device_eval_batch_size
     with run.precision.autocast:

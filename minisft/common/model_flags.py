@@ -1,11 +1,13 @@
 """The flags of every script that loads a model."""
 
+import json
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 from minisft.common.command_line import OptionParser
 from minisft.common.errors import UserError
+from minisft.common.option_types import boolean, json_object
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 AUTO_DTYPE = "bfloat16 where the processor has instructions for it, else float32"
@@ -35,6 +37,29 @@ def add_device_flags(
         choices=[4, 8],
         help="hold the frozen linear layers in 4 bits (NF4) or 8 bits (int8 rows)",
     )
+
+
+TEMPLATE_FLAGS = ("template", "default_system", "template_kwargs", "enable_thinking")
+
+
+def add_template_flags(add: Callable[..., Any], auto: str, system: str = "default_system") -> None:
+    """Add the flags of chat templates to a section. auto: what --template auto means."""
+    name = f"chat template: a name, a .jinja file, or auto ({auto})"
+    add("--template", default="auto", help=name)
+    add(f"--{system}", help="system prompt of conversations that have none")
+    kwargs = 'variables for the chat template, such as \'{"date_string": "26 Jul 2024"}\''
+    add("--template_kwargs", type=json_object, metavar="JSON", help=kwargs)
+    thinking = "ask for thoughts before answers (Qwen3 and others)"
+    add("--enable_thinking", type=boolean, metavar="true|false", help=thinking)
+
+
+def template_options(options: Namespace) -> dict[str, Any]:
+    """The arguments of get_template that these flags give, but for the name."""
+    return {
+        "default_system": options.default_system,
+        "template_kwargs": options.template_kwargs and json.loads(options.template_kwargs),
+        "enable_thinking": options.enable_thinking,
+    }
 
 
 def dtype_option(options: Namespace) -> str:

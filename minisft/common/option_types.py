@@ -1,7 +1,9 @@
 """Types of flags: text from the command line or a recipe -> value."""
 
+import json
 import math
 from argparse import ArgumentTypeError
+from datetime import datetime
 
 
 def boolean(text: str) -> bool:
@@ -60,6 +62,25 @@ def fraction(text: str) -> float:
     if not 0 <= value < 1:
         raise ArgumentTypeError(f"'{text}' is not a number of at least 0 and below 1")
     return value
+
+
+def json_object(text: str) -> str:
+    """The text of a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"'{text}' is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"'{text}' is not a JSON object like {{\"name\": value}}")
+    return text
+
+
+def iso_date(text: str) -> str:
+    """A date, or a date and time, such as 2026-07-26."""
+    try:
+        return datetime.fromisoformat(text).isoformat(timespec="seconds")
+    except ValueError as error:
+        raise ArgumentTypeError(f"'{text}' is not a date like 2026-07-26") from error
 
 
 def _float(text: str) -> float:

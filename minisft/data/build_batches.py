@@ -18,7 +18,7 @@ from minisft.data.encode_report import EncodeReport
 from minisft.data.encode_texts import encode_texts
 from minisft.data.encoding import Example, encode_rows, read_and_encode
 from minisft.data.order import ShuffledRuns
-from minisft.text.template import Template
+from minisft.text.chat_template import ChatTemplate
 from minisft.text.tokenizer import Tokenizer
 
 # Neighbouring texts stay together in runs of about this many blocks.
@@ -31,7 +31,7 @@ BYTES_PER_TOKEN = 4
 
 def batches_of_rows(
     rows: Rows,
-    template: Template,
+    template: ChatTemplate,
     cutoff_len: int,
     vocab_size: int | None = None,
     seed: int = 0,

@@ -9,16 +9,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from minisft.common.sequences import common_prefix_length, true_spans
+from minisft.common.errors import UserError
+from minisft.common.sequences import common_prefix_length
 from minisft.data.dataset import Row
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Example, encode_row
-from minisft.text.template import Template
+from minisft.text.chat_template import ChatTemplate
 
 
 def encode_preferences(
     rows: Iterable[Row],
-    template: Template,
+    template: ChatTemplate,
     cutoff_len: int,
     vocab_size: int | None = None,
     drop_long: bool = False,
@@ -66,19 +67,22 @@ def unique_texts(texts: list[Example]) -> list[Example]:
     return list(first_of.values())
 
 
-def _encode_answers(row: Row, template: Template, vocab_size: int | None) -> list[Example]:
+def _encode_answers(row: Row, template: ChatTemplate, vocab_size: int | None) -> list[Example]:
     conversations = [row.messages, *row.rejected]
     # Every conversation keeps at least its last message for itself.
     num_common = min(len(messages) for messages in conversations) - 1
     for messages in conversations:
         num_common = min(num_common, common_prefix_length(messages, conversations[0]))
-    num_common_answers = sum(
-        message["role"] == "assistant" for message in row.messages[:num_common]
-    )
     texts = []
     for messages in conversations:
-        text = encode_row(replace(row, messages=messages), template, vocab_size)
-        start, _ = true_spans(text.supervised.tolist())[num_common_answers]
-        text.supervised[:start] = False
-        texts.append(text)
+        common = [{**message, "train": False} for message in messages[:num_common]]
+        answer = replace(row, messages=common + messages[num_common:])
+        examples = encode_row(answer, template, vocab_size)
+        if len(examples) != 1:
+            raise UserError(
+                f"{row.source}, row {row.index + 1}: the template writes each of the "
+                f"{len(examples)} answers behind a prompt of its own; only one answer can be "
+                "compared"
+            )
+        texts += examples
     return texts

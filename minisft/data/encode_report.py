@@ -10,6 +10,9 @@ class EncodeReport:
     num_rows: int = 0
     num_truncated: int = 0
     num_dropped: int = 0  # truncated so far that no answer is left
+    num_unlearned: int = 0  # all answers are marked as not to be learned
+    num_split: int = 0  # each answer is an example of its own ...
+    num_from_split: int = 0  # ... and how many examples these rows make
     num_too_long: int = 0  # left out, because they may not be truncated
     num_equal: int = 0  # preference rows whose answers are all the same
     broken: list[str] = field(default_factory=list)
@@ -21,7 +24,7 @@ class EncodeReport:
 
     def __bool__(self) -> bool:
         """True if there is anything to say."""
-        return bool(self.num_truncated or self.num_too_long or self.num_equal or self.broken)
+        return bool(str(self))
 
     def __str__(self) -> str:
         """One line for the log."""
@@ -30,6 +33,17 @@ class EncodeReport:
             parts.append(
                 f"{self.num_truncated} of {self.num_rows} rows truncated, {self.num_dropped} of "
                 "them dropped because no answer was left"
+            )
+        if self.num_unlearned:
+            parts.append(
+                f"{self.num_unlearned} of {self.num_rows} rows left out: none of their answers is "
+                "to be learned"
+            )
+        if self.num_split:
+            parts.append(
+                f"{self.num_split} of {self.num_rows} rows became {self.num_from_split} examples, "
+                "one per answer, because the template changes earlier turns; they cost that much "
+                "more time"
             )
         if self.num_too_long:
             parts.append(

@@ -4,19 +4,20 @@
     examples[0].ids, examples[0].supervised                     # (T,) and (T,)
 
 The chat template turns a conversation into ids and marks the answers, with the token that ends
-each. A row longer than `cutoff_len` is truncated; a truncated answer has no end, so the model does
-not learn to stop there. A row with no answer left is dropped and counted.
+each. A row is one example, or one per answer if the template needs that. Examples longer than
+`cutoff_len` are truncated; a truncated answer has no end, so the model does not learn to stop
+there. A row with no answer left is dropped and counted.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.data.dataset import Row, Rows, read
 from minisft.data.encode_report import EncodeReport
-from minisft.text.template import Template
+from minisft.text.chat_template import ChatTemplate
 from minisft.text.tokenizer import check_vocabulary
 
 
@@ -45,35 +46,53 @@ Encode = Callable[[Sequence[Row]], tuple[list[Example], EncodeReport]]
 
 
 def encode_rows(
-    rows: Iterable[Row], template: Template, cutoff_len: int, vocab_size: int | None = None
+    rows: Iterable[Row],
+    template: ChatTemplate,
+    cutoff_len: int,
+    vocab_size: int | None = None,
+    mask_history: bool = False,
 ) -> tuple[list[Example], EncodeReport]:
-    """Encode conversations, at most `cutoff_len` tokens of each."""
+    """Encode conversations, at most `cutoff_len` tokens of each example.
+
+    mask_history: learn only the last answer.
+    """
     examples, report = [], EncodeReport()
     for row in rows:
+        if mask_history:
+            history = [{**message, "train": False} for message in row.messages[:-1]]
+            row = replace(row, messages=history + row.messages[-1:])
         full = encode_row(row, template, vocab_size)
-        example = Example(full.ids[:cutoff_len], full.supervised[:cutoff_len])
-        report.num_rows += 1
-        report.num_truncated += len(full.ids) > cutoff_len
+        cut = [Example(text.ids[:cutoff_len], text.supervised[:cutoff_len]) for text in full]
         # The first token is never a target: nothing comes before it.
-        if example.supervised[1:].any():
-            examples.append(example)
-        else:
-            report.num_dropped += 1
+        kept = [example for example in cut if example.supervised[1:].any()]
+        examples += kept
+        report.num_rows += 1
+        report.num_truncated += any(len(text.ids) > cutoff_len for text in full)
+        report.num_dropped += bool(full) and not kept
+        report.num_unlearned += not full
+        report.num_split += len(full) > 1
+        report.num_from_split += len(full) if len(full) > 1 else 0
     return examples, report
 
 
-def encode_row(row: Row, template: Template, vocab_size: int | None = None) -> Example:
-    """Encode one conversation, all of it.
+def encode_row(
+    row: Row, template: ChatTemplate, vocab_size: int | None = None
+) -> list[Example]:
+    """Encode one conversation, all of it; no example if no answer of it is learned.
 
     Raises UserError, naming file and row, if the template cannot express the conversation or the
     model has no embedding for an id.
     """
     try:
-        ids, supervised = template.encode(row.messages, row.tools)
-        check_vocabulary(ids, vocab_size)
+        texts = template.encode(row.messages, row.tools)
+        for text in texts:
+            check_vocabulary(text.ids, vocab_size)
     except UserError as error:
         raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
-    return Example(np.asarray(ids, np.int32), np.asarray(supervised, bool))
+    return [
+        Example(np.asarray(text.ids, np.int32), np.asarray(text.supervised, bool))
+        for text in texts
+    ]
 
 
 def read_and_encode(

@@ -36,7 +36,7 @@ from minisft.generation.sharing import Caches, Turns, share_weights
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import convert_parameters
-from minisft.text.chat_template import trained_template
+from minisft.text.template_choice import trained_template
 from minisft.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 
 DEFAULT_SAMPLING = Sampling()
@@ -218,4 +218,5 @@ class Assistant:
 
     def _strip(self, answer: str) -> str:
         """An answer without the space that some templates write before it."""
-        return answer.lstrip(" ") if self.template.form.answer.startswith(" ") else answer
+        starts_with_space = (self.template.facts.answer or "").startswith(" ")
+        return answer.lstrip(" ") if starts_with_space else answer

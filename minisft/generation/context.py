@@ -19,7 +19,7 @@ from minisft.generation.messages import (
     check_text,
     count_characters,
 )
-from minisft.text.template import Template
+from minisft.text.chat_template import ChatTemplate
 
 # No text has that many characters per token. Longer texts are refused before they are encoded.
 MAX_CHARACTERS_PER_TOKEN = 64
@@ -28,7 +28,7 @@ MAX_CHARACTERS_PER_TOKEN = 64
 class Context:
     """max_length tokens for prompt and answer; the answer gets at most half of them."""
 
-    def __init__(self, template: Template, max_length: int):
+    def __init__(self, template: ChatTemplate, max_length: int):
         self.template, self.max_length = template, max_length
 
     def fit(

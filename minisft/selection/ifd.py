@@ -12,7 +12,7 @@
 Above 1 the instruction does not help. The rows with the highest IFD below 1 have most to teach.
 `ifd_ppl` is the ratio of the perplexities instead, exp(s(A|Q)) / exp(s(A)) (arXiv 2402.00530).
 
-A conversation has several answers. The conditioned pass scores each given its history; each has a
+A conversation has several answers. Conditioned passes score each given its history; each has a
 direct pass of its own; s is the mean over all their tokens. End-of-turn tokens do not count.
 
 The embedding of a row, for clustering, is the mean of the last hidden states over the prompt of its
@@ -36,7 +36,7 @@ from minisft.model.loss import token_losses
 from minisft.selection.passes import Pass, Plan, Score, answer_spans, num_tokens, rounded, too_long
 from minisft.selection.score_files import IFD_FIELDS
 from minisft.selection.shared_prefix import hidden_states
-from minisft.text.template import Template
+from minisft.text.chat_template import ChatTemplate
 
 
 @dataclass
@@ -56,7 +56,7 @@ class IfdScorer:
 
     def __init__(
         self,
-        template: Template,
+        template: ChatTemplate,
         max_length: int = 512,
         vocab_size: int | None = None,
         parts: Collection[str] = ("ifd",),
@@ -71,26 +71,32 @@ class IfdScorer:
             )
 
     def plan(self, index: int, row: Row) -> Plan:
-        """The passes of a row: the conditioned one, then a direct one for each answer."""
-        example = encode_row(row, self.template, self.vocab_size)
-        ids = example.ids
-        answers = answer_spans(self.template, ids, example.supervised)
-        plan = Plan(index, num_tokens(answers), too_long(ids, self.max_length))
+        """The passes of a row: the conditioned ones, then a direct one for each answer."""
+        texts = encode_row(row, self.template, self.vocab_size)
+        if not texts:
+            return Plan(index, reason="none of its answers is to be learned")
+        answers = [answer_spans(self.template, text.ids, text.supervised) for text in texts]
+        longest = max(texts, key=lambda text: len(text.ids))
+        plan = Plan(
+            index, sum(map(num_tokens, answers)), too_long(longest.ids, self.max_length)
+        )
         if plan.num_answer_tokens == 0:
             plan.reason = plan.reason or "the answer has no tokens"
-        prompt_length = min(answers[-1][0], self.max_length) if "embed" in self.parts else 0
+        last_ids, last_start = texts[-1].ids, answers[-1][-1][0]
+        prompt_length = min(last_start, self.max_length) if "embed" in self.parts else 0
         if "ifd" in self.parts and not plan.reason:
-            is_answer = np.zeros(len(ids), bool)
-            for start, end in answers:
-                is_answer[start:end] = True
-            last = answers[-1][1]
-            plan.passes.append(Pass(ids[:last], is_answer[:last], prompt_length))
-            for start, end in answers:
-                direct = np.array([*self.marker, *ids[start:end]], np.int32)
-                plan.passes.append(Pass(direct, np.arange(len(direct)) >= len(self.marker)))
+            plan.num_conditioned = len(texts)
+            for text, spans in zip(texts, answers, strict=True):
+                end = spans[-1][1]
+                plan.passes.append(Pass(text.ids[:end], is_inside(spans, end)))
+            plan.passes[-1].prompt_length = prompt_length
+            for text, spans in zip(texts, answers, strict=True):
+                for start, end in spans:
+                    direct = np.array([*self.marker, *text.ids[start:end]], np.int32)
+                    plan.passes.append(Pass(direct, np.arange(len(direct)) >= len(self.marker)))
         elif prompt_length > 0:
             no_answer = np.zeros(prompt_length, bool)
-            plan.passes.append(Pass(ids[:prompt_length], no_answer, prompt_length))
+            plan.passes.append(Pass(last_ids[:prompt_length], no_answer, prompt_length))
         return plan
 
     @torch.inference_mode()
@@ -120,15 +126,23 @@ class IfdScorer:
         record |= {"num_answer_tokens": plan.num_answer_tokens, "reason": plan.reason}
         score = Score(plan.index, record)
         if "ifd" in self.parts and not plan.reason:
-            conditioned, *direct = [
-                result.answer_loss / plan.num_answer_tokens for result in results
-            ]
-            score.record |= ifd_fields(conditioned, sum(direct))
-        if plan.passes and (prompt_length := plan.passes[0].prompt_length):
-            score.embedding = results[0].embedding
-            if prompt_length > 1:
-                score.perplexity = exp_or_inf(results[0].prompt_loss / (prompt_length - 1))
+            losses = [result.answer_loss / plan.num_answer_tokens for result in results]
+            conditioned, direct = losses[: plan.num_conditioned], losses[plan.num_conditioned :]
+            score.record |= ifd_fields(sum(conditioned), sum(direct))
+        for item, result in zip(plan.passes, results, strict=True):
+            if item.prompt_length:
+                score.embedding = result.embedding
+            if item.prompt_length > 1:
+                score.perplexity = exp_or_inf(result.prompt_loss / (item.prompt_length - 1))
         return score
+
+
+def is_inside(spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
+    """Bool (length,), True inside of the spans."""
+    inside = np.zeros(length, bool)
+    for start, end in spans:
+        inside[start:end] = True
+    return inside
 
 
 def ifd_fields(conditioned: float, direct: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from minisft.common.sequences import true_spans
 from minisft.data.batching import PAD_MULTIPLE
-from minisft.text.template import Template
+from minisft.text.chat_template import ChatTemplate
 
 
 @dataclass(eq=False)
@@ -32,6 +32,7 @@ class Plan:
     index: int
     num_answer_tokens: int = 0
     reason: str | None = None
+    num_conditioned: int = 1  # the first passes, in which answers stand behind their prompts
     passes: list[Pass] = field(default_factory=list)
 
 
@@ -46,10 +47,10 @@ class Score:
 
 
 def answer_spans(
-    template: Template, ids: np.ndarray, supervised: np.ndarray
+    template: ChatTemplate, ids: np.ndarray, supervised: np.ndarray
 ) -> list[tuple[int, int]]:
     """(start, end) of every answer of a conversation, without the token that ends the turn."""
-    end_tokens = template.control_ids.values()
+    end_tokens = template.tokens.ids.values()
     spans = true_spans(supervised.tolist())
     return [(start, end - (int(ids[end - 1]) in end_tokens)) for start, end in spans]
 

@@ -5,6 +5,7 @@ check_same_record("scores.jsonl", old_record, record)
 check_computed_from("scores.jsonl", record["dataset"])
 """
 
+import hashlib
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from minisft.common.json_files import read_json
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.data.dataset import Rows
 from minisft.selection.score_files import ScorePaths
-from minisft.text.template import Template
+from minisft.text.chat_template import ChatTemplate
 from minisft.text.tokenizer import FILES as TOKENIZER_FILES
 
 
@@ -30,7 +31,7 @@ def score_record(
     is_drawn: np.ndarray,
     model_dir: Path,
     adapter_dir: Path | None,
-    template: Template,
+    template: ChatTemplate,
     max_length: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -39,7 +40,8 @@ def score_record(
         **model_record(model_dir, adapter_dir),
         "dataset": dataset_record(rows, is_drawn),
         "template": template.name,
-        "default_system": template.default_system,
+        "template_text": hashlib.sha256(template.text.encode()).hexdigest(),
+        "template_date": template.now,
         "max_length": max_length,
         "dtype": str(dtype).removeprefix("torch."),
         "quantization_bit": options.quantization_bit,
@@ -50,6 +52,11 @@ def score_record(
             "dataset": options.dataset,
         },
     }
+
+
+def recorded_date(output: str | Path) -> str | None:
+    """The date that the template saw when the scores in this file were begun."""
+    return read_json(ScorePaths(output).record, missing={}).get("template_date")
 
 
 def dataset_record(rows: Rows, is_drawn: np.ndarray) -> list[dict[str, Any]]:

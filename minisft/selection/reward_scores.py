@@ -29,24 +29,26 @@ from minisft.model.reward import RewardModel
 from minisft.selection.passes import Pass, Plan, Score, answer_spans, num_tokens, rounded, too_long
 from minisft.selection.score_files import PREFERENCE_FIELDS
 from minisft.selection.shared_prefix import hidden_states
-from minisft.text.template import Template
+from minisft.text.chat_template import ChatTemplate
 
 
 class RewardScorer:
     """Scores rows by their reward, and by the difference of the rewards of several answers."""
 
     def __init__(
-        self, template: Template, max_length: int = 512, vocab_size: int | None = None
+        self, template: ChatTemplate, max_length: int = 512, vocab_size: int | None = None
     ) -> None:
         self.template, self.max_length, self.vocab_size = template, max_length, vocab_size
 
     def plan(self, index: int, row: Row) -> Plan:
         """A pass for every answer, the best first. As in training, repeated answers count once."""
         conversations = [replace(row, messages=messages) for messages in row.rejected]
-        encoded = [
-            encode_row(conversation, self.template, self.vocab_size)
-            for conversation in [row, *conversations]
-        ]
+        encoded = []
+        for conversation in [row, *conversations]:
+            texts = encode_row(conversation, self.template, self.vocab_size)
+            if not texts:
+                return Plan(index, reason="none of its answers is to be learned")
+            encoded.append(texts[-1])  # the complete conversation
         best = encoded[0]
         answers = answer_spans(self.template, best.ids, best.supervised)
         plan = Plan(index, num_tokens(answers))

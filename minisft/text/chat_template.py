@@ -90,7 +90,7 @@ class ChatTemplate:
         self.bos_token = special.get("bos_token") or ""
         now = now or datetime.now().isoformat(timespec="seconds")
         self._jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
-        self.facts = self._jinja.facts
+        self.facts, self.now = self._jinja.facts, now
 
     def encode(self, messages: list[Message], tools: list | None = None) -> list[TokenizedText]:
         """The examples of a conversation: one for all answers, or one for each.

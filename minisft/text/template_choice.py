@@ -95,6 +95,7 @@ def trained_template(
     default_system: str | None = None,
     template_kwargs: dict[str, Any] | None = None,
     enable_thinking: bool | None = None,
+    now: str | None = None,
 ) -> ChatTemplate:
     """The template `name`; "auto" is the one that the model was trained with.
 
@@ -111,7 +112,7 @@ def trained_template(
     if name == "auto" and trained:
         saved = Path(trained_dir) / CHAT_TEMPLATE
         name = str(saved) if saved.is_file() else trained.get("template", "auto")
-    return get_template(name, tokenizer, default_system, template_kwargs, enable_thinking)
+    return get_template(name, tokenizer, default_system, template_kwargs, enable_thinking, now)
 
 
 def setting(name: str, value: Any) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.common.model_flags import template_options
 from minisft.data import dataset
 from minisft.data.batching import Batches
 from minisft.data.build_batches import (
@@ -20,16 +21,17 @@ from minisft.data.build_batches import (
     held_out_examples,
 )
 from minisft.data.encode_preferences import encode_preferences
-from minisft.data.encoding import Example
+from minisft.data.encoding import Example, encode_rows
 from minisft.model.config import ModelConfig
-from minisft.text.template import Template, get_template
+from minisft.text.chat_template import ChatTemplate
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 
 def load_data(
     options: Namespace,
     tokenizer: Tokenizer,
-    template: Template | None,
+    template: ChatTemplate | None,
     config: ModelConfig,
     say: Callable[[str], None],
 ) -> tuple[Batches, list[Example] | None]:
@@ -70,6 +72,8 @@ def load_data(
             rows, tokenizer, max_length, packing=options.packing, **batching_options
         )
     else:
+        if options.mask_history and not ranking:
+            batching_options["encode"] = partial(encode_rows, mask_history=True)
         if ranking:  # a reward belongs to a complete conversation, so do not truncate it
             encode = partial(encode_preferences, drop_long=options.stage == "rm")
             batching_options["encode"] = encode
@@ -84,17 +88,24 @@ def load_data(
 
 def load_template(
     options: Namespace, tokenizer: Tokenizer, say: Callable[[str], None]
-) -> Template | None:
+) -> ChatTemplate | None:
     """How conversations become text. Plain text (--stage pt) has no template."""
     if options.stage == "pt":
         return None
-    template = get_template(options.template, tokenizer, options.default_system)
+    template = get_template(
+        options.template,
+        tokenizer,
+        **template_options(options),
+        now=options.template_date,
+    )
     say(f"template: {template.name}")
+    if template.facts.note:
+        say(f"note: {template.facts.note}")
     return template
 
 
 def show_samples(
-    batches: Batches, template: Template | None, count: int, say: Callable[[str], None]
+    batches: Batches, template: ChatTemplate | None, count: int, say: Callable[[str], None]
 ) -> None:
     """Print the first rows as the model reads them, supervised tokens in green."""
     if template is None:

@@ -23,6 +23,7 @@ from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Example, read_and_encode
 from minisft.data.sources import find_sources
 from minisft.model.config import ModelConfig
+from minisft.text.chat_template import TokenizedText
 from minisft.text.tokenizer import FILES, Tokenizer
 from minisft.training.data import length_limit, load_data, load_template
 from minisft.training.run import count_rows_per_step
@@ -98,7 +99,7 @@ class ByteTokenizer:
     vocab_size = 100  # smaller than that of any model
 
     def encode(self, text: Any, tools: Any = None) -> Any:
-        """As Tokenizer.encode for a str, as Template.encode for messages."""
+        """As Tokenizer.encode for a str, as ChatTemplate.encode for messages."""
         if isinstance(text, str):
             content = text.encode("utf-8", "replace")
             starts = range(0, len(content), BYTES_PER_TOKEN)
@@ -109,7 +110,7 @@ class ByteTokenizer:
             new = self.encode(f"{message.get('content') or ''}{message.get('input') or ''}") or [0]
             ids += new
             supervised += [message["role"] == "assistant"] * len(new)
-        return ids, supervised
+        return [TokenizedText(ids, supervised)]
 
 
 def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Example], str]:
@@ -122,27 +123,29 @@ def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Exampl
     sizes = batches.rows.sizes()
     selected = evenly_spread(len(sizes), MAX_BATCHED)
     encoded = selected[evenly_spread(len(selected), MAX_ENCODED)]
-    known: dict[int, Example] = {}
+    known: dict[int, list[Example]] = {}  # the examples of a row
     for row in encoded:
-        for example in read_and_encode(batches.rows, batches.encode, [row])[0]:
-            known[row] = example
+        if of_row := read_and_encode(batches.rows, batches.encode, [row])[0]:
+            known[row] = of_row
     if not known:
         raise UserError("no row has anything to learn from")
-    num_tokens = sum(len(example.ids) for example in known.values())
+    all_known = [example for of_row in known.values() for example in of_row]
+    num_tokens = sum(len(example.ids) for example in all_known)
     tokens_per_byte = num_tokens / sizes[encoded].sum()
-    supervised_share = sum(example.supervised.sum() for example in known.values()) / num_tokens
+    supervised_share = sum(example.supervised.sum() for example in all_known) / num_tokens
     examples = [
         without_content(text_lengths(example), int(example.supervised.sum()))
-        for example in known.values()
+        for example in all_known
     ]
     by_size = sorted(known, key=lambda row: sizes[row])
     others = np.setdiff1d(selected, encoded)
     places = np.searchsorted(sizes[by_size], sizes[others]).clip(max=len(by_size) - 1)
     for row, place in zip(others, places, strict=True):
         similar = known[by_size[place]]
-        scale = sizes[row] * tokens_per_byte / len(similar.ids)
-        lengths = [min(limit, max(2, round(n * scale))) for n in text_lengths(similar)]
-        examples.append(without_content(lengths, round(sum(lengths) * supervised_share)))
+        scale = sizes[row] * tokens_per_byte / sum(len(example.ids) for example in similar)
+        for example in similar:
+            lengths = [min(limit, max(2, round(n * scale))) for n in text_lengths(example)]
+            examples.append(without_content(lengths, round(sum(lengths) * supervised_share)))
     note = f"; {len(encoded):,} of {len(sizes):,} rows, the others by their size"
     return examples, note if len(encoded) < len(sizes) else ""
 

@@ -19,7 +19,8 @@ from minisft.common.command_line import (
     positive_int,
 )
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_model_flags
+from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
+from minisft.common.option_types import iso_date
 
 Add = Callable[..., Any]
 
@@ -63,8 +64,10 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
     workers = "processes that read and encode rows ahead of training (0: none)"
     add("--dataloader_num_workers", type=non_negative_int, default=2, help=workers)
-    add("--template", default="auto", help="chat template by name (auto: the checkpoint's own)")
-    add("--default_system", help="system prompt of conversations that have none")
+    add_template_flags(add, auto="the checkpoint's own")
+    date = "date and time that the chat template sees (default: now; kept on resume)"
+    add("--template_date", type=iso_date, metavar="DATE", help=date)
+    switch("--mask_history", "learn only the last answer of a conversation")
     cutoff = "truncate longer rows to N tokens"
     add("--cutoff_len", type=positive_int, default=1024, help=cutoff)
     add("--block_size", type=positive_int, default=512, help="tokens of a block with --stage pt")
@@ -166,7 +169,7 @@ def count_or_epoch(text: str) -> int | str:
 
 ADAPTER_SHAPE = {"lora_rank", "lora_alpha", "lora_target", "use_rslora", "modules_to_save"}
 LORA = ADAPTER_SHAPE | {"adapter", "lora_dropout", "quantization_bit"}
-CONVERSATIONS = {"template", "default_system", "cutoff_len", "show_samples"}
+CONVERSATIONS = {"cutoff_len", "show_samples", "mask_history", *TEMPLATE_FLAGS}
 DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 PLAN = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
 ALONG_THE_WAY = {"load_best_model_at_end", "early_stopping_patience"}

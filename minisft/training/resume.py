@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from minisft.checkpoints.adapters import save_adapter
 from minisft.checkpoints.folders import save_model
 from minisft.common import processes
 from minisft.common.errors import UserError
-from minisft.common.outputs import save_options
+from minisft.common.outputs import recorded_options, save_options
 from minisft.data.batching import Batches
 from minisft.data.dataset import Rows
 from minisft.training import checkpoint, fsdp
@@ -33,6 +34,9 @@ IDENTITY = (
     "stage",
     "template",
     "default_system",
+    "template_kwargs",
+    "enable_thinking",
+    "mask_history",
     "cutoff_len",
     "block_size",
     "max_samples",
@@ -53,6 +57,7 @@ SILENT = {
     "output_dir",
     "show_samples",
     "plot_loss",
+    "template_date",
 }
 # Folder in the checkpoint of a sharded model: the optimizer state, written by all ranks.
 OPTIMIZER = "optimizer"
@@ -139,6 +144,20 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 # Resume
+
+
+def template_date(options: Namespace) -> str:
+    """The date that the chat template sees: that of the run which is resumed, by default now."""
+
+    def find() -> str:
+        which = options.resume_from_checkpoint
+        if options.template_date or not which:
+            return options.template_date or datetime.now().isoformat(timespec="seconds")
+        run_dir = Path(options.output_dir if which == "auto" else which)
+        recorded = recorded_options(run_dir) or recorded_options(run_dir.parent)
+        return recorded.get("template_date") or datetime.now().isoformat(timespec="seconds")
+
+    return processes.broadcast_from_rank0(find)
 
 
 def load_saved_run(
