@@ -35,6 +35,8 @@ from minisft.text.template import Template
 class RewardScorer:
     """Scores rows by their reward, and by the difference of the rewards of several answers."""
 
+    parts = ("reward",)
+
     def __init__(
         self, template: Template, max_length: int = 512, vocab_size: int | None = None
     ) -> None:
