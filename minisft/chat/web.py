@@ -70,6 +70,7 @@ class Policy:
         """Handle one request."""
 
         async def send_with_policy(message: dict[str, Any]) -> None:
+            """Send a part of the response."""
             if message["type"] == "http.response.start":
                 header = (b"content-security-policy", POLICY.encode())
                 message = {**message, "headers": [*message.get("headers", []), header]}
@@ -93,94 +94,128 @@ def check_gradio() -> None:
 
 
 def build(page: Page) -> Any:
-    """The gradio Blocks of a Page: its components, then what connects them with its methods."""
+    """The gradio Blocks of a Page."""
     import gradio as gr
 
-    names = " beside ".join(assistant.name for assistant in page.assistants)
-    with gr.Blocks(title=f"minisft · {names}", analytics_enabled=False) as blocks:
-        talk = gr.State(Talk())
-        with gr.Row():
-            chats = [
-                gr.Chatbot(
-                    label=assistant.description,
-                    height="62vh",
-                    editable="user",
-                    sanitize_html=True,
-                    allow_tags=False,
-                    buttons=["copy"],
-                    elem_id=f"chat{place}",
-                )
-                for place, assistant in enumerate(page.assistants)
-            ]
-        notice = gr.Markdown(elem_id="notice", container=False)
-        box = gr.Textbox(
-            placeholder="Ask something",
-            show_label=False,
-            lines=1,
-            max_lines=12,
-            autofocus=True,
-            submit_btn=True,
-            elem_id="box",
-        )
-        with gr.Row():
-            stop_button, retry_button, clear_button, download_button = (
-                # Narrow enough for a phone to show them in one row.
-                gr.Button(label, elem_id=label.lower(), size="sm", min_width=60)
-                for label in ("Stop", "Retry", "Clear", "Download")
+    return Interface(gr, page).blocks
+
+
+class Interface:
+    """`blocks`: the gradio components of a Page. The methods handle their events.
+
+    A handler returns or yields the new values of `outputs`: chats, notice, text of the box.
+    gr: the module gradio, which is optional.
+    """
+
+    def __init__(self, gr: Any, page: Page):
+        self.gr, self.page = gr, page
+        names = " beside ".join(assistant.name for assistant in page.assistants)
+        with gr.Blocks(title=f"minisft · {names}", analytics_enabled=False) as self.blocks:
+            self.talk = gr.State(Talk())
+            with gr.Row():
+                self.chats = [
+                    gr.Chatbot(
+                        label=assistant.description,
+                        height="62vh",
+                        editable="user",
+                        sanitize_html=True,
+                        allow_tags=False,
+                        buttons=["copy"],
+                        elem_id=f"chat{place}",
+                    )
+                    for place, assistant in enumerate(page.assistants)
+                ]
+            self.notice = gr.Markdown(elem_id="notice", container=False)
+            self.box = gr.Textbox(
+                placeholder="Ask something",
+                show_label=False,
+                lines=1,
+                max_lines=12,
+                autofocus=True,
+                submit_btn=True,
+                elem_id="box",
             )
-        controls = _controls(gr, page)
-        exported, visitor = gr.Textbox(visible=False), gr.Textbox(visible=False)
+            with gr.Row():
+                self.stop_button, self.retry_button, self.clear_button, self.download_button = (
+                    # Narrow enough for a phone to show them in one row.
+                    gr.Button(label, elem_id=label.lower(), size="sm", min_width=60)
+                    for label in ("Stop", "Retry", "Clear", "Download")
+                )
+            self.controls = _controls(gr, page)
+            self.outputs = [*self.chats, self.notice, self.box]
+            self._connect_answers()
+            self._connect_others()
 
-        outputs = [*chats, notice, box]
+    def _connect_answers(self) -> None:
+        """The events that a model answers."""
+        # gradio passes the event to the argument with this hint.
+        EditData = self.gr.EditData
 
-        def values_of(view: View) -> list[Any]:
-            messages, line, text = view
-            return [*messages, line, gr.skip() if text is None else text]
+        def edit(event: EditData, talk: Talk, *values: Any) -> Iterator[list[Any]]:
+            """Answer a question that was edited in the chat."""
+            yield from map(self.values, self.page.edit(talk, event.index, event.value, *values))
 
-        def ask(talk: Talk, question: str, *values: Any) -> Iterator[list[Any]]:
-            yield from map(values_of, page.ask(talk, question, *values))
-
-        def retry(talk: Talk, *values: Any) -> Iterator[list[Any]]:
-            yield from map(values_of, page.retry(talk, *values))
-
-        def edit(event: gr.EditData, talk: Talk, *values: Any) -> Iterator[list[Any]]:
-            assert isinstance(event.index, int)  # as for every message of a Chatbot
-            yield from map(values_of, page.edit(talk, event.index, event.value, *values))
-
-        def clear(talk: Talk) -> list[Any]:
-            return values_of(page.clear(talk))
-
-        def export(talk: Talk) -> tuple[str, Any]:
-            text = page.export(talk)
-            return text, gr.skip() if text else "There is nothing to download yet."
-
-        def come_back(visitor: str) -> list[Any]:
-            talk = page.come_back(visitor)
-            return [talk, *page.view(talk, "")[0]]
-
+        assistants = self.page.assistants
         # An answer of a compiled model takes a cache with the memory of the longest conversation.
-        limits = [assistant.caches.limit for assistant in page.assistants if assistant.decoder]
+        limits = [assistant.caches.limit for assistant in assistants if assistant.decoder]
         answering: dict[str, Any] = {
-            "outputs": outputs,
+            "outputs": self.outputs,
             "concurrency_limit": min([AT_ONCE, *limits]),
             "concurrency_id": "answers",
             "show_progress": "minimal",
         }
-        box.submit(ask, [talk, box, *controls], api_name="ask", **answering)
-        retry_button.click(retry, [talk, *controls], api_name="retry", **answering)
-        for chat in chats:
-            chat.edit(edit, [talk, *controls], **answering)
-        stop_button.click(page.stop, talk, None, api_name="stop", queue=False)
+        asked = [self.talk, self.box, *self.controls]
+        self.box.submit(self.ask, asked, api_name="ask", **answering)
+        again = [self.talk, *self.controls]
+        self.retry_button.click(self.retry, again, api_name="retry", **answering)
+        for chat in self.chats:
+            chat.edit(edit, again, **answering)
+
+    def _connect_others(self) -> None:
+        """The events that need no model, which do not wait in the queue."""
+        self.stop_button.click(self.page.stop, self.talk, None, api_name="stop", queue=False)
         # The bin of a Chatbot alone would only empty what is shown.
-        clearing = [clear_button.click, *(chat.clear for chat in chats)]
-        gr.on(clearing, clear, talk, outputs, api_name="clear", queue=False)
-        download_button.click(
-            export, talk, [exported, notice], api_name="export", queue=False
+        clearing = [self.clear_button.click, *(chat.clear for chat in self.chats)]
+        self.gr.on(clearing, self.clear, self.talk, self.outputs, api_name="clear", queue=False)
+        exported, visitor = (self.gr.Textbox(visible=False) for _ in range(2))
+        self.download_button.click(
+            self.export, self.talk, [exported, self.notice], api_name="export", queue=False
         ).then(None, exported, None, js=SAVE)
-        blocks.load(
-            come_back, visitor, [talk, *chats], js=VISITOR, queue=False, api_visibility="private"
+        self.blocks.load(
+            self.come_back,
+            visitor,
+            [self.talk, *self.chats],
+            js=VISITOR,
+            queue=False,
+            api_visibility="private",
         )
-    return blocks
+
+    def values(self, view: View) -> list[Any]:
+        """The values of `outputs` that show a view."""
+        chats, notice, text = view
+        return [*chats, notice, self.gr.skip() if text is None else text]
+
+    def ask(self, talk: Talk, question: str, *values: Any) -> Iterator[list[Any]]:
+        """Answer the question in the box."""
+        yield from map(self.values, self.page.ask(talk, question, *values))
+
+    def retry(self, talk: Talk, *values: Any) -> Iterator[list[Any]]:
+        """Answer the last question again."""
+        yield from map(self.values, self.page.retry(talk, *values))
+
+    def clear(self, talk: Talk) -> list[Any]:
+        """Forget the conversation."""
+        return self.values(self.page.clear(talk))
+
+    def export(self, talk: Talk) -> tuple[str, Any]:
+        """(the conversation as JSON, a notice if there is none)."""
+        text = self.page.export(talk)
+        return text, self.gr.skip() if text else "There is nothing to download yet."
+
+    def come_back(self, visitor: str) -> list[Any]:
+        """The conversation of a visitor who loads the page: the Talk, and what the chats show."""
+        talk = self.page.come_back(visitor)
+        return [talk, *self.page.view(talk, "")[0]]
 
 
 def _controls(gr: Any, page: Page) -> list[Any]:
@@ -189,7 +224,7 @@ def _controls(gr: Any, page: Page) -> list[Any]:
     longest = max(assistant.max_length for assistant in page.assistants)
 
     def slider(label: str, lowest: float, highest: float, value: float, **more: Any) -> Any:
-        # A slider refuses values outside its range, and so the value of the command line.
+        """A slider whose range includes the value, which the command line may have set."""
         lowest, highest = min(lowest, value), max(highest, value)
         return gr.Slider(lowest, highest, value, label=label, min_width=200, **more)
 
@@ -225,6 +260,7 @@ def launch(
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     def is_password(name: str, given: str) -> bool:
+        """True if a visitor has given the password; the name does not matter."""
         # compare_digest takes the same time however much of it is right.
         return hmac.compare_digest(given.encode(), (password or "").encode())
 

@@ -58,8 +58,9 @@ def stop() -> None:
     """Leave the process group. Models that wrap_ddp returned cannot be used afterwards."""
     # A reducer holds the group too. If it were the last to hold it, it would free the group and
     # wait for gloo's threads without releasing the GIL, which these threads may need: a deadlock.
-    for model in _wrapped:
-        model.reducer = model.logger = None
+    while _wrapped:
+        model = _wrapped.pop()
+        del model.reducer, model.logger
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """Which data and model scores were computed from, by content, so that scores are never mixed.
 
-record = score_record(options, rows, is_drawn, model_dir, None, template, 512, torch.float32)
+record = score_record(options, rows, is_drawn, model_dir, None, scorer, torch.float32)
 check_same_record("scores.jsonl", old_record, record)
 check_computed_from("scores.jsonl", record["dataset"])
 """
@@ -20,8 +20,9 @@ from minisft.common.hashes import sha256
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.data.dataset import Rows
+from minisft.selection.ifd import IfdScorer
+from minisft.selection.reward_scores import RewardScorer
 from minisft.selection.score_files import ScorePaths
-from minisft.text.chat_template import ChatTemplate
 from minisft.text.tokenizer import FILES as TOKENIZER_FILES
 
 
@@ -31,18 +32,17 @@ def score_record(
     is_drawn: np.ndarray,
     model_dir: Path,
     adapter_dir: Path | None,
-    template: ChatTemplate,
-    max_length: int,
+    scorer: IfdScorer | RewardScorer,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Everything that the scores of score.py depend on. "names" are for messages only."""
     return {
         **model_record(model_dir, adapter_dir),
         "dataset": dataset_record(rows, is_drawn),
-        "template": template.name,
-        "template_text": hashlib.sha256(template.text.encode()).hexdigest(),
-        "template_date": template.now,
-        "max_length": max_length,
+        "template": scorer.template.name,
+        "template_text": hashlib.sha256(scorer.template.text.encode()).hexdigest(),
+        "template_date": scorer.template.now,
+        "max_length": scorer.max_length,
         "dtype": str(dtype).removeprefix("torch."),
         "quantization_bit": options.quantization_bit,
         "kind of scores": "rewards" if options.mode == "reward" else "losses",

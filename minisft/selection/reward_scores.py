@@ -35,6 +35,8 @@ from minisft.text.chat_template import ChatTemplate
 class RewardScorer:
     """Scores rows by their reward, and by the difference of the rewards of several answers."""
 
+    parts = ("reward",)
+
     def __init__(
         self, template: ChatTemplate, max_length: int = 512, vocab_size: int | None = None
     ) -> None:

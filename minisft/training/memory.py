@@ -16,6 +16,7 @@ bytes.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,10 +69,7 @@ class Phase:
 def phases(model: CausalLM | RewardModel, step: Step) -> list[Phase]:
     """The points of a step where the most memory can be in use."""
     layers, head, embedding = model.model.layers, output_module(model), model.model.embed_tokens
-    chunk = chunk_size(model.config.vocab_size)
-    logits = min(step.num_supervised, chunk) * model.config.vocab_size * FLOAT32
-    cast_layer, cast_head = cast_bytes(layers[-1], step), cast_bytes(head, step)
-    cast_layers = 0 if step.checkpointing else len(layers) * cast_layer
+    held = partial(memory_held, model, step)
 
     # Activations
     stream = step.num_tokens * model.config.hidden_size * stream_itemsize(model, step)
@@ -83,6 +81,14 @@ def phases(model: CausalLM | RewardModel, step: Step) -> list[Phase]:
     at_loss = kept + loss_bytes(model, step)
     backward = recomputed + backward_bytes(model, step)
 
+    # Logits
+    chunk = chunk_size(model.config.vocab_size)
+    logits = min(step.num_supervised, chunk) * model.config.vocab_size * FLOAT32
+
+    # Copies of weights in the type of the products
+    of_layer, of_head = cast_bytes(layers[-1], step), cast_bytes(head, step)
+    of_layers = 0 if step.checkpointing else len(layers) * of_layer
+
     # Gradients
     all_gradients, head_gradient = gradient_bytes(model), gradient_bytes(head)
     embedding_gradient = gradient_bytes(embedding)
@@ -90,43 +96,73 @@ def phases(model: CausalLM | RewardModel, step: Step) -> list[Phase]:
     # Every chunk of logits adds to the gradient of the output matrix.
     from_chunks = head_gradient if step.num_supervised > chunk else 0
     is_tied = head is embedding
-    at_first_layer = all_gradients - gradient_bytes(layers[-1])
+    before_first_layer = all_gradients - gradient_bytes(layers[-1])
     if not is_tied:
-        at_first_layer -= embedding_gradient
+        before_first_layer -= embedding_gradient
     # The gradient of a tied embedding is the sum of two; one that is kept is added to.
     of_embedding = embedding_gradient * (2 * is_tied + step.keeps_gradients)
 
-    def phase(
-        name: str, activations: int, done: int, new: int = 0, logits: int = 0, casts: int = 0
-    ) -> Phase:
-        """done: gradients that this backward pass has finished. new: the one it is computing."""
-        fixed = {
-            "weights": stored_bytes(model) + FLOAT32 * step.num_copied,
-            "gradients": all_gradients if step.keeps_gradients else done,
-            "optimizer": 2 * all_gradients,  # mean and mean square
-        }
-        if step.is_sharded:
-            fixed = {part: size // step.num_processes for part, size in fixed.items()}
-            casts += gathered_weight_bytes(model, step)
-            new = gathered_gradient_bytes(model, step)
-        fixed["weights"] += casts
-        fixed["gradients"] += new
-        return Phase(name, {**fixed, "activations": activations, "logits": logits})
-
-    all_casts = cast_layers + cast_head
-    last_casts = max(cast_layers, cast_layer)
-    points = [
-        phase("the loss", at_loss, from_chunks, 0, 2 * logits, all_casts),
-        phase("the last layer, backward", kept + backward, head_gradient, largest, 0, last_casts),
-        phase(
-            "the first layer, backward", first + backward, at_first_layer, largest, 0, cast_layer
+    points = {
+        "the loss": held(
+            activations=at_loss,
+            finished=from_chunks,
+            logits=2 * logits,
+            casts=of_layers + of_head,
         ),
-        phase("the gradient of the embedding", stream, all_gradients, of_embedding),
-    ]
+        "the last layer, backward": held(
+            activations=kept + backward,
+            finished=head_gradient,
+            computing=largest,
+            casts=max(of_layers, of_layer),
+        ),
+        "the first layer, backward": held(
+            activations=first + backward,
+            finished=before_first_layer,
+            computing=largest,
+            casts=of_layer,
+        ),
+        "the gradient of the embedding": held(
+            activations=stream, finished=all_gradients, computing=of_embedding
+        ),
+    }
     if head_gradient:
-        name = "the gradient of the output matrix"
-        points.append(phase(name, at_loss, from_chunks, head_gradient, logits, all_casts))
-    return points
+        points["the gradient of the output matrix"] = held(
+            activations=at_loss,
+            finished=from_chunks,
+            computing=head_gradient,
+            logits=logits,
+            casts=of_layers + of_head,
+        )
+    return [Phase(name, parts) for name, parts in points.items()]
+
+
+def memory_held(
+    model: CausalLM | RewardModel,
+    step: Step,
+    activations: int,
+    finished: int,
+    computing: int = 0,
+    logits: int = 0,
+    casts: int = 0,
+) -> dict[str, int]:
+    """What each of PARTS holds at a point of the step.
+
+    finished: gradients that this backward pass has finished. computing: the one it computes.
+    casts: copies of weights in the type of the products.
+    """
+    all_gradients = gradient_bytes(model)
+    held = {
+        "weights": stored_bytes(model) + FLOAT32 * step.num_copied,
+        "gradients": all_gradients if step.keeps_gradients else finished,
+        "optimizer": 2 * all_gradients,  # mean and mean square
+    }
+    if step.is_sharded:
+        held = {part: size // step.num_processes for part, size in held.items()}
+        casts += gathered_weight_bytes(model, step)
+        computing = gathered_gradient_bytes(model, step)
+    held["weights"] += casts
+    held["gradients"] += computing
+    return {**held, "activations": activations, "logits": logits}
 
 
 # Parameters
