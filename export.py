@@ -44,7 +44,7 @@ from minisft.common.outputs import (
 from minisft.common.tensor_files import ADAPTER_CONFIG, parse_size
 from minisft.gguf.reader import is_gguf
 from minisft.model.lora import merge_lora
-from minisft.text.chat_template import conversation_form
+from minisft.text.saved_form import saved_form
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -123,7 +123,7 @@ def write_folder(
     trained_dir = adapter_dir or model_dir  # where train.py has left its options
     tokenizer = Tokenizer.load(model_dir)
     listed_stops = folders.generation_eos(model_dir, model.config)
-    form = conversation_form(tokenizer, options.template, trained_dir, listed_stops)
+    form = saved_form(tokenizer, options.template, trained_dir, listed_stops)
     if is_reward_model:
         choose_padding(model, tokenizer, form.stop_ids)
 

@@ -25,7 +25,7 @@ from bench.shapes import logit_difference, random_model, transformers_twin
 from minisft.data import dataset
 from minisft.generation.compiled import CompiledDecoder
 from minisft.model.lora import LoraConfig, add_lora
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.operations import forward_operations, training_operations
 

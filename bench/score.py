@@ -128,7 +128,7 @@ def load_and_compare(options, model_dir):
 
     from minisft.checkpoints.folders import load_model
     from minisft.data import dataset
-    from minisft.text.template import get_template
+    from minisft.text.template_choice import get_template
     from minisft.text.tokenizer import Tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -72,12 +72,12 @@ def prepare(options, folder):
         rows = synthetic_rows(options.shape, [options.cutoff_len] * options.synthetic_rows)
     else:
         from minisft.data.dataset import load_rows
-        from minisft.text.template import get_template
+        from minisft.text.template_choice import get_template
         from minisft.text.tokenizer import Tokenizer
 
         template = get_template("alpaca", Tokenizer.load(folder / "model"))
         encoded = [
-            template.encode(row.messages) for row in load_rows(options.dataset)[: options.num_rows]
+            template.encode(row.messages)[0] for row in load_rows(options.dataset)[: options.num_rows]
         ]
         rows = [
             (ids[: options.cutoff_len], supervised[: options.cutoff_len])

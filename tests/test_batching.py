@@ -18,7 +18,8 @@ from minisft.data.dataset import Row, open_rows
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encode_texts import encode_texts
 from minisft.data.encoding import Example, encode_rows
-from minisft.text.template import get_template
+from minisft.text.chat_template import TokenizedText
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -277,7 +278,7 @@ class Letters:
             return [ord(letter) for letter in messages]
         prompt, answer = (message["content"] for message in messages)
         ids = [ord(letter) for letter in prompt + answer] + [self.eos_token_id]
-        return ids, [False] * len(prompt) + [True] * (len(answer) + 1)
+        return [TokenizedText(ids, [False] * len(prompt) + [True] * (len(answer) + 1))]
 
 
 def conversation(prompt, answer):

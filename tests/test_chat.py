@@ -18,7 +18,7 @@ from conftest import command
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
 from minisft.generation.context import Context
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "chat.py"

@@ -167,7 +167,8 @@ def test_reference_losses_equal_transformers(assistant, tiny_chat_model_dir):
     losses = reference_losses(assistant, ITEMS, 2)
     for item, (loss, count) in zip(ITEMS, losses, strict=True):
         answer = {"role": "assistant", "content": item.reference}
-        ids, learned = assistant.template.encode([*item.messages, answer])
+        [example] = assistant.template.encode([*item.messages, answer])
+        ids, learned = example.ids, example.supervised
         labels = torch.tensor([[id if one else -100 for id, one in zip(ids, learned, strict=True)]])
         expected = oracle(torch.tensor([ids]), labels=labels).loss
         assert count == sum(learned) and loss / count == pytest.approx(float(expected), abs=1e-4)

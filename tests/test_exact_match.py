@@ -11,14 +11,14 @@ from conftest import command
 from minisft.checkpoints.folders import load_model
 from minisft.data.encoding import Example
 from minisft.evaluation.exact_match import exact_match, split_last_answer
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.metrics import read_metrics
 
 
 def example_of(template, messages):
-    ids, supervised = template.encode(messages)
-    return Example(np.array(ids, np.int32), np.array(supervised))
+    [example] = template.encode(messages)
+    return Example(np.array(example.ids, np.int32), np.array(example.supervised))
 
 
 def test_split_last_answer():

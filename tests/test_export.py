@@ -14,7 +14,7 @@ from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.reward_models import load_reward_model
 from minisft.common.outputs import recorded_options
 from minisft.model.lora import LoraConfig, add_lora
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "the cat?"}]

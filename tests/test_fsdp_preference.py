@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import train
 from minisft.checkpoints.reward_models import load_reward_model
 from minisft.data.encoding import Example
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import fsdp
 from minisft.training.build import load_trainable
@@ -196,9 +196,10 @@ def test_the_reference_drops_nothing(runs, tiny_tokenizer_dir):
     """
     logs = [logged(runs / "dropped" / number) for number in "12"]
     template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
-    _, supervised = template.encode(
+    [example] = template.encode(
         [{"role": "user", "content": "go"}, {"role": "assistant", "content": BEST}]
     )
+    supervised = example.supervised
     found = [
         [-sum(supervised) * row["sft_loss"] - row["reward_chosen"] / 0.1 for row in log]
         for log in logs

@@ -32,7 +32,7 @@ from minisft.generation.generate import Sampling, generate
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora, merge_lora
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import checkpoint
 

@@ -21,7 +21,7 @@ from minisft.selection.ifd import IfdScorer, PassResult, ifd_fields
 from minisft.selection.passes import Pass, Plan, make_batches
 from minisft.selection.scoring import RowReader, score_rows
 from minisft.selection.shared_prefix import group_by_prefix, hidden_states
-from minisft.text.template import TEMPLATES, get_template
+from minisft.text.template_choice import NAMES, get_template
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -202,12 +202,12 @@ def check_template(template):
         )
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_template(tiny_tokenizer_dir, name):
     check_template(get_template(name, Tokenizer.load(tiny_tokenizer_dir)))
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_template_with_real_tokenizers(shared_data, name):
     for tokenizer in fitting(shared_data, name):
         check_template(get_template(name, tokenizer))
@@ -225,7 +225,7 @@ MARKERS = {
 }
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", NAMES)
 def test_markers(shared_data, name):
     folder = {"llama3": LLAMA3, "chatml": QWEN}.get(name, TINYLLAMA)
     tokenizer = Tokenizer.load(shared_data / folder)

@@ -21,7 +21,7 @@ from minisft.evaluation.multiple_choice import (
     log_likelihoods,
     shared_length,
 )
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 SAMPLES = 4
@@ -157,7 +157,7 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
         }
         one = prompts.prompt(subject, [], questions[1])
         assert one.ids == template.encode_prompt([message])
-        whole, _ = template.encode([message, {"role": "assistant", "content": "C"}])
+        whole = template.encode([message, {"role": "assistant", "content": "C"}])[0].ids
         assert whole[: len(one.ids) + 1] == one.ids + one.options[2]
 
 

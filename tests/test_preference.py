@@ -31,7 +31,7 @@ from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.lora_tools import frozen_copy
 from minisft.model.reward import RewardModel
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import preference, reference
 from minisft.training.build import load_trainable
@@ -766,7 +766,7 @@ def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, t
                 {"role": "user", "content": row["instruction"]},
                 {"role": "assistant", "content": row["output"]},
             ]
-        )[0]
+        )[0].ids
         for row in rows
         if len(row["output"]) < 100
     ]

@@ -11,7 +11,7 @@ from minisft.data.dataset import open_rows
 from minisft.data.encode_preferences import encode_preferences
 from minisft.data.preferences import parse_preferences
 from minisft.data.row_values import BadRow
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -325,7 +325,7 @@ def test_only_the_answers_are_learned(name, shared_data, tiny_tokenizer_dir):
             texts, conversations = example.texts(), [row.messages, *row.rejected]
             assert len(texts) == len(conversations)
             for text, messages in zip(texts, conversations, strict=True):
-                ids, _ = template.encode(messages, row.tools)
+                ids = template.encode(messages, row.tools)[-1].ids
                 prompt = template.encode_prompt(messages[:-1], row.tools)
                 assert text.ids.tolist() == ids and ids[: len(prompt)] == prompt
                 answer = np.flatnonzero(text.supervised)

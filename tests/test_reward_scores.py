@@ -17,7 +17,7 @@ from minisft.model.config import ModelConfig
 from minisft.model.reward import RewardModel
 from minisft.selection.passes import Plan
 from minisft.selection.reward_scores import RewardScorer, preference_fields
-from minisft.text.template import get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.metrics import in_words, read_metrics
 
@@ -111,7 +111,7 @@ def their_rewards(judge, conversations):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(judge)
     template = get_template("plain", Tokenizer.load(judge))
     return [
-        model.eval()(torch.tensor([template.encode(one)[0]])).logits.item() for one in conversations
+        model.eval()(torch.tensor([template.encode(one)[0].ids])).logits.item() for one in conversations
     ]
 
 

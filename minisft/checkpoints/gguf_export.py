@@ -46,7 +46,7 @@ from minisft.gguf.vocabulary import vocabulary_fields
 from minisft.gguf.writer import Tensor, write_gguf
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoRALinear
-from minisft.text.chat_template import conversation_form
+from minisft.text.saved_form import saved_form_for_llama_cpp
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -61,7 +61,7 @@ def export_model(
     """Write a checkpoint, with the adapter merged into it.
 
     quantization: a key of QUANTIZATIONS. name: what programs show for the model; by default the
-    folder's name. template: the chat template for other programs, see conversation_form.
+    folder's name. template: the chat template for other programs, see saved_form.
     UserError, and no file, if llama.cpp has no such model, a number does not fit its type, or the
     disk is full.
     """
@@ -74,12 +74,8 @@ def export_model(
     config, tokenizer = model.config, Tokenizer.load(model_dir)
     check_architecture(config)
     tensors = model_tensors(model, stored, adapter, quantization)
-    form = conversation_form(
-        tokenizer,
-        template,
-        adapter_dir or model_dir,
-        generation_eos(model_dir, config),
-        for_llama_cpp=True,
+    form = saved_form_for_llama_cpp(
+        tokenizer, template, adapter_dir or model_dir, generation_eos(model_dir, config)
     )
     metadata = {
         "general.type": "model",

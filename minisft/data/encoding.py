@@ -75,9 +75,7 @@ def encode_rows(
     return examples, report
 
 
-def encode_row(
-    row: Row, template: ChatTemplate, vocab_size: int | None = None
-) -> list[Example]:
+def encode_row(row: Row, template: ChatTemplate, vocab_size: int | None = None) -> list[Example]:
     """Encode one conversation, all of it; no example if no answer of it is learned.
 
     Raises UserError, naming file and row, if the template cannot express the conversation or the
@@ -90,8 +88,7 @@ def encode_row(
     except UserError as error:
         raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
     return [
-        Example(np.asarray(text.ids, np.int32), np.asarray(text.supervised, bool))
-        for text in texts
+        Example(np.asarray(text.ids, np.int32), np.asarray(text.supervised, bool)) for text in texts
     ]
 
 

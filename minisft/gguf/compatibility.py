@@ -8,7 +8,7 @@ for sentence in known_differences(config):       # notes on the second kind
 from minisft.common.errors import UserError
 from minisft.gguf.mapping import ARCHITECTURES
 from minisft.model.config import ModelConfig
-from minisft.text.chat_template import ConversationForm
+from minisft.text.saved_form import SavedForm
 
 
 def check_architecture(config: ModelConfig) -> None:
@@ -45,16 +45,11 @@ def known_differences(config: ModelConfig) -> list[str]:
     return sentences
 
 
-def tokenizer_differences(form: ConversationForm) -> list[str]:
+def tokenizer_differences(form: SavedForm) -> list[str]:
     """Sentences about the token ids: where llama.cpp deviates from the training."""
     if form.writes_space:
         return [
             "llama.cpp adds no leading space to a text, because it would add one after every "
             "special token too; prompts without the chat template must begin with a space"
-        ]
-    if not form.is_exact:
-        return [
-            "llama.cpp adds a space to text that directly follows a special token; if the chat "
-            "template has such text, prompts get a token that training did not have"
         ]
     return []

@@ -23,7 +23,7 @@ from minisft.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0  # no merge produces these tokens
-# Our own field: the tokenizer adds a leading space, but llama.cpp must not. See ConversationForm.
+# Our own field: the tokenizer adds a leading space, but llama.cpp must not. See SavedForm.
 WRITES_SPACE = "minisft.chat_template_writes_space"
 
 WORDS = (
@@ -53,7 +53,7 @@ def vocabulary_fields(
 ) -> dict[str, Any]:
     """The metadata of a tokenizer, for an embedding with num_rows rows.
 
-    stop_ids: the tokens that end an answer. writes_space: see ConversationForm. UserError if
+    stop_ids: the tokens that end an answer. writes_space: see SavedForm. UserError if
     llama.cpp would produce other ids, or has no place for a stop token.
     """
     _check_size(tokenizer, num_rows)

@@ -77,9 +77,7 @@ class IfdScorer:
             return Plan(index, reason="none of its answers is to be learned")
         answers = [answer_spans(self.template, text.ids, text.supervised) for text in texts]
         longest = max(texts, key=lambda text: len(text.ids))
-        plan = Plan(
-            index, sum(map(num_tokens, answers)), too_long(longest.ids, self.max_length)
-        )
+        plan = Plan(index, sum(map(num_tokens, answers)), too_long(longest.ids, self.max_length))
         if plan.num_answer_tokens == 0:
             plan.reason = plan.reason or "the answer has no tokens"
         last_ids, last_start = texts[-1].ids, answers[-1][-1][0]

@@ -85,6 +85,7 @@ class ChatTemplate:
         now: str | None = None,
     ):
         self.text, self.tokenizer, self.name = text, tokenizer, name
+        self.enable_thinking = enable_thinking
         self.tokens = ControlTokens(tokenizer)
         special = {name: tokenizer.token_text(id) for name, id in tokenizer.named_ids.items()}
         self.bos_token = special.get("bos_token") or ""

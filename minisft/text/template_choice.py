@@ -109,10 +109,14 @@ def trained_template(
         template_kwargs = json.loads(recorded)
     if enable_thinking is None:
         enable_thinking = trained.get("enable_thinking")
+    shown_name = name
     if name == "auto" and trained:
         saved = Path(trained_dir) / CHAT_TEMPLATE
-        name = str(saved) if saved.is_file() else trained.get("template", "auto")
-    return get_template(name, tokenizer, default_system, template_kwargs, enable_thinking, now)
+        shown_name = trained.get("template", "auto")
+        name = str(saved) if saved.is_file() else shown_name
+    template = get_template(name, tokenizer, default_system, template_kwargs, enable_thinking, now)
+    template.name = shown_name
+    return template
 
 
 def setting(name: str, value: Any) -> str:

@@ -14,13 +14,16 @@ from minisft.checkpoints.folders import (
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.text.chat_template import ChatTemplate
+from minisft.text.saved_form import saved_text
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import checkpoint
 from minisft.training.metrics import plot_loss
 from minisft.training.run import Run
 
 
-def save_result(run: Run, model_dir: Path, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+def save_result(
+    run: Run, model_dir: Path, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> None:
     """Write what was trained to --output_dir, and draw the losses if asked to. Every rank calls it.
 
     model_dir: folder of the base model. UserError if there is no room on the disk.
@@ -35,7 +38,7 @@ def save_result(run: Run, model_dir: Path, tokenizer: Tokenizer, template: ChatT
         else:
             save_full_model(run, model_dir, output_dir, template)
         if processes.rank() == 0:
-            tokenizer.save(output_dir, template.text if template else None)
+            tokenizer.save(output_dir, saved_text(template) if template else None)
     except (OSError, UserError) as error:
         raise UserError(
             f"{error}. Make room; --resume_from_checkpoint auto then continues from the last "
@@ -62,7 +65,9 @@ def load_best(run: Run) -> None:
     processes.print_rank0(f"loaded the weights of {best}, evaluation loss {run.best.loss:.4f}")
 
 
-def save_full_model(run: Run, model_dir: Path, output_dir: Path, template: ChatTemplate | None) -> None:
+def save_full_model(
+    run: Run, model_dir: Path, output_dir: Path, template: ChatTemplate | None
+) -> None:
     """Write the model in the type of its base, with the tokens that end its answers."""
     config = run.model.config
     if run.options.train_from_scratch:
