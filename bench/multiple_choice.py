@@ -70,7 +70,7 @@ def compare(options, model_dir):
     )
     subjects = [replace(one, questions=one.questions[: options.max_samples]) for one in subjects]
     count = sum(len(one.questions) for one in subjects)
-    model, tokenizer = load_model(model_dir), Tokenizer.load(model_dir)
+    model, tokenizer = load_model(model_dir, torch.float32), Tokenizer.load(model_dir)
     prompts = Prompts(benchmark, tokenizer, max_length=options.max_length)
     harness = HFLM(
         pretrained=str(model_dir),
