@@ -63,7 +63,7 @@ def test_imports_between_folders_go_down():
     assert not wrong
 
 
-# The packages that requirements.txt and the extras name, and two that come with tokenizers and gradio.
+# What requirements.txt and the extras name, and two that come with tokenizers and gradio.
 RUNTIME = [ROOT / "requirements.txt"]
 RUNTIME += [ROOT / "requirements" / f"{extra}.txt" for extra in ("plot", "eval", "web")]
 LIBRARIES = {"huggingface_hub", "starlette"} | {
