@@ -49,7 +49,7 @@ def save_result(run: Run, model_dir: Path, tokenizer: Tokenizer, template: Templ
             say(f"drew {plot_loss(output_dir)}")
         except ImportError:
             say(
-                "--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
+                "--plot_loss needs matplotlib (requirements/plot.txt); the numbers are in "
                 f"{output_dir / 'metrics.jsonl'}"
             )
 
