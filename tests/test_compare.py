@@ -18,16 +18,15 @@ from minisft.data.dataset import Row, load_rows
 from minisft.evaluation.compare import (
     Item,
     answer_items,
-    differences,
     fingerprint,
-    measure,
-    parse_model,
     read_items,
     reference_losses,
 )
+from minisft.evaluation.measures import differences, measure
+from minisft.evaluation.models import parse_model
 from minisft.evaluation.text_metrics import Splitter, corpus_bleu2, row_scores
 from minisft.generation.assistant import Assistant
-from minisft.generation.generate import Sampling
+from minisft.generation.sampling import Sampling
 
 PAIRS = [
     ("the cat sat", "a cat sat down"),
@@ -252,7 +251,7 @@ def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path, m
     done = command(*words, script="eval.py")
     assert done.returncode == 0, done.stderr
     assert "judging: 6 requests" in done.stdout and "0 win, 3 tie, 0 loss" in done.stdout
-    assert "same less base: ROUGE-L +0.0 points (+0.0 to +0.0)" in done.stdout
+    assert "same minus base: ROUGE-L +0.0 points (+0.0 to +0.0)" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["models"]) == {"base", "same"}
     assert results["models"]["base"] == results["models"]["same"]
@@ -267,8 +266,8 @@ def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path, m
     kept.write_text(json.dumps(content))
     run_here(monkeypatch, *words, "--resume")
     assert "exact match 33.3" in capsys.readouterr().out
-    with pytest.raises(UserError, match="seed 42, not 7"):
-        run_here(monkeypatch, *words, "--resume", "--seed", 7)
+    with pytest.raises(UserError, match="max_new_tokens 5, not 7"):
+        run_here(monkeypatch, *words, "--resume", "--max_new_tokens", 7)
     (tmp_path / "rows.json").write_text(json.dumps([*ROWS[:2], {**ROWS[2], "output": "a hat"}]))
     with pytest.raises(UserError, match="base.json: answers other questions"):
         run_here(monkeypatch, *words, "--resume")
@@ -280,7 +279,7 @@ def test_answers_of_an_earlier_run_are_not_mixed_in(tiny_chat_model_dir, tmp_pat
     kept = tmp_path / "out" / "answers" / "same.json"
     kept.write_text(kept.read_text().replace('"answer": "', '"answer": "stale '))
     # It is thrown away, and then the new run breaks before it comes to this model.
-    monkeypatch.setattr(script, "answers_of", lambda *_: sys.exit("killed"))
+    monkeypatch.setattr(script, "answer_questions", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit, match="killed"):
         run_here(monkeypatch, *words, "--overwrite_output_dir")
     assert not (tmp_path / "out" / "results.json").exists()
@@ -293,20 +292,26 @@ def test_what_is_wrong_is_said_before_anything_is_computed(
     tiny_chat_model_dir, tmp_path, monkeypatch, capsys
 ):
     model, words = tiny_chat_model_dir, words_for(tiny_chat_model_dir, tmp_path)
-    monkeypatch.setattr(script, "answers_of", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(script, "answer_questions", lambda *_: pytest.fail("computed"))
     for more, said in (
         (["--judge_model", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["--judge_model", f"{model}+{tmp_path}"], "there is no adapter_config.json"),
-        (["--judge_model", "x", "--judge_url", "localhost:80"], "neither http:// nor https://"),
+        (
+            ["--judge_model", "x", "--judge_url", "localhost:80"],
+            "must begin with http:// or https://",
+        ),
         (
             ["--judge_model", "x", "--judge_url", "http://x", "--judge_template", "alpaca"],
-            "--judge_template is for a judge of ours",
+            "--judge_template belongs to a judge on this machine",
         ),
         (["--judge_url", "http://x"], "--judge_url needs --judge_model"),
         (["--models", f"a={model}", f"b={tmp_path / 'nowhere'}"], "nowhere: no such folder"),
-        (["--models", f"a={model}", f"a={model}"], "two have the same name"),
-        (["--top_p", "1.5"], "--top_p must be"),
-        (["--resume", "--overwrite_output_dir"], "one of"),
+        (["--models", f"a={model}", f"a={model}"], "two models have the same name"),
+        (["--top_p", "1.5", "--temperature", "1"], "--top_p must be"),
+        (["--top_p", "0.5"], "--top_p needs --temperature above 0"),
+        (["--judge_price_in", "2"], "--judge_price_in needs --judge_model"),
+        (["--models", f"a={model}", "--judge_model", model], "needs two models or more"),
+        (["--resume", "--overwrite_output_dir"], "exclude each other"),
     ):
         with pytest.raises(UserError, match=said):
             run_here(monkeypatch, *words, *more)

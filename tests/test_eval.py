@@ -10,31 +10,21 @@ from scipy import stats
 
 from minisft.common.errors import UserError
 from minisft.evaluation.benchmarks import Question, Subject
-from minisft.evaluation.choice_report import (
-    compare_with,
+from minisft.evaluation.choice_report import compare_with_baseline, summarize, summary_lines
+from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
+from minisft.evaluation.predictions import (
+    Prediction,
     read_baseline,
     read_finished,
-    read_rows,
-    summarize,
-    table,
-    write_rows,
+    read_predictions,
+    write_predictions,
 )
-from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
 
 
 def row(id, answer, prediction, run=0, num_fewshot=1):
-    return {
-        "run": run,
-        "id": id,
-        "answer": answer,
-        "prediction": prediction,
-        "A": -1.25,
-        "B": -2.0,
-        "C": -3.0,
-        "D": -4.5,
-        "num_fewshot": num_fewshot,
-        "is_cut": False,
-    }
+    return Prediction(
+        run, id, answer, prediction, [-1.25, -2.0, -3.0, -4.5], num_fewshot, is_cut=False
+    )
 
 
 def subject_of(key, count, group=""):
@@ -73,14 +63,15 @@ def test_averages_over_subjects_and_over_questions():
     # Three were asked for; law could have shown three, art one.
     assert summary["dropped_demonstrations"] == 4 * 2
     assert summary["questions_with_dropped_demonstrations"] == 4
-    assert "mean over subjects" in table(summary) and "62.5 %" in table(summary)
+    text = "\n".join(summary_lines(summary))
+    assert "mean over subjects" in text and "62.5 %" in text
 
 
 def test_repetitions_are_averaged_and_do_not_narrow_the_interval():
     subject = subject_of("law", 2)
     once = [row("0", "A", "A"), row("1", "A", "B")]
-    again = [row("0", "A", "A", run=1), row("1", "A", "A", run=1) | {"is_cut": True}]
-    once[1]["is_cut"] = True
+    again = [row("0", "A", "A", run=1), replace(row("1", "A", "A", run=1), is_cut=True)]
+    once[1] = replace(once[1], is_cut=True)
     summary = summarize([subject], {"law": once + again}, 1)
     assert summary["weighted"]["accuracy"] == 0.75
     assert summary["weighted"]["interval"] == wilson(0.75, 2)
@@ -90,31 +81,31 @@ def test_repetitions_are_averaged_and_do_not_narrow_the_interval():
 
 def test_rows_come_back_and_are_paired_with_a_baseline(tmp_path):
     rows = [row(str(n), "A", "AABA"[n]) for n in range(4)]
-    write_rows(tmp_path / "law.csv", [row(str(n), "A", "ABAB"[n]) for n in range(4)])
-    assert [one["prediction"] for one in read_rows(tmp_path / "law.csv")] == list("ABAB")
-    assert read_rows(tmp_path / "law.csv")[0] == row("0", "A", "A")
+    write_predictions(tmp_path / "law.csv", [row(str(n), "A", "ABAB"[n]) for n in range(4)])
+    assert [one.prediction for one in read_predictions(tmp_path / "law.csv")] == list("ABAB")
+    assert read_predictions(tmp_path / "law.csv")[0] == row("0", "A", "A")
     baseline = read_baseline([subject_of("law", 4)], tmp_path)
-    change = compare_with(baseline, {"law": [*rows, row("0", "A", "B", run=1)]})
+    change = compare_with_baseline(baseline, {"law": [*rows, row("0", "A", "B", run=1)]})
     assert (change["only_baseline_right"], change["only_this_right"]) == (1, 2)
     assert (change["num_questions"], change["difference"], change["p_value"]) == (4, 0.25, 1.0)
-    with pytest.raises(UserError, match="art.csv is not there"):
+    with pytest.raises(UserError, match="there is no .*art.csv"):
         read_baseline([subject_of("art", 1)], tmp_path)
     other = replace(subject_of("law", 1), questions=[Question("9", "Q", ("",) * 4, "A")])
     with pytest.raises(UserError, match="no question in common"):
         read_baseline([other], tmp_path)
     (tmp_path / "law.csv").write_text("run,id\n0,1\n")
-    with pytest.raises(UserError, match="not a subject's results"):
-        read_rows(tmp_path / "law.csv")
+    with pytest.raises(UserError, match="not the results of a subject"):
+        read_predictions(tmp_path / "law.csv")
 
 
 def test_rows_of_other_questions_are_not_gone_on_with(tmp_path):
     path, law = tmp_path / "law.csv", subject_of("law", 2)
     rows = [row(str(n), "A", "B", run=run) for run in range(2) for n in range(2)]
-    write_rows(path, rows)
+    write_predictions(path, rows)
     assert read_finished(path, law, 2) == rows
     for wrong in (rows[:3], [], rows[:2], [row("0", "B", "B"), *rows[1:]], [*rows[:3], rows[0]]):
-        write_rows(path, wrong)
-        with pytest.raises(UserError, match="law.csv: is not about the questions"):
+        write_predictions(path, wrong)
+        with pytest.raises(UserError, match="law.csv: its questions are not those"):
             read_finished(path, law, 2)
 
 
@@ -230,8 +221,8 @@ def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, t
 
 def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchmark_dir, tmp_path):
     done = ceval(checkpoint, benchmark_dir, tmp_path / "out", "--baseline_dir", tmp_path / "none")
-    assert done.returncode == 2 and "art.csv is not there" in done.stderr
-    write_rows(tmp_path / "base" / "ceval-test" / "law.csv", [row("10", "A", "A")])
+    assert done.returncode == 2 and "art.csv. Give the output folder" in done.stderr
+    write_predictions(tmp_path / "base" / "ceval-test" / "law.csv", [row("10", "A", "A")])
     done = ceval(
         checkpoint,
         benchmark_dir,
@@ -243,14 +234,14 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
         "--subjects",
         "law, law",
     )
-    assert done.returncode == 2 and "the answers of law are not told" in done.stderr
+    assert done.returncode == 2 and "the answers of law are secret" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["hellaswag"], "'hellaswag' is nothing to measure"),
+        (["hellaswag"], "'hellaswag' is not something to measure"),
         (["mmlu", "--model_name_or_path", "x"], "--data_dir"),
         (
             [
@@ -264,7 +255,7 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
                 "--split",
                 "val",
             ],
-            "CMMLU has test, dev",
+            "--split: invalid choice: 'val'",
         ),
         (["ceval", "--data_di", "x"], "did you mean --data_dir"),
         (
@@ -281,7 +272,7 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
                 "--n_times",
                 "2",
             ],
-            "--n_times repeats with other demonstrations",
+            "--n_times changes the demonstrations; --num_fewshot 0 has none",
         ),
         (
             [
@@ -295,7 +286,7 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
                 "--resume",
                 "--overwrite_output_dir",
             ],
-            "give one of them",
+            "Give one of them",
         ),
     ],
 )

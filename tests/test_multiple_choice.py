@@ -13,14 +13,14 @@ import transformers
 
 from minisft.checkpoints.folders import load_model
 from minisft.common.errors import UserError
-from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS, Question, Subject, read_subjects
-from minisft.evaluation.multiple_choice import (
-    Prompts,
-    answer_subject,
+from minisft.evaluation.benchmark_files import read_subjects
+from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS, Question, Subject
+from minisft.evaluation.choice_prompts import (
+    PromptBuilder,
     choose_demonstrations,
-    log_likelihoods,
-    shared_length,
+    shared_prefix_length,
 )
+from minisft.evaluation.multiple_choice import answer_subject, log_likelihoods
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -113,10 +113,10 @@ def test_log_likelihoods_equal_lm_evaluation_harness(shared_data, llama2_dir, tm
     theirs, model = harness(shared_data, llama2_dir, tmp_path), load_model(llama2_dir)
     for name, num_fewshot in itertools.product(FILES, (0, 5)):
         subject = first_questions(shared_data, name, num_fewshot)
-        prompts = Prompts(BENCHMARKS[name], Tokenizer.load(llama2_dir), max_length=4096)
-        rows = answer_subject(model, prompts, subject, num_fewshot, batch_size=3)
-        ours = torch.tensor([[row[letter] for letter in LETTERS] for row in rows])
-        assert ours.shape == (SAMPLES, 4) and {row["num_fewshot"] for row in rows} == {num_fewshot}
+        builder = PromptBuilder(BENCHMARKS[name], Tokenizer.load(llama2_dir), max_length=4096)
+        rows = answer_subject(model, builder, subject, num_fewshot, batch_size=3)
+        ours = torch.tensor([row.log_likelihoods for row in rows])
+        assert ours.shape == (SAMPLES, 4) and {row.num_fewshot for row in rows} == {num_fewshot}
         torch.testing.assert_close(
             ours,
             torch.tensor(theirs[name][num_fewshot]),
@@ -142,8 +142,8 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
         for number in range(5)
     ]
     subject = Subject("cats", "cats", "", questions[1:], questions[:1])
-    prompts = Prompts(BENCHMARKS["ceval"], tokenizer, template)
-    made = [prompts.prompt(subject, subject.demonstrations, one) for one in subject.questions]
+    builder = PromptBuilder(BENCHMARKS["ceval"], tokenizer, template)
+    made = [builder.build(subject, subject.demonstrations, one) for one in subject.questions]
     oracle = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     expected = [[alone(oracle, one.ids, option) for option in one.options] for one in made]
     for batch_size in (1, 3, 8):
@@ -153,9 +153,9 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
         message = {
             "role": "user",
             "content": BENCHMARKS["ceval"].heading.format(subject="cats")
-            + questions[1].asked(BENCHMARKS["ceval"]),
+            + BENCHMARKS["ceval"].ask(questions[1]),
         }
-        one = prompts.prompt(subject, [], questions[1])
+        one = builder.build(subject, [], questions[1])
         assert one.ids == template.encode_prompt([message])
         whole, _ = template.encode([message, {"role": "assistant", "content": "C"}])
         assert whole[: len(one.ids) + 1] == one.ids + one.options[2]
@@ -165,8 +165,8 @@ def test_options_of_several_tokens_and_a_sliding_window(tmp_path, shared_data):
     stories = shared_data / "models" / "stories260K"
     folder = small_model(tmp_path / "model", stories, 512, sliding_window=96)
     subject = first_questions(shared_data, "mmlu", 1, 3)
-    prompts = Prompts(BENCHMARKS["mmlu"], Tokenizer.load(folder))
-    made = [prompts.prompt(subject, subject.demonstrations[:1], one) for one in subject.questions]
+    builder = PromptBuilder(BENCHMARKS["mmlu"], Tokenizer.load(folder))
+    made = [builder.build(subject, subject.demonstrations[:1], one) for one in subject.questions]
     assert {len(option) for option in made[0].options} == {1, 2}
     oracle = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     expected = [[alone(oracle, one.ids, option) for option in one.options] for one in made]
@@ -177,7 +177,7 @@ def test_options_of_several_tokens_and_a_sliding_window(tmp_path, shared_data):
 def test_the_letter_is_the_token_of_its_place(llama2_dir):
     tokenizer = Tokenizer.load(llama2_dir)
     subject = Subject("law", "法学", "", [Question("0", "一", ("a", "b", "c", "d"), "A")])
-    prompt = Prompts(BENCHMARKS["ceval"], tokenizer).prompt(subject, [], subject.questions[0])
+    prompt = PromptBuilder(BENCHMARKS["ceval"], tokenizer).build(subject, [], subject.questions[0])
     assert prompt.options[0] == [29909] and tokenizer.encode("A") == [319]
     assert tokenizer.decode(prompt.ids) == (
         "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
@@ -194,17 +194,17 @@ def test_a_tokenizer_without_the_letters_is_refused():
             encode=lambda text, ids=letters: [ids.get(one, 0) for one in text],
         )
         question = Question("0", "一", ("a", "b", "c", "d"), "A")
-        prompts = Prompts(BENCHMARKS["ceval"], tokenizer)
-        if len(letters) == 3:  # one unknown letter is still told from the others
-            assert prompts.prompt(Subject("", "", "", []), [], question).options == [
+        builder = PromptBuilder(BENCHMARKS["ceval"], tokenizer)
+        if len(letters) == 3:  # a single unknown letter still differs from the others
+            assert builder.build(Subject("", "", "", []), [], question).options == [
                 [1],
                 [2],
                 [3],
                 [0],
             ]
             continue
-        with pytest.raises(UserError, match="does not tell the letters"):
-            prompts.prompt(Subject("", "", "", []), [], question)
+        with pytest.raises(UserError, match="some of the letters A, B, C and D the same tokens"):
+            builder.build(Subject("", "", "", []), [], question)
 
 
 def test_demonstrations_that_find_no_room_are_dropped(tiny_tokenizer_dir):
@@ -213,14 +213,14 @@ def test_demonstrations_that_find_no_room_are_dropped(tiny_tokenizer_dir):
         Question(str(number), "the cat " * 5, ("a", "b", "c", "d"), "B") for number in range(4)
     ]
     subject = Subject("cats", "cats", "", questions, questions)
-    whole = Prompts(BENCHMARKS["mmlu"], tokenizer).prompt(subject, questions[:3], questions[3])
-    room = Prompts(BENCHMARKS["mmlu"], tokenizer, max_length=len(whole.ids) + 1)
-    assert room.prompt(subject, questions[:3], questions[3]).num_fewshot == 3
+    whole = PromptBuilder(BENCHMARKS["mmlu"], tokenizer).build(subject, questions[:3], questions[3])
+    room = PromptBuilder(BENCHMARKS["mmlu"], tokenizer, max_length=len(whole.ids) + 1)
+    assert room.build(subject, questions[:3], questions[3]).num_fewshot == 3
     room.max_length = len(whole.ids) - 1
-    fitted = room.prompt(subject, questions[:3], questions[3])
+    fitted = room.build(subject, questions[:3], questions[3])
     assert (fitted.num_fewshot, fitted.is_cut) == (2, False)
     room.max_length = 20
-    cut = room.prompt(subject, questions[:3], questions[3])
+    cut = room.build(subject, questions[:3], questions[3])
     assert (cut.num_fewshot, cut.is_cut, cut.ids[0]) == (0, True, tokenizer.bos_token_id)
     assert len(cut.ids) + max(map(len, cut.options)) - 1 == 20
     assert cut.ids[1:] == whole.ids[-(len(cut.ids) - 1) :]
@@ -236,10 +236,10 @@ def test_repetitions_draw_other_demonstrations():
     assert all(len({one.id for one in some}) == 5 for some in drawn)
 
 
-def test_shared_length():
-    assert shared_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
-    assert shared_length([[1, 9], [2, 9], [1, 9]]) == 0
-    assert shared_length([[], []]) == 0
+def test_shared_prefix_length():
+    assert shared_prefix_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
+    assert shared_prefix_length([[1, 9], [2, 9], [1, 9]]) == 0
+    assert shared_prefix_length([[], []]) == 0
 
 
 HEADERS = {
@@ -291,7 +291,7 @@ def test_a_damaged_zip_is_named(tmp_path):
             encrypted[at + offset] |= 1
     for content in (whole[:place] + bytes(30) + whole[place + 30 :], encrypted):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="data.zip.*download the zip again"):
+        with pytest.raises(UserError, match="data.zip.*Download the zip again"):
             read_subjects(BENCHMARKS["ceval"], path, "val")
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="neither a folder nor a zip"):
@@ -312,14 +312,17 @@ def test_answers_that_are_kept_back_and_numbers_that_are_not_unique(tmp_path):
     [
         ("id,question,A,B,C,answer\n0,Q,a,b,c,B\n", "column d is missing"),
         ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,E\n", "line 2: the answer is 'E'"),
-        ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,A\n1,Q,a,b,c,d,\n", "line 3: there is no answer"),
+        (
+            "id,question,A,B,C,D,answer\n0,Q,a,b,c,d,A\n1,Q,a,b,c,d,\n",
+            "line 3: the answer is missing",
+        ),
         (
             "id,question,A,B,C,D,answer\n0,Q,a,b,c,d\n",
-            "line 2: 6 columns where the first row has 7",
+            "line 2: 6 columns, but the first row has 7",
         ),
         ("id,question,A,B,C,D,answer\n", "no questions"),
         ("", "no questions"),
-        ("a,b\n", "but 2 columns"),
+        ("a,b\n", "but found 2 columns"),
         ("Q,a,b,c,d\n", "has no answers"),
         ('Q,"a,b,c,d,B\n', "line"),
     ],
@@ -345,7 +348,7 @@ def test_what_is_missing_is_named(tmp_path):
         with pytest.raises(UserError, match="subject_mapping.json: expected"):
             read_subjects(ceval, folder, "val", 0)
     (folder / "subject_mapping.json").unlink()
-    with pytest.raises(UserError, match="what the subject law is called"):
+    with pytest.raises(UserError, match="no name of the subject law"):
         read_subjects(ceval, folder, "val", 0)
     assert read_subjects(BENCHMARKS["mmlu"], folder, "val", 0)[0].name == "law"
     with pytest.raises(UserError, match="neither a folder nor a zip"):
