@@ -94,8 +94,9 @@ def answer_benchmark(name: str, options: Namespace) -> None:
     """Answer the questions of a benchmark, subject by subject, and report the accuracy."""
     benchmark = BENCHMARKS[name]
     may_exist = options.overwrite_output_dir or options.resume
-    inputs = options.model_name_or_path, options.adapter
-    output_dir = check_output_dir(options.output_dir, may_exist, *inputs)
+    output_dir = check_output_dir(
+        options.output_dir, may_exist, options.model_name_or_path, options.adapter
+    )
     resume.check_same_options(options, resume.CHOICE_OPTIONS)
     subjects = read_subjects(
         benchmark,
@@ -115,7 +116,9 @@ def answer_benchmark(name: str, options: Namespace) -> None:
     device = processes.start(resolve_device(options.device))
     # Plain text needs no template, but an Assistant has one. This one fits every tokenizer.
     template_name = "plain" if options.template == "none" else options.template
-    assistant = load_assistant(options, *inputs, template_name, device)
+    assistant = load_assistant(
+        options, options.model_name_or_path, options.adapter, template_name, device
+    )
     template = None if options.template == "none" else assistant.template
     max_length = min(options.max_length or assistant.max_length, assistant.max_length)
     builder = PromptBuilder(benchmark, assistant.tokenizer, template, max_length)
