@@ -11,7 +11,6 @@ The first word says what to measure: ceval, cmmlu, mmlu or compare. Each has its
 import os
 import sys
 from argparse import Namespace
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from minisft.common.outputs import check_output_dir
 from minisft.data.dataset import open_rows
 from minisft.evaluation import resume
 from minisft.evaluation.benchmark_files import read_subjects
-from minisft.evaluation.benchmarks import BENCHMARKS
+from minisft.evaluation.benchmarks import BENCHMARKS, Subject
 from minisft.evaluation.choice_prompts import PromptBuilder
 from minisft.evaluation.choice_report import (
     choice_protocol,
@@ -79,6 +78,7 @@ from minisft.evaluation.report_page import write_results
 from minisft.evaluation.text_metrics import scorers
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
+from minisft.model.decoder import CausalLM
 
 
 def main(command: tuple[str, Namespace] | None = None) -> None:
@@ -103,11 +103,9 @@ def answer_benchmark(name: str, options: Namespace) -> None:
         options.data_dir,
         options.split,
         options.num_fewshot,
-        [word.strip() for word in options.subjects.split(",") if word.strip()],
+        [key.strip() for key in options.subjects.split(",") if key.strip()],
+        options.max_samples,
     )
-    subjects = [
-        replace(subject, questions=subject.questions[: options.max_samples]) for subject in subjects
-    ]
     rows_dir = output_dir / f"{name}-{options.split}"
     baseline = None
     if options.baseline_dir:
@@ -126,46 +124,22 @@ def answer_benchmark(name: str, options: Namespace) -> None:
     unfinished = subjects
     if options.resume:
         unfinished = unfinished_subjects(subjects, rows_dir, options.n_times)
+        num_finished = len(subjects) - len(unfinished)
+        processes.print_rank0(f"{num_finished} of {len(subjects)} subjects are finished")
     processes.barrier()  # no rank writes before all have looked
     if processes.rank() == 0:
         results = f"{rows_dir.name}/*.csv", "summary.json", "submission.json"
         resume.start_output_dir(options, output_dir, results)
     processes.barrier()
-    num_questions = sum(len(subject.questions) for subject in unfinished)
-    num_finished = len(subjects) - len(unfinished)
-    processes.print_rank0(
-        f"{num_questions:,} questions in {len(unfinished)} subjects"
-        + (f"; {num_finished} subjects are finished" if num_finished else "")
-    )
 
-    # The largest subjects first, so that no rank is left alone with one.
-    unfinished = sorted(unfinished, key=lambda subject: -len(subject.questions))
-    share = unfinished[processes.rank() :: processes.world_size()]
-    with progress_bar(sum(len(one.questions) for one in share) * options.n_times) as bar:
-        for subject in share:
-            bar.set_postfix_str(subject.key)
-            rows = []
-            for run in range(options.n_times):
-                rows += answer_subject(
-                    assistant.model,
-                    builder,
-                    subject,
-                    options.num_fewshot,
-                    run,
-                    options.seed,
-                    options.batch_size,
-                    bar.update,
-                )
-            write_predictions(rows_dir / f"{subject.key}.csv", rows)
+    answer_subjects(options, assistant.model, builder, unfinished, rows_dir)
     processes.barrier()
-
     if processes.rank() == 0:
         predictions = {
             subject.key: read_finished(rows_dir / f"{subject.key}.csv", subject, options.n_times)
             for subject in subjects
         }
-        dtype = str(assistant.dtype).removeprefix("torch.")
-        protocol = choice_protocol(benchmark, options, dtype, template.name if template else None)
+        protocol = choice_protocol(benchmark, options, assistant.dtype, template)
         summary = {"protocol": protocol} | summarize(subjects, predictions, options.num_fewshot)
         if baseline:
             summary["baseline"] = compare_with_baseline(baseline, predictions)
@@ -177,6 +151,37 @@ def answer_benchmark(name: str, options: Namespace) -> None:
         write_json(summary, output_dir / "summary.json")
         print(f"wrote {output_dir / 'summary.json'}")
     processes.stop()
+
+
+def answer_subjects(
+    options: Namespace,
+    model: CausalLM,
+    builder: PromptBuilder,
+    subjects: list[Subject],
+    rows_dir: Path,
+) -> None:
+    """Write the predictions for this rank's share of the subjects, a file for each."""
+    num_questions = sum(len(subject.questions) for subject in subjects)
+    processes.print_rank0(f"{num_questions:,} questions in {len(subjects)} subjects")
+    # The largest subjects first, so that no rank is left alone with one.
+    subjects = sorted(subjects, key=lambda subject: -len(subject.questions))
+    share = subjects[processes.rank() :: processes.world_size()]
+    with progress_bar(sum(len(one.questions) for one in share) * options.n_times) as bar:
+        for subject in share:
+            bar.set_postfix_str(subject.key)
+            rows = []
+            for run in range(options.n_times):
+                rows += answer_subject(
+                    model,
+                    builder,
+                    subject,
+                    options.num_fewshot,
+                    run,
+                    options.seed,
+                    options.batch_size,
+                    bar.update,
+                )
+            write_predictions(rows_dir / f"{subject.key}.csv", rows)
 
 
 def compare(options: Namespace) -> None:

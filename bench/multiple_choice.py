@@ -61,16 +61,18 @@ def harness_requests(benchmark, subjects, num_fewshot):
 
 def compare(options, model_dir):
     """Take turns; print questions a second of both sides and their ratio."""
-    from dataclasses import replace
-
     from lm_eval.models.huggingface import HFLM
 
     benchmark = BENCHMARKS[options.benchmark]
     wanted = options.subjects.split(",") if options.subjects else ()
     subjects = read_subjects(
-        benchmark, options.data_dir, options.split, options.num_fewshot, wanted
+        benchmark,
+        options.data_dir,
+        options.split,
+        options.num_fewshot,
+        wanted,
+        options.max_samples,
     )
-    subjects = [replace(one, questions=one.questions[: options.max_samples]) for one in subjects]
     count = sum(len(one.questions) for one in subjects)
     model, tokenizer = load_model(model_dir), Tokenizer.load(model_dir)
     builder = PromptBuilder(benchmark, tokenizer, max_length=options.max_length)

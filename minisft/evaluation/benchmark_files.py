@@ -33,11 +33,13 @@ def read_subjects(
     split: str,
     num_fewshot: int = 0,
     wanted: Sequence[str] = (),
+    max_samples: int | None = None,
 ) -> list[Subject]:
     """The subjects of a split with their demonstrations, sorted by name.
 
-    wanted: the names of the subjects to read; by default all. Demonstrations come from the split
-    `dev`. UserError names the file and row that is broken, or the subject that is missing.
+    wanted: the names of the subjects to read; by default all. max_samples: questions of a subject,
+    the first ones. Demonstrations come from the split `dev`. UserError names the file and row that
+    is broken, or the subject that is missing.
     """
     files = Files(data_dir)
     paths = files.subjects(split)
@@ -69,7 +71,8 @@ def read_subjects(
             )
         name, group = names.get(key, (key.replace("_", " "), ""))
         shown = files.questions(demonstrations[key], need_answers=True) if num_fewshot else []
-        subjects.append(Subject(key, name, group, files.questions(paths[key]), shown))
+        questions = files.questions(paths[key])[:max_samples]
+        subjects.append(Subject(key, name, group, questions, shown))
     return subjects
 
 

@@ -10,9 +10,12 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from minisft.evaluation.benchmarks import Benchmark, Subject
 from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
 from minisft.evaluation.predictions import Baseline, Prediction
+from minisft.text.template import Template
 
 # Subject -> its predictions, all repetitions.
 Predictions = dict[str, list[Prediction]]
@@ -160,11 +163,11 @@ def _table_line(name: str, count: int, entry: dict[str, Any]) -> str:
 
 
 def choice_protocol(
-    benchmark: Benchmark, options: Namespace, dtype: str, template_name: str | None
+    benchmark: Benchmark, options: Namespace, dtype: torch.dtype, template: Template | None
 ) -> str:
     """How the figures were measured, in words. Only figures of equal protocols are comparable.
 
-    template_name: None for a prompt of plain text.
+    template: None for a prompt of plain text.
     """
     parts = [f"{benchmark.title}, {options.split} split"]
     if options.subjects:
@@ -176,11 +179,11 @@ def choice_protocol(
         shots += " with the first rows of dev"
     if options.n_times > 1:
         shots += f", mean of {options.n_times} runs with different demonstrations"
-    form = f"turns of the template {template_name}" if template_name else "plain text"
+    form = f"turns of the template {template.name}" if template else "plain text"
     model = options.model_name_or_path
     if options.adapter:
         model += f" with {options.adapter}"
-    model += f" in {dtype}"
+    model += " in " + str(dtype).removeprefix("torch.")
     if options.quantization_bit:
         model += f" with linear layers in {options.quantization_bit} bits"
     parts += [
