@@ -32,7 +32,7 @@ def subject_of(key, count, group=""):
     return Subject(key, key, group, questions, questions)
 
 
-def test_intervals_and_tests_equal_scipy_and_the_known_ones():
+def test_intervals_and_p_values_equal_scipy():
     for right, total in ((0, 5), (3, 7), (835, 1346), (9, 9)):
         interval = stats.binomtest(right, total).proportion_ci(method="wilson")
         assert wilson(right / total, total) == pytest.approx((interval.low, interval.high))
@@ -41,7 +41,7 @@ def test_intervals_and_tests_equal_scipy_and_the_known_ones():
         assert mcnemar(lost, gained) == pytest.approx(expected)
     low, high = macro_interval([(0.6, 1346)])
     assert (high - low) / (2 * 1.96) == pytest.approx(0.0134, abs=1e-4)  # 1.3 points
-    # Four parts of 100 are as good as one of 400, up to the moderation of the shares.
+    # Four parts of 100 are as good as one of 400, up to the smoothing of the rates.
     low, high = macro_interval([(0.5, 100)] * 4)
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / 400**0.5, abs=1e-3)
     low, high = macro_interval([(1.0, 5), (1.0, 5)])
@@ -60,7 +60,7 @@ def test_averages_over_subjects_and_over_questions():
     assert summary["weighted"]["accuracy"] == pytest.approx(2 / 5)
     assert summary["weighted"]["interval"] == wilson(2 / 5, 5)
     assert summary["groups"]["Humanities"]["macro"] == summary["macro"]
-    # Three were asked for; law could have shown three, art one.
+    # --num_fewshot 3: law has three demonstrations or more, art has one.
     assert summary["dropped_demonstrations"] == 4 * 2
     assert summary["questions_with_dropped_demonstrations"] == 4
     text = "\n".join(summary_lines(summary))
@@ -79,7 +79,7 @@ def test_repetitions_are_averaged_and_do_not_narrow_the_interval():
     assert (summary["num_questions"], summary["questions_cut"]) == (2, 1)
 
 
-def test_rows_come_back_and_are_paired_with_a_baseline(tmp_path):
+def test_predictions_are_read_back_and_compared_with_a_baseline(tmp_path):
     rows = [row(str(n), "A", "AABA"[n]) for n in range(4)]
     write_predictions(tmp_path / "law.csv", [row(str(n), "A", "ABAB"[n]) for n in range(4)])
     assert [one.prediction for one in read_predictions(tmp_path / "law.csv")] == list("ABAB")
@@ -98,7 +98,7 @@ def test_rows_come_back_and_are_paired_with_a_baseline(tmp_path):
         read_predictions(tmp_path / "law.csv")
 
 
-def test_rows_of_other_questions_are_not_gone_on_with(tmp_path):
+def test_a_run_with_other_questions_is_not_continued(tmp_path):
     path, law = tmp_path / "law.csv", subject_of("law", 2)
     rows = [row(str(n), "A", "B", run=run) for run in range(2) for n in range(2)]
     write_predictions(path, rows)
@@ -111,7 +111,7 @@ def test_rows_of_other_questions_are_not_gone_on_with(tmp_path):
 
 @pytest.fixture
 def benchmark_dir(tmp_path):
-    """Two subjects of C-Eval's form; the test split has no answers."""
+    """Two subjects in the form of C-Eval; the test split has no answers."""
     folder = tmp_path / "ceval"
     for split in ("dev", "val", "test"):
         (folder / split).mkdir(parents=True)
@@ -154,7 +154,7 @@ def predictions(path):
         return [line["prediction"] for line in csv.DictReader(file)]
 
 
-def test_a_run_its_resumption_and_two_processes(checkpoint, benchmark_dir, tmp_path):
+def test_a_run_resume_and_two_processes(checkpoint, benchmark_dir, tmp_path):
     done = ceval(checkpoint, benchmark_dir, tmp_path / "one")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
@@ -168,7 +168,7 @@ def test_a_run_its_resumption_and_two_processes(checkpoint, benchmark_dir, tmp_p
     assert summary["subjects"]["law"]["accuracy"] == sum(right) / 3
     assert f"{100 * summary['macro']['accuracy']:.1f} %" in done.stdout
 
-    # What is finished stays as it is, the rest is done; other options are refused.
+    # --resume keeps the finished subjects and does the others. Other options are refused.
     kept = (rows_dir / "law.csv").read_text().removesuffix("0\n") + "1\n"
     (rows_dir / "law.csv").write_text(kept)
     expected = (rows_dir / "art.csv").read_text()
@@ -219,7 +219,9 @@ def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, t
     assert "macro" not in summary and "template chatml" in summary["protocol"]
 
 
-def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchmark_dir, tmp_path):
+def test_a_bad_baseline_is_reported_before_anything_is_computed(
+    checkpoint, benchmark_dir, tmp_path
+):
     done = ceval(checkpoint, benchmark_dir, tmp_path / "out", "--baseline_dir", tmp_path / "none")
     assert done.returncode == 2 and "art.csv. Give the output folder" in done.stderr
     write_predictions(tmp_path / "base" / "ceval-test" / "law.csv", [row("10", "A", "A")])
@@ -267,6 +269,20 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
                 "x",
                 "--output_dir",
                 "y",
+                "--seed",
+                "3",
+            ],
+            "--seed chooses the demonstrations of repetitions: it needs --n_times",
+        ),
+        (
+            [
+                "ceval",
+                "--data_dir",
+                "x",
+                "--model_name_or_path",
+                "x",
+                "--output_dir",
+                "y",
                 "--num_fewshot",
                 "0",
                 "--n_times",
@@ -290,7 +306,7 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
         ),
     ],
 )
-def test_mistakes_are_one_line(words, said):
+def test_mistakes_give_a_message_of_one_line(words, said):
     done = command(*words, script="eval.py")
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
@@ -298,4 +314,4 @@ def test_mistakes_are_one_line(words, said):
 def test_the_first_word_is_explained():
     done = command("--help", script="eval.py")
     assert done.returncode == 0 and "ceval, cmmlu, mmlu or compare" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100  # commands are broken as they are written
+    assert max(map(len, done.stdout.splitlines())) <= 100  # no command is one long line

@@ -1,4 +1,4 @@
-"""multiple_choice.py, benchmarks.py: scores equal lm-evaluation-harness's on real files."""
+"""Multiple choice: scores equal lm-evaluation-harness on real files; reading these files."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ FILES = {  # benchmark: a subject, its rows, its demonstrations, and how the har
 
 
 def small_model(folder, tokenizer_dir, vocab_size, **settings):
-    """A random Llama, beside somebody's real tokenizer."""
+    """A random Llama with a real tokenizer."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (tokenizer_dir / name).is_file():
@@ -66,7 +66,7 @@ def llama2_dir(shared_data, tmp_path_factory):
 
 
 def harness(shared_data, llama2_dir, folder):
-    """What lm-evaluation-harness finds, from task files that say the prompt in its own terms."""
+    """The scores of lm-evaluation-harness, from task files that describe the prompts to it."""
     from lm_eval_oracle import log_likelihoods as found_by_harness
 
     (folder / "tasks").mkdir()
@@ -127,7 +127,7 @@ def test_log_likelihoods_equal_lm_evaluation_harness(shared_data, llama2_dir, tm
 
 
 def alone(model, ids, option):
-    """log P(option | ids) by transformers, the whole text at once."""
+    """log P(option | ids) by transformers, from a single pass over the text."""
     logits = model(torch.tensor([ids + option])).logits[0].log_softmax(-1)
     return sum(float(logits[len(ids) - 1 + place, id]) for place, id in enumerate(option))
 
@@ -149,7 +149,7 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
     for batch_size in (1, 3, 8):
         found = log_likelihoods(load_model(folder), made, batch_size)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
-    if template:  # the letter stands where the model was trained to write it
+    if template:  # the letter comes where the model learned to write it
         message = {
             "role": "user",
             "content": BENCHMARKS["ceval"].heading.format(subject="cats")
@@ -174,7 +174,7 @@ def test_options_of_several_tokens_and_a_sliding_window(tmp_path, shared_data):
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
 
 
-def test_the_letter_is_the_token_of_its_place(llama2_dir):
+def test_the_token_of_a_letter_is_the_token_after_the_prompt(llama2_dir):
     tokenizer = Tokenizer.load(llama2_dir)
     subject = Subject("law", "法学", "", [Question("0", "一", ("a", "b", "c", "d"), "A")])
     prompt = PromptBuilder(BENCHMARKS["ceval"], tokenizer).build(subject, [], subject.questions[0])
@@ -185,7 +185,7 @@ def test_the_letter_is_the_token_of_its_place(llama2_dir):
     )
 
 
-def test_a_tokenizer_without_the_letters_is_refused():
+def test_a_tokenizer_without_letters_is_refused():
     known = {"A": 1, "B": 2}
     for letters in ({}, known, {**known, "C": 3}):
         tokenizer = SimpleNamespace(
@@ -207,7 +207,7 @@ def test_a_tokenizer_without_the_letters_is_refused():
             builder.build(Subject("", "", "", []), [], question)
 
 
-def test_demonstrations_that_find_no_room_are_dropped(tiny_tokenizer_dir):
+def test_demonstrations_that_do_not_fit_are_dropped(tiny_tokenizer_dir):
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
     questions = [
         Question(str(number), "the cat " * 5, ("a", "b", "c", "d"), "B") for number in range(4)
@@ -226,7 +226,7 @@ def test_demonstrations_that_find_no_room_are_dropped(tiny_tokenizer_dir):
     assert cut.ids[1:] == whole.ids[-(len(cut.ids) - 1) :]
 
 
-def test_repetitions_draw_other_demonstrations():
+def test_repetitions_have_different_demonstrations():
     shown = [Question(str(number), "", ("",) * 4, "A") for number in range(8)]
     subject = Subject("law", "law", "", [], shown)
     assert choose_demonstrations(subject, 5) == shown[:5]
@@ -298,7 +298,7 @@ def test_a_damaged_zip_is_named(tmp_path):
         read_subjects(BENCHMARKS["ceval"], path, "val")
 
 
-def test_answers_that_are_kept_back_and_numbers_that_are_not_unique(tmp_path):
+def test_secret_answers_and_ids_that_are_not_unique(tmp_path):
     rows = "id,question,A,B,C,D,answer\n7,Q,a,b,c,d,\n7,R,a,b,c,d,\n"
     (subject,) = read_subjects(BENCHMARKS["ceval"], data_folder(tmp_path, rows), "test")
     assert [one.answer for one in subject.questions] == [None, None]
@@ -334,7 +334,7 @@ def test_bad_files_are_named(tmp_path, content, said):
     assert "law_" in str(error.value)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_subjects_and_names_are_reported(tmp_path):
     folder, ceval = data_folder(tmp_path, HEADERS["ceval"]), BENCHMARKS["ceval"]
     with pytest.raises(UserError, match="no CSV files in a folder 'train'.*dev, test, val"):
         read_subjects(ceval, folder, "train")

@@ -1,4 +1,4 @@
-"""report_page.py: the page is text, asks nobody, and works in a real browser; the picture."""
+"""The report: the page is escaped, makes no request and works in a browser; lines and bars."""
 
 import json
 import warnings
@@ -34,7 +34,7 @@ class Reader(HTMLParser):
 
 
 def made_up_results():
-    """What a comparison of three models leaves, with long words and every kind of verdict."""
+    """The results of a comparison of three models, with long words and all kinds of verdicts."""
     items = [
         Item([{"role": "user", "content": f"问题 {number}: {'很长' * 40}"}], "the mat")
         for number in range(12)
@@ -63,7 +63,7 @@ def made_up_results():
     }
 
 
-def test_what_models_wrote_is_text_and_the_page_asks_nobody():
+def test_texts_are_escaped_and_the_page_makes_no_request():
     results = made_up_results()
     text = render_page(results)
     assert text == render_page(json.loads(json.dumps(results)))
@@ -74,7 +74,7 @@ def test_what_models_wrote_is_text_and_the_page_asks_nobody():
     assert NASTY in reader.texts
 
 
-def test_lines_say_what_went_wrong():
+def test_lines_report_what_went_wrong():
     results = made_up_results()
     results["models"]["tuned"] |= {
         "answers_cut": 3,
@@ -113,7 +113,7 @@ def test_the_page_in_a_browser(tmp_path):
         tab.on("console", lambda message: complaints.append(message.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.goto((tmp_path / "report.html").as_uri())
-        # On a phone the text is as wide as the screen, and only the table can be moved sideways.
+        # On a phone the page is as wide as the screen. Only the table scrolls sideways.
         assert tab.evaluate("document.documentElement.scrollWidth") == 390
         shown = tab.locator("article:visible")
         counts = {}
@@ -136,7 +136,7 @@ def test_the_page_in_a_browser(tmp_path):
         tab.select_option("select", "loss-1")
         assert shown.count() == 0
         tab.fill("input", "")
-        # What has scrolled under the bar with the filter does not show through it.
+        # Text that has scrolled under the bar with the filter does not show through.
         assert tab.evaluate("""() => {
             scrollTo(0, document.body.scrollHeight);
             const bar = document.querySelector("form").getBoundingClientRect();

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,14 @@ class _Private:
         "bad: return",
         "Public.__call__: a",
     ]
+
+
+def test_files_that_are_not_python_are_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["minisft"]
+    installed = {path for pattern in patterns for path in (ROOT / "minisft").glob(pattern)}
+    others = [path for path in (ROOT / "minisft").rglob("*.*") if "__pycache__" not in path.parts]
+    assert {path for path in others if path.suffix != ".py"} == installed
 
 
 def test_no_long_files():
