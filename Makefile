@@ -1,6 +1,8 @@
 # make demo: install what is needed, then fine-tune, evaluate and chat with the embedded model.
-# make test: install the test dependencies and run the tests.
-# make lint, make types, make format: ruff, the type checker, and ruff's formatter.
+# make test: install the test dependencies; run the linter, the type checker and all tests.
+# make fast: the tests to run after every change.
+# make lint, make types: ruff, the type checker.
+# make format: ruff's formatter, and the line counts in the READMEs.
 # make test-avx2: run the numerical tests again as an x86 processor without AVX-512 computes.
 # make floor: demo and test with Python 3.11 and the lowest versions that the requirements allow.
 #
@@ -15,7 +17,10 @@ BASE_PYTHON := python3
 CHECK_VERSION := -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	"This is Python %d.%d; 3.11 or newer is needed, see Makefile" % sys.version_info[:2])'
 
-.PHONY: demo test test-avx2 floor lint types format clean
+EXTRAS := requirements/plot.txt requirements/eval.txt requirements/web.txt
+TEST_REQUIREMENTS := requirements.txt $(EXTRAS) requirements/dev.txt
+
+.PHONY: demo test tests fast test-avx2 floor lint types format clean
 .DEFAULT_GOAL := demo
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -27,8 +32,8 @@ TESTING := $(VENV)/testing.stamp
 $(RUNTIME): requirements.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	touch $@
-$(TESTING): requirements-dev.txt requirements.txt requirements-extras.txt | $(PYTHON)
-	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+$(TESTING): $(TEST_REQUIREMENTS) | $(PYTHON)
+	$(PYTHON) -m pip install --quiet $(addprefix -r ,$(TEST_REQUIREMENTS))
 	touch $@
 endif
 
@@ -36,12 +41,16 @@ demo: $(RUNTIME)
 	@$(PYTHON) $(CHECK_VERSION)
 	OMP_NUM_THREADS=1 $(PYTHON) examples/demo.py
 
-test: $(TESTING)
+test: lint types tests
+
+tests: $(TESTING)
 	@$(PYTHON) $(CHECK_VERSION)
 	$(PYTHON) tests/kernels.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check --quiet .
+
+# tests/conftest.py says which tests are slow.
+fast: $(TESTING)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "not slow"
 
 # ATen, oneDNN, MKL (which heeds it on Intel's processors only) and numpy's OpenBLAS.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -58,17 +67,19 @@ lint: $(TESTING)
 	$(PYTHON) -m ruff format --check .
 
 types: $(TESTING)
-	$(PYTHON) -m pyrefly check --python-interpreter-path $(PYTHON)
+	$(PYTHON) -m pyrefly check --python-interpreter-path "$$(command -v $(PYTHON))"
 
 format: $(TESTING)
 	$(PYTHON) -m ruff format .
+	$(PYTHON) docs/line_counts.py
 
 # Every >=X becomes ==X, and pip then finds test dependencies that accept those versions. demo runs
-# before they are installed, so that it has the packages of requirements.txt and no others.
+# before they are installed, so that it has the packages of requirements.txt and no others. The type
+# checker reads the newest torch only.
 floor: BASE_PYTHON := python3.11
 floor:
-	sed -E 's/>=([^,]+).*/==\1/' requirements.txt requirements-extras.txt > .venv-floor.txt
-	PIP_CONSTRAINT=.venv-floor.txt $(MAKE) -j1 demo test \
+	sed -E 's/>=([^,]+).*/==\1/' requirements.txt $(EXTRAS) > .venv-floor.txt
+	PIP_CONSTRAINT=.venv-floor.txt $(MAKE) -j1 demo tests \
 		VENV=.venv-floor PYTHON=.venv-floor/bin/python BASE_PYTHON=$(BASE_PYTHON)
 
 clean:

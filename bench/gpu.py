@@ -159,7 +159,7 @@ def start(name, dry_run, log):
             "--durations=8",
             "-p",
             "no:cacheprovider",
-            str(ROOT / "tests/test_cuda.py"),
+            str(ROOT / "tests/repository/test_cuda.py"),
         ]
     else:
         words = [str(ROOT / "bench/gpu.py"), "--stage", name, *["--dry_run"] * dry_run]
@@ -197,7 +197,7 @@ def finish(process, word, seconds):
 
 
 def run_tests(process, seconds, log):
-    """Yield the line of tests/test_cuda.py: how many passed, and which did not."""
+    """Yield the line of tests/repository/test_cuda.py: how many passed, and which did not."""
     counts, bad, began = dict.fromkeys(("PASSED", "FAILED", "ERROR", "SKIPPED"), 0), [], time.time()
     errors = []
     for text in finish(process, "", seconds):
@@ -208,7 +208,7 @@ def run_tests(process, seconds, log):
             counts[found[2]] += 1
             bad += [found[1].rpartition("::")[2]] * (found[2] in ("FAILED", "ERROR"))
     told = ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count)
-    line = {"name": "tests/test_cuda.py", "note": told, "took": time.time() - began}
+    line = {"name": "tests/repository/test_cuda.py", "note": told, "took": time.time() - began}
     if process.returncode == -signal.SIGKILL:
         yield {**line, "failed": f"stopped after {seconds:.0f} s: {told or 'no test ended'}"}
     elif process.returncode or bad:

@@ -89,7 +89,7 @@ def check_gradio() -> None:
     """Raise UserError if gradio is not installed."""
     if find_spec("gradio") is None:
         raise UserError(
-            "--web needs gradio, which is not installed: pip install -r requirements-extras.txt"
+            "--web needs gradio, which is not installed: pip install -r requirements/web.txt"
         )
 
 

@@ -50,7 +50,7 @@ def save_result(
             say(f"drew {plot_loss(output_dir)}")
         except ImportError:
             say(
-                "--plot_loss needs matplotlib (requirements-extras.txt); the numbers are in "
+                "--plot_loss needs matplotlib (requirements/plot.txt); the numbers are in "
                 f"{output_dir / 'metrics.jsonl'}"
             )
 

@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import CONFIG
+from conftest import CONFIG, ROOT
 from safetensors.torch import load_file, save_file
 
 from minisft.checkpoints.adapters import save_adapter
@@ -19,8 +18,6 @@ from minisft.common.tensor_files import parse_size
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def new_model(**changes):

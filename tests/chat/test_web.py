@@ -410,7 +410,7 @@ def test_the_controls_take_whatever_the_command_line_may_say(tiny_chat_model_dir
 
 def test_gradio_missing_is_told(monkeypatch):
     monkeypatch.setattr(web, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install -r requirements-extras.txt"):
+    with pytest.raises(UserError, match="pip install -r requirements/web.txt"):
         web.check_gradio()
 
 

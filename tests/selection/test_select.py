@@ -84,7 +84,7 @@ class TestTheName:
                 "-q",
                 "-p",
                 "no:cacheprovider",
-                "tests/test_options.py",
+                "tests/common/test_options.py",
                 "-k",
                 "hyphen",
             ],

@@ -31,7 +31,7 @@ def test_a_dry_run_fills_every_line(tmp_path):
     assert [line["name"] for line in lines] == [
         "matrix product",
         "memory copy",
-        "tests/test_cuda.py",
+        "tests/repository/test_cuda.py",
         *(
             f"{shape} lora, {way}"
             for shape in ("tinyllama", "llama3-8b")
@@ -84,10 +84,10 @@ def test_a_stage_that_crashes_says_so():
 
 def test_failed_tests_are_named():
     said = [
-        "tests/test_cuda.py::test_a PASSED [ 50%]",
-        "tests/test_cuda.py::test_b[x] FAILED [100%]",
+        "tests/repository/test_cuda.py::test_a PASSED [ 50%]",
+        "tests/repository/test_cuda.py::test_b[x] FAILED [100%]",
         "E   ModuleNotFoundError: No module named 'gguf'",
-        "FAILED tests/test_cuda.py::test_b[x]",
+        "FAILED tests/repository/test_cuda.py::test_b[x]",
     ]
     process, log = process_of(f"print({chr(10).join(said)!r}); raise SystemExit(1)"), io.StringIO()
     (line,) = gpu.run_tests(process, 60, log)

@@ -10,18 +10,17 @@ import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import command
+from conftest import ROOT, command
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
 from minisft.generation.context import Context
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
-SCRIPT = Path(__file__).resolve().parent.parent / "chat.py"
+SCRIPT = ROOT / "chat.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8"}
 PROMPT = "\033[1;32m>\033[0m "
 ENTERED = "\r\n\033[?2004l\r"  # a line has been read; what is pasted is no longer marked as such

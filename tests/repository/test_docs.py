@@ -1,0 +1,53 @@
+"""What README.md, README.zh.md and the pages of docs/ claim about the repository."""
+
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "docs"))
+import line_counts  # noqa: E402
+
+README, CHINESE = line_counts.READMES
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def linked_files(page):
+    """The files of the repository that a page links to, in order."""
+    links = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
+    return [(page.parent / link).resolve() for link in links if "://" not in link]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_exist(page):
+    assert [path for path in linked_files(page) if not path.exists()] == []
+
+
+@pytest.mark.parametrize("readme", line_counts.READMES, ids=lambda page: page.name)
+def test_line_counts_are_those_of_the_files(readme):
+    text = readme.read_text(encoding="utf-8")
+    assert len(line_counts.ROW.findall(text)) > 15
+    assert text == line_counts.with_line_counts(readme), "run make format"
+
+
+def test_the_readme_fits_on_a_page():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_chinese_readme_has_the_same_links():
+    own = {README, CHINESE}  # each links to the other
+    english, chinese = (
+        [path for path in linked_files(readme) if path not in own] for readme in (README, CHINESE)
+    )
+    assert english == chinese
+
+
+def test_tests_that_the_docs_name_exist():
+    names = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*/test_*.py")}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for path, name, test in re.findall(r"`(tests/[\w/]+)?(test_\w+\.py)(?:::(\w+))?", text):
+            assert name in names, f"{page.name}: {name}"
+            assert not path or (ROOT / path / name).exists(), f"{page.name}: {path}{name}"
+            assert f"def {test}" in names[name], f"{page.name}: {name}::{test}"
