@@ -40,12 +40,15 @@ def get_template(
     for an unknown name, or if the template cannot express `default_system`.
     """
     text = template_text(name, tokenizer)
+    template_kwargs = template_kwargs or {}
+    if enable_thinking is None:
+        enable_thinking = template_kwargs.get("enable_thinking")
     lines = ""
     if name in NAMES and tokenizer.leading_space and not tokenizer.prefix_after_special:
         # transformers adds SentencePiece's leading space only before the first character, and that
         # is BOS. These templates were published for tokenizers that add it to the text after BOS.
         lines += setting("leading_space", " ")
-    for key, value in (template_kwargs or {}).items():
+    for key, value in template_kwargs.items():
         lines += setting(key, value)
     if default_system is not None:
         lines += system_line(default_system)

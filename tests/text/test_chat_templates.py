@@ -3,7 +3,9 @@
 Run with `-s` to see the table: what trains in one example, what in one per answer, what is refused.
 """
 
+import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,15 @@ TOOL_CHAT = [
     {"role": "assistant", "content": "Yes, rather."},
 ]
 NOW = "2026-01-02T03:04:05"
+
+
+class Clock(datetime):
+    """transformers' clock, stopped at NOW."""
+
+    @classmethod
+    def now(cls, tz=None) -> datetime:
+        return datetime.fromisoformat(NOW)
+
 
 # Templates that need more than a conversation, or whose prompt opens thoughts that the finished turn
 # does not have, so that no answer follows its prompt.
@@ -126,10 +137,16 @@ class Oracle:
                 message["tool_calls"] = [{**message["tool_calls"][0], "id": "call00000"}]
             if form and form.with_ids and message["role"] == "tool":
                 message["tool_call_id"] = "call00000"
+            if form and form.arguments_as_text and message.get("tool_calls"):
+                function = {**CALL, "arguments": json.dumps(CALL["arguments"])}
+                message["tool_calls"] = [{"type": "function", "function": function}]
             sent.append(message)
-        variables = {"enable_thinking": thoughts}
         return self.hf.apply_chat_template(
-            sent, tools=tools or facts.empty_tools, return_dict=False, **variables, **more
+            sent,
+            tools=tools or facts.empty_tools,
+            return_dict=False,
+            **self.template.jinja.thinking,
+            **more,
         )
 
 
@@ -174,10 +191,14 @@ def check_case(case: Case, template: ChatTemplate, oracle: Oracle, verdict: Verd
         if rest.startswith(written):
             rest = rest[len(written) :]
         else:  # the end token that only the next message writes
-            assert written == rest + (end or ""), f"learned {written!r} of {rest!r}"
+            following = {template.tokens.ids.get(end): end}
+            if "tool_calls" in case.messages[k]:  # a result may follow, not a question
+                following = {id: spelled for spelled, id in template.tokens.ids.items()}
+            assert written == rest + following[run[-1]], f"learned {written!r} of {rest!r}"
             rest = ""
         assert not rest.replace("</s>", "").strip(), f"not learned: {rest!r}"
-        assert end is None or run[-1] in template.tokens.ids.values(), f"no end: {written!r}"
+        has_calls = "tool_calls" in case.messages[k]
+        assert end is None or has_calls or run[-1] in template.tokens.ids.values(), f"no end: {written!r}"
         assert case.messages[k]["content"].strip() in written
     # Each example is the conversation up to its last answer.
     place = -1
@@ -203,10 +224,10 @@ def judge(path: Path, base: Path, folder: Path) -> Verdict:
     try:
         quick = get_template("auto", tokenizer, now=NOW)
         thoughtful = get_template("auto", tokenizer, enable_thinking=True, now=NOW)
-        todo = cases(quick)
+        todo, end = cases(quick), quick.facts.end
     except UserError as error:
         return Verdict(refused={"all": str(error)})
-    verdict.end = quick.facts.end
+    verdict.end = end
     oracles = {False: Oracle(folder, quick), True: Oracle(folder, thoughtful)}
     for case in todo:
         template = thoughtful if case.thoughts else quick
