@@ -94,7 +94,7 @@ class ChatTemplate:
         UserError if the template cannot express the conversation.
         """
         conversation = self._prepare(messages, tools)
-        turns = [self._turn(conversation, place) for place in conversation.answers]
+        turns = self._turns(conversation)
         examples = []
         for chain in chains(turns):
             while chain and not chain[-1].learned:
@@ -110,12 +110,12 @@ class ChatTemplate:
             raise UserError("a prompt ends with a user's or a tool's message, not the assistant's")
         text, spans = self._write(conversation, {"add_generation_prompt": True})
         # Cut where training cuts: at the earlier answers that this prompt begins with.
+        try:
+            earlier = self._turns(conversation)
+        except UserError:  # they can be read, though they could not be learned
+            earlier = []
         regions, following = [], text
-        for place in reversed(conversation.answers):
-            try:
-                turn = self._turn(conversation, place)
-            except UserError:  # it can be read, though it could not be learned
-                break
+        for turn in reversed(earlier):
             if not following.startswith(turn.text):
                 break
             regions.append((turn.start, turn.answer, False))
@@ -167,16 +167,32 @@ class ChatTemplate:
         spans = self.jinja.message_spans(text, conversation, None, variables)
         return text, spans
 
-    def _turn(self, conversation: Conversation, place: int) -> Turn:
-        """The answer messages[place] behind its prompt; UserError if it cannot be learned there."""
-        messages = conversation.messages[: place + 1]
-        message = messages[place]
-        has_thoughts = bool(message.get("reasoning_content"))
-        variables = {"enable_thinking": True} if has_thoughts else {}
-        before = {"add_generation_prompt": True, **variables}
-        prompt, text = self.jinja.render(
-            messages, conversation.tools, [(place, before), (place + 1, variables)]
-        )
+    def _turns(self, conversation: Conversation) -> list[Turn]:
+        """Each answer behind its prompt; UserError if one cannot be learned there."""
+        renders: list[tuple[int, dict[str, Any]]] = []
+        for place in conversation.answers:
+            has_thoughts = bool(conversation.messages[place].get("reasoning_content"))
+            variables = {"enable_thinking": True} if has_thoughts else {}
+            renders.append((place, {"add_generation_prompt": True, **variables}))
+            renders.append((place + 1, variables))
+        texts = self.jinja.render(conversation.messages, conversation.tools, renders)
+        return [
+            self._turn(conversation, place, prompt, text, variables)
+            for place, prompt, text, (_, variables) in zip(
+                conversation.answers, texts[::2], texts[1::2], renders[1::2], strict=True
+            )
+        ]
+
+    def _turn(
+        self,
+        conversation: Conversation,
+        place: int,
+        prompt: str,
+        text: str,
+        variables: dict[str, Any],
+    ) -> Turn:
+        """The answer messages[place] in `text`, which the template has written for `variables`."""
+        messages, message = conversation.messages, conversation.messages[place]
         spans = self.jinja.message_spans(text, conversation, place + 1, variables)
         prompt, (text, _, generated) = without_marks(prompt)[0], without_marks(text)
         if not text.startswith(prompt):
@@ -186,7 +202,9 @@ class ChatTemplate:
                 raise UserError(where_they_part(prompt, text))
             text, spans = prompt + answer, []
         start = answer_start = len(prompt)
-        if not has_thoughts and (empty := self.facts.empty_thought.match(text, start)):
+        if "reasoning_content" not in message and (
+            empty := self.facts.empty_thought.match(text, start)
+        ):
             answer_start = empty.end()
         check_written(message, text[answer_start:], place + 1)
         if messages[0]["role"] == "system":

@@ -68,11 +68,9 @@ def prepare(
 
 
 def written_fields(messages: list[Message]) -> list[Message]:
-    """The messages without the fields that only steer a template."""
-    steering = ("role", "tool_call_id")
+    """The messages without their roles."""
     return [
-        {name: value for name, value in message.items() if name not in steering}
-        for message in messages
+        {name: value for name, value in message.items() if name != "role"} for message in messages
     ]
 
 

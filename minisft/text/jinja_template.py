@@ -15,7 +15,7 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.conversation import Conversation, written_fields
-from minisft.text.marks import Span, texts_of, with_marks, without_marks
+from minisft.text.marks import Span, are_written_whole, texts_of, with_marks, without_marks
 from minisft.text.rendering import Renderer
 from minisft.text.template_facts import TemplateFacts
 
@@ -78,27 +78,27 @@ class JinjaTemplate:
         """
         if not conversation.spells_controls:
             return []
-        messages, tools = conversation.messages[:count], conversation.tools
         might_spell = self.tokens.could_be_spelled
+        messages, tools = conversation.messages[:count], conversation.tools
+        written = [*texts_of(written_fields(messages)), *texts_of(tools or [])]
         marked = [
-            {**message, **with_marks(written, might_spell)}
-            for message, written in zip(messages, written_fields(messages), strict=True)
+            {**message, **with_marks(fields, might_spell)}
+            for message, fields in zip(messages, written_fields(messages), strict=True)
         ]
         try:
             marked_tools = with_marks(tools, might_spell)
             rendered = self.render(marked, marked_tools, [(None, variables)])[0]
             plain, spans, _ = without_marks(rendered)
-            if plain == without_marks(text)[0]:
+            if plain == without_marks(text)[0] and are_written_whole(spans, plain, written):
                 return spans
         except UserError:
             pass  # the template looks into its messages, and the marks are in the way
-        for said in texts_of([written_fields(messages), tools or []]):
-            for match in self.tokens.find(said)[:1]:
-                raise UserError(
-                    f"a message contains {said[match.start : match.end]!r}, a control token of "
-                    "this tokenizer, and the template changes the message, so the message's text "
-                    "cannot be told from the template's. Remove it from the row"
-                )
+        if spelled := self.tokens.spelled_by(written, text):
+            raise UserError(
+                f"a message contains {spelled!r}, a control token of this tokenizer or a part of "
+                "one, and the template changes the message, so the message's text cannot be told "
+                "from the template's. Remove it from the row"
+            )
         return []
 
     def _variables_without_thoughts(self) -> dict[str, Any]:

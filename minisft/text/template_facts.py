@@ -118,11 +118,11 @@ class TemplateFacts:
             # Phi-3.5 writes EOS behind the last answer's end, and only there.
             shared = len(commonprefix([text, longer]))
             kept = [match for match in ends if match.end <= shared]
-            return self._spelling((kept[-1] if kept else ends[0]).id), False
+            return self._tokens.spellings[(kept[-1] if kept else ends[0]).id], False
         if longer.startswith(text):
             opening = [match for match in self._tokens.find(longer) if match.start >= len(text)]
             if opening and not longer[len(text) : opening[0].start].strip():
-                return self._spelling(opening[0].id), True
+                return self._tokens.spellings[opening[0].id], True
         return None, False
 
     @property
@@ -222,9 +222,6 @@ class TemplateFacts:
             return word in self._render(messages, tools, **variables)
         except TemplateError:
             return False
-
-    def _spelling(self, id: int) -> str:
-        return next(text for text, other in self._tokens.ids.items() if other == id)
 
 
 def with_call_form(messages: list[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:
