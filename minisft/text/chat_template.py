@@ -196,11 +196,16 @@ class ChatTemplate:
         spans = self.jinja.message_spans(text, conversation, place + 1, variables)
         prompt, (text, _, generated) = without_marks(prompt)[0], without_marks(text)
         if not text.startswith(prompt):
-            spells_control = self.tokens.find(text, spans) != self.tokens.find(text)
             answer = answer_behind(messages[place - 1]["content"].strip(), prompt, text)
-            if answer is None or spells_control:
+            if answer is None:
                 raise UserError(where_they_part(prompt, text))
-            text, spans = prompt + answer, []
+            asks = {"add_generation_prompt": True, **variables}
+            moved, answer_place = len(prompt) + len(answer) - len(text), len(text) - len(answer)
+            spans = [
+                *self.jinja.message_spans(prompt, conversation, place, asks),
+                *((a + moved, b + moved) for a, b in spans if b > answer_place),
+            ]
+            text = prompt + answer
         start = answer_start = len(prompt)
         if "reasoning_content" not in message and (
             empty := self.facts.empty_thought.match(text, start)
