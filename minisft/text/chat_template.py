@@ -133,11 +133,12 @@ class ChatTemplate:
         return self._write(conversation, {"add_generation_prompt": add_generation_prompt})[0]
 
     def encode_marker(self) -> list[int]:
-        """The ids of BOS, if prompts have it, and of what opens an answer: `### Response:`."""
-        text = self.facts.opening.lstrip(" ")
-        if self.bos_token and self.facts.prompt.startswith(self.bos_token):
-            text = self.bos_token + text
-        return self._tokenize(text, [], []).ids
+        """The ids of what begins a prompt, BOS and a space if it has them, and of what opens an
+        answer: `### Response:`."""
+        begin = self.bos_token if self.facts.prompt.startswith(self.bos_token) else ""
+        if begin and self.facts.prompt.startswith(f"{begin} "):
+            begin += " "
+        return self._tokenize(begin + self.facts.opening.lstrip(" "), [], []).ids
 
     def stop_token_ids(self, generation_config_eos: list[int] | int | None = None) -> set[int]:
         """The tokens that end an answer: end of turn, EOS, and those of generation_config.json."""

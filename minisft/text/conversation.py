@@ -47,8 +47,14 @@ def prepare(
     offered = standard_tools(tools)
     if not any(message["role"] in ("user", "tool") for message in messages):
         raise UserError("a conversation needs at least one user message")
+    if messages[0]["role"] == "system" and messages[0]["content"] and not facts.knows_system:
+        raise UserError(
+            "message 1 (system): the template has no place for a system prompt. Put it into the "
+            "first question, or choose another --template"
+        )
     if offered and not facts.knows_tools:
-        messages, learned = offer_tools(messages, learned, offered)
+        default_system = facts.default_system if facts.knows_system else None
+        messages, learned = offer_tools(messages, learned, offered, default_system)
         offered = None
     if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
         if facts.call_form is None:

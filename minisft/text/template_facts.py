@@ -152,6 +152,18 @@ class TemplateFacts:
         return self._writes(RESULT, [system, USER], self.empty_tools)
 
     @cached_property
+    def default_system(self) -> str:
+        """The system prompt that the template writes if a conversation has none."""
+        if not self.knows_system:
+            return ""
+        system = {"role": "system", "content": RESULT}
+        before, _, after = self._render([system, USER], self.empty_tools).partition(RESULT)
+        text = self._render([USER], self.empty_tools)
+        if text.startswith(before) and text.endswith(after) and len(text) > len(before + after):
+            return text[len(before) : len(text) - len(after)]
+        return ""
+
+    @cached_property
     def knows_input(self) -> bool:
         """True if the template has a place for Alpaca's `input`."""
         return self._writes(INPUT, [{**USER, "input": INPUT}], self.empty_tools)

@@ -316,7 +316,6 @@ def test_an_answer_is_tokenized_behind_its_prompt(name, shared_data, tmp_path, m
     [
         ("google-gemma-4-31B-it-interleaved", {"enable_thinking": True}),
         ("CohereForAI-c4ai-command-r7b-12-2024-tool_use", {"enable_thinking": True}),
-        ("Cohere2MoE", {"skip_thinking": True}),
     ],
 )
 def test_template_kwargs_help(name, kwargs, shared_data, tmp_path):
