@@ -10,6 +10,7 @@ a saved model carries prompts other programs exactly as in training.
 """
 
 import json
+import keyword
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def get_template(
         # is BOS. These templates were published for tokenizers that add it to the text after BOS.
         lines += setting("leading_space", " ")
     for key, value in template_kwargs.items():
+        if not key.isidentifier() or keyword.iskeyword(key):
+            raise UserError(f"--template_kwargs: {key!r} is no name of a variable")
         lines += setting(key, value)
     if default_system is not None:
         lines += system_line(default_system)
@@ -60,6 +63,11 @@ def get_template(
         raise UserError(
             f"template {name} ends an answer with {after.strip()!r}, which the tokenizer of "
             f"{tokenizer.model_dir} does not have as a token; choose another --template"
+        )
+    for match in template.tokens.find(default_system or "")[:1]:
+        raise UserError(
+            f"--default_system contains {template.tokens.spellings[match.id]!r}, a control token "
+            "of this tokenizer; remove it"
         )
     if default_system and not template.facts.knows_system:
         raise UserError(f"--default_system: the template {name} has no place for a system prompt")

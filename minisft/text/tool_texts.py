@@ -1,7 +1,7 @@
 """Tools in conversations, as text for templates that do not know them, in the form of Qwen2.5.
 
-    messages, learned = offer_tools(messages, learned, tools, "")  # into the system prompt
-    messages, learned = calls_as_text(messages, learned)           # calls and results as text
+messages, learned = offer_tools(messages, learned, tools, "")  # into the system prompt
+messages, learned = calls_as_text(messages, learned)           # calls and results as text
 """
 
 import json
