@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, as_flags, command
 from standing import lines_in, standing_still, wait_until
 
 from minisft.chat import prompts
@@ -41,30 +41,19 @@ def ask(text):
 def test_answers_are_in_order_and_equal_single_prompts(
     tiny_chat_model_dir, assistant, prompts_file, tmp_path
 ):
-    flags = [
-        "--model_name_or_path",
-        tiny_chat_model_dir,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--file",
-        prompts_file,
-        "--output",
-        tmp_path / "answers.jsonl",
-        "--batch_size",
-        4,
-        "--max_new_tokens",
-        12,
-        "--temperature",
-        1.3,
-        "--top_k",
-        0,
-        "--top_p",
-        1,
-        "--seed",
-        5,
-    ]
+    flags = as_flags(
+        model_name_or_path=tiny_chat_model_dir,
+        device="cpu",
+        dtype="float32",
+        file=prompts_file,
+        output=tmp_path / "answers.jsonl",
+        batch_size=4,
+        max_new_tokens=12,
+        temperature=1.3,
+        top_k=0,
+        top_p=1,
+        seed=5,
+    )
     done = command(*flags, script="chat.py")
     assert done.returncode == 0 and done.stderr.endswith("answers.jsonl: 11 answers\n")
     sampling = Sampling(12, temperature=1.3, top_k=0, top_p=1, seed=5)

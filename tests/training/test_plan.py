@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, command
+from conftest import CONFIG, ROOT, as_flags, command
+from run_builder import training_options
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -202,21 +203,7 @@ def test_parameters_are_those_of_transformers_and_peft(shared_data):
         )
     for bits in (None, 4):
         words = ["--quantization_bit", str(bits)] if bits else []
-        options = parse_options(
-            [
-                "--model_name_or_path",
-                "-",
-                "--dataset",
-                "-",
-                "--output_dir",
-                "-",
-                "--lora_rank",
-                "64",
-                "--modules_to_save",
-                "lm_head",
-                *words,
-            ]
-        )
+        options = training_options(*words, lora_rank="64", modules_to_save="lm_head")
         model = model_on_meta(options, ModelConfig.load(folder), torch.bfloat16)
         trained = memory.num_trainable(model)
         assert trained == theirs.get_nb_trainable_parameters()[0]
@@ -244,19 +231,12 @@ def test_operations_are_those_that_torch_counts(flags, tmp_path):
     assert 0.93 < counter.get_total_flops() / (64 * planned) < 1.0
 
 
-def dry_run(monkeypatch, capsys, *words):
-    """What train.py --dry_run prints, in this process, which has loaded torch already."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", *map(str, words)])
-    train.main()
-    return capsys.readouterr().out
-
-
 def numbers(pattern, text):
     return [float(one.replace(",", "")) for one in re.search(pattern, text).groups()]
 
 
 @pytest.mark.parametrize("stage", ["sft", "pt", "rm", "dpo"])
-def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch, capsys, here):
     rows = [
         {"instruction": "Say" + " it" * (number % 40), "output": "the cat " * (number % 7 + 1)}
         for number in range(61)
@@ -267,31 +247,21 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
     for number, row in enumerate(rows if stage in ("rm", "dpo") else ()):
         row["output"] = [row["output"], "no " * (number % 5 + 1), "well"][: 2 + (number % 4 == 0)]
     path.write_text(json.dumps(rows))
-    words = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        path,
-        "--output_dir",
-        tmp_path / "o",
-        "--per_device_train_batch_size",
-        3,
-        "--gradient_accumulation_steps",
-        2,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--num_train_epochs",
-        1,
-        "--stage",
-        stage,
-        "--dataloader_num_workers",
-        0,
-    ]
+    words = as_flags(
+        model_name_or_path=checkpoint,
+        dataset=path,
+        output_dir=tmp_path / "o",
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        device="cpu",
+        dtype="float32",
+        num_train_epochs=1,
+        stage=stage,
+        dataloader_num_workers=0,
+    )
     words += ["--block_size", 32] if stage == "pt" else ["--template", "plain"]
     words += ["--finetuning_type", "full"] if stage == "dpo" else []
-    said = dry_run(monkeypatch, capsys, *words)
+    said = here(train, "--dry_run", *words)
     assert not (tmp_path / "o").exists()
     collate, sizes = batching.collate, []
 
@@ -322,7 +292,7 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch, capsys):
+def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch, here):
     """Then tokens, padding and the largest micro-batch are about those of all."""
     rows = [
         {"instruction": "Say" + " it" * (number * 7 % 50), "output": "the cat " * (number % 9)}
@@ -336,26 +306,20 @@ def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch
         ]
         rows += [{"output": ["lonely"]}] * 100
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        tmp_path / "rows.json",
-        "--template",
-        "plain",
-        "--skip_bad_rows",
-        "--output_dir",
-        "o",
-        "--device",
-        "cpu",
-        "--stage",
-        stage,
-    ]
+    words = as_flags(
+        model_name_or_path=checkpoint,
+        dataset=tmp_path / "rows.json",
+        template="plain",
+        skip_bad_rows=True,
+        output_dir="o",
+        device="cpu",
+        stage=stage,
+    )
     patterns = (r"([\d,]+) tokens, ([\d.]+)% padding", r"with ([\d,]+) tokens in the largest")
-    every = dry_run(monkeypatch, capsys, *words)
+    every = here(train, "--dry_run", *words)
     monkeypatch.setattr(lengths, "MAX_ENCODED", 90)
     monkeypatch.setattr(lengths, "MAX_BATCHED", 450)
-    part = dry_run(monkeypatch, capsys, *words)
+    part = here(train, "--dry_run", *words)
     assert "; 90 of 800 rows, the others by their size" in part and "; " not in every.split("\n")[2]
     for pattern, tolerance in zip(patterns, (0.1, 0.2), strict=True):
         assert numbers(pattern, part) == pytest.approx(
@@ -375,30 +339,22 @@ LLAMA_70B = {
 }
 
 
-def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, capsys):
+def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, here):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"instruction": "x" * 400, "output": "四个字节" * 100}] * 640))
-    words = [
-        "--model_name_or_path",
-        tmp_path,
-        "--output_dir",
-        tmp_path / "o",
-        "--device",
-        "cuda",
-        "--num_processes",
-        64,
-        "--finetuning_type",
-        "full",
-        "--gradient_checkpointing",
-        "--device_memory",
-        "80GB",
-        "--per_device_train_batch_size",
-        1,
-        "--parallel",
-        "fsdp",
-    ]
-    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--device_tflops", 400)
+    words = as_flags(
+        model_name_or_path=tmp_path,
+        output_dir=tmp_path / "o",
+        device="cuda",
+        num_processes=64,
+        finetuning_type="full",
+        gradient_checkpointing=True,
+        device_memory="80GB",
+        per_device_train_batch_size=1,
+        parallel="fsdp",
+    )
+    said = here(train, "--dry_run", *words, "--dataset", rows, "--device_tflops", 400)
     assert "70,553,706,496 parameters, of which 70,553,706,496 are trained in full" in said
     assert "estimated, a token for 4 bytes" in said and "640 rows, 256,000 tokens" in said
     assert "10 an epoch, 30 in all" in said
@@ -412,16 +368,16 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, caps
     (seconds,) = numbers(r"time +([\d.]+) seconds", said)
     assert seconds == pytest.approx(work / 64 / 400e12, abs=1)
 
-    said = dry_run(monkeypatch, capsys, *words[:-2], "--dataset", "nowhere.json", "--max_steps", 5)
+    said = here(train, "--dry_run", *words[:-2], "--dataset", "nowhere.json", "--max_steps", 5)
     assert "assumed, 1,024 tokens in every row" in said and "fits        NO" in said
-    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows)
+    said = here(train, "--dry_run", *words, "--dataset", rows)
     (weights,) = numbers(r"weights +([\d.]+)", said)
 
     # With a reference of its own: four bytes more, over 64; with all answers read by it too.
     rows.write_text(
         json.dumps([{"instruction": "x" * 400, "output": ["四个字节" * 100, "y", "z"]}] * 640)
     )
-    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo")
+    said = here(train, "--dry_run", *words, "--dataset", rows, "--stage", "dpo")
     assert "reference   a copy of 70,553,706,496" in said
     assert numbers(r"weights +([\d.]+)", said) == [
         pytest.approx(weights + 4 * 70.55 / 64, abs=0.01)
@@ -429,13 +385,13 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, caps
     assert "640 rows, 1,920 answers, 385,280 tokens" in said
     (work,) = numbers(r"tokens, ([\d.e+]+) operations", said)
     assert work == pytest.approx(3 * 640 * 3 * 400 * 10 * 70e9, rel=0.05)  # padding too
-    said = dry_run(
-        monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo", "--precompute_reference"
+    said = here(
+        train, "--dry_run", *words, "--dataset", rows, "--stage", "dpo", "--precompute_reference"
     )
     assert "reference" not in said
     assert numbers(r"weights +([\d.]+)", said) == [weights]
     # A reward model ends in a row of numbers.
-    said = dry_run(monkeypatch, capsys, *words, "--dataset", "nowhere.json", "--stage", "rm")
+    said = here(train, "--dry_run", *words, "--dataset", "nowhere.json", "--stage", "rm")
     assert "in every answer of two" in said and numbers(r"logits +([\d.]+)", said) == [0]
     assert f"{70_553_706_496 - 128_255 * 8192:,} parameters" in said
     assert not (tmp_path / "o").exists()
@@ -453,7 +409,7 @@ def test_the_reference_has_a_copy_of_an_adapter_that_is_trained_on():
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_the_plan_says_of_the_rows_what_the_run_says(
-    stage, checkpoint, tmp_path, monkeypatch, capsys
+    stage, checkpoint, tmp_path, monkeypatch, capsys, here
 ):
     """Those that are cut, left out, broken; of the rows to train on and to evaluate on."""
     rows = [
@@ -466,34 +422,22 @@ def test_the_plan_says_of_the_rows_what_the_run_says(
     (tmp_path / "dataset_info.json").write_text(
         json.dumps({"named": {"file_name": "rows.json", "ranking": stage != "sft"}})
     )
-    words = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        "named",
-        "--dataset_dir",
-        tmp_path,
-        "--stage",
-        stage,
-        "--template",
-        "plain",
-        "--output_dir",
-        tmp_path / "o",
-        "--cutoff_len",
-        40,
-        "--validation_split",
-        4,
-        "--skip_bad_rows",
-        "--device",
-        "cpu",
-        "--max_steps",
-        1,
-        "--seed",
-        1,
-        "--dataloader_num_workers",
-        0,
-    ]
-    planned = dry_run(monkeypatch, capsys, *words).splitlines()
+    words = as_flags(
+        model_name_or_path=checkpoint,
+        dataset="named",
+        dataset_dir=tmp_path,
+        stage=stage,
+        template="plain",
+        output_dir=tmp_path / "o",
+        cutoff_len=40,
+        validation_split=4,
+        skip_bad_rows=True,
+        device="cpu",
+        max_steps=1,
+        seed=1,
+        dataloader_num_workers=0,
+    )
+    planned = here(train, "--dry_run", *words).splitlines()
     assert "lengths     counted by the tokenizer" in planned
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.main()
@@ -509,37 +453,32 @@ def test_the_plan_says_of_the_rows_what_the_run_says(
 
 
 def test_a_device_need_not_be_here_but_must_be_one(checkpoint, rows_file):
-    words = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--output_dir",
-        "o",
-        "--template",
-        "plain",
-        "--dry_run",
-        "--device",
-    ]
+    words = as_flags(
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        output_dir="o",
+        template="plain",
+        dry_run=True,
+    )
     for name in ("cuda:zz", "cuda:-1", "gpu"):
-        done = command(*words, name)
+        done = command(*words, device=name)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr == (
             f"error: --device {name}: no such device. Use cpu, cuda or cuda:N.\n"
         )
     for name in ("cuda", "cuda:7"):
-        done = command(*words, name)
+        done = command(*words, device=name)
         assert done.returncode == 0 and "bfloat16 on 1 x cuda" in done.stdout, done.stderr
 
 
-def test_mistakes_of_planning(checkpoint, rows_file, monkeypatch, capsys):
+def test_mistakes_of_planning(checkpoint, rows_file, capsys, here):
     common = ["--dataset", rows_file, "--output_dir", "o"]
     with pytest.raises(UserError, match="downloads nothing. Put its config.json"):
-        dry_run(monkeypatch, capsys, "--model_name_or_path", "nobody/nothing", *common)
+        here(train, "--dry_run", "--model_name_or_path", "nobody/nothing", *common)
     with pytest.raises(UserError, match="--device_memory: 'much' is not a size"):
-        dry_run(
-            monkeypatch,
-            capsys,
+        here(
+            train,
+            "--dry_run",
             "--model_name_or_path",
             checkpoint,
             *common,
@@ -550,9 +489,9 @@ def test_mistakes_of_planning(checkpoint, rows_file, monkeypatch, capsys):
         )
     assert "model " not in capsys.readouterr().out  # before half a plan is told
     with pytest.raises(UserError, match="Give --num_processes"):  # as the run would refuse it
-        dry_run(
-            monkeypatch,
-            capsys,
+        here(
+            train,
+            "--dry_run",
             "--model_name_or_path",
             checkpoint,
             *common,
@@ -582,7 +521,7 @@ STAND_INS = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_fit_where_they_say(recipe, shared_data, monkeypatch, capsys):
+def test_recipes_fit_where_they_say(recipe, shared_data, here):
     config, rows = STAND_INS[recipe.stem]
     rows = shared_data / "instruct" / rows
     mixed = (
@@ -591,21 +530,17 @@ def test_recipes_fit_where_they_say(recipe, shared_data, monkeypatch, capsys):
         else []
     )
     stated = re.search(r"(\d+)GB", recipe.read_text().split("model_name")[0])
-    said = dry_run(
-        monkeypatch,
-        capsys,
-        "--config",
-        recipe,
-        "--model_name_or_path",
-        shared_data / "configs" / config,
-        "--dataset",
-        rows,
-        "--device",
-        "cuda",
-        "--num_processes",
-        8 if "full" in recipe.stem else 1,
-        "--device_memory",
-        f"{stated[1] if stated else 80}GB",
+    said = here(
+        train,
+        *as_flags(
+            dry_run=True,
+            config=recipe,
+            model_name_or_path=shared_data / "configs" / config,
+            dataset=rows,
+            device="cuda",
+            num_processes=8 if "full" in recipe.stem else 1,
+            device_memory=f"{stated[1] if stated else 80}GB",
+        ),
         *mixed,
     )
     assert "fits        yes" in said and "estimated" in said
