@@ -370,6 +370,7 @@ def test_every_response_carries_the_policy(served):
         assert request(address, path)[1]["content-security-policy"] == web.POLICY
 
 
+@pytest.mark.filterwarnings("ignore:Exception in thread")  # uvicorn's, which exits
 def test_an_address_that_cannot_be_served_at_is_told(served):
     page, address = served
     port = int(address.split(":")[2].strip("/"))
