@@ -58,7 +58,7 @@ def assert_equal_runs(first, second):
 def test_resumed_equals_undisturbed(finetuning_type, flags, tmp_path):
     flags = [*flags, "--finetuning_type", finetuning_type, "--max_steps", 15]
     if finetuning_type == "full":  # which has no dropout
-        flags = [word for word in flags if word not in ("--lora_dropout", 0.2)]
+        flags = [word for word in flags if word not in ("--lora_dropout", "0.2")]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command(*flags, "--output_dir", whole).returncode == 0
     flags += ["--output_dir", parts, "--save_steps", 5, "--save_total_limit", 5]
@@ -118,7 +118,7 @@ def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
 
 def test_another_number_of_processes(flags, tmp_path):
     """One process, then two from its checkpoint: the same rows in every step, so the same run."""
-    flags = [word for word in flags if word not in ("--lora_dropout", 0.2)] + ["--max_steps", 12]
+    flags = [word for word in flags if word not in ("--lora_dropout", "0.2")] + ["--max_steps", 12]
     assert command(*flags, "--output_dir", tmp_path / "one").returncode == 0
     flags += ["--output_dir", tmp_path / "two"]
     assert command(*flags, "--save_steps", 7).returncode == 0
@@ -473,7 +473,7 @@ def test_checkpoints_of_an_abandoned_branch_go(tmp_path):
 def test_the_adapter_that_is_read_is_not_removed(flags, tmp_path):
     flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
-    flags = [word for word in flags if word not in ("--lora_dropout", 0.2)]
+    flags = [word for word in flags if word not in ("--lora_dropout", "0.2")]
     done = command(*flags, "--adapter", tmp_path / "out/checkpoint-2", "--overwrite_output_dir")
     assert done.returncode == 2 and "is an input" in done.stderr
     assert (tmp_path / "out/checkpoint-2/adapter_model.safetensors").exists()

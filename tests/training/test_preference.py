@@ -242,7 +242,7 @@ CASES = {  # flags of ours, arguments of trl's
 def test_steps_equal_trl(case, base, tiny_tokenizer_dir, tmp_path):
     """Losses, accuracies, margins, rewards, gradient norms and final weights of eight steps."""
     flags, loss = CASES[case]
-    stage, size = case[:3].strip(), flags[flags.index("--per_device_train_batch_size") + 1]
+    stage, size = case[:3].strip(), int(flags[flags.index("--per_device_train_batch_size") + 1])
     options = parsed(
         base,
         "--stage",
