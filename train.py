@@ -257,6 +257,7 @@ def evaluate(run: Run, examples: list[Example], template: Template | None) -> No
         if run.options.stage in ("sft", "pt"):
             figures["perplexity"] = perplexity(figures["loss"])
         if run.options.eval_exact_match:
+            assert template and isinstance(run.model, CausalLM)  # --stage sft
             figures["exact_match"] = exact_match(run.model, examples, template, batch_size)
     run.progress.record_evaluation(figures, time.monotonic() - began)
     run.best.evaluations_since += 1

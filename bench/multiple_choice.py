@@ -24,8 +24,10 @@ import torch  # noqa: E402
 
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from minisft.checkpoints.folders import load_model  # noqa: E402
-from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS, read_subjects  # noqa: E402
-from minisft.evaluation.multiple_choice import Prompts, answer_subject  # noqa: E402
+from minisft.evaluation.benchmark_files import read_subjects  # noqa: E402
+from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS  # noqa: E402
+from minisft.evaluation.choice_prompts import PromptBuilder  # noqa: E402
+from minisft.evaluation.multiple_choice import answer_subject  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
 
 
@@ -44,12 +46,12 @@ def harness_requests(benchmark, subjects, num_fewshot):
     requests = []
     for subject in subjects:
         shown = [
-            f"{one.asked(benchmark)}{delimiter}{one.answer}\n\n"
+            f"{benchmark.ask(one)}{delimiter}{one.answer}\n\n"
             for one in subject.demonstrations[:num_fewshot]
         ]
         opening = benchmark.heading.format(subject=subject.name) + "".join(shown)
         for question in subject.questions:
-            context = opening + question.asked(benchmark)
+            context = opening + benchmark.ask(question)
             requests += [
                 Instance("loglikelihood", {}, (context, delimiter + letter), index)
                 for index, letter in enumerate(LETTERS)
@@ -59,19 +61,21 @@ def harness_requests(benchmark, subjects, num_fewshot):
 
 def compare(options, model_dir):
     """Take turns; print questions a second of both sides and their ratio."""
-    from dataclasses import replace
-
     from lm_eval.models.huggingface import HFLM
 
     benchmark = BENCHMARKS[options.benchmark]
     wanted = options.subjects.split(",") if options.subjects else ()
     subjects = read_subjects(
-        benchmark, options.data_dir, options.split, options.num_fewshot, wanted
+        benchmark,
+        options.data_dir,
+        options.split,
+        options.num_fewshot,
+        wanted,
+        options.max_samples,
     )
-    subjects = [replace(one, questions=one.questions[: options.max_samples]) for one in subjects]
     count = sum(len(one.questions) for one in subjects)
-    model, tokenizer = load_model(model_dir), Tokenizer.load(model_dir)
-    prompts = Prompts(benchmark, tokenizer, max_length=options.max_length)
+    model, tokenizer = load_model(model_dir, torch.float32), Tokenizer.load(model_dir)
+    builder = PromptBuilder(benchmark, tokenizer, max_length=options.max_length)
     harness = HFLM(
         pretrained=str(model_dir),
         max_length=options.max_length,
@@ -86,11 +90,11 @@ def compare(options, model_dir):
             row
             for one in subjects
             for row in answer_subject(
-                model, prompts, one, options.num_fewshot, batch_size=options.batch_size
+                model, builder, one, options.num_fewshot, batch_size=options.batch_size
             )
         ]
-        assert {row["num_fewshot"] for row in rows} == {options.num_fewshot}, "raise --max_length"
-        return [row[letter] for row in rows for letter in LETTERS]
+        assert {row.num_fewshot for row in rows} == {options.num_fewshot}, "raise --max_length"
+        return [value for row in rows for value in row.log_likelihoods]
 
     def theirs():
         return [score for score, _ in harness.loglikelihood(requests, disable_tqdm=True)]

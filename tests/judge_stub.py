@@ -1,8 +1,8 @@
-"""A judge behind an address on this machine, for the tests of judge.py and of eval.py compare.
+"""A stub of a judge behind an address, for the tests of remote_judge.py and eval.py compare.
 
 with serving() as server:
     RemoteJudge(server.url, "stub", key=None)
-    server.requests                  # (path, what authorizes, model, question) of each so far
+    server.requests                  # (path, Authorization header, model, question) of each so far
 """
 
 import json
@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Stub(BaseHTTPRequestHandler):
-    """A judge that prefers the longer answer; for some questions it is ill first, or for good."""
+    """A judge that prefers the longer answer. For some questions it fails at first, or always."""
 
     def do_POST(self):
         server, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
@@ -32,7 +32,7 @@ class Stub(BaseHTTPRequestHandler):
         if question == "broken" and first_time:
             return self.reply(503, b"")
         if self.headers.get("Unanswered"):
-            self.rfile.read(1)  # until who asked has given up waiting
+            self.rfile.read(1)  # until the client gives up
             return None
         if question == "html" and first_time:
             return self.reply(200, b"<html>")
@@ -62,7 +62,7 @@ class Stub(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
         except OSError:
-            pass  # who asked has given up waiting
+            pass  # the client has given up
 
     def log_message(self, *_):
         pass
@@ -70,7 +70,7 @@ class Stub(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving():
-    """The server, with `url`, `requests`, and `is_down`, which a question may ask for."""
+    """The server, with its `url`, its `requests`, and `is_down` for the question "down"."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     server.requests, server.lock, server.is_down = [], threading.Lock(), True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)

@@ -1,133 +1,54 @@
-"""What a multiple-choice run leaves behind: a CSV per subject, summary.json, submission.json.
+"""The figures of a multiple-choice run: accuracies, averages, comparison with an earlier run.
 
-    write_rows("runs/ceval/ceval-val/law.csv", rows)
-    summary = summarize(subjects, {"law": read_rows("runs/ceval/ceval-val/law.csv")}, num_fewshot=5)
-    print(table(summary))
+    summary = summarize(subjects, {"law": predictions}, num_fewshot=5)
+    print("\\n".join(summary_lines(summary)))
 
-Rows are the dicts of `multiple_choice.answer_subject`. Shares are from 0 to 1, intervals 95 %.
+Accuracies are between 0 and 1, intervals 95 %.
 """
 
-import csv
-import io
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from minisft.common.errors import UserError
-from minisft.common.outputs import atomic_write
-from minisft.evaluation.benchmarks import LETTERS
+import torch
+
+from minisft.evaluation.benchmarks import Benchmark, Subject
 from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
+from minisft.evaluation.predictions import Baseline, Prediction
+from minisft.text.template import Template
 
-COLUMNS = ("run", "id", "answer", "prediction", *LETTERS, "num_fewshot", "is_cut")
-
-
-def write_rows(path, rows):
-    """Write a subject's rows, all or nothing: a file that is there is complete."""
-    path = Path(path)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {
-                **row,
-                **{letter: f"{row[letter]:.6f}" for letter in LETTERS},
-                "is_cut": int(row["is_cut"]),
-            }
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(text.getvalue())
+# Subject -> its predictions, all repetitions.
+Predictions = dict[str, list[Prediction]]
+Summary = dict[str, Any]  # as in summary.json
 
 
-def read_rows(path):
-    """The rows that `write_rows` wrote."""
-    kinds = {
-        "run": int,
-        "num_fewshot": int,
-        "is_cut": lambda text: text == "1",
-        "answer": lambda text: text or None,
-        **dict.fromkeys(LETTERS, float),
-    }
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return [
-                {name: kinds.get(name, str)(row[name]) for name in COLUMNS}
-                for row in csv.DictReader(file)
-            ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a subject's results ({error}); remove it") from error
+def summarize(subjects: Sequence[Subject], predictions: Predictions, num_fewshot: int) -> Summary:
+    """Accuracies of each subject, each group and all, with intervals; and what was left out.
 
-
-def read_finished(path, subject, num_runs):
-    """The rows of a finished subject; UserError if they are not of the questions it has now."""
-    rows = read_rows(path)
-    wanted = [(run, one.id, one.answer) for run in range(num_runs) for one in subject.questions]
-    if [(row["run"], row["id"], row["answer"]) for row in rows] != wanted:
-        raise UserError(
-            f"{path}: is not about the questions that {subject.key} has now; remove "
-            "it, or give another --output_dir"
-        )
-    return rows
-
-
-def read_baseline(subjects, folder):
-    """Which questions an earlier run got right: {subject: {question id: bool}}.
-
-    folder: of that run's CSV files. Of repetitions the first one counts. UserError where there is
-    nothing to compare with.
+    `macro` is the mean over subjects; `weighted` gives every question the same weight. If the
+    answers are secret, there are only counts.
     """
-    found, common = {}, 0
-    for subject in subjects:
-        path, asked = Path(folder) / f"{subject.key}.csv", {one.id for one in subject.questions}
-        if not path.is_file():
-            raise UserError(
-                f"--baseline_dir: {path} is not there; give the output folder of a run "
-                "over the same benchmark, split and subjects"
-            )
-        if any(one.answer is None for one in subject.questions):
-            raise UserError(
-                f"--baseline_dir: the answers of {subject.key} are not told in this "
-                "split, so nobody knows which run was right"
-            )
-        found[subject.key] = {
-            row["id"]: row["prediction"] == row["answer"]
-            for row in read_rows(path)
-            if row["run"] == 0
-        }
-        common += len(asked & set(found[subject.key]))
-    if not common:
-        raise UserError(f"--baseline_dir {folder}: has no question in common with this run")
-    return found
-
-
-def summarize(subjects, rows_of, num_fewshot):
-    """Accuracies of subjects, groups and all, with intervals, and what was dropped; a dict.
-
-    rows_of: subject key -> rows. `macro` is the plain mean over subjects, `weighted` counts every
-    question alike. Without answers there are counts alone.
-    """
-    all_rows = [row for subject in subjects for row in rows_of[subject.key]]
-    # Repetitions ask the same questions again, so they do not make the sample larger.
-    first = [row for row in all_rows if row["run"] == 0]
-    shown = {one.key: min(num_fewshot, len(one.demonstrations)) for one in subjects}
+    all_rows = [row for subject in subjects for row in predictions[subject.key]]
+    # Repetitions ask the same questions, so they do not make the sample larger.
+    first_run = [row for row in all_rows if row.run == 0]
     dropped = [
-        shown[one.key] - row["num_fewshot"]
-        for one in subjects
-        for row in rows_of[one.key]
-        if row["run"] == 0
+        min(num_fewshot, len(subject.demonstrations)) - row.num_fewshot
+        for subject in subjects
+        for row in predictions[subject.key]
+        if row.run == 0
     ]
-    summary = {
-        "num_questions": len(first),
+    summary: Summary = {
+        "num_questions": len(first_run),
         "questions_with_dropped_demonstrations": sum(number > 0 for number in dropped),
         "dropped_demonstrations": sum(dropped),
-        "questions_cut": sum(row["is_cut"] for row in first),
+        "questions_cut": sum(row.is_cut for row in first_run),
     }
-    if any(row["answer"] is None for row in all_rows):
+    if any(row.answer is None for row in all_rows):
         return summary
-    each = {}
+    entries = {}
     for subject in subjects:
-        rows = rows_of[subject.key]
-        count, rate = len(subject.questions), _rate(rows)
-        each[subject.key] = {
+        count, rate = len(subject.questions), _accuracy(predictions[subject.key])
+        entries[subject.key] = {
             "name": subject.name,
             "group": subject.group,
             "num_questions": count,
@@ -135,24 +56,28 @@ def summarize(subjects, rows_of, num_fewshot):
             "interval": wilson(rate, count),
         }
     groups = {}
-    for name in sorted({entry["group"] for entry in each.values()} - {""}):
-        groups[name] = _averages([entry for entry in each.values() if entry["group"] == name])
-    summary |= _averages(list(each.values()))
-    runs = sorted({row["run"] for row in all_rows})
+    for name in sorted({entry["group"] for entry in entries.values()} - {""}):
+        groups[name] = _averages([entry for entry in entries.values() if entry["group"] == name])
+    summary |= _averages(list(entries.values()))
+    runs = sorted({row.run for row in all_rows})
     if len(runs) > 1:
         summary["macro_of_each_run"] = [
-            sum(_rate([row for row in rows_of[one.key] if row["run"] == run]) for one in subjects)
+            sum(
+                _accuracy(row for row in predictions[subject.key] if row.run == run)
+                for subject in subjects
+            )
             / len(subjects)
             for run in runs
         ]
-    return summary | {"groups": groups, "subjects": each}
+    return summary | {"groups": groups, "subjects": entries}
 
 
-def _rate(rows):
-    return sum(row["prediction"] == row["answer"] for row in rows) / len(rows)
+def _accuracy(predictions: Iterable[Prediction]) -> float:
+    is_right = [row.is_right for row in predictions]
+    return sum(is_right) / len(is_right)
 
 
-def _averages(entries):
+def _averages(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     counts = [(entry["accuracy"], entry["num_questions"]) for entry in entries]
     total = sum(count for _, count in counts)
     weighted = sum(rate * count for rate, count in counts) / total
@@ -166,29 +91,27 @@ def _averages(entries):
     }
 
 
-def submission(subjects, rows_of):
-    """The predictions of the first run as C-Eval takes them: {subject: {id: letter}}."""
+def submission(subjects: Sequence[Subject], predictions: Predictions) -> dict[str, dict[str, str]]:
+    """The predictions of the first run in the form that C-Eval accepts: {subject: {id: letter}}."""
     return {
-        one.key: {row["id"]: row["prediction"] for row in rows_of[one.key] if row["run"] == 0}
-        for one in subjects
+        subject.key: {row.id: row.prediction for row in predictions[subject.key] if row.run == 0}
+        for subject in subjects
     }
 
 
-def compare_with(baseline, rows_of):
-    """The difference to an earlier run over the questions of both: interval, McNemar's test.
+def compare_with_baseline(baseline: Baseline, predictions: Predictions) -> dict[str, Any]:
+    """The difference in accuracy to an earlier run, over the questions that both answered.
 
-    baseline: what `read_baseline` found. Of repetitions the first one counts.
+    Of repetitions the first counts.
     """
     pairs = [
-        (before[row["id"]], row["prediction"] == row["answer"])
-        for key, before in baseline.items()
-        for row in rows_of[key]
-        if row["run"] == 0 and row["id"] in before
+        (was_right[row.id], row.is_right)
+        for key, was_right in baseline.items()
+        for row in predictions[key]
+        if row.run == 0 and row.id in was_right
     ]
     difference, low, high = mean_interval([after - before for before, after in pairs], -1, 1)
-    lost, gained = (
-        sum(pair == wanted for pair in pairs) for wanted in ((True, False), (False, True))
-    )
+    lost, gained = pairs.count((True, False)), pairs.count((False, True))
     return {
         "num_questions": len(pairs),
         "difference": difference,
@@ -199,21 +122,75 @@ def compare_with(baseline, rows_of):
     }
 
 
-def table(summary):
-    """The summary as lines for a terminal, in percent."""
+def summary_lines(summary: Summary) -> list[str]:
+    """The summary for the terminal, in percent."""
     lines = []
-    for key, entry in summary["subjects"].items():
-        lines.append(_line(key, entry["num_questions"], entry))
-    for name, entry in summary["groups"].items():
-        lines.append(_line(name, entry["num_questions"], entry["macro"]))
-    lines.append(_line("mean over subjects", summary["num_questions"], summary["macro"]))
-    lines.append(_line("mean over questions", summary["num_questions"], summary["weighted"]))
-    return "\n".join(lines)
+    if "macro" in summary:
+        for key, entry in summary["subjects"].items():
+            lines.append(_table_line(key, entry["num_questions"], entry))
+        for name, entry in summary["groups"].items():
+            lines.append(_table_line(name, entry["num_questions"], entry["macro"]))
+        count = summary["num_questions"]
+        lines.append(_table_line("mean over subjects", count, summary["macro"]))
+        lines.append(_table_line("mean over questions", count, summary["weighted"]))
+    if "baseline" in summary:
+        change = summary["baseline"]
+        low, high = change["interval"]
+        lines.append(
+            f"against the baseline, over {change['num_questions']} questions: "
+            f"{100 * change['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
+            f"McNemar's p = {change['p_value']:.3g}"
+        )
+    if summary["dropped_demonstrations"]:
+        lines.append(
+            f"{summary['questions_with_dropped_demonstrations']} questions had no room for all "
+            f"demonstrations: {summary['dropped_demonstrations']} were dropped"
+        )
+    if summary["questions_cut"]:
+        lines.append(
+            f"{summary['questions_cut']} questions were too long even without demonstrations and "
+            "lost their beginning"
+        )
+    return lines
 
 
-def _line(name, count, entry):
+def _table_line(name: str, count: int, entry: dict[str, Any]) -> str:
     low, high = entry["interval"]
     return (
         f"{name:<40} {count:>6} {100 * entry['accuracy']:>6.1f} %"
         f"  ({100 * low:.1f} to {100 * high:.1f})"
     )
+
+
+def choice_protocol(
+    benchmark: Benchmark, options: Namespace, dtype: torch.dtype, template: Template | None
+) -> str:
+    """How the figures were measured, in words. Only figures of equal protocols are comparable.
+
+    template: None for a prompt of plain text.
+    """
+    parts = [f"{benchmark.title}, {options.split} split"]
+    if options.subjects:
+        parts.append(f"subjects {options.subjects}")
+    if options.max_samples:
+        parts.append(f"the first {options.max_samples} questions of each subject")
+    shots = f"{options.num_fewshot}-shot"
+    if options.num_fewshot:
+        shots += " with the first rows of dev"
+    if options.n_times > 1:
+        shots += f", mean of {options.n_times} runs with different demonstrations"
+    form = f"turns of the template {template.name}" if template else "plain text"
+    model = options.model_name_or_path
+    if options.adapter:
+        model += f" with {options.adapter}"
+    model += " in " + str(dtype).removeprefix("torch.")
+    if options.quantization_bit:
+        model += f" with linear layers in {options.quantization_bit} bits"
+    parts += [
+        shots,
+        f"the prompt of the authors as {form}",
+        "the letter with the highest log-likelihood after the prompt",
+        model,
+        "95 % intervals, Wilson's for questions, normal over subjects",
+    ]
+    return "; ".join(parts)

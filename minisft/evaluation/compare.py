@@ -1,123 +1,97 @@
-"""The same questions to several models: their answers, and how near these are to references.
+"""The same questions to several models: their answers, and the losses of the reference answers.
 
     items = read_items(open_rows("compare.json"))
     answers = answer_items(assistant, items, Sampling(greedy=True), batch_size=8)
     losses = reference_losses(assistant, items, batch_size=8)
-    report = measure(items, answers, losses)
 
-An answer depends on its question, the seed and its number, not on the batch it was in.
+measures.py computes the figures. An answer depends on its question, the seed and the number of the
+question, never on its batch.
 """
 
 import hashlib
 import json
-import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 
-from minisft.checkpoints import hub
-from minisft.common import tensor_files
-from minisft.common.errors import UserError
+from minisft.common.sequences import batches_by_length
 from minisft.data.batching import collate
 from minisft.data.dataset import Row
 from minisft.data.encoding import encode_rows
-from minisft.evaluation.confidence import mcnemar, mean_interval, wilson
-from minisft.evaluation.text_metrics import corpus_bleu2, row_scores
+from minisft.data.formats import Message, Tools
+from minisft.generation.assistant import Assistant
 from minisft.generation.generate import generate
+from minisft.generation.sampling import Sampling
+from minisft.model.loss import token_losses
 from minisft.text.tokenizer import check_vocabulary
 
-MEASURES = ("bleu_2", "rouge_1", "rouge_2", "rouge_l", "exact_match")
+# The loss of a reference, summed over its tokens (nats), and the number of tokens.
+ReferenceLoss = tuple[float, int]
 
 
 @dataclass(frozen=True)
 class Item:
-    """A conversation up to a question, and the answer that its data set gives."""
+    """A conversation that ends with a question, and the reference: the answer of the data set."""
 
-    messages: list
+    messages: list[Message]
     reference: str
-    tools: list | None = None
+    tools: Tools = None
 
     @property
-    def question(self):
-        """The conversation as one text, for people and judges."""
+    def question(self) -> str:
+        """The conversation as a single text, for people and judges."""
         if len(self.messages) == 1:
-            last = self.messages[0]
-            return "\n".join(filter(None, [last["content"], last.get("input")]))
-        return "\n".join(f"{one['role']}: {one['content']}" for one in self.messages)
+            message = self.messages[0]
+            return "\n".join(filter(None, [message["content"], message.get("input")]))
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
 
 
-def read_items(rows):
-    """Rows of a data set -> Items: the last turn is the reference."""
+class Answer(TypedDict):
+    """What a model answered, as in results.json."""
+
+    answer: str
+    num_tokens: int
+    is_cut: bool  # it has max_new_tokens tokens and may not be complete
+    is_skipped: bool  # the question left no room for max_new_tokens; the answer is empty
+
+
+def read_items(rows: Iterable[Row]) -> list[Item]:
+    """Rows of a data set as items. The last turn of a row is the reference."""
     return [Item(row.messages[:-1], row.messages[-1]["content"], row.tools) for row in rows]
 
 
-def fingerprint(items):
-    """A short text that is another one for other questions or references."""
+def fingerprint(items: Sequence[Item]) -> str:
+    """A hash of all questions and references."""
     content = [[item.messages, item.reference, item.tools] for item in items]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def parse_models(texts):
-    """What --models says -> [(name, model, adapter or None)], each of which is there."""
-    models = [parse_model(one) for one in texts]
-    if len({name for name, _, _ in models}) < len(models):
-        raise UserError("--models: two have the same name")
-    for _, model, adapter in models:
-        check_model(model, adapter)
-    return models
+def answer_items(
+    assistant: Assistant,
+    items: Sequence[Item],
+    sampling: Sampling,
+    batch_size: int,
+    advance: Callable[[int], object] = lambda count: None,
+) -> list[Answer]:
+    """The answer to every item.
 
-
-def parse_model(text):
-    """`NAME=DIR` or `NAME=DIR+ADAPTER` -> (name, model, adapter or None)."""
-    name, _, place = text.partition("=")
-    model, adapter = split_adapter(place)
-    if (
-        not name[:1].isalnum()
-        or not model
-        or not all(one.isalnum() or one in "-_." for one in name)
-    ):
-        raise UserError(
-            f"--models {text}: write NAME=DIR or NAME=DIR+ADAPTER, the name of "
-            "letters, digits, '-', '_' and '.'"
-        )
-    return name, model, adapter
-
-
-def split_adapter(place):
-    """`DIR` or `DIR+ADAPTER` -> (model, adapter or None); a folder may have a + in its name."""
-    model, _, adapter = (place, "", "") if Path(place).exists() else place.partition("+")
-    return model, adapter or None
-
-
-def check_model(model, adapter):
-    """UserError where there is no such model, or no such adapter."""
-    hub.resolve(model)
-    if adapter:
-        hub.resolve(adapter, tensor_files.ADAPTER_CONFIG)
-
-
-def answer_items(assistant, items, sampling, batch_size, advance=lambda count: None):
-    """Every Item answered, as {"answer", "num_tokens", "is_cut", "is_skipped"}.
-
-    A question that leaves no room for `sampling.max_new_tokens` in the context is skipped: its
-    answer is empty. Cut is an answer that had to end for want of tokens.
+    advance: called with the number of items that were answered since the last call.
     """
     template, tokenizer = assistant.template, assistant.tokenizer
     prompts = [template.encode_prompt(item.messages, item.tools) for item in items]
     for ids in prompts:
         check_vocabulary(ids, assistant.model.config.vocab_size)
     limit = assistant.max_length - sampling.max_new_tokens
-    results = [{"answer": "", "num_tokens": 0, "is_cut": False, "is_skipped": True} for _ in items]
-    # Similar lengths together; the number of the row goes along, which chooses its random stream.
-    order = sorted(
-        (row for row, ids in enumerate(prompts) if len(ids) <= limit),
-        key=lambda row: len(prompts[row]),
-    )
-    advance(len(items) - len(order))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    numbers = [number for number, ids in enumerate(prompts) if len(ids) <= limit]
+    results: list[Answer] = [
+        {"answer": "", "num_tokens": 0, "is_cut": False, "is_skipped": True} for _ in items
+    ]
+    advance(len(items) - len(numbers))
+    for places in batches_by_length([len(prompts[number]) for number in numbers], batch_size):
+        # The number of an item selects its random numbers.
+        rows = [numbers[place] for place in places]
         answers = generate(
             assistant.model, [prompts[row] for row in rows], sampling, assistant.stop_ids, rows
         )
@@ -133,88 +107,32 @@ def answer_items(assistant, items, sampling, batch_size, advance=lambda count: N
 
 
 @torch.inference_mode()
-def reference_losses(assistant, items, batch_size):
-    """(summed loss in nats, number of tokens) of every reference as the answer; None if cut.
+def reference_losses(
+    assistant: Assistant, items: Sequence[Item], batch_size: int
+) -> list[ReferenceLoss | None]:
+    """The loss of every reference as the answer; None if it does not fit in the context.
 
-    The tokens are those that training would learn, the end of the turn included.
+    It is the sum over the tokens that training would supervise, so it includes the end-of-turn
+    token.
     """
-    model, device = assistant.model, assistant.device
-    examples = []
-    for item in items:
+    model = assistant.model
+    examples, numbers = [], []
+    for number, item in enumerate(items):
         messages = [*item.messages, {"role": "assistant", "content": item.reference}]
-        found, report = encode_rows(
+        encoded, report = encode_rows(
             [Row(messages, item.tools)], assistant.template, assistant.max_length
         )
-        examples.append(found[0] if found and not report.num_truncated else None)
-    order = sorted(
-        (row for row, one in enumerate(examples) if one is not None),
-        key=lambda row: len(examples[row].ids),
-    )
-    losses = [None] * len(items)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        tokens, supervised, _ = collate([examples[row] for row in rows], device)
-        learned = supervised[:, 1:]
-        logits = model.logits(model(tokens)[:, :-1][learned])
-        each = F.cross_entropy(logits.float(), tokens[:, 1:][learned], reduction="none")
-        for row, part in zip(rows, each.split(learned.sum(1).tolist()), strict=True):
-            losses[row] = (float(part.sum()), len(part))
+        if encoded and not report.num_truncated:
+            examples += encoded
+            numbers.append(number)
+    losses: list[ReferenceLoss | None] = [None] * len(items)
+    for places in batches_by_length([len(example.ids) for example in examples], batch_size):
+        batch = [examples[place] for place in places]
+        tokens, supervised, _ = collate(batch, assistant.device)  # (B, T), (B, T)
+        is_target = supervised[:, 1:]
+        states, targets = model(tokens)[:, :-1][is_target], tokens[:, 1:][is_target]
+        values = token_losses(model.logits, states, targets)  # (N,)
+        parts = values.split(is_target.sum(1).tolist())
+        for place, part in zip(places, parts, strict=True):
+            losses[numbers[place]] = (float(part.sum()), len(part))
     return losses
-
-
-def measure(items, answers, losses):
-    """A model's figures: {"rows": scores of every Item, "mean": with intervals, and counts}.
-
-    `bleu_2` is that of all rows together and has no interval. Perplexity is per token, and can be
-    compared only between models with the same tokenizer; bits per character between all.
-    """
-    rows = [
-        row_scores(one["answer"], item.reference) for one, item in zip(answers, items, strict=True)
-    ]
-    for row, loss in zip(rows, losses, strict=True):
-        row["perplexity"] = _exp(loss[0] / loss[1]) if loss else None
-    mean = {}
-    for name in MEASURES[1:]:
-        middle, low, high = mean_interval([row[name] for row in rows], 0, 1)
-        mean[name] = {"mean": middle, "interval": (low, high)}
-    mean["exact_match"]["interval"] = wilson(mean["exact_match"]["mean"], len(rows))
-    mean["bleu_2"] = {
-        "mean": corpus_bleu2([one["answer"] for one in answers], [item.reference for item in items])
-    }
-    read = [(loss, item) for loss, item in zip(losses, items, strict=True) if loss]
-    nats, tokens = (sum(loss[place] for loss, _ in read) for place in (0, 1))
-    characters = sum(len(item.reference) for _, item in read)
-    return {
-        "mean": mean,
-        "rows": rows,
-        "perplexity": _exp(nats / tokens) if read else None,
-        "bits_per_character": nats / math.log(2) / characters if characters else None,
-        "answer_characters": sum(len(one["answer"]) for one in answers) / len(answers),
-        "answer_tokens": sum(one["num_tokens"] for one in answers) / len(answers),
-        "answers_cut": sum(one["is_cut"] for one in answers),
-        "questions_without_room": sum(one["is_skipped"] for one in answers),
-        "references_without_room": losses.count(None),
-    }
-
-
-def _exp(value):
-    """None where the number is too large, for which JSON has no word."""
-    return math.exp(value) if value < 700 else None
-
-
-def differences(first, other):
-    """What `other` has more than `first` in every measure, by pairs of rows, with intervals.
-
-    For exact match also McNemar's p-value.
-    """
-    found = {}
-    for name in MEASURES:
-        pairs = [
-            (one[name], two[name]) for one, two in zip(first["rows"], other["rows"], strict=True)
-        ]
-        middle, low, high = mean_interval([two - one for one, two in pairs], -1, 1)
-        found[name] = {"mean": middle, "interval": (low, high)}
-    # `pairs` are now those of the last measure, the exact match.
-    lost, gained = (sum(pair == wanted for pair in pairs) for wanted in ((1.0, 0.0), (0.0, 1.0)))
-    found["exact_match"]["p_value"] = mcnemar(lost, gained)
-    return found

@@ -1,48 +1,55 @@
-"""How many held-out rows a model answers word for word, while it is in training.
+"""Exact match during training: how many held-out rows the model answers word for word.
 
     share = exact_match(model, examples, template, batch_size=8)
 
-For tasks whose answers can be checked: their loss may fall long before or after they come right.
+For tasks with one right answer. There the loss may fall long before, or after, answers get right.
 """
 
+from collections.abc import Sequence
 from itertools import takewhile
 
-import numpy as np
-
 from minisft.common import processes
-from minisft.generation.generate import Sampling, generate
+from minisft.common.sequences import batches_by_length, true_spans
+from minisft.data.encoding import Example
+from minisft.generation.generate import generate
+from minisft.generation.sampling import Sampling
+from minisft.model.decoder import CausalLM
+from minisft.text.template import Template
 
-# Another spelling of the right answer, in tokens, may be that much longer.
+# The tokenizer may spell a right answer with that many tokens more than the reference.
 MARGIN = 8
 
 
-def exact_match(model, examples, template, batch_size):
-    """Share of Examples whose last answer comes out the same, greedily, over all processes.
+def exact_match(
+    model: CausalLM, examples: Sequence[Example], template: Template, batch_size: int
+) -> float:
+    """Share of the examples whose last answer is generated exactly, greedily, over all ranks.
 
-    White space around an answer does not count. An answer that the length limit has cut is
-    compared as it is.
+    White space around an answer does not count. If truncation cut an answer short, the model must
+    write what is left of it.
     """
     model.eval()
     stop_ids, decode = template.stop_token_ids(), template.tokenizer.decode
-    split = [split_last_answer(example) for example in examples]
-    split = sorted(split, key=lambda one: len(one[0]))[processes.rank() :: processes.world_size()]
-    right = 0
-    for start in range(0, len(split), batch_size):
-        prompts, references = zip(*split[start : start + batch_size], strict=True)
-        sampling = Sampling(max_new_tokens=max(map(len, references)) + MARGIN, greedy=True)
-        for answer, ids in zip(
-            generate(model, prompts, sampling, stop_ids), references, strict=True
-        ):
-            reference = list(takewhile(lambda id: id not in stop_ids, ids))
-            right += decode(answer).strip() == decode(reference).strip()
-    device = model.model.embed_tokens.weight.device
-    right, count = processes.sum_over_ranks([right, len(split)], device)
-    return right / count
+    share = examples[processes.rank() :: processes.world_size()]
+    prompts, references = [], []
+    for prompt, reference in map(split_last_answer, share):
+        prompts.append(prompt)
+        references.append(reference)
+    num_right = 0
+    for rows in batches_by_length([len(ids) for ids in prompts], batch_size):
+        longest = max(len(references[row]) for row in rows)
+        sampling = Sampling(max_new_tokens=longest + MARGIN, greedy=True)
+        answers = generate(model, [prompts[row] for row in rows], sampling, stop_ids)
+        for row, answer in zip(rows, answers, strict=True):
+            reference = list(takewhile(lambda id: id not in stop_ids, references[row]))
+            num_right += decode(answer).strip() == decode(reference).strip()
+    device = next(model.parameters()).device
+    num_right, count = processes.sum_over_ranks([num_right, len(share)], device)
+    return num_right / count
 
 
-def split_last_answer(example):
-    """(ids before the last answer, its ids), where the mask of what is learned says it is."""
-    end = int(np.flatnonzero(example.supervised)[-1]) + 1
-    before = np.flatnonzero(~example.supervised[:end])
-    start = int(before[-1]) + 1 if len(before) else 1  # something must stand before an answer
+def split_last_answer(example: Example) -> tuple[list[int], list[int]]:
+    """(ids before the last answer, its ids), by the tokens that are supervised."""
+    start, end = true_spans(example.supervised.tolist())[-1]
+    start = max(1, start)  # generation needs at least one token
     return example.ids[:start].tolist(), example.ids[start:end].tolist()

@@ -1,9 +1,14 @@
-"""The flags of `eval.py`: a parser for the multiple-choice benchmarks, one for comparisons.
+"""The flags of `eval.py`: for the multiple-choice benchmarks, and for comparisons.
 
-options = parse_choice_options("ceval", ["--model_name_or_path", "examples/base",
-                                         "--data_dir", "ceval-exam", "--output_dir", "runs/c"])
-options.num_fewshot                          # 5
+name, options = parse_options("", ["ceval", "--model_name_or_path", "examples/base",
+                                   "--data_dir", "ceval-exam", "--output_dir", "runs/c"])
+name, options.num_fewshot                    # ("ceval", 5)
 """
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
 
 from minisft.common.command_line import (
     OptionParser,
@@ -14,150 +19,149 @@ from minisft.common.command_line import (
 )
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_device_flags, add_model_flags
+from minisft.evaluation.benchmarks import BENCHMARKS
 
 
-def parse_choice_options(name, arguments):
-    """The options of `eval.py ceval`, `cmmlu` and `mmlu`."""
+def parse_options(usage: str, arguments: Sequence[str] | None = None) -> tuple[str, Namespace]:
+    """The first word, a benchmark or `compare`, and the options that follow it.
+
+    usage: what `eval.py --help` prints. arguments: by default those of the command line.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name, *rest = words or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage.rstrip())
+        sys.exit()
+    if name == "compare":
+        return name, parse_compare_options(rest)
+    if name in BENCHMARKS:
+        return name, parse_choice_options(name, rest)
+    raise UserError(
+        f"'{name}' is not something to measure. Begin with {', '.join(BENCHMARKS)} or compare."
+    )
+
+
+def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
+    """The options of `eval.py ceval`, `cmmlu` and `mmlu`, checked."""
     parser = OptionParser(
         prog=f"eval.py {name}",
-        description="Answer multiple-choice questions and count what is right.",
+        description="Answer multiple-choice questions and measure the accuracy.",
     )
-    add, switch = add_model_flags(parser)
+    add, _ = add_model_flags(parser)
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter, used without merging")
-    add, switch = parser.section("questions")
-    add("--data_dir", required=True, help="the benchmark's folder of CSV files, or its zip")
-    add(
-        "--split",
-        choices=["val", "test", "dev"],
-        help="which questions (default: val for ceval, test for the others)",
+    add, _ = parser.section("questions")
+    add("--data_dir", required=True, help="folder or zip with the CSV files of the benchmark")
+    splits = list(BENCHMARKS[name].splits)
+    add("--split", choices=splits, default=splits[0], help="which questions")
+    add("--subjects", default="", help="only these subjects, separated by commas")
+    samples = "only the first N questions of each subject, for a quick try"
+    add("--max_samples", type=positive_int, help=samples)
+    shots = "demonstrations before each question"
+    add("--num_fewshot", type=non_negative_int, default=5, help=shots)
+    template = "none: plain text, as published; auto or a name: turns of a conversation"
+    add("--template", default="none", help=template)
+    length = "longest prompt in tokens (else the model's context)"
+    add("--max_length", type=positive_int, help=length)
+    times = "ask N times with different demonstrations, or their order changed, and average"
+    add("--n_times", type=positive_int, default=1, help=times)
+    seed = "chooses the demonstrations of the repetitions"
+    add("--seed", type=non_negative_int, default=42, help=seed)
+    add("--batch_size", type=positive_int, default=8, help="questions computed at once")
+    add = _add_output_flags(
+        parser, "the results", "keep the finished subjects in that folder and do the others"
     )
-    add("--subjects", default="", help="only these, separated by commas")
-    add(
-        "--max_samples", type=positive_int, help="only the first questions of each, for a quick try"
-    )
-    add(
-        "--num_fewshot",
-        type=non_negative_int,
-        default=5,
-        help="demonstrations before every question",
-    )
-    add(
-        "--template",
-        default="none",
-        help="none: plain text, as published; auto or a name: as turns of a conversation",
-    )
-    add(
-        "--max_length",
-        type=positive_int,
-        help="longest prompt in tokens (else the model's context)",
-    )
-    add(
-        "--n_times",
-        type=positive_int,
-        default=1,
-        help="repeat with other demonstrations, or another order of them, and average",
-    )
-    add(
-        "--seed", type=non_negative_int, default=42, help="of the demonstrations of the repetitions"
-    )
-    add("--batch_size", type=positive_int, default=8, help="questions that are computed together")
-    add = add_output_flags(
-        parser, "the results", "keep the subjects that are finished in that folder, do the others"
-    )
-    add("--baseline_dir", help="an earlier run's output folder: test the difference to it")
+    baseline = "output folder of an earlier run: test the difference to it"
+    add("--baseline_dir", metavar="DIR", help=baseline)
     options = parser.parse_options(arguments)
-    check_options(options)
+    _check_resume(options)
     if options.n_times > 1 and not options.num_fewshot:
-        raise UserError(
-            "--n_times repeats with other demonstrations; with --num_fewshot 0 there are none"
-        )
+        raise UserError("--n_times changes the demonstrations; --num_fewshot 0 has none")
+    if "seed" in parser.given(options) and options.n_times == 1:
+        raise UserError("--seed chooses the demonstrations of repetitions: it needs --n_times")
     return options
 
 
-def add_output_flags(parser, results, resume):
-    """Where the results go and what is done with those there; returns how to add another flag."""
+def parse_compare_options(arguments: Sequence[str]) -> Namespace:
+    """The options of `eval.py compare`, checked."""
+    parser = OptionParser(
+        prog="eval.py compare",
+        description="Ask several models the same questions. Measure and judge their answers.",
+    )
+    add, switch = parser.section("models")
+    models = "models and their names; the others are compared with the first"
+    add("--models", nargs="+", required=True, metavar="NAME=DIR[+ADAPTER]", help=models)
+    add_device_flags(add, switch)
+    template = "chat template of all models (auto: what each was trained with)"
+    add("--template", default="auto", help=template)
+
+    add, _ = parser.section("questions and answers")
+    dataset = "files or names, as for train.py; their answers are the references"
+    add("--dataset", required=True, help=dataset)
+    add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    add("--max_samples", type=positive_int, help="only the first N rows")
+    add("--max_new_tokens", type=positive_int, default=512, help="longest answer in tokens")
+    temperature = "0: always the most probable token; above: the higher, the more varied"
+    add("--temperature", type=non_negative_float, default=0.0, help=temperature)
+    top_k = "sample from the k most probable tokens; 0: all"
+    add("--top_k", type=non_negative_int, default=50, help=top_k)
+    top_p = "nucleus sampling: keep the smallest set of tokens with this total probability"
+    add("--top_p", type=positive_float, default=0.7, help=top_p)
+    add("--seed", type=non_negative_int, default=42, help="of sampling, for all models the same")
+    add("--batch_size", type=positive_int, default=8, help="answers written at once")
+
+    add, _ = parser.section("judge")
+    judge = "model that judges, DIR or DIR+ADAPTER; with --judge_url its name there"
+    add("--judge_model", help=judge)
+    add("--judge_template", default="auto", help="chat template of a judge on this machine")
+    add("--judge_url", help="such as http://127.0.0.1:8000/v1; its key is in OPENAI_API_KEY")
+    price_in, price_out = "of a million tokens read", "of a million tokens written"
+    add("--judge_price_in", type=non_negative_float, default=0.0, help=price_in)
+    add("--judge_price_out", type=non_negative_float, default=0.0, help=price_out)
+    _add_output_flags(
+        parser,
+        "results.json, report.html and report.png",
+        "keep the answers and verdicts in that folder and get the others",
+    )
+    options = parser.parse_options(arguments)
+    check_options(options, parser.given(options))
+    return options
+
+
+def _add_output_flags(parser: OptionParser, results: str, resume: str) -> Any:
+    """Add the section "output"; returns its `add` for more flags."""
     add, switch = parser.section("output")
     add("--output_dir", required=True, help=f"folder for {results}")
-    switch("--overwrite_output_dir", "write into a folder that has something in it")
+    switch("--overwrite_output_dir", "write into a folder that is not empty")
     switch("--resume", resume)
     return add
 
 
-def check_options(options):
-    """UserError where flags that both parsers have contradict each other."""
+def _check_resume(options: Namespace) -> None:
     if options.resume and options.overwrite_output_dir:
-        raise UserError("--resume keeps what --overwrite_output_dir throws away: give one of them")
+        raise UserError("--resume and --overwrite_output_dir exclude each other. Give one of them.")
 
 
-def in_bits(options):
-    """In words whether the models are quantised."""
-    bits = options.quantization_bit
-    return f" with linear layers in {bits} bits" if bits else ""
+JUDGE = {"judge_url", "judge_template", "judge_price_in", "judge_price_out"}
+SAMPLING = {"top_k", "top_p", "seed"}
 
 
-def parse_compare_options(arguments):
-    """The options of `eval.py compare`; UserError where flags do not go together."""
-    parser = OptionParser(
-        prog="eval.py compare",
-        description="The same questions to several models; measure and judge.",
-    )
-    add, switch = parser.section("models")
-    add(
-        "--models",
-        nargs="+",
-        required=True,
-        metavar="NAME=DIR[+ADAPTER]",
-        help="models and their names; the others are compared with the first",
-    )
-    add_device_flags(add, switch)
-    add(
-        "--template",
-        default="auto",
-        help="conversation format of all models (auto: what each was trained with)",
-    )
-    add, switch = parser.section("questions and answers")
-    add("--dataset", required=True, help="files or names, as for train.py; answers are references")
-    add("--dataset_dir", default="data", help="folder of dataset_info.json")
-    add("--max_samples", type=positive_int, help="only the first rows")
-    add("--max_new_tokens", type=positive_int, default=512, help="longest answer in tokens")
-    add(
-        "--temperature",
-        type=non_negative_float,
-        default=0.0,
-        help="0: the most probable token always",
-    )
-    add(
-        "--top_k", type=non_negative_int, default=50, help="draw from this many best tokens; 0: all"
-    )
-    add(
-        "--top_p", type=positive_float, default=0.7, help="draw from the best with this probability"
-    )
-    add("--seed", type=non_negative_int, default=42, help="of the draws; the same for every model")
-    add("--batch_size", type=positive_int, default=8, help="answers that are written together")
-    add, switch = parser.section("judge")
-    add("--judge_model", help="folder or DIR+ADAPTER; with --judge_url the model's name there")
-    add("--judge_template", default="auto", help="conversation format of a judge without address")
-    add("--judge_url", help="such as http://127.0.0.1:8000/v1; key: OPENAI_API_KEY")
-    add("--judge_price_in", type=non_negative_float, default=0.0, help="of a million tokens read")
-    add(
-        "--judge_price_out",
-        type=non_negative_float,
-        default=0.0,
-        help="of a million tokens written",
-    )
-    add_output_flags(
-        parser,
-        "results.json, report.html and report.png",
-        "keep the answers and verdicts that are in that folder, get the others",
-    )
-    options = parser.parse_options(arguments)
-    check_options(options)
-    if options.judge_url and not options.judge_model:
-        raise UserError("--judge_url needs --judge_model: what the model is called there")
-    if options.judge_url and options.judge_template != "auto":
-        raise UserError(
-            "--judge_template is for a judge of ours; one behind --judge_url has its own format"
-        )
-    if options.judge_model and len(options.models) < 2:
-        raise UserError("--judge_model needs two models or more to compare")
-    return options
+def check_options(options: Namespace, given: set[str]) -> None:
+    """UserError for flags of a comparison that have no effect or contradict each other.
+
+    given: names of the flags that were given.
+    """
+    _check_resume(options)
+    # (flags, when they are wrong, why)
+    rules: list[tuple[set[str], Any, str]] = [
+        (SAMPLING, options.temperature == 0, "needs --temperature above 0"),
+        (JUDGE, not options.judge_model, "needs --judge_model"),
+        ({"judge_model"}, len(options.models) < 2, "needs two models or more in --models"),
+        (
+            {"judge_template"},
+            options.judge_url,
+            "belongs to a judge on this machine; behind --judge_url the server has its own",
+        ),
+    ]
+    for flags, is_wrong, reason in rules:
+        if is_wrong and flags & given:
+            raise UserError(f"--{min(flags & given)} {reason}")

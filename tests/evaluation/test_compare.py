@@ -1,4 +1,4 @@
-"""eval.py compare, compare.py, text_metrics.py: measures equal the libraries'; the whole run."""
+"""eval.py compare: its measures equal those of the libraries; runs through the command line."""
 
 import json
 import math
@@ -18,16 +18,15 @@ from minisft.data.dataset import Row, load_rows
 from minisft.evaluation.compare import (
     Item,
     answer_items,
-    differences,
     fingerprint,
-    measure,
-    parse_model,
     read_items,
     reference_losses,
 )
+from minisft.evaluation.measures import differences, measure
+from minisft.evaluation.models import parse_model
 from minisft.evaluation.text_metrics import Splitter, corpus_bleu2, row_scores
 from minisft.generation.assistant import Assistant
-from minisft.generation.generate import Sampling
+from minisft.generation.sampling import Sampling
 
 PAIRS = [
     ("the cat sat", "a cat sat down"),
@@ -43,7 +42,7 @@ def test_rouge_equals_the_library_character_by_character():
     found, expected = row_scores(*PAIRS[0]), oracle.score(PAIRS[0][1], PAIRS[0][0])
     for ours, theirs in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
         assert found[ours] == pytest.approx(expected[theirs].fmeasure)
-    # It splits at spaces: one letter for each character, with spaces between, is the same text.
+    # The library splits at spaces. So write each character as a letter between spaces.
     letters = {one: chr(97 + place) for place, one in enumerate("今天气很好不错")}
     answer, reference = (" ".join(letters[one] for one in text) for text in PAIRS[1])
     expected = oracle.score(reference, answer)
@@ -51,21 +50,21 @@ def test_rouge_equals_the_library_character_by_character():
     assert row_scores(*PAIRS[1])["rouge_l"] == pytest.approx(expected["rougeL"].fmeasure)
     assert Splitter().tokenize("我用Python3写 code。") == ["我", "用", "python3", "写", "code"]
     assert row_scores("今天", "今天")["rouge_l"] == 1.0
-    assert oracle.score("今天", "今天")["rougeL"].fmeasure == 0.0  # why we bring our own
+    assert oracle.score("今天", "今天")["rougeL"].fmeasure == 0.0  # why the tokenizer is ours
 
 
 def spelled_out(text):
-    """Ideographs as words that rouge-score's own tokenizer knows."""
+    """The text with ideographs as words that the tokenizer of rouge-score knows."""
     return "".join(f" u{ord(one):x} " if "\u4e00" <= one <= "\u9fff" else one for one in text)
 
 
 @pytest.mark.parametrize("name", ["alpaca_en_demo", "alpaca_zh_demo"])
-def test_real_rows_score_as_the_libraries_say(shared_data, name):
+def test_scores_of_real_rows_equal_the_libraries(shared_data, name):
     texts = [
         row.messages[-1]["content"]
         for row in load_rows(str(shared_data / "instruct" / f"{name}.json"))[:60]
     ]
-    # Letters of other scripts, accented ones among them, are ours alone.
+    # The library drops letters of other scripts, and accented letters.
     texts = [
         text
         for text in texts
@@ -86,13 +85,15 @@ def test_real_rows_score_as_the_libraries_say(shared_data, name):
     assert sum(row_scores(*pair)["rouge_l"] > 0 for pair in pairs) > 20
 
 
-def test_bleu_is_sacrebleus_of_two_grams():
-    assert row_scores("shoe", "shoe")["bleu_2"] == pytest.approx(1)  # though one word has no pairs
+def test_bleu_2_equals_sacrebleu():
+    assert row_scores("shoe", "shoe")["bleu_2"] == pytest.approx(
+        1
+    )  # though a single word has no bigrams
     answers, references = zip(*PAIRS, strict=True)
     oracle = sacrebleu.BLEU(tokenize="zh", max_ngram_order=2)
     expected = oracle.corpus_score(answers, [references])
     assert corpus_bleu2(answers, references) == pytest.approx(expected.score / 100)
-    # By hand: 6 characters, of which 4 + 0 match, and 3 of 5 pairs; equal lengths.
+    # By hand: 6 characters, of which 4 match, and 3 of 5 bigrams; equal lengths.
     assert row_scores(*PAIRS[1])["bleu_2"] == pytest.approx(math.sqrt(4 / 6 * 3 / 5), abs=1e-6)
     assert row_scores("same same", "same same ")["exact_match"] == 1.0
 
@@ -120,9 +121,9 @@ def assistant(tiny_chat_model_dir):
 
 
 def test_answers_do_not_depend_on_the_batch(assistant):
-    together = answer_items(assistant, ITEMS, SAMPLING, 8)
-    assert together == answer_items(assistant, ITEMS, SAMPLING, 1)
-    assert len({one["answer"] for one in together}) == 3
+    batched = answer_items(assistant, ITEMS, SAMPLING, 8)
+    assert batched == answer_items(assistant, ITEMS, SAMPLING, 1)
+    assert len({one["answer"] for one in batched}) == 3
     lengths = [len(assistant.template.encode_prompt(item.messages)) for item in ITEMS]
     short = Assistant(
         assistant.tokenizer.model_dir,
@@ -132,10 +133,10 @@ def test_answers_do_not_depend_on_the_batch(assistant):
     )
     skipped = answer_items(short, ITEMS, SAMPLING, 8)
     assert [one["is_skipped"] for one in skipped] == [False, True, False]
-    assert skipped[0] == together[0] and skipped[1]["answer"] == ""
+    assert skipped[0] == batched[0] and skipped[1]["answer"] == ""
 
 
-def test_functions_that_a_row_offers_are_offered(assistant):
+def test_the_tools_of_a_row_are_in_the_prompt(assistant):
     tools = [{"name": "find_hat", "description": "", "parameters": {}}]
     with_tools = [Item(item.messages, item.reference, tools) for item in ITEMS]
     assert (
@@ -201,7 +202,7 @@ def test_differences_are_paired():
     assert found["exact_match"]["p_value"] == 1.0
 
 
-def test_names_of_models(tmp_path):
+def test_parse_model(tmp_path):
     (tmp_path / "c++").mkdir()
     assert parse_model(f"a={tmp_path}/c++") == ("a", f"{tmp_path}/c++", None)
     assert parse_model("base=some/dir") == ("base", "some/dir", None)
@@ -240,7 +241,7 @@ def words_for(model_dir, tmp_path, *more):
 
 
 def run_here(monkeypatch, *words):
-    """The script in this process, for what the command line adds nothing to but time."""
+    """Run the script in this process, which is faster than a new one."""
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
     script.main()
 
@@ -252,7 +253,7 @@ def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path, m
     done = command(*words, script="eval.py")
     assert done.returncode == 0, done.stderr
     assert "judging: 6 requests" in done.stdout and "0 win, 3 tie, 0 loss" in done.stdout
-    assert "same less base: ROUGE-L +0.0 points (+0.0 to +0.0)" in done.stdout
+    assert "same minus base: ROUGE-L +0.0 points (+0.0 to +0.0)" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["models"]) == {"base", "same"}
     assert results["models"]["base"] == results["models"]["same"]
@@ -260,27 +261,27 @@ def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path, m
     assert (tmp_path / "out" / "report.png").stat().st_size > 1000
     assert len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == 3  # same texts
 
-    # Kept answers are taken as they are; other settings or questions would not fit to them.
+    # --resume uses the saved answers, unless the options or the questions have changed.
     kept = tmp_path / "out" / "answers" / "same.json"
     content = json.loads(kept.read_text())
     content["answers"][0]["answer"] = "the mat"
     kept.write_text(json.dumps(content))
     run_here(monkeypatch, *words, "--resume")
     assert "exact match 33.3" in capsys.readouterr().out
-    with pytest.raises(UserError, match="seed 42, not 7"):
-        run_here(monkeypatch, *words, "--resume", "--seed", 7)
+    with pytest.raises(UserError, match="max_new_tokens 5, not 7"):
+        run_here(monkeypatch, *words, "--resume", "--max_new_tokens", 7)
     (tmp_path / "rows.json").write_text(json.dumps([*ROWS[:2], {**ROWS[2], "output": "a hat"}]))
     with pytest.raises(UserError, match="base.json: answers other questions"):
         run_here(monkeypatch, *words, "--resume")
 
 
-def test_answers_of_an_earlier_run_are_not_mixed_in(tiny_chat_model_dir, tmp_path, monkeypatch):
+def test_answers_of_an_earlier_run_are_removed(tiny_chat_model_dir, tmp_path, monkeypatch):
     words = words_for(tiny_chat_model_dir, tmp_path)
     run_here(monkeypatch, *words)
     kept = tmp_path / "out" / "answers" / "same.json"
     kept.write_text(kept.read_text().replace('"answer": "', '"answer": "stale '))
-    # It is thrown away, and then the new run breaks before it comes to this model.
-    monkeypatch.setattr(script, "answers_of", lambda *_: sys.exit("killed"))
+    # The new run removes it, and is killed before it comes to this model.
+    monkeypatch.setattr(script, "answer_questions", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit, match="killed"):
         run_here(monkeypatch, *words, "--overwrite_output_dir")
     assert not (tmp_path / "out" / "results.json").exists()
@@ -289,30 +290,36 @@ def test_answers_of_an_earlier_run_are_not_mixed_in(tiny_chat_model_dir, tmp_pat
     assert "stale" not in (tmp_path / "out" / "results.json").read_text()
 
 
-def test_what_is_wrong_is_said_before_anything_is_computed(
+def test_mistakes_are_reported_before_anything_is_computed(
     tiny_chat_model_dir, tmp_path, monkeypatch, capsys
 ):
     model, words = tiny_chat_model_dir, words_for(tiny_chat_model_dir, tmp_path)
-    monkeypatch.setattr(script, "answers_of", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(script, "answer_questions", lambda *_: pytest.fail("computed"))
     for more, said in (
         (["--judge_model", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["--judge_model", f"{model}+{tmp_path}"], "there is no adapter_config.json"),
-        (["--judge_model", "x", "--judge_url", "localhost:80"], "neither http:// nor https://"),
+        (
+            ["--judge_model", "x", "--judge_url", "localhost:80"],
+            "must begin with http:// or https://",
+        ),
         (
             ["--judge_model", "x", "--judge_url", "http://x", "--judge_template", "alpaca"],
-            "--judge_template is for a judge of ours",
+            "--judge_template belongs to a judge on this machine",
         ),
         (["--judge_url", "http://x"], "--judge_url needs --judge_model"),
         (["--models", f"a={model}", f"b={tmp_path / 'nowhere'}"], "nowhere: no such folder"),
-        (["--models", f"a={model}", f"a={model}"], "two have the same name"),
-        (["--top_p", "1.5"], "--top_p must be"),
-        (["--resume", "--overwrite_output_dir"], "one of"),
+        (["--models", f"a={model}", f"a={model}"], "two models have the same name"),
+        (["--top_p", "1.5", "--temperature", "1"], "--top_p must be"),
+        (["--top_p", "0.5"], "--top_p needs --temperature above 0"),
+        (["--judge_price_in", "2"], "--judge_price_in needs --judge_model"),
+        (["--models", f"a={model}", "--judge_model", model], "needs two models or more"),
+        (["--resume", "--overwrite_output_dir"], "exclude each other"),
     ):
         with pytest.raises(UserError, match=said):
             run_here(monkeypatch, *words, *more)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    # Answers as long as the context: no question could be asked, so nothing is measured.
+    # Answers as long as the context leave no room for a question.
     with pytest.raises(
         UserError,
         match="--max_new_tokens 20000: no question leaves room .* base's context of 20000",

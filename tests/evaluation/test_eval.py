@@ -10,31 +10,21 @@ from scipy import stats
 
 from minisft.common.errors import UserError
 from minisft.evaluation.benchmarks import Question, Subject
-from minisft.evaluation.choice_report import (
-    compare_with,
+from minisft.evaluation.choice_report import compare_with_baseline, summarize, summary_lines
+from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
+from minisft.evaluation.predictions import (
+    Prediction,
     read_baseline,
     read_finished,
-    read_rows,
-    summarize,
-    table,
-    write_rows,
+    read_predictions,
+    write_predictions,
 )
-from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
 
 
 def row(id, answer, prediction, run=0, num_fewshot=1):
-    return {
-        "run": run,
-        "id": id,
-        "answer": answer,
-        "prediction": prediction,
-        "A": -1.25,
-        "B": -2.0,
-        "C": -3.0,
-        "D": -4.5,
-        "num_fewshot": num_fewshot,
-        "is_cut": False,
-    }
+    return Prediction(
+        run, id, answer, prediction, [-1.25, -2.0, -3.0, -4.5], num_fewshot, is_cut=False
+    )
 
 
 def subject_of(key, count, group=""):
@@ -42,7 +32,7 @@ def subject_of(key, count, group=""):
     return Subject(key, key, group, questions, questions)
 
 
-def test_intervals_and_tests_equal_scipy_and_the_known_ones():
+def test_intervals_and_p_values_equal_scipy():
     for right, total in ((0, 5), (3, 7), (835, 1346), (9, 9)):
         interval = stats.binomtest(right, total).proportion_ci(method="wilson")
         assert wilson(right / total, total) == pytest.approx((interval.low, interval.high))
@@ -51,7 +41,7 @@ def test_intervals_and_tests_equal_scipy_and_the_known_ones():
         assert mcnemar(lost, gained) == pytest.approx(expected)
     low, high = macro_interval([(0.6, 1346)])
     assert (high - low) / (2 * 1.96) == pytest.approx(0.0134, abs=1e-4)  # 1.3 points
-    # Four parts of 100 are as good as one of 400, up to the moderation of the shares.
+    # Four parts of 100 are as good as one of 400, up to the smoothing of the rates.
     low, high = macro_interval([(0.5, 100)] * 4)
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / 400**0.5, abs=1e-3)
     low, high = macro_interval([(1.0, 5), (1.0, 5)])
@@ -70,17 +60,18 @@ def test_averages_over_subjects_and_over_questions():
     assert summary["weighted"]["accuracy"] == pytest.approx(2 / 5)
     assert summary["weighted"]["interval"] == wilson(2 / 5, 5)
     assert summary["groups"]["Humanities"]["macro"] == summary["macro"]
-    # Three were asked for; law could have shown three, art one.
+    # --num_fewshot 3: law has three demonstrations or more, art has one.
     assert summary["dropped_demonstrations"] == 4 * 2
     assert summary["questions_with_dropped_demonstrations"] == 4
-    assert "mean over subjects" in table(summary) and "62.5 %" in table(summary)
+    text = "\n".join(summary_lines(summary))
+    assert "mean over subjects" in text and "62.5 %" in text
 
 
 def test_repetitions_are_averaged_and_do_not_narrow_the_interval():
     subject = subject_of("law", 2)
     once = [row("0", "A", "A"), row("1", "A", "B")]
-    again = [row("0", "A", "A", run=1), row("1", "A", "A", run=1) | {"is_cut": True}]
-    once[1]["is_cut"] = True
+    again = [row("0", "A", "A", run=1), replace(row("1", "A", "A", run=1), is_cut=True)]
+    once[1] = replace(once[1], is_cut=True)
     summary = summarize([subject], {"law": once + again}, 1)
     assert summary["weighted"]["accuracy"] == 0.75
     assert summary["weighted"]["interval"] == wilson(0.75, 2)
@@ -88,39 +79,39 @@ def test_repetitions_are_averaged_and_do_not_narrow_the_interval():
     assert (summary["num_questions"], summary["questions_cut"]) == (2, 1)
 
 
-def test_rows_come_back_and_are_paired_with_a_baseline(tmp_path):
+def test_predictions_are_read_back_and_compared_with_a_baseline(tmp_path):
     rows = [row(str(n), "A", "AABA"[n]) for n in range(4)]
-    write_rows(tmp_path / "law.csv", [row(str(n), "A", "ABAB"[n]) for n in range(4)])
-    assert [one["prediction"] for one in read_rows(tmp_path / "law.csv")] == list("ABAB")
-    assert read_rows(tmp_path / "law.csv")[0] == row("0", "A", "A")
+    write_predictions(tmp_path / "law.csv", [row(str(n), "A", "ABAB"[n]) for n in range(4)])
+    assert [one.prediction for one in read_predictions(tmp_path / "law.csv")] == list("ABAB")
+    assert read_predictions(tmp_path / "law.csv")[0] == row("0", "A", "A")
     baseline = read_baseline([subject_of("law", 4)], tmp_path)
-    change = compare_with(baseline, {"law": [*rows, row("0", "A", "B", run=1)]})
+    change = compare_with_baseline(baseline, {"law": [*rows, row("0", "A", "B", run=1)]})
     assert (change["only_baseline_right"], change["only_this_right"]) == (1, 2)
     assert (change["num_questions"], change["difference"], change["p_value"]) == (4, 0.25, 1.0)
-    with pytest.raises(UserError, match="art.csv is not there"):
+    with pytest.raises(UserError, match="there is no .*art.csv"):
         read_baseline([subject_of("art", 1)], tmp_path)
     other = replace(subject_of("law", 1), questions=[Question("9", "Q", ("",) * 4, "A")])
     with pytest.raises(UserError, match="no question in common"):
         read_baseline([other], tmp_path)
     (tmp_path / "law.csv").write_text("run,id\n0,1\n")
-    with pytest.raises(UserError, match="not a subject's results"):
-        read_rows(tmp_path / "law.csv")
+    with pytest.raises(UserError, match="not the results of a subject"):
+        read_predictions(tmp_path / "law.csv")
 
 
-def test_rows_of_other_questions_are_not_gone_on_with(tmp_path):
+def test_a_run_with_other_questions_is_not_continued(tmp_path):
     path, law = tmp_path / "law.csv", subject_of("law", 2)
     rows = [row(str(n), "A", "B", run=run) for run in range(2) for n in range(2)]
-    write_rows(path, rows)
+    write_predictions(path, rows)
     assert read_finished(path, law, 2) == rows
     for wrong in (rows[:3], [], rows[:2], [row("0", "B", "B"), *rows[1:]], [*rows[:3], rows[0]]):
-        write_rows(path, wrong)
-        with pytest.raises(UserError, match="law.csv: is not about the questions"):
+        write_predictions(path, wrong)
+        with pytest.raises(UserError, match="law.csv: its questions are not those"):
             read_finished(path, law, 2)
 
 
 @pytest.fixture
 def benchmark_dir(tmp_path):
-    """Two subjects of C-Eval's form; the test split has no answers."""
+    """Two subjects in the form of C-Eval; the test split has no answers."""
     folder = tmp_path / "ceval"
     for split in ("dev", "val", "test"):
         (folder / split).mkdir(parents=True)
@@ -163,7 +154,7 @@ def predictions(path):
         return [line["prediction"] for line in csv.DictReader(file)]
 
 
-def test_a_run_its_resumption_and_two_processes(checkpoint, benchmark_dir, tmp_path):
+def test_a_run_resume_and_two_processes(checkpoint, benchmark_dir, tmp_path):
     done = ceval(checkpoint, benchmark_dir, tmp_path / "one")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
@@ -177,7 +168,7 @@ def test_a_run_its_resumption_and_two_processes(checkpoint, benchmark_dir, tmp_p
     assert summary["subjects"]["law"]["accuracy"] == sum(right) / 3
     assert f"{100 * summary['macro']['accuracy']:.1f} %" in done.stdout
 
-    # What is finished stays as it is, the rest is done; other options are refused.
+    # --resume keeps the finished subjects and does the others. Other options are refused.
     kept = (rows_dir / "law.csv").read_text().removesuffix("0\n") + "1\n"
     (rows_dir / "law.csv").write_text(kept)
     expected = (rows_dir / "art.csv").read_text()
@@ -228,10 +219,12 @@ def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, t
     assert "macro" not in summary and "template chatml" in summary["protocol"]
 
 
-def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchmark_dir, tmp_path):
+def test_a_bad_baseline_is_reported_before_anything_is_computed(
+    checkpoint, benchmark_dir, tmp_path
+):
     done = ceval(checkpoint, benchmark_dir, tmp_path / "out", "--baseline_dir", tmp_path / "none")
-    assert done.returncode == 2 and "art.csv is not there" in done.stderr
-    write_rows(tmp_path / "base" / "ceval-test" / "law.csv", [row("10", "A", "A")])
+    assert done.returncode == 2 and "art.csv. Give the output folder" in done.stderr
+    write_predictions(tmp_path / "base" / "ceval-test" / "law.csv", [row("10", "A", "A")])
     done = ceval(
         checkpoint,
         benchmark_dir,
@@ -243,14 +236,14 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
         "--subjects",
         "law, law",
     )
-    assert done.returncode == 2 and "the answers of law are not told" in done.stderr
+    assert done.returncode == 2 and "the answers of law are secret" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["hellaswag"], "'hellaswag' is nothing to measure"),
+        (["hellaswag"], "'hellaswag' is not something to measure"),
         (["mmlu", "--model_name_or_path", "x"], "--data_dir"),
         (
             [
@@ -264,9 +257,23 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
                 "--split",
                 "val",
             ],
-            "CMMLU has test, dev",
+            "--split: invalid choice: 'val'",
         ),
         (["ceval", "--data_di", "x"], "did you mean --data_dir"),
+        (
+            [
+                "ceval",
+                "--data_dir",
+                "x",
+                "--model_name_or_path",
+                "x",
+                "--output_dir",
+                "y",
+                "--seed",
+                "3",
+            ],
+            "--seed chooses the demonstrations of repetitions: it needs --n_times",
+        ),
         (
             [
                 "ceval",
@@ -281,7 +288,7 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
                 "--n_times",
                 "2",
             ],
-            "--n_times repeats with other demonstrations",
+            "--n_times changes the demonstrations; --num_fewshot 0 has none",
         ),
         (
             [
@@ -295,11 +302,11 @@ def test_a_baseline_is_looked_for_before_anything_is_computed(checkpoint, benchm
                 "--resume",
                 "--overwrite_output_dir",
             ],
-            "give one of them",
+            "Give one of them",
         ),
     ],
 )
-def test_mistakes_are_one_line(words, said):
+def test_mistakes_give_a_message_of_one_line(words, said):
     done = command(*words, script="eval.py")
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
@@ -307,4 +314,4 @@ def test_mistakes_are_one_line(words, said):
 def test_the_first_word_is_explained():
     done = command("--help", script="eval.py")
     assert done.returncode == 0 and "ceval, cmmlu, mmlu or compare" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100  # commands are broken as they are written
+    assert max(map(len, done.stdout.splitlines())) <= 100  # no command is one long line

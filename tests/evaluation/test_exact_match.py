@@ -1,4 +1,4 @@
-"""exact_match.py: the share of held-out rows answered right, and in the log of a training run."""
+"""exact_match.py: the share of rows with the right answer, also in the log of a training run."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_split_last_answer():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_right_is_what_transformers_would_answer(tiny_chat_model_dir, batch_size):
+def test_answers_of_transformers_are_right(tiny_chat_model_dir, batch_size):
     template = get_template("chatml", Tokenizer.load(tiny_chat_model_dir))
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tiny_chat_model_dir)
 
@@ -45,7 +45,7 @@ def test_right_is_what_transformers_would_answer(tiny_chat_model_dir, batch_size
         )[0].numpy()
         return Example(whole.astype(np.int32), np.arange(len(whole)) >= ids.shape[1])
 
-    # A model with random weights never ends its turn: let a token that it likes be the end.
+    # A model with random weights never ends its turn. Let a token that it writes end the turn.
     stop = int(answered("cat 0", eos_token_id=None).ids[-1])
     template.stop_token_ids = lambda: {stop}
     examples = [answered(f"cat {number}", eos_token_id=stop) for number in range(6)]
@@ -62,7 +62,7 @@ def test_right_is_what_transformers_would_answer(tiny_chat_model_dir, batch_size
     assert exact_match(model, [wrong, *examples, cut], template, batch_size) == expected
 
 
-def test_a_training_run_logs_and_draws_it(checkpoint, tmp_path):
+def test_a_training_run_logs_and_plots_it(checkpoint, tmp_path):
     words = ("cat", "hat", "mat", "rat")
     rows = [{"instruction": f"Say {word}.", "output": word} for word in words]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -105,7 +105,7 @@ def test_a_training_run_logs_and_draws_it(checkpoint, tmp_path):
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
 
-def test_it_needs_rows_to_answer(checkpoint, rows_file, tmp_path):
+def test_it_needs_held_out_rows(checkpoint, rows_file, tmp_path):
     done = command(
         "--model_name_or_path",
         checkpoint,

@@ -1,4 +1,4 @@
-"""judge.py: verdicts, and a judge behind an address that may be ill, slow or far away."""
+"""judge.py and remote_judge.py: verdicts, retries, and verdicts that survive a failure."""
 
 import itertools
 import json
@@ -14,15 +14,15 @@ from minisft.evaluation.compare import Item, answer_items
 from minisft.evaluation.judge import (
     Comparison,
     LocalJudge,
-    RemoteJudge,
+    collect_verdicts,
     cost_line,
-    judge,
     outcome,
     parse_verdict,
     tally,
 )
+from minisft.evaluation.remote_judge import RemoteJudge
 from minisft.generation.assistant import Assistant
-from minisft.generation.generate import Sampling
+from minisft.generation.sampling import Sampling
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,12 @@ from minisft.generation.generate import Sampling
         ("Verdict:2更好", 2),
     ],
 )
-def test_verdicts_are_read(text, verdict):
+def test_parse_verdict(text, verdict):
     assert parse_verdict(text) == verdict
 
 
-def test_what_two_verdicts_mean():
-    # First with the baseline's answer in front, then with the other's.
+def test_outcome_and_tally():
+    # The verdict with the baseline's answer first, then with the other's first.
     expected = {
         (2, 1): "win",
         (2, "tie"): "win",
@@ -81,7 +81,7 @@ def remote(stub, **settings):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """The first two requests about "slow" get no reply and time out soon; no other times out."""
+    """The first two requests about "slow" time out soon; all others get enough time."""
     number, urlopen = itertools.count(), urllib.request.urlopen
 
     def open_for_a_moment(request, timeout):
@@ -91,10 +91,10 @@ def impatient(monkeypatch):
             return urlopen(request, timeout=0.05)
         return urlopen(request, timeout=HANG_SECONDS)
 
-    monkeypatch.setattr("minisft.evaluation.judge.urllib.request.urlopen", open_for_a_moment)
+    monkeypatch.setattr("minisft.evaluation.remote_judge.urllib.request.urlopen", open_for_a_moment)
 
 
-def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, impatient, tmp_path):
+def test_both_orders_are_judged_and_failed_requests_repeated(stub, impatient, tmp_path):
     comparisons = [
         Comparison("plain", "a", "longer"),
         Comparison("busy", "longer", "b"),
@@ -110,23 +110,26 @@ def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, impatient
         seen.append(count)
         written.append(path.read_text().count("\n") if path.exists() else 0)
 
-    verdicts = judge(remote(stub), comparisons, path, advance)
+    verdicts = collect_verdicts(remote(stub), comparisons, path, advance)
     assert written == list(range(15))  # on disk as soon as it is known
     outcomes = [outcome(*pair) for pair in verdicts]
-    # A judge that always takes the first place contradicts itself: that is a tie.
+    # A judge that always chooses the first answer contradicts itself: a tie.
     assert outcomes == ["win", "loss", "tie", "win", "win", None, "tie"]
     assert sum(seen) == 14
     assert {one[:3] for one in stub.requests} == {("/v1/chat/completions", "Bearer secret", "stub")}
-    # Those that nobody waited for may arrive late.
+    # Requests that timed out may arrive late.
     wait_until(lambda: [one[3] for one in stub.requests].count("slow") == 4)
     asked = [one[3] for one in stub.requests]
     assert asked.count("plain") == 2 and asked.count("busy") == asked.count("slow") == 4
     before = len(asked)
-    assert judge(remote(stub), comparisons, path) == verdicts and len(stub.requests) == before
+    assert (
+        collect_verdicts(remote(stub), comparisons, path) == verdicts
+        and len(stub.requests) == before
+    )
     another = remote(stub)
     another.name = "another"
-    assert judge(another, comparisons[:1], path) == verdicts[:1]
-    assert len(stub.requests) == before + 2  # what one judge said is not what another says
+    assert collect_verdicts(another, comparisons[:1], path) == verdicts[:1]
+    assert len(stub.requests) == before + 2  # another judge needs verdicts of its own
     report = tally(verdicts)
     assert (report["win"]["count"], report["tie"]["count"], report["loss"]["count"]) == (3, 2, 1)
     assert report["unreadable"] == 1 and report["win"]["share"] == 0.5
@@ -134,35 +137,37 @@ def test_a_judge_is_asked_in_both_orders_and_again_when_it_fails(stub, impatient
     assert low < 0.5 < high
 
 
-def test_a_run_that_broke_goes_on_where_it_stopped(stub, tmp_path):
+def test_an_interrupted_run_continues_where_it_stopped(stub, tmp_path):
     comparisons = [Comparison("plain", "a", "longer"), Comparison("down", "a", "longer")]
     path = tmp_path / "verdicts.jsonl"
     with pytest.raises(UserError, match="500 .*3 times.*--resume"):
-        judge(remote(stub, retries=2), comparisons, path)
+        collect_verdicts(remote(stub, retries=2), comparisons, path)
     assert len(path.read_text().splitlines()) == 2
     with open(path, "a") as file:
-        file.write('{"key": "cut o')  # killed while it wrote
+        file.write('{"key": "cut o')  # killed while writing
     stub.is_down, stub.requests[:] = False, []
-    assert judge(remote(stub), comparisons, path) == [(2, 1), (2, 1)]
+    assert collect_verdicts(remote(stub), comparisons, path) == [(2, 1), (2, 1)]
     assert {one[3] for one in stub.requests} == {"down"}
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_a_server_says_how_long_to_wait_up_to_a_minute(stub, monkeypatch):
+def test_retry_after_is_respected_up_to_a_minute(stub, monkeypatch):
     pauses = []
-    monkeypatch.setattr("minisft.evaluation.judge.time.sleep", pauses.append)
+    monkeypatch.setattr("minisft.evaluation.remote_judge.time.sleep", pauses.append)
     prompt, _ = Comparison("patient", "a", "longer").prompts()
     assert parse_verdict(remote(stub).ask(prompt)) == 2 and pauses == [60, 60]
     pauses.clear()
-    prompt, _ = Comparison("broken", "a", "longer").prompts()  # which says nothing of it
+    prompt, _ = Comparison("broken", "a", "longer").prompts()  # without Retry-After
     assert parse_verdict(remote(stub, pause=3).ask(prompt)) == 2 and pauses == [3, 6]
 
 
-def test_a_judge_that_refuses_is_not_asked_again(stub, tmp_path):
+def test_a_request_that_is_refused_is_not_repeated(stub, tmp_path):
     with pytest.raises(UserError, match='401.*"no such key".*OPENAI_API_KEY'):
-        judge(remote(stub), [Comparison("refused", "a", "b")], tmp_path / "v.jsonl")
+        collect_verdicts(remote(stub), [Comparison("refused", "a", "b")], tmp_path / "v.jsonl")
     with pytest.raises(UserError, match="not a chat completion"):
-        judge(remote(stub, retries=0), [Comparison("elsewhere", "a", "b")], tmp_path / "u.jsonl")
+        collect_verdicts(
+            remote(stub, retries=0), [Comparison("elsewhere", "a", "b")], tmp_path / "u.jsonl"
+        )
     assert {one[1] for one in stub.requests if one[0] == "/other"} == {None}
     with pytest.raises(UserError, match="http"):
         RemoteJudge("ftp://somewhere", "x", None)
@@ -172,17 +177,17 @@ def test_a_judge_that_refuses_is_not_asked_again(stub, tmp_path):
         RemoteJudge(stub.url, "x", "geheim–1")
     assert "geheim" not in str(error.value)
     with pytest.raises(UserError, match="--judge_url http://127.0.0.1:9"):
-        judge(
+        collect_verdicts(
             RemoteJudge("http://127.0.0.1:9", "x", None, retries=1, pause=0.01),
             [Comparison("plain", "a", "b")],
             tmp_path / "w.jsonl",
         )
 
 
-def test_a_model_of_ours_as_judge(tiny_chat_model_dir):
+def test_local_judge(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32")
-    ask = LocalJudge(assistant, "ours", 2)
-    texts = dict(ask(["Which?", "the cat", "you?"]))
+    judge = LocalJudge(assistant, "ours", 2)
+    texts = dict(judge.replies(["Which?", "the cat", "you?"]))
     expected = answer_items(
         assistant,
         [Item([{"role": "user", "content": "the cat"}], "")],
@@ -191,11 +196,11 @@ def test_a_model_of_ours_as_judge(tiny_chat_model_dir):
     )
     assert sorted(texts) == [0, 1, 2] and texts[1] == expected[0]["answer"]
     short = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=40)
-    texts = dict(LocalJudge(short, "ours", 2)(["the cat " * 30]))
+    texts = dict(LocalJudge(short, "ours", 2).replies(["the cat " * 30]))
     assert texts == {0: "(no room in the context)"}
 
 
-def test_the_cost_is_told_before():
+def test_cost_line():
     comparisons = [Comparison("问题" * 100, "a" * 400, "b" * 400)] * 3
     line = cost_line(comparisons, 2.0, 8.0)
     assert line.startswith("judging: 6 requests, about ") and "at most 3,072 to write" in line

@@ -1,4 +1,4 @@
-"""multiple_choice.py, benchmarks.py: scores equal lm-evaluation-harness's on real files."""
+"""Multiple choice: scores equal lm-evaluation-harness on real files; reading these files."""
 
 import itertools
 import json
@@ -13,14 +13,14 @@ import transformers
 
 from minisft.checkpoints.folders import load_model
 from minisft.common.errors import UserError
-from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS, Question, Subject, read_subjects
-from minisft.evaluation.multiple_choice import (
-    Prompts,
-    answer_subject,
+from minisft.evaluation.benchmark_files import read_subjects
+from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS, Question, Subject
+from minisft.evaluation.choice_prompts import (
+    PromptBuilder,
     choose_demonstrations,
-    log_likelihoods,
-    shared_length,
+    shared_prefix_length,
 )
+from minisft.evaluation.multiple_choice import answer_subject, log_likelihoods
 from minisft.text.template import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ FILES = {  # benchmark: a subject, its rows, its demonstrations, and how the har
 
 
 def small_model(folder, tokenizer_dir, vocab_size, **settings):
-    """A random Llama, beside somebody's real tokenizer."""
+    """A random Llama with a real tokenizer."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (tokenizer_dir / name).is_file():
@@ -66,7 +66,7 @@ def llama2_dir(shared_data, tmp_path_factory):
 
 
 def harness(shared_data, llama2_dir, folder):
-    """What lm-evaluation-harness finds, from task files that say the prompt in its own terms."""
+    """The scores of lm-evaluation-harness, from task files that describe the prompts to it."""
     from lm_eval_oracle import log_likelihoods as found_by_harness
 
     (folder / "tasks").mkdir()
@@ -113,10 +113,10 @@ def test_log_likelihoods_equal_lm_evaluation_harness(shared_data, llama2_dir, tm
     theirs, model = harness(shared_data, llama2_dir, tmp_path), load_model(llama2_dir)
     for name, num_fewshot in itertools.product(FILES, (0, 5)):
         subject = first_questions(shared_data, name, num_fewshot)
-        prompts = Prompts(BENCHMARKS[name], Tokenizer.load(llama2_dir), max_length=4096)
-        rows = answer_subject(model, prompts, subject, num_fewshot, batch_size=3)
-        ours = torch.tensor([[row[letter] for letter in LETTERS] for row in rows])
-        assert ours.shape == (SAMPLES, 4) and {row["num_fewshot"] for row in rows} == {num_fewshot}
+        builder = PromptBuilder(BENCHMARKS[name], Tokenizer.load(llama2_dir), max_length=4096)
+        rows = answer_subject(model, builder, subject, num_fewshot, batch_size=3)
+        ours = torch.tensor([row.log_likelihoods for row in rows])
+        assert ours.shape == (SAMPLES, 4) and {row.num_fewshot for row in rows} == {num_fewshot}
         torch.testing.assert_close(
             ours,
             torch.tensor(theirs[name][num_fewshot]),
@@ -127,7 +127,7 @@ def test_log_likelihoods_equal_lm_evaluation_harness(shared_data, llama2_dir, tm
 
 
 def alone(model, ids, option):
-    """log P(option | ids) by transformers, the whole text at once."""
+    """log P(option | ids) by transformers, from a single pass over the text."""
     logits = model(torch.tensor([ids + option])).logits[0].log_softmax(-1)
     return sum(float(logits[len(ids) - 1 + place, id]) for place, id in enumerate(option))
 
@@ -142,20 +142,20 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
         for number in range(5)
     ]
     subject = Subject("cats", "cats", "", questions[1:], questions[:1])
-    prompts = Prompts(BENCHMARKS["ceval"], tokenizer, template)
-    made = [prompts.prompt(subject, subject.demonstrations, one) for one in subject.questions]
+    builder = PromptBuilder(BENCHMARKS["ceval"], tokenizer, template)
+    made = [builder.build(subject, subject.demonstrations, one) for one in subject.questions]
     oracle = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     expected = [[alone(oracle, one.ids, option) for option in one.options] for one in made]
     for batch_size in (1, 3, 8):
         found = log_likelihoods(load_model(folder), made, batch_size)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
-    if template:  # the letter stands where the model was trained to write it
+    if template:  # the letter comes where the model learned to write it
         message = {
             "role": "user",
             "content": BENCHMARKS["ceval"].heading.format(subject="cats")
-            + questions[1].asked(BENCHMARKS["ceval"]),
+            + BENCHMARKS["ceval"].ask(questions[1]),
         }
-        one = prompts.prompt(subject, [], questions[1])
+        one = builder.build(subject, [], questions[1])
         assert one.ids == template.encode_prompt([message])
         whole, _ = template.encode([message, {"role": "assistant", "content": "C"}])
         assert whole[: len(one.ids) + 1] == one.ids + one.options[2]
@@ -165,8 +165,8 @@ def test_options_of_several_tokens_and_a_sliding_window(tmp_path, shared_data):
     stories = shared_data / "models" / "stories260K"
     folder = small_model(tmp_path / "model", stories, 512, sliding_window=96)
     subject = first_questions(shared_data, "mmlu", 1, 3)
-    prompts = Prompts(BENCHMARKS["mmlu"], Tokenizer.load(folder))
-    made = [prompts.prompt(subject, subject.demonstrations[:1], one) for one in subject.questions]
+    builder = PromptBuilder(BENCHMARKS["mmlu"], Tokenizer.load(folder))
+    made = [builder.build(subject, subject.demonstrations[:1], one) for one in subject.questions]
     assert {len(option) for option in made[0].options} == {1, 2}
     oracle = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     expected = [[alone(oracle, one.ids, option) for option in one.options] for one in made]
@@ -174,10 +174,10 @@ def test_options_of_several_tokens_and_a_sliding_window(tmp_path, shared_data):
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
 
 
-def test_the_letter_is_the_token_of_its_place(llama2_dir):
+def test_the_token_of_a_letter_is_the_token_after_the_prompt(llama2_dir):
     tokenizer = Tokenizer.load(llama2_dir)
     subject = Subject("law", "法学", "", [Question("0", "一", ("a", "b", "c", "d"), "A")])
-    prompt = Prompts(BENCHMARKS["ceval"], tokenizer).prompt(subject, [], subject.questions[0])
+    prompt = PromptBuilder(BENCHMARKS["ceval"], tokenizer).build(subject, [], subject.questions[0])
     assert prompt.options[0] == [29909] and tokenizer.encode("A") == [319]
     assert tokenizer.decode(prompt.ids) == (
         "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
@@ -185,7 +185,7 @@ def test_the_letter_is_the_token_of_its_place(llama2_dir):
     )
 
 
-def test_a_tokenizer_without_the_letters_is_refused():
+def test_a_tokenizer_without_letters_is_refused():
     known = {"A": 1, "B": 2}
     for letters in ({}, known, {**known, "C": 3}):
         tokenizer = SimpleNamespace(
@@ -194,39 +194,39 @@ def test_a_tokenizer_without_the_letters_is_refused():
             encode=lambda text, ids=letters: [ids.get(one, 0) for one in text],
         )
         question = Question("0", "一", ("a", "b", "c", "d"), "A")
-        prompts = Prompts(BENCHMARKS["ceval"], tokenizer)
-        if len(letters) == 3:  # one unknown letter is still told from the others
-            assert prompts.prompt(Subject("", "", "", []), [], question).options == [
+        builder = PromptBuilder(BENCHMARKS["ceval"], tokenizer)
+        if len(letters) == 3:  # a single unknown letter still differs from the others
+            assert builder.build(Subject("", "", "", []), [], question).options == [
                 [1],
                 [2],
                 [3],
                 [0],
             ]
             continue
-        with pytest.raises(UserError, match="does not tell the letters"):
-            prompts.prompt(Subject("", "", "", []), [], question)
+        with pytest.raises(UserError, match="some of the letters A, B, C and D the same tokens"):
+            builder.build(Subject("", "", "", []), [], question)
 
 
-def test_demonstrations_that_find_no_room_are_dropped(tiny_tokenizer_dir):
+def test_demonstrations_that_do_not_fit_are_dropped(tiny_tokenizer_dir):
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
     questions = [
         Question(str(number), "the cat " * 5, ("a", "b", "c", "d"), "B") for number in range(4)
     ]
     subject = Subject("cats", "cats", "", questions, questions)
-    whole = Prompts(BENCHMARKS["mmlu"], tokenizer).prompt(subject, questions[:3], questions[3])
-    room = Prompts(BENCHMARKS["mmlu"], tokenizer, max_length=len(whole.ids) + 1)
-    assert room.prompt(subject, questions[:3], questions[3]).num_fewshot == 3
+    whole = PromptBuilder(BENCHMARKS["mmlu"], tokenizer).build(subject, questions[:3], questions[3])
+    room = PromptBuilder(BENCHMARKS["mmlu"], tokenizer, max_length=len(whole.ids) + 1)
+    assert room.build(subject, questions[:3], questions[3]).num_fewshot == 3
     room.max_length = len(whole.ids) - 1
-    fitted = room.prompt(subject, questions[:3], questions[3])
+    fitted = room.build(subject, questions[:3], questions[3])
     assert (fitted.num_fewshot, fitted.is_cut) == (2, False)
     room.max_length = 20
-    cut = room.prompt(subject, questions[:3], questions[3])
+    cut = room.build(subject, questions[:3], questions[3])
     assert (cut.num_fewshot, cut.is_cut, cut.ids[0]) == (0, True, tokenizer.bos_token_id)
     assert len(cut.ids) + max(map(len, cut.options)) - 1 == 20
     assert cut.ids[1:] == whole.ids[-(len(cut.ids) - 1) :]
 
 
-def test_repetitions_draw_other_demonstrations():
+def test_repetitions_have_different_demonstrations():
     shown = [Question(str(number), "", ("",) * 4, "A") for number in range(8)]
     subject = Subject("law", "law", "", [], shown)
     assert choose_demonstrations(subject, 5) == shown[:5]
@@ -236,10 +236,10 @@ def test_repetitions_draw_other_demonstrations():
     assert all(len({one.id for one in some}) == 5 for some in drawn)
 
 
-def test_shared_length():
-    assert shared_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
-    assert shared_length([[1, 9], [2, 9], [1, 9]]) == 0
-    assert shared_length([[], []]) == 0
+def test_shared_prefix_length():
+    assert shared_prefix_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
+    assert shared_prefix_length([[1, 9], [2, 9], [1, 9]]) == 0
+    assert shared_prefix_length([[], []]) == 0
 
 
 HEADERS = {
@@ -291,14 +291,14 @@ def test_a_damaged_zip_is_named(tmp_path):
             encrypted[at + offset] |= 1
     for content in (whole[:place] + bytes(30) + whole[place + 30 :], encrypted):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="data.zip.*download the zip again"):
+        with pytest.raises(UserError, match="data.zip.*Download the zip again"):
             read_subjects(BENCHMARKS["ceval"], path, "val")
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="neither a folder nor a zip"):
         read_subjects(BENCHMARKS["ceval"], path, "val")
 
 
-def test_answers_that_are_kept_back_and_numbers_that_are_not_unique(tmp_path):
+def test_secret_answers_and_ids_that_are_not_unique(tmp_path):
     rows = "id,question,A,B,C,D,answer\n7,Q,a,b,c,d,\n7,R,a,b,c,d,\n"
     (subject,) = read_subjects(BENCHMARKS["ceval"], data_folder(tmp_path, rows), "test")
     assert [one.answer for one in subject.questions] == [None, None]
@@ -312,14 +312,17 @@ def test_answers_that_are_kept_back_and_numbers_that_are_not_unique(tmp_path):
     [
         ("id,question,A,B,C,answer\n0,Q,a,b,c,B\n", "column d is missing"),
         ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,E\n", "line 2: the answer is 'E'"),
-        ("id,question,A,B,C,D,answer\n0,Q,a,b,c,d,A\n1,Q,a,b,c,d,\n", "line 3: there is no answer"),
+        (
+            "id,question,A,B,C,D,answer\n0,Q,a,b,c,d,A\n1,Q,a,b,c,d,\n",
+            "line 3: the answer is missing",
+        ),
         (
             "id,question,A,B,C,D,answer\n0,Q,a,b,c,d\n",
-            "line 2: 6 columns where the first row has 7",
+            "line 2: 6 columns, but the first row has 7",
         ),
         ("id,question,A,B,C,D,answer\n", "no questions"),
         ("", "no questions"),
-        ("a,b\n", "but 2 columns"),
+        ("a,b\n", "but found 2 columns"),
         ("Q,a,b,c,d\n", "has no answers"),
         ('Q,"a,b,c,d,B\n', "line"),
     ],
@@ -331,7 +334,7 @@ def test_bad_files_are_named(tmp_path, content, said):
     assert "law_" in str(error.value)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_subjects_and_names_are_reported(tmp_path):
     folder, ceval = data_folder(tmp_path, HEADERS["ceval"]), BENCHMARKS["ceval"]
     with pytest.raises(UserError, match="no CSV files in a folder 'train'.*dev, test, val"):
         read_subjects(ceval, folder, "train")
@@ -345,7 +348,7 @@ def test_what_is_missing_is_named(tmp_path):
         with pytest.raises(UserError, match="subject_mapping.json: expected"):
             read_subjects(ceval, folder, "val", 0)
     (folder / "subject_mapping.json").unlink()
-    with pytest.raises(UserError, match="what the subject law is called"):
+    with pytest.raises(UserError, match="no name of the subject law"):
         read_subjects(ceval, folder, "val", 0)
     assert read_subjects(BENCHMARKS["mmlu"], folder, "val", 0)[0].name == "law"
     with pytest.raises(UserError, match="neither a folder nor a zip"):

@@ -1,4 +1,4 @@
-"""report_page.py: the page is text, asks nobody, and works in a real browser; the picture."""
+"""The report: the page is escaped, makes no request and works in a browser; lines and bars."""
 
 import json
 import warnings
@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from minisft.evaluation.compare import Item, differences, measure
-from minisft.evaluation.judge import outcome, tally
-from minisft.evaluation.report_page import (
-    draw_bars,
-    measure_lines,
-    page,
-    verdict_lines,
-    write_results,
-)
+from minisft.evaluation.compare import Item
+from minisft.evaluation.judge import judge_report
+from minisft.evaluation.measures import differences, measure
+from minisft.evaluation.report_bars import draw_bars
+from minisft.evaluation.report_lines import measure_lines, verdict_lines
+from minisft.evaluation.report_page import render_page, write_results
 
 NASTY = "<script>alert(1)</script> </script><b>是 <img src=http://127.0.0.1:9/x>"
 
@@ -37,7 +34,7 @@ class Reader(HTMLParser):
 
 
 def made_up_results():
-    """What a comparison of three models leaves, with long words and every kind of verdict."""
+    """The results of a comparison of three models, with long words and all kinds of verdicts."""
     items = [
         Item([{"role": "user", "content": f"问题 {number}: {'很长' * 40}"}], "the mat")
         for number in range(12)
@@ -62,20 +59,14 @@ def made_up_results():
         "differences_to_first": {
             name: differences(models["base"], models[name]) for name in verdicts
         },
-        "judge": {
-            "name": "made up",
-            "outcomes": {
-                name: [outcome(*pair) for pair in pairs] for name, pairs in verdicts.items()
-            },
-            "against_first": {name: tally(pairs) for name, pairs in verdicts.items()},
-        },
+        "judge": judge_report("made up", verdicts),
     }
 
 
-def test_what_models_wrote_is_text_and_the_page_asks_nobody():
+def test_texts_are_escaped_and_the_page_makes_no_request():
     results = made_up_results()
-    text = page(results)
-    assert text == page(json.loads(json.dumps(results)))
+    text = render_page(results)
+    assert text == render_page(json.loads(json.dumps(results)))
     reader = Reader(text)
     assert reader.tags.count("article") == 12 and reader.tags.count("script") == 1
     assert not {"src", "href", "action"} & {name for name, _ in reader.attributes}
@@ -83,7 +74,7 @@ def test_what_models_wrote_is_text_and_the_page_asks_nobody():
     assert NASTY in reader.texts
 
 
-def test_lines_say_what_went_wrong():
+def test_lines_report_what_went_wrong():
     results = made_up_results()
     results["models"]["tuned"] |= {
         "answers_cut": 3,
@@ -93,15 +84,15 @@ def test_lines_say_what_went_wrong():
     lines = measure_lines(results)
     assert sum("of 12" in one for one in lines) == 2
     assert any(one.startswith("tuned: 3 of 12 answers were cut") for one in lines)
-    assert any(one.startswith("tuned: 1 of 12 references had no room") for one in lines)
+    assert any(one.startswith("tuned: 1 of 12 references did not fit") for one in lines)
     assert any(one.startswith("tuned: ") and one.endswith("perplexity unknown") for one in lines)
-    (told,) = [one for one in lines if one.startswith("tuned less base: ")]
+    (told,) = [one for one in lines if one.startswith("tuned minus base: ")]
     assert "exact match +50.0 points (" in told and "p = 0.0312" in told
     assert verdict_lines(results) == [
-        "tuned against base: 3 win, 3 tie, 3 loss, 3 unreadable; 3 of the ties because it "
-        "contradicted itself, 67 % of its choices for the answer shown first",
-        "第三 against base: 12 win, 0 tie, 0 loss, 0 unreadable; 0 of the ties because it "
-        "contradicted itself, 50 % of its choices for the answer shown first",
+        "tuned against base: 3 win, 3 tie, 3 loss, 3 unreadable; 3 of the ties because "
+        "the judge contradicted itself; it chose the answer shown first in 67 % of its choices",
+        "第三 against base: 12 win, 0 tie, 0 loss, 0 unreadable; 0 of the ties because "
+        "the judge contradicted itself; it chose the answer shown first in 50 % of its choices",
     ]
 
 
@@ -122,7 +113,7 @@ def test_the_page_in_a_browser(tmp_path):
         tab.on("console", lambda message: complaints.append(message.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.goto((tmp_path / "report.html").as_uri())
-        # On a phone the text is as wide as the screen, and only the table can be moved sideways.
+        # On a phone the page is as wide as the screen. Only the table scrolls sideways.
         assert tab.evaluate("document.documentElement.scrollWidth") == 390
         shown = tab.locator("article:visible")
         counts = {}
@@ -145,7 +136,7 @@ def test_the_page_in_a_browser(tmp_path):
         tab.select_option("select", "loss-1")
         assert shown.count() == 0
         tab.fill("input", "")
-        # What has scrolled under the bar with the filter does not show through it.
+        # Text that has scrolled under the bar with the filter does not show through.
         assert tab.evaluate("""() => {
             scrollTo(0, document.body.scrollHeight);
             const bar = document.querySelector("form").getBoundingClientRect();

@@ -1,0 +1,67 @@
+"""--resume: whether a run may continue in a folder, and what is removed if it starts anew."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from minisft.common.errors import UserError
+from minisft.common.outputs import recorded_options, save_options
+
+# Options on which the predictions of a benchmark depend.
+CHOICE_OPTIONS = (
+    "model_name_or_path",
+    "adapter",
+    "dtype",
+    "bf16",
+    "fp16",
+    "quantization_bit",
+    "data_dir",
+    "split",
+    "num_fewshot",
+    "template",
+    "max_length",
+    "max_samples",
+    "n_times",
+    "seed",
+)
+# Options on which the answers of compared models depend.
+ANSWER_OPTIONS = (
+    "models",
+    "dtype",
+    "bf16",
+    "fp16",
+    "quantization_bit",
+    "template",
+    "dataset",
+    "max_samples",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+)
+
+
+def check_same_options(options: Namespace, names: Sequence[str]) -> None:
+    """UserError if --resume would mix the results of runs that differ in these options."""
+    recorded = recorded_options(options.output_dir) if options.resume else {}
+    for name in names if recorded else ():
+        if recorded.get(name) != getattr(options, name):
+            raise UserError(
+                f"--resume: {options.output_dir} is from a run with {name} {recorded.get(name)}, "
+                f"not {getattr(options, name)}. Use the same options, or another --output_dir."
+            )
+
+
+def start_output_dir(options: Namespace, output_dir: Path, results: Sequence[str]) -> None:
+    """Create the folder and record the options.
+
+    results: patterns of files. Without --resume, those of an earlier run are removed, because
+    nobody could tell them from the results of this run.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not options.resume:
+        for pattern in results:
+            for path in output_dir.glob(pattern):
+                path.unlink()
+    save_options(options, output_dir / "options.toml")
