@@ -41,8 +41,7 @@ from minisft.data.batching import Batches, micro_batches
 from minisft.data.encoding import Example
 from minisft.evaluation.exact_match import exact_match
 from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model, RewardModel
 from minisft.text.template import Template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import plan, resume
@@ -130,7 +129,7 @@ def main(options: Namespace | None = None) -> None:
 
 def build_objective(
     options: Namespace,
-    model: CausalLM | RewardModel,
+    model: Model,
     batches: Batches,
     eval_examples: list[Example] | None,
     autocast: torch.autocast,

@@ -20,7 +20,8 @@ from conftest import ROOT
 from standing import HANG_SECONDS, wait_until
 
 from minisft.chat import transcript, web
-from minisft.chat.page import JOINER, Page, Talk, shown
+from minisft.chat.markup import JOINER, shown
+from minisft.chat.page import Page, Talk
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
 from minisft.generation.assistant import Assistant

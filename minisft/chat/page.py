@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from minisft.chat.markup import JOINER as JOINER
 from minisft.chat.markup import original, shown
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError

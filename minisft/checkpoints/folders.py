@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from minisft.common import processes
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, token_ids, write_json
 from minisft.common.outputs import check_free_space
@@ -183,7 +184,7 @@ def save_model(
     remove_other_weights(output_dir, file_names)
     config = model.config.to_dict()
     config.pop("torch_dtype", None)  # the old name of dtype
-    config["dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config["dtype"] = dtype_name(dtype or next(iter(tensors.values())).dtype)
     write_json(config, output_dir / "config.json")
 
 

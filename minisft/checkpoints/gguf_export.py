@@ -26,11 +26,7 @@ from minisft.checkpoints.folders import generation_eos, open_model
 from minisft.checkpoints.gguf_report import Report, num_parameters, summarize
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import StoredTensor
-from minisft.gguf.compatibility import (
-    check_architecture,
-    known_differences,
-    tokenizer_differences,
-)
+from minisft.gguf.compatibility import check_architecture, known_differences, tokenizer_differences
 from minisft.gguf.mapping import (
     ARCHITECTURES,
     ROTARY_DIVISORS,

@@ -5,8 +5,9 @@ model_dir = resolve("Qwen/Qwen2.5-0.5B")
 
 from pathlib import Path
 
+from minisft.common.downloads import download
 from minisft.common.errors import UserError
-from minisft.common.tensor_files import ADAPTER_WEIGHTS
+from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.gguf.reader import is_gguf
 from minisft.gguf.unpack import unpack
 
@@ -32,6 +33,11 @@ def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:
     return _download(str(name_or_path))
 
 
+def resolve_adapter(name_or_path: str | Path) -> Path:
+    """The local folder of an adapter; see resolve."""
+    return resolve(name_or_path, ADAPTER_CONFIG)
+
+
 def _hint(path: Path, needed: str) -> str:
     snapshots = sorted(path.glob(f"snapshots/*/{needed}"))  # the layout of the hub's cache
     if snapshots:
@@ -44,13 +50,9 @@ def _download(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         hint = "" if "/" in name else ", and models on the hub are called OWNER/NAME"
         raise UserError(f"{name}: no such folder{hint}")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
-    except Exception as error:  # the library raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return download(name, HUB_PATTERNS)
+    except UserError as error:
         raise UserError(
-            f"{name}: no such folder, and the download from the hub failed ({reason}); "
-            "download it first and give its folder"
+            f"{name}: no such folder, and the {error}. Download it first and give its folder."
         ) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from minisft.common import failure
-from minisft.common.errors import UserError
+from minisft.common.errors import UserError, first_line
 
 Result = TypeVar("Result")
 
@@ -55,6 +55,5 @@ def _message(error: BaseException) -> str | None:
         error
     )
     if is_torch_error or isinstance(error, MemoryError):
-        reason = str(error).partition("\n")[0]
-        return f"out of memory: use smaller batches or a smaller model {reason}".rstrip()
+        return f"out of memory: use smaller batches or a smaller model ({first_line(error)})"
     return None

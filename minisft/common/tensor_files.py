@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json
 from minisft.common.outputs import atomic_path
@@ -100,8 +101,7 @@ class StoredTensor:
             )
         if not self.dtype.is_floating_point:
             raise UserError(
-                f"{self.path}: {self.name} is "
-                f"{str(self.dtype).removeprefix('torch.')}, not a floating-point type"
+                f"{self.path}: {self.name} is {dtype_name(self.dtype)}, not a floating-point type"
             )
 
 

@@ -17,13 +17,7 @@ import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.data.dataset_info import FILE_NAME, Description
-from minisft.data.formats import (
-    PREFERENCE_COLUMNS,
-    Messages,
-    Tools,
-    parse_conversation,
-    parse_text,
-)
+from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Array, Lines, open_records
 from minisft.data.row_values import BadRow
@@ -86,10 +80,7 @@ class Rows(Sequence):
     """
 
     def __init__(
-        self,
-        files: list[RowFile],
-        numbers: np.ndarray | None = None,
-        skip_bad_rows: bool = False,
+        self, files: list[RowFile], numbers: np.ndarray | None = None, skip_bad_rows: bool = False
     ) -> None:
         self.files, self.numbers, self.skip_bad_rows = files, numbers, skip_bad_rows
         self.ends = np.cumsum([len(file.records) for file in files], dtype=np.int64)
@@ -166,9 +157,7 @@ def load_rows(dataset: Any, skipped: list[str] | None = None, **options: Any) ->
 
 
 def read(
-    rows: Rows | Sequence[Any],
-    skipped: list[str] | None,
-    numbers: Iterable[int] | None = None,
+    rows: Rows | Sequence[Any], skipped: list[str] | None, numbers: Iterable[int] | None = None
 ) -> list[Any]:
     """The rows, or those of these numbers, as a list.
 

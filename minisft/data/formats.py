@@ -48,12 +48,7 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-SHAREGPT_SPEAKERS = {
-    "system": "system",
-    "user": "human",
-    "assistant": "gpt",
-    "tool": "observation",
-}
+SHAREGPT_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
 def parse_conversation(record: Any) -> tuple[Messages, Tools]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minisft.common.downloads import download
 from minisft.common.errors import UserError
 from minisft.data.dataset_info import (
     FILE_NAME,
@@ -173,16 +174,12 @@ def _names(paths: list[Path]) -> str:
 
 def _download(place: str, repo_id: str, plain_text: bool) -> Path:
     """The local copy of the JSON (and text) files of a data set on the hub."""
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.json", "*.jsonl", *(["*.txt"] if plain_text else [])]
     try:
-        return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # from any of the libraries below
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return download(repo_id, patterns, "dataset")
+    except UserError as error:
         raise UserError(
-            f"{place}: download of {repo_id} failed ({reason}). Download it yourself and give it "
-            "as file_name."
+            f"{place}: {error}. Download it yourself and give it as file_name."
         ) from error
 
 

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from minisft.checkpoints import adapters, folders, hub
-from minisft.common import tensor_files
-from minisft.common.devices import resolve_device, resolve_dtype
+from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
 from minisft.data.formats import Message, Tools
@@ -68,9 +67,8 @@ class Assistant:
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         # Check the small parts before loading the weights, which takes long.
-        model_dir, adapter_dir = hub.resolve(path), None
-        if adapter is not None:
-            adapter_dir = hub.resolve(adapter, tensor_files.ADAPTER_CONFIG)
+        model_dir = hub.resolve(path)
+        adapter_dir = None if adapter is None else hub.resolve_adapter(adapter)
         self.tokenizer = Tokenizer.load(model_dir)
         self.template = trained_template(template, self.tokenizer, adapter_dir or model_dir)
         if base_model is None:
@@ -106,10 +104,9 @@ class Assistant:
     @property
     def description(self) -> str:
         """One line about what answers."""
-        dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"{self.name} · template {self.template.name} · {self.device} {dtype} · context "
-            f"{self.max_length}"
+            f"{self.name} · template {self.template.name} · {self.device} "
+            f"{dtype_name(self.dtype)} · context {self.max_length}"
         )
 
     def stream(

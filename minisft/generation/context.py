@@ -14,11 +14,7 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.data.formats import Message, Tools
-from minisft.generation.messages import (
-    check_messages,
-    check_text,
-    count_characters,
-)
+from minisft.generation.messages import check_messages, check_text, count_characters
 from minisft.text.template import Template
 
 # No text has that many characters per token. Longer texts are refused before they are encoded.

@@ -15,11 +15,7 @@ class LanguageModel(Protocol):
     config: ModelConfig
 
     def __call__(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None,
-        mask: Tensor | None,
-        cache: KeyValueCache,
+        self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KeyValueCache
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...

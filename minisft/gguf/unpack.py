@@ -26,12 +26,11 @@ from minisft.common.json_files import write_json
 from minisft.common.tensor_files import StoredTensor
 from minisft.gguf.mapping import ROTARY_DIVISORS, checkpoint_name, deinterleave, is_interleaved
 from minisft.gguf.reader import GGUFFile, read_gguf
+from minisft.gguf.tensor_types import TORCH_TYPES
 from minisft.gguf.unpack_config import config_fields
 from minisft.gguf.unpack_tokenizer import tokenizer_files
 
 GGUF = "model.gguf"  # the link to the file
-# Types whose bytes are the numbers. All others are dequantised to float32.
-TORCH_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 
 
 def unpack(path: str | Path) -> Path:

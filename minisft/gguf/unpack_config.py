@@ -10,19 +10,12 @@ from typing import Any
 import torch
 
 from minisft.common.errors import UserError
-from minisft.gguf.mapping import (
-    ARCHITECTURES,
-    ROTARY_DIVISORS,
-    rotary_divisors,
-    yarn_temperature,
-)
+from minisft.gguf.mapping import ARCHITECTURES, ROTARY_DIVISORS, rotary_divisors, yarn_temperature
 from minisft.model.config import ModelConfig
 
 
 def config_fields(
-    metadata: dict[str, Any],
-    tensor_names: Collection[str],
-    divisors: torch.Tensor | None = None,
+    metadata: dict[str, Any], tensor_names: Collection[str], divisors: torch.Tensor | None = None
 ) -> dict[str, Any]:
     """The config.json of a file; UserError if minisft has no such model.
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from minisft.checkpoints.folders import stored_tensors
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.json_files import read_json
@@ -41,7 +42,7 @@ def score_record(
         "template": scorer.template.name,
         "default_system": scorer.template.default_system,
         "max_length": scorer.max_length,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "quantization_bit": options.quantization_bit,
         "kind of scores": "rewards" if options.mode == "reward" else "losses",
         "names": {

@@ -58,11 +58,7 @@ class RowReader:
 
 
 def score_rows(
-    model: Any,
-    reader: RowReader,
-    numbers: np.ndarray,
-    batch_tokens: int,
-    num_workers: int = 0,
+    model: Any, reader: RowReader, numbers: np.ndarray, batch_tokens: int, num_workers: int = 0
 ) -> Iterator[list[Score]]:
     """Yield the scores of these rows as they are finished, those of all ranks in one list.
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from minisft.checkpoints.adapters import PEFT_PREFIX
 from minisft.common import processes
-from minisft.common.errors import UserError
+from minisft.common.errors import UserError, first_line
 from minisft.common.hashes import sha256
 from minisft.common.tensor_files import ADAPTER_WEIGHTS, read_header, tensor_files
 
@@ -207,8 +207,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds, with long messages
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read ({reason}). Resume from another one.") from error
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}). Resume from another checkpoint."
+        ) from error
 
 
 @torch.no_grad()

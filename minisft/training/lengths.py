@@ -171,10 +171,7 @@ def measure_batches(
     batches: those of all rows, of which the examples may be a part.
     """
     dealt = batching.Batches(
-        examples,
-        already_encoded,
-        options.seed,
-        total_bytes=batches.example_bytes * len(examples),
+        examples, already_encoded, options.seed, total_bytes=batches.example_bytes * len(examples)
     )
     rows_per_step = count_rows_per_step(options, num_processes)
     num_computed, largest = 0, (0, 0)

@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoRALinear
 from minisft.model.loss import chunk_size
 from minisft.model.quantized import PIECE, QuantizedLinear
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model, RewardModel
 from minisft.training.build import num_trainable
 
 FLOAT32, INT64, BOOL = 4, 8, 1
@@ -66,7 +65,7 @@ class Phase:
         return sum(self.parts.values())
 
 
-def phases(model: CausalLM | RewardModel, step: Step) -> list[Phase]:
+def phases(model: Model, step: Step) -> list[Phase]:
     """The points of a step where the most memory can be in use."""
     layers, head, embedding = model.model.layers, output_module(model), model.model.embed_tokens
     held = partial(memory_held, model, step)
@@ -137,7 +136,7 @@ def phases(model: CausalLM | RewardModel, step: Step) -> list[Phase]:
 
 
 def memory_held(
-    model: CausalLM | RewardModel,
+    model: Model,
     step: Step,
     activations: int,
     finished: int,
@@ -183,7 +182,7 @@ def is_leaf(module: nn.Module) -> bool:
     return not any(module.children())
 
 
-def output_module(model: CausalLM | RewardModel) -> nn.Module:
+def output_module(model: Model) -> nn.Module:
     """The module that gives the logits, or the reward."""
     if isinstance(model, RewardModel):
         return model.score
@@ -201,14 +200,14 @@ def cast_bytes(module: nn.Module, step: Step) -> int:
     return step.dtype.itemsize * sum(map(num_trainable, matrices))
 
 
-def gathered_weight_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+def gathered_weight_bytes(model: Model, step: Step) -> int:
     """FSDP: gathered weights of two layers (the next one is on its way), embedding and output."""
     layer = sum(parameter.numel() for parameter in model.model.layers[-1].parameters())
     ends: set[Any] = {model.model.embed_tokens, output_module(model)}  # one module if tied
     return step.dtype.itemsize * (2 * layer + sum(end.weight.numel() for end in ends))
 
 
-def gathered_gradient_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+def gathered_gradient_bytes(model: Model, step: Step) -> int:
     """FSDP: gradients of a layer, also in float32 to be averaged, of embedding and output."""
     ends = {model.model.embed_tokens, output_module(model)}
     layer = (step.dtype.itemsize + FLOAT32) * num_trainable(model.model.layers[-1])
@@ -218,7 +217,7 @@ def gathered_gradient_bytes(model: CausalLM | RewardModel, step: Step) -> int:
 # Activations
 
 
-def layer_bytes_per_token(model: CausalLM | RewardModel, step: Step) -> int:
+def layer_bytes_per_token(model: Model, step: Step) -> int:
     """What autograd keeps of one layer for each token.
 
     An operation keeps what its gradient needs. A sum needs nothing; a product needs both factors,
@@ -250,7 +249,7 @@ def layer_bytes_per_token(model: CausalLM | RewardModel, step: Step) -> int:
     return sum(kept) + ranks * itemsize
 
 
-def stream_itemsize(model: CausalLM | RewardModel, step: Step) -> int:
+def stream_itemsize(model: Model, step: Step) -> int:
     """Bytes of a number in the residual stream, which has the type of the embedding."""
     if step.is_sharded:
         return step.dtype.itemsize
@@ -284,7 +283,7 @@ def dropout_of(linear: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
 
 
-def loss_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+def loss_bytes(model: Model, step: Step) -> int:
     """What is there at the loss besides the layers' activations and the logits."""
     D, itemsize = model.config.hidden_size, stream_itemsize(model, step)
     # States of supervised tokens; with a frozen output matrix, their gradients too.
@@ -294,7 +293,7 @@ def loss_bytes(model: CausalLM | RewardModel, step: Step) -> int:
     return states + norm + step.num_tokens * (INT64 + BOOL)  # token ids and mask
 
 
-def backward_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+def backward_bytes(model: Model, step: Step) -> int:
     """Gradients of activations in the backward pass of a layer, and a dequantised weight.
 
     Most are in the MLP: two of the inner width, and two of the residual stream.

@@ -189,11 +189,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         ({"eval_exact_match"}, stage != "sft", "belongs to --stage sft"),
         (DPO, stage != "dpo", "belongs to --stage dpo"),
         ({"dpo_label_smoothing"}, options.dpo_label_smoothing >= 0.5, "must be below 0.5"),
-        (
-            {"packing", "train_from_scratch"},
-            stage in ("rm", "dpo"),
-            f"contradicts --stage {stage}",
-        ),
+        ({"packing", "train_from_scratch"}, stage in ("rm", "dpo"), f"contradicts --stage {stage}"),
         ({"quantization_bit"}, options.compile, "contradicts --compile"),
         (
             {"quantization_bit", "eval_exact_match"},

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 
 from minisft.checkpoints.hub import resolve
-from minisft.common.devices import resolve_device, resolve_dtype
+from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.tensor_files import parse_size
 from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM
 from minisft.model.quantized import count_parameters
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model
 from minisft.training.build import model_on_meta, num_trainable
 from minisft.training.lengths import Data, Epoch, inspect_data
 from minisft.training.memory import PARTS, Phase, Step, phases
@@ -91,7 +90,7 @@ def device_memory(options: Namespace, device: torch.device) -> int | None:
 
 def planned_step(
     options: Namespace,
-    model: CausalLM | RewardModel,
+    model: Model,
     largest: tuple[int, int],
     dtype: torch.dtype,
     device_type: str,
@@ -112,7 +111,7 @@ def planned_step(
     )
 
 
-def num_copied(options: Namespace, model: CausalLM | RewardModel) -> int:
+def num_copied(options: Namespace, model: Model) -> int:
     """How many numbers the reference of DPO copies: those that are trained.
 
     A new adapter changes nothing, so the reference leaves it out, unless the model is sharded.
@@ -131,13 +130,13 @@ def num_copied(options: Namespace, model: CausalLM | RewardModel) -> int:
 # The lines of the plan
 
 
-def print_model(options: Namespace, model: CausalLM | RewardModel, step: Step) -> None:
+def print_model(options: Namespace, model: Model, step: Step) -> None:
     """Number of parameters, and how they are trained."""
     how = "in full" if options.finetuning_type == "full" else "by LoRA"
     base = f", base in {options.quantization_bit} bits" if options.quantization_bit else ""
     print(
         f"model       {count_parameters(model):,} parameters, of which {num_trainable(model):,} "
-        f"are trained {how}{base}, {str(step.dtype).removeprefix('torch.')} on "
+        f"are trained {how}{base}, {dtype_name(step.dtype)} on "
         f"{step.num_processes} x {step.device}"
     )
     if step.num_copied:
@@ -189,11 +188,7 @@ def print_memory(points: list[Phase], step: Step, available: int | None) -> None
 
 
 def print_time(
-    options: Namespace,
-    model: CausalLM | RewardModel,
-    epoch: Epoch,
-    num_steps: int,
-    num_processes: int,
+    options: Namespace, model: Model, epoch: Epoch, num_steps: int, num_processes: int
 ) -> None:
     """Operations of the run, and its time at the speed that the options state."""
     rows_per_step = count_rows_per_step(options, num_processes)

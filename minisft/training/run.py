@@ -15,9 +15,8 @@ from torch import nn
 from minisft.common import processes
 from minisft.data import batching
 from minisft.data.encoding import Example
-from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model
 from minisft.training.metrics import Progress
 from minisft.training.objective import Objective
 
@@ -89,7 +88,7 @@ class Run:
     """Everything that training needs from one step to the next."""
 
     options: Namespace
-    model: CausalLM | RewardModel
+    model: Model
     lora_config: LoraConfig | None  # None in full fine-tuning
     objective: Objective
     optimizer: torch.optim.Optimizer
@@ -114,7 +113,7 @@ class Run:
         return self.objective.collate(examples, self.device)
 
 
-def wrap_model(model: CausalLM | RewardModel, options: Namespace) -> nn.Module:
+def wrap_model(model: Model, options: Namespace) -> nn.Module:
     """Set up how the model computes: checkpointed, compiled, with DDP to average gradients."""
     model.model.gradient_checkpointing = options.gradient_checkpointing
     if options.compile:
