@@ -400,7 +400,7 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, caps
     ]
     said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--device_tflops", 400)
     assert "70,553,706,496 parameters, of which 70,553,706,496 are trained in full" in said
-    assert "estimated, a token for 4 bytes" in said and "640 rows, 256,000 tokens" in said
+    assert "estimated, 4 bytes per token" in said and "640 rows, 256,000 tokens" in said
     assert "10 an epoch, 30 in all" in said
     # An eighth of 64 ranks' worth: 4 bytes of weight, 8 of averages, each over 64.
     assert numbers(r"optimizer +([\d.]+)", said) == [pytest.approx(70.55 * 8 / 64, abs=0.01)]
@@ -501,7 +501,8 @@ def test_the_plan_says_of_the_rows_what_the_run_says(
         line
         for line in capsys.readouterr().out.splitlines()
         if re.match(
-            r"a look at 4 rows: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out", line
+            r"a sample of 4 rows: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out",
+            line,
         )
     ]
     assert len(said) == 3 and planned[:3] == said

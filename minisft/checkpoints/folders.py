@@ -34,7 +34,7 @@ from minisft.model.decoder import CausalLM
 from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model, RewardModel
 
-# The files of the formats that we write. A folder holds one format.
+# Weight files of all formats. A folder holds one format.
 WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 REWARD_MODEL_HINT = "it is a reward model, for score.py --mode reward, and cannot write text"
 

@@ -19,7 +19,7 @@ def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:
     """The local folder of a checkpoint, or of an adapter (needed: adapter_config.json).
 
     A GGUF file is unpacked into a temporary folder. A hub id is downloaded, unless it is in the
-    cache. UserError if nothing is found.
+    cache. UserError if there is no such checkpoint.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -29,7 +29,7 @@ def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:
     if path.is_file() and needed == CONFIG and (path.suffix.lower() == ".gguf" or is_gguf(path)):
         return unpack(path)
     if path.exists():
-        raise UserError(f"{path}: is a file; give the folder that holds it")
+        raise UserError(f"{path} is a file. Give the folder that holds it.")
     return _download(str(name_or_path))
 
 

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minisft.common import failure
 from minisft.common.errors import UserError
 
-# How long ranks wait for each other. Rank 0 alone writes large checkpoints.
+# How long ranks wait for each other: while rank 0 writes a large checkpoint, for instance.
 TIMEOUT = timedelta(hours=2)
 # Models with a DDP reducer; see stop().
 _wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()

@@ -58,7 +58,7 @@ def _sharegpt_lines(rows: Rows, skipped: list[str] | None) -> Iterator[str]:
 
 
 def main() -> None:
-    """The command `convert`."""
+    """Run the command `convert`."""
     parser = OptionParser(
         prog="python -m minisft.data", description="convert instruction data to the ShareGPT format"
     )

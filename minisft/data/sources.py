@@ -1,4 +1,4 @@
-"""What `--dataset` names: files, folders, and entries of dataset_info.json.
+"""Find the data sets of `--dataset`: files, folders, and entries of dataset_info.json.
 
 for source in find_sources("alpaca_en_demo,more.jsonl,folder", dataset_dir="data"):
     print(source.name, source.paths, source.description)
@@ -22,7 +22,7 @@ from minisft.data.dataset_info import (
     read_entries,
 )
 
-# Files of a downloaded data set that describe it and hold no rows.
+# Files of a downloaded data set that hold no rows.
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # Words in the file names of a split.
 SPLIT_WORDS = {
@@ -30,7 +30,7 @@ SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-# Places of rows that an entry may name but minisft does not read -> why.
+# Sources that an entry may name but minisft does not read -> the reason.
 UNREADABLE = {
     "ms_hub_url": "is only on ModelScope",
     "om_hub_url": "is only on OpenMind",

@@ -50,7 +50,7 @@ class Assistant:
     base_model: the model of this checkpoint, if it is loaded; several Assistants can share it.
 
     The KV caches of the last `caches.limit` conversations are kept for their next turns.
-    UserError if a part is missing or does not fit.
+    UserError if a file is missing or does not fit the model.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Assistant:
     ):
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        # Check the small parts before loading the weights, which takes long.
+        # Load the small files first: their errors should not wait for the weights.
         model_dir = hub.resolve(path)
         adapter_dir = None if adapter is None else hub.resolve_adapter(adapter)
         self.tokenizer = Tokenizer.load(model_dir)
@@ -103,7 +103,7 @@ class Assistant:
 
     @property
     def description(self) -> str:
-        """One line about what answers."""
+        """Model, template, device, number type and context, on one line."""
         return (
             f"{self.name} · template {self.template.name} · {self.device} "
             f"{dtype_name(self.dtype)} · context {self.max_length}"
@@ -116,9 +116,9 @@ class Assistant:
         tools: Tools = None,
         say: Callable[[str], object] = warnings.warn,
     ) -> Answer:
-        """The answer to one conversation, to iterate over; it may be left in the middle.
+        """The answer to a conversation, to iterate over; the caller may stop at any time.
 
-        say: called if the oldest turns are dropped. UserError for messages that cannot be answered.
+        say: called if the oldest turns are dropped. UserError for messages that are not valid.
         """
         started = time.perf_counter()
         ids = self.prompt_ids(messages, sampling, tools, say)
@@ -129,7 +129,7 @@ class Assistant:
     def _write(
         self, answer: Answer, ids: list[int], sampling: Sampling
     ) -> Generator[str, None, None]:
-        """Generate the answer to `ids`, yield its text and keep its figures."""
+        """Generate the answer to `ids`: yield its text and update its counters."""
         limit = self.context.answer_limit(ids, sampling.max_new_tokens)
         sampling = replace(sampling, max_new_tokens=limit)
         cache = self.caches.take(ids)
@@ -148,7 +148,7 @@ class Assistant:
                 yield piece if answer.text else self._strip(piece)
             yield decoder.flush()
         finally:
-            answer.cut_short = answer.num_tokens == limit
+            answer.is_truncated = answer.num_tokens == limit
             self.caches.give_back((ids + chosen)[: cache.length], cache)
 
     def inference(
@@ -202,7 +202,10 @@ class Assistant:
         tools: Tools = None,
         say: Callable[[str], object] = warnings.warn,
     ) -> list[int]:
-        """The token ids of the messages that fit. UserError if they are not in the vocabulary."""
+        """The token ids of the messages, without the oldest turns if they do not fit.
+
+        UserError if an id is not in the vocabulary.
+        """
         kept = self.context.fit(messages, sampling.max_new_tokens, tools)
         if len(kept) < len(messages):
             say(
@@ -214,5 +217,5 @@ class Assistant:
         return ids
 
     def _strip(self, answer: str) -> str:
-        """An answer without the space that some templates write before it."""
+        """The answer without the space that some templates put before it."""
         return answer.lstrip(" ") if self.template.form.answer.startswith(" ") else answer

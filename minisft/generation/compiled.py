@@ -61,7 +61,7 @@ class CompiledDecoder(nn.Module):
 
     @torch.inference_mode()
     def _compile_now(self) -> None:
-        """Take two steps, so that nobody waits for the compiler later."""
+        """Take two steps now, so that no answer waits for the compiler."""
         token, cache = torch.zeros(1, 1, dtype=torch.int64, device=self.device), self.new_cache()
         self(token, cache=cache)
         self(token, cache=cache)

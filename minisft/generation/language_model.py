@@ -1,4 +1,4 @@
-"""The part of a model that generation uses, which CausalLM and CompiledDecoder have."""
+"""The interface of a model that generation needs; CausalLM and CompiledDecoder have it."""
 
 from collections.abc import Iterator
 from typing import Protocol

@@ -86,7 +86,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 
 class _Header:
-    """Reads on from the beginning of a file, and never beyond the header's possible end."""
+    """Reads a file from its beginning, never beyond the possible end of the header."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.position = file, 0

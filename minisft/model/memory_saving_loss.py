@@ -42,7 +42,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def token_losses_frozen_head(logits: Logits, states: Tensor, targets: Tensor, size: int) -> Tensor:
-    """loss.token_losses_in_chunks, where only the states have a gradient: it is computed at once.
+    """loss.token_losses_in_chunks, where only the states have a gradient.
 
     The loss of a token depends on its own state only. So its gradient can be computed while the
     logits are there, and the backward pass multiplies it by the weight of the token.

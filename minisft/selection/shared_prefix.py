@@ -1,4 +1,4 @@
-"""Rows with a common prefix: it goes through the model once, not once per row.
+"""Rows with a common prefix: the prefix goes through the model once, not once per row.
 
     for group in group_by_prefix(passes):          # lists that begin with the same tokens
         ...

@@ -1,4 +1,4 @@
-"""The model that the options describe, with the parameters that are to be trained.
+"""Build the model that the options describe, and choose its trainable parameters.
 
     model, lora_config = build_model(options, model_dir, dtype, device)     # to train it
     model = model_on_meta(options, config, dtype)                           # to plan the training
@@ -80,7 +80,7 @@ def make_trainable(model: Model, options: Namespace) -> LoraConfig | None:
 
 
 def model_on_meta(options: Namespace, config: ModelConfig, dtype: torch.dtype) -> Model:
-    """What `build_model` would make, on the meta device. Needs no weights, only config.json."""
+    """The model of `build_model` on the meta device. Needs config.json, but no weights."""
     if options.finetuning_type == "full":
         dtype = torch.float32
     with torch.device("meta"):
@@ -95,7 +95,7 @@ def model_on_meta(options: Namespace, config: ModelConfig, dtype: torch.dtype) -
 
 
 def num_trainable(module: nn.Module) -> int:
-    """How many numbers are trained."""
+    """The number of trainable parameters."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
@@ -111,7 +111,7 @@ def quantize_layers(model: Model, bits: int) -> None:
 def describe_training(
     options: Namespace, model: Model, dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> str:
-    """A line for people: rows, parameters, device, number type."""
+    """A line for the log: rows, parameters, device, number type."""
     text = (
         f"{num_rows:,} rows; training {num_trainable(model):,} of "
         f"{count_parameters(model):,} parameters "

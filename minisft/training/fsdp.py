@@ -56,8 +56,10 @@ def distribute(
     UserError if nothing in the decoder is trained.
     """
     if not any(parameter.requires_grad for parameter in model.model.parameters()):
-        # Gradients are averaged from where the backward pass enters the decoder.
-        raise UserError("--parallel fsdp: train something below the output matrix as well")
+        # FSDP averages gradients only if the backward pass enters the decoder.
+        raise UserError(
+            "--parallel fsdp needs trainable parameters in the decoder: train more than lm_head"
+        )
     _shard(model, dtype, device)
     if options.train_from_scratch and isinstance(model, CausalLM):
         generator = torch.Generator().manual_seed(options.seed)
@@ -86,7 +88,7 @@ def _shard(model: Model, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def _load_shards(model: Model, model_dir: Path, adapter: str | None) -> set[str]:
-    """Read this rank's rows of a checkpoint and an adapter. Returns the names of what was there."""
+    """Read this rank's rows of a checkpoint and an adapter; returns the names that were read."""
     stored = stored_tensors(model_dir)
     if ModelConfig.load(model_dir).tie_word_embeddings:  # the adapter may have untied them
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]

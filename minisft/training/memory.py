@@ -34,7 +34,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 
 @dataclass
 class Step:
-    """What the memory of a step depends on besides the model: one rank's largest micro-batch."""
+    """What the memory of a step depends on besides the model: a rank's largest micro-batch."""
 
     num_tokens: int  # with padding
     num_supervised: int  # tokens that have logits
@@ -284,7 +284,7 @@ def dropout_of(linear: nn.Module) -> float:
 
 
 def loss_bytes(model: Model, step: Step) -> int:
-    """What is there at the loss besides the layers' activations and the logits."""
+    """Memory at the loss besides the activations of the layers and the logits."""
     D, itemsize = model.config.hidden_size, stream_itemsize(model, step)
     # States of supervised tokens; with a frozen output matrix, their gradients too.
     num_states = step.num_supervised * (1 if num_trainable(output_module(model)) else 2)

@@ -1,8 +1,8 @@
-"""Arithmetic of training and how long it takes.
+"""Arithmetic operations of training, and their time.
 
 A token needs 2 operations, a multiplication and an addition, for each weight it is multiplied by.
 The backward pass needs 2 more for the gradient of the input, and 2 for that of the weight if it is
-trained. Checkpointing repeats the forward pass. Attention comes on top.
+trained. Checkpointing repeats the forward pass. Attention adds its own.
 """
 
 from minisft.model.quantized import count_parameters
@@ -39,7 +39,7 @@ def num_looked_up(model: Model) -> int:
 
 
 def duration(seconds: float) -> str:
-    """A duration for people."""
+    """A duration in words."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     if seconds < 2 * 3600:

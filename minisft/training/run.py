@@ -23,15 +23,15 @@ from minisft.training.objective import Objective
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the rows of a run fall into optimizer steps, and what happens at which of them."""
+    """The optimizer steps of a run: their rows, their number, when to evaluate and save."""
 
     num_rows: int  # of an epoch
     rows_per_step: int  # over all micro-batches and ranks
     steps_per_epoch: int  # the last of them may have fewer rows
     total_steps: int
     warmup_steps: int
-    eval_steps: int | None  # evaluate every so many steps; None: only at the end
-    save_steps: int
+    eval_steps: int | None  # steps between evaluations; None: only at the end
+    save_steps: int  # steps between checkpoints
 
 
 def count_rows_per_step(options: Namespace, num_processes: int) -> int:
@@ -105,7 +105,7 @@ class Run:
         return self.model.model.embed_tokens.weight.device
 
     def collate(self, examples: Sequence[Example]) -> Any:
-        """Examples -> a batch as the objective takes it."""
+        """A batch of examples, as the objective needs it."""
         if self.options.packing:
             return batching.pack(examples, self.device)
         if self.options.compile:  # few different shapes, so that few are compiled
