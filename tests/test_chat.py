@@ -498,7 +498,7 @@ def test_terminal_answers_as_a_pipe_does_and_ctrl_d_leaves(terminal, tiny_chat_m
     # Editing goes by characters, not bytes or columns: two are taken back.
     screen.press("the cat 你好吗呢\x7f\x7f\r")
     screen.wait_for(ENTERED)
-    shown = screen.wait_for("\033[2m(cut")
+    shown = screen.wait_for("\033[2m(truncated")
     expected = oracle([user("the cat 你好")])
     visible = [one for one in expected if one.isprintable() or one > "\x9f"]
     assert [one for one in shown if one not in "\r\n\t"] == visible
@@ -514,7 +514,7 @@ def test_what_is_pasted_is_one_message(terminal, oracle, tmp_path):
     screen.wait_for("\033[?2004h")  # asks the terminal to say so
     screen.wait_for(PROMPT)
     screen.press("\033[200~the cat\r你好\r/quit\033[201~\r")
-    screen.wait_for("(cut")
+    screen.wait_for("(truncated")
     screen.wait_for(PROMPT)
     screen.press(f"/save {tmp_path}/saved.json\r")
     screen.wait_for("(2 messages saved")

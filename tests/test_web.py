@@ -173,7 +173,7 @@ def test_stop_keeps_what_has_come_and_only_one_answer_at_a_time(page, monkeypatc
     while len(next(views)[0][0][1]["content"]) < 8:
         pass
     chats, notice, box = last(page.ask(talk, "more", "", *VALUES))
-    assert "stop it first" in notice and box == "more" and len(chats[0]) == 2
+    assert "Stop it first" in notice and box == "more" and len(chats[0]) == 2
     page.stop(talk)
     chats, notice, _ = last(views)
     assert "Stopped" in notice and chats[0][1]["content"].startswith("on and ")

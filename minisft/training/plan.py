@@ -140,7 +140,7 @@ def print_model(options: Namespace, model: Model, step: Step) -> None:
         f"{step.num_processes} x {step.device}"
     )
     if step.num_copied:
-        print(f"reference   a copy of the initial values of {step.num_copied:,} parameters")
+        print(f"reference   a copy of {step.num_copied:,} parameters, with their initial values")
 
 
 def print_data(options: Namespace, data: Data, num_processes: int) -> int | None:
@@ -157,7 +157,7 @@ def print_data(options: Namespace, data: Data, num_processes: int) -> int | None
     answers = f", {epoch.num_texts:,} answers" if options.stage in ("rm", "dpo") else ""
     print(
         f"an epoch    {epoch.num_rows:,} rows{answers}, {epoch.num_tokens:,} tokens, "
-        f"plus {epoch.padding:.1%} padding"
+        f"{epoch.padding:.1%} padding"
     )
     schedule = build_schedule(options, epoch.num_rows, rows_per_step)
     steps_per_epoch, total_steps = schedule.steps_per_epoch, schedule.total_steps
