@@ -110,7 +110,7 @@ def most_allocated(function: Callable[[], object]) -> int:
     """The most bytes that torch allocates during function(), beyond what it holds before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    assert profiler.profiler is not None
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = profiler.profiler.kineto_results.events()
     allocations = [event for event in events if event.name() == "[memory]"]
     held = most = 0
