@@ -111,7 +111,7 @@ def most_allocated(function: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = profiler.profiler.kineto_results.events()
+    events: Any = profiler.profiler.kineto_results.events()
     allocations = [event for event in events if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(allocations, key=lambda event: event.start_ns()):

@@ -903,7 +903,7 @@ def test_equal_answers_teach_nothing(stage, checkpoint):
         said == ["a sample of 5 rows: 2 of 5 rows left out: their answers are the same"]
         and nothing == []
     )
-    with pytest.raises(UserError, match="nothing to learn: 2 of 2 rows left out: their answers"):
+    with pytest.raises(UserError, match="no row is usable: 2 of 2 rows left out: their answers"):
         loaded(checkpoint, [["yes", "yes"], ["no", "no"]], stage)
 
 

@@ -215,7 +215,7 @@ def test_bad_rows_are_listed_before_the_first_answer(assistant, tmp_path):
     with pytest.raises(UserError) as error:
         prompts.answer_file(assistant, path, tmp_path / "new" / "out", Sampling(3))
     for said in (
-        "rows that cannot be asked:",
+        "rows without a valid prompt:",
         "row 2 (line 2): there is no question",
         "row 3 (line 4): the message has the control character U+0007",
         "row 4 (line 5)",

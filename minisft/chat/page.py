@@ -95,7 +95,7 @@ class Page:
     ) -> Iterator[View]:
         """Replace the question in message `index` and drop everything after it.
 
-        question: as edited in the browser, with the marks of `shown`.
+        question: as edited in the browser, with the joiners of `escape`.
         """
         earlier = session.turns[: index // 2]
         return self._answer(session, earlier, unescape(question), system, values)

@@ -142,7 +142,7 @@ class Prompts:
             listed = problems[:MAX_LISTED_ROWS]
             if num_unlisted > 0:
                 listed.append(f"and {num_unlisted} more of {len(self)} rows")
-            raise UserError(f"rows that cannot be asked: {'; '.join(listed)}")
+            raise UserError(f"rows without a valid prompt: {'; '.join(listed)}")
         return lengths
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders as Hugging Face has them: config.json and safetensors, single or in shards.
+"""Checkpoint folders in Hugging Face's format: config.json and safetensors, single or in shards.
 
     model = load_model("examples/base")
     save_model(model, "copy")
@@ -124,7 +124,7 @@ def load_weights(
     device: str | torch.device,
     quantization_bit: int | None = None,
 ) -> None:
-    """Give a model on the meta device its weights. Arguments as in load_model.
+    """Load the weights of a model that is on the meta device. Arguments as in load_model.
 
     Tensors are read and converted one after the other, so memory holds the weights once.
     """

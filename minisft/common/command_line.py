@@ -119,7 +119,7 @@ class OptionParser(argparse.ArgumentParser):
         return {name for name in self._given if vars(options)[name] not in (None, False)}
 
     def error(self, message: str) -> NoReturn:
-        """What argparse calls for a wrong command line: raise UserError."""
+        """Called by argparse for a wrong command line: raise UserError."""
         raise UserError(f"{message} (see --help)")
 
     def _parse(self, words: list[str]) -> tuple[Namespace, list[str]]:

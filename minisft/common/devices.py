@@ -1,4 +1,4 @@
-"""Where models compute and in which number type.
+"""The device of a model, and its number type.
 
 device = resolve_device("auto")                     # cuda if there is a GPU, else cpu
 dtype = resolve_dtype("auto", device)

@@ -55,5 +55,6 @@ def _message(error: BaseException) -> str | None:
         error
     )
     if is_torch_error or isinstance(error, MemoryError):
-        return f"out of memory: use smaller batches or a smaller model ({first_line(error)})"
+        reason = f" ({first_line(error)})" if str(error) else ""
+        return f"out of memory: use smaller batches or a smaller model{reason}"
     return None

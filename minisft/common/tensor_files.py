@@ -51,8 +51,8 @@ DTYPES = {
 class StoredTensor:
     """A tensor in a file: type, shape, and which bytes of the file hold it.
 
-    unpack: converts the bytes of some rows (uint8) to these rows, where the file does not hold the
-    numbers themselves.
+    unpack: converts the bytes of some rows (uint8) to these rows, if the file holds them in another
+    form.
     """
 
     path: Path

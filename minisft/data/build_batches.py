@@ -114,5 +114,5 @@ def check_learnable(examples: list[Example], report: EncodeReport) -> None:
     if examples:
         return
     if 0 < report.num_equal == report.num_rows:
-        raise UserError(f"nothing to learn: {report}")
+        raise UserError(f"no row is usable: {report}")
     raise UserError("no row has an answer left after truncation; raise --cutoff_len")

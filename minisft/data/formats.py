@@ -236,7 +236,7 @@ def check_order(messages: Messages) -> None:
         role = message["role"]
         expected = ("assistant",) if previous in ("user", "tool") else ("user", "tool")
         if role not in expected and not role == previous == "tool":
-            raise BadRow(f"{role} speaks where {' or '.join(expected)} should")
+            raise BadRow(f"unexpected {role} turn; expected {' or '.join(expected)}")
         previous = role
     if messages[-1]["role"] != "assistant":
         raise BadRow("there is no answer: the last turn is not the assistant's")

@@ -129,7 +129,7 @@ def _entry_files(
         if key in entry:
             raise UserError(f"{place}: {reason}. Download the rows and give them as file_name.")
     if "file_name" not in entry:
-        raise UserError(f"{place}: names neither file_name nor hf_hub_url")
+        raise UserError(f"{place}: has neither file_name nor hf_hub_url")
     path = dataset_dir / entry["file_name"]
     if path.is_file():
         if (entry.get("split") or "train") != "train":

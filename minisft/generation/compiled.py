@@ -152,7 +152,7 @@ def next_logits(
 
 
 class FixedCache:
-    """A LayerCache of fixed length, written at a position that is a tensor."""
+    """A Cache of fixed length. The position to write to is a tensor."""
 
     def __init__(self, pairs: Pairs, position: Tensor):
         self.pairs, self.position = pairs, position

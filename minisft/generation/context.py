@@ -1,7 +1,7 @@
 """The context of a model, divided between a conversation and its answer.
 
     context = Context(template, max_length=2048)
-    kept = context.fit(messages, max_new_tokens=512)    # without the oldest turns, if need be
+    kept = context.fit(messages, max_new_tokens=512)    # drops the oldest turns if needed
 
 Dropping one turn whenever room is needed would change the beginning of every prompt, and the KV
 cache would be useless. So the number of dropped tokens is rounded up to a multiple of half the room

@@ -1,4 +1,4 @@
-"""Which tensor of a GGUF file gets which number type, as llama.cpp chooses them.
+"""Choose the number type of each tensor in a GGUF file, as llama.cpp does.
 
     tensor_type("blk.0.attn_q.weight", (2048, 2048), "q4_k_m", config)     # Q4_K
     tensor_type("output.weight", (32000, 2048), "q4_k_m", config)          # Q6_K

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as a config.json: the way back from mapping.py.
+"""The metadata of a GGUF file as a config.json: the inverse of mapping.py.
 
 config_fields(file.metadata, file.tensors)["num_hidden_layers"]
 """

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as tokenizer files: the way back from vocabulary.py.
+"""The metadata of a GGUF file as tokenizer files: the inverse of vocabulary.py.
 
 tokenizer_files(file.metadata, vocab_size=32000).keys()
 # tokenizer.model (or tokenizer.json), tokenizer_config.json, generation_config.json

@@ -34,7 +34,7 @@ def group_by_prefix(passes: Sequence[Pass]) -> list[list[Pass]]:
 
 
 def hidden_states(model: Model, tokens: Tensor) -> Tensor:
-    """Hidden states (B, T, D) of tokens (B, T), by the faster way."""
+    """Hidden states (B, T, D) of tokens (B, T), computed in the faster way."""
     is_equal = (tokens == tokens[:1]).all(0)  # (T,)
     prefix_length = int(is_equal.int().cumprod(0).sum())
     prefix_length = min(prefix_length, tokens.shape[1] - 1)

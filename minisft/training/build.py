@@ -59,7 +59,7 @@ def load_trainable(
 
 
 def make_trainable(model: Model, options: Namespace) -> LoraConfig | None:
-    """Choose what is trained: all parameters, a new LoRA adapter, or the one of --adapter.
+    """Choose what is trained: all parameters, a new LoRA adapter, or that of --adapter.
 
     model: frozen; changed in place. The head of a reward model is always trained.
     """

@@ -1,7 +1,7 @@
 """Lengths of the rows of a run, and sizes of its batches. No model is needed.
 
     data = inspect_data(options, ModelConfig.load(model_dir), model_dir, num_processes=8)
-    print(data.num_tokens, data.padding, data.largest)
+    print(data.epoch.num_tokens, data.epoch.padding, data.largest)
 
 The tokenizer counts the tokens. Without a tokenizer they are estimated from the bytes of the rows;
 without the rows, every row is assumed to be as long as the limit. Batches are made as in training.

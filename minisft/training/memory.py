@@ -48,7 +48,7 @@ class Step:
 
     @property
     def keeps_gradients(self) -> bool:
-        """True if gradients exist before a backward pass: of the one before, or DDP's buffers."""
+        """True if gradients exist before a backward pass: accumulated, or in DDP's buffers."""
         return self.accumulating or (self.num_processes > 1 and not self.is_sharded)
 
 
@@ -98,7 +98,7 @@ def phases(model: Model, step: Step) -> list[Phase]:
     before_first_layer = all_gradients - gradient_bytes(layers[-1])
     if not is_tied:
         before_first_layer -= embedding_gradient
-    # The gradient of a tied embedding is the sum of two; one that is kept is added to.
+    # The gradient of a tied embedding is the sum of two. It is added to a kept gradient.
     of_embedding = embedding_gradient * (2 * is_tied + step.keeps_gradients)
 
     points = {
@@ -146,7 +146,7 @@ def memory_held(
 ) -> dict[str, int]:
     """What each of PARTS holds at a point of the step.
 
-    finished: gradients that this backward pass has finished. computing: the one it computes.
+    finished: gradients that this backward pass has finished. computing: the gradient in progress.
     casts: copies of weights in the type of the products.
     """
     all_gradients = gradient_bytes(model)
@@ -190,7 +190,7 @@ def output_module(model: Model) -> nn.Module:
 
 
 def cast_bytes(module: nn.Module, step: Step) -> int:
-    """Copies of the trained weights in the half type of the products, which autocast keeps.
+    """Copies of the trained weights in half precision, which autocast keeps.
 
     They live until their layer's backward pass; with checkpointing, only while it computes.
     """
@@ -201,7 +201,7 @@ def cast_bytes(module: nn.Module, step: Step) -> int:
 
 
 def gathered_weight_bytes(model: Model, step: Step) -> int:
-    """FSDP: gathered weights of two layers (the next one is on its way), embedding and output."""
+    """FSDP: gathered weights of two layers (FSDP prefetches the next), embedding and output."""
     layer = sum(parameter.numel() for parameter in model.model.layers[-1].parameters())
     ends: set[Any] = {model.model.embed_tokens, output_module(model)}  # one module if tied
     return step.dtype.itemsize * (2 * layer + sum(end.weight.numel() for end in ends))

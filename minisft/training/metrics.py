@@ -52,7 +52,7 @@ class Progress:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from the step of a checkpoint."""
         self.step, self.tokens, self._count = state["step"], state["tokens"], state["total"]
-        # The saved sums are those of all ranks, so only rank 0 takes them.
+        # The saved sums are over all ranks, so only rank 0 restores them.
         self._sums = {
             name: value if self.is_rank0 else 0.0 for name, value in state["sums"].items()
         }

@@ -28,7 +28,7 @@ class Objective(Protocol):
 
     @property
     def collate(self) -> Callable[..., Any]:
-        """(examples, device, length that padding is a multiple of) -> a batch."""
+        """(examples, device, pad_multiple) -> a batch."""
 
     def count(self, batches: Iterable[Any]) -> int:
         """Number of tokens (or rows, if answers are compared) that the loss is a sum over."""

@@ -33,7 +33,7 @@ def attention_operations(model: Model, length: float) -> float:
 
 
 def num_looked_up(model: Model) -> int:
-    """Weights of the embedding, which multiplies nothing unless it also gives the logits."""
+    """Embedding weights that multiply nothing; 0 if they also compute the logits."""
     is_tied = model.config.tie_word_embeddings
     return 0 if is_tied else model.model.embed_tokens.weight.numel()
 

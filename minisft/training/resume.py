@@ -146,7 +146,7 @@ def load_saved_run(
 ) -> SavedRun | None:
     """The checkpoint that --resume_from_checkpoint names; None for a new run. Every rank calls it.
 
-    UserError if it is from a run that differs in what cannot change; other changes are reported.
+    UserError if options that cannot change have changed; other changes are reported.
     """
     which = options.resume_from_checkpoint
     if not which:
@@ -202,7 +202,7 @@ def restore(run: Run, saved: SavedRun) -> None:
     if state["scaler"]:  # empty unless the run was in float16
         run.precision.scaler.load_state_dict(state["scaler"])
     if path.parent.resolve() == Path(run.options.output_dir).resolve():
-        run.best = Best(**state["best"])  # of another folder there is no checkpoint to go back to
+        run.best = Best(**state["best"])  # the best checkpoint of another folder cannot be restored
     run.progress.restore(state["progress"])
     _restore_random_state(state["random"], run.device)
 

@@ -101,7 +101,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device of this rank."""
         return self.model.model.embed_tokens.weight.device
 
     def collate(self, examples: Sequence[Example]) -> Any:
