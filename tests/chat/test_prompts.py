@@ -88,7 +88,7 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
     assert "6 of 11 answers are in" in capsys.readouterr().err
     assert len(read(partial)) == 1 + 6 and not output.exists()
     partial.write_bytes(partial.read_bytes()[:-4])  # cut in the last line
-    with pytest.raises(UserError, match="was begun with another top_k. Remove it"):
+    with pytest.raises(UserError, match="belongs to a run with another top_k. Remove it"):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2, settings={"top_k": 7})
     again = []
     assistant.inference = lambda given, *rest, **more: (
@@ -204,7 +204,7 @@ def test_bad_rows_are_listed_before_the_first_answer(assistant, tmp_path):
     with pytest.raises(UserError) as error:
         prompts.answer_file(assistant, path, tmp_path / "new" / "out", Sampling(3))
     for said in (
-        "rows that cannot be asked:",
+        "rows without a valid prompt:",
         "row 2 (line 2): there is no question",
         "row 3 (line 4): the message has the control character U+0007",
         "row 4 (line 5)",

@@ -233,7 +233,7 @@ def test_files_without_rows(content, message, start, place):
         ("train", ["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         ("train", ["--template", "nonsense"], "unknown template 'nonsense'; choose one of: auto"),
         ("train", ["--adapter", "ADAPTER", "--lora_rank", 3], "--lora_rank is fixed by --adapter"),
-        ("train", ["--adapter", "ROWS"], "rows.json: is a file; give the folder that holds it"),
+        ("train", ["--adapter", "ROWS"], "rows.json is a file. Give the folder that holds it"),
         ("train", ["--train_dir", "."], "--train_dir contradicts --dataset"),
         ("train", ["--plot_loss", "maybe"], "'maybe' is neither true nor false"),
         ("train", ["--output_dir", "ROWS"], "rows.json is a file"),

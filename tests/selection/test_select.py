@@ -158,7 +158,10 @@ def data(tmp_path):
 
 def select_here(monkeypatch, *words):
     """Run the script in this process. Mistakes raise UserError."""
-    source = (ROOT / "select.py").read_text(encoding="utf-8").replace("run_script(main)", "main()")
+    source = (ROOT / "select.py").read_text(encoding="utf-8")
+    source = source.replace(
+        "from minisft.common.script import run_script", "run_script = lambda main: main()"
+    )
     monkeypatch.setattr(sys, "argv", ["select.py", *map(str, words)])
     exec(compile(source, "select.py", "exec"), {"__name__": "__main__"})
 

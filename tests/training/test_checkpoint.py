@@ -272,11 +272,11 @@ def test_damaged_checkpoints_are_named_and_skipped(message, tmp_path):
         write(tmp_path, value)
     DAMAGES[message](tmp_path / "checkpoint-3")
     said = []
-    assert checkpoint.find(tmp_path, "auto", said.append) == tmp_path / "checkpoint-2"
+    assert checkpoint.find_checkpoint(tmp_path, "auto", said.append) == tmp_path / "checkpoint-2"
     assert len(said) == 1 and "checkpoint-3" in said[0]
     assert message in said[0] or message == "no file list"
     with pytest.raises(UserError, match="checkpoint-3"):
-        checkpoint.find(tmp_path, str(tmp_path / "checkpoint-3"), said.append)
+        checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-3"), said.append)
 
 
 def test_full_disk_leaves_what_was_there(tmp_path):
@@ -300,7 +300,7 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
     """In a checkpoint or at the end: one line; what was saved before can be gone on from."""
     flags = [*flags, "--max_steps", 12, "--save_steps", 4, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
-    newest = checkpoint.find(tmp_path / "out", "auto", print)
+    newest = checkpoint.find_checkpoint(tmp_path / "out", "auto", print)
     limited = [
         sys.executable,
         "-c",
@@ -317,7 +317,7 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "could not be written" in done.stderr and "--resume_from_checkpoint" in done.stderr
-    assert checkpoint.find(tmp_path / "out", "auto", print) == newest
+    assert checkpoint.find_checkpoint(tmp_path / "out", "auto", print) == newest
     assert not list((tmp_path / "out").glob("*.partial"))
 
 

@@ -13,6 +13,8 @@ from run_builder import training_options
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from bench import peak
+from bench.training_run import CHECKPOINTING, FULL, Setting, prepare
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.common.errors import UserError
 from minisft.data import batching
@@ -27,9 +29,6 @@ from minisft.training.metrics import read_metrics
 from minisft.training.objective import NextToken
 from minisft.training.operations import training_operations
 from minisft.training.options import parse_options
-
-sys.path.append(str(ROOT / "bench"))
-import peak  # noqa: E402
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.toml"))
 SHAPE = {
@@ -118,63 +117,41 @@ def test_planned_activations_of_a_layer_are_what_autograd_keeps(
     assert planned == pytest.approx(measured, rel=0.01)
 
 
+WIDE = SHAPE | {"hidden_size": 384, "intermediate_size": 1024}
+LARGE_VOCABULARY = SHAPE | {"vocab_size": 20000}
+TIED = LARGE_VOCABULARY | {"tie_word_embeddings": True}
+DPO, REWARD = peak.DPO, peak.REWARD
+
+
 @pytest.mark.parametrize(
-    ("fields", "batch_size", "length", "accumulated", "dtype", "flags"),
+    "setting",
     [
-        ({}, 4, 128, 1, "float32", []),
-        ({"vocab_size": 20000}, 4, 400, 1, "float32", []),
-        ({}, 4, 128, 1, "float32", peak.CHECKPOINTING),
-        ({}, 4, 128, 1, "float32", peak.FULL),
-        ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 1, "float32", peak.FULL),
-        ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 3, "float32", peak.FULL),
-        ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 1, "float32", peak.FULL),
-        ({"vocab_size": 8000}, 4, 400, 2, "float32", peak.FULL + peak.CHECKPOINTING),
-        ({}, 4, 128, 1, "bfloat16", peak.FULL),
-        (
-            {"hidden_size": 384, "intermediate_size": 1024},
-            1,
-            32,
-            2,
-            "bfloat16",
-            peak.FULL + peak.CHECKPOINTING,
+        Setting(SHAPE, 4, 128),
+        Setting(LARGE_VOCABULARY, 4, 400),
+        Setting(SHAPE, 4, 128, flags=CHECKPOINTING),
+        Setting(SHAPE, 4, 128, flags=FULL),
+        Setting(WIDE, 1, 32, flags=FULL),
+        Setting(TIED, 1, 64, 3, flags=FULL),
+        Setting(TIED, 1, 64, flags=FULL),
+        Setting(SHAPE | {"vocab_size": 8000}, 4, 400, 2, flags=FULL + CHECKPOINTING),
+        Setting(SHAPE, 4, 128, dtype="bfloat16", flags=FULL),
+        Setting(WIDE, 1, 32, 2, "bfloat16", FULL + CHECKPOINTING),
+        Setting(
+            SHAPE | {"hidden_size": 384}, 2, 64, flags=("--quantization_bit", "4", "--packing")
         ),
-        ({"hidden_size": 384}, 2, 64, 1, "float32", ["--quantization_bit", "4", "--packing"]),
-        ({"vocab_size": 20000}, 1, 64, 1, "float32", ["--modules_to_save", "embed_tokens,lm_head"]),
-        (
-            {"vocab_size": 20000, "tie_word_embeddings": True},
-            1,
-            64,
-            1,
-            "float32",
-            peak.REWARD + peak.FULL,
-        ),
-        ({"vocab_size": 20000}, 2, 128, 1, "float32", peak.REWARD),
-        ({"vocab_size": 20000}, 1, 64, 1, "float32", peak.DPO + ["--modules_to_save", "lm_head"]),
-        (
-            {"hidden_size": 384, "intermediate_size": 1024},
-            1,
-            32,
-            1,
-            "float32",
-            peak.DPO + peak.FULL,
-        ),
-        (
-            {"hidden_size": 384, "intermediate_size": 1024},
-            1,
-            32,
-            1,
-            "bfloat16",
-            peak.DPO + peak.FULL + ["--precompute_reference"],
-        ),
+        Setting(LARGE_VOCABULARY, 1, 64, flags=("--modules_to_save", "embed_tokens,lm_head")),
+        Setting(TIED, 1, 64, flags=REWARD + FULL),
+        Setting(LARGE_VOCABULARY, 2, 128, flags=REWARD),
+        Setting(LARGE_VOCABULARY, 1, 64, flags=(*DPO, "--modules_to_save", "lm_head")),
+        Setting(WIDE, 1, 32, flags=DPO + FULL),
+        Setting(WIDE, 1, 32, 1, "bfloat16", (*DPO, *FULL, "--precompute_reference")),
     ],
 )
-def test_planned_peak_is_the_measured_one(
-    fields, batch_size, length, accumulated, dtype, flags, tmp_path, monkeypatch
-):
+def test_planned_peak_is_the_measured_one(setting, tmp_path, monkeypatch):
     """Within a tenth of what torch's allocator gave out at its peak in a step of train.py."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**23)  # several chunks in some of these
-    saved(tmp_path / "model", SHAPE | fields)
-    found = peak.measure(tmp_path, SHAPE | fields, batch_size, length, accumulated, dtype, flags)
+    saved(tmp_path / "model", setting.config)
+    found = peak.measure(tmp_path, setting)
     assert found["planned"] == pytest.approx(found["tensors"], rel=0.1), found["at"]
 
 
@@ -183,7 +160,7 @@ def test_checkpointed_layers_leave_no_copies_of_their_weights():
     model = CausalLM(ModelConfig.from_dict(SHAPE)).train()
     model.model.gradient_checkpointing = True
     with torch.autocast("cpu", torch.bfloat16):
-        held = peak.allocated(lambda: model(torch.zeros(1, 2, dtype=torch.int64)))
+        held = peak.most_allocated(lambda: model(torch.zeros(1, 2, dtype=torch.int64)))
     of_layer = memory.cast_bytes(model.model.layers[0], memory.Step(2, 2, torch.bfloat16))
     assert of_layer > 100_000 and held < 1.5 * of_layer
 
@@ -216,13 +193,13 @@ def test_parameters_are_those_of_transformers_and_peft(shared_data):
         assert memory.stored_bytes(model) == pytest.approx(expected, rel=1e-5)
 
 
-HEAD = ["--modules_to_save", "lm_head"]  # torch cannot count while a frozen one is gone through
+HEAD = ("--modules_to_save", "lm_head")  # torch cannot count while a frozen one is gone through
 
 
-@pytest.mark.parametrize("flags", [HEAD, HEAD + peak.CHECKPOINTING, peak.FULL])
+@pytest.mark.parametrize("flags", [HEAD, HEAD + CHECKPOINTING, FULL])
 def test_operations_are_those_that_torch_counts(flags, tmp_path):
     saved(tmp_path / "model", SHAPE)
-    run, batches = peak.prepare(tmp_path, SHAPE, 4, 16, 1, "float32", flags)
+    run, batches = prepare(tmp_path, Setting(SHAPE, 4, 16, flags=flags))
     batches = [(tokens, torch.ones_like(supervised), None) for tokens, supervised, _ in batches]
     with FlopCounterMode(display=False) as counter:
         train.train_step(run, batches)
@@ -356,7 +333,7 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, here):
     )
     said = here(train, "--dry_run", *words, "--dataset", rows, "--device_tflops", 400)
     assert "70,553,706,496 parameters, of which 70,553,706,496 are trained in full" in said
-    assert "estimated, a token for 4 bytes" in said and "640 rows, 256,000 tokens" in said
+    assert "estimated, 4 bytes per token" in said and "640 rows, 256,000 tokens" in said
     assert "10 an epoch, 30 in all" in said
     # An eighth of 64 ranks' worth: 4 bytes of weight, 8 of averages, each over 64.
     assert numbers(r"optimizer +([\d.]+)", said) == [pytest.approx(70.55 * 8 / 64, abs=0.01)]
@@ -445,7 +422,8 @@ def test_the_plan_says_of_the_rows_what_the_run_says(
         line
         for line in capsys.readouterr().out.splitlines()
         if re.match(
-            r"a look at 4 rows: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out", line
+            r"a sample of 4 rows: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out",
+            line,
         )
     ]
     assert len(said) == 3 and planned[:3] == said

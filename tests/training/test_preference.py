@@ -37,7 +37,7 @@ from minisft.training import preference, reference
 from minisft.training.build import load_trainable
 from minisft.training.data import load_data
 from minisft.training.metrics import read_metrics
-from minisft.training.objective import mean_figures
+from minisft.training.objective import mean_metrics
 from minisft.training.reference import FrozenReference
 
 STEPS, ROWS_PER_STEP = 8, 6
@@ -347,7 +347,7 @@ def test_the_split_changes_nothing(new):
         assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
         torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
     objective = new()
-    evaluated = mean_figures(objective, examples, 3, objective.collate, torch.device("cpu"))
+    evaluated = mean_metrics(objective, examples, 3, objective.collate, torch.device("cpu"))
     assert evaluated == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -747,7 +747,10 @@ def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, t
 
     for flags, message in (
         ([*place, *shared, "--mode", "ifd"], "reward model|another kind of scores"),
-        (["--model_name_or_path", checkpoint, *shared, "--mode", "reward"], "is no reward model"),
+        (
+            ["--model_name_or_path", checkpoint, *shared, "--mode", "reward"],
+            "is not a reward model",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             here(score, *flags)
@@ -848,10 +851,10 @@ def test_equal_answers_teach_nothing(stage, checkpoint):
             one.supervised, other.supervised
         )
     assert (
-        said == ["a look at 5 rows: 2 of 5 rows left out: their answers are the same"]
+        said == ["a sample of 5 rows: 2 of 5 rows left out: their answers are the same"]
         and nothing == []
     )
-    with pytest.raises(UserError, match="nothing to learn: 2 of 2 rows left out: their answers"):
+    with pytest.raises(UserError, match="no row is usable: 2 of 2 rows left out: their answers"):
         loaded(checkpoint, [["yes", "yes"], ["no", "no"]], stage)
 
 
@@ -859,7 +862,7 @@ def test_answers_that_the_limit_makes_equal(checkpoint):
     """Of a pair that differs behind the limit only --stage dpo would see one text twice."""
     answers = [["yes " * 60 + "so", "yes " * 60 + "no"], ["yes", "no"]]
     examples, said = loaded(checkpoint, answers, "dpo", "--cutoff_len", "40")
-    assert len(examples) == 1 and said[0].startswith("a look at 2 rows: 1 of 2 rows truncated")
+    assert len(examples) == 1 and said[0].startswith("a sample of 2 rows: 1 of 2 rows truncated")
     assert said[0].endswith(
         "; 1 of 2 rows left out: their answers are the same; --cutoff_len is 40"
     )
