@@ -6,7 +6,7 @@
 
 Measured: tokens a second of train.py's own steps on rows of random tokens in float32, on as many
 threads as torch takes, each setting in a process of its own, best of the steps after the first.
-Computed: the memory of Llama-3-8B's shape on GPUs, one knob turned at a time.
+Computed: the memory of Llama-3-8B's shape on GPUs, one setting changed at a time.
 """
 
 import argparse
@@ -37,7 +37,7 @@ TWICE_AS_WIDE = MODEL | {
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
 }
-# what is turned: (model, rows, their length, processes, flags)
+# what changes: (model, rows, their length, processes, flags)
 MEASURED = {
     "LoRA": (MODEL, 8, 256, 1, []),
     "rows of 1,024, as many tokens": (MODEL, 2, 1024, 1, []),
@@ -199,7 +199,7 @@ def main():
                 "optimizer",
                 "activations",
                 "logits",
-                "together",
+                "total",
             ],
             computed_rows(),
             order=COMPUTED,
@@ -210,7 +210,7 @@ def main():
         update(
             "scaling.md",
             "speed",
-            ["what is turned", "micro-batch", "processes", "tokens/s", "10^9 operations/s"],
+            ["change", "micro-batch", "processes", "tokens/s", "10^9 operations/s"],
             measured_rows(options.only or MEASURED),
             order=MEASURED,
             note=f"torch {torch.__version__}, {torch.get_num_threads()} threads in all.",
