@@ -2,8 +2,8 @@
 
     make demo                     # or: python examples/demo.py --output_dir runs/demo
 
-Runs `train.py` as a user would. Then the base and the fine-tuned model answer the held-out questions,
-and the exact matches are counted.
+Runs `train.py` as a user would. Then the base and the fine-tuned model answer the held-out
+questions, and the exact matches are counted.
 """
 
 import shlex

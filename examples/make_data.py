@@ -93,8 +93,8 @@ def bad_answer(row, flaw, answers, rng):
 def statements(count, rng):
     """Lines of plain text that show every skill in sentences, without questions.
 
-    A line makes up to four statements about one instance, in any order. The later ones can be copied
-    or worked out from the earlier ones, so the base learns to look back.
+    A line makes up to four statements about one instance, in any order. The later ones can be
+    copied or worked out from the earlier ones, so the base learns to look back.
     """
     groups = {}
     for task in TASKS:

@@ -4,8 +4,8 @@
     slots = TASKS[0].sample(random.Random(0))       # {"word": "lamp", ...}
     TASKS[0].answer.format(**slots)
 
-The same slots fill the questions (`instruction | input`), for fine-tuning, and the statements, which
-show the same skill in plain text, for pre-training the base.
+The same slots fill the questions (`instruction | input`), for fine-tuning, and the statements,
+which show the same skill in plain text, for pre-training the base.
 """
 
 from collections.abc import Callable
