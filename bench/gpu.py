@@ -151,7 +151,8 @@ def in_words(line: Line) -> str:
 def start(name: str, dry_run: bool, log: IO[str]) -> StageProcess:
     """Start the process of a stage, which imports its modules and then waits for `finish`."""
     if name == "tests":
-        words = "-m pytest -v --tb=short --durations=8 -p no:cacheprovider tests/repository/test_cuda.py".split()
+        words = "-m pytest -v --tb=short --durations=8 -p no:cacheprovider".split()
+        words.append("tests/repository/test_cuda.py")
     else:
         words = ["bench/gpu.py", "--stage", name, *["--dry_run"] * dry_run]
     return subprocess.Popen(
