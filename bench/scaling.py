@@ -60,7 +60,7 @@ MEASURED = {
     "two processes": Setting(MODEL, num_processes=2),
     "in full, two processes": Setting(MODEL, flags=FULL, num_processes=2),
 }
-MEASURED_HEAD = ["what is turned", "micro-batch", "processes", "tokens/s", "10^9 operations/s"]
+MEASURED_HEAD = ["change", "micro-batch", "processes", "tokens/s", "10^9 operations/s"]
 LORA = ("--per_device_train_batch_size", "4", "--cutoff_len", "2048")
 LORA_CHECKPOINTED = LORA + CHECKPOINTING
 COMPUTED = {
@@ -94,7 +94,7 @@ COMPUTED_HEAD = [
     "optimizer",
     "activations",
     "logits",
-    "together",
+    "total",
 ]
 NUM_STEPS = 4
 
