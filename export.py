@@ -30,7 +30,7 @@ import torch
 from minisft.checkpoints import adapters, folders
 from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
-from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
@@ -41,7 +41,7 @@ from minisft.common.outputs import (
     recorded_options,
     save_options,
 )
-from minisft.common.tensor_files import ADAPTER_CONFIG, parse_size
+from minisft.common.tensor_files import parse_size
 from minisft.gguf.reader import is_gguf
 from minisft.model.lora import merge_lora
 from minisft.text.saved_form import saved_form
@@ -54,7 +54,7 @@ def main(options: Namespace | None = None) -> None:
     output = check_output(options)
     max_shard_size = parse_size(options.max_shard_size)
     model_dir = resolve(options.model_name_or_path)
-    adapter_dir = resolve(options.adapter, ADAPTER_CONFIG) if options.adapter else None
+    adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
     if adapter_dir and (note := quantization_note(options, adapter_dir)):
         print(f"note: {note}")
     if options.format in FILE_FORMATS:

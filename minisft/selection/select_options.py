@@ -9,12 +9,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from minisft.common.command_line import (
-    OptionParser,
-    non_negative_int,
-    positive_float,
-    positive_int,
-)
+from minisft.common.command_line import OptionParser, non_negative_int, positive_float, positive_int
 from minisft.common.errors import UserError
 
 # What each strategy needs.

@@ -19,7 +19,7 @@ from minisft.gguf.vocabulary import WORDS, pre_tokenizer_name, vocabulary_fields
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.text.chat_template import SPACE_BEFORE, as_jinja
-from minisft.text.template_choice import NAMES, get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 # Folder with the tokenizer, rows of the embedding, family.

@@ -6,6 +6,7 @@ import jinja2
 import pytest
 import transformers
 from conftest import CONVERSATIONS, without_bos
+from minisft.text.template import TEMPLATES, Template, get_template, recognise
 
 from minisft.common.errors import UserError
 from minisft.text.chat_template import (
@@ -14,7 +15,6 @@ from minisft.text.chat_template import (
     chat_template_text,
     conversation_form,
 )
-from minisft.text.template import TEMPLATES, Template, get_template, recognise
 from minisft.text.tokenizer import Tokenizer
 
 

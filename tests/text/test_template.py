@@ -6,7 +6,7 @@ import json
 import pytest
 
 from minisft.common.errors import UserError
-from minisft.text.template_choice import NAMES, get_template
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 TINYLLAMA = "tokenizers/TinyLlama-1.1B-Chat-v0.6"
