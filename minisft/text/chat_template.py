@@ -139,9 +139,11 @@ class ChatTemplate:
 
     def encode_marker(self) -> list[int]:
         """The ids of BOS, if prompts have it, and of what opens an answer: `### Response:`."""
-        text = self.facts.opening.lstrip(" ")
-        if self.bos_token and self.facts.prompt.startswith(self.bos_token):
-            text = self.bos_token + text
+        text, prompt, bos = self.facts.opening.lstrip(" "), self.facts.prompt, self.bos_token
+        if bos and prompt.startswith(bos):
+            # SentencePiece's leading space, where the template writes it.
+            space = " " if prompt.startswith(bos + " ") else ""
+            text = bos + space + text
         return self._tokenize(text, [], []).ids
 
     def stop_token_ids(self, generation_config_eos: list[int] | int | None = None) -> set[int]:
