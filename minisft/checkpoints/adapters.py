@@ -29,7 +29,7 @@ from minisft.model.modules_to_save import SAVEABLE_MODULES, train_fully
 from minisft.model.reward import Model
 
 PEFT_PREFIX = "base_model.model."
-# Options of PEFT that change what an adapter computes, and that we do not compute.
+# Options of PEFT that change the computation of an adapter, and that we do not support.
 UNSUPPORTED = (
     "use_dora alpha_pattern fan_in_fan_out lora_bias use_qalora alora_invocation_tokens use_bdlora "
     "trainable_token_indices layer_replication arrow_config"
@@ -169,7 +169,7 @@ def _read_config(path: Path) -> LoraConfig:
         )
     if content.get("bias", "none") != "none":
         raise UserError(f"{path}: bias '{content['bias']}' is not supported (only none)")
-    # PEFT lists "classifier" beside "score" for every model that classifies, whichever it has.
+    # For a classification model, PEFT lists both "classifier" and "score", whichever exists.
     saved = tuple(
         name.removeprefix("model.")
         for name in _names(path, content, "modules_to_save")
