@@ -11,10 +11,13 @@ from pathlib import Path
 import marks
 import pytest
 import tokenizers
+import torch
 from forks import run_script
 from standing import HANG_SECONDS
 
 pytest.register_assert_rewrite("parallel_runs")
+# torch gives some warnings once per process, so that they would fail whichever test came first.
+torch.set_warn_always(True)
 ROOT = Path(__file__).resolve().parent.parent
 # The suite computes in float32 on every processor: in this process and in those that it starts.
 STARTUP = ROOT / "tests" / "startup"
@@ -132,7 +135,6 @@ def without_bos(tokenizer_dir, folder):
 @pytest.fixture(scope="session")
 def tiny_chat_model_dir(tmp_path_factory, tiny_tokenizer_dir):
     """A random Llama of one layer with that tokenizer and a chatml template: it talks nonsense."""
-    import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("tiny_chat_model")
@@ -163,8 +165,6 @@ def tiny_chat_model_dir(tmp_path_factory, tiny_tokenizer_dir):
 @pytest.fixture
 def checkpoint(tmp_path, tiny_tokenizer_dir):
     """A small random checkpoint with that tokenizer, as people have it on disk."""
-    import torch
-
     from minisft.checkpoints.folders import save_model
     from minisft.model.config import ModelConfig
     from minisft.model.decoder import CausalLM

@@ -62,7 +62,7 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
     add("--output", metavar="FILE", help="file for the answers, as JSON lines")
     add("--batch_size", type=positive_int, default=8, help="prompts answered at once")
     add, switch = parser.section("web page")
-    switch("--web", help="serve a page to chat on (needs gradio, see requirements-extras.txt)")
+    switch("--web", help="serve a page to chat on (needs gradio, see requirements/web.txt)")
     add(
         "--compare_with",
         metavar="DIR",
