@@ -48,7 +48,10 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 def conversation(num_turns, system=False):
     messages = [{"role": "system", "content": "Be kind."}] if system else []
     for question, answer in QUESTIONS[:num_turns]:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     return messages
 
 
