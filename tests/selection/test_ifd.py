@@ -101,7 +101,7 @@ def test_by_hand(alpaca):
     (score,) = run(Urn(300), rows_of(CHAT), alpaca)
     encode, bos = alpaca.tokenizer.encode, alpaca.tokenizer.bos_token_id
     answers = [encode(text, continuation=True) for text in CHAT[1::2]]
-    ids, _ = alpaca.encode(rows_of(CHAT)[0].messages)
+    ids = alpaca.encode(rows_of(CHAT)[0].messages)[0].ids
     conditioned = direct = 0.0
     for number, answer in enumerate(answers):
         messages = rows_of(CHAT)[0].messages[: 2 * number + 1]
