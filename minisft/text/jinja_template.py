@@ -15,7 +15,7 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.conversation import Conversation, written_fields
-from minisft.text.marks import Span, texts_of, with_marks, without_marks
+from minisft.text.marks import Span, keys_of, texts_of, with_marks, without_marks
 from minisft.text.rendering import Renderer
 from minisft.text.template_facts import TemplateFacts
 
@@ -83,7 +83,8 @@ class JinjaTemplate:
         try:
             rendered = self.write(marked, with_marks(tools, might_spell), **variables)
             plain, spans, _ = without_marks(rendered)
-            if plain == without_marks(text)[0]:
+            keys = keys_of([written_fields(messages), tools or []])
+            if plain == without_marks(text)[0] and not any(map(self.tokens.find, keys)):
                 return spans
         except UserError:
             pass  # the template looks into its messages, and the marks are in the way

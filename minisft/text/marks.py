@@ -36,6 +36,16 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(item)
 
 
+def keys_of(value: Any) -> Iterator[str]:
+    """Every key of an object in messages or tools, which with_marks leaves as it is."""
+    items = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        yield from value
+    if isinstance(value, dict | list):
+        for item in items:
+            yield from keys_of(item)
+
+
 def with_marks(value: Any, needs_marks: Any) -> Any:
     """Messages or tools in which the strings that `needs_marks` matches stand between marks."""
     if isinstance(value, str) and needs_marks(value):

@@ -165,7 +165,8 @@ def limit_memory() -> None:
 
 
 def main() -> None:
-    """Answer requests until stdin ends."""
+    """Answer requests until stdin ends. Argument: the seconds for each."""
+    max_seconds = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     limit_memory()
     clock = Clock()
@@ -173,7 +174,7 @@ def main() -> None:
     set_timer = getattr(signal, "setitimer", None)
     for line in sys.stdin.buffer:
         if set_timer:
-            set_timer(signal.ITIMER_PROF, MAX_SECONDS)  # then SIGPROF ends the process
+            set_timer(signal.ITIMER_PROF, max_seconds)  # then SIGPROF ends the process
         request = json.loads(line)
         clock.now = datetime.fromisoformat(request["now"])
         reply: dict[str, Any] | None = None

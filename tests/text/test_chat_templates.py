@@ -107,7 +107,7 @@ def supervised_text(oracle, example):
 
 
 def check(template: ChatTemplate, oracle, messages, tools=None, shaped=None):
-    """Compare with transformers; returns "exact" or "one example per answer". UserError for a refusal.
+    """Compare with transformers; "exact" or "one example per answer". UserError for a refusal.
 
     shaped: the messages as transformers needs them, where it cannot read the usual form.
     """
