@@ -77,7 +77,8 @@ def prepare(options, folder):
 
         template = get_template("alpaca", Tokenizer.load(folder / "model"))
         encoded = [
-            template.encode(row.messages)[0] for row in load_rows(options.dataset)[: options.num_rows]
+            template.encode(row.messages)[0]
+            for row in load_rows(options.dataset)[: options.num_rows]
         ]
         rows = [
             (ids[: options.cutoff_len], supervised[: options.cutoff_len])

@@ -111,7 +111,8 @@ def their_rewards(judge, conversations):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(judge)
     template = get_template("plain", Tokenizer.load(judge))
     return [
-        model.eval()(torch.tensor([template.encode(one)[0].ids])).logits.item() for one in conversations
+        model.eval()(torch.tensor([template.encode(one)[0].ids])).logits.item()
+        for one in conversations
     ]
 
 
