@@ -37,7 +37,9 @@ def byte_level(folder, control):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(["the user asks the assistant who answers the user\n\n"] * 3, trainer)
+    backend.train_from_iterator(
+        ["the user asks the assistant who answers the user\n\n"] * 3, trainer
+    )
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}

@@ -9,20 +9,29 @@ llama.cpp renders the template and tokenizes the text, with three differences to
 - It puts SentencePiece's leading space before the text and behind every special token, or nowhere
   (add_space_prefix). transformers puts it at the beginning of the text only, unless the tokenizer
   is "legacy". Then the file says "nowhere", and the chat template writes the space.
-- It sets enable_thinking, always.
+- It sets enable_thinking to true, and date_string to today. A model that was trained otherwise gets
+  lines in its chat template that take these values back.
 
 Which choice gives the ids of training is found by trying: `llama_cpp_ids` tokenizes as it does.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from minisft.common.errors import UserError
 from minisft.text.chat_template import ChatTemplate
-from minisft.text.saved_form import SavedForm, thinking_settings
-from minisft.text.template_settings import setting, split_settings, with_settings
+from minisft.text.saved_form import SavedForm
+from minisft.text.template_settings import (
+    fixed_setting,
+    setting,
+    split_settings,
+    unfixed_setting,
+    with_settings,
+)
 from minisft.text.tokenizer import Tokenizer
 
 WRITE_SPACE = "{{ ' ' }}"  # a template that begins with this writes the leading space
+SET_BY_LLAMA_CPP = ("enable_thinking", "date_string")
 QUESTION = {"role": "user", "content": "Is it 1?\n"}
 ANSWER = {"role": "assistant", "content": "No, 2."}
 PROBES = (
@@ -49,14 +58,8 @@ def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
     if template is None or form.chat_template is None:
         return Prompts(None, tokenizer.add_bos_token, add_space)
     text, notes = form.chat_template, []
-    baked = thinking_settings(template)
-    if False in template.thinking.values() and baked.items() <= split_settings(text)[0].items():
-        text = with_settings(text, thinking_settings(template, fixed=True))
-        if baked:
-            notes.append(
-                f"llama.cpp asks for thoughts by default, so the file sets {', '.join(baked)} to "
-                "false, as in training; for a model that thinks, export with --enable_thinking true"
-            )
+    if form.is_trained:
+        text, notes = with_fixed_settings(text)
     bos = template.bos_token
     add_bos = bool(bos) and template.facts.prompt.startswith(bos)
     texts = [rendered for probe in PROBES if (rendered := render(template, probe)) is not None]
@@ -75,6 +78,38 @@ def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
             "special token too; prompts without the chat template must begin with a space"
         )
     return Prompts(WRITE_SPACE * bool(written) + text, add_bos, space, notes)
+
+
+def with_fixed_settings(text: str) -> tuple[str, list[str]]:
+    """(a template that ignores the values that llama.cpp sets, notes)."""
+    settings, _ = split_settings(text)
+    fixed, notes = {}, []
+    for name in SET_BY_LLAMA_CPP:
+        line = settings.get(name)
+        # llama.cpp's own value is true if the template can ask for thoughts.
+        if line in setting(name, True).values() or not re.search(rf"\b{name}\b", text):
+            continue
+        fixed |= fixed_setting(name, line)
+        if name == "enable_thinking" and line is not None:
+            notes.append(
+                "llama.cpp asks for thoughts by default, so the file turns enable_thinking off, "
+                "as in training; export with --enable_thinking true for a model that thinks"
+            )
+    return with_settings(text, fixed), notes
+
+
+def checkpoint_text(text: str, space_at_start: bool) -> str:
+    """The chat template of the checkpoint from which a GGUF file was made.
+
+    space_at_start: the tokenizer adds the space that the file's template writes.
+    """
+    if space_at_start:
+        text = text.removeprefix(WRITE_SPACE)
+    settings, rest = split_settings(text)
+    restored = {}
+    for name, line in settings.items():
+        restored |= unfixed_setting(name, line) if name in SET_BY_LLAMA_CPP else {name: line}
+    return "".join(restored.values()) + rest
 
 
 def render(template: ChatTemplate, messages: list[dict[str, str]]) -> str | None:
@@ -107,20 +142,6 @@ def llama_cpp_ids(template: ChatTemplate, text: str, add_bos: bool, add_space: b
     if place < len(text):
         ids += tokenizer.encode(space + text[place:], continuation=True)
     return ids
-
-
-def checkpoint_text(text: str, space_at_start: bool) -> str:
-    """The chat template of the checkpoint from which a GGUF file was made.
-
-    space_at_start: the tokenizer adds the space that the file's template writes.
-    """
-    if space_at_start:
-        text = text.removeprefix(WRITE_SPACE)
-    settings, rest = split_settings(text)
-    for name, line in settings.items():
-        if line == setting(name, False, fixed=True)[name]:
-            settings |= setting(name, False)
-    return "".join(settings.values()) + rest
 
 
 def why_ids_differ(template: ChatTemplate, texts: list[str]) -> str:

@@ -24,8 +24,8 @@ from minisft.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0  # no merge produces these tokens
-# Our own fields, for unpack_tokenizer.py: a leading space stands at the beginning of a text, but not
-# behind special tokens; the tokenizer puts BOS before a text, though its prompts have none.
+# Our own fields, for unpack_tokenizer.py: the leading space stands at the beginning of a text, and
+# not behind special tokens; the tokenizer puts BOS before a text, though its prompts have none.
 SPACE_AT_START = "minisft.leading_space_at_start_only"
 ADDS_BOS = "minisft.tokenizer_adds_bos"
 

@@ -16,7 +16,7 @@ from typing import Any
 from minisft.common.outputs import recorded_options
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.template_choice import CHAT_TEMPLATE, trained_template
-from minisft.text.template_settings import setting, with_settings
+from minisft.text.template_settings import setting, split_settings, with_settings
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -25,12 +25,14 @@ class SavedForm:
     """How other programs prompt a model.
 
     template: as in training; None if there is none. chat_template: its text for other programs.
-    stop_ids: the tokens that end an answer.
+    stop_ids: the tokens that end an answer. is_trained: False for a checkpoint's own template, as
+    it was published.
     """
 
     template: ChatTemplate | None
     chat_template: str | None
     stop_ids: list[int]
+    is_trained: bool = True
 
 
 def saved_form(
@@ -53,20 +55,16 @@ def saved_form(
         if untouched or not (Path(trained_dir) / CHAT_TEMPLATE).is_file():
             return SavedForm(None, None, listed_stops)
     template = trained_template(name, tokenizer, trained_dir, **choices)
-    # A checkpoint that we have not trained keeps its text and its default.
-    text = template.text if untouched else saved_text(template)
-    return SavedForm(template, text, sorted(template.stop_token_ids(listed_stops)))
+    stop_ids = sorted(template.stop_token_ids(listed_stops))
+    if untouched and not split_settings(template.text)[0]:
+        return SavedForm(template, template.text, stop_ids, is_trained=False)
+    return SavedForm(template, saved_text(template), stop_ids)
 
 
 def saved_text(template: ChatTemplate) -> str:
     """The template's text, which asks for thoughts by default only if the training did."""
-    return with_settings(template.text, thinking_settings(template))
-
-
-def thinking_settings(template: ChatTemplate, fixed: bool = False) -> dict[str, str]:
-    """Settings for the variables that ask for thoughts, if the template reads them."""
     settings = {}
     for name, value in template.thinking.items():
         if re.search(rf"\b{name}\b", template.text):
-            settings |= setting(name, value, fixed)
-    return settings
+            settings |= setting(name, value)
+    return with_settings(template.text, settings)

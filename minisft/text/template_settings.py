@@ -15,6 +15,7 @@ import json
 import re
 from typing import Any
 
+END = "{% endif %}\n"
 LITERAL = r'(?:"(?:[^"\\]|\\.)*"|[^"%])*'  # Jinja's, as `literal` writes it
 LINE = re.compile(
     r"\{% if (?:\w+ is not defined|messages\[0\]\['role'\] != 'system') %\}"
@@ -23,22 +24,35 @@ LINE = re.compile(
 )
 
 
-def setting(name: str, value: Any, fixed: bool = False) -> dict[str, str]:
-    """{name: line} that gives a variable a value, unless the program that renders has its own.
+def setting(name: str, value: Any) -> dict[str, str]:
+    """{name: line} that gives a variable a value, unless the program that renders has its own."""
+    return {name: f"{{% if {name} is not defined %}}{{% set {name} = {literal(value)} %}}{END}"}
 
-    fixed: the program's own value does not count.
+
+def fixed_setting(name: str, line: str | None) -> dict[str, str]:
+    """A setting that the value of the program that renders does not change.
+
+    line: the setting as `setting` writes it; None for a variable that the program must not set.
     """
-    line = f"{{% set {name} = {literal(value)} %}}"
-    if not fixed:
-        line = f"{{% if {name} is not defined %}}{line}{{% endif %}}"
-    return {name: line + "\n"}
+    if line is None:
+        return {name: f"{{% set {name} = undefined %}}\n"}
+    return {name: line.removeprefix(f"{{% if {name} is not defined %}}").removesuffix(END) + "\n"}
+
+
+def unfixed_setting(name: str, line: str) -> dict[str, str]:
+    """What fixed_setting was made from."""
+    if line in fixed_setting(name, None).values():
+        return {}
+    if line.endswith(END):
+        return {name: line}
+    return {name: f"{{% if {name} is not defined %}}{line.removesuffix(chr(10))}{END}"}
 
 
 def system_setting(text: str) -> dict[str, str]:
     """{"messages": line} that puts a system message before conversations without one."""
     message = f"{{'role': 'system', 'content': {literal(text)}}}"
     line = f"{{% set messages = [{message}] + messages %}}"
-    return {"messages": f"{{% if messages[0]['role'] != 'system' %}}{line}{{% endif %}}\n"}
+    return {"messages": f"{{% if messages[0]['role'] != 'system' %}}{line}{END}"}
 
 
 def with_settings(text: str, settings: dict[str, str]) -> str:
