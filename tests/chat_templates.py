@@ -85,7 +85,7 @@ def narrow_model(folder, rows, family="llama"):
 
 
 def checkpoint_for(text, kind, shared_data, folder):
-    """A checkpoint with a chat template. kind: byte-level, sentencepiece or legacy sentencepiece."""
+    """A checkpoint with a chat template. kind: byte-level, sentencepiece, legacy-sentencepiece."""
     if kind == "byte-level":
         rows = byte_level(folder, control_tokens(text))
     else:
