@@ -17,6 +17,7 @@ Which choice gives the ids of training is found by trying: `llama_cpp_ids` token
 
 import re
 from dataclasses import dataclass, field
+from operator import eq
 
 from minisft.common.errors import UserError
 from minisft.text.chat_template import ChatTemplate
@@ -60,18 +61,23 @@ def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
     text, notes = form.chat_template, []
     if form.is_trained:
         text, notes = with_fixed_settings(text)
+    for name in ("bos_token", "eos_token"):
+        if name not in tokenizer.named_ids and name in text:  # llama.cpp has some token for it
+            text = with_settings(text, fixed_setting(name, setting(name, "")[name]))
     bos = template.bos_token
     add_bos = bool(bos) and template.facts.prompt.startswith(bos)
     texts = [rendered for probe in PROBES if (rendered := render(template, probe)) is not None]
     wanted = [ids_in_one_piece(template, rendered) for rendered in texts]
     choices = [(True, ""), (False, ""), (False, " ")] if add_space else [(False, "")]
-    for space, written in choices:
-        ids = [llama_cpp_ids(template, written + each, add_bos, space) for each in texts]
-        if ids == wanted:
-            break
-    else:
-        space, written = choices[0]
-        notes.append(why_ids_differ(template, texts))
+
+    def num_equal(choice: tuple[bool, str]) -> int:
+        space, written = choice
+        ids = (llama_cpp_ids(template, written + each, add_bos, space) for each in texts)
+        return sum(map(eq, ids, wanted))
+
+    best = space, written = max(choices, key=num_equal)
+    if num_equal(best) < len(texts):
+        notes.append(why_ids_differ(template, texts, add_bos))
     if space != add_space:
         notes.append(
             "llama.cpp adds no leading space to a text, because it would add one after every "
@@ -108,7 +114,10 @@ def checkpoint_text(text: str, space_at_start: bool) -> str:
     settings, rest = split_settings(text)
     restored = {}
     for name, line in settings.items():
-        restored |= unfixed_setting(name, line) if name in SET_BY_LLAMA_CPP else {name: line}
+        if name in SET_BY_LLAMA_CPP:
+            restored |= unfixed_setting(name, line)
+        elif name not in ("bos_token", "eos_token"):
+            restored[name] = line
     return "".join(restored.values()) + rest
 
 
@@ -144,8 +153,13 @@ def llama_cpp_ids(template: ChatTemplate, text: str, add_bos: bool, add_space: b
     return ids
 
 
-def why_ids_differ(template: ChatTemplate, texts: list[str]) -> str:
+def why_ids_differ(template: ChatTemplate, texts: list[str], add_bos: bool) -> str:
     """A sentence that names what llama.cpp does otherwise."""
+    if add_bos and not all(text.startswith(template.bos_token) for text in texts):
+        return (
+            "llama.cpp puts BOS before every prompt; this chat template writes none before some, "
+            "such as prompts with a system message"
+        )
     strips = template.tokenizer.engine.strips
     used = {match.id for text in texts for match in template.tokens.find(text)}
     swallow = [template.tokenizer.token_text(id) for id in sorted(used) if any(strips.get(id, ()))]
