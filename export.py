@@ -34,7 +34,7 @@ from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
-from minisft.common.model_flags import dtype_option
+from minisft.common.model_flags import TEMPLATE_FLAGS, dtype_option, template_options
 from minisft.common.outputs import (
     check_output_dir,
     check_output_file,
@@ -100,7 +100,13 @@ def write_file(options: Namespace, model_dir: Path, adapter_dir: Path | None, ou
         paths = [options.model_name_or_path, options.adapter]
         name = " + ".join(Path(path).resolve().name for path in paths if path)
         report = export_model(
-            model_dir, output, options.quantization, adapter_dir, name, options.template
+            model_dir,
+            output,
+            options.quantization,
+            adapter_dir,
+            name,
+            options.template,
+            **template_options(options),
         )
     print(f"wrote {output}: {report.summary}")
     for note in report.notes:
@@ -123,7 +129,8 @@ def write_folder(
     trained_dir = adapter_dir or model_dir  # where train.py has left its options
     tokenizer = Tokenizer.load(model_dir)
     listed_stops = folders.generation_eos(model_dir, model.config)
-    form = saved_form(tokenizer, options.template, trained_dir, listed_stops)
+    choices = template_options(options)
+    form = saved_form(tokenizer, options.template, trained_dir, listed_stops, **choices)
     if is_reward_model:
         choose_padding(model, tokenizer, form.stop_ids)
 
@@ -134,11 +141,18 @@ def write_folder(
         folders.save_model(model, output, dtype, max_shard_size)
         folders.save_generation_config(model_dir, output, model.config, form.stop_ids)
     tokenizer.save(output, form.chat_template)
-    trained = recorded_options(trained_dir)
-    template = trained.get("template") if options.template == "auto" else options.template
-    record = Namespace(template=template, default_system=trained.get("default_system"))
-    save_options(record, output / "options.toml")  # for chat.py
+    save_options(record_for_chat(options, trained_dir), output / "options.toml")
     print(f"wrote {output}")
+
+
+def record_for_chat(options: Namespace, trained_dir: Path) -> Namespace:
+    """The template and its settings, which chat.py and later trainings read."""
+    trained = recorded_options(trained_dir)
+    given = {name: getattr(options, name) for name in TEMPLATE_FLAGS}
+    given["template"] = None if options.template == "auto" else options.template
+    return Namespace(
+        **{name: trained.get(name) if value is None else value for name, value in given.items()}
+    )
 
 
 if __name__ == "__main__":

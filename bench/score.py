@@ -38,8 +38,8 @@ from minisft.model.decoder import CausalLM  # noqa: E402
 from minisft.selection.ifd import IfdScorer  # noqa: E402
 from minisft.selection.score_writer import ScoreWriter  # noqa: E402
 from minisft.selection.scoring import RowReader, score_rows  # noqa: E402
-from minisft.text.template_choice import get_template  # noqa: E402
 from minisft.text.chat_template import ChatTemplate
+from minisft.text.template_choice import get_template  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
 
 

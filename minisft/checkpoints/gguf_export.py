@@ -17,6 +17,7 @@ itself is built on the meta device, only for its names and shapes.
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -26,7 +27,7 @@ from minisft.checkpoints.folders import generation_eos, open_model
 from minisft.checkpoints.gguf_report import Report, num_parameters, summarize
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import StoredTensor
-from minisft.gguf.compatibility import check_architecture, known_differences, tokenizer_differences
+from minisft.gguf.compatibility import check_architecture, known_differences
 from minisft.gguf.mapping import (
     ARCHITECTURES,
     ROTARY_DIVISORS,
@@ -37,12 +38,13 @@ from minisft.gguf.mapping import (
     rotary_divisors,
     sampling_fields,
 )
+from minisft.gguf.prompts import llama_cpp_prompts
 from minisft.gguf.tensor_types import QUANTIZATIONS, tensor_type
 from minisft.gguf.vocabulary import vocabulary_fields
 from minisft.gguf.writer import Tensor, write_gguf
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoRALinear
-from minisft.text.saved_form import saved_form_for_llama_cpp
+from minisft.text.saved_form import saved_form
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -53,11 +55,12 @@ def export_model(
     adapter_dir: str | Path | None = None,
     name: str | None = None,
     template: str = "auto",
+    **template_choices: Any,
 ) -> Report:
     """Write a checkpoint, with the adapter merged into it.
 
     quantization: a key of QUANTIZATIONS. name: the display name of the model; by default the
-    folder's name. template: the chat template for other programs, see saved_form.
+    folder's name. template, template_choices: the chat template for other programs, see saved_form.
     UserError, and no file, if llama.cpp has no such model, a number does not fit its type, or the
     disk is full.
     """
@@ -70,9 +73,10 @@ def export_model(
     config, tokenizer = model.config, Tokenizer.load(model_dir)
     check_architecture(config)
     tensors = model_tensors(model, stored, adapter, quantization)
-    form = saved_form_for_llama_cpp(
-        tokenizer, template, adapter_dir or model_dir, generation_eos(model_dir, config)
-    )
+    listed_stops = generation_eos(model_dir, config)
+    trained_dir = adapter_dir or model_dir
+    form = saved_form(tokenizer, template, trained_dir, listed_stops, **template_choices)
+    prompts = llama_cpp_prompts(form, tokenizer)
     metadata = {
         "general.type": "model",
         "general.name": name or model_dir.resolve().name,
@@ -81,13 +85,10 @@ def export_model(
         **architecture_fields(config),
         "general.file_type": int(QUANTIZATIONS[quantization][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **vocabulary_fields(tokenizer, config.vocab_size, form.stop_ids, form.writes_space),
+        **vocabulary_fields(tokenizer, config.vocab_size, form.stop_ids, prompts),
     }
-    if form.chat_template is not None:
-        metadata["tokenizer.chat_template"] = form.chat_template
     write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
-    notes = known_differences(config) + tokenizer_differences(form)
-    return Report(summarize(output, tensors), notes)
+    return Report(summarize(output, tensors), known_differences(config) + prompts.notes)
 
 
 def model_tensors(

@@ -93,6 +93,11 @@ class ChatTemplate:
         self._jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
         self.facts, self.now = self._jinja.facts, now
 
+    @property
+    def thinking(self) -> dict[str, Any]:
+        """The variables that ask the template for thoughts, or for none."""
+        return self._jinja.thinking
+
     def encode(self, messages: list[Message], tools: list | None = None) -> list[TokenizedText]:
         """The examples of a conversation: one for all answers, or one for each.
 

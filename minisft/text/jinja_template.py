@@ -45,9 +45,9 @@ class JinjaTemplate:
         self.tokens, self.now = tokens, now
         self._renderer = Renderer(text)
         self._always = {"add_generation_prompt": False, **variables}
-        self._thinking: dict[str, Any] = {"enable_thinking": True}
+        self.thinking: dict[str, Any] = {"enable_thinking": True}
         if not enable_thinking:
-            self._thinking = self._variables_without_thoughts()
+            self.thinking = self._variables_without_thoughts()
         self.facts = TemplateFacts(self.write, tokens)
 
     def write(self, messages: list, tools: list | None, **variables: Any) -> str:
@@ -61,7 +61,7 @@ class JinjaTemplate:
         renders: Sequence[tuple[int | None, dict[str, Any]]],
     ) -> list[str]:
         """The texts of the first messages, for every (number of messages, variables)."""
-        always = {**self._always, **self._thinking}
+        always = {**self._always, **self.thinking}
         return self._renderer.render(messages, tools, always, self.now, renders)
 
     def message_spans(
@@ -100,7 +100,7 @@ class JinjaTemplate:
     def _variables_without_thoughts(self) -> dict[str, Any]:
         """The first of WITHOUT_THOUGHTS with which an answer follows its prompt."""
         for variables in WITHOUT_THOUGHTS:
-            self._thinking = variables
+            self.thinking = variables
             try:
                 if TemplateFacts(self.write, self.tokens).answer is not None:
                     return variables

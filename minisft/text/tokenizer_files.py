@@ -82,6 +82,22 @@ def read_chat_template(model_dir: Path, config: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def state_special_tokens(
+    output_dir: Path, config: dict[str, Any], texts: dict[str, str | None]
+) -> dict[str, Any]:
+    """tokenizer_config.json with BOS and EOS, written to a folder if no file there states them.
+
+    A chat template writes `bos_token`, so other programs must know it as we do. config: the content
+    of tokenizer_config.json. texts: {"bos_token": text, ...}.
+    """
+    stated = config.keys() | read_json(output_dir / "special_tokens_map.json", missing={}).keys()
+    missing = {name: texts.get(name) for name in ("bos_token", "eos_token") if name not in stated}
+    if missing:
+        config = {**config, **missing}
+        write_json(config, output_dir / "tokenizer_config.json")
+    return config
+
+
 def write_chat_template(output_dir: Path, config: dict[str, Any], chat_template: str) -> None:
     """Replace the chat template in a folder. config: its tokenizer_config.json."""
     (output_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
