@@ -1,204 +1,219 @@
-"""Real chat templates: the ids of transformers, and a mask that covers the answers.
+"""Every chat template of the shared folder against transformers' apply_chat_template.
 
-Run with -s to see the table of all templates.
+Run with `-s` to see the table: what trains in one example, what in one per answer, what is refused.
 """
 
-import functools
-import json
-import re
-import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import transformers
+from template_checkpoints import build_checkpoint
 
 from minisft.common.errors import UserError
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.template_choice import get_template
-from minisft.text.template_facts import with_call_form
 from minisft.text.tokenizer import Tokenizer
 
-FOLDER = ROOT.parent / "shared/data/chat_templates"
-FILES = sorted(FOLDER.glob("*.jinja"))
-# How templates spell control tokens. Each becomes a special token of a small tokenizer.
-CONTROL = re.compile(
-    r"<\|[\w/ .-]+\|>|</?s>|\[/?INST\]|</?(?:start|end)_of_(?:turn|sentence)>|<｜[^｜]{1,40}｜>"
-    r"|\[/?(?:SYSTEM_PROMPT|THINK|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<bos>|<sep>"
-    r"|<SPECIAL_\d+>|<seed:[\w_]+>|</?assistant>|\]?<\]|\[e~\[|<turn\|>|<\|turn>"
-)
-QUESTIONS = [
+SYSTEM = {"role": "system", "content": "Be kind."}
+PAIRS = [
     ("Hi there", "Hello."),
     ("And 2+2?", "It is four."),
     ("Write a poem", "Roses  are\nred <b>"),
 ]
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "A city."}},
-            "required": ["city"],
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "find_weather",
+            "description": "The weather of a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Its name."}},
+                "required": ["city"],
+            },
         },
-    },
+    }
+]
+CALL = {"name": "find_weather", "arguments": {"city": "Oslo"}}
+TOOL_CHAT = [
+    {"role": "user", "content": "Is it cold in Oslo?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+    {"role": "tool", "content": "3 degrees"},
+    {"role": "assistant", "content": "Yes, rather."},
+]
+NOW = "2026-01-02T03:04:05"
+
+# Templates that need more than a conversation, or whose prompt opens thoughts that the finished turn
+# does not have, so that no answer follows its prompt.
+REFUSED = {
+    "Apriel-1.6-15b-Thinker-fixed",
+    "Cohere2MoE",
+    "CohereForAI-c4ai-command-r-plus-tool_use",
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use",
+    "Qwen-QwQ-32B",
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
+    "fireworks-ai-llama-3-firefunction-v2",
+    "google-gemma-4-31B-it-interleaved",
+    "llama-cpp-deepseek-r1",
 }
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+# Templates whose answer merges with the end of its prompt if both are tokenized at once.
+CUT_BEFORE_ANSWER: set[str] = set()
 
 
-def conversation(num_turns, system=False):
-    messages = [{"role": "system", "content": "Be kind."}] if system else []
-    for question, answer in QUESTIONS[:num_turns]:
-        messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
+@dataclass
+class Case:
+    """A conversation, and the variables with which its answers are rendered."""
+
+    name: str
+    messages: list
+    tools: list | None = None
+    thoughts: bool = False
+
+
+@dataclass
+class Verdict:
+    """What became of the cases of a template."""
+
+    exact: list[str] = field(default_factory=list)
+    per_answer: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    cut: bool = False
+    end: str | None = None
+
+
+def chat(num_turns: int, thoughts: bool = False) -> list[dict]:
+    """A conversation, with or without thoughts before each answer."""
+    messages = []
+    for question, answer in PAIRS[:num_turns]:
+        reply = {"role": "assistant", "content": answer}
+        if thoughts:
+            reply["reasoning_content"] = f"Let me see, {question}"
+        messages += [{"role": "user", "content": question}, reply]
     return messages
 
 
-@functools.cache
-def checkpoint(path, folder):
-    """A folder with a small tokenizer that has the control tokens of a chat template."""
-    target = folder / path.stem
-    shutil.copytree(ROOT.parent / "shared/data/models/stories260K", target)
-    (target / "tokenizer.model").unlink()
-    text = path.read_text()
-    tokenizer = json.loads((target / "tokenizer.json").read_text())
-    config = json.loads((target / "tokenizer_config.json").read_text())
-    known = {token["content"] for token in tokenizer["added_tokens"]}
-    next_id = max(tokenizer["model"]["vocab"].values()) + 1
-    for id, word in enumerate(sorted(set(CONTROL.findall(text)) - known), start=next_id):
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        tokenizer["added_tokens"].append({"id": id, "content": word, "special": True, **flags})
-    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
-    config.pop("added_tokens_decoder", None)
-    config["chat_template"] = text
-    (target / "tokenizer_config.json").write_text(json.dumps(config))
-    return target
+def cases(template: ChatTemplate) -> list[Case]:
+    """The conversations to try with a template."""
+    cases = []
+    for lead, name in (([], ""), ([SYSTEM], "system, ")):
+        cases += [Case(f"{name}{n} turns", lead + chat(n)) for n in (1, 3)]
+        if template.facts.knows_tools and template.facts.call_form:
+            cases.append(Case(f"{name}tools", lead + TOOL_CHAT, TOOLS))
+        if template.facts.knows_thoughts:
+            cases += [Case(f"{name}{n} thoughts", lead + chat(n, True), None, True) for n in (1, 3)]
+    return cases
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """path of a Jinja file -> (our template, transformers' tokenizer)."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("checkpoints")
+class Oracle:
+    """transformers' apply_chat_template, with the arguments that our template uses."""
 
-    @functools.cache
-    def load(path):
-        target = checkpoint(path, folder)
-        oracle = transformers.AutoTokenizer.from_pretrained(target)
-        return get_template("auto", Tokenizer.load(target)), oracle
+    def __init__(self, folder: Path, template: ChatTemplate):
+        self.hf = transformers.AutoTokenizer.from_pretrained(folder)
+        self.template = template
 
-    return load
+    def apply(self, messages: list, tools: list | None, thoughts: bool, **more):
+        """Ids, or text with tokenize=False."""
+        facts = self.template.facts
+        form = facts.call_form
+        sent, number = [], 0
+        for message in messages:
+            message = dict(message)
+            if thoughts and "reasoning_content" in message:
+                message["thinking"] = message["reasoning_content"]
+            if form and form.with_ids and message.get("tool_calls"):
+                message["tool_calls"] = [{**message["tool_calls"][0], "id": "call00000"}]
+            if form and form.with_ids and message["role"] == "tool":
+                message["tool_call_id"] = "call00000"
+            sent.append(message)
+        variables = {"enable_thinking": thoughts}
+        return self.hf.apply_chat_template(
+            sent, tools=tools or facts.empty_tools, return_dict=False, **variables, **more
+        )
 
 
-def oracle_ids(oracle, messages, tools=None, **variables):
-    """transformers' ids; with an empty list of tools where the template fails without any."""
-    apply = functools.partial(oracle.apply_chat_template, messages, tokenize=True, **variables)
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ids as it is, without the space that a tokenizer adds."""
+    return b"".join(map(tokenizer.token_bytes, ids)).decode()
+
+
+def check_case(case: Case, template: ChatTemplate, oracle: Oracle, verdict: Verdict) -> None:
+    """Compare one conversation with the oracle; AssertionError says what differs."""
+    tokenizer, end = template.tokenizer, template.facts.end
+    examples = template.encode(case.messages, case.tools)
+    answers = [k for k, m in enumerate(case.messages) if m["role"] == "assistant"]
+    learned = []  # the supervised runs of all examples, as (text before, run)
+    for example in examples:
+        edges = [i for i in range(1, len(example.ids)) if example.supervised[i] != example.supervised[i - 1]]
+        edges.append(len(example.ids))
+        begins = [i for i in edges if i < len(example.ids) and example.supervised[i]]
+        for begin in begins:
+            stop = next(i for i in edges if i > begin)
+            learned.append((example.ids[:begin], example.ids[begin:stop]))
+    assert len(learned) == len(answers), f"{len(learned)} answers are learned of {len(answers)}"
+    texts = []
+    for k, (before, run) in zip(answers, learned, strict=True):
+        asked = case.messages[:k]
+        arguments = (asked, case.tools, case.thoughts)
+        prompt_ids = oracle.apply(*arguments, add_generation_prompt=True)
+        prompt = oracle.apply(*arguments, add_generation_prompt=True, tokenize=False)
+        text = oracle.apply(case.messages[: k + 1], case.tools, case.thoughts, tokenize=False)
+        text_ids = oracle.apply(case.messages[: k + 1], case.tools, case.thoughts)
+        if not text.startswith(prompt):  # a system prompt in the last question only
+            question = asked[-1]["content"]
+            text = prompt + text.rpartition(question)[2].removeprefix(prompt.rpartition(question)[2])
+            text_ids = None
+        texts.append((text, text_ids))
+        ours = template.encode_prompt(asked, case.tools)
+        assert ours == prompt_ids, f"prompt {k}: {ours} instead of {prompt_ids}"
+        assert before[: len(prompt_ids)] == prompt_ids, f"answer {k} is not behind its prompt"
+        skipped = text_of(tokenizer, before[len(prompt_ids) :])
+        assert skipped.strip() in ("", "<think>\n\n</think>", "</think>", "</mm:think>", "<think></think>"), skipped
+        written, rest = text_of(tokenizer, run), text[len(prompt) :].removeprefix(skipped)
+        if rest.startswith(written):
+            rest = rest[len(written) :]
+        else:  # the end token that only the next message writes
+            assert written == rest + (end or ""), f"learned {written!r} of {rest!r}"
+            rest = ""
+        assert not rest.replace("</s>", "").strip(), f"not learned: {rest!r}"
+        assert end is None or run[-1] in template.tokens.ids.values(), f"no end: {written!r}"
+        assert case.messages[k]["content"].strip() in written
+    # Each example is the conversation up to its last answer.
+    place = -1
+    for example in examples:
+        runs = sum(b and not a for a, b in zip([False, *example.supervised], example.supervised, strict=False))
+        place += runs
+        text, text_ids = texts[place]
+        if text_ids is None or example.ids == text_ids:
+            continue
+        appended = [*text_ids, example.ids[-1]]
+        if example.supervised[-1] and example.ids == appended:
+            continue
+        theirs = [text_of(tokenizer, ids).removeprefix(" ") for ids in (text_ids, appended)]
+        assert text_of(tokenizer, example.ids).removeprefix(" ") in theirs, "another text"
+        verdict.cut = True
+    (verdict.exact if len(examples) == 1 else verdict.per_answer).append(case.name)
+
+
+def judge(path: Path, base: Path, folder: Path) -> Verdict:
+    """Try all cases with one template."""
+    build_checkpoint(base, path.read_text(encoding="utf-8"), folder)
+    tokenizer, verdict = Tokenizer.load(folder), Verdict()
     try:
-        out = apply(tools=tools)
-    except TypeError:
-        out = apply(tools=tools or [])
-    return list(out["input_ids"] if hasattr(out, "keys") else out)
-
-
-def supervised_text(oracle, example):
-    ids = [id for id, learned in zip(example.ids, example.supervised, strict=True) if learned]
-    return oracle.decode(ids)
-
-
-def check(template: ChatTemplate, oracle, messages, tools=None, shaped=None):
-    """Compare with transformers; "exact" or "one example per answer". UserError for a refusal.
-
-    shaped: the messages as transformers needs them, where it cannot read the usual form.
-    """
-    shaped = shaped or messages
-    answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    examples = template.encode(messages, tools)
-    assert len(examples) in (1, len(answers))
-    for k in answers:
-        prompt = template.encode_prompt(messages[:k], tools)
-        wanted = [
-            oracle_ids(oracle, shaped[:k], tools, add_generation_prompt=True, **variables)
-            for variables in ({}, {"enable_thinking": False})
-        ]
-        assert prompt in wanted, oracle.decode(prompt)
-        example = examples[0] if len(examples) == 1 else examples[answers.index(k)]
-        assert example.ids[: len(prompt)] == prompt
-        assert not any(example.supervised[: len(prompt)]) or len(examples) == 1
-        assert example.supervised[len(prompt)] or not example.supervised[len(prompt) - 1]
-    for example, k in zip(examples, answers[-len(examples) :], strict=True):
-        wanted = [
-            oracle_ids(oracle, shaped[: k + 1], tools, **variables)
-            for variables in ({}, {"enable_thinking": False})
-        ]
-        end = template.tokens.ids.get(template.facts.end or "")
-        # Where only the next message writes the end of an answer, it is appended; and a
-        # conversation ends with its last answer, whatever the template says after it.
-        assert any(example.ids in (ids, [*ids, end]) for ids in wanted) or (
-            template.name == "auto" and moved_system(example, wanted)
-        ), oracle.decode(example.ids)
-        text = supervised_text(oracle, example)
-        learned = [k] if len(examples) > 1 else answers
-        for number in range(len(messages)):
-            content = messages[number]["content"]
-            if content:
-                assert ("".join(content.split()) in "".join(text.split())) == (number in learned)
-        last = max(place for place, learned in enumerate(example.supervised) if learned)
-        if end is not None and not messages[k].get("tool_calls"):
-            assert example.ids[last] == end
-    return "exact" if len(examples) == 1 else "one example per answer"
-
-
-def moved_system(example, wanted):
-    """Mistral-Nemo writes the system prompt only into the last question."""
-    return len(example.ids) > max(map(len, wanted))
-
-
-def outcome(load, path):
-    """(a word for the table, whether it trains) of one template."""
-    try:
-        template, oracle = load(path)
+        quick = get_template("auto", tokenizer, now=NOW)
+        thoughtful = get_template("auto", tokenizer, enable_thinking=True, now=NOW)
+        todo = cases(quick)
     except UserError as error:
-        return f"refused: {error}", False
-    words = set()
-    for num_turns in (1, 3):
-        for system in (False, True):
-            messages = conversation(num_turns, system)
-            try:
-                oracle_ids(oracle, messages[:-1], add_generation_prompt=True)
-            except Exception as error:  # whatever the template raises
-                words.add(f"{'no system prompt' if system else 'refused'}: {error}")
-                with pytest.raises(UserError):
-                    template.encode(messages)
-                continue
-            try:
-                words.add(check(template, oracle, messages))
-            except UserError as error:
-                words.add(f"refused: {error}")
-    if template.facts.knows_tools and template.facts.call_form:
-        words.add(with_tools(template, oracle))
-    return ", ".join(sorted(words)), not any(word.startswith("refused") for word in words)
-
-
-def with_tools(template, oracle):
-    """A conversation with a tool call, in the form that the template wants."""
-    messages = [
-        {"role": "user", "content": "The weather in Paris?"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "It rains."},
-        {"role": "assistant", "content": "Take an umbrella."},
-    ]
-    shaped = with_call_form(messages, template.facts.call_form)
-    try:
-        return f"tools {check(template, oracle, messages, [TOOL], shaped)}"
-    except UserError as error:
-        return f"tools refused: {error}"
-
-
-@pytest.mark.skipif(not FILES, reason="needs ../shared/data/chat_templates")
-def test_no_real_template_is_silently_different(load):
-    table = {path.stem: outcome(load, path) for path in FILES}
-    for name, (word, _) in table.items():
-        print(f"{name:<50} {word}")
-    assert len(table) == 55
-    assert sum(trains for _, trains in table.values()) >= 45
+        return Verdict(refused={"all": str(error)})
+    verdict.end = quick.facts.end
+    oracles = {False: Oracle(folder, quick), True: Oracle(folder, thoughtful)}
+    for case in todo:
+        template = thoughtful if case.thoughts else quick
+        try:
+            check_case(case, template, oracles[case.thoughts], verdict)
+        except UserError as error:
+            verdict.refused[case.name] = str(error)
+        except AssertionError as error:
+            verdict.wrong.append(f"{case.name}: {error}")
+    return verdict
