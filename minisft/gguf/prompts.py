@@ -70,7 +70,7 @@ def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
     wanted = [ids_in_one_piece(template, rendered) for rendered in texts]
     choices = [(True, ""), (False, ""), (False, " ")] if add_space else [(False, "")]
 
-    def num_equal(choice: tuple[bool, str]) -> int:
+    def num_equal(choice: tuple[bool, str], template: ChatTemplate = template) -> int:
         space, written = choice
         ids = (llama_cpp_ids(template, written + each, add_bos, space) for each in texts)
         return sum(map(eq, ids, wanted))

@@ -231,7 +231,7 @@ def test_files_without_rows(content, message, start, place):
         ("train", ["--seed", 10**20], "--seed: '100000000000000000000' is not a whole number"),
         ("train", ["--lora_rank", 10**15], "out of memory"),
         ("train", ["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        ("train", ["--template", "nonsense"], "unknown template 'nonsense'; choose one of: auto"),
+        ("train", ["--template", "nonsense"], "unknown template 'nonsense'; choose one of auto"),
         ("train", ["--adapter", "ADAPTER", "--lora_rank", 3], "--lora_rank is fixed by --adapter"),
         ("train", ["--adapter", "ROWS"], "rows.json is a file. Give the folder that holds it"),
         ("train", ["--train_dir", "."], "--train_dir contradicts --dataset"),
