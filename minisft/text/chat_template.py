@@ -21,7 +21,6 @@ An answer is tokenised behind its prompt, not together with it. So the ids of a 
 are the ids of the same prompt in use.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,10 +35,6 @@ from minisft.text.marks import Span, without_marks
 from minisft.text.messages import Message
 from minisft.text.tokenizer import StreamDecoder, Tokenizer
 
-# What some templates write before an answer without thoughts. It carries no loss.
-EMPTY_THOUGHT = re.compile(
-    r"\s*(<(\w+:)?think>\s*)?</(\w+:)?think>\s*|\s*\[THINK\]\s*\[/THINK\]\s*"
-)
 # Control characters, which would change the terminal, are shown as text.
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
@@ -90,13 +85,13 @@ class ChatTemplate:
         special = {name: tokenizer.token_text(id) for name, id in tokenizer.named_ids.items()}
         self.bos_token = special.get("bos_token") or ""
         now = now or datetime.now().isoformat(timespec="seconds")
-        self._jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
-        self.facts, self.now = self._jinja.facts, now
+        self.jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
+        self.facts, self.now = self.jinja.facts, now
 
     @property
     def thinking(self) -> dict[str, Any]:
         """The variables that ask the template for thoughts, or for none."""
-        return self._jinja.thinking
+        return self.jinja.thinking
 
     def encode(self, messages: list[Message], tools: list | None = None) -> list[TokenizedText]:
         """The examples of a conversation: one for all answers, or one for each.
@@ -175,9 +170,9 @@ class ChatTemplate:
         self, conversation: Conversation, variables: dict[str, Any]
     ) -> tuple[str, list[Span]]:
         """(the conversation as text, where message texts stand in it)."""
-        text = self._jinja.write(conversation.messages, conversation.tools, **variables)
-        spans = self._jinja.message_spans(text, conversation, None, variables)
-        return without_marks(text)[0], spans
+        text = self.jinja.write(conversation.messages, conversation.tools, **variables)
+        spans = self.jinja.message_spans(text, conversation, None, variables)
+        return text, spans
 
     def _turn(self, conversation: Conversation, place: int) -> Turn:
         """The answer messages[place] behind its prompt; UserError if it cannot be learned there."""
@@ -186,10 +181,10 @@ class ChatTemplate:
         has_thoughts = bool(message.get("reasoning_content"))
         variables = {"enable_thinking": True} if has_thoughts else {}
         before = {"add_generation_prompt": True, **variables}
-        prompt, text = self._jinja.render(
+        prompt, text = self.jinja.render(
             messages, conversation.tools, [(place, before), (place + 1, variables)]
         )
-        spans = self._jinja.message_spans(text, conversation, place + 1, variables)
+        spans = self.jinja.message_spans(text, conversation, place + 1, variables)
         prompt, (text, _, generated) = without_marks(prompt)[0], without_marks(text)
         if not text.startswith(prompt):
             spells_control = self.tokens.find(text, spans) != self.tokens.find(text)
@@ -198,7 +193,7 @@ class ChatTemplate:
                 raise UserError(where_they_part(prompt, text))
             text, spans = prompt + answer, []
         start = answer_start = len(prompt)
-        if not has_thoughts and (empty := EMPTY_THOUGHT.match(text, start)):
+        if not has_thoughts and (empty := self.facts.empty_thought.match(text, start)):
             answer_start = empty.end()
         check_written(message, text[answer_start:], place + 1)
         if messages[0]["role"] == "system":

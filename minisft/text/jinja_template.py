@@ -31,7 +31,8 @@ class JinjaTemplate:
     """A template's text with the values of its variables.
 
     variables: bos_token and the like. enable_thinking: True for prompts that ask for thoughts. now:
-    what the template sees as date and time, in ISO format.
+    what the template sees as date and time, in ISO format. thinking: the variables that ask for
+    thoughts, or for none.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class JinjaTemplate:
         self.facts = TemplateFacts(self.write, tokens)
 
     def write(self, messages: list, tools: list | None, **variables: Any) -> str:
-        """The text of messages."""
-        return self.render(messages, tools, [(None, variables)])[0]
+        """The text of messages, without the marks of {% generation %} blocks."""
+        return without_marks(self.render(messages, tools, [(None, variables)])[0])[0]
 
     def render(
         self,
@@ -60,7 +61,10 @@ class JinjaTemplate:
         tools: list | None,
         renders: Sequence[tuple[int | None, dict[str, Any]]],
     ) -> list[str]:
-        """The texts of the first messages, for every (number of messages, variables)."""
+        """The texts of the first messages, for every (number of messages, variables).
+
+        {% generation %} blocks stand between marks.
+        """
         always = {**self._always, **self.thinking}
         return self._renderer.render(messages, tools, always, self.now, renders)
 
@@ -81,7 +85,8 @@ class JinjaTemplate:
             for message, written in zip(messages, written_fields(messages), strict=True)
         ]
         try:
-            rendered = self.write(marked, with_marks(tools, might_spell), **variables)
+            marked_tools = with_marks(tools, might_spell)
+            rendered = self.render(marked, marked_tools, [(None, variables)])[0]
             plain, spans, _ = without_marks(rendered)
             keys = keys_of([written_fields(messages), tools or []])
             if plain == without_marks(text)[0] and not any(map(self.tokens.find, keys)):

@@ -41,12 +41,14 @@ def get_template(
     for an unknown name, or if the template cannot express `default_system`.
     """
     text = template_text(name, tokenizer)
-    settings = {}
+    settings, template_kwargs = {}, template_kwargs or {}
+    if enable_thinking is None:
+        enable_thinking = template_kwargs.get("enable_thinking")
     if name in NAMES and tokenizer.leading_space and not tokenizer.prefix_after_special:
         # transformers adds SentencePiece's leading space only before the first character, and that
         # is BOS. These templates were published for tokenizers that add it to the text after BOS.
         settings |= setting("leading_space", " ")
-    for key, value in (template_kwargs or {}).items():
+    for key, value in template_kwargs.items():
         settings |= setting(key, value)
     if default_system is not None:
         settings |= system_setting(default_system)

@@ -23,6 +23,7 @@ QUESTION, ANSWER, NEXT = "Probequestion", "Probeanswer", "Probenext"
 THOUGHT, TOOL, RESULT, INPUT = "Probethought", "probe_tool", "Proberesult", "Probeinput"
 USER = {"role": "user", "content": QUESTION}
 ASSISTANT = {"role": "assistant", "content": ANSWER}
+THOUGHTFUL = {**ASSISTANT, "reasoning_content": THOUGHT, "thinking": THOUGHT}
 TOOL_OFFER = {
     "type": "function",
     "function": {
@@ -31,6 +32,9 @@ TOOL_OFFER = {
         "parameters": {"type": "object", "properties": {}, "required": []},
     },
 }
+
+# What templates write before an answer without thoughts.
+EMPTY_THOUGHT = r"\s*(<(\w+:)?think>\s*)?</(\w+:)?think>\s*|\s*\[THINK\]\s*\[/THINK\]\s*"
 
 # render(messages, tools, **variables) -> text
 Render = Callable[..., str]
@@ -93,26 +97,32 @@ class TemplateFacts:
     @cached_property
     def _end(self) -> tuple[str | None, bool]:
         """(the control token that ends an answer, True if only the next message writes it)."""
-        prompt, tools = self.prompt, self.empty_tools
-        text = self._render([USER, ASSISTANT], tools)
-        try:
-            longer = self._render([USER, ASSISTANT, {"role": "user", "content": NEXT}], tools)
-        except TemplateError:
-            longer = text
+        end = self._end_of(ASSISTANT)
+        if end[0] is None and self.answer is None and self.knows_thoughts:
+            return self._end_of(THOUGHTFUL, enable_thinking=True)
+        return end
+
+    def _end_of(self, answer: dict[str, Any], **variables: Any) -> tuple[str | None, bool]:
+        prompt, tools = self._prompt(**variables), self.empty_tools
+        text = self._render([USER, answer], tools, **variables)
         after = text.rfind(ANSWER) + len(ANSWER)
         if not text.startswith(prompt) or after < len(prompt):
             return None, False
-        shared = len(commonprefix([text, longer]))
+        following = {"role": "user", "content": NEXT}
+        try:
+            longer = self._render([USER, answer, following], tools, **variables)
+        except TemplateError:
+            longer = text
         ends = [match for match in self._tokens.find(text) if match.start >= after]
-        if kept := [match for match in ends if match.end <= shared]:
-            return self._spelling(kept[-1].id), False
         if ends:
-            return self._spelling(ends[0].id), False
-        if not longer.startswith(text):
-            return None, False
-        following = [match for match in self._tokens.find(longer) if match.start >= len(text)]
-        if following and not longer[len(text) : following[0].start].strip():
-            return self._spelling(following[0].id), True
+            # Phi-3.5 writes EOS behind the last answer's end, and only there.
+            shared = len(commonprefix([text, longer]))
+            kept = [match for match in ends if match.end <= shared]
+            return self._spelling((kept[-1] if kept else ends[0]).id), False
+        if longer.startswith(text):
+            opening = [match for match in self._tokens.find(longer) if match.start >= len(text)]
+            if opening and not longer[len(text) : opening[0].start].strip():
+                return self._spelling(opening[0].id), True
         return None, False
 
     @property
@@ -149,22 +159,33 @@ class TemplateFacts:
     @cached_property
     def knows_thoughts(self) -> bool:
         """True if the template writes the thoughts of an answer."""
-        answer = {**ASSISTANT, "reasoning_content": THOUGHT, "thinking": THOUGHT}
-        return self._writes(THOUGHT, [USER, answer], self.empty_tools, enable_thinking=True)
+        return self._writes(THOUGHT, [USER, THOUGHTFUL], self.empty_tools, enable_thinking=True)
 
     @cached_property
     def thought_marks(self) -> tuple[str, str] | None:
-        """(what comes before thoughts, what comes between thoughts and answer), without white space
-        around them; None if the template shows no thoughts."""
+        """(what opens thoughts, what comes between thoughts and answer), such as <think> and
+        </think>; None if the template shows no thoughts."""
         if not self.knows_thoughts:
             return None
-        answer = {**ASSISTANT, "reasoning_content": THOUGHT, "thinking": THOUGHT}
-        text = self._render([USER, answer], self.empty_tools, enable_thinking=True)
-        found = re.search(f"{THOUGHT}(.*?){ANSWER}", text, re.DOTALL)
-        prompt = commonprefix([text, self._prompt(enable_thinking=True)])
-        before = text[: text.find(THOUGHT)].rstrip()
-        opened = before[len(prompt.rstrip()) :].strip() or before.split("\n")[-1]
-        return (opened, found[1].strip()) if found and found[1].strip() else None
+        text = self._render([USER, THOUGHTFUL], self.empty_tools, enable_thinking=True)
+        prompt = self._prompt(enable_thinking=True)
+        before, _, after = text.partition(THOUGHT)
+        closing = after.partition(ANSWER)[0].strip()
+        opening = before.removeprefix(prompt).strip()
+        if not opening or opening == before.strip():  # the prompt itself opens the thoughts
+            words = (r"<[^<>\s]*>$", r"\[[^][]*\]$", r"\S+$")
+            ends = [match[0] for word in words if (match := re.search(word, before.strip()))]
+            opening = ends[0]
+        return (opening, closing) if closing else None
+
+    @cached_property
+    def empty_thought(self) -> re.Pattern[str]:
+        """Matches an empty think block at the beginning of an answer."""
+        pattern = EMPTY_THOUGHT
+        if self.thought_marks:
+            opening, closing = map(re.escape, self.thought_marks)
+            pattern += rf"|\s*({opening}\s*)?{closing}\s*"
+        return re.compile(pattern)
 
     @cached_property
     def knows_tools(self) -> bool:

@@ -3,10 +3,11 @@
 Run with `-s` to see the table: what trains in one example, what in one per answer, what is refused.
 """
 
+import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
-import pytest
 import transformers
 from template_checkpoints import build_checkpoint
 
@@ -44,8 +45,17 @@ TOOL_CHAT = [
 ]
 NOW = "2026-01-02T03:04:05"
 
-# Templates that need more than a conversation, or whose prompt opens thoughts that the finished turn
-# does not have, so that no answer follows its prompt.
+
+class Clock(datetime):
+    """transformers' clock, stopped at NOW."""
+
+    @classmethod
+    def now(cls, tz=None) -> datetime:
+        return datetime.fromisoformat(NOW)
+
+
+# Templates that need more than a conversation, or whose prompt opens thoughts that a finished turn
+# does not have.
 REFUSED = {
     "Apriel-1.6-15b-Thinker-fixed",
     "Cohere2MoE",
@@ -117,7 +127,7 @@ class Oracle:
         """Ids, or text with tokenize=False."""
         facts = self.template.facts
         form = facts.call_form
-        sent, number = [], 0
+        sent = []
         for message in messages:
             message = dict(message)
             if thoughts and "reasoning_content" in message:
@@ -126,10 +136,16 @@ class Oracle:
                 message["tool_calls"] = [{**message["tool_calls"][0], "id": "call00000"}]
             if form and form.with_ids and message["role"] == "tool":
                 message["tool_call_id"] = "call00000"
+            if form and form.arguments_as_text and message.get("tool_calls"):
+                function = {**CALL, "arguments": json.dumps(CALL["arguments"])}
+                message["tool_calls"] = [{"type": "function", "function": function}]
             sent.append(message)
-        variables = {"enable_thinking": thoughts}
         return self.hf.apply_chat_template(
-            sent, tools=tools or facts.empty_tools, return_dict=False, **variables, **more
+            sent,
+            tools=tools or facts.empty_tools,
+            return_dict=False,
+            **self.template.jinja.thinking,
+            **more,
         )
 
 
@@ -145,7 +161,11 @@ def check_case(case: Case, template: ChatTemplate, oracle: Oracle, verdict: Verd
     answers = [k for k, m in enumerate(case.messages) if m["role"] == "assistant"]
     learned = []  # the supervised runs of all examples, as (text before, run)
     for example in examples:
-        edges = [i for i in range(1, len(example.ids)) if example.supervised[i] != example.supervised[i - 1]]
+        edges = [
+            i
+            for i in range(1, len(example.ids))
+            if example.supervised[i] != example.supervised[i - 1]
+        ]
         edges.append(len(example.ids))
         begins = [i for i in edges if i < len(example.ids) and example.supervised[i]]
         for begin in begins:
@@ -162,27 +182,44 @@ def check_case(case: Case, template: ChatTemplate, oracle: Oracle, verdict: Verd
         text_ids = oracle.apply(case.messages[: k + 1], case.tools, case.thoughts)
         if not text.startswith(prompt):  # a system prompt in the last question only
             question = asked[-1]["content"]
-            text = prompt + text.rpartition(question)[2].removeprefix(prompt.rpartition(question)[2])
+            text = prompt + text.rpartition(question)[2].removeprefix(
+                prompt.rpartition(question)[2]
+            )
             text_ids = None
         texts.append((text, text_ids))
         ours = template.encode_prompt(asked, case.tools)
         assert ours == prompt_ids, f"prompt {k}: {ours} instead of {prompt_ids}"
         assert before[: len(prompt_ids)] == prompt_ids, f"answer {k} is not behind its prompt"
         skipped = text_of(tokenizer, before[len(prompt_ids) :])
-        assert skipped.strip() in ("", "<think>\n\n</think>", "</think>", "</mm:think>", "<think></think>"), skipped
+        assert skipped.strip() in (
+            "",
+            "<think>\n\n</think>",
+            "</think>",
+            "</mm:think>",
+            "<think></think>",
+        ), skipped
         written, rest = text_of(tokenizer, run), text[len(prompt) :].removeprefix(skipped)
         if rest.startswith(written):
             rest = rest[len(written) :]
         else:  # the end token that only the next message writes
-            assert written == rest + (end or ""), f"learned {written!r} of {rest!r}"
+            following = {template.tokens.ids.get(end): end}
+            if "tool_calls" in case.messages[k]:  # a result may follow, not a question
+                following = {id: spelled for spelled, id in template.tokens.ids.items()}
+            assert written == rest + following[run[-1]], f"learned {written!r} of {rest!r}"
             rest = ""
         assert not rest.replace("</s>", "").strip(), f"not learned: {rest!r}"
-        assert end is None or run[-1] in template.tokens.ids.values(), f"no end: {written!r}"
+        has_calls = "tool_calls" in case.messages[k]
+        assert end is None or has_calls or run[-1] in template.tokens.ids.values(), (
+            f"no end: {written!r}"
+        )
         assert case.messages[k]["content"].strip() in written
     # Each example is the conversation up to its last answer.
     place = -1
     for example in examples:
-        runs = sum(b and not a for a, b in zip([False, *example.supervised], example.supervised, strict=False))
+        runs = sum(
+            b and not a
+            for a, b in zip([False, *example.supervised], example.supervised, strict=False)
+        )
         place += runs
         text, text_ids = texts[place]
         if text_ids is None or example.ids == text_ids:
@@ -203,10 +240,10 @@ def judge(path: Path, base: Path, folder: Path) -> Verdict:
     try:
         quick = get_template("auto", tokenizer, now=NOW)
         thoughtful = get_template("auto", tokenizer, enable_thinking=True, now=NOW)
-        todo = cases(quick)
+        todo, end = cases(quick), quick.facts.end
     except UserError as error:
         return Verdict(refused={"all": str(error)})
-    verdict.end = quick.facts.end
+    verdict.end = end
     oracles = {False: Oracle(folder, quick), True: Oracle(folder, thoughtful)}
     for case in todo:
         template = thoughtful if case.thoughts else quick
