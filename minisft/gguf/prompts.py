@@ -57,7 +57,9 @@ def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
     """What a GGUF file says, so that llama.cpp makes the ids of training."""
     template, add_space = form.template, tokenizer.leading_space
     if template is None or form.chat_template is None:
-        return Prompts(None, tokenizer.add_bos_token, add_space)
+        unknown = "the chat template cannot render a plain question, so its prompts are not checked"
+        notes = [] if form.chat_template is None else [unknown]
+        return Prompts(form.chat_template, tokenizer.add_bos_token, add_space, notes)
     text, notes = form.chat_template, []
     if form.is_trained:
         text, notes = with_fixed_settings(text)

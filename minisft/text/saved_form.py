@@ -15,6 +15,7 @@ from typing import Any
 
 from minisft.common.outputs import recorded_options
 from minisft.text.chat_template import ChatTemplate
+from minisft.text.rendering import TemplateError
 from minisft.text.template_choice import CHAT_TEMPLATE, trained_template
 from minisft.text.template_settings import setting, split_settings, with_settings
 from minisft.text.tokenizer import Tokenizer
@@ -24,9 +25,9 @@ from minisft.text.tokenizer import Tokenizer
 class SavedForm:
     """How other programs prompt a model.
 
-    template: as in training; None if there is none. chat_template: its text for other programs.
-    stop_ids: the tokens that end an answer. is_trained: False for a checkpoint's own template, as
-    it was published.
+    template: as in training; None if there is none, or if it cannot render a question.
+    chat_template: its text for other programs. stop_ids: the tokens that end an answer.
+    is_trained: False for a checkpoint's own template, as it was published.
     """
 
     template: ChatTemplate | None
@@ -55,7 +56,10 @@ def saved_form(
         if untouched or not (Path(trained_dir) / CHAT_TEMPLATE).is_file():
             return SavedForm(None, None, listed_stops)
     template = trained_template(name, tokenizer, trained_dir, **choices)
-    stop_ids = sorted(template.stop_token_ids(listed_stops))
+    try:
+        stop_ids = sorted(template.stop_token_ids(listed_stops))
+    except TemplateError:  # it wants more than a question, so nobody has trained with it here
+        return SavedForm(None, template.text, listed_stops, is_trained=False)
     if untouched and not split_settings(template.text)[0]:
         return SavedForm(template, template.text, stop_ids, is_trained=False)
     return SavedForm(template, saved_text(template), stop_ids)

@@ -102,6 +102,37 @@ def test_the_template_of_the_training_is_written(format, checkpoint, adapter, tm
             assert stops == [2, 1]
 
 
+def test_template_flags(checkpoint, adapter, tmp_path):
+    """They replace those of the training, and the exported folder can be exported again."""
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Thoughts.' if enable_thinking else mood }}{% endif %}"
+    )
+    (adapter / "options.toml").write_text('template = "alpaca"\nenable_thinking = true\n')
+    words = ["--template", path, "--default_system", "Be kind.", "--enable_thinking", "false"]
+    words += ["--template_kwargs", '{"mood": "Gladly."}']
+    out, again = tmp_path / "out", tmp_path / "again"
+    for arguments in (
+        ("--model_name_or_path", checkpoint, "--adapter", adapter, "--output_dir", out, *words),
+        ("--model_name_or_path", out, "--output_dir", again),
+    ):
+        done = command(*arguments, script="export.py")
+        assert done.returncode == 0, done.stderr
+    path.unlink()
+    ours = get_template("auto", Tokenizer.load(out))
+    text = ours.render(QUESTION, add_generation_prompt=True)
+    assert text == "system: Be kind.</s>user: the cat?</s>Gladly."
+    for folder in (out, again):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.apply_chat_template(
+            QUESTION, add_generation_prompt=True, return_dict=False
+        ) == ours.encode_prompt(QUESTION)
+    assert Tokenizer.load(again).chat_template == ours.text
+    assert recorded_options(out) == recorded_options(again)
+    assert recorded_options(out)["enable_thinking"] is False
+
+
 def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
     for flag, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         out = tmp_path / flag

@@ -159,16 +159,17 @@ def small_sentencepiece(shared_data, tmp_path):
     return make
 
 
-def check_prompts(folder, template, conversations=CONVERSATIONS, **choices):
+def check_prompts(folder, template, conversations=CONVERSATIONS, answers=True, **choices):
     """llama.cpp, and the file read back, produce our ids of rendered prompts.
 
+    answers: llama.cpp counts the tokens of the prompts that it answers, too.
     Returns (chat template, True if llama.cpp adds a leading space, notes).
     """
     path = f"{folder}.gguf"
     notes = export_model(folder, path, "f16", template=template.name, **choices).notes
     metadata, read_back = read_gguf(path).metadata, Tokenizer.load(hub.resolve(path))
     back = get_template("auto", read_back, enable_thinking=choices.get("enable_thinking"))
-    with Server(path, context=1024) as server:
+    with Server(path, context=4096) as server:
         for messages in conversations:
             prompt = server.render(messages)
             ids = server.tokenize(prompt, add_special=True, parse_special=True)
@@ -178,6 +179,8 @@ def check_prompts(folder, template, conversations=CONVERSATIONS, **choices):
             assert back.encode_prompt(messages) == template.encode_prompt(messages)
             if len(messages) < 3:
                 assert ids == template.encode_prompt(messages)
+            if not answers:
+                continue
             answer = server.post("/v1/chat/completions", messages=messages, max_tokens=1)
             assert answer["usage"]["prompt_tokens"] == len(ids)  # one BOS there, too
     puts_space = metadata.get("tokenizer.ggml.add_space_prefix", False)
@@ -234,26 +237,40 @@ def test_the_checkpoints_chat_template_is_kept(name, own, small_sentencepiece):
     assert Tokenizer.load(hub.resolve(f"{folder}.gguf")).chat_template == own
 
 
-# Templates with their own idea of thoughts, dates, system prompts and line breaks.
-OTHERS = (
-    "Qwen-Qwen3-0.6B GLM-4.6 deepseek-ai-DeepSeek-V3.1 meta-llama-Llama-3.1-8B-Instruct "
-    "llama-cpp-rwkv-world poolside-Laguna-XS-2.1 mistralai-Mistral-Nemo-Instruct-2407 "
-    "classic-gemma-it microsoft-Phi-3.5-mini-instruct"
-).split()
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_templates_of_other_models(kind, shared_data, tmp_path):
+    """llama.cpp runs them all, whatever they do with thoughts, dates, system prompts and BOS."""
+    table = {}
+    for path in sorted((shared_data / "chat_templates").glob("*.jinja")):
+        text = path.read_text(encoding="utf-8")
+        # The file is named "model": llama.cpp changes tokens where the name contains "phi-3".
+        folder = checkpoint_for(text, kind, shared_data, tmp_path / path.stem / "model")
+        template = get_template("auto", Tokenizer.load(folder))
+        (folder / "options.toml").write_text('template = "auto"\n')  # it was trained
+        try:
+            template.encode([*CONVERSATIONS[0], {"role": "assistant", "content": "Yes."}])
+            conversations = [messages for messages in CONVERSATIONS if can_ask(template, messages)]
+        except UserError as error:
+            table[path.stem] = f"not trained: {error}"
+            export_model(folder, f"{folder}.gguf", "f16")  # but it can be exported
+            continue
+        # gpt-oss and others have parsers for answers, which fail on an untrained model's.
+        written, _, notes = check_prompts(folder, template, conversations, answers=False)
+        off = template.thinking.get("enable_thinking") is False and "enable_thinking" in text
+        assert off == any("enable_thinking" in note for note in notes), path.stem
+        assert written.endswith(text)
+        table[path.stem] = f"equal in {len(conversations)} conversations" + ", no thoughts" * off
+        shutil.rmtree(folder)
+    print(*(f"{name:45} {result}" for name, result in table.items()), sep="\n")
+    assert sum("equal" in result for result in table.values()) >= 45
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_templates_of_other_models(name, shared_data, tmp_path):
-    """llama.cpp runs them, also where it sets enable_thinking and date_string to its own values."""
-    path = shared_data / "chat_templates" / f"{name}.jinja"
-    text = path.read_text(encoding="utf-8")
-    folder = checkpoint_for(text, "byte-level", shared_data, tmp_path / "model")
-    (folder / "options.toml").write_text('template = "auto"\n')  # it was trained
-    template = get_template("auto", Tokenizer.load(folder))
-    written, _, notes = check_prompts(folder, template)
-    thinks = template.thinking.get("enable_thinking") is False and "enable_thinking" in text
-    assert thinks == any("enable_thinking" in note for note in notes)
-    assert written.endswith(text)
+def can_ask(template, messages):
+    """False if the template refuses a conversation, as Gemma's refuses system prompts."""
+    try:
+        return bool(template.encode_prompt(messages))
+    except UserError:
+        return False
 
 
 @pytest.mark.parametrize("thinks", [True, False])
