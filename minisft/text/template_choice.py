@@ -17,6 +17,7 @@ from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.render_process import MAX_TEMPLATE
+from minisft.text.rendering import TemplateError
 from minisft.text.template_facts import ANSWER
 from minisft.text.template_settings import setting, system_setting, with_settings
 from minisft.text.tokenizer import Tokenizer
@@ -56,15 +57,29 @@ def get_template(
         enable_thinking = (template_kwargs or {}).get("enable_thinking")
     text = with_settings(text, settings)
     template = ChatTemplate(text, tokenizer, name, enable_thinking, now)
-    if name in NAMES and template.facts.end is None:
-        after = (template.facts.answer or "").rpartition(ANSWER)[2]
-        raise UserError(
-            f"template {name} ends an answer with {after.strip()!r}, which the tokenizer of "
-            f"{tokenizer.model_dir} does not have as a token; choose another --template"
-        )
+    if name in NAMES:
+        check_end(template)
     if default_system and not template.facts.knows_system:
         raise UserError(f"--default_system: the template {name} has no place for a system prompt")
     return template
+
+
+def check_end(template: ChatTemplate) -> None:
+    """UserError if the tokenizer lacks the token that ends an answer in this template."""
+    folder = template.tokenizer.model_dir
+    try:
+        end, answer = template.facts.end, template.facts.answer or ""
+    except TemplateError as error:
+        raise UserError(
+            f"template {template.name} does not fit the tokenizer of {folder}: {error}; choose "
+            "another --template"
+        ) from error
+    if end is None:
+        after = answer.rpartition(ANSWER)[2]
+        raise UserError(
+            f"template {template.name} ends an answer with {after.strip()!r}, which the tokenizer "
+            f"of {folder} does not have as a token; choose another --template"
+        )
 
 
 def template_text(name: str, tokenizer: Tokenizer) -> str:
