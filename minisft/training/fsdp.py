@@ -30,11 +30,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from minisft.checkpoints.adapters import adapter_tensors
-from minisft.checkpoints.folders import stored_tensors
+from minisft.checkpoints.folders import open_checkpoint
 from minisft.checkpoints.hub import resolve
 from minisft.common import processes
 from minisft.common.errors import UserError
-from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, LoRALinear
 from minisft.model.reward import RewardModel, new_head
@@ -87,8 +86,8 @@ def _shard(model: CausalLM | RewardModel, dtype: torch.dtype, device: torch.devi
 
 def _load_shards(model: CausalLM | RewardModel, model_dir: Path, adapter: str | None) -> set[str]:
     """Read this rank's rows of a checkpoint and an adapter. Returns the names of what was there."""
-    stored = stored_tensors(model_dir)
-    if ModelConfig.load(model_dir).tie_word_embeddings:  # the adapter may have untied them
+    config, stored = open_checkpoint(model_dir)
+    if config.tie_word_embeddings:  # the adapter may have untied them
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
     adapted = adapter_tensors(resolve(adapter, "adapter_config.json")) if adapter else {}
     loaded = set()
