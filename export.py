@@ -103,6 +103,11 @@ def main() -> None:
     import torch
 
     from minisft.checkpoints import adapters, folders
+    from minisft.checkpoints.adapter_forms import (
+        read_adapter,
+        refuse_untrainable,
+        tokenizer_dir,
+    )
     from minisft.checkpoints.gguf_export import export_model
     from minisft.checkpoints.gguf_lora import export_adapter
     from minisft.checkpoints.hub import resolve
@@ -146,10 +151,13 @@ def main() -> None:
     is_reward_model = has_head(model_dir, adapter_dir)
     load = load_reward_model if is_reward_model else folders.load_model
     model = load(model_dir, stored_dtype, device, options.quantization_bit)
+    if adapter_dir and options.format == "peft":
+        forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+        refuse_untrainable(forms, "written again")
     lora_config = adapters.load_adapter(model, adapter_dir) if adapter_dir else None
 
     # Other programs must use the chat template of the training.
-    tokenizer = Tokenizer.load(model_dir)
+    tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     listed_stops = folders.generation_eos(model_dir, model.config)
     form = conversation_form(tokenizer, options.template, trained_dir, listed_stops)
     if is_reward_model:

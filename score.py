@@ -99,6 +99,7 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
+    from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
     from minisft.checkpoints.adapters import load_adapter
     from minisft.checkpoints.folders import load_model
     from minisft.checkpoints.hub import resolve
@@ -136,9 +137,10 @@ def main() -> None:
     if uses_rewards:
         check_head(model_dir, adapter_dir)
     config = ModelConfig.load(model_dir)
+    config.vocab_size = vocabulary_size(config, adapter_dir)
     template = trained_template(
         options.template,
-        Tokenizer.load(model_dir),
+        Tokenizer.load(tokenizer_dir(model_dir, adapter_dir)),
         adapter_dir or model_dir,
         options.default_system,
     )

@@ -30,6 +30,7 @@ else:
 import torch
 from torch import Tensor
 
+from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
 from minisft.checkpoints.hub import resolve
 from minisft.checkpoints.reward_models import choose_padding
 from minisft.common import processes
@@ -37,6 +38,7 @@ from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.outputs import check_output_dir
+from minisft.common.tensor_files import ADAPTER_CONFIG
 from minisft.data.batching import Batches, micro_batches
 from minisft.data.encoding import Example
 from minisft.evaluation.exact_match import exact_match
@@ -79,9 +81,11 @@ def main(options: Namespace | None = None) -> None:
     dtype = resolve_dtype(dtype_option(options), device)
 
     model_dir = resolve(options.model_name_or_path)
-    tokenizer = Tokenizer.load(model_dir)
+    adapter_dir = resolve(options.adapter, ADAPTER_CONFIG) if options.adapter else None
+    tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     template = load_template(options, tokenizer, say)  # None with --stage pt
     config = ModelConfig.load(model_dir)
+    config.vocab_size = vocabulary_size(config, adapter_dir)
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
     show_samples(batches, template, options.show_samples, say)
 

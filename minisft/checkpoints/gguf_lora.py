@@ -9,7 +9,8 @@ from pathlib import Path
 import gguf
 import torch
 
-from minisft.checkpoints.adapters import adapter_tensors, load_adapter
+from minisft.checkpoints.adapter_forms import read_adapter, refuse_untrainable
+from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import open_model
 from minisft.checkpoints.gguf_export import read_rows
 from minisft.checkpoints.gguf_report import Report, summarize
@@ -27,10 +28,12 @@ def export_adapter(
 ) -> Report:
     """Write an adapter. Arguments and errors as in export_model."""
     model, _ = open_model(model_dir, CausalLM)
-    lora, adapter = load_adapter(model, adapter_dir), adapter_tensors(adapter_dir)
-    if lora.modules_to_save:
+    forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+    refuse_untrainable(forms, "written for --lora")
+    lora, adapter = load_adapter(model, adapter_dir), forms.tensors
+    if complete := forms.replaced_modules():
         raise UserError(
-            f"{adapter_dir}: has trained {', '.join(lora.modules_to_save)} in full, which --lora "
+            f"{adapter_dir}: holds {', '.join(complete)} in full, which --lora "
             "cannot express; use --format gguf"
         )
     architecture = ARCHITECTURES[model.config.model_type]

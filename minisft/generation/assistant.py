@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from minisft.checkpoints import adapters, folders, hub
+from minisft.checkpoints.adapter_forms import tokenizer_dir
 from minisft.common import tensor_files
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
@@ -71,7 +72,7 @@ class Assistant:
         model_dir, adapter_dir = hub.resolve(path), None
         if adapter is not None:
             adapter_dir = hub.resolve(adapter, tensor_files.ADAPTER_CONFIG)
-        self.tokenizer = Tokenizer.load(model_dir)
+        self.tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
         self.template = trained_template(template, self.tokenizer, adapter_dir or model_dir)
         if base_model is None:
             model = folders.load_model(model_dir, self.dtype, self.device, quantization_bit)

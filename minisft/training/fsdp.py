@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from minisft.checkpoints.adapters import adapter_tensors
+from minisft.checkpoints.adapter_forms import read_adapter
 from minisft.checkpoints.folders import open_checkpoint
 from minisft.checkpoints.hub import resolve
 from minisft.common import processes
@@ -89,10 +89,14 @@ def _load_shards(model: CausalLM | RewardModel, model_dir: Path, adapter: str | 
     config, stored = open_checkpoint(model_dir)
     if config.tie_word_embeddings:  # the adapter may have untied them
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
-    adapted = adapter_tensors(resolve(adapter, "adapter_config.json")) if adapter else {}
+    adapted = {}
+    if adapter:
+        adapter_dir = resolve(adapter, "adapter_config.json")
+        adapted = read_adapter(adapter_dir, config.tie_word_embeddings).tensors
     loaded = set()
     for name, parameter in model.named_parameters():
-        source = adapted.get(name) or stored.get(name.replace(".base_layer.", "."))
+        plain_name = name.replace(".base_layer.", ".")
+        source = adapted.get(plain_name) or stored.get(plain_name)
         if source:
             processes.copy_shard(parameter, source.read)
             loaded.add(name)
