@@ -14,6 +14,7 @@ from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import open_model
 from minisft.checkpoints.gguf_export import read_rows
 from minisft.checkpoints.gguf_report import Report, summarize
+from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, equal_tensors
 from minisft.common.errors import UserError
 from minisft.common.tensor_files import StoredTensor
 from minisft.gguf.mapping import ARCHITECTURES, gguf_name, is_interleaved
@@ -27,11 +28,18 @@ def export_adapter(
     model_dir: str | Path, adapter_dir: str | Path, output: str | Path, quantization: str
 ) -> Report:
     """Write an adapter. Arguments and errors as in export_model."""
-    model, _ = open_model(model_dir, CausalLM)
+    model, base = open_model(model_dir, CausalLM)
     forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
     refuse_untrainable(forms, "written for --lora")
     lora, adapter = load_adapter(model, adapter_dir), forms.tensors
-    if complete := forms.replaced_modules():
+    base.setdefault(OUTPUT, base[EMBEDDING])  # tied
+    complete = [
+        name
+        for name in forms.replaced_modules()
+        # PEFT can store the base's embeddings beside the adapter, unchanged.
+        if not equal_tensors(adapter[f"{name}.weight"], base[f"{name}.weight"])
+    ]
+    if complete:
         raise UserError(
             f"{adapter_dir}: holds {', '.join(complete)} in full, which --lora "
             "cannot express; use --format gguf"

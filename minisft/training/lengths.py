@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from minisft.checkpoints.adapter_forms import tokenizer_dir
+from minisft.checkpoints.hub import resolve
 from minisft.common.errors import UserError
+from minisft.common.tensor_files import ADAPTER_CONFIG
 from minisft.data import batching
 from minisft.data.build_batches import BYTES_PER_TOKEN
 from minisft.data.dataset import Rows
@@ -80,7 +83,8 @@ def inspect_data(
 def find_tokenizer(options: Namespace, model_dir: Path) -> tuple[Any, Any, str]:
     """(tokenizer, template, where lengths come from); without a tokenizer one that counts bytes."""
     if any((model_dir / name).is_file() for name in FILES[:2]):
-        tokenizer = Tokenizer.load(model_dir)
+        adapter_dir = resolve(options.adapter, ADAPTER_CONFIG) if options.adapter else None
+        tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
         template = load_template(options, tokenizer, say=lambda text: None)
         return tokenizer, template, "counted by the tokenizer"
     origin = f"estimated, a token for {BYTES_PER_TOKEN} bytes, as there is no tokenizer"

@@ -7,12 +7,16 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIG, command
+from safetensors.torch import load_file
 
 from minisft.checkpoints.adapter_forms import read_adapter, refuse_untrainable, vocabulary_size
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.checkpoints.gguf_export import export_model
+from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.common.errors import UserError
+from minisft.common.tensor_files import ADAPTER_WEIGHTS
+from minisft.gguf.reader import read_gguf
 from minisft.gguf.unpack import unpack
 from minisft.model.config import ModelConfig
 from minisft.model.lora import merge_lora
@@ -207,6 +211,21 @@ def test_lora_on_the_embedding_is_refused_with_the_way_out(peft_adapter):
         UserError, match="LoRA on embed_tokens is not supported. Merge it with PEFT"
     ):
         load_adapter(load_model(base), adapter)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_gguf_lora(name, peft_adapter, tmp_path):
+    """--lora takes factors: whatever else an adapter changes is refused."""
+    base, adapter, _, _ = peft_adapter(*FORMS[name])
+    output = tmp_path / "adapter.gguf"
+    if name.startswith(("alpha_pattern", "output matrix", "embeddings stored")):
+        export_adapter(base, adapter, output, "f32")
+        written = sum(tensor.endswith("lora_a") for tensor in read_gguf(output).tensors)
+        assert written == sum("lora_A" in key for key in load_file(adapter / ADAPTER_WEIGHTS))
+    else:
+        with pytest.raises(UserError, match="--lora"):
+            export_adapter(base, adapter, output, "f32")
+        assert not output.exists()
 
 
 @pytest.mark.parametrize("name", ["resized, tied", "alpha_pattern", "all norms", "dora"])
