@@ -3,7 +3,7 @@
     page = Page([Assistant("examples/base", adapter="runs/demo")], Sampling(), system="Be brief.")
     serve(page, "127.0.0.1", 7860)
 
-Neither the server nor the browser sends anything to another machine.
+Neither the server nor the browser contacts another machine.
 """
 
 import hmac
@@ -15,15 +15,15 @@ from importlib.util import find_spec
 from typing import Any
 
 from minisft.chat.markup import JOINER
-from minisft.chat.page import Page, Talk, View
+from minisft.chat.page import Page, Session, View
 from minisft.common.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LARGEST_REQUEST = 32 * 2**20  # bytes
-AT_ONCE = 8  # answers written at the same time; other visitors wait in the queue
+MAX_REQUEST_BYTES = 32 * 2**20  # bytes
+MAX_ANSWERS = 8  # answers in progress at a time; other visitors wait in the queue
 QUEUE_SIZE = 64
-# The browser loads and sends nothing from or to elsewhere, whatever an answer says. gradio's own
-# scripts and styles are inline.
+# The browser contacts only this server, whatever an answer contains. gradio's own scripts and
+# styles are inline.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -38,7 +38,7 @@ SAVE = """(text) => {
     link.download = "conversation.json";
     link.click();
 }"""
-# A name for the visitor that nobody can guess. The tab keeps it when it loads the page again.
+# A name for the visitor that nobody can guess. It survives a reload of the tab.
 VISITOR = """() => sessionStorage.visitor ||=
     Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-")"""
 # Copy text without the joiners of markup.py.
@@ -70,6 +70,7 @@ class Policy:
         """Handle one request."""
 
         async def send_with_policy(message: dict[str, Any]) -> None:
+            """Send a part of the response."""
             if message["type"] == "http.response.start":
                 header = (b"content-security-policy", POLICY.encode())
                 message = {**message, "headers": [*message.get("headers", []), header]}
@@ -77,7 +78,7 @@ class Policy:
 
         headers = dict(scope.get("headers", ()))
         size = int(headers.get(b"content-length", b"0"))
-        if b"transfer-encoding" in headers or size > LARGEST_REQUEST:
+        if b"transfer-encoding" in headers or size > MAX_REQUEST_BYTES:
             await send_with_policy({"type": "http.response.start", "status": 413})
             await send({"type": "http.response.body", "body": b"The request is too large."})
         else:
@@ -93,94 +94,128 @@ def check_gradio() -> None:
 
 
 def build(page: Page) -> Any:
-    """The gradio Blocks of a Page: its components, then what connects them with its methods."""
+    """The gradio Blocks of a Page."""
     import gradio as gr
 
-    names = " beside ".join(assistant.name for assistant in page.assistants)
-    with gr.Blocks(title=f"minisft · {names}", analytics_enabled=False) as blocks:
-        talk = gr.State(Talk())
-        with gr.Row():
-            chats = [
-                gr.Chatbot(
-                    label=assistant.description,
-                    height="62vh",
-                    editable="user",
-                    sanitize_html=True,
-                    allow_tags=False,
-                    buttons=["copy"],
-                    elem_id=f"chat{place}",
-                )
-                for place, assistant in enumerate(page.assistants)
-            ]
-        notice = gr.Markdown(elem_id="notice", container=False)
-        box = gr.Textbox(
-            placeholder="Ask something",
-            show_label=False,
-            lines=1,
-            max_lines=12,
-            autofocus=True,
-            submit_btn=True,
-            elem_id="box",
-        )
-        with gr.Row():
-            stop_button, retry_button, clear_button, download_button = (
-                # Narrow enough for a phone to show them in one row.
-                gr.Button(label, elem_id=label.lower(), size="sm", min_width=60)
-                for label in ("Stop", "Retry", "Clear", "Download")
+    return Interface(gr, page).blocks
+
+
+class Interface:
+    """`blocks`: the gradio components of a Page. The methods handle their events.
+
+    A handler returns or yields the new values of `outputs`: chats, notice, text of the box.
+    gr: the module gradio, which is optional.
+    """
+
+    def __init__(self, gr: Any, page: Page):
+        self.gr, self.page = gr, page
+        names = " beside ".join(assistant.name for assistant in page.assistants)
+        with gr.Blocks(title=f"minisft · {names}", analytics_enabled=False) as self.blocks:
+            self.session = gr.State(Session())
+            with gr.Row():
+                self.chats = [
+                    gr.Chatbot(
+                        label=assistant.description,
+                        height="62vh",
+                        editable="user",
+                        sanitize_html=True,
+                        allow_tags=False,
+                        buttons=["copy"],
+                        elem_id=f"chat{place}",
+                    )
+                    for place, assistant in enumerate(page.assistants)
+                ]
+            self.notice = gr.Markdown(elem_id="notice", container=False)
+            self.box = gr.Textbox(
+                placeholder="Ask something",
+                show_label=False,
+                lines=1,
+                max_lines=12,
+                autofocus=True,
+                submit_btn=True,
+                elem_id="box",
             )
-        controls = _controls(gr, page)
-        exported, visitor = gr.Textbox(visible=False), gr.Textbox(visible=False)
+            with gr.Row():
+                self.stop_button, self.retry_button, self.clear_button, self.download_button = (
+                    # Narrow enough for a phone to show them in one row.
+                    gr.Button(label, elem_id=label.lower(), size="sm", min_width=60)
+                    for label in ("Stop", "Retry", "Clear", "Download")
+                )
+            self.controls = _controls(gr, page)
+            self.outputs = [*self.chats, self.notice, self.box]
+            self._connect_answers()
+            self._connect_others()
 
-        outputs = [*chats, notice, box]
+    def _connect_answers(self) -> None:
+        """The events that a model answers."""
+        # gradio passes the event to the argument with this hint.
+        EditData = self.gr.EditData
 
-        def values_of(view: View) -> list[Any]:
-            messages, line, text = view
-            return [*messages, line, gr.skip() if text is None else text]
+        def edit(event: EditData, session: Session, *values: Any) -> Iterator[list[Any]]:
+            """Answer a question that was edited in the chat."""
+            yield from map(self.values, self.page.edit(session, event.index, event.value, *values))
 
-        def ask(talk: Talk, question: str, *values: Any) -> Iterator[list[Any]]:
-            yield from map(values_of, page.ask(talk, question, *values))
-
-        def retry(talk: Talk, *values: Any) -> Iterator[list[Any]]:
-            yield from map(values_of, page.retry(talk, *values))
-
-        def edit(event: gr.EditData, talk: Talk, *values: Any) -> Iterator[list[Any]]:
-            assert isinstance(event.index, int)  # as for every message of a Chatbot
-            yield from map(values_of, page.edit(talk, event.index, event.value, *values))
-
-        def clear(talk: Talk) -> list[Any]:
-            return values_of(page.clear(talk))
-
-        def export(talk: Talk) -> tuple[str, Any]:
-            text = page.export(talk)
-            return text, gr.skip() if text else "There is nothing to download yet."
-
-        def come_back(visitor: str) -> list[Any]:
-            talk = page.come_back(visitor)
-            return [talk, *page.view(talk, "")[0]]
-
+        assistants = self.page.assistants
         # An answer of a compiled model takes a cache with the memory of the longest conversation.
-        limits = [assistant.caches.limit for assistant in page.assistants if assistant.decoder]
+        limits = [assistant.caches.limit for assistant in assistants if assistant.decoder]
         answering: dict[str, Any] = {
-            "outputs": outputs,
-            "concurrency_limit": min([AT_ONCE, *limits]),
+            "outputs": self.outputs,
+            "concurrency_limit": min([MAX_ANSWERS, *limits]),
             "concurrency_id": "answers",
             "show_progress": "minimal",
         }
-        box.submit(ask, [talk, box, *controls], api_name="ask", **answering)
-        retry_button.click(retry, [talk, *controls], api_name="retry", **answering)
-        for chat in chats:
-            chat.edit(edit, [talk, *controls], **answering)
-        stop_button.click(page.stop, talk, None, api_name="stop", queue=False)
+        asked = [self.session, self.box, *self.controls]
+        self.box.submit(self.ask, asked, api_name="ask", **answering)
+        again = [self.session, *self.controls]
+        self.retry_button.click(self.retry, again, api_name="retry", **answering)
+        for chat in self.chats:
+            chat.edit(edit, again, **answering)
+
+    def _connect_others(self) -> None:
+        """The events that need no model, which do not wait in the queue."""
+        self.stop_button.click(self.page.stop, self.session, None, api_name="stop", queue=False)
         # The bin of a Chatbot alone would only empty what is shown.
-        clearing = [clear_button.click, *(chat.clear for chat in chats)]
-        gr.on(clearing, clear, talk, outputs, api_name="clear", queue=False)
-        download_button.click(
-            export, talk, [exported, notice], api_name="export", queue=False
+        clearing = [self.clear_button.click, *(chat.clear for chat in self.chats)]
+        self.gr.on(clearing, self.clear, self.session, self.outputs, api_name="clear", queue=False)
+        exported, visitor = (self.gr.Textbox(visible=False) for _ in range(2))
+        self.download_button.click(
+            self.export, self.session, [exported, self.notice], api_name="export", queue=False
         ).then(None, exported, None, js=SAVE)
-        blocks.load(
-            come_back, visitor, [talk, *chats], js=VISITOR, queue=False, api_visibility="private"
+        self.blocks.load(
+            self.load_session,
+            visitor,
+            [self.session, *self.chats],
+            js=VISITOR,
+            queue=False,
+            api_visibility="private",
         )
-    return blocks
+
+    def values(self, view: View) -> list[Any]:
+        """The values of `outputs` that show a view."""
+        chats, notice, text = view
+        return [*chats, notice, self.gr.skip() if text is None else text]
+
+    def ask(self, session: Session, question: str, *values: Any) -> Iterator[list[Any]]:
+        """Answer the question in the box."""
+        yield from map(self.values, self.page.ask(session, question, *values))
+
+    def retry(self, session: Session, *values: Any) -> Iterator[list[Any]]:
+        """Answer the last question again."""
+        yield from map(self.values, self.page.retry(session, *values))
+
+    def clear(self, session: Session) -> list[Any]:
+        """Forget the conversation."""
+        return self.values(self.page.clear(session))
+
+    def export(self, session: Session) -> tuple[str, Any]:
+        """(the conversation as JSON, a notice if there is none)."""
+        text = self.page.export(session)
+        return text, self.gr.skip() if text else "There is nothing to download yet."
+
+    def load_session(self, visitor: str) -> list[Any]:
+        """The session of a visitor who loads the page, and the messages of the chats."""
+        session = self.page.load_session(visitor)
+        return [session, *self.page.view(session, "")[0]]
 
 
 def _controls(gr: Any, page: Page) -> list[Any]:
@@ -189,7 +224,7 @@ def _controls(gr: Any, page: Page) -> list[Any]:
     longest = max(assistant.max_length for assistant in page.assistants)
 
     def slider(label: str, lowest: float, highest: float, value: float, **more: Any) -> Any:
-        # A slider refuses values outside its range, and so the value of the command line.
+        """A slider whose range includes the value, which the command line may have set."""
         lowest, highest = min(lowest, value), max(highest, value)
         return gr.Slider(lowest, highest, value, label=label, min_width=200, **more)
 
@@ -219,18 +254,19 @@ def launch(
     page: Page, host: str, port: int, password: str | None = None, share: bool = False
 ) -> Any:
     """Start a server in the background; returns the gradio Blocks, whose close() ends it."""
-    # Before gradio is imported, which asks its makers' server for its newest version otherwise.
+    # Before gradio is imported: otherwise it asks a server of its makers for its newest version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     def is_password(name: str, given: str) -> bool:
+        """True if a visitor has given the password; the name does not matter."""
         # compare_digest takes the same time however much of it is right.
         return hmac.compare_digest(given.encode(), (password or "").encode())
 
     middleware = [Middleware(Policy)]
     if host in LOOPBACK and not share:
-        # Another site could give its own name this machine's address, to read the page.
+        # Otherwise another site could point its name to this machine and read the page.
         hosts = [*LOOPBACK, "[::1]"]
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts))
     blocks = build(page).queue(max_size=QUEUE_SIZE)
@@ -242,7 +278,7 @@ def launch(
             quiet=True,
             footer_links=[],
             auth=is_password if password else None,
-            auth_message="Any name will do.",
+            auth_message="Any user name works.",
             app_kwargs={"middleware": middleware},
             prevent_thread_lock=True,
             js=COPIES,
@@ -267,7 +303,7 @@ def serve(
     blocks = launch(page, host, port, password, share)
     if not password and (host not in LOOPBACK or share):
         print(
-            "Anyone who can reach this machine can use the page. Consider --password.",
+            "Everyone who can reach this machine can use the page. Consider --password.",
             file=sys.stderr,
         )
     try:

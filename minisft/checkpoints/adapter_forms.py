@@ -35,7 +35,7 @@ from minisft.model.lora import LoraConfig
 from minisft.model.modules_to_save import SAVEABLE_MODULES
 
 PEFT_PREFIX = "base_model.model."
-# Options of PEFT that change what an adapter computes, and that we do not compute.
+# Options of PEFT that change the computation of an adapter, and that we do not support.
 UNSUPPORTED = (
     "fan_in_fan_out use_qalora alora_invocation_tokens use_bdlora layer_replication arrow_config "
     "target_parameters"
@@ -293,7 +293,7 @@ def _read_config(path: Path, content: dict[str, Any]) -> LoraConfig:
         raise UserError(
             f"{path}: bias '{content['bias']}' is not supported (only none). {MERGE_WITH_PEFT}"
         )
-    # PEFT lists "classifier" beside "score" for every model that classifies, whichever it has.
+    # For a classification model, PEFT lists both "classifier" and "score", whichever exists.
     saved = tuple(
         name.removeprefix("model.")
         for name in _names(path, content, "modules_to_save")

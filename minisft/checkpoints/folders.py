@@ -1,4 +1,4 @@
-"""Checkpoint folders as Hugging Face has them: config.json and safetensors, single or in shards.
+"""Checkpoint folders in Hugging Face's format: config.json and safetensors, single or in shards.
 
     model = load_model("examples/base")
     save_model(model, "copy")
@@ -15,6 +15,7 @@ from torch import nn
 
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, settle_tie
 from minisft.common import processes
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, token_ids, write_json
 from minisft.common.outputs import check_free_space
@@ -41,7 +42,7 @@ REDUNDANT = dict.fromkeys(
     ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
     "old checkpoints store the rotary angles, which follow from config.json",
 )
-# The files of the formats that we write. A folder holds one format.
+# Weight files of all formats. A folder holds one format.
 WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 REWARD_MODEL_HINT = "it is a reward model, for score.py --mode reward, and cannot write text"
 
@@ -153,7 +154,7 @@ def load_weights(
     device: str | torch.device,
     quantization_bit: int | None = None,
 ) -> None:
-    """Give a model on the meta device its weights. Arguments as in load_model.
+    """Load the weights of a model that is on the meta device. Arguments as in load_model.
 
     Tensors are read and converted one after the other, so memory holds the weights once.
     """
@@ -215,7 +216,7 @@ def save_model(
     config.pop("torch_dtype", None)  # the old name of dtype
     for name in ("quantization_config", "quantization"):  # left over: these weights are plain
         config.pop(name, None)
-    config["dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config["dtype"] = dtype_name(dtype or next(iter(tensors.values())).dtype)
     write_json(config, output_dir / "config.json")
 
 

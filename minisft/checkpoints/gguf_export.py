@@ -2,15 +2,15 @@
 
     report = export_model("examples/base", "base-q8_0.gguf", "q8_0", adapter_dir="runs/cherry")
 
-The way of a tensor:
+The path of a tensor:
 
     model.layers.0.self_attn.q_proj.weight    rows from the checkpoint's file, in float32
     + scaling * B A                           if the adapter changes this module
-    rows of a head change places              q_proj and k_proj only: mapping.py
+    rows of a head are reordered              q_proj and k_proj only: mapping.py
     Q4_K                                      the number type: tensor_types.py, writer.py
     blk.0.attn_q.weight                       the name in the GGUF file: mapping.py
 
-A few million numbers go this way at a time, so memory does not grow with the model. The model
+A few million numbers are converted at a time, so memory does not grow with the model. The model
 itself is built on the meta device, only for its names and shapes.
 """
 
@@ -28,11 +28,7 @@ from minisft.checkpoints.folders import generation_eos, open_model
 from minisft.checkpoints.gguf_report import Report, num_parameters, summarize
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import StoredTensor
-from minisft.gguf.compatibility import (
-    check_architecture,
-    known_differences,
-    tokenizer_differences,
-)
+from minisft.gguf.compatibility import check_architecture, known_differences, tokenizer_differences
 from minisft.gguf.mapping import (
     ARCHITECTURES,
     ROTARY_DIVISORS,
@@ -62,7 +58,7 @@ def export_model(
 ) -> Report:
     """Write a checkpoint, with the adapter merged into it.
 
-    quantization: a key of QUANTIZATIONS. name: what programs show for the model; by default the
+    quantization: a key of QUANTIZATIONS. name: the display name of the model; by default the
     folder's name. template: the chat template for other programs, see conversation_form.
     UserError, and no file, if llama.cpp has no such model, a number does not fit its type, or the
     disk is full.
@@ -166,7 +162,7 @@ def read_rows(
 ) -> torch.Tensor:
     """Rows begin..end-1 of the merged tensor in float32, in the file's order.
 
-    lora: (A, B, scaling). head_dim: set if rows change places; then begin and end are multiples.
+    lora: (A, B, scaling). head_dim: set if rows are reordered; begin and end are multiples.
     """
     rows = source.read(begin, end).float()
     if lora:

@@ -51,10 +51,10 @@ def export_adapter(
         if not isinstance(module, LoRALinear):
             continue
         A, B = (adapter[f"{name}.lora_{factor}.weight"] for factor in "AB")
-        # llama.cpp multiplies by alpha / rank, also for rsLoRA, so B takes the difference.
+        # llama.cpp multiplies by alpha / rank, also for rsLoRA, so B is scaled by the ratio.
         factor = module.scaling * A.shape[0] / lora.alpha
         name = f"{name}.weight"
-        # The rows of B are the outputs of the module, which change places like its weight's rows.
+        # The rows of B are the outputs of the module, reordered like the rows of its weight.
         head_dim = model.config.head_dim if is_interleaved(name, architecture) else None
         tensors += [
             _tensor(f"{gguf_name(name)}.lora_a", A, type, 1.0, None),

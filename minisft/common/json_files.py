@@ -6,6 +6,7 @@ write_json(config, "copy/config.json")
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -52,13 +53,25 @@ def write_json(content: Any, path: str | Path) -> None:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_rows(rows: Iterable[str], path: str | Path, is_array: bool) -> int:
+    """Write rows of JSON text as an array or as JSON lines; returns their number."""
+    begin, separator, end = ("[\n", ",\n", "\n]\n") if is_array else ("", "\n", "\n")
+    count = 0
+    with atomic_write(path) as file:
+        file.write(begin)
+        for count, text in enumerate(rows, start=1):
+            file.write(separator + text if count > 1 else text)
+        file.write(end)
+    return count
+
+
 def is_integer(value: object, least: int = 0, most: int = 2**53) -> TypeGuard[int]:
     """True if a value from a JSON file is a whole number from `least` to `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value: object, above: float = 0.0, below: float = 1e12) -> TypeGuard[float]:
-    """True if a value from a JSON file is a number between the bounds, which are excluded."""
+    """True if a value from a JSON file is a number strictly between the bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return above < value < below

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json
 from minisft.common.lfs_pointers import refuse_pointer
@@ -63,8 +64,8 @@ USE_ORIGINAL = (
 class StoredTensor:
     """A tensor in a file: type, shape, and which bytes of the file hold it.
 
-    unpack: converts the bytes of some rows (uint8) to these rows, where the file does not hold the
-    numbers themselves.
+    unpack: converts the bytes of some rows (uint8) to these rows, if the file holds them in another
+    form.
     """
 
     path: Path
@@ -88,7 +89,7 @@ class StoredTensor:
             return torch.empty(shape, dtype=self.dtype)
         try:
             if self.path.stat().st_size < start + nbytes:
-                raise UserError(f"{self.path}: became shorter while it was read")
+                raise UserError(f"{self.path}: was truncated while it was being read")
             # Python's mmap would keep a file descriptor open for every mapping.
             pages = torch.from_file(
                 str(self.path), shared=False, size=start + nbytes, dtype=torch.uint8
@@ -113,8 +114,7 @@ class StoredTensor:
             )
         if not self.dtype.is_floating_point:
             raise UserError(
-                f"{self.path}: {self.name} is "
-                f"{str(self.dtype).removeprefix('torch.')}, not a floating-point type"
+                f"{self.path}: {self.name} is {dtype_name(self.dtype)}, not a floating-point type"
             )
 
 
@@ -142,7 +142,7 @@ def read_header(path: str | Path) -> dict[str, StoredTensor]:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds values that are not text")
         tensors = [_checked_entry(path, name, entry, 8 + length) for name, entry in header.items()]
-        _check_places(tensors, 8 + length, size)
+        _check_layout(tensors, 8 + length, size)
     except UserError:  # a complete file of a kind that cannot be used
         raise
     except (ValueError, RecursionError, AttributeError) as error:
@@ -162,7 +162,7 @@ def _dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    """The StoredTensor of one entry of the header, checked by itself."""
+    """The StoredTensor of an entry of the header. ValueError if type, shape and size disagree."""
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
@@ -190,8 +190,8 @@ def _checked_entry(path: Path, name: str, entry: Any, data_start: int) -> Stored
     return StoredTensor(path, name, DTYPES[dtype], tuple(shape), data_start + start, nbytes)
 
 
-def _check_places(tensors: list[StoredTensor], start: int, size: int) -> None:
-    """ValueError unless the tensors fill the file from the header to its end, without gaps."""
+def _check_layout(tensors: list[StoredTensor], start: int, size: int) -> None:
+    """ValueError if the tensors overlap, or leave gaps between header and end of the file."""
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
         if tensor.start != start:
             fault = "overlaps with" if tensor.start < start else "leaves a gap after"

@@ -1,4 +1,4 @@
-"""Entries of LLaMA-Factory's dataset_info.json: where the rows are, what their columns are called.
+"""Entries of LLaMA-Factory's dataset_info.json: the files of a data set and names of its columns.
 
     {"my_data": {"file_name": "qa.json", "columns": {"prompt": "question", "response": "answer"}}}
 
@@ -112,14 +112,14 @@ class Description:
         return renamed
 
     def text(self, record: Any) -> Any:
-        """A row of plain text, with its column "prompt" as the column "text"."""
+        """A row of plain text, with the column of role "prompt" renamed to "text"."""
         column = self.columns.get("prompt")
         if column is None:
             raise BadRow(f"{FILE_NAME} describes conversations; --stage pt reads plain text")
         return {"text": record[column]} if isinstance(record, dict) and column in record else record
 
     def ignored(self, columns: Iterable[str]) -> list[str]:
-        """The columns of a file that formats.py knows but the entry does not name, in words."""
+        """Columns of the file that formats.py could read but the entry does not name, in words."""
         return [
             f"'{known}' (as {role})"
             for role, known in COLUMNS.items()
@@ -143,7 +143,7 @@ def read_entries(dataset_dir: str | Path) -> dict[str, Any]:
 
 
 def check_entry(entry: Any, place: str, accepts_preferences: bool) -> None:
-    """Raise UserError for what an entry has and minisft cannot read.
+    """UserError for an entry that minisft cannot read.
 
     place: file and name of the entry, for messages.
     """
@@ -157,7 +157,7 @@ def check_entry(entry: Any, place: str, accepts_preferences: bool) -> None:
     if "kto_tag" in roles or (has_preferences and not accepts_preferences):
         raise UserError(f"{place}: {PREFERENCE_DATA}")
     if media := [role for role in MEDIA_ROLES if role in roles]:
-        raise UserError(f"{place}: has {' and '.join(media)}; minisft learns text only")
+        raise UserError(f"{place}: has {' and '.join(media)}; minisft reads text only")
     number = entry.get("num_samples")
     if number is not None and (type(number) is not int or number < 1):
         raise UserError(f"{place}: num_samples must be a whole number above 0")
@@ -166,7 +166,7 @@ def check_entry(entry: Any, place: str, accepts_preferences: bool) -> None:
 def parse_description(
     name: str, entry: dict[str, Any], place: str, plain_text: bool = False
 ) -> Description:
-    """The Description of an entry. UserError for columns and tags that mean nothing in it."""
+    """The Description of an entry. UserError for unknown columns and tags."""
     formatting = str(entry.get("formatting") or "alpaca")
     if formatting not in DEFAULT_COLUMNS:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What happened to the rows of a data set when they were encoded, counted for the log."""
+"""Counts of what happened to rows when they were encoded, for the log."""
 
 from dataclasses import dataclass, field, fields
 
@@ -9,8 +9,8 @@ class EncodeReport:
 
     num_rows: int = 0
     num_truncated: int = 0
-    num_dropped: int = 0  # truncated so far that no answer is left
-    num_too_long: int = 0  # left out, because they may not be truncated
+    num_dropped: int = 0  # truncated, with no answer left
+    num_too_long: int = 0  # left out instead of truncated
     num_equal: int = 0  # preference rows whose answers are all the same
     broken: list[str] = field(default_factory=list)
 
@@ -20,7 +20,7 @@ class EncodeReport:
             setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
 
     def __bool__(self) -> bool:
-        """True if there is anything to say."""
+        """True if there is anything to report."""
         return bool(self.num_truncated or self.num_too_long or self.num_equal or self.broken)
 
     def __str__(self) -> str:

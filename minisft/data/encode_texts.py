@@ -1,4 +1,4 @@
-"""Plain texts become blocks of tokens for pre-training (--stage pt).
+"""Encode plain texts as blocks of tokens for pre-training (--stage pt).
 
 examples, report = encode_texts(texts, tokenizer, block_size=1024)
 """
@@ -24,8 +24,9 @@ def encode_texts(
     Each text begins with BOS, if the tokenizer adds it, and ends with EOS. The last block is
     shorter. packing: blocks record where their texts end, so that attention stays inside a text.
     """
-    begin = [tokenizer.bos_token_id] if tokenizer.add_bos_token else []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    begin = [bos] if tokenizer.add_bos_token and bos is not None else []
+    end = [] if eos is None else [eos]
     pieces, report = [np.zeros(0, np.int32)], EncodeReport()
     for text in texts:
         ids = begin + tokenizer.encode(text) + end

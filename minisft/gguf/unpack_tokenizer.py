@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as tokenizer files: the way back from vocabulary.py.
+"""The metadata of a GGUF file as tokenizer files: the inverse of vocabulary.py.
 
 tokenizer_files(file.metadata, vocab_size=32000).keys()
 # tokenizer.model (or tokenizer.json), tokenizer_config.json, generation_config.json
@@ -44,10 +44,7 @@ def tokenizer_files(metadata: dict[str, Any], vocab_size: int) -> dict[str, Any]
     config = _tokenizer_config(metadata, fields, tokens)
     stop_ids = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
     stop_ids = [id for id in stop_ids if id is not None]
-    files = {
-        "tokenizer_config.json": config,
-        "generation_config.json": {"eos_token_id": stop_ids},
-    }
+    files = {"tokenizer_config.json": config, "generation_config.json": {"eos_token_id": stop_ids}}
     if model == "llama":
         return {**files, "tokenizer.model": _sentencepiece_model(fields, tokens, types)}
     return {**files, "tokenizer.json": _tokenizer_json(fields, tokens, types, config)}

@@ -6,7 +6,7 @@
 There are two kinds. SentencePiece becomes the model `llama`: pieces with scores, where the pair
 with the best score merges first. Byte-level BPE becomes `gpt2`: tokens, merges, and llama.cpp's
 name for the pattern that cuts a text into words (`pre`). An unknown pattern is an error: with a
-similar one llama.cpp would tokenize almost right, and nobody would notice.
+similar pattern llama.cpp would tokenize almost right, and nobody would notice.
 
 unpack_tokenizer.py reads the tokenizer back.
 """

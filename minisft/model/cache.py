@@ -27,7 +27,7 @@ class KeyValueCache:
 
     def __init__(self, config: ModelConfig, capacity: int = 64):
         self.length, self.capacity = 0, capacity
-        self.pairs: list[tuple[Tensor, ...] | None] = [None] * config.num_hidden_layers
+        self.pairs: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
         self.angles: tuple[Tensor, Tensor] | None = None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,4 +56,4 @@ class KeyValueCache:
 
     def select(self, rows: Sequence[int] | Tensor) -> None:
         """Keep only these rows of the batch."""
-        self.pairs = [pair and tuple(store[rows] for store in pair) for pair in self.pairs]
+        self.pairs = [pair and (pair[0][rows], pair[1][rows]) for pair in self.pairs]

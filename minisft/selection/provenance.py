@@ -1,6 +1,6 @@
-"""Which data and model scores were computed from, by content, so that scores are never mixed.
+"""Record the data and the model of scores by hash, so that scores are never mixed.
 
-record = score_record(options, rows, is_drawn, model_dir, None, template, 512, torch.float32)
+record = score_record(options, rows, is_drawn, model_dir, None, scorer, torch.float32)
 check_same_record("scores.jsonl", old_record, record)
 check_computed_from("scores.jsonl", record["dataset"])
 """
@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 from minisft.checkpoints.folders import stored_tensors
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.data.dataset import Rows
+from minisft.selection.ifd import IfdScorer
+from minisft.selection.reward_scores import RewardScorer
 from minisft.selection.score_files import ScorePaths
-from minisft.text.template import Template
 from minisft.text.tokenizer import FILES as TOKENIZER_FILES
 
 
@@ -30,18 +32,17 @@ def score_record(
     is_drawn: np.ndarray,
     model_dir: Path,
     adapter_dir: Path | None,
-    template: Template,
-    max_length: int,
+    scorer: IfdScorer | RewardScorer,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Everything that the scores of score.py depend on. "names" are for messages only."""
+    """All that the scores of score.py depend on. "names" are for messages only."""
     return {
         **model_record(model_dir, adapter_dir),
         "dataset": dataset_record(rows, is_drawn),
-        "template": template.name,
-        "default_system": template.default_system,
-        "max_length": max_length,
-        "dtype": str(dtype).removeprefix("torch."),
+        "template": scorer.template.name,
+        "default_system": scorer.template.default_system,
+        "max_length": scorer.max_length,
+        "dtype": dtype_name(dtype),
         "quantization_bit": options.quantization_bit,
         "kind of scores": "rewards" if options.mode == "reward" else "losses",
         "names": {
@@ -86,7 +87,7 @@ def model_record(model_dir: Path, adapter_dir: Path | None = None) -> dict[str, 
 def check_same_record(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """UserError if the scores in `path`, computed from `old`, may not be continued with `new`.
 
-    "names" in a record are what people call the rest; they may differ.
+    "names" in a record are for messages; they may differ.
     """
     for key, value in new.items():
         if key != "names" and old.get(key) != value:

@@ -16,6 +16,7 @@ from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.common.errors import UserError
 from minisft.common.tensor_files import ADAPTER_WEIGHTS
+from minisft.generation.assistant import Assistant
 from minisft.gguf.reader import read_gguf
 from minisft.gguf.unpack import unpack
 from minisft.model.config import ModelConfig
@@ -244,6 +245,19 @@ def test_training_further(name, peft_adapter, rows_file, tmp_path):
     model = load_model(base)
     load_adapter(model, tmp_path / "out")
     assert_same(logits(model, tokens), expected)
+
+
+@pytest.mark.parametrize("name", ["dora, tied, tokens", "resized, tied"])
+def test_chat_leaves_the_weights_of_a_shared_base(name, peft_adapter):
+    """Base and adapter answer side by side from the same tensors, as eval.py compare has them."""
+    base, adapter, tokens, expected = peft_adapter(*FORMS[name])
+    plain = Assistant(base, template="chatml", device="cpu", dtype="float32")
+    before = logits(plain.model, TOKENS)
+    adapted = Assistant(
+        base, adapter, template="chatml", device="cpu", dtype="float32", base_model=plain.model
+    )
+    assert_same(logits(adapted.model, tokens), expected)
+    assert torch.equal(logits(plain.model, TOKENS), before)
 
 
 def test_the_tokenizer_of_a_resized_adapter_is_used(peft_adapter, tmp_path):

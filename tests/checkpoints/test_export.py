@@ -46,16 +46,11 @@ def test_merged_in_transformers(shard, checkpoint, adapter, tmp_path):
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     out = tmp_path / "merged"
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--adapter",
-        adapter,
-        "--format",
-        "hf",
-        "--max_shard_size",
-        shard,
-        "--output_dir",
-        out,
+        model_name_or_path=checkpoint,
+        adapter=adapter,
+        format="hf",
+        max_shard_size=shard,
+        output_dir=out,
         script="export.py",
     )
     assert done.returncode == 0, done.stderr
@@ -111,14 +106,10 @@ def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
     for flag, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         out = tmp_path / flag
         done = command(
-            "--model_name_or_path",
-            checkpoint,
-            "--adapter",
-            adapter,
-            "--dtype",
-            flag,
-            "--output_dir",
-            out,
+            model_name_or_path=checkpoint,
+            adapter=adapter,
+            dtype=flag,
+            output_dir=out,
             script="export.py",
         )
         assert done.returncode == 0, done.stderr
@@ -134,14 +125,10 @@ def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
 
 def test_peft_format(checkpoint, adapter, tmp_path):
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--adapter",
-        adapter,
-        "--format",
-        "peft",
-        "--output_dir",
-        tmp_path / "out",
+        model_name_or_path=checkpoint,
+        adapter=adapter,
+        format="peft",
+        output_dir=tmp_path / "out",
         script="export.py",
     )
     assert done.returncode == 0, done.stderr
@@ -181,14 +168,10 @@ def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
     theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(checkpoint, num_labels=1), judge)
     theirs = theirs.merge_and_unload()
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--adapter",
-        judge,
-        "--format",
-        format,
-        "--output_dir",
-        out,
+        model_name_or_path=checkpoint,
+        adapter=judge,
+        format=format,
+        output_dir=out,
         script="export.py",
     )
     assert done.returncode == 0, done.stderr
@@ -258,12 +241,9 @@ def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
         )
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--format",
-        "peft",
-        "--output_dir",
-        tmp_path / "out",
+        model_name_or_path=checkpoint,
+        format="peft",
+        output_dir=tmp_path / "out",
         script="export.py",
     )
     assert done.returncode == 2 and "--adapter" in done.stderr

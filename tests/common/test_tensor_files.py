@@ -183,7 +183,7 @@ def test_a_file_truncated_while_it_is_read(tmp_path):
     path.write_bytes(WHOLE)
     stored = read_header(path)["b"]
     path.write_bytes(WHOLE[:-4])
-    with pytest.raises(UserError, match="became shorter"):
+    with pytest.raises(UserError, match="was truncated"):
         stored.read()
 
 

@@ -276,7 +276,7 @@ def use_data(folder):
 
 
 def use_run(folder):
-    found = checkpoint.find(folder, "auto", lambda text: None)
+    found = checkpoint.find_checkpoint(folder, "auto", lambda text: None)
     read_header(folder / "checkpoint-4" / "model.safetensors")
     checkpoint.load_state(folder / "checkpoint-4")
     if found:

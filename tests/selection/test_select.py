@@ -158,7 +158,10 @@ def data(tmp_path):
 
 def select_here(monkeypatch, *words):
     """Run the script in this process. Mistakes raise UserError."""
-    source = (ROOT / "select.py").read_text(encoding="utf-8").replace("run_script(main)", "main()")
+    source = (ROOT / "select.py").read_text(encoding="utf-8")
+    source = source.replace(
+        "from minisft.common.script import run_script", "run_script = lambda main: main()"
+    )
     monkeypatch.setattr(sys, "argv", ["select.py", *map(str, words)])
     exec(compile(source, "select.py", "exec"), {"__name__": "__main__"})
 
@@ -181,16 +184,11 @@ def choose(data, tmp_path, monkeypatch):
 def test_through_the_command_line(data, tmp_path):
     path, scores, _ = data
     done = command(
-        "--dataset",
-        path,
-        "--scores",
-        scores,
-        "--strategy",
-        "ifd",
-        "--sample_rate",
-        0.1,
-        "--output",
-        tmp_path / "out.json",
+        dataset=path,
+        scores=scores,
+        strategy="ifd",
+        sample_rate=0.1,
+        output=tmp_path / "out.json",
         script="select.py",
     )
     assert done.returncode == 0, done.stderr
@@ -218,14 +216,10 @@ def test_through_the_command_line(data, tmp_path):
 
 def test_several_processes_write_one_file(data, tmp_path):
     done = command(
-        "--dataset",
-        data[0],
-        "--strategy",
-        "random",
-        "--sample_number",
-        7,
-        "--output",
-        tmp_path / "out.json",
+        dataset=data[0],
+        strategy="random",
+        sample_number=7,
+        output=tmp_path / "out.json",
         script="select.py",
         before=["-m", "torch.distributed.run", "--nproc_per_node", "2"],
     )

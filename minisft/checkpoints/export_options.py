@@ -1,0 +1,55 @@
+"""The flags of `export.py`, and which of them a format uses.
+
+options = parse_options(["--model_name_or_path", "examples/base", "--output_dir", "runs/copy"])
+options.format                               # "hf", the default
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from minisft.common.command_line import QUANTIZATIONS, OptionParser
+from minisft.common.errors import UserError
+from minisft.common.model_flags import add_model_flags
+
+FILE_FORMATS = ("gguf", "gguf-lora")
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
+    """The options of export.py, checked; by default from the command line."""
+    description = "Write a trained model for other programs, in the format that they read."
+    parser = OptionParser(description=description)
+    add, switch = add_model_flags(parser, auto_dtype="the checkpoint's; float32 for peft")
+    add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
+    add, switch = parser.section("output")
+    formats = ["hf", "peft", *FILE_FORMATS]
+    add("--format", choices=formats, default="hf", help="the model, or the adapter alone")
+    add("--output_dir", help="folder to write: hf, peft")
+    add("--output", help="file to write: gguf, gguf-lora")
+    add("--quantization", choices=QUANTIZATIONS, default="f16", help="number type in a GGUF file")
+    add("--template", default="auto", help="chat template to write (auto: that of the training)")
+    switch("--overwrite_output_dir", "write into a folder that is not empty, or over a file")
+    add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")
+    options = parser.parse_options(arguments)
+    check_options(options, parser.given(options))
+    return options
+
+
+def check_options(options: Namespace, given: set[str]) -> None:
+    """UserError for flags that are missing, or that the format does not use."""
+    format = options.format
+    needed = "output" if format in FILE_FORMATS else "output_dir"
+    if needed not in given:
+        raise UserError(f"--format {format} needs --{needed}")
+    if format in ("peft", "gguf-lora") and not options.adapter:
+        raise UserError(f"--format {format} needs --adapter")
+    unused = {
+        "hf": {"output", "quantization"},
+        "peft": {"output", "quantization", "max_shard_size", "quantization_bit"},
+        "gguf": {"output_dir", "max_shard_size", "quantization_bit"},
+        "gguf-lora": {"output_dir", "max_shard_size", "quantization_bit", "template"},
+    }[format]
+    if format in FILE_FORMATS:
+        unused |= {"dtype", "bf16", "fp16", "device"}
+    if unused & given:
+        hint = "; --quantization sets the number type" if format in FILE_FORMATS else ""
+        raise UserError(f"--format {format} does not use --{min(unused & given)}{hint}")
