@@ -247,6 +247,22 @@ def test_training_further(name, peft_adapter, rows_file, tmp_path):
     assert_same(logits(model, tokens), expected)
 
 
+@pytest.mark.parametrize("name", ["resized, tied", "output matrix, tied", "all norms"])
+def test_training_further_in_shards(name, peft_adapter, rows_file, tmp_path):
+    """Two ranks read their rows of the base and of the adapter."""
+    base, adapter, tokens, expected = peft_adapter(*FORMS[name])
+    done = command(
+        *("--model_name_or_path", base, "--adapter", adapter, "--dataset", rows_file),
+        *("--template", "plain", "--max_steps", 1, "--learning_rate", 1e-9),
+        *("--parallel", "fsdp", "--output_dir", tmp_path / "out"),
+        processes=2,
+    )
+    assert done.returncode == 0, done.stderr
+    model = load_model(base)
+    load_adapter(model, tmp_path / "out")
+    assert_same(logits(model, tokens), expected)
+
+
 @pytest.mark.parametrize("name", ["dora, tied, tokens", "resized, tied"])
 def test_chat_leaves_the_weights_of_a_shared_base(name, peft_adapter):
     """Base and adapter answer side by side from the same tensors, as eval.py compare has them."""
