@@ -28,6 +28,11 @@ else:
 import torch
 
 from minisft.checkpoints import adapters, folders
+from minisft.checkpoints.adapter_forms import (
+    read_adapter,
+    refuse_untrainable,
+    tokenizer_dir,
+)
 from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.checkpoints.hub import resolve, resolve_adapter
@@ -123,11 +128,14 @@ def write_folder(
     is_reward_model = has_head(model_dir, adapter_dir)
     load = load_reward_model if is_reward_model else folders.load_model
     model = load(model_dir, stored_dtype, device, options.quantization_bit)
+    if adapter_dir and options.format == "peft":
+        forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+        refuse_untrainable(forms, "written again")
     lora_config = adapters.load_adapter(model, adapter_dir) if adapter_dir else None
 
     # Other programs must use the chat template of the training.
     trained_dir = adapter_dir or model_dir  # where train.py has left its options
-    tokenizer = Tokenizer.load(model_dir)
+    tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     listed_stops = folders.generation_eos(model_dir, model.config)
     choices = template_options(options)
     form = saved_form(tokenizer, options.template, trained_dir, listed_stops, **choices)

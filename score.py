@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.hub import resolve, resolve_adapter
@@ -73,6 +74,7 @@ def main(options: Namespace | None = None) -> None:
     model_dir = resolve(options.model_name_or_path)
     adapter_dir = options.adapter and resolve_adapter(options.adapter)
     config = ModelConfig.load(model_dir)
+    config.vocab_size = vocabulary_size(config, adapter_dir)
     scorer = build_scorer(options, config, model_dir, adapter_dir)
     writer = None
     if processes.rank() == 0:  # it writes, and knows which rows are done already
@@ -109,7 +111,7 @@ def build_scorer(
         check_head(model_dir, adapter_dir)
     template = trained_template(
         options.template,
-        Tokenizer.load(model_dir),
+        Tokenizer.load(tokenizer_dir(model_dir, adapter_dir)),
         adapter_dir or model_dir,
         **template_options(options),
         now=None if options.overwrite else recorded_date(options.output),

@@ -30,7 +30,8 @@ else:
 import torch
 from torch import Tensor
 
-from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import choose_padding
 from minisft.common import processes
 from minisft.common.devices import resolve_device, resolve_dtype
@@ -78,10 +79,12 @@ def main(options: Namespace | None = None) -> None:
     dtype = resolve_dtype(dtype_option(options), device)
 
     model_dir = resolve(options.model_name_or_path)
-    tokenizer = Tokenizer.load(model_dir)
+    adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
+    tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     options.template_date = resume.template_date(options)
     template = load_template(options, tokenizer, say)  # None with --stage pt
     config = ModelConfig.load(model_dir)
+    config.vocab_size = vocabulary_size(config, adapter_dir)
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
     show_samples(batches, template, options.show_samples, say)
 

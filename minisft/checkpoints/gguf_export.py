@@ -17,12 +17,14 @@ itself is built on the meta device, only for its names and shapes.
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
 import torch
 
-from minisft.checkpoints.adapters import adapter_tensors, load_adapter
+from minisft.checkpoints.adapter_forms import Change, read_adapter, tokenizer_dir
+from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import generation_eos, open_model
 from minisft.checkpoints.gguf_report import Report, num_parameters, summarize
 from minisft.common.json_files import read_json
@@ -66,13 +68,15 @@ def export_model(
     """
     model_dir = Path(model_dir)
     model, stored = open_model(model_dir, CausalLM)
-    adapter = {}
+    adapter: dict[str, StoredTensor] = {}
+    changes: dict[str, Change] = {}
     if adapter_dir is not None:
+        forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+        adapter, changes = forms.tensors, forms.changes
         load_adapter(model, adapter_dir)
-        adapter = adapter_tensors(adapter_dir)
-    config, tokenizer = model.config, Tokenizer.load(model_dir)
+    config, tokenizer = model.config, Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     check_architecture(config)
-    tensors = model_tensors(model, stored, adapter, quantization)
+    tensors = model_tensors(model, stored, adapter, quantization, changes)
     listed_stops = generation_eos(model_dir, config)
     trained_dir = adapter_dir or model_dir
     form = saved_form(tokenizer, template, trained_dir, listed_stops, **template_choices)
@@ -96,10 +100,12 @@ def model_tensors(
     stored: Mapping[str, StoredTensor],
     adapter: Mapping[str, StoredTensor],
     quantization: str,
+    changes: Mapping[str, Change] = MappingProxyType({}),
 ) -> list[Tensor]:
     """The tensors of the file, in the order of the model.
 
     model: on the meta device, wrapped with the adapter. stored and adapter: {name: StoredTensor}.
+    changes: {name: what else the adapter does to its rows}, see adapter_forms.py.
     """
     config, architecture = model.config, ARCHITECTURES[model.config.model_type]
     scalings = {
@@ -126,7 +132,7 @@ def model_tensors(
                 gguf_name(name),
                 shape,
                 tensor_type(gguf_name(name), shape, quantization, config),
-                read=partial(read_rows, source, lora, head_dim),
+                read=partial(read_rows, source, lora, head_dim, change=changes.get(name)),
                 row_group=head_dim or 1,
             )
         )
@@ -149,6 +155,7 @@ def read_rows(
     head_dim: int | None,
     begin: int,
     end: int,
+    change: Change | None = None,
 ) -> torch.Tensor:
     """Rows begin..end-1 of the merged tensor in float32, in the file's order.
 
@@ -158,4 +165,6 @@ def read_rows(
     if lora:
         A, B, scaling = lora
         rows += scaling * (B.read(begin, end).float() @ A.read().float())
+    if change:
+        rows = change(rows, begin)
     return interleave(rows, head_dim).contiguous() if head_dim else rows

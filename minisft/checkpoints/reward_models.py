@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisft.checkpoints.adapters import adapter_tensors
+from minisft.checkpoints.adapter_forms import adapter_tensors
 from minisft.checkpoints.folders import load_weights, open_model, stored_tensors
 from minisft.common.errors import UserError
 from minisft.model.reward import Model, RewardModel, new_head

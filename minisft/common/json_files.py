@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from minisft.common.errors import UserError
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.common.outputs import atomic_write
 
 # The largest JSON files in use, tokenizer.json with 250,000 tokens, have a third of this.
@@ -39,6 +40,7 @@ def read_json(path: str | Path, missing: dict[str, Any] | None = None) -> dict[s
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; download it again")

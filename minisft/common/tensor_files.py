@@ -27,6 +27,7 @@ from torch import Tensor
 from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.common.outputs import atomic_path
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,6 +46,18 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Types of quantised weights, which are complete files of a kind that has no use here.
+QUANTIZED_DTYPES = {
+    "U32": "packed weights, as MLX writes them",
+    **dict.fromkeys(
+        ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), "8-bit floating point"
+    ),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2", "F4"), "floating point of fewer than 8 bits"),
+}
+USE_ORIGINAL = (
+    "Use the original weights: the checkpoint in bfloat16, float16 or float32 that this one was "
+    "made from. --quantization_bit quantises it while it is loaded."
+)
 
 
 @dataclass
@@ -108,6 +121,7 @@ class StoredTensor:
 def read_header(path: str | Path) -> dict[str, StoredTensor]:
     """{tensor name: StoredTensor} of a safetensors file; UserError if the file is damaged."""
     path = Path(path)
+    refuse_pointer(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -129,6 +143,8 @@ def read_header(path: str | Path) -> dict[str, StoredTensor]:
             raise ValueError("__metadata__ holds values that are not text")
         tensors = [_checked_entry(path, name, entry, 8 + length) for name, entry in header.items()]
         _check_layout(tensors, 8 + length, size)
+    except UserError:  # a complete file of a kind that cannot be used
+        raise
     except (ValueError, RecursionError, AttributeError) as error:
         raise UserError(
             f"{path}: damaged, or not a safetensors file: {error}; download it again"
@@ -151,6 +167,11 @@ def _checked_entry(path: Path, name: str, entry: Any, data_start: int) -> Stored
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} has no dtype, shape and data_offsets") from error
+    if isinstance(dtype, str) and dtype in QUANTIZED_DTYPES:
+        raise UserError(
+            f"{path}: the weights are quantised ({name} is of type {dtype}: "
+            f"{QUANTIZED_DTYPES[dtype]}). {USE_ORIGINAL}"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name} is of type {dtype!r}; supported are {', '.join(DTYPES)}")
     if (

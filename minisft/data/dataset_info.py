@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.data.formats import PREFERENCE_DATA
 from minisft.data.row_values import BadRow
 
@@ -134,6 +135,7 @@ def read_entries(dataset_dir: str | Path) -> dict[str, Any]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(entries, dict):
         raise UserError(f"{path}: must be a JSON object, name -> data set")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from minisft.common.errors import UserError
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.data.row_values import BadRow, parse_json
 
 BLOCK_SIZE = 4 * 2**20  # bytes searched for line ends at a time
@@ -124,6 +125,7 @@ def open_records(path: str | Path, plain_text: bool = False) -> Array | Lines:
         if start in (b"\xff", b"\xfe"):  # the byte order mark of UTF-16
             raise UserError(f"{path}: not UTF-8 text; convert the file")
         if plain_text and path.suffix.lower() == ".txt":
+            refuse_pointer(path)
             return Lines(path, is_json=False)
         if start == b"{":
             return Lines(path, is_json=True)
@@ -133,6 +135,7 @@ def open_records(path: str | Path, plain_text: bool = False) -> Array | Lines:
         raise UserError(f"{path}: {error.strerror}") from error
     if not start:
         raise UserError(f"{path}: the file is empty")
+    refuse_pointer(path)
     raise UserError(
         f"{path}: neither a JSON array nor JSON lines (plain text is for --stage pt, in a .txt "
         f"file){HINTS.get(path.suffix.lower(), '')}"

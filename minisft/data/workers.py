@@ -71,8 +71,8 @@ def _unchanged(item: Any) -> Any:
 
 def _start_worker(number: int) -> None:
     # The training process handles these signals and ends its workers.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from minisft.checkpoints import adapters, folders, hub
+from minisft.checkpoints.adapter_forms import tokenizer_dir
 from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
@@ -69,7 +70,7 @@ class Assistant:
         # Load the small files first: their errors should not wait for the weights.
         model_dir = hub.resolve(path)
         adapter_dir = None if adapter is None else hub.resolve_adapter(adapter)
-        self.tokenizer = Tokenizer.load(model_dir)
+        self.tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
         self.template = trained_template(template, self.tokenizer, adapter_dir or model_dir)
         if base_model is None:
             model = folders.load_model(model_dir, self.dtype, self.device, quantization_bit)

@@ -25,6 +25,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFValueType
 
 from minisft.common.errors import UserError
+from minisft.common.lfs_pointers import refuse_pointer
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 STRING, ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
@@ -80,6 +81,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except _Damaged as error:
+        refuse_pointer(path)
         raise UserError(
             f"{path}: damaged, or not a GGUF file: {error}. Download it again."
         ) from error

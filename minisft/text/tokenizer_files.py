@@ -13,6 +13,7 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json, token_ids, write_json
+from minisft.common.lfs_pointers import refuse_pointer
 
 # All files that a tokenizer can consist of.
 FILES = (
@@ -68,6 +69,7 @@ def read_chat_template(model_dir: Path, config: dict[str, Any]) -> str | None:
     """The checkpoint's chat template, as Jinja text. config: tokenizer_config.json."""
     path = model_dir / "chat_template.jinja"
     if path.is_file():
+        refuse_pointer(path)
         return path.read_text(encoding="utf-8", errors="replace")
     template = config.get("chat_template")
     if not template:

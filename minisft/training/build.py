@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minisft.checkpoints.adapter_forms import read_adapter, refuse_untrainable
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.hub import resolve_adapter
@@ -69,6 +70,8 @@ def make_trainable(model: Model, options: Namespace) -> LoraConfig | None:
     head = ("score",) if options.stage == "rm" else ()
     if options.adapter:
         adapter_dir = resolve_adapter(options.adapter)
+        adapter = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+        refuse_untrainable(adapter, "trained further")
         config = load_adapter(model, adapter_dir, options.lora_dropout)
         config.modules_to_save = tuple(dict.fromkeys((*config.modules_to_save, *head)))
         resume_lora(model, config)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minisft.checkpoints.adapters import PEFT_PREFIX
+from minisft.checkpoints.adapter_forms import PEFT_PREFIX
 from minisft.common import processes
 from minisft.common.errors import UserError, first_line
 from minisft.common.hashes import sha256

@@ -29,12 +29,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from minisft.checkpoints.adapters import adapter_tensors
-from minisft.checkpoints.folders import stored_tensors
+from minisft.checkpoints.adapter_forms import read_adapter
+from minisft.checkpoints.folders import open_checkpoint
 from minisft.checkpoints.hub import resolve_adapter
 from minisft.common import processes
 from minisft.common.errors import UserError, first_line
-from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, LoRALinear
 from minisft.model.reward import Model, RewardModel, new_head
@@ -89,13 +88,16 @@ def _shard(model: Model, dtype: torch.dtype, device: torch.device) -> None:
 
 def _load_shards(model: Model, model_dir: Path, adapter: str | None) -> set[str]:
     """Read this rank's rows of a checkpoint and an adapter; returns the names that were read."""
-    stored = stored_tensors(model_dir)
-    if ModelConfig.load(model_dir).tie_word_embeddings:  # the adapter may have untied them
+    config, stored = open_checkpoint(model_dir)
+    if config.tie_word_embeddings:  # the adapter may have untied them
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
-    adapted = adapter_tensors(resolve_adapter(adapter)) if adapter else {}
+    adapted = {}
+    if adapter:
+        adapted = read_adapter(resolve_adapter(adapter), config.tie_word_embeddings).tensors
     loaded = set()
     for name, parameter in model.named_parameters():
-        source = adapted.get(name) or stored.get(name.replace(".base_layer.", "."))
+        plain_name = name.replace(".base_layer.", ".")
+        source = adapted.get(plain_name) or stored.get(plain_name)
         if source:
             processes.copy_shard(parameter, source.read)
             loaded.add(name)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from minisft.checkpoints.adapter_forms import tokenizer_dir
+from minisft.checkpoints.hub import resolve_adapter
 from minisft.common.errors import UserError
 from minisft.data import batching
 from minisft.data.build_batches import BYTES_PER_TOKEN
@@ -81,7 +83,8 @@ def inspect_data(
 def find_tokenizer(options: Namespace, model_dir: Path) -> tuple[Any, Any, str]:
     """(tokenizer, template, origin of the lengths); without a tokenizer, a ByteTokenizer."""
     if any((model_dir / name).is_file() for name in FILES[:2]):
-        tokenizer = Tokenizer.load(model_dir)
+        adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
+        tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
         template = load_template(options, tokenizer, say=lambda text: None)
         return tokenizer, template, "counted by the tokenizer"
     origin = f"estimated, {BYTES_PER_TOKEN} bytes per token: there is no tokenizer"

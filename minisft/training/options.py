@@ -83,7 +83,7 @@ def _add_tuning_flags(add: Add, switch: Add) -> None:
     add("--lora_dropout", type=fraction, default=0.0, help="dropout on the input of the adapter")
     add("--lora_target", default="all", help="modules to adapt, separated by commas, or all")
     switch("--use_rslora", "divide alpha by the square root of the rank (rsLoRA)")
-    add("--modules_to_save", default="", help="train these modules in full: embed_tokens,lm_head")
+    add("--modules_to_save", default="", help="train these in full: embed_tokens,lm_head,norm")
 
 
 def _add_preference_flags(add: Add, switch: Add) -> None:

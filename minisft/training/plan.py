@@ -9,10 +9,12 @@ memory.py computes the memory and operations.py the arithmetic.
 
 import os
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from minisft.checkpoints.folders import open_checkpoint
 from minisft.checkpoints.hub import resolve
 from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
@@ -37,6 +39,8 @@ def show(options: Namespace) -> None:
         return
     model_dir = local_folder(options.model_name_or_path)
     config = ModelConfig.load(model_dir)
+    with suppress(UserError):  # the weights, where they are, decide if the output matrix is tied
+        config, _ = open_checkpoint(model_dir)
     device = resolve_device(options.device, must_exist=False)
     # Assume that a GPU of another machine is fast at bfloat16.
     is_absent = device.type == "cuda" and not torch.cuda.is_available()
@@ -49,7 +53,7 @@ def show(options: Namespace) -> None:
             "--parallel ddp."
         )
     model = model_on_meta(options, config, dtype)
-    data = inspect_data(options, config, model_dir, num_processes)
+    data = inspect_data(options, model.config, model_dir, num_processes)
     step = planned_step(options, model, data.largest, dtype, device.type, num_processes)
     print("a plan: nothing is downloaded, loaded or written")
     print_model(options, model, step)

@@ -169,7 +169,6 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         ({"num_key_value_heads": 3}, "multiple"),
         ({"vocab_size": -5}, "vocab_size"),
         ({"hidden_size": None}, "hidden_size"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
     ],
 )
 def test_refused_configs(change, message):

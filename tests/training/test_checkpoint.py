@@ -86,7 +86,15 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
 
 @pytest.mark.parametrize(
-    "before, number", [([], signal.SIGTERM), ([], signal.SIGINT), (TORCHRUN, signal.SIGTERM)]
+    "before, number",
+    [
+        ([], signal.SIGTERM),
+        ([], signal.SIGINT),
+        ([], signal.SIGHUP),
+        ([], signal.SIGUSR1),
+        (TORCHRUN, signal.SIGTERM),
+        (TORCHRUN, signal.SIGHUP),
+    ],
 )
 def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
     flags, processes = [*flags, "--max_steps", 100], 2 if before else 1
