@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from minisft.checkpoints import adapters, folders, hub
-from minisft.common import tensor_files
-from minisft.common.devices import resolve_device, resolve_dtype
+from minisft.checkpoints.adapter_forms import tokenizer_dir
+from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
 from minisft.data.formats import Message, Tools
@@ -51,7 +51,7 @@ class Assistant:
     base_model: the model of this checkpoint, if it is loaded; several Assistants can share it.
 
     The KV caches of the last `caches.limit` conversations are kept for their next turns.
-    UserError if a part is missing or does not fit.
+    UserError if a file is missing or does not fit the model.
     """
 
     def __init__(
@@ -67,11 +67,10 @@ class Assistant:
     ):
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        # Check the small parts before loading the weights, which takes long.
-        model_dir, adapter_dir = hub.resolve(path), None
-        if adapter is not None:
-            adapter_dir = hub.resolve(adapter, tensor_files.ADAPTER_CONFIG)
-        self.tokenizer = Tokenizer.load(model_dir)
+        # Load the small files first: their errors should not wait for the weights.
+        model_dir = hub.resolve(path)
+        adapter_dir = None if adapter is None else hub.resolve_adapter(adapter)
+        self.tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
         self.template = trained_template(template, self.tokenizer, adapter_dir or model_dir)
         if base_model is None:
             model = folders.load_model(model_dir, self.dtype, self.device, quantization_bit)
@@ -105,11 +104,10 @@ class Assistant:
 
     @property
     def description(self) -> str:
-        """One line about what answers."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        """Model, template, device, number type and context, on one line."""
         return (
-            f"{self.name} · template {self.template.name} · {self.device} {dtype} · context "
-            f"{self.max_length}"
+            f"{self.name} · template {self.template.name} · {self.device} "
+            f"{dtype_name(self.dtype)} · context {self.max_length}"
         )
 
     def stream(
@@ -119,9 +117,9 @@ class Assistant:
         tools: Tools = None,
         say: Callable[[str], object] = warnings.warn,
     ) -> Answer:
-        """The answer to one conversation, to iterate over; it may be left in the middle.
+        """The answer to a conversation, to iterate over; the caller may stop at any time.
 
-        say: called if the oldest turns are dropped. UserError for messages that cannot be answered.
+        say: called if the oldest turns are dropped. UserError for messages that are not valid.
         """
         started = time.perf_counter()
         ids = self.prompt_ids(messages, sampling, tools, say)
@@ -132,7 +130,7 @@ class Assistant:
     def _write(
         self, answer: Answer, ids: list[int], sampling: Sampling
     ) -> Generator[str, None, None]:
-        """Generate the answer to `ids`, yield its text and keep its figures."""
+        """Generate the answer to `ids`: yield its text and update its counters."""
         limit = self.context.answer_limit(ids, sampling.max_new_tokens)
         sampling = replace(sampling, max_new_tokens=limit)
         cache = self.caches.take(ids)
@@ -151,7 +149,7 @@ class Assistant:
                 yield piece if answer.text else self._strip(piece)
             yield decoder.flush()
         finally:
-            answer.cut_short = answer.num_tokens == limit
+            answer.is_truncated = answer.num_tokens == limit
             self.caches.give_back((ids + chosen)[: cache.length], cache)
 
     def inference(
@@ -205,7 +203,10 @@ class Assistant:
         tools: Tools = None,
         say: Callable[[str], object] = warnings.warn,
     ) -> list[int]:
-        """The token ids of the messages that fit. UserError if they are not in the vocabulary."""
+        """The token ids of the messages, without the oldest turns if they do not fit.
+
+        UserError if an id is not in the vocabulary.
+        """
         kept = self.context.fit(messages, sampling.max_new_tokens, tools)
         if len(kept) < len(messages):
             say(

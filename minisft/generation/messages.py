@@ -1,4 +1,4 @@
-"""Refuse conversations that cannot be asked: wrong types, empty questions, control characters.
+"""Check a conversation before the model answers it: types, empty questions, control characters.
 
 check_messages([{"role": "user", "content": "What is 2 + 2?"}])
 """
@@ -9,7 +9,7 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.data.formats import Message, Tools
 
-# No keyboard types these and no terminal should get them. Tab, line ends and form feed are text.
+# No keyboard types these, and no terminal should print them. Tab, line ends and form feed are text.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
@@ -21,7 +21,7 @@ def split_conversation(conversation: Any) -> tuple[list[Message], Tools]:
 
 
 def check_messages(messages: Any, tools: Any = None) -> None:
-    """Raise UserError for values of the wrong type, an empty question, or control characters.
+    """UserError for values of the wrong type, an empty question, or control characters.
 
     The template checks the order of the roles.
     """

@@ -88,6 +88,11 @@ class ChatTemplate:
         self.jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
         self.facts, self.now = self.jinja.facts, now
 
+    @property
+    def thinking(self) -> dict[str, Any]:
+        """The variables that ask the template for thoughts, or for none."""
+        return self.jinja.thinking
+
     def encode(self, messages: list[Message], tools: list | None = None) -> list[TokenizedText]:
         """The examples of a conversation: one for all answers, or one for each.
 
@@ -176,23 +181,21 @@ class ChatTemplate:
             variables = {"enable_thinking": True} if has_thoughts else {}
             renders.append((place, {"add_generation_prompt": True, **variables}))
             renders.append((place + 1, variables))
-        texts = self.jinja.render(conversation.messages, conversation.tools, renders)
+        texts = iter(self.jinja.render(conversation.messages, conversation.tools, renders))
         return [
-            self._turn(conversation, place, prompt, text, variables)
-            for place, prompt, text, (_, variables) in zip(
-                conversation.answers, texts[::2], texts[1::2], renders[1::2], strict=True
-            )
+            self._turn(conversation, place, variables, prompt=next(texts), text=next(texts))
+            for place, (_, variables) in zip(conversation.answers, renders[1::2], strict=True)
         ]
 
     def _turn(
         self,
         conversation: Conversation,
         place: int,
+        variables: dict[str, Any],
         prompt: str,
         text: str,
-        variables: dict[str, Any],
     ) -> Turn:
-        """The answer messages[place] in `text`, which the template has written for `variables`."""
+        """The answer messages[place], where the template has written `prompt` and `text`."""
         messages, message = conversation.messages, conversation.messages[place]
         spans = self.jinja.message_spans(text, conversation, place + 1, variables)
         prompt, (text, _, generated) = without_marks(prompt)[0], without_marks(text)
@@ -201,11 +204,10 @@ class ChatTemplate:
             if answer is None:
                 raise UserError(where_they_part(prompt, text))
             asks = {"add_generation_prompt": True, **variables}
-            moved, answer_place = len(prompt) + len(answer) - len(text), len(text) - len(answer)
-            spans = [
-                *self.jinja.message_spans(prompt, conversation, place, asks),
-                *((a + moved, b + moved) for a, b in spans if b > answer_place),
-            ]
+            answer_place = len(text) - len(answer)
+            moved = len(prompt) - answer_place
+            in_answer = [(a + moved, b + moved) for a, b in spans if a >= answer_place]
+            spans = self.jinja.message_spans(prompt, conversation, place, asks) + in_answer
             text = prompt + answer
         start = answer_start = len(prompt)
         if "reasoning_content" not in message and (

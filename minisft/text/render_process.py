@@ -2,8 +2,8 @@
 
 A chat template is code from a stranger. Jinja's sandbox keeps it from files and from Python's
 internals, but not from endless loops or huge strings. The operating system does: this process may
-use MAX_BYTES of memory and, for each request, MAX_SECONDS of processor time. It ends when it uses
-more; `rendering.py` starts another.
+use MAX_BYTES of memory and, for each request, so many seconds of processor time (its argument). It
+ends when it uses more; `rendering.py` starts another.
 
 A line of stdin is a JSON object, a line of stdout the answer, {"texts": [...]} or {"error": ...}:
 
@@ -169,10 +169,11 @@ def limit_memory() -> None:
 
 
 def main() -> None:
-    """Answer requests until stdin ends."""
+    """Answer requests until stdin ends. Argument: the seconds for each."""
+    max_seconds = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     limit_memory()
-    max_seconds = float(sys.argv[1]) if len(sys.argv) > 1 else MAX_SECONDS
+    max_seconds = float(sys.argv[1])
     set_timer = getattr(signal, "setitimer", None)
     clock = Clock()
     sandbox = environment(clock)

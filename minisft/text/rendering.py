@@ -27,8 +27,8 @@ class TemplateError(UserError):
 class Renderer:
     """Renders a chat template in a second process, which starts when it is first needed.
 
-    Threads may share a Renderer. After a fork, or in another process, it starts its own.
-    max_seconds: processor time for a request.
+    max_seconds: processor time for a call of render. Threads may share a Renderer. After a fork, or
+    in another process, it starts its own process.
     """
 
     def __init__(self, template: str, max_seconds: float = MAX_SECONDS) -> None:
@@ -103,6 +103,9 @@ class Renderer:
                 stdout=subprocess.PIPE,
             )
         return self._process
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> int | None:
         """End the process, and return its status."""

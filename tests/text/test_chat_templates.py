@@ -55,7 +55,7 @@ class Clock(datetime):
         return datetime.fromisoformat(NOW)
 
 
-# Templates that need more than a conversation, or whose prompt opens thoughts that the finished turn
+# Templates that need more than a conversation, or whose prompt opens thoughts that a finished turn
 # does not have, so that no answer follows its prompt.
 PARTS = "the template's prompt is not the beginning of its conversation"
 REFUSED = {
@@ -152,7 +152,7 @@ class Oracle:
         """Ids, or text with tokenize=False."""
         facts = self.template.facts
         form = facts.call_form
-        sent, number = [], 0
+        sent = []
         for message in messages:
             message = dict(message)
             if "reasoning_content" in message:

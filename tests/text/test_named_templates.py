@@ -149,7 +149,7 @@ def test_zephyr_is_tinyllamas_template_behind_bos(shared_data):
 
 
 def test_bos_and_leading_space(shared_data):
-    """SentencePiece's space stands behind BOS, as in the tokenizers that Llama 2 was trained with."""
+    """SentencePiece's space stands behind BOS, as the templates were published for."""
     for folder, first in ((TINYLLAMA, "▁["), (MISTRAL, "▁["), (QWEN, "["), (LLAMA3, "[")):
         tokenizer = load(shared_data / folder)
         ids = get_template("mistral", tokenizer).encode_prompt(turns("Hi"))

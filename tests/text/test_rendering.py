@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from minisft.text.rendering import Renderer, TemplateError
+from minisft.text.template_choice import get_template
+from minisft.text.tokenizer import Tokenizer
 
 NOW = "2026-01-02T03:04:05"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -49,6 +51,7 @@ def guarded(template: str) -> str:
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% set n = namespace(a=1) %}{% for a in range(99999) %}{% set n.a = (n.a + 1) ** 9 %}"
         "{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     ],
 )
 def test_endless_templates_end(template):
@@ -263,3 +266,11 @@ def has_ended(process: int) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+def test_a_run_keeps_its_date(tiny_tokenizer_dir):
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + GOOD
+    template = get_template("auto", tokenizer, now=NOW)
+    assert template.render(HELLO) == "02 Jan 2026Hello"
+    assert pickle.loads(pickle.dumps(template)).render(HELLO) == "02 Jan 2026Hello"
