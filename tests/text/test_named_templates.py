@@ -1,24 +1,15 @@
 """Our own templates: the published texts, prompts that begin the training text, what is learned."""
 
 import copy
-import functools
 import json
-import shutil
 
 import pytest
 import transformers
+from real_tokenizers import LLAMA3, MISTRAL, QWEN, TINYLLAMA, fitting, load_tokenizer
 from template_checkpoints import build_checkpoint
 
-from minisft.common.errors import UserError
 from minisft.text.chat_template import ChatTemplate, TokenizedText
-from minisft.text.render_process import MAX_TEMPLATE
-from minisft.text.template_choice import NAMES, get_template, trained_template
-from minisft.text.tokenizer import Tokenizer
-
-TINYLLAMA = "tokenizers/TinyLlama-1.1B-Chat-v0.6"
-MISTRAL = "tokenizers/Mistral-7B-Instruct-v0.2"
-QWEN = "tokenizers/Qwen2.5"
-LLAMA3 = "tokenizers/Llama-3"
+from minisft.text.template_choice import NAMES, get_template
 
 QUESTION = {"role": "user", "content": "What is </s> and <|im_end|>? "}
 ANSWER = {"role": "assistant", "content": "Two *marks*.\n"}
@@ -50,18 +41,6 @@ TOOL_CHAT = [
 ]
 
 
-@functools.cache
-def load(folder) -> Tokenizer:
-    return Tokenizer.load(folder)
-
-
-def fitting(shared_data, name: str) -> list[Tokenizer]:
-    """The real tokenizers that have the tokens a template needs."""
-    needs = {"llama3": [LLAMA3], "chatml": [QWEN], "qwen3": [QWEN]}
-    folders = needs.get(name, [TINYLLAMA, MISTRAL, QWEN, LLAMA3])
-    return [load(shared_data / folder) for folder in folders]
-
-
 def turns(*texts: str) -> list[dict]:
     """Messages of user and assistant by turns."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -75,7 +54,7 @@ def runs(example: TokenizedText) -> list[tuple[int, int]]:
 
 
 def test_llama3_as_published(shared_data):
-    template = get_template("llama3", load(shared_data / LLAMA3))
+    template = get_template("llama3", load_tokenizer(shared_data / LLAMA3))
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     expected = "<|begin_of_text|>" + head.format("system") + "Be brief.\nBe kind.<|eot_id|>"
     expected += head.format("user") + "What is </s> and <|im_end|>?<|eot_id|>"
@@ -85,7 +64,7 @@ def test_llama3_as_published(shared_data):
 
 
 def test_llama2_as_published(shared_data):
-    template = get_template("llama2", load(shared_data / MISTRAL))
+    template = get_template("llama2", load_tokenizer(shared_data / MISTRAL))
     expected = (
         "<s>[INST] <<SYS>>\nBe brief.\nBe kind.\n<</SYS>>\n\nWhat is </s> and <|im_end|>? [/INST]"
     )
@@ -96,7 +75,7 @@ def test_llama2_as_published(shared_data):
 
 
 def test_vicuna_as_published(shared_data):
-    template = get_template("vicuna", load(shared_data / MISTRAL))
+    template = get_template("vicuna", load_tokenizer(shared_data / MISTRAL))
     preface = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions."
@@ -109,12 +88,12 @@ def test_vicuna_as_published(shared_data):
 
 
 def test_mistral_puts_the_system_prompt_into_the_first_question(shared_data):
-    template = get_template("mistral", load(shared_data / MISTRAL))
+    template = get_template("mistral", load_tokenizer(shared_data / MISTRAL))
     assert template.render([SYSTEM, *turns("Hi")]) == "<s>[INST] Be brief.\nBe kind.\n\nHi [/INST]"
 
 
 def test_alpaca_has_stanfords_two_forms(shared_data):
-    template = get_template("alpaca", load(shared_data / MISTRAL))
+    template = get_template("alpaca", load_tokenizer(shared_data / MISTRAL))
     plain = (
         "<s>Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:"
@@ -133,14 +112,14 @@ def test_alpaca_has_stanfords_two_forms(shared_data):
 
 
 def test_other_templates_append_the_input_to_the_content(shared_data):
-    template = get_template("plain", load(shared_data / MISTRAL), default_system="S")
+    template = get_template("plain", load_tokenizer(shared_data / MISTRAL), default_system="S")
     messages = [{"role": "user", "content": "Add.", "input": "1 2"}]
     assert template.render(messages) == "<s>S\nAdd.\n1 2\n"
 
 
 def test_zephyr_is_tinyllamas_template_behind_bos(shared_data):
     """TinyLlama's own template has no BOS, so transformers and vLLM give it none."""
-    tokenizer = load(shared_data / TINYLLAMA)
+    tokenizer = load_tokenizer(shared_data / TINYLLAMA)
     ours, own = get_template("zephyr", tokenizer), get_template("auto", tokenizer)
     for messages in (CHAT, [SYSTEM, *LONG_CHAT]):
         assert ours.render(messages) == "<s> " + own.render(messages)
@@ -151,7 +130,7 @@ def test_zephyr_is_tinyllamas_template_behind_bos(shared_data):
 def test_bos_and_leading_space(shared_data):
     """SentencePiece's space stands behind BOS, as the templates were published for."""
     for folder, first in ((TINYLLAMA, "▁["), (MISTRAL, "▁["), (QWEN, "["), (LLAMA3, "[")):
-        tokenizer = load(shared_data / folder)
+        tokenizer = load_tokenizer(shared_data / folder)
         ids = get_template("mistral", tokenizer).encode_prompt(turns("Hi"))
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         assert ids[: len(bos)] == bos
@@ -184,14 +163,14 @@ def check_prompts_and_runs(template: ChatTemplate) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prompt_is_the_exact_prefix_of_training(shared_data, tiny_tokenizer_dir, name):
-    check_prompts_and_runs(get_template(name, load(tiny_tokenizer_dir)))
+    check_prompts_and_runs(get_template(name, load_tokenizer(tiny_tokenizer_dir)))
     for tokenizer in fitting(shared_data, name):
         check_prompts_and_runs(get_template(name, tokenizer))
 
 
 def test_encoding_the_answer_by_itself_would_differ(shared_data):
     """The negative control: two encodings put together are not one in place."""
-    tokenizer = load(shared_data / TINYLLAMA)
+    tokenizer = load_tokenizer(shared_data / TINYLLAMA)
     template = get_template("alpaca", tokenizer)
     rows = json.loads((shared_data / "instruct/alpaca_en_demo.json").read_text(encoding="utf-8"))
     apart = merged = 0
@@ -217,7 +196,8 @@ def test_qwen3_writes_what_qwens_own_does(shared_data, tmp_path, lead):
     hf = transformers.AutoTokenizer.from_pretrained(folder)
     bare = shared_data / QWEN  # no BOS
     ours = {
-        value: get_template("qwen3", load(bare), enable_thinking=value) for value in (True, False)
+        value: get_template("qwen3", load_tokenizer(bare), enable_thinking=value)
+        for value in (True, False)
     }
     thoughts = {"reasoning_content": "\nLet me\n\nsee.\n"}
     with_thoughts = [dict(m, **thoughts) if m["role"] == "assistant" else m for m in TOOL_CHAT]
@@ -252,7 +232,7 @@ def standard(messages: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("lead", [[], [SYSTEM]])
 def test_tools_equal_qwens_chat_template(shared_data, lead):
     hf = transformers.AutoTokenizer.from_pretrained(shared_data / QWEN)
-    template = get_template("auto", load(shared_data / QWEN))
+    template = get_template("auto", load_tokenizer(shared_data / QWEN))
     for length in (1, 2, 3, 4, 6, 7):
         messages = lead + TOOL_CHAT[:length]
         for tools in (None, TOOLS):
@@ -267,7 +247,7 @@ def test_tools_equal_qwens_chat_template(shared_data, lead):
 
 @pytest.mark.parametrize("name", ["alpaca", "vicuna"])
 def test_tools_as_text_follow_the_templates_own_system_prompt(shared_data, name):
-    template = get_template(name, load(shared_data / MISTRAL))
+    template = get_template(name, load_tokenizer(shared_data / MISTRAL))
     default = template.facts.default_system
     assert default.startswith(("Below is an instruction", "A chat between"))
     text = template.render(TOOL_CHAT, TOOLS)
@@ -278,7 +258,7 @@ def test_tools_as_text_follow_the_templates_own_system_prompt(shared_data, name)
 
 def test_tools_as_text_without_a_system_prompt(shared_data):
     """Mistral's own template has no place for one: the tools stand before the question."""
-    template = get_template("auto", load(shared_data / MISTRAL))
+    template = get_template("auto", load_tokenizer(shared_data / MISTRAL))
     text = template.render(TOOL_CHAT, TOOLS)
     assert text.startswith("<s>[INST] # Tools\n\n") and "</tool_call>\n\n天气? [/INST]" in text
 
@@ -292,95 +272,19 @@ def test_markers(shared_data):
         ("chatml", QWEN, [151644, 77091, 198]),
         ("llama3", LLAMA3, [128000, 128006, 78191, 128007, 271]),
     ):
-        assert get_template(name, load(shared_data / folder)).encode_marker() == ids
+        assert get_template(name, load_tokenizer(shared_data / folder)).encode_marker() == ids
 
 
 def test_stop_tokens(shared_data):
-    qwen, llama3 = load(shared_data / QWEN), load(shared_data / LLAMA3)
+    qwen, llama3 = load_tokenizer(shared_data / QWEN), load_tokenizer(shared_data / LLAMA3)
     assert get_template("chatml", qwen).stop_token_ids([151645, 151643]) == {151645, 151643}
     assert get_template("llama3", llama3).stop_token_ids(None) == {128009, 128001}
     assert get_template("llama3", llama3).stop_token_ids(128008) == {128009, 128001, 128008}
-    assert get_template("alpaca", load(shared_data / TINYLLAMA)).stop_token_ids(2) == {2}
-
-
-def test_default_system_prompt(shared_data, tmp_path):
-    """It is written into the text, so that other programs render it as well."""
-    question, tail = turns("Hi"), "<|im_start|>user\nHi<|im_end|>\n"
-    qwen = load(shared_data / QWEN)
-    assert "You are Qwen" in get_template("auto", qwen).render(question)
-    assert get_template("auto", qwen, default_system="").render(question).endswith(tail)
-    assert get_template("chatml", qwen).render(question) == tail
-    text = 'Say "你好" \\o/,\n\tthen {{ go }} {% on %}.'
-    shutil.copytree(shared_data / QWEN, tmp_path / "saved")
-    for name in ("auto", "chatml", "qwen3"):
-        template = get_template(name, qwen, default_system=text)
-        expected = f"<|im_start|>system\n{text}<|im_end|>\n{tail}"
-        assert template.render(question) == expected
-        assert template.render([SYSTEM, *question]) != expected
-        qwen.save(tmp_path / "saved", template.text)
-        hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-        assert hf.apply_chat_template(question, tokenize=False) == expected
-        # A second time, and read back: the lines are written once.
-        again = get_template("auto", Tokenizer.load(tmp_path / "saved"), default_system=text)
-        assert again.text == template.text
-    with pytest.raises(UserError, match="--default_system contains '<.im_end.>', a control"):
-        get_template("chatml", qwen, default_system="a <|im_end|>")
-    with pytest.raises(UserError, match="default_system: the template auto has no place"):
-        get_template("auto", load(shared_data / MISTRAL), default_system="Be kind.")
-
-
-def test_template_kwargs_are_written_into_the_text(shared_data, tmp_path):
-    path = tmp_path / "own.jinja"
-    path.write_text(
-        "{{ bos_token }}{{ mood }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    )
-    tokenizer = load(shared_data / MISTRAL)
-    kwargs = {"mood": {"of": ["glad", None, 1.5, True, 'a "b"\n']}}
-    template = get_template(str(path), tokenizer, template_kwargs=kwargs)
-    text = template.render(turns("Hi", "Yes"))
-    assert text == "<s>" + str(kwargs["mood"]) + "Hi</s>Yes</s>"
-    assert "mood" in template.text and template.name == str(path)
-    for bad in ({"not a name": 1}, {"x-y": 1}, {"if": 1}):
-        with pytest.raises(UserError, match="--template_kwargs: .* is no name of a variable"):
-            get_template(str(path), tokenizer, template_kwargs=bad)
-
-
-def test_templates_that_do_not_fit_are_refused(shared_data, tmp_path):
-    llama2, llama3 = load(shared_data / TINYLLAMA), load(shared_data / LLAMA3)
-    with pytest.raises(UserError, match="llama3 ends an answer with '<.eot_id.>'"):
-        get_template("llama3", llama2)
-    with pytest.raises(UserError, match="unknown template 'lama'; choose one of auto, alpaca, .*"):
-        get_template("lama", llama2)
-    with pytest.raises(UserError, match="no chat template.*alpaca"):
-        get_template("auto", llama3)
-    with pytest.raises(UserError, match="there is no such file"):
-        get_template("nothing.jinja", llama3)
-    big = tmp_path / "big.jinja"
-    big.write_text("a" * (MAX_TEMPLATE + 1))
-    with pytest.raises(UserError, match="1,048,577 characters; 1,048,576 is the limit"):
-        get_template(str(big), llama3)
-
-
-def test_the_template_of_a_training(shared_data, tmp_path):
-    tokenizer = load(shared_data / QWEN)
-    text = get_template("alpaca", tokenizer, "Be kind.").text
-    (tmp_path / "options.toml").write_text('template = "alpaca"\ndefault_system = "Be kind."\n')
-    expected = get_template("alpaca", tokenizer, "Be kind.")
-    for _ in range(2):  # by its name, then by its text
-        template = trained_template("auto", tokenizer, tmp_path)
-        assert template.text == text and template.encode_prompt(CHAT[:3]) == expected.encode_prompt(
-            CHAT[:3]
-        )
-        (tmp_path / "chat_template.jinja").write_text(text)
-    assert (
-        trained_template("chatml", tokenizer, tmp_path)
-        .render(turns("Hi"))
-        .startswith("<|im_start|>system\nBe kind.<|im_end|>")
-    )
+    assert get_template("alpaca", load_tokenizer(shared_data / TINYLLAMA)).stop_token_ids(2) == {2}
 
 
 def test_show_colours_what_is_learned(tiny_tokenizer_dir):
-    template = get_template("chatml", load(tiny_tokenizer_dir))
+    template = get_template("chatml", load_tokenizer(tiny_tokenizer_dir))
     [example] = template.encode(turns("你", "猫 the cat"))
     assert template.show(example.ids, example.supervised) == (
         "<s><|im_start|>user\n你<|im_end|>\n<|im_start|>assistant\n"

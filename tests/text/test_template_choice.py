@@ -1,0 +1,91 @@
+"""Where a template's text comes from: names, files, settings, and the template of a training."""
+
+import shutil
+
+import pytest
+import transformers
+from real_tokenizers import LLAMA3, MISTRAL, QWEN, TINYLLAMA, load_tokenizer
+
+from minisft.common.errors import UserError
+from minisft.text.render_process import MAX_TEMPLATE
+from minisft.text.template_choice import get_template, trained_template
+from minisft.text.tokenizer import Tokenizer
+
+SYSTEM = {"role": "system", "content": "Be brief.\nBe kind."}
+QUESTION = [{"role": "user", "content": "Hi"}]
+
+
+def test_default_system_prompt(shared_data, tmp_path):
+    """It is written into the text, so that other programs render it as well."""
+    question, tail = QUESTION, "<|im_start|>user\nHi<|im_end|>\n"
+    qwen = load_tokenizer(shared_data / QWEN)
+    assert "You are Qwen" in get_template("auto", qwen).render(question)
+    assert get_template("auto", qwen, default_system="").render(question).endswith(tail)
+    assert get_template("chatml", qwen).render(question) == tail
+    text = 'Say "你好" \\o/,\n\tthen {{ go }} {% on %}.'
+    shutil.copytree(shared_data / QWEN, tmp_path / "saved")
+    for name in ("auto", "chatml", "qwen3"):
+        template = get_template(name, qwen, default_system=text)
+        expected = f"<|im_start|>system\n{text}<|im_end|>\n{tail}"
+        assert template.render(question) == expected
+        assert template.render([SYSTEM, *question]) != expected
+        qwen.save(tmp_path / "saved", template.text)
+        hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+        assert hf.apply_chat_template(question, tokenize=False) == expected
+        # A second time, and read back: the lines are written once.
+        again = get_template("auto", Tokenizer.load(tmp_path / "saved"), default_system=text)
+        assert again.text == template.text
+    with pytest.raises(UserError, match="--default_system contains '<.im_end.>', a control"):
+        get_template("chatml", qwen, default_system="a <|im_end|>")
+    with pytest.raises(UserError, match="default_system: the template auto has no place"):
+        get_template("auto", load_tokenizer(shared_data / MISTRAL), default_system="Be kind.")
+
+
+def test_template_kwargs_are_written_into_the_text(shared_data, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{{ bos_token }}{{ mood }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(shared_data / MISTRAL)
+    kwargs = {"mood": {"of": ["glad", None, 1.5, True, 'a "b"\n']}}
+    template = get_template(str(path), tokenizer, template_kwargs=kwargs)
+    text = template.render([*QUESTION, {"role": "assistant", "content": "Yes"}])
+    assert text == "<s>" + str(kwargs["mood"]) + "Hi</s>Yes</s>"
+    assert "mood" in template.text and template.name == str(path)
+    for bad in ({"not a name": 1}, {"x-y": 1}, {"if": 1}):
+        with pytest.raises(UserError, match="--template_kwargs: .* is no name of a variable"):
+            get_template(str(path), tokenizer, template_kwargs=bad)
+
+
+def test_templates_that_do_not_fit_are_refused(shared_data, tmp_path):
+    llama2, llama3 = load_tokenizer(shared_data / TINYLLAMA), load_tokenizer(shared_data / LLAMA3)
+    with pytest.raises(UserError, match="llama3 ends an answer with '<.eot_id.>'"):
+        get_template("llama3", llama2)
+    with pytest.raises(UserError, match="unknown template 'lama'; choose one of auto, alpaca, .*"):
+        get_template("lama", llama2)
+    with pytest.raises(UserError, match="no chat template.*alpaca"):
+        get_template("auto", llama3)
+    with pytest.raises(UserError, match="there is no such file"):
+        get_template("nothing.jinja", llama3)
+    big = tmp_path / "big.jinja"
+    big.write_text("a" * (MAX_TEMPLATE + 1))
+    with pytest.raises(UserError, match="1,048,577 characters; 1,048,576 is the limit"):
+        get_template(str(big), llama3)
+
+
+def test_the_template_of_a_training(shared_data, tmp_path):
+    tokenizer = load_tokenizer(shared_data / QWEN)
+    text = get_template("alpaca", tokenizer, "Be kind.").text
+    (tmp_path / "options.toml").write_text('template = "alpaca"\ndefault_system = "Be kind."\n')
+    expected = get_template("alpaca", tokenizer, "Be kind.")
+    for _ in range(2):  # by its name, then by its text
+        template = trained_template("auto", tokenizer, tmp_path)
+        assert template.text == text and template.encode_prompt(QUESTION) == expected.encode_prompt(
+            QUESTION
+        )
+        (tmp_path / "chat_template.jinja").write_text(text)
+    assert (
+        trained_template("chatml", tokenizer, tmp_path)
+        .render(QUESTION)
+        .startswith("<|im_start|>system\nBe kind.<|im_end|>")
+    )
