@@ -17,7 +17,6 @@ Which choice gives the ids of training is found by trying: `llama_cpp_ids` token
 
 import re
 from dataclasses import dataclass, field
-from operator import eq
 
 from minisft.common.errors import UserError
 from minisft.text.chat_template import ChatTemplate
@@ -72,13 +71,15 @@ def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
     wanted = [ids_in_one_piece(template, rendered) for rendered in texts]
     choices = [(True, ""), (False, ""), (False, " ")] if add_space else [(False, "")]
 
-    def num_equal(choice: tuple[bool, str], template: ChatTemplate = template) -> int:
-        space, written = choice
-        ids = (llama_cpp_ids(template, written + each, add_bos, space) for each in texts)
-        return sum(map(eq, ids, wanted))
-
-    best = space, written = max(choices, key=num_equal)
-    if num_equal(best) < len(texts):
+    counts = [
+        sum(
+            llama_cpp_ids(template, written + each, add_bos, space) == ids
+            for each, ids in zip(texts, wanted, strict=True)
+        )
+        for space, written in choices
+    ]
+    space, written = choices[counts.index(max(counts))]
+    if max(counts) < len(texts):
         notes.append(why_ids_differ(template, texts, add_bos))
     if space != add_space:
         notes.append(

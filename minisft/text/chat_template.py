@@ -24,16 +24,16 @@ are the ids of the same prompt in use.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from os.path import commonprefix
 from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.text.control_tokens import ControlTokens, Match
-from minisft.text.conversation import Conversation, check_written, prepare
+from minisft.text.conversation import Conversation, prepare
 from minisft.text.jinja_template import JinjaTemplate
-from minisft.text.marks import Span, without_marks
+from minisft.text.marks import Span
 from minisft.text.messages import Message
 from minisft.text.tokenizer import StreamDecoder, Tokenizer
+from minisft.text.turns import Turn, find_turns
 
 # Control characters, which would change the terminal, are shown as text.
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -45,22 +45,6 @@ class TokenizedText:
 
     ids: list[int]
     supervised: list[bool]
-
-
-@dataclass
-class Turn:
-    """An answer in its conversation: text[:start] is its prompt, text[answer:] the answer.
-
-    Between start and answer stands an empty think block, if anything. message_spans: where message
-    texts stand in the text.
-    """
-
-    text: str
-    start: int
-    answer: int
-    learned: bool
-    has_calls: bool
-    message_spans: list[Span]
 
 
 class ChatTemplate:
@@ -99,9 +83,8 @@ class ChatTemplate:
         UserError if the template cannot express the conversation.
         """
         conversation = self._prepare(messages, tools)
-        turns = self._turns(conversation)
         examples = []
-        for chain in chains(turns):
+        for chain in chains(find_turns(conversation, self.jinja)):
             while chain and not chain[-1].learned:
                 chain.pop()
             if chain:
@@ -116,7 +99,7 @@ class ChatTemplate:
         text, spans = self._write(conversation, {"add_generation_prompt": True})
         # Cut where training cuts: at the earlier answers that this prompt begins with.
         try:
-            earlier = self._turns(conversation)
+            earlier = find_turns(conversation, self.jinja)
         except UserError:  # they can be read, though they could not be learned
             earlier = []
         regions, following = [], text
@@ -173,58 +156,6 @@ class ChatTemplate:
         spans = self.jinja.message_spans(text, conversation, None, variables)
         return text, spans
 
-    def _turns(self, conversation: Conversation) -> list[Turn]:
-        """Each answer behind its prompt; UserError if one cannot be learned there."""
-        renders: list[tuple[int, dict[str, Any]]] = []
-        for place in conversation.answers:
-            has_thoughts = bool(conversation.messages[place].get("reasoning_content"))
-            variables = {"enable_thinking": True} if has_thoughts else {}
-            renders.append((place, {"add_generation_prompt": True, **variables}))
-            renders.append((place + 1, variables))
-        texts = iter(self.jinja.render(conversation.messages, conversation.tools, renders))
-        return [
-            self._turn(conversation, place, variables, prompt=next(texts), text=next(texts))
-            for place, (_, variables) in zip(conversation.answers, renders[1::2], strict=True)
-        ]
-
-    def _turn(
-        self,
-        conversation: Conversation,
-        place: int,
-        variables: dict[str, Any],
-        prompt: str,
-        text: str,
-    ) -> Turn:
-        """The answer messages[place], where the template has written `prompt` and `text`."""
-        messages, message = conversation.messages, conversation.messages[place]
-        spans = self.jinja.message_spans(text, conversation, place + 1, variables)
-        prompt, (text, _, generated) = without_marks(prompt)[0], without_marks(text)
-        if not text.startswith(prompt):
-            answer = answer_behind(messages[place - 1]["content"].strip(), prompt, text)
-            if answer is None:
-                raise UserError(where_they_part(prompt, text))
-            asks = {"add_generation_prompt": True, **variables}
-            answer_place = len(text) - len(answer)
-            moved = len(prompt) - answer_place
-            in_answer = [(a + moved, b + moved) for a, b in spans if a >= answer_place]
-            spans = self.jinja.message_spans(prompt, conversation, place, asks) + in_answer
-            text = prompt + answer
-        start = answer_start = len(prompt)
-        if "reasoning_content" not in message and (
-            empty := self.facts.empty_thought.match(text, start)
-        ):
-            answer_start = empty.end()
-        check_written(message, text[answer_start:], place + 1)
-        if messages[0]["role"] == "system":
-            check_written(messages[0], text, 1)
-        if generated and not any(begin <= answer_start < end for begin, end in generated):
-            raise UserError(
-                "the template's {% generation %} blocks do not contain the answer "
-                f"{text[answer_start : answer_start + 40]!r}"
-            )
-        has_calls = "tool_calls" in message
-        return Turn(text, start, answer_start, conversation.learned[place], has_calls, spans)
-
     def _encode_chain(self, chain: list[Turn]) -> TokenizedText:
         """The example of answers that share a text, that of the last answer."""
         text, spans = chain[-1].text, chain[-1].message_spans
@@ -272,29 +203,3 @@ def chains(turns: list[Turn]) -> list[list[Turn]]:
         else:
             runs.append([turn])
     return runs
-
-
-def answer_behind(question: str, prompt: str, text: str) -> str | None:
-    """The answer in a text that differs from its prompt only before the question.
-
-    Mistral-Nemo writes the system prompt into the last question, and only while it is the last
-    message. None if that is not how they differ.
-    """
-    if not question or question not in prompt or question not in text:
-        return None
-    after_prompt, after_text = prompt.rpartition(question)[2], text.rpartition(question)[2]
-    if after_prompt and after_text.startswith(after_prompt):
-        return after_text[len(after_prompt) :]
-    return None
-
-
-def where_they_part(prompt: str, text: str) -> str:
-    """Why an answer cannot be learned behind its prompt."""
-    place = len(commonprefix([prompt, text]))
-    return (
-        "the template's prompt is not the beginning of its conversation: after "
-        f"{prompt[max(0, place - 30) : place]!r} the prompt goes on with "
-        f"{prompt[place : place + 40]!r}, the conversation with {text[place : place + 40]!r}. So "
-        "the answer cannot be learned behind its prompt. --template_kwargs may change this; else "
-        "choose another --template"
-    )

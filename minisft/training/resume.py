@@ -150,6 +150,7 @@ def template_date(options: Namespace) -> str:
     """The date that the chat template sees: that of the run which is resumed, by default now."""
 
     def find() -> str:
+        """The date for all ranks, read on rank 0."""
         which = options.resume_from_checkpoint
         if options.template_date or not which:
             return options.template_date or datetime.now().isoformat(timespec="seconds")

@@ -23,7 +23,8 @@ POINTER = (
 )
 
 
-def replaced(path):
+def raises_for_pointer(path):
+    """Make a file a Git LFS pointer; expect the error that names it and says `git lfs pull`."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(POINTER)
     return pytest.raises(UserError, match=f"{path}: this is a Git LFS pointer.*git lfs pull")
@@ -31,25 +32,25 @@ def replaced(path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_checkpoint(name, checkpoint):
-    with replaced(checkpoint / name):
+    with raises_for_pointer(checkpoint / name):
         load_model(checkpoint)
 
 
 def test_index(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    with replaced(checkpoint / "model.safetensors.index.json"):
+    with raises_for_pointer(checkpoint / "model.safetensors.index.json"):
         load_model(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_tokenizer(name, checkpoint):
-    with replaced(checkpoint / name):
+    with raises_for_pointer(checkpoint / name):
         Tokenizer.load(checkpoint)
 
 
 def test_sentencepiece(checkpoint):
     (checkpoint / "tokenizer.json").unlink()
-    with replaced(checkpoint / "tokenizer.model"):
+    with raises_for_pointer(checkpoint / "tokenizer.model"):
         Tokenizer.load(checkpoint)
 
 
@@ -58,12 +59,12 @@ def test_adapter(name, checkpoint, tmp_path):
     model, config = load_model(checkpoint), LoraConfig()
     add_lora(model, config)
     save_adapter(model, tmp_path / "adapter", config, checkpoint)
-    with replaced(tmp_path / "adapter" / name):
+    with raises_for_pointer(tmp_path / "adapter" / name):
         load_adapter(load_model(checkpoint), tmp_path / "adapter")
 
 
 def test_gguf(tmp_path):
-    with replaced(tmp_path / "model.gguf"):
+    with raises_for_pointer(tmp_path / "model.gguf"):
         resolve(tmp_path / "model.gguf")
 
 
@@ -71,19 +72,19 @@ def test_gguf(tmp_path):
     ("name", "plain_text"), [("a.json", False), ("a.jsonl", False), ("a.txt", True)]
 )
 def test_data(name, plain_text, tmp_path):
-    with replaced(tmp_path / name):
+    with raises_for_pointer(tmp_path / name):
         open_records(tmp_path / name, plain_text)
 
 
 def test_dataset_info(tmp_path):
-    with replaced(tmp_path / "dataset_info.json"):
+    with raises_for_pointer(tmp_path / "dataset_info.json"):
         find_sources("alpaca", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mmlu.zip", "val/law_val.csv"])
 def test_benchmarks(name, tmp_path):
     root = tmp_path / name if name.endswith(".zip") else tmp_path
-    with replaced(tmp_path / name):
+    with raises_for_pointer(tmp_path / name):
         read_subjects(BENCHMARKS["mmlu"], root, split="val")
 
 
