@@ -11,10 +11,12 @@ A refused line does not end the conversation, but the exit status is then 2. Ans
 output, everything else to standard error.
 """
 
+import json
 import os
 import sys
 from argparse import Namespace
 from functools import partial
+from typing import Any
 
 from minisft.chat.options import parse_options, read_question, read_system
 from minisft.common.script import run_script
@@ -35,6 +37,7 @@ from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.model_flags import dtype_option
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
+from minisft.text.template_choice import setting
 
 # The KV caches that the web page keeps for the next turns of conversations. With --compile every
 # cache takes the memory of the longest conversation.
@@ -62,6 +65,7 @@ def main(options: Namespace | None = None) -> None:
     transcript = Transcript(options.log)
 
     assistants = load_assistants(options)
+    report_unused(options, assistants)
     for assistant in assistants:
         if system:
             name = f"--identity {options.identity}" if options.identity else "--system"
@@ -93,7 +97,16 @@ def load_assistants(options: Namespace) -> list[Assistant]:
 
     def load(adapter: str | None, template: str) -> Assistant:
         return Assistant(
-            path, adapter, template, device, dtype, options.max_length, bits, base_model
+            path,
+            adapter,
+            template,
+            device,
+            dtype,
+            options.max_length,
+            bits,
+            base_model,
+            template_kwargs=read_kwargs(options),
+            enable_thinking=options.enable_thinking,
         )
 
     assistants = [load(options.adapter, options.template)]
@@ -107,6 +120,29 @@ def load_assistants(options: Namespace) -> list[Assistant]:
     return assistants
 
 
+def read_kwargs(options: Namespace) -> dict[str, Any] | None:
+    """The variables that --template_kwargs gives to the chat template."""
+    return options.template_kwargs and json.loads(options.template_kwargs)
+
+
+def report_unused(options: Namespace, assistants: list[Assistant]) -> None:
+    """Say which flags do not change the prompts of a model's chat template."""
+    for assistant in assistants:
+        template, unused = assistant.template, []
+        if options.enable_thinking is not None and not template.facts.has_thinking_switch:
+            unused.append(f"--enable_thinking {str(options.enable_thinking).lower()}")
+        for name, value in (read_kwargs(options) or {}).items():
+            # The text begins with a line that sets the variable.
+            if template.text.count(name) == setting(name, value).count(name):
+                unused.append(f"--template_kwargs {name}")
+        for flag in unused:
+            print(
+                f"{flag} has no effect: the template {template.name} of {assistant.name} does not "
+                "read it",
+                file=sys.stderr,
+            )
+
+
 def answer_file(
     options: Namespace, assistant: Assistant, sampling: Sampling, system: str | None
 ) -> None:
@@ -115,6 +151,8 @@ def answer_file(
         "model_name_or_path": options.model_name_or_path,
         "adapter": options.adapter,
         "template": options.template,
+        "template_kwargs": options.template_kwargs,
+        "enable_thinking": options.enable_thinking,
         "max_length": options.max_length,
         "quantization_bit": options.quantization_bit,
     }

@@ -23,7 +23,7 @@ from minisft.chat.markup import original, shown
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
 from minisft.data.formats import Message
-from minisft.generation.answer import Answer
+from minisft.generation.answer import Answer, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
 
@@ -36,10 +36,11 @@ View = tuple[list[list[Message]], str, str | None]
 
 @dataclass
 class Turn:
-    """A question, and the answer of each model so far."""
+    """A question, and the answer and the thoughts of each model so far."""
 
     question: str
     answers: list[str]
+    thoughts: list[str]
 
 
 @dataclass
@@ -91,13 +92,14 @@ class Page:
         return self._answer(talk, earlier, last.question, system, values)
 
     def edit(
-        self, talk: Talk, index: int, question: str, system: str, *values: Any
+        self, talk: Talk, index: int, question: str, system: str, *values: Any, place: int = 0
     ) -> Iterator[View]:
-        """Replace the question in message `index` and drop everything after it.
+        """Replace the question in message `index` of a chat and drop everything after it.
 
-        question: as edited in the browser, with the marks of `shown`.
+        question: as edited in the browser, with the marks of `shown`. place: of the chat.
         """
-        earlier = talk.turns[: index // 2]
+        before = self.view(talk, "")[0][place][:index]
+        earlier = talk.turns[: sum(message["role"] == "user" for message in before)]
         return self._answer(talk, earlier, original(question), system, values)
 
     def stop(self, talk: Talk) -> None:
@@ -125,6 +127,12 @@ class Page:
             messages = []
             for turn in talk.turns:
                 messages.append({"role": "user", "content": shown(turn.question)})
+                if thoughts := turn.thoughts[place]:
+                    # gradio shows a block with a title; it is closed once its status is "done".
+                    is_done = bool(turn.answers[place]) or not talk.busy
+                    block = {"title": "Thoughts", "status": "done" if is_done else "pending"}
+                    message = {"role": "assistant", "content": shown(thoughts), "metadata": block}
+                    messages.append(message)
                 answer = shown(turn.answers[place]) or "…"
                 messages.append({"role": "assistant", "content": answer})
             chats.append(messages)
@@ -136,7 +144,7 @@ class Page:
         for turn in turns:
             if turn.answers[place].strip():
                 messages.append({"role": "user", "content": turn.question})
-                messages.append({"role": "assistant", "content": turn.answers[place]})
+                messages.append(answer_message(turn.answers[place], turn.thoughts[place]))
         return messages
 
     def _answer(
@@ -158,7 +166,7 @@ class Page:
             yield self.view(talk, "An answer is still being written: stop it first.", refused)
             return
         previous, notes = talk.turns, []
-        turn = Turn(question, [""] * len(self.assistants))
+        turn = Turn(question, [""] * len(self.assistants), [""] * len(self.assistants))
         turns = talk.turns = [*earlier, turn]
         talk.busy, talk.stopping = True, False
         try:
@@ -177,6 +185,7 @@ class Page:
                 last_view = 0.0
                 for _ in zip_longest(*pieces):  # a token of each answer in turn
                     turn.answers = [answer.text for answer in answers]
+                    turn.thoughts = [answer.reasoning_content for answer in answers]
                     if talk.stopping or talk.turns is not turns:
                         notes.append("Stopped.")
                         break

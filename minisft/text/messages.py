@@ -100,6 +100,11 @@ def _standard(message: Any) -> Message:
     return standard
 
 
+def without_thoughts(message: Message) -> Message:
+    """A message without its thoughts."""
+    return {name: value for name, value in message.items() if name not in THOUGHTS}
+
+
 def content_text(content: Any, role: str) -> str:
     """The content of a message as text. A tool's result may be any JSON value."""
     if content is None or isinstance(content, str):

@@ -16,6 +16,7 @@ from os.path import commonprefix
 from typing import Any
 
 from minisft.text.control_tokens import ControlTokens
+from minisft.text.marks import without_marks
 from minisft.text.rendering import TemplateError
 
 # What the probes say. No template contains these words.
@@ -43,6 +44,23 @@ class CallForm:
 
     arguments_as_text: bool
     with_ids: bool
+
+
+@dataclass(frozen=True)
+class ThoughtMarks:
+    """opening stands before thoughts, closing between thoughts and answer, without white space
+    around them. A prompt that ends with `opening` has opened the thoughts itself."""
+
+    opening: str
+    closing: str
+
+
+# Of templates that show thoughts in the prompt for an answer only.
+COMMON_MARKS = (
+    ThoughtMarks("<think>", "</think>"),
+    ThoughtMarks("<|START_THINKING|>", "<|END_THINKING|>"),
+    ThoughtMarks("<|channel>thought", "<channel|>"),
+)
 
 
 class TemplateFacts:
@@ -153,18 +171,20 @@ class TemplateFacts:
         return self._writes(THOUGHT, [USER, answer], self.empty_tools, enable_thinking=True)
 
     @cached_property
-    def thought_marks(self) -> tuple[str, str] | None:
-        """(what comes before thoughts, what comes between thoughts and answer), without white space
-        around them; None if the template shows no thoughts."""
-        if not self.knows_thoughts:
-            return None
+    def thought_marks(self) -> ThoughtMarks | None:
+        """What separates thoughts from answers; None if the template has no thoughts."""
+        on, off = (self._prompt(enable_thinking=value, thinking=value) for value in (True, False))
+        if not self.knows_thoughts:  # it leaves them out of finished turns
+            openings = (on + off).replace(QUESTION, "")
+            return next((marks for marks in COMMON_MARKS if marks.opening in openings), None)
         answer = {**ASSISTANT, "reasoning_content": THOUGHT, "thinking": THOUGHT}
-        text = self._render([USER, answer], self.empty_tools, enable_thinking=True)
-        found = re.search(f"{THOUGHT}(.*?){ANSWER}", text, re.DOTALL)
-        prompt = commonprefix([text, self._prompt(enable_thinking=True)])
-        before = text[: text.find(THOUGHT)].rstrip()
-        opened = before[len(prompt.rstrip()) :].strip() or before.split("\n")[-1]
-        return (opened, found[1].strip()) if found and found[1].strip() else None
+        text = self._render([USER, answer], self.empty_tools, enable_thinking=True, thinking=True)
+        before, _, after = without_marks(text)[0].partition(THOUGHT)
+        closing = after.partition(ANSWER)[0].strip() if ANSWER in after else ""
+        opening = before.rstrip().removeprefix(on.rstrip()).strip()
+        if not before.startswith(on.rstrip()) or not opening:
+            opening = last_mark(on.rstrip(), off.rstrip())
+        return ThoughtMarks(opening, closing) if opening and closing else None
 
     @cached_property
     def knows_tools(self) -> bool:
@@ -204,6 +224,17 @@ class TemplateFacts:
 
     def _spelling(self, id: int) -> str:
         return next(text for text, other in self._tokens.ids.items() if other == id)
+
+
+def last_mark(prompt: str, other: str) -> str:
+    """The shortest end of a prompt that begins with a bracket or a line, and is not `other`'s end.
+
+    `other` is the prompt without thoughts; if it is equal, the shortest end of all.
+    """
+    for start in reversed([found.start() for found in re.finditer(r"(?<=\n)|[<\[]", prompt)]):
+        if prompt == other or not other.endswith(prompt[start:]):
+            return prompt[start:]
+    return prompt
 
 
 def with_call_form(messages: list[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
         answered.extend(conversations)
         return answer(conversations, *arguments, **more)
 
-    assistant.inference = interrupted
+    assistant.answer = interrupted
     with pytest.raises(KeyboardInterrupt):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2)
     assert "6 of 11 answers are in" in capsys.readouterr().err
