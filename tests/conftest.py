@@ -137,7 +137,8 @@ def tiny_chat_model_dir(tmp_path_factory, tiny_tokenizer_dir):
         (folder / file.name).write_bytes(file.read_bytes())
     path = folder / "tokenizer_config.json"
     turn = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    template = "{% for message in messages %}" + turn + "{% endfor %}"
+    opening = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    template = "{% for message in messages %}" + turn + "{% endfor %}" + opening
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
     torch.manual_seed(3)
     config = transformers.LlamaConfig(

@@ -36,7 +36,7 @@ from minisft.data.formats import (
     with_system,
 )
 from minisft.data.records import open_records
-from minisft.data.row_values import BadRow, check_unicode, object_of, string_of
+from minisft.data.row_values import BadRow, check_text_only, check_unicode, object_of, string_of
 from minisft.generation.answer import Response, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
@@ -209,6 +209,7 @@ class Answers:
 def parse_prompt(record: Any) -> tuple[Messages, Tools]:
     """The messages of a record up to where its answer begins, and its tools."""
     record = object_of({"prompt": record} if isinstance(record, str) else record)
+    check_text_only(record)
     column = next((name for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), None)
     if "instruction" in record:
         messages = alpaca_prompt(record)

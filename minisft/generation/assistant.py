@@ -236,7 +236,7 @@ class Assistant:
         say: Callable[[str], object] = warnings.warn,
     ) -> list[int]:
         """The token ids of the messages that fit. UserError if they are not in the vocabulary."""
-        check_messages(messages, tools)
+        messages = check_messages(messages, tools)
         if not self.template.facts.knows_thoughts:  # it leaves the thoughts of earlier turns out
             messages = [without_thoughts(message) for message in messages]
         kept = self.context.fit(messages, sampling.max_new_tokens, tools)

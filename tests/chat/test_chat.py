@@ -455,7 +455,7 @@ def test_terminal_with_ctrl_c(terminal, oracle, tmp_path):
     """While the first, tenth and nineteenth token of three answers is computed; at the prompt."""
     told, saved = tmp_path / "told", tmp_path / "saved.json"
     screen = terminal(standing=standing_still(TOKEN, [1, 11, 30], told))
-    assert "template chatml · cpu float32 · context 20000" in screen.wait_for("/help lists")
+    assert "template auto · cpu float32 · context 20000" in screen.wait_for("/help lists")
     for number in (1, 2, 3):
         screen.wait_for(PROMPT)
         screen.press("/reset\r")

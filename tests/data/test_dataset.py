@@ -130,9 +130,9 @@ class TestFormats:
         assert conversation_of(tmp_path, record)[0] == [
             {"role": "system", "content": "S"},
             user("Q"),
-            assistant("", tool_calls=[expected, expected]),
-            {"role": "tool", "content": "2"},
-            {"role": "tool", "content": "3"},
+            assistant("", tool_calls=[{**expected, "id": "a"}, {**expected, "id": "b"}]),
+            {"role": "tool", "tool_call_id": "a", "content": "2"},
+            {"role": "tool", "tool_call_id": "b", "content": "3"},
             assistant("A"),
         ]
 
@@ -195,7 +195,32 @@ BROKEN = {
     "turns not a list": ({"conversations": {"a": 1}}, "conversations must be a list"),
     "turn not an object": ({"messages": ["hello"]}, "turn 1: a turn must be a JSON object"),
     "empty turn": ({"messages": [user("")]}, "turn 1: the user turn is empty"),
-    "list content": ({"messages": [user(["a"])]}, "content must be a string"),
+    "content of numbers": ({"messages": [user([3])]}, "turn 1: content is neither text nor a list"),
+    "content with an image": (
+        {
+            "messages": [
+                user([{"type": "text", "text": "Q"}, {"type": "image_url"}]),
+                assistant("A"),
+            ]
+        },
+        "turn 1: content has a part of type image_url; only text",
+    ),
+    "row with images": ({**turns("human", "gpt"), "images": ["a.png"]}, "it has images"),
+    "turn with audio": ({"messages": [user("Q", audio="a.wav"), assistant("A")]}, "it has audio"),
+    "half a weight": ({"messages": [user("Q"), assistant("A", weight=0.5)]}, "weight is 0.5"),
+    "a mask of words": ({"messages": [user("Q"), assistant("A", mask="no")]}, "mask is 'no'"),
+    "a question to learn": (
+        {"messages": [user("Q", train=True), assistant("A")]},
+        "only answers of the assistant",
+    ),
+    "thoughts of a user": (
+        {"messages": [user("Q", reasoning_content="T"), assistant("A")]},
+        "the text of an assistant's thoughts",
+    ),
+    "a call without a name": (
+        {"messages": [user("Q"), assistant("", tool_calls=[{"arguments": {}}])]},
+        "tool_calls: a tool call needs a name",
+    ),
     "bad tools": ({**turns("human", "gpt"), "tools": "[{"}, "in tools, line 1 column 3"),
     "tools of nothing": ({**turns("human", "gpt"), "tools": [1, "add"]}, "a list of objects"),
     "a call by the user": (
