@@ -48,7 +48,7 @@ tests: $(TESTING)
 	$(PYTHON) tests/kernels.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 
-# tests/conftest.py says which tests are slow.
+# tests/marks.py says which tests are slow.
 fast: $(TESTING)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "not slow"
 

@@ -96,6 +96,7 @@ def load_assistants(options: Namespace) -> list[Assistant]:
     base_model = load_model(resolve(path), dtype, device, bits) if options.compare_with else None
 
     def load(adapter: str | None, template: str) -> Assistant:
+        """The model with an adapter."""
         return Assistant(
             path,
             adapter,

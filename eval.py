@@ -220,7 +220,7 @@ def compare(options: Namespace) -> None:
     try:
         draw_bars(results, output_dir / "report.png")
     except ImportError:
-        print("no report.png: matplotlib is not installed (see requirements-extras.txt)")
+        print("no report.png: matplotlib is not installed (see requirements/plot.txt)")
 
     if options.judge_model:
         results["judge"] = judge_answers(options, results, output_dir / "verdicts.jsonl")

@@ -28,20 +28,25 @@ else:
 import torch
 
 from minisft.checkpoints import adapters, folders
+from minisft.checkpoints.adapter_forms import (
+    read_adapter,
+    refuse_untrainable,
+    tokenizer_dir,
+)
 from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
-from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
-from minisft.common.model_flags import dtype_option
+from minisft.common.model_flags import TEMPLATE_FLAGS, dtype_option, template_options
 from minisft.common.outputs import (
     check_output_dir,
     check_output_file,
     recorded_options,
     save_options,
 )
-from minisft.common.tensor_files import ADAPTER_CONFIG, parse_size
+from minisft.common.tensor_files import parse_size
 from minisft.gguf.reader import is_gguf
 from minisft.model.lora import merge_lora
 from minisft.text.saved_form import saved_form
@@ -54,7 +59,7 @@ def main(options: Namespace | None = None) -> None:
     output = check_output(options)
     max_shard_size = parse_size(options.max_shard_size)
     model_dir = resolve(options.model_name_or_path)
-    adapter_dir = resolve(options.adapter, ADAPTER_CONFIG) if options.adapter else None
+    adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
     if adapter_dir and (note := quantization_note(options, adapter_dir)):
         print(f"note: {note}")
     if options.format in FILE_FORMATS:
@@ -100,7 +105,13 @@ def write_file(options: Namespace, model_dir: Path, adapter_dir: Path | None, ou
         paths = [options.model_name_or_path, options.adapter]
         name = " + ".join(Path(path).resolve().name for path in paths if path)
         report = export_model(
-            model_dir, output, options.quantization, adapter_dir, name, options.template
+            model_dir,
+            output,
+            options.quantization,
+            adapter_dir,
+            name,
+            options.template,
+            **template_options(options),
         )
     print(f"wrote {output}: {report.summary}")
     for note in report.notes:
@@ -117,13 +128,17 @@ def write_folder(
     is_reward_model = has_head(model_dir, adapter_dir)
     load = load_reward_model if is_reward_model else folders.load_model
     model = load(model_dir, stored_dtype, device, options.quantization_bit)
+    if adapter_dir and options.format == "peft":
+        forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+        refuse_untrainable(forms, "written again")
     lora_config = adapters.load_adapter(model, adapter_dir) if adapter_dir else None
 
     # Other programs must use the chat template of the training.
     trained_dir = adapter_dir or model_dir  # where train.py has left its options
-    tokenizer = Tokenizer.load(model_dir)
+    tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     listed_stops = folders.generation_eos(model_dir, model.config)
-    form = saved_form(tokenizer, options.template, trained_dir, listed_stops)
+    choices = template_options(options)
+    form = saved_form(tokenizer, options.template, trained_dir, listed_stops, **choices)
     if is_reward_model:
         choose_padding(model, tokenizer, form.stop_ids)
 
@@ -134,11 +149,18 @@ def write_folder(
         folders.save_model(model, output, dtype, max_shard_size)
         folders.save_generation_config(model_dir, output, model.config, form.stop_ids)
     tokenizer.save(output, form.chat_template)
-    trained = recorded_options(trained_dir)
-    template = trained.get("template") if options.template == "auto" else options.template
-    record = Namespace(template=template, default_system=trained.get("default_system"))
-    save_options(record, output / "options.toml")  # for chat.py
+    save_options(record_for_chat(options, trained_dir), output / "options.toml")
     print(f"wrote {output}")
+
+
+def record_for_chat(options: Namespace, trained_dir: Path) -> Namespace:
+    """The template and its settings, which chat.py and later trainings read."""
+    trained = recorded_options(trained_dir)
+    given = {name: getattr(options, name) for name in TEMPLATE_FLAGS}
+    given["template"] = None if options.template == "auto" else options.template
+    return Namespace(
+        **{name: trained.get(name) if value is None else value for name, value in given.items()}
+    )
 
 
 if __name__ == "__main__":

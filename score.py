@@ -32,15 +32,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import load_model
-from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import check_head, load_reward_model
 from minisft.common import processes
-from minisft.common.devices import resolve_device, resolve_dtype
+from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.model_flags import dtype_option, template_options
 from minisft.common.outputs import check_output_file
-from minisft.common.tensor_files import ADAPTER_CONFIG
 from minisft.model.config import ModelConfig
 from minisft.model.lora import merge_lora
 from minisft.model.quantized import convert_parameters
@@ -72,24 +72,20 @@ def main(options: Namespace | None = None) -> None:
         check_output_file("--output", path, [file.records.path for file in rows.files])
 
     model_dir = resolve(options.model_name_or_path)
-    adapter_dir = options.adapter and resolve(options.adapter, ADAPTER_CONFIG)
+    adapter_dir = options.adapter and resolve_adapter(options.adapter)
     config = ModelConfig.load(model_dir)
+    config.vocab_size = vocabulary_size(config, adapter_dir)
     scorer = build_scorer(options, config, model_dir, adapter_dir)
     writer = None
     if processes.rank() == 0:  # it writes, and knows which rows are done already
         record = score_record(options, rows, is_drawn, model_dir, adapter_dir, scorer, dtype)
         writer = ScoreWriter(
-            options.output,
-            record,
-            len(rows),
-            scorer.parts,
-            config.hidden_size,
-            options.overwrite,
+            options.output, record, len(rows), scorer.parts, config.hidden_size, options.overwrite
         )
     pending = processes.broadcast_from_rank0(lambda: writer and writer.pending())
     say(
         f"{len(rows):,} rows, {len(pending):,} to do; template {scorer.template.name}, {device}, "
-        f"{str(dtype).removeprefix('torch.')}, {processes.world_size()} process(es)"
+        f"{dtype_name(dtype)}, {processes.world_size()} process(es)"
     )
 
     # The weights come last, since they are slow to load: mistakes above show at once.
@@ -115,7 +111,7 @@ def build_scorer(
         check_head(model_dir, adapter_dir)
     template = trained_template(
         options.template,
-        Tokenizer.load(model_dir),
+        Tokenizer.load(tokenizer_dir(model_dir, adapter_dir)),
         adapter_dir or model_dir,
         **template_options(options),
         now=None if options.overwrite else recorded_date(options.output),

@@ -30,7 +30,8 @@ else:
 import torch
 from torch import Tensor
 
-from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import choose_padding
 from minisft.common import processes
 from minisft.common.devices import resolve_device, resolve_dtype
@@ -41,8 +42,7 @@ from minisft.data.batching import Batches, micro_batches
 from minisft.data.encoding import Example
 from minisft.evaluation.exact_match import exact_match
 from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model, RewardModel
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import plan, resume
@@ -50,7 +50,7 @@ from minisft.training.build import build_model, describe_training
 from minisft.training.data import load_data, load_template, show_samples, training_steps
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
-from minisft.training.objective import NextToken, Objective, mean_figures, perplexity
+from minisft.training.objective import NextToken, Objective, mean_metrics, perplexity
 from minisft.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from minisft.training.preference import DirectPreference, Reward
 from minisft.training.reference import build_reference
@@ -79,10 +79,12 @@ def main(options: Namespace | None = None) -> None:
     dtype = resolve_dtype(dtype_option(options), device)
 
     model_dir = resolve(options.model_name_or_path)
-    tokenizer = Tokenizer.load(model_dir)
+    adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
+    tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     options.template_date = resume.template_date(options)
     template = load_template(options, tokenizer, say)  # None with --stage pt
     config = ModelConfig.load(model_dir)
+    config.vocab_size = vocabulary_size(config, adapter_dir)
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
     show_samples(batches, template, options.show_samples, say)
 
@@ -131,13 +133,13 @@ def main(options: Namespace | None = None) -> None:
 
 def build_objective(
     options: Namespace,
-    model: CausalLM | RewardModel,
+    model: Model,
     batches: Batches,
     eval_examples: list[Example] | None,
     autocast: torch.autocast,
     saved: resume.SavedRun | None = None,
 ) -> Objective:
-    """What training minimises: the loss of the next token, unless answers are compared."""
+    """The loss to minimise: next-token loss, a reward loss, or DPO."""
     if isinstance(model, RewardModel):  # --stage rm
         return Reward(model)
     if options.stage == "dpo":
@@ -205,7 +207,7 @@ def every(num_steps: int | None, step: int) -> bool:
 
 @dataclass
 class StepResult:
-    """Result of an optimizer step. The mean of a figure is its sum over all ranks / count."""
+    """Result of an optimizer step. The mean of a metric is its sum over all ranks / count."""
 
     sums: dict[str, Tensor]  # of this rank's micro-batches
     count: float  # supervised tokens, or rows if answers are compared, of all ranks
@@ -254,16 +256,16 @@ def evaluate(run: Run, examples: list[Example], template: ChatTemplate | None) -
     """Log the mean loss of held-out rows, and remember the step if it is the best so far."""
     began, batch_size = time.monotonic(), run.options.per_device_eval_batch_size
     with run.precision.autocast:
-        figures = mean_figures(run.objective, examples, batch_size, run.collate, run.device)
+        metrics = mean_metrics(run.objective, examples, batch_size, run.collate, run.device)
         if run.options.stage in ("sft", "pt"):
-            figures["perplexity"] = perplexity(figures["loss"])
+            metrics["perplexity"] = perplexity(metrics["loss"])
         if run.options.eval_exact_match:
-            assert template and isinstance(run.model, CausalLM)  # --stage sft
-            figures["exact_match"] = exact_match(run.model, examples, template, batch_size)
-    run.progress.record_evaluation(figures, time.monotonic() - began)
+            assert template and not isinstance(run.model, RewardModel)  # --stage sft
+            metrics["exact_match"] = exact_match(run.model, examples, template, batch_size)
+    run.progress.record_evaluation(metrics, time.monotonic() - began)
     run.best.evaluations_since += 1
-    if figures["loss"] < run.best.loss:
-        run.best = Best(run.progress.step, figures["loss"])
+    if metrics["loss"] < run.best.loss:
+        run.best = Best(run.progress.step, metrics["loss"])
 
 
 def is_stalled(run: Run) -> bool:

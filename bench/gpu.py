@@ -4,18 +4,17 @@
     bash bench/gpu.sh --dry_run results.json           # tiny models on the CPU: finds mistakes
     bash bench/gpu.sh --only "decoding" --minutes 3 results.json
 
-GPU time is scarce, so a run loses as little of it as it can:
+GPU time is scarce, so a run wastes as little of it as possible:
 
 - Every line is printed and written to the JSON file as soon as it is measured.
-- Every stage is a process of its own with a time limit. A crash, a hang or a lack of memory costs
-  the rest of that stage, and no other. Once the minutes are used up, later stages are skipped.
-- The process of the next stage imports its libraries while the current one measures.
-- Weights are random and drawn on the GPU. The peer uses the same tensors, so that they are held
-  once; nothing is written to disk.
+- Every stage is a process with a time limit. A crash, a hang or a lack of memory costs the rest of
+  that stage only. When the minutes are used up, the remaining stages are skipped.
+- The process of the next stage imports its libraries while the current stage measures.
+- Weights are random, drawn on the GPU and shared with the peer. Nothing is written to disk.
 
-The first two lines are the limits of this device: the speed of one large matrix product, and the
-bandwidth of a copy. Training and scoring are compared with the first, writing tokens with the
-second. What the libraries say goes to a log beside the JSON file.
+The first two lines are the limits of the device: the speed of a large matrix product, and the
+bandwidth of a copy. Training and scoring are compared with the first, decoding with the second. The
+output of the libraries goes to a log beside the JSON file.
 """
 
 import argparse
@@ -30,111 +29,112 @@ import sys
 import threading
 import time
 import traceback
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.measure import ROOT  # noqa: E402
+
+Line = dict[str, Any]
+StageProcess = subprocess.Popen[str]
 
 
 @dataclass
 class Stage:
     """A part of the run: a function of gpu_stages.py with its arguments, and a time limit.
 
-    imports: modules that the stage's process loads while the stage before it measures.
+    function: "" for a stage that is not in gpu_stages.py. imports: modules that the process of the
+    stage loads while the stage before it measures.
     """
 
-    function: str | None
+    function: str
     seconds: float
-    imports: tuple = ()
-    arguments: tuple = ()
+    imports: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
 
-OURS = ("bench.gpu_stages", "minisft.run", "torch._dynamo")
+OURS = ("bench.gpu_stages", "minisft.training.run", "torch._dynamo")
 PEER = (*OURS, "transformers.models.llama.modeling_llama")
 TRAINER = (*PEER, "transformers.trainer", "peft")
 STAGES = {  # in the order of the run
-    "limits": Stage("limits", 60),  # most of it the first import of torch, from a cold disk
-    "tests": Stage(None, 90),
+    "limits": Stage("limits", 60),  # most of it is the first import of torch, from a cold disk
+    "tests": Stage("", 90),
     "tinyllama lora": Stage("training", 75, TRAINER, ("tinyllama", "lora")),
     "llama3-8b lora": Stage("training", 90, TRAINER, ("llama3-8b", "lora")),
     "tinyllama full": Stage("training", 60, TRAINER, ("tinyllama", "full")),
     "decoding": Stage("decoding", 60, PEER, ("llama3-8b",)),
     "decoding compiled": Stage("compiled_decoding_of_few_layers", 75, PEER, ("llama3-8b",)),
     "scoring": Stage("scoring", 45, PEER, ("tinyllama",)),
-    "k-means": Stage(None, 0),
+    "k-means": Stage("", 0),
     "decoding compiled, all layers": Stage("compiled_decoding", 90, OURS, ("llama3-8b",)),
 }
-# What has no GPU path, and so nothing to measure here.
-ON_THE_CPU = {"k-means": "has no GPU path; bench/kmeans.py measures it on a CPU"}
+# Stages that have no GPU path -> the note for their line.
+CPU_ONLY = {"k-means": "has no GPU path; bench/kmeans.py measures it on a CPU"}
+OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 
 
-def work(name, dry_run):
-    """A stage's process: import, wait for the word to go, send lines as JSON to standard output."""
-    said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is for the log
+def run_in_own_process(name: str, dry_run: bool) -> None:
+    """The process of a stage: import, wait for a line of input, print the lines as JSON."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to the log
     stage = STAGES[name]
     for module in stage.imports:
-        with contextlib.suppress(ImportError):  # a line says what is missing, when it is needed
+        with contextlib.suppress(ImportError):  # reported by a line, when the module is needed
             importlib.import_module(module)
-
-    def say(line):
-        print(json.dumps(line), file=said, flush=True)
-
-    word = sys.stdin.readline()
-    if not word:  # nobody waits for this stage any more
+    measured = sys.stdin.readline()
+    if not measured:  # the run has ended
         return
     try:
-        from bench import gpu_stages
+        from bench import gpu_stages  # a failure to import it is reported as well
 
-        bench = gpu_stages.Bench(dry_run, json.loads(word))
+        bench = gpu_stages.Bench(dry_run, json.loads(measured))
         for line in getattr(gpu_stages, stage.function)(bench, *stage.arguments):
-            say(line)
+            print(json.dumps(line), file=output, flush=True)
     except Exception as error:
-        traceback.print_exc()  # into the log
-        say(
-            {
-                "name": name,
-                "skipped"
-                if isinstance(error, ImportError)
-                else "failed": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0],
-            }
-        )
+        traceback.print_exc()  # goes to the log
+        outcome = "skipped" if isinstance(error, ImportError) else "failed"
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        print(json.dumps({"name": name, outcome: reason}), file=output, flush=True)
 
 
 class Results:
-    """The lines so far: printed, and in the JSON file, as soon as they are there."""
+    """The lines so far, which are printed and written to a JSON file at once."""
 
-    def __init__(self, path, about):
+    def __init__(self, path: str | Path, about: dict[str, Any]):
         self.path, self.began = Path(path), time.monotonic()
-        self.content = {**about, "lines": []}
+        self.about = about
+        self.lines: list[Line] = []
         self.write()
 
-    def seconds(self):
-        """Since the run began."""
+    def seconds(self) -> float:
+        """Seconds since the run began."""
         return time.monotonic() - self.began
 
-    def add(self, line):
-        """A line of the same name takes the place of the earlier one."""
+    def add(self, line: Line) -> None:
+        """Add a line, or replace the line of the same name."""
         line["second"] = round(self.seconds(), 1)
-        kept = [one for one in self.content["lines"] if one["name"] != line["name"]]
-        self.content["lines"] = [*kept, line]
+        self.lines = [*(other for other in self.lines if other["name"] != line["name"]), line]
         self.write()
         print(f"{line['second']:5.0f} s  {in_words(line)}", flush=True)
 
-    def write(self):
-        """Beside the place, then renamed: whoever reads the file finds all lines so far."""
+    def write(self) -> None:
+        """Write the file. A rename replaces the old file, so a reader always finds all lines."""
         partial = Path(f"{self.path}.partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        content = {**self.about, "lines": self.lines}
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
 
-def in_words(line):
-    """A line for people."""
+def in_words(line: Line) -> str:
+    """A line for the terminal."""
     if "figure" not in line:
-        word = "failed" if "failed" in line else "skipped"
-        return f"{line['name']:<44} {word.upper()}: {line[word]}"
+        outcome = "failed" if "failed" in line else "skipped"
+        return f"{line['name']:<44} {outcome.upper()}: {line[outcome]}"
     words = [f"{line['name']:<44} {line['figure']:10,.1f} {line['unit']}"]
     if "peer" in line:
         words.append(f"{line['peer_name']} {line['peer']:,.1f}, ratio {line['ratio']:.2f}")
@@ -148,21 +148,13 @@ def in_words(line):
     return " | ".join([*words, *filter(None, [line.get("note")])])
 
 
-def start(name, dry_run, log):
-    """The process of a stage, which imports and then waits for `finish`."""
+def start(name: str, dry_run: bool, log: IO[str]) -> StageProcess:
+    """Start the process of a stage, which imports its modules and then waits for `finish`."""
     if name == "tests":
-        words = [
-            "-m",
-            "pytest",
-            "-v",
-            "--tb=short",
-            "--durations=8",
-            "-p",
-            "no:cacheprovider",
-            str(ROOT / "tests/repository/test_cuda.py"),
-        ]
+        words = "-m pytest -v --tb=short --durations=8 -p no:cacheprovider".split()
+        words.append("tests/repository/test_cuda.py")
     else:
-        words = [str(ROOT / "bench/gpu.py"), "--stage", name, *["--dry_run"] * dry_run]
+        words = ["bench/gpu.py", "--stage", name, *["--dry_run"] * dry_run]
     return subprocess.Popen(
         [sys.executable, *words],
         cwd=ROOT,
@@ -175,16 +167,17 @@ def start(name, dry_run, log):
     )
 
 
-def end(process):
-    """End a stage's process and all that it has started."""
+def kill(process: StageProcess) -> None:
+    """Kill the process of a stage and its descendants."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def finish(process, word, seconds):
-    """Give the word to go; yield what the process says until it ends or `seconds` have passed."""
-    timer = threading.Timer(seconds, end, [process])
+def finish(process: StageProcess, word: str, seconds: float) -> Iterator[str]:
+    """Let a stage measure: send it a line of input and yield its output. Kill it in time."""
+    assert process.stdin and process.stdout
+    timer = threading.Timer(seconds, kill, [process])
     timer.start()
     try:
         with contextlib.suppress(BrokenPipeError):
@@ -196,30 +189,38 @@ def finish(process, word, seconds):
         timer.cancel()
 
 
-def run_tests(process, seconds, log):
-    """Yield the line of tests/repository/test_cuda.py: how many passed, and which did not."""
-    counts, bad, began = dict.fromkeys(("PASSED", "FAILED", "ERROR", "SKIPPED"), 0), [], time.time()
-    errors = []
+def run_tests(process: StageProcess, seconds: float, log: IO[str]) -> Iterator[Line]:
+    """Yield the line of tests/repository/test_cuda.py: how many passed, and which failed."""
+    counts, failed_tests, errors = dict.fromkeys(OUTCOMES, 0), [], []
+    began = time.time()
     for text in finish(process, "", seconds):
         log.write(text)
-        errors += [text[1:].strip()] * text.startswith("E  ")
-        found = re.match(r"(\S+) (PASSED|FAILED|ERROR|SKIPPED)", text)
-        if found:
-            counts[found[2]] += 1
-            bad += [found[1].rpartition("::")[2]] * (found[2] in ("FAILED", "ERROR"))
-    told = ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count)
-    line = {"name": "tests/repository/test_cuda.py", "note": told, "took": time.time() - began}
+        if text.startswith("E  "):
+            errors.append(text[1:].strip())
+        if match := re.match(rf"(\S+) ({'|'.join(OUTCOMES)})", text):
+            test, outcome = match.groups()
+            counts[outcome] += 1
+            if outcome in ("FAILED", "ERROR"):
+                failed_tests.append(test.rpartition("::")[2])
+    summary = ", ".join(f"{count} {outcome.lower()}" for outcome, count in counts.items() if count)
+    line: Line = {
+        "name": "tests/repository/test_cuda.py",
+        "note": summary,
+        "took": time.time() - began,
+    }
     if process.returncode == -signal.SIGKILL:
-        yield {**line, "failed": f"stopped after {seconds:.0f} s: {told or 'no test ended'}"}
-    elif process.returncode or bad:
-        why = " | ".join([told or "did not run, see the log", *bad[:5], *errors[:3]])
-        yield {**line, "failed": why}
+        yield {**line, "failed": f"stopped after {seconds:.0f} s: {summary or 'no test ended'}"}
+    elif process.returncode or failed_tests:
+        reasons = [summary or "did not run, see the log", *failed_tests[:5], *errors[:3]]
+        yield {**line, "failed": " | ".join(reasons)}
     else:
         yield {**line, "figure": counts["PASSED"], "unit": "passed"}
 
 
-def run_stage(name, process, measured, seconds):
-    """Yield the lines of a stage; the last says so where it was stopped or broke down."""
+def run_stage(
+    name: str, process: StageProcess, measured: dict[str, float], seconds: float
+) -> Iterator[Line]:
+    """Yield the lines of a stage; if it is stopped or crashes, a last line says so."""
     for text in finish(process, json.dumps(measured), seconds):
         yield json.loads(text)
     if process.returncode == -signal.SIGKILL:
@@ -228,11 +229,46 @@ def run_stage(name, process, measured, seconds):
         yield {"name": name, "failed": f"ended with status {process.returncode}, see the log"}
 
 
-def parse_options():
+def run_stages(options: Namespace, results: Results, log: IO[str]) -> None:
+    """Run the stages in order, and start the process of each while the stage before it runs."""
+    names = [name for name in STAGES if not options.only or name in ("limits", *options.only)]
+    measured: dict[str, float] = {}
+    running: dict[str, StageProcess] = {}
+    try:
+        for name, next_name in zip(names, [*names[1:], None], strict=True):
+            time_left = 60 * options.minutes - results.seconds()
+            if time_left < 5:
+                results.add({"name": name, "skipped": "no time is left"})
+                continue
+            if name in CPU_ONLY:
+                results.add({"name": name, "skipped": CPU_ONLY[name]})
+                continue
+            if name not in running:
+                running[name] = start(name, options.dry_run, log)
+            # The tests would not wait, so they do not start early.
+            if next_name and next_name not in running and STAGES[next_name].function:
+                running[next_name] = start(next_name, options.dry_run, log)
+            seconds = min(time_left, STAGES[name].seconds)
+            if name == "tests":
+                lines = run_tests(running[name], seconds, log)
+            else:
+                lines = run_stage(name, running[name], measured, seconds)
+            for line in lines:
+                results.add(line)
+                if "per_second" in line:
+                    measured[line["name"]] = line["per_second"]
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                kill(process)
+
+
+def parse_options() -> Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="?", help="JSON file for the lines; a log goes beside it")
     parser.add_argument("--dry_run", action="store_true", help="tiny models on the CPU")
-    parser.add_argument("--minutes", type=float, default=6.0, help="for the whole run")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time of the whole run")
     parser.add_argument("--only", nargs="+", choices=STAGES, help="these stages, and the limits")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -241,10 +277,11 @@ def parse_options():
     return options
 
 
-def main():
+def main() -> None:
+    """Run all stages, or be the process of a stage."""
     options = parse_options()
     if options.stage:
-        work(options.stage, options.dry_run)
+        run_in_own_process(options.stage, options.dry_run)
         return
     os.environ.update(
         HF_HUB_OFFLINE="1",
@@ -253,64 +290,30 @@ def main():
         PYTHONUNBUFFERED="1",
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    results = Results(
-        options.results,
-        {
-            "python": sys.version.split()[0],
-            "date": time.strftime("%F"),
-            "dry_run": options.dry_run,
-            **versions(),
-        },
-    )
-    print(
-        *(f"{name} {value}" for name, value in results.content.items() if name != "lines"),
-        sep=", ",
-        flush=True,
-    )
-    names = [name for name in STAGES if not options.only or name in ("limits", *options.only)]
-    measured, processes = {}, {}
+    about = {
+        "python": sys.version.split()[0],
+        "date": time.strftime("%F"),
+        "dry_run": options.dry_run,
+        **installed_versions(),
+    }
+    print(*(f"{name} {value}" for name, value in about.items()), sep=", ", flush=True)
+    results = Results(options.results, about)
     with open(f"{options.results}.log", "w", encoding="utf-8") as log:
-        try:
-            for name, later in zip(names, [*names[1:], None], strict=True):
-                left = 60 * options.minutes - results.seconds()
-                if left < 5:
-                    results.add({"name": name, "skipped": "no time is left"})
-                    continue
-                if name in ON_THE_CPU:
-                    results.add({"name": name, "skipped": ON_THE_CPU[name]})
-                    continue
-                for one in filter(None, (name, later)):
-                    waits = one != name  # for the word to go, and imports meanwhile
-                    if one not in processes and (STAGES[one].function or not waits):
-                        processes[one] = start(one, options.dry_run, log)
-                seconds = min(left, STAGES[name].seconds)
-                lines = (
-                    run_tests(processes[name], seconds, log)
-                    if name == "tests"
-                    else run_stage(name, processes[name], measured, seconds)
-                )
-                for line in lines:
-                    results.add(line)
-                    if "per_second" in line:
-                        measured[line["name"]] = line["per_second"]
-        finally:
-            for process in processes.values():
-                if process.poll() is None:
-                    end(process)
-    failed = [line["name"] for line in results.content["lines"] if "failed" in line]
+        run_stages(options, results, log)
+    failed = [line["name"] for line in results.lines if "failed" in line]
     print(f"{results.seconds():5.0f} s  " + (f"FAILED: {'; '.join(failed)}" if failed else "done"))
     sys.exit(bool(failed))
 
 
-def versions():
-    """{package: version} of what is compared, without importing it."""
-    found = {}
+def installed_versions() -> dict[str, str | None]:
+    """{package: version} of minisft's peers and torch; nothing is imported."""
+    versions: dict[str, str | None] = {}
     for name in ("torch", "transformers", "peft"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 if __name__ == "__main__":

@@ -2,88 +2,87 @@
 
     python bench/load.py --shape tinyllama --dtype bfloat16
 
-Writes random weights of the shape, then loads them in fresh processes, one side after the other.
-The time is that of the load, imports aside, until every page of the weights has been touched (a
-file can be mapped at no cost and read later); the memory is how much the process's peak grew.
+Writes random weights of the shape, then loads them in fresh processes, both sides in turn. The time
+is that of the load without imports, until every page of the weights has been read: a file can be
+mapped at no cost and read later. The memory is the growth of the process's peak.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ONE_LOAD = """
-import json, re, sys, time, torch
-side, folder, dtype = sys.argv[1:4]
-dtype = getattr(torch, dtype)
-if side == "minisft":
-    from minisft.checkpoints.folders import load_model
-    load = lambda: load_model(folder, dtype)
-else:
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
-    load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+import torch  # noqa: E402
 
-def status(name):
-    text = open("/proc/self/status").read()
-    return 1024 * int(re.search(name + r":\\s*(\\d+)", text)[1])
-
-open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
-before, began = status("VmRSS"), time.monotonic()
-model = load()
-for parameter in model.parameters():
-    parameter.view(-1).view(torch.uint8)[::4096].sum()
-seconds, size = time.monotonic() - began, sum(one.nbytes for one in model.parameters())
-print(json.dumps([seconds, status("VmHWM") - before, size]))
-"""
+from bench.measure import flags, forget_peak_memory, output_of, peak_memory  # noqa: E402
+from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 
 
-def measure(side, folder, dtype):
-    """(seconds, growth of the peak in bytes, size of the parameters in bytes) of one load."""
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_LOAD, side, str(folder), dtype],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def load_once(side: str, folder: str, dtype: torch.dtype) -> tuple[float, int, int]:
+    """(seconds, growth of the peak in bytes, size of the parameters in bytes) of a load."""
+    # Only the side that is measured is imported.
+    if side == "minisft":
+        from minisft.checkpoints.folders import load_model
+
+        load = load_model
+    else:
+        from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+        assert LlamaForCausalLM  # loaded on first use otherwise, which would count
+
+        def load(folder: str, dtype: torch.dtype) -> torch.nn.Module:
+            """The model, as transformers loads it."""
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    before, began = forget_peak_memory(), time.monotonic()
+    model = load(folder, dtype)
+    for parameter in model.parameters():
+        parameter.view(-1).view(torch.uint8)[::4096].sum()
+    seconds, size = time.monotonic() - began, sum(weight.nbytes for weight in model.parameters())
+    return seconds, peak_memory() - before, size
 
 
-def main():
-    from bench.shapes import SHAPES, write_checkpoint
-
+def parse_options() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
     parser.add_argument("--num_layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument(
-        "--dtype",
-        default="bfloat16",
-        choices=["bfloat16", "float32"],
-        help="to load as; the files are in bfloat16",
-    )
+    dtype = "number type in memory; the files are in bfloat16"
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help=dtype)
     parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    figures = {"minisft": [], "transformers": []}
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Take turns, then print the medians and their ratio."""
+    options = parse_options()
+    if options.side:
+        dtype = getattr(torch, options.dtype)
+        print(json.dumps(load_once(options.side, options.folder, dtype)))
+        return
+    results = {"minisft": [], "transformers": []}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, options.shape, options.num_layers)
         for repeat in range(options.repeats + 1):
-            for side in figures:
-                if result := measure(side, folder, options.dtype):
-                    figures[side] += [result] if repeat else []  # the first warms the file cache
+            for side, runs in results.items():
+                output = output_of(__file__, *flags(side=side, folder=folder, dtype=options.dtype))
+                if repeat:  # the first load fills the file cache
+                    runs.append(json.loads(output.splitlines()[-1]))
     medians = {
         side: [statistics.median(column) for column in zip(*runs, strict=True)]
-        for side, runs in figures.items()
+        for side, runs in results.items()
     }
-    for side, (seconds, grown, size) in medians.items():
+    for side, (seconds, growth, size) in medians.items():
         print(
-            f"{side:>14} {seconds:8.2f} s {grown / 2**20:10,.0f} MiB "
-            f"({grown / size:.2f} x the parameters)"
+            f"{side:>14} {seconds:8.2f} s {growth / 2**20:10,.0f} MiB "
+            f"({growth / size:.2f} x the parameters)"
         )
     (ours, our_peak, _), (theirs, their_peak, _) = medians.values()
     print(f"{'ratio':>14} {ours / theirs:8.2f}   {our_peak / their_peak:10.2f}")

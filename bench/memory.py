@@ -1,27 +1,32 @@
 """Peak memory of LoRA, QLoRA and full training, against transformers with peft and bitsandbytes.
 
-    python bench/memory.py                   # all settings; writes the table of docs/scaling.md
+    python bench/memory.py                   # all settings; writes a table of docs/scaling.md
     python bench/memory.py --only "LoRA, vocabulary of 32k"
 
-Equal settings on both sides: the same random weights, stored in bfloat16 and trained in float32,
-the same rows of random tokens, three quarters of which are learned, AdamW, three steps, each side
-in a process of its own. Transformers computes its own loss (`model(..., labels=...)`) and attention
-through sdpa, as Trainer has them. What is compared is how much the resident memory of the process
-grew at its peak, from before the model was loaded; each side has trained a tiny model before, so
-that imports and kernels do not count. Widths are small and vocabularies real, so that
-it runs in minutes: the part of the logits in the whole is larger than in the models themselves.
+Both sides have the same random weights, stored in bfloat16 and trained in float32, the same rows of
+random tokens, three quarters of which are supervised, AdamW, and three steps, each in a process of
+its own. transformers computes its own loss (`model(..., labels=...)`) and its attention by sdpa, as
+in Trainer. The figure is the growth of the resident memory at its peak, from before the model is
+loaded. Each side trains a tiny model before, so that imports and kernels do not count. Widths are
+small, to finish in minutes, and vocabularies real, so logits have a larger share than usual.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peak import forget_peak, prepare, status, write_model  # noqa: E402
+import torch  # noqa: E402
+
+from bench.measure import forget_peak_memory, output_of, peak_memory  # noqa: E402
+from bench.shapes import write_checkpoint  # noqa: E402
+from bench.tables import update  # noqa: E402
+from bench.training_run import CHECKPOINTING, FULL, SUPERVISED, Setting, prepare  # noqa: E402
+from train import train_step  # noqa: E402
 
 SHAPE = {
     "model_type": "llama",
@@ -37,127 +42,111 @@ TINY = SHAPE | {
     "num_hidden_layers": 1,
     "vocab_size": 256,
 }
-BATCH_SIZE, LENGTH, NUM_STEPS = 4, 512, 3
-WAYS = {
-    "LoRA": [],
-    "LoRA, checkpointing": ["--gradient_checkpointing"],
-    "QLoRA": ["--quantization_bit", "4"],
-    "QLoRA, checkpointing": ["--quantization_bit", "4", "--gradient_checkpointing"],
-    "full": ["--finetuning_type", "full"],
-    "full, checkpointing": ["--finetuning_type", "full", "--gradient_checkpointing"],
+NUM_STEPS = 3
+QLORA = ("--quantization_bit", "4")
+METHODS = {
+    "LoRA": (),
+    "LoRA, checkpointing": CHECKPOINTING,
+    "QLoRA": QLORA,
+    "QLoRA, checkpointing": QLORA + CHECKPOINTING,
+    "full": FULL,
+    "full, checkpointing": FULL + CHECKPOINTING,
 }
 SETTINGS = {
-    f"{way}, vocabulary of {size // 1000}k": (SHAPE | {"vocab_size": size}, flags)
+    f"{method}, vocabulary of {size // 1000}k": Setting(
+        SHAPE | {"vocab_size": size}, num_rows=4, length=512, flags=flags
+    )
     for size in (32000, 128256)
-    for way, flags in WAYS.items()
+    for method, flags in METHODS.items()
 }
+HEAD = ["setting", "minisft, MiB", "transformers + peft, MiB", "ratio"]
 
 
-def train_minisft(folder, fields, flags):
-    """Steps by train.py's own functions."""
-    from train import train_step
-
-    run, batches = prepare(folder, fields, BATCH_SIZE, LENGTH, 1, "float32", flags)
+def train_minisft(folder: Path, setting: Setting) -> None:
+    """Take the steps with train.py's own functions."""
+    run, batches = prepare(folder, setting)
     for _ in range(NUM_STEPS):
         train_step(run, batches)
 
 
-def train_with_peft(folder, fields, flags):
-    """The same with transformers, and peft and bitsandbytes where they belong."""
-    import torch
-
-    model = their_model(folder, flags).train()
+def train_with_peft(folder: Path, setting: Setting) -> None:
+    """Take the same steps with transformers, peft and bitsandbytes."""
+    model = peft_model(folder, setting).train()
     model.config.use_cache = False
-    if "--gradient_checkpointing" in flags:
+    if "--gradient_checkpointing" in setting.flags:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
     for _ in range(NUM_STEPS):
-        tokens = torch.randint(0, fields["vocab_size"], (BATCH_SIZE, LENGTH))
+        shape = setting.num_rows, setting.length
+        tokens = torch.randint(0, setting.config["vocab_size"], shape)
         labels = tokens.clone()
-        labels[:, : LENGTH // 4] = -100
+        labels[:, : round((1 - SUPERVISED) * setting.length)] = -100
         model(input_ids=tokens, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def their_model(folder, flags):
-    """The model with what is to be trained."""
-    import torch
+def peft_model(folder: Path, setting: Setting) -> Any:
+    """The model with its trainable parameters."""
+    # Imported here, so that the process of the other side does not hold them.
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    settings = {}
-    if "--quantization_bit" in flags:
-        settings["quantization_config"] = BitsAndBytesConfig(
+    is_checkpointed = "--gradient_checkpointing" in setting.flags
+    quantization = None
+    if "--quantization_bit" in setting.flags:
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **settings)
-    if "--finetuning_type" in flags:
-        return model
-    if settings:
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing="--gradient_checkpointing" in flags
-        )
-    elif "--gradient_checkpointing" in flags:
-        model.enable_input_require_grads()
-    return get_peft_model(
-        model, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, quantization_config=quantization
     )
+    if "--finetuning_type" in setting.flags:
+        return model
+    if quantization:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=is_checkpointed)
+    elif is_checkpointed:
+        model.enable_input_require_grads()
+    config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear")
+    return get_peft_model(model, config)
 
 
-def one_side(side, folder, name):
-    """In a process of its own: bytes that training needed at the most."""
-    import torch
-
-    fields, flags = SETTINGS[name]
+def measure(side: str, folder: str, name: str) -> int:
+    """Bytes by which training grows the peak of this process."""
+    setting = SETTINGS[name]
     torch.manual_seed(0)
     train = train_minisft if side == "minisft" else train_with_peft
-    train(Path(folder) / "tiny", TINY, flags)  # what is loaded once is not counted
-    before = forget_peak()
-    train(Path(folder) / "real", fields, flags)
-    return status("VmHWM") - before
+    train(Path(folder) / "tiny", replace(setting, config=TINY))
+    before = forget_peak_memory()
+    train(Path(folder) / "real", setting)
+    return peak_memory() - before
 
 
-def main():
+def main() -> None:
+    """Measure each setting on both sides, in a process each, and write its row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=SETTINGS, help="leave the others as they are")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, help="measure only these settings")
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(one_side(*options.one))
+    if options.side:
+        print(measure(*options.side))
         return
-    from tables import update
-
     for name in options.only or SETTINGS:
         with tempfile.TemporaryDirectory() as folder:
-            write_model(Path(folder) / "real/model", SETTINGS[name][0])
-            write_model(Path(folder) / "tiny/model", TINY)
-            peaks = [
-                int(
-                    subprocess.run(
-                        [sys.executable, __file__, "--one", side, folder, name],
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.DEVNULL,
-                        text=True,
-                        check=True,
-                    ).stdout.split()[-1]
-                )
+            write_checkpoint(Path(folder) / "real/model", SETTINGS[name].config)
+            write_checkpoint(Path(folder) / "tiny/model", TINY)
+            ours, theirs = (
+                int(output_of(__file__, "--side", side, folder, name).split()[-1])
                 for side in ("minisft", "peft")
-            ]
-        row = [name, *(f"{peak / 2**20:,.0f}" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}"]
+            )
+        row = [name, f"{ours / 2**20:,.0f}", f"{theirs / 2**20:,.0f}", f"{ours / theirs:.2f}"]
         print(*row, sep=" | ", flush=True)
-        update(
-            "scaling.md",
-            "memory",
-            ["setting", "minisft, MiB", "transformers + peft, MiB", "ratio"],
-            [row],
-            order=SETTINGS,
-        )
+        update("scaling.md", "memory", HEAD, [row], order=SETTINGS)
 
 
 if __name__ == "__main__":

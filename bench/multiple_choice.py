@@ -4,9 +4,9 @@
     python bench/multiple_choice.py --data_dir ceval-exam --shape tinyllama --num_layers 4 \
         --tokenizer_dir TinyLlama-1.1B-Chat-v0.6
 
-The same five-shot prompts as texts on both sides; making tokens of them is part of the time,
-loading is not. Without --model_name_or_path the weights are random. The two take turns; the ratio
-is the median over the turns. The largest difference of a log-likelihood is printed too.
+Both sides get the same five-shot prompts as texts. Tokenizing is part of the time, loading is not.
+Without --model_name_or_path the weights are random. The sides take turns; the ratio is the median
+over the turns. The largest difference of a log-likelihood is printed too.
 """
 
 import argparse
@@ -15,12 +15,17 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from minisft.checkpoints.folders import load_model  # noqa: E402
@@ -31,25 +36,23 @@ from minisft.evaluation.multiple_choice import answer_subject  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
 
 
-def timed(function):
-    """(what the function returns, its wall time in seconds)."""
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """(result of the function, its wall time in seconds)."""
     began = time.perf_counter()
     result = function()
     return result, time.perf_counter() - began
 
 
-def harness_requests(benchmark, subjects, num_fewshot):
-    """Every question's four requests, with the texts that the harness would make of a task."""
-    from lm_eval.api.instance import Instance
-
+def harness_requests(benchmark: Any, subjects: Sequence[Any], num_fewshot: int) -> list[Instance]:
+    """The four requests of each question, with the texts that the harness makes of a task."""
     delimiter = benchmark.letter.format(letter="")
     requests = []
     for subject in subjects:
-        shown = [
-            f"{benchmark.ask(one)}{delimiter}{one.answer}\n\n"
-            for one in subject.demonstrations[:num_fewshot]
+        demonstrations = [
+            f"{benchmark.ask(question)}{delimiter}{question.answer}\n\n"
+            for question in subject.demonstrations[:num_fewshot]
         ]
-        opening = benchmark.heading.format(subject=subject.name) + "".join(shown)
+        opening = benchmark.heading.format(subject=subject.name) + "".join(demonstrations)
         for question in subject.questions:
             context = opening + benchmark.ask(question)
             requests += [
@@ -59,10 +62,8 @@ def harness_requests(benchmark, subjects, num_fewshot):
     return requests
 
 
-def compare(options, model_dir):
+def compare(options: Namespace, model_dir: Path) -> None:
     """Take turns; print questions a second of both sides and their ratio."""
-    from lm_eval.models.huggingface import HFLM
-
     benchmark = BENCHMARKS[options.benchmark]
     wanted = options.subjects.split(",") if options.subjects else ()
     subjects = read_subjects(
@@ -73,7 +74,7 @@ def compare(options, model_dir):
         wanted,
         options.max_samples,
     )
-    count = sum(len(one.questions) for one in subjects)
+    num_questions = sum(len(subject.questions) for subject in subjects)
     model, tokenizer = load_model(model_dir, torch.float32), Tokenizer.load(model_dir)
     builder = PromptBuilder(benchmark, tokenizer, max_length=options.max_length)
     harness = HFLM(
@@ -85,31 +86,35 @@ def compare(options, model_dir):
     )
     requests = harness_requests(benchmark, subjects, options.num_fewshot)
 
-    def ours():
+    def ours() -> list[Any]:
+        """The log-likelihoods of minisft."""
         rows = [
             row
-            for one in subjects
+            for subject in subjects
             for row in answer_subject(
-                model, builder, one, options.num_fewshot, batch_size=options.batch_size
+                model, builder, subject, options.num_fewshot, batch_size=options.batch_size
             )
         ]
         assert {row.num_fewshot for row in rows} == {options.num_fewshot}, "raise --max_length"
         return [value for row in rows for value in row.log_likelihoods]
 
-    def theirs():
+    def theirs() -> list[float]:
+        """The log-likelihoods of the harness."""
         return [score for score, _ in harness.loglikelihood(requests, disable_tqdm=True)]
 
     turns = [(timed(ours), timed(theirs)) for _ in range(options.repeats)]
-    (found, _), (expected, _) = turns[0]
-    difference = max(abs(one - other) for one, other in zip(found, expected, strict=True))
-    seconds = [[side[1] for side in turn] for turn in turns]
-    mean_length = statistics.mean(len(tokenizer.encode(one.args[0])) for one in requests[::4])
-    print(
-        f"{count} questions of {mean_length:.0f} tokens on average, {options.num_fewshot}-shot, "
-        f"{torch.get_num_threads()} thread(s)"
+    (our_scores, _), (their_scores, _) = turns[0]
+    difference = max(abs(a - b) for a, b in zip(our_scores, their_scores, strict=True))
+    seconds = [[side_seconds for _, side_seconds in turn] for turn in turns]
+    mean_length = statistics.mean(
+        len(tokenizer.encode(request.args[0])) for request in requests[:: len(LETTERS)]
     )
-    for name, side in (("minisft", 0), ("lm-evaluation-harness", 1)):
-        speed = count / statistics.median(turn[side] for turn in seconds)
+    print(
+        f"{num_questions} questions of {mean_length:.0f} tokens on average, "
+        f"{options.num_fewshot}-shot, {torch.get_num_threads()} thread(s)"
+    )
+    for index, name in enumerate(("minisft", "lm-evaluation-harness")):
+        speed = num_questions / statistics.median(turn[index] for turn in seconds)
         print(f"{name:<24} {speed:>8.2f} questions/s")
     print(
         f"ratio {statistics.median(turn[1] / turn[0] for turn in seconds):.1f}, largest "
@@ -117,7 +122,8 @@ def compare(options, model_dir):
     )
 
 
-def main():
+def main() -> None:
+    """Compare on a checkpoint, or on random weights."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--benchmark", choices=list(BENCHMARKS), default="ceval")
     parser.add_argument("--data_dir", required=True)
@@ -128,7 +134,7 @@ def main():
     parser.add_argument("--model_name_or_path", type=Path)
     parser.add_argument("--shape", choices=list(SHAPES), default="tinyllama")
     parser.add_argument("--num_layers", type=int, default=2)
-    parser.add_argument("--tokenizer_dir", type=Path, help="with random weights: whose tokenizer")
+    parser.add_argument("--tokenizer_dir", type=Path, help="tokenizer, with random weights")
     parser.add_argument("--max_length", type=int, default=4096)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)

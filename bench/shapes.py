@@ -7,12 +7,16 @@ twin = transformers_twin(model, "llama3-8b")                      # the same wei
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
+from minisft.common.devices import dtype_name
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 
@@ -65,24 +69,34 @@ SHAPES = {
 }
 
 
-def config_of(shape, num_layers=None):
-    """The content of config.json, with another number of layers if given."""
-    content = COMMON | SHAPES[shape]
+# A key of SHAPES, or fields of a config.json.
+Shape = str | dict[str, Any]
+
+
+def config_json(shape: Shape, num_layers: int | None = None) -> dict[str, Any]:
+    """The content of config.json. num_layers: by default that of the shape."""
+    content = COMMON | (SHAPES[shape] if isinstance(shape, str) else shape)
     return content | {"num_hidden_layers": num_layers or content["num_hidden_layers"]}
 
 
-def write_checkpoint(folder, shape, num_layers=None, dtype=torch.bfloat16, tokenizer_dir=None):
-    """Write config.json, one safetensors file a layer and an index; returns the ModelConfig.
+def write_checkpoint(
+    folder: str | Path,
+    shape: Shape,
+    num_layers: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    tokenizer_dir: str | Path | None = None,
+) -> None:
+    """Write config.json, one safetensors file for each layer, and an index.
 
-    tokenizer_dir: its tokenizer files are copied along.
+    tokenizer_dir: copy the tokenizer files of this folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = config_of(shape, num_layers) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    content = config_json(shape, num_layers) | {"torch_dtype": dtype_name(dtype)}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    config = ModelConfig.from_dict(content)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in CausalLM(config).state_dict().items()}
+        model = CausalLM(ModelConfig.from_dict(content))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     generator, shards, weight_map = torch.Generator().manual_seed(0), {}, {}
     for name in shapes:
         shard = name.split(".")[2] if name.startswith("model.layers.") else "rest"
@@ -96,20 +110,30 @@ def write_checkpoint(folder, shape, num_layers=None, dtype=torch.bfloat16, token
     )
     for path in Path(tokenizer_dir).glob("*token*") if tokenizer_dir else ():
         shutil.copy(path, folder)
-    return config
 
 
-def random_tensor(name, shape, generator):
-    """Norms one, all else normal with the usual spread."""
+def write_in_own_process(*arguments: Any) -> None:
+    """`write_checkpoint` in another process, so that its memory does not count for this one."""
+    writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=arguments)
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise SystemExit(f"writing the checkpoint failed with status {writer.exitcode}")
+
+
+def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Ones for a norm, else normal values with the usual standard deviation."""
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     return torch.randn(shape, generator=generator) * 0.02
 
 
-def random_model(shape, num_layers, dtype, device):
-    """A frozen CausalLM whose weights are drawn on the device itself, without any file."""
+def random_model(
+    shape: Shape, num_layers: int | None, dtype: torch.dtype, device: torch.device | str
+) -> CausalLM:
+    """A frozen CausalLM with random weights, drawn on the device. No file is written."""
     with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(config_of(shape, num_layers)))
+        model = CausalLM(ModelConfig.from_dict(config_json(shape, num_layers)))
     model.requires_grad_(False)
     torch.manual_seed(0)
     for name, parameter in list(model.named_parameters()):
@@ -122,11 +146,12 @@ def random_model(shape, num_layers, dtype, device):
     return model.eval()
 
 
-def transformers_twin(model, shape):
-    """transformers' model that uses the very weights of `model`: no second copy in memory.
+def transformers_twin(model: CausalLM, shape: Shape) -> Any:
+    """The same model in transformers, on the same tensors in memory.
 
     Attention is flash-attn's where that package is installed, else torch's.
     """
+    # Imported here, so that a stage without a peer does not wait for it.
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.utils import is_flash_attn_2_available
 
@@ -135,26 +160,26 @@ def transformers_twin(model, shape):
     has_flash = embedding.is_cuda and is_flash_attn_2_available()
     with torch.device(embedding.device):
         twin = AutoModelForCausalLM.from_config(
-            LlamaConfig(**config_of(shape, model.config.num_hidden_layers)),
+            LlamaConfig(**config_json(shape, model.config.num_hidden_layers)),
             dtype=embedding.dtype,
             attn_implementation="flash_attention_2" if has_flash else "sdpa",
         )
     twin.load_state_dict(weights, assign=True)
-    twin.generation_config.eos_token_id = None  # ours has no end either
+    twin.generation_config.eos_token_id = None  # as for ours, no token ends an answer
     return twin.requires_grad_(False).eval()
 
 
 @torch.inference_mode()
-def logit_difference(model, twin):
-    """How far the twin's logits are from the model's on random tokens: norm over norm."""
+def logit_difference(model: CausalLM, twin: Any) -> float:
+    """Relative difference of the logits on random tokens: norm of the difference / norm."""
     device = model.model.embed_tokens.weight.device
     tokens = torch.randint(3, model.config.vocab_size, (1, 64), device=device)
     ours, theirs = model.logits(model(tokens)).float(), twin(tokens).logits.float()
     return ((theirs - ours).norm() / ours.norm()).item()
 
 
-def parameters_of(config):
-    """(those of the layers and the output matrix, which every token is multiplied by; all)."""
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(parameters of the layers and the output matrix, which multiply every token; all)."""
     with torch.device("meta"):
         model = CausalLM(dataclasses.replace(config))
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# From data to cherry data (arXiv 2308.12032): find the few per cent of rows that teach most, train
-# on them, evaluate. Any model and data set; without settings, the embedded ones, in a few minutes.
+# The recipe of arXiv 2308.12032: select the few per cent of rows that teach most ("cherry data"),
+# train on them, evaluate. It takes any model and data set. Without settings it takes the embedded ones
+# and runs for a few minutes.
 #
 #   MODEL=TinyLlama/TinyLlama-1.1B-Chat-v1.0 DATASET=alpaca_data.json HELDOUT=heldout.json \
 #       TEMPLATE=alpaca CLUSTERS=100 OUTPUT=runs/alpaca TRAIN="--learning_rate 2e-4" \
 #       examples/cherry.sh
 #
-# TRAIN goes to train.py: a LoRA adapter is trained, and with
-# TRAIN="--finetuning_type full --learning_rate 2e-5" all weights. Interrupted, the recipe goes on
-# where it stopped when it is run again; run with another SAMPLE_RATE, only the last two steps are
-# new. With more than one GPU: PYTHON="torchrun --nproc_per_node N".
+# TRAIN holds flags of train.py. The default trains a LoRA adapter;
+# TRAIN="--finetuning_type full --learning_rate 2e-5" trains all weights. Run an interrupted recipe
+# again, and it continues where it stopped. With another SAMPLE_RATE only the last two steps run.
+# With N GPUs: PYTHON="torchrun --nproc_per_node N".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,7 +30,7 @@ about=(--model_name_or_path "$MODEL" --template "$TEMPLATE")
 rows=(--dataset "$DATASET" --skip_bad_rows)
 # shellcheck disable=SC2086  # PYTHON and TRAIN are several words
 run() { echo "\$ $PYTHON $*"; $PYTHON "$@"; }
-train() { # folder, data, flags; not again once it is done, if it was with the same
+train() { # folder, data, flags; skips a finished run, refuses one with other settings
     local made
     made="${about[*]} $TRAIN ${*:2} $(cksum < "$2")"
     if [ ! -e "$1.made_by" ] || [ ! -d "$1" ]; then
@@ -37,7 +38,7 @@ train() { # folder, data, flags; not again once it is done, if it was with the s
             --dataset "${@:2}"
         echo "$made" > "$1.made_by"
     elif [ "$made" != "$(cat "$1.made_by")" ]; then
-        echo "error: $1: was trained with other settings or rows; give another OUTPUT" >&2
+        echo "error: $1: was trained with other settings or rows. Set another OUTPUT." >&2
         exit 2
     fi
 }
@@ -46,25 +47,25 @@ mkdir -p "$OUTPUT"
 # 1. Embed the instructions with the model as it is.
 run score.py "${about[@]}" "${rows[@]}" --mode embed --output "$OUTPUT/before.jsonl"
 
-# 2. A few rows of every kind, of middling perplexity: the pre-experience.
+# 2. Choose a few rows of every kind, of medium perplexity: the pre-experience.
 run select.py "${rows[@]}" --embeddings "$OUTPUT/before.embeddings.npy" --strategy cluster \
     --clusters "$CLUSTERS" --per_cluster "$PER_CLUSTER" --output "$OUTPUT/pre.json" --overwrite
 
-# 3. One epoch on them, so that the model knows what following an instruction is.
+# 3. Train one epoch on them, so that the model knows what an instruction is.
 train "$OUTPUT/pre" "$OUTPUT/pre.json" --num_train_epochs 1
 
-# 4. How much does each instruction help this model with its answer?
+# 4. Score every row: how much does the instruction help this model to write the answer?
 scored=(--model_name_or_path "$OUTPUT/pre" --template "$TEMPLATE")
 if [ -e "$OUTPUT/pre/adapter_config.json" ]; then
     scored=("${about[@]}" --adapter "$OUTPUT/pre")
 fi
 run score.py "${scored[@]}" "${rows[@]}" --output "$OUTPUT/scores.jsonl"
 
-# 5. The rows where it helps, and helps least: there is most to learn.
+# 5. Select the rows where it helps least: there is most to learn.
 run select.py "${rows[@]}" --scores "$OUTPUT/scores.jsonl" --strategy ifd \
     --sample_rate "$SAMPLE_RATE" --output "$OUTPUT/cherry-$SAMPLE_RATE.json" --overwrite
 
-# 6. Train the model itself on those, and evaluate on rows that nobody has seen.
+# 6. Train the original model on them, and evaluate on held-out rows.
 train "$OUTPUT/model-$SAMPLE_RATE" "$OUTPUT/cherry-$SAMPLE_RATE.json" --num_train_epochs "$EPOCHS" \
     --eval_dataset "$HELDOUT"
 tail -n 1 "$OUTPUT/model-$SAMPLE_RATE/metrics.jsonl"

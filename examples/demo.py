@@ -2,8 +2,8 @@
 
     make demo                     # or: python examples/demo.py --output_dir runs/demo
 
-Trains with `train.py` as anybody would, then answers the held-out questions with the base and with
-the fine-tuned model and counts exact matches.
+Runs `train.py` as a user would. Then the base and the fine-tuned model answer the held-out
+questions, and the exact matches are counted.
 """
 
 import shlex
@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,10 +21,10 @@ from minisft.common.command_line import OptionParser  # noqa: E402
 from minisft.common.script import run_script  # noqa: E402
 
 BASE, DATA = ROOT / "examples/base", ROOT / "examples/data"
-QUESTIONS = 6  # how many held-out questions the conversation at the end shows
+NUM_SHOWN = 6  # held-out questions in the conversation at the end
 
 
-def parse_options():
+def parse_options() -> Namespace:
     """The options of the command line."""
     parser = OptionParser(description=__doc__.split("\n")[0])
     add, _ = parser.section("demo")
@@ -32,49 +33,34 @@ def parse_options():
     return parser.parse_options()
 
 
-def exact_match(assistant, rows):
-    """Greedy answers to the rows' questions -> (share equal to the reference, answers)."""
-    from minisft.generation.generate import Sampling, generate
-
-    prompts = [assistant.template.encode_prompt(row.messages[:-1]) for row in rows]
-    answers = []
-    for start in range(0, len(rows), 64):
-        ids = generate(
-            assistant.model,
-            prompts[start : start + 64],
-            Sampling(max_new_tokens=48, greedy=True),
-            assistant.stop_ids,
-        )
-        answers += [assistant.tokenizer.decode(answer).strip() for answer in ids]
-    right = sum(
-        answer == row.messages[-1]["content"] for answer, row in zip(answers, rows, strict=True)
-    )
-    return right / len(rows), answers
-
-
-def main():
+def main() -> None:
     """Train, measure before and after, and show a conversation."""
     options = parse_options()
-    command = [
-        "train.py",
-        "--config",
-        options.recipe,
-        "--output_dir",
-        options.output_dir,
-        "--overwrite_output_dir",
-    ]
+    command = ["train.py", "--config", options.recipe, "--output_dir", options.output_dir]
+    command += ["--overwrite_output_dir"]
     print("$ python", shlex.join(command), flush=True)
     began = time.monotonic()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
+    # Only now, so that train.py starts at once.
     from minisft.data.dataset import load_rows
     from minisft.generation.assistant import Assistant
+    from minisft.generation.sampling import Sampling
     from minisft.training.metrics import read_metrics
 
     held_out = load_rows(DATA / "heldout.json")
-    before, _ = exact_match(Assistant(BASE, template="plain"), held_out)
-    tuned = Assistant(BASE, adapter=options.output_dir, template="plain")
-    after, answers = exact_match(tuned, held_out)
+    prompts = [{"messages": row.messages[:-1]} for row in held_out]
+    references = [row.messages[-1]["content"] for row in held_out]
+
+    def answer(assistant: Assistant) -> tuple[list[str], float]:
+        """Greedy answers to the held-out questions, and the share that equals the reference."""
+        greedy = Sampling(max_new_tokens=48, greedy=True)
+        answers = [text.strip() for text in assistant.inference(prompts, greedy, batch_size=64)[0]]
+        matches = [text == right for text, right in zip(answers, references, strict=True)]
+        return answers, sum(matches) / len(matches)
+
+    _, before = answer(Assistant(BASE, template="plain"))
+    answers, after = answer(Assistant(BASE, adapter=options.output_dir, template="plain"))
 
     log = read_metrics(Path(options.output_dir) / "metrics.jsonl")
     steps = [row for row in log if "loss" in row]
@@ -87,9 +73,9 @@ def main():
     tokens/s         {speed:>10,.0f}
     seconds          {time.monotonic() - began:>10.0f}
 """)
-    for row, answer in list(zip(held_out, answers, strict=True))[:: len(held_out) // QUESTIONS]:
+    for row, text in list(zip(held_out, answers, strict=True))[:: len(held_out) // NUM_SHOWN]:
         question = row.messages[-2]
-        print(f"> {question['content']} {question.get('input', '')}\n{answer}\n")
+        print(f"> {question['content']} {question.get('input', '')}\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the embedded base model again: its text, its tokenizer, and train.py --stage pt (20 minutes).
+# Make the embedded base model: write its text, train its tokenizer, pre-train it (20 minutes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python examples/make_data.py --pretrain

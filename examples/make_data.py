@@ -3,8 +3,8 @@
     python examples/make_data.py            # examples/data/train.json and heldout.json
     python examples/make_data.py --pretrain # also examples/data/pretrain.txt, for the base
 
-Every row says its `kind`, and its `quality`: "good", or what is wrong with its answer. Training
-reads neither. The held-out rows are all good, and no prompt of theirs is in the training rows.
+Every row has a `kind` and a `quality`: "good", or what is wrong with its answer. Training reads
+neither. All held-out rows are good, and none of their prompts is in the training rows.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from wording import TASKS
 
 OUTPUT_DIR = Path(__file__).parent / "data"
 TRAIN_ROWS, HELDOUT_ROWS, PRETRAIN_LINES = 3000, 450, 400_000
-# How often a sampler of tasks.py is drawn for the pre-training text (1 where not named).
+# How often the pre-training text uses a sampler of tasks.py (1 if not listed).
 WEIGHTS = {
     "word": 7,
     "membership": 3,
@@ -48,14 +48,17 @@ def question_and_answer(task, rng):
 
 
 def draw_rows(count, rng, taken):
-    """`count` rows, the kinds in turn, without the prompts in the set `taken`, which grows."""
+    """Draw `count` rows, all kinds in turn, and add their prompts to the set `taken`.
+
+    No row has a prompt that was already in `taken`.
+    """
     rows, misses = [], 0
     while len(rows) < count:
         row = question_and_answer(TASKS[len(rows) % len(TASKS)], rng)
         prompt = (row["instruction"], row["input"])
         misses = misses + 1 if prompt in taken else 0
         if misses > 10_000:
-            raise SystemExit(f"there are no {count} different prompts of the kind {row['kind']}")
+            raise SystemExit(f"the kind {row['kind']} has too few prompts for {count} rows")
         if not misses:
             taken.add(prompt)
             rows.append(row)
@@ -64,7 +67,7 @@ def draw_rows(count, rng, taken):
 
 
 def spoil(rows, rng):
-    """Give a share of the rows a bad answer, and say so in `quality`."""
+    """Replace a share of the answers by bad ones, and record it in `quality`."""
     answers = [row["output"] for row in rows]
     numbers = rng.sample(range(len(rows)), len(rows))
     for flaw, share in FLAWS.items():
@@ -78,7 +81,7 @@ def spoil(rows, rng):
 
 
 def bad_answer(row, flaw, answers, rng):
-    """An answer to `row` with this flaw; now and then "" or the right one, which do not count."""
+    """An answer to `row` with this flaw. It may be "" or the right answer; callers skip those."""
     if flaw == "wrong_answer":
         return rng.choice(answers)
     if flaw == "truncated":
@@ -88,10 +91,10 @@ def bad_answer(row, flaw, answers, rng):
 
 
 def statements(count, rng):
-    """Lines of plain text in which every skill occurs, as sentences and not as questions.
+    """Lines of plain text that show every skill in sentences, without questions.
 
-    A line makes up to four statements about one instance, in any order. What comes again can be
-    copied or worked out from what stands before it, which is how the base learns to look back.
+    A line makes up to four statements about one instance, in any order. The later ones can be
+    copied or worked out from the earlier ones, so the base learns to look back.
     """
     groups = {}
     for task in TASKS:

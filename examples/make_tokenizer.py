@@ -2,9 +2,9 @@
 
     python examples/make_tokenizer.py       # examples/base/tokenizer.json, tokenizer_config.json
 
-Byte-level BPE with the splitting rule of Qwen2, which llama.cpp knows too: single digits, a space
-before a word belongs to the word. Merges stay inside one Chinese character or one word, so that
-answers begin with the same token wherever they stand.
+Byte-level BPE with the splitting rule of Qwen2, which llama.cpp knows too: digits are single, and a
+space belongs to the word after it. Merges stay inside a Chinese character or a word, so an answer
+starts with the same token wherever it stands.
 """
 
 import argparse
@@ -24,7 +24,7 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The same, but single Chinese characters, and no punctuation joined to the word after it.
+# The same, but with single Chinese characters, and without punctuation before a word.
 TRAINING_SPLIT = r" ?[a-zA-Z]+|\p{Han}|\p{N}| ?[^\s\p{L}\p{N}]|#+|\s*[\r\n]+|\s+(?!\S)|\s+"
 PROMPTS = [
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -36,7 +36,7 @@ PROMPTS = [
 
 
 def training_text(rng):
-    """Statements, questions and the words of the templates, in about the shares they will have."""
+    """Statements, questions and the words of the templates, in about their later proportions."""
     for number, line in enumerate(statements(100_000, rng)):
         yield line
         task = TASKS[number % len(TASKS)]
@@ -56,7 +56,7 @@ def splitter(rule):
 
 
 def train_tokenizer():
-    """A tokenizers.Tokenizer of VOCAB_SIZE tokens; the same every time."""
+    """A tokenizers.Tokenizer with VOCAB_SIZE tokens; every run gives the same one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitter(TRAINING_SPLIT)

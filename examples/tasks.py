@@ -1,4 +1,4 @@
-"""The skills of the embedded data set: draw an instance of a question and solve it by rule.
+"""The skills of the embedded data set: draw a question at random, and solve it by a rule.
 
     from tasks import opposite
     opposite(random.Random(0))      # {"word": "hot", "answer": "cold"}
@@ -27,7 +27,7 @@ from lexicon import (
 
 
 def word(rng):
-    """A word, its letters and its Chinese."""
+    """A word, its letters and its translation."""
     english, chinese = rng.choice(WORDS)
     return {
         "word": english,
@@ -43,15 +43,15 @@ def word(rng):
 def opposite(rng):
     """A word and its opposite."""
     pair = rng.choice(OPPOSITES)
-    one = rng.randrange(2)
-    return {"word": pair[one], "answer": pair[1 - one]}
+    place = rng.randrange(2)
+    return {"word": pair[place], "answer": pair[1 - place]}
 
 
 def opposite_zh(rng):
     """A Chinese word and its opposite."""
     pair = rng.choice(OPPOSITES_ZH)
-    one = rng.randrange(2)
-    return {"word": pair[one], "answer": pair[1 - one]}
+    place = rng.randrange(2)
+    return {"word": pair[place], "answer": pair[1 - place]}
 
 
 # Lists
@@ -76,7 +76,7 @@ def word_list(rng):
 
 
 def longest(rng):
-    """Three words of which one is the longest."""
+    """Three words, and the longest of them."""
     while True:
         options = words(rng, 3, 3)
         lengths = sorted(len(option) for option in options)
@@ -85,7 +85,7 @@ def longest(rng):
 
 
 def odd_one(rng):
-    """Three words of which one is of the category that is asked for."""
+    """Three words; only one belongs to the category in the question."""
     category, other = rng.sample(list(NOUNS), 2)
     chosen = rng.choice(NOUNS[category])
     options = [chosen, *rng.sample(NOUNS[other], 2)]
@@ -124,7 +124,7 @@ def compare(rng):
 
 
 def sort_numbers(rng):
-    """Three to five digits, and the same in order."""
+    """Three to five digits, unsorted and sorted."""
     numbers = rng.sample(range(10), rng.randint(3, 5))
     return {
         "list": " ".join(map(str, numbers)),
@@ -136,7 +136,7 @@ def sort_numbers(rng):
 
 
 def membership(rng):
-    """A word and a category, half the time its own."""
+    """A word and a category, which is the right one in half of the cases."""
     english, chinese = rng.choice(WORDS)
     true = rng.random() < 0.5
     category = CATEGORY_OF[english] if true else rng.choice(list(NOUNS))
@@ -155,7 +155,7 @@ def membership(rng):
 def owners(rng):
     """Two people, each with a coloured thing; the question is about one of them.
 
-    The slots with `other` tell of the other one, so that statements can be about both.
+    The slots with `other` describe the second person, so that statements can be about both.
     """
     names, names_zh = rng.sample(PEOPLE, 2), rng.sample(PEOPLE_ZH, 2)
     colors, things = rng.sample(COLORS, 2), rng.sample(THINGS, 2)

@@ -1,11 +1,11 @@
-"""How the embedded data set words its questions, answers and plain statements.
+"""The wording of the embedded data set: questions, answers and plain statements.
 
     from wording import TASKS
     slots = TASKS[0].sample(random.Random(0))       # {"word": "lamp", ...}
     TASKS[0].answer.format(**slots)
 
-The same slots fill the questions (`instruction | input`), for fine-tuning, and the statements, in
-which the same skill occurs as plain text, for pre-training the base.
+The same slots fill the questions (`instruction | input`), for fine-tuning, and the statements,
+which show the same skill in plain text, for pre-training the base.
 """
 
 from collections.abc import Callable
@@ -31,14 +31,14 @@ from tasks import (
 
 @dataclass
 class Task:
-    """One kind of question: how to draw an instance of it, and how to word it."""
+    """One kind of question: how to draw it, and how to word it."""
 
     kind: str
     sample: Callable
     answer: str
     questions: list[str]
     statements: list[str]
-    context: str = ""  # stands before the statements
+    context: str = ""  # precedes the statements
 
 
 TASKS = [

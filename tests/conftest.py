@@ -2,18 +2,22 @@
 
 import json
 import os
-import re
 import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import marks
 import pytest
 import tokenizers
+import torch
 from forks import run_script
 from standing import HANG_SECONDS
 
+pytest.register_assert_rewrite("parallel_runs")
+# torch gives some warnings once per process, so that they would fail whichever test came first.
+torch.set_warn_always(True)
 ROOT = Path(__file__).resolve().parent.parent
 # The suite computes in float32 on every processor: in this process and in those that it starts.
 STARTUP = ROOT / "tests" / "startup"
@@ -46,42 +50,44 @@ CONVERSATIONS = [
 ]
 
 
-COMPARES_NUMBERS = re.compile(r"\b(assert_close|assert_allclose|approx)\(")
-
-
 def pytest_collection_modifyitems(items):
-    """Mark `numerical` what is in a file that compares numbers with a tolerance.
-
-    Those are the results that depend on kernels, so `make test-avx2` runs them a second time.
-    """
-    texts = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
+    known = {}
     for item in items:
-        if COMPARES_NUMBERS.search(texts[item.path]):
+        if marks.compares_numbers(item):
             item.add_marker(pytest.mark.numerical)
+        if marks.takes_long(item, known):
+            item.add_marker(pytest.mark.slow)
 
 
-def command(*arguments, script="train.py", before=(), processes=1):
-    """Run a script as a user would; `before` stands between the interpreter and its name.
+def as_flags(**flags):
+    """Words of a command line: max_steps=2, packing=True -> ["--max_steps", "2", "--packing"]."""
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
 
-    Without it the process is forked, several as torchrun would start them.
+
+def command(*words, script="train.py", before=(), processes=1, **flags):
+    """Run a script as a user would: command(*words, max_steps=2) -> subprocess.CompletedProcess.
+
+    `before` stands between the interpreter and the script. Without it the process is forked,
+    several as torchrun would start them.
     """
+    words = [*map(str, words), *as_flags(**flags)]
     if script and not before:
-        return run_script(script, arguments, processes)
-    words = [
-        sys.executable,
-        *before,
-        *([str(ROOT / script)] if script else []),
-        *map(str, arguments),
-    ]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
+        return run_script(script, words, processes)
+    start = [sys.executable, *before, *([str(ROOT / script)] if script else [])]
+    return subprocess.run(
+        [*start, *words], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
 
 
 @pytest.fixture
 def here(monkeypatch, capsys):
     """Run a script in this process, which has loaded torch; mistakes raise UserError."""
 
-    def started(script, *words):
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+    def started(script, *words, **flags):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words), *as_flags(**flags)])
         script.main()
         return capsys.readouterr().out
 
@@ -129,7 +135,6 @@ def without_bos(tokenizer_dir, folder):
 @pytest.fixture(scope="session")
 def tiny_chat_model_dir(tmp_path_factory, tiny_tokenizer_dir):
     """A random Llama of one layer with that tokenizer and a chatml template: it talks nonsense."""
-    import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("tiny_chat_model")
@@ -161,8 +166,6 @@ def tiny_chat_model_dir(tmp_path_factory, tiny_tokenizer_dir):
 @pytest.fixture
 def checkpoint(tmp_path, tiny_tokenizer_dir):
     """A small random checkpoint with that tokenizer, as people have it on disk."""
-    import torch
-
     from minisft.checkpoints.folders import save_model
     from minisft.model.config import ModelConfig
     from minisft.model.decoder import CausalLM

@@ -31,6 +31,9 @@ class Server:
         self.server = xllamacpp.Server(parameters)
 
     def __enter__(self):
+        # A server that ends before its main loop has begun waits for the loop for ever. Rendering
+        # and tokenizing do not need the loop; a completion does.
+        self.complete([0], 1)
         return self
 
     def __exit__(self, *error):

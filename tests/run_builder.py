@@ -1,5 +1,6 @@
-"""A Run for tests that start in the middle of train.py.
+"""Options and a Run for tests that start in the middle of train.py.
 
+options = training_options(finetuning_type="full")
 run = new_run(options, model, num_rows=100)
 train.train(run, batches)
 """
@@ -7,11 +8,13 @@ train.train(run, batches)
 from pathlib import Path
 
 import torch
+from conftest import as_flags
 
 from minisft.common import processes
 from minisft.training.metrics import Progress
 from minisft.training.objective import NextToken
 from minisft.training.optimizer import build_optimizer
+from minisft.training.options import parse_options
 from minisft.training.run import (
     Run,
     build_precision,
@@ -19,6 +22,12 @@ from minisft.training.run import (
     count_rows_per_step,
     wrap_model,
 )
+
+
+def training_options(*words, model_name_or_path="-", dataset="-", output_dir="-", **flags):
+    """The options of train.py for tests that need no files."""
+    files = as_flags(model_name_or_path=model_name_or_path, dataset=dataset, output_dir=output_dir)
+    return parse_options([*files, *words, *as_flags(**flags)])
 
 
 def new_run(

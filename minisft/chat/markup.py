@@ -1,13 +1,13 @@
-"""Text of anyone as Markdown that is safe to show: HTML tags are visible text, images are links.
+"""Make untrusted text safe to show as Markdown: HTML tags become visible, images become links.
 
-    shown("<b> ![x](y)")        # both marks are followed by JOINER, so a browser shows them as text
+    escape("<b> ![x](y)")       # a JOINER follows both marks, so a browser shows them as text
 
 The page's sanitizer and content security policy are a second and third barrier.
 """
 
 import re
 
-# A character without width. Behind "<", "&" or "!" it ends the tag, entity or image.
+# A character without width. After "<", "&" or "!" it breaks the tag, entity or image.
 JOINER = "\u2060"
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
 # Code is shown as it stands: blocks between fences, in lists too (an unclosed block reaches to the
@@ -20,8 +20,8 @@ CODE = re.compile(
 )
 
 
-def shown(text: str) -> str:
-    """The text with a JOINER behind every mark outside code."""
+def escape(text: str) -> str:
+    """The text with a JOINER after every mark outside code."""
     parts, end = [], 0
     for code in CODE.finditer(text):
         parts += [_add_joiners(text[end : code.start()]), code[0]]
@@ -29,8 +29,8 @@ def shown(text: str) -> str:
     return "".join(parts) + _add_joiners(text[end:])
 
 
-def original(text: str) -> str:
-    """The inverse of `shown`."""
+def unescape(text: str) -> str:
+    """The inverse of `escape`."""
     return text.replace(JOINER, "")
 
 

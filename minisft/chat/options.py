@@ -1,4 +1,4 @@
-"""The flags of `chat.py`, and the texts that they name.
+"""The flags of `chat.py`, and the prompts that they give.
 
 options = parse_options(["--model_name_or_path", "examples/base", "--system", "Be brief."])
 read_system(options)                                # "Be brief."
@@ -23,15 +23,24 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
     )
     add_model_flags(parser)
     add, _ = parser.section("conversation")
-    add("--adapter", metavar="DIR", help="folder of a LoRA adapter, used without merging")
+    add("--adapter", metavar="DIR", help="folder of a LoRA adapter; it is not merged")
     add_template_flags(add, auto="as in training", system="system")
     add("--identity", metavar="FILE", help="text file with the system prompt: a persona or a task")
     add("--prompt", help="ask one question and exit; - reads it from standard input")
-    add("--max_length", type=int, help="longest conversation in tokens (else the context)")
+    add(
+        "--max_length",
+        type=int,
+        help="maximum tokens of a conversation (default: the model's context)",
+    )
     add("--log", metavar="FILE", help="append the conversation to this file, as JSON lines")
     add, switch = parser.section("answers")
-    add("--max_new_tokens", type=int, default=512, help="longest answer in tokens")
-    add("--temperature", type=float, default=0.95, help="below 1: surer; above: more varied")
+    add("--max_new_tokens", type=int, default=512, help="maximum tokens of an answer")
+    add(
+        "--temperature",
+        type=float,
+        default=0.95,
+        help="below 1: more predictable; above 1: more varied",
+    )
     add("--top_k", type=int, default=50, help="sample from the k most probable tokens; 0: all")
     add(
         "--top_p",
@@ -44,12 +53,20 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
     add("--seed", type=optional_int, help="make sampling repeatable")
     switch("--compile", help="compile the model: a minute at the start, then faster answers")
     add, _ = parser.section("a file of prompts")
-    add("--file", metavar="FILE", help="answer the lines of a .txt file or rows of JSON(L)")
+    add(
+        "--file",
+        metavar="FILE",
+        help="answer the lines of a .txt file, or the rows of JSON or JSON lines",
+    )
     add("--output", metavar="FILE", help="file for the answers, as JSON lines")
     add("--batch_size", type=positive_int, default=8, help="prompts answered at once")
     add, switch = parser.section("web page")
-    switch("--web", help="serve a page to chat on (needs gradio, see requirements-extras.txt)")
-    add("--compare_with", metavar="DIR", help="second model beside it: an adapter, or none")
+    switch("--web", help="serve a page to chat on (needs gradio, see requirements/web.txt)")
+    add(
+        "--compare_with",
+        metavar="DIR",
+        help="a second model side by side: an adapter, or none for the base",
+    )
     add("--server_name", default="127.0.0.1", help="address; 0.0.0.0 is open to the network")
     add("--server_port", type=positive_int, default=7860, help="port")
     add("--password", help="password of the page (or set MINISFT_PASSWORD)")
@@ -129,5 +146,5 @@ def with_line_breaks(text: str, name: str) -> str:
 
 
 def _decode(argument: str | None) -> str | None:
-    """A command-line argument as text; Python turns bytes that are not UTF-8 into surrogates."""
+    """The argument as UTF-8 text. Python turns other bytes of the command line into surrogates."""
     return argument and argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

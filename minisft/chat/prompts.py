@@ -3,11 +3,11 @@
     answer_file(assistant, "prompts.jsonl", "answers.jsonl", Sampling(greedy=True))
 
 Prompts are the lines of a .txt file, or the rows of a JSON or JSON-lines file: strings, rows with
-one of PROMPT_COLUMNS, or rows in a format of training data, whose own answer the model does not
-see. The output is JSON lines that train.py reads: {"messages": [..., the answer], "score": the mean
-log-probability of the answer}. Thoughts are the field "reasoning_content" of the answer.
+one of PROMPT_COLUMNS, or rows in a format of training data, without their last answer. The output
+is JSON lines that train.py reads: {"messages": [..., the answer], "score": the mean log-probability
+of the answer}. Thoughts are the field "reasoning_content" of the answer.
 
-OUTPUT.partial has the answers so far. An interrupted run continues from it.
+OUTPUT.partial holds the answers so far. An interrupted run continues from it.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ def answer_file(
     """Write the answers to the prompts in `path`; returns their number.
 
     system: the system prompt of rows that have none. settings: other options that the answers
-    depend on; only a run with equal ones continues an interrupted run. Before the first answer,
-    UserError lists all rows that cannot be asked.
+    depend on; a run continues only if they are unchanged. Before the first answer, UserError lists
+    all rows without a valid prompt.
     """
     check_output(output_path, path)
     prompts = Prompts(path, system)
@@ -123,7 +123,7 @@ class Prompts:
         return f"{self.records.path}, {self.records.place(row)}"
 
     def lengths(self, assistant: Assistant, sampling: Sampling) -> list[int]:
-        """The number of tokens of each prompt. UserError lists the rows that cannot be asked."""
+        """The number of tokens of each prompt. UserError lists the rows without a valid prompt."""
         lengths, problems = [], []
         for row in range(len(self)):
             place = self.place(row)
@@ -143,7 +143,7 @@ class Prompts:
             listed = problems[:MAX_LISTED_ROWS]
             if num_unlisted > 0:
                 listed.append(f"and {num_unlisted} more of {len(self)} rows")
-            raise UserError(f"rows that cannot be asked: {'; '.join(listed)}")
+            raise UserError(f"rows without a valid prompt: {'; '.join(listed)}")
         return lengths
 
 
@@ -156,7 +156,7 @@ class Answers:
     def __init__(self, path: str | Path, identity: Mapping[str, Any]):
         self.path = Path(path)
         content = self.path.read_bytes() if self.path.exists() else b""
-        content = content[: content.rfind(b"\n") + 1]  # without a last line that was cut
+        content = content[: content.rfind(b"\n") + 1]  # without an incomplete last line
         try:
             recorded, *answers = map(json.loads, content.splitlines() or [json.dumps(identity)])
             self.rows = {row: Response(*response) for row, *response in answers}
@@ -165,8 +165,8 @@ class Answers:
             raise UserError(f"{self.path} is damaged ({error}). Remove it.") from error
         if changed:
             raise UserError(
-                f"{self.path} was begun with another {', '.join(changed)}. Remove it, or choose "
-                "another --output."
+                f"{self.path} belongs to a run with another {', '.join(changed)}. Remove it, or "
+                "choose another --output."
             )
         self._file = open(self.path, "ab")
         self._file.truncate(len(content))
@@ -174,7 +174,7 @@ class Answers:
             self._append([identity])
 
     def add(self, rows: Sequence[int], responses: Sequence[Response]) -> None:
-        """Keep the answers of a batch; they are on the disk when this returns."""
+        """Store the answers of a batch; they are on the disk when this returns."""
         answers = dict(zip(rows, responses, strict=True))
         self._append([[row, *astuple(response)] for row, response in answers.items()])
         self.rows |= answers
@@ -207,7 +207,7 @@ class Answers:
 
 
 def parse_prompt(record: Any) -> tuple[Messages, Tools]:
-    """The messages of a record up to where its answer begins, and its tools."""
+    """The messages of a record without its last answer, and its tools."""
     record = object_of({"prompt": record} if isinstance(record, str) else record)
     check_text_only(record)
     column = next((name for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), None)

@@ -23,20 +23,20 @@ from minisft.generation.answer import Answer
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
 
-FAILED = 2  # exit status after a mistake
-INTERRUPTED = 130  # exit status after Ctrl-C, as a shell has it: 128 + SIGINT
+FAILED = 2  # exit status after a refused message or command
+INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell: 128 + SIGINT
 HELP = """\
-/reset          forget the conversation (the system prompt stays)
-/system TEXT    set the system prompt; without TEXT, go back to the first one
+/reset          clear the conversation; the system prompt stays
+/system TEXT    set the system prompt; without TEXT, restore the initial one
 /save FILE      write the conversation as JSON that train.py reads
-/stats          how fast the last answer was
-/help           this list
+/stats          length and speed of the last answer
+/help           list the commands
 /quit           leave (or Ctrl-D)
 Ctrl-C stops an answer."""
 
 
 def open_standard_streams() -> None:
-    """Make standard input and output UTF-8 whatever the locale, and usable if they are closed."""
+    """Make standard input and output UTF-8 in every locale; replace closed streams."""
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
@@ -46,7 +46,7 @@ def open_standard_streams() -> None:
 
 
 class Conversation:
-    """The turns so far, the system prompt, and what a person can do with them."""
+    """The turns so far, the system prompt, and the commands of the terminal."""
 
     def __init__(
         self,
@@ -64,22 +64,22 @@ class Conversation:
         self.saved_paths: set[str] = set()
 
     def ask(self, question: str) -> bool:
-        """Print the answer and remember both; True if it is complete, False after Ctrl-C.
+        """Print the answer and add both to the turns; False if Ctrl-C stopped it.
 
-        After Ctrl-C the text so far is remembered; without any text, the question is not.
+        A stopped answer is added as it is. Without any text, the question is not added either.
         """
         turns = [*self.turns, {"role": "user", "content": question}]
         answer = self.answer = self.assistant.stream(
             self._with_system(turns), self.sampling, say=lambda text: notice(f"({text})")
         )
-        self.transcript.write_question(self.number, self.system or "", question)
+        self.transcript.log_question(self.number, self.system or "", question)
         is_complete = False
         try:
-            with contextlib.closing(self.transcript.follow(self.number, answer)) as pieces:
+            with contextlib.closing(self.transcript.log_answer(self.number, answer)) as pieces:
                 show_pieces(pieces, answer)
             print()
-            if answer.cut_short:
-                notice("(cut: the answer reached its maximum length)")
+            if answer.is_truncated:
+                notice("(truncated: the answer reached its maximum length)")
             is_complete = True
         except KeyboardInterrupt:
             notice("\n(stopped)")
@@ -89,23 +89,23 @@ class Conversation:
             if answer.text.strip():
                 self.turns = [*turns, answer.message]
         if is_complete and not answer.text.strip():
-            notice("(no answer: the question is not remembered)")
+            notice("(no answer: the question is dropped)")
         return is_complete
 
     def run_command(self, name: str, argument: str) -> None:
-        """Carry out `/name argument`."""
+        """Run the command `/name argument`."""
         match name:
             case "/help":
                 notice(HELP)
             case "/reset":
                 self.turns, self.number = [], self.transcript.new_conversation()
-                notice("(forgotten)")
+                notice("(conversation cleared)")
             case "/system":
                 self.system = argument or self.first_system
-                removed = "removed" if self.first_system is None else "as in the beginning"
+                removed = "removed" if self.first_system is None else "restored"
                 notice(f"(system prompt {'set' if argument else removed})")
             case "/stats":
-                notice(f"({self.answer.figures() if self.answer else 'no answer yet'})")
+                notice(f"({self.answer.statistics() if self.answer else 'no answer yet'})")
             case "/save":
                 self.save(argument)
             case _:
@@ -137,8 +137,8 @@ class Conversation:
 def converse(conversation: Conversation) -> int:
     """Read and answer lines until the input ends; returns the exit status.
 
-    A mistake does not end the conversation. Without a terminal nobody may have read about it, so
-    the status is FAILED then; and Ctrl-C ends the conversation there.
+    An error does not end the conversation. Without a terminal it may go unread, so the status is
+    FAILED, and Ctrl-C ends the conversation.
     """
     status, was_interrupted, is_terminal = 0, False, sys.stdin.isatty()
     if is_terminal:
@@ -216,7 +216,7 @@ def show_pieces(pieces: Iterable[str], answer: Answer) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which would steer a terminal; unchanged for a file."""
+    """The text without control characters, which a terminal would obey; unchanged for a file."""
     if not sys.stdout.isatty():
         return text
     return "".join(char for char in text if char in "\n\t" or char.isprintable() or char > "\x9f")

@@ -1,9 +1,9 @@
-"""The log of conversations, written while they happen, so that a crash loses nothing.
+"""The log of conversations, written as they go, so that a crash loses nothing.
 
     transcript = Transcript("chat.jsonl")
     number = transcript.new_conversation()
-    transcript.write_question(number, "Be brief.", "What is 2 + 2?")
-    for piece in transcript.follow(number, answer):
+    transcript.log_question(number, "Be brief.", "What is 2 + 2?")
+    for piece in transcript.log_answer(number, answer):
         print(piece, end="")
 
 Every line is JSON: {"time", "conversation", "role", "content"}, and "reasoning_content" for
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_PARTS = 1.0
 
 
 class Transcript:
-    """A file that conversations are appended to, also from several threads; None: no file.
+    """Appends conversations to a file, from any number of threads. path None: writes nothing.
 
     UserError if the file cannot be written.
     """
@@ -33,29 +33,31 @@ class Transcript:
     def __init__(self, path: str | Path | None = None):
         self.path = path
         self._lock, self._numbers = Lock(), count(1)
-        self._systems: dict[int, str] = {}  # of each conversation, as last written
+        self._systems: dict[int, str] = {}  # the last one written, by conversation
         try:
             self._file = open(path, "ab+") if path else None
             if self._file and self._file.tell():
-                # A crash may have cut the last line. End it, so that the next line is whole.
+                # A crash may have truncated the last line. End it before the next line.
                 self._file.seek(-1, 2)
                 self._file.write(b"" if self._file.read() == b"\n" else b"\n")
         except OSError as error:
             raise UserError(f"--log {path}: {error.strerror}") from error
 
     def new_conversation(self) -> int:
-        """The number of another conversation, from 1."""
+        """The number of a new conversation, from 1."""
         return next(self._numbers)
 
-    def write_question(self, conversation: int, system: str, question: str) -> None:
-        """Write a question, and before it the system prompt if that has changed."""
+    def log_question(self, conversation: int, system: str, question: str) -> None:
+        """Log a question, and before it the system prompt if it has changed."""
         if system != self._systems.get(conversation, ""):
             self._systems[conversation] = system
             self._write(conversation, "system", system)
         self._write(conversation, "user", question)
 
-    def follow(self, conversation: int, answer: Answer, **more: str) -> Generator[str, None, None]:
-        """Yield the pieces of an answer, and write what has come every second and at the end."""
+    def log_answer(
+        self, conversation: int, answer: Answer, **more: str
+    ) -> Generator[str, None, None]:
+        """Yield the pieces of an answer, and log them every second and at the end."""
         num_written, num_thoughts, written, end = 0, 0, time.monotonic(), "stopped"
 
         def write(**more: str) -> None:

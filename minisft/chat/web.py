@@ -3,7 +3,7 @@
     page = Page([Assistant("examples/base", adapter="runs/demo")], Sampling(), system="Be brief.")
     serve(page, "127.0.0.1", 7860)
 
-Neither the server nor the browser sends anything to another machine.
+Neither the server nor the browser contacts another machine.
 """
 
 import hmac
@@ -15,15 +15,15 @@ from importlib.util import find_spec
 from typing import Any
 
 from minisft.chat.markup import JOINER
-from minisft.chat.page import Page, Talk, View
+from minisft.chat.page import Page, Session, View
 from minisft.common.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LARGEST_REQUEST = 32 * 2**20  # bytes
-AT_ONCE = 8  # answers written at the same time; other visitors wait in the queue
+MAX_REQUEST_BYTES = 32 * 2**20  # bytes
+MAX_ANSWERS = 8  # answers in progress at a time; other visitors wait in the queue
 QUEUE_SIZE = 64
-# The browser loads and sends nothing from or to elsewhere, whatever an answer says. gradio's own
-# scripts and styles are inline.
+# The browser contacts only this server, whatever an answer contains. gradio's own scripts and
+# styles are inline.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -38,7 +38,7 @@ SAVE = """(text) => {
     link.download = "conversation.json";
     link.click();
 }"""
-# A name for the visitor that nobody can guess. The tab keeps it when it loads the page again.
+# A name for the visitor that nobody can guess. It survives a reload of the tab.
 VISITOR = """() => sessionStorage.visitor ||=
     Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-")"""
 # Copy text without the joiners of markup.py.
@@ -78,7 +78,7 @@ class Policy:
 
         headers = dict(scope.get("headers", ()))
         size = int(headers.get(b"content-length", b"0"))
-        if b"transfer-encoding" in headers or size > LARGEST_REQUEST:
+        if b"transfer-encoding" in headers or size > MAX_REQUEST_BYTES:
             await send_with_policy({"type": "http.response.start", "status": 413})
             await send({"type": "http.response.body", "body": b"The request is too large."})
         else:
@@ -111,7 +111,7 @@ class Interface:
         self.gr, self.page = gr, page
         names = " beside ".join(assistant.name for assistant in page.assistants)
         with gr.Blocks(title=f"minisft · {names}", analytics_enabled=False) as self.blocks:
-            self.talk = gr.State(Talk())
+            self.session = gr.State(Session())
             with gr.Row():
                 self.chats = [
                     gr.Chatbot(
@@ -154,10 +154,10 @@ class Interface:
         def edit_in(place: int) -> Callable[..., Iterator[list[Any]]]:
             """The handler of edits in the chat at `place`."""
 
-            def edit(event: EditData, talk: Talk, *values: Any) -> Iterator[list[Any]]:
+            def edit(event: EditData, session: Session, *values: Any) -> Iterator[list[Any]]:
                 """Answer a question that was edited."""
                 index, question = event.index, event.value
-                views = self.page.edit(talk, index, question, *values, place=place)
+                views = self.page.edit(session, index, question, *values, place=place)
                 yield from map(self.values, views)
 
             return edit
@@ -167,31 +167,31 @@ class Interface:
         limits = [assistant.caches.limit for assistant in assistants if assistant.decoder]
         answering: dict[str, Any] = {
             "outputs": self.outputs,
-            "concurrency_limit": min([AT_ONCE, *limits]),
+            "concurrency_limit": min([MAX_ANSWERS, *limits]),
             "concurrency_id": "answers",
             "show_progress": "minimal",
         }
-        asked = [self.talk, self.box, *self.controls]
+        asked = [self.session, self.box, *self.controls]
         self.box.submit(self.ask, asked, api_name="ask", **answering)
-        again = [self.talk, *self.controls]
+        again = [self.session, *self.controls]
         self.retry_button.click(self.retry, again, api_name="retry", **answering)
         for place, chat in enumerate(self.chats):
             chat.edit(edit_in(place), again, **answering)
 
     def _connect_others(self) -> None:
         """The events that need no model, which do not wait in the queue."""
-        self.stop_button.click(self.page.stop, self.talk, None, api_name="stop", queue=False)
+        self.stop_button.click(self.page.stop, self.session, None, api_name="stop", queue=False)
         # The bin of a Chatbot alone would only empty what is shown.
         clearing = [self.clear_button.click, *(chat.clear for chat in self.chats)]
-        self.gr.on(clearing, self.clear, self.talk, self.outputs, api_name="clear", queue=False)
+        self.gr.on(clearing, self.clear, self.session, self.outputs, api_name="clear", queue=False)
         exported, visitor = (self.gr.Textbox(visible=False) for _ in range(2))
         self.download_button.click(
-            self.export, self.talk, [exported, self.notice], api_name="export", queue=False
+            self.export, self.session, [exported, self.notice], api_name="export", queue=False
         ).then(None, exported, None, js=SAVE)
         self.blocks.load(
-            self.come_back,
+            self.load_session,
             visitor,
-            [self.talk, *self.chats],
+            [self.session, *self.chats],
             js=VISITOR,
             queue=False,
             api_visibility="private",
@@ -202,27 +202,27 @@ class Interface:
         chats, notice, text = view
         return [*chats, notice, self.gr.skip() if text is None else text]
 
-    def ask(self, talk: Talk, question: str, *values: Any) -> Iterator[list[Any]]:
+    def ask(self, session: Session, question: str, *values: Any) -> Iterator[list[Any]]:
         """Answer the question in the box."""
-        yield from map(self.values, self.page.ask(talk, question, *values))
+        yield from map(self.values, self.page.ask(session, question, *values))
 
-    def retry(self, talk: Talk, *values: Any) -> Iterator[list[Any]]:
+    def retry(self, session: Session, *values: Any) -> Iterator[list[Any]]:
         """Answer the last question again."""
-        yield from map(self.values, self.page.retry(talk, *values))
+        yield from map(self.values, self.page.retry(session, *values))
 
-    def clear(self, talk: Talk) -> list[Any]:
+    def clear(self, session: Session) -> list[Any]:
         """Forget the conversation."""
-        return self.values(self.page.clear(talk))
+        return self.values(self.page.clear(session))
 
-    def export(self, talk: Talk) -> tuple[str, Any]:
+    def export(self, session: Session) -> tuple[str, Any]:
         """(the conversation as JSON, a notice if there is none)."""
-        text = self.page.export(talk)
+        text = self.page.export(session)
         return text, self.gr.skip() if text else "There is nothing to download yet."
 
-    def come_back(self, visitor: str) -> list[Any]:
-        """The conversation of a visitor who loads the page: the Talk, and what the chats show."""
-        talk = self.page.come_back(visitor)
-        return [talk, *self.page.view(talk, "")[0]]
+    def load_session(self, visitor: str) -> list[Any]:
+        """The session of a visitor who loads the page, and the messages of the chats."""
+        session = self.page.load_session(visitor)
+        return [session, *self.page.view(session, "")[0]]
 
 
 def _controls(gr: Any, page: Page) -> list[Any]:
@@ -261,7 +261,7 @@ def launch(
     page: Page, host: str, port: int, password: str | None = None, share: bool = False
 ) -> Any:
     """Start a server in the background; returns the gradio Blocks, whose close() ends it."""
-    # Before gradio is imported, which asks its makers' server for its newest version otherwise.
+    # Before gradio is imported: otherwise it asks a server of its makers for its newest version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -273,7 +273,7 @@ def launch(
 
     middleware = [Middleware(Policy)]
     if host in LOOPBACK and not share:
-        # Another site could give its own name this machine's address, to read the page.
+        # Otherwise another site could point its name to this machine and read the page.
         hosts = [*LOOPBACK, "[::1]"]
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts))
     blocks = build(page).queue(max_size=QUEUE_SIZE)
@@ -285,7 +285,7 @@ def launch(
             quiet=True,
             footer_links=[],
             auth=is_password if password else None,
-            auth_message="Any name will do.",
+            auth_message="Any user name works.",
             app_kwargs={"middleware": middleware},
             prevent_thread_lock=True,
             js=COPIES,
@@ -310,7 +310,7 @@ def serve(
     blocks = launch(page, host, port, password, share)
     if not password and (host not in LOOPBACK or share):
         print(
-            "Anyone who can reach this machine can use the page. Consider --password.",
+            "Everyone who can reach this machine can use the page. Consider --password.",
             file=sys.stderr,
         )
     try:

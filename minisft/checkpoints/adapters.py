@@ -4,38 +4,31 @@ config = load_adapter(model, "runs/cherry")                    # wraps the model
 save_adapter(model, "copy", config, base_model="examples/base")
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from minisft.checkpoints.adapter_forms import PEFT_PREFIX, Adapter, read_adapter
 from minisft.checkpoints.folders import REWARD_MODEL_HINT, gather_tensors, remove_other_weights
+from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT
 from minisft.common import processes
 from minisft.common.errors import UserError
-from minisft.common.json_files import is_integer, is_number, read_json, write_json
+from minisft.common.json_files import write_json
 from minisft.common.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    StoredTensor,
-    read_header,
     shorten_list,
     write_safetensors,
 )
+from minisft.model.decoder import CausalLM
 from minisft.model.lora import LINEAR_TYPES, LoraConfig, LoRALinear, wrap_linear
-from minisft.model.modules_to_save import SAVEABLE_MODULES, train_fully
+from minisft.model.modules_to_save import saved_modules, train_fully, untie
+from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model
-
-PEFT_PREFIX = "base_model.model."
-# Options of PEFT that change what an adapter computes, and that we do not compute.
-UNSUPPORTED = (
-    "use_dora alpha_pattern fan_in_fan_out lora_bias use_qalora alora_invocation_tokens use_bdlora "
-    "trainable_token_indices layer_replication arrow_config"
-).split()
-# Initialisations that leave the base model as it is. Others change it, and we do not know how.
-PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(
@@ -46,11 +39,11 @@ def save_adapter(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write the adapter of a model. All ranks call it, and rank 0 writes."""
-    trained = [f"{SAVEABLE_MODULES[name]}.weight" for name in config.modules_to_save]
+    complete = {*saved_modules(model, config.modules_to_save), *config.stored_modules}
     tensors = {
         PEFT_PREFIX + name: tensor
         for name, tensor in model.state_dict().items()
-        if ".lora_" in name or name in trained
+        if ".lora_" in name or _plain(name).removesuffix(".weight") in complete
     }
     tensors = gather_tensors(tensors, dtype)
     if processes.rank() != 0:
@@ -59,10 +52,13 @@ def save_adapter(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_safetensors(tensors, output_dir / ADAPTER_WEIGHTS)
     remove_other_weights(output_dir, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
-    ranks = {
-        name: module.lora_A.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
+    adapted = {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
+    ranks = {name: module.lora_A.out_features for name, module in adapted.items()}
+    alphas = {
+        name: module.scaling * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
+        for name, module in adapted.items()
     }
     content = {
         "peft_type": "LORA",
@@ -74,6 +70,11 @@ def save_adapter(
         "target_modules": _target_modules(model, ranks),
         "use_rslora": config.use_rslora,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
+        "alpha_pattern": {
+            name: alpha
+            for name, alpha in alphas.items()
+            if not math.isclose(alpha, config.alpha, rel_tol=1e-9)
+        },
         "modules_to_save": list(config.modules_to_save) or None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -96,18 +97,26 @@ def _target_modules(model: nn.Module, adapted: Mapping[str, int]) -> list[str]:
 def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) -> LoraConfig:
     """Wrap a model with the adapter in a PEFT folder, in place and frozen.
 
-    The tensors themselves say which modules are adapted, and with what rank. dropout: for training
-    the adapter further.
+    The tensors themselves say which modules are adapted, and with what rank. An adapter that has
+    resized the vocabulary resizes the model's. dropout: for training the adapter further.
     """
-    adapter_dir = Path(adapter_dir)
-    config = replace(_read_config(adapter_dir / ADAPTER_CONFIG), dropout=dropout)
-    stored = adapter_tensors(adapter_dir)
+    adapter = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+    config = replace(adapter.config, dropout=dropout)
+    path, stored = adapter.path, adapter.tensors
     model.requires_grad_(False)
     if "score" in config.modules_to_save and not hasattr(model, "score"):
         raise UserError(f"{adapter_dir}: {REWARD_MODEL_HINT}")
+    needs_head = {OUTPUT, "lm_head.lora_A.weight"} & stored.keys() or OUTPUT in adapter.changes
+    if needs_head and isinstance(model, CausalLM) and model.config.tie_word_embeddings:
+        untie(model)
     train_fully(model, config.modules_to_save)
+    trained = set(saved_modules(model, config.modules_to_save))
+    config.stored_modules = tuple(
+        name for name in adapter.replaced_modules() if name not in trained
+    )
+    _resize_vocabulary(model, adapter)
 
-    path, modules = adapter_dir / ADAPTER_WEIGHTS, dict(model.named_modules())
+    modules = dict(model.named_modules())
     for name, tensor in stored.items():
         if not name.endswith(".lora_A.weight"):
             continue
@@ -117,9 +126,10 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
             raise UserError(f"{path}: the model has no linear module {module_name}")
         rank = tensor.shape[0] if tensor.shape else 0
         tensor.check((max(rank, 1), module.in_features), "this base model needs")
-        wrap_linear(model, module_name, replace(config, rank=rank))
+        module_config = replace(adapter.module_config(module_name, rank), dropout=dropout)
+        wrap_linear(model, module_name, module_config)
 
-    parameters = dict(model.named_parameters())
+    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in stored.items():
         if name not in parameters:
             raise UserError(f"{path}: the model has no parameter {name}")
@@ -133,69 +143,74 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         raise UserError(f"{path}: tensors are missing: {shorten_list(missing)}")
     device = model.model.embed_tokens.weight.device
     for name, tensor in stored.items():
-        parameters[name].data = tensor.read().float().to(device)
+        parameter = parameters[name]
+        is_trained = parameter.requires_grad or ".lora_" in name
+        dtype = torch.float32 if is_trained else parameter.dtype
+        parameter.data = tensor.read().to(dtype).to(device)
+    _apply_changes(model, adapter)
     return config
 
 
-def adapter_tensors(adapter_dir: str | Path) -> dict[str, StoredTensor]:
-    """{name in the model: StoredTensor} of the adapter in a PEFT folder."""
-    path = Path(adapter_dir) / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}")
-    tensors: dict[str, StoredTensor] = {}
-    for key, tensor in read_header(path).items():
-        name = key.removeprefix(PEFT_PREFIX)
-        if name == key:
-            raise UserError(f"{path}: tensor {key} does not begin with {PEFT_PREFIX}")
-        name = name.replace(".modules_to_save.", ".").replace(".default.", ".")
-        if name in tensors:
-            raise UserError(f"{path}: {tensors[name].name} and {key} are the same tensor")
-        tensors[name] = tensor
-    return tensors
+def _plain(name: str) -> str:
+    """The name of a parameter without the LoRALinear around its module."""
+    return name.replace(".base_layer.", ".")
 
 
-def _read_config(path: Path) -> LoraConfig:
-    content = read_json(path)
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{path}: not a LoRA adapter (peft_type is not LORA)")
-    for name in UNSUPPORTED:
-        if content.get(name):
-            raise UserError(f"{path}: {name} is not supported")
-    initialisation = content.get("init_lora_weights")
-    if initialisation not in PLAIN_INITIALISATIONS:
+def _resize_vocabulary(model: Model, adapter: Adapter) -> None:
+    """Give the model the vocabulary of an adapter that holds the embedding. In place.
+
+    The new matrices are empty. UserError if the adapter has only one of two.
+    """
+    embedding = adapter.tensors.get(EMBEDDING)
+    head = adapter.tensors.get(OUTPUT) or adapter.tensors.get("lm_head.lora_B.weight")
+    sizes = {tensor.shape[0] for tensor in (embedding, head) if tensor and tensor.shape}
+    if sizes <= {model.config.vocab_size}:
+        return
+    is_tied = model.config.tie_word_embeddings or not isinstance(model, CausalLM)
+    if len(sizes) > 1 or embedding is None or not (is_tied or OUTPUT in adapter.tensors):
+        (num_tokens, *_) = sizes - {model.config.vocab_size}
         raise UserError(
-            f"{path}: init_lora_weights '{initialisation}' has changed the base model. Save the "
-            "adapter as plain LoRA (see PEFT's documentation)."
+            f"{adapter.path}: the adapter has {num_tokens} tokens, the base model "
+            f"{model.config.vocab_size}, and the adapter does not hold the embedding and the "
+            "output matrix. Resize the base as for the training of the adapter "
+            f"(transformers: model.resize_token_embeddings({num_tokens}), save_pretrained), and "
+            "give the resized folder."
         )
-    if content.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias '{content['bias']}' is not supported (only none)")
-    # PEFT lists "classifier" beside "score" for every model that classifies, whichever it has.
-    saved = tuple(
-        name.removeprefix("model.")
-        for name in _names(path, content, "modules_to_save")
-        if name != "classifier"
-    )
-    if not set(saved) <= set(SAVEABLE_MODULES):
-        raise UserError(
-            f"{path}: modules_to_save {list(saved)}; only {', '.join(SAVEABLE_MODULES)} are "
-            "supported"
-        )
-    rank, alpha = content.get("r"), content.get("lora_alpha")
-    if not is_integer(rank, 1, 2**20) or not is_number(alpha, above=-1e12):
-        raise UserError(f"{path}: needs the numbers r and lora_alpha, not {rank!r} and {alpha!r}")
-    return LoraConfig(
-        rank=rank,
-        alpha=float(alpha),
-        target_modules=_names(path, content, "target_modules"),
-        use_rslora=bool(content.get("use_rslora")),
-        modules_to_save=saved,
-    )
+    (model.config.vocab_size,) = sizes
+    for name in ("model.embed_tokens", "lm_head"):
+        if name == "lm_head" and is_tied:
+            continue
+        module = model.get_submodule(name)
+        old = module.weight
+        assert isinstance(old, nn.Parameter)
+        new = old.new_empty((model.config.vocab_size, old.shape[1]))
+        module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        kind = "out_features" if name == "lm_head" else "num_embeddings"
+        setattr(module, kind, model.config.vocab_size)
 
 
-def _names(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
-    """The names under a key of adapter_config.json: a list, or a single name."""
-    value = content.get(key) or []
-    value = [value] if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{path}: {key} must be a list of names, not {value!r}")
-    return tuple(value)
+@torch.no_grad()
+def _apply_changes(model: Model, adapter: Adapter) -> None:
+    """Replace the weights that an adapter changes. In place; the old tensors stay as they are."""
+    # The layer inside a LoRALinear comes after it, and takes its name.
+    modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
+    for name, change in adapter.changes.items():
+        module_name, _, kind = name.rpartition(".")
+        module = modules.get(module_name)
+        if module is None:
+            raise UserError(f"{adapter.path}: the model has no module {module_name}")
+        if isinstance(module, QuantizedLinear) and kind == "weight":
+            raise UserError(
+                f"{adapter.path}: use_dora changes {module_name} itself, which is quantised here. "
+                "Leave out --quantization_bit."
+            )
+        old = getattr(module, kind, None)
+        if old is None:
+            raise UserError(
+                f"{adapter.path}: lora_bias on {module_name}, which has no bias in this model. "
+                "Neither PEFT nor config.json has a place for the merged bias: train without "
+                "lora_bias."
+            )
+        if not old.is_meta:
+            new = change(old.float(), 0).to(old.dtype)
+            setattr(module, kind, nn.Parameter(new, requires_grad=False))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from minisft.common.command_line import QUANTIZATIONS, OptionParser
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_model_flags
+from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
 
 FILE_FORMATS = ("gguf", "gguf-lora")
 
@@ -26,9 +26,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--output_dir", help="folder to write: hf, peft")
     add("--output", help="file to write: gguf, gguf-lora")
     add("--quantization", choices=QUANTIZATIONS, default="f16", help="number type in a GGUF file")
-    add("--template", default="auto", help="chat template to write (auto: that of the training)")
     switch("--overwrite_output_dir", "write into a folder that is not empty, or over a file")
     add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")
+    add, switch = parser.section("prompts of the exported model")
+    add_template_flags(add, auto="that of the training, else the checkpoint's own")
     options = parser.parse_options(arguments)
     check_options(options, parser.given(options))
     return options
@@ -46,7 +47,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         "hf": {"output", "quantization"},
         "peft": {"output", "quantization", "max_shard_size", "quantization_bit"},
         "gguf": {"output_dir", "max_shard_size", "quantization_bit"},
-        "gguf-lora": {"output_dir", "max_shard_size", "quantization_bit", "template"},
+        "gguf-lora": {"output_dir", "max_shard_size", "quantization_bit", *TEMPLATE_FLAGS},
     }[format]
     if format in FILE_FORMATS:
         unused |= {"dtype", "bf16", "fp16", "device"}

@@ -1,4 +1,4 @@
-"""Checkpoint folders as Hugging Face has them: config.json and safetensors, single or in shards.
+"""Checkpoint folders in Hugging Face's format: config.json and safetensors, single or in shards.
 
     model = load_model("examples/base")
     save_model(model, "copy")
@@ -8,12 +8,14 @@ Modules and parameters are named as in a checkpoint, so there is no table of nam
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, settle_tie
 from minisft.common import processes
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, token_ids, write_json
 from minisft.common.outputs import check_free_space
@@ -21,6 +23,7 @@ from minisft.common.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     INDEX,
+    USE_ORIGINAL,
     WEIGHTS,
     StoredTensor,
     shorten_list,
@@ -33,7 +36,13 @@ from minisft.model.decoder import CausalLM
 from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model, RewardModel
 
-# The files of the formats that we write. A folder holds one format.
+# Endings of tensor names that no model has a parameter for -> why nothing is lost without them.
+# All other tensors without a parameter are refused.
+REDUNDANT = dict.fromkeys(
+    ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
+    "old checkpoints store the rotary angles, which follow from config.json",
+)
+# Weight files of all formats. A folder holds one format.
 WEIGHT_FILES = (WEIGHTS, INDEX, "model-*-of-*.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 REWARD_MODEL_HINT = "it is a reward model, for score.py --mode reward, and cannot write text"
 
@@ -67,8 +76,7 @@ def open_model(
 
     build: CausalLM or RewardModel.
     """
-    config = ModelConfig.load(path)
-    stored = stored_tensors(path)
+    config, stored = open_checkpoint(path)
     # A wrong number of layers, perhaps a million, must fail before they are built.
     last_layer = f"model.layers.{config.num_hidden_layers - 1}."
     if not any(name.startswith(last_layer) for name in stored):
@@ -79,6 +87,13 @@ def open_model(
     return model, stored
 
 
+def open_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """(config, {name: StoredTensor}) of a folder, agreeing on whether the output matrix is tied."""
+    config, stored = ModelConfig.load(path), stored_tensors(path)
+    settle_tie(config, stored)
+    return config, stored
+
+
 def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """{name: StoredTensor} of a checkpoint folder, from safetensors or a GGUF file."""
     gguf_path = Path(path) / unpack.GGUF
@@ -87,23 +102,29 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
 
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The type of a checkpoint's embedding in its file."""
-    name = "model.embed_tokens.weight"
-    stored = stored_tensors(path).get(name)
+    stored = open_checkpoint(path)[1].get(EMBEDDING)
     if stored is None:
-        raise UserError(f"{path}: there is no tensor {name}")
+        raise UserError(f"{path}: there is no tensor {EMBEDDING}")
     return stored.dtype
 
 
-def _check_fit(path: str | Path, model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+def _check_fit(path: str | Path, model: Model, stored: Mapping[str, StoredTensor]) -> None:
     """UserError unless the tensors are the model's parameters, each with its shape."""
     parameters = dict(model.named_parameters())
     if "score.weight" not in stored:  # a reward model without it gets a new head
         parameters.pop("score.weight", None)
     missing = [name for name in parameters if name not in stored]
-    unexpected = [name for name in stored if name not in parameters and "rotary_emb" not in name]
-    if not hasattr(model, "lm_head"):  # some checkpoints store a tied output matrix twice
-        unexpected = [name for name in unexpected if name != "lm_head.weight"]
+    unexpected = [
+        name for name in stored if name not in parameters and not name.endswith(tuple(REDUNDANT))
+    ]
+    if isinstance(model, RewardModel):  # its head takes the place of the output matrix
+        unexpected = [name for name in unexpected if name != OUTPUT]
     if missing or unexpected:
+        if quantization := _quantization(model.config.original):
+            raise UserError(
+                f"{path}: the weights are quantised ({quantization} in config.json; tensors such "
+                f"as {(unexpected or missing)[0]}). {USE_ORIGINAL}"
+            )
         problems = [f"{path}: the weights do not fit config.json"]
         if missing:
             problems.append(f"missing: {shorten_list(missing)}")
@@ -116,6 +137,16 @@ def _check_fit(path: str | Path, model: nn.Module, stored: Mapping[str, StoredTe
         stored[name].check(parameter.shape, "config.json says")
 
 
+def _quantization(content: Mapping[str, Any]) -> str | None:
+    """What a config.json says of quantised weights; None if it says nothing."""
+    config = content.get("quantization_config")
+    if isinstance(config, dict) and config.get("quant_method"):
+        return f"quantization_config with quant_method {config['quant_method']}"
+    return (
+        "quantization_config" if config else "quantization" if content.get("quantization") else None
+    )
+
+
 def load_weights(
     model: nn.Module,
     stored: Mapping[str, StoredTensor],
@@ -123,11 +154,11 @@ def load_weights(
     device: str | torch.device,
     quantization_bit: int | None = None,
 ) -> None:
-    """Give a model on the meta device its weights. Arguments as in load_model.
+    """Load the weights of a model that is on the meta device. Arguments as in load_model.
 
     Tensors are read and converted one after the other, so memory holds the weights once.
     """
-    dtype = dtype or stored["model.embed_tokens.weight"].dtype
+    dtype = dtype or stored[EMBEDDING].dtype
     for name in [name for name, _ in model.named_parameters() if name in stored]:
         weight = stored[name].read().to(device)
         module_name, _, kind = name.rpartition(".")
@@ -183,7 +214,9 @@ def save_model(
     remove_other_weights(output_dir, file_names)
     config = model.config.to_dict()
     config.pop("torch_dtype", None)  # the old name of dtype
-    config["dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
+    for name in ("quantization_config", "quantization"):  # left over: these weights are plain
+        config.pop(name, None)
+    config["dtype"] = dtype_name(dtype or next(iter(tensors.values())).dtype)
     write_json(config, output_dir / "config.json")
 
 

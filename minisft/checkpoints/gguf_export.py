@@ -2,35 +2,34 @@
 
     report = export_model("examples/base", "base-q8_0.gguf", "q8_0", adapter_dir="runs/cherry")
 
-The way of a tensor:
+The path of a tensor:
 
     model.layers.0.self_attn.q_proj.weight    rows from the checkpoint's file, in float32
     + scaling * B A                           if the adapter changes this module
-    rows of a head change places              q_proj and k_proj only: mapping.py
+    rows of a head are reordered              q_proj and k_proj only: mapping.py
     Q4_K                                      the number type: tensor_types.py, writer.py
     blk.0.attn_q.weight                       the name in the GGUF file: mapping.py
 
-A few million numbers go this way at a time, so memory does not grow with the model. The model
+A few million numbers are converted at a time, so memory does not grow with the model. The model
 itself is built on the meta device, only for its names and shapes.
 """
 
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import gguf
 import torch
 
-from minisft.checkpoints.adapters import adapter_tensors, load_adapter
+from minisft.checkpoints.adapter_forms import Change, read_adapter, tokenizer_dir
+from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import generation_eos, open_model
 from minisft.checkpoints.gguf_report import Report, num_parameters, summarize
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import StoredTensor
-from minisft.gguf.compatibility import (
-    check_architecture,
-    known_differences,
-    tokenizer_differences,
-)
+from minisft.gguf.compatibility import check_architecture, known_differences
 from minisft.gguf.mapping import (
     ARCHITECTURES,
     ROTARY_DIVISORS,
@@ -41,12 +40,13 @@ from minisft.gguf.mapping import (
     rotary_divisors,
     sampling_fields,
 )
+from minisft.gguf.prompts import llama_cpp_prompts
 from minisft.gguf.tensor_types import QUANTIZATIONS, tensor_type
 from minisft.gguf.vocabulary import vocabulary_fields
 from minisft.gguf.writer import Tensor, write_gguf
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoRALinear
-from minisft.text.saved_form import saved_form_for_llama_cpp
+from minisft.text.saved_form import saved_form
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -57,26 +57,30 @@ def export_model(
     adapter_dir: str | Path | None = None,
     name: str | None = None,
     template: str = "auto",
+    **template_choices: Any,
 ) -> Report:
     """Write a checkpoint, with the adapter merged into it.
 
-    quantization: a key of QUANTIZATIONS. name: what programs show for the model; by default the
-    folder's name. template: the chat template for other programs, see saved_form.
+    quantization: a key of QUANTIZATIONS. name: the display name of the model; by default the
+    folder's name. template, template_choices: the chat template for other programs, see saved_form.
     UserError, and no file, if llama.cpp has no such model, a number does not fit its type, or the
     disk is full.
     """
     model_dir = Path(model_dir)
     model, stored = open_model(model_dir, CausalLM)
-    adapter = {}
+    adapter: dict[str, StoredTensor] = {}
+    changes: dict[str, Change] = {}
     if adapter_dir is not None:
+        forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+        adapter, changes = forms.tensors, forms.changes
         load_adapter(model, adapter_dir)
-        adapter = adapter_tensors(adapter_dir)
-    config, tokenizer = model.config, Tokenizer.load(model_dir)
+    config, tokenizer = model.config, Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     check_architecture(config)
-    tensors = model_tensors(model, stored, adapter, quantization)
-    form = saved_form_for_llama_cpp(
-        tokenizer, template, adapter_dir or model_dir, generation_eos(model_dir, config)
-    )
+    tensors = model_tensors(model, stored, adapter, quantization, changes)
+    listed_stops = generation_eos(model_dir, config)
+    trained_dir = adapter_dir or model_dir
+    form = saved_form(tokenizer, template, trained_dir, listed_stops, **template_choices)
+    prompts = llama_cpp_prompts(form, tokenizer)
     metadata = {
         "general.type": "model",
         "general.name": name or model_dir.resolve().name,
@@ -85,13 +89,10 @@ def export_model(
         **architecture_fields(config),
         "general.file_type": int(QUANTIZATIONS[quantization][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **vocabulary_fields(tokenizer, config.vocab_size, form.stop_ids, form.writes_space),
+        **vocabulary_fields(tokenizer, config.vocab_size, form.stop_ids, prompts),
     }
-    if form.chat_template is not None:
-        metadata["tokenizer.chat_template"] = form.chat_template
     write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
-    notes = known_differences(config) + tokenizer_differences(form)
-    return Report(summarize(output, tensors), notes)
+    return Report(summarize(output, tensors), known_differences(config) + prompts.notes)
 
 
 def model_tensors(
@@ -99,10 +100,12 @@ def model_tensors(
     stored: Mapping[str, StoredTensor],
     adapter: Mapping[str, StoredTensor],
     quantization: str,
+    changes: Mapping[str, Change] = MappingProxyType({}),
 ) -> list[Tensor]:
     """The tensors of the file, in the order of the model.
 
     model: on the meta device, wrapped with the adapter. stored and adapter: {name: StoredTensor}.
+    changes: {name: what else the adapter does to its rows}, see adapter_forms.py.
     """
     config, architecture = model.config, ARCHITECTURES[model.config.model_type]
     scalings = {
@@ -129,7 +132,7 @@ def model_tensors(
                 gguf_name(name),
                 shape,
                 tensor_type(gguf_name(name), shape, quantization, config),
-                read=partial(read_rows, source, lora, head_dim),
+                read=partial(read_rows, source, lora, head_dim, change=changes.get(name)),
                 row_group=head_dim or 1,
             )
         )
@@ -152,13 +155,16 @@ def read_rows(
     head_dim: int | None,
     begin: int,
     end: int,
+    change: Change | None = None,
 ) -> torch.Tensor:
     """Rows begin..end-1 of the merged tensor in float32, in the file's order.
 
-    lora: (A, B, scaling). head_dim: set if rows change places; then begin and end are multiples.
+    lora: (A, B, scaling). head_dim: set if rows are reordered; begin and end are multiples.
     """
     rows = source.read(begin, end).float()
     if lora:
         A, B, scaling = lora
         rows += scaling * (B.read(begin, end).float() @ A.read().float())
+    if change:
+        rows = change(rows, begin)
     return interleave(rows, head_dim).contiguous() if head_dim else rows

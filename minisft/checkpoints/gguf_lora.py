@@ -9,10 +9,12 @@ from pathlib import Path
 import gguf
 import torch
 
-from minisft.checkpoints.adapters import adapter_tensors, load_adapter
+from minisft.checkpoints.adapter_forms import read_adapter, refuse_untrainable
+from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import open_model
 from minisft.checkpoints.gguf_export import read_rows
 from minisft.checkpoints.gguf_report import Report, summarize
+from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, equal_tensors
 from minisft.common.errors import UserError
 from minisft.common.tensor_files import StoredTensor
 from minisft.gguf.mapping import ARCHITECTURES, gguf_name, is_interleaved
@@ -26,11 +28,20 @@ def export_adapter(
     model_dir: str | Path, adapter_dir: str | Path, output: str | Path, quantization: str
 ) -> Report:
     """Write an adapter. Arguments and errors as in export_model."""
-    model, _ = open_model(model_dir, CausalLM)
-    lora, adapter = load_adapter(model, adapter_dir), adapter_tensors(adapter_dir)
-    if lora.modules_to_save:
+    model, base = open_model(model_dir, CausalLM)
+    forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+    refuse_untrainable(forms, "written for --lora")
+    lora, adapter = load_adapter(model, adapter_dir), forms.tensors
+    base.setdefault(OUTPUT, base[EMBEDDING])  # tied
+    complete = [
+        name
+        for name in forms.replaced_modules()
+        # PEFT can store the base's embeddings beside the adapter, unchanged.
+        if not equal_tensors(adapter[f"{name}.weight"], base[f"{name}.weight"])
+    ]
+    if complete:
         raise UserError(
-            f"{adapter_dir}: has trained {', '.join(lora.modules_to_save)} in full, which --lora "
+            f"{adapter_dir}: holds {', '.join(complete)} in full, which --lora "
             "cannot express; use --format gguf"
         )
     architecture = ARCHITECTURES[model.config.model_type]
@@ -40,10 +51,10 @@ def export_adapter(
         if not isinstance(module, LoRALinear):
             continue
         A, B = (adapter[f"{name}.lora_{factor}.weight"] for factor in "AB")
-        # llama.cpp multiplies by alpha / rank, also for rsLoRA, so B takes the difference.
+        # llama.cpp multiplies by alpha / rank, also for rsLoRA, so B is scaled by the ratio.
         factor = module.scaling * A.shape[0] / lora.alpha
         name = f"{name}.weight"
-        # The rows of B are the outputs of the module, which change places like its weight's rows.
+        # The rows of B are the outputs of the module, reordered like the rows of its weight.
         head_dim = model.config.head_dim if is_interleaved(name, architecture) else None
         tensors += [
             _tensor(f"{gguf_name(name)}.lora_a", A, type, 1.0, None),

@@ -1,4 +1,4 @@
-"""What an export to GGUF tells the user."""
+"""The report on an export to GGUF."""
 
 import math
 from collections import Counter
@@ -11,7 +11,7 @@ from minisft.gguf.writer import Tensor
 
 @dataclass
 class Report:
-    """A line about the file, and sentences about what llama.cpp will do differently."""
+    """A line about the file, and notes on what llama.cpp will do differently."""
 
     summary: str
     notes: list[str] = field(default_factory=list)
@@ -29,5 +29,5 @@ def summarize(path: str | Path, tensors: Sequence[Tensor]) -> str:
 
 
 def num_parameters(tensors: Sequence[Tensor]) -> int:
-    """How many numbers the tensors have."""
+    """The number of elements of all tensors."""
     return sum(math.prod(tensor.shape) for tensor in tensors)

@@ -5,8 +5,9 @@ model_dir = resolve("Qwen/Qwen2.5-0.5B")
 
 from pathlib import Path
 
+from minisft.common.downloads import download
 from minisft.common.errors import UserError
-from minisft.common.tensor_files import ADAPTER_WEIGHTS
+from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.gguf.reader import is_gguf
 from minisft.gguf.unpack import unpack
 
@@ -18,7 +19,7 @@ def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:
     """The local folder of a checkpoint, or of an adapter (needed: adapter_config.json).
 
     A GGUF file is unpacked into a temporary folder. A hub id is downloaded, unless it is in the
-    cache. UserError if nothing is found.
+    cache. UserError if there is no such checkpoint.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -28,8 +29,13 @@ def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:
     if path.is_file() and needed == CONFIG and (path.suffix.lower() == ".gguf" or is_gguf(path)):
         return unpack(path)
     if path.exists():
-        raise UserError(f"{path}: is a file; give the folder that holds it")
+        raise UserError(f"{path} is a file. Give the folder that holds it.")
     return _download(str(name_or_path))
+
+
+def resolve_adapter(name_or_path: str | Path) -> Path:
+    """The local folder of an adapter; see resolve."""
+    return resolve(name_or_path, ADAPTER_CONFIG)
 
 
 def _hint(path: Path, needed: str) -> str:
@@ -44,13 +50,9 @@ def _download(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         hint = "" if "/" in name else ", and models on the hub are called OWNER/NAME"
         raise UserError(f"{name}: no such folder{hint}")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
-    except Exception as error:  # the library raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return download(name, HUB_PATTERNS)
+    except UserError as error:
         raise UserError(
-            f"{name}: no such folder, and the download from the hub failed ({reason}); "
-            "download it first and give its folder"
+            f"{name}: no such folder, and the {error}. Download it first and give its folder."
         ) from error

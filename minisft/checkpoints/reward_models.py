@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisft.checkpoints.adapters import adapter_tensors
+from minisft.checkpoints.adapter_forms import adapter_tensors
 from minisft.checkpoints.folders import load_weights, open_model, stored_tensors
 from minisft.common.errors import UserError
 from minisft.model.reward import Model, RewardModel, new_head
@@ -44,8 +44,8 @@ def check_head(path: str | Path, adapter_dir: str | Path | None = None) -> None:
     """UserError unless the checkpoint, or the adapter, is a reward model."""
     if not has_head(path, adapter_dir):
         raise UserError(
-            f"{adapter_dir or path}: is no reward model (it has no tensor score.weight). "
-            "train.py --stage rm makes one."
+            f"{adapter_dir or path} is not a reward model: it has no tensor score.weight. "
+            "train.py --stage rm trains a reward model."
         )
 
 

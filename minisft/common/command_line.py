@@ -71,6 +71,7 @@ class OptionParser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(flag: str, required: bool = False, **settings: Any) -> None:
+            """Add a flag to the section."""
             if required:
                 self._required.append(flag.removeprefix("--"))
                 settings["help"] += " (required)"
@@ -82,6 +83,7 @@ class OptionParser(argparse.ArgumentParser):
             self._flags[action.dest] = action
 
         def switch(flag: str, help: str) -> None:
+            """Add a flag that is on or off."""
             add(flag, type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=help)
 
         return add, switch
@@ -117,7 +119,7 @@ class OptionParser(argparse.ArgumentParser):
         return {name for name in self._given if vars(options)[name] not in (None, False)}
 
     def error(self, message: str) -> NoReturn:
-        """What argparse calls for a wrong command line: raise UserError."""
+        """Called by argparse for a wrong command line: raise UserError."""
         raise UserError(f"{message} (see --help)")
 
     def _parse(self, words: list[str]) -> tuple[Namespace, list[str]]:

@@ -1,4 +1,4 @@
-"""Where models compute and in which number type.
+"""The device of a model, and its number type.
 
 device = resolve_device("auto")                     # cuda if there is a GPU, else cpu
 dtype = resolve_dtype("auto", device)
@@ -38,10 +38,16 @@ def resolve_dtype(
     auto: the type that "auto" means; by default bfloat16 where the processor is fast at it, else
     float32.
     """
-    name = str(name).removeprefix("torch.")
+    if isinstance(name, torch.dtype):
+        return name
     if name == "auto":
         return auto or (torch.bfloat16 if has_fast_bfloat16(device) else torch.float32)
     return getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

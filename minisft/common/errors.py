@@ -4,6 +4,11 @@
 MAX_MESSAGE_LENGTH = 2000
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(ValueError):
     """A mistake the user can fix. The message says what is wrong, where, and what to do."""
 

@@ -39,7 +39,7 @@ def fail(print_reason: Callable[[], int]) -> NoReturn:
         shared.open("x").close()
     except FileExistsError:
         _exit_after_the_first(shared)
-    except OSError:  # nothing is shared: better printed twice than never
+    except OSError:  # without the file, every process prints its reason
         pass
     status = print_reason()
     if shared.exists():

@@ -6,10 +6,12 @@ write_json(config, "copy/config.json")
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from minisft.common.errors import UserError
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.common.outputs import atomic_write
 
 # The largest JSON files in use, tokenizer.json with 250,000 tokens, have a third of this.
@@ -38,6 +40,7 @@ def read_json(path: str | Path, missing: dict[str, Any] | None = None) -> dict[s
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; download it again")
@@ -50,13 +53,25 @@ def write_json(content: Any, path: str | Path) -> None:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_rows(rows: Iterable[str], path: str | Path, is_array: bool) -> int:
+    """Write rows of JSON text as an array or as JSON lines; returns their number."""
+    begin, separator, end = ("[\n", ",\n", "\n]\n") if is_array else ("", "\n", "\n")
+    count = 0
+    with atomic_write(path) as file:
+        file.write(begin)
+        for count, text in enumerate(rows, start=1):
+            file.write(separator + text if count > 1 else text)
+        file.write(end)
+    return count
+
+
 def is_integer(value: object, least: int = 0, most: int = 2**53) -> TypeGuard[int]:
     """True if a value from a JSON file is a whole number from `least` to `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value: object, above: float = 0.0, below: float = 1e12) -> TypeGuard[float]:
-    """True if a value from a JSON file is a number between the bounds, which are excluded."""
+    """True if a value from a JSON file is a number strictly between the bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return above < value < below

@@ -42,26 +42,17 @@ def _integer(text: str, least: int) -> int:
 
 def positive_float(text: str) -> float:
     """A number above 0."""
-    value = _float(text)
-    if not 0 < value < math.inf:
-        raise ArgumentTypeError(f"'{text}' is not a number above 0")
-    return value
+    return _float(text, math.nextafter(0, 1), math.inf, "above 0")
 
 
 def non_negative_float(text: str) -> float:
     """A number of at least 0."""
-    value = _float(text)
-    if not 0 <= value < math.inf:
-        raise ArgumentTypeError(f"'{text}' is not a number of at least 0")
-    return value
+    return _float(text, 0, math.inf, "of at least 0")
 
 
 def fraction(text: str) -> float:
     """A number of at least 0 and below 1."""
-    value = _float(text)
-    if not 0 <= value < 1:
-        raise ArgumentTypeError(f"'{text}' is not a number of at least 0 and below 1")
-    return value
+    return _float(text, 0, 1, "of at least 0 and below 1")
 
 
 def json_object(text: str) -> str:
@@ -83,9 +74,11 @@ def iso_date(text: str) -> str:
         raise ArgumentTypeError(f"'{text}' is not a date like 2026-07-26") from error
 
 
-def _float(text: str) -> float:
-    """The number, or NaN, which fails every comparison."""
+def _float(text: str, least: float, below: float, bounds: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        return math.nan
+        value = math.nan  # fails every comparison
+    if not least <= value < below:
+        raise ArgumentTypeError(f"'{text}' is not a number {bounds}")
+    return value

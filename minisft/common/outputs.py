@@ -18,7 +18,7 @@ from typing import IO, Any
 from minisft.common.errors import UserError
 from minisft.common.toml_files import RECORD_HEADER, read_toml
 
-# Options of one invocation: how to write, and where to resume from.
+# Options that concern one invocation only.
 UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
 
 

@@ -4,7 +4,7 @@
 
 Every process is a rank, numbered from 0. All functions also work in a single process without
 torchrun: it is rank 0 of 1. All ranks must call a collective operation, in the same order.
-Sharded models are built in training/fsdp.py; what other modules need for them is here.
+training/fsdp.py builds sharded models; the other modules need only the functions here.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minisft.common import failure
 from minisft.common.errors import UserError
 
-# How long ranks wait for each other. Rank 0 alone writes large checkpoints.
+# How long ranks wait for each other: while rank 0 writes a large checkpoint, for instance.
 TIMEOUT = timedelta(hours=2)
 # Models with a DDP reducer; see stop().
 _wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
@@ -47,7 +47,9 @@ def start(device: torch.device, kind: str = "ddp") -> torch.device:
     if device.type == "cuda":
         local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= num_gpus:
-            raise UserError(f"--nproc_per_node: more processes than GPUs ({num_gpus})")
+            raise UserError(
+                f"--nproc_per_node: there are {num_gpus} GPUs. Start at most {num_gpus} processes."
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)

@@ -1,4 +1,4 @@
-"""Run a script: an error of the user becomes one line, an error of the program a traceback."""
+"""Run a script: a mistake of the user prints one line, a bug prints a traceback."""
 
 import os
 import sys
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from minisft.common import failure
-from minisft.common.errors import UserError
+from minisft.common.errors import UserError, first_line
 
 Result = TypeVar("Result")
 
 
 def run_script(main: Callable[[], Result]) -> Result:
-    """Call `main()` and return its result. A mistake of the user prints one line, status 2.
+    """Call `main()` and return its result. A mistake of the user prints one line; the status is 2.
 
     `--debug` adds the traceback. Under torchrun the first process to fail prints the reason.
     """
@@ -45,7 +45,7 @@ def _print_reason(error: BaseException) -> int:
 
 
 def _message(error: BaseException) -> str | None:
-    """The line for an error that is no fault of the program; None for a bug."""
+    """The line for an error that is not a bug; None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -55,6 +55,6 @@ def _message(error: BaseException) -> str | None:
         error
     )
     if is_torch_error or isinstance(error, MemoryError):
-        reason = str(error).partition("\n")[0]
-        return f"out of memory: use smaller batches or a smaller model {reason}".rstrip()
+        reason = f" ({first_line(error)})" if str(error) else ""
+        return f"out of memory: use smaller batches or a smaller model{reason}"
     return None

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def common_prefix_length(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """How many items at the beginning of both sequences are equal."""
+    """The length of the longest common prefix of two sequences."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index

@@ -24,8 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.common.outputs import atomic_path
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -44,14 +46,26 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Types of quantised weights, which are complete files of a kind that has no use here.
+QUANTIZED_DTYPES = {
+    "U32": "packed weights, as MLX writes them",
+    **dict.fromkeys(
+        ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), "8-bit floating point"
+    ),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2", "F4"), "floating point of fewer than 8 bits"),
+}
+USE_ORIGINAL = (
+    "Use the original weights: the checkpoint in bfloat16, float16 or float32 that this one was "
+    "made from. --quantization_bit quantises it while it is loaded."
+)
 
 
 @dataclass
 class StoredTensor:
     """A tensor in a file: type, shape, and which bytes of the file hold it.
 
-    unpack: converts the bytes of some rows (uint8) to these rows, where the file does not hold the
-    numbers themselves.
+    unpack: converts the bytes of some rows (uint8) to these rows, if the file holds them in another
+    form.
     """
 
     path: Path
@@ -75,7 +89,7 @@ class StoredTensor:
             return torch.empty(shape, dtype=self.dtype)
         try:
             if self.path.stat().st_size < start + nbytes:
-                raise UserError(f"{self.path}: became shorter while it was read")
+                raise UserError(f"{self.path}: was truncated while it was being read")
             # Python's mmap would keep a file descriptor open for every mapping.
             pages = torch.from_file(
                 str(self.path), shared=False, size=start + nbytes, dtype=torch.uint8
@@ -100,14 +114,14 @@ class StoredTensor:
             )
         if not self.dtype.is_floating_point:
             raise UserError(
-                f"{self.path}: {self.name} is "
-                f"{str(self.dtype).removeprefix('torch.')}, not a floating-point type"
+                f"{self.path}: {self.name} is {dtype_name(self.dtype)}, not a floating-point type"
             )
 
 
 def read_header(path: str | Path) -> dict[str, StoredTensor]:
     """{tensor name: StoredTensor} of a safetensors file; UserError if the file is damaged."""
     path = Path(path)
+    refuse_pointer(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -128,7 +142,9 @@ def read_header(path: str | Path) -> dict[str, StoredTensor]:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds values that are not text")
         tensors = [_checked_entry(path, name, entry, 8 + length) for name, entry in header.items()]
-        _check_places(tensors, 8 + length, size)
+        _check_layout(tensors, 8 + length, size)
+    except UserError:  # a complete file of a kind that cannot be used
+        raise
     except (ValueError, RecursionError, AttributeError) as error:
         raise UserError(
             f"{path}: damaged, or not a safetensors file: {error}; download it again"
@@ -146,11 +162,16 @@ def _dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    """The StoredTensor of one entry of the header, checked by itself."""
+    """The StoredTensor of an entry of the header. ValueError if type, shape and size disagree."""
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} has no dtype, shape and data_offsets") from error
+    if isinstance(dtype, str) and dtype in QUANTIZED_DTYPES:
+        raise UserError(
+            f"{path}: the weights are quantised ({name} is of type {dtype}: "
+            f"{QUANTIZED_DTYPES[dtype]}). {USE_ORIGINAL}"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name} is of type {dtype!r}; supported are {', '.join(DTYPES)}")
     if (
@@ -169,8 +190,8 @@ def _checked_entry(path: Path, name: str, entry: Any, data_start: int) -> Stored
     return StoredTensor(path, name, DTYPES[dtype], tuple(shape), data_start + start, nbytes)
 
 
-def _check_places(tensors: list[StoredTensor], start: int, size: int) -> None:
-    """ValueError unless the tensors fill the file from the header to its end, without gaps."""
+def _check_layout(tensors: list[StoredTensor], start: int, size: int) -> None:
+    """ValueError if the tensors overlap, or leave gaps between header and end of the file."""
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
         if tensor.start != start:
             fault = "overlaps with" if tensor.start < start else "leaves a gap after"

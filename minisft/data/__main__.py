@@ -10,7 +10,8 @@ from typing import Any
 
 from minisft.common.command_line import OptionParser
 from minisft.common.errors import UserError
-from minisft.common.outputs import atomic_write, check_not_an_input, check_output_file
+from minisft.common.json_files import write_rows
+from minisft.common.outputs import check_not_an_input, check_output_file
 from minisft.common.script import run_script
 from minisft.data.dataset import Rows, open_rows, read
 from minisft.data.dataset_info import FILE_NAME
@@ -33,15 +34,8 @@ def convert(
     output_path = check_output_file("output", output_path, overwrite=overwrite)
     rows = open_rows(dataset, skipped=skipped, **options)
     check_not_an_input("output", output_path, [file.records.path for file in rows.files])
-    is_lines = output_path.suffix == ".jsonl"
-    begin, between, end = ("", "\n", "\n") if is_lines else ("[\n", ",\n", "\n]\n")
-    count = 0
-    with atomic_write(output_path) as file:
-        for line in _sharegpt_lines(rows, skipped):
-            file.write((between if count else begin) + line)
-            count += 1
-        file.write(end)
-    return count
+    is_array = output_path.suffix != ".jsonl"
+    return write_rows(_sharegpt_lines(rows, skipped), output_path, is_array)
 
 
 def _sharegpt_lines(rows: Rows, skipped: list[str] | None) -> Iterator[str]:
@@ -58,7 +52,7 @@ def _sharegpt_lines(rows: Rows, skipped: list[str] | None) -> Iterator[str]:
 
 
 def main() -> None:
-    """The command `convert`."""
+    """Run the command `convert`."""
     parser = OptionParser(
         prog="python -m minisft.data", description="convert instruction data to the ShareGPT format"
     )

@@ -7,7 +7,7 @@
 
 The rows of an epoch are shuffled by number and dealt into windows of about a hundred steps. Each
 window is read, encoded, sorted by length and cut into steps, and its steps are shuffled. So only a
-window is in memory, whatever the size of the data, and any step can be found again from its number.
+window is in memory, whatever the size of the data, and any step can be rebuilt from its number.
 A step depends on the data, the seed and `rows_per_step`; never on workers, ranks or batch size.
 """
 
@@ -40,7 +40,7 @@ class Batches:
 
     rows: a sequence. encode: rows -> (examples, report); see encoding.py. num_workers: processes
     that read and encode windows ahead of training. total_bytes: size of all rows.
-    order: which rows stand where in an epoch; by default every row once, shuffled.
+    order: the order of the rows in an epoch; by default every row once, shuffled.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Batches:
     def steps(self, rows_per_step: int, start: int, stop: int) -> Iterator[list[Example]]:
         """Yield the examples of steps `start` to `stop` - 1, counted through all epochs.
 
-        Rows without anything to learn are left out, so a step may be empty. A broken row raises
+        Rows without supervised tokens are left out, so a step may be empty. A broken row raises
         UserError.
         """
         reader = WindowReader(self.rows, self.encode)
@@ -103,8 +103,8 @@ def steps_by_length(
 ) -> list[list[Example]]:
     """Sort examples by padded length, cut them into steps, shuffle the steps.
 
-    Examples of equal padded length are shuffled, so different rows meet in every epoch. The sizes
-    of the steps differ by one at most.
+    Examples of equal padded length are shuffled, so a step has different rows in every epoch. The
+    sizes of the steps differ by one at most.
     """
     generator = np.random.default_rng(seed)
     padded = -(-np.array([len(example.ids) for example in examples], int) // PAD_MULTIPLE)
@@ -116,10 +116,10 @@ def steps_by_length(
 def micro_batches(
     examples: Sequence[Example], batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[Sequence[Example]]:
-    """The micro-batches of this rank; every rank gets the same number, some perhaps empty.
+    """The micro-batches of this rank. Every rank gets the same number; some may be empty.
 
-    Ranks take turns along the examples, which are sorted by length, so the batches of all ranks are
-    about equally long.
+    The examples, sorted by length, are dealt to the ranks in turn, so the batches of all ranks have
+    about the same length.
     """
     stride = batch_size * world_size
     return [
@@ -135,8 +135,8 @@ def collate(
 ) -> Batch:
     """Pad examples on the right: tokens (B, T) int64, supervised (B, T) bool, None.
 
-    A causal model never looks right, so the padding needs no mask, and its id does not matter.
-    No examples give one row of padding with nothing supervised.
+    A causal model never sees the tokens to the right, so padding needs no mask and may have any id.
+    Without examples: one row of padding, nothing supervised.
     """
     longest = max([len(example.ids) for example in examples], default=1)
     width = -(-longest // pad_multiple) * pad_multiple
@@ -149,7 +149,7 @@ def collate(
 
 
 def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Lay examples one after another: tokens (1, T), supervised (1, T), the lengths of the rows.
+    """Concatenate examples: tokens (1, T), supervised (1, T), the lengths of the rows.
 
     The first token of a row is never a target: the token before it belongs to another row.
     """

@@ -1,4 +1,4 @@
-"""The Batches of a data set, after a look at a sample of its rows.
+"""Build the Batches of a data set, and check a sample of its rows.
 
 batches = batches_of_rows(rows, template, cutoff_len=1024, num_workers=2)
 batches = batches_of_texts(texts, tokenizer, block_size=1024)
@@ -21,11 +21,11 @@ from minisft.data.order import ShuffledRuns
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.tokenizer import Tokenizer
 
-# Neighbouring texts stay together in runs of about this many blocks.
+# Neighbouring texts form runs of about this many blocks, which shuffling keeps.
 RUN_BLOCKS = 4
-# Encoded before training: rows, to see that they can be learned; bytes of text, to estimate tokens.
+# Encoded before training: rows, to check them; bytes of text, to estimate the number of tokens.
 SAMPLE_ROWS, SAMPLE_BYTES = 128, 2**20
-# About how many bytes of text a token stands for.
+# A rough estimate for any language and tokenizer.
 BYTES_PER_TOKEN = 4
 
 
@@ -38,10 +38,10 @@ def batches_of_rows(
     num_workers: int = 0,
     encode: Callable[..., tuple[list[Example], EncodeReport]] = encode_rows,
 ) -> Batches:
-    """The Batches of conversations; its sample_report is about rows spread over the data set.
+    """The Batches of conversations. Its sample_report covers rows spread over the data set.
 
-    encode: encode_rows or encode_preferences. Raises UserError if no row of the sample has
-    anything to learn.
+    encode: encode_rows or encode_preferences. UserError if no row of the sample has supervised
+    tokens.
     """
     encode = partial(encode, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
     sample = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
@@ -63,8 +63,8 @@ def batches_of_texts(
 ) -> Batches:
     """The Batches of plain texts, cut into blocks window by window.
 
-    A sample tells about how many blocks there are, so a step may have a few more or fewer than
-    `rows_per_step`; every text is used. Every window ends in a shorter block.
+    The number of blocks is estimated from a sample, so a step may have a few more or fewer than
+    `rows_per_step`. Every text is used. The last block of a window is shorter.
     """
     encode = partial(
         encode_texts,
@@ -92,7 +92,7 @@ def batches_of_texts(
 def held_out_examples(
     batches: Batches, rows: Rows, print_line: Callable[[str], None]
 ) -> list[Example]:
-    """The examples of rows to evaluate on, encoded as `batches` does, in memory."""
+    """The encoded rows to evaluate on, all in memory."""
     examples, report = read_and_encode(rows, batches.encode)
     if report:
         print_line(f"evaluation: {report}")
@@ -101,7 +101,7 @@ def held_out_examples(
 
 
 def first_examples(batches: Batches, count: int) -> list[Example]:
-    """The first `count` examples in the order of the file, to be shown."""
+    """The first `count` examples in the order of the file."""
     each = (
         read_and_encode(batches.rows, batches.encode, [number])[0]
         for number in range(len(batches.rows))
@@ -114,5 +114,5 @@ def check_learnable(examples: list[Example], report: EncodeReport) -> None:
     if examples:
         return
     if 0 < report.num_equal == report.num_rows:
-        raise UserError(f"nothing to learn: {report}")
+        raise UserError(f"no row is usable: {report}")
     raise UserError("no row has an answer left after truncation; raise --cutoff_len")

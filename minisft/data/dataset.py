@@ -1,11 +1,10 @@
-"""Files in any supported format -> rows: conversations to learn, or texts to read.
+"""Read files of any supported format as rows: conversations, or plain texts.
 
     rows = open_rows("alpaca_en_demo,more.jsonl", dataset_dir="data")
     print(len(rows), rows[0].messages)          # [{"role": "user", "content": ...}, ...]
 
-Rows are read when they are needed. formats.py lists the columns, sources.py says what `--dataset`
-may name. A row that cannot be learned is an error with file and row number, unless the caller asks
-to leave such rows out.
+Rows are read when they are needed. formats.py lists the columns, sources.py what `--dataset` may
+name. A broken row is an error that names file and row, unless the caller asks to skip such rows.
 """
 
 import random
@@ -17,19 +16,13 @@ import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.data.dataset_info import FILE_NAME, Description
-from minisft.data.formats import (
-    PREFERENCE_COLUMNS,
-    Messages,
-    Tools,
-    parse_conversation,
-    parse_text,
-)
+from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Array, Lines, open_records
 from minisft.data.row_values import BadRow
 from minisft.data.sources import Source, find_sources
 
-# Files up to this size are checked completely before training, of others the first rows.
+# Files up to this size are checked completely before training, larger files in their first rows.
 CHECKED_BYTES, CHECKED_ROWS = 64 * 2**20, 1000
 PrintLine = Callable[[str], Any]
 
@@ -47,7 +40,7 @@ class Row:
 
 @dataclass
 class RowFile:
-    """The records of a file, and how to turn a record into a Row, or a str for plain text."""
+    """The records of a file, and how to parse a record: into a Row, or a str for plain text."""
 
     records: Array | Lines
     description: Description | None
@@ -81,15 +74,12 @@ class Rows(Sequence):
     """A sequence of Row, or of str for plain text, each read from its file when it is needed.
 
     A broken row raises BadRow, which names file and row. Slices and `select` read nothing.
-    numbers: the rows, counted through all files; None for all. skip_bad_rows: readers leave broken
-    rows out.
+    numbers: row numbers, counted through all files; None for all. skip_bad_rows: readers leave
+    broken rows out.
     """
 
     def __init__(
-        self,
-        files: list[RowFile],
-        numbers: np.ndarray | None = None,
-        skip_bad_rows: bool = False,
+        self, files: list[RowFile], numbers: np.ndarray | None = None, skip_bad_rows: bool = False
     ) -> None:
         self.files, self.numbers, self.skip_bad_rows = files, numbers, skip_bad_rows
         self.ends = np.cumsum([len(file.records) for file in files], dtype=np.int64)
@@ -153,7 +143,7 @@ def open_rows(
             files.append(RowFile(records, source.description, plain_text, ranking))
         rows = concatenate([_checked(file, skipped) for file in files])
         if not plain_text:
-            _name_ignored_columns(source, files, say)
+            _report_ignored_columns(source, files, say)
         if source.num_samples:
             rows = rows.select(_sample(source.name, len(rows), source.num_samples, seed, say))
         parts.append(rows)
@@ -161,14 +151,12 @@ def open_rows(
 
 
 def load_rows(dataset: Any, skipped: list[str] | None = None, **options: Any) -> list[Any]:
-    """`open_rows`, all rows read into a list."""
+    """The rows of `open_rows` as a list."""
     return read(open_rows(dataset, skipped=skipped, **options), skipped)
 
 
 def read(
-    rows: Rows | Sequence[Any],
-    skipped: list[str] | None,
-    numbers: Iterable[int] | None = None,
+    rows: Rows | Sequence[Any], skipped: list[str] | None, numbers: Iterable[int] | None = None
 ) -> list[Any]:
     """The rows, or those of these numbers, as a list.
 
@@ -202,10 +190,10 @@ def split(rows: Rows, validation: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def mix(rows: Rows, mixture: str, seed: int = 0, say: PrintLine = print, **options: Any) -> Rows:
-    """Add rows of a general data set, so that they make up a given share of the result.
+    """Add rows of a general data set, to make up a given share of the result.
 
-    mixture: "FILE:RATIO"; FILE is anything that --dataset names. Ratios of 0.15 to 0.3 are the
-    usual advice against forgetting. Rows are drawn at random; none repeats before all are used.
+    mixture: "FILE:RATIO"; FILE is anything that --dataset accepts. Ratios of 0.15 to 0.3 are usual
+    against forgetting. Rows are drawn at random; none repeats before all are used.
     options: those of open_rows.
     """
     name, _, ratio = mixture.rpartition(":")
@@ -225,12 +213,12 @@ def mix(rows: Rows, mixture: str, seed: int = 0, say: PrintLine = print, **optio
 
 
 def concatenate(parts: list[Rows]) -> Rows:
-    """Several Rows as one."""
+    """The rows of all parts, in order."""
     return sum(parts[1:], start=parts[0])
 
 
 def _checked(file: RowFile, skipped: list[str] | None) -> Rows:
-    """The rows of a file, without those known to be broken or blank."""
+    """The rows of a file. Checks them, and leaves out broken and blank rows."""
     records, rows, good, broken = file.records, Rows([file], None, skipped is not None), [], []
     is_small = records.size <= CHECKED_BYTES
     for number in range(len(rows) if is_small else min(len(rows), CHECKED_ROWS)):
@@ -263,8 +251,8 @@ def _sample(name: str, total: int, count: int, seed: int, say: PrintLine) -> np.
     return np.concatenate([np.tile(np.arange(total), rounds), np.sort(chosen)])
 
 
-def _name_ignored_columns(source: Source, files: list[RowFile], say: PrintLine) -> None:
-    """Name the columns of the first rows that are not read."""
+def _report_ignored_columns(source: Source, files: list[RowFile], say: PrintLine) -> None:
+    """Report the columns of the first rows that nothing reads."""
     for file in files:
         records, columns = file.records, set()
         for number in range(min(100, len(records))):

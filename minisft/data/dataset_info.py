@@ -1,4 +1,4 @@
-"""Entries of LLaMA-Factory's dataset_info.json: where the rows are, what their columns are called.
+"""Entries of LLaMA-Factory's dataset_info.json: the files of a data set and names of its columns.
 
     {"my_data": {"file_name": "qa.json", "columns": {"prompt": "question", "response": "answer"}}}
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.data.formats import KEPT_FIELDS, PREFERENCE_DATA
 from minisft.data.row_values import BadRow
 from minisft.text.messages import MEDIA, THOUGHTS
@@ -114,14 +115,14 @@ class Description:
         return renamed | {name: turn[name] for name in TURN_FIELDS if name in turn}
 
     def text(self, record: Any) -> Any:
-        """A row of plain text, with its column "prompt" as the column "text"."""
+        """A row of plain text, with the column of role "prompt" renamed to "text"."""
         column = self.columns.get("prompt")
         if column is None:
             raise BadRow(f"{FILE_NAME} describes conversations; --stage pt reads plain text")
         return {"text": record[column]} if isinstance(record, dict) and column in record else record
 
     def ignored(self, columns: Iterable[str]) -> list[str]:
-        """The columns of a file that formats.py knows but the entry does not name, in words."""
+        """Columns of the file that formats.py could read but the entry does not name, in words."""
         return [
             f"'{known}' (as {role})"
             for role, known in COLUMNS.items()
@@ -137,6 +138,7 @@ def read_entries(dataset_dir: str | Path) -> dict[str, Any]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(entries, dict):
         raise UserError(f"{path}: must be a JSON object, name -> data set")
@@ -144,7 +146,7 @@ def read_entries(dataset_dir: str | Path) -> dict[str, Any]:
 
 
 def check_entry(entry: Any, place: str, accepts_preferences: bool) -> None:
-    """Raise UserError for what an entry has and minisft cannot read.
+    """UserError for an entry that minisft cannot read.
 
     place: file and name of the entry, for messages.
     """
@@ -158,7 +160,7 @@ def check_entry(entry: Any, place: str, accepts_preferences: bool) -> None:
     if "kto_tag" in roles or (has_preferences and not accepts_preferences):
         raise UserError(f"{place}: {PREFERENCE_DATA}")
     if media := [role for role in MEDIA_ROLES if role in roles]:
-        raise UserError(f"{place}: has {' and '.join(media)}; minisft learns text only")
+        raise UserError(f"{place}: has {' and '.join(media)}; minisft reads text only")
     number = entry.get("num_samples")
     if number is not None and (type(number) is not int or number < 1):
         raise UserError(f"{place}: num_samples must be a whole number above 0")
@@ -167,7 +169,7 @@ def check_entry(entry: Any, place: str, accepts_preferences: bool) -> None:
 def parse_description(
     name: str, entry: dict[str, Any], place: str, plain_text: bool = False
 ) -> Description:
-    """The Description of an entry. UserError for columns and tags that mean nothing in it."""
+    """The Description of an entry. UserError for unknown columns and tags."""
     formatting = str(entry.get("formatting") or "alpaca")
     if formatting not in DEFAULT_COLUMNS:
         raise UserError(

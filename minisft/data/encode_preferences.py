@@ -1,4 +1,4 @@
-"""Preference rows become examples that hold all answers of a row, each behind the prompt.
+"""Encode preference rows: an example holds all answers of a row, each after the prompt.
 
 examples, report = encode_preferences(rows, template, cutoff_len=1024)
 chosen, rejected = examples[0].texts()
@@ -26,11 +26,11 @@ def encode_preferences(
 ) -> tuple[list[Example], EncodeReport]:
     """Encode rows with several answers, best first.
 
-    Supervised are the turns after the messages that all conversations of a row have in common.
-    drop_long: leave out rows longer than `cutoff_len` instead of truncating them. A reward judges
-    a complete conversation, so --stage rm needs this.
-    An answer that appears twice counts once, at its best place. Rows are left out if truncation
-    leaves nothing of an answer, or if only one answer is left.
+    The assistant's turns after the common messages of a row are supervised. drop_long: leave out
+    rows longer than `cutoff_len` instead of truncating them. A reward judges a complete
+    conversation, so --stage rm needs this.
+    An answer that appears twice counts once, at its best rank. A row is left out if truncation
+    removes all of an answer, or if only one answer remains.
     """
     examples, report = [], EncodeReport()
     for row in rows:
@@ -69,7 +69,7 @@ def unique_texts(texts: list[Example]) -> list[Example]:
 
 def _encode_answers(row: Row, template: ChatTemplate, vocab_size: int | None) -> list[Example]:
     conversations = [row.messages, *row.rejected]
-    # Every conversation keeps at least its last message for itself.
+    # At least the last message of a conversation is not common.
     num_common = min(len(messages) for messages in conversations) - 1
     for messages in conversations:
         num_common = min(num_common, common_prefix_length(messages, conversations[0]))

@@ -1,4 +1,4 @@
-"""What happened to the rows of a data set when they were encoded, counted for the log."""
+"""Counts of what happened to rows when they were encoded, for the log."""
 
 from dataclasses import dataclass, field, fields
 

@@ -1,4 +1,4 @@
-"""Plain texts become blocks of tokens for pre-training (--stage pt).
+"""Encode plain texts as blocks of tokens for pre-training (--stage pt).
 
 examples, report = encode_texts(texts, tokenizer, block_size=1024)
 """

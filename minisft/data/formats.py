@@ -7,7 +7,7 @@
     openai     messages: [{"role": "user", "content": ...}, {"role": "assistant", ...}], tools
     firefly    kind, input, target
 
-The columns of a row tell its format; other columns are ignored. A conversation is a list of
+The columns of a row show its format; other columns are ignored. A conversation is a list of
 {"role": "system" | "user" | "assistant" | "tool", "content": str}. A user message may carry
 Alpaca's "input". An assistant message may carry "tool_calls": [{"name": str, "arguments": dict}],
 its thoughts as "reasoning_content", and "weight", "train" or "mask", which say if it is learned.
@@ -43,7 +43,7 @@ KNOWN_FORMATS = (
     "and firefly (kind, input, target)"
 )
 PREFERENCE_DATA = (
-    "preference data has several answers to compare and no single answer to learn. Give a file "
+    "preference data has several answers to compare, not a single answer. Give a file "
     "with one answer per prompt, or use train.py --stage dpo or rm, or score.py --mode reward"
 )
 PREFERENCE_COLUMNS = {"chosen", "rejected"}
@@ -61,16 +61,11 @@ ROLES = {
 }
 # Fields of a turn that stay as they are: what is learned of it, and names that templates write.
 KEPT_FIELDS = ("weight", "train", "mask", "name", "tool_call_id")
-SHAREGPT_SPEAKERS = {
-    "system": "system",
-    "user": "human",
-    "assistant": "gpt",
-    "tool": "observation",
-}
+SHAREGPT_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
 def parse_conversation(record: Any) -> tuple[Messages, Tools]:
-    """The messages and tools of a row. BadRow says why the row cannot be learned."""
+    """The messages and tools of a row. BadRow says what is wrong with it."""
     record = object_of(record)
     if record.keys() >= PREFERENCE_COLUMNS and not has_single_answer(record):
         raise BadRow(PREFERENCE_DATA)
@@ -134,7 +129,7 @@ def to_sharegpt(messages: Messages, tools: Tools = None) -> dict[str, Any]:
     return row
 
 
-# Parts of a row, which preferences.py uses too.
+# Parts of a row, also for preferences.py and chat/prompts.py
 
 
 def has_single_answer(record: dict[str, Any]) -> bool:
@@ -285,7 +280,7 @@ def check_order(messages: Messages) -> None:
         role = message["role"]
         expected = ("assistant",) if previous in ("user", "tool") else ("user", "tool")
         if role not in expected and not role == previous == "tool":
-            raise BadRow(f"{role} speaks where {' or '.join(expected)} should")
+            raise BadRow(f"unexpected {role} turn; expected {' or '.join(expected)}")
         previous = role
     if messages[-1]["role"] != "assistant":
         raise BadRow("there is no answer: the last turn is not the assistant's")

@@ -1,4 +1,4 @@
-"""Which rows stand where in an epoch.
+"""The order of the rows in an epoch.
 
 rows_between = ShuffledRows(1000, seed=0).of_epoch(2)
 rows_between(0, 32)                  # numbers of the first 32 rows of epoch 2
@@ -28,9 +28,9 @@ class ShuffledRows:
 
 
 class ShuffledRuns:
-    """Runs of consecutive rows, shuffled; the rows of a run stay together, in file order.
+    """Shuffled runs of consecutive rows; the rows of a run keep their order.
 
-    Plain texts need this: neighbouring short texts share a block, and a block is cut from a run.
+    For plain texts: neighbouring short texts share a block, and a block is cut from a run.
     bounds: (R + 1,) row numbers where the runs begin, and the end. sizes: (R,) bytes of each run.
     num_examples: about how many blocks all runs make.
     """
@@ -46,6 +46,7 @@ class ShuffledRuns:
         middles = (ends - self.sizes[order] / 2) * (self.num_examples / ends[-1])
 
         def rows_between(start: int, end: int) -> np.ndarray:
+            """The rows of the runs whose middle is in [start, end)."""
             first, last = np.searchsorted(middles, [start, end])
             return self.rows_of(order[first:last])
 

@@ -2,9 +2,9 @@
 
     conversations, tools = parse_preferences({"prompt": "Add 1 2.", "chosen": "3", "rejected": "4"})
 
-A row has one of the forms alpaca, sharegpt or openai, and beside it the columns `chosen` and
-`rejected`: texts, turns, or lists of turns. Or it is an alpaca row whose `output` is a list of
-answers, best first.
+A row has the format alpaca, sharegpt or openai, and two more columns, `chosen` and `rejected`:
+texts, turns, or lists of turns. Or it is an alpaca row whose `output` is a list of answers, best
+first.
 """
 
 from typing import Any
@@ -36,16 +36,15 @@ def has_several_answers(record: Any) -> bool:
 def parse_preferences(record: Any) -> tuple[list[Messages], Tools]:
     """The conversations with each answer, best first, and the tools.
 
-    The conversations share a beginning and differ in what follows. BadRow says why there is nothing
-    to compare.
+    The conversations begin with the same question. BadRow says what is wrong with the row.
     """
     record = object_of(record)
     check_text_only(record)
     if record.keys() >= PREFERENCE_COLUMNS:
         answers = {name: _answer(name, record[name]) for name in ("chosen", "rejected")}
-        # The answers may be whole conversations, which then contain the prompt.
-        are_whole = any(messages[0]["role"] != "assistant" for messages in answers.values())
-        prompt = [] if are_whole else _prompt(record)
+        # Instead of answers there may be conversations, which contain the prompt.
+        have_prompt = any(messages[0]["role"] != "assistant" for messages in answers.values())
+        prompt = [] if have_prompt else _prompt(record)
     elif isinstance(record.get("output"), list) and len(record["output"]) > 1:
         answers = {}
         for number, value in enumerate(record["output"], start=1):

@@ -4,7 +4,7 @@
     records[7], records.place(7)        # the eighth object, and "row 8 (line 8)"
 
 Of JSON lines only the offsets are in memory, eight bytes a row; a record is read when it is needed.
-So a file may be larger than memory, and opens as fast as its line ends are found. A JSON array is
+So a file may be larger than memory, and opening it only searches for line ends. A JSON array is
 parsed at once.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from minisft.common.errors import UserError
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.data.row_values import BadRow, parse_json
 
 BLOCK_SIZE = 4 * 2**20  # bytes searched for line ends at a time
@@ -74,7 +75,7 @@ class Lines:
         return len(self.starts) - 1
 
     def raw(self, number: int) -> bytes:
-        """The bytes of a line, without its end."""
+        """The bytes of a record, without the line end."""
         # Blank lines may follow, up to the start of the next record.
         return self._read(number).split(b"\n", 1)[0].removeprefix(codecs.BOM_UTF8)
 
@@ -113,7 +114,7 @@ class Lines:
 
 
 def open_records(path: str | Path, plain_text: bool = False) -> Array | Lines:
-    """The records of a file, in the format that its content shows.
+    """The records of a file. Its first character shows the format.
 
     plain_text: in a .txt file every line is a record. Raises UserError if the file cannot be read,
     is empty, or has another format.
@@ -124,6 +125,7 @@ def open_records(path: str | Path, plain_text: bool = False) -> Array | Lines:
         if start in (b"\xff", b"\xfe"):  # the byte order mark of UTF-16
             raise UserError(f"{path}: not UTF-8 text; convert the file")
         if plain_text and path.suffix.lower() == ".txt":
+            refuse_pointer(path)
             return Lines(path, is_json=False)
         if start == b"{":
             return Lines(path, is_json=True)
@@ -133,6 +135,7 @@ def open_records(path: str | Path, plain_text: bool = False) -> Array | Lines:
         raise UserError(f"{path}: {error.strerror}") from error
     if not start:
         raise UserError(f"{path}: the file is empty")
+    refuse_pointer(path)
     raise UserError(
         f"{path}: neither a JSON array nor JSON lines (plain text is for --stage pt, in a .txt "
         f"file){HINTS.get(path.suffix.lower(), '')}"

@@ -1,4 +1,4 @@
-"""Values of one parsed JSON row, checked; BadRow says what is wrong with them."""
+"""Typed access to the values of a parsed JSON row. BadRow says what is wrong with a value."""
 
 import json
 from typing import Any
@@ -71,10 +71,10 @@ def check_unicode(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError) as error:
-        raise BadRow("half of a surrogate pair, which is not text") from error
+        raise BadRow("a string holds half of a surrogate pair, which is not text") from error
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
     return names.get(type(value), "null" if value is None else "a number")

@@ -1,4 +1,4 @@
-"""What `--dataset` names: files, folders, and entries of dataset_info.json.
+"""Find the data sets of `--dataset`: files, folders, and entries of dataset_info.json.
 
 for source in find_sources("alpaca_en_demo,more.jsonl,folder", dataset_dir="data"):
     print(source.name, source.paths, source.description)
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minisft.common.downloads import download
 from minisft.common.errors import UserError
 from minisft.data.dataset_info import (
     FILE_NAME,
@@ -21,7 +22,7 @@ from minisft.data.dataset_info import (
     read_entries,
 )
 
-# Files of a downloaded data set that describe it and hold no rows.
+# Files of a downloaded data set that hold no rows.
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # Words in the file names of a split.
 SPLIT_WORDS = {
@@ -29,7 +30,7 @@ SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-# Places of rows that an entry may name but minisft does not read -> why.
+# Sources that an entry may name but minisft does not read -> the reason.
 UNREADABLE = {
     "ms_hub_url": "is only on ModelScope",
     "om_hub_url": "is only on OpenMind",
@@ -128,7 +129,7 @@ def _entry_files(
         if key in entry:
             raise UserError(f"{place}: {reason}. Download the rows and give them as file_name.")
     if "file_name" not in entry:
-        raise UserError(f"{place}: names neither file_name nor hf_hub_url")
+        raise UserError(f"{place}: has neither file_name nor hf_hub_url")
     path = dataset_dir / entry["file_name"]
     if path.is_file():
         if (entry.get("split") or "train") != "train":
@@ -173,16 +174,12 @@ def _names(paths: list[Path]) -> str:
 
 def _download(place: str, repo_id: str, plain_text: bool) -> Path:
     """The local copy of the JSON (and text) files of a data set on the hub."""
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.json", "*.jsonl", *(["*.txt"] if plain_text else [])]
     try:
-        return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # from any of the libraries below
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return download(repo_id, patterns, "dataset")
+    except UserError as error:
         raise UserError(
-            f"{place}: download of {repo_id} failed ({reason}). Download it yourself and give it "
-            "as file_name."
+            f"{place}: {error}. Download it yourself and give it as file_name."
         ) from error
 
 

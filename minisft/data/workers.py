@@ -20,7 +20,7 @@ from minisft.data.encoding import Encode, Example, read_and_encode
 
 @dataclass
 class Window:
-    """Rows that are read, sorted by length and cut into steps together."""
+    """Consecutive steps of an epoch, whose rows are read and sorted by length at once."""
 
     first_step: int
     num_steps: int
@@ -44,7 +44,7 @@ class WindowReader:
 
 
 def read_ahead(reader: Any, tasks: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """Yield `reader[task]` for every task, in order; with workers, before it is asked for.
+    """Yield `reader[task]` for every task, in order. Workers read tasks ahead.
 
     reader: anything with __getitem__ that can be sent to a worker process.
     """
@@ -71,8 +71,8 @@ def _unchanged(item: Any) -> Any:
 
 def _start_worker(number: int) -> None:
     # The training process handles these signals and ends its workers.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

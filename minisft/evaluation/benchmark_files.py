@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.evaluation.benchmarks import LETTERS, Benchmark, Question, Subject
 
 MAPPINGS = ("subject_mapping.json", "mapping.json")
@@ -91,6 +92,7 @@ class Files:
                 raise UserError(f"--data_dir {data_dir}: {error}. Download it again.") from error
             names = self.archive.namelist()
         else:
+            refuse_pointer(self.root)
             state = "neither a folder nor a zip" if self.root.exists() else "no such folder"
             raise UserError(
                 f"--data_dir {data_dir}: {state}. Give the folder or zip of the benchmark; unpack "
@@ -123,6 +125,8 @@ class Files:
     def read(self, path: PurePosixPath) -> str:
         """The text of a file, without a byte order mark."""
         source = self.root / path
+        if not self.archive:
+            refuse_pointer(source)
         try:
             content = self.archive.read(str(path)) if self.archive else source.read_bytes()
         except ZIP_ERRORS as error:

@@ -1,4 +1,4 @@
-"""The measures of a comparison as a bar chart (needs matplotlib, see requirements-extras.txt)."""
+"""The measures of a comparison as a bar chart (needs matplotlib, see requirements/plot.txt)."""
 
 import math
 import warnings

@@ -3,7 +3,7 @@
     row_scores("the cat sat", "a cat sat")["rouge_l"]          # 0.667
     corpus_bleu2(["the cat sat"], ["a cat sat"])               # 0.577
 
-By sacrebleu and rouge-score (requirements-extras.txt). Both split Chinese into characters. The own
+By sacrebleu and rouge-score (requirements/eval.txt). Both split Chinese into characters. The own
 tokenizer of rouge-score keeps only a-z and 0-9, so it gets one from here. Scores are between 0
 and 1.
 """
@@ -40,7 +40,7 @@ def scorers() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise UserError(
             f"compare needs {error.name}, which is not installed: pip install -r "
-            "requirements-extras.txt"
+            "requirements/eval.txt"
         ) from error
     bleu: dict[str, Any] = dict(max_ngram_order=2, tokenize="zh")
     return (

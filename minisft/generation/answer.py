@@ -30,12 +30,12 @@ def answer_message(text: str, reasoning_content: str = "") -> Message:
 
 @dataclass
 class Answer:
-    """An answer while it is written: yields pieces of text, each of complete characters.
+    """A streamed answer: yields pieces of text, each of complete characters.
 
-    A piece is empty while the model thinks; the thoughts so far are in `reasoning_content`. The
-    fields are about what has come so far. started: the time of the question by time.perf_counter.
-    Times are in seconds since then. Of the prompt, the first `num_reused` tokens were in a cache.
-    cut_short: the answer ended because it reached its maximum length.
+    A piece is empty while the model thinks; its thoughts are in `reasoning_content`. The fields
+    describe the text so far. started: time.perf_counter() at the question; times are in seconds
+    since then. num_reused: tokens at the beginning of the prompt that were in a cache.
+    is_truncated: the answer ended because it reached its maximum length.
     """
 
     started: float
@@ -47,7 +47,7 @@ class Answer:
     num_tokens: int = 0
     seconds_to_first_token: float = 0.0
     seconds: float = 0.0
-    cut_short: bool = False
+    is_truncated: bool = False
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -63,23 +63,23 @@ class Answer:
         return answer_message(self.text, self.reasoning_content)
 
     def close(self) -> None:
-        """Stop writing. The cache keeps what has been computed."""
+        """Stop the answer. The cache keeps what has been computed."""
         self.pieces.close()
 
     def count_token(self) -> None:
-        """Note that another token has come."""
+        """Count a new token."""
         self.num_tokens += 1
         self.seconds = time.perf_counter() - self.started
         if self.num_tokens == 1:
             self.seconds_to_first_token = self.seconds
 
-    def figures(self) -> str:
-        """One line about length, speed and reused tokens."""
+    def statistics(self) -> str:
+        """Length, speed and reused tokens, on one line."""
         if not self.num_tokens:
             return "no answer"
         parts = [f"{self.num_tokens} tokens, the first after {self.seconds_to_first_token:.2f} s"]
         if self.num_tokens > 1:
             seconds = max(1e-9, self.seconds - self.seconds_to_first_token)
             parts.append(f"then {(self.num_tokens - 1) / seconds:,.1f} tokens/s")
-        parts.append(f"{self.num_reused} of {self.num_prompt_tokens} prompt tokens were known")
+        parts.append(f"{self.num_reused} of {self.num_prompt_tokens} prompt tokens were cached")
         return ", ".join(parts)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from minisft.checkpoints import adapters, folders, hub
-from minisft.common import tensor_files
-from minisft.common.devices import resolve_device, resolve_dtype
+from minisft.checkpoints.adapter_forms import tokenizer_dir
+from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
 from minisft.data.formats import Message, Tools
@@ -56,7 +56,7 @@ class Assistant:
     checkpoint, if it is loaded; several Assistants can share it.
 
     The KV caches of the last `caches.limit` conversations are kept for their next turns.
-    UserError if a part is missing or does not fit.
+    UserError if a file is missing or does not fit the model.
     """
 
     def __init__(
@@ -74,11 +74,10 @@ class Assistant:
     ):
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        # Check the small parts before loading the weights, which takes long.
-        model_dir, adapter_dir = hub.resolve(path), None
-        if adapter is not None:
-            adapter_dir = hub.resolve(adapter, tensor_files.ADAPTER_CONFIG)
-        self.tokenizer = Tokenizer.load(model_dir)
+        # Load the small files first: their errors should not wait for the weights.
+        model_dir = hub.resolve(path)
+        adapter_dir = None if adapter is None else hub.resolve_adapter(adapter)
+        self.tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
         self.template = trained_template(
             template,
             self.tokenizer,
@@ -118,11 +117,10 @@ class Assistant:
 
     @property
     def description(self) -> str:
-        """One line about what answers."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        """Model, template, device, number type and context, on one line."""
         return (
-            f"{self.name} · template {self.template.name} · {self.device} {dtype} · context "
-            f"{self.max_length}"
+            f"{self.name} · template {self.template.name} · {self.device} "
+            f"{dtype_name(self.dtype)} · context {self.max_length}"
         )
 
     def stream(
@@ -132,9 +130,9 @@ class Assistant:
         tools: Tools = None,
         say: Callable[[str], object] = warnings.warn,
     ) -> Answer:
-        """The answer to one conversation, to iterate over; it may be left in the middle.
+        """The answer to a conversation, to iterate over; the caller may stop at any time.
 
-        say: called if the oldest turns are dropped. UserError for messages that cannot be answered.
+        say: called if the oldest turns are dropped. UserError for messages that are not valid.
         """
         started = time.perf_counter()
         ids = self.prompt_ids(messages, sampling, tools, say)
@@ -145,7 +143,7 @@ class Assistant:
     def _write(
         self, answer: Answer, ids: list[int], sampling: Sampling
     ) -> Generator[str, None, None]:
-        """Generate the answer to `ids`, yield its text, and keep its thoughts and figures."""
+        """Generate the answer to `ids`: yield its text, and update its thoughts and counters."""
         limit = self.context.answer_limit(ids, sampling.max_new_tokens)
         sampling = replace(sampling, max_new_tokens=limit)
         cache = self.caches.take(ids)
@@ -167,7 +165,7 @@ class Assistant:
             answer.reasoning_content += thoughts
             yield piece
         finally:
-            answer.cut_short = answer.num_tokens == limit
+            answer.is_truncated = answer.num_tokens == limit
             self.caches.give_back((ids + chosen)[: cache.length], cache)
 
     def inference(
@@ -235,7 +233,10 @@ class Assistant:
         tools: Tools = None,
         say: Callable[[str], object] = warnings.warn,
     ) -> list[int]:
-        """The token ids of the messages that fit. UserError if they are not in the vocabulary."""
+        """The token ids of the messages, without the oldest turns if they do not fit.
+
+        UserError if an id is not in the vocabulary.
+        """
         messages = check_messages(messages, tools)
         if not self.template.facts.knows_thoughts:  # it leaves the thoughts of earlier turns out
             messages = [without_thoughts(message) for message in messages]

@@ -34,7 +34,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], num_cached: int, vocab_size:
         if max(ids) >= vocab_size:
             raise UserError(
                 f"prompt {number}: token {max(ids)} is outside the model's vocabulary of "
-                f"{vocab_size}. Is the tokenizer that of this model?"
+                f"{vocab_size}. Does the tokenizer belong to this model?"
             )
 
 

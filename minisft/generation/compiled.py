@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from minisft.common.errors import UserError
+from minisft.common.errors import UserError, first_line
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 
@@ -55,12 +55,13 @@ class CompiledDecoder(nn.Module):
         try:
             self._compile_now()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--compile failed ({reason}). Leave out --compile.") from error
+            raise UserError(
+                f"--compile failed ({first_line(error)}). Leave out --compile."
+            ) from error
 
     @torch.inference_mode()
     def _compile_now(self) -> None:
-        """Take two steps, so that nobody waits for the compiler later."""
+        """Take two steps now, so that no answer waits for the compiler."""
         token, cache = torch.zeros(1, 1, dtype=torch.int64, device=self.device), self.new_cache()
         self(token, cache=cache)
         self(token, cache=cache)
@@ -129,11 +130,7 @@ class CompiledDecoder(nn.Module):
 
 
 def next_logits(
-    model: CausalLM,
-    token: Tensor,
-    position: Tensor,
-    angles: tuple[Tensor, Tensor],
-    pairs: Pairs,
+    model: CausalLM, token: Tensor, position: Tensor, angles: tuple[Tensor, Tensor], pairs: Pairs
 ) -> Tensor:
     """Logits (1, V) after `token` (1, 1) at `position` (1,): CausalLM's step in fixed shapes.
 
@@ -155,7 +152,7 @@ def next_logits(
 
 
 class FixedCache:
-    """A LayerCache of fixed length, written at a position that is a tensor."""
+    """A Cache of fixed length. The position to write to is a tensor."""
 
     def __init__(self, pairs: Pairs, position: Tensor):
         self.pairs, self.position = pairs, position

@@ -1,11 +1,11 @@
 """The context of a model, divided between a conversation and its answer.
 
     context = Context(template, max_length=2048)
-    kept = context.fit(messages, max_new_tokens=512)    # without the oldest turns, if need be
+    kept = context.fit(messages, max_new_tokens=512)    # drops the oldest turns if needed
 
-Dropping one turn whenever room is needed would change the beginning of every prompt, and no cached
-keys and values could be used again. So the number of dropped tokens is rounded up to a multiple of
-half the room for turns: the beginning stays the same until so much new text has come.
+Dropping one turn whenever room is needed would change the beginning of every prompt, and the KV
+cache would be useless. So the number of dropped tokens is rounded up to a multiple of half the room
+for turns: the beginning stays the same until that much new text has come.
 """
 
 import math
@@ -17,7 +17,7 @@ from minisft.data.formats import Message, Tools
 from minisft.generation.messages import check_text, count_characters
 from minisft.text.chat_template import ChatTemplate
 
-# No text has that many characters per token. Longer texts are refused before they are encoded.
+# No text has that many characters per token, so longer texts are refused without encoding them.
 MAX_CHARACTERS_PER_TOKEN = 64
 
 
@@ -53,6 +53,7 @@ class Context:
         target = total - half * math.ceil((total - limit) / half)
 
         def is_short_enough(start: int) -> bool:
+            """True if the turns from `start` on fit into `target` tokens."""
             return self._num_tokens(system + turns[start:], tools) <= target
 
         # The first question from which on the conversation is short enough.

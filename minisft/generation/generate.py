@@ -136,7 +136,7 @@ def pad_left(
 def positions_and_mask(
     padding: Tensor | None, T: int, past: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Positions (B, T) and mask (B, 1, T, S) of T columns behind `past` others; S = past + T.
+    """Positions (B, T) and mask (B, 1, T, S) of T columns after `past` others; S = past + T.
 
     None without padding, when the model's own positions and causal mask are right.
     """

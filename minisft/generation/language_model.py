@@ -1,4 +1,4 @@
-"""The part of a model that generation uses, which CausalLM and CompiledDecoder have."""
+"""The interface of a model that generation needs; CausalLM and CompiledDecoder have it."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -15,13 +15,15 @@ class LanguageModel(Protocol):
     config: ModelConfig
 
     def __call__(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None,
-        mask: Tensor | None,
-        cache: KeyValueCache,
-    ) -> Tensor: ...
+        self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KeyValueCache
+    ) -> Tensor:
+        """Hidden states (B, T, D) from tokens (B, T)."""
+        ...
 
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V) of the next token from hidden states (..., D)."""
+        ...
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters, as in nn.Module."""
+        ...

@@ -1,4 +1,4 @@
-"""Refuse conversations that cannot be asked: wrong types, empty questions, control characters.
+"""Check a conversation before the model answers it: types, empty questions, control characters.
 
 check_messages([{"role": "user", "content": "What is 2 + 2?"}])
 """
@@ -10,7 +10,7 @@ from minisft.common.errors import UserError
 from minisft.data.formats import Message, Tools
 from minisft.text.messages import standard_messages
 
-# No keyboard types these and no terminal should get them. Tab, line ends and form feed are text.
+# No keyboard types these, and no terminal should print them. Tab, line ends and form feed are text.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 

@@ -1,4 +1,4 @@
-"""Answers with scores: how sure the model is of what it writes.
+"""Answers with scores: how confident the model is in them.
 
 answers, scores = generate_scored(model, [[5, 17, 3], [8]], Sampling(greedy=True), stop_ids={2})
 """
@@ -21,7 +21,7 @@ def generate_scored(
     rows: Sequence[int] | None = None,
     limits: Sequence[int] | None = None,
 ) -> tuple[list[list[int]], list[float]]:
-    """Like generate, with (answers, mean log-probability of the tokens of each answer).
+    """generate with scores: (answers, mean log-probability of each answer's tokens).
 
     The mean includes the stop id. Probabilities are those of the model, before the rules of
     sampling. limits: the maximum length of each answer, if it is not max_new_tokens for all.

@@ -23,8 +23,8 @@ from minisft.model.decoder import CausalLM
 class Turns:
     """A lock that threads get in the order in which they ask for it.
 
-    threading.Lock mostly goes to the thread that has just released it, so that of several answers
-    one would be written to its end while the others wait.
+    threading.Lock mostly goes to the thread that has just released it: one answer would be finished
+    while the others wait.
     """
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ class Turns:
 class Caches:
     """The KV caches of the latest conversations. Threads may use it at the same time.
 
-    new_cache: makes an empty KeyValueCache. limit: the number of caches, kept or in use; only if
-    more are in use at the same time are there more.
+    new_cache: makes an empty KeyValueCache. limit: how many caches exist, kept or in use, unless
+    more are in use at the same time.
     """
 
     def __init__(self, new_cache: Callable[[], KeyValueCache], limit: int = 1):

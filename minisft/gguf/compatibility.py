@@ -8,7 +8,6 @@ for sentence in known_differences(config):       # notes on the second kind
 from minisft.common.errors import UserError
 from minisft.gguf.mapping import ARCHITECTURES
 from minisft.model.config import ModelConfig
-from minisft.text.saved_form import SavedForm
 
 
 def check_architecture(config: ModelConfig) -> None:
@@ -43,13 +42,3 @@ def known_differences(config: ModelConfig) -> list[str]:
             f"{window} tokens"
         )
     return sentences
-
-
-def tokenizer_differences(form: SavedForm) -> list[str]:
-    """Sentences about the token ids: where llama.cpp deviates from the training."""
-    if form.writes_space:
-        return [
-            "llama.cpp adds no leading space to a text, because it would add one after every "
-            "special token too; prompts without the chat template must begin with a space"
-        ]
-    return []

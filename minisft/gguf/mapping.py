@@ -6,7 +6,7 @@
 Tensors get other names and keep their values, with one exception. Rotary embedding rotates pairs of
 numbers of each head. Hugging Face pairs number i with number i + d/2 (d is the width of a head).
 llama.cpp pairs 2i with 2i + 1 in the architecture `llama`. So the rows of q_proj and k_proj, which
-compute these numbers, change places in each head:
+compute these numbers, are reordered in each head:
 
     rows of a head in the checkpoint    0 1 2 3 4 5 6 7    pairs (0, 4), (1, 5), (2, 6), (3, 7)
     rows of a head in the file          0 4 1 5 2 6 3 7    pairs of neighbours
@@ -73,7 +73,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def is_interleaved(name: str, architecture: str) -> bool:
-    """True if the rows of a tensor, named as in the checkpoint, change places in the file."""
+    """True if the rows of a tensor, named as in the checkpoint, are reordered in the file."""
     return architecture == "llama" and name.rpartition(".")[0].endswith(("q_proj", "k_proj"))
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFValueType
 
 from minisft.common.errors import UserError
+from minisft.common.lfs_pointers import refuse_pointer
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 STRING, ARRAY = int(GGUFValueType.STRING), int(GGUFValueType.ARRAY)
@@ -80,13 +81,14 @@ def read_gguf(path: str | Path) -> GGUFFile:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except _Damaged as error:
+        refuse_pointer(path)
         raise UserError(
             f"{path}: damaged, or not a GGUF file: {error}. Download it again."
         ) from error
 
 
 class _Header:
-    """Reads on from the beginning of a file, and never beyond the header's possible end."""
+    """Reads a file from its beginning, never beyond the possible end of the header."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.position = file, 0
@@ -117,7 +119,7 @@ class _Header:
         return count
 
     def texts(self, count: int) -> list[str]:
-        """The next strings. Vocabularies have 100,000 and more, so this loop is written flat."""
+        """The next strings. A vocabulary has 100,000 and more, so the loop calls no helpers."""
         read, texts = self.file.read, []
         for _ in range(count):
             num_bytes = int.from_bytes(read(8), "little")
@@ -183,7 +185,9 @@ def _read_tensor(path: Path, name: str, header: _Header) -> PlacedTensor:
     num_dimensions = header.integer(4)
     if not 1 <= num_dimensions <= MAX_DIMENSIONS:
         raise _Damaged(f"the tensor '{name}' has {num_dimensions} dimensions")
-    dimensions = [header.integer(8) for _ in range(num_dimensions)]  # the last of torch's first
+    dimensions = [
+        header.integer(8) for _ in range(num_dimensions)
+    ]  # in the reverse of torch's order
     type, offset = header.integer(4), header.integer(8)
     if type not in BLOCK_SIZES:
         raise UserError(
@@ -200,7 +204,7 @@ def _read_tensor(path: Path, name: str, header: _Header) -> PlacedTensor:
 def _place_tensors(
     tensors: dict[str, PlacedTensor], data_start: int, alignment: int, file_size: int
 ) -> None:
-    """Make each start an offset in the file, after checking it.
+    """Check the start of each tensor, and make it an offset in the file.
 
     Tensors must not overlap: a thousand of them in the same bytes would take a thousand times the
     memory that the size of the file suggests.

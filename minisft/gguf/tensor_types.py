@@ -1,4 +1,4 @@
-"""Which tensor of a GGUF file gets which number type, as llama.cpp chooses them.
+"""Choose the number type of each tensor in a GGUF file, as llama.cpp does.
 
     tensor_type("blk.0.attn_q.weight", (2048, 2048), "q4_k_m", config)     # Q4_K
     tensor_type("output.weight", (32000, 2048), "q4_k_m", config)          # Q6_K
@@ -10,6 +10,7 @@ Most matrices get the type that --quantization names. Three rules differ from it
     attn_v and ffn_down in q4_k_m     Q6_K in about half of the layers: they lose most by rounding
 """
 
+import torch
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
@@ -28,7 +29,8 @@ QUANTIZATIONS = {
     "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
     "q6_k": (LlamaFileType.MOSTLY_Q6_K, Type.Q6_K),
 }
-UNQUANTIZED = (Type.F32, Type.F16, Type.BF16)
+# Types whose bytes are the numbers. All others are quantised in blocks.
+TORCH_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 # For rows that cannot be cut into blocks of a type. F16 for all other types.
 FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
 
@@ -38,7 +40,7 @@ def tensor_type(name: str, shape: tuple[int, ...], quantization: str, config: Mo
     type = QUANTIZATIONS[quantization][1]
     if len(shape) == 1:
         return Type.F32
-    if type in UNQUANTIZED:
+    if type in TORCH_TYPES:
         return type
     # A tied embedding is the output matrix as well.
     output = "token_embd.weight" if config.tie_word_embeddings else "output.weight"

@@ -4,9 +4,9 @@
     tensors = stored_tensors(folder / GGUF)     # named as in a checkpoint
     tensors["model.norm.weight"].read()
 
-So the same code chats with a GGUF file, evaluates it and trains on it as on any checkpoint. The
-small files are in a temporary folder, which is removed when the program ends. Tensors are read from
-the GGUF file itself, dequantised, with their rows in the checkpoint's order.
+So all scripts read a GGUF file like any checkpoint. The small files are in a temporary folder,
+which is removed when the program ends. Tensors are read from the GGUF file itself, dequantised,
+with their rows in the checkpoint's order.
 """
 
 import atexit
@@ -26,12 +26,11 @@ from minisft.common.json_files import write_json
 from minisft.common.tensor_files import StoredTensor
 from minisft.gguf.mapping import ROTARY_DIVISORS, checkpoint_name, deinterleave, is_interleaved
 from minisft.gguf.reader import GGUFFile, read_gguf
+from minisft.gguf.tensor_types import TORCH_TYPES
 from minisft.gguf.unpack_config import config_fields
 from minisft.gguf.unpack_tokenizer import tokenizer_files
 
 GGUF = "model.gguf"  # the link to the file
-# Types whose bytes are the numbers. All others are dequantised to float32.
-TORCH_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 
 
 def unpack(path: str | Path) -> Path:
@@ -123,7 +122,7 @@ def _unpack_rows(
 ) -> torch.Tensor:
     """The rows (R, *row_shape) in a piece of the file's bytes (uint8).
 
-    head_dim: set if the rows of each head changed places when they were written.
+    head_dim: set if the rows of each head were reordered when they were written.
     """
     if type in TORCH_TYPES:
         rows = data.view(TORCH_TYPES[type])

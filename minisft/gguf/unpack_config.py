@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as a config.json: the way back from mapping.py.
+"""The metadata of a GGUF file as a config.json: the inverse of mapping.py.
 
 config_fields(file.metadata, file.tensors)["num_hidden_layers"]
 """
@@ -10,19 +10,12 @@ from typing import Any
 import torch
 
 from minisft.common.errors import UserError
-from minisft.gguf.mapping import (
-    ARCHITECTURES,
-    ROTARY_DIVISORS,
-    rotary_divisors,
-    yarn_temperature,
-)
+from minisft.gguf.mapping import ARCHITECTURES, ROTARY_DIVISORS, rotary_divisors, yarn_temperature
 from minisft.model.config import ModelConfig
 
 
 def config_fields(
-    metadata: dict[str, Any],
-    tensor_names: Collection[str],
-    divisors: torch.Tensor | None = None,
+    metadata: dict[str, Any], tensor_names: Collection[str], divisors: torch.Tensor | None = None
 ) -> dict[str, Any]:
     """The config.json of a file; UserError if minisft has no such model.
 

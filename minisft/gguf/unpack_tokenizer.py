@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as tokenizer files: the way back from vocabulary.py.
+"""The metadata of a GGUF file as tokenizer files: the inverse of vocabulary.py.
 
 tokenizer_files(file.metadata, vocab_size=32000).keys()
 # tokenizer.model (or tokenizer.json), tokenizer_config.json, generation_config.json
@@ -8,17 +8,21 @@ import struct
 from typing import Any, TypeGuard, TypeVar
 
 from minisft.common.errors import UserError
+from minisft.gguf.prompts import checkpoint_text
 from minisft.gguf.vocabulary import (
+    ADDS_BOS,
     BYTE,
     CONTROL,
     NORMAL,
     PRE_TOKENIZERS,
+    SPACE_AT_START,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    WRITES_SPACE,
 )
 
+# What SPACE_AT_START was called before; such files say that llama.cpp adds no space.
+OLD_SPACE_AT_START = "minisft.chat_template_writes_space"
 TOKEN_TYPES = {0, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}  # 0: not stated
 # Other names that llama.cpp has for the same pre-tokenizers.
 ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
@@ -44,10 +48,7 @@ def tokenizer_files(metadata: dict[str, Any], vocab_size: int) -> dict[str, Any]
     config = _tokenizer_config(metadata, fields, tokens)
     stop_ids = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
     stop_ids = [id for id in stop_ids if id is not None]
-    files = {
-        "tokenizer_config.json": config,
-        "generation_config.json": {"eos_token_id": stop_ids},
-    }
+    files = {"tokenizer_config.json": config, "generation_config.json": {"eos_token_id": stop_ids}}
     if model == "llama":
         return {**files, "tokenizer.model": _sentencepiece_model(fields, tokens, types)}
     return {**files, "tokenizer.json": _tokenizer_json(fields, tokens, types, config)}
@@ -61,9 +62,9 @@ def _tokenizer_config(
     metadata: dict[str, Any], fields: dict[str, Any], tokens: list[str]
 ) -> dict[str, Any]:
     is_sentencepiece = fields["model"] == "llama"
-    add_bos = bool(fields.get("add_bos_token", is_sentencepiece))
+    add_bos = bool(fields.get(ADDS_BOS, fields.get("add_bos_token", is_sentencepiece)))
     ids = {name: fields.get(f"{theirs}_token_id") for name, theirs in SPECIAL_TOKENS.items()}
-    if not add_bos and ids["bos"] in (ids["pad"], ids["eos"]):
+    if not add_bos and not fields.get("add_bos_token") and ids["bos"] in (ids["pad"], ids["eos"]):
         ids["bos"] = None  # a placeholder: this tokenizer has no BOS
     for name, id in ids.items():
         if id is not None and not (type(id) is int and 0 <= id < len(tokens)):
@@ -72,19 +73,23 @@ def _tokenizer_config(
     config |= {
         "add_bos_token": add_bos,
         # llama.cpp adds a space after special tokens too, which transformers calls legacy.
-        "legacy": not fields.get(WRITES_SPACE, False),
+        "legacy": not _space_at_start(fields),
         "add_prefix_space": _adds_space(fields),
         # Tells transformers how to read the files.
         "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
     }
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        config["chat_template"] = template
+        config["chat_template"] = checkpoint_text(template, _space_at_start(fields))
     return config
 
 
 def _adds_space(fields: dict[str, Any]) -> bool:
-    return bool(fields.get(WRITES_SPACE) or fields.get("add_space_prefix", True))
+    return _space_at_start(fields) or bool(fields.get("add_space_prefix", True))
+
+
+def _space_at_start(fields: dict[str, Any]) -> bool:
+    return bool(fields.get(SPACE_AT_START, fields.get(OLD_SPACE_AT_START)))
 
 
 def _tokenizer_json(

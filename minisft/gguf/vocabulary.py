@@ -6,7 +6,7 @@
 There are two kinds. SentencePiece becomes the model `llama`: pieces with scores, where the pair
 with the best score merges first. Byte-level BPE becomes `gpt2`: tokens, merges, and llama.cpp's
 name for the pattern that cuts a text into words (`pre`). An unknown pattern is an error: with a
-similar one llama.cpp would tokenize almost right, and nobody would notice.
+similar pattern llama.cpp would tokenize almost right, and nobody would notice.
 
 unpack_tokenizer.py reads the tokenizer back.
 """
@@ -19,12 +19,15 @@ import sentencepiece
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
+from minisft.gguf.prompts import Prompts
 from minisft.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0  # no merge produces these tokens
-# Our own field: the tokenizer adds a leading space, but llama.cpp must not. See SavedForm.
-WRITES_SPACE = "minisft.chat_template_writes_space"
+# Our own fields, for unpack_tokenizer.py: the leading space stands at the beginning of a text, and
+# not behind special tokens; the tokenizer puts BOS before a text, though its prompts have none.
+SPACE_AT_START = "minisft.leading_space_at_start_only"
+ADDS_BOS = "minisft.tokenizer_adds_bos"
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -49,12 +52,12 @@ def vocabulary_fields(
     tokenizer: Tokenizer,
     num_rows: int,
     stop_ids: list[int] | None = None,
-    writes_space: bool = False,
+    prompts: Prompts | None = None,
 ) -> dict[str, Any]:
     """The metadata of a tokenizer, for an embedding with num_rows rows.
 
-    stop_ids: the tokens that end an answer. writes_space: see SavedForm. UserError if
-    llama.cpp would produce other ids, or has no place for a stop token.
+    stop_ids: the tokens that end an answer. prompts: by default those of a model without a chat
+    template. UserError if llama.cpp would produce other ids, or has no place for a stop token.
     """
     _check_size(tokenizer, num_rows)
     if tokenizer.engine.byte_level:
@@ -72,10 +75,17 @@ def vocabulary_fields(
         **_more_stops(tokenizer, stop_ids or []),
     }
     fields |= {name: id for name, id in ids.items() if id is not None and 0 <= id < num_rows}
-    fields["add_bos_token"] = tokenizer.add_bos_token
+    prompts = prompts or Prompts(None, tokenizer.add_bos_token, tokenizer.leading_space)
+    fields["add_bos_token"] = prompts.add_bos
     fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
-    if writes_space:
-        fields |= {"tokenizer.ggml.add_space_prefix": False, WRITES_SPACE: True}
+    if not tokenizer.engine.byte_level:
+        fields["tokenizer.ggml.add_space_prefix"] = prompts.add_space
+    if tokenizer.leading_space and not tokenizer.prefix_after_special:
+        fields[SPACE_AT_START] = True
+    if tokenizer.add_bos_token != prompts.add_bos:
+        fields[ADDS_BOS] = tokenizer.add_bos_token
+    if prompts.chat_template is not None:
+        fields["tokenizer.chat_template"] = prompts.chat_template
     return fields
 
 
@@ -206,7 +216,6 @@ def _sentencepiece_fields(tokenizer: Tokenizer, num_rows: int) -> dict[str, Any]
         "tokens": tokens,
         "scores": scores,
         "token_type": types,
-        "add_space_prefix": tokenizer.leading_space,
     }
 
 

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from minisft.common.errors import UserError
 from minisft.common.outputs import atomic_path, check_free_space
 from minisft.gguf.kquants import quantize_q4_k, quantize_q6_k
+from minisft.gguf.tensor_types import TORCH_TYPES
 
-TORCH_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 K_QUANTS = {Type.Q4_K: quantize_q4_k, Type.Q6_K: quantize_q6_k}
 # The largest number of a type. Quantised blocks have float16 scales.
 LARGEST = {type: torch.finfo(dtype).max for type, dtype in TORCH_TYPES.items()}

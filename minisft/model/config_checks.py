@@ -47,11 +47,6 @@ def refuse_unsupported(content: dict[str, Any], families: list[str], source: str
         )
     if content.get("hidden_act", "silu") != "silu":
         raise UserError(f"{source}: hidden_act '{content['hidden_act']}': only silu is supported")
-    if content.get("quantization_config"):
-        raise UserError(
-            f"{source}: the checkpoint is quantised (quantization_config). "
-            "Use the original checkpoint."
-        )
     if content.get("partial_rotary_factor") not in (None, 1.0):
         raise UserError(f"{source}: partial_rotary_factor is not supported")
 

@@ -211,8 +211,8 @@ class CausalLM(nn.Module):
         mask: True where a query may see a key, broadcastable to (B, 1, T, S); by default causal.
             Rows padded on the right need no mask: a token does not see what comes after it.
         cache: read and extended.
-        lengths: of the rows of a pack, which stand one after another in tokens (1, T). The rows do
-            not see each other, and each begins at position 0. Without mask and cache.
+        lengths: of the rows of a pack, which are concatenated in tokens (1, T). A token sees only
+            its own row, and every row begins at position 0. Without mask and cache.
         """
         return self.model(tokens, positions, mask, cache, lengths)
 

@@ -30,7 +30,7 @@ class LoraConfig:
     """The settings of an adapter.
 
     target_modules: names of the linear layers to adapt. modules_to_save: modules that are trained
-    in full, next to the adapter.
+    in full, next to the adapter. stored_modules: frozen modules that the adapter's file holds.
     """
 
     rank: int = 8
@@ -39,6 +39,7 @@ class LoraConfig:
     target_modules: tuple[str, ...] = LINEAR_NAMES
     use_rslora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    stored_modules: tuple[str, ...] = ()
 
     @classmethod
     def from_options(cls, options: Namespace) -> "LoraConfig":

@@ -23,7 +23,7 @@ def resume_lora(model: Model, config: LoraConfig) -> None:
 
 
 def frozen_copy(model: M) -> M:
-    """A copy that keeps today's weights while the model is trained, in evaluation mode.
+    """A copy that keeps the current weights while the model is trained, in evaluation mode.
 
     The copy shares the frozen tensors of the model. Adapters that change nothing yet are left out.
     """

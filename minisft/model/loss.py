@@ -57,7 +57,7 @@ def token_losses(logits: Logits, states: Tensor, targets: Tensor) -> Tensor:
     With a vocabulary of 128,000, the logits of a batch would take more memory than the model.
     Therefore only a chunk of them is in memory at a time.
     """
-    # The logits of no states: how many there are, and whether the output matrix is trained.
+    # Logits of zero states show the size of the vocabulary, and if the output matrix is trained.
     no_logits = logits(states[:0].detach())  # (0, V)
     size = chunk_size(no_logits.shape[-1])
     if not torch.is_grad_enabled():
@@ -73,6 +73,7 @@ def token_losses_in_chunks(
     """token_losses by chunks of `size` states. The logits are computed again to go backward."""
 
     def losses(states: Tensor, targets: Tensor) -> Tensor:
+        """The losses of a chunk."""
         # float32 so that a sum over 100,000 tokens keeps its digits
         return cross_entropy(logits(states).float(), targets)
 

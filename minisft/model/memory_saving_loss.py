@@ -29,12 +29,14 @@ def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """The losses (N,); keeps the log-probabilities (N, V)."""
         log_probs = F.log_softmax(logits, dim=-1)
         ctx.save_for_backward(log_probs, targets)
         return -log_probs.gather(-1, targets[:, None])[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the logits (N, V), in the memory of the log-probabilities."""
         log_probs, targets = ctx.saved_tensors
         gradient = log_probs.exp_()  # softmax(logits), minus 1 for the target
         gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
@@ -42,7 +44,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def token_losses_frozen_head(logits: Logits, states: Tensor, targets: Tensor, size: int) -> Tensor:
-    """loss.token_losses_in_chunks, where only the states have a gradient: it is computed at once.
+    """loss.token_losses_in_chunks, where only the states have a gradient.
 
     The loss of a token depends on its own state only. So its gradient can be computed while the
     logits are there, and the backward pass multiplies it by the weight of the token.
@@ -53,6 +55,7 @@ def token_losses_frozen_head(logits: Logits, states: Tensor, targets: Tensor, si
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor, size: int) -> Tensor:
+        """The losses (N,); keeps the gradient of each with respect to its state (N, D)."""
         losses, gradient = [], torch.empty_like(states)
         for start in range(0, len(states), size):
             chunk = slice(start, start + size)
@@ -66,5 +69,6 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of the states (N, D)."""
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0].to(gradient.dtype)[:, None], None, None, None

@@ -1,30 +1,45 @@
-"""Modules that are trained in full next to an adapter: embedding, output matrix, reward head."""
+"""Modules trained in full next to an adapter: embedding, output matrix, norms, reward head."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
 from minisft.common.errors import UserError
-from minisft.model.decoder import CausalLM, Linear
+from minisft.model.decoder import CausalLM, Linear, RMSNorm
 from minisft.model.reward import Model
 
 # Name in --modules_to_save and in adapter_config.json -> name in the model.
 SAVEABLE_MODULES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head", "score": "score"}
 
 
-def train_fully(model: Model, names: Sequence[str]) -> None:
-    """Make modules of SAVEABLE_MODULES trainable; a tied output matrix is untied first. In place.
+def saved_modules(model: Model, names: Sequence[str]) -> list[str]:
+    """The full names of the modules that `names` mean: as in PEFT, all that end with one of them.
 
-    A CausalLM has embed_tokens and lm_head, a RewardModel embed_tokens and score.
+    So `norm` stands for all norms of the model.
     """
-    available = ("embed_tokens", "lm_head" if isinstance(model, CausalLM) else "score")
-    for name in names:
-        if name not in available:
-            raise UserError(f"--modules_to_save {name}: choose from {', '.join(available)}")
-    if names and isinstance(model, CausalLM) and model.config.tie_word_embeddings:
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.endswith(tuple(names))
+        and (isinstance(module, RMSNorm) or name in SAVEABLE_MODULES.values())
+    ]
+
+
+def train_fully(model: Model, names: Sequence[str]) -> None:
+    """Make modules trainable; to train embedding or output matrix unties them first. In place.
+
+    A CausalLM has embed_tokens and lm_head, a RewardModel embed_tokens and score; both have norms.
+    """
+    unties = "embed_tokens" in names or "lm_head" in names
+    if unties and isinstance(model, CausalLM) and model.config.tie_word_embeddings:
         untie(model)
+    available = ("embed_tokens", "lm_head" if isinstance(model, CausalLM) else "score", "norm")
     for name in names:
-        model.get_submodule(SAVEABLE_MODULES[name]).requires_grad_(True)
+        modules = saved_modules(model, [name])
+        if not modules:
+            raise UserError(f"--modules_to_save {name}: choose from {', '.join(available)}")
+        for module in modules:
+            model.get_submodule(module).requires_grad_(True)
 
 
 def untie(model: CausalLM) -> None:

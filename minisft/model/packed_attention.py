@@ -1,4 +1,4 @@
-"""Attention of rows that stand one after another in a pack, and do not see each other.
+"""Attention in a pack: rows are concatenated, and a token sees only its own row.
 
 Three functions compute the same numbers:
 

@@ -73,6 +73,7 @@ def _yarn_factor(scaling: dict[str, Any]) -> float:
         return scaling["attention_factor"]
 
     def growth(mscale: float) -> float:
+        """1 + 0.1 mscale log(factor), as in the paper."""
         factor = scaling["factor"]
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 

@@ -21,7 +21,7 @@ from minisft.selection.kmeans import ArrayRows, kmeans
 from minisft.selection.provenance import check_computed_from
 from minisft.selection.score_files import ScorePaths, read_embeddings, read_scores
 
-# The score that a strategy goes by.
+# The score that a strategy ranks by.
 SCORE_OF = {
     "ifd": "ifd",
     "ifd_ppl": "ifd_ppl",
@@ -33,13 +33,13 @@ SCORE_OF = {
 
 
 def no_numbers() -> np.ndarray:
-    """An empty array, for data that is not given."""
+    """An empty array, where the user gave no file."""
     return np.empty(0)
 
 
 @dataclass
 class RowData:
-    """What is known about the rows, by row number; empty if it was not given."""
+    """Data on the rows, by row number; empty where the user gave no file."""
 
     lengths: np.ndarray  # of the answers
     length_unit: str = "characters"
@@ -51,7 +51,7 @@ class RowData:
 
 
 class Candidates:
-    """Numbers of the rows that may still be chosen, and how many were dropped for which reason."""
+    """The rows that may still be chosen, and the number of dropped rows by reason."""
 
     def __init__(self, num_rows: int) -> None:
         self.rows = np.arange(num_rows)
@@ -73,7 +73,7 @@ class Candidates:
 
 @dataclass
 class Choice:
-    """The chosen rows, sorted. details: what the manifest says besides."""
+    """The chosen rows, sorted. details: more entries for the manifest."""
 
     rows: np.ndarray
     details: dict[str, Any] = field(default_factory=dict)
@@ -153,7 +153,7 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
 
 
 def drop_unusable(strategy: str, data: RowData, candidates: Candidates) -> None:
-    """Drop the rows without a score, and those that the strategy never chooses."""
+    """Drop the rows that have no score, and rows that the strategy never chooses."""
     if strategy in SCORE_OF:
         candidates.drop_unscored(data.scores["reason"])
     if strategy in ("ifd", "ifd_ppl", "ifd+kcenter"):

@@ -9,7 +9,7 @@
     results = scorer.compute(model, plan.passes)   # as one batch
     scorer.score(plan, results).record["ifd"]
 
-Above 1 the instruction does not help. The rows with the highest IFD below 1 have most to teach.
+Above 1 the instruction does not help. The highest IFD below 1 marks the rows that teach most.
 `ifd_ppl` is the ratio of the perplexities instead, exp(s(A|Q)) / exp(s(A)) (arXiv 2402.00530).
 
 A conversation has several answers. Conditioned passes score each given its history; each has a
@@ -64,7 +64,7 @@ class IfdScorer:
         self.template, self.max_length, self.vocab_size = template, max_length, vocab_size
         self.parts, self.marker = parts, template.encode_marker()
         if "ifd" in parts and not self.marker:
-            # Nothing predicts the first token of a sequence, so an answer cannot stand alone.
+            # Nothing predicts the first token of a sequence, so an answer needs a marker before it.
             raise UserError(
                 f"template {template.name}: the text that opens an answer has no tokens in this "
                 "tokenizer, so IFD is not defined. Choose another --template."
@@ -144,7 +144,7 @@ def is_inside(spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
 
 
 def ifd_fields(conditioned: float, direct: float) -> dict[str, Any]:
-    """What a record says of s(A|Q) and s(A), both in nats per token."""
+    """The fields of a record from s(A|Q) and s(A), in nats per token."""
     if not math.isfinite(conditioned + direct):
         return {"reason": "the loss is not a finite number"}
     fields: dict[str, Any] = {

@@ -69,18 +69,18 @@ def kmeans(
         raise UserError(
             f"cannot make {num_clusters} clusters of {len(points)} rows. Lower --clusters."
         )
-    space = Space(points)
+    centered = CenteredPoints(points)
     results = [
-        lloyd(space, seed_centers(space, num_clusters, generator), max_steps, tolerance)
+        lloyd(centered, seed_centers(centered, num_clusters, generator), max_steps, tolerance)
         for generator in np.random.default_rng(seed).spawn(num_starts)
     ]
     return min(results, key=lambda clusters: clusters.inertia)
 
 
-class Space:
-    """Points, their mean (D,), and their squared distances from it (N,).
+class CenteredPoints:
+    """Points relative to their mean (D,), a block at a time. squares: |x - mean|^2 (N,).
 
-    `points` stay as they are; blocks() and everything computed from them are relative to the mean.
+    `points` themselves stay as they are, and are never copied.
     """
 
     def __init__(self, points: np.ndarray | ArrayRows) -> None:
@@ -124,24 +124,26 @@ class Space:
         return np.maximum(squares, 0, out=squares)
 
 
-def seed_centers(space: Space, num_clusters: int, generator: np.random.Generator) -> np.ndarray:
-    """k-means++: points drawn with probability proportional to their squared distance from the
-    centers so far. Of a few candidates, the one that reduces the sum most is taken.
+def seed_centers(
+    centered: CenteredPoints, num_clusters: int, generator: np.random.Generator
+) -> np.ndarray:
+    """k-means++: draw centers in proportion to the squared distances from the centers so far.
 
-    Returns centers (K, D), relative to the mean.
+    Of a few candidates, the best is kept: the smallest sum of squared distances. Returns centers
+    (K, D), relative to the mean.
     """
     num_candidates, chosen = 2 + int(math.log(num_clusters)), []
-    nearest = np.full(len(space.points), np.inf, np.float32)  # squared distance to the chosen
-    candidates = generator.integers(len(space.points), size=1)
+    nearest = np.full(len(centered.points), np.inf, np.float32)  # squared distance to the chosen
+    candidates = generator.integers(len(centered.points), size=1)
     while True:
-        distances = space.distances(space.points[candidates] - space.mean)
+        distances = centered.distances(centered.points[candidates] - centered.mean)
         np.minimum(distances, nearest, out=distances)
         best = distances.sum(1, dtype=np.float64).argmin()
         chosen.append(candidates[best])
         nearest = distances[best]
         nearest[chosen[-1]] = 0
         if len(chosen) == num_clusters:
-            return space.points[chosen] - space.mean
+            return centered.points[chosen] - centered.mean
         candidates = indices_by_weight(nearest, generator.random(num_candidates))
 
 
@@ -152,39 +154,39 @@ def indices_by_weight(weights: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     return np.minimum(indices, len(weights) - 1)
 
 
-def lloyd(space: Space, centers: np.ndarray, max_steps: int, tolerance: float) -> Clusters:
+def lloyd(
+    centered: CenteredPoints, centers: np.ndarray, max_steps: int, tolerance: float
+) -> Clusters:
     """Assign every point to its nearest center, move centers to the means of their points, repeat.
 
     centers: (K, D), relative to the mean. The sums of the clusters' points are updated only by the
     points that change cluster, which soon are few.
     """
-    points, K = space.points, len(centers)
-    limit = tolerance * space.squares.mean(dtype=np.float64) / points.shape[1]
+    points, K = centered.points, len(centers)
+    limit = tolerance * centered.squares.mean(dtype=np.float64) / points.shape[1]
     assignment = np.full(len(points), -1)
     closeness = np.empty(len(points), np.float32)
     sums, counts = np.zeros(centers.shape), np.zeros(K, np.int64)
     num_steps = 0
     while num_steps < max_steps:
-        num_steps, changed = num_steps + 1, 0
-        for rows, block in space.blocks():
-            products = space.closeness(block, centers)
+        num_steps, has_changed = num_steps + 1, False
+        for rows, block in centered.blocks():
+            products = centered.closeness(block, centers)
             nearest = products.argmax(1)
             closeness[rows] = products[np.arange(len(block)), nearest]
             moved = np.flatnonzero(nearest != assignment[rows])
-            changed += len(moved)
             if len(moved):
-                old, new = assignment[rows][moved], nearest[moved]
+                has_changed = True
+                move(sums, counts, block[moved], assignment[rows][moved], nearest[moved])
                 assignment[rows] = nearest
-                move(sums, counts, block[moved], old, new)
-        reseed_empty(space, closeness, assignment, sums, counts)
+        reseed_empty(centered, closeness, assignment, sums, counts)
         means = (sums / counts[:, None]).astype(np.float32)
         shift = np.square(means - centers, dtype=np.float64).sum()
-        if not changed:
+        if has_changed:
+            centers = means
+        if not has_changed or shift <= limit:
             break
-        centers = means
-        if shift <= limit:
-            break
-    return finished(space, centers, num_steps)
+    return assign_all(centered, centers, num_steps)
 
 
 def move(
@@ -199,7 +201,7 @@ def move(
 
 
 def reseed_empty(
-    space: Space,
+    centered: CenteredPoints,
     closeness: np.ndarray,
     assignment: np.ndarray,
     sums: np.ndarray,
@@ -212,21 +214,21 @@ def reseed_empty(
     empty = np.flatnonzero(counts == 0)
     if not len(empty):
         return
-    distances = space.squares - 2 * closeness
+    distances = centered.squares - 2 * closeness
     for cluster in empty:
         while counts[assignment[point := distances.argmax()]] == 1:
             distances[point] = -np.inf
         distances[point] = -np.inf
-        row = space.points[[point]] - space.mean
+        row = centered.points[[point]] - centered.mean
         move(sums, counts, row, assignment[[point]], np.array([cluster]))
         assignment[point] = cluster
 
 
-def finished(space: Space, centers: np.ndarray, num_steps: int) -> Clusters:
-    """Assign all points once more, so that assignment and inertia belong to `centers`."""
-    assignment, inertia = np.empty(len(space.points), np.int64), 0.0
-    for rows, block in space.blocks():
-        assignment[rows] = space.closeness(block, centers).argmax(1)
+def assign_all(centered: CenteredPoints, centers: np.ndarray, num_steps: int) -> Clusters:
+    """Assign all points to the final centers, and compute the inertia."""
+    assignment, inertia = np.empty(len(centered.points), np.int64), 0.0
+    for rows, block in centered.blocks():
+        assignment[rows] = centered.closeness(block, centers).argmax(1)
         difference = block - centers[assignment[rows]]
         inertia += float(np.einsum("nd,nd->", difference, difference))
-    return Clusters(centers + space.mean, assignment, inertia, num_steps)
+    return Clusters(centers + centered.mean, assignment, inertia, num_steps)

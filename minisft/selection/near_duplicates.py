@@ -21,7 +21,7 @@ SHINGLE_LENGTH = 5
 # A signature has NUM_BANDS bands of BAND_SIZE hashes. Texts with an equal band are candidates.
 NUM_BANDS, BAND_SIZE = 32, 4
 # A text is compared with at most MAX_COMPARED others, and in each band with the latest MAX_DEPTH.
-# This bounds the work for thousands of texts that are similar but no duplicates.
+# This bounds the work for thousands of texts that are similar but not duplicates.
 MAX_COMPARED, MAX_DEPTH = 32, 32
 
 
@@ -60,7 +60,7 @@ def min_equal_bands(similarity: float) -> float:
 
 
 def latest_kept(latest: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """The latest MAX_DEPTH kept texts of each of a text's groups, as (n,) different numbers.
+    """The latest MAX_DEPTH kept texts of each of a text's groups, (n,) without repetition.
 
     latest: (NUM_BANDS + 1,), the very latest of each group, or -1. before: see near_duplicates.
     """

@@ -1,4 +1,4 @@
-"""What both scorers use: the plan of a row, its passes through the model, batches, the score."""
+"""Shared by both scorers: the plan of a row, its passes through the model, batches, the score."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -61,7 +61,7 @@ def num_tokens(spans: Sequence[tuple[int, int]]) -> int:
 
 
 def too_long(ids: np.ndarray, max_length: int) -> str | None:
-    """The reason why a row of these ids gets no score; None if it is short enough."""
+    """The reason why a row is too long to score; None if it is short enough."""
     if len(ids) <= max_length:
         return None
     return f"longer than max_length: {len(ids)} tokens, the limit is {max_length}"
@@ -84,5 +84,5 @@ def make_batches(passes: Sequence[Pass], batch_tokens: int) -> Iterator[list[Pas
 
 
 def rounded(value: float) -> float:
-    """8 significant digits, about what float32 holds."""
+    """The value with 8 significant digits, about the precision of float32."""
     return float(f"{value:.8g}")

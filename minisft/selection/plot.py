@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minisft.selection.choose import Choice, RowData
-from minisft.selection.kmeans import ArrayRows, Space
+from minisft.selection.kmeans import ArrayRows, CenteredPoints
 
 LABELS = {
     "ifd": "IFD, a ratio of losses",
@@ -18,14 +18,14 @@ LABELS = {
     "reward": "reward",
     "margin": "reward of the chosen answer minus reward of the rejected",
 }
-# Grey and vermilion, which people with colour blindness can tell apart.
+# Grey and vermilion, which colour-blind people can distinguish.
 ALL_COLOR, CHOSEN_COLOR = "#b0b8c0", "#d55e00"
 
 
 def draw(
     data: RowData, rows: np.ndarray, choice: Choice, strategy: str, output: str | Path
 ) -> Path:
-    """Draw the scores and the embeddings, as far as given, with the chosen rows marked.
+    """Draw the scores and the embeddings, if given, with the chosen rows marked.
 
     rows: the numbers of all usable rows. Returns the path of the picture.
     """
@@ -95,13 +95,13 @@ def principal_components(
 
     Subspace iteration in blocks (Halko et al. 2011): the points are read `steps` times.
     """
-    space = Space(points)
+    centered = CenteredPoints(points)
     width = min(number + 8, points.shape[1])
     basis = np.random.default_rng(seed).standard_normal((points.shape[1], width))
     for _ in range(steps):
         image = np.zeros_like(basis)
-        for _, block in space.blocks():
+        for _, block in centered.blocks():
             image += block.T @ (block @ basis.astype(np.float32))
         basis = np.linalg.svd(image, full_matrices=False)[0]
     axes = basis[:, :number].astype(np.float32)
-    return np.concatenate([block @ axes for _, block in space.blocks()])
+    return np.concatenate([block @ axes for _, block in centered.blocks()])

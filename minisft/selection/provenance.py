@@ -1,4 +1,4 @@
-"""Which data and model scores were computed from, by content, so that scores are never mixed.
+"""Record the data and the model of scores by hash, so that scores are never mixed.
 
 record = score_record(options, rows, is_drawn, model_dir, None, scorer, torch.float32)
 check_same_record("scores.jsonl", old_record, record)
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from minisft.checkpoints.folders import stored_tensors
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.json_files import read_json
@@ -35,7 +36,7 @@ def score_record(
     scorer: IfdScorer | RewardScorer,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Everything that the scores of score.py depend on. "names" are for messages only."""
+    """All that the scores of score.py depend on. "names" are for messages only."""
     return {
         **model_record(model_dir, adapter_dir),
         "dataset": dataset_record(rows, is_drawn),
@@ -43,7 +44,7 @@ def score_record(
         "template_text": hashlib.sha256(scorer.template.text.encode()).hexdigest(),
         "template_date": scorer.template.now,
         "max_length": scorer.max_length,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "quantization_bit": options.quantization_bit,
         "kind of scores": "rewards" if options.mode == "reward" else "losses",
         "names": {
@@ -93,7 +94,7 @@ def model_record(model_dir: Path, adapter_dir: Path | None = None) -> dict[str, 
 def check_same_record(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """UserError if the scores in `path`, computed from `old`, may not be continued with `new`.
 
-    "names" in a record are what people call the rest; they may differ.
+    "names" in a record are for messages; they may differ.
     """
     for key, value in new.items():
         if key != "names" and old.get(key) != value:

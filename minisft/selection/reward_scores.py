@@ -65,7 +65,7 @@ class RewardScorer:
 
     @torch.inference_mode()
     def compute(self, model: RewardModel, passes: Sequence[Pass]) -> list[float]:
-        """The rewards of a batch of conversations."""
+        """Run a batch of conversations; returns their rewards."""
         device = model.score.weight.device
         tokens, *_ = collate(
             [Example(item.ids, item.is_answer) for item in passes], device
@@ -75,7 +75,7 @@ class RewardScorer:
         return model.rewards(hidden[torch.arange(len(passes), device=device), last]).tolist()
 
     def score(self, plan: Plan, rewards: Sequence[float]) -> Score:
-        """The reward of the only answer, or the fields of several; all null without a score."""
+        """The reward of a single answer, or PREFERENCE_FIELDS of several; null without a score."""
         fields: dict[str, Any] = dict.fromkeys(("reward", *PREFERENCE_FIELDS))
         reason = plan.reason
         if not all(map(math.isfinite, rewards)):

@@ -35,7 +35,7 @@ def open_every_row(
 
 
 def read_row(rows: Rows, number: int) -> Row | BadRow:
-    """The row; if it is broken, the reason. UserError for that, unless `rows` skip bad rows."""
+    """The row, or why it is broken: as a BadRow if `rows` skip bad rows, else as UserError."""
     try:
         return rows[number]
     except BadRow as error:
@@ -59,7 +59,7 @@ def answer_lengths(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Instructions:
-    """The user's words in rows of these numbers; each is read when it is indexed."""
+    """The instructions of rows with these numbers. Indexing reads a row."""
 
     def __init__(self, rows: Rows, numbers: np.ndarray) -> None:
         self.rows, self.numbers = rows, numbers

@@ -3,7 +3,7 @@
     scores.jsonl             one JSON object per row: index, scores, number of tokens, reason
     scores.embeddings.npy    (rows, D) float32
     scores.perplexity.npy    (rows,) float32, of the prompts; NaN: not computed yet, inf: undefined
-    scores.record.json       what all of this was computed from (provenance.py)
+    scores.record.json       the data and model that all of this was computed from
 
     columns = read_scores("scores.jsonl", num_rows=300, needed="ifd")
     embeddings, perplexity = read_embeddings("scores.embeddings.npy", num_rows=300)
@@ -78,7 +78,7 @@ def read_scores(
 
 
 def parse_line(path: str | Path, line: bytes, num_rows: int) -> dict[str, Any]:
-    """The record in a line of scores. UserError if it is none, or its row does not exist."""
+    """The record in a line of scores. UserError if it is malformed or its row does not exist."""
     try:
         record = json.loads(line)
         is_valid = (

@@ -1,4 +1,4 @@
-"""Write the files of score.py as results come, and continue them after an interruption.
+"""Write the files of score.py result by result, and continue them after an interruption.
 
 writer = ScoreWriter("scores.jsonl", record, num_rows=300, parts=("ifd", "embed"), width=64)
 for scores in score_rows(model, reader, writer.pending(), batch_tokens=2048):
@@ -25,7 +25,7 @@ from minisft.selection.score_files import ScorePaths, load_array, parse_line
 class ScoreWriter:
     """The files of `output`, new or continued. Nothing is written before the first `add`.
 
-    record: what the scores are computed from; files computed from anything else are a UserError,
+    record: what the scores are computed from. UserError if existing files have another record,
     unless `overwrite`. parts: "ifd" or "reward" for scores, "embed" for embeddings of `width`.
     """
 
@@ -44,7 +44,7 @@ class ScoreWriter:
         self.writes_embeddings = "embed" in parts
         self.has_begun = False
         self.valid_bytes = 0  # of the scores, up to the end of the last complete line
-        # Which rows are done; all of them if they are not wanted.
+        # Rows that need no computation.
         self.is_scored = np.full(num_rows, not self.writes_scores)
         self.is_embedded = np.full(num_rows, not self.writes_embeddings)
         if not overwrite:
@@ -56,7 +56,7 @@ class ScoreWriter:
                 self.is_embedded = ~np.isnan(load_array(self.paths.perplexity, (num_rows,)))
 
     def _check_record(self) -> None:
-        """UserError if there are files that belong to another record, or to none."""
+        """UserError for existing files with another record, or without one."""
         paths = self.paths
         existing = [
             path for path in (paths.scores, paths.embeddings, paths.perplexity) if path.exists()

@@ -1,4 +1,4 @@
-"""Score many rows: read and plan them in worker processes, batch their passes, share among ranks.
+"""Score many rows: read and plan them in worker processes, batch their passes, divide them by rank.
 
     reader = RowReader(rows, IfdScorer(template, max_length=512))
     for scores in score_rows(model, reader, numbers=np.arange(len(rows)), batch_tokens=2048):
@@ -58,11 +58,7 @@ class RowReader:
 
 
 def score_rows(
-    model: Any,
-    reader: RowReader,
-    numbers: np.ndarray,
-    batch_tokens: int,
-    num_workers: int = 0,
+    model: Any, reader: RowReader, numbers: np.ndarray, batch_tokens: int, num_workers: int = 0
 ) -> Iterator[list[Score]]:
     """Yield the scores of these rows as they are finished, those of all ranks in one list.
 

@@ -9,12 +9,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from minisft.common.command_line import (
-    OptionParser,
-    non_negative_int,
-    positive_float,
-    positive_int,
-)
+from minisft.common.command_line import OptionParser, non_negative_int, positive_float, positive_int
 from minisft.common.errors import UserError
 
 # What each strategy needs.
@@ -154,7 +149,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         if not options.scores and not options.embeddings:
             raise UserError("--plot draws --scores and --embeddings. Give one of them.")
         if not find_spec("matplotlib"):
-            raise UserError("--plot needs matplotlib (requirements-extras.txt)")
+            raise UserError("--plot needs matplotlib (requirements/plot.txt)")
         if options.output.endswith(".png"):
             raise UserError(
                 f"--output {options.output}: --plot draws there. Give the rows another name."

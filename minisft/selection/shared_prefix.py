@@ -1,4 +1,4 @@
-"""Rows with a common prefix: it goes through the model once, not once per row.
+"""Rows with a common prefix: the prefix goes through the model once, not once per row.
 
     for group in group_by_prefix(passes):          # lists that begin with the same tokens
         ...
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from minisft.model.cache import KeyValueCache
-from minisft.model.decoder import CausalLM
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model
 from minisft.selection.passes import Pass
 
 # Passes with the same first KEY_TOKENS tokens form a group if there are at least MIN_GROUP of them.
@@ -34,8 +33,8 @@ def group_by_prefix(passes: Sequence[Pass]) -> list[list[Pass]]:
     return [*large, rest]
 
 
-def hidden_states(model: CausalLM | RewardModel, tokens: Tensor) -> Tensor:
-    """Hidden states (B, T, D) of tokens (B, T), by the faster way."""
+def hidden_states(model: Model, tokens: Tensor) -> Tensor:
+    """Hidden states (B, T, D) of tokens (B, T), computed in the faster way."""
     is_equal = (tokens == tokens[:1]).all(0)  # (T,)
     prefix_length = int(is_equal.int().cumprod(0).sum())
     prefix_length = min(prefix_length, tokens.shape[1] - 1)
@@ -44,9 +43,7 @@ def hidden_states(model: CausalLM | RewardModel, tokens: Tensor) -> Tensor:
     return _after_shared_prefix(model, tokens, prefix_length)
 
 
-def _after_shared_prefix(
-    model: CausalLM | RewardModel, tokens: Tensor, prefix_length: int
-) -> Tensor:
+def _after_shared_prefix(model: Model, tokens: Tensor, prefix_length: int) -> Tensor:
     """Run the prefix once, then the rest of every row with the prefix in its cache."""
     cache = KeyValueCache(model.config)
     prefix = model(tokens[:1, :prefix_length], cache=cache)  # (1, prefix_length, D)

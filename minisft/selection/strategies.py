@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from minisft.common.errors import UserError
-from minisft.selection.kmeans import ArrayRows, Space
+from minisft.selection.kmeans import ArrayRows, CenteredPoints
 
 # random_matched divides the lengths into this many ranges.
 NUM_LENGTH_RANGES = 20
@@ -50,7 +50,8 @@ def spread_over_clusters(
     """Rows of each cluster, evenly spread over a band of its perplexities (cluster).
 
     assignment: the cluster of each of `rows`. band: two percentiles (arXiv 2308.12032, section 2).
-    A cluster of at most `per_cluster` rows gives all of them; one with fewer in the band, those.
+    A cluster of at most `per_cluster` rows gives all of them, a cluster with few rows in the band
+    only these.
     """
     chosen = [rows[:0]]
     for cluster in np.unique(assignment):
@@ -72,11 +73,11 @@ def k_center(embeddings: np.ndarray, rows: np.ndarray, number: int) -> np.ndarra
     embeddings: (all rows, D). The first row is the nearest to the mean.
     """
     check_enough(rows, number)
-    space = Space(ArrayRows(embeddings, rows))
-    chosen = [space.squares.argmin()]
+    centered = CenteredPoints(ArrayRows(embeddings, rows))
+    chosen = [centered.squares.argmin()]
     nearest = np.full(len(rows), np.inf, np.float32)  # squared distance to the chosen rows
     while len(chosen) < number:
-        distances = space.distances(space.points[chosen[-1:]] - space.mean)[0]
+        distances = centered.distances(centered.points[chosen[-1:]] - centered.mean)[0]
         nearest = np.minimum(nearest, distances)
         nearest[chosen] = -1  # never twice, even if all points are equal
         chosen.append(nearest.argmax())
@@ -89,8 +90,8 @@ def at_random_with_lengths(
     """Random rows with the length distribution of the rows `reference` (random_matched).
 
     A control: does a strategy do more than find long answers? The reference lengths are divided
-    into ranges of equally many, and as many rows are drawn from each range. If few rows are that
-    long, most of the reference is drawn again.
+    into ranges with equal numbers of rows, and as many rows are drawn from each range. If few rows
+    are that long, most of the reference is drawn again.
     """
     wanted = np.sort(lengths[reference])
     ranges = np.array_split(wanted, min(NUM_LENGTH_RANGES, len(wanted)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from minisft.common.json_files import write_rows
 from minisft.common.outputs import atomic_write
 from minisft.data.dataset import Rows
 from minisft.data.records import Lines
@@ -21,14 +22,10 @@ def write_selection(rows: Rows, chosen: np.ndarray, manifest: dict[str, Any], ou
     is_array = not any(isinstance(file.records, Lines) for file in rows.files)
     if output.suffix in (".json", ".jsonl"):
         is_array = output.suffix == ".json"
-    begin, separator, end = ("[\n", ",\n", "\n]\n") if is_array else ("", "\n", "\n")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(f"{output}.manifest") as manifest_file, atomic_write(output) as file:
-        file.write(begin)
-        for count, text in enumerate(record_texts(rows, chosen)):
-            file.write(separator + text if count else text)
-        file.write(end)
+    with atomic_write(f"{output}.manifest") as manifest_file:
         manifest_file.write(json.dumps(manifest, ensure_ascii=False) + "\n")
+        write_rows(record_texts(rows, chosen), output, is_array)
 
 
 def record_texts(rows: Rows, chosen: np.ndarray) -> Iterator[str]:

@@ -21,7 +21,6 @@ An answer is tokenised behind its prompt, not together with it. So the ids of a 
 are the ids of the same prompt in use.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,10 +35,6 @@ from minisft.text.marks import Span, without_marks
 from minisft.text.messages import Message
 from minisft.text.tokenizer import StreamDecoder, Tokenizer
 
-# What some templates write before an answer without thoughts. It carries no loss.
-EMPTY_THOUGHT = re.compile(
-    r"\s*(<(\w+:)?think>\s*)?</(\w+:)?think>\s*|\s*\[THINK\]\s*\[/THINK\]\s*"
-)
 # Control characters, which would change the terminal, are shown as text.
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
@@ -90,8 +85,13 @@ class ChatTemplate:
         special = {name: tokenizer.token_text(id) for name, id in tokenizer.named_ids.items()}
         self.bos_token = special.get("bos_token") or ""
         now = now or datetime.now().isoformat(timespec="seconds")
-        self._jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
-        self.facts, self.now = self._jinja.facts, now
+        self.jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
+        self.facts, self.now = self.jinja.facts, now
+
+    @property
+    def thinking(self) -> dict[str, Any]:
+        """The variables that ask the template for thoughts, or for none."""
+        return self.jinja.thinking
 
     def encode(self, messages: list[Message], tools: list | None = None) -> list[TokenizedText]:
         """The examples of a conversation: one for all answers, or one for each.
@@ -99,7 +99,7 @@ class ChatTemplate:
         UserError if the template cannot express the conversation.
         """
         conversation = self._prepare(messages, tools)
-        turns = [self._turn(conversation, place) for place in conversation.answers]
+        turns = self._turns(conversation)
         examples = []
         for chain in chains(turns):
             while chain and not chain[-1].learned:
@@ -115,12 +115,12 @@ class ChatTemplate:
             raise UserError("a prompt ends with a user's or a tool's message, not the assistant's")
         text, spans = self._write(conversation, {"add_generation_prompt": True})
         # Cut where training cuts: at the earlier answers that this prompt begins with.
+        try:
+            earlier = self._turns(conversation)
+        except UserError:  # they can be read, though they could not be learned
+            earlier = []
         regions, following = [], text
-        for place in reversed(conversation.answers):
-            try:
-                turn = self._turn(conversation, place)
-            except UserError:  # it can be read, though it could not be learned
-                break
+        for turn in reversed(earlier):
             if not following.startswith(turn.text):
                 break
             regions.append((turn.start, turn.answer, False))
@@ -138,11 +138,12 @@ class ChatTemplate:
         return self._write(conversation, {"add_generation_prompt": add_generation_prompt})[0]
 
     def encode_marker(self) -> list[int]:
-        """The ids of BOS, if prompts have it, and of what opens an answer: `### Response:`."""
-        text = self.facts.opening.lstrip(" ")
-        if self.bos_token and self.facts.prompt.startswith(self.bos_token):
-            text = self.bos_token + text
-        return self._tokenize(text, [], []).ids
+        """The ids of what begins a prompt, BOS and a space if it has them, and of what opens an
+        answer: `### Response:`."""
+        begin = self.bos_token if self.facts.prompt.startswith(self.bos_token) else ""
+        if begin and self.facts.prompt.startswith(f"{begin} "):
+            begin += " "
+        return self._tokenize(begin + self.facts.opening.lstrip(" "), [], []).ids
 
     def stop_token_ids(self, generation_config_eos: list[int] | int | None = None) -> set[int]:
         """The tokens that end an answer: end of turn, EOS, and those of generation_config.json."""
@@ -168,30 +169,50 @@ class ChatTemplate:
         self, conversation: Conversation, variables: dict[str, Any]
     ) -> tuple[str, list[Span]]:
         """(the conversation as text, where message texts stand in it)."""
-        text = self._jinja.write(conversation.messages, conversation.tools, **variables)
-        spans = self._jinja.message_spans(text, conversation, None, variables)
-        return without_marks(text)[0], spans
+        text = self.jinja.write(conversation.messages, conversation.tools, **variables)
+        spans = self.jinja.message_spans(text, conversation, None, variables)
+        return text, spans
 
-    def _turn(self, conversation: Conversation, place: int) -> Turn:
-        """The answer messages[place] behind its prompt; UserError if it cannot be learned there."""
-        messages = conversation.messages[: place + 1]
-        message = messages[place]
-        has_thoughts = bool(message.get("reasoning_content"))
-        variables = {"enable_thinking": True} if has_thoughts else {}
-        before = {"add_generation_prompt": True, **variables}
-        prompt, text = self._jinja.render(
-            messages, conversation.tools, [(place, before), (place + 1, variables)]
-        )
-        spans = self._jinja.message_spans(text, conversation, place + 1, variables)
+    def _turns(self, conversation: Conversation) -> list[Turn]:
+        """Each answer behind its prompt; UserError if one cannot be learned there."""
+        renders: list[tuple[int, dict[str, Any]]] = []
+        for place in conversation.answers:
+            has_thoughts = bool(conversation.messages[place].get("reasoning_content"))
+            variables = {"enable_thinking": True} if has_thoughts else {}
+            renders.append((place, {"add_generation_prompt": True, **variables}))
+            renders.append((place + 1, variables))
+        texts = iter(self.jinja.render(conversation.messages, conversation.tools, renders))
+        return [
+            self._turn(conversation, place, variables, prompt=next(texts), text=next(texts))
+            for place, (_, variables) in zip(conversation.answers, renders[1::2], strict=True)
+        ]
+
+    def _turn(
+        self,
+        conversation: Conversation,
+        place: int,
+        variables: dict[str, Any],
+        prompt: str,
+        text: str,
+    ) -> Turn:
+        """The answer messages[place], where the template has written `prompt` and `text`."""
+        messages, message = conversation.messages, conversation.messages[place]
+        spans = self.jinja.message_spans(text, conversation, place + 1, variables)
         prompt, (text, _, generated) = without_marks(prompt)[0], without_marks(text)
         if not text.startswith(prompt):
-            spells_control = self.tokens.find(text, spans) != self.tokens.find(text)
             answer = answer_behind(messages[place - 1]["content"].strip(), prompt, text)
-            if answer is None or spells_control:
+            if answer is None:
                 raise UserError(where_they_part(prompt, text))
-            text, spans = prompt + answer, []
+            asks = {"add_generation_prompt": True, **variables}
+            answer_place = len(text) - len(answer)
+            moved = len(prompt) - answer_place
+            in_answer = [(a + moved, b + moved) for a, b in spans if a >= answer_place]
+            spans = self.jinja.message_spans(prompt, conversation, place, asks) + in_answer
+            text = prompt + answer
         start = answer_start = len(prompt)
-        if not has_thoughts and (empty := EMPTY_THOUGHT.match(text, start)):
+        if "reasoning_content" not in message and (
+            empty := self.facts.empty_thought.match(text, start)
+        ):
             answer_start = empty.end()
         check_written(message, text[answer_start:], place + 1)
         if messages[0]["role"] == "system":

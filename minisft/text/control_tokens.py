@@ -26,12 +26,16 @@ class Match:
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, as they are spelled in text."""
+    """The special tokens of a tokenizer, as they are spelled in text.
+
+    ids: {spelling: id}. spellings: {id: spelling}.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         texts = {id: tokenizer.token_text(id) for id in tokenizer.special_ids}
-        self.ids = {text: id for id, text in texts.items() if text}
+        self.spellings = {id: text for id, text in texts.items() if text}
+        self.ids = {text: id for id, text in self.spellings.items()}
         # The longest first: <|end_of_text|> before <|end|>.
         patterns = []
         for text in sorted(self.ids, key=len, reverse=True):
@@ -44,6 +48,22 @@ class ControlTokens:
     def could_be_spelled(self, text: str) -> bool:
         """True if a text might be a part of a control token: it has a first or last character."""
         return self._edge is not None and self._edge.search(text) is not None
+
+    def spelled_by(self, written: Sequence[str], text: str) -> str | None:
+        """The control token of a text that one of the written strings may have spelled, if any.
+
+        A string may hold all of it, or its first or last characters.
+        """
+        for string in written:
+            for match in self.find(string)[:1]:
+                return self.spellings[match.id]
+        for token in {self.spellings[match.id] for match in self.find(text)}:
+            parts = range(1, len(token))
+            heads, tails = tuple(token[:n] for n in parts), tuple(token[n:] for n in parts)
+            for string in map(str.strip, written):
+                if string.endswith(heads) or string.startswith(tails):
+                    return token
+        return None
 
     def find(
         self, text: str, message_spans: Sequence[Span] = (), cuts: Sequence[int] = ()

@@ -54,8 +54,14 @@ def prepare(
     offered = standard_tools(tools)
     if not any(message["role"] in ("user", "tool") for message in messages):
         raise UserError("a conversation needs at least one user message")
+    if messages[0]["role"] == "system" and messages[0]["content"] and not facts.knows_system:
+        raise UserError(
+            "message 1 (system): the template has no place for a system prompt. Put it into the "
+            "first question, or choose another --template"
+        )
     if offered and not facts.knows_tools:
-        messages, learned = offer_tools(messages, learned, offered)
+        default_system = facts.default_system if facts.knows_system else None
+        messages, learned = offer_tools(messages, learned, offered, default_system)
         offered = None
     if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
         if facts.call_form is None:
@@ -75,11 +81,9 @@ def prepare(
 
 
 def written_fields(messages: list[Message]) -> list[Message]:
-    """The messages without the fields that only steer a template."""
-    steering = ("role", "tool_call_id")
+    """The messages without their roles."""
     return [
-        {name: value for name, value in message.items() if name not in steering}
-        for message in messages
+        {name: value for name, value in message.items() if name != "role"} for message in messages
     ]
 
 

@@ -19,6 +19,7 @@ import tokenizers
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
+from minisft.common.lfs_pointers import refuse_pointer
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
@@ -113,6 +114,7 @@ class SentencePieceEngine:
             ids = range(self.vocab_size)
             self._pieces = [self._processor.id_to_piece(id) for id in ids]
         except (RuntimeError, OSError, ValueError) as error:
+            refuse_pointer(path)
             raise UserError(
                 f"{path}: not a SentencePiece model. Download the file again (or, for Llama 3, its "
                 "tokenizer.json)."

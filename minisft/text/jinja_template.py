@@ -15,7 +15,7 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.conversation import Conversation, written_fields
-from minisft.text.marks import Span, texts_of, with_marks, without_marks
+from minisft.text.marks import Span, are_written_whole, texts_of, with_marks, without_marks
 from minisft.text.rendering import Renderer
 from minisft.text.template_facts import TemplateFacts
 
@@ -31,7 +31,8 @@ class JinjaTemplate:
     """A template's text with the values of its variables.
 
     variables: bos_token and the like. enable_thinking: True for prompts that ask for thoughts. now:
-    what the template sees as date and time, in ISO format.
+    what the template sees as date and time, in ISO format. thinking: the variables that ask for
+    thoughts, or for none.
     """
 
     def __init__(
@@ -45,14 +46,14 @@ class JinjaTemplate:
         self.tokens, self.now = tokens, now
         self._renderer = Renderer(text)
         self._always = {"add_generation_prompt": False, **variables}
-        self._thinking: dict[str, Any] = {"enable_thinking": True}
+        self.thinking: dict[str, Any] = {"enable_thinking": True}
         if not enable_thinking:
-            self._thinking = self._variables_without_thoughts()
+            self.thinking = self._variables_without_thoughts()
         self.facts = TemplateFacts(self.write, tokens)
 
     def write(self, messages: list, tools: list | None, **variables: Any) -> str:
-        """The text of messages."""
-        return self.render(messages, tools, [(None, variables)])[0]
+        """The text of messages, without the marks of {% generation %} blocks."""
+        return without_marks(self.render(messages, tools, [(None, variables)])[0])[0]
 
     def render(
         self,
@@ -60,8 +61,11 @@ class JinjaTemplate:
         tools: list | None,
         renders: Sequence[tuple[int | None, dict[str, Any]]],
     ) -> list[str]:
-        """The texts of the first messages, for every (number of messages, variables)."""
-        always = {**self._always, **self._thinking}
+        """The texts of the first messages, for every (number of messages, variables).
+
+        {% generation %} blocks stand between marks.
+        """
+        always = {**self._always, **self.thinking}
         return self._renderer.render(messages, tools, always, self.now, renders)
 
     def message_spans(
@@ -74,32 +78,33 @@ class JinjaTemplate:
         """
         if not conversation.spells_controls:
             return []
-        messages, tools = conversation.messages[:count], conversation.tools
         might_spell = self.tokens.could_be_spelled
+        messages, tools = conversation.messages[:count], conversation.tools
+        written = [*texts_of(written_fields(messages)), *texts_of(tools or [])]
         marked = [
-            {**message, **with_marks(written, might_spell)}
-            for message, written in zip(messages, written_fields(messages), strict=True)
+            {**message, **with_marks(fields, might_spell)}
+            for message, fields in zip(messages, written_fields(messages), strict=True)
         ]
         try:
-            rendered = self.write(marked, with_marks(tools, might_spell), **variables)
+            marked_tools = with_marks(tools, might_spell)
+            rendered = self.render(marked, marked_tools, [(None, variables)])[0]
             plain, spans, _ = without_marks(rendered)
-            if plain == without_marks(text)[0]:
+            if plain == without_marks(text)[0] and are_written_whole(spans, plain, written):
                 return spans
         except UserError:
             pass  # the template looks into its messages, and the marks are in the way
-        for said in texts_of([written_fields(messages), tools or []]):
-            for match in self.tokens.find(said)[:1]:
-                raise UserError(
-                    f"a message contains {said[match.start : match.end]!r}, a control token of "
-                    "this tokenizer, and the template changes the message, so the message's text "
-                    "cannot be told from the template's. Remove it from the row"
-                )
+        if spelled := self.tokens.spelled_by(written, text):
+            raise UserError(
+                f"a message contains {spelled!r}, a control token of this tokenizer or a part of "
+                "one, and the template changes the message, so the message's text cannot be told "
+                "from the template's. Remove it from the row"
+            )
         return []
 
     def _variables_without_thoughts(self) -> dict[str, Any]:
         """The first of WITHOUT_THOUGHTS with which an answer follows its prompt."""
         for variables in WITHOUT_THOUGHTS:
-            self._thinking = variables
+            self.thinking = variables
             try:
                 if TemplateFacts(self.write, self.tokens).answer is not None:
                     return variables

@@ -9,8 +9,9 @@ after each message text, and the marks tell them apart:
 The marks stand inside the white space around a text, because many templates trim it.
 """
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from minisft.common.errors import UserError
@@ -37,20 +38,29 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def with_marks(value: Any, needs_marks: Any) -> Any:
-    """Messages or tools in which the strings that `needs_marks` matches stand between marks."""
+    """Messages or tools in which the strings that need marks stand between marks.
+
+    needs_marks: function of a string. Keys of objects are strings, too.
+    """
     if isinstance(value, str) and needs_marks(value):
         core = value.strip()
         before, after = value.split(core, 1) if core else ("", "")
         return f"{before}{START}{core}{END}{after}" if core else value
     if isinstance(value, dict):
-        return {key: with_marks(item, needs_marks) for key, item in value.items()}
+        return {
+            with_marks(key, needs_marks): with_marks(item, needs_marks)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [with_marks(item, needs_marks) for item in value]
     return value
 
 
 def without_marks(text: str) -> tuple[str, list[Span], list[Span]]:
-    """(text, spans of message texts in it, spans of {% generation %} blocks in it)."""
+    """(text, spans of message texts in it, spans of {% generation %} blocks in it).
+
+    A text between marks may stand in another: a tool call's arguments, written as JSON.
+    """
     if not MARK.search(text):
         return text, [], []
     spans: dict[str, list[Span]] = {START: [], GENERATION_START: []}
@@ -67,6 +77,16 @@ def without_marks(text: str) -> tuple[str, list[Span], list[Span]]:
             spans[kind].append((opened[kind].pop(), length))
     parts.append(text[place:])
     return "".join(parts), spans[START], spans[GENERATION_START]
+
+
+def are_written_whole(spans: list[Span], text: str, written: Iterable[str]) -> bool:
+    """True if every span of a text holds one of the written strings, as it is or as JSON.
+
+    Else the template cuts or changes messages, and its own words may stand between two marks.
+    """
+    cores = {core for string in written if (core := string.strip())}
+    cores |= {json.dumps(core, ensure_ascii=False)[1:-1] for core in cores}
+    return all(text[start:end] in cores for start, end in spans)
 
 
 def check_no_marks(texts: list[str]) -> None:

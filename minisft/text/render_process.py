@@ -2,8 +2,8 @@
 
 A chat template is code from a stranger. Jinja's sandbox keeps it from files and from Python's
 internals, but not from endless loops or huge strings. The operating system does: this process may
-use MAX_BYTES of memory and, for each request, MAX_SECONDS of processor time. It ends when it uses
-more; `rendering.py` starts another.
+use MAX_BYTES of memory and, for each request, so many seconds of processor time (its argument). It
+ends when it uses more; `rendering.py` starts another.
 
 A line of stdin is a JSON object, a line of stdout the answer, {"texts": [...]} or {"error": ...}:
 
@@ -33,6 +33,7 @@ MAX_SECONDS = 10.0
 MAX_BYTES = 2**30
 MAX_TEMPLATE = 2**20  # characters
 MAX_OUTPUT = 2**24  # characters
+MAX_MESSAGE = 300  # characters of an error
 
 # Around what a {% generation %} block writes: noncharacters, which no text contains.
 GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"
@@ -139,19 +140,22 @@ def render(template: jinja2.Template, request: dict[str, Any]) -> list[str]:
     return texts
 
 
-def answer(template: jinja2.Template, request: dict[str, Any]) -> dict[str, Any]:
-    """The texts, or what went wrong as {"error": ..., "line": ...}."""
-    try:
-        return {"texts": render(template, request)}
-    except MemoryError:
-        return {"error": "it needs too much memory"}
-    except Exception as error:
-        # Jinja gives the frames of a template the template's line numbers.
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
-        stated = isinstance(error, jinja2.TemplateError)
-        message = str(error) if stated else f"{type(error).__name__}: {error}"
-        return {"error": message, "line": lines[-1] if lines else None}
+def failure(error: Exception) -> dict[str, Any]:
+    """What went wrong, in a line, and where: {"error": ..., "line": ...}."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return {"error": error.message, "line": error.lineno}
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, jinja2.TemplateError):
+        message = str(error)
+    elif isinstance(error, MemoryError):
+        message = "it needs too much memory"
+    elif isinstance(error, RecursionError | SyntaxError):  # SyntaxError: of Python's compiler
+        message = "it is nested too deeply"
+    # Jinja gives the frames of a template the template's line numbers.
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+    message = " ".join(message[:MAX_MESSAGE].split())
+    return {"error": message, "line": lines[-1] if lines else None}
 
 
 def limit_memory() -> None:
@@ -165,28 +169,32 @@ def limit_memory() -> None:
 
 
 def main() -> None:
-    """Answer requests until stdin ends."""
+    """Answer requests until stdin ends. Argument: the seconds for each."""
+    max_seconds = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     limit_memory()
-    clock = Clock()
-    sandbox, template = environment(clock), None
+    max_seconds = float(sys.argv[1])
     set_timer = getattr(signal, "setitimer", None)
+    clock = Clock()
+    sandbox = environment(clock)
+    template: jinja2.Template | None = None
+    unreadable: dict[str, Any] = {"error": "no template was sent"}
     for line in sys.stdin.buffer:
         if set_timer:
-            set_timer(signal.ITIMER_PROF, MAX_SECONDS)  # then SIGPROF ends the process
+            set_timer(signal.ITIMER_PROF, max_seconds)  # then SIGPROF ends the process
         request = json.loads(line)
         clock.now = datetime.fromisoformat(request["now"])
-        reply: dict[str, Any] | None = None
         if request["template"] is not None:
             try:
                 template = sandbox.from_string(request["template"])
-            except jinja2.TemplateSyntaxError as error:
-                template = None
-                reply = {"error": error.message, "line": error.lineno}
-            except (MemoryError, RecursionError):
-                template, reply = None, {"error": "it is nested too deeply"}
+            except Exception as error:
+                template, unreadable = None, failure(error)
+        reply = unreadable
         if template is not None:
-            reply = answer(template, request)
+            try:
+                reply = {"texts": render(template, request)}
+            except Exception as error:
+                reply = failure(error)
         if set_timer:
             set_timer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")

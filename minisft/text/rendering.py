@@ -27,20 +27,21 @@ class TemplateError(UserError):
 class Renderer:
     """Renders a chat template in a second process, which starts when it is first needed.
 
-    Threads may share a Renderer. After a fork, or in another process, it starts its own.
+    max_seconds: processor time for a call of render. Threads may share a Renderer. After a fork, or
+    in another process, it starts its own process.
     """
 
-    def __init__(self, template: str) -> None:
-        self.template = template
+    def __init__(self, template: str, max_seconds: float = MAX_SECONDS) -> None:
+        self.template, self.max_seconds = template, max_seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
         self._owner = 0  # the process that started it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"template": self.template}
+        return {"template": self.template, "max_seconds": self.max_seconds}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["template"])
+        self.__init__(**state)
 
     def render(
         self,
@@ -72,6 +73,11 @@ class Renderer:
             raise TemplateError(f"the chat template{where}: {reply['error']}")
         return reply["texts"]
 
+    @property
+    def process_id(self) -> int | None:
+        """The id of the process that renders; None if there is none now."""
+        return self._process.pid if self._process is not None else None
+
     def _ask(self, line: bytes) -> dict[str, Any]:
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
@@ -85,18 +91,21 @@ class Renderer:
             return json.loads(reply)
         status = self.close()
         if status == -getattr(signal, "SIGPROF", 0):
-            return {"error": f"it needs more than {MAX_SECONDS:.0f} seconds"}
+            return {"error": f"it needs more than {self.max_seconds:g} seconds of processor time"}
         return {"error": f"it ended the process that rendered it (status {status})"}
 
     def _running(self) -> subprocess.Popen:
         if self._process is None or self._owner != os.getpid():
             self._owner = os.getpid()
             self._process = subprocess.Popen(
-                [sys.executable, "-I", render_process.__file__],
+                [sys.executable, "-I", render_process.__file__, str(self.max_seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
         return self._process
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> int | None:
         """End the process, and return its status."""

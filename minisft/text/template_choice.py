@@ -10,6 +10,7 @@ a saved model carries prompts other programs exactly as in training.
 """
 
 import json
+import keyword
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.render_process import MAX_TEMPLATE
+from minisft.text.rendering import TemplateError
 from minisft.text.template_facts import ANSWER
+from minisft.text.template_settings import setting, system_setting, with_settings
 from minisft.text.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "templates"
@@ -40,27 +43,49 @@ def get_template(
     for an unknown name, or if the template cannot express `default_system`.
     """
     text = template_text(name, tokenizer)
-    lines = ""
+    settings, template_kwargs = {}, template_kwargs or {}
+    if enable_thinking is None:
+        enable_thinking = template_kwargs.get("enable_thinking")
     if name in NAMES and tokenizer.leading_space and not tokenizer.prefix_after_special:
         # transformers adds SentencePiece's leading space only before the first character, and that
         # is BOS. These templates were published for tokenizers that add it to the text after BOS.
-        lines += setting("leading_space", " ")
-    for key, value in (template_kwargs or {}).items():
-        lines += setting(key, value)
+        settings |= setting("leading_space", " ")
+    for key, value in template_kwargs.items():
+        if not key.isidentifier() or keyword.iskeyword(key):
+            raise UserError(f"--template_kwargs: {key!r} is no name of a variable")
+        settings |= setting(key, value)
     if default_system is not None:
-        lines += system_line(default_system)
-    if not text.startswith(lines):
-        text = lines + text
+        settings |= system_setting(default_system)
+    text = with_settings(text, settings)
     template = ChatTemplate(text, tokenizer, name, enable_thinking, now)
-    if name in NAMES and template.facts.end is None:
-        after = (template.facts.answer or "").rpartition(ANSWER)[2]
+    if name in NAMES:
+        check_end(template)
+    for match in template.tokens.find(default_system or "")[:1]:
         raise UserError(
-            f"template {name} ends an answer with {after.strip()!r}, which the tokenizer of "
-            f"{tokenizer.model_dir} does not have as a token; choose another --template"
+            f"--default_system contains {template.tokens.spellings[match.id]!r}, a control token "
+            "of this tokenizer; remove it"
         )
     if default_system and not template.facts.knows_system:
         raise UserError(f"--default_system: the template {name} has no place for a system prompt")
     return template
+
+
+def check_end(template: ChatTemplate) -> None:
+    """UserError if the tokenizer lacks the token that ends an answer in this template."""
+    folder = template.tokenizer.model_dir
+    try:
+        end, answer = template.facts.end, template.facts.answer or ""
+    except TemplateError as error:
+        raise UserError(
+            f"template {template.name} does not fit the tokenizer of {folder}: {error}; choose "
+            "another --template"
+        ) from error
+    if end is None:
+        after = answer.rpartition(ANSWER)[2]
+        raise UserError(
+            f"template {template.name} ends an answer with {after.strip()!r}, which the tokenizer "
+            f"of {folder} does not have as a token; choose another --template"
+        )
 
 
 def template_text(name: str, tokenizer: Tokenizer) -> str:
@@ -117,30 +142,3 @@ def trained_template(
     template = get_template(name, tokenizer, default_system, template_kwargs, enable_thinking, now)
     template.name = shown_name
     return template
-
-
-def setting(name: str, value: Any) -> str:
-    """Jinja that gives a variable a value, unless the program that renders it does."""
-    return (
-        f"{{%- if {name} is not defined -%}}{{%- set {name} = {literal(value)} -%}}{{%- endif -%}}"
-    )
-
-
-def system_line(text: str) -> str:
-    """Jinja that puts a system message before conversations without one."""
-    message = f"{{'role': 'system', 'content': {literal(text)}}}"
-    return (
-        "{%- if messages[0]['role'] != 'system' -%}"
-        f"{{%- set messages = [{message}] + messages -%}}"
-        "{%- endif -%}"
-    )
-
-
-def literal(value: Any) -> str:
-    """A JSON value as Jinja writes it."""
-    if isinstance(value, dict):
-        items = (f"{literal(key)}: {literal(item)}" for key, item in value.items())
-        return "{" + ", ".join(items) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(literal, value)) + "]"
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)

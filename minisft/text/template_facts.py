@@ -13,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 from minisft.text.control_tokens import ControlTokens
-from minisft.text.marks import without_marks
 from minisft.text.rendering import TemplateError
 
 # What the probes say. No template contains these words.
@@ -24,6 +23,7 @@ QUESTION, ANSWER, NEXT = "Probequestion", "Probeanswer", "Probenext"
 THOUGHT, TOOL, RESULT, INPUT = "Probethought", "probe_tool", "Proberesult", "Probeinput"
 USER = {"role": "user", "content": QUESTION}
 ASSISTANT = {"role": "assistant", "content": ANSWER}
+THOUGHTFUL = {**ASSISTANT, "reasoning_content": THOUGHT, "thinking": THOUGHT}
 TOOL_OFFER = {
     "type": "function",
     "function": {
@@ -32,6 +32,9 @@ TOOL_OFFER = {
         "parameters": {"type": "object", "properties": {}, "required": []},
     },
 }
+
+# What templates write before an answer without thoughts.
+EMPTY_THOUGHT = r"\s*(<(\w+:)?think>\s*)?</(\w+:)?think>\s*|\s*\[THINK\]\s*\[/THINK\]\s*"
 
 # render(messages, tools, **variables) -> text
 Render = Callable[..., str]
@@ -46,8 +49,7 @@ class CallForm:
     with_ids: bool
 
 
-@dataclass(frozen=True)
-class ThoughtMarks:
+class ThoughtMarks(NamedTuple):
     """opening stands before thoughts, closing between thoughts and answer, without white space
     around them. A prompt that ends with `opening` has opened the thoughts itself."""
 
@@ -111,26 +113,32 @@ class TemplateFacts:
     @cached_property
     def _end(self) -> tuple[str | None, bool]:
         """(the control token that ends an answer, True if only the next message writes it)."""
-        prompt, tools = self.prompt, self.empty_tools
-        text = self._render([USER, ASSISTANT], tools)
-        try:
-            longer = self._render([USER, ASSISTANT, {"role": "user", "content": NEXT}], tools)
-        except TemplateError:
-            longer = text
+        end = self._end_of(ASSISTANT)
+        if end[0] is None and self.answer is None and self.knows_thoughts:
+            return self._end_of(THOUGHTFUL, enable_thinking=True)
+        return end
+
+    def _end_of(self, answer: dict[str, Any], **variables: Any) -> tuple[str | None, bool]:
+        prompt, tools = self._prompt(**variables), self.empty_tools
+        text = self._render([USER, answer], tools, **variables)
         after = text.rfind(ANSWER) + len(ANSWER)
         if not text.startswith(prompt) or after < len(prompt):
             return None, False
-        shared = len(commonprefix([text, longer]))
+        following = {"role": "user", "content": NEXT}
+        try:
+            longer = self._render([USER, answer, following], tools, **variables)
+        except TemplateError:
+            longer = text
         ends = [match for match in self._tokens.find(text) if match.start >= after]
-        if kept := [match for match in ends if match.end <= shared]:
-            return self._spelling(kept[-1].id), False
         if ends:
-            return self._spelling(ends[0].id), False
-        if not longer.startswith(text):
-            return None, False
-        following = [match for match in self._tokens.find(longer) if match.start >= len(text)]
-        if following and not longer[len(text) : following[0].start].strip():
-            return self._spelling(following[0].id), True
+            # Phi-3.5 writes EOS behind the last answer's end, and only there.
+            shared = len(commonprefix([text, longer]))
+            kept = [match for match in ends if match.end <= shared]
+            return self._tokens.spellings[(kept[-1] if kept else ends[0]).id], False
+        if longer.startswith(text):
+            opening = [match for match in self._tokens.find(longer) if match.start >= len(text)]
+            if opening and not longer[len(text) : opening[0].start].strip():
+                return self._tokens.spellings[opening[0].id], True
         return None, False
 
     @property
@@ -160,6 +168,18 @@ class TemplateFacts:
         return self._writes(RESULT, [system, USER], self.empty_tools)
 
     @cached_property
+    def default_system(self) -> str:
+        """The system prompt that the template writes if a conversation has none."""
+        if not self.knows_system:
+            return ""
+        system = {"role": "system", "content": RESULT}
+        before, _, after = self._render([system, USER], self.empty_tools).partition(RESULT)
+        text = self._render([USER], self.empty_tools)
+        if text.startswith(before) and text.endswith(after) and len(text) > len(before + after):
+            return text[len(before) : len(text) - len(after)]
+        return ""
+
+    @cached_property
     def knows_input(self) -> bool:
         """True if the template has a place for Alpaca's `input`."""
         return self._writes(INPUT, [{**USER, "input": INPUT}], self.empty_tools)
@@ -167,8 +187,7 @@ class TemplateFacts:
     @cached_property
     def knows_thoughts(self) -> bool:
         """True if the template writes the thoughts of an answer."""
-        answer = {**ASSISTANT, "reasoning_content": THOUGHT, "thinking": THOUGHT}
-        return self._writes(THOUGHT, [USER, answer], self.empty_tools, enable_thinking=True)
+        return self._writes(THOUGHT, [USER, THOUGHTFUL], self.empty_tools, enable_thinking=True)
 
     @cached_property
     def thought_marks(self) -> ThoughtMarks | None:
@@ -177,14 +196,23 @@ class TemplateFacts:
         if not self.knows_thoughts:  # it leaves them out of finished turns
             openings = (on + off).replace(QUESTION, "")
             return next((marks for marks in COMMON_MARKS if marks.opening in openings), None)
-        answer = {**ASSISTANT, "reasoning_content": THOUGHT, "thinking": THOUGHT}
-        text = self._render([USER, answer], self.empty_tools, enable_thinking=True, thinking=True)
-        before, _, after = without_marks(text)[0].partition(THOUGHT)
+        variables = {"enable_thinking": True, "thinking": True}
+        text = self._render([USER, THOUGHTFUL], self.empty_tools, **variables)
+        before, _, after = text.partition(THOUGHT)
         closing = after.partition(ANSWER)[0].strip() if ANSWER in after else ""
         opening = before.rstrip().removeprefix(on.rstrip()).strip()
-        if not before.startswith(on.rstrip()) or not opening:
+        if not before.startswith(on.rstrip()) or not opening:  # the prompt opens the thoughts
             opening = last_mark(on.rstrip(), off.rstrip())
         return ThoughtMarks(opening, closing) if opening and closing else None
+
+    @cached_property
+    def empty_thought(self) -> re.Pattern[str]:
+        """Matches an empty think block at the beginning of an answer."""
+        pattern = EMPTY_THOUGHT
+        if self.thought_marks:
+            opening, closing = map(re.escape, self.thought_marks)
+            pattern += rf"|\s*({opening}\s*)?{closing}\s*"
+        return re.compile(pattern)
 
     @cached_property
     def knows_tools(self) -> bool:
@@ -221,9 +249,6 @@ class TemplateFacts:
             return word in self._render(messages, tools, **variables)
         except TemplateError:
             return False
-
-    def _spelling(self, id: int) -> str:
-        return next(text for text, other in self._tokens.ids.items() if other == id)
 
 
 def last_mark(prompt: str, other: str) -> str:

@@ -28,6 +28,7 @@ from minisft.text.tokenizer_files import (
     read_added_tokens,
     read_chat_template,
     special_token_id,
+    state_special_tokens,
     write_chat_template,
 )
 
@@ -115,8 +116,10 @@ class Tokenizer:
             (output_dir / name).unlink(missing_ok=True)
             if (self.model_dir / name).is_file():
                 shutil.copyfile(self.model_dir / name, output_dir / name)
+        texts = {name: self.token_text(id) for name, id in self.named_ids.items()}
+        config = state_special_tokens(output_dir, self.config, texts)
         if chat_template is not None and chat_template != self.chat_template:
-            write_chat_template(output_dir, self.config, chat_template)
+            write_chat_template(output_dir, config, chat_template)
 
     def _open_engine(self) -> TokenizersEngine | SentencePieceEngine:
         json_path = self.model_dir / "tokenizer.json"

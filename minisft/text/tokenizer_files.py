@@ -13,6 +13,7 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json, token_ids, write_json
+from minisft.common.lfs_pointers import refuse_pointer
 
 # All files that a tokenizer can consist of.
 FILES = (
@@ -68,6 +69,7 @@ def read_chat_template(model_dir: Path, config: dict[str, Any]) -> str | None:
     """The checkpoint's chat template, as Jinja text. config: tokenizer_config.json."""
     path = model_dir / "chat_template.jinja"
     if path.is_file():
+        refuse_pointer(path)
         return path.read_text(encoding="utf-8", errors="replace")
     template = config.get("chat_template")
     if not template:
@@ -80,6 +82,22 @@ def read_chat_template(model_dir: Path, config: dict[str, Any]) -> str | None:
         }
         template = by_name.get("default")
     return template if isinstance(template, str) else None
+
+
+def state_special_tokens(
+    output_dir: Path, config: dict[str, Any], texts: dict[str, str | None]
+) -> dict[str, Any]:
+    """tokenizer_config.json with BOS and EOS, written to a folder if no file there states them.
+
+    A chat template writes `bos_token`, so other programs must know it as we do. config: the content
+    of tokenizer_config.json. texts: {"bos_token": text, ...}.
+    """
+    stated = config.keys() | read_json(output_dir / "special_tokens_map.json", missing={}).keys()
+    missing = {name: texts.get(name) for name in ("bos_token", "eos_token") if name not in stated}
+    if missing:
+        config = {**config, **missing}
+        write_json(config, output_dir / "tokenizer_config.json")
+    return config
 
 
 def write_chat_template(output_dir: Path, config: dict[str, Any], chat_template: str) -> None:

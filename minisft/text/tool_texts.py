@@ -1,7 +1,7 @@
 """Tools in conversations, as text for templates that do not know them, in the form of Qwen2.5.
 
-messages, learned = offer_tools(messages, learned, tools)     # into the system prompt
-messages, learned = calls_as_text(messages, learned)          # calls and results as text
+messages, learned = offer_tools(messages, learned, tools, "")  # into the system prompt
+messages, learned = calls_as_text(messages, learned)           # calls and results as text
 """
 
 import json
@@ -27,16 +27,27 @@ For each function call, return a json object with function name and arguments wi
 
 
 def offer_tools(
-    messages: list[Message], learned: list[bool], tools: list[dict[str, Any]]
+    messages: list[Message],
+    learned: list[bool],
+    tools: list[dict[str, Any]],
+    default_system: str | None,
 ) -> tuple[list[Message], list[bool]]:
-    """The messages with descriptions of the tools at the end of the system prompt."""
+    """The messages with descriptions of the tools at the end of the system prompt.
+
+    default_system: the template's own system prompt; None if it has no place for one. Then the
+    tools stand before the first question.
+    """
     lines = "".join(["\n" + json.dumps(tool, ensure_ascii=False) for tool in tools])
-    if messages and messages[0]["role"] == "system":
-        system, messages, learned = messages[0]["content"], messages[1:], learned[1:]
-    else:
-        system = ""
-    text = (system + OFFER.replace("{tools}", lines)).lstrip("\n")
-    return [{"role": "system", "content": text}, *messages], [False, *learned]
+    offer = OFFER.replace("{tools}", lines)
+    if messages[0]["role"] == "system":
+        text = (messages[0]["content"] + offer).lstrip("\n")
+        return [{"role": "system", "content": text}, *messages[1:]], learned
+    if default_system is not None:
+        text = (default_system + offer).lstrip("\n")
+        return [{"role": "system", "content": text}, *messages], [False, *learned]
+    question = messages[0]
+    text = f"{offer.lstrip()}\n\n{question['content']}"
+    return [{**question, "content": text}, *messages[1:]], learned
 
 
 def calls_as_text(messages: list[Message], learned: list[bool]) -> tuple[list[Message], list[bool]]:

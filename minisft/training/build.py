@@ -1,4 +1,4 @@
-"""The model that the options describe, with the parameters that are to be trained.
+"""Build the model that the options describe, and choose its trainable parameters.
 
     model, lora_config = build_model(options, model_dir, dtype, device)     # to train it
     model = model_on_meta(options, config, dtype)                           # to plan the training
@@ -13,24 +13,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minisft.checkpoints.adapter_forms import read_adapter, refuse_untrainable
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import load_model
-from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.hub import resolve_adapter
 from minisft.checkpoints.reward_models import load_reward_model
 from minisft.common import processes
-from minisft.common.devices import has_fast_bfloat16
+from minisft.common.devices import dtype_name, has_fast_bfloat16
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.lora_tools import resume_lora
 from minisft.model.quantized import QuantizedLinear, convert_parameters, count_parameters
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model, RewardModel
 from minisft.training import fsdp
 
 
 def build_model(
     options: Namespace, model_dir: Path, dtype: torch.dtype, device: torch.device
-) -> tuple[CausalLM | RewardModel, LoraConfig | None]:
+) -> tuple[Model, LoraConfig | None]:
     """The model on `device`, and the LoraConfig of its adapter (None in full fine-tuning).
 
     Frozen parameters have type `dtype`, trainable ones float32. With --parallel fsdp the model is
@@ -45,7 +46,7 @@ def build_model(
 
 def load_trainable(
     options: Namespace, model_dir: Path, dtype: torch.dtype, device: torch.device
-) -> tuple[CausalLM | RewardModel, LoraConfig | None]:
+) -> tuple[Model, LoraConfig | None]:
     """`build_model` without sharding. On the meta device it has shapes and types only."""
     if options.train_from_scratch:
         with torch.device(device):
@@ -58,8 +59,8 @@ def load_trainable(
     return model, make_trainable(model, options)
 
 
-def make_trainable(model: CausalLM | RewardModel, options: Namespace) -> LoraConfig | None:
-    """Choose what is trained: all parameters, a new LoRA adapter, or the one of --adapter.
+def make_trainable(model: Model, options: Namespace) -> LoraConfig | None:
+    """Choose what is trained: all parameters, a new LoRA adapter, or that of --adapter.
 
     model: frozen; changed in place. The head of a reward model is always trained.
     """
@@ -68,7 +69,9 @@ def make_trainable(model: CausalLM | RewardModel, options: Namespace) -> LoraCon
         return None
     head = ("score",) if options.stage == "rm" else ()
     if options.adapter:
-        adapter_dir = resolve(options.adapter, "adapter_config.json")
+        adapter_dir = resolve_adapter(options.adapter)
+        adapter = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+        refuse_untrainable(adapter, "trained further")
         config = load_adapter(model, adapter_dir, options.lora_dropout)
         config.modules_to_save = tuple(dict.fromkeys((*config.modules_to_save, *head)))
         resume_lora(model, config)
@@ -79,10 +82,8 @@ def make_trainable(model: CausalLM | RewardModel, options: Namespace) -> LoraCon
     return config
 
 
-def model_on_meta(
-    options: Namespace, config: ModelConfig, dtype: torch.dtype
-) -> CausalLM | RewardModel:
-    """What `build_model` would make, on the meta device. Needs no weights, only config.json."""
+def model_on_meta(options: Namespace, config: ModelConfig, dtype: torch.dtype) -> Model:
+    """The model of `build_model` on the meta device. Needs config.json, but no weights."""
     if options.finetuning_type == "full":
         dtype = torch.float32
     with torch.device("meta"):
@@ -97,11 +98,11 @@ def model_on_meta(
 
 
 def num_trainable(module: nn.Module) -> int:
-    """How many numbers are trained."""
+    """The number of trainable parameters."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def quantize_layers(model: CausalLM | RewardModel, bits: int) -> None:
+def quantize_layers(model: Model, bits: int) -> None:
     """Replace the linear modules of the decoder layers by empty quantised ones."""
     for layer in model.model.layers:
         for name, module in list(layer.named_modules()):
@@ -111,17 +112,13 @@ def quantize_layers(model: CausalLM | RewardModel, bits: int) -> None:
 
 
 def describe_training(
-    options: Namespace,
-    model: CausalLM | RewardModel,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_rows: int,
+    options: Namespace, model: Model, dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> str:
-    """A line for people: rows, parameters, device, number type."""
+    """A line for the log: rows, parameters, device, number type."""
     text = (
         f"{num_rows:,} rows; training {num_trainable(model):,} of "
         f"{count_parameters(model):,} parameters "
-        f"({options.finetuning_type}) on {device}, {str(dtype).removeprefix('torch.')}, "
+        f"({options.finetuning_type}) on {device}, {dtype_name(dtype)}, "
         f"{processes.world_size()} process(es)"
     )
     if dtype == torch.bfloat16 and not has_fast_bfloat16(device):

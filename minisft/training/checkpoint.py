@@ -4,13 +4,13 @@
         save_model(model, folder)
         if processes.rank() == 0:
             save_state({"step": 40}, folder)
-    path = find(output_dir, "auto", say=print)                       # newest complete one, or None
+    path = find_checkpoint(output_dir, "auto", say=print)            # the newest complete one
     state = load_state(path)
 
 `checkpoint-STEP` holds the trained weights (an adapter, or the model in float32),
 `trainer_state.pt` (optimizer, random states, counters) and `complete.json`, which lists the size
 and SHA-256 of every file. It is written as `checkpoint-STEP.partial` and renamed when everything is
-on disk, so whatever happens in between, a folder without `.partial` is complete.
+on disk. Whenever the process is killed, a folder without `.partial` is complete.
 """
 
 import json
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minisft.checkpoints.adapters import PEFT_PREFIX
+from minisft.checkpoints.adapter_forms import PEFT_PREFIX
 from minisft.common import processes
-from minisft.common.errors import UserError
+from minisft.common.errors import UserError, first_line
 from minisft.common.hashes import sha256
 from minisft.common.tensor_files import ADAPTER_WEIGHTS, read_header, tensor_files
 
@@ -119,8 +119,8 @@ def _remove_old(output_dir: Path, keep: int | None, wanted: set[int | None]) -> 
 def remove_others(output_dir: Path, resumed: Path | None, step: int) -> None:
     """Remove the checkpoints that do not belong to a run that is at `step`.
 
-    resumed: the checkpoint that it resumed from; None for a new run. Earlier checkpoints in the
-    same folder are its past and stay; later ones are those of an abandoned run.
+    resumed: the checkpoint that it resumed from; None for a new run. Checkpoints in the same folder
+    up to that step belong to the run; later ones belong to an abandoned run.
     """
     same_run = resumed is not None and resumed.parent.resolve() == output_dir.resolve()
     for path in output_dir.glob("checkpoint-*"):
@@ -133,7 +133,7 @@ def remove_others(output_dir: Path, resumed: Path | None, step: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Marker first: a folder that is only half removed is not a checkpoint.
+    # Marker first, so that a partly removed folder is not a checkpoint.
     (path / MARKER).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
@@ -143,15 +143,15 @@ def _remove(path: Path) -> None:
 
 def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints, the newest first."""
-    found = []
+    checkpoints = []
     for path in output_dir.glob("checkpoint-*"):
         name = NAME.fullmatch(path.name)
         if name and path.is_dir():
-            found.append((int(name[1]), path))
-    return sorted(found, reverse=True)
+            checkpoints.append((int(name[1]), path))
+    return sorted(checkpoints, reverse=True)
 
 
-def find(output_dir: str | Path, which: str, say: Callable[[str], None]) -> Path | None:
+def find_checkpoint(output_dir: str | Path, which: str, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from: the folder `which`, or with "auto" the newest complete one.
 
     "auto" reports damaged checkpoints with say(text) and skips them; None if there is none at all.
@@ -179,7 +179,7 @@ def find(output_dir: str | Path, which: str, say: Callable[[str], None]) -> Path
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None if it is complete and unchanged."""
+    """The fault of a checkpoint folder, in words; None if it is complete and unchanged."""
     if not path.is_dir():
         return "there is no such folder"
     try:
@@ -207,8 +207,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds, with long messages
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read ({reason}). Resume from another one.") from error
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}). Resume from another checkpoint."
+        ) from error
 
 
 @torch.no_grad()

@@ -82,14 +82,14 @@ def load_data(
         limit = (
             f"; --cutoff_len is {max_length}" if sample.num_truncated or sample.num_too_long else ""
         )
-        say(f"a look at {sample.num_rows} rows: {sample}{limit}")
+        say(f"a sample of {sample.num_rows} rows: {sample}{limit}")
     return batches, None if eval_rows is None else held_out_examples(batches, eval_rows, say)
 
 
 def load_template(
     options: Namespace, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> ChatTemplate | None:
-    """How conversations become text. Plain text (--stage pt) has no template."""
+    """The chat template; None for plain text (--stage pt)."""
     if options.stage == "pt":
         return None
     template = get_template(
@@ -122,7 +122,7 @@ def length_limit(options: Namespace, config: ModelConfig) -> int:
 
 
 class BrokenRow(UserError):
-    """A row that cannot be read in the middle of training: large files are not checked before."""
+    """A row of a large file, which is not checked before training, cannot be read."""
 
 
 def training_steps(

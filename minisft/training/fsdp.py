@@ -7,7 +7,7 @@ forward or backward, the ranks gather it in the compute type and free it afterwa
 are averaged in float32, and each rank keeps those of its rows. The embedding, the last norm and the
 output matrix are gathered as one more group.
 
-    model, lora_config = loadtrainable_parameters(options, model_dir, dtype, torch.device("meta"))
+    model, lora_config = load_trainable(options, model_dir, dtype, torch.device("meta"))
     distribute(model, lora_config, options, model_dir, dtype, device)
     save_moments(model, optimizer, folder)     # every rank writes its rows
     load_moments(model, optimizer, folder)     # on any number of ranks
@@ -29,22 +29,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from minisft.checkpoints.adapters import adapter_tensors
-from minisft.checkpoints.folders import stored_tensors
-from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.adapter_forms import read_adapter
+from minisft.checkpoints.folders import open_checkpoint
+from minisft.checkpoints.hub import resolve_adapter
 from minisft.common import processes
-from minisft.common.errors import UserError
-from minisft.model.config import ModelConfig
+from minisft.common.errors import UserError, first_line
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, LoRALinear
-from minisft.model.reward import RewardModel, new_head
+from minisft.model.reward import Model, RewardModel, new_head
 
 # Size of a file of moments. A file is gathered in memory before it is written.
 MAX_FILE_BYTES = 10**9
 
 
 def distribute(
-    model: CausalLM | RewardModel,
+    model: Model,
     lora_config: LoraConfig | None,
     options: Namespace,
     model_dir: Path,
@@ -56,8 +55,10 @@ def distribute(
     UserError if nothing in the decoder is trained.
     """
     if not any(parameter.requires_grad for parameter in model.model.parameters()):
-        # Gradients are averaged from where the backward pass enters the decoder.
-        raise UserError("--parallel fsdp: train something below the output matrix as well")
+        # FSDP averages gradients only if the backward pass enters the decoder.
+        raise UserError(
+            "--parallel fsdp needs trainable parameters in the decoder: train more than lm_head"
+        )
     _shard(model, dtype, device)
     if options.train_from_scratch and isinstance(model, CausalLM):
         generator = torch.Generator().manual_seed(options.seed)
@@ -71,7 +72,7 @@ def distribute(
         _initialize_lora(model, lora_config)
 
 
-def _shard(model: CausalLM | RewardModel, dtype: torch.dtype, device: torch.device) -> None:
+def _shard(model: Model, dtype: torch.dtype, device: torch.device) -> None:
     """Split all parameters by rows and allocate this rank's on `device`. In place.
 
     dtype: type of gathered weights and of what is computed with them.
@@ -85,22 +86,25 @@ def _shard(model: CausalLM | RewardModel, dtype: torch.dtype, device: torch.devi
     model.to_empty(device=device)
 
 
-def _load_shards(model: CausalLM | RewardModel, model_dir: Path, adapter: str | None) -> set[str]:
-    """Read this rank's rows of a checkpoint and an adapter. Returns the names of what was there."""
-    stored = stored_tensors(model_dir)
-    if ModelConfig.load(model_dir).tie_word_embeddings:  # the adapter may have untied them
+def _load_shards(model: Model, model_dir: Path, adapter: str | None) -> set[str]:
+    """Read this rank's rows of a checkpoint and an adapter; returns the names that were read."""
+    config, stored = open_checkpoint(model_dir)
+    if config.tie_word_embeddings:  # the adapter may have untied them
         stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
-    adapted = adapter_tensors(resolve(adapter, "adapter_config.json")) if adapter else {}
+    adapted = {}
+    if adapter:
+        adapted = read_adapter(resolve_adapter(adapter), config.tie_word_embeddings).tensors
     loaded = set()
     for name, parameter in model.named_parameters():
-        source = adapted.get(name) or stored.get(name.replace(".base_layer.", "."))
+        plain_name = name.replace(".base_layer.", ".")
+        source = adapted.get(plain_name) or stored.get(plain_name)
         if source:
             processes.copy_shard(parameter, source.read)
             loaded.add(name)
     return loaded
 
 
-def _initialize_lora(model: CausalLM | RewardModel, lora_config: LoraConfig) -> None:
+def _initialize_lora(model: Model, lora_config: LoraConfig) -> None:
     """Draw the factors of a new adapter. Every rank draws all of them, as `add_lora` does."""
     adapted = {
         name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
@@ -215,6 +219,6 @@ def shard_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> No
 
 
 def _reason(error: CheckpointException) -> str:
-    """What the first rank that failed says, on one line."""
+    """The error of the first rank that failed, on one line."""
     fault, _ = next(iter(error.failures.values()))
-    return str(fault).partition("\n")[0]
+    return first_line(fault)

@@ -1,10 +1,10 @@
-"""How long the rows of a run are, and how they fall into batches. No model is needed.
+"""Lengths of the rows of a run, and sizes of its batches. No model is needed.
 
     data = inspect_data(options, ModelConfig.load(model_dir), model_dir, num_processes=8)
-    print(data.num_tokens, data.padding, data.largest)
+    print(data.epoch.num_tokens, data.epoch.padding, data.largest)
 
-The tokenizer counts the tokens. Without one they are estimated from the bytes of the rows; without
-the rows, all are taken to be as long as the limit. The batches are those that training makes.
+The tokenizer counts the tokens. Without a tokenizer they are estimated from the bytes of the rows;
+without the rows, every row is assumed to be as long as the limit. Batches are made as in training.
 """
 
 from argparse import Namespace
@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from minisft.checkpoints.adapter_forms import tokenizer_dir
+from minisft.checkpoints.hub import resolve_adapter
 from minisft.common.errors import UserError
 from minisft.data import batching
 from minisft.data.build_batches import BYTES_PER_TOKEN
@@ -28,14 +30,14 @@ from minisft.text.tokenizer import FILES, Tokenizer
 from minisft.training.data import length_limit, load_data, load_template
 from minisft.training.run import count_rows_per_step
 
-# At most so many rows are encoded; the lengths of others are estimated from their size. Of more
-# than MAX_BATCHED rows a part is dealt into batches: enough to know the padding.
+# At most MAX_ENCODED rows are encoded; the lengths of others are estimated from their size. At most
+# MAX_BATCHED rows are put into batches: enough to know the padding.
 MAX_ENCODED, MAX_BATCHED = 5_000, 100_000
 
 
 @dataclass
 class Epoch:
-    """What one epoch holds, over all ranks."""
+    """Sizes of an epoch, over all ranks."""
 
     num_rows: int
     num_tokens: int  # without padding
@@ -47,9 +49,9 @@ class Epoch:
 class Data:
     """Sizes of the data of a run."""
 
-    origin: str  # where the lengths come from, for people
+    origin: str  # where the lengths come from, in words
     largest: tuple[int, int]  # (tokens with padding, supervised) of any rank's largest micro-batch
-    epoch: Epoch | None = None  # None if the rows are not there
+    epoch: Epoch | None = None  # None without the rows
 
 
 def inspect_data(
@@ -65,7 +67,7 @@ def inspect_data(
     except UserError as error:
         text = "answer of two" if ranking else "row"
         return Data(
-            f"assumed, {limit:,} tokens in every {text}, as the rows are not here ({error})",
+            f"assumed, {limit:,} tokens in every {text}: the rows are not available ({error})",
             longest,
         )
     tokenizer, template, origin = find_tokenizer(options, model_dir)
@@ -79,12 +81,13 @@ def inspect_data(
 
 
 def find_tokenizer(options: Namespace, model_dir: Path) -> tuple[Any, Any, str]:
-    """(tokenizer, template, where lengths come from); without a tokenizer one that counts bytes."""
+    """(tokenizer, template, origin of the lengths); without a tokenizer, a ByteTokenizer."""
     if any((model_dir / name).is_file() for name in FILES[:2]):
-        tokenizer = Tokenizer.load(model_dir)
+        adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
+        tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
         template = load_template(options, tokenizer, say=lambda text: None)
         return tokenizer, template, "counted by the tokenizer"
-    origin = f"estimated, a token for {BYTES_PER_TOKEN} bytes, as there is no tokenizer"
+    origin = f"estimated, {BYTES_PER_TOKEN} bytes per token: there is no tokenizer"
     return ByteTokenizer(), ByteTokenizer(), origin
 
 
@@ -114,10 +117,10 @@ class ByteTokenizer:
 
 
 def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Example], str]:
-    """(rows without content, which have only their lengths; a note on how they were found).
+    """(examples that have lengths but no content, a note on how the lengths were estimated).
 
-    Of many rows a part, evenly spread. A row that is not encoded has the length that its bytes
-    suggest, divided into texts like the encoded row that is nearest in size.
+    Of many rows, an evenly spread part. The length of a row that is not encoded is estimated from
+    its bytes, and divided into texts as in the encoded row of the nearest size.
     """
     assert isinstance(batches.rows, Rows)
     sizes = batches.rows.sizes()
@@ -128,7 +131,7 @@ def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Exampl
         if of_row := read_and_encode(batches.rows, batches.encode, [row])[0]:
             known[row] = of_row
     if not known:
-        raise UserError("no row has anything to learn from")
+        raise UserError("no row has an answer left after truncation; raise --cutoff_len")
     all_known = [example for of_row in known.values() for example in of_row]
     num_tokens = sum(len(example.ids) for example in all_known)
     tokens_per_byte = num_tokens / sizes[encoded].sum()
@@ -151,7 +154,7 @@ def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Exampl
 
 
 def evenly_spread(count: int, most: int) -> np.ndarray:
-    """At most `most` of the numbers below `count`, at equal distances."""
+    """At most `most` numbers from 0 to `count` - 1, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, most).astype(int))
 
 
@@ -174,10 +177,7 @@ def measure_batches(
     batches: those of all rows, of which the examples may be a part.
     """
     dealt = batching.Batches(
-        examples,
-        already_encoded,
-        options.seed,
-        total_bytes=batches.example_bytes * len(examples),
+        examples, already_encoded, options.seed, total_bytes=batches.example_bytes * len(examples)
     )
     rows_per_step = count_rows_per_step(options, num_processes)
     num_computed, largest = 0, (0, 0)
@@ -202,7 +202,7 @@ def measure_batches(
 
 
 def already_encoded(rows: Any) -> tuple[list[Example], EncodeReport]:
-    """Stands in for encoding where the rows are examples."""
+    """The `encode` of rows that are examples already."""
     return list(rows), EncodeReport()
 
 

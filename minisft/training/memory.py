@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoRALinear
 from minisft.model.loss import chunk_size
 from minisft.model.quantized import PIECE, QuantizedLinear
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model, RewardModel
 from minisft.training.build import num_trainable
 
 FLOAT32, INT64, BOOL = 4, 8, 1
@@ -35,7 +34,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 
 @dataclass
 class Step:
-    """What the memory of a step depends on besides the model: one rank's largest micro-batch."""
+    """What the memory of a step depends on besides the model: a rank's largest micro-batch."""
 
     num_tokens: int  # with padding
     num_supervised: int  # tokens that have logits
@@ -49,7 +48,7 @@ class Step:
 
     @property
     def keeps_gradients(self) -> bool:
-        """True if gradients exist before a backward pass: of the one before, or DDP's buffers."""
+        """True if gradients exist before a backward pass: accumulated, or in DDP's buffers."""
         return self.accumulating or (self.num_processes > 1 and not self.is_sharded)
 
 
@@ -66,7 +65,7 @@ class Phase:
         return sum(self.parts.values())
 
 
-def phases(model: CausalLM | RewardModel, step: Step) -> list[Phase]:
+def phases(model: Model, step: Step) -> list[Phase]:
     """The points of a step where the most memory can be in use."""
     layers, head, embedding = model.model.layers, output_module(model), model.model.embed_tokens
     held = partial(memory_held, model, step)
@@ -99,7 +98,7 @@ def phases(model: CausalLM | RewardModel, step: Step) -> list[Phase]:
     before_first_layer = all_gradients - gradient_bytes(layers[-1])
     if not is_tied:
         before_first_layer -= embedding_gradient
-    # The gradient of a tied embedding is the sum of two; one that is kept is added to.
+    # The gradient of a tied embedding is the sum of two. It is added to a kept gradient.
     of_embedding = embedding_gradient * (2 * is_tied + step.keeps_gradients)
 
     points = {
@@ -137,7 +136,7 @@ def phases(model: CausalLM | RewardModel, step: Step) -> list[Phase]:
 
 
 def memory_held(
-    model: CausalLM | RewardModel,
+    model: Model,
     step: Step,
     activations: int,
     finished: int,
@@ -147,7 +146,7 @@ def memory_held(
 ) -> dict[str, int]:
     """What each of PARTS holds at a point of the step.
 
-    finished: gradients that this backward pass has finished. computing: the one it computes.
+    finished: gradients that this backward pass has finished. computing: the gradient in progress.
     casts: copies of weights in the type of the products.
     """
     all_gradients = gradient_bytes(model)
@@ -183,7 +182,7 @@ def is_leaf(module: nn.Module) -> bool:
     return not any(module.children())
 
 
-def output_module(model: CausalLM | RewardModel) -> nn.Module:
+def output_module(model: Model) -> nn.Module:
     """The module that gives the logits, or the reward."""
     if isinstance(model, RewardModel):
         return model.score
@@ -191,7 +190,7 @@ def output_module(model: CausalLM | RewardModel) -> nn.Module:
 
 
 def cast_bytes(module: nn.Module, step: Step) -> int:
-    """Copies of the trained weights in the half type of the products, which autocast keeps.
+    """Copies of the trained weights in half precision, which autocast keeps.
 
     They live until their layer's backward pass; with checkpointing, only while it computes.
     """
@@ -201,14 +200,14 @@ def cast_bytes(module: nn.Module, step: Step) -> int:
     return step.dtype.itemsize * sum(map(num_trainable, matrices))
 
 
-def gathered_weight_bytes(model: CausalLM | RewardModel, step: Step) -> int:
-    """FSDP: gathered weights of two layers (the next one is on its way), embedding and output."""
+def gathered_weight_bytes(model: Model, step: Step) -> int:
+    """FSDP: gathered weights of two layers (FSDP prefetches the next), embedding and output."""
     layer = sum(parameter.numel() for parameter in model.model.layers[-1].parameters())
     ends: set[Any] = {model.model.embed_tokens, output_module(model)}  # one module if tied
     return step.dtype.itemsize * (2 * layer + sum(end.weight.numel() for end in ends))
 
 
-def gathered_gradient_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+def gathered_gradient_bytes(model: Model, step: Step) -> int:
     """FSDP: gradients of a layer, also in float32 to be averaged, of embedding and output."""
     ends = {model.model.embed_tokens, output_module(model)}
     layer = (step.dtype.itemsize + FLOAT32) * num_trainable(model.model.layers[-1])
@@ -218,7 +217,7 @@ def gathered_gradient_bytes(model: CausalLM | RewardModel, step: Step) -> int:
 # Activations
 
 
-def layer_bytes_per_token(model: CausalLM | RewardModel, step: Step) -> int:
+def layer_bytes_per_token(model: Model, step: Step) -> int:
     """What autograd keeps of one layer for each token.
 
     An operation keeps what its gradient needs. A sum needs nothing; a product needs both factors,
@@ -250,7 +249,7 @@ def layer_bytes_per_token(model: CausalLM | RewardModel, step: Step) -> int:
     return sum(kept) + ranks * itemsize
 
 
-def stream_itemsize(model: CausalLM | RewardModel, step: Step) -> int:
+def stream_itemsize(model: Model, step: Step) -> int:
     """Bytes of a number in the residual stream, which has the type of the embedding."""
     if step.is_sharded:
         return step.dtype.itemsize
@@ -284,8 +283,8 @@ def dropout_of(linear: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
 
 
-def loss_bytes(model: CausalLM | RewardModel, step: Step) -> int:
-    """What is there at the loss besides the layers' activations and the logits."""
+def loss_bytes(model: Model, step: Step) -> int:
+    """Memory at the loss besides the activations of the layers and the logits."""
     D, itemsize = model.config.hidden_size, stream_itemsize(model, step)
     # States of supervised tokens; with a frozen output matrix, their gradients too.
     num_states = step.num_supervised * (1 if num_trainable(output_module(model)) else 2)
@@ -294,7 +293,7 @@ def loss_bytes(model: CausalLM | RewardModel, step: Step) -> int:
     return states + norm + step.num_tokens * (INT64 + BOOL)  # token ids and mask
 
 
-def backward_bytes(model: CausalLM | RewardModel, step: Step) -> int:
+def backward_bytes(model: Model, step: Step) -> int:
     """Gradients of activations in the backward pass of a layer, and a dequantised weight.
 
     Most are in the MLP: two of the inner width, and two of the residual stream.

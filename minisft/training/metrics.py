@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a progress bar, metrics.jsonl, a plot of the loss.
+"""Progress of a run: a progress bar, metrics.jsonl, a plot of the loss.
 
 progress = Progress(total_steps=100, path="runs/cherry/metrics.jsonl")
 progress.start()
@@ -26,7 +26,7 @@ from minisft.common.outputs import atomic_write
 class Progress:
     """Counts the steps, losses and tokens of a run. Only rank 0 shows and writes them.
 
-    Tokens are all tokens of the rows, without padding. The loss and other figures are means over
+    Tokens are all tokens of the rows, without padding. The loss and other metrics are means over
     supervised tokens, or over rows if answers are compared.
     """
 
@@ -41,7 +41,7 @@ class Progress:
         self._begin_interval()
 
     def state(self) -> dict[str, Any]:
-        """What `restore` takes. Every rank calls it."""
+        """The state for `restore`. Every rank calls it."""
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -52,13 +52,13 @@ class Progress:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from the step of a checkpoint."""
         self.step, self.tokens, self._count = state["step"], state["tokens"], state["total"]
-        # The saved sums are those of all ranks, so only rank 0 takes them.
+        # The saved sums are over all ranks, so only rank 0 restores them.
         self._sums = {
             name: value if self.is_rank0 else 0.0 for name, value in state["sums"].items()
         }
 
     def start(self) -> None:
-        """Show the bar and open the log, without what a resumed run logged after its checkpoint."""
+        """Show the bar and open the log. Drops what a resumed run logged after its checkpoint."""
         if not self.is_rank0:
             return
         earlier = read_metrics(self.path) if self.step else []
@@ -77,8 +77,8 @@ class Progress:
     def add(self, sums: Mapping[str, Tensor | float], count: float, num_tokens: int) -> None:
         """Count one optimizer step.
 
-        sums: {figure: sum over this rank's rows}. count: the number of supervised tokens, or rows,
-        that they are sums over, of all ranks. num_tokens: all tokens, of all ranks.
+        sums: {metric: sum over this rank's rows}. count: the supervised tokens, or rows if answers
+        are compared, of all ranks. num_tokens: all tokens, of all ranks.
         """
         self.step += 1
         self.tokens += num_tokens
@@ -107,14 +107,14 @@ class Progress:
         )
         self._begin_interval()
 
-    def record_evaluation(self, figures: Mapping[str, float], seconds: float) -> None:
+    def record_evaluation(self, metrics: Mapping[str, float], seconds: float) -> None:
         """Write the means of an evaluation. Its time does not count as training time."""
-        self._write(step=self.step, **{f"eval_{name}": value for name, value in figures.items()})
-        self.say(f"step {self.step}: evaluation {in_words(figures)}")
+        self._write(step=self.step, **{f"eval_{name}": value for name, value in metrics.items()})
+        self.say(f"step {self.step}: evaluation {in_words(metrics)}")
         self._began += seconds
 
     def say(self, text: str) -> None:
-        """Print a line above the bar, at once: a log file may be read while the run goes on."""
+        """Print a line above the bar and flush it."""
         if self.is_rank0:
             self._bar.write(text)
             sys.stdout.flush()
@@ -137,10 +137,10 @@ class Progress:
             self._file.flush()
 
 
-def in_words(figures: Mapping[str, float]) -> str:
+def in_words(metrics: Mapping[str, float]) -> str:
     """{"loss": 0.5, "accuracy": 0.75} -> "loss 0.5000, accuracy 75.0 %"."""
     parts = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if name in ("accuracy", "exact_match"):
             text = f"{100 * value:.1f} %"
         elif name == "perplexity":

@@ -28,13 +28,13 @@ class Objective(Protocol):
 
     @property
     def collate(self) -> Callable[..., Any]:
-        """(examples, device, length that padding is a multiple of) -> a batch."""
+        """(examples, device, pad_multiple) -> a batch."""
 
     def count(self, batches: Iterable[Any]) -> int:
         """Number of tokens (or rows, if answers are compared) that the loss is a sum over."""
 
     def sums(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """{figure: sum over the batch}. "loss" has a gradient; the others are for the log.
+        """{metric: sum over the batch}. "loss" has a gradient; the others are for the log.
 
         model: self.model, or the DDP wrapper around it.
         """
@@ -60,14 +60,14 @@ class NextToken:
 
 
 @torch.inference_mode()
-def mean_figures(
+def mean_metrics(
     objective: Objective,
     examples: Sequence[Example],
     batch_size: int,
     collate: Callable[[Sequence[Example]], Any],
     device: torch.device,
 ) -> dict[str, float]:
-    """{figure: mean} over held-out examples. Every rank calls it and computes its share.
+    """{metric: mean} over held-out examples. Every rank calls it and computes its share.
 
     collate: examples -> a batch on `device`.
     """

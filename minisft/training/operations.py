@@ -1,19 +1,16 @@
-"""Arithmetic of training and how long it takes.
+"""Arithmetic operations of training, and their time.
 
 A token needs 2 operations, a multiplication and an addition, for each weight it is multiplied by.
 The backward pass needs 2 more for the gradient of the input, and 2 for that of the weight if it is
-trained. Checkpointing repeats the forward pass. Attention comes on top.
+trained. Checkpointing repeats the forward pass. Attention adds its own.
 """
 
-from minisft.model.decoder import CausalLM
 from minisft.model.quantized import count_parameters
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model
 from minisft.training.build import num_trainable
 
 
-def training_operations(
-    model: CausalLM | RewardModel, length: float, checkpointing: bool = False
-) -> float:
+def training_operations(model: Model, length: float, checkpointing: bool = False) -> float:
     """Operations to train on a token of a row of this length."""
     forward = forward_operations(model, length)
     to_inputs = forward + attention_operations(model, length)  # attention has two inputs
@@ -23,26 +20,26 @@ def training_operations(
     return forward * (2 if checkpointing else 1) + to_inputs + to_weights
 
 
-def forward_operations(model: CausalLM | RewardModel, length: float) -> float:
+def forward_operations(model: Model, length: float) -> float:
     """Operations of the forward pass for a token of a row of this length."""
     num_weights = count_parameters(model) - num_looked_up(model)
     return 2 * num_weights + attention_operations(model, length)
 
 
-def attention_operations(model: CausalLM | RewardModel, length: float) -> float:
+def attention_operations(model: Model, length: float) -> float:
     """Products of queries, keys and values: a token sees half of its row on average."""
     config = model.config
     return 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
 
 
-def num_looked_up(model: CausalLM | RewardModel) -> int:
-    """Weights of the embedding, which multiplies nothing unless it also gives the logits."""
+def num_looked_up(model: Model) -> int:
+    """Embedding weights that multiply nothing; 0 if they also compute the logits."""
     is_tied = model.config.tie_word_embeddings
     return 0 if is_tied else model.model.embed_tokens.weight.numel()
 
 
 def duration(seconds: float) -> str:
-    """A duration for people."""
+    """A duration in words."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     if seconds < 2 * 3600:

@@ -83,7 +83,7 @@ def _add_tuning_flags(add: Add, switch: Add) -> None:
     add("--lora_dropout", type=fraction, default=0.0, help="dropout on the input of the adapter")
     add("--lora_target", default="all", help="modules to adapt, separated by commas, or all")
     switch("--use_rslora", "divide alpha by the square root of the rank (rsLoRA)")
-    add("--modules_to_save", default="", help="train these modules in full: embed_tokens,lm_head")
+    add("--modules_to_save", default="", help="train these in full: embed_tokens,lm_head,norm")
 
 
 def _add_preference_flags(add: Add, switch: Add) -> None:
@@ -112,7 +112,12 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
     add("--lr_end", type=non_negative_float, default=0.0, help=end)
     add("--warmup_ratio", type=fraction, default=0.03, help="share of the steps for warm-up")
     add("--warmup_steps", type=non_negative_int, help="number of steps for warm-up, instead")
-    add("--weight_decay", type=non_negative_float, default=0.0, help="of matrices only")
+    add(
+        "--weight_decay",
+        type=non_negative_float,
+        default=0.0,
+        help="weight decay of matrices; norms and biases have none",
+    )
     add("--adam_beta1", type=fraction, default=0.9, help="decay of AdamW's mean")
     add("--adam_beta2", type=fraction, default=0.999, help="decay of AdamW's mean square")
     add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon")
@@ -123,7 +128,7 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help=parallel)
     switch("--gradient_checkpointing", "recompute activations instead of keeping them in memory")
     switch("--compile", "compile the layers: minutes at the start, faster steps on a GPU")
-    seed = "for the order of rows, the start of the adapter, and dropout"
+    seed = "seed of the row order, the initial adapter, and dropout"
     add("--seed", type=non_negative_int, default=42, help=seed)
 
 
@@ -192,11 +197,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         ({"eval_exact_match"}, stage != "sft", "belongs to --stage sft"),
         (DPO, stage != "dpo", "belongs to --stage dpo"),
         ({"dpo_label_smoothing"}, options.dpo_label_smoothing >= 0.5, "must be below 0.5"),
-        (
-            {"packing", "train_from_scratch"},
-            stage in ("rm", "dpo"),
-            f"contradicts --stage {stage}",
-        ),
+        ({"packing", "train_from_scratch"}, stage in ("rm", "dpo"), f"contradicts --stage {stage}"),
         ({"quantization_bit"}, options.compile, "contradicts --compile"),
         (
             {"quantization_bit", "eval_exact_match"},

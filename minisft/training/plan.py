@@ -1,4 +1,4 @@
-"""What a run would take, before anything is downloaded or loaded: `train.py --dry_run`.
+"""Plan a run without downloading or loading anything: `train.py --dry_run`.
 
     python train.py --config examples/recipes/llama3_8b_full.toml --dry_run --num_processes 8 \\
         --device cuda --device_memory 80GB --device_tflops 400
@@ -9,26 +9,27 @@ memory.py computes the memory and operations.py the arithmetic.
 
 import os
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from minisft.checkpoints.folders import open_checkpoint
 from minisft.checkpoints.hub import resolve
-from minisft.common.devices import resolve_device, resolve_dtype
+from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.tensor_files import parse_size
 from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM
 from minisft.model.quantized import count_parameters
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model
 from minisft.training.build import model_on_meta, num_trainable
 from minisft.training.lengths import Data, Epoch, inspect_data
 from minisft.training.memory import PARTS, Phase, Step, phases
 from minisft.training.operations import duration, forward_operations, training_operations
 from minisft.training.run import build_schedule, count_rows_per_step
 
-# Above this share of a device's memory there is little left for its own code and for gaps.
+# Above this share of a device's memory, kernels and fragmentation may not fit.
 COMFORTABLE = 0.9
 
 
@@ -38,8 +39,10 @@ def show(options: Namespace) -> None:
         return
     model_dir = local_folder(options.model_name_or_path)
     config = ModelConfig.load(model_dir)
+    with suppress(UserError):  # the weights, where they are, decide if the output matrix is tied
+        config, _ = open_checkpoint(model_dir)
     device = resolve_device(options.device, must_exist=False)
-    # A GPU that is not here is taken to be fast at bfloat16.
+    # Assume that a GPU of another machine is fast at bfloat16.
     is_absent = device.type == "cuda" and not torch.cuda.is_available()
     dtype = resolve_dtype(dtype_option(options), device, torch.bfloat16 if is_absent else None)
     available = device_memory(options, device)
@@ -50,7 +53,7 @@ def show(options: Namespace) -> None:
             "--parallel ddp."
         )
     model = model_on_meta(options, config, dtype)
-    data = inspect_data(options, config, model_dir, num_processes)
+    data = inspect_data(options, model.config, model_dir, num_processes)
     step = planned_step(options, model, data.largest, dtype, device.type, num_processes)
     print("a plan: nothing is downloaded, loaded or written")
     print_model(options, model, step)
@@ -76,7 +79,7 @@ def local_folder(name: str) -> Path:
 
 
 def device_memory(options: Namespace, device: torch.device) -> int | None:
-    """Bytes of --device_memory, or of the device that is here; None if neither is known."""
+    """Bytes of --device_memory, or of this machine's device; None if neither is known."""
     if options.device_memory:
         try:
             return parse_size(options.device_memory)
@@ -91,7 +94,7 @@ def device_memory(options: Namespace, device: torch.device) -> int | None:
 
 def planned_step(
     options: Namespace,
-    model: CausalLM | RewardModel,
+    model: Model,
     largest: tuple[int, int],
     dtype: torch.dtype,
     device_type: str,
@@ -112,8 +115,8 @@ def planned_step(
     )
 
 
-def num_copied(options: Namespace, model: CausalLM | RewardModel) -> int:
-    """How many numbers the reference of DPO copies: those that are trained.
+def num_copied(options: Namespace, model: Model) -> int:
+    """The number of parameters that the reference of DPO copies: the trainable ones.
 
     A new adapter changes nothing, so the reference leaves it out, unless the model is sharded.
     """
@@ -131,21 +134,21 @@ def num_copied(options: Namespace, model: CausalLM | RewardModel) -> int:
 # The lines of the plan
 
 
-def print_model(options: Namespace, model: CausalLM | RewardModel, step: Step) -> None:
-    """Number of parameters, and how they are trained."""
+def print_model(options: Namespace, model: Model, step: Step) -> None:
+    """Print the number of parameters, and how they are trained."""
     how = "in full" if options.finetuning_type == "full" else "by LoRA"
     base = f", base in {options.quantization_bit} bits" if options.quantization_bit else ""
     print(
         f"model       {count_parameters(model):,} parameters, of which {num_trainable(model):,} "
-        f"are trained {how}{base}, {str(step.dtype).removeprefix('torch.')} on "
+        f"are trained {how}{base}, {dtype_name(step.dtype)} on "
         f"{step.num_processes} x {step.device}"
     )
     if step.num_copied:
-        print(f"reference   a copy of {step.num_copied:,} of them, as they are at the beginning")
+        print(f"reference   a copy of {step.num_copied:,} parameters, with their initial values")
 
 
 def print_data(options: Namespace, data: Data, num_processes: int) -> int | None:
-    """Rows, tokens, padding and steps. Returns the number of steps, None if it is not known."""
+    """Print rows, tokens, padding and steps; returns the number of steps, None if not known."""
     rows_per_step, epoch = count_rows_per_step(options, num_processes), data.epoch
     each = (
         f"{rows_per_step:,} rows each ({options.per_device_train_batch_size} x "
@@ -158,7 +161,7 @@ def print_data(options: Namespace, data: Data, num_processes: int) -> int | None
     answers = f", {epoch.num_texts:,} answers" if options.stage in ("rm", "dpo") else ""
     print(
         f"an epoch    {epoch.num_rows:,} rows{answers}, {epoch.num_tokens:,} tokens, "
-        f"{epoch.padding:.1%} padding besides"
+        f"{epoch.padding:.1%} padding"
     )
     schedule = build_schedule(options, epoch.num_rows, rows_per_step)
     steps_per_epoch, total_steps = schedule.steps_per_epoch, schedule.total_steps
@@ -167,7 +170,7 @@ def print_data(options: Namespace, data: Data, num_processes: int) -> int | None
 
 
 def print_memory(points: list[Phase], step: Step, available: int | None) -> None:
-    """The parts of the memory: the most of each, and all of them when their sum is largest.
+    """Print the parts of the memory: the maximum of each, and each at the peak of the sum.
 
     available: bytes of the device; None if not known.
     """
@@ -184,18 +187,14 @@ def print_memory(points: list[Phase], step: Step, available: int | None) -> None
         print("fits        not known: give --device_memory, such as 80GB")
         return
     share = peak.total / available
-    verdict = "yes" if share <= COMFORTABLE else "just about, or not" if share <= 1 else "NO"
+    verdict = "yes" if share <= COMFORTABLE else "barely" if share <= 1 else "NO"
     print(f"fits        {verdict}: {share:.0%} of {available / 1e9:,.1f} GB")
 
 
 def print_time(
-    options: Namespace,
-    model: CausalLM | RewardModel,
-    epoch: Epoch,
-    num_steps: int,
-    num_processes: int,
+    options: Namespace, model: Model, epoch: Epoch, num_steps: int, num_processes: int
 ) -> None:
-    """Operations of the run, and its time at the speed that the options state."""
+    """Print the operations of the run, and its time at the speed that the options state."""
     rows_per_step = count_rows_per_step(options, num_processes)
     num_epochs = num_steps / build_schedule(options, epoch.num_rows, rows_per_step).steps_per_epoch
     length = epoch.num_tokens / epoch.num_texts

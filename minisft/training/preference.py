@@ -1,4 +1,4 @@
-"""Learning from preferences: the better of two answers to a prompt should get the higher score.
+"""Learn from preferences: the better of two answers to a prompt should get the higher score.
 
 With s the score of an answer, the loss of a pair is (Bradley-Terry)
 
@@ -73,7 +73,7 @@ def collate(
 
 
 def compare(scores: Tensor, batch: Answers, label_smoothing: float = 0.0) -> dict[str, Tensor]:
-    """{figure: sum over the rows of a batch} of the scores (B,) of its answers.
+    """{metric: sum over the rows of a batch} of the scores (B,) of its answers.
 
     label_smoothing: probability that the label of a pair is wrong; the loss then also counts the
     swapped pair, with this weight (https://ericmitchell.ai/cdpo.pdf).
@@ -81,14 +81,14 @@ def compare(scores: Tensor, batch: Answers, label_smoothing: float = 0.0) -> dic
     chosen, rejected = scores[batch.chosen], scores[batch.rejected]
     losses = -(1 - label_smoothing) * F.logsigmoid(chosen - rejected)
     losses = losses - label_smoothing * F.logsigmoid(rejected - chosen)
-    figures = {
+    metrics = {
         "loss": losses,
         "accuracy": (chosen > rejected).float(),
         "margin": chosen - rejected,
         "reward_chosen": chosen,
         "reward_rejected": rejected,
     }
-    return {name: (values * batch.weights).sum() for name, values in figures.items()}
+    return {name: (values * batch.weights).sum() for name, values in metrics.items()}
 
 
 def answer_log_probs(
@@ -121,7 +121,7 @@ class Reward:
         return sum(len(batch.best) for batch in batches)
 
     def sums(self, model: nn.Module, batch: Answers) -> dict[str, Tensor]:
-        """{figure: sum over the rows}; model: self.model or its DDP wrapper."""
+        """{metric: sum over the rows}; model: self.model or its DDP wrapper."""
         hidden = model(batch.tokens)  # (B, T, D)
         texts = torch.arange(len(hidden), device=hidden.device)
         return compare(self.model.rewards(hidden[texts, batch.last]), batch)
@@ -149,10 +149,10 @@ class DirectPreference:
         self.rows_per_token = 0.0
 
     def count(self, batches: Iterable[Answers]) -> int:
-        """Number of rows. Every rank calls it, since the next-token loss is a mean over tokens.
+        """Number of rows. Every rank calls it.
 
-        A step has one divisor, its rows. So that dividing by it gives the mean over the tokens of
-        the step, `sums` multiplies that loss by the rows per token of all ranks.
+        All sums of a step are divided by its rows. `sums` multiplies the next-token loss by the
+        rows per token of all ranks, so that the quotient is a mean over tokens.
         """
         num_rows = num_tokens = 0
         for batch in batches:
@@ -165,7 +165,7 @@ class DirectPreference:
         return num_rows
 
     def sums(self, model: nn.Module, batch: Answers) -> dict[str, Tensor]:
-        """{figure: sum over the rows}; model: self.model or its DDP wrapper."""
+        """{metric: sum over the rows}; model: self.model or its DDP wrapper."""
         reference = self.reference(batch)
         log_probs = answer_log_probs(model, self.model.logits, batch)
         sums = compare(self.beta * (log_probs - reference), batch, self.label_smoothing)

@@ -78,7 +78,7 @@ def build_reference(
 ) -> Callable[[Answers], Tensor]:
     """The reference of a run whose model has not been trained yet.
 
-    log_probs: what an earlier part of the run, before its checkpoint, has precomputed.
+    log_probs: precomputed log-probabilities from the checkpoint of a resumed run; else empty.
     """
     if options.precompute_reference:
         batch_size = options.per_device_eval_batch_size
@@ -113,7 +113,7 @@ def precompute(
             with autocast:
                 computed |= compute_log_probs(model, new, batch_size)
     if isinstance(model, FSDPModule):
-        # The forward pass has left the root group gathered; the optimizer needs the shards.
+        # The forward pass leaves the root group gathered, but the optimizer needs the shards.
         model.reshard()
     batches.take_report()  # the first epoch of training reports these rows again
     for part in processes.all_gather(computed):
@@ -140,12 +140,12 @@ def compute_log_probs(model: CausalLM, examples: list[Example], batch_size: int)
 
 
 def fingerprint(example: Example) -> str:
-    """Identifies a row by its tokens, however often and wherever it is encoded."""
+    """A hash of the tokens of a row, equal on all ranks and in all epochs."""
     content = [example.ids.tobytes(), example.supervised.tobytes(), repr(example.lengths).encode()]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
 def saved_log_probs(objective: Objective) -> LogProbs:
-    """What --precompute_reference has computed, to be saved with the run; empty without it."""
+    """The precomputed log-probabilities, for a checkpoint; empty without --precompute_reference."""
     reference = getattr(objective, "reference", None)
     return reference.log_probs if isinstance(reference, PrecomputedReference) else {}

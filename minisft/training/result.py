@@ -24,7 +24,7 @@ from minisft.training.run import Run
 def save_result(
     run: Run, model_dir: Path, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> None:
-    """Write what was trained to --output_dir, and draw the losses if asked to. Every rank calls it.
+    """Write the adapter or model to --output_dir, and plot the loss if asked. Every rank calls it.
 
     model_dir: folder of the base model. UserError if there is no room on the disk.
     """

@@ -1,7 +1,7 @@
 """Save a run and continue it exactly: same weights, optimizer, step, random numbers and log.
 
 save_checkpoint(run)                                # every rank; runs/demo/checkpoint-40
-saved = load_saved_run(options, num_rows, say)      # None if there is nothing to resume
+saved = load_saved_run(options, batches, say)       # None if there is nothing to resume
 restore(run, saved)
 """
 
@@ -165,12 +165,14 @@ def load_saved_run(
 ) -> SavedRun | None:
     """The checkpoint that --resume_from_checkpoint names; None for a new run. Every rank calls it.
 
-    UserError if it is from a run that differs in what cannot change; other changes are reported.
+    UserError if options that cannot change have changed; other changes are reported.
     """
     which = options.resume_from_checkpoint
     if not which:
         return None
-    path = processes.broadcast_from_rank0(lambda: checkpoint.find(options.output_dir, which, say))
+    path = processes.broadcast_from_rank0(
+        lambda: checkpoint.find_checkpoint(options.output_dir, which, say)
+    )
     if path is None:
         say("no checkpoint to resume from: starting a new run")
         return None
@@ -201,7 +203,7 @@ def load_saved_run(
 
 
 def count_bytes(batches: Batches) -> int:
-    """Size of the training rows in their files; tells whether they have changed."""
+    """Size of the training rows in their files. It shows whether they have changed."""
     return int(batches.rows.sizes().sum()) if isinstance(batches.rows, Rows) else 0
 
 
@@ -219,7 +221,7 @@ def restore(run: Run, saved: SavedRun) -> None:
     if state["scaler"]:  # empty unless the run was in float16
         run.precision.scaler.load_state_dict(state["scaler"])
     if path.parent.resolve() == Path(run.options.output_dir).resolve():
-        run.best = Best(**state["best"])  # of another folder there is no checkpoint to go back to
+        run.best = Best(**state["best"])  # the best checkpoint of another folder cannot be restored
     run.progress.restore(state["progress"])
     _restore_random_state(state["random"], run.device)
 
@@ -253,7 +255,7 @@ def _restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.d
 def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
     """Create --output_dir, record the options, and remove the checkpoints of other runs.
 
-    Call it when nothing can refuse the run any more.
+    Call it last, when no check can fail any more.
     """
     if processes.rank() == 0:
         output_dir = Path(run.options.output_dir)
@@ -267,7 +269,7 @@ def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
 
 @contextmanager
 def save_before_broken_row(run: Run) -> Generator[None, None, None]:
-    """If training stops at a row that cannot be read, save the steps before it."""
+    """If training stops at a broken row, save a checkpoint of the steps before it."""
     first_step = run.progress.step
     try:
         yield
@@ -282,7 +284,7 @@ def save_before_broken_row(run: Run) -> Generator[None, None, None]:
 
 
 def how_to_continue(run: Run) -> str:
-    """For the user who has interrupted a run."""
+    """The message after an interruption: the step, and the command that continues."""
     record = shlex.quote(str(Path(run.options.output_dir) / "options.toml"))
     return (
         f"stopped and saved at step {run.progress.step}; continue with\n"

@@ -15,24 +15,23 @@ from torch import nn
 from minisft.common import processes
 from minisft.data import batching
 from minisft.data.encoding import Example
-from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig
-from minisft.model.reward import RewardModel
+from minisft.model.reward import Model
 from minisft.training.metrics import Progress
 from minisft.training.objective import Objective
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the rows of a run fall into optimizer steps, and what happens at which of them."""
+    """The optimizer steps of a run: their rows, their number, when to evaluate and save."""
 
     num_rows: int  # of an epoch
     rows_per_step: int  # over all micro-batches and ranks
     steps_per_epoch: int  # the last of them may have fewer rows
     total_steps: int
     warmup_steps: int
-    eval_steps: int | None  # evaluate every so many steps; None: only at the end
-    save_steps: int
+    eval_steps: int | None  # steps between evaluations; None: only at the end
+    save_steps: int  # steps between checkpoints
 
 
 def count_rows_per_step(options: Namespace, num_processes: int) -> int:
@@ -89,7 +88,7 @@ class Run:
     """Everything that training needs from one step to the next."""
 
     options: Namespace
-    model: CausalLM | RewardModel
+    model: Model
     lora_config: LoraConfig | None  # None in full fine-tuning
     objective: Objective
     optimizer: torch.optim.Optimizer
@@ -102,11 +101,11 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device of this rank."""
         return self.model.model.embed_tokens.weight.device
 
     def collate(self, examples: Sequence[Example]) -> Any:
-        """Examples -> a batch as the objective takes it."""
+        """A batch of examples, as the objective needs it."""
         if self.options.packing:
             return batching.pack(examples, self.device)
         if self.options.compile:  # few different shapes, so that few are compiled
@@ -114,7 +113,7 @@ class Run:
         return self.objective.collate(examples, self.device)
 
 
-def wrap_model(model: CausalLM | RewardModel, options: Namespace) -> nn.Module:
+def wrap_model(model: Model, options: Namespace) -> nn.Module:
     """Set up how the model computes: checkpointed, compiled, with DDP to average gradients."""
     model.model.gradient_checkpointing = options.gradient_checkpointing
     if options.compile:

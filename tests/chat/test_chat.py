@@ -121,7 +121,7 @@ def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
     assert other.read_text() == "precious" and f"error: {other} exists" in said
     for part in (
         "(6 messages saved",
-        "(forgotten)",
+        "(conversation cleared)",
         "error: /nonsense is not a command",
         "error: /save needs",
         "no/folder",
@@ -168,7 +168,7 @@ def test_a_turn_without_an_answer_is_told_and_forgotten(tiny_chat_model_dir, tmp
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(300)]}))
     status, printed, said = chat(tmp_path, *GREEDY, input=f"the cat\n/save {tmp_path}/saved.json")
     assert (status, printed) == (2, "\n") and not (tmp_path / "saved.json").exists()
-    assert "(no answer: the question is not remembered)" in said and "nothing to save" in said
+    assert "(no answer: the question is dropped)" in said and "nothing to save" in said
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
@@ -343,7 +343,7 @@ def test_log_and_stats_and_what_is_refused(tiny_chat_model_dir, oracle, tmp_path
     assert "(no answer yet)" in said and "the control character U+0007 (character 1)" in said
     figures = re.search(
         r"\(20 tokens, the first after [\d.]+ s, then [\d,.]+ tokens/s, (\d+) of "
-        r"(\d+) prompt tokens were known\)",
+        r"(\d+) prompt tokens were cached\)",
         said,
     )
     assert 20 < int(figures[1]) < int(figures[2])
@@ -459,7 +459,7 @@ def test_terminal_with_ctrl_c(terminal, oracle, tmp_path):
     for number in (1, 2, 3):
         screen.wait_for(PROMPT)
         screen.press("/reset\r")
-        screen.wait_for("(forgotten)")
+        screen.wait_for("(conversation cleared)")
         screen.wait_for(PROMPT)
         screen.press("the cat 你好\r")
         screen.wait_for("你好" + ENTERED)
@@ -482,7 +482,7 @@ def test_terminal_with_ctrl_c(terminal, oracle, tmp_path):
     screen.wait_for("Ctrl-C again leaves")
     screen.wait_for(PROMPT)
     screen.press("/reset\r")
-    screen.wait_for("(forgotten)")
+    screen.wait_for("(conversation cleared)")
     screen.wait_for_prompt()
     screen.press("\x03")
     screen.wait_for("Ctrl-C again leaves")
@@ -497,7 +497,7 @@ def test_terminal_answers_as_a_pipe_does_and_ctrl_d_leaves(terminal, tiny_chat_m
     # Editing goes by characters, not bytes or columns: two are taken back.
     screen.press("the cat 你好吗呢\x7f\x7f\r")
     screen.wait_for(ENTERED)
-    shown = screen.wait_for("\033[2m(cut")
+    shown = screen.wait_for("\033[2m(truncated")
     expected = oracle([user("the cat 你好")])
     visible = [one for one in expected if one.isprintable() or one > "\x9f"]
     assert [one for one in shown if one not in "\r\n\t"] == visible
@@ -513,7 +513,7 @@ def test_what_is_pasted_is_one_message(terminal, oracle, tmp_path):
     screen.wait_for("\033[?2004h")  # asks the terminal to say so
     screen.wait_for(PROMPT)
     screen.press("\033[200~the cat\r你好\r/quit\033[201~\r")
-    screen.wait_for("(cut")
+    screen.wait_for("(truncated")
     screen.wait_for(PROMPT)
     screen.press(f"/save {tmp_path}/saved.json\r")
     screen.wait_for("(2 messages saved")

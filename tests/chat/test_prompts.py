@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, as_flags, command
 from standing import lines_in, standing_still, wait_until
 
 from minisft.chat import prompts
@@ -42,30 +42,19 @@ def ask(text):
 def test_answers_are_in_order_and_equal_single_prompts(
     tiny_chat_model_dir, assistant, prompts_file, tmp_path
 ):
-    flags = [
-        "--model_name_or_path",
-        tiny_chat_model_dir,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--file",
-        prompts_file,
-        "--output",
-        tmp_path / "answers.jsonl",
-        "--batch_size",
-        4,
-        "--max_new_tokens",
-        12,
-        "--temperature",
-        1.3,
-        "--top_k",
-        0,
-        "--top_p",
-        1,
-        "--seed",
-        5,
-    ]
+    flags = as_flags(
+        model_name_or_path=tiny_chat_model_dir,
+        device="cpu",
+        dtype="float32",
+        file=prompts_file,
+        output=tmp_path / "answers.jsonl",
+        batch_size=4,
+        max_new_tokens=12,
+        temperature=1.3,
+        top_k=0,
+        top_p=1,
+        seed=5,
+    )
     done = command(*flags, script="chat.py")
     assert done.returncode == 0 and done.stderr.endswith("answers.jsonl: 11 answers\n")
     sampling = Sampling(12, temperature=1.3, top_k=0, top_p=1, seed=5)
@@ -100,7 +89,7 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
     assert "6 of 11 answers are in" in capsys.readouterr().err
     assert len(read(partial)) == 1 + 6 and not output.exists()
     partial.write_bytes(partial.read_bytes()[:-4])  # cut in the last line
-    with pytest.raises(UserError, match="was begun with another top_k. Remove it"):
+    with pytest.raises(UserError, match="belongs to a run with another top_k. Remove it"):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2, settings={"top_k": 7})
     again = []
     assistant.answer = lambda given, *rest, **more: (
@@ -216,7 +205,7 @@ def test_bad_rows_are_listed_before_the_first_answer(assistant, tmp_path):
     with pytest.raises(UserError) as error:
         prompts.answer_file(assistant, path, tmp_path / "new" / "out", Sampling(3))
     for said in (
-        "rows that cannot be asked:",
+        "rows without a valid prompt:",
         "row 2 (line 2): there is no question",
         "row 3 (line 4): the message has the control character U+0007",
         "row 4 (line 5)",

@@ -20,7 +20,8 @@ from conftest import ROOT
 from standing import HANG_SECONDS, wait_until
 
 from minisft.chat import transcript, web
-from minisft.chat.page import JOINER, Page, Talk, shown
+from minisft.chat.markup import JOINER, escape
+from minisft.chat.page import Page, Session
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
 from minisft.generation.assistant import Assistant
@@ -91,14 +92,14 @@ def endless(assistant, released=None):
 
 
 def test_turns_with_history_retry_edit_and_clear(page, alone):
-    talk = Talk()
+    talk = Session()
     views = list(page.ask(talk, "the cat <b>", SYSTEM, *VALUES))
     system, first = {"role": "system", "content": SYSTEM}, user("the cat <b>")
     answer = {"role": "assistant", "content": alone(system, first)}
-    chat = [user(shown("the cat <b>")), {**answer, "content": shown(answer["content"])}]
+    chat = [user(escape("the cat <b>")), {**answer, "content": escape(answer["content"])}]
     assert views[0] == ([[chat[0], {"role": "assistant", "content": "…"}]], "", "")
     assert views[-1][0] == [chat] and views[-1][2] is None
-    assert "20 tokens, the first after" in views[-1][1] and "cut because" in views[-1][1]
+    assert "20 tokens, the first after" in views[-1][1] and "truncated at" in views[-1][1]
     second = alone(system, first, answer, user("你好"))
     (chat,), said, _ = last(page.ask(talk, "你好", SYSTEM, *VALUES))
     assert [turn.answers for turn in talk.turns] == [[answer["content"]], [second]]
@@ -108,7 +109,7 @@ def test_turns_with_history_retry_edit_and_clear(page, alone):
     edited = last(page.edit(talk, 0, "the mat", "", *VALUES))[0][0]
     assert edited == [
         user("the mat"),
-        {"role": "assistant", "content": shown(alone(user("the mat")))},
+        {"role": "assistant", "content": escape(alone(user("the mat")))},
     ]
     rows = json.loads(page.export(talk))
     assert rows == [
@@ -139,7 +140,7 @@ def test_turns_with_history_retry_edit_and_clear(page, alone):
 def test_what_is_refused_is_given_back_and_nothing_is_lost(
     tiny_chat_model_dir, question, values, said
 ):
-    page, talk = Page([load(tiny_chat_model_dir, max_length=300)], GREEDY), Talk()
+    page, talk = Page([load(tiny_chat_model_dir, max_length=300)], GREEDY), Session()
     before = last(page.ask(talk, "the cat", "", *VALUES))[0]
     chats, notice, box = last(page.ask(talk, question, "", *values))
     assert (chats, box) == (before, question) and said in notice
@@ -149,7 +150,7 @@ def test_what_is_refused_is_given_back_and_nothing_is_lost(
 
 
 def test_a_failing_model_shows_a_message_and_the_page_lives_on(page, capsys):
-    talk, assistant = Talk(), page.assistants[0]
+    talk, assistant = Session(), page.assistants[0]
     before, logits = last(page.ask(talk, "the cat", "", *VALUES))[0], assistant.model.logits
 
     def fail(hidden):
@@ -166,13 +167,13 @@ def test_a_failing_model_shows_a_message_and_the_page_lives_on(page, capsys):
 
 def test_stop_keeps_what_has_come_and_only_one_answer_at_a_time(page, monkeypatch):
     monkeypatch.setattr("minisft.chat.page.SECONDS_BETWEEN_VIEWS", -1)  # a view for every token
-    talk = Talk()
+    talk = Session()
     endless(page.assistants[0])
     views = page.ask(talk, "go", "", 15_000, *VALUES[1:])
     while len(next(views)[0][0][1]["content"]) < 8:
         pass
     chats, notice, box = last(page.ask(talk, "more", "", *VALUES))
-    assert "stop it first" in notice and box == "more" and len(chats[0]) == 2
+    assert "Stop it first" in notice and box == "more" and len(chats[0]) == 2
     page.stop(talk)
     chats, notice, _ = last(views)
     assert "Stopped" in notice and chats[0][1]["content"].startswith("on and ")
@@ -194,7 +195,7 @@ def test_two_models_side_by_side_each_with_its_own_history(
         GREEDY,
         transcript=Transcript(tmp_path / "log"),
     )
-    talk = Talk()
+    talk = Session()
     for question in ("the cat", "the mat"):
         chats, notice, _ = last(page.ask(talk, question, "", *VALUES))
     first, second = ([turn.answers[place] for turn in talk.turns] for place in (0, 1))
@@ -215,7 +216,7 @@ def test_two_models_side_by_side_each_with_its_own_history(
 def test_a_question_that_one_model_left_unanswered_is_not_told_to_it_again(
     tiny_chat_model_dir, alone
 ):
-    page, talk = Page([load(tiny_chat_model_dir), load(tiny_chat_model_dir)], GREEDY), Talk()
+    page, talk = Page([load(tiny_chat_model_dir), load(tiny_chat_model_dir)], GREEDY), Session()
     silent = page.assistants[1]
     stop_ids, silent.stop_ids = silent.stop_ids, set(range(300))
     last(page.ask(talk, "the cat", "", *VALUES))
@@ -228,7 +229,7 @@ def test_a_question_that_one_model_left_unanswered_is_not_told_to_it_again(
 
 
 def test_a_seed_repeats_and_none_does_not(page):
-    talk, drawn = Talk(), (12, 2.0, 0, 1.0, 1.0, False)
+    talk, drawn = Session(), (12, 2.0, 0, 1.0, 1.0, False)
     answers = [
         last(page.edit(talk, 0, "the cat", "", *drawn, seed))[0]
         for seed in ("7", " 7 ", "8", "", None, "")
@@ -241,8 +242,8 @@ def test_a_seed_repeats_and_none_does_not(page):
 
 def test_markup_is_shown_and_all_else_is_left_alone():
     marked = f"a <{JOINER}b> &{JOINER}amp; !{JOINER}[x](y) <{JOINER}/b> <{JOINER}!-- <{JOINER}?"
-    assert shown(marked.replace(JOINER, "")) == marked
-    assert shown(plain := "a < b && c<1; AT&T a&b. <- =<3 wow! [x](y)") == plain
+    assert escape(marked.replace(JOINER, "")) == marked
+    assert escape(plain := "a < b && c<1; AT&T a&b. <- =<3 wow! [x](y)") == plain
     for code in (
         "```html\n<b> & ![x]\n```",
         "~~~\n<b>",
@@ -253,15 +254,15 @@ def test_markup_is_shown_and_all_else_is_left_alone():
         "- ```c\n  <b>\n  ```",
         "10) - ~~~\n      <b>",
     ):
-        assert shown(f"<i>\n{code}") == f"<{JOINER}i>\n{code}"
-    assert shown("```\n<b>\n```\n<i>") == f"```\n<b>\n```\n<{JOINER}i>"
-    assert shown("`<b>\n`") == f"`<{JOINER}b>\n`"  # no code over a line's end
-    assert shown("```a`b <i>") == f"```a`b <{JOINER}i>"  # no fence has a backtick behind it
+        assert escape(f"<i>\n{code}") == f"<{JOINER}i>\n{code}"
+    assert escape("```\n<b>\n```\n<i>") == f"```\n<b>\n```\n<{JOINER}i>"
+    assert escape("`<b>\n`") == f"`<{JOINER}b>\n`"  # no code over a line's end
+    assert escape("```a`b <i>") == f"```a`b <{JOINER}i>"  # no fence has a backtick behind it
 
 
 def test_an_edited_question_is_what_was_typed(page, alone):
     """The field for it holds what the page shows."""
-    talk = Talk()
+    talk = Session()
     question = "List<int> & &lt; ![x](y) a < b"
     (chat,), *_ = last(page.ask(talk, question, "", *VALUES))
     assert chat[0]["content"] != question
@@ -271,14 +272,14 @@ def test_an_edited_question_is_what_was_typed(page, alone):
 
 
 def test_a_visitor_who_comes_back_finds_the_conversation(page, monkeypatch):
-    monkeypatch.setattr("minisft.chat.page.KEPT_TALKS", 2)
-    ann, bob = page.come_back("ann"), page.come_back("bob")
-    assert ann is page.come_back("ann") is not bob
-    page.come_back("cy")
-    assert page.come_back("ann") is ann and page.come_back("bob") is not bob
+    monkeypatch.setattr("minisft.chat.page.MAX_SESSIONS", 2)
+    ann, bob = page.load_session("ann"), page.load_session("bob")
+    assert ann is page.load_session("ann") is not bob
+    page.load_session("cy")
+    assert page.load_session("ann") is ann and page.load_session("bob") is not bob
     before = page.ask(ann, "the cat", "", *VALUES)
     next(before), next(before)  # nobody asks for the rest of it now
-    assert not page.come_back("ann").busy
+    assert not page.load_session("ann").busy
     chats, *_ = last(page.ask(ann, "the mat", "", *VALUES))
     assert len(chats[0]) == 4 and "Stopped" in last(before)[1]
     assert page.view(ann, "")[0][0][2:] == chats[0][2:]
@@ -344,7 +345,7 @@ def expected_of(alone, number):
     messages = [user(f"the cat {number}")]
     messages += [{"role": "assistant", "content": alone(*messages)}, user("and?")]
     messages += [{"role": "assistant", "content": alone(*messages)}]
-    return [shown(message["content"]) for message in messages]
+    return [escape(message["content"]) for message in messages]
 
 
 def test_eight_clients_at_once_each_get_their_answers(served, alone):
@@ -359,7 +360,7 @@ def test_no_more_compiled_answers_are_written_at_once_than_are_kept(page):
     at_once = lambda: {  # noqa: E731
         one.api_name: one.concurrency_limit for one in web.build(page).fns.values()
     }["ask"]
-    assert at_once() == web.AT_ONCE == 8
+    assert at_once() == web.MAX_ANSWERS == 8
     page.assistants[0].decoder, page.assistants[0].caches.limit = "compiled", 2
     assert at_once() == 2
 
@@ -370,6 +371,7 @@ def test_every_response_carries_the_policy(served):
         assert request(address, path)[1]["content-security-policy"] == web.POLICY
 
 
+@pytest.mark.filterwarnings("ignore:Exception in thread")  # uvicorn's, which exits
 def test_an_address_that_cannot_be_served_at_is_told(served):
     page, address = served
     port = int(address.split(":")[2].strip("/"))
@@ -384,7 +386,7 @@ def test_requests_that_no_visitor_sends_are_refused(served, monkeypatch):
     _, address = served
     assert request(address, "config", Host="localhost:1")[0] == 200
     assert request(address, "config", Host="far.example:7860")[0] == 400
-    monkeypatch.setattr(web, "LARGEST_REQUEST", 1000)
+    monkeypatch.setattr(web, "MAX_REQUEST_BYTES", 1000)
     for body, status in ((b"x" * 1000, 422), (b"x" * 1001, 413), (iter([b"x"]), 413)):
         got, headers, _ = request(address, "gradio_api/call/ask", body)
         assert got == status and headers["content-security-policy"] == web.POLICY
@@ -518,7 +520,7 @@ def say(tab, question):
 def wait_for_answer(tab, text):
     """The text in the conversation, then the figures that an answer ends with."""
     wait_for(tab, text, "#chat0")
-    wait_for(tab, "prompt tokens were known")
+    wait_for(tab, "prompt tokens were cached")
 
 
 def wait_for(tab, text, within="#notice"):
@@ -545,7 +547,7 @@ def test_browser_two_turns_stop_and_download(served, visit, monkeypatch):
         wait_for(tab, "on and on and on", "#chat0")
         assert tab.locator("#box textarea").input_value() == ""
         tab.locator("#stop").click()
-        wait_until(lambda: any(talk.busy and talk.stopping for talk in page.talks.values()))
+        wait_until(lambda: any(talk.busy and talk.stopping for talk in page.sessions.values()))
         first.set()
         wait_for(tab, "Stopped.")
         with tab.expect_download() as download:
@@ -668,7 +670,7 @@ def test_browser_eight_visitors_at_once(visit, alone):
     for tab in tabs:  # all typed, then all sent
         tab.locator("#box textarea").press("Enter")
     for tab in tabs:
-        wait_for(tab, "prompt tokens were known")
+        wait_for(tab, "prompt tokens were cached")
     for number, tab in enumerate(tabs):
         expected = letters_of(alone(user(f"the cat {number}")))
         assert expected and expected in letters_of(tab.locator("#chat0").inner_text())
@@ -677,7 +679,7 @@ def test_browser_eight_visitors_at_once(visit, alone):
     said = letters_of(tabs[0].locator("#chat0").inner_text())
     assert letters_of(alone(user("the cat 0"))) in said
     say(tabs[0], "and?")
-    wait_for(tabs[0], "prompt tokens were known")
+    wait_for(tabs[0], "prompt tokens were cached")
     assert "the cat 0" in tabs[0].locator("#chat0").inner_text()
 
 
@@ -694,7 +696,7 @@ def test_browser_copies_and_edits_what_was_said(served, visit):
     try:
         dictate(assistant, [*assistant.tokenizer.encode(said), 1])
         say(tab, "is <b> & &lt; ok?")
-        wait_for(tab, "prompt tokens were known")
+        wait_for(tab, "prompt tokens were cached")
         tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
         tab.evaluate("() => navigator.clipboard.writeText('')")
         tab.locator("#chat0 button[aria-label='Copy message']").last.click()

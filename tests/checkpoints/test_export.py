@@ -46,16 +46,11 @@ def test_merged_in_transformers(shard, checkpoint, adapter, tmp_path):
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     out = tmp_path / "merged"
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--adapter",
-        adapter,
-        "--format",
-        "hf",
-        "--max_shard_size",
-        shard,
-        "--output_dir",
-        out,
+        model_name_or_path=checkpoint,
+        adapter=adapter,
+        format="hf",
+        max_shard_size=shard,
+        output_dir=out,
         script="export.py",
     )
     assert done.returncode == 0, done.stderr
@@ -107,18 +102,45 @@ def test_the_template_of_the_training_is_written(format, checkpoint, adapter, tm
             assert stops == [2, 1]
 
 
+def test_template_flags(checkpoint, adapter, tmp_path):
+    """They replace those of the training, and the exported folder can be exported again."""
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Thoughts.' if enable_thinking else mood }}{% endif %}"
+    )
+    (adapter / "options.toml").write_text('template = "alpaca"\nenable_thinking = true\n')
+    words = ["--template", path, "--default_system", "Be kind.", "--enable_thinking", "false"]
+    words += ["--template_kwargs", '{"mood": "Gladly."}']
+    out, again = tmp_path / "out", tmp_path / "again"
+    for arguments in (
+        ("--model_name_or_path", checkpoint, "--adapter", adapter, "--output_dir", out, *words),
+        ("--model_name_or_path", out, "--output_dir", again),
+    ):
+        done = command(*arguments, script="export.py")
+        assert done.returncode == 0, done.stderr
+    path.unlink()
+    ours = get_template("auto", Tokenizer.load(out))
+    text = ours.render(QUESTION, add_generation_prompt=True)
+    assert text == "system: Be kind.</s>user: the cat?</s>Gladly."
+    for folder in (out, again):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.apply_chat_template(
+            QUESTION, add_generation_prompt=True, return_dict=False
+        ) == ours.encode_prompt(QUESTION)
+    assert Tokenizer.load(again).chat_template == ours.text
+    assert recorded_options(out) == recorded_options(again)
+    assert recorded_options(out)["enable_thinking"] is False
+
+
 def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
     for flag, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         out = tmp_path / flag
         done = command(
-            "--model_name_or_path",
-            checkpoint,
-            "--adapter",
-            adapter,
-            "--dtype",
-            flag,
-            "--output_dir",
-            out,
+            model_name_or_path=checkpoint,
+            adapter=adapter,
+            dtype=flag,
+            output_dir=out,
             script="export.py",
         )
         assert done.returncode == 0, done.stderr
@@ -134,14 +156,10 @@ def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
 
 def test_peft_format(checkpoint, adapter, tmp_path):
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--adapter",
-        adapter,
-        "--format",
-        "peft",
-        "--output_dir",
-        tmp_path / "out",
+        model_name_or_path=checkpoint,
+        adapter=adapter,
+        format="peft",
+        output_dir=tmp_path / "out",
         script="export.py",
     )
     assert done.returncode == 0, done.stderr
@@ -181,14 +199,10 @@ def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
     theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(checkpoint, num_labels=1), judge)
     theirs = theirs.merge_and_unload()
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--adapter",
-        judge,
-        "--format",
-        format,
-        "--output_dir",
-        out,
+        model_name_or_path=checkpoint,
+        adapter=judge,
+        format=format,
+        output_dir=out,
         script="export.py",
     )
     assert done.returncode == 0, done.stderr
@@ -258,12 +272,9 @@ def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
         )
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--format",
-        "peft",
-        "--output_dir",
-        tmp_path / "out",
+        model_name_or_path=checkpoint,
+        format="peft",
+        output_dir=tmp_path / "out",
         script="export.py",
     )
     assert done.returncode == 2 and "--adapter" in done.stderr

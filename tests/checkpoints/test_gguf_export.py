@@ -1,14 +1,14 @@
 """GGUF export: llama.cpp computes the same from the file as we do from the checkpoint."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, command
+from conftest import as_flags, command
+from gguf_models import FAMILIES, SMALL, STRETCHED, VOCAB, prompts, save
 from llama_cpp import Server
 
 from minisft.checkpoints import adapters, folders, gguf_export
@@ -19,69 +19,15 @@ from minisft.common.errors import UserError
 from minisft.gguf import writer
 from minisft.gguf.tensor_types import tensor_type
 from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, LoRALinear, add_lora
 from minisft.text.tokenizer import Tokenizer
 
-VOCAB = 300
 STOPS = [1, 2, 3, 6]  # EOS, config.json's eos_token_id, and two that llama.cpp knows by name
-SMALL = {
-    **CONFIG,
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 512,
-}
-STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STRETCHED}
-FAMILIES = {
-    "llama": {},
-    "llama, tied, llama3 rotation": {"tie_word_embeddings": True, "rope_scaling": LLAMA3},
-    "llama, linear rotation": {"rope_scaling": {"type": "linear", **STRETCHED}},
-    "llama, YaRN": {"rope_scaling": {"rope_type": "yarn", **STRETCHED}},
-    "llama, YaRN, its own temperature": {
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "attention_factor": 1.3,
-            "beta_fast": 16.0,
-            **STRETCHED,
-        }
-    },
-    "llama, biases": {"attention_bias": True, "mlp_bias": True},
-    "llama, wide heads": {"head_dim": 32, "rope_theta": 500000.0},
-    "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
-    "qwen3": {"model_type": "qwen3", "head_dim": 32},
-}
-
-
-def save(folder, tokenizer_dir, content):
-    """A random checkpoint. Biases and norms are random too, not zeros and ones."""
-    torch.manual_seed(0)
-    model = CausalLM(ModelConfig.from_dict({**SMALL, **content}))
-    model.initialize()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    folders.save_model(model, folder)
-    for path in tokenizer_dir.iterdir():
-        shutil.copyfile(path, folder / path.name)
-    return folder
 
 
 @pytest.fixture
 def checkpoint(tmp_path, tiny_tokenizer_dir):
     return save(tmp_path / "checkpoint", tiny_tokenizer_dir, {})
-
-
-def prompts(vocab_size=VOCAB):
-    """Prompts of one id, a few ids, and more than STRETCHED's original context."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randint(8, vocab_size, (length,), generator=generator).tolist()
-        for length in (1, 17, 150)
-    ]
 
 
 @torch.no_grad()
@@ -368,16 +314,7 @@ def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
         (["--format", "hf", "--output_dir", "x", "--quantization", "q8_0"], "--quantization"),
         (["--format", "gguf-lora", "--output", out], "needs --adapter"),
         (
-            [
-                "--format",
-                "gguf-lora",
-                "--output",
-                out,
-                "--adapter",
-                adapter,
-                "--template",
-                "alpaca",
-            ],
+            as_flags(format="gguf-lora", output=out, adapter=adapter, template="alpaca"),
             "does not use --template",
         ),
         (["--format", "gguf", "--output", taken, "--overwrite_output_dir"], "is not a GGUF file"),

@@ -187,7 +187,7 @@ def test_resolve(tmp_path, monkeypatch):
         resolve(str(snapshot.parent.parent))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="download it first"):
+    with pytest.raises(UserError, match="Download it first"):
         resolve("nobody/no-such-model-here")
 
 

@@ -191,14 +191,10 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
     printed = here(
         train,
         *model,
-        "--template",
-        "plain",
-        "--max_steps",
-        1,
-        "--output_dir",
-        tmp_path / "out",
-        "--dataloader_num_workers",
-        0,
+        template="plain",
+        max_steps=1,
+        output_dir=tmp_path / "out",
+        dataloader_num_workers=0,
     )
     assert f" cpu, {dtype}, 1 process(es)" in printed
     assert f" cpu, {dtype}, 1 process(es)" in here(
@@ -216,17 +212,12 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
 def test_the_suite_computes_in_float32(before, checkpoint, rows_file):
     """However a script is started: tests/startup/sitecustomize.py comes first."""
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--device",
-        "cpu",
-        "--output_dir",
-        "-",
-        "--dry_run",
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        template="plain",
+        device="cpu",
+        output_dir="-",
+        dry_run=True,
         before=before,
     )
     assert "float32 on 1 x cpu" in done.stdout, done.stdout + done.stderr

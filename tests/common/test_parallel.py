@@ -6,7 +6,7 @@ test_train.py checks that 1, 2 and 3 processes train alike.
 import sys
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, as_flags, command
 from standing import HANG_SECONDS
 
 from minisft.common import failure
@@ -20,18 +20,13 @@ MISTAKES = {
 
 @pytest.fixture
 def flags(checkpoint, rows_file, tmp_path):
-    return [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--output_dir",
-        tmp_path / "out",
-        "--dataloader_num_workers",
-        0,
-    ]
+    return as_flags(
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        template="plain",
+        output_dir=tmp_path / "out",
+        dataloader_num_workers=0,
+    )
 
 
 def torchrun(processes, *arguments, script="train.py"):
@@ -99,6 +94,7 @@ def status_of_failing(reason, printed):
 
 def test_only_the_first_process_to_fail_prints_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr(failure, "PATIENCE", 0)  # the first to fail is this process, which goes on
     printed = []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()

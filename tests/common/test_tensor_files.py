@@ -77,7 +77,7 @@ HOSTILE = {
     "negative shape": ({"a": entry(0, 16, shape=(-2, -2))}, "has the shape"),
     "fractional shape": ({"a": entry(0, 16, shape=(4.0,))}, "has the shape"),
     "shape without end": ({"a": entry(0, 16, shape=(1,) * 10**5 + (4,))}, "has the shape"),
-    "unknown type": ({"a": entry(0, 16, "F8_E5M2", (16,))}, "of type 'F8_E5M2'; supported are F64"),
+    "unknown type": ({"a": entry(0, 16, "F8_E5M9", (16,))}, "of type 'F8_E5M9'; supported are F64"),
     "type that is no text": ({"a": entry(0, 16, ["F32"], (4,))}, r"of type \['F32'\]"),
     "no entry": ({"a": 16}, "a has no dtype, shape and data_offsets"),
     "no object": ([], "the header does not begin with {"),
@@ -104,7 +104,7 @@ def test_hostile_headers(name, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         read_header(path)
     assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value)) < 2100
-    if name not in ("unknown type", "shape without end"):  # the library accepts these
+    if name != "shape without end":  # the library accepts it
         with pytest.raises(SafetensorError), safe_open(path, framework="pt") as file:
             file.keys()
 
@@ -183,7 +183,7 @@ def test_a_file_truncated_while_it_is_read(tmp_path):
     path.write_bytes(WHOLE)
     stored = read_header(path)["b"]
     path.write_bytes(WHOLE[:-4])
-    with pytest.raises(UserError, match="became shorter"):
+    with pytest.raises(UserError, match="was truncated"):
         stored.read()
 
 

@@ -203,7 +203,8 @@ os.register_at_fork(after_in_child=begin)
     def test_workers_end_with_a_killed_parent(self, begins):
         """Also while they hold windows that nobody takes, and where it is gone as they begin."""
         program = (
-            "import multiprocessing, os, signal, sys, time; sys.path[:0] = ['.', 'tests']\n"
+            "import multiprocessing, os, signal, sys, time\n"
+            "sys.path[:0] = ['.', 'tests', 'tests/data']\n"
             f"from test_batching import EXAMPLES, Batches, as_they_are\n{begins}\n"
             "batches = Batches(EXAMPLES, as_they_are, num_workers=2)\n"
             "steps = batches.steps(8, 0, 10**6); next(steps)\n"

@@ -146,12 +146,12 @@ PROMPT = {"prompt": "Add."}
         ),
         (
             {"prompt": [assistant("Q")], "chosen": "3", "rejected": "4"},
-            "with chosen: assistant speaks",
+            "with chosen: unexpected assistant turn",
         ),
         ({"chosen": "3", "rejected": "4"}, "chosen and rejected have no question"),
         (
             {"chosen": [user("Q"), assistant("3")], "rejected": "4"},
-            "with rejected: assistant speaks",
+            "with rejected: unexpected assistant turn",
         ),
         (
             {"chosen": [user("Q"), assistant("3")], "rejected": [user("Z"), assistant("4")]},

@@ -172,7 +172,7 @@ def test_reference_losses_equal_transformers(assistant, tiny_chat_model_dir):
         ids, learned = example.ids, example.supervised
         labels = torch.tensor([[id if one else -100 for id, one in zip(ids, learned, strict=True)]])
         expected = oracle(torch.tensor([ids]), labels=labels).loss
-        assert count == sum(learned) and loss / count == pytest.approx(float(expected), abs=1e-4)
+        assert count == sum(learned) and loss / count == pytest.approx(expected.item(), abs=1e-4)
     report = measure(ITEMS, answer_items(assistant, ITEMS, SAMPLING, 8), [losses[0], None, None])
     assert report["perplexity"] == pytest.approx(math.exp(losses[0][0] / losses[0][1]))
     assert report["bits_per_character"] == pytest.approx(losses[0][0] / math.log(2) / 7)

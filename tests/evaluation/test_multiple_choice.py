@@ -129,7 +129,7 @@ def test_log_likelihoods_equal_lm_evaluation_harness(shared_data, llama2_dir, tm
 def alone(model, ids, option):
     """log P(option | ids) by transformers, from a single pass over the text."""
     logits = model(torch.tensor([ids + option])).logits[0].log_softmax(-1)
-    return sum(float(logits[len(ids) - 1 + place, id]) for place, id in enumerate(option))
+    return sum(logits[len(ids) - 1 + place, id].item() for place, id in enumerate(option))
 
 
 @pytest.mark.parametrize("template_name", [None, "chatml", "alpaca"])

@@ -173,12 +173,12 @@ def test_answer_ends_at_the_context_length(tiny_chat_model_dir):
     answer = assistant.stream(messages, Sampling(5000, greedy=True))
     pieces = list(answer)
     assert len(assistant.template.encode_prompt(messages)) + len(pieces) - 1 == 60
-    assert answer.cut_short and answer.num_tokens == len(pieces) - 1
+    assert answer.is_truncated and answer.num_tokens == len(pieces) - 1
     ((ids, cache),) = assistant.caches._kept
     assert len(ids) == cache.length == 59  # the last token has not been through the model
     assistant.stop_ids = set(range(300))
     answer = assistant.stream(messages, GREEDY)
-    assert "".join(answer) == "" and not answer.cut_short
+    assert "".join(answer) == "" and not answer.is_truncated
 
 
 def test_stop_ids_of_template_and_checkpoint(assistant, tiny_chat_model_dir, tmp_path):
@@ -310,7 +310,7 @@ def test_batch_equals_single_conversations(tiny_chat_model_dir, sampling):
         assert score[0] == pytest.approx(together[1][row], abs=1e-4)
     alone = assistant.stream(CONVERSATIONS[0]["messages"], sampling)
     assert "".join(alone) == together[0][0]
-    assert alone.cut_short and alone.num_prompt_tokens + alone.num_tokens == 150
+    assert alone.is_truncated and alone.num_prompt_tokens + alone.num_tokens == 150
 
 
 def test_stream_and_inference_drop_old_turns_and_warn(tiny_chat_model_dir):
@@ -490,7 +490,7 @@ def test_alternating_conversations_compute_only_new_tokens(tiny_chat_model_dir):
                 assert answer.num_reused == known and new < 25 < known
             lengths[id(messages)] = answer.num_prompt_tokens
             messages += [{"role": "assistant", "content": "the hat"}, user("on")]
-    assert "prompt tokens were known" in answer.figures() and "tokens/s" in answer.figures()
+    assert "prompt tokens were cached" in answer.statistics() and "tokens/s" in answer.statistics()
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from conftest import CONFIG, command
+from conftest import CONFIG, as_flags, command
 from standing import HANG_SECONDS
 from torch._dynamo.utils import counters
 
@@ -160,22 +160,16 @@ def test_model_that_cannot_be_compiled_raises(monkeypatch):
 
 
 def test_chat_with_compile_gives_the_same_answer(tiny_chat_model_dir, assistants):
-    flags = [
-        "--model_name_or_path",
-        tiny_chat_model_dir,
-        "--greedy",
-        "--max_new_tokens",
-        20,
-        "--max_length",
-        CAPACITY,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--compile",
-        "--prompt",
-        "the cat",
-    ]
+    flags = as_flags(
+        model_name_or_path=tiny_chat_model_dir,
+        greedy=True,
+        max_new_tokens=20,
+        max_length=CAPACITY,
+        device="cpu",
+        dtype="float32",
+        compile=True,
+        prompt="the cat",
+    )
     done = command(*flags, script="chat.py")
     messages = [{"role": "user", "content": "the cat"}]
     answer = assistants[0].stream(messages, Sampling(20, greedy=True))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import gguf
 import pytest
 from conftest import command
-from test_gguf_export import save
+from gguf_models import save
 
 from minisft.checkpoints import folders, hub
 from minisft.checkpoints.gguf_export import export_model

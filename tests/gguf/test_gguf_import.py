@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import command
+from gguf_models import FAMILIES, VOCAB, prompts, save
 from llama_cpp import Server
-from test_gguf_export import FAMILIES, VOCAB, prompts, save
 
 import eval as eval_script
 import score

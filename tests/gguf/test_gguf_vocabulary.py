@@ -7,26 +7,24 @@ import unicodedata
 
 import pytest
 import tokenizers
-import torch
+from chat_templates import checkpoint_for, control_tokens, narrow_model, sentencepiece
 from conftest import CONVERSATIONS, without_bos
 from llama_cpp import Server
 
-from minisft.checkpoints import folders, hub
+from minisft.checkpoints import hub
 from minisft.checkpoints.gguf_export import export_model
 from minisft.common.errors import UserError
+from minisft.gguf.prompts import WRITE_SPACE, ids_in_one_piece
 from minisft.gguf.reader import read_gguf
 from minisft.gguf.vocabulary import WORDS, pre_tokenizer_name, vocabulary_fields
-from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM
-from minisft.text.chat_template import SPACE_BEFORE, as_jinja
-from minisft.text.template_choice import NAMES, get_template
+from minisft.text.template_choice import FOLDER, NAMES, get_template
 from minisft.text.tokenizer import Tokenizer
 
 # Folder with the tokenizer, rows of the embedding, family.
 REAL = {
     "TinyLlama-1.1B-Chat-v0.6": (32000, "llama"),
     "Mistral-7B-Instruct-v0.2": (32000, "mistral"),
-    "Llama-3": (128256, "llama"),
+    "Llama-3": (20256, "llama"),
     "Qwen2.5": (151936, "qwen2"),
 }
 AWKWARD = [
@@ -57,29 +55,8 @@ AWKWARD = [
 ]
 
 
-def narrow_model(folder, rows, family):
-    """A checkpoint with one narrow layer and `rows` rows in its embedding."""
-    torch.manual_seed(0)
-    model = CausalLM(
-        ModelConfig.from_dict(
-            {
-                "model_type": family,
-                "vocab_size": rows,
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "tie_word_embeddings": True,
-            }
-        )
-    )
-    model.initialize()
-    folders.save_model(model, folder)
-
-
 def keep_tokens_below(count, path):
-    """Cut a large vocabulary, for speed. Its control tokens keep their ids."""
+    """Cut a large vocabulary, for speed. Its control tokens come behind what is left."""
     spec = json.loads(path.read_text(encoding="utf-8"))
     model = spec["model"]
     model["vocab"] = {token: id for token, id in model["vocab"].items() if id < count}
@@ -88,6 +65,8 @@ def keep_tokens_below(count, path):
         for left, right in model["merges"]
         if {left, right, left + right} <= model["vocab"].keys()
     ]
+    for id, token in enumerate(spec["added_tokens"], count):
+        token["id"] = id
     path.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
 
 
@@ -105,7 +84,9 @@ def exported(shared_data, tmp_path_factory):
             if name == "Llama-3":
                 keep_tokens_below(20_000, folder / "tokenizer.json")
                 path = shared_data / "tokenizers" / "Llama-3.2-1B" / "tokenizer_config.json"
-                shutil.copyfile(path, folder / path.name)
+                config = json.loads(path.read_text(encoding="utf-8"))
+                del config["added_tokens_decoder"]  # which has the ids of the large vocabulary
+                (folder / path.name).write_text(json.dumps(config), encoding="utf-8")
             template = "llama3" if name == "Llama-3" else "auto"
             export_model(folder, f"{folder}.gguf", "q8_0", template=template)
             made[name] = folder, f"{folder}.gguf"
@@ -133,7 +114,10 @@ def check_ids(server, path, tokenizer, strings, space=""):
     for text in strings:
         ids = tokenizer.encode(text)
         assert server.tokenize(space + text) == ids == read_back.encode(text), text
-    bos = [tokenizer.bos_token_id] * tokenizer.add_bos_token
+    assert read_back.add_bos_token == tokenizer.add_bos_token
+    # Prompts decide about BOS, see below.
+    adds_bos = read_gguf(path).metadata["tokenizer.ggml.add_bos_token"]
+    bos = [tokenizer.bos_token_id] * adds_bos
     assert server.tokenize(space + "Hi", add_special=True) == bos + tokenizer.encode("Hi")
 
 
@@ -168,59 +152,62 @@ def small_sentencepiece(shared_data, tmp_path):
 
     def make(control=(), **config):
         folder = tmp_path / "small"
-        narrow_model(folder, 520, "llama")
         source = shared_data / "models" / "stories260K"
-        content = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(content | config))
-        content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-        example = content["added_tokens"][1]
-        content["added_tokens"] += [
-            {**example, "id": id, "content": text} for id, text in enumerate(control, 512)
-        ]
-        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+        narrow_model(folder, sentencepiece(folder, control, source, **config))
         return folder
 
     return make
 
 
-def check_prompts(folder, template):
+def check_prompts(folder, template, conversations=CONVERSATIONS, answers=True, **choices):
     """llama.cpp, and the file read back, produce our ids of rendered prompts.
 
-    Returns (chat template, True if llama.cpp adds a leading space).
+    answers: llama.cpp counts the tokens of the prompts that it answers, too.
+    Returns (chat template, True if llama.cpp adds a leading space, notes).
     """
     path = f"{folder}.gguf"
-    notes = export_model(folder, path, "f16", template=template.name).notes
+    notes = export_model(folder, path, "f16", template=template.name, **choices).notes
     metadata, read_back = read_gguf(path).metadata, Tokenizer.load(hub.resolve(path))
-    back = template if template.name == "plain" else get_template("auto", read_back)
-    with Server(path, context=512) as server:
-        for messages in CONVERSATIONS:
+    back = get_template("auto", read_back, enable_thinking=choices.get("enable_thinking"))
+    with Server(path, context=4096) as server:
+        for messages in conversations:
             prompt = server.render(messages)
             ids = server.tokenize(prompt, add_special=True, parse_special=True)
-            assert ids == template.encode_prompt(messages) == back.encode_prompt(messages)
+            # In training an earlier answer is cut from its prompt; nobody cuts in use.
+            whole = ids_in_one_piece(template, template.render(messages, None, True))
+            assert ids == whole, (template.name, prompt)
+            assert back.encode_prompt(messages) == template.encode_prompt(messages)
+            if len(messages) < 3:
+                assert ids == template.encode_prompt(messages)
+            if not answers:
+                continue
             answer = server.post("/v1/chat/completions", messages=messages, max_tokens=1)
             assert answer["usage"]["prompt_tokens"] == len(ids)  # one BOS there, too
-    puts_space = metadata["tokenizer.ggml.add_space_prefix"]
-    assert notes == [] if puts_space else "without the chat template" in notes[0]
-    return metadata["tokenizer.chat_template"], puts_space
+    puts_space = metadata.get("tokenizer.ggml.add_space_prefix", False)
+    about_space = [note for note in notes if "without the chat template" in note]
+    assert bool(about_space) == (template.tokenizer.leading_space and not puts_space)
+    return metadata["tokenizer.chat_template"], puts_space, notes
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("form", TEMPLATES)
-def test_every_form_with_sentencepiece(form, legacy, small_sentencepiece):
+@pytest.mark.parametrize("name", NAMES)
+def test_our_templates_with_sentencepiece(name, legacy, small_sentencepiece):
     """With a space after every control token (`legacy`), or before the first text only."""
-    folder = small_sentencepiece(TEMPLATES[form].control, legacy=legacy)
-    _, puts_space = check_prompts(folder, get_template(form, Tokenizer.load(folder)))
-    assert puts_space == (legacy or form == "llama2")
+    control = control_tokens((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
+    control = [token for token in control if "INST" not in token]  # text in Llama 2
+    folder = small_sentencepiece(control, legacy=legacy)
+    template = get_template(name, Tokenizer.load(folder))
+    _, puts_space, _ = check_prompts(folder, template)
+    assert puts_space == legacy
 
 
 @pytest.mark.parametrize(
-    "form, own",
+    "name, own",
     [
         (
             "llama2",
             "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + "
-            "'[INST] ' + message['content'] + ' [/INST]' }}{% else %}{# <<SYS>> #}"
+            "'[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
             "{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
         ),
         (
@@ -232,8 +219,7 @@ def test_every_form_with_sentencepiece(form, legacy, small_sentencepiece):
         (
             "zephyr",
             "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + "
-            "message['content'] + eos_token + '\n' }}{% endfor %}{{ '<|assistant|>\n' }}"
-            "{# <|user|> #}",
+            "message['content'] + eos_token + '\n' }}{% endfor %}{{ '<|assistant|>\n' }}",
         ),
         (
             "chatml",
@@ -242,37 +228,125 @@ def test_every_form_with_sentencepiece(form, legacy, small_sentencepiece):
         ),
     ],
 )
-def test_the_checkpoints_chat_template_is_kept(form, own, small_sentencepiece, monkeypatch):
-    """As far as possible, since Ollama recognises the published ones by their exact text."""
-    monkeypatch.setattr("test_gguf_vocabulary.CONVERSATIONS", CONVERSATIONS[::2])  # no system
-    folder = small_sentencepiece(TEMPLATES[form].control, chat_template=own)
-    written, _ = check_prompts(folder, get_template(form, Tokenizer.load(folder)))
-    assert written == {
-        "mistral": as_jinja(get_template(form, Tokenizer.load(folder))),
-        "zephyr": SPACE_BEFORE + own,
-    }.get(form, own)
+def test_the_checkpoints_chat_template_is_kept(name, own, small_sentencepiece):
+    """But for the space that llama.cpp must not add, where the text begins without BOS."""
+    folder = small_sentencepiece(["<|im_start|>", "<|im_end|>"], chat_template=own)
+    template = get_template("auto", Tokenizer.load(folder))
+    written, _, _ = check_prompts(folder, template, CONVERSATIONS[::2])  # no system
+    assert written == WRITE_SPACE * (name == "zephyr") + own
+    assert Tokenizer.load(hub.resolve(f"{folder}.gguf")).chat_template == own
 
 
-def test_notes_say_where_llama_cpp_adds_a_space(small_sentencepiece):
-    """After a control token, and before a text that begins with a space."""
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_templates_of_other_models(kind, shared_data, tmp_path):
+    """llama.cpp runs them all, whatever they do with thoughts, dates, system prompts and BOS."""
+    table = {}
+    for path in sorted((shared_data / "chat_templates").glob("*.jinja")):
+        text = path.read_text(encoding="utf-8")
+        # The file is named "model": llama.cpp changes tokens where the name contains "phi-3".
+        folder = checkpoint_for(text, kind, shared_data, tmp_path / path.stem / "model")
+        template = get_template("auto", Tokenizer.load(folder))
+        (folder / "options.toml").write_text('template = "auto"\n')  # it was trained
+        try:
+            template.encode([*CONVERSATIONS[0], {"role": "assistant", "content": "Yes."}])
+            conversations = [messages for messages in CONVERSATIONS if can_ask(template, messages)]
+        except UserError as error:
+            table[path.stem] = f"not trained: {error}"
+            export_model(folder, f"{folder}.gguf", "f16")  # but it can be exported
+            continue
+        # gpt-oss and others have parsers for answers, which fail on an untrained model's.
+        written, _, notes = check_prompts(folder, template, conversations, answers=False)
+        off = template.thinking.get("enable_thinking") is False and "enable_thinking" in text
+        assert off == any("enable_thinking" in note for note in notes), path.stem
+        assert written.endswith(text)
+        table[path.stem] = f"equal in {len(conversations)} conversations" + ", no thoughts" * off
+        shutil.rmtree(folder)
+    print(*(f"{name:45} {result}" for name, result in table.items()), sep="\n")
+    assert sum("equal" in result for result in table.values()) >= 45
+
+
+def can_ask(template, messages):
+    """False if the template refuses a conversation, as Gemma's refuses system prompts."""
+    try:
+        return bool(template.encode_prompt(messages))
+    except UserError:
+        return False
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_thoughts_in_llama_cpp(thinks, shared_data, tmp_path):
+    """A model that was trained to think is asked for thoughts; llama.cpp can turn them off."""
+    text = (FOLDER / "qwen3.jinja").read_text(encoding="utf-8")
+    folder = checkpoint_for(text, "byte-level", shared_data, tmp_path / "model")
+    template = get_template("auto", Tokenizer.load(folder), "Be kind.", None, thinks)
+    choices = {"default_system": "Be kind.", "enable_thinking": thinks}
+    _, _, notes = check_prompts(folder, template, **choices)
+    assert len(notes) == (not thinks)
+    with Server(f"{folder}.gguf", context=1024) as server:
+        no_thoughts = {"enable_thinking": False}
+        prompt = server.post(
+            "/apply-template", messages=CONVERSATIONS[0], chat_template_kwargs=no_thoughts
+        )["prompt"]
+        assert prompt.endswith("<think>\n\n</think>\n\n") and "Be kind." in prompt
+
+
+def test_the_date_of_a_template_is_that_of_the_training(shared_data, tmp_path):
+    """llama.cpp sets date_string to today."""
+    path = shared_data / "chat_templates" / "meta-llama-Llama-3.1-8B-Instruct.jinja"
+    text = path.read_text(encoding="utf-8")
+    folder = checkpoint_for(text, "byte-level", shared_data, tmp_path / "model")
+    kwargs = {"date_string": "1 May 2020"}
+    template = get_template("auto", Tokenizer.load(folder), template_kwargs=kwargs)
+    written, _, _ = check_prompts(folder, template, template_kwargs=kwargs)
+    assert "1 May 2020" in written
+    again = hub.resolve(f"{folder}.gguf")
+    assert Tokenizer.load(again).chat_template == template.text
+    export_model(again, tmp_path / "again.gguf", "f16")
+    assert read_gguf(tmp_path / "again.gguf").metadata["tokenizer.chat_template"] == written
+
+
+@pytest.mark.parametrize("template_has_bos", [True, False])
+def test_bos_follows_from_the_prompts(template_has_bos, shared_data, tmp_path):
+    """Whatever the tokenizer does with other texts, which the file read back still does."""
+    text = "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
+    text = "{{ bos_token }}" * template_has_bos + text
+    folder = checkpoint_for(text, "byte-level", shared_data, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "add_bos_token": not template_has_bos}))
+    tokenizer = Tokenizer.load(folder)
+    check_prompts(folder, get_template("auto", tokenizer), CONVERSATIONS[:1])
+    metadata = read_gguf(f"{folder}.gguf").metadata
+    assert metadata["tokenizer.ggml.add_bos_token"] == template_has_bos
+    back = Tokenizer.load(hub.resolve(f"{folder}.gguf"))
+    assert (back.add_bos_token, back.bos_token_id) == (not template_has_bos, 0)
+    assert tokenizer.add_bos_token == back.add_bos_token
+
+
+def test_notes_say_where_ids_must_differ(small_sentencepiece, tmp_path):
+    """Space behind some control tokens but not all; tokens that swallow white space."""
     folder = small_sentencepiece(
-        chat_template=(  # of none of our forms
-            "{% for message in messages %}"
-            "{{ '<|you|>' + message['content'] + eos_token }}{% endfor %}"
-            "{{ '<|me|>' }}"
-        )
+        ["<|you|>"],
+        legacy=True,
+        chat_template="{% for m in messages %}<|you|> {{ m.content }}{% endfor %}</s>me",
     )
     notes = export_model(folder, f"{folder}.gguf", "f16").notes
-    assert "directly follows a special token" in notes[0]
+    assert any("trained with some of both" in note for note in notes)
     tokenizer = Tokenizer.load(folder)
     read_back = Tokenizer.load(hub.resolve(f"{folder}.gguf"))
+    template = get_template("auto", tokenizer)
     with Server(f"{folder}.gguf") as server:
         theirs = server.tokenize(server.render(CONVERSATIONS[0]), parse_special=True)
-        parts = [tokenizer.encode("<|you|>Hello there!"), tokenizer.encode("<|me|>")]
-        assert theirs == [*parts[0], tokenizer.eos_token_id, *parts[1]]
+        assert theirs != template.encode_prompt(CONVERSATIONS[0])
         assert server.tokenize("  two") != tokenizer.encode("  two")
         # Our own reading of the file agrees with llama.cpp.
         assert server.tokenize("  two") == read_back.encode("  two")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"][-1] |= {"rstrip": True}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    notes = export_model(folder, f"{folder}.gguf", "f16").notes
+    assert any("white space beside <|you|>" in note for note in notes)
 
 
 @pytest.mark.parametrize("has_bos", [True, False])
@@ -284,18 +358,18 @@ def test_the_template_of_the_training_is_written(has_bos, tiny_tokenizer_dir, tm
     else:
         without_bos(tiny_tokenizer_dir, folder)
     narrow_model(folder, 300, "llama")
-    for name in TEMPLATES:
-        system = "Be kind." if name != "plain" else ""  # which our own code cannot read back
-        record = f'template = "{name}"\ndefault_system = "{system}"\n'
+    for name in sorted(set(NAMES) - {"qwen3"}):
+        record = f'template = "{name}"\ndefault_system = "Be kind."\n'
         (folder / "options.toml").write_text(record)
         export_model(folder, tmp_path / "model.gguf", "f16")
-        ours = get_template(name, Tokenizer.load(folder), system)
+        ours = get_template(name, Tokenizer.load(folder), "Be kind.")
         read_back = Tokenizer.load(hub.resolve(str(tmp_path / "model.gguf")))
-        back = ours if name == "plain" else get_template("auto", read_back)
+        back = get_template("auto", read_back)
+        assert back.text == ours.text
         with Server(tmp_path / "model.gguf", context=512) as server:
             # Without a BOS llama.cpp would use token 11, here a comma.
             assert server.get("/props")["bos_token"] == ("<s>" if has_bos else "</s>")
-            for messages in CONVERSATIONS:
+            for messages in CONVERSATIONS[:2]:
                 prompt = server.render(messages)
                 ids = server.tokenize(prompt, add_special=True, parse_special=True)
                 assert ids == ours.encode_prompt(messages) == back.encode_prompt(messages), name

@@ -154,8 +154,8 @@ def test_initial_values_are_those_of_peft():
 def test_mistakes_are_named(base_dir, tmp_path):
     with pytest.raises(UserError, match="wq"):
         add_lora(load_model(base_dir), LoraConfig(target_modules=("wq",)))
-    with pytest.raises(UserError, match="norm"):
-        add_lora(load_model(base_dir), LoraConfig(modules_to_save=("norm",)))
+    with pytest.raises(UserError, match="wte"):
+        add_lora(load_model(base_dir), LoraConfig(modules_to_save=("wte",)))
     model = load_model(base_dir)
     add_lora(model, ADAPTERS["attention"])
     save_adapter(model, tmp_path / "adapter", ADAPTERS["attention"], base_dir)

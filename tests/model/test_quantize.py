@@ -8,7 +8,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes import functional
-from conftest import command
+from conftest import as_flags, command
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -182,37 +182,23 @@ def test_a_loaded_model_computes_with_the_dequantised_weights(bits, checkpoint, 
 
 def test_training_in_four_bits_by_command_line(checkpoint, rows_file, tmp_path):
     """QLoRA learns, and a resumed run ends with the adapter of an uninterrupted run."""
-    flags = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--quantization_bit",
-        4,
-        "--learning_rate",
-        "5e-3",
-        "--logging_steps",
-        1,
-        "--save_steps",
-        3,
-        "--lora_dropout",
-        "0.1",
-    ]
+    flags = as_flags(
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        template="plain",
+        quantization_bit=4,
+        learning_rate="5e-3",
+        logging_steps=1,
+        save_steps=3,
+        lora_dropout="0.1",
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder, more in ((whole, ["--max_steps", 6]), (parts, ["--max_steps", 6])):
         done = command(*flags, *more, "--output_dir", folder)
         assert done.returncode == 0, done.stderr
     (parts / "adapter_model.safetensors").unlink()
     done = command(
-        *flags,
-        "--max_steps",
-        6,
-        "--output_dir",
-        parts,
-        "--resume_from_checkpoint",
-        parts / "checkpoint-3",
+        *flags, max_steps=6, output_dir=parts, resume_from_checkpoint=parts / "checkpoint-3"
     )
     assert done.returncode == 0, done.stderr
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
@@ -220,18 +206,12 @@ def test_training_in_four_bits_by_command_line(checkpoint, rows_file, tmp_path):
     losses = [row["loss"] for row in read_metrics(whole / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--quantization_bit",
-        4,
-        "--finetuning_type",
-        "full",
-        "--output_dir",
-        tmp_path / "no",
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        template="plain",
+        quantization_bit=4,
+        finetuning_type="full",
+        output_dir=tmp_path / "no",
     )
     assert done.returncode == 2 and "--quantization_bit belongs to" in done.stderr
 
@@ -295,14 +275,7 @@ def test_export_merges_into_the_base_that_was_trained_on(
     )
     assert (full(tokens) - adapted(tokens)).abs().max() > 0.1
     done = command(
-        *words,
-        "--format",
-        "gguf",
-        "--quantization_bit",
-        4,
-        "--output",
-        tmp_path / "x.gguf",
-        script="export.py",
+        *words, format="gguf", quantization_bit=4, output=tmp_path / "x.gguf", script="export.py"
     )
     assert done.returncode == 2 and "does not use --quantization_bit" in done.stderr
 

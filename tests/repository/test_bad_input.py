@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import command
+from conftest import as_flags, command
 from safetensors.torch import load_file, save_file
 
 from minisft.checkpoints.adapters import save_adapter
@@ -18,28 +18,12 @@ from minisft.common.script import run_script
 from minisft.model.lora import LoraConfig, add_lora
 
 SCRIPTS = {
-    "train": [
-        "--dataset",
-        "ROWS",
-        "--template",
-        "plain",
-        "--max_steps",
-        1,
-        "--output_dir",
-        "OUT",
-        "--dataloader_num_workers",
-        0,
-    ],
-    "train full": [
-        "--dataset",
-        "ROWS",
-        "--template",
-        "plain",
-        "--finetuning_type",
-        "full",
-        "--output_dir",
-        "OUT",
-    ],
+    "train": as_flags(
+        dataset="ROWS", template="plain", max_steps=1, output_dir="OUT", dataloader_num_workers=0
+    ),
+    "train full": as_flags(
+        dataset="ROWS", template="plain", finetuning_type="full", output_dir="OUT"
+    ),
     "export": ["--output_dir", "OUT"],
 }
 
@@ -182,13 +166,7 @@ def test_chat(place):
     """chat.py says the same."""
     cut_off(place / "checkpoint")
     done = command(
-        "--model_name_or_path",
-        place / "checkpoint",
-        "--template",
-        "plain",
-        "--prompt",
-        "x",
-        script="chat.py",
+        model_name_or_path=place / "checkpoint", template="plain", prompt="x", script="chat.py"
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ") and "model.safetensors: damaged" in done.stderr
@@ -253,9 +231,9 @@ def test_files_without_rows(content, message, start, place):
         ("train", ["--seed", 10**20], "--seed: '100000000000000000000' is not a whole number"),
         ("train", ["--lora_rank", 10**15], "out of memory"),
         ("train", ["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        ("train", ["--template", "nonsense"], "unknown template 'nonsense'; choose one of: auto"),
+        ("train", ["--template", "nonsense"], "unknown template 'nonsense'; choose one of auto"),
         ("train", ["--adapter", "ADAPTER", "--lora_rank", 3], "--lora_rank is fixed by --adapter"),
-        ("train", ["--adapter", "ROWS"], "rows.json: is a file; give the folder that holds it"),
+        ("train", ["--adapter", "ROWS"], "rows.json is a file. Give the folder that holds it"),
         ("train", ["--train_dir", "."], "--train_dir contradicts --dataset"),
         ("train", ["--plot_loss", "maybe"], "'maybe' is neither true nor false"),
         ("train", ["--output_dir", "ROWS"], "rows.json is a file"),

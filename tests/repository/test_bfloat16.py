@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import command
-from test_fsdp import assert_equal_runs, final, flags, logged, train_forked, write_bases
-from test_model import SMALL, VARIANTS, reference
+from families import SMALL, VARIANTS, reference
+from parallel_runs import assert_equal_runs, final, flags, logged, train_forked, write_bases
 
 import score
 from minisft.checkpoints.folders import load_model
@@ -95,18 +95,12 @@ def test_scores(checkpoint, rows_file, tmp_path, here):
     for dtype in ("float32", "bfloat16"):
         here(
             score,
-            "--model_name_or_path",
-            checkpoint,
-            "--dataset",
-            rows_file,
-            "--template",
-            "alpaca",
-            "--device",
-            "cpu",
-            "--dtype",
-            dtype,
-            "--output",
-            tmp_path / f"{dtype}.jsonl",
+            model_name_or_path=checkpoint,
+            dataset=rows_file,
+            template="alpaca",
+            device="cpu",
+            dtype=dtype,
+            output=tmp_path / f"{dtype}.jsonl",
         )
         rows = map(json.loads, (tmp_path / f"{dtype}.jsonl").read_text().splitlines())
         losses.append(torch.tensor([[row["loss_conditioned"], row["loss_direct"]] for row in rows]))
@@ -116,17 +110,12 @@ def test_scores(checkpoint, rows_file, tmp_path, here):
 def test_chat(tiny_chat_model_dir):
     """The command line gives the Assistant's answer: the same kernels, so the same numbers."""
     done = command(
-        "--model_name_or_path",
-        tiny_chat_model_dir,
-        "--device",
-        "cpu",
-        "--dtype",
-        "bfloat16",
-        "--greedy",
-        "--max_new_tokens",
-        20,
-        "--prompt",
-        "the cat",
+        model_name_or_path=tiny_chat_model_dir,
+        device="cpu",
+        dtype="bfloat16",
+        greedy=True,
+        max_new_tokens=20,
+        prompt="the cat",
         script="chat.py",
     )
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="bfloat16")

@@ -12,7 +12,7 @@ from itertools import zip_longest
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, command
+from conftest import CONFIG, as_flags, command
 from safetensors.torch import load_file
 
 import train
@@ -77,22 +77,15 @@ def test_generates_the_same(models):
     assert cpu == gpu
 
 
-RUN = [
-    "--template",
-    "plain",
-    "--per_device_train_batch_size",
-    2,
-    "--learning_rate",
-    5e-3,
-    "--logging_steps",
-    1,
-    "--max_steps",
-    8,
-    "--device",
-    "cuda",
-    "--dataloader_num_workers",
-    0,
-]
+RUN = as_flags(
+    template="plain",
+    per_device_train_batch_size=2,
+    learning_rate=5e-3,
+    logging_steps=1,
+    max_steps=8,
+    device="cuda",
+    dataloader_num_workers=0,
+)
 
 
 def adapter(folder):

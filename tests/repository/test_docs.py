@@ -51,3 +51,18 @@ def test_tests_that_the_docs_name_exist():
             assert name in names, f"{page.name}: {name}"
             assert not path or (ROOT / path / name).exists(), f"{page.name}: {path}{name}"
             assert f"def {test}" in names[name], f"{page.name}: {name}::{test}"
+
+
+def test_functions_of_the_house_exist():
+    house = ROOT / "docs" / "house.md"
+    rows = re.findall(
+        r"^\| \d+ \| \[[^]]+\]\(([^)]+)\) \| `([\w.]+)`",
+        house.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(rows) > 50
+    for path, function in rows:
+        text = (house.parent / path).read_text(encoding="utf-8")
+        *classes, name = function.split(".")
+        for kind, word in [("class", word) for word in classes] + [("(?:def|class)", name)]:
+            assert re.search(rf"\b{kind} {word}\b", text), f"{path}: {function}"

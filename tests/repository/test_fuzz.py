@@ -245,14 +245,14 @@ def use_tokenizer(folder):
     tokenizer = Tokenizer.load(folder)
     tokenizer.decode(range(300), skip_special_tokens=False)
     for name in ("plain", "chatml", "alpaca", "auto"):
+        rows = [dataset.Row(CONVERSATION, source=str(folder))]
         try:
             template = get_template(name, tokenizer)
+            examples, _ = encoding.encode_rows(rows, template, 32, 300)
         except UserError as error:
             if name != "auto" and str(folder) not in str(error):
                 raise
-            continue  # auto names the templates to choose from
-        rows = [dataset.Row(CONVERSATION, source=str(folder))]
-        examples, _ = encoding.encode_rows(rows, template, 32, 300)
+            continue  # a broken chat template is refused with a reason
         make_batch(examples)
     encode_texts(["the cat <s> 中文 \0"], tokenizer, 8, 2**20)
 
@@ -276,7 +276,7 @@ def use_data(folder):
 
 
 def use_run(folder):
-    found = checkpoint.find(folder, "auto", lambda text: None)
+    found = checkpoint.find_checkpoint(folder, "auto", lambda text: None)
     read_header(folder / "checkpoint-4" / "model.safetensors")
     checkpoint.load_state(folder / "checkpoint-4")
     if found:

@@ -23,12 +23,16 @@ ORDER = (
     "model",
     "common",
 )
-# Folders that stand side by side.
+# Folders that stand side by side in docs/house.md.
 APART = [
     {"chat", "evaluation"},
     {"chat", "training"},
     {"evaluation", "training"},
     {"generation", "selection"},
+    {"generation", "training"},
+    {"selection", "training"},
+    {"data", "gguf"},
+    {"model", "text"},
 ]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted((ROOT / "minisft").rglob("*.py"))

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 from conftest import CONFIG
-from test_template import LLAMA3, QWEN, TINYLLAMA, fitting
+from real_tokenizers import LLAMA3, QWEN, TINYLLAMA, fitting
 
 from minisft.common.errors import UserError
 from minisft.data.dataset import Row
@@ -101,7 +101,7 @@ def test_by_hand(alpaca):
     (score,) = run(Urn(300), rows_of(CHAT), alpaca)
     encode, bos = alpaca.tokenizer.encode, alpaca.tokenizer.bos_token_id
     answers = [encode(text, continuation=True) for text in CHAT[1::2]]
-    ids, _ = alpaca.encode(rows_of(CHAT)[0].messages)
+    ids = alpaca.encode(rows_of(CHAT)[0].messages)[0].ids
     conditioned = direct = 0.0
     for number, answer in enumerate(answers):
         messages = rows_of(CHAT)[0].messages[: 2 * number + 1]
@@ -222,12 +222,13 @@ MARKERS = {
     "vicuna": "ASSISTANT:",
     "alpaca": "### Response:",
     "plain": "\n",
+    "qwen3": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_markers(shared_data, name):
-    folder = {"llama3": LLAMA3, "chatml": QWEN}.get(name, TINYLLAMA)
+    folder = {"llama3": LLAMA3, "chatml": QWEN, "qwen3": QWEN}.get(name, TINYLLAMA)
     tokenizer = Tokenizer.load(shared_data / folder)
     marker = get_template(name, tokenizer).encode_marker()
     text = "".join(tokenizer.token_text(id) for id in marker).replace("▁", " ")

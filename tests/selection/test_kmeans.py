@@ -8,7 +8,7 @@ from sklearn.cluster import KMeans
 
 from minisft.common.errors import UserError
 from minisft.selection import kmeans
-from minisft.selection.kmeans import Space, lloyd, seed_centers
+from minisft.selection.kmeans import CenteredPoints, lloyd, seed_centers
 
 
 def blobs(rows=1500, width=24, number=12, spread=0.5, seed=0, offset=0.0):
@@ -46,7 +46,7 @@ def test_lloyd_equals_scikit_learn(offset):
     # other starts there are points with a margin of 2e-7, which float32 puts on either side.
     assert margin > 1e-4
     theirs = KMeans(20, init=start, n_init=1, tol=0, max_iter=100, algorithm="lloyd").fit(points)
-    space = Space(points)
+    space = CenteredPoints(points)
     ours = lloyd(space, start - space.mean, 100, 0)
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
     assert ours.inertia == pytest.approx(inertia, rel=1e-6)
@@ -60,7 +60,7 @@ def test_distances(offset):
     """The squared distances that float64 gives, however far the points are from the origin."""
     points = blobs(offset=offset)
     centers = points[:3] + 1
-    space = Space(points)
+    space = CenteredPoints(points)
     expected = np.square(points.astype(float) - centers[:, None]).sum(2)
     # A float32 at 3000 has steps of 2.4e-4: what the centers lose when the mean is taken off.
     np.testing.assert_allclose(space.distances(centers - space.mean), expected, rtol=1e-4)
@@ -73,7 +73,7 @@ def test_seeding_is_as_good_as_theirs():
     assert min(ours) == pytest.approx(min(theirs), rel=1e-4)  # both find the blobs
     assert np.mean(ours) < 1.08 * np.mean(theirs)
     # Uniformly drawn seeds miss blobs.
-    space, generator = Space(points), np.random.default_rng(0)
+    space, generator = CenteredPoints(points), np.random.default_rng(0)
     uniform = [
         lloyd(space, points[generator.choice(len(points), 12)] - space.mean, 100, 1e-4)
         for _ in range(40)
@@ -83,7 +83,7 @@ def test_seeding_is_as_good_as_theirs():
 
 def test_seeds_are_points_and_apart():
     points = blobs(spread=0.01)
-    space = Space(points)
+    space = CenteredPoints(points)
     seeds = seed_centers(space, 12, np.random.default_rng(0)) + space.mean
     distances = np.square(points[:, None] - seeds).sum(2)
     assert (distances.min(0) < 1e-6).all()
@@ -123,7 +123,7 @@ def test_tolerance_stops_early():
 
 def test_empty_clusters_are_reseeded():
     points = blobs(spread=0.1)
-    space = Space(points)
+    space = CenteredPoints(points)
     start = np.concatenate([points[:8], np.full((4, points.shape[1]), 100.0, np.float32)])
     found = lloyd(space, start - space.mean, 100, 0)
     assert len(np.unique(found.assignment)) == 12

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import command
+from conftest import as_flags, command
 
 import score
 import train
@@ -81,22 +81,16 @@ def pairs(tmp_path):
 
 def words_of(judge, rows, output, *more):
     return [
-        "--model_name_or_path",
-        judge,
-        "--dataset",
-        rows,
-        "--template",
-        "plain",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--dataloader_num_workers",
-        0,
-        "--mode",
-        "reward",
-        "--output",
-        output,
+        *as_flags(
+            model_name_or_path=judge,
+            dataset=rows,
+            template="plain",
+            dtype="float32",
+            device="cpu",
+            dataloader_num_workers=0,
+            mode="reward",
+            output=output,
+        ),
         *more,
     ]
 
@@ -185,28 +179,17 @@ def test_the_means_are_those_of_an_evaluation(judge, pairs, tmp_path, here):
     (tmp_path / "only_pairs.json").write_text(json.dumps(rows))
     here(
         train,
-        "--model_name_or_path",
-        judge,
-        "--dataset",
-        tmp_path / "only_pairs.json",
-        "--eval_dataset",
-        tmp_path / "only_pairs.json",
-        "--template",
-        "plain",
-        "--stage",
-        "rm",
-        "--output_dir",
-        tmp_path / "rm",
-        "--max_steps",
-        1,
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--dataloader_num_workers",
-        0,
-        "--cutoff_len",
-        512,
+        model_name_or_path=judge,
+        dataset=tmp_path / "only_pairs.json",
+        eval_dataset=tmp_path / "only_pairs.json",
+        template="plain",
+        stage="rm",
+        output_dir=tmp_path / "rm",
+        max_steps=1,
+        dtype="float32",
+        device="cpu",
+        dataloader_num_workers=0,
+        cutoff_len=512,
     )
     evaluated = read_metrics(tmp_path / "rm/metrics.jsonl")[-1]
     words = words_of(judge, tmp_path / "only_pairs.json", tmp_path / "s.jsonl")

@@ -184,16 +184,11 @@ def choose(data, tmp_path, monkeypatch):
 def test_through_the_command_line(data, tmp_path):
     path, scores, _ = data
     done = command(
-        "--dataset",
-        path,
-        "--scores",
-        scores,
-        "--strategy",
-        "ifd",
-        "--sample_rate",
-        0.1,
-        "--output",
-        tmp_path / "out.json",
+        dataset=path,
+        scores=scores,
+        strategy="ifd",
+        sample_rate=0.1,
+        output=tmp_path / "out.json",
         script="select.py",
     )
     assert done.returncode == 0, done.stderr
@@ -221,14 +216,10 @@ def test_through_the_command_line(data, tmp_path):
 
 def test_several_processes_write_one_file(data, tmp_path):
     done = command(
-        "--dataset",
-        data[0],
-        "--strategy",
-        "random",
-        "--sample_number",
-        7,
-        "--output",
-        tmp_path / "out.json",
+        dataset=data[0],
+        strategy="random",
+        sample_number=7,
+        output=tmp_path / "out.json",
         script="select.py",
         before=["-m", "torch.distributed.run", "--nproc_per_node", "2"],
     )

@@ -234,7 +234,7 @@ def test_saving_copies_the_files_byte_for_byte(tiny_tokenizer_dir, tmp_path):
         ("tokenizer.json", '{"model": ', "not valid JSON"),
         ("tokenizer.json", "[]", "not a JSON object"),
         ("tokenizer.json", '{"version": "1.0"}', "tokenizers cannot read it"),
-        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", "ownload it again"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         ("tokenizer.model", "IQ== 0\nIg== 1\n", "not a SentencePiece model"),
         ("merges.txt", "#version", "no tokenizer.json and no tokenizer.model"),
         ("tokenizer_config.json", "{,}", "not valid JSON"),

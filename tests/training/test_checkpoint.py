@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, as_flags, command
 from safetensors.torch import load_file
 from standing import HANG_SECONDS, lines_in, standing_still, wait_until
 
@@ -19,20 +19,14 @@ from minisft.training.metrics import read_metrics
 
 # Dropout, accumulation, an epoch that does not divide into steps, and steps that do not divide
 # into saves: what an inexact resume would get wrong.
-RUN = [
-    "--template",
-    "plain",
-    "--lora_dropout",
-    0.2,
-    "--per_device_train_batch_size",
-    2,
-    "--gradient_accumulation_steps",
-    2,
-    "--learning_rate",
-    5e-3,
-    "--logging_steps",
-    2,
-]
+RUN = as_flags(
+    template="plain",
+    lora_dropout=0.2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=5e-3,
+    logging_steps=2,
+)
 
 
 @pytest.fixture
@@ -64,7 +58,7 @@ def assert_equal_runs(first, second):
 def test_resumed_equals_undisturbed(finetuning_type, flags, tmp_path):
     flags = [*flags, "--finetuning_type", finetuning_type, "--max_steps", 15]
     if finetuning_type == "full":  # which has no dropout
-        flags = [word for word in flags if word not in ("--lora_dropout", 0.2)]
+        flags = [word for word in flags if word not in ("--lora_dropout", "0.2")]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command(*flags, "--output_dir", whole).returncode == 0
     flags += ["--output_dir", parts, "--save_steps", 5, "--save_total_limit", 5]
@@ -92,7 +86,15 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
 
 @pytest.mark.parametrize(
-    "before, number", [([], signal.SIGTERM), ([], signal.SIGINT), (TORCHRUN, signal.SIGTERM)]
+    "before, number",
+    [
+        ([], signal.SIGTERM),
+        ([], signal.SIGINT),
+        ([], signal.SIGHUP),
+        ([], signal.SIGUSR1),
+        (TORCHRUN, signal.SIGTERM),
+        (TORCHRUN, signal.SIGHUP),
+    ],
 )
 def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
     flags, processes = [*flags, "--max_steps", 100], 2 if before else 1
@@ -124,7 +126,7 @@ def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
 
 def test_another_number_of_processes(flags, tmp_path):
     """One process, then two from its checkpoint: the same rows in every step, so the same run."""
-    flags = [word for word in flags if word not in ("--lora_dropout", 0.2)] + ["--max_steps", 12]
+    flags = [word for word in flags if word not in ("--lora_dropout", "0.2")] + ["--max_steps", 12]
     assert command(*flags, "--output_dir", tmp_path / "one").returncode == 0
     flags += ["--output_dir", tmp_path / "two"]
     assert command(*flags, "--save_steps", 7).returncode == 0
@@ -141,23 +143,15 @@ def test_best_and_early_stopping(flags, tmp_path):
     """The best evaluation's weights are what is left; no gain ends the run."""
     done = command(
         *flags,
-        "--validation_split",
-        6,
-        "--eval_steps",
-        1,
-        "--learning_rate",
-        0.2,
-        "--max_steps",
-        40,
-        "--load_best_model_at_end",
-        "--early_stopping_patience",
-        3,
-        "--save_steps",
-        1,
-        "--save_total_limit",
-        1,
-        "--output_dir",
-        tmp_path / "out",
+        validation_split=6,
+        eval_steps=1,
+        learning_rate=0.2,
+        max_steps=40,
+        load_best_model_at_end=True,
+        early_stopping_patience=3,
+        save_steps=1,
+        save_total_limit=1,
+        output_dir=tmp_path / "out",
     )
     assert done.returncode == 0, done.stderr
     losses = [
@@ -218,21 +212,16 @@ def test_best_of_another_folder(flags, tmp_path):
     """Going on in a new folder, the best weights are looked for among its own evaluations."""
     flags = [
         *flags,
-        "--learning_rate",
-        0.3,
-        "--lr_scheduler_type",
-        "constant",
-        "--eval_steps",
-        1,
-        "--save_steps",
-        2,
-        "--save_total_limit",
-        9,
-        "--validation_split",
-        6,
-        "--load_best_model_at_end",
-        "--max_steps",
-        5,
+        *as_flags(
+            learning_rate=0.3,
+            lr_scheduler_type="constant",
+            eval_steps=1,
+            save_steps=2,
+            save_total_limit=9,
+            validation_split=6,
+            load_best_model_at_end=True,
+            max_steps=5,
+        ),
     ]
     assert command(*flags, "--output_dir", tmp_path / "a").returncode == 0
     done = command(
@@ -291,11 +280,11 @@ def test_damaged_checkpoints_are_named_and_skipped(message, tmp_path):
         write(tmp_path, value)
     DAMAGES[message](tmp_path / "checkpoint-3")
     said = []
-    assert checkpoint.find(tmp_path, "auto", said.append) == tmp_path / "checkpoint-2"
+    assert checkpoint.find_checkpoint(tmp_path, "auto", said.append) == tmp_path / "checkpoint-2"
     assert len(said) == 1 and "checkpoint-3" in said[0]
     assert message in said[0] or message == "no file list"
     with pytest.raises(UserError, match="checkpoint-3"):
-        checkpoint.find(tmp_path, str(tmp_path / "checkpoint-3"), said.append)
+        checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-3"), said.append)
 
 
 def test_full_disk_leaves_what_was_there(tmp_path):
@@ -319,7 +308,7 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
     """In a checkpoint or at the end: one line; what was saved before can be gone on from."""
     flags = [*flags, "--max_steps", 12, "--save_steps", 4, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
-    newest = checkpoint.find(tmp_path / "out", "auto", print)
+    newest = checkpoint.find_checkpoint(tmp_path / "out", "auto", print)
     limited = [
         sys.executable,
         "-c",
@@ -330,21 +319,13 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
         "train.py",
         *map(
             str,
-            [
-                *flags,
-                "--save_steps",
-                save_steps,
-                "--resume_from_checkpoint",
-                "auto",
-                "--max_steps",
-                20,
-            ],
+            [*flags, *as_flags(save_steps=save_steps, resume_from_checkpoint="auto", max_steps=20)],
         ),
     ]
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "could not be written" in done.stderr and "--resume_from_checkpoint" in done.stderr
-    assert checkpoint.find(tmp_path / "out", "auto", print) == newest
+    assert checkpoint.find_checkpoint(tmp_path / "out", "auto", print) == newest
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
@@ -378,16 +359,11 @@ def test_what_changed_is_said_and_holds(flags, tmp_path):
     assert command(*flags).returncode == 0
     done = command(
         *flags,
-        "--resume_from_checkpoint",
-        "auto",
-        "--weight_decay",
-        0.5,
-        "--gradient_accumulation_steps",
-        3,
-        "--save_steps",
-        1,
-        "--max_steps",
-        4,
+        resume_from_checkpoint="auto",
+        weight_decay=0.5,
+        gradient_accumulation_steps=3,
+        save_steps=1,
+        max_steps=4,
     )
     assert done.returncode == 0, done.stderr
     assert "--weight_decay is 0.5 from here on; it was 0.0" in done.stdout
@@ -424,12 +400,7 @@ def test_a_broken_row_met_late(flags, tmp_path, rows_file):
     flags = [word for word in flags if word not in ("--max_samples", 23)]
     flags = [
         *flags,
-        "--gradient_accumulation_steps",
-        1,
-        "--num_train_epochs",
-        1,
-        "--per_device_train_batch_size",
-        1,
+        *as_flags(gradient_accumulation_steps=1, num_train_epochs=1, per_device_train_batch_size=1),
     ]
     rows_file.write_text(json.dumps(good))
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
@@ -510,7 +481,7 @@ def test_checkpoints_of_an_abandoned_branch_go(tmp_path):
 def test_the_adapter_that_is_read_is_not_removed(flags, tmp_path):
     flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
-    flags = [word for word in flags if word not in ("--lora_dropout", 0.2)]
+    flags = [word for word in flags if word not in ("--lora_dropout", "0.2")]
     done = command(*flags, "--adapter", tmp_path / "out/checkpoint-2", "--overwrite_output_dir")
     assert done.returncode == 2 and "is an input" in done.stderr
     assert (tmp_path / "out/checkpoint-2/adapter_model.safetensors").exists()

@@ -2,50 +2,46 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CONFIG, ROOT, command
-from run_builder import new_run
-from safetensors.torch import load_file
-from standing import HANG_SECONDS
+from conftest import as_flags, command
+from parallel_runs import (
+    assert_equal_runs,
+    assert_like_one_process,
+    flags,
+    logged,
+    resumed,
+    train_forked,
+    write_bases,
+)
+from run_builder import new_run, training_options
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
-from minisft.checkpoints.folders import load_model, save_model
+from minisft.checkpoints.folders import load_model
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.tensor_files import StoredTensor
-from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM
 from minisft.training import checkpoint, fsdp, resume
 from minisft.training.build import load_trainable
-from minisft.training.metrics import read_metrics
 
-# Eighteen ragged rows in six steps of six: they do not go round, for four processes in a batch not
-# even once. The rank divides by neither number of processes.
+# Eighteen ragged rows, twice, in steps of eight: the last step of an epoch has two rows, too few
+# for four processes. Neither two nor four divides the LoRA rank.
 KINDS = {
-    "full": [
-        "--model_name_or_path",
-        "tied",
-        "--finetuning_type",
-        "full",
-        "--gradient_checkpointing",
-        "--validation_split",
-        5,
-        "--eval_steps",
-        2,
-        "--load_best_model_at_end",
-        "--per_device_eval_batch_size",
-        1,
-    ],
+    "full": as_flags(
+        model_name_or_path="tied",
+        finetuning_type="full",
+        gradient_checkpointing=True,
+        validation_split=5,
+        eval_steps=2,
+        load_best_model_at_end=True,
+        per_device_eval_batch_size=1,
+    ),
     "lora": ["--model_name_or_path", "plain", "--lora_rank", 3, "--validation_split", 5],
 }
-BATCHES = {1: (8, 1), 2: (2, 2), 4: (1, 2)}
 SHORT = {
     "saved": ["--model_name_or_path", "tied", "--modules_to_save", "embed_tokens,lm_head"],
     "adapter": ["--model_name_or_path", "plain", "--adapter", "lora/2"],
@@ -60,37 +56,6 @@ SHORT = {
     "bfloat16": ["--model_name_or_path", "plain", "--dtype", "bfloat16"],
     "float16": ["--model_name_or_path", "plain", "--dtype", "float16"],
 }
-
-
-def flags(processes, output_dir, *more, kind="fsdp"):
-    batch_size, accumulation = BATCHES[processes]
-    words = [
-        "--dataset",
-        "rows.json",
-        "--template",
-        "plain",
-        "--learning_rate",
-        1e-3,
-        "--num_train_epochs",
-        2,
-        "--logging_steps",
-        1,
-        "--dataloader_num_workers",
-        0,
-        "--per_device_train_batch_size",
-        batch_size,
-        "--gradient_accumulation_steps",
-        accumulation,
-        "--output_dir",
-        output_dir,
-        *more,
-    ]
-    words += ["--parallel", kind] if processes > 1 else []
-    return [processes, list(map(str, words))]
-
-
-def resumed(processes, output_dir, *more):
-    return flags(processes, output_dir, *more[:-1], "--resume_from_checkpoint", more[-1])
 
 
 def planned():
@@ -123,70 +88,6 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
     (folder / "rows.json").write_text(json.dumps(rows))
     train_forked(folder, planned())
     return folder
-
-
-def write_bases(folder, tokenizer_dir):
-    """Two base models, one of them with a tied embedding."""
-    for name in ("plain", "tied"):
-        torch.manual_seed(0)
-        model = CausalLM(
-            ModelConfig.from_dict(
-                {**CONFIG, "vocab_size": 300, "tie_word_embeddings": name == "tied"}
-            )
-        )
-        model.initialize()
-        save_model(model, folder / name)
-        for path in tokenizer_dir.iterdir():
-            shutil.copy(path, folder / name)
-
-
-def train_forked(folder, plan):
-    """Work off a list of runs."""
-    (folder / "runs.json").write_text(json.dumps(list(plan)))
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "fork_and_train.py", "runs.json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def final(run_dir):
-    (path,) = run_dir.glob("*model.safetensors")
-    return load_file(path)
-
-
-def logged(run_dir):
-    return [
-        {name: value for name, value in row.items() if name != "tokens_per_second"}
-        for row in read_metrics(run_dir / "metrics.jsonl")
-    ]
-
-
-def assert_equal_runs(first, second, rtol=1e-4, atol=1e-5, near=None):
-    """Weights, losses, norms and evaluations, of the steps that the second has logged.
-
-    near: what figures may differ by that are about zero.
-    """
-    rows = logged(second)
-    for expected, row in zip(logged(first)[-len(rows) :], rows, strict=True):
-        assert row == (pytest.approx(expected, rel=rtol, abs=near) if rtol else expected)
-    weights, others = final(first), final(second)
-    assert weights.keys() == others.keys()
-    for name, value in weights.items():
-        torch.testing.assert_close(others[name], value, rtol=rtol, atol=atol)
-
-
-def assert_like_one_process(folder, near=None):
-    """What two processes did is what one did; in bfloat16 roughly, since one that holds all keeps
-    other parts in float32."""
-    if folder.name.endswith("16"):
-        losses = [[row["loss"] for row in logged(folder / number)] for number in "12"]
-        assert losses[1] == pytest.approx(losses[0], rel=0.02)
-    else:
-        assert_equal_runs(folder / "1", folder / "2", near=near)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,19 +123,7 @@ def test_a_process_holds_its_rows_alone(extra, runs, monkeypatch):
 
     After a forward pass only the output matrix and what goes with it is whole, until cut again.
     """
-    options = train.parse_options(
-        [
-            "--model_name_or_path",
-            str(runs / "plain"),
-            "--dataset",
-            "-",
-            "--output_dir",
-            "-",
-            "--parallel",
-            "fsdp",
-            *extra,
-        ]
-    )
+    options = training_options(*extra, model_name_or_path=runs / "plain", parallel="fsdp")
     device, parts, num_read = torch.device("cpu"), [], 0
     whole, read = load_model(runs / "plain"), StoredTensor.read
 
@@ -309,21 +198,8 @@ def test_on_each_device(device, runs, tmp_path):
     )
     try:
         for kind in ("ddp", "fsdp"):
-            options = train.parse_options(
-                [
-                    "--model_name_or_path",
-                    "-",
-                    "--dataset",
-                    "-",
-                    "--output_dir",
-                    str(tmp_path),
-                    "--finetuning_type",
-                    "full",
-                    "--learning_rate",
-                    "1e-2",
-                    "--parallel",
-                    kind,
-                ]
+            options = training_options(
+                output_dir=tmp_path, finetuning_type="full", learning_rate="1e-2", parallel=kind
             )
             runs_of.append(two_steps(options, runs / "tied", device))
         (run, expected), (sharded, figures) = runs_of
@@ -348,20 +224,7 @@ def test_on_each_device(device, runs, tmp_path):
 
 def test_nothing_is_left_of_a_checkpoint_that_fails(runs, tmp_path, monkeypatch):
     """The first process has failed and removed what there was; the other one adds nothing."""
-    options = train.parse_options(
-        [
-            "--model_name_or_path",
-            "-",
-            "--dataset",
-            "-",
-            "--output_dir",
-            str(tmp_path / "out"),
-            "--finetuning_type",
-            "full",
-            "--parallel",
-            "fsdp",
-        ]
-    )
+    options = training_options(output_dir=tmp_path / "out", finetuning_type="full", parallel="fsdp")
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
         run = start(options, runs / "plain", torch.device("cpu"))
@@ -403,33 +266,16 @@ def test_damage_to_a_part_is_found(runs, tmp_path):
 )
 def test_contradictions(extra):
     with pytest.raises(UserError, match=f"{extra[0]} contradicts --parallel fsdp"):
-        train.parse_options(
-            [
-                "--model_name_or_path",
-                "-",
-                "--dataset",
-                "-",
-                "--output_dir",
-                "-",
-                "--parallel",
-                "fsdp",
-                *extra,
-            ]
-        )
+        training_options(*extra, parallel="fsdp")
 
 
 def test_alone_there_is_nothing_to_shard_over(runs, tmp_path):
     done = command(
-        "--model_name_or_path",
-        runs / "plain",
-        "--dataset",
-        runs / "rows.json",
-        "--template",
-        "plain",
-        "--parallel",
-        "fsdp",
-        "--output_dir",
-        tmp_path / "out",
+        model_name_or_path=runs / "plain",
+        dataset=runs / "rows.json",
+        template="plain",
+        parallel="fsdp",
+        output_dir=tmp_path / "out",
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "--parallel fsdp" in done.stderr and "torchrun" in done.stderr

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from test_fsdp import (
+from conftest import as_flags
+from parallel_runs import (
     assert_equal_runs,
     assert_like_one_process,
     final,
@@ -18,9 +18,10 @@ from test_fsdp import (
     train_forked,
     write_bases,
 )
+from run_builder import training_options
+from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import train
 from minisft.checkpoints.reward_models import load_reward_model
 from minisft.data.encoding import Example
 from minisft.text.template_choice import get_template
@@ -31,98 +32,55 @@ from minisft.training.preference import answer_log_probs, collate
 from minisft.training.reference import ShardedReference
 
 BEST = "the cat sat on the mat"
-HELD_OUT = ["--validation_split", 5, "--eval_steps", 2, "--per_device_eval_batch_size", 1]
-# Eighteen ragged rows, every third with three answers, in six steps of six.
+HELD_OUT = {"validation_split": 5, "eval_steps": 2, "per_device_eval_batch_size": 1}
+# Eighteen ragged rows, every third with three answers, twice in steps of eight.
 KINDS = {
-    "dpo full": [
-        "--model_name_or_path",
-        "tied",
-        "--stage",
-        "dpo",
-        "--finetuning_type",
-        "full",
-        "--dpo_ftx",
-        0.5,
-        "--gradient_checkpointing",
-        "--load_best_model_at_end",
-        *HELD_OUT,
-    ],
-    "dpo lora": [
-        "--model_name_or_path",
-        "plain",
-        "--stage",
-        "dpo",
-        "--lora_rank",
-        3,
-        "--modules_to_save",
-        "lm_head",
-        "--validation_split",
-        5,
-    ],
-    "dpo known": [
-        "--model_name_or_path",
-        "plain",
-        "--stage",
-        "dpo",
-        "--finetuning_type",
-        "full",
-        "--precompute_reference",
-        *HELD_OUT,
-    ],
-    "rm full": [
-        "--model_name_or_path",
-        "tied",
-        "--stage",
-        "rm",
-        "--finetuning_type",
-        "full",
-        *HELD_OUT,
-    ],
-    "rm lora": [
-        "--model_name_or_path",
-        "plain",
-        "--stage",
-        "rm",
-        "--lora_rank",
-        3,
-        "--validation_split",
-        5,
-    ],
+    "dpo full": as_flags(
+        model_name_or_path="tied",
+        stage="dpo",
+        finetuning_type="full",
+        dpo_ftx=0.5,
+        gradient_checkpointing=True,
+        load_best_model_at_end=True,
+        **HELD_OUT,
+    ),
+    "dpo lora": as_flags(
+        model_name_or_path="plain",
+        stage="dpo",
+        lora_rank=3,
+        modules_to_save="lm_head",
+        validation_split=5,
+    ),
+    "dpo known": as_flags(
+        model_name_or_path="plain",
+        stage="dpo",
+        finetuning_type="full",
+        precompute_reference=True,
+        **HELD_OUT,
+    ),
+    "rm full": as_flags(model_name_or_path="tied", stage="rm", finetuning_type="full", **HELD_OUT),
+    "rm lora": as_flags(model_name_or_path="plain", stage="rm", lora_rank=3, validation_split=5),
 }
 SHORT = {
-    "dpo adapter": ["--model_name_or_path", "plain", "--stage", "dpo", "--adapter", "dpo lora/2"],
-    "rm adapter": ["--model_name_or_path", "plain", "--stage", "rm", "--adapter", "rm lora/2"],
-    "rm again": ["--model_name_or_path", "rm full/2", "--stage", "rm", "--lora_rank", 2],
-    "dpo bfloat16": [
-        "--model_name_or_path",
-        "plain",
-        "--stage",
-        "dpo",
-        "--finetuning_type",
-        "full",
-        "--dtype",
-        "bfloat16",
-    ],
-    "rm bfloat16": ["--model_name_or_path", "plain", "--stage", "rm", "--dtype", "bfloat16"],
+    "dpo adapter": as_flags(model_name_or_path="plain", stage="dpo", adapter="dpo lora/2"),
+    "rm adapter": as_flags(model_name_or_path="plain", stage="rm", adapter="rm lora/2"),
+    "rm again": as_flags(model_name_or_path="rm full/2", stage="rm", lora_rank=2),
+    "dpo bfloat16": as_flags(
+        model_name_or_path="plain", stage="dpo", finetuning_type="full", dtype="bfloat16"
+    ),
+    "rm bfloat16": as_flags(model_name_or_path="plain", stage="rm", dtype="bfloat16"),
 }
 
 
-DROPPED = [
-    "--model_name_or_path",
-    "plain",
-    "--stage",
-    "dpo",
-    "--adapter",
-    "dpo lora/2",
-    "--lora_dropout",
-    0.9,
-    "--dpo_ftx",
-    1,
-    "--dataset",
-    "pairs.json",
-    "--max_steps",
-    3,
-]
+DROPPED = as_flags(
+    model_name_or_path="plain",
+    stage="dpo",
+    adapter="dpo lora/2",
+    lora_dropout=0.9,
+    dpo_ftx=1,
+    dataset="pairs.json",
+    max_steps=3,
+)
 
 
 def planned():
@@ -219,20 +177,7 @@ def test_a_head_that_was_sharded_is_loaded(runs):
 
 def test_the_reference_is_the_beginning(runs):
     """Whatever training makes of the model; a copy is held of a process's own rows alone."""
-    options = train.parse_options(
-        [
-            "--model_name_or_path",
-            "-",
-            "--dataset",
-            "-",
-            "--output_dir",
-            "-",
-            "--parallel",
-            "fsdp",
-            "--adapter",
-            str(runs / "dpo lora/2"),
-        ]
-    )
+    options = training_options(parallel="fsdp", adapter=runs / "dpo lora/2")
     dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     try:
         model, config = load_trainable(options, runs / "plain", torch.float32, torch.device("meta"))

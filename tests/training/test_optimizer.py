@@ -3,13 +3,13 @@
 import pytest
 import torch
 import transformers
+from run_builder import training_options
 from transformers import Trainer, TrainingArguments
 
 from minisft.common.command_line import SCHEDULES
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.training.optimizer import build_optimizer, learning_rate_at
-from minisft.training.options import parse_options
 
 CONFIG = {
     "model_type": "qwen2",
@@ -45,18 +45,7 @@ def test_rates_equal_transformers(schedule, warmup_steps):
 
 def test_what_is_decayed_equals_trainer(tmp_path):
     model = CausalLM(ModelConfig.from_dict(CONFIG)).requires_grad_(True)
-    options = parse_options(
-        [
-            "--model_name_or_path",
-            "-",
-            "--dataset",
-            "-",
-            "--output_dir",
-            "-",
-            "--weight_decay",
-            "0.1",
-        ]
-    )
+    options = training_options(weight_decay="0.1")
     optimizer = build_optimizer(model, options)
     names = {id(one): name for name, one in model.named_parameters()}
     decayed = {

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, command
+from conftest import CONFIG, ROOT, as_flags, command
+from run_builder import training_options
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from bench import peak
+from bench.training_run import CHECKPOINTING, FULL, Setting, prepare
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.common.errors import UserError
 from minisft.data import batching
@@ -26,9 +29,6 @@ from minisft.training.metrics import read_metrics
 from minisft.training.objective import NextToken
 from minisft.training.operations import training_operations
 from minisft.training.options import parse_options
-
-sys.path.append(str(ROOT / "bench"))
-import peak  # noqa: E402
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.toml"))
 SHAPE = {
@@ -117,63 +117,41 @@ def test_planned_activations_of_a_layer_are_what_autograd_keeps(
     assert planned == pytest.approx(measured, rel=0.01)
 
 
+WIDE = SHAPE | {"hidden_size": 384, "intermediate_size": 1024}
+LARGE_VOCABULARY = SHAPE | {"vocab_size": 20000}
+TIED = LARGE_VOCABULARY | {"tie_word_embeddings": True}
+DPO, REWARD = peak.DPO, peak.REWARD
+
+
 @pytest.mark.parametrize(
-    ("fields", "batch_size", "length", "accumulated", "dtype", "flags"),
+    "setting",
     [
-        ({}, 4, 128, 1, "float32", []),
-        ({"vocab_size": 20000}, 4, 400, 1, "float32", []),
-        ({}, 4, 128, 1, "float32", peak.CHECKPOINTING),
-        ({}, 4, 128, 1, "float32", peak.FULL),
-        ({"hidden_size": 384, "intermediate_size": 1024}, 1, 32, 1, "float32", peak.FULL),
-        ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 3, "float32", peak.FULL),
-        ({"vocab_size": 20000, "tie_word_embeddings": True}, 1, 64, 1, "float32", peak.FULL),
-        ({"vocab_size": 8000}, 4, 400, 2, "float32", peak.FULL + peak.CHECKPOINTING),
-        ({}, 4, 128, 1, "bfloat16", peak.FULL),
-        (
-            {"hidden_size": 384, "intermediate_size": 1024},
-            1,
-            32,
-            2,
-            "bfloat16",
-            peak.FULL + peak.CHECKPOINTING,
+        Setting(SHAPE, 4, 128),
+        Setting(LARGE_VOCABULARY, 4, 400),
+        Setting(SHAPE, 4, 128, flags=CHECKPOINTING),
+        Setting(SHAPE, 4, 128, flags=FULL),
+        Setting(WIDE, 1, 32, flags=FULL),
+        Setting(TIED, 1, 64, 3, flags=FULL),
+        Setting(TIED, 1, 64, flags=FULL),
+        Setting(SHAPE | {"vocab_size": 8000}, 4, 400, 2, flags=FULL + CHECKPOINTING),
+        Setting(SHAPE, 4, 128, dtype="bfloat16", flags=FULL),
+        Setting(WIDE, 1, 32, 2, "bfloat16", FULL + CHECKPOINTING),
+        Setting(
+            SHAPE | {"hidden_size": 384}, 2, 64, flags=("--quantization_bit", "4", "--packing")
         ),
-        ({"hidden_size": 384}, 2, 64, 1, "float32", ["--quantization_bit", "4", "--packing"]),
-        ({"vocab_size": 20000}, 1, 64, 1, "float32", ["--modules_to_save", "embed_tokens,lm_head"]),
-        (
-            {"vocab_size": 20000, "tie_word_embeddings": True},
-            1,
-            64,
-            1,
-            "float32",
-            peak.REWARD + peak.FULL,
-        ),
-        ({"vocab_size": 20000}, 2, 128, 1, "float32", peak.REWARD),
-        ({"vocab_size": 20000}, 1, 64, 1, "float32", peak.DPO + ["--modules_to_save", "lm_head"]),
-        (
-            {"hidden_size": 384, "intermediate_size": 1024},
-            1,
-            32,
-            1,
-            "float32",
-            peak.DPO + peak.FULL,
-        ),
-        (
-            {"hidden_size": 384, "intermediate_size": 1024},
-            1,
-            32,
-            1,
-            "bfloat16",
-            peak.DPO + peak.FULL + ["--precompute_reference"],
-        ),
+        Setting(LARGE_VOCABULARY, 1, 64, flags=("--modules_to_save", "embed_tokens,lm_head")),
+        Setting(TIED, 1, 64, flags=REWARD + FULL),
+        Setting(LARGE_VOCABULARY, 2, 128, flags=REWARD),
+        Setting(LARGE_VOCABULARY, 1, 64, flags=(*DPO, "--modules_to_save", "lm_head")),
+        Setting(WIDE, 1, 32, flags=DPO + FULL),
+        Setting(WIDE, 1, 32, 1, "bfloat16", (*DPO, *FULL, "--precompute_reference")),
     ],
 )
-def test_planned_peak_is_the_measured_one(
-    fields, batch_size, length, accumulated, dtype, flags, tmp_path, monkeypatch
-):
+def test_planned_peak_is_the_measured_one(setting, tmp_path, monkeypatch):
     """Within a tenth of what torch's allocator gave out at its peak in a step of train.py."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**23)  # several chunks in some of these
-    saved(tmp_path / "model", SHAPE | fields)
-    found = peak.measure(tmp_path, SHAPE | fields, batch_size, length, accumulated, dtype, flags)
+    saved(tmp_path / "model", setting.config)
+    found = peak.measure(tmp_path, setting)
     assert found["planned"] == pytest.approx(found["tensors"], rel=0.1), found["at"]
 
 
@@ -182,7 +160,7 @@ def test_checkpointed_layers_leave_no_copies_of_their_weights():
     model = CausalLM(ModelConfig.from_dict(SHAPE)).train()
     model.model.gradient_checkpointing = True
     with torch.autocast("cpu", torch.bfloat16):
-        held = peak.allocated(lambda: model(torch.zeros(1, 2, dtype=torch.int64)))
+        held = peak.most_allocated(lambda: model(torch.zeros(1, 2, dtype=torch.int64)))
     of_layer = memory.cast_bytes(model.model.layers[0], memory.Step(2, 2, torch.bfloat16))
     assert of_layer > 100_000 and held < 1.5 * of_layer
 
@@ -202,21 +180,7 @@ def test_parameters_are_those_of_transformers_and_peft(shared_data):
         )
     for bits in (None, 4):
         words = ["--quantization_bit", str(bits)] if bits else []
-        options = parse_options(
-            [
-                "--model_name_or_path",
-                "-",
-                "--dataset",
-                "-",
-                "--output_dir",
-                "-",
-                "--lora_rank",
-                "64",
-                "--modules_to_save",
-                "lm_head",
-                *words,
-            ]
-        )
+        options = training_options(*words, lora_rank="64", modules_to_save="lm_head")
         model = model_on_meta(options, ModelConfig.load(folder), torch.bfloat16)
         trained = memory.num_trainable(model)
         assert trained == theirs.get_nb_trainable_parameters()[0]
@@ -229,13 +193,13 @@ def test_parameters_are_those_of_transformers_and_peft(shared_data):
         assert memory.stored_bytes(model) == pytest.approx(expected, rel=1e-5)
 
 
-HEAD = ["--modules_to_save", "lm_head"]  # torch cannot count while a frozen one is gone through
+HEAD = ("--modules_to_save", "lm_head")  # torch cannot count while a frozen one is gone through
 
 
-@pytest.mark.parametrize("flags", [HEAD, HEAD + peak.CHECKPOINTING, peak.FULL])
+@pytest.mark.parametrize("flags", [HEAD, HEAD + CHECKPOINTING, FULL])
 def test_operations_are_those_that_torch_counts(flags, tmp_path):
     saved(tmp_path / "model", SHAPE)
-    run, batches = peak.prepare(tmp_path, SHAPE, 4, 16, 1, "float32", flags)
+    run, batches = prepare(tmp_path, Setting(SHAPE, 4, 16, flags=flags))
     batches = [(tokens, torch.ones_like(supervised), None) for tokens, supervised, _ in batches]
     with FlopCounterMode(display=False) as counter:
         train.train_step(run, batches)
@@ -244,19 +208,12 @@ def test_operations_are_those_that_torch_counts(flags, tmp_path):
     assert 0.93 < counter.get_total_flops() / (64 * planned) < 1.0
 
 
-def dry_run(monkeypatch, capsys, *words):
-    """What train.py --dry_run prints, in this process, which has loaded torch already."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", *map(str, words)])
-    train.main()
-    return capsys.readouterr().out
-
-
 def numbers(pattern, text):
     return [float(one.replace(",", "")) for one in re.search(pattern, text).groups()]
 
 
 @pytest.mark.parametrize("stage", ["sft", "pt", "rm", "dpo"])
-def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch, capsys, here):
     rows = [
         {"instruction": "Say" + " it" * (number % 40), "output": "the cat " * (number % 7 + 1)}
         for number in range(61)
@@ -267,31 +224,21 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
     for number, row in enumerate(rows if stage in ("rm", "dpo") else ()):
         row["output"] = [row["output"], "no " * (number % 5 + 1), "well"][: 2 + (number % 4 == 0)]
     path.write_text(json.dumps(rows))
-    words = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        path,
-        "--output_dir",
-        tmp_path / "o",
-        "--per_device_train_batch_size",
-        3,
-        "--gradient_accumulation_steps",
-        2,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--num_train_epochs",
-        1,
-        "--stage",
-        stage,
-        "--dataloader_num_workers",
-        0,
-    ]
+    words = as_flags(
+        model_name_or_path=checkpoint,
+        dataset=path,
+        output_dir=tmp_path / "o",
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        device="cpu",
+        dtype="float32",
+        num_train_epochs=1,
+        stage=stage,
+        dataloader_num_workers=0,
+    )
     words += ["--block_size", 32] if stage == "pt" else ["--template", "plain"]
     words += ["--finetuning_type", "full"] if stage == "dpo" else []
-    said = dry_run(monkeypatch, capsys, *words)
+    said = here(train, "--dry_run", *words)
     assert not (tmp_path / "o").exists()
     collate, sizes = batching.collate, []
 
@@ -322,7 +269,7 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch, capsys):
+def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch, here):
     """Then tokens, padding and the largest micro-batch are about those of all."""
     rows = [
         {"instruction": "Say" + " it" * (number * 7 % 50), "output": "the cat " * (number % 9)}
@@ -336,26 +283,20 @@ def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch
         ]
         rows += [{"output": ["lonely"]}] * 100
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        tmp_path / "rows.json",
-        "--template",
-        "plain",
-        "--skip_bad_rows",
-        "--output_dir",
-        "o",
-        "--device",
-        "cpu",
-        "--stage",
-        stage,
-    ]
+    words = as_flags(
+        model_name_or_path=checkpoint,
+        dataset=tmp_path / "rows.json",
+        template="plain",
+        skip_bad_rows=True,
+        output_dir="o",
+        device="cpu",
+        stage=stage,
+    )
     patterns = (r"([\d,]+) tokens, ([\d.]+)% padding", r"with ([\d,]+) tokens in the largest")
-    every = dry_run(monkeypatch, capsys, *words)
+    every = here(train, "--dry_run", *words)
     monkeypatch.setattr(lengths, "MAX_ENCODED", 90)
     monkeypatch.setattr(lengths, "MAX_BATCHED", 450)
-    part = dry_run(monkeypatch, capsys, *words)
+    part = here(train, "--dry_run", *words)
     assert "; 90 of 800 rows, the others by their size" in part and "; " not in every.split("\n")[2]
     for pattern, tolerance in zip(patterns, (0.1, 0.2), strict=True):
         assert numbers(pattern, part) == pytest.approx(
@@ -375,32 +316,24 @@ LLAMA_70B = {
 }
 
 
-def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, capsys):
+def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, here):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"instruction": "x" * 400, "output": "四个字节" * 100}] * 640))
-    words = [
-        "--model_name_or_path",
-        tmp_path,
-        "--output_dir",
-        tmp_path / "o",
-        "--device",
-        "cuda",
-        "--num_processes",
-        64,
-        "--finetuning_type",
-        "full",
-        "--gradient_checkpointing",
-        "--device_memory",
-        "80GB",
-        "--per_device_train_batch_size",
-        1,
-        "--parallel",
-        "fsdp",
-    ]
-    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--device_tflops", 400)
+    words = as_flags(
+        model_name_or_path=tmp_path,
+        output_dir=tmp_path / "o",
+        device="cuda",
+        num_processes=64,
+        finetuning_type="full",
+        gradient_checkpointing=True,
+        device_memory="80GB",
+        per_device_train_batch_size=1,
+        parallel="fsdp",
+    )
+    said = here(train, "--dry_run", *words, "--dataset", rows, "--device_tflops", 400)
     assert "70,553,706,496 parameters, of which 70,553,706,496 are trained in full" in said
-    assert "estimated, a token for 4 bytes" in said and "640 rows, 256,000 tokens" in said
+    assert "estimated, 4 bytes per token" in said and "640 rows, 256,000 tokens" in said
     assert "10 an epoch, 30 in all" in said
     # An eighth of 64 ranks' worth: 4 bytes of weight, 8 of averages, each over 64.
     assert numbers(r"optimizer +([\d.]+)", said) == [pytest.approx(70.55 * 8 / 64, abs=0.01)]
@@ -412,16 +345,16 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, caps
     (seconds,) = numbers(r"time +([\d.]+) seconds", said)
     assert seconds == pytest.approx(work / 64 / 400e12, abs=1)
 
-    said = dry_run(monkeypatch, capsys, *words[:-2], "--dataset", "nowhere.json", "--max_steps", 5)
+    said = here(train, "--dry_run", *words[:-2], "--dataset", "nowhere.json", "--max_steps", 5)
     assert "assumed, 1,024 tokens in every row" in said and "fits        NO" in said
-    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows)
+    said = here(train, "--dry_run", *words, "--dataset", rows)
     (weights,) = numbers(r"weights +([\d.]+)", said)
 
     # With a reference of its own: four bytes more, over 64; with all answers read by it too.
     rows.write_text(
         json.dumps([{"instruction": "x" * 400, "output": ["四个字节" * 100, "y", "z"]}] * 640)
     )
-    said = dry_run(monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo")
+    said = here(train, "--dry_run", *words, "--dataset", rows, "--stage", "dpo")
     assert "reference   a copy of 70,553,706,496" in said
     assert numbers(r"weights +([\d.]+)", said) == [
         pytest.approx(weights + 4 * 70.55 / 64, abs=0.01)
@@ -429,13 +362,13 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, monkeypatch, caps
     assert "640 rows, 1,920 answers, 385,280 tokens" in said
     (work,) = numbers(r"tokens, ([\d.e+]+) operations", said)
     assert work == pytest.approx(3 * 640 * 3 * 400 * 10 * 70e9, rel=0.05)  # padding too
-    said = dry_run(
-        monkeypatch, capsys, *words, "--dataset", rows, "--stage", "dpo", "--precompute_reference"
+    said = here(
+        train, "--dry_run", *words, "--dataset", rows, "--stage", "dpo", "--precompute_reference"
     )
     assert "reference" not in said
     assert numbers(r"weights +([\d.]+)", said) == [weights]
     # A reward model ends in a row of numbers.
-    said = dry_run(monkeypatch, capsys, *words, "--dataset", "nowhere.json", "--stage", "rm")
+    said = here(train, "--dry_run", *words, "--dataset", "nowhere.json", "--stage", "rm")
     assert "in every answer of two" in said and numbers(r"logits +([\d.]+)", said) == [0]
     assert f"{70_553_706_496 - 128_255 * 8192:,} parameters" in said
     assert not (tmp_path / "o").exists()
@@ -453,7 +386,7 @@ def test_the_reference_has_a_copy_of_an_adapter_that_is_trained_on():
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_the_plan_says_of_the_rows_what_the_run_says(
-    stage, checkpoint, tmp_path, monkeypatch, capsys
+    stage, checkpoint, tmp_path, monkeypatch, capsys, here
 ):
     """Those that are cut, left out, broken; of the rows to train on and to evaluate on."""
     rows = [
@@ -466,34 +399,22 @@ def test_the_plan_says_of_the_rows_what_the_run_says(
     (tmp_path / "dataset_info.json").write_text(
         json.dumps({"named": {"file_name": "rows.json", "ranking": stage != "sft"}})
     )
-    words = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        "named",
-        "--dataset_dir",
-        tmp_path,
-        "--stage",
-        stage,
-        "--template",
-        "plain",
-        "--output_dir",
-        tmp_path / "o",
-        "--cutoff_len",
-        40,
-        "--validation_split",
-        4,
-        "--skip_bad_rows",
-        "--device",
-        "cpu",
-        "--max_steps",
-        1,
-        "--seed",
-        1,
-        "--dataloader_num_workers",
-        0,
-    ]
-    planned = dry_run(monkeypatch, capsys, *words).splitlines()
+    words = as_flags(
+        model_name_or_path=checkpoint,
+        dataset="named",
+        dataset_dir=tmp_path,
+        stage=stage,
+        template="plain",
+        output_dir=tmp_path / "o",
+        cutoff_len=40,
+        validation_split=4,
+        skip_bad_rows=True,
+        device="cpu",
+        max_steps=1,
+        seed=1,
+        dataloader_num_workers=0,
+    )
+    planned = here(train, "--dry_run", *words).splitlines()
     assert "lengths     counted by the tokenizer" in planned
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.main()
@@ -501,7 +422,8 @@ def test_the_plan_says_of_the_rows_what_the_run_says(
         line
         for line in capsys.readouterr().out.splitlines()
         if re.match(
-            r"a look at 4 rows: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out", line
+            r"a sample of 4 rows: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out",
+            line,
         )
     ]
     assert len(said) == 3 and planned[:3] == said
@@ -509,37 +431,32 @@ def test_the_plan_says_of_the_rows_what_the_run_says(
 
 
 def test_a_device_need_not_be_here_but_must_be_one(checkpoint, rows_file):
-    words = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--output_dir",
-        "o",
-        "--template",
-        "plain",
-        "--dry_run",
-        "--device",
-    ]
+    words = as_flags(
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        output_dir="o",
+        template="plain",
+        dry_run=True,
+    )
     for name in ("cuda:zz", "cuda:-1", "gpu"):
-        done = command(*words, name)
+        done = command(*words, device=name)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr == (
             f"error: --device {name}: no such device. Use cpu, cuda or cuda:N.\n"
         )
     for name in ("cuda", "cuda:7"):
-        done = command(*words, name)
+        done = command(*words, device=name)
         assert done.returncode == 0 and "bfloat16 on 1 x cuda" in done.stdout, done.stderr
 
 
-def test_mistakes_of_planning(checkpoint, rows_file, monkeypatch, capsys):
+def test_mistakes_of_planning(checkpoint, rows_file, capsys, here):
     common = ["--dataset", rows_file, "--output_dir", "o"]
     with pytest.raises(UserError, match="downloads nothing. Put its config.json"):
-        dry_run(monkeypatch, capsys, "--model_name_or_path", "nobody/nothing", *common)
+        here(train, "--dry_run", "--model_name_or_path", "nobody/nothing", *common)
     with pytest.raises(UserError, match="--device_memory: 'much' is not a size"):
-        dry_run(
-            monkeypatch,
-            capsys,
+        here(
+            train,
+            "--dry_run",
             "--model_name_or_path",
             checkpoint,
             *common,
@@ -550,9 +467,9 @@ def test_mistakes_of_planning(checkpoint, rows_file, monkeypatch, capsys):
         )
     assert "model " not in capsys.readouterr().out  # before half a plan is told
     with pytest.raises(UserError, match="Give --num_processes"):  # as the run would refuse it
-        dry_run(
-            monkeypatch,
-            capsys,
+        here(
+            train,
+            "--dry_run",
             "--model_name_or_path",
             checkpoint,
             *common,
@@ -582,7 +499,7 @@ STAND_INS = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_fit_where_they_say(recipe, shared_data, monkeypatch, capsys):
+def test_recipes_fit_where_they_say(recipe, shared_data, here):
     config, rows = STAND_INS[recipe.stem]
     rows = shared_data / "instruct" / rows
     mixed = (
@@ -591,21 +508,17 @@ def test_recipes_fit_where_they_say(recipe, shared_data, monkeypatch, capsys):
         else []
     )
     stated = re.search(r"(\d+)GB", recipe.read_text().split("model_name")[0])
-    said = dry_run(
-        monkeypatch,
-        capsys,
-        "--config",
-        recipe,
-        "--model_name_or_path",
-        shared_data / "configs" / config,
-        "--dataset",
-        rows,
-        "--device",
-        "cuda",
-        "--num_processes",
-        8 if "full" in recipe.stem else 1,
-        "--device_memory",
-        f"{stated[1] if stated else 80}GB",
+    said = here(
+        train,
+        *as_flags(
+            dry_run=True,
+            config=recipe,
+            model_name_or_path=shared_data / "configs" / config,
+            dataset=rows,
+            device="cuda",
+            num_processes=8 if "full" in recipe.stem else 1,
+            device_memory=f"{stated[1] if stated else 80}GB",
+        ),
         *mixed,
     )
     assert "fits        yes" in said and "estimated" in said

@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 import trl
-from conftest import CONFIG, command
-from run_builder import new_run
+from conftest import CONFIG, as_flags, command
+from run_builder import new_run, training_options
 from safetensors.torch import load_file
 
 import score
@@ -37,8 +37,7 @@ from minisft.training import preference, reference
 from minisft.training.build import load_trainable
 from minisft.training.data import load_data
 from minisft.training.metrics import read_metrics
-from minisft.training.objective import mean_figures
-from minisft.training.options import parse_options
+from minisft.training.objective import mean_metrics
 from minisft.training.reference import FrozenReference
 
 STEPS, ROWS_PER_STEP = 8, 6
@@ -216,15 +215,12 @@ def start_of(stage, options, base, work):
 CASES = {  # flags of ours, arguments of trl's
     "dpo lora, accumulation": (["--per_device_train_batch_size", 2], {}),
     "dpo full, precomputed": (
-        [
-            "--finetuning_type",
-            "full",
-            "--per_device_train_batch_size",
-            3,
-            "--precompute_reference",
-            "--dpo_beta",
-            0.3,
-        ],
+        as_flags(
+            finetuning_type="full",
+            per_device_train_batch_size=3,
+            precompute_reference=True,
+            dpo_beta=0.3,
+        ),
         {"beta": 0.3},
     ),
     # The loss that is sorted over a batch of one is that of the pair: what smoothing means here.
@@ -246,7 +242,7 @@ CASES = {  # flags of ours, arguments of trl's
 def test_steps_equal_trl(case, base, tiny_tokenizer_dir, tmp_path):
     """Losses, accuracies, margins, rewards, gradient norms and final weights of eight steps."""
     flags, loss = CASES[case]
-    stage, size = case[:3].strip(), flags[flags.index("--per_device_train_batch_size") + 1]
+    stage, size = case[:3].strip(), int(flags[flags.index("--per_device_train_batch_size") + 1])
     options = parsed(
         base,
         "--stage",
@@ -351,7 +347,7 @@ def test_the_split_changes_nothing(new):
         assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
         torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
     objective = new()
-    evaluated = mean_figures(objective, examples, 3, objective.collate, torch.device("cpu"))
+    evaluated = mean_metrics(objective, examples, 3, objective.collate, torch.device("cpu"))
     assert evaluated == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -451,24 +447,17 @@ def pairs_file(tmp_path):
 
 def words_of(checkpoint, pairs_file, output, *more):
     return [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        pairs_file,
-        "--template",
-        "plain",
-        "--dtype",
-        "float32",
-        "--dataloader_num_workers",
-        0,
-        "--learning_rate",
-        2e-3,
-        "--logging_steps",
-        1,
-        "--per_device_train_batch_size",
-        4,
-        "--output_dir",
-        output,
+        *as_flags(
+            model_name_or_path=checkpoint,
+            dataset=pairs_file,
+            template="plain",
+            dtype="float32",
+            dataloader_num_workers=0,
+            learning_rate=2e-3,
+            logging_steps=1,
+            per_device_train_batch_size=4,
+            output_dir=output,
+        ),
         *more,
     ]
 
@@ -478,15 +467,7 @@ def words_of(checkpoint, pairs_file, output, *more):
     [
         ["--stage", "dpo", "--finetuning_type", "full"],
         ["--stage", "dpo", "--precompute_reference", "--modules_to_save", "lm_head"],
-        [
-            "--stage",
-            "rm",
-            "--lora_dropout",
-            0.2,
-            "--quantization_bit",
-            8,
-            "--gradient_checkpointing",
-        ],
+        as_flags(stage="rm", lora_dropout=0.2, quantization_bit=8, gradient_checkpointing=True),
     ],
 )
 def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here, monkeypatch):
@@ -745,17 +726,7 @@ def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, t
     if finetuning_type == "lora":
         place = ["--model_name_or_path", checkpoint, "--adapter", tmp_path / "rm"]
     shared = ["--dataset", tmp_path / "rows.json", "--output", tmp_path / "s.jsonl"]
-    said = here(
-        score,
-        *place,
-        *shared,
-        "--mode",
-        "reward",
-        "--dtype",
-        "float32",
-        "--dataloader_num_workers",
-        0,
-    )
+    said = here(score, *place, *shared, mode="reward", dtype="float32", dataloader_num_workers=0)
     assert "template plain" in said and "not scored 1: longer than max_length" in said
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(20)) and lines[3]["reward"] is None
@@ -776,7 +747,10 @@ def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, t
 
     for flags, message in (
         ([*place, *shared, "--mode", "ifd"], "reward model|another kind of scores"),
-        (["--model_name_or_path", checkpoint, *shared, "--mode", "reward"], "is no reward model"),
+        (
+            ["--model_name_or_path", checkpoint, *shared, "--mode", "reward"],
+            "is not a reward model",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             here(score, *flags)
@@ -784,14 +758,10 @@ def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, t
         load_adapter(load_model(place[1]), tmp_path / "rm")  # as chat.py and the others do
     done = command(
         *shared[:2],
-        "--scores",
-        tmp_path / "s.jsonl",
-        "--strategy",
-        "reward",
-        "--sample_number",
-        5,
-        "--output",
-        tmp_path / "best.json",
+        scores=tmp_path / "s.jsonl",
+        strategy="reward",
+        sample_number=5,
+        output=tmp_path / "best.json",
         script="select.py",
     )
     assert done.returncode == 0, done.stderr
@@ -799,14 +769,10 @@ def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, t
     assert json.loads((tmp_path / "best.json").read_text()) == [rows[row] for row in best]
     done = command(
         *shared[:2],
-        "--scores",
-        tmp_path / "s.jsonl",
-        "--strategy",
-        "ifd",
-        "--sample_number",
-        5,
-        "--output",
-        tmp_path / "more.json",
+        scores=tmp_path / "s.jsonl",
+        strategy="ifd",
+        sample_number=5,
+        output=tmp_path / "more.json",
         script="select.py",
     )
     assert done.returncode == 2 and "has no ifd: score.py --mode ifd computes it" in done.stderr
@@ -861,19 +827,7 @@ def loaded(checkpoint, answers, stage, *flags):
     """(the Examples of rows with these lists of answers, what was said before training)."""
     path, said = checkpoint / "rows.json", []
     path.write_text(json.dumps([{"instruction": "Hi", "output": one} for one in answers]))
-    options = parse_options(
-        [
-            "--model_name_or_path",
-            str(checkpoint),
-            "--output_dir",
-            "-",
-            "--dataset",
-            str(path),
-            "--stage",
-            stage,
-            *flags,
-        ]
-    )
+    options = training_options(*flags, model_name_or_path=checkpoint, dataset=path, stage=stage)
     tokenizer = Tokenizer.load(checkpoint)
     batches, _ = load_data(
         options,
@@ -897,10 +851,10 @@ def test_equal_answers_teach_nothing(stage, checkpoint):
             one.supervised, other.supervised
         )
     assert (
-        said == ["a look at 5 rows: 2 of 5 rows left out: their answers are the same"]
+        said == ["a sample of 5 rows: 2 of 5 rows left out: their answers are the same"]
         and nothing == []
     )
-    with pytest.raises(UserError, match="nothing to learn: 2 of 2 rows left out: their answers"):
+    with pytest.raises(UserError, match="no row is usable: 2 of 2 rows left out: their answers"):
         loaded(checkpoint, [["yes", "yes"], ["no", "no"]], stage)
 
 
@@ -908,7 +862,7 @@ def test_answers_that_the_limit_makes_equal(checkpoint):
     """Of a pair that differs behind the limit only --stage dpo would see one text twice."""
     answers = [["yes " * 60 + "so", "yes " * 60 + "no"], ["yes", "no"]]
     examples, said = loaded(checkpoint, answers, "dpo", "--cutoff_len", "40")
-    assert len(examples) == 1 and said[0].startswith("a look at 2 rows: 1 of 2 rows truncated")
+    assert len(examples) == 1 and said[0].startswith("a sample of 2 rows: 1 of 2 rows truncated")
     assert said[0].endswith(
         "; 1 of 2 rows left out: their answers are the same; --cutoff_len is 40"
     )

@@ -7,8 +7,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import CONFIG, command
-from run_builder import new_run
+from conftest import CONFIG, as_flags, command
+from run_builder import new_run, training_options
 from safetensors.torch import load_file, save_file
 
 import train
@@ -89,31 +89,17 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
     base = CausalLM(ModelConfig.from_dict(CONFIG))
     base.initialize()
     save_model(base, tmp_path / "base")
-    options = train.parse_options(
-        [
-            "--model_name_or_path",
-            str(tmp_path / "base"),
-            "--dataset",
-            "-",
-            "--output_dir",
-            str(tmp_path),
-            "--finetuning_type",
-            finetuning_type,
-            "--max_steps",
-            str(STEPS),
-            "--per_device_train_batch_size",
-            str(BATCH_SIZE),
-            "--gradient_accumulation_steps",
-            str(ACCUMULATION),
-            "--learning_rate",
-            "5e-3",
-            "--weight_decay",
-            "0.1",
-            "--warmup_steps",
-            "3",
-            "--logging_steps",
-            "1",
-        ]
+    options = training_options(
+        model_name_or_path=tmp_path / "base",
+        output_dir=tmp_path,
+        finetuning_type=finetuning_type,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH_SIZE,
+        gradient_accumulation_steps=ACCUMULATION,
+        learning_rate="5e-3",
+        weight_decay="0.1",
+        warmup_steps="3",
+        logging_steps="1",
     )
     examples = learnable_examples()
     ours, lora_config = load_trainable(
@@ -150,24 +136,13 @@ def test_compiled_layers_compute_the_same(tmp_path):
     losses = []
     for switches in ([], ["--compile"]):
         torch.manual_seed(0)
-        options = train.parse_options(
-            [
-                "--model_name_or_path",
-                "-",
-                "--dataset",
-                "-",
-                "--finetuning_type",
-                "full",
-                "--output_dir",
-                str(tmp_path),
-                "--max_steps",
-                "4",
-                "--learning_rate",
-                "5e-3",
-                "--logging_steps",
-                "1",
-                *switches,
-            ]
+        options = training_options(
+            *switches,
+            finetuning_type="full",
+            output_dir=tmp_path,
+            max_steps="4",
+            learning_rate="5e-3",
+            logging_steps="1",
         )
         model = CausalLM(ModelConfig.from_dict(CONFIG))
         model.initialize()
@@ -249,44 +224,30 @@ def test_data_by_name_by_folder_and_mixed(checkpoint, rows_file, tmp_path):
         path.mkdir()
     (folder / "a.json").write_bytes(rows_file.read_bytes())
     (info / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "../rows/a.json"}}))
-    shared = [
-        "--model_name_or_path",
-        checkpoint,
-        "--template",
-        "plain",
-        "--max_steps",
-        6,
-        "--mix",
-        f"{rows_file}:0.25",
-        "--cutoff_len",
-        12,
-    ]
+    shared = as_flags(
+        model_name_or_path=checkpoint,
+        template="plain",
+        max_steps=6,
+        mix=f"{rows_file}:0.25",
+        cutoff_len=12,
+    )
     first = command(
         *shared,
-        "--dataset",
-        "mine",
-        "--dataset_dir",
-        info,
-        "--eval_dataset",
-        "mine",
-        "--dataloader_num_workers",
-        2,
-        "--output_dir",
-        tmp_path / "first",
+        dataset="mine",
+        dataset_dir=info,
+        eval_dataset="mine",
+        dataloader_num_workers=2,
+        output_dir=tmp_path / "first",
     )
     assert first.returncode == 0, first.stderr
     assert f"mixed in 8 rows of {rows_file} to 24" in first.stdout and "32 rows" in first.stdout
     assert "epoch 1: " in first.stdout and "rows truncated" in first.stdout
     second = command(
         *shared,
-        "--train_dir",
-        folder,
-        "--valid_dir",
-        folder,
-        "--dataloader_num_workers",
-        0,
-        "--output_dir",
-        tmp_path / "second",
+        train_dir=folder,
+        valid_dir=folder,
+        dataloader_num_workers=0,
+        output_dir=tmp_path / "second",
     )
     assert second.returncode == 0, second.stderr
     first, second = (
@@ -297,16 +258,11 @@ def test_data_by_name_by_folder_and_mixed(checkpoint, rows_file, tmp_path):
 
 def test_recipe_of_a_run_repeats_it(checkpoint, rows_file, tmp_path):
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--output_dir",
-        tmp_path / "first",
-        "--max_steps",
-        2,
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        template="plain",
+        output_dir=tmp_path / "first",
+        max_steps=2,
     )
     assert done.returncode == 0, done.stderr
     again = command(
@@ -323,25 +279,16 @@ def test_pretraining(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat\n" * 50)
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--stage",
-        "pt",
-        "--dataset",
-        text,
-        "--block_size",
-        32,
-        "--train_from_scratch",
-        "--finetuning_type",
-        "full",
-        "--learning_rate",
-        3e-3,
-        "--output_dir",
-        tmp_path / "out",
-        "--logging_steps",
-        1,
-        "--num_train_epochs",
-        15,
+        model_name_or_path=checkpoint,
+        stage="pt",
+        dataset=text,
+        block_size=32,
+        train_from_scratch=True,
+        finetuning_type="full",
+        learning_rate=3e-3,
+        output_dir=tmp_path / "out",
+        logging_steps=1,
+        num_train_epochs=15,
     )
     assert done.returncode == 0, done.stderr
     losses = [row["loss"] for row in metrics_of(tmp_path / "out") if "loss" in row]
@@ -351,23 +298,15 @@ def test_pretraining(checkpoint, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, checkpoint, rows_file, tmp_path):
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--output_dir",
-        tmp_path / "out",
-        "--max_steps",
-        12,
-        "--dtype",
-        dtype,
-        "--learning_rate",
-        1e-2,
-        "--gradient_checkpointing",
-        "--logging_steps",
-        1,
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        template="plain",
+        output_dir=tmp_path / "out",
+        max_steps=12,
+        dtype=dtype,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        logging_steps=1,
     )
     assert done.returncode == 0, done.stderr
     losses = [row["loss"] for row in metrics_of(tmp_path / "out") if "loss" in row]
@@ -379,14 +318,10 @@ def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_pa
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--output_dir",
-        tmp_path / "out",
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        template="plain",
+        output_dir=tmp_path / "out",
     )
     assert done.returncode == 2
     assert "gradient" in done.stderr and "Traceback" not in done.stderr
@@ -420,14 +355,12 @@ def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_pa
 )
 def test_mistakes_get_one_line(extra, message, checkpoint, rows_file, tmp_path):
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--output_dir",
-        tmp_path / "out",
+        *as_flags(
+            model_name_or_path=checkpoint,
+            dataset=rows_file,
+            template="plain",
+            output_dir=tmp_path / "out",
+        ),
         *extra,
     )
     assert done.returncode == 2
@@ -440,16 +373,9 @@ def test_output_folder_is_not_overwritten(checkpoint, rows_file, tmp_path):
     keep = tmp_path / "out" / "precious.txt"
     keep.parent.mkdir()
     keep.write_text("data")
-    shared = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--max_steps",
-        1,
-    ]
+    shared = as_flags(
+        model_name_or_path=checkpoint, dataset=rows_file, template="plain", max_steps=1
+    )
     done = command(*shared, "--output_dir", keep.parent)
     assert done.returncode == 2 and "--overwrite_output_dir" in done.stderr
     assert list(keep.parent.iterdir()) == [keep]
@@ -467,35 +393,23 @@ def test_any_number_of_processes_trains_as_one(finetuning_type, checkpoint, tmp_
     ]
     path = tmp_path / "ragged.json"
     path.write_text(json.dumps(rows))
-    shared = [
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        path,
-        "--template",
-        "plain",
-        "--finetuning_type",
-        finetuning_type,
-        "--learning_rate",
-        1e-3,
-        "--logging_steps",
-        1,
-        "--num_train_epochs",
-        2,
-        "--validation_split",
-        4,
-        "--dataloader_num_workers",
-        0,
-    ]
+    shared = as_flags(
+        model_name_or_path=checkpoint,
+        dataset=path,
+        template="plain",
+        finetuning_type=finetuning_type,
+        learning_rate=1e-3,
+        logging_steps=1,
+        num_train_epochs=2,
+        validation_split=4,
+        dataloader_num_workers=0,
+    )
     for processes, batch_size, accumulation in ((1, 6, 1), (2, 1, 3), (3, 2, 1)):
         done = command(
             *shared,
-            "--per_device_train_batch_size",
-            batch_size,
-            "--gradient_accumulation_steps",
-            accumulation,
-            "--output_dir",
-            tmp_path / str(processes),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            output_dir=tmp_path / str(processes),
             processes=processes,
         )
         assert done.returncode == 0, done.stderr
@@ -517,17 +431,12 @@ def test_no_picture_without_matplotlib(checkpoint, rows_file, tmp_path, monkeypa
     (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--max_steps",
-        2,
-        "--plot_loss",
-        "--output_dir",
-        tmp_path / "out",
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        template="plain",
+        max_steps=2,
+        plot_loss=True,
+        output_dir=tmp_path / "out",
     )
     assert done.returncode == 0, done.stderr
     assert "matplotlib" in done.stdout and "metrics.jsonl" in done.stdout
@@ -536,17 +445,12 @@ def test_no_picture_without_matplotlib(checkpoint, rows_file, tmp_path, monkeypa
 
 def test_picture(checkpoint, rows_file, tmp_path):
     done = command(
-        "--model_name_or_path",
-        checkpoint,
-        "--dataset",
-        rows_file,
-        "--template",
-        "plain",
-        "--max_steps",
-        2,
-        "--plot_loss",
-        "--output_dir",
-        tmp_path / "out",
+        model_name_or_path=checkpoint,
+        dataset=rows_file,
+        template="plain",
+        max_steps=2,
+        plot_loss=True,
+        output_dir=tmp_path / "out",
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -554,18 +458,7 @@ def test_picture(checkpoint, rows_file, tmp_path):
 
 def test_float16_overflow_skips_the_step(tmp_path):
     """While the loss scale is being found, an overflow changes no weight and ends no run."""
-    options = train.parse_options(
-        [
-            "--model_name_or_path",
-            "-",
-            "--dataset",
-            "-",
-            "--output_dir",
-            str(tmp_path),
-            "--finetuning_type",
-            "full",
-        ]
-    )
+    options = training_options(output_dir=tmp_path, finetuning_type="full")
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     model.initialize()

@@ -1,0 +1,23 @@
+"""Real tokenizers, as folders below shared/data."""
+
+import functools
+
+from minisft.text.tokenizer import Tokenizer
+
+TINYLLAMA = "tokenizers/TinyLlama-1.1B-Chat-v0.6"
+MISTRAL = "tokenizers/Mistral-7B-Instruct-v0.2"
+QWEN = "tokenizers/Qwen2.5"
+LLAMA3 = "tokenizers/Llama-3"
+
+
+@functools.cache
+def load_tokenizer(folder):
+    """The tokenizer in a folder, loaded once."""
+    return Tokenizer.load(folder)
+
+
+def fitting(shared_data, name):
+    """The real tokenizers that have the tokens of a named template."""
+    needs = {"llama3": [LLAMA3], "chatml": [QWEN], "qwen3": [QWEN]}
+    folders = needs.get(name, [TINYLLAMA, MISTRAL, QWEN, LLAMA3])
+    return [load_tokenizer(shared_data / folder) for folder in folders]

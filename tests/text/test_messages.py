@@ -1,0 +1,153 @@
+"""How rows say what is learned, and what cannot be expressed."""
+
+import json
+
+import pytest
+
+from minisft.common.errors import UserError
+from minisft.text.template_choice import get_template
+from minisft.text.tokenizer import Tokenizer
+
+TOOL = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.fixture(scope="module")
+def template(tiny_tokenizer_dir):
+    return get_template("qwen3", Tokenizer.load(tiny_tokenizer_dir))
+
+
+def learned_texts(template, messages, tools=None):
+    """The supervised text of every example."""
+    texts = []
+    for example in template.encode(messages, tools):
+        ids = [id for id, learned in zip(example.ids, example.supervised, strict=True) if learned]
+        texts.append(template.tokenizer.decode(ids, skip_special_tokens=False))
+    return texts
+
+
+def chat(*answers):
+    """Questions with these answers, each a message without its role."""
+    messages = []
+    for number, answer in enumerate(answers):
+        messages += [{"role": "user", "content": f"q{number}"}, {"role": "assistant", **answer}]
+    return messages
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"mask": True}])
+def test_an_answer_that_is_not_learned(template, mark):
+    messages = chat({"content": "one", **mark}, {"content": "two"})
+    assert learned_texts(template, messages) == ["two<|im_end|>"]
+    assert learned_texts(template, messages[:2]) == []
+
+
+@pytest.mark.parametrize("mark", [{"weight": 1}, {"train": True}, {"mask": False}])
+def test_an_answer_that_is_learned(template, mark):
+    assert learned_texts(template, chat({"content": "one", **mark})) == ["one<|im_end|>"]
+
+
+def test_spellings_of_the_same_conversation(template):
+    plain = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+    ]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    spelled = [
+        {"role": "developer", "content": "s"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": ["c"]},
+    ]
+    assert template.encode(spelled) == template.encode(plain)
+
+
+CALL = {"name": "add", "arguments": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": [{"type": "function", "id": "x", "function": CALL}]},
+        {"tool_calls": [{"function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}]},
+        {"function_call": CALL},
+    ],
+)
+@pytest.mark.parametrize("role", ["tool", "function"])
+@pytest.mark.parametrize("result", ['{"sum": 2}', {"sum": 2}])
+def test_spellings_of_a_call(template, call, role, result):
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, **call},
+        {"role": role, "content": result},
+        {"role": "assistant", "content": "2"},
+    ]
+    text = template.render(messages, [TOOL])
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>' in text
+    assert '<tool_response>\n{"sum": 2}\n</tool_response>' in text
+    assert learned_texts(template, messages, [TOOL])[-1] == "2<|im_end|>"
+
+
+@pytest.mark.parametrize("arguments", ["", None, {}, "{}"])
+def test_a_call_without_arguments(template, arguments):
+    call = {"name": "add", "arguments": arguments}
+    messages = chat({"content": "", "tool_calls": [call]})
+    assert '{"name": "add", "arguments": {}}' in template.render(messages)
+
+
+def test_thoughts(template):
+    """They are learned behind the prompt that asks for them; an empty block carries no loss."""
+    thought = chat({"content": "one", "reasoning_content": "hmm"}, {"content": "two"})
+    texts = learned_texts(template, thought)
+    assert texts == ["<think>\nhmm\n</think>\n\none<|im_end|>", "two<|im_end|>"]
+    for name in ("thinking", "reasoning"):
+        renamed = chat({"content": "one", name: "hmm"}, {"content": "two"})
+        assert learned_texts(template, renamed) == texts
+    first, second = template.encode(thought)
+    prompt = template.encode_prompt(thought[:3])
+    assert second.ids[: len(prompt)] == prompt
+    assert template.tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+    asking = get_template("qwen3", template.tokenizer, enable_thinking=True)
+    assert asking.tokenizer.decode(asking.encode_prompt(thought[:3])).endswith("assistant\n")
+    assert learned_texts(asking, chat({"content": "two"})) == ["two<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ({"content": "x", "weight": 0.5}, r"message 2 \(assistant\): weight is 0.5"),
+        ({"content": "x", "train": "no"}, "train is 'no'"),
+        ({"content": "x", "images": ["a.png"]}, "images: only text"),
+        ({"content": [{"type": "image_url"}]}, "neither text nor a list of text parts"),
+        ({"content": 5}, "neither text nor"),
+        ({"content": "", "tool_calls": [{"name": "f", "arguments": "{"}]}, "of f are not JSON"),
+        ({"content": "", "tool_calls": [{"name": "f", "arguments": "[1]"}]}, "must be a JSON obj"),
+        ({"content": "", "tool_calls": ["f"]}, "a tool call needs a name"),
+        ({"content": "x", "reasoning_content": 5}, "reasoning_content must be"),
+        ({"content": "x\ufdd2"}, "U\\+FDD2, which is not a character"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(template, answer, message):
+    with pytest.raises(UserError, match=message):
+        template.encode(chat(answer))
+
+
+def test_a_role_that_nobody_knows(template):
+    with pytest.raises(UserError, match=r"message 1 \(critic\): unknown role 'critic'"):
+        template.encode([{"role": "critic", "content": "x"}])
+
+
+def test_a_template_without_a_place_for_thoughts_or_a_system_prompt(tiny_tokenizer_dir):
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
+    chatml = get_template("chatml", tokenizer)
+    with pytest.raises(UserError, match="message 2 has thoughts"):
+        chatml.encode(chat({"content": "x", "thinking": "y"}))
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    dropping = get_template("auto", tokenizer)
+    system = [{"role": "system", "content": "Be brief."}]
+    with pytest.raises(UserError, match=r"message 1 \(system\): the template has no place"):
+        dropping.encode(system + chat({"content": "x"}))
+    with pytest.raises(UserError, match="no place for a system prompt"):
+        get_template("auto", tokenizer, default_system="Be brief.")

@@ -1,0 +1,392 @@
+"""Our own templates: the published texts, prompts that begin the training text, what is learned."""
+
+import copy
+import functools
+import json
+import shutil
+
+import pytest
+import transformers
+from template_checkpoints import build_checkpoint
+
+from minisft.common.errors import UserError
+from minisft.text.chat_template import ChatTemplate, TokenizedText
+from minisft.text.render_process import MAX_TEMPLATE
+from minisft.text.template_choice import NAMES, get_template, trained_template
+from minisft.text.tokenizer import Tokenizer
+
+TINYLLAMA = "tokenizers/TinyLlama-1.1B-Chat-v0.6"
+MISTRAL = "tokenizers/Mistral-7B-Instruct-v0.2"
+QWEN = "tokenizers/Qwen2.5"
+LLAMA3 = "tokenizers/Llama-3"
+
+QUESTION = {"role": "user", "content": "What is </s> and <|im_end|>? "}
+ANSWER = {"role": "assistant", "content": "Two *marks*.\n"}
+SYSTEM = {"role": "system", "content": "Be brief.\nBe kind."}
+CHAT = [
+    QUESTION,
+    ANSWER,
+    {"role": "user", "content": "  你好\t👋"},
+    dict(ANSWER, content=" Hi,  你"),
+]
+LONG_CHAT = [*CHAT, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "\nBye"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"城市": {"type": "string"}}},
+    },
+    {"name": "time", "description": 'the "time"', "parameters": {}},
+]
+STANDARD_TOOLS = [TOOLS[0], {"type": "function", "function": TOOLS[1]}]
+CALL = {"name": "weather", "arguments": {"城市": "北京", "days": 2}}
+TOOL_CHAT = [
+    {"role": "user", "content": "天气?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": '{"t": 3}'},
+    {"role": "assistant", "content": "Again.", "tool_calls": [CALL, {"function": CALL}]},
+    {"role": "tool", "content": "4"},
+    {"role": "tool", "content": "5"},
+    {"role": "assistant", "content": "It is 4."},
+]
+
+
+@functools.cache
+def load(folder) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+def fitting(shared_data, name: str) -> list[Tokenizer]:
+    """The real tokenizers that have the tokens a template needs."""
+    needs = {"llama3": [LLAMA3], "chatml": [QWEN], "qwen3": [QWEN]}
+    folders = needs.get(name, [TINYLLAMA, MISTRAL, QWEN, LLAMA3])
+    return [load(shared_data / folder) for folder in folders]
+
+
+def turns(*texts: str) -> list[dict]:
+    """Messages of user and assistant by turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def runs(example: TokenizedText) -> list[tuple[int, int]]:
+    """(start, end) of each supervised run."""
+    flags = [False, *example.supervised, False]
+    edges = [i for i in range(len(flags) - 1) if flags[i] != flags[i + 1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def test_llama3_as_published(shared_data):
+    template = get_template("llama3", load(shared_data / LLAMA3))
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    expected = "<|begin_of_text|>" + head.format("system") + "Be brief.\nBe kind.<|eot_id|>"
+    expected += head.format("user") + "What is </s> and <|im_end|>?<|eot_id|>"
+    expected += head.format("assistant")
+    assert template.render([SYSTEM, QUESTION], add_generation_prompt=True) == expected
+    assert template.render([SYSTEM, QUESTION, ANSWER]) == expected + "Two *marks*.<|eot_id|>"
+
+
+def test_llama2_as_published(shared_data):
+    template = get_template("llama2", load(shared_data / MISTRAL))
+    expected = (
+        "<s>[INST] <<SYS>>\nBe brief.\nBe kind.\n<</SYS>>\n\nWhat is </s> and <|im_end|>? [/INST]"
+    )
+    assert template.render([SYSTEM, QUESTION], add_generation_prompt=True) == expected
+    expected += " Two *marks*. </s><s>[INST] 你好\t👋 [/INST] Hi,  你 </s>"
+    assert template.render([SYSTEM, *CHAT]) == expected
+    assert template.render([QUESTION]) == "<s>[INST] What is </s> and <|im_end|>? [/INST]"
+
+
+def test_vicuna_as_published(shared_data):
+    template = get_template("vicuna", load(shared_data / MISTRAL))
+    preface = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions."
+    )
+    text = "<s>{} USER: Hello! ASSISTANT: Hi!</s>USER: How are you? ASSISTANT:"
+    messages = turns("Hello!", "Hi!", "How are you?")
+    assert template.render(messages, add_generation_prompt=True) == text.format(preface)
+    messages.insert(0, SYSTEM)
+    assert template.render(messages, add_generation_prompt=True) == text.format(SYSTEM["content"])
+
+
+def test_mistral_puts_the_system_prompt_into_the_first_question(shared_data):
+    template = get_template("mistral", load(shared_data / MISTRAL))
+    assert template.render([SYSTEM, *turns("Hi")]) == "<s>[INST] Be brief.\nBe kind.\n\nHi [/INST]"
+
+
+def test_alpaca_has_stanfords_two_forms(shared_data):
+    template = get_template("alpaca", load(shared_data / MISTRAL))
+    plain = (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:"
+    )
+    with_input = (
+        "<s>Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"
+    )
+    question, answer = {"role": "user", "content": "Add."}, {"role": "assistant", "content": "3"}
+    assert template.render([question], add_generation_prompt=True) == plain
+    assert template.render([{**question, "input": "1 2"}, answer]) == with_input + "3</s>"
+    own = template.render([{"role": "system", "content": "Sum up."}, question, answer, question])
+    turn = "### Instruction:\nAdd.\n\n"
+    assert own == f"<s>Sum up.\n\n{turn}### Response:3</s>\n\n{turn}"
+
+
+def test_other_templates_append_the_input_to_the_content(shared_data):
+    template = get_template("plain", load(shared_data / MISTRAL), default_system="S")
+    messages = [{"role": "user", "content": "Add.", "input": "1 2"}]
+    assert template.render(messages) == "<s>S\nAdd.\n1 2\n"
+
+
+def test_zephyr_is_tinyllamas_template_behind_bos(shared_data):
+    """TinyLlama's own template has no BOS, so transformers and vLLM give it none."""
+    tokenizer = load(shared_data / TINYLLAMA)
+    ours, own = get_template("zephyr", tokenizer), get_template("auto", tokenizer)
+    for messages in (CHAT, [SYSTEM, *LONG_CHAT]):
+        assert ours.render(messages) == "<s> " + own.render(messages)
+        [example], [bare] = ours.encode(messages), own.encode(messages)
+        assert example.ids == [tokenizer.bos_token_id, *bare.ids]
+
+
+def test_bos_and_leading_space(shared_data):
+    """SentencePiece's space stands behind BOS, as the templates were published for."""
+    for folder, first in ((TINYLLAMA, "▁["), (MISTRAL, "▁["), (QWEN, "["), (LLAMA3, "[")):
+        tokenizer = load(shared_data / folder)
+        ids = get_template("mistral", tokenizer).encode_prompt(turns("Hi"))
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        assert ids[: len(bos)] == bos
+        assert tokenizer.token_text(ids[len(bos)]).startswith(first)
+    for name in NAMES:
+        for tokenizer in fitting(shared_data, name):
+            [example] = get_template(name, tokenizer).encode([SYSTEM, *LONG_CHAT])[:1]
+            if tokenizer.bos_token_id is not None:  # Llama 2's form begins every exchange with it
+                count = example.ids.count(tokenizer.bos_token_id)
+                assert count == (3 if name == "llama2" else 1)
+
+
+def check_prompts_and_runs(template: ChatTemplate) -> None:
+    """Every answer begins where its prompt ends, and is all that is learned, with its end."""
+    for messages in (LONG_CHAT, TOOL_CHAT, [SYSTEM, *LONG_CHAT], [SYSTEM, *TOOL_CHAT]):
+        examples = template.encode(messages, TOOLS)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        learned = [(example.ids, *run) for example in examples for run in runs(example)]
+        for (ids, start, end), index in zip(learned, answers, strict=True):
+            prompt = template.encode_prompt(messages[:index], TOOLS)
+            assert prompt == ids[: len(prompt)]
+            between = template.tokenizer.decode(ids[len(prompt) : start])
+            assert between in ("", "<think>\n\n</think>\n\n")
+            assert ids[end - 1] in template.stop_token_ids()
+            assert not template.stop_token_ids() & set(ids[start : end - 1])
+            if not messages[index].get("tool_calls"):
+                answer = template.tokenizer.decode(ids[start:end])
+                assert answer.strip() == messages[index]["content"].strip()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prompt_is_the_exact_prefix_of_training(shared_data, tiny_tokenizer_dir, name):
+    check_prompts_and_runs(get_template(name, load(tiny_tokenizer_dir)))
+    for tokenizer in fitting(shared_data, name):
+        check_prompts_and_runs(get_template(name, tokenizer))
+
+
+def test_encoding_the_answer_by_itself_would_differ(shared_data):
+    """The negative control: two encodings put together are not one in place."""
+    tokenizer = load(shared_data / TINYLLAMA)
+    template = get_template("alpaca", tokenizer)
+    rows = json.loads((shared_data / "instruct/alpaca_en_demo.json").read_text(encoding="utf-8"))
+    apart = merged = 0
+    for row in rows[:300]:
+        question = {"role": "user", "content": row["instruction"], "input": row["input"]}
+        messages = [question, {"role": "assistant", "content": row["output"]}]
+        [example] = template.encode(messages)
+        text = template.render(messages)
+        assert tokenizer.decode(example.ids, skip_special_tokens=False) == text
+        prompt = template.encode_prompt(messages[:1])
+        assert example.ids[: len(prompt)] == prompt and runs(example)[0][0] == len(prompt)
+        apart += prompt + tokenizer.encode(row["output"]) != example.ids[:-1]
+        whole = text.removeprefix("<s> ").removesuffix("</s>")
+        merged += [1, *tokenizer.encode(whole)] != example.ids[:-1]
+    assert apart > 290 and merged > 0
+
+
+@pytest.mark.parametrize("lead", [[], [SYSTEM]])
+def test_qwen3_writes_what_qwens_own_does(shared_data, tmp_path, lead):
+    """The text in the shared folder, rendered by transformers."""
+    text = (shared_data / "chat_templates/Qwen-Qwen3-0.6B.jinja").read_text(encoding="utf-8")
+    folder = build_checkpoint(shared_data / "models/stories260K", text, tmp_path / "qwen3")
+    hf = transformers.AutoTokenizer.from_pretrained(folder)
+    bare = shared_data / QWEN  # no BOS
+    ours = {
+        value: get_template("qwen3", load(bare), enable_thinking=value) for value in (True, False)
+    }
+    thoughts = {"reasoning_content": "\nLet me\n\nsee.\n"}
+    with_thoughts = [dict(m, **thoughts) if m["role"] == "assistant" else m for m in TOOL_CHAT]
+    some = [dict(m, **thoughts) if m.get("content") == "Again." else m for m in TOOL_CHAT]
+    long_chat = [dict(m, **thoughts) if m["role"] == "assistant" else m for m in LONG_CHAT]
+    for chat in (LONG_CHAT, TOOL_CHAT, with_thoughts, some, long_chat):
+        for length in range(1, len(chat) + 1):
+            for tools in (None, TOOLS):
+                for asks in (True, False):
+                    for thinking, template in ours.items():
+                        messages = lead + chat[:length]
+                        expected = hf.apply_chat_template(
+                            standard(messages),
+                            tools=tools and STANDARD_TOOLS,
+                            tokenize=False,
+                            add_generation_prompt=asks,
+                            enable_thinking=thinking,
+                        )
+                        assert template.render(messages, tools, asks) == expected
+
+
+def standard(messages: list[dict]) -> list[dict]:
+    """Messages whose calls have transformers' form."""
+    messages = copy.deepcopy(messages)
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            functions = [call.get("function", call) for call in calls]
+            message["tool_calls"] = [{"type": "function", "function": f} for f in functions]
+    return messages
+
+
+@pytest.mark.parametrize("lead", [[], [SYSTEM]])
+def test_tools_equal_qwens_chat_template(shared_data, lead):
+    hf = transformers.AutoTokenizer.from_pretrained(shared_data / QWEN)
+    template = get_template("auto", load(shared_data / QWEN))
+    for length in (1, 2, 3, 4, 6, 7):
+        messages = lead + TOOL_CHAT[:length]
+        for tools in (None, TOOLS):
+            expected = hf.apply_chat_template(
+                standard(messages), tools=tools and STANDARD_TOOLS, tokenize=False
+            )
+            assert template.render(messages, tools) == expected
+            if messages[-1]["role"] == "assistant":
+                [example] = template.encode(messages, tools)
+                assert example.ids == hf(expected, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("name", ["alpaca", "vicuna"])
+def test_tools_as_text_follow_the_templates_own_system_prompt(shared_data, name):
+    template = get_template(name, load(shared_data / MISTRAL))
+    default = template.facts.default_system
+    assert default.startswith(("Below is an instruction", "A chat between"))
+    text = template.render(TOOL_CHAT, TOOLS)
+    assert text.startswith(f"<s>{default}\n\n# Tools\n\n")
+    assert '\n{"type": "function", "function": {"name": "time"' in text
+    assert "<tool_response>\n4\n</tool_response>\n<tool_response>\n5\n</tool_response>" in text
+
+
+def test_tools_as_text_without_a_system_prompt(shared_data):
+    """Mistral's own template has no place for one: the tools stand before the question."""
+    template = get_template("auto", load(shared_data / MISTRAL))
+    text = template.render(TOOL_CHAT, TOOLS)
+    assert text.startswith("<s>[INST] # Tools\n\n") and "</tool_call>\n\n天气? [/INST]" in text
+
+
+def test_markers(shared_data):
+    """What opens an answer: the generation prompt, or what follows the question."""
+    for name, folder, ids in (
+        ("alpaca", TINYLLAMA, [1, 835, 13291, 29901]),
+        ("llama2", TINYLLAMA, [1, 518, 29914, 25580, 29962]),
+        ("plain", TINYLLAMA, [1, 29871, 13]),
+        ("chatml", QWEN, [151644, 77091, 198]),
+        ("llama3", LLAMA3, [128000, 128006, 78191, 128007, 271]),
+    ):
+        assert get_template(name, load(shared_data / folder)).encode_marker() == ids
+
+
+def test_stop_tokens(shared_data):
+    qwen, llama3 = load(shared_data / QWEN), load(shared_data / LLAMA3)
+    assert get_template("chatml", qwen).stop_token_ids([151645, 151643]) == {151645, 151643}
+    assert get_template("llama3", llama3).stop_token_ids(None) == {128009, 128001}
+    assert get_template("llama3", llama3).stop_token_ids(128008) == {128009, 128001, 128008}
+    assert get_template("alpaca", load(shared_data / TINYLLAMA)).stop_token_ids(2) == {2}
+
+
+def test_default_system_prompt(shared_data, tmp_path):
+    """It is written into the text, so that other programs render it as well."""
+    question, tail = turns("Hi"), "<|im_start|>user\nHi<|im_end|>\n"
+    qwen = load(shared_data / QWEN)
+    assert "You are Qwen" in get_template("auto", qwen).render(question)
+    assert get_template("auto", qwen, default_system="").render(question).endswith(tail)
+    assert get_template("chatml", qwen).render(question) == tail
+    text = 'Say "你好" \\o/,\n\tthen {{ go }} {% on %}.'
+    shutil.copytree(shared_data / QWEN, tmp_path / "saved")
+    for name in ("auto", "chatml", "qwen3"):
+        template = get_template(name, qwen, default_system=text)
+        expected = f"<|im_start|>system\n{text}<|im_end|>\n{tail}"
+        assert template.render(question) == expected
+        assert template.render([SYSTEM, *question]) != expected
+        qwen.save(tmp_path / "saved", template.text)
+        hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+        assert hf.apply_chat_template(question, tokenize=False) == expected
+        # A second time, and read back: the lines are written once.
+        again = get_template("auto", Tokenizer.load(tmp_path / "saved"), default_system=text)
+        assert again.text == template.text
+    with pytest.raises(UserError, match="--default_system contains '<.im_end.>', a control"):
+        get_template("chatml", qwen, default_system="a <|im_end|>")
+    with pytest.raises(UserError, match="default_system: the template auto has no place"):
+        get_template("auto", load(shared_data / MISTRAL), default_system="Be kind.")
+
+
+def test_template_kwargs_are_written_into_the_text(shared_data, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{{ bos_token }}{{ mood }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    tokenizer = load(shared_data / MISTRAL)
+    kwargs = {"mood": {"of": ["glad", None, 1.5, True, 'a "b"\n']}}
+    template = get_template(str(path), tokenizer, template_kwargs=kwargs)
+    text = template.render(turns("Hi", "Yes"))
+    assert text == "<s>" + str(kwargs["mood"]) + "Hi</s>Yes</s>"
+    assert "mood" in template.text and template.name == str(path)
+    for bad in ({"not a name": 1}, {"x-y": 1}, {"if": 1}):
+        with pytest.raises(UserError, match="--template_kwargs: .* is no name of a variable"):
+            get_template(str(path), tokenizer, template_kwargs=bad)
+
+
+def test_templates_that_do_not_fit_are_refused(shared_data, tmp_path):
+    llama2, llama3 = load(shared_data / TINYLLAMA), load(shared_data / LLAMA3)
+    with pytest.raises(UserError, match="llama3 ends an answer with '<.eot_id.>'"):
+        get_template("llama3", llama2)
+    with pytest.raises(UserError, match="unknown template 'lama'; choose one of auto, alpaca, .*"):
+        get_template("lama", llama2)
+    with pytest.raises(UserError, match="no chat template.*alpaca"):
+        get_template("auto", llama3)
+    with pytest.raises(UserError, match="there is no such file"):
+        get_template("nothing.jinja", llama3)
+    big = tmp_path / "big.jinja"
+    big.write_text("a" * (MAX_TEMPLATE + 1))
+    with pytest.raises(UserError, match="1,048,577 characters; 1,048,576 is the limit"):
+        get_template(str(big), llama3)
+
+
+def test_the_template_of_a_training(shared_data, tmp_path):
+    tokenizer = load(shared_data / QWEN)
+    text = get_template("alpaca", tokenizer, "Be kind.").text
+    (tmp_path / "options.toml").write_text('template = "alpaca"\ndefault_system = "Be kind."\n')
+    expected = get_template("alpaca", tokenizer, "Be kind.")
+    for _ in range(2):  # by its name, then by its text
+        template = trained_template("auto", tokenizer, tmp_path)
+        assert template.text == text and template.encode_prompt(CHAT[:3]) == expected.encode_prompt(
+            CHAT[:3]
+        )
+        (tmp_path / "chat_template.jinja").write_text(text)
+    assert (
+        trained_template("chatml", tokenizer, tmp_path)
+        .render(turns("Hi"))
+        .startswith("<|im_start|>system\nBe kind.<|im_end|>")
+    )
+
+
+def test_show_colours_what_is_learned(tiny_tokenizer_dir):
+    template = get_template("chatml", load(tiny_tokenizer_dir))
+    [example] = template.encode(turns("你", "猫 the cat"))
+    assert template.show(example.ids, example.supervised) == (
+        "<s><|im_start|>user\n你<|im_end|>\n<|im_start|>assistant\n"
+        "\033[32m猫 the cat<|im_end|>\033[0m\n"
+    )
+    [crooked] = template.encode(turns("\x1b[0m\r\n\t你\x9b", "\x00"))
+    shown = template.show(crooked.ids, crooked.supervised)
+    assert r"\x1b[0m\x0d" in shown and "\n\t你\\x9b" in shown and r"\x00" in shown
+    assert shown.count("\x1b") == 2

@@ -1,0 +1,276 @@
+"""A chat template is code from a stranger: sandboxed, limited, and one line of error."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from minisft.text.rendering import Renderer, TemplateError
+from minisft.text.template_choice import get_template
+from minisft.text.tokenizer import Tokenizer
+
+NOW = "2026-01-02T03:04:05"
+HELLO = [{"role": "user", "content": "Hello"}]
+GOOD = "{{ messages[0]['content'] }}"
+
+
+def render(renderer: Renderer, **variables) -> str:
+    return renderer.render(HELLO, None, variables, NOW)[0]
+
+
+def check_refused(template: str, match: str, line: int | None = None, **limits) -> None:
+    """The template fails in one line, and fast; another template is not affected."""
+    renderer = Renderer("\n" * ((line or 1) - 1) + template, **limits)
+    with pytest.raises(TemplateError, match=match) as raised:
+        render(renderer)
+    message = str(raised.value)
+    assert "\n" not in message.strip() and len(message) < 500
+    if line:
+        assert f"line {line}:" in message
+    with pytest.raises(TemplateError):  # again, in a new process if need be
+        render(renderer)
+    assert renderer.render(HELLO, None, {"safe": True}, NOW)
+    renderer.close()
+
+
+def guarded(template: str) -> str:
+    """A template that does harm unless `safe` is set."""
+    return "{% if safe %}fine{% else %}" + template + "{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(a=1) %}{% for a in range(99999) %}{% set n.a = (n.a + 1) ** 9 %}"
+        "{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+)
+def test_endless_templates_end(template):
+    check_refused(guarded(template), "needs more than 0.5 seconds", max_seconds=0.5)
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("{{ 'a' * 10 ** 10 }}", "memory"),
+        (
+            "{% set n = namespace(a='aaaaaaaa') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}"
+            "{% endfor %}{{ n.a }}",
+            "memory",
+        ),
+        ("{{ (['a' * 1000000] * (messages | length * 100000)) | join }}", "memory"),
+        ("{{ 'a' | center(10 ** 10) }}", "memory"),
+        ("{{ '%10000000000d' | format(1) }}", "memory|too (large|big)"),
+        ("{{ '{:>10000000000}'.format(1) }}", "memory|too (large|big)"),
+        ("{{ range(100000) | list | tojson(indent=100000) }}", "memory|characters"),
+        ("{{ range(10 ** 9) | list }}", "Range too big|Too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion|nested too deeply"),
+        ("{% set a = [1] %}{{ a.append(2) }}", "unsafe|not safe"),
+        ("{{ undefined.something }}", "'undefined' is undefined"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ raise_exception('no system\nprompt, please') }}", "no system.*prompt, please"),
+        ("{% include 'x' %}", "loader"),
+        ("{% extends '/etc/passwd' %}", "loader"),
+    ],
+)
+def test_harm_is_refused_with_its_line(template, match):
+    check_refused(guarded(template), match, line=7, max_seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [  # Without a line: while Jinja writes Python, or when the text is complete.
+        ("{{ (['a' * 1000000] * 100000) | join }}", "memory"),
+        ("{{ 9 ** 9999 }}", "ValueError"),
+        ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "more than 16,777,216 char"),
+    ],
+)
+def test_harm_without_a_line(template, match):
+    renderer = Renderer(template)
+    for _ in range(2):
+        with pytest.raises(TemplateError, match=match):
+            render(renderer)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "''.__class__.__mro__[1].__subclasses__()",
+        "''['__class__']",
+        "'' | attr('__class__')",
+        "[''] | map(attribute='__class__') | list",
+        "[''] | map('attr', '__class__') | list",
+        "[''] | groupby('__class__') | list",
+        "'{0.__class__}'.format('')",
+        "'{a.__class__}'.format_map({'a': ''})",
+        "('{0.__class__}' | attr('format'))('')",
+        "('{a.__class__}' | attr('format_map'))({'a': ''})",
+        "['{0.__class__}'] | map('format', '') | list",
+        "raise_exception.__globals__",
+        "strftime_now.__init__.__globals__",
+        "strftime_now.__call__.__func__.__globals__",
+        "namespace.__init__.__globals__",
+        "dict.__init__.__globals__",
+        "dict.mro()",
+        "cycler.__init__.__globals__",
+        "lipsum.__globals__",
+        "joiner.__init__.__globals__",
+        "self.__init__.__globals__",
+        "self._TemplateReference__context",
+        "messages.__class__",
+        "messages[0].__class__",
+        "loop.__class__",
+        "caller.__globals__",
+        "namespace(__class__='x')",
+        "namespace(**{'__class__': 'x'})",
+    ],
+)
+def test_nothing_of_python_is_reached(expression):
+    """Ways out of Jinja's sandbox that were found over the years (CVE-2016-10745, 2019-10906,
+    2024-56326, 2025-27516 and others). Undefined or refused, never an object of Python."""
+    template = "{% for x in [1] %}{{ " + expression + " }}{% endfor %}"
+    try:
+        text = render(Renderer(template))
+    except TemplateError:
+        return
+    assert text == "" or not any(word in text for word in ("class", "module", "function", "object"))
+    assert "/" not in text
+
+
+def test_stores_of_private_names_are_refused():
+    check_refused(
+        guarded("{% set n = namespace() %}{% set n.__class__ = 'x' %}{{ n.__class__ }}"),
+        "cannot store '__class__'|unsafe",
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("{{ messages", "line 3: unexpected end of template"),
+        ("{% if %}", "line 3: "),
+        ("{% nonsense %}", "line 3: Encountered unknown tag 'nonsense'"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deeply"),
+        ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "nested too deeply"),
+        ("{{ " + "-" * 3000 + "1 }}", "nested too deeply"),
+        ("{{ 1" + "+1" * 30000 + " }}", "nested too deeply"),
+    ],
+)
+def test_templates_that_cannot_be_read(template, match):
+    renderer = Renderer("\n\n" + template)
+    for _ in range(2):
+        with pytest.raises(TemplateError, match=match):
+            render(renderer)
+    assert render(Renderer(GOOD)) == "Hello"
+
+
+def test_what_transformers_gives_to_templates():
+    text = "{{ {'é<': [1]} | tojson }}{{ strftime_now('%d %b %Y') }}"
+    text += "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    assert render(Renderer(text)) == '{"é<": [1]}02 Jan 202601'
+
+
+def test_a_process_that_is_gone_is_replaced():
+    renderer = Renderer(GOOD)
+    assert render(renderer) == "Hello"
+    os.kill(renderer.process_id, signal.SIGKILL)
+    with pytest.raises(TemplateError, match="ended the process"):
+        render(renderer)
+    assert render(renderer) == "Hello"
+
+
+def test_threads_share_a_renderer():
+    renderer, texts = Renderer("{{ word }}" * 50), {}
+
+    def work(number: int) -> None:
+        for k in range(50):
+            texts[number, k] = render(renderer, word=f"{number}.{k} ")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 400
+    assert all(text == f"{n}.{k} " * 50 for (n, k), text in texts.items())
+
+
+def render_in_child(renderer: Renderer, queue) -> None:
+    """In another process."""
+    queue.put((render(renderer), renderer.process_id))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_another_process_starts_its_own(method):
+    """As a data loader's workers do: forked, or with a pickled copy."""
+    renderer = Renderer(GOOD)
+    assert render(renderer) == "Hello"
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    workers = [context.Process(target=render_in_child, args=(renderer, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    answers = [queue.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert [text for text, _ in answers] == ["Hello", "Hello"]
+    assert len({renderer.process_id, *(process for _, process in answers)}) == 3
+    assert render(renderer) == "Hello"
+    assert all(has_ended(process) for _, process in answers)
+
+
+def test_a_copy_renders():
+    renderer = Renderer(GOOD)
+    assert render(renderer) == render(pickle.loads(pickle.dumps(renderer))) == "Hello"
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_no_process_outlives_its_parent(end):
+    """Its stdin closes, however the parent ends."""
+    program = (
+        "import sys, time; from minisft.text.rendering import Renderer\n"
+        f"renderer = Renderer({GOOD!r})\n"
+        f"renderer.render({HELLO!r}, None, {{}}, {NOW!r})\n"
+        "print(renderer.process_id, flush=True)\n" + ("time.sleep(600)" if end == "kill" else "")
+    )
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=root
+    ) as parent:
+        assert parent.stdout is not None
+        process = int(parent.stdout.readline())
+        assert end == "exit" or not has_ended(process)
+        if end == "kill":
+            parent.kill()
+        parent.wait()
+    assert has_ended(process)
+
+
+def has_ended(process: int) -> bool:
+    """True as soon as a process is gone, False if it lives on."""
+    for _ in range(200):
+        try:
+            os.kill(process, 0)
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_run_keeps_its_date(tiny_tokenizer_dir):
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + GOOD
+    template = get_template("auto", tokenizer, now=NOW)
+    assert template.render(HELLO) == "02 Jan 2026Hello"
+    assert pickle.loads(pickle.dumps(template)).render(HELLO) == "02 Jan 2026Hello"
