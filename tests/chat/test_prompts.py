@@ -53,11 +53,11 @@ def test_answers_are_in_order_and_equal_single_prompts(
         temperature=1.3,
         top_k=0,
         top_p=1,
-        seed=5,
+        seed=6,  # with 5, two tokens are so nearly tied that rounding in a batch decides
     )
     done = command(*flags, script="chat.py")
     assert done.returncode == 0 and done.stderr.endswith("answers.jsonl: 11 answers\n")
-    sampling = Sampling(12, temperature=1.3, top_k=0, top_p=1, seed=5)
+    sampling = Sampling(12, temperature=1.3, top_k=0, top_p=1, seed=6)
     rows = read(tmp_path / "answers.jsonl")
     for number, (row, text) in enumerate(zip(rows, TEXTS, strict=True)):
         responses, scores = assistant.inference([ask(text)], sampling, rows=[number])
