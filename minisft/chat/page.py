@@ -133,7 +133,7 @@ class Page:
         """The conversation as it is now."""
         chats = []
         for place in range(len(self.assistants)):
-            messages = []
+            messages: list[Message] = []
             for turn in session.turns:
                 messages.append({"role": "user", "content": escape(turn.question)})
                 if thoughts := turn.thoughts[place]:
