@@ -13,6 +13,7 @@ output, everything else to standard error.
 
 import json
 import os
+import re
 import sys
 from argparse import Namespace
 from functools import partial
@@ -32,12 +33,13 @@ from minisft.chat.page import Page
 from minisft.chat.terminal import INTERRUPTED, Conversation, converse, open_standard_streams
 from minisft.chat.transcript import Transcript
 from minisft.checkpoints.folders import load_model
-from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.model_flags import dtype_option
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
-from minisft.text.template_choice import setting
+from minisft.text.template_choice import CHAT_TEMPLATE
+from minisft.text.template_settings import split_settings
 
 # The KV caches that the web page keeps for the next turns of conversations. With --compile every
 # cache takes the memory of the longest conversation.
@@ -95,7 +97,7 @@ def load_assistants(options: Namespace) -> list[Assistant]:
     path, bits = options.model_name_or_path, options.quantization_bit
     base_model = load_model(resolve(path), dtype, device, bits) if options.compare_with else None
 
-    def load(adapter: str | None, template: str) -> Assistant:
+    def load(adapter: str | None, template: str, enable_thinking: bool | None) -> Assistant:
         """The model with an adapter."""
         return Assistant(
             path,
@@ -107,15 +109,20 @@ def load_assistants(options: Namespace) -> list[Assistant]:
             bits,
             base_model,
             template_kwargs=read_kwargs(options),
-            enable_thinking=options.enable_thinking,
+            enable_thinking=enable_thinking,
         )
 
-    assistants = [load(options.adapter, options.template)]
+    assistants = [load(options.adapter, options.template, options.enable_thinking)]
     if options.compare_with == "none":
-        # The base model may have no template of its own.
-        assistants.append(load(None, assistants[0].template.name))
+        # Asked as the adapter was trained: the base model may have no template of its own.
+        trained, template = assistants[0].template, options.template
+        if template == "auto" and options.adapter:
+            saved = resolve_adapter(options.adapter) / CHAT_TEMPLATE
+            template = str(saved) if saved.is_file() else trained.name
+        assistants.append(load(None, template, trained.enable_thinking))
+        assistants[-1].template.name = trained.name
     elif options.compare_with:
-        assistants.append(load(options.compare_with, options.template))
+        assistants.append(load(options.compare_with, options.template, options.enable_thinking))
     for assistant in assistants:
         assistant.turns = assistants[0].turns  # they share a device
     return assistants
@@ -132,9 +139,9 @@ def report_unused(options: Namespace, assistants: list[Assistant]) -> None:
         template, unused = assistant.template, []
         if options.enable_thinking is not None and not template.facts.has_thinking_switch:
             unused.append(f"--enable_thinking {str(options.enable_thinking).lower()}")
-        for name, value in (read_kwargs(options) or {}).items():
-            # The text begins with a line that sets the variable.
-            if template.text.count(name) == setting(name, value).count(name):
+        program = split_settings(template.text)[1]
+        for name in read_kwargs(options) or {}:
+            if not re.search(rf"\b{name}\b", program):
                 unused.append(f"--template_kwargs {name}")
         for flag in unused:
             print(
