@@ -87,6 +87,40 @@ class TestFormats:
             assistant("It is 3."),
         ]
 
+    def test_messages_as_data_sets_spell_them(self, tmp_path):
+        """Parts of text, legacy calls, results as objects, thoughts, and what is learned."""
+        record = {
+            "messages": [
+                {"role": "developer", "content": "S"},
+                {"role": "user", "content": [{"type": "text", "text": "1 "}, {"text": "+ 2?"}]},
+                assistant(None, function_call={"name": "add", "arguments": '{"a": 1}'}, weight=0),
+                {"role": "function", "name": "add", "content": {"sum": 3}},
+                assistant("3.", reasoning="Easy.", train=True),
+                user("Sure?"),
+                assistant("Yes.", thinking="Hm.", mask=False, weight=1),
+            ]
+        }
+        expected = [
+            {"role": "system", "content": "S"},
+            user("1 + 2?"),
+            assistant("", weight=0, tool_calls=[{"name": "add", "arguments": {"a": 1}}]),
+            {"role": "tool", "name": "add", "content": '{"sum": 3}'},
+            assistant("3.", train=True, reasoning_content="Easy."),
+            user("Sure?"),
+            assistant("Yes.", weight=1, mask=False, reasoning_content="Hm."),
+        ]
+        assert conversation_of(tmp_path, record)[0] == expected
+        # ... and what convert writes is read again as the same.
+        convert(write(tmp_path / "in.json", [record]), tmp_path / "out.json")
+        assert [row.messages for row in open_rows(tmp_path / "out.json")] == [expected]
+
+    @pytest.mark.parametrize("arguments", [{}, "{}", "", None])
+    def test_calls_without_arguments(self, tmp_path, arguments):
+        call = {"type": "function", "function": {"name": "now", "arguments": arguments}}
+        record = {"messages": [user("Q"), assistant(None, tool_calls=[call])]}
+        expected = assistant("", tool_calls=[{"name": "now", "arguments": {}}])
+        assert conversation_of(tmp_path, record)[0] == [user("Q"), expected]
+
     def test_sharegpt_system_turn_may_lead(self, tmp_path):
         turns = [("system", "S"), ("human", "Q"), ("gpt", "A")]
         record = {"conversations": [{"from": name, "value": text} for name, text in turns]}

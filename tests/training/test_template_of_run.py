@@ -123,3 +123,17 @@ def test_what_rows_say_of_their_answers_is_learned(qwen3, tmp_path):
     assert report.num_unlearned == 1 and "none of their answers is to be learned" in str(report)
     texts, report = learned(mask_history=True)
     assert texts == ["assistant 2", "assistant 2"] and report.num_unlearned == 2
+
+
+def test_thoughts_in_the_text_of_an_answer(qwen3):
+    """<think> at the beginning: apart where the template knows thoughts, text where it does not."""
+    tokenizer = Tokenizer.load(qwen3)
+    apart = [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]
+    for spelled in ("<think>\nHm.\n</think>\n\nassistant 0", " <think>Hm.</think>assistant 0"):
+        in_text = [TURNS[0], {**TURNS[1], "content": spelled}]
+        template = get_template("auto", tokenizer)
+        assert template.encode(in_text) == template.encode(apart)
+        [example] = get_template("chatml", tokenizer).encode(in_text)
+        assert spelled.strip() in tokenizer.decode(example.ids)
+    empty = [TURNS[0], {**TURNS[1], "content": "<think>\n\n</think>\n\nassistant 0"}]
+    assert template.encode(empty) == template.encode(TURNS[:2])
