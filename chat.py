@@ -11,10 +11,13 @@ A refused line does not end the conversation, but the exit status is then 2. Ans
 output, everything else to standard error.
 """
 
+import json
 import os
+import re
 import sys
 from argparse import Namespace
 from functools import partial
+from typing import Any
 
 from minisft.chat.options import parse_options, read_question, read_system
 from minisft.common.script import run_script
@@ -30,11 +33,13 @@ from minisft.chat.page import Page
 from minisft.chat.terminal import INTERRUPTED, Conversation, converse, open_standard_streams
 from minisft.chat.transcript import Transcript
 from minisft.checkpoints.folders import load_model
-from minisft.checkpoints.hub import resolve
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.model_flags import dtype_option
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
+from minisft.text.template_choice import CHAT_TEMPLATE
+from minisft.text.template_settings import split_settings
 
 # The KV caches that the web page keeps for the next turns of conversations. With --compile every
 # cache takes the memory of the longest conversation.
@@ -62,6 +67,7 @@ def main(options: Namespace | None = None) -> None:
     transcript = Transcript(options.log)
 
     assistants = load_assistants(options)
+    report_unused(options, assistants)
     for assistant in assistants:
         if system:
             name = f"--identity {options.identity}" if options.identity else "--system"
@@ -91,21 +97,58 @@ def load_assistants(options: Namespace) -> list[Assistant]:
     path, bits = options.model_name_or_path, options.quantization_bit
     base_model = load_model(resolve(path), dtype, device, bits) if options.compare_with else None
 
-    def load(adapter: str | None, template: str) -> Assistant:
+    def load(adapter: str | None, template: str, enable_thinking: bool | None) -> Assistant:
         """The model with an adapter."""
         return Assistant(
-            path, adapter, template, device, dtype, options.max_length, bits, base_model
+            path,
+            adapter,
+            template,
+            device,
+            dtype,
+            options.max_length,
+            bits,
+            base_model,
+            template_kwargs=read_kwargs(options),
+            enable_thinking=enable_thinking,
         )
 
-    assistants = [load(options.adapter, options.template)]
+    assistants = [load(options.adapter, options.template, options.enable_thinking)]
     if options.compare_with == "none":
-        # The base model may have no template of its own.
-        assistants.append(load(None, assistants[0].template.name))
+        # Asked as the adapter was trained: the base model may have no template of its own.
+        trained, template = assistants[0].template, options.template
+        if template == "auto" and options.adapter:
+            saved = resolve_adapter(options.adapter) / CHAT_TEMPLATE
+            template = str(saved) if saved.is_file() else trained.name
+        assistants.append(load(None, template, trained.enable_thinking))
+        assistants[-1].template.name = trained.name
     elif options.compare_with:
-        assistants.append(load(options.compare_with, options.template))
+        assistants.append(load(options.compare_with, options.template, options.enable_thinking))
     for assistant in assistants:
         assistant.turns = assistants[0].turns  # they share a device
     return assistants
+
+
+def read_kwargs(options: Namespace) -> dict[str, Any] | None:
+    """The variables that --template_kwargs gives to the chat template."""
+    return options.template_kwargs and json.loads(options.template_kwargs)
+
+
+def report_unused(options: Namespace, assistants: list[Assistant]) -> None:
+    """Say which flags do not change the prompts of a model's chat template."""
+    for assistant in assistants:
+        template, unused = assistant.template, []
+        if options.enable_thinking is not None and not template.facts.has_thinking_switch:
+            unused.append(f"--enable_thinking {str(options.enable_thinking).lower()}")
+        program = split_settings(template.text)[1]
+        for name in read_kwargs(options) or {}:
+            if not re.search(rf"\b{name}\b", program):
+                unused.append(f"--template_kwargs {name}")
+        for flag in unused:
+            print(
+                f"{flag} has no effect: the template {template.name} of {assistant.name} does not "
+                "read it",
+                file=sys.stderr,
+            )
 
 
 def answer_file(
@@ -116,6 +159,8 @@ def answer_file(
         "model_name_or_path": options.model_name_or_path,
         "adapter": options.adapter,
         "template": options.template,
+        "template_kwargs": options.template_kwargs,
+        "enable_thinking": options.enable_thinking,
         "max_length": options.max_length,
         "quantization_bit": options.quantization_bit,
     }

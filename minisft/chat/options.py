@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from minisft.common.command_line import OptionParser, optional_int, positive_int
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_model_flags
+from minisft.common.model_flags import add_model_flags, add_template_flags
 
 BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the beginning of a file
 
@@ -24,8 +24,7 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
     add_model_flags(parser)
     add, _ = parser.section("conversation")
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter; it is not merged")
-    add("--template", default="auto", help="conversation format (auto: as in training)")
-    add("--system", help="system prompt")
+    add_template_flags(add, auto="as in training", system="system")
     add("--identity", metavar="FILE", help="text file with the system prompt: a persona or a task")
     add("--prompt", help="ask one question and exit; - reads it from standard input")
     add(
@@ -121,7 +120,8 @@ def read_system(options: Namespace) -> str | None:
     """The system prompt: the text of --system, or of the file --identity."""
     path = options.identity
     if not path:
-        return _decode(options.system)
+        text = _decode(options.system)
+        return text and with_line_breaks(text, "--system")
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read().strip()
@@ -131,7 +131,18 @@ def read_system(options: Namespace) -> str | None:
         raise UserError(f"--identity {path}: not UTF-8 text. Convert the file.") from error
     if not text:
         raise UserError(f"--identity {path}: the file is empty")
-    return text
+    return with_line_breaks(text, f"--identity {path}")
+
+
+def with_line_breaks(text: str, name: str) -> str:
+    r"""The text; if it is one line that spells line breaks as \n, with line breaks. Says so once.
+
+    System prompts are often shipped in that form.
+    """
+    if "\n" in text or "\\n" not in text:
+        return text
+    print(rf"{name}: the text is one line; each \n in it becomes a line break", file=sys.stderr)
+    return text.replace("\\n", "\n")
 
 
 def _decode(argument: str | None) -> str | None:

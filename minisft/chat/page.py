@@ -23,7 +23,7 @@ from minisft.chat.markup import escape, unescape
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
 from minisft.data.formats import Message
-from minisft.generation.answer import Answer
+from minisft.generation.answer import Answer, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
 
@@ -36,10 +36,11 @@ View = tuple[list[list[Message]], str, str | None]
 
 @dataclass
 class Turn:
-    """A question, and the answer of each model so far."""
+    """A question, and the answer and the thoughts of each model so far."""
 
     question: str
     answers: list[str]
+    thoughts: list[str]
 
 
 @dataclass
@@ -91,13 +92,20 @@ class Page:
         return self._answer(session, earlier, last.question, system, values)
 
     def edit(
-        self, session: Session, index: int, question: str, system: str, *values: Any
+        self,
+        session: Session,
+        index: int,
+        question: str,
+        system: str,
+        *values: Any,
+        place: int = 0,
     ) -> Iterator[View]:
-        """Replace the question in message `index` and drop everything after it.
+        """Replace the question in message `index` of a chat and drop everything after it.
 
-        question: as edited in the browser, with the joiners of `escape`.
+        question: as edited in the browser, with the joiners of `escape`. place: of the chat.
         """
-        earlier = session.turns[: index // 2]
+        before = self.view(session, "")[0][place][:index]
+        earlier = session.turns[: sum(message["role"] == "user" for message in before)]
         return self._answer(session, earlier, unescape(question), system, values)
 
     def stop(self, session: Session) -> None:
@@ -125,9 +133,15 @@ class Page:
         """The conversation as it is now."""
         chats = []
         for place in range(len(self.assistants)):
-            messages = []
+            messages: list[Message] = []
             for turn in session.turns:
                 messages.append({"role": "user", "content": escape(turn.question)})
+                if thoughts := turn.thoughts[place]:
+                    # gradio shows a block with a title; it is closed once its status is "done".
+                    is_done = bool(turn.answers[place]) or not session.busy
+                    block = {"title": "Thoughts", "status": "done" if is_done else "pending"}
+                    message = {"role": "assistant", "content": escape(thoughts), "metadata": block}
+                    messages.append(message)
                 answer = escape(turn.answers[place]) or "…"
                 messages.append({"role": "assistant", "content": answer})
             chats.append(messages)
@@ -139,7 +153,7 @@ class Page:
         for turn in turns:
             if turn.answers[place].strip():
                 messages.append({"role": "user", "content": turn.question})
-                messages.append({"role": "assistant", "content": turn.answers[place]})
+                messages.append(answer_message(turn.answers[place], turn.thoughts[place]))
         return messages
 
     def _answer(
@@ -161,7 +175,7 @@ class Page:
             yield self.view(session, "An answer is in progress. Stop it first.", refused)
             return
         previous, notes = session.turns, []
-        turn = Turn(question, [""] * len(self.assistants))
+        turn = Turn(question, [""] * len(self.assistants), [""] * len(self.assistants))
         turns = session.turns = [*earlier, turn]
         session.busy, session.stopping = True, False
         try:
@@ -182,6 +196,7 @@ class Page:
                 last_view = 0.0
                 for _ in zip_longest(*pieces):  # one token of each answer in turn
                     turn.answers = [answer.text for answer in answers]
+                    turn.thoughts = [answer.reasoning_content for answer in answers]
                     if session.stopping or session.turns is not turns:
                         notes.append("Stopped.")
                         break

@@ -5,7 +5,7 @@
 Prompts are the lines of a .txt file, or the rows of a JSON or JSON-lines file: strings, rows with
 one of PROMPT_COLUMNS, or rows in a format of training data, without their last answer. The output
 is JSON lines that train.py reads: {"messages": [..., the answer], "score": the mean log-probability
-of the answer}.
+of the answer}. Thoughts are the field "reasoning_content" of the answer.
 
 OUTPUT.partial holds the answers so far. An interrupted run continues from it.
 """
@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ from minisft.data.formats import (
     with_system,
 )
 from minisft.data.records import open_records
-from minisft.data.row_values import BadRow, check_unicode, object_of, string_of
+from minisft.data.row_values import BadRow, check_text_only, check_unicode, object_of, string_of
+from minisft.generation.answer import Response, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
 
@@ -77,10 +78,10 @@ def answer_file(
                     rows = missing[start : start + batch_size]
                     batch = [prompts[row] for row in rows]
                     # Prompts.lengths has printed the warnings.
-                    responses, scores = assistant.inference(
+                    responses = assistant.answer(
                         batch, sampling, batch_size, rows, say=lambda text: None
                     )
-                    answers.add(rows, responses, scores)
+                    answers.add(rows, responses)
                     bar.update(len(rows))
         except KeyboardInterrupt:
             print(
@@ -147,7 +148,7 @@ class Prompts:
 
 
 class Answers:
-    """The answers so far, in a file: `rows` is {row: (response, score)}.
+    """The answers so far, in a file: `rows` is {row: Response}.
 
     The first line of the file is the identity of the run. UserError if it is another run's.
     """
@@ -158,7 +159,7 @@ class Answers:
         content = content[: content.rfind(b"\n") + 1]  # without an incomplete last line
         try:
             recorded, *answers = map(json.loads, content.splitlines() or [json.dumps(identity)])
-            self.rows = {row: (response, score) for row, response, score in answers}
+            self.rows = {row: Response(*response) for row, *response in answers}
             changed = [name for name in identity if recorded.get(name) != identity[name]]
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path} is damaged ({error}). Remove it.") from error
@@ -172,11 +173,11 @@ class Answers:
         if not content:
             self._append([identity])
 
-    def add(self, rows: Sequence[int], responses: Sequence[str], scores: Sequence[float]) -> None:
+    def add(self, rows: Sequence[int], responses: Sequence[Response]) -> None:
         """Store the answers of a batch; they are on the disk when this returns."""
-        answers = list(zip(rows, responses, scores, strict=True))
-        self._append(answers)
-        self.rows |= {row: (response, score) for row, response, score in answers}
+        answers = dict(zip(rows, responses, strict=True))
+        self._append([[row, *astuple(response)] for row, response in answers.items()])
+        self.rows |= answers
 
     def close(self) -> None:
         """Close the file; a later run can continue it."""
@@ -187,10 +188,11 @@ class Answers:
         # Not atomic_write(output_path): its temporary file has the name of our partial file.
         complete = Path(f"{self.path}.complete")
         with atomic_write(complete) as file:
-            for row, (response, score) in sorted(self.rows.items()):
-                prompt = prompts[row]
-                messages = [*prompt["messages"], {"role": "assistant", "content": response}]
-                line = {"messages": messages, "score": round(score, 6)}
+            for row in sorted(self.rows):
+                prompt, response = prompts[row], self.rows[row]
+                message = answer_message(response.text, response.reasoning_content)
+                messages = [*prompt["messages"], message]
+                line = {"messages": messages, "score": round(response.score, 6)}
                 if prompt["tools"]:
                     line["tools"] = prompt["tools"]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -207,6 +209,7 @@ class Answers:
 def parse_prompt(record: Any) -> tuple[Messages, Tools]:
     """The messages of a record without its last answer, and its tools."""
     record = object_of({"prompt": record} if isinstance(record, str) else record)
+    check_text_only(record)
     column = next((name for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), None)
     if "instruction" in record:
         messages = alpaca_prompt(record)

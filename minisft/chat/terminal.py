@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from io import TextIOWrapper
 from typing import TextIO
 
@@ -75,8 +76,7 @@ class Conversation:
         is_complete = False
         try:
             with contextlib.closing(self.transcript.log_answer(self.number, answer)) as pieces:
-                for piece in pieces:
-                    print(printable(piece), end="", flush=True)
+                show_pieces(pieces, answer)
             print()
             if answer.is_truncated:
                 notice("(truncated: the answer reached its maximum length)")
@@ -87,7 +87,7 @@ class Conversation:
             answer.close()
             # An answer without text cannot be trained on, so /save must not write it.
             if answer.text.strip():
-                self.turns = [*turns, {"role": "assistant", "content": answer.text}]
+                self.turns = [*turns, answer.message]
         if is_complete and not answer.text.strip():
             notice("(no answer: the question is dropped)")
         return is_complete
@@ -201,6 +201,20 @@ def split_command(line: str) -> tuple[str, str]:
     return "", line
 
 
+def show_pieces(pieces: Iterable[str], answer: Answer) -> None:
+    """Print an answer while it is written; on a terminal, its thoughts too, dimmed."""
+    num_shown = 0
+    for piece in pieces:
+        thoughts = answer.reasoning_content[num_shown:]
+        if sys.stdout.isatty():
+            if thoughts:
+                print(dimmed(printable(thoughts), sys.stdout), end="", flush=True)
+                num_shown += len(thoughts)
+            if piece and num_shown and piece == answer.text:
+                print("\n")  # between thoughts and answer
+        print(printable(piece), end="", flush=True)
+
+
 def printable(text: str) -> str:
     """The text without control characters, which a terminal would obey; unchanged for a file."""
     if not sys.stdout.isatty():
@@ -210,7 +224,12 @@ def printable(text: str) -> str:
 
 def notice(text: str) -> None:
     """Print a line that is not part of an answer."""
-    print(f"\033[2m{text}\033[0m" if has_colours(sys.stderr) else text, file=sys.stderr, flush=True)
+    print(dimmed(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def dimmed(text: str, stream: TextIO) -> str:
+    """The text in the dim colour of a terminal."""
+    return f"\033[2m{text}\033[0m" if has_colours(stream) else text
 
 
 def has_colours(stream: TextIO) -> bool:

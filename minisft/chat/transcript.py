@@ -6,19 +6,20 @@
     for piece in transcript.log_answer(number, answer):
         print(piece, end="")
 
-Every line is JSON: {"time", "conversation", "role", "content"}. A slow answer takes several lines;
-the last of them has "end": "complete" or "stopped".
+Every line is JSON: {"time", "conversation", "role", "content"}, and "reasoning_content" for
+thoughts. A slow answer takes several lines; the last of them has "end": "complete" or "stopped".
 """
 
 import json
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from threading import Lock
 
 from minisft.common.errors import UserError
+from minisft.generation.answer import Answer, answer_message
 
 SECONDS_BETWEEN_PARTS = 1.0
 
@@ -54,20 +55,28 @@ class Transcript:
         self._write(conversation, "user", question)
 
     def log_answer(
-        self, conversation: int, pieces: Iterable[str], **more: str
+        self, conversation: int, answer: Answer, **more: str
     ) -> Generator[str, None, None]:
         """Yield the pieces of an answer, and log them every second and at the end."""
-        part, written, end = "", time.monotonic(), "stopped"
+        num_written, num_thoughts, written, end = 0, 0, time.monotonic(), "stopped"
+
+        def write(**more: str) -> None:
+            """Write what has come since the last line."""
+            message = answer_message(
+                answer.text[num_written:], answer.reasoning_content[num_thoughts:]
+            )
+            self._write(conversation, **message, **more)
+
         try:
-            for piece in pieces:
-                part += piece
+            for piece in answer:
                 if time.monotonic() - written > SECONDS_BETWEEN_PARTS:
-                    self._write(conversation, "assistant", part, **more)
-                    part, written = "", time.monotonic()
+                    write(**more)
+                    num_written, num_thoughts = len(answer.text), len(answer.reasoning_content)
+                    written = time.monotonic()
                 yield piece
             end = "complete"
         finally:
-            self._write(conversation, "assistant", part, **more, end=end)
+            write(**more, end=end)
 
     def _write(self, conversation: int, role: str, content: str, **more: str) -> None:
         """Append a line and flush it, so that it survives the end of this process."""

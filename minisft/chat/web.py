@@ -151,9 +151,16 @@ class Interface:
         # gradio passes the event to the argument with this hint.
         EditData = self.gr.EditData
 
-        def edit(event: EditData, session: Session, *values: Any) -> Iterator[list[Any]]:
-            """Answer a question that was edited in the chat."""
-            yield from map(self.values, self.page.edit(session, event.index, event.value, *values))
+        def edit_in(place: int) -> Callable[..., Iterator[list[Any]]]:
+            """The handler of edits in the chat at `place`."""
+
+            def edit(event: EditData, session: Session, *values: Any) -> Iterator[list[Any]]:
+                """Answer a question that was edited."""
+                index, question = event.index, event.value
+                views = self.page.edit(session, index, question, *values, place=place)
+                yield from map(self.values, views)
+
+            return edit
 
         assistants = self.page.assistants
         # An answer of a compiled model takes a cache with the memory of the longest conversation.
@@ -168,8 +175,8 @@ class Interface:
         self.box.submit(self.ask, asked, api_name="ask", **answering)
         again = [self.session, *self.controls]
         self.retry_button.click(self.retry, again, api_name="retry", **answering)
-        for chat in self.chats:
-            chat.edit(edit, again, **answering)
+        for place, chat in enumerate(self.chats):
+            chat.edit(edit_in(place), again, **answering)
 
     def _connect_others(self) -> None:
         """The events that need no model, which do not wait in the queue."""

@@ -101,12 +101,12 @@ def held_out_examples(
 
 
 def first_examples(batches: Batches, count: int) -> list[Example]:
-    """The first `count` examples in the order of the file."""
+    """The examples of the first `count` rows with supervised tokens, in the order of the file."""
     each = (
         read_and_encode(batches.rows, batches.encode, [number])[0]
         for number in range(len(batches.rows))
     )
-    return list(islice(chain.from_iterable(each), count))
+    return list(chain.from_iterable(islice(filter(None, each), count)))
 
 
 def check_learnable(examples: list[Example], report: EncodeReport) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.common.lfs_pointers import refuse_pointer
-from minisft.data.formats import PREFERENCE_DATA
+from minisft.data.formats import KEPT_FIELDS, PREFERENCE_DATA
 from minisft.data.row_values import BadRow
+from minisft.text.messages import MEDIA, THOUGHTS
 
 FILE_NAME = "dataset_info.json"
 # Roles of columns in an entry -> the column names that formats.py knows.
@@ -55,6 +56,8 @@ OPENAI_TAGS = {
     "observation_tag": "tool",
     "system_tag": "system",
 }
+# Fields of a turn that keep their names.
+TURN_FIELDS = (*KEPT_FIELDS, *THOUGHTS, *MEDIA, "tool_calls", "function_call")
 DEFAULT_TAGS = {"alpaca": SHAREGPT_TAGS, "sharegpt": SHAREGPT_TAGS, "openai": OPENAI_TAGS}
 REQUIRED_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
 ENTRY_KEYS = (
@@ -101,15 +104,15 @@ class Description:
         if not isinstance(turn, dict):
             return turn
         names = {self.tags[tag]: name for tag, name in SPEAKERS.items() if tag in self.tags}
+        if self.tags == OPENAI_TAGS:
+            names |= {"developer": "system", "function": "observation"}
         speaker = turn.get(self.tags["role_tag"])
         if not isinstance(speaker, str) or speaker not in names:
             raise BadRow(
                 f"unknown speaker {speaker!r}; the tags in {FILE_NAME} are {', '.join(names)}"
             )
         renamed = {"from": names[speaker], "value": turn.get(self.tags["content_tag"])}
-        if turn.get("tool_calls"):
-            renamed["tool_calls"] = turn["tool_calls"]
-        return renamed
+        return renamed | {name: turn[name] for name in TURN_FIELDS if name in turn}
 
     def text(self, record: Any) -> Any:
         """A row of plain text, with the column of role "prompt" renamed to "text"."""

@@ -9,14 +9,17 @@
 
 The columns of a row show its format; other columns are ignored. A conversation is a list of
 {"role": "system" | "user" | "assistant" | "tool", "content": str}. A user message may carry
-Alpaca's "input", an assistant message "tool_calls": [{"name": str, "arguments": dict}].
+Alpaca's "input". An assistant message may carry "tool_calls": [{"name": str, "arguments": dict}],
+its thoughts as "reasoning_content", and "weight", "train" or "mask", which say if it is learned.
 """
 
 import json
 from typing import Any
 
+from minisft.common.errors import UserError
 from minisft.data.row_values import (
     BadRow,
+    check_text_only,
     check_unicode,
     kind_of,
     list_of,
@@ -24,8 +27,14 @@ from minisft.data.row_values import (
     parse_json_or_none,
     string_of,
 )
+from minisft.text.messages import (
+    THOUGHTS,
+    Message,
+    content_text,
+    is_learned,
+    standard_call,
+)
 
-Message = dict[str, Any]
 Messages = list[Message]
 Tools = list[dict[str, Any]] | None
 
@@ -40,6 +49,7 @@ PREFERENCE_DATA = (
 PREFERENCE_COLUMNS = {"chosen", "rejected"}
 ROLES = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -47,7 +57,10 @@ ROLES = {
     "function_call": "assistant",
     "observation": "tool",
     "tool": "tool",
+    "function": "tool",
 }
+# Fields of a turn that stay as they are: what is learned of it, and names that templates write.
+KEPT_FIELDS = ("weight", "train", "mask", "name", "tool_call_id")
 SHAREGPT_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
@@ -56,6 +69,7 @@ def parse_conversation(record: Any) -> tuple[Messages, Tools]:
     record = object_of(record)
     if record.keys() >= PREFERENCE_COLUMNS and not has_single_answer(record):
         raise BadRow(PREFERENCE_DATA)
+    check_text_only(record)
     if "instruction" in record:
         if isinstance(record.get("output"), list):
             raise BadRow(PREFERENCE_DATA)
@@ -106,7 +120,9 @@ def to_sharegpt(messages: Messages, tools: Tools = None) -> dict[str, Any]:
         if speaker == "system":
             row["system"] = content
         else:
-            turns.append({"from": speaker, "value": content})
+            kept = ("reasoning_content", *KEPT_FIELDS)
+            more = {name: message[name] for name in kept if name in message}
+            turns.append({"from": speaker, "value": content, **more})
     row["conversations"] = turns
     if tools:
         row["tools"] = json.dumps(tools, ensure_ascii=False)
@@ -175,17 +191,18 @@ def parse_turn(turn: Any) -> Message:
     speaker = turn.get("from", turn.get("role"))
     if not isinstance(speaker, str) or speaker not in ROLES:
         raise BadRow(f"unknown speaker {speaker!r}; known are {', '.join(ROLES)}")
-    content = string_of(turn, "value" if "value" in turn else "content")
-    message: Message = {"role": ROLES[speaker], "content": content}
+    role = ROLES[speaker]
+    check_text_only(turn)
+    content = _content(turn, role)
+    message: Message = {"role": role, "content": content, **_kept_fields(turn, role)}
+    calls = turn.get("tool_calls") or turn.get("function_call")
     if speaker == "function_call":
-        if calls := _tool_calls(parse_json_or_none(content)):
-            message.update(content="", tool_calls=calls)
-    elif turn.get("tool_calls"):
-        if message["role"] != "assistant":
+        if calls := _calls_in_text(content):
+            message |= {"content": "", "tool_calls": calls}
+    elif calls:
+        if role != "assistant":
             raise BadRow(f"the {speaker} turn has tool_calls; only the assistant calls tools")
-        message["tool_calls"] = _tool_calls(turn["tool_calls"])
-        if not message["tool_calls"]:
-            raise BadRow("tool_calls must be a list of calls, each with name and arguments")
+        message["tool_calls"] = _tool_calls(calls)
     # A system prompt or a tool result may be empty; a question or an answer may not.
     needs_text = message["role"] in ("user", "assistant") and "tool_calls" not in message
     if needs_text and not content.strip():
@@ -193,20 +210,47 @@ def parse_turn(turn: Any) -> Message:
     return message
 
 
-def _tool_calls(value: Any) -> list[dict[str, Any]] | None:
-    """[{"name", "arguments"}] of one call or several, in either spelling; None if unreadable."""
-    calls = []
-    for call in value if isinstance(value, list) else [value]:
-        call = call.get("function", call) if isinstance(call, dict) else {}
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return None
-        arguments = call.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = parse_json_or_none(arguments)
-        if not isinstance(arguments, dict):
-            return None
-        calls.append({"name": call["name"], "arguments": arguments})
-    return calls
+def _content(turn: dict[str, Any], role: str) -> str:
+    column = "value" if "value" in turn else "content"
+    if role != "tool" and not isinstance(turn.get(column), list):
+        return string_of(turn, column)
+    try:
+        return content_text(turn.get(column), role)
+    except UserError as error:
+        raise BadRow(str(error)) from error
+
+
+def _kept_fields(turn: dict[str, Any], role: str) -> Message:
+    """What a turn says besides its role, text and calls."""
+    kept = {name: turn[name] for name in KEPT_FIELDS if turn.get(name) is not None}
+    if thoughts := next((turn[name] for name in THOUGHTS if turn.get(name)), None):
+        if role != "assistant" or not isinstance(thoughts, str):
+            raise BadRow("reasoning_content must be the text of an assistant's thoughts")
+        kept["reasoning_content"] = thoughts
+    try:
+        is_learned(turn)
+    except UserError as error:
+        raise BadRow(str(error)) from error
+    if turn.get("train") is True and role != "assistant":
+        raise BadRow("train is true; only answers of the assistant can be learned")
+    return kept
+
+
+def _calls_in_text(text: str) -> list[dict[str, Any]]:
+    """The calls that a text is; none if it is something else."""
+    try:
+        return _tool_calls(parse_json_or_none(text))
+    except BadRow:
+        return []
+
+
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    """[{"name", "arguments"}], with "id" if it is given, of one call or several."""
+    try:
+        calls = [standard_call(call) for call in (value if isinstance(value, list) else [value])]
+    except UserError as error:
+        raise BadRow(f"tool_calls: {error}") from error
+    return [call["function"] | ({"id": call["id"]} if "id" in call else {}) for call in calls]
 
 
 def with_system(record: dict[str, Any], messages: Messages) -> Messages:

@@ -22,7 +22,7 @@ from minisft.data.formats import (
     turns_column,
     with_system,
 )
-from minisft.data.row_values import BadRow, check_unicode, object_of
+from minisft.data.row_values import BadRow, check_text_only, check_unicode, object_of
 
 
 def has_several_answers(record: Any) -> bool:
@@ -39,6 +39,7 @@ def parse_preferences(record: Any) -> tuple[list[Messages], Tools]:
     The conversations begin with the same question. BadRow says what is wrong with the row.
     """
     record = object_of(record)
+    check_text_only(record)
     if record.keys() >= PREFERENCE_COLUMNS:
         answers = {name: _answer(name, record[name]) for name in ("chosen", "rejected")}
         # Instead of answers there may be conversations, which contain the prompt.

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.text.messages import MEDIA
 
 
 class BadRow(UserError):
@@ -57,6 +58,12 @@ def list_of(record: dict[str, Any], column: str) -> list[Any] | None:
     if value is not None and not isinstance(value, list):
         raise BadRow(f"{column} must be a list, not {kind_of(value)}")
     return value
+
+
+def check_text_only(record: dict[str, Any]) -> None:
+    """Raise BadRow for a row or a turn with images, audio or video."""
+    if media := [name for name in MEDIA if record.get(name)]:
+        raise BadRow(f"it has {' and '.join(media)}; minisft learns text only")
 
 
 def check_unicode(value: Any) -> None:

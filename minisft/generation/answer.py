@@ -1,23 +1,48 @@
-"""A streamed answer: iterate over it for the text; its counters are always up to date."""
+"""Answers of a model.
+
+answer = assistant.stream(messages)
+for piece in answer:                    # while it is written
+    print(piece, end="")
+print(answer.reasoning_content, answer.figures())
+"""
 
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
+from minisft.text.messages import Message
+
+
+@dataclass(frozen=True)
+class Response:
+    """A complete answer. score: the mean log-probability of its tokens; 0 means certain."""
+
+    text: str
+    reasoning_content: str
+    score: float
+
+
+def answer_message(text: str, reasoning_content: str = "") -> Message:
+    """A message of the assistant; a chat template decides whether it shows the thoughts."""
+    message: Message = {"role": "assistant", "content": text}
+    return message | ({"reasoning_content": reasoning_content} if reasoning_content else {})
+
 
 @dataclass
 class Answer:
-    """Yields pieces of text, each of complete characters. The fields describe the text so far.
+    """A streamed answer: yields pieces of text, each of complete characters.
 
-    started: time.perf_counter() at the question; times are in seconds since then. num_reused:
-    tokens at the beginning of the prompt that were in a cache. is_truncated: the answer ended
-    because it reached its maximum length.
+    A piece is empty while the model thinks; its thoughts are in `reasoning_content`. The fields
+    describe the text so far. started: time.perf_counter() at the question; times are in seconds
+    since then. num_reused: tokens at the beginning of the prompt that were in a cache.
+    is_truncated: the answer ended because it reached its maximum length.
     """
 
     started: float
     num_prompt_tokens: int
     pieces: Generator[str, None, None] = field(init=False)
     text: str = ""
+    reasoning_content: str = ""
     num_reused: int = 0
     num_tokens: int = 0
     seconds_to_first_token: float = 0.0
@@ -31,6 +56,11 @@ class Answer:
         piece = next(self.pieces)
         self.text += piece
         return piece
+
+    @property
+    def message(self) -> Message:
+        """The answer as a message, with its thoughts if it has any."""
+        return answer_message(self.text, self.reasoning_content)
 
     def close(self) -> None:
         """Stop the answer. The cache keeps what has been computed."""

@@ -5,6 +5,7 @@
     for piece in assistant.stream(messages):
         print(piece, end="", flush=True)
     responses, scores = assistant.inference([{"messages": messages}], Sampling(greedy=True))
+    [response] = assistant.answer([{"messages": messages}])     # response.reasoning_content, too
 
 Threads may share an Assistant. Their streams take turns token by token; a batch takes one turn.
 """
@@ -25,19 +26,21 @@ from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
 from minisft.data.formats import Message, Tools
-from minisft.generation.answer import Answer
+from minisft.generation.answer import Answer, Response
 from minisft.generation.compiled import CompiledDecoder
 from minisft.generation.context import Context
 from minisft.generation.generate import stream
-from minisft.generation.messages import split_conversation
+from minisft.generation.messages import check_messages, split_conversation
 from minisft.generation.sampling import Sampling
 from minisft.generation.scored import generate_scored
 from minisft.generation.sharing import Caches, Turns, share_weights
+from minisft.generation.thoughts import AnswerDecoder
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import convert_parameters
+from minisft.text.messages import without_thoughts
 from minisft.text.template_choice import trained_template
-from minisft.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
+from minisft.text.tokenizer import Tokenizer, check_vocabulary
 
 DEFAULT_SAMPLING = Sampling()
 
@@ -45,10 +48,12 @@ DEFAULT_SAMPLING = Sampling()
 class Assistant:
     """A checkpoint, an adapter (not merged) and a template, ready to answer.
 
-    template: a name, or "auto" for the template that the adapter or the model was trained with,
-    else the checkpoint's own. max_length: the maximum number of tokens of a conversation with its
-    answer, by default the model's context length. quantization_bit: 4 or 8, to save memory.
-    base_model: the model of this checkpoint, if it is loaded; several Assistants can share it.
+    template: a name, a .jinja file, or "auto" for the template that the adapter or the model was
+    trained with, else the checkpoint's own. template_kwargs: variables for the template.
+    enable_thinking: ask for thoughts before answers; both are as in training by default.
+    max_length: the maximum number of tokens of a conversation with its answer, by default the
+    model's context length. quantization_bit: 4 or 8, to save memory. base_model: the model of this
+    checkpoint, if it is loaded; several Assistants can share it.
 
     The KV caches of the last `caches.limit` conversations are kept for their next turns.
     UserError if a file is missing or does not fit the model.
@@ -64,6 +69,8 @@ class Assistant:
         max_length: int | None = None,
         quantization_bit: int | None = None,
         base_model: CausalLM | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        enable_thinking: bool | None = None,
     ):
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
@@ -71,7 +78,13 @@ class Assistant:
         model_dir = hub.resolve(path)
         adapter_dir = None if adapter is None else hub.resolve_adapter(adapter)
         self.tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
-        self.template = trained_template(template, self.tokenizer, adapter_dir or model_dir)
+        self.template = trained_template(
+            template,
+            self.tokenizer,
+            adapter_dir or model_dir,
+            template_kwargs=template_kwargs,
+            enable_thinking=enable_thinking,
+        )
         if base_model is None:
             model = folders.load_model(model_dir, self.dtype, self.device, quantization_bit)
         else:
@@ -130,12 +143,12 @@ class Assistant:
     def _write(
         self, answer: Answer, ids: list[int], sampling: Sampling
     ) -> Generator[str, None, None]:
-        """Generate the answer to `ids`: yield its text and update its counters."""
+        """Generate the answer to `ids`: yield its text, and update its thoughts and counters."""
         limit = self.context.answer_limit(ids, sampling.max_new_tokens)
         sampling = replace(sampling, max_new_tokens=limit)
         cache = self.caches.take(ids)
         answer.num_reused = cache.length
-        decoder, chosen = StreamDecoder(self.tokenizer), []
+        decoder, chosen = AnswerDecoder(self.template, ids), []
         steps = stream(self.decoder or self.model, ids, sampling, self.stop_ids, cache)
         try:
             while True:
@@ -145,9 +158,12 @@ class Assistant:
                     break
                 chosen.append(token)
                 answer.count_token()
-                piece = decoder.push(token)
-                yield piece if answer.text else self._strip(piece)
-            yield decoder.flush()
+                thoughts, piece = decoder.push(token)
+                answer.reasoning_content += thoughts
+                yield piece
+            thoughts, piece = decoder.flush()
+            answer.reasoning_content += thoughts
+            yield piece
         finally:
             answer.is_truncated = answer.num_tokens == limit
             self.caches.give_back((ids + chosen)[: cache.length], cache)
@@ -160,11 +176,23 @@ class Assistant:
         rows: Sequence[int] | None = None,
         say: Callable[[str], object] = warnings.warn,
     ) -> tuple[list[str], list[float]]:
-        """(answers, scores) to conversations {"messages": [...], "tools": [...]}, tools optional.
+        """(texts, scores) of the answers to conversations, without thoughts; see `answer`."""
+        responses = self.answer(conversations, sampling, batch_size, rows, say)
+        texts = [response.text for response in responses]
+        return texts, [response.score for response in responses]
 
-        A score is the mean log-probability of the answer's tokens (see generate_scored); 0 means
-        certain. The batches do not change the answers. rows: the number of each conversation, which
-        selects its random numbers.
+    def answer(
+        self,
+        conversations: Sequence[Any],
+        sampling: Sampling = DEFAULT_SAMPLING,
+        batch_size: int = 8,
+        rows: Sequence[int] | None = None,
+        say: Callable[[str], object] = warnings.warn,
+    ) -> list[Response]:
+        """Answers to conversations {"messages": [...], "tools": [...]}, tools optional.
+
+        The batches do not change the answers. rows: the number of each conversation, which selects
+        its random numbers.
         """
         prompts = []
         for number, conversation in enumerate(conversations, start=1):
@@ -180,10 +208,10 @@ class Assistant:
                 raise UserError(f"{name}: {error}") from error
         rows = range(len(prompts)) if rows is None else rows
         limits = [self.context.answer_limit(ids, sampling.max_new_tokens) for ids in prompts]
-        responses, scores = [""] * len(prompts), [0.0] * len(prompts)
+        responses: dict[int, Response] = {}
         for places in batches_by_length([len(ids) for ids in prompts], batch_size):
             with self.turns:
-                answers, batch_scores = generate_scored(
+                answers, scores = generate_scored(
                     self.model,
                     [prompts[place] for place in places],
                     sampling,
@@ -191,10 +219,12 @@ class Assistant:
                     rows=[rows[place] for place in places],
                     limits=[limits[place] for place in places],
                 )
-            for place, answer, score in zip(places, answers, batch_scores, strict=True):
-                responses[place] = self._strip(self.tokenizer.decode(answer))
-                scores[place] = score
-        return responses, scores
+            for place, answer, score in zip(places, answers, scores, strict=True):
+                decoder = AnswerDecoder(self.template, prompts[place])
+                pieces = [*map(decoder.push, answer), decoder.flush()]
+                thoughts, text = map("".join, zip(*pieces, strict=True))
+                responses[place] = Response(text, thoughts, score)
+        return [responses[place] for place in range(len(prompts))]
 
     def prompt_ids(
         self,
@@ -207,6 +237,9 @@ class Assistant:
 
         UserError if an id is not in the vocabulary.
         """
+        messages = check_messages(messages, tools)
+        if not self.template.facts.knows_thoughts:  # it leaves the thoughts of earlier turns out
+            messages = [without_thoughts(message) for message in messages]
         kept = self.context.fit(messages, sampling.max_new_tokens, tools)
         if len(kept) < len(messages):
             say(
@@ -216,8 +249,3 @@ class Assistant:
         ids = self.template.encode_prompt(kept, tools)
         check_vocabulary(ids, self.model.config.vocab_size)
         return ids
-
-    def _strip(self, answer: str) -> str:
-        """An answer without the space that some templates write before it."""
-        starts_with_space = (self.template.facts.answer or "").startswith(" ")
-        return answer.lstrip(" ") if starts_with_space else answer

@@ -14,7 +14,7 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.data.formats import Message, Tools
-from minisft.generation.messages import check_messages, check_text, count_characters
+from minisft.generation.messages import check_text, count_characters
 from minisft.text.chat_template import ChatTemplate
 
 # No text has that many characters per token, so longer texts are refused without encoding them.
@@ -32,10 +32,9 @@ class Context:
     ) -> list[Message]:
         """The messages, without their oldest turns if they leave no room for max_new_tokens.
 
-        The system prompt stays. UserError for messages that are not valid, or if the last turn is
+        messages: of check_messages. The system prompt stays. UserError if the last turn alone is
         too long.
         """
-        check_messages(messages, tools)
         limit = self._prompt_limit(max_new_tokens)
         if self._excess(messages, limit, tools) is None:
             return messages

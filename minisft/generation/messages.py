@@ -8,6 +8,7 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.data.formats import Message, Tools
+from minisft.text.messages import standard_messages
 
 # No keyboard types these, and no terminal should print them. Tab, line ends and form feed are text.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
@@ -20,10 +21,11 @@ def split_conversation(conversation: Any) -> tuple[list[Message], Tools]:
     return conversation["messages"], conversation.get("tools")
 
 
-def check_messages(messages: Any, tools: Any = None) -> None:
-    """UserError for values of the wrong type, an empty question, or control characters.
+def check_messages(messages: Any, tools: Any = None) -> list[Message]:
+    """The messages in the form that templates read.
 
-    The template checks the order of the roles.
+    UserError for values of the wrong type, an empty question, or control characters. The template
+    checks the order of the roles.
     """
     if not _is_list_of_dicts(messages):
         raise UserError('messages must be a list of {"role": ..., "content": ...}')
@@ -32,14 +34,17 @@ def check_messages(messages: Any, tools: Any = None) -> None:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message.get("tool_calls") or [], list):
             raise UserError(f"message {number}: tool_calls must be a list")
+    messages, _ = standard_messages(messages)
+    for number, message in enumerate(messages, start=1):
         name = "the message" if number == len(messages) else f"message {number}"
-        if message.get("role") == "system":
-            check_text(message.get("content"), "the system prompt")
-        elif message.get("role") == "user":
-            if not message.get("input") and not str(message.get("content") or "").strip():
+        if message["role"] == "system":
+            check_text(message["content"], "the system prompt")
+        elif message["role"] == "user":
+            if not message.get("input") and not message["content"].strip():
                 raise UserError(f"{name} is empty")
-            check_text(message.get("content"), name)
+            check_text(message["content"], name)
             check_text(message.get("input"), f'the "input" of {name}')
+    return messages
 
 
 def check_text(text: Any, name: str) -> None:

@@ -12,7 +12,12 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.marks import check_no_marks, texts_of
-from minisft.text.messages import Message, standard_messages, standard_tools
+from minisft.text.messages import (
+    Message,
+    standard_messages,
+    standard_tools,
+    with_thoughts_apart,
+)
 from minisft.text.template_facts import TemplateFacts, with_call_form
 from minisft.text.tool_texts import calls_as_text, offer_tools
 
@@ -44,6 +49,8 @@ def prepare(
 ) -> Conversation:
     """The conversation of a row; UserError for what the template cannot express."""
     messages, learned = standard_messages(messages)
+    if facts.knows_thoughts:
+        messages = [with_thoughts_apart(message) for message in messages]
     offered = standard_tools(tools)
     if not any(message["role"] in ("user", "tool") for message in messages):
         raise UserError("a conversation needs at least one user message")

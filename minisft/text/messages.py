@@ -12,6 +12,7 @@ Data sets spell messages in many ways. Here they become transformers' form: `con
 """
 
 import json
+import re
 from typing import Any
 
 from minisft.common.errors import UserError
@@ -27,6 +28,7 @@ ROLES = {
     "function": "tool",
 }
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+THOUGHTS_IN_TEXT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # Ours, or spelled differently in the standard form.
 CONSUMED = {"role", "content", "weight", "train", "mask", "function_call", "tool_calls", *THOUGHTS}
@@ -100,6 +102,20 @@ def _standard(message: Any) -> Message:
     return standard
 
 
+def with_thoughts_apart(message: Message) -> Message:
+    """An answer that begins with <think>...</think>, with that text as its reasoning_content."""
+    found = THOUGHTS_IN_TEXT.match(message["content"])
+    if message["role"] != "assistant" or message.get("reasoning_content") or not found:
+        return message
+    thoughts, message = found[1].strip(), {**message, "content": message["content"][found.end() :]}
+    return message | ({"reasoning_content": thoughts, "thinking": thoughts} if thoughts else {})
+
+
+def without_thoughts(message: Message) -> Message:
+    """A message without its thoughts."""
+    return {name: value for name, value in message.items() if name not in THOUGHTS}
+
+
 def content_text(content: Any, role: str) -> str:
     """The content of a message as text. A tool's result may be any JSON value."""
     if content is None or isinstance(content, str):
@@ -110,6 +126,10 @@ def content_text(content: Any, role: str) -> str:
             return "".join(text for text in texts if text is not None)
     if role == "tool":
         return json.dumps(content, ensure_ascii=False)
+    parts = content if isinstance(content, list) else []
+    for kind in (part.get("type") for part in parts if isinstance(part, dict)):
+        if isinstance(kind, str) and kind != "text":
+            raise UserError(f"content has a part of type {kind}; only text can be learned")
     raise UserError("content is neither text nor a list of text parts")
 
 

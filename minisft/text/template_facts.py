@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.rendering import TemplateError
@@ -47,6 +47,22 @@ class CallForm:
 
     arguments_as_text: bool
     with_ids: bool
+
+
+class ThoughtMarks(NamedTuple):
+    """opening stands before thoughts, closing between thoughts and answer, without white space
+    around them. A prompt that ends with `opening` has opened the thoughts itself."""
+
+    opening: str
+    closing: str
+
+
+# Of templates that show thoughts in the prompt for an answer only.
+COMMON_MARKS = (
+    ThoughtMarks("<think>", "</think>"),
+    ThoughtMarks("<|START_THINKING|>", "<|END_THINKING|>"),
+    ThoughtMarks("<|channel>thought", "<channel|>"),
+)
 
 
 class TemplateFacts:
@@ -174,21 +190,20 @@ class TemplateFacts:
         return self._writes(THOUGHT, [USER, THOUGHTFUL], self.empty_tools, enable_thinking=True)
 
     @cached_property
-    def thought_marks(self) -> tuple[str, str] | None:
-        """(what opens thoughts, what comes between thoughts and answer), such as <think> and
-        </think>; None if the template shows no thoughts."""
-        if not self.knows_thoughts:
-            return None
-        text = self._render([USER, THOUGHTFUL], self.empty_tools, enable_thinking=True)
-        prompt = self._prompt(enable_thinking=True)
+    def thought_marks(self) -> ThoughtMarks | None:
+        """What separates thoughts from answers; None if the template has no thoughts."""
+        on, off = (self._prompt(enable_thinking=value, thinking=value) for value in (True, False))
+        if not self.knows_thoughts:  # it leaves them out of finished turns
+            openings = (on + off).replace(QUESTION, "")
+            return next((marks for marks in COMMON_MARKS if marks.opening in openings), None)
+        variables = {"enable_thinking": True, "thinking": True}
+        text = self._render([USER, THOUGHTFUL], self.empty_tools, **variables)
         before, _, after = text.partition(THOUGHT)
-        closing = after.partition(ANSWER)[0].strip()
-        opening = before.removeprefix(prompt).strip()
-        if not opening or opening == before.strip():  # the prompt itself opens the thoughts
-            words = (r"<[^<>\s]*>$", r"\[[^][]*\]$", r"\S+$")
-            ends = [match[0] for word in words if (match := re.search(word, before.strip()))]
-            opening = ends[0]
-        return (opening, closing) if closing else None
+        closing = after.partition(ANSWER)[0].strip() if ANSWER in after else ""
+        opening = before.rstrip().removeprefix(on.rstrip()).strip()
+        if not before.startswith(on.rstrip()) or not opening:  # the prompt opens the thoughts
+            opening = last_mark(on.rstrip(), off.rstrip())
+        return ThoughtMarks(opening, closing) if opening and closing else None
 
     @cached_property
     def empty_thought(self) -> re.Pattern[str]:
@@ -234,6 +249,17 @@ class TemplateFacts:
             return word in self._render(messages, tools, **variables)
         except TemplateError:
             return False
+
+
+def last_mark(prompt: str, other: str) -> str:
+    """The shortest end of a prompt that begins with a bracket or a line, and is not `other`'s end.
+
+    `other` is the prompt without thoughts; if it is equal, the shortest end of all.
+    """
+    for start in reversed([found.start() for found in re.finditer(r"(?<=\n)|[<\[]", prompt)]):
+        if prompt == other or not other.endswith(prompt[start:]):
+            return prompt[start:]
+    return prompt
 
 
 def with_call_form(messages: list[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:

@@ -174,7 +174,7 @@ def count_or_epoch(text: str) -> int | str:
 
 ADAPTER_SHAPE = {"lora_rank", "lora_alpha", "lora_target", "use_rslora", "modules_to_save"}
 LORA = ADAPTER_SHAPE | {"adapter", "lora_dropout", "quantization_bit"}
-CONVERSATIONS = {"cutoff_len", "show_samples", "mask_history", *TEMPLATE_FLAGS}
+CONVERSATIONS = {"cutoff_len", "show_samples", *TEMPLATE_FLAGS}
 DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 PLAN = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
 ALONG_THE_WAY = {"load_best_model_at_end", "early_stopping_patience"}
@@ -194,7 +194,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         (ADAPTER_SHAPE, options.adapter, "is fixed by --adapter"),
         (CONVERSATIONS, stage == "pt", "belongs to conversations, not to --stage pt"),
         ({"block_size"}, stage != "pt", "belongs to --stage pt"),
-        ({"eval_exact_match"}, stage != "sft", "belongs to --stage sft"),
+        ({"eval_exact_match", "mask_history"}, stage != "sft", "belongs to --stage sft"),
         (DPO, stage != "dpo", "belongs to --stage dpo"),
         ({"dpo_label_smoothing"}, options.dpo_label_smoothing >= 0.5, "must be below 0.5"),
         ({"packing", "train_from_scratch"}, stage in ("rm", "dpo"), f"contradicts --stage {stage}"),

@@ -271,6 +271,32 @@ def test_identity_is_the_standing_instruction(tiny_chat_model_dir, oracle, tmp_p
     assert status == 2 and "latin.txt: not UTF-8 text" in said
 
 
+@pytest.mark.parametrize("is_file", [True, False])
+def test_line_breaks_that_are_spelled_out(is_file, tiny_chat_model_dir, oracle, tmp_path):
+    r"""One line with \\n in it, as such files are shipped. Texts of several lines do not change."""
+    path = tmp_path / "identity.txt"
+    for text, meant in (
+        (r"You are\n\nbrief.", "You are\n\nbrief."),
+        ("Write\nC:\\new", "Write\nC:\\new"),
+    ):
+        path.write_text(text + "\n", encoding="utf-8")
+        flags = ["--identity", path] if is_file else ["--system", text]
+        flags += [*GREEDY, "--max_new_tokens", "20", "--prompt", "the cat"]
+        status, printed, said = chat(tiny_chat_model_dir, *flags)
+        answer = oracle([{"role": "system", "content": meant}, user("the cat")])
+        assert (status, printed) == (0, answer + "\n")
+        assert said.count(r"each \n in it becomes a line break") == (meant != text)
+        assert (str(path) in said) == (is_file and meant != text)
+
+
+def test_flags_that_the_template_does_not_read_are_named(tiny_chat_model_dir):
+    kwargs = '{"date_string": "26 Jul 2024"}'
+    flags = ["--enable_thinking", "true", "--template_kwargs", kwargs]
+    _, _, said = chat(tiny_chat_model_dir, *GREEDY, *flags, "--prompt", "x")
+    assert "--enable_thinking true has no effect: the template auto" in said
+    assert "--template_kwargs date_string has no effect" in said
+
+
 def test_an_identity_that_leaves_no_room_is_told_at_the_start(tiny_chat_model_dir, tmp_path):
     identity, prompts = tmp_path / "long.txt", tmp_path / "prompts.txt"
     identity.write_text("be brief " * 30)

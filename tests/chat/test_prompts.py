@@ -11,6 +11,7 @@ from standing import lines_in, standing_still, wait_until
 
 from minisft.chat import prompts
 from minisft.common.errors import UserError
+from minisft.generation.answer import Response
 from minisft.generation.assistant import Assistant
 from minisft.generation.generate import Sampling
 
@@ -74,7 +75,7 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
     output = tmp_path / "new" / "folder" / "answers.jsonl"
     partial, whole = output.with_name("answers.jsonl.partial"), tmp_path / "whole.jsonl"
     prompts.answer_file(assistant, prompts_file, whole, SAMPLED, 2)
-    answer, answered = assistant.inference, []
+    answer, answered = assistant.answer, []
 
     def interrupted(conversations, *arguments, **more):
         if len(answered) >= 6:
@@ -82,7 +83,7 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
         answered.extend(conversations)
         return answer(conversations, *arguments, **more)
 
-    assistant.inference = interrupted
+    assistant.answer = interrupted
     with pytest.raises(KeyboardInterrupt):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2)
     assert "6 of 11 answers are in" in capsys.readouterr().err
@@ -91,7 +92,7 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
     with pytest.raises(UserError, match="belongs to a run with another top_k. Remove it"):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2, settings={"top_k": 7})
     again = []
-    assistant.inference = lambda given, *rest, **more: (
+    assistant.answer = lambda given, *rest, **more: (
         again.extend(given) or answer(given, *rest, **more)
     )
     assert prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2) == 11
@@ -107,8 +108,8 @@ def test_cut_last_line_is_answered_again(tmp_path):
     path = tmp_path / "out.partial"
     for row in range(3):
         answers = prompts.Answers(path, {"seed": 1})
-        assert answers.rows == {one: ("yes", -0.5) for one in range(row)}
-        answers.add([row], ["yes"], [-0.5])
+        assert answers.rows == {one: Response("yes", "hm", -0.5) for one in range(row)}
+        answers.add([row], [Response("yes", "hm", -0.5)])
         answers.close()
         path.write_bytes(path.read_bytes() + b'[7, "n')
 
@@ -141,7 +142,7 @@ def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path)
     process.kill()
     process.wait()
     _, *answers = read(tmp_path / "out.partial")
-    assert len({row for row, _, _ in answers}) == 3 == len(answers)
+    assert len({row for row, *_ in answers}) == 3 == len(answers)
     assert not (tmp_path / "out").exists()
 
 
@@ -200,7 +201,7 @@ def test_bad_rows_are_listed_before_the_first_answer(assistant, tmp_path):
     ]
     path = tmp_path / "bad.jsonl"
     path.write_text("\n".join(lines))
-    assistant.inference = None
+    assistant.answer = None
     with pytest.raises(UserError) as error:
         prompts.answer_file(assistant, path, tmp_path / "new" / "out", Sampling(3))
     for said in (

@@ -87,6 +87,40 @@ class TestFormats:
             assistant("It is 3."),
         ]
 
+    def test_messages_as_data_sets_spell_them(self, tmp_path):
+        """Parts of text, legacy calls, results as objects, thoughts, and what is learned."""
+        record = {
+            "messages": [
+                {"role": "developer", "content": "S"},
+                {"role": "user", "content": [{"type": "text", "text": "1 "}, {"text": "+ 2?"}]},
+                assistant(None, function_call={"name": "add", "arguments": '{"a": 1}'}, weight=0),
+                {"role": "function", "name": "add", "content": {"sum": 3}},
+                assistant("3.", reasoning="Easy.", train=True),
+                user("Sure?"),
+                assistant("Yes.", thinking="Hm.", mask=False, weight=1),
+            ]
+        }
+        expected = [
+            {"role": "system", "content": "S"},
+            user("1 + 2?"),
+            assistant("", weight=0, tool_calls=[{"name": "add", "arguments": {"a": 1}}]),
+            {"role": "tool", "name": "add", "content": '{"sum": 3}'},
+            assistant("3.", train=True, reasoning_content="Easy."),
+            user("Sure?"),
+            assistant("Yes.", weight=1, mask=False, reasoning_content="Hm."),
+        ]
+        assert conversation_of(tmp_path, record)[0] == expected
+        # ... and what convert writes is read again as the same.
+        convert(write(tmp_path / "in.json", [record]), tmp_path / "out.json")
+        assert [row.messages for row in open_rows(tmp_path / "out.json")] == [expected]
+
+    @pytest.mark.parametrize("arguments", [{}, "{}", "", None])
+    def test_calls_without_arguments(self, tmp_path, arguments):
+        call = {"type": "function", "function": {"name": "now", "arguments": arguments}}
+        record = {"messages": [user("Q"), assistant(None, tool_calls=[call])]}
+        expected = assistant("", tool_calls=[{"name": "now", "arguments": {}}])
+        assert conversation_of(tmp_path, record)[0] == [user("Q"), expected]
+
     def test_sharegpt_system_turn_may_lead(self, tmp_path):
         turns = [("system", "S"), ("human", "Q"), ("gpt", "A")]
         record = {"conversations": [{"from": name, "value": text} for name, text in turns]}
@@ -130,9 +164,9 @@ class TestFormats:
         assert conversation_of(tmp_path, record)[0] == [
             {"role": "system", "content": "S"},
             user("Q"),
-            assistant("", tool_calls=[expected, expected]),
-            {"role": "tool", "content": "2"},
-            {"role": "tool", "content": "3"},
+            assistant("", tool_calls=[{**expected, "id": "a"}, {**expected, "id": "b"}]),
+            {"role": "tool", "tool_call_id": "a", "content": "2"},
+            {"role": "tool", "tool_call_id": "b", "content": "3"},
             assistant("A"),
         ]
 
@@ -198,7 +232,32 @@ BROKEN = {
     "turns not a list": ({"conversations": {"a": 1}}, "conversations must be a list"),
     "turn not an object": ({"messages": ["hello"]}, "turn 1: a turn must be a JSON object"),
     "empty turn": ({"messages": [user("")]}, "turn 1: the user turn is empty"),
-    "list content": ({"messages": [user(["a"])]}, "content must be a string"),
+    "content of numbers": ({"messages": [user([3])]}, "turn 1: content is neither text nor a list"),
+    "content with an image": (
+        {
+            "messages": [
+                user([{"type": "text", "text": "Q"}, {"type": "image_url"}]),
+                assistant("A"),
+            ]
+        },
+        "turn 1: content has a part of type image_url; only text",
+    ),
+    "row with images": ({**turns("human", "gpt"), "images": ["a.png"]}, "it has images"),
+    "turn with audio": ({"messages": [user("Q", audio="a.wav"), assistant("A")]}, "it has audio"),
+    "half a weight": ({"messages": [user("Q"), assistant("A", weight=0.5)]}, "weight is 0.5"),
+    "a mask of words": ({"messages": [user("Q"), assistant("A", mask="no")]}, "mask is 'no'"),
+    "a question to learn": (
+        {"messages": [user("Q", train=True), assistant("A")]},
+        "only answers of the assistant",
+    ),
+    "thoughts of a user": (
+        {"messages": [user("Q", reasoning_content="T"), assistant("A")]},
+        "the text of an assistant's thoughts",
+    ),
+    "a call without a name": (
+        {"messages": [user("Q"), assistant("", tool_calls=[{"arguments": {}}])]},
+        "tool_calls: a tool call needs a name",
+    ),
     "bad tools": ({**turns("human", "gpt"), "tools": "[{"}, "in tools, line 1 column 3"),
     "tools of nothing": ({**turns("human", "gpt"), "tools": [1, "add"]}, "a list of objects"),
     "a call by the user": (

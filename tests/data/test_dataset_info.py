@@ -191,6 +191,22 @@ class TestColumns:
             ]
         ]
 
+    def test_turns_keep_what_is_said_of_them(self, tmp_path):
+        """Thoughts, what is learned, legacy roles; and nothing is learned without its images."""
+        record = {
+            "messages": [
+                {"role": "developer", "content": "S"},
+                {"role": "user", "content": [{"type": "text", "text": "u"}]},
+                {"role": "assistant", "content": "a", "weight": 0, "thinking": "t"},
+            ]
+        }
+        answer = assistant("a", weight=0, reasoning_content="t")
+        expected = [{"role": "system", "content": "S"}, user("u"), answer]
+        assert messages_of(tmp_path, {"formatting": "openai"}, [record]) == [expected]
+        record["messages"][1]["images"] = ["a.png"]
+        with pytest.raises(UserError, match="row 1: turn 2: it has images; minisft learns text"):
+            messages_of(tmp_path, {"formatting": "openai"}, [record])
+
     def test_text_in_another_column(self, tmp_path):
         rows = registered(
             tmp_path, {"columns": {"prompt": "content"}}, [{"content": "one"}], plain_text=True

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -250,6 +251,33 @@ def test_killed_it_goes_on(function, calls, checkpoint, many, tmp_path, monkeypa
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     score_here(monkeypatch, checkpoint, many, output, *words)
     assert "400 rows, 0 to do" in capfd.readouterr().out
+
+
+def test_scores_of_another_day_keep_the_date(checkpoint, rows_file, tmp_path, monkeypatch):
+    """A template that writes the date: what is scored later has the date of the beginning."""
+    path = checkpoint / "tokenizer_config.json"
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    opening = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    text = "{{ strftime_now('%d %b') }}{% for m in messages %}" + turn + "{% endfor %}" + opening
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": text}))
+    output, words = tmp_path / "s.jsonl", ["--template", "auto"]
+
+    def score_on(day, *more):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.fromisoformat(day)
+
+        monkeypatch.setattr("minisft.text.chat_template.datetime", Clock)
+        score_here(monkeypatch, checkpoint, rows_file, output, *words, *more)
+        return [row["loss_conditioned"] for row in read(output)]
+
+    whole = score_on("2001-02-03")
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(lines[:10]))
+    assert score_on("2002-12-31") == pytest.approx(whole, rel=1e-5)
+    other = score_on("2002-12-31", "--overwrite")
+    assert all(abs(new - old) > 1e-3 for new, old in zip(other, whole, strict=True))
 
 
 def test_scores_are_never_mixed(checkpoint, rows_file, tmp_path, monkeypatch):

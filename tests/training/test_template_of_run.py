@@ -1,0 +1,139 @@
+"""A run and its chat template: the date stays, rows become several examples, samples show them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import as_flags, command
+
+from minisft.common.outputs import recorded_options
+from minisft.data.dataset import open_rows
+from minisft.data.encoding import encode_rows
+from minisft.text.template_choice import get_template
+from minisft.text.tokenizer import Tokenizer
+from minisft.training.metrics import read_metrics
+
+DATED = """{{ strftime_now('%d %b %Y') }}
+{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TURNS = [
+    {"role": role, "content": f"{role} {number}"}
+    for number in range(3)
+    for role in ("user", "assistant")
+]
+
+
+def with_template(checkpoint, text):
+    path = checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": text}))
+    return checkpoint
+
+
+def shown_text(printed):
+    """What --show_samples printed, without its colours."""
+    return re.sub(r"\033\[\d+m", "", printed)
+
+
+def test_a_run_keeps_its_date_on_resume(checkpoint, rows_file, tmp_path):
+    """Resumed "another day": the losses are those of the run that was not interrupted."""
+    with_template(checkpoint, DATED)
+    flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--show_samples", 1]
+    flags += as_flags(max_steps=4, save_steps=2, logging_steps=1, learning_rate=1e-2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    dated = ["--template_date", "2001-02-03"]
+    done = command(*flags, *dated, "--output_dir", whole)
+    assert done.returncode == 0, done.stderr
+    assert "03 Feb 2001\n<|im_start|>user" in shown_text(done.stdout)
+    assert command(*flags, *dated, "--output_dir", parts).returncode == 0
+    (parts / "adapter_model.safetensors").unlink()
+    resume = ["--resume_from_checkpoint", parts / "checkpoint-2"]
+    again = command(*flags, "--output_dir", parts, *resume)
+    assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
+    assert "03 Feb 2001\n<|im_start|>user" in shown_text(again.stdout)
+    assert recorded_options(parts)["template_date"].startswith("2001-02-03")
+    new = command(*flags, "--output_dir", tmp_path / "new")  # a new run has the date of today
+    assert new.returncode == 0 and "03 Feb 2001" not in shown_text(new.stdout)
+    losses = [
+        [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+        for run in (whole, parts, tmp_path / "new")
+    ]
+    assert losses[0] == losses[1] != losses[2] and len(losses[0]) == 4
+
+
+@pytest.fixture
+def qwen3(checkpoint, shared_data):
+    path = shared_data / "chat_templates" / "Qwen-Qwen3-0.6B.jinja"
+    return with_template(checkpoint, path.read_text())
+
+
+def test_a_row_whose_answers_have_prompts_of_their_own(qwen3, tmp_path):
+    """Qwen3 leaves out earlier thoughts: the report counts examples, samples and plans have all."""
+    thinking = [*TURNS[:3], {**TURNS[3], "reasoning_content": "Hm."}]
+    rows = [{"messages": TURNS}, {"messages": thinking}, {"messages": TURNS[:2]}]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    template = get_template("auto", Tokenizer.load(qwen3))
+    examples, report = encode_rows(open_rows(path), template, cutoff_len=512)
+    assert (report.num_rows, report.num_split, len(examples)) == (3, 2, 3 + 2 + 1)
+    assert "2 of 3 rows became 5 examples, one per answer, because the template" in str(report)
+    flags = ["--model_name_or_path", qwen3, "--dataset", path, "--cutoff_len", 512]
+    flags += ["--output_dir", tmp_path / "run"]
+    planned = command(*flags, "--dry_run")
+    assert planned.returncode == 0, planned.stderr
+    num_tokens = sum(len(example.ids) for example in examples)
+    assert f"an epoch    3 rows, {num_tokens:,} tokens" in planned.stdout
+    done = command(*flags, "--show_samples", 2, "--num_train_epochs", 1)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 rows became 5 examples" in done.stdout
+    learned = re.findall(r"\033\[32m(.*?)\033\[0m", done.stdout, re.DOTALL)
+    answers = ["assistant 0", "assistant 1", "assistant 2", "assistant 0"]
+    thought = "<think>\nHm.\n</think>\n\nassistant 1<|im_end|>"
+    assert learned == [*(f"{answer}<|im_end|>" for answer in answers), thought]
+
+
+def test_what_rows_say_of_their_answers_is_learned(qwen3, tmp_path):
+    """weight, train and mask of single answers, --mask_history of all but the last."""
+    with_template(qwen3, DATED)
+    marked = [
+        [*TURNS[:1], {**TURNS[1], "weight": 0}, *TURNS[2:]],
+        [*TURNS[:3], {**TURNS[3], "train": False}, *TURNS[4:]],
+        [*TURNS[:5], {**TURNS[5], "mask": True}],
+        [TURNS[0], {**TURNS[1], "train": False}],
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"messages": messages} for messages in marked]))
+    tokenizer = Tokenizer.load(qwen3)
+    template = get_template("auto", tokenizer)
+
+    def learned(**more):
+        examples, report = encode_rows(open_rows(path), template, cutoff_len=512, **more)
+        texts = []
+        for example in examples:
+            ids = np.where(example.supervised, example.ids, -1).tolist()
+            texts.append(tokenizer.decode([id for id in ids if id >= 0]))
+        return texts, report
+
+    texts, report = learned()
+    expected = [["assistant 1", "assistant 2"], ["assistant 0", "assistant 2"]]
+    expected.append(["assistant 0", "assistant 1"])
+    assert texts == ["".join(answers) for answers in expected]
+    assert report.num_unlearned == 1 and "none of their answers is to be learned" in str(report)
+    texts, report = learned(mask_history=True)
+    assert texts == ["assistant 2", "assistant 2"] and report.num_unlearned == 2
+
+
+def test_thoughts_in_the_text_of_an_answer(qwen3):
+    """<think> at the beginning: apart where the template knows thoughts, text where it does not."""
+    tokenizer = Tokenizer.load(qwen3)
+    apart = [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]
+    for spelled in ("<think>\nHm.\n</think>\n\nassistant 0", " <think>Hm.</think>assistant 0"):
+        in_text = [TURNS[0], {**TURNS[1], "content": spelled}]
+        template = get_template("auto", tokenizer)
+        assert template.encode(in_text) == template.encode(apart)
+        [example] = get_template("chatml", tokenizer).encode(in_text)
+        assert spelled.strip() in tokenizer.decode(example.ids)
+    empty = [TURNS[0], {**TURNS[1], "content": "<think>\n\n</think>\n\nassistant 0"}]
+    assert template.encode(empty) == template.encode(TURNS[:2])
