@@ -72,6 +72,7 @@ def encode_rows(
         report.num_truncated += any(len(text.ids) > cutoff_len for text in full)
         report.num_dropped += bool(full) and not kept
         report.num_unlearned += not full
+        report.num_tools_as_text += template.facts.changes_tools(row.messages, row.tools)
         report.num_split += len(full) > 1
         report.num_from_split += len(full) if len(full) > 1 else 0
     return examples, report
