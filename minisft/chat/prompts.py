@@ -28,7 +28,6 @@ from minisft.data.formats import (
     Messages,
     Tools,
     alpaca_prompt,
-    check_order,
     parse_tools,
     parse_turns,
     question,
@@ -36,7 +35,9 @@ from minisft.data.formats import (
     with_system,
 )
 from minisft.data.records import open_records
+from minisft.data.row_forms import standard_record
 from minisft.data.row_values import BadRow, check_text_only, check_unicode, object_of, string_of
+from minisft.data.turn_order import check_order, join_turns, with_opening_as_context
 from minisft.generation.answer import Response, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
@@ -215,10 +216,13 @@ def parse_prompt(record: Any) -> tuple[Messages, Tools]:
     record = object_of({"prompt": record} if isinstance(record, str) else record)
     check_text_only(record)
     column = next((name for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), None)
+    if column is None:
+        record = standard_record(record, [])
+    turns = "prompt" if isinstance(record.get("prompt"), list) else turns_column(record)
     if "instruction" in record:
         messages = alpaca_prompt(record)
-    elif turns := turns_column(record):
-        messages = parse_turns(record, turns)
+    elif turns:
+        messages = join_turns(parse_turns(record, turns), [])
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()
     elif column and "kind" not in record:
@@ -231,6 +235,7 @@ def parse_prompt(record: Any) -> tuple[Messages, Tools]:
             "and no format of training data"
         )
     messages, tools = with_system(record, messages), parse_tools(record)
+    messages = with_opening_as_context(messages, [])
     if not messages or messages[-1]["role"] == "system":
         raise BadRow("there is no question")
     check_order([*messages, {"role": "assistant", "content": "the answer"}])

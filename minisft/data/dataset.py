@@ -8,6 +8,7 @@ name. A broken row is an error that names file and row, unless the caller asks t
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from minisft.data.dataset_info import FILE_NAME, Description
 from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Array, Lines, open_records
+from minisft.data.row_forms import standard_record
 from minisft.data.row_values import BadRow
 from minisft.data.sources import Source, find_sources
 
@@ -36,6 +38,7 @@ class Row:
     source: str = ""
     index: int = 0  # in its file, from 0, broken rows included
     rejected: list[Messages] = field(default_factory=list)  # the other answers, best first
+    changes: list[str] = field(default_factory=list)  # what parsing changed, as "have ..."
 
 
 @dataclass
@@ -49,18 +52,19 @@ class RowFile:
 
     def read(self, index: int) -> Row | str:
         """The row of a record. BadRow names file and row."""
-        path = self.records.path
+        path, changes = self.records.path, []
         try:
             record = self.records[index]
             if self.plain_text:
                 return self._text(record)
             if self.description:
                 record = self.description.rename(record)
+            record = standard_record(record, changes)
             if self.ranking or (self.ranking is None and has_several_answers(record)):
-                (best, *rejected), tools = parse_preferences(record)
-                return Row(best, tools, str(path), index, rejected)
-            messages, tools = parse_conversation(record)
-            return Row(messages, tools, str(path), index)
+                (best, *rejected), tools = parse_preferences(record, changes)
+                return Row(best, tools, str(path), index, rejected, changes)
+            messages, tools = parse_conversation(record, changes)
+            return Row(messages, tools, str(path), index, changes=changes)
         except BadRow as error:
             raise BadRow(f"{path}, {self.records.place(index)}: {error}") from error
 
@@ -141,7 +145,7 @@ def open_rows(
         for path in source.paths:
             records = open_records(path, plain_text)
             files.append(RowFile(records, source.description, plain_text, ranking))
-        rows = concatenate([_checked(file, skipped) for file in files])
+        rows = concatenate([_checked(file, skipped, say) for file in files])
         if not plain_text:
             _report_ignored_columns(source, files, say)
         if source.num_samples:
@@ -217,9 +221,10 @@ def concatenate(parts: list[Rows]) -> Rows:
     return sum(parts[1:], start=parts[0])
 
 
-def _checked(file: RowFile, skipped: list[str] | None) -> Rows:
-    """The rows of a file. Checks them, and leaves out broken and blank rows."""
+def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine) -> Rows:
+    """The rows of a file. Checks them, leaves out broken and blank rows, and says what changed."""
     records, rows, good, broken = file.records, Rows([file], None, skipped is not None), [], []
+    changes: Counter[str] = Counter()
     is_small = records.size <= CHECKED_BYTES
     for number in range(len(rows) if is_small else min(len(rows), CHECKED_ROWS)):
         try:
@@ -227,6 +232,7 @@ def _checked(file: RowFile, skipped: list[str] | None) -> Rows:
         except BadRow as error:
             broken.append(str(error))
         else:
+            changes.update(row.changes if isinstance(row, Row) else [])
             if isinstance(row, Row) or row.strip():
                 good.append(number)
     if not good:
@@ -235,6 +241,9 @@ def _checked(file: RowFile, skipped: list[str] | None) -> Rows:
     if broken and skipped is None:
         share = f"{len(broken)} of {len(good) + len(broken)} rows broken"
         raise UserError(f"{broken[0]} ({share}; --skip_bad_rows leaves them out)")
+    num_rows = f"{len(good)} rows" if is_small else f"the first {CHECKED_ROWS:,} rows"
+    for change, count in changes.items():
+        say(f"{records.path}: {count} of {num_rows} {change}")
     if not is_small or len(good) == len(rows):
         return rows
     if skipped is not None:

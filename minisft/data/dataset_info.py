@@ -106,6 +106,8 @@ class Description:
         names = {self.tags[tag]: name for tag, name in SPEAKERS.items() if tag in self.tags}
         if self.tags == OPENAI_TAGS:
             names |= {"developer": "system", "function": "observation"}
+        elif self.tags == SHAREGPT_TAGS:
+            names |= dict.fromkeys(("chatgpt", "bing", "bard"), "gpt")
         speaker = turn.get(self.tags["role_tag"])
         if not isinstance(speaker, str) or speaker not in names:
             raise BadRow(

@@ -7,7 +7,8 @@
     openai     messages: [{"role": "user", "content": ...}, {"role": "assistant", ...}], tools
     firefly    kind, input, target
 
-The columns of a row show its format; other columns are ignored. A conversation is a list of
+The columns of a row show its format; other columns are ignored. row_forms.py turns other layouts
+into these. A conversation is a list of
 {"role": "system" | "user" | "assistant" | "tool", "content": str}. A user message may carry
 Alpaca's "input". An assistant message may carry "tool_calls": [{"name": str, "arguments": dict}],
 its thoughts as "reasoning_content", and "weight", "train" or "mask", which say if it is learned.
@@ -27,6 +28,7 @@ from minisft.data.row_values import (
     parse_json_or_none,
     string_of,
 )
+from minisft.data.turn_order import standard_order
 from minisft.text.messages import (
     THOUGHTS,
     Message,
@@ -53,6 +55,9 @@ ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "assistant": "assistant",
     "function_call": "assistant",
     "observation": "tool",
@@ -64,8 +69,11 @@ KEPT_FIELDS = ("weight", "train", "mask", "name", "tool_call_id")
 SHAREGPT_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
-def parse_conversation(record: Any) -> tuple[Messages, Tools]:
-    """The messages and tools of a row. BadRow says what is wrong with it."""
+def parse_conversation(record: Any, changes: list[str] | None = None) -> tuple[Messages, Tools]:
+    """The messages and tools of a row. BadRow says what is wrong with it.
+
+    changes: collects what turn_order.py does to the turns.
+    """
     record = object_of(record)
     if record.keys() >= PREFERENCE_COLUMNS and not has_single_answer(record):
         raise BadRow(PREFERENCE_DATA)
@@ -86,7 +94,7 @@ def parse_conversation(record: Any) -> tuple[Messages, Tools]:
             "names can be given in dataset_info.json"
         )
     messages, tools = with_system(record, messages), parse_tools(record)
-    check_order(messages)
+    messages = standard_order(messages, [] if changes is None else changes)
     check_unicode([messages, tools])
     return messages, tools
 
@@ -269,18 +277,3 @@ def parse_tools(record: dict[str, Any]) -> Tools:
     if tools and not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools must be a list of objects, each the description of a function")
     return tools
-
-
-def check_order(messages: Messages) -> None:
-    """[system], then user or tool and assistant in turn; several tool results may follow a call."""
-    if not messages:
-        raise BadRow("the conversation is empty")
-    previous = "assistant"
-    for message in messages[1:] if messages[0]["role"] == "system" else messages:
-        role = message["role"]
-        expected = ("assistant",) if previous in ("user", "tool") else ("user", "tool")
-        if role not in expected and not role == previous == "tool":
-            raise BadRow(f"unexpected {role} turn; expected {' or '.join(expected)}")
-        previous = role
-    if messages[-1]["role"] != "assistant":
-        raise BadRow("there is no answer: the last turn is not the assistant's")

@@ -14,7 +14,6 @@ from minisft.data.formats import (
     Messages,
     Tools,
     alpaca_prompt,
-    check_order,
     parse_tools,
     parse_turn,
     parse_turns,
@@ -23,6 +22,7 @@ from minisft.data.formats import (
     with_system,
 )
 from minisft.data.row_values import BadRow, check_text_only, check_unicode, object_of
+from minisft.data.turn_order import check_order, join_turns, with_opening_as_context
 
 
 def has_several_answers(record: Any) -> bool:
@@ -33,11 +33,15 @@ def has_several_answers(record: Any) -> bool:
     )
 
 
-def parse_preferences(record: Any) -> tuple[list[Messages], Tools]:
+def parse_preferences(
+    record: Any, changes: list[str] | None = None
+) -> tuple[list[Messages], Tools]:
     """The conversations with each answer, best first, and the tools.
 
     The conversations begin with the same question. BadRow says what is wrong with the row.
+    changes: collects what turn_order.py does to the turns.
     """
+    changes = [] if changes is None else changes
     record = object_of(record)
     check_text_only(record)
     if record.keys() >= PREFERENCE_COLUMNS:
@@ -57,9 +61,11 @@ def parse_preferences(record: Any) -> tuple[list[Messages], Tools]:
             "or a list of at least two answers as output"
         )
     tools, conversations = parse_tools(record), []
+    prompt = join_turns(prompt, changes)  # an answer is never joined to the prompt
     for name, messages in answers.items():
-        conversation = with_system(record, prompt + messages)
+        conversation = with_system(record, prompt + join_turns(messages, changes))
         try:
+            conversation = with_opening_as_context(conversation, changes)
             check_order(conversation)
         except BadRow as error:
             raise BadRow(f"with {name}: {error}") from error

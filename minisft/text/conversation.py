@@ -37,8 +37,13 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """The places of the assistant's messages."""
-        return [k for k, message in enumerate(self.messages) if message["role"] == "assistant"]
+        """The places of the assistant's messages, but for an opening turn that is not learned."""
+        opening = opening_turn(self.messages, self.learned)
+        return [
+            place
+            for place, message in enumerate(self.messages)
+            if message["role"] == "assistant" and place != opening
+        ]
 
 
 def prepare(
@@ -51,6 +56,8 @@ def prepare(
     messages, learned = standard_messages(messages)
     if facts.knows_thoughts:
         messages = [with_thoughts_apart(message) for message in messages]
+    if opening_turn(messages, learned) is not None and not facts.knows_opening:
+        messages, learned = opening_as_question(messages, learned)
     offered = standard_tools(tools)
     if not any(message["role"] in ("user", "tool") for message in messages):
         raise UserError("a conversation needs at least one user message")
@@ -78,6 +85,27 @@ def prepare(
     check_no_marks(texts)
     spells_controls = any(tokens.could_be_spelled(text) for text in texts)
     return Conversation(messages, offered or facts.empty_tools, learned, spells_controls)
+
+
+def opening_turn(messages: list[Message], learned: list[bool]) -> int | None:
+    """The place of an assistant's turn before the first question that is not learned, or None."""
+    place = 1 if messages and messages[0]["role"] == "system" else 0
+    is_opening = len(messages) > place and messages[place]["role"] == "assistant"
+    return place if is_opening and not learned[place] else None
+
+
+def opening_as_question(
+    messages: list[Message], learned: list[bool]
+) -> tuple[list[Message], list[bool]]:
+    """Messages and what is learned, with an opening turn as the beginning of the first question."""
+    place = opening_turn(messages, learned)
+    if place is None or len(messages) == place + 1 or messages[place + 1]["role"] != "user":
+        return messages, learned
+    opening, question = messages[place : place + 2]
+    question = {**question, "content": f"{opening['content']}\n{question['content']}"}
+    return [*messages[:place], question, *messages[place + 2 :]], learned[:place] + learned[
+        place + 1 :
+    ]
 
 
 def written_fields(messages: list[Message]) -> list[Message]:

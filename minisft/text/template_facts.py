@@ -168,6 +168,11 @@ class TemplateFacts:
         return self._writes(RESULT, [system, USER], self.empty_tools)
 
     @cached_property
+    def knows_opening(self) -> bool:
+        """True if the template writes a turn of the assistant before the first question."""
+        return self._writes(ANSWER, [ASSISTANT, USER], self.empty_tools)
+
+    @cached_property
     def default_system(self) -> str:
         """The system prompt that the template writes if a conversation has none."""
         if not self.knows_system:

@@ -193,7 +193,7 @@ def test_bad_rows_are_listed_before_the_first_answer(assistant, tmp_path):
         "",
         '{"prompt": "a\\u0007"}',
         "{broken",
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}',
         '{"other": 1}',
         json.dumps({"prompt": "x" * 30_000}),
         '{"messages": [{"role": "system", "content": "a"}]}',

@@ -146,12 +146,12 @@ PROMPT = {"prompt": "Add."}
         ),
         (
             {"prompt": [assistant("Q")], "chosen": "3", "rejected": "4"},
-            "with chosen: unexpected assistant turn",
+            "with chosen: there is no question",
         ),
         ({"chosen": "3", "rejected": "4"}, "chosen and rejected have no question"),
         (
             {"chosen": [user("Q"), assistant("3")], "rejected": "4"},
-            "with rejected: unexpected assistant turn",
+            "with rejected: there is no question",
         ),
         (
             {"chosen": [user("Q"), assistant("3")], "rejected": [user("Z"), assistant("4")]},

@@ -1,0 +1,129 @@
+"""Rows as data sets spell them -> rows in the formats of formats.py.
+
+    changes = []
+    standard_record({"prompt": "1 + 2?", "completion": 3}, changes)
+    # {"messages": [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"}]}
+
+    prompt, completion      trl: texts or turns; only the completion is learned
+    input, output           LMFlow's text2text
+    input, preferred_output, non_preferred_output       OpenAI's preferences
+
+An answer that is a number or an object becomes its JSON text. `changes` collects what a user should
+know; dataset.py prints each kind once, with its count.
+"""
+
+import json
+from typing import Any
+
+from minisft.data.formats import ROLES, turns_column
+from minisft.data.row_values import BadRow, list_of
+
+# What rows may have or do, for "3 of 100 rows ...".
+AS_JSON = "have a number, an object or true/false as an answer: its JSON text is the answer"
+COMPLETION = "have answers in the prompt: only the completion is learned"
+
+OPENAI_PREFERENCES = {"input", "preferred_output", "non_preferred_output"}
+ANSWERS = ("output", "target", "completion", "chosen", "rejected")
+TURNS = ("conversations", "messages", "prompt", "completion", "chosen", "rejected")
+
+
+def standard_record(record: Any, changes: list[str]) -> Any:
+    """The row in a format that formats.py and preferences.py know; other values as they are."""
+    if not isinstance(record, dict):
+        return record
+    record = _answers_as_text(record, changes)
+    if record.keys() >= OPENAI_PREFERENCES:
+        return _openai_preferences(record)
+    if "instruction" in record or turns_column(record):
+        return record
+    if record.keys() >= {"prompt", "completion"}:
+        return _prompt_and_completion(record, changes)
+    if record.keys() >= {"input", "output"} and "kind" not in record and "target" not in record:
+        return {**record, "instruction": record["input"], "input": None}
+    return record
+
+
+def _answers_as_text(record: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """The row with JSON text for each answer that is a number, an object, or true or false."""
+    changed = {}
+    for column in ANSWERS:
+        value = record.get(column)
+        if _is_data(value) and not _is_turn(column, value):
+            changed[column] = _json_text(value)
+    num_texts = len(changed)
+    for column in TURNS:
+        value = record.get(column)
+        turns = value if isinstance(value, list) else [value]
+        texts = [_turn_as_text(turn) for turn in turns]
+        new = [text for text, turn in zip(texts, turns, strict=True) if text is not turn]
+        if new:
+            changed[column] = texts if isinstance(value, list) else texts[0]
+            # The object of a function_call turn is a call, as its JSON text would be.
+            num_texts += any(turn.get("from") != "function_call" for turn in new)
+    if num_texts:
+        changes.append(AS_JSON)
+    return {**record, **changed} if changed else record
+
+
+def _turn_as_text(turn: Any) -> Any:
+    """The turn, with JSON text where the assistant's content is data."""
+    if not isinstance(turn, dict):
+        return turn
+    column = "value" if "value" in turn else "content"
+    is_assistant = ROLES.get(str(turn.get("from", turn.get("role")))) == "assistant"
+    if is_assistant and _is_data(turn.get(column)):
+        return {**turn, column: _json_text(turn[column])}
+    return turn
+
+
+def _is_turn(column: str, value: Any) -> bool:
+    return isinstance(value, dict) and (column in ("chosen", "rejected") or "role" in value)
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, int | float | dict)  # bool is an int
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _openai_preferences(record: dict[str, Any]) -> dict[str, Any]:
+    given = record["input"]
+    if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
+        raise BadRow('input must be an object with "messages", as in OpenAI\'s preference rows')
+    rest = {name: value for name, value in record.items() if name not in OPENAI_PREFERENCES}
+    return {
+        **rest,
+        "prompt": given["messages"],
+        "tools": given.get("tools"),
+        "chosen": record["preferred_output"],
+        "rejected": record["non_preferred_output"],
+    }
+
+
+def _prompt_and_completion(record: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """A row with the turns of prompt and completion as its messages."""
+    if isinstance(record.get("label"), bool):
+        raise BadRow(
+            "label says if the completion is good or bad; such rows of single judgements (KTO) "
+            "cannot be learned. Keep the rows with label true, without the column"
+        )
+    prompt, completion = (_turns(record, name) for name in ("prompt", "completion"))
+    context = [_not_learned(turn) for turn in prompt]
+    if context != prompt:
+        changes.append(COMPLETION)
+    rest = {name: text for name, text in record.items() if name not in ("prompt", "completion")}
+    return {**rest, "messages": context + completion}
+
+
+def _turns(record: dict[str, Any], column: str) -> list[Any]:
+    value = record[column]
+    if isinstance(value, str):
+        return [{"role": "user" if column == "prompt" else "assistant", "content": value}]
+    return [value] if isinstance(value, dict) else list_of(record, column) or []
+
+
+def _not_learned(turn: Any) -> Any:
+    speaker = str(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else ""
+    return {**turn, "train": False} if ROLES.get(speaker) == "assistant" else turn

@@ -1,0 +1,269 @@
+"""Rows in other layouts and other orders: what they become, what is learned, what is said."""
+
+import json
+
+import pytest
+import trl
+from test_dataset import GOOD, assistant, turns, user, write
+from transformers import AutoTokenizer
+
+from minisft.chat.prompts import parse_prompt
+from minisft.common.errors import UserError
+from minisft.data.dataset import load_rows, open_rows
+from minisft.data.encode_preferences import encode_preferences
+from minisft.data.encoding import encode_row
+from minisft.text.template_choice import get_template
+from minisft.text.tokenizer import Tokenizer
+
+
+def read(tmp_path, record, ranking=False, **options):
+    """(the row of a file that holds `record` and a usual row, what was said about the file)."""
+    other = {"prompt": "Q", "chosen": "a", "rejected": "b"} if ranking else GOOD
+    path, said = write(tmp_path / "rows.json", [record, other]), []
+    rows = load_rows(path, ranking=ranking, say=said.append, **options)
+    assert all(line.startswith(f"{path}: 1 of 2 rows ") for line in said)
+    return rows[0], [line.split(" rows ")[1] for line in said]
+
+
+SYSTEM = {"role": "system", "content": "S"}
+CALLS = [{"name": name, "arguments": {}} for name in "fg"]
+# Record -> messages, and the beginning of each line that is said.
+FORMS = {
+    "trl, texts": (
+        {"prompt": "1 + 2?", "completion": "3", "system": "S"},
+        [SYSTEM, user("1 + 2?"), assistant("3")],
+        [],
+    ),
+    "trl, turns": (
+        {"prompt": [SYSTEM, user("Q"), assistant("A"), user("R")], "completion": [assistant("B")]},
+        [SYSTEM, user("Q"), assistant("A", train=False), user("R"), assistant("B")],
+        ["have answers in the prompt"],
+    ),
+    "trl, JSON text": (
+        {"prompt": json.dumps([user("Q")]), "completion": [assistant("B", thinking="T")]},
+        [user(json.dumps([user("Q")])), assistant("B", reasoning_content="T")],
+        [],
+    ),
+    "input and output": ({"input": "Q", "output": "A"}, [user("Q"), assistant("A")], []),
+    "a number": (
+        {**GOOD, "output": 0.1},
+        [user(GOOD["instruction"]), assistant("0.1")],
+        ["have a number, an object"],
+    ),
+    "an object": (
+        {"prompt": "Q", "completion": {"颜色": [1, None]}},
+        [user("Q"), assistant('{"颜色": [1, null]}')],
+        ["have a number, an object"],
+    ),
+    "true, in a turn": (
+        {"messages": [user("Q"), assistant(True)]},
+        [user("Q"), assistant("true")],
+        ["have a number, an object"],
+    ),
+    "a call as an object": (
+        {
+            "conversations": [
+                {"from": "human", "value": "Q"},
+                {"from": "function_call", "value": CALLS[0]},
+            ]
+        },
+        [user("Q"), assistant("", tool_calls=CALLS[:1])],
+        [],
+    ),
+    "names of assistants": (
+        turns("human", "chatgpt", "user", "bing", "human", "bard"),
+        [user("x"), assistant("x")] * 3,
+        [],
+    ),
+    "two questions": (
+        turns("human", "human", "gpt"),
+        [user("x\nx"), assistant("x")],
+        ["have consecutive turns"],
+    ),
+    "three answers": (
+        {"messages": [user("Q"), assistant("A", thinking="T"), assistant("B"), assistant("C")]},
+        [user("Q"), assistant("A\nB\nC", reasoning_content="T")],
+        ["have consecutive turns"],
+    ),
+    "two calls": (
+        {"messages": [user("Q"), *[assistant("", tool_calls=[call]) for call in CALLS]]},
+        [user("Q"), assistant("", tool_calls=CALLS)],
+        ["have consecutive turns"],
+    ),
+    "a text, then a call": (
+        {"messages": [user("Q"), assistant("Wait."), assistant("", tool_calls=CALLS)]},
+        [user("Q"), assistant("Wait.", tool_calls=CALLS)],
+        ["have consecutive turns"],
+    ),
+    "two system prompts": (
+        {
+            "system": "S",
+            "messages": [{"role": "system", "content": "T"}, user("Q"), assistant("A")],
+        },
+        [{"role": "system", "content": "S\nT"}, user("Q"), assistant("A")],
+        ["have consecutive turns"],
+    ),
+    "one system prompt in two places": (
+        {"system": "S", "messages": [SYSTEM, user("Q"), assistant("A")]},
+        [SYSTEM, user("Q"), assistant("A")],
+        ["have consecutive turns"],
+    ),
+    "an opening turn": (
+        {"messages": [SYSTEM, assistant("Hi."), user("Q"), assistant("A")]},
+        [SYSTEM, assistant("Hi.", train=False), user("Q"), assistant("A")],
+        ["begin with the assistant"],
+    ),
+    "a last question": (
+        turns("human", "gpt", "human"),
+        [user("x"), assistant("x")],
+        ["end without an answer"],
+    ),
+    "a last result": (
+        {
+            "messages": [
+                user("Q"),
+                assistant("", tool_calls=CALLS),
+                {"role": "tool", "content": "1"},
+            ]
+        },
+        [user("Q"), assistant("", tool_calls=CALLS)],
+        ["end without an answer"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_in_other_forms(name, tmp_path):
+    record, messages, beginnings = FORMS[name]
+    row, said = read(tmp_path, record)
+    assert row.messages == messages
+    assert len(said) == len(beginnings)
+    assert all(line.startswith(begin) for line, begin in zip(said, beginnings, strict=True))
+
+
+REFUSED = {
+    "answers of which one is learned": (
+        {"messages": [user("Q"), assistant("A", weight=0), assistant("B")]},
+        "messages 2 and 3: two answers .* only one of them",
+    ),
+    "a second thought": (
+        {"messages": [user("Q"), assistant("A"), assistant("B", thinking="T")]},
+        "messages 2 and 3: .* thoughts of its own",
+    ),
+    "an answer instead of a result": (
+        {"messages": [user("Q"), assistant("", tool_calls=CALLS), assistant("B")]},
+        "messages 2 and 3: .* after tool calls; expected tool",
+    ),
+    "two people": (
+        {"messages": [user("Q", name="a"), user("R", name="b"), assistant("B")]},
+        "messages 1 and 2: two user turns with different names",
+    ),
+    "a completed beginning of an answer": (
+        {"prompt": [user("Q"), assistant("A")], "completion": [assistant("B")]},
+        "messages 2 and 3: .* only one of them is to be learned",
+    ),
+    "a judgement": (
+        {"prompt": "Q", "completion": "A", "label": False},
+        "label says if the completion is good or bad",
+    ),
+    "preferences": (
+        {"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []},
+        "preference data has several answers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_change_what_is_learned(name, tmp_path):
+    record, message = REFUSED[name]
+    with pytest.raises(UserError, match=f"row 1: {message}"):
+        read(tmp_path, record)
+
+
+@pytest.mark.parametrize("ranking", [True, None])
+def test_preferences_of_openai(ranking, tmp_path):
+    tool = {"type": "function", "function": {"name": "f"}}
+    record = {
+        "input": {"messages": [SYSTEM, user("Q")], "tools": [tool], "parallel_tool_calls": True},
+        "preferred_output": [assistant("A")],
+        "non_preferred_output": [assistant("B")],
+    }
+    row, said = read(tmp_path, record, ranking=ranking)
+    assert [row.messages, *row.rejected] == [[SYSTEM, user("Q"), assistant(text)] for text in "AB"]
+    assert row.tools == [tool] and not said
+    with pytest.raises(UserError, match='input must be an object with "messages"'):
+        read(tmp_path, {**record, "input": "Q"}, ranking=True)
+
+
+def test_an_opening_turn_of_preferences_is_context(tmp_path):
+    record = {"prompt": [assistant("Hi."), user("Q"), user("R")], "chosen": 3, "rejected": "4"}
+    row, said = read(tmp_path, record, ranking=True)
+    opening = [assistant("Hi.", train=False), user("Q\nR")]
+    assert [row.messages, *row.rejected] == [[*opening, assistant(text)] for text in "34"]
+    assert len(said) == 3
+
+
+def test_large_files_say_how_many_rows_were_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("minisft.data.dataset.CHECKED_BYTES", 100)
+    monkeypatch.setattr("minisft.data.dataset.CHECKED_ROWS", 5)
+    lines = [json.dumps({**GOOD, "output": number}) for number in range(20)]
+    path, said = write(tmp_path / "rows.jsonl", "\n".join(lines)), []
+    assert open_rows(path, say=said.append)[19].messages[-1]["content"] == "19"
+    assert len(said) == 1 and "5 of the first 5 rows have a number" in said[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir):
+    return Tokenizer.load(tiny_tokenizer_dir)
+
+
+def learned_texts(row, template, tokenizer):
+    (example,) = encode_row(row, template)
+    shown = template.show(example.ids.tolist(), example.supervised.tolist())
+    return [part.split("\033[0m")[0] for part in shown.split("\033[32m")[1:]]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chatml", "plain", "llama2", "llama3", "vicuna"])
+def test_an_opening_turn_is_written_and_not_learned(name, tmp_path, tokenizer):
+    template = get_template(name, tokenizer)
+    row, _ = read(tmp_path, {"messages": [assistant("Hello."), user("Name"), assistant("Red.")]})
+    (learned,) = learned_texts(row, template, tokenizer)
+    assert "Red." in learned and "Hello." not in learned
+    text = template.render(row.messages)
+    assert text.index("Hello.") < text.index("Name")
+    assert ("Hello.\nName" in text) != template.facts.knows_opening
+
+
+def test_the_completion_is_what_trl_learns(tmp_path, tokenizer, tiny_tokenizer_dir):
+    """trl's text of the completion is our supervised text, its prompt the text before."""
+    template = get_template("chatml", tokenizer)
+    oracle = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    oracle.chat_template = template.text
+    record = {
+        "prompt": [SYSTEM, user("Name"), assistant("Blue."), user("Again")],
+        "completion": [assistant("Red.")],
+    }
+    row, _ = read(tmp_path, record)
+    expected = trl.apply_chat_template(record, oracle)
+    assert template.render(row.messages) == expected["prompt"] + expected["completion"]
+    learned = learned_texts(row, template, tokenizer)
+    assert [text.strip() for text in learned] == [expected["completion"].strip()]
+
+
+def test_prompts_of_chat(tmp_path):
+    assert parse_prompt({"prompt": [user("Q"), user("R")]})[0] == [user("Q\nR")]
+    assert parse_prompt({"input": "Q", "output": "A"})[0] == [user("Q")]
+    assert parse_prompt(turns("human", "bard", "human"))[0][-1] == user("x")
+    opening = {"messages": [assistant("Hi."), user("Q")]}
+    assert parse_prompt(opening)[0] == [assistant("Hi.", train=False), user("Q")]
+
+
+def test_preferences_are_encoded(tmp_path, tokenizer):
+    record = {
+        "input": {"messages": [assistant("Hi."), user("Q")]},
+        "preferred_output": [assistant("A")],
+        "non_preferred_output": [assistant("B")],
+    }
+    row, _ = read(tmp_path, record, ranking=True)
+    (example,), report = encode_preferences([row], get_template("chatml", tokenizer), 1000)
+    assert len(example.lengths) == 2 and not report
