@@ -1,9 +1,24 @@
-"""Files from the Hugging Face hub, which are kept in its cache."""
+"""Files from the Hugging Face hub, which are kept in its cache.
+
+HF_ENDPOINT is the address of the hub or of a mirror.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minisft.common.errors import UserError, first_line
+
+CARD = "README.md"
+
+
+@dataclass
+class Repository:
+    """The files of a data set on the hub, by name, and what its card says."""
+
+    names: list[str]
+    card: dict[str, Any]
 
 
 def download(repo_id: str, patterns: Sequence[str], repo_type: str = "model") -> Path:
@@ -17,3 +32,24 @@ def download(repo_id: str, patterns: Sequence[str], repo_type: str = "model") ->
         return Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=list(patterns)))
     except Exception as error:  # the libraries below raise many kinds
         raise UserError(f"download of {repo_id} failed ({first_line(error)})") from error
+
+
+def dataset_repository(repo_id: str) -> Repository:
+    """The files and the card of a data set on the hub, or if it cannot be reached, of its cache.
+
+    UserError if there is no such data set.
+    """
+    from huggingface_hub import HfApi, metadata_load
+
+    try:
+        info = HfApi().dataset_info(repo_id)
+    except Exception as error:
+        try:
+            folder = download(repo_id, [CARD], "dataset")
+        except UserError:
+            raise UserError(f"download of {repo_id} failed ({first_line(error)})") from error
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        names = [path.relative_to(folder).as_posix() for path in files]
+        return Repository(names, (metadata_load(folder / CARD) if CARD in names else None) or {})
+    names = sorted(file.rfilename for file in info.siblings or [])
+    return Repository(names, info.card_data.to_dict() if info.card_data else {})

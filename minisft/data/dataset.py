@@ -19,7 +19,7 @@ from minisft.common.errors import UserError
 from minisft.data.dataset_info import FILE_NAME, Description
 from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
 from minisft.data.preferences import has_several_answers, parse_preferences
-from minisft.data.records import Array, Lines, open_records
+from minisft.data.records import Records, open_records
 from minisft.data.row_forms import standard_record
 from minisft.data.row_values import BadRow
 from minisft.data.sources import Source, find_sources
@@ -45,7 +45,7 @@ class Row:
 class RowFile:
     """The records of a file, and how to parse a record: into a Row, or a str for plain text."""
 
-    records: Array | Lines
+    records: Records
     description: Description | None
     plain_text: bool = False
     ranking: bool | None = False  # as in open_rows

@@ -1,14 +1,16 @@
-"""The records of one file, by number: a JSON array, JSON lines, or lines of plain text.
+"""The records of one file, by number.
 
     records = open_records("alpaca_data.jsonl")
     records[7], records.place(7)        # the eighth object, and "row 8 (line 8)"
 
-Of JSON lines only the offsets are in memory, eight bytes a row; a record is read when it is needed.
-So a file may be larger than memory, and opening it only searches for line ends. A JSON array is
-parsed at once.
+A file is a JSON array, JSON lines, JSON objects over several lines each, or lines of plain text;
+unpack.py adds compressed files, parquet and Arrow. Only offsets are in memory, eight bytes a row; a
+record is read when it is needed. So a file may be larger than memory, and opening it only searches
+for line ends. But a JSON array is parsed at once.
 """
 
 import codecs
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,32 +19,35 @@ import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.common.lfs_pointers import refuse_pointer
+from minisft.data.formats import turns_column
+from minisft.data.objects import find_objects
 from minisft.data.row_values import BadRow, parse_json
+from minisft.data.unpack import is_columnar, is_packed, unpack
 
 BLOCK_SIZE = 4 * 2**20  # bytes searched for line ends at a time
 NEWLINE, SPACE = 10, 32
-_CONVERT = (
-    "; convert it, for instance with pandas: read_csv or read_parquet, then "
-    "to_json(..., orient='records', lines=True)"
-)
 # Suffixes of other kinds of file -> what to do with them.
-HINTS = dict.fromkeys((".csv", ".parquet"), _CONVERT)
-HINTS |= dict.fromkeys((".gz", ".xz", ".zip", ".zst"), "; unpack it first")
+HINTS = {".csv": "; convert it, for instance with pandas: read_csv, then to_parquet"}
+HINTS |= dict.fromkeys((".bz2", ".xz", ".zip"), "; unpack it first")
+# The kinds of LMFlow's {"type": ..., "instances": [...]} that minisft reads.
+LMFLOW_TYPES = ("text_only", "text2text", "conversation")
 
 
 class Array:
-    """A file that is one JSON array, in memory."""
+    """The records of a JSON array, in memory.
+
+    content: the JSON text, of an array or of an object with an array of rows.
+    """
 
     is_json = True
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        content = path.read_bytes()
-        self.size = len(content)
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path, self.size = path, len(content)
         try:
-            self.records = parse_json(_decode(path, content))
+            records = parse_json(_decode(path, content))
         except BadRow as error:
             raise UserError(f"{path}, {error}") from error
+        self.records = records if isinstance(records, list) else unwrap(path, records) or []
 
     def __len__(self) -> int:
         return len(self.records)
@@ -62,13 +67,16 @@ class Array:
 class Lines:
     """A file with one record per line, each read when it is needed. Blank lines do not count.
 
-    Holds no open file, so it can be sent to other processes.
+    Holds no open file, so it can be sent to other processes. unpacked: the file to read, where
+    `path` is packed; has_lines: False if the lines are not those of `path`.
     """
 
-    def __init__(self, path: Path, is_json: bool) -> None:
-        self.path, self.is_json = path, is_json
-        self.starts, self.blank = _find_lines(path)
-        self.stamp = _stamp(os.stat(path))
+    def __init__(
+        self, path: Path, is_json: bool, unpacked: Path | None = None, has_lines: bool = True
+    ) -> None:
+        self.path, self.is_json, self.has_lines = path, is_json, has_lines
+        self.file = StoredBytes(unpacked or path)
+        self.starts, self.blank = _find_lines(self.file.path)
         self.size = int(self.starts[-1])
 
     def __len__(self) -> int:
@@ -77,19 +85,63 @@ class Lines:
     def raw(self, number: int) -> bytes:
         """The bytes of a record, without the line end."""
         # Blank lines may follow, up to the start of the next record.
-        return self._read(number).split(b"\n", 1)[0].removeprefix(codecs.BOM_UTF8)
+        content = self.file.read(self.starts[number], self.starts[number + 1])
+        return content.split(b"\n", 1)[0].removeprefix(codecs.BOM_UTF8)
 
     def __getitem__(self, number: int) -> Any:
         """The parsed JSON or the text of a line; BadRow if it is neither."""
-        content = self.raw(number)
-        try:
-            text = content.decode()
-        except UnicodeDecodeError as error:
-            raise BadRow("not UTF-8 text; convert the file") from error
+        text = _text(self.raw(number))
         return parse_json(text, self.line(number)) if self.is_json else text.rstrip("\r")
 
-    def _read(self, number: int) -> bytes:
-        start, end = self.starts[number], self.starts[number + 1]
+    def line(self, number: int) -> int:
+        """The line number of a record, from 1."""
+        records_before = self.blank - np.arange(len(self.blank))
+        return number + 1 + int(np.searchsorted(records_before, number, side="right"))
+
+    def place(self, number: int) -> str:
+        """Where a record is, for messages."""
+        return f"row {number + 1}" + (f" (line {self.line(number)})" if self.has_lines else "")
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each record (N,)."""
+        return np.diff(self.starts)
+
+
+class Objects:
+    """A file of JSON objects over several lines each, one after another; see Lines."""
+
+    is_json = True
+
+    def __init__(self, path: Path, unpacked: Path | None = None) -> None:
+        self.path, self.file = path, StoredBytes(unpacked or path)
+        self.starts, self.lines = find_objects(self.file.path)
+        self.size = int(self.starts[-1])
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, number: int) -> Any:
+        """The parsed JSON of an object; BadRow if it is not JSON."""
+        content = self.file.read(self.starts[number], self.starts[number + 1])
+        return parse_json(_text(content), int(self.lines[number]))
+
+    def place(self, number: int) -> str:
+        """Where a record is, for messages."""
+        return f"row {number + 1} (line {self.lines[number]})"
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each record (N,)."""
+        return np.diff(self.starts)
+
+
+class StoredBytes:
+    """Parts of a file that must not change."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.stamp = path, _stamp(os.stat(path))
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from start to end."""
         try:
             with open(self.path, "rb") as file:
                 if _stamp(os.fstat(file.fileno())) != self.stamp:
@@ -99,38 +151,34 @@ class Lines:
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from error
 
-    def line(self, number: int) -> int:
-        """The line number of a record, from 1."""
-        records_before = self.blank - np.arange(len(self.blank))
-        return number + 1 + int(np.searchsorted(records_before, number, side="right"))
 
-    def place(self, number: int) -> str:
-        """Where a record is, for messages."""
-        return f"row {number + 1} (line {self.line(number)})"
-
-    def sizes(self) -> np.ndarray:
-        """Bytes of each record (N,)."""
-        return np.diff(self.starts)
+Records = Array | Lines | Objects
 
 
-def open_records(path: str | Path, plain_text: bool = False) -> Array | Lines:
-    """The records of a file. Its first character shows the format.
+def open_records(path: str | Path, plain_text: bool = False) -> Records:
+    """The records of a file. Its first bytes show the format.
 
     plain_text: in a .txt file every line is a record. Raises UserError if the file cannot be read,
     is empty, or has another format.
     """
     path = Path(path)
     try:
-        start = _first_byte(path)
+        unpacked = unpack(path) if is_packed(path) else path
+        if unpacked != path and is_columnar(path):
+            if not unpacked.stat().st_size:
+                raise UserError(f"{path}: the file has no rows")
+            return Lines(path, is_json=True, unpacked=unpacked, has_lines=False)
+        start = _first_byte(unpacked)
         if start in (b"\xff", b"\xfe"):  # the byte order mark of UTF-16
             raise UserError(f"{path}: not UTF-8 text; convert the file")
-        if plain_text and path.suffix.lower() == ".txt":
+        name = path.name if unpacked == path else path.stem
+        if plain_text and name.lower().endswith(".txt"):
             refuse_pointer(path)
-            return Lines(path, is_json=False)
+            return Lines(path, is_json=False, unpacked=unpacked)
         if start == b"{":
-            return Lines(path, is_json=True)
+            return _open_objects(path, unpacked)
         if start == b"[":
-            return Array(path)
+            return Array(path, unpacked.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     if not start:
@@ -140,6 +188,56 @@ def open_records(path: str | Path, plain_text: bool = False) -> Array | Lines:
         f"{path}: neither a JSON array nor JSON lines (plain text is for --stage pt, in a .txt "
         f"file){HINTS.get(path.suffix.lower(), '')}"
     )
+
+
+def _open_objects(path: Path, unpacked: Path) -> Records:
+    """The records of a file that begins with a JSON object."""
+    first, second = _first_lines(unpacked)
+    lines = Lines(path, is_json=True, unpacked=unpacked)
+    try:
+        record = parse_json(_text(first))
+    except BadRow:
+        # A broken line is a broken row; the next line begins with an object of its own.
+        goes_on = second and not (first.endswith(b"}") or second.startswith(b"{"))
+        if not goes_on and not _holds_several(first):
+            return lines
+        objects = Objects(path, unpacked)
+        try:
+            is_wrapper = len(objects) == 1 and unwrap(path, objects[0]) is not None
+        except BadRow:
+            is_wrapper = False
+        return Array(path, unpacked.read_bytes()) if is_wrapper else objects
+    is_wrapper = not second and unwrap(path, record) is not None
+    return Array(path, unpacked.read_bytes()) if is_wrapper else lines
+
+
+def _holds_several(line: bytes) -> bool:
+    """True if an object in a line is followed by another."""
+    try:
+        text = _text(line)
+        return text[json.JSONDecoder().raw_decode(text)[1] :].lstrip().startswith("{")
+    except (ValueError, RecursionError):
+        return False
+
+
+def unwrap(path: Path, record: Any) -> list[Any] | None:
+    """The rows of {"data": [...]} and of LMFlow's {"type": ..., "instances": [...]}.
+
+    None for any other object. UserError for LMFlow's other types.
+    """
+    if not isinstance(record, dict):
+        return None
+    if isinstance(record.get("instances"), list):
+        type = record.get("type", LMFLOW_TYPES[0])
+        if type not in LMFLOW_TYPES:
+            raise UserError(
+                f"{path}: minisft does not read LMFlow's type {type!r}, only "
+                f"{', '.join(LMFLOW_TYPES)}; convert the file"
+            )
+        return record["instances"]
+    rows, is_row = record.get("data"), turns_column(record) or "instruction" in record
+    is_wrapper = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    return rows if is_wrapper and not is_row else None
 
 
 def _find_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +260,21 @@ def _find_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
+
+
+def _first_lines(path: Path) -> tuple[bytes, bytes]:
+    """The first two lines that are not blank, without white space around them."""
+    with open(path, "rb") as file:
+        lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
+        filled = filter(None, lines)
+        return next(filled, b""), next(filled, b"")
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise BadRow("not UTF-8 text; convert the file") from error
 
 
 def _first_byte(path: Path) -> bytes:

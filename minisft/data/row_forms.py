@@ -45,7 +45,7 @@ def standard_record(record: Any, changes: list[str]) -> Any:
 
 def _answers_as_text(record: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     """The row with JSON text for each answer that is a number, an object, or true or false."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for column in ANSWERS:
         value = record.get(column)
         if _is_data(value) and not _is_turn(column, value):

@@ -1,19 +1,18 @@
-"""Find the data sets of `--dataset`: files, folders, and entries of dataset_info.json.
+"""Find the data sets of `--dataset`: files, folders, entries of dataset_info.json, the hub.
 
-for source in find_sources("alpaca_en_demo,more.jsonl,folder", dataset_dir="data"):
+for source in find_sources("alpaca_en_demo,more.jsonl,tatsu-lab/alpaca", dataset_dir="data"):
     print(source.name, source.paths, source.description)
 """
 
 import difflib
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.common.downloads import download
 from minisft.common.errors import UserError
+from minisft.common.json_files import read_json
 from minisft.data.dataset_info import (
     FILE_NAME,
     Description,
@@ -21,15 +20,9 @@ from minisft.data.dataset_info import (
     parse_description,
     read_entries,
 )
+from minisft.data.file_names import choose_files, file_kind, list_names
+from minisft.data.hub import HubName, hub_files, parse_hub_name
 
-# Files of a downloaded data set that hold no rows.
-METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-# Words in the file names of a split.
-SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "val", "dev"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
 # Sources that an entry may name but minisft does not read -> the reason.
 UNREADABLE = {
     "ms_hub_url": "is only on ModelScope",
@@ -57,12 +50,13 @@ def find_sources(
 ) -> list[Source]:
     """The data sets that `--dataset` names, separated by commas.
 
-    A name is a file, else an entry of `dataset_dir`/dataset_info.json, else a folder.
+    A name is a file (which may have commas in its name), else an entry of
+    `dataset_dir`/dataset_info.json, else a folder, else owner/name[/subset][:split] on the hub.
     plain_text: for --stage pt, where folders may hold .txt files. accepts_preferences: for --stage
     rm and dpo. UserError suggests what an unknown name may have meant.
     """
     sources = []
-    for name in filter(None, map(str.strip, str(dataset).split(","))):
+    for name in split_names(str(dataset)):
         entries = {} if Path(name).is_file() else read_entries(dataset_dir)
         if Path(name).is_file():
             sources.append(Source(name, [Path(name)]))
@@ -72,11 +66,35 @@ def find_sources(
             )
         elif Path(name).is_dir():
             sources.append(Source(name, data_files(name, plain_text)))
+        elif on_hub := parse_hub_name(name):
+            sources.append(Source(name, _from_hub(name, on_hub, entries, plain_text)))
         else:
             raise UserError(f"{name}: there is no such file{_suggestion(name, entries)}")
     if not sources:
         raise UserError("--dataset names no file")
     return sources
+
+
+def split_names(dataset: str) -> list[str]:
+    """The names between commas. A file whose own name has commas is one of them."""
+    parts, names = dataset.split(","), []
+    while parts:
+        lengths = [
+            n for n in range(1, len(parts) + 1) if Path(",".join(parts[:n]).strip()).is_file()
+        ]
+        length = lengths[0] if lengths else 1
+        names.append(",".join(parts[:length]).strip())
+        parts = parts[length:]
+    return [name for name in names if name]
+
+
+def _from_hub(name: str, on_hub: HubName, entries: Iterable[str], plain_text: bool) -> list[Path]:
+    try:
+        return hub_files(on_hub.repo_id, on_hub.subset, on_hub.split, plain_text=plain_text)
+    except UserError as error:
+        raise UserError(
+            f"{name}: {error} (there is no such file{_suggestion(name, entries)})"
+        ) from error
 
 
 def _suggestion(name: str, entries: Iterable[str]) -> str:
@@ -89,17 +107,40 @@ def _suggestion(name: str, entries: Iterable[str]) -> str:
 
 
 def data_files(folder: str | Path, plain_text: bool = False) -> list[Path]:
-    """The files of rows in a folder and its subfolders, sorted by name."""
-    suffixes = (".json", ".jsonl", ".txt") if plain_text else (".json", ".jsonl")
+    """The files of rows in a folder and its subfolders, sorted by name.
+
+    Of a folder that `datasets` saved, the files in its order; of several splits, "train".
+    """
     folder = Path(folder)
-    paths = []
-    for path in sorted(folder.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        is_data = path.suffix.lower() in suffixes and path.name not in METADATA_FILES
-        if path.is_file() and is_data and not is_hidden:
-            paths.append(path)
+    if (folder / "dataset_dict.json").is_file():
+        if not (folder / "train").is_dir():
+            splits = [path.parent.name for path in sorted(folder.glob("*/state.json"))]
+            raise UserError(
+                f"{folder}: there is no split 'train', only {list_names(splits)}. Give the folder "
+                "of a split."
+            )
+        folder = folder / "train"
+    if (folder / "state.json").is_file():
+        return _saved_files(folder)
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    paths = [folder / name for name in names if file_kind(name, plain_text)]
     if not paths:
-        raise UserError(f"{folder}: the folder has no {', '.join(suffixes)} file")
+        kinds = "parquet, Arrow, JSON or .txt" if plain_text else "parquet, Arrow or JSON"
+        raise UserError(f"{folder}: the folder has no {kinds} file")
+    return paths
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files that `datasets` lists in state.json."""
+    state = read_json(folder / "state.json")
+    files = [file for file in state.get("_data_files") or [] if isinstance(file, dict)]
+    if not files or state.get("_indices_data_files"):
+        raise UserError(
+            f"{folder / 'state.json'}: save the data set again, with datasets 2 or newer"
+        )
+    paths = [folder / Path(str(file.get("filename"))).name for file in files]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"{missing[0]}: there is no such file; state.json names it")
     return paths
 
 
@@ -123,8 +164,16 @@ def _entry_files(
         if key.endswith(("_url", "_name")) and (not isinstance(value, str) or not value):
             raise UserError(f"{place}: {key} must be a name")
     if "hf_hub_url" in entry:
-        folder = _download(place, entry["hf_hub_url"], plain_text)
-        return _files_of_split(place, folder, entry, plain_text)
+        try:
+            return hub_files(
+                entry["hf_hub_url"],
+                entry.get("subset"),
+                entry.get("split"),
+                str(entry.get("folder") or ""),
+                plain_text,
+            )
+        except UserError as error:
+            raise UserError(f"{place}: {error}, or give the files as file_name.") from error
     for key, reason in UNREADABLE.items():
         if key in entry:
             raise UserError(f"{place}: {reason}. Download the rows and give them as file_name.")
@@ -146,41 +195,10 @@ def _files_of_split(place: str, root: Path, entry: dict[str, Any], plain_text: b
         paths = data_files(root / str(entry.get("folder") or ""), plain_text)
     except UserError as error:
         raise UserError(f"{place}: {error}; convert other kinds of file first") from error
-    words = {path: _words(path.relative_to(root)) for path in paths}
-    if subset := entry.get("subset"):
-        matching = [path for path in paths if _words(subset) <= words[path]]
-        if not matching and subset != "default":
-            raise UserError(f"{place}: no file for the subset '{subset}' among {_names(paths)}")
-        paths = matching or paths
-    split = str(entry.get("split") or "train")
-    matching = [path for path in paths if _in_split(words[path], split)]
-    names_splits = any(_in_split(words[path], known) for path in paths for known in SPLIT_WORDS)
-    if not matching and (names_splits or split != "train"):
-        raise UserError(f"{place}: no file for the split '{split}' among {_names(paths)}")
-    return matching or paths
-
-
-def _words(name: str | Path) -> set[str]:
-    return set(re.findall("[a-z0-9]+", str(name).lower()))
-
-
-def _in_split(words: set[str], split: str) -> bool:
-    return bool(SPLIT_WORDS[split] & words) if split in SPLIT_WORDS else _words(split) <= words
-
-
-def _names(paths: list[Path]) -> str:
-    return ", ".join(path.name for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
-
-
-def _download(place: str, repo_id: str, plain_text: bool) -> Path:
-    """The local copy of the JSON (and text) files of a data set on the hub."""
-    patterns = ["*.json", "*.jsonl", *(["*.txt"] if plain_text else [])]
-    try:
-        return download(repo_id, patterns, "dataset")
-    except UserError as error:
-        raise UserError(
-            f"{place}: {error}. Download it yourself and give it as file_name."
-        ) from error
+    names = [path.relative_to(root).as_posix() for path in paths]
+    return [
+        root / name for name in choose_files(place, names, entry.get("subset"), entry.get("split"))
+    ]
 
 
 def _check_sha1(place: str, paths: list[Path], expected: Any) -> None:

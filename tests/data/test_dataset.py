@@ -378,7 +378,7 @@ class TestFolders:
         assert load_rows(folder, plain_text=True) == ["one", "two", "text"]
 
     def test_empty_folder(self, tmp_path):
-        with pytest.raises(UserError, match=r"no \.json, \.jsonl file"):
+        with pytest.raises(UserError, match="has no parquet, Arrow or JSON file"):
             open_rows(tmp_path)
 
 

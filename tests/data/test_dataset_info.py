@@ -308,32 +308,10 @@ class TestEntry:
         assert len(open_rows("others", tmp_path)) == 1
 
 
-class TestHub:
-    def test_rows_from_the_hub(self, tmp_path, monkeypatch):
-        asked = {}
-
-        def snapshot(repo_id, repo_type, allow_patterns):
-            asked.update(repo_id=repo_id, repo_type=repo_type, allow_patterns=allow_patterns)
-            return str(tmp_path / "hub")
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-        (tmp_path / "hub").mkdir()
-        write(tmp_path / "hub" / "data.jsonl", json.dumps(GOOD))
-        write(tmp_path / "hub" / "dataset_infos.json", {})
-        assert len(registered(tmp_path, {"hf_hub_url": "a/b", "ms_hub_url": "c/d"})) == 1
-        assert asked == {
-            "repo_id": "a/b",
-            "repo_type": "dataset",
-            "allow_patterns": ["*.json", "*.jsonl"],
-        }
-        (tmp_path / "hub" / "data.jsonl").unlink()
-        with pytest.raises(UserError, match="it: .*convert other kinds of file first"):
-            registered(tmp_path, {"hf_hub_url": "a/b"})
-
-    def test_offline(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-        with pytest.raises(UserError) as caught:
-            registered(tmp_path, {"hf_hub_url": "nobody/nothing-of-this-name"})
-        assert "download of nobody/nothing-of-this-name failed" in str(caught.value)
-        assert "file_name" in str(caught.value) and "\n" not in str(caught.value)
+def test_hub_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError) as caught:
+        registered(tmp_path, {"hf_hub_url": "nobody/nothing-of-this-name"})
+    assert "download of nobody/nothing-of-this-name failed" in str(caught.value)
+    assert "file_name" in str(caught.value) and "\n" not in str(caught.value)

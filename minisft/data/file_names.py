@@ -1,0 +1,76 @@
+"""What the names of files say: their kind, their subset and their split."""
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from minisft.common.errors import UserError
+
+KINDS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+COMPRESSED = (".gz", ".zst")
+# Files of a data set that hold no rows.
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# Words in the file names of a split.
+SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+def file_kind(name: str | PurePath, plain_text: bool = False) -> str | None:
+    """ "json", "parquet", "arrow" or, with plain_text, "text"; None for a file without rows."""
+    path = PurePath(name)
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    # `datasets` leaves the results of its own work as cache-....arrow.
+    is_cache = path.suffix == ".arrow" and path.name.startswith("cache-")
+    if is_hidden or is_cache or path.name in METADATA_FILES:
+        return None
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    kind = KINDS.get(suffixes[-1]) if suffixes else None
+    return kind if kind != "text" or plain_text else None
+
+
+def choose_files(
+    place: str, names: Sequence[str], subset: str | None = None, split: str | None = None
+) -> list[str]:
+    """The names whose words belong to a subset and a split ("train" by default).
+
+    place: what has these files, for messages. If no name mentions a split, all are "train".
+    """
+    words = {name: _words(name) for name in names}
+    chosen = list(names)
+    if subset:
+        matching = [name for name in chosen if _words(subset) <= words[name]]
+        if not matching and subset != "default":
+            raise UserError(
+                f"{place}: no file for the subset '{subset}' among {list_names(chosen)}"
+            )
+        chosen = matching or chosen
+    split = split or "train"
+    matching = [name for name in chosen if _in_split(words[name], split)]
+    names_splits = any(_in_split(words[name], known) for name in chosen for known in SPLIT_WORDS)
+    if not matching and (names_splits or split != "train"):
+        raise UserError(f"{place}: no file for the split '{split}' among {list_names(chosen)}")
+    return matching or chosen
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first names, for messages."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall("[a-z0-9]+", name.lower()))
+
+
+def _in_split(words: set[str], split: str) -> bool:
+    return bool(SPLIT_WORDS[split] & words) if split in SPLIT_WORDS else _words(split) <= words

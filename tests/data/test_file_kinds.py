@@ -1,0 +1,354 @@
+"""Every kind of file gives the rows that the plain file gives. Oracles: json, pyarrow, datasets."""
+
+import datetime
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zlib
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, command
+from test_dataset import GOOD, assistant, user, write
+
+from minisft.common.errors import UserError
+from minisft.data import objects, unpack
+from minisft.data.dataset import load_rows, open_rows
+from minisft.data.objects import find_objects
+from minisft.data.records import open_records
+
+RECORDS = [
+    {**GOOD, "output": text}
+    for text in ('"', "\\", '\\"', '{"a": [', "}", "颜\u2028色", "a\n\n{", "\\\\", "😀", "]")
+]
+ANSWERS = [record["output"] for record in RECORDS]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "minisft"
+
+
+def answers(dataset, **options):
+    return [row.messages[-1]["content"] for row in open_rows(dataset, **options)]
+
+
+def indented(records, **options):
+    return "\n".join(json.dumps(record, indent=2, **options) for record in records)
+
+
+class TestObjects:
+    """Objects over several lines, found without reading the file at once."""
+
+    @pytest.mark.parametrize("block_size", [1, 2, 7, 2**22])
+    @pytest.mark.parametrize("ensure_ascii", [True, False])
+    def test_rows_are_those_of_json(self, tmp_path, monkeypatch, block_size, ensure_ascii):
+        monkeypatch.setattr(objects, "BLOCK_SIZE", block_size)
+        text = "\ufeff\n" + indented(RECORDS, ensure_ascii=ensure_ascii) + "\n"
+        path = write(tmp_path / "rows.jsonl", text)
+        assert answers(path) == ANSWERS
+        records = open_records(path)
+        assert [records[number] for number in range(len(records))] == RECORDS
+        lines = [number for number, line in enumerate(text.split("\n"), 1) if line[-1:] == "{"]
+        assert [records.place(number) for number in range(len(records))] == [
+            f"row {number} (line {line})" for number, line in enumerate(lines, 1)
+        ]
+        assert sum(records.sizes()) == path.stat().st_size - len("\ufeff\n".encode())
+
+    def test_random_objects(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(objects, "BLOCK_SIZE", 50)
+        generator = np.random.default_rng(0)
+        alphabet = list('ab\\"{}[]:, \n\té颜')
+        for trial in range(30):
+            texts = ["".join(generator.choice(alphabet, 20)) for _ in range(20)]
+            records = [{text: [text, {"b": trial}]} for text in texts]
+            path = write(tmp_path / "rows.json", indented(records))
+            starts, _ = find_objects(path)
+            content = path.read_bytes()
+            parts = [content[begin:end] for begin, end in zip(starts, starts[1:], strict=False)]
+            assert list(map(json.loads, parts)) == records
+
+    def test_hold_only_offsets(self, tmp_path):
+        path = write(tmp_path / "rows.json", indented([{**GOOD, "output": "x" * 5000}] * 200))
+        assert len(pickle.dumps(open_rows(path))) < 200 * 30
+
+    @pytest.mark.parametrize("separator", ["", " ", "\n", "\n\n"])
+    def test_one_after_another(self, tmp_path, separator):
+        path = write(tmp_path / "rows.json", separator.join(map(json.dumps, RECORDS)))
+        assert answers(path) == ANSWERS
+
+    def test_a_single_object(self, tmp_path):
+        for indent in (None, 4):
+            path = write(tmp_path / "rows.json", json.dumps(RECORDS[0], indent=indent))
+            assert answers(path) == ANSWERS[:1]
+
+    def test_mistakes(self, tmp_path):
+        broken = indented(RECORDS[:2]).replace('"input": ""', '"input" ""', 1)
+        path = write(tmp_path / "rows.json", broken)
+        with pytest.raises(UserError, match=r"row 1 \(line 1\): line 3 column 11: not valid JSON"):
+            open_rows(path)
+        assert answers(path, skipped=[]) == ANSWERS[1:2]
+        for text, message in (
+            (indented(RECORDS[:2])[:-1], "line 6: the object that begins here has no end"),
+            (indented(RECORDS[:1]) + "\n}\n", "line 6: not valid JSON between two objects"),
+            (indented(RECORDS[:1]) + ",\n{}", "line 5: not valid JSON between two objects"),
+        ):
+            with pytest.raises(UserError, match=message):
+                open_rows(write(path, text))
+
+    def test_a_first_line_that_is_cut_off_is_a_broken_row(self, tmp_path):
+        lines = [json.dumps(GOOD)[:-10], json.dumps(GOOD), json.dumps(GOOD)]
+        path = write(tmp_path / "rows.jsonl", "\n".join(lines))
+        assert len(open_rows(path, skipped=[])) == 2
+
+
+class TestWrapped:
+    @pytest.mark.parametrize("indent", [None, 2])
+    def test_data(self, tmp_path, indent):
+        content = json.dumps({"version": 1, "data": RECORDS}, indent=indent)
+        assert answers(write(tmp_path / "rows.json", content)) == ANSWERS
+
+    def test_a_row_with_a_column_data_is_a_row(self, tmp_path):
+        path = write(tmp_path / "rows.json", json.dumps({**GOOD, "data": [{"a": 1}]}))
+        assert answers(path) == ["Red."]
+
+    @pytest.mark.parametrize("indent", [None, 2])
+    def test_lmflow(self, tmp_path, indent):
+        def wrapped(type, *instances):
+            content = {"type": type, "instances": list(instances)}
+            return write(tmp_path / "rows.json", json.dumps(content, indent=indent))
+
+        rows = load_rows(wrapped("text2text", {"input": "Q", "output": "A"}))
+        assert rows[0].messages == [user("Q"), assistant("A")]
+        row = {"conversation_id": 1, "system": "S", "tools": [], "messages": rows[0].messages}
+        (talk,) = load_rows(wrapped("conversation", row))
+        assert talk.messages == [{"role": "system", "content": "S"}, *rows[0].messages]
+        path = wrapped("text_only", {"text": "one"}, {"text": "two"})
+        assert load_rows(path, plain_text=True) == ["one", "two"]
+        with pytest.raises(UserError, match="plain text is for --stage pt"):
+            load_rows(path)
+        with pytest.raises(UserError, match="LMFlow's type 'image_text', only text_only"):
+            load_rows(wrapped("image_text", {"text": "one"}))
+
+
+class TestNames:
+    def test_commas(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("a,b.json", "c.json", "d, e,f.json"):
+            write(tmp_path / name, [{**GOOD, "output": name}])
+        assert answers("a,b.json") == ["a,b.json"]
+        names = ["c.json", "a,b.json", "d, e,f.json", "c.json"]
+        assert answers(" c.json ,a,b.json,d, e,f.json, c.json,") == names
+
+    def test_all_kinds_in_a_folder(self, tmp_path):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS[:1]), tmp_path / "b.parquet")
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(RECORDS[1]).encode()))
+        write(tmp_path / "c.json", RECORDS[2:3])
+        assert answers(tmp_path) == [ANSWERS[1], ANSWERS[0], ANSWERS[2]]
+
+
+class TestCompressed:
+    @pytest.mark.parametrize("content", [json.dumps(RECORDS), indented(RECORDS)])
+    def test_gzip(self, tmp_path, content):
+        path = tmp_path / "rows.json.gz"
+        path.write_bytes(gzip.compress(content.encode()))
+        rows = open_rows(path)
+        assert [row.messages[-1]["content"] for row in rows] == ANSWERS
+        assert rows[0].source == str(path) == str(rows.files[0].records.path)
+
+    def test_is_unpacked_once_and_again_when_it_changes(self, tmp_path, cache):
+        path = tmp_path / "rows.jsonl.gz"
+        for number, records in enumerate((RECORDS, RECORDS, RECORDS[:3])):
+            path.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
+            os.utime(path, ns=(1, 1 + (number == 2)))
+            assert answers(path) == ANSWERS[: len(records)]
+            assert len(list(cache.glob("*.jsonl"))) == 1 + (number == 2)
+        assert "row 2 (line 2)" in open_records(path).place(1)
+
+    def test_texts(self, tmp_path):
+        path = tmp_path / "texts.txt.gz"
+        path.write_bytes(gzip.compress(b"one\ntwo\n"))
+        assert load_rows(path, plain_text=True) == ["one", "two"]
+
+    def test_damage(self, tmp_path, cache):
+        path = tmp_path / "rows.jsonl.gz"
+        content = gzip.compress(json.dumps(RECORDS).encode())
+        for damaged in (content[:-20], content[:30] + b"xxxx" + content[34:]):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match="rows.jsonl.gz: the file is damaged .*again"):
+                open_rows(path)
+        assert not list(cache.glob("*.jsonl"))
+
+    def test_zstd(self, tmp_path, monkeypatch):
+        path = tmp_path / "rows.json.zst"
+        path.write_bytes(unpack.ZSTD + b"rest")
+        if sys.version_info < (3, 14):
+            with pytest.raises(
+                UserError, match="from version 3.14 on. Run `zstd -d rows.json.zst`"
+            ):
+                open_rows(path)
+
+            class Module:  # where the standard library has it
+                @staticmethod
+                def open(path):
+                    return gzip.open(path.with_suffix(".gz"))
+
+            path.with_suffix(".gz").write_bytes(gzip.compress(json.dumps(RECORDS).encode()))
+            monkeypatch.setattr(unpack.importlib, "import_module", {"compression.zstd": Module}.get)
+        else:
+            from compression import zstd
+
+            path.write_bytes(zstd.compress(json.dumps(RECORDS).encode()))
+        assert answers(path) == ANSWERS
+
+    def test_a_place_that_cannot_be_written(self, tmp_path, monkeypatch):
+        path = tmp_path / "rows.jsonl.gz"
+        path.write_bytes(gzip.compress(b"{}"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+        with pytest.raises(UserError, match="could not be unpacked to .*XDG_CACHE_HOME chooses"):
+            open_rows(path)
+
+
+CALL = {"name": "f", "arguments": {"at": "noon"}}
+TALKS = [
+    {
+        "messages": [
+            user("Q"),
+            assistant("", tool_calls=[CALL]),
+            {"role": "tool", "content": "1"},
+            assistant("A", reasoning_content="T"),
+        ],
+        "tools": json.dumps([{"name": "f"}]),
+        "date": datetime.date(2026, 1, 2),
+    },
+    {
+        "messages": [
+            user("R"),
+            assistant("", tool_calls=[{"name": "g", "arguments": {"left": 1, "right": 2.5}}]),
+        ],
+        "tools": None,
+        "date": None,
+    },
+]
+
+
+class TestColumnar:
+    @pytest.mark.parametrize("group", [1, 3, 1000])
+    def test_parquet(self, tmp_path, group, monkeypatch):
+        monkeypatch.setattr(unpack, "ROWS_AT_A_TIME", 2)
+        path = tmp_path / "rows.parquet"
+        table = pyarrow.Table.from_pylist(RECORDS)
+        pyarrow.parquet.write_table(table, path, row_group_size=group)
+        assert answers(path) == ANSWERS
+        records = open_records(path)
+        assert [records[number] for number in range(len(records))] == table.to_pylist()
+        assert records.place(1) == "row 2" and records.path == path
+        assert answers(f"{path},{path}") == ANSWERS * 2
+
+    @pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+    def test_turns_are_those_of_json(self, tmp_path, kind):
+        """Columns give every object the names of all objects; the nulls are none of the row's."""
+        table, path = pyarrow.Table.from_pylist(TALKS), tmp_path / "rows.parquet"
+        assert table.to_pylist()[0]["messages"][0].keys() > {"role", "content"}
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            path = path.with_suffix(".arrow")
+            new = pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream
+            with new(str(path), table.schema) as writer:
+                writer.write_table(table)
+        lines = "\n".join(json.dumps(talk, default=str) for talk in TALKS)
+        plain = load_rows(write(tmp_path / "rows.jsonl", lines))
+        for row, expected in zip(load_rows(path), plain, strict=True):
+            assert (row.messages, row.tools) == (expected.messages, expected.tools)
+        assert open_records(path)[0]["date"] == "2026-01-02"
+
+    def test_a_folder_that_datasets_saved(self, tmp_path):
+        data = datasets.Dataset.from_list(RECORDS)
+        data.save_to_disk(tmp_path / "one", num_shards=3)
+        assert answers(tmp_path / "one") == ANSWERS
+        data.select([7, 2]).save_to_disk(tmp_path / "two")
+        assert answers(tmp_path / "two") == [ANSWERS[7], ANSWERS[2]]
+        splits = {"train": data.select(range(4)), "test": data.select(range(4, 6))}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
+        assert answers(tmp_path / "dict") == ANSWERS[:4]
+        assert answers(tmp_path / "dict" / "test") == ANSWERS[4:6]
+        (tmp_path / "dict" / "train").rename(tmp_path / "dict" / "dev")
+        with pytest.raises(UserError, match="no split 'train', only dev, test. Give the folder of"):
+            open_rows(tmp_path / "dict")
+        entry = {"it": {"file_name": "one", "columns": {"prompt": "output", "response": "output"}}}
+        write(tmp_path / "dataset_info.json", entry)
+        assert answers("it", dataset_dir=tmp_path) == ANSWERS
+        for path in (tmp_path / "one").glob("*00001*.arrow"):
+            path.unlink()
+        with pytest.raises(UserError, match="there is no such file; state.json names it"):
+            open_rows(tmp_path / "one")
+
+    def test_mistakes(self, tmp_path):
+        path = tmp_path / "rows.parquet"
+        table = pyarrow.Table.from_pylist([{**GOOD, "picture": [{"bytes": b"x"}]}])
+        pyarrow.parquet.write_table(table, path)
+        with pytest.raises(UserError, match="the column picture holds binary data; minisft learns"):
+            open_rows(path)
+        pyarrow.parquet.write_table(table.slice(0, 0).drop(["picture"]), path)
+        with pytest.raises(UserError, match="rows.parquet: the file has no rows"):
+            open_rows(path)
+        for content in (b"PAR1 and so on", b"ARROW1\0\0 and so on", b"\xff\xff\xff\xff\1\0\0\0"):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match="rows.parquet: the file is damaged"):
+                open_rows(path)
+
+    def test_without_pyarrow(self, tmp_path, monkeypatch):
+        path = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(UserError, match="rows.parquet: .*pip install -r requirements/data.txt"):
+            open_rows(path)
+
+    def test_without_cache_the_same_rows(self, tmp_path, cache):
+        """What resume relies on: bytes and order of the rows, in any run."""
+        path = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TALKS), path)
+        sizes = open_rows(path).sizes().tolist()
+        for file in cache.iterdir():
+            file.unlink()
+        assert open_rows(path).sizes().tolist() == sizes
+
+
+def test_processes_that_unpack_at_once(tmp_path, cache):
+    """They wait for one of them, and all get the complete file."""
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(GOOD) + "\n").encode() * 20_000))
+    code = "import sys; from pathlib import Path; from minisft.data.unpack import unpack; "
+    code += "import zlib; print(zlib.crc32(unpack(Path(sys.argv[1])).read_bytes()))"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    outputs = {process.communicate()[0].decode().strip() for process in started}
+    assert outputs == {str(zlib.crc32(gzip.decompress(path.read_bytes())))}
+    assert len(list(cache.glob("*.jsonl"))) == 1
+
+
+def test_select_takes_them(tmp_path):
+    path, output = tmp_path / "rows.parquet", tmp_path / "out.jsonl"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+    done = command(
+        "--strategy",
+        "random",
+        "--sample_number",
+        10,
+        script="select.py",
+        dataset=path,
+        output=output,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(map(json.loads, output.read_text(encoding="utf-8").split("\n")[:-1])) == RECORDS

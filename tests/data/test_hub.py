@@ -1,0 +1,224 @@
+"""Data sets of the hub by name, from a stand-in for the hub on this machine."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import command
+from huggingface_hub import constants
+from test_dataset import GOOD, write
+
+from minisft.common.errors import UserError
+from minisft.data import hub
+from minisft.data.dataset import open_rows
+from minisft.data.hub import parse_hub_name
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `files`, {repository: {name: bytes}}, as the hub does; `asked` are the paths."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.asked = {}, []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def put(self, repo_id, card="", **files):
+        self.files[repo_id] = {"README.md": f"---\n{card}\n---\nText".encode(), **files}
+
+    def downloaded(self):
+        return sorted({path.split("/resolve/")[1].partition("/")[2] for path in self.asked})
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = urlsplit(self.path).path.lstrip("/")
+        repo_id = "/".join(path.removeprefix("api/").split("/")[1:3])
+        files, rest = self.server.files.get(repo_id), path.removeprefix("api/").split("/")[3:]
+        if files is None:
+            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if rest[:1] == ["resolve"]:
+            self.server.asked.append(path)
+            content = files["/".join(rest[2:])]
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            return self.answer(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
+        if rest[:1] == ["tree"]:
+            tree = [
+                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                for name, content in files.items()
+            ]
+            return self.answer(200, json.dumps(tree).encode())
+        block = files["README.md"].decode().split("---")[1]
+        card = json.loads(block) if block.strip() else {}  # JSON is also YAML
+        siblings = [{"rfilename": name} for name in files]
+        info = {"id": repo_id, "sha": COMMIT, "siblings": siblings, "cardData": card}
+        self.answer(200, json.dumps(info).encode())
+
+    def answer(self, status, content, headers=()):
+        self.send_response(status)
+        for name, value in {**dict(headers), "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Hub() as started:
+        threading.Thread(target=started.serve_forever, daemon=True).start()
+        yield started
+        started.shutdown()
+
+
+@pytest.fixture
+def the_hub(server, tmp_path, monkeypatch):
+    """The stand-in, without files, and empty caches."""
+    server.files, server.asked = {}, []
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return server
+
+
+def parquet(*outputs):
+    table = pyarrow.Table.from_pylist([{**GOOD, "output": output} for output in outputs])
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def lines(*outputs):
+    return "\n".join(json.dumps({**GOOD, "output": output}) for output in outputs).encode()
+
+
+def answers(dataset, **options):
+    return [row.messages[-1]["content"] for row in open_rows(dataset, **options)]
+
+
+def test_parquet_of_the_training_split(the_hub):
+    the_hub.put(
+        "org/name",
+        **{
+            "data/train-00001-of-00002.parquet": parquet("c"),
+            "data/train-00000-of-00002.parquet": parquet("a", "b"),
+            "data/test-00000-of-00001.parquet": parquet("d"),
+            "train.jsonl": lines("a", "b", "c"),
+            "dataset_infos.json": b"{}",
+        },
+    )
+    assert answers("org/name") == ["a", "b", "c"]
+    shards = [f"data/train-0000{number}-of-00002.parquet" for number in range(2)]
+    assert the_hub.downloaded() == ["README.md", *shards]
+    assert answers("org/name:test") == ["d"]
+    assert answers("org/name,org/name:test") == ["a", "b", "c", "d"]
+    with pytest.raises(UserError, match="org/name: no file for the split 'validation' among data/"):
+        open_rows("org/name:validation")
+
+
+def test_json_where_there_is_no_parquet_or_no_pyarrow(the_hub, monkeypatch):
+    the_hub.put("org/name", **{"rows.jsonl": lines("a"), "notes.txt": b"text\n"})
+    assert answers("org/name") == ["a"]
+    the_hub.put("org/texts", **{"notes.txt": b"one\ntwo\n"})
+    assert list(open_rows("org/texts", plain_text=True)) == ["one", "two"]
+    files = {"rows.jsonl": lines("a"), "rows.parquet": parquet("b")}
+    the_hub.put("org/both", **files)
+    assert answers("org/both") == ["b"]
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    assert answers("org/both") == ["a"]
+
+
+def test_a_card_names_the_files(the_hub):
+    configs = [
+        {"config_name": "main", "data_files": [{"split": "train", "path": "main/*.jsonl"}]},
+        {
+            "config_name": "more",
+            "data_dir": "more",
+            "data_files": [
+                {"split": "train", "path": ["a.jsonl", "b.jsonl"]},
+                {"split": "test", "path": "**/c.jsonl"},
+            ],
+        },
+    ]
+    files = {f"{name}.jsonl": lines(name) for name in ("main/a", "more/a", "more/b", "more/x/c")}
+    the_hub.put("org/name", json.dumps({"configs": configs}), **files, **{"main/x/d.jsonl": b""})
+    assert answers("org/name/main") == ["main/a"]
+    assert answers("org/name/more") == ["more/a", "more/b"]
+    assert answers("org/name/more:test") == ["more/x/c"]
+    for name, message in (
+        ("org/name", "has the subsets main, more; choose one: org/name/main"),
+        ("org/name/less", "has the subsets main, more; choose one"),
+        ("org/name/main:test", "has no split 'test'; choose one of train: org/name:train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_rows(name)
+    configs[1]["default"] = True
+    the_hub.put("org/name", json.dumps({"configs": configs}), **files)
+    assert answers("org/name") == ["more/a", "more/b"]
+
+
+def test_an_entry_of_dataset_info(the_hub, tmp_path):
+    the_hub.put(
+        "a/b", **{"en/train.jsonl": lines("a"), "en/test.jsonl": lines("b"), "zh.json": b""}
+    )
+    entry = {"hf_hub_url": "a/b", "ms_hub_url": "c/d", "folder": "en", "split": "test"}
+    write(tmp_path / "dataset_info.json", {"it": entry, "broken": {"hf_hub_url": "a/c"}})
+    assert answers("it", dataset_dir=tmp_path) == ["b"]
+    the_hub.put("a/c", **{"data.csv": b"a,b"})
+    with pytest.raises(UserError, match="broken: a/c has no parquet or JSON files, only data.csv"):
+        open_rows("broken", tmp_path)
+
+
+def test_offline_the_cache_has_the_same_rows(the_hub, tmp_path, monkeypatch):
+    card = json.dumps({"configs": [{"config_name": "main", "data_files": "data/*.parquet"}]})
+    names = [f"data/rows-0000{number}-of-00002.parquet" for number in range(2)]
+    the_hub.put("org/name", card, **{name: parquet(name) for name in names})
+    assert answers("org/name") == names
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert answers("org/name") == names
+    (snapshot,) = (tmp_path / "hub").glob("*/snapshots/*")
+    (snapshot / names[1]).unlink()
+    with pytest.raises(UserError, match="only 1 of the files data/rows-of-00002"):
+        open_rows("org/name")
+    with pytest.raises(UserError, match="org/other: download of org/other failed .*no such file"):
+        open_rows("org/other")
+
+
+def test_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert parse_hub_name("org/name.v1-2") == ("org/name.v1-2", None, None)
+    assert parse_hub_name("org/name/main:test") == ("org/name", "main", "test")
+    for name in ("name", "data/rows", "org/rows.json", "org/r.jsonl.gz", "./org/name", "/org/name"):
+        assert parse_hub_name(name) is None
+    with pytest.raises(UserError, match="data/rows: there is no such file or folder"):
+        open_rows("data/rows")
+
+
+def test_the_variable_names_the_hub(the_hub, tmp_path, monkeypatch):
+    """HF_ENDPOINT, as for a mirror, in a process of its own."""
+    the_hub.put("org/name", **{"rows.parquet": parquet("a", "b")})
+    monkeypatch.setenv("HF_ENDPOINT", the_hub.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    done = command(
+        "convert", "org/name", tmp_path / "out.jsonl", before=["-m", "minisft.data"], script=None
+    )
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
