@@ -6,6 +6,7 @@ for source in find_sources("alpaca_en_demo,more.jsonl,tatsu-lab/alpaca", dataset
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,13 +77,11 @@ def find_sources(
 
 
 def split_names(dataset: str) -> list[str]:
-    """The names between commas. A file whose own name has commas is one of them."""
+    """The names between commas. A file or folder may have commas in its own name."""
     parts, names = dataset.split(","), []
     while parts:
-        lengths = [
-            n for n in range(1, len(parts) + 1) if Path(",".join(parts[:n]).strip()).is_file()
-        ]
-        length = lengths[0] if lengths else 1
+        lengths = range(1, len(parts) + 1)
+        length = next((n for n in lengths if os.path.exists(",".join(parts[:n]).strip())), 1)
         names.append(",".join(parts[:length]).strip())
         parts = parts[length:]
     return [name for name in names if name]

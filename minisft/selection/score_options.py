@@ -48,7 +48,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--adapter", help="LoRA adapter to score with, such as the pre-experience")
 
     add, switch = parser.section("data")
-    add("--dataset", required=True, help="files, folders, names in dataset_info.json; by commas")
+    dataset = "files, folders, names in dataset_info.json or on the hub; by commas"
+    add("--dataset", required=True, help=dataset)
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
     switch("--skip_bad_rows", "give broken rows a reason instead of stopping")
     add_template_flags(add, auto="that of the training")

@@ -52,7 +52,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     description = "Choose the rows to train on, by the scores and embeddings of score.py."
     parser = OptionParser(description=description)
     add, switch = parser.section("data")
-    add("--dataset", required=True, help="files, folders, names in dataset_info.json; by commas")
+    dataset = "files, folders, names in dataset_info.json or on the hub; by commas"
+    add("--dataset", required=True, help=dataset)
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
     switch("--skip_bad_rows", "never choose broken rows, instead of stopping")
     add("--scores", metavar="F.jsonl", help="written by score.py --mode ifd, all or reward")
