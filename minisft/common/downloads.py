@@ -21,20 +21,28 @@ class Repository:
     card: dict[str, Any]
 
 
-def download(repo_id: str, patterns: Sequence[str], repo_type: str = "model") -> Path:
+def download(
+    repo_id: str, patterns: Sequence[str], repo_type: str = "model", offline: bool = False
+) -> Path:
     """The local folder with the files of a repository that match the patterns.
 
-    repo_type: "model" or "dataset". UserError if the download fails.
+    repo_type: "model" or "dataset". offline: take them from the cache. UserError if that fails.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=list(patterns)))
+        folder = snapshot_download(
+            repo_id,
+            repo_type=repo_type,
+            allow_patterns=list(patterns),
+            local_files_only=offline,
+        )
     except Exception as error:  # the libraries below raise many kinds
         raise UserError(f"download of {repo_id} failed ({first_line(error)})") from error
+    return Path(folder)
 
 
-def dataset_repository(repo_id: str) -> Repository:
+def dataset_repository(repo_id: str, offline: bool = False) -> Repository:
     """The files and the card of a data set on the hub, or if it cannot be reached, of its cache.
 
     UserError if there is no such data set.
@@ -42,10 +50,12 @@ def dataset_repository(repo_id: str) -> Repository:
     from huggingface_hub import HfApi, metadata_load
 
     try:
+        if offline:
+            raise UserError("it is not in the cache")
         info = HfApi().dataset_info(repo_id)
     except Exception as error:
         try:
-            folder = download(repo_id, [CARD], "dataset")
+            folder = download(repo_id, [CARD], "dataset", offline=True)
         except UserError:
             raise UserError(f"download of {repo_id} failed ({first_line(error)})") from error
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -130,6 +130,7 @@ def open_rows(
     skipped: list[str] | None = None,
     seed: int = 0,
     say: PrintLine = print,
+    offline: bool = False,
 ) -> Rows:
     """The rows of the data sets that `dataset` names (see sources.py), in their order.
 
@@ -137,10 +138,11 @@ def open_rows(
     ranking: True for rows with several answers, for --stage rm and dpo; None for rows of both
     kinds. skipped: a list that collects a message for each broken row, which is then left out;
     without it the first broken row raises UserError. Files above CHECKED_BYTES are checked as they
-    are read. seed: for the rows drawn where an entry has num_samples. say: prints a line.
+    are read. seed: for the rows drawn where an entry has num_samples. say: prints a line. offline:
+    download nothing.
     """
     parts = []
-    for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False):
+    for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False, offline):
         files = []
         for path in source.paths:
             records = open_records(path, plain_text)

@@ -46,13 +46,14 @@ def hub_files(
     split: str | None = None,
     folder: str = "",
     plain_text: bool = False,
+    offline: bool = False,
 ) -> list[Path]:
     """The local files of a subset and a split, downloaded unless they are in the cache.
 
-    split: "train" by default. folder: the part of the repository to look at. UserError if there are
-    no such files.
+    split: "train" by default. folder: the part of the repository to look at. offline: use only what
+    is in the cache. UserError if there are no such files.
     """
-    repository = dataset_repository(repo_id)
+    repository = dataset_repository(repo_id, offline)
     names = [name for name in repository.names if file_kind(name, plain_text)]
     if folder:
         names = [name for name in names if PurePosixPath(name).is_relative_to(folder)]
@@ -74,10 +75,10 @@ def hub_files(
     if any(file_kind(name) == "parquet" for name in names):
         require_pyarrow(f"{repo_id}, {names[0]}")
     patterns = [glob.escape(name) for name in names]
-    folder = download(repo_id, [CARD, *patterns], "dataset")
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    local = download(repo_id, [CARD, *patterns], "dataset", offline)
+    if missing := [name for name in names if not (local / name).is_file()]:
         raise UserError(f"{repo_id}: {list_names(missing)} could not be downloaded; try again")
-    return [folder / name for name in names]
+    return [local / name for name in names]
 
 
 def _preferred(names: list[str]) -> list[str]:

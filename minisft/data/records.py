@@ -12,6 +12,7 @@ for line ends. But a JSON array is parsed at once.
 import codecs
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,22 +194,27 @@ def open_records(path: str | Path, plain_text: bool = False) -> Records:
 def _open_objects(path: Path, unpacked: Path) -> Records:
     """The records of a file that begins with a JSON object."""
     first, second = _first_lines(unpacked)
-    lines = Lines(path, is_json=True, unpacked=unpacked)
     try:
         record = parse_json(_text(first))
     except BadRow:
         # A broken line is a broken row; the next line begins with an object of its own.
         goes_on = second and not (first.endswith(b"}") or second.startswith(b"{"))
-        if not goes_on and not _holds_several(first):
-            return lines
-        objects = Objects(path, unpacked)
-        try:
-            is_wrapper = len(objects) == 1 and unwrap(path, objects[0]) is not None
-        except BadRow:
-            is_wrapper = False
-        return Array(path, unpacked.read_bytes()) if is_wrapper else objects
-    is_wrapper = not second and unwrap(path, record) is not None
-    return Array(path, unpacked.read_bytes()) if is_wrapper else lines
+        if goes_on or _holds_several(first):
+            return _open_several(path, unpacked)
+    else:
+        if not second and unwrap(path, record) is not None:
+            return Array(path, unpacked.read_bytes())
+    return Lines(path, is_json=True, unpacked=unpacked)
+
+
+def _open_several(path: Path, unpacked: Path) -> Array | Objects:
+    """The records of a file of objects that are not one in a line."""
+    objects = Objects(path, unpacked)
+    if len(objects) == 1:
+        with suppress(BadRow):
+            if unwrap(path, objects[0]) is not None:
+                return Array(path, unpacked.read_bytes())
+    return objects
 
 
 def _holds_several(line: bytes) -> bool:

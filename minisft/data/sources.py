@@ -48,13 +48,14 @@ def find_sources(
     dataset_dir: str | Path = "data",
     plain_text: bool = False,
     accepts_preferences: bool = False,
+    offline: bool = False,
 ) -> list[Source]:
     """The data sets that `--dataset` names, separated by commas.
 
     A name is a file (which may have commas in its name), else an entry of
     `dataset_dir`/dataset_info.json, else a folder, else owner/name[/subset][:split] on the hub.
     plain_text: for --stage pt, where folders may hold .txt files. accepts_preferences: for --stage
-    rm and dpo. UserError suggests what an unknown name may have meant.
+    rm and dpo. offline: download nothing. UserError suggests what an unknown name may have meant.
     """
     sources = []
     for name in split_names(str(dataset)):
@@ -63,12 +64,14 @@ def find_sources(
             sources.append(Source(name, [Path(name)]))
         elif name in entries:
             sources.append(
-                _from_entry(name, entries[name], Path(dataset_dir), plain_text, accepts_preferences)
+                _from_entry(
+                    name, entries[name], Path(dataset_dir), plain_text, accepts_preferences, offline
+                )
             )
         elif Path(name).is_dir():
             sources.append(Source(name, data_files(name, plain_text)))
         elif on_hub := parse_hub_name(name):
-            sources.append(Source(name, _from_hub(name, on_hub, entries, plain_text)))
+            sources.append(Source(name, _from_hub(name, on_hub, entries, plain_text, offline)))
         else:
             raise UserError(f"{name}: there is no such file{_suggestion(name, entries)}")
     if not sources:
@@ -87,9 +90,11 @@ def split_names(dataset: str) -> list[str]:
     return [name for name in names if name]
 
 
-def _from_hub(name: str, on_hub: HubName, entries: Iterable[str], plain_text: bool) -> list[Path]:
+def _from_hub(
+    name: str, on_hub: HubName, entries: Iterable[str], plain_text: bool, offline: bool
+) -> list[Path]:
     try:
-        return hub_files(on_hub.repo_id, on_hub.subset, on_hub.split, plain_text=plain_text)
+        return hub_files(*on_hub, plain_text=plain_text, offline=offline)
     except UserError as error:
         raise UserError(
             f"{name}: {error} (there is no such file{_suggestion(name, entries)})"
@@ -144,19 +149,24 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _from_entry(
-    name: str, entry: Any, dataset_dir: Path, plain_text: bool, accepts_preferences: bool
+    name: str,
+    entry: Any,
+    dataset_dir: Path,
+    plain_text: bool,
+    accepts_preferences: bool,
+    offline: bool,
 ) -> Source:
     place = f"{dataset_dir / FILE_NAME}, {name}"
     check_entry(entry, place, accepts_preferences)
     description = parse_description(name, entry, place, plain_text)
-    paths = _entry_files(place, entry, dataset_dir, plain_text)
+    paths = _entry_files(place, entry, dataset_dir, plain_text, offline)
     if entry.get("file_sha1"):
         _check_sha1(place, paths, entry["file_sha1"])
     return Source(name, paths, description, entry.get("num_samples"))
 
 
 def _entry_files(
-    place: str, entry: dict[str, Any], dataset_dir: Path, plain_text: bool
+    place: str, entry: dict[str, Any], dataset_dir: Path, plain_text: bool, offline: bool
 ) -> list[Path]:
     """The files of an entry, downloaded if it names a data set on the hub."""
     for key, value in entry.items():
@@ -170,6 +180,7 @@ def _entry_files(
                 entry.get("split"),
                 str(entry.get("folder") or ""),
                 plain_text,
+                offline,
             )
         except UserError as error:
             raise UserError(f"{place}: {error}, or give the files as file_name.") from error

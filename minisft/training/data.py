@@ -52,6 +52,7 @@ def load_data(
         skipped=skipped,
         seed=options.seed,
         say=say,
+        offline=options.dry_run,
     )
     rows = dataset.open_rows(options.dataset or options.train_dir, **reading)
     rows, eval_rows = rows[: options.max_samples], None

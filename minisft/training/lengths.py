@@ -63,7 +63,8 @@ def inspect_data(
     num_texts = options.per_device_train_batch_size * (2 if ranking else 1)
     longest = (num_texts * padded_length(limit, options), num_texts * limit)
     try:
-        find_sources(options.dataset or options.train_dir, options.dataset_dir, plain_text, ranking)
+        dataset = options.dataset or options.train_dir
+        find_sources(dataset, options.dataset_dir, plain_text, ranking, offline=True)
     except UserError as error:
         text = "answer of two" if ranking else "row"
         return Data(

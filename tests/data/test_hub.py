@@ -191,6 +191,11 @@ def test_offline_the_cache_has_the_same_rows(the_hub, tmp_path, monkeypatch):
     names = [f"data/rows-0000{number}-of-00002.parquet" for number in range(2)]
     the_hub.put("org/name", card, **{name: parquet(name) for name in names})
     assert answers("org/name") == names
+    asked = len(the_hub.asked)
+    assert answers("org/name", offline=True) == names and len(the_hub.asked) == asked
+    the_hub.put("org/more", **{"rows.json": b""})
+    with pytest.raises(UserError, match="download of org/more failed .it is not in the cache"):
+        open_rows("org/more", offline=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert answers("org/name") == names
     (snapshot,) = (tmp_path / "hub").glob("*/snapshots/*")
