@@ -51,7 +51,7 @@ from minisft.training.data import load_data, load_template, show_samples, traini
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
 from minisft.training.objective import NextToken, Objective, mean_metrics, perplexity
-from minisft.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from minisft.training.optimizer import build_optimizer, set_learning_rate
 from minisft.training.preference import DirectPreference, Reward
 from minisft.training.reference import build_reference
 from minisft.training.result import save_result
@@ -165,14 +165,7 @@ def train(
         for examples in training_steps(
             batches, schedule.rows_per_step, progress.step, schedule.total_steps
         ):
-            learning_rate = learning_rate_at(
-                progress.step,
-                schedule.total_steps,
-                options.learning_rate,
-                options.lr_scheduler_type,
-                schedule.warmup_steps,
-                options.lr_end,
-            )
+            learning_rate = schedule.learning_rate(progress.step)
             set_learning_rate(run.optimizer, learning_rate)
             # All ranks read the rows of the step; each trains on its own share of them.
             parts = micro_batches(examples, options.per_device_train_batch_size, rank, world_size)

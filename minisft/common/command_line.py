@@ -30,8 +30,7 @@ from minisft.common.option_types import (
 )
 from minisft.common.toml_files import is_record, read_toml
 
-# Choices of flags. --help shows them without loading the modules that implement them.
-SCHEDULES = ["cosine", "linear", "constant", "polynomial"]
+# Choices of a flag. --help shows them without loading the modules that implement them.
 QUANTIZATIONS = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
 
 # How --help shows the value of a flag of this type; TEXT for all other types.
