@@ -19,6 +19,8 @@ RENAMED = {
     "neat_packing": "packing",
     "pref_beta": "dpo_beta",
     "pref_ftx": "dpo_ftx",
+    "add_special_tokens": "new_special_tokens",
+    "torch_compile": "compile",
     "val_size": "validation_split",
 }
 # Keys that change nothing here, whatever their value: minisft runs no code of a checkpoint, encodes
@@ -31,11 +33,11 @@ WITHOUT_EFFECT = set(
     "include_effective_tokens_per_second ignore_pad_token_for_loss use_reentrant_gc do_eval "
     "auto_find_batch_size enable_liger_kernel use_unsloth_gc upcast_layernorm logging_dir".split()
 )
-# Values that ask for what minisft does anyway.
-MEANT_ANYWAY: dict[str, tuple[Any, ...]] = {
+# Values that minisft has. For a key that is no flag, they ask for what it does anyway.
+VALUES: dict[str, tuple[Any, ...]] = {
     "do_train": (True,),
     "double_quantization": (True,),
-    "finetuning_type": (),
+    "finetuning_type": ("lora", "full"),
     "infer_backend": ("huggingface", "hf"),
     "logging_strategy": ("steps",),
     "mix_strategy": ("concat",),
@@ -45,6 +47,7 @@ MEANT_ANYWAY: dict[str, tuple[Any, ...]] = {
     "quantization_method": ("bnb", "bitsandbytes"),
     "quantization_type": ("nf4",),
     "save_strategy": ("steps",),
+    "stage": ("sft", "pt", "rm", "dpo"),
 }
 TEXT_ONLY = "minisft trains on text"
 ADAMW_ONLY = "minisft trains with AdamW"
@@ -52,16 +55,21 @@ LORA_ONLY = "minisft has LoRA, rsLoRA and QLoRA"
 # Why minisft does not have a key. A key that ends in * stands for all that begin so.
 REASONS = {
     "apollo_*": ADAMW_ONLY,
+    "asft_alpha": "minisft has cross-entropy",
     "audio_*": TEXT_ONLY,
     "badam_*": ADAMW_ONLY,
     "cache_dir": "set the environment variable HF_HOME",
+    "compute_accuracy": "use --eval_exact_match",
     "crop_to_patches": TEXT_ONLY,
     "deepspeed": "use --parallel fsdp",
+    "disable_shuffling": "rows are always shuffled",
     "do_predict": "use eval.py compare",
     "do_train": "train.py always trains",
     "double_quantization": "NF4 quantises its scales here",
     "early_stopping_steps": "use --early_stopping_patience",
     "finetuning_type": "minisft has lora and full",
+    "eaft_alpha": "minisft has cross-entropy",
+    "export_*": "see export.py --help",
     "fp8*": "use --bf16",
     "freeze_extra_modules": LORA_ONLY,
     "freeze_language_model": TEXT_ONLY,
@@ -83,11 +91,13 @@ REASONS = {
     "mix_strategy": "minisft joins data sets; see --mix",
     "mixture_of_depths": "minisft trains the architecture of the checkpoint",
     "model_revision": "download that revision and give its folder",
+    "oft_*": LORA_ONLY,
     "optim": ADAMW_ONLY,
     "pissa_*": LORA_ONLY,
     "pref_loss": "minisft has sigmoid, the loss of DPO",
     "ppo_*": "minisft has sft, pt, rm and dpo",
     "predict_with_generate": "use --eval_exact_match, or eval.py compare",
+    "preserve_thinking": "the chat template decides",
     "pure_bf16": "trained parameters are float32; use --bf16",
     "quantization_method": "minisft has NF4 and int8, as bitsandbytes",
     "quantization_type": "4 bits are NF4 here",
@@ -95,6 +105,8 @@ REASONS = {
     "ref_model*": "the reference is the model before training",
     "reward_model*": "minisft has sft, pt, rm and dpo",
     "rope_scaling": "write it into config.json",
+    "push_to_hub": "minisft uploads nothing",
+    "save_only_model": "checkpoints hold the optimizer too, to resume from",
     "save_strategy": "use --save_steps N, or epoch",
     "shift_attn": "minisft has the attention of the checkpoint",
     "simpo_*": "minisft has sigmoid, the loss of DPO",
@@ -102,12 +114,16 @@ REASONS = {
     "streaming": "rows stay on the disk anyway",
     "swanlab_*": "set SwanLab's environment variables, such as SWANLAB_PROJECT",
     "tokenized_path": "rows are encoded during training",
+    "tool_format": "the chat template decides",
     "train_on_prompt": "the model learns the answers; --stage pt learns every token",
     "use_adam_mini": ADAMW_ONLY,
     "use_apollo": ADAMW_ONLY,
     "use_audio_in_video": TEXT_ONLY,
     "use_badam": ADAMW_ONLY,
+    "use_asft_loss": "minisft has cross-entropy",
+    "use_dft_loss": "minisft has cross-entropy",
     "use_dora": LORA_ONLY,
+    "use_eaft_loss": "minisft has cross-entropy",
     "use_galore": ADAMW_ONLY,
     "use_kt": "minisft has no ktransformers",
     "use_llama_pro": LORA_ONLY,
@@ -115,7 +131,6 @@ REASONS = {
     "use_unsloth": "minisft runs the model itself",
     "video_*": TEXT_ONLY,
 }
-STAGES, FINETUNING_TYPES = ("sft", "pt", "rm", "dpo"), ("lora", "full")
 # LLaMA-Factory's template -> ours, and the system prompt of theirs.
 TEMPLATES = {
     "empty": ("plain", None),
@@ -123,3 +138,73 @@ TEMPLATES = {
     "qwen3_nothink": ("chatml", None),
     "zephyr": ("zephyr", "You are Zephyr, a helpful assistant."),
 }
+
+
+def translate(
+    recipe: dict[str, Any], flags: Collection[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """({flag: value}, {key: why minisft does not have it}).
+
+    flags: the names of the script's flags. Keys that are neither a flag nor LLaMA-Factory's stay.
+    """
+    options: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for key, value in recipe.items():
+        name = RENAMED.get(key, key)
+        is_known_value = value in VALUES.get(key, ())
+        reason = _reason(key)
+        if key in WITHOUT_EFFECT or is_known_value and key not in flags:
+            continue
+        if (name != key or reason) and value in (None, False, "", "none", 0):
+            continue  # what is off asks for nothing
+        if reason and not is_known_value:
+            shown = f"{key}: {value}" if key in VALUES else key
+            refused[shown] = reason
+        else:
+            options[name if name in flags else key] = value
+    _set_steps(options)
+    _set_data(options)
+    if "disable_gradient_checkpointing" in options:
+        options["gradient_checkpointing"] = not options.pop("disable_gradient_checkpointing")
+    if options.pop("use_swanlab", False):
+        others = options.get("report_to") or []
+        others = others if isinstance(others, list) else [others]
+        options["report_to"] = [name for name in others if name != "none"] + ["swanlab"]
+    return options, refused
+
+
+def _reason(key: str) -> str | None:
+    """Why minisft does not have this key; None if it may have it."""
+    for name, reason in REASONS.items():
+        if key == name or name.endswith("*") and key.startswith(name[:-1]):
+            return reason
+    return None
+
+
+def _set_steps(options: dict[str, Any]) -> None:
+    """Numbers of steps that mean "none", and strategies, become our flags. In place."""
+    if options.get("max_steps") == -1:
+        del options["max_steps"]
+    if options.get("warmup_steps") == 0 and "warmup_ratio" in options:
+        del options["warmup_steps"]
+    for when in ("eval", "save"):
+        strategy = options.pop(f"{when}_strategy", None)
+        if strategy == "epoch":
+            options[f"{when}_steps"] = "epoch"
+        elif strategy == "steps":  # only eval_strategy comes here
+            options.setdefault("eval_steps", options.get("logging_steps", 500))
+        elif strategy is not None:  # "no"; YAML reads it as False
+            options.pop("eval_steps", None)
+
+
+def _set_data(options: dict[str, Any]) -> None:
+    """Templates get our names; plain text has blocks and no template. In place."""
+    if options.get("stage") == "pt":
+        options.pop("template", None)
+        if "cutoff_len" in options:
+            options["block_size"] = options.pop("cutoff_len")
+    template = options.get("template")
+    if template in TEMPLATES:
+        options["template"], system = TEMPLATES[template]
+        if system:
+            options.setdefault("default_system", system)

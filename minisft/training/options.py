@@ -61,7 +61,8 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     add("--valid_dir", help="folder of held-out files, instead of --eval_dataset")
     split = "hold out this fraction (below 1) or number of the rows of --dataset"
     add("--validation_split", type=positive_float, help=split)
-    add("--max_samples", type=positive_int, help="use only the first N rows, for a quick try")
+    first = "use only the first N rows of each data set, for a quick try"
+    add("--max_samples", type=positive_int, help=first)
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
     workers = "processes that read and encode rows ahead of training (0: none)"
     add("--dataloader_num_workers", type=non_negative_int, default=2, help=workers)
