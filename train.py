@@ -54,6 +54,7 @@ from minisft.training.objective import NextToken, Objective, mean_metrics, perpl
 from minisft.training.optimizer import build_optimizer, set_learning_rate
 from minisft.training.preference import DirectPreference, Reward
 from minisft.training.reference import build_reference
+from minisft.training.reports import Reports
 from minisft.training.result import save_result
 from minisft.training.run import (
     Best,
@@ -103,6 +104,7 @@ def main(options: Namespace | None = None) -> None:
     precision = build_precision(options, dtype, device)
     # The reference of DPO is the model as it is here, before the weights of a checkpoint.
     objective = build_objective(options, model, batches, eval_examples, precision.autocast, saved)
+    reports = Reports(options)
     run = Run(
         options=options,
         model=model,
@@ -111,7 +113,7 @@ def main(options: Namespace | None = None) -> None:
         optimizer=build_optimizer(model, options),
         schedule=schedule,
         precision=precision,
-        progress=Progress(schedule.total_steps, output_dir / "metrics.jsonl", device),
+        progress=Progress(schedule.total_steps, output_dir / "metrics.jsonl", device, reports),
         wrapped=wrap_model(model, options),
         num_bytes=resume.count_bytes(batches),
     )
@@ -126,6 +128,7 @@ def main(options: Namespace | None = None) -> None:
         say(resume.how_to_continue(run))
     else:
         save_result(run, model_dir, tokenizer, template)
+    reports.finish()
     processes.stop()
     if interrupted_by:
         sys.exit(128 + interrupted_by)

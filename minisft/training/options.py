@@ -21,6 +21,7 @@ from minisft.common.command_line import (
 from minisft.common.errors import UserError
 from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
 from minisft.common.option_types import iso_date, json_object
+from minisft.training.reports import chosen_services, service_names
 from minisft.training.schedules import SETTINGS, check_settings
 
 Add = Callable[..., Any]
@@ -156,6 +157,9 @@ def _add_output_flags(add: Add, switch: Add) -> None:
     switch("--load_best_model_at_end", "save the weights with the lowest evaluation loss")
     patience = "stop after N evaluations without improvement"
     add("--early_stopping_patience", type=positive_int, help=patience)
+    services = "show metrics in tensorboard, wandb, swanlab or trackio; several with commas"
+    add("--report_to", type=service_names, default="none", metavar="NAMES", help=services)
+    add("--run_name", help="name of the run there (default: the output folder)")
     switch("--plot_loss", "draw loss.png into the output folder (needs matplotlib)")
 
 
@@ -240,6 +244,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
     for flags, is_wrong, reason in rules:
         if is_wrong and flags & given:
             raise UserError(f"--{min(flags & given)} {reason}")
+    chosen_services(options)
     check_settings(options.lr_scheduler_type, scheduler_settings(options))
     if not (options.dataset or options.train_dir):
         raise UserError("nothing to train on: give --dataset or --train_dir (see --help)")

@@ -57,6 +57,8 @@ SILENT = {
     "output_dir",
     "show_samples",
     "plot_loss",
+    "report_to",
+    "run_name",
     "template_date",
 }
 # Folder in the checkpoint of a sharded model: the optimizer state, written by all ranks.
