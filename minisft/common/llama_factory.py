@@ -149,6 +149,8 @@ def translate(
     """
     options: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    recipe = dict(recipe)
+    _set_steps(recipe)
     for key, value in recipe.items():
         name = RENAMED.get(key, key)
         is_known_value = value in VALUES.get(key, ())
@@ -162,7 +164,6 @@ def translate(
             refused[shown] = reason
         else:
             options[name if name in flags else key] = value
-    _set_steps(options)
     _set_data(options)
     if "disable_gradient_checkpointing" in options:
         options["gradient_checkpointing"] = not options.pop("disable_gradient_checkpointing")
@@ -181,20 +182,21 @@ def _reason(key: str) -> str | None:
     return None
 
 
-def _set_steps(options: dict[str, Any]) -> None:
+def _set_steps(recipe: dict[str, Any]) -> None:
     """Numbers of steps that mean "none", and strategies, become our flags. In place."""
-    if options.get("max_steps") == -1:
-        del options["max_steps"]
-    if options.get("warmup_steps") == 0 and "warmup_ratio" in options:
-        del options["warmup_steps"]
-    for when in ("eval", "save"):
-        strategy = options.pop(f"{when}_strategy", None)
-        if strategy == "epoch":
-            options[f"{when}_steps"] = "epoch"
-        elif strategy == "steps":  # only eval_strategy comes here
-            options.setdefault("eval_steps", options.get("logging_steps", 500))
-        elif strategy is not None:  # "no"; YAML reads it as False
-            options.pop("eval_steps", None)
+    if recipe.get("max_steps") == -1:
+        del recipe["max_steps"]
+    if recipe.get("warmup_steps") == 0 and "warmup_ratio" in recipe:
+        del recipe["warmup_steps"]
+    if recipe.get("save_strategy") == "epoch":
+        recipe["save_steps"] = recipe.pop("save_strategy")
+    strategy = recipe.pop("eval_strategy", None)
+    if strategy == "epoch":
+        recipe["eval_steps"] = "epoch"
+    elif strategy == "steps":
+        recipe.setdefault("eval_steps", recipe.get("logging_steps", 500))
+    elif strategy is not None:  # "no"; YAML reads it as False
+        recipe.pop("eval_steps", None)
 
 
 def _set_data(options: dict[str, Any]) -> None:

@@ -38,7 +38,8 @@ def read_tensorboard(folder):
     scalars = {}
     for name in events.Tags()["scalars"]:
         scalars[name] = {event.step: event.value for event in events.Scalars(name)}
-        assert len(scalars[name]) == len(events.Scalars(name))  # no step twice
+        if name != "train/global_step":  # evaluations repeat it
+            assert len(scalars[name]) == len(events.Scalars(name))
     texts = "".join(
         event.tensor_proto.string_val[0].decode()
         for name in events.Tags()["tensors"]
