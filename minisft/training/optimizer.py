@@ -9,6 +9,8 @@ from argparse import Namespace
 import torch
 from torch import nn
 
+from minisft.common.devices import has_fused_adamw
+
 
 def build_optimizer(model: nn.Module, options: Namespace) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) on the trainable parameters; norms and biases have no decay."""
@@ -24,7 +26,7 @@ def build_optimizer(model: nn.Module, options: Namespace) -> torch.optim.AdamW:
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
-        fused=True,  # one kernel for all parameters instead of a few for each
+        fused=has_fused_adamw(trainable[0].device),  # one kernel for all parameters
     )
 
 
