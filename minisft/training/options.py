@@ -22,7 +22,7 @@ from minisft.common.errors import UserError
 from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
 from minisft.common.option_types import iso_date, json_object
 from minisft.training.reports import chosen_services, service_names
-from minisft.training.schedules import SETTINGS, check_settings
+from minisft.training.schedule_settings import SETTINGS, check_settings
 
 Add = Callable[..., Any]
 

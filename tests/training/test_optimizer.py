@@ -13,7 +13,8 @@ from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.training.optimizer import build_optimizer
 from minisft.training.run import build_schedule
-from minisft.training.schedules import SETTINGS, build_rate, check_settings
+from minisft.training.schedule_settings import SETTINGS, check_settings
+from minisft.training.schedules import build_rate
 
 CONFIG = {
     "model_type": "qwen2",
