@@ -66,12 +66,19 @@ def read_trackio(folder):
 
 
 def records(path):
-    """The records of a log in LevelDB's form, each shorter than a block."""
-    data, place = path.read_bytes(), 7  # behind the header of the file
-    while place + 7 < len(data):
-        size = int.from_bytes(data[place + 4 : place + 6], "little")
-        yield data[place + 7 : place + 7 + size]
+    """The records of a log in LevelDB's form: pieces in blocks of 32 kB."""
+    data, place, record = path.read_bytes(), 7, b""  # behind the header of the file
+    while True:
+        left = 2**15 - place % 2**15
+        place += left if left < 7 else 0
+        if place + 7 > len(data):
+            return
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        record += data[place + 7 : place + 7 + size]
         place += 7 + size
+        if kind in (1, 4):  # complete, or the last piece
+            yield record
+            record = b""
 
 
 def read_wandb(folder):
@@ -80,7 +87,7 @@ def read_wandb(folder):
 
     scalars: dict = {}
     texts, ids = "", set()
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+    for path in sorted(folder.glob("*wandb/offline-run-*/run-*.wandb")):
         for data in records(path):
             record = Record.FromString(data)
             items = {
@@ -115,6 +122,8 @@ def test_services_continue_after_the_step_of_a_checkpoint(name, offline):
         first.services[name].writer.close()
     else:
         first.services[name].run.finish()
+    if name == "wandb":  # runs of the same second have the same folder
+        (offline / "wandb").rename(offline / "first_wandb")
     again = start(offline, name, 2, learning_rate=3e-3)
     again.log({"step": 3, "loss": 0.25, "learning_rate": 0.1})
     again.log({"step": 4, "loss": 0.125, "learning_rate": 0.2})
