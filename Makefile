@@ -46,11 +46,11 @@ test: lint types tests
 tests: $(TESTING)
 	@$(PYTHON) $(CHECK_VERSION)
 	$(PYTHON) tests/kernels.py
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadgroup
 
 # tests/marks.py says which tests are slow.
 fast: $(TESTING)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 # ATen, oneDNN, MKL (which heeds it on Intel's processors only) and numpy's OpenBLAS.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -60,7 +60,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 test-avx2: $(TESTING)
 	$(AVX2) $(PYTHON) tests/kernels.py avx2
 	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
-		$(AVX2) TORCHINDUCTOR_CACHE_DIR="$$cache" $(PYTHON) -m pytest -q -n 2 -m numerical
+		$(AVX2) TORCHINDUCTOR_CACHE_DIR="$$cache" $(PYTHON) -m pytest -q -n 2 --dist loadgroup -m numerical
 
 lint: $(TESTING)
 	$(PYTHON) -m ruff check .

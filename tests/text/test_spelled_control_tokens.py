@@ -14,6 +14,9 @@ from minisft.text.chat_template import ChatTemplate
 from minisft.text.template_choice import NAMES, get_template
 from minisft.text.tokenizer import Tokenizer
 
+# The fixture costs much, so one worker gets all tests.
+pytestmark = pytest.mark.xdist_group("spelled")
+
 # Places in a conversation (and its tools) that a row fills with text.
 PLAIN_SLOTS = ("system", "question", "answer", "first answer", "thoughts", "name")
 TOOL_SLOTS = ("argument", "key", "call name", "id", "result", "tool", "description", "property")

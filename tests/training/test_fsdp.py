@@ -28,6 +28,9 @@ from minisft.common.tensor_files import StoredTensor
 from minisft.training import checkpoint, fsdp, resume
 from minisft.training.build import load_trainable
 
+# The fixture costs much, so one worker gets all tests.
+pytestmark = pytest.mark.xdist_group("fsdp")
+
 # Eighteen ragged rows, twice, in steps of eight: the last step of an epoch has two rows, too few
 # for four processes. Neither two nor four divides the LoRA rank.
 KINDS = {
