@@ -9,14 +9,42 @@ from pathlib import Path
 from typing import Any, Self
 
 from minisft.common.json_files import read_json
-from minisft.model.config_checks import check_values, refuse_unsupported, rotary_values
+from minisft.model.config_checks import (
+    check_values,
+    no_rope_layers,
+    refuse_unsupported,
+    rotary_values,
+)
 
 # What a family assumes where its config.json has no value (from transformers' config classes).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"qkv_bias": True, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"qk_norm": True, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "qkv_bias": True,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "qk_norm": True,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "smollm3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "rope_theta": 2000000.0,
+        "tie_word_embeddings": True,
+    },
 }
 # Fields in which null is a value: no window, or the number that __post_init__ derives. In other
 # fields null stands for the family's default.
@@ -50,6 +78,7 @@ class ModelConfig:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    no_rope_layers: list[int] = field(default_factory=list)  # per layer: 1 rotary, 0 no positions
     sliding_window: int | None = None
     max_window_layers: int = 0  # so many layers, from the first, have full attention
     layer_types: list[str] = field(default_factory=list)  # empty: from max_window_layers
@@ -58,6 +87,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.no_rope_layers = self.no_rope_layers or [1] * self.num_hidden_layers
         if not self.layer_types:
             num_full = self.num_hidden_layers
             if self.sliding_window is not None:
@@ -81,14 +111,15 @@ class ModelConfig:
             is_set = name in content and (content[name] is not None or name in NULLABLE)
             if is_set and name not in NOT_IN_FILE:
                 values[name] = content[name]
-        values.update(rotary_values(content, source))
+        values.update(rotary_values({**content, **values}, source))
+        values["no_rope_layers"] = no_rope_layers(content, source) if family == "smollm3" else []
         if family in ("qwen2", "qwen3") and not content.get("use_sliding_window"):
             values["sliding_window"] = None
             values.pop("layer_types", None)
-        if family in ("llama", "mistral"):
+        if family in ("llama", "mistral", "smollm3"):
             values["max_window_layers"] = 0
             values.pop("layer_types", None)
-        if family == "llama":
+        if family in ("llama", "smollm3"):
             values["sliding_window"] = None
         if family == "qwen2":
             values["attention_bias"] = False

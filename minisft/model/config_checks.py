@@ -81,6 +81,30 @@ def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]
     return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 
+def no_rope_layers(content: dict[str, Any], source: str | Path) -> list[int]:
+    """For each layer of SmolLM3: 1 with rotary positions, 0 without; every fourth has none."""
+    num_layers, interval = (
+        content.get("num_hidden_layers"),
+        content.get("no_rope_layer_interval", 4),
+    )
+    given = content.get("no_rope_layers")
+    if not is_integer(num_layers, 1, LARGEST["num_hidden_layers"]):
+        return []  # check_values refuses it
+    if given is None and is_integer(interval, 1):
+        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if given is None:
+        raise UserError(
+            f"{source}: no_rope_layer_interval must be a whole number of at least 1, "
+            f"not {interval!r}"
+        )
+    if not isinstance(given, list) or len(given) < num_layers or not set(given) <= {0, 1}:
+        raise UserError(
+            f"{source}: no_rope_layers must have 1 (rotary positions) or 0 (none) for each of the "
+            f"{num_layers} layers of num_hidden_layers"
+        )
+    return given[:num_layers]
+
+
 def check_values(values: dict[str, Any], source: str | Path) -> None:
     """UserError if a field has a value that no model can have."""
     _check_sizes(values, source)

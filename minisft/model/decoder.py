@@ -11,7 +11,7 @@
         x = x + mlp(norm(x))
     hidden = norm(x)
 
-Llama, Mistral, Qwen2 and Qwen3 differ by fields of the config only. Modules have the names of a
+Llama, Mistral, Qwen2, Qwen3, SmolLM2 and SmolLM3 differ by fields of the config only. Modules have the names of a
 Hugging Face checkpoint.
 
 Shapes: B batch, T time (tokens of this call), S time of the keys (cache and this call), D model
@@ -58,7 +58,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v, where H / K query heads share a key head (arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         D, d = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
@@ -68,6 +68,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, K * d, bias=bias or config.qkv_bias)
         self.v_proj = Linear(D, K * d, bias=bias or config.qkv_bias)
         self.o_proj = Linear(H * d, D, bias=bias)
+        self.is_rotary = bool(config.no_rope_layers[layer])
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
@@ -86,7 +87,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, K, T, d)
+        if self.is_rotary:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, K, T, d)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, d)
         y = attend(q, k, v)  # (B, H, T, d)
@@ -111,10 +113,10 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each with a norm before it and its input added to its output."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -138,7 +140,9 @@ class Decoder(nn.Module):
         # which takes two seconds.
         weight = nn.init.uniform_(torch.empty(config.vocab_size, config.hidden_size), -1, 1)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(

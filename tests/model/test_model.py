@@ -16,7 +16,7 @@ from minisft.model.rotary import rotary_frequencies
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2, window", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2, window", "qwen3", "smollm3"])
 def test_packed_rows_do_not_see_each_other(name, tmp_path):
     """A pack gives the logits that transformers gives for each row alone, also with windows."""
     content = {**SMALL, **VARIANTS[name]}
@@ -121,7 +121,7 @@ def test_full_size_frequencies(shared_data):
         assert factor == expected.attention_scaling
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2, window", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2, window", "qwen3", "smollm3"])
 @torch.no_grad()
 def test_cache_gives_the_same_states(name):
     torch.manual_seed(0)
