@@ -38,6 +38,13 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
+    "smollm3, YaRN": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 5,
+        "tie_word_embeddings": False,
+        "rope_scaling": {"rope_type": "yarn", **STRETCHED},
+    },
 }
 
 

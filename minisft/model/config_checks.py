@@ -25,6 +25,14 @@ ROPE_NUMBERS = (
     "mscale",
     "mscale_all_dim",
 )
+# Fields that change what a model computes, with the only value that minisft computes.
+ONLY_VALUES = {
+    "attention_dropout": 0,
+    "hidden_act": "silu",
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "partial_rotary_factor": 1,
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 REQUIRED = (
     "vocab_size",
@@ -43,12 +51,17 @@ def refuse_unsupported(content: dict[str, Any], families: list[str], source: str
     if family not in families:
         raise UserError(
             f"{source}: model_type '{family}' is not supported. minisft supports "
-            f"{', '.join(families)}."
+            f"{', '.join(families)}; see docs/models.md."
         )
-    if content.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{source}: hidden_act '{content['hidden_act']}': only silu is supported")
-    if content.get("partial_rotary_factor") not in (None, 1.0):
-        raise UserError(f"{source}: partial_rotary_factor is not supported")
+    for name, supported in ONLY_VALUES.items():
+        if content.get(name) not in (None, supported):
+            raise UserError(
+                f"{source}: {name} {content[name]!r} is not supported, only {supported!r} is"
+            )
+    if family == "smollm3" and content.get("use_sliding_window"):
+        raise UserError(f"{source}: use_sliding_window is not supported for smollm3")
+    if family == "smollm3" and "sliding_attention" in (content.get("layer_types") or []):
+        raise UserError(f"{source}: layer_types with sliding_attention need use_sliding_window")
 
 
 def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
@@ -59,6 +72,10 @@ def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]
         return {"rope_theta": theta, "rope_scaling": None}
     if not isinstance(scaling, dict):
         raise UserError(f"{source}: rope_scaling must be an object, not {scaling!r}")
+    for name, value in scaling.items():
+        is_partial = name == "partial_rotary_factor" and value not in (None, 1)
+        if is_partial or isinstance(value, dict | list):
+            raise UserError(f"{source}: '{name}' of the rotary positions is not supported")
     scaling = dict(scaling)
     theta = scaling.pop("rope_theta", theta)
     rope_type = scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", "default"))

@@ -334,6 +334,8 @@ def test_models_that_llama_cpp_cannot_run_or_runs_differently(tmp_path, tiny_tok
     for content, message in (
         ({"model_type": "qwen2", "head_dim": 32}, "head_dim 32"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention biases"),
+        ({"model_type": "smollm3", "mlp_bias": True}, "MLP biases"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layers"),
         ({"rope_scaling": {"rope_type": "yarn", "truncate": False, **STRETCHED}}, "truncate"),
     ):
         folder = save(tmp_path / message, tiny_tokenizer_dir, content)

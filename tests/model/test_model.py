@@ -163,6 +163,10 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     ("change", "message"),
     [
         ({"model_type": "baichuan"}, "baichuan"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "full_attention"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
