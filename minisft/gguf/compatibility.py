@@ -30,8 +30,8 @@ def check_architecture(config: ModelConfig) -> None:
     every_fourth = [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
     if architecture == "smollm3" and config.no_rope_layers != every_fourth:
         raise UserError(
-            "llama.cpp's smollm3 has no rotary positions in every fourth layer, but this checkpoint "
-            f"has no_rope_layers {config.no_rope_layers}"
+            "llama.cpp's smollm3 leaves rotary positions out of every fourth layer, but this "
+            f"checkpoint has no_rope_layers {config.no_rope_layers}"
         )
     if scaling.get("rope_type") == "yarn" and not scaling.get("truncate", True):
         raise UserError("llama.cpp's YaRN always truncates; this checkpoint says truncate = false")

@@ -11,8 +11,8 @@
         x = x + mlp(norm(x))
     hidden = norm(x)
 
-Llama, Mistral, Qwen2, Qwen3, SmolLM2 and SmolLM3 differ by fields of the config only. Modules have the names of a
-Hugging Face checkpoint.
+Llama, Mistral, Qwen2, Qwen3 and SmolLM3 differ by fields of the config only. Modules have the names
+of a Hugging Face checkpoint.
 
 Shapes: B batch, T time (tokens of this call), S time of the keys (cache and this call), D model
 width, H query heads, K key/value heads, d width of a head, V vocabulary.
