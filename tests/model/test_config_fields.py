@@ -8,11 +8,13 @@ from dataclasses import fields
 
 import pytest
 import torch
+import transformers
 from families import LLAMA3_ROPE
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from minisft.common.errors import UserError
+from minisft.model.class_names import class_name
 from minisft.model.config import FAMILY_DEFAULTS, ModelConfig
 from minisft.model.decoder import CausalLM
 
@@ -164,3 +166,9 @@ def test_every_other_family_is_refused_by_name():
             ModelConfig.from_dict({**SMALL, "model_type": name})
     with pytest.raises(UserError, match="is_causal"):  # a field of no class that transformers reads
         ModelConfig.from_dict({**SMALL, "model_type": "llama", "is_causal": False})
+
+
+@pytest.mark.parametrize("task", ["CausalLM", "SequenceClassification"])
+def test_architectures_are_classes_of_transformers(task):
+    for family in FAMILIES:
+        assert hasattr(transformers, class_name(family, task)), family
