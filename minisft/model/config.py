@@ -11,9 +11,9 @@ from typing import Any, Self
 from minisft.common.json_files import read_json
 from minisft.model.config_checks import (
     check_values,
-    no_rope_layers,
     refuse_unsupported,
     rotary_values,
+    smollm3_values,
 )
 
 # What a family assumes where its config.json has no value (from transformers' config classes).
@@ -49,8 +49,8 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 # Fields in which null is a value: no window, or the number that __post_init__ derives. In other
 # fields null stands for the family's default.
 NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
-# Fields that config.json does not set.
-NOT_IN_FILE = ("original", "qkv_bias", "qk_norm")
+# Fields that config.json does not set, or not in every family.
+NOT_IN_FILE = ("original", "qkv_bias", "qk_norm", "no_rope_layers")
 
 
 @dataclass
@@ -87,7 +87,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.no_rope_layers = self.no_rope_layers or [1] * self.num_hidden_layers
+        if not self.no_rope_layers:
+            self.no_rope_layers = [1] * self.num_hidden_layers
         if not self.layer_types:
             num_full = self.num_hidden_layers
             if self.sliding_window is not None:
@@ -112,7 +113,6 @@ class ModelConfig:
             if is_set and name not in NOT_IN_FILE:
                 values[name] = content[name]
         values.update(rotary_values({**content, **values}, source))
-        values["no_rope_layers"] = no_rope_layers(content, source) if family == "smollm3" else []
         if family in ("qwen2", "qwen3") and not content.get("use_sliding_window"):
             values["sliding_window"] = None
             values.pop("layer_types", None)
@@ -121,6 +121,8 @@ class ModelConfig:
             values.pop("layer_types", None)
         if family in ("llama", "smollm3"):
             values["sliding_window"] = None
+        if family == "smollm3":
+            values.update(smollm3_values(content, source))
         if family == "qwen2":
             values["attention_bias"] = False
         check_values(values, source)

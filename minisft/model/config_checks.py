@@ -58,10 +58,6 @@ def refuse_unsupported(content: dict[str, Any], families: list[str], source: str
             raise UserError(
                 f"{source}: {name} {content[name]!r} is not supported, only {supported!r} is"
             )
-    if family == "smollm3" and content.get("use_sliding_window"):
-        raise UserError(f"{source}: use_sliding_window is not supported for smollm3")
-    if family == "smollm3" and "sliding_attention" in (content.get("layer_types") or []):
-        raise UserError(f"{source}: layer_types with sliding_attention need use_sliding_window")
 
 
 def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
@@ -98,28 +94,28 @@ def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]
     return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 
-def no_rope_layers(content: dict[str, Any], source: str | Path) -> list[int]:
-    """For each layer of SmolLM3: 1 with rotary positions, 0 without; every fourth has none."""
-    num_layers, interval = (
-        content.get("num_hidden_layers"),
-        content.get("no_rope_layer_interval", 4),
-    )
-    given = content.get("no_rope_layers")
-    if not is_integer(num_layers, 1, LARGEST["num_hidden_layers"]):
-        return []  # check_values refuses it
-    if given is None and is_integer(interval, 1):
-        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-    if given is None:
+def smollm3_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """no_rope_layers of SmolLM3: listed, or every fourth. UserError for sliding windows."""
+    if content.get("use_sliding_window"):
+        raise UserError(f"{source}: use_sliding_window is not supported for smollm3")
+    if "sliding_attention" in (content.get("layer_types") or []):
+        raise UserError(f"{source}: layer_types with sliding_attention need use_sliding_window")
+    interval, layers = content.get("no_rope_layer_interval", 4), content.get("no_rope_layers")
+    if not is_integer(interval, 1):
         raise UserError(
             f"{source}: no_rope_layer_interval must be a whole number of at least 1, "
             f"not {interval!r}"
         )
-    if not isinstance(given, list) or len(given) < num_layers or not set(given) <= {0, 1}:
-        raise UserError(
-            f"{source}: no_rope_layers must have 1 (rotary positions) or 0 (none) for each of the "
-            f"{num_layers} layers of num_hidden_layers"
-        )
-    return given[:num_layers]
+    num_layers = content.get("num_hidden_layers")
+    if not is_integer(num_layers, 1, LARGEST["num_hidden_layers"]):
+        return {}  # check_values refuses it
+    if layers is None:
+        layers = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if not isinstance(layers, list) or len(layers) < num_layers:
+        raise UserError(f"{source}: no_rope_layers must have an entry for each layer")
+    if any(entry not in (0, 1) for entry in layers):
+        raise UserError(f"{source}: no_rope_layers must have 1 (rotary positions) or 0 (none)")
+    return {"no_rope_layers": layers[:num_layers]}
 
 
 def check_values(values: dict[str, Any], source: str | Path) -> None:
