@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from minisft.common.json_files import read_json
-from minisft.model.config_checks import check_values, refuse_unsupported, rotary_values
+from minisft.model.config_checks import (
+    baichuan_values,
+    check_values,
+    refuse_unsupported,
+    rotary_values,
+)
 
 # What a family assumes where its config.json has no value (from transformers' config classes).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -17,12 +22,13 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"qkv_bias": True, "sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"qk_norm": True, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    "baichuan": {"packed_attention": True, "norm_head": True},
 }
 # Fields in which null is a value: no window, or the number that __post_init__ derives. In other
 # fields null stands for the family's default.
 NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
 # Fields that config.json does not set.
-NOT_IN_FILE = ("original", "qkv_bias", "qk_norm")
+NOT_IN_FILE = ("original", "qkv_bias", "qk_norm", "packed_attention", "norm_head", "alibi")
 
 
 @dataclass
@@ -50,6 +56,9 @@ class ModelConfig:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    packed_attention: bool = False  # one matrix for queries, keys and values
+    norm_head: bool = False  # the rows of the output matrix count with length 1
+    alibi: bool = False  # in place of rotary positions
     sliding_window: int | None = None
     max_window_layers: int = 0  # so many layers, from the first, have full attention
     layer_types: list[str] = field(default_factory=list)  # empty: from max_window_layers
@@ -85,11 +94,13 @@ class ModelConfig:
         if family in ("qwen2", "qwen3") and not content.get("use_sliding_window"):
             values["sliding_window"] = None
             values.pop("layer_types", None)
-        if family in ("llama", "mistral"):
+        if family in ("llama", "mistral", "baichuan"):
             values["max_window_layers"] = 0
             values.pop("layer_types", None)
-        if family == "llama":
+        if family in ("llama", "baichuan"):
             values["sliding_window"] = None
+        if family == "baichuan":
+            values.update(baichuan_values(content, source))
         if family == "qwen2":
             values["attention_bias"] = False
         check_values(values, source)
