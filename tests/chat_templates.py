@@ -16,7 +16,7 @@ from minisft.model.decoder import CausalLM
 
 # What looks like a control token in a template's text.
 SPELLED = re.compile(
-    r"<[|｜][^<>{}\s'\"]{1,60}[|｜]>|</?[a-z_]{1,20}>|\[/?[A-Z_]{2,30}\]|<[a-z]+_of_[a-z]+>"
+    r"<[|｜][^<>{}\s'\"]{1,60}[|｜]>|</?[a-z_]{1,20}>|\[/?[A-Z_]{2,30}\]|<[a-z]+_of_[a-z]+>|<reserved_\d+>"
     r"|<\|?[A-Z_]{3,30}\|?>|</s>|<s>"
 )
 
