@@ -40,6 +40,7 @@ from minisft.data.row_values import BadRow, check_text_only, check_unicode, obje
 from minisft.generation.answer import Response, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
+from minisft.text.tool_texts import TOOLS_AS_TEXT
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "text")
 MAX_LISTED_ROWS = 10  # bad rows that an error message lists
@@ -124,7 +125,7 @@ class Prompts:
 
     def lengths(self, assistant: Assistant, sampling: Sampling) -> list[int]:
         """The number of tokens of each prompt. UserError lists the rows without a valid prompt."""
-        lengths, problems = [], []
+        lengths, problems, num_changed = [], [], 0
         for row in range(len(self)):
             place = self.place(row)
             try:
@@ -134,6 +135,7 @@ class Prompts:
                     say=lambda text, place=place: print(f"{place}: {text}", file=sys.stderr),
                 )
                 lengths.append(len(ids))
+                num_changed += assistant.template.facts.changes_tools(**self[row])
             except BadRow as error:
                 problems.append(str(error))
             except UserError as error:
@@ -144,6 +146,8 @@ class Prompts:
             if num_unlisted > 0:
                 listed.append(f"and {num_unlisted} more of {len(self)} rows")
             raise UserError(f"rows without a valid prompt: {'; '.join(listed)}")
+        if num_changed:
+            print(f"{num_changed} of {len(self)} rows have {TOOLS_AS_TEXT}", file=sys.stderr)
         return lengths
 
 

@@ -34,7 +34,7 @@ from minisft.generation.messages import check_messages, split_conversation
 from minisft.generation.sampling import Sampling
 from minisft.generation.scored import generate_scored
 from minisft.generation.sharing import Caches, Turns, share_weights
-from minisft.generation.thoughts import AnswerDecoder
+from minisft.generation.thoughts import AnswerDecoder, decode_answer
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import convert_parameters
@@ -220,9 +220,7 @@ class Assistant:
                     limits=[limits[place] for place in places],
                 )
             for place, answer, score in zip(places, answers, scores, strict=True):
-                decoder = AnswerDecoder(self.template, prompts[place])
-                pieces = [*map(decoder.push, answer), decoder.flush()]
-                thoughts, text = map("".join, zip(*pieces, strict=True))
+                thoughts, text = decode_answer(self.template, prompts[place], answer)
                 responses[place] = Response(text, thoughts, score)
         return [responses[place] for place in range(len(prompts))]
 

@@ -24,12 +24,16 @@ from minisft.selection.passes import Pass, Plan, Score, make_batches
 from minisft.selection.reward_scores import RewardScorer
 from minisft.selection.rows import read_row
 from minisft.selection.shared_prefix import group_by_prefix
+from minisft.text.tool_texts import TOOLS_AS_TEXT
 
 # Rows whose passes are sorted by length and batched together.
 WINDOW_ROWS = 1024
 
 # Both plan the passes of a row, compute a batch of passes, and score the row from the results.
 Scorer = IfdScorer | RewardScorer
+
+
+TOOLS_SAMPLE = 128  # rows that are searched for tools
 
 
 class RowReader:
@@ -47,6 +51,19 @@ class RowReader:
         except UserError as error:
             # Raised by the main process, without the traceback of a worker.
             return UserError(str(error))
+
+    def tools_note(self, numbers: np.ndarray) -> str | None:
+        """A line for people if some of the first of these rows have tools that become text."""
+        sample = [read_row(self.rows, int(number)) for number in numbers[:TOOLS_SAMPLE]]
+        facts = self.scorer.template.facts
+        changed = sum(
+            facts.changes_tools(row.messages, row.tools)
+            for row in sample
+            if not isinstance(row, BadRow)
+        )
+        return (
+            f"{changed} of the first {len(sample)} rows have {TOOLS_AS_TEXT}" if changed else None
+        )
 
     def _plan(self, number: int) -> Plan:
         row = read_row(self.rows, number)

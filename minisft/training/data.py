@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from minisft.common.errors import UserError
-from minisft.common.model_flags import template_options
+from minisft.common.model_flags import template_options, template_settings
 from minisft.data import dataset
 from minisft.data.batching import Batches
 from minisft.data.build_batches import (
@@ -24,7 +24,7 @@ from minisft.data.encode_preferences import encode_preferences
 from minisft.data.encoding import Example, encode_rows
 from minisft.model.config import ModelConfig
 from minisft.text.chat_template import ChatTemplate
-from minisft.text.template_choice import get_template
+from minisft.text.template_choice import get_template, settings_without_effect
 from minisft.text.tokenizer import Tokenizer
 
 
@@ -99,6 +99,8 @@ def load_template(
         now=options.template_date,
     )
     say(f"template: {template.name}")
+    for line in settings_without_effect(template, **template_settings(options)):
+        say(line)
     if template.facts.note:
         say(f"note: {template.facts.note}")
     return template

@@ -274,6 +274,9 @@ class Letters:
 
     add_bos_token, bos_token_id, eos_token_id = True, 0, 1
 
+    def begin(self, messages, tools=None):
+        pass
+
     def encode(self, messages, tools=None):
         if isinstance(messages, str):
             return [ord(letter) for letter in messages]
