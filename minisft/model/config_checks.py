@@ -92,8 +92,10 @@ def baichuan_values(content: dict[str, Any], source: str | Path) -> dict[str, An
             f"{source}: a vocabulary of 64,000 is that of Baichuan 1, which is not supported. "
             "Use Baichuan2."
         )
-    num_heads = content.get("num_attention_heads")
-    plain = {"num_key_value_heads": num_heads, "z_loss_weight": 0}
+    num_heads, width = content.get("num_attention_heads"), content.get("hidden_size")
+    plain: dict[str, Any] = {"num_key_value_heads": num_heads, "z_loss_weight": 0}
+    if is_integer(num_heads, 1) and is_integer(width):
+        plain["head_dim"] = width // num_heads
     plain |= dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), False)
     for name, value in plain.items():
         if content.get(name, value) not in (value, None):
