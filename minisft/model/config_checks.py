@@ -104,7 +104,8 @@ def baichuan_values(content: dict[str, Any], source: str | Path) -> dict[str, An
     # field was added or removed, the number of layers of the two tells, as in llama.cpp.
     stated, num_layers = content.get("max_position_embeddings"), content.get("num_hidden_layers")
     alibi = num_layers == 40 or (num_layers != 32 and stated is None)
-    if alibi and (content.get("rope_scaling") or content.get("rope_parameters")):
+    alibi = content.get("alibi", alibi) is True  # of configs that minisft has made
+    if alibi and rotary_values(content, source)["rope_scaling"]:
         raise UserError(f"{source}: rope_scaling has no meaning with ALiBi (Baichuan2-13B)")
     length = stated or content.get("model_max_length") or 4096
     return {"alibi": alibi, "max_position_embeddings": length}

@@ -1,6 +1,7 @@
 """Baichuan2 against the published code and transformers' Llama, in every way to compute it."""
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -226,6 +227,8 @@ def test_which_size_a_config_is(shared_data):
     assert ModelConfig.from_dict(large).max_position_embeddings == 4096
     assert not ModelConfig.from_dict(published).alibi
     assert ModelConfig.from_dict(large).to_dict()["auto_map"] == published["auto_map"]
+    made_here = replace(ModelConfig.from_dict({**SMALL, **SIZES["13B"]}), original={})
+    assert made_here.alibi and ModelConfig.from_dict(made_here.to_dict()).alibi
 
 
 @pytest.mark.parametrize(
