@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from minisft.common.json_files import read_json
-from minisft.model.config_checks import (
-    baichuan_values,
-    check_values,
-    refuse_unsupported,
-    rotary_values,
-)
+from minisft.model.baichuan_config import baichuan_values
+from minisft.model.config_checks import check_values, refuse_unsupported, rotary_values
 
 # What a family assumes where its config.json has no value (from transformers' config classes).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
