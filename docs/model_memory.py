@@ -62,6 +62,7 @@ def shape(
 
 llama, mistral = partial(shape, "llama"), partial(shape, "mistral")
 qwen2, qwen3, smollm3 = (partial(shape, family) for family in ("qwen2", "qwen3", "smollm3"))
+baichuan = partial(shape, "baichuan")
 MODELS = {
     "SmolLM2-135M": llama(576, 1536, 30, 9, 3, 49152, tied=True),
     "SmolLM2-360M": llama(960, 2560, 32, 15, 5, 49152, tied=True),
@@ -78,10 +79,12 @@ MODELS = {
     "Qwen3-4B": qwen3(2560, 9728, 36, 32, 8, 151936, tied=True, head_dim=128),
     "Llama-2-7B": llama(4096, 11008, 32, 32, 32, 32000),
     "Mistral-7B": mistral(4096, 14336, 32, 32, 8, 32000),
+    "Baichuan2-7B": baichuan(4096, 11008, 32, 32, 32, 125696),
     "Qwen2.5-7B": qwen2(3584, 18944, 28, 28, 4, 152064),
     "Llama-3.1-8B": llama(4096, 14336, 32, 32, 8, 128256),
     "Qwen3-8B": qwen3(4096, 12288, 36, 32, 8, 151936, head_dim=128),
     "Llama-2-13B": llama(5120, 13824, 40, 40, 40, 32000),
+    "Baichuan2-13B": baichuan(5120, 13696, 40, 40, 40, 125696),
     "Qwen2.5-14B": qwen2(5120, 13824, 48, 40, 8, 152064),
     "Qwen2.5-32B": qwen2(5120, 27648, 64, 40, 8, 152064),
     "Llama-3.1-70B": llama(8192, 28672, 80, 64, 8, 128256),

@@ -33,6 +33,11 @@ def check_architecture(config: ModelConfig) -> None:
             "llama.cpp's smollm3 leaves rotary positions out of every fourth layer, but this "
             f"checkpoint has no_rope_layers {config.no_rope_layers}"
         )
+    if architecture == "baichuan" and config.num_hidden_layers != (40 if config.alibi else 32):
+        raise UserError(
+            "llama.cpp knows Baichuan2's rotary positions by 32 layers and its ALiBi by 40; this "
+            f"checkpoint has {config.num_hidden_layers} layers"
+        )
     if scaling.get("rope_type") == "yarn" and not scaling.get("truncate", True):
         raise UserError("llama.cpp's YaRN always truncates; this checkpoint says truncate = false")
 

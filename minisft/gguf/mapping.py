@@ -5,7 +5,7 @@
 
 Tensors get other names and keep their values, with one exception. Rotary embedding rotates pairs of
 numbers of each head. Hugging Face pairs number i with number i + d/2 (d is the width of a head).
-llama.cpp pairs 2i with 2i + 1 in the architectures `llama` and `smollm3`. So the rows of q_proj and
+llama.cpp pairs 2i with 2i + 1 in the architectures of INTERLEAVED. There the rows of q_proj and
 k_proj, which compute these numbers, are reordered in each head:
 
     rows of a head in the checkpoint    0 1 2 3 4 5 6 7    pairs (0, 4), (1, 5), (2, 6), (3, 7)
@@ -31,8 +31,11 @@ ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "smollm3": "smollm3",
+    "baichuan": "baichuan",
 }
-INTERLEAVED = ("llama", "smollm3")
+INTERLEAVED = ("llama", "smollm3", "baichuan")
+# A matrix of Baichuan2 that the file holds as three, and what other families call them.
+PACKED, UNPACKED = "W_pack", ("q_proj", "k_proj", "v_proj")
 MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER_MODULES = {
     "input_layernorm": "attn_norm",
@@ -77,6 +80,19 @@ def checkpoint_name(name: str) -> str:
         modules, prefix = LAYER_MODULES, f"model.layers.{layer}."
     original = {value: key for key, value in modules.items()}.get(module)
     return name if original is None else f"{prefix}{original}.{kind}"
+
+
+def unpacked(name: str, num_rows: int) -> list[tuple[str, int, int]]:
+    """The tensors that a tensor of a checkpoint becomes: [(name, first row, row after the last)].
+
+    One with the same name, but three for W_pack.
+    """
+    if f".{PACKED}." not in name:
+        return [(name, 0, num_rows)]
+    size = num_rows // len(UNPACKED)
+    return [
+        (name.replace(PACKED, part), k * size, (k + 1) * size) for k, part in enumerate(UNPACKED)
+    ]
 
 
 def is_interleaved(name: str, architecture: str) -> bool:

@@ -58,6 +58,8 @@ def config_fields(
         "mlp_bias": "blk.0.ffn_up.bias" in tensor_names,
         "rope_theta": get("rope.freq_base", 10000.0),
     }
+    if architecture == "baichuan":
+        config["model_max_length"] = config["max_position_embeddings"]
     config["rope_scaling"] = _rope_scaling(metadata, architecture)
     if divisors is not None:
         config["rope_scaling"] = _llama3_scaling(config, divisors)

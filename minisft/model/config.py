@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from minisft.common.json_files import read_json
+from minisft.model.baichuan_config import baichuan_values
 from minisft.model.config_checks import (
     check_values,
     refuse_unsupported,
@@ -45,12 +46,16 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 2000000.0,
         "tie_word_embeddings": True,
     },
+    "baichuan": {"packed_attention": True, "norm_head": True},
 }
 # Fields in which null is a value: no window, or the number that __post_init__ derives. In other
 # fields null stands for the family's default.
 NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
 # Fields that config.json does not set, or not in every family.
-NOT_IN_FILE = ("original", "qkv_bias", "qk_norm", "no_rope_layers")
+NOT_IN_FILE = (
+    *("original", "qkv_bias", "qk_norm", "no_rope_layers"),
+    *("packed_attention", "norm_head", "alibi"),
+)
 
 
 @dataclass
@@ -79,6 +84,9 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     no_rope_layers: list[int] = field(default_factory=list)  # per layer: 1 rotary, 0 no positions
+    packed_attention: bool = False  # one matrix for queries, keys and values
+    norm_head: bool = False  # the rows of the output matrix count with length 1
+    alibi: bool = False  # in place of rotary positions
     sliding_window: int | None = None
     max_window_layers: int = 0  # so many layers, from the first, have full attention
     layer_types: list[str] = field(default_factory=list)  # empty: from max_window_layers
@@ -116,13 +124,15 @@ class ModelConfig:
         if family in ("qwen2", "qwen3") and not content.get("use_sliding_window"):
             values["sliding_window"] = None
             values.pop("layer_types", None)
-        if family in ("llama", "mistral", "smollm3"):
+        if family in ("llama", "mistral", "smollm3", "baichuan"):
             values["max_window_layers"] = 0
             values.pop("layer_types", None)
-        if family in ("llama", "smollm3"):
+        if family in ("llama", "smollm3", "baichuan"):
             values["sliding_window"] = None
         if family == "smollm3":
             values.update(smollm3_values(content, source))
+        if family == "baichuan":
+            values.update(baichuan_values(content, source))
         if family == "qwen2":
             values["attention_bias"] = False
         check_values(values, source)

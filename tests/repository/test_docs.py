@@ -74,7 +74,7 @@ def test_functions_of_the_house_exist():
             assert re.search(rf"\b{kind} {word}\b", text), f"{path}: {function}"
 
 
-ROWS = ["SmolLM2-135M", "Qwen2.5-0.5B", "Qwen3-0.6B", "SmolLM3-3B", "Mistral-7B"]
+ROWS = ["SmolLM2-135M", "Qwen2.5-0.5B", "Qwen3-0.6B", "SmolLM3-3B", "Mistral-7B", "Baichuan2-7B"]
 
 
 def test_the_memory_of_models_is_that_of_the_plan(tmp_path, capsys):
