@@ -32,6 +32,7 @@ def templates(shared_data, tmp_path_factory) -> dict[str, ChatTemplate]:
         if "fireworks" not in path.stem:  # it wants more than messages
             found[path.stem] = load("auto", build_checkpoint(base, text, folder / path.stem))
     controls = "<|im_start|><|im_end|><|start_header_id|><|end_header_id|><|eot_id|>[INST][/INST]"
+    controls += "<reserved_106><reserved_107>"
     ours = build_checkpoint(base, controls, folder / "ours")
     return {**found, **{name: load(name, ours) for name in NAMES}}
 

@@ -55,6 +55,13 @@ SHORT = {
         "full",
         "--train_from_scratch",
     ],
+    "baichuan": [
+        "--model_name_or_path",
+        "baichuan",
+        "--finetuning_type",
+        "full",
+        "--packing",
+    ],
     "packed": ["--model_name_or_path", "plain", "--packing"],
     "bfloat16": ["--model_name_or_path", "plain", "--dtype", "bfloat16"],
     "float16": ["--model_name_or_path", "plain", "--dtype", "float16"],
