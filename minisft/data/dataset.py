@@ -130,6 +130,7 @@ def open_rows(
     skipped: list[str] | None = None,
     seed: int = 0,
     say: PrintLine = print,
+    max_samples: int | None = None,
     offline: bool = False,
 ) -> Rows:
     """The rows of the data sets that `dataset` names (see sources.py), in their order.
@@ -138,8 +139,8 @@ def open_rows(
     ranking: True for rows with several answers, for --stage rm and dpo; None for rows of both
     kinds. skipped: a list that collects a message for each broken row, which is then left out;
     without it the first broken row raises UserError. Files above CHECKED_BYTES are checked as they
-    are read. seed: for the rows drawn where an entry has num_samples. say: prints a line. offline:
-    download nothing.
+    are read. seed: for the rows drawn where an entry has num_samples. say: prints a line.
+    max_samples: use the first N rows of each data set. offline: download nothing.
     """
     parts = []
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False, offline):
@@ -152,7 +153,7 @@ def open_rows(
             _report_ignored_columns(source, files, say)
         if source.num_samples:
             rows = rows.select(_sample(source.name, len(rows), source.num_samples, seed, say))
-        parts.append(rows)
+        parts.append(rows[:max_samples])
     return concatenate(parts)
 
 

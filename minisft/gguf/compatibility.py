@@ -21,8 +21,23 @@ def check_architecture(config: ModelConfig) -> None:
             "llama.cpp computes head_dim of qwen2 as hidden_size / num_attention_heads; this "
             f"checkpoint has head_dim {config.head_dim}"
         )
-    if architecture == "qwen3" and config.attention_bias:
-        raise UserError("llama.cpp's qwen3 has no attention biases, but this checkpoint has")
+    biases = {"attention": config.attention_bias, "MLP": config.mlp_bias}
+    for part, has_bias in biases.items():
+        if architecture in ("qwen3", "smollm3") and has_bias:
+            raise UserError(
+                f"llama.cpp's {architecture} has no {part} biases, but this checkpoint has"
+            )
+    every_fourth = [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
+    if architecture == "smollm3" and config.no_rope_layers != every_fourth:
+        raise UserError(
+            "llama.cpp's smollm3 leaves rotary positions out of every fourth layer, but this "
+            f"checkpoint has no_rope_layers {config.no_rope_layers}"
+        )
+    if architecture == "baichuan" and config.num_hidden_layers != (40 if config.alibi else 32):
+        raise UserError(
+            "llama.cpp knows Baichuan2's rotary positions by 32 layers and its ALiBi by 40; this "
+            f"checkpoint has {config.num_hidden_layers} layers"
+        )
     if scaling.get("rope_type") == "yarn" and not scaling.get("truncate", True):
         raise UserError("llama.cpp's YaRN always truncates; this checkpoint says truncate = false")
 

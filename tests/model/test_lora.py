@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIG
+from run_builder import training_options
 
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.common.errors import UserError
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LoraConfig, LoRALinear, add_lora, merge_lora
+from minisft.model.lora import ALL, LoraConfig, LoRALinear, add_lora, merge_lora
 
 ADAPTERS = {
     "attention": LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
@@ -75,7 +76,7 @@ def test_we_read_peft(name, base_dir, tmp_path):
         peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
-            target_modules=list(config.target_modules),
+            target_modules="all-linear" if config.target_modules == ALL else ["q_proj", "v_proj"],
             use_rslora=config.use_rslora,
             modules_to_save=list(config.modules_to_save) or None,
             task_type="CAUSAL_LM",
@@ -88,6 +89,17 @@ def test_we_read_peft(name, base_dir, tmp_path):
     with torch.no_grad():
         expected = theirs.eval()(TOKENS).logits
     torch.testing.assert_close(logits(ours, TOKENS), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["all", "all-linear", "q_proj,down_proj"])
+def test_targets_by_name_are_those_of_peft(target, base_dir):
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    names = target.split(",") if "," in target else "all-linear"
+    theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules=names, task_type="CAUSAL_LM"))
+    ours = load_model(base_dir)
+    add_lora(ours, LoraConfig.from_options(training_options(lora_target=target)))
+    adapted = [name for name, module in ours.named_modules() if isinstance(module, LoRALinear)]
+    assert sorted(adapted) == sorted(theirs.base_model.targeted_module_names)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
