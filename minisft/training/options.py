@@ -20,7 +20,7 @@ from minisft.common.command_line import (
 )
 from minisft.common.errors import UserError
 from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
-from minisft.common.option_types import iso_date
+from minisft.common.option_types import iso_date, split_names, token_list
 
 Add = Callable[..., Any]
 
@@ -84,6 +84,11 @@ def _add_tuning_flags(add: Add, switch: Add) -> None:
     add("--lora_target", default="all", help="modules to adapt, separated by commas, or all")
     switch("--use_rslora", "divide alpha by the square root of the rank (rsLoRA)")
     add("--modules_to_save", default="", help="train these in full: embed_tokens,lm_head,norm")
+    special = "tokens to add, with commas between; only a chat template writes them"
+    add("--new_special_tokens", type=token_list, metavar="TOKENS", help=special)
+    ordinary = "tokens to add that match wherever a text spells them"
+    add("--add_tokens", type=token_list, metavar="TOKENS", help=ordinary)
+    switch("--resize_vocab", "add rows if the tokenizer has more tokens than the model")
 
 
 def _add_preference_flags(add: Add, switch: Add) -> None:
@@ -174,6 +179,7 @@ def count_or_epoch(text: str) -> int | str:
 
 ADAPTER_SHAPE = {"lora_rank", "lora_alpha", "lora_target", "use_rslora", "modules_to_save"}
 LORA = ADAPTER_SHAPE | {"adapter", "lora_dropout", "quantization_bit"}
+TOKENS = {"new_special_tokens", "add_tokens", "resize_vocab"}
 CONVERSATIONS = {"cutoff_len", "show_samples", *TEMPLATE_FLAGS}
 DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 PLAN = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
@@ -192,6 +198,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         (LORA, is_full, "belongs to --finetuning_type lora"),
         ({"train_from_scratch"}, not is_full, "needs --finetuning_type full"),
         (ADAPTER_SHAPE, options.adapter, "is fixed by --adapter"),
+        (TOKENS, options.adapter, "contradicts --adapter: merge it first (export.py --format hf)"),
         (CONVERSATIONS, stage == "pt", "belongs to conversations, not to --stage pt"),
         ({"block_size"}, stage != "pt", "belongs to --stage pt"),
         ({"eval_exact_match", "mask_history"}, stage != "sft", "belongs to --stage sft"),
@@ -224,6 +231,9 @@ def check_options(options: Namespace, given: set[str]) -> None:
     for flags, is_wrong, reason in rules:
         if is_wrong and flags & given:
             raise UserError(f"--{min(flags & given)} {reason}")
+    special, ordinary = map(split_names, (options.new_special_tokens, options.add_tokens))
+    for token in set(special) & set(ordinary):
+        raise UserError(f"{token} is in --new_special_tokens and in --add_tokens. Choose one.")
     if not (options.dataset or options.train_dir):
         raise UserError("nothing to train on: give --dataset or --train_dir (see --help)")
 
