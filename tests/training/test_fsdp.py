@@ -42,6 +42,7 @@ KINDS = {
     ),
     "lora": ["--model_name_or_path", "plain", "--lora_rank", 3, "--validation_split", 5],
 }
+NEW = [f"<{number}>" for number in range(21)]  # three more than the bases have rows to spare
 SHORT = {
     "saved": ["--model_name_or_path", "tied", "--modules_to_save", "embed_tokens,lm_head"],
     "adapter": ["--model_name_or_path", "plain", "--adapter", "lora/2"],
@@ -51,6 +52,11 @@ SHORT = {
         "--finetuning_type",
         "full",
         "--train_from_scratch",
+    ],
+    "new tokens": ["--model_name_or_path", "tied", "--new_special_tokens", ",".join(NEW)],
+    "new tokens, full": [
+        *("--model_name_or_path", "tied", "--finetuning_type", "full"),
+        *("--add_tokens", ",".join(NEW)),
     ],
     "packed": ["--model_name_or_path", "plain", "--packing"],
     "bfloat16": ["--model_name_or_path", "plain", "--dtype", "bfloat16"],
