@@ -43,10 +43,10 @@ def resize_vocabulary(model: Model, num_rows: int) -> None:
 @torch.no_grad()
 def start_at_mean(model: Model, new_rows: range) -> None:
     """Set new rows of the embedding and the output matrix to the mean of the rows before them."""
-    for name in vocabulary_modules(model):
+    for name in vocabulary_modules(model) if new_rows else ():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
-        if new_rows and not weight.is_meta:
+        if not weight.is_meta:
             mean = mean_of_rows(lambda begin, end, weight=weight: weight[begin:end], new_rows.start)
             weight[new_rows.start : new_rows.stop] = mean.to(weight)
 

@@ -192,12 +192,18 @@ def check_options(options: Namespace, given: set[str]) -> None:
     given: names of the flags that were given.
     """
     is_full, stage = options.finetuning_type == "full", options.stage
+    special, ordinary = map(split_names, (options.new_special_tokens, options.add_tokens))
     has_eval_rows = options.eval_dataset or options.valid_dir or options.validation_split
     # (flags, when they are wrong, why)
     rules: list[tuple[set[str], Any, str]] = [
         (LORA, is_full, "belongs to --finetuning_type lora"),
         ({"train_from_scratch"}, not is_full, "needs --finetuning_type full"),
         (ADAPTER_SHAPE, options.adapter, "is fixed by --adapter"),
+        (
+            {"lora_target"},
+            (special or ordinary) and "lm_head" in split_names(options.lora_target),
+            "names lm_head, which is trained in full with new tokens",
+        ),
         (TOKENS, options.adapter, "contradicts --adapter: merge it first (export.py --format hf)"),
         (CONVERSATIONS, stage == "pt", "belongs to conversations, not to --stage pt"),
         ({"block_size"}, stage != "pt", "belongs to --stage pt"),
@@ -231,7 +237,6 @@ def check_options(options: Namespace, given: set[str]) -> None:
     for flags, is_wrong, reason in rules:
         if is_wrong and flags & given:
             raise UserError(f"--{min(flags & given)} {reason}")
-    special, ordinary = map(split_names, (options.new_special_tokens, options.add_tokens))
     for token in set(special) & set(ordinary):
         raise UserError(f"{token} is in --new_special_tokens and in --add_tokens. Choose one.")
     if not (options.dataset or options.train_dir):

@@ -21,8 +21,7 @@ from minisft.text.new_tokens import first_free_id, with_new_tokens
 from minisft.text.tokenizer import Tokenizer
 from minisft.text.tokenizer_files import has_tokenizer
 
-SPECIAL, ORDINARY = "new_special_tokens", "add_tokens"
-SEARCHED_ROWS = 128
+SEARCHED_ROWS = 128  # in which spelled special tokens are looked for
 
 
 def load_vocabulary(
@@ -38,7 +37,7 @@ def load_vocabulary(
     tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     config = ModelConfig.load(model_dir)
     config.vocab_size = vocabulary_size(config, adapter_dir)
-    special, ordinary = (split_names(getattr(options, flag)) for flag in (SPECIAL, ORDINARY))
+    special, ordinary = map(split_names, (options.new_special_tokens, options.add_tokens))
     if not (special or ordinary or options.resize_vocab):
         return tokenizer, config, range(0)
     num_rows, num_tokens = config.vocab_size, first_free_id(tokenizer)
@@ -61,7 +60,8 @@ def planned_rows(options: Namespace, config: ModelConfig, model_dir: Path) -> ra
 def _describe(new_rows: range, num_before: int, num_rows: int) -> str:
     if not new_rows:
         return f"--resize_vocab: {num_before:,} rows are enough for all tokens"
-    text = f"new tokens: ids {new_rows.start} to {new_rows.stop - 1}, which start at the mean; "
+    ids = f"ids {new_rows[0]} to {new_rows[-1]}" if len(new_rows) > 1 else f"id {new_rows[0]}"
+    text = f"new tokens: {ids}, whose rows start at the mean; "
     if num_rows == num_before:
         return text + f"the vocabulary has unused rows for them and keeps its {num_rows:,} rows"
     return text + f"the vocabulary grows from {num_before:,} to {num_rows:,} rows"
@@ -86,5 +86,5 @@ def note_on_spelled_tokens(rows: Sequence[Any], options: Namespace) -> str | Non
     return (
         f"{num_rows} of the first {num_searched} rows spell {', '.join(sorted(spelled))}. It stays "
         "text there, because only a chat template writes special tokens. Tokens that match in a "
-        f"text: --{ORDINARY}."
+        "text: --add_tokens."
     )

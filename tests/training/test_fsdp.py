@@ -80,6 +80,7 @@ def planned():
     for name, words in SHORT.items():
         for count in (1, 2):
             yield flags(count, f"{name}/{count}", *words, "--max_steps", 3)
+    yield flags(2, "new tokens/ddp", *SHORT["new tokens"], "--max_steps", 3, kind="ddp")
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,10 @@ def test_stopped_and_resumed_with_as_many_is_exact(kind, source, runs):
 @pytest.mark.parametrize("name", SHORT)
 def test_other_ways_to_train(name, runs):
     assert_like_one_process(runs / name)
+
+
+def test_new_tokens_with_a_model_on_every_process(runs):
+    assert_equal_runs(runs / "new tokens/1", runs / "new tokens/ddp")
 
 
 def is_sharded(tensor):

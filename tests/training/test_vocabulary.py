@@ -278,8 +278,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model(folder, tmp_path, here):
     tokens = torch.tensor([[5, NUM_TOKENS, 7]])
     with torch.no_grad():
         assert_same(theirs(tokens).logits, our_logits(base, tokens, tmp_path / "run"))
-    out = here(train, *words(folder, "padded", tmp_path / "none", "--resize_vocab"))
-    assert "keeps its 300 rows" in out
+    flags[3], flags[1] = tmp_path / "none", folder / "padded"
+    out = here(train, *flags, "--resize_vocab")
+    assert "--resize_vocab: 300 rows are enough" in out
+    assert "embed_tokens" not in (tmp_path / "none/adapter_config.json").read_text()
 
 
 @pytest.mark.parametrize("base", ["exact", "padded, tied"])
@@ -308,6 +310,8 @@ def test_the_plan(base, folder, tmp_path, here):
         (["--add_tokens", "a\tb"], "token 1, 'a.tb', is not printable"),
         (["--new_special_tokens", "<a>", "--add_tokens", "<a>"], "<a> is in --new_special_tokens"),
         (["--resize_vocab", "--adapter", "x"], "--resize_vocab contradicts --adapter"),
+        (["--add_tokens", "<a>", "--lora_target", "lm_head"], "--lora_target names lm_head"),
+        (["--add_special_tokens", "<a>"], "did you mean --new_special_tokens"),
     ],
 )
 def test_flags_that_cannot_be(flags, message):
