@@ -11,13 +11,10 @@ A refused line does not end the conversation, but the exit status is then 2. Ans
 output, everything else to standard error.
 """
 
-import json
 import os
-import re
 import sys
 from argparse import Namespace
 from functools import partial
-from typing import Any
 
 from minisft.chat.options import parse_options, read_question, read_system
 from minisft.common.script import run_script
@@ -35,11 +32,10 @@ from minisft.chat.transcript import Transcript
 from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.common.devices import resolve_device, resolve_dtype
-from minisft.common.model_flags import dtype_option
+from minisft.common.model_flags import dtype_option, template_settings
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
-from minisft.text.template_choice import CHAT_TEMPLATE
-from minisft.text.template_settings import split_settings
+from minisft.text.template_choice import CHAT_TEMPLATE, settings_without_effect
 
 # The KV caches that the web page keeps for the next turns of conversations. With --compile every
 # cache takes the memory of the longest conversation.
@@ -108,7 +104,7 @@ def load_assistants(options: Namespace) -> list[Assistant]:
             options.max_length,
             bits,
             base_model,
-            template_kwargs=read_kwargs(options),
+            template_kwargs=template_settings(options)["template_kwargs"],
             enable_thinking=enable_thinking,
         )
 
@@ -128,27 +124,11 @@ def load_assistants(options: Namespace) -> list[Assistant]:
     return assistants
 
 
-def read_kwargs(options: Namespace) -> dict[str, Any] | None:
-    """The variables that --template_kwargs gives to the chat template."""
-    return options.template_kwargs and json.loads(options.template_kwargs)
-
-
 def report_unused(options: Namespace, assistants: list[Assistant]) -> None:
     """Say which flags do not change the prompts of a model's chat template."""
     for assistant in assistants:
-        template, unused = assistant.template, []
-        if options.enable_thinking is not None and not template.facts.has_thinking_switch:
-            unused.append(f"--enable_thinking {str(options.enable_thinking).lower()}")
-        program = split_settings(template.text)[1]
-        for name in read_kwargs(options) or {}:
-            if not re.search(rf"\b{name}\b", program):
-                unused.append(f"--template_kwargs {name}")
-        for flag in unused:
-            print(
-                f"{flag} has no effect: the template {template.name} of {assistant.name} does not "
-                "read it",
-                file=sys.stderr,
-            )
+        for line in settings_without_effect(assistant.template, **template_settings(options)):
+            print(f"{assistant.name}: {line}", file=sys.stderr)
 
 
 def answer_file(
@@ -165,7 +145,14 @@ def answer_file(
         "quantization_bit": options.quantization_bit,
     }
     number = prompts.answer_file(
-        assistant, options.file, options.output, sampling, options.batch_size, system, settings
+        assistant,
+        options.file,
+        options.output,
+        sampling,
+        options.batch_size,
+        system,
+        settings,
+        options.max_samples,
     )
     print(f"{options.output}: {number} answers", file=sys.stderr)
 

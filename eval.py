@@ -31,7 +31,7 @@ from minisft.common import processes
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, write_json
-from minisft.common.model_flags import dtype_option
+from minisft.common.model_flags import dtype_option, template_settings
 from minisft.common.outputs import check_output_dir
 from minisft.data.dataset import open_rows
 from minisft.evaluation import resume
@@ -79,6 +79,8 @@ from minisft.evaluation.text_metrics import scorers
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
 from minisft.model.decoder import CausalLM
+from minisft.text.template_choice import settings_without_effect
+from minisft.text.tool_texts import TOOLS_AS_TEXT
 
 
 def main(command: tuple[str, Namespace] | None = None) -> None:
@@ -198,8 +200,10 @@ def compare(options: Namespace) -> None:
     sampling = Sampling(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed=options.seed
     )
-    rows = open_rows(options.dataset, dataset_dir=options.dataset_dir)
-    items = read_items(rows[: options.max_samples])
+    rows = open_rows(
+        options.dataset, dataset_dir=options.dataset_dir, max_samples=options.max_samples
+    )
+    items = read_items(rows)
     answers_dir = output_dir / "answers"
     files = "answers/*.json", "verdicts.jsonl", "results.json", "report.html", "report.png"
     resume.start_output_dir(options, output_dir, files)
@@ -248,6 +252,9 @@ def answer_questions(
         return content["answers"], content["losses"]
     device = resolve_device(options.device)
     assistant = load_assistant(options, model.path, model.adapter, options.template, device)
+    facts = assistant.template.facts
+    if changed := sum(facts.changes_tools(item.messages, item.tools) for item in items):
+        print(f"{model.name}: {changed} of {len(items)} rows have {TOOLS_AS_TEXT}")
     with progress_bar(len(items), model.name) as bar:
         answers = answer_items(assistant, items, sampling, options.batch_size, bar.update)
     if all(answer["is_skipped"] for answer in answers):
@@ -299,9 +306,11 @@ def load_assistant(
 ) -> Assistant:
     """A model with its adapter and template, in the number type that the options name."""
     dtype = resolve_dtype(dtype_option(options), device)
-    return Assistant(
-        path, adapter, template, device, dtype, quantization_bit=options.quantization_bit
-    )
+    settings, bits = template_settings(options), options.quantization_bit
+    assistant = Assistant(path, adapter, template, device, dtype, quantization_bit=bits, **settings)
+    for line in settings_without_effect(assistant.template, **settings):
+        processes.print_rank0(f"{assistant.name}: {line}")
+    return assistant
 
 
 def progress_bar(total: int, name: str | None = None) -> tqdm:

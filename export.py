@@ -139,6 +139,8 @@ def write_folder(
     listed_stops = folders.generation_eos(model_dir, model.config)
     choices = template_options(options)
     form = saved_form(tokenizer, options.template, trained_dir, listed_stops, **choices)
+    for note in form.notes:
+        print(f"note: {note}")
     if is_reward_model:
         choose_padding(model, tokenizer, form.stop_ids)
 

@@ -39,7 +39,7 @@ from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import check_head, load_reward_model
 from minisft.common import processes
 from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
-from minisft.common.model_flags import dtype_option, template_options
+from minisft.common.model_flags import dtype_option, template_options, template_settings
 from minisft.common.outputs import check_output_file
 from minisft.model.config import ModelConfig
 from minisft.model.lora import merge_lora
@@ -52,7 +52,7 @@ from minisft.selection.rows import open_every_row
 from minisft.selection.score_files import ScorePaths
 from minisft.selection.score_writer import ScoreWriter
 from minisft.selection.scoring import RowReader, Scorer, max_row_length, score_rows
-from minisft.text.template_choice import trained_template
+from minisft.text.template_choice import settings_without_effect, trained_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.metrics import in_words
 
@@ -66,7 +66,12 @@ def main(options: Namespace | None = None) -> None:
     dtype = resolve_dtype(dtype_option(options), device)
 
     rows, is_drawn = open_every_row(
-        options.dataset, options.dataset_dir, options.skip_bad_rows, options.mode == "reward", say
+        options.dataset,
+        options.dataset_dir,
+        options.skip_bad_rows,
+        options.mode == "reward",
+        options.max_samples,
+        say,
     )
     for path in ScorePaths(options.output).all():
         check_output_file("--output", path, [file.records.path for file in rows.files])
@@ -88,9 +93,12 @@ def main(options: Namespace | None = None) -> None:
         f"{dtype_name(dtype)}, {processes.world_size()} process(es)"
     )
 
+    reader = RowReader(rows, scorer, is_drawn)
+    if writer and (note := reader.tools_note(pending)):
+        say(note)
+
     # The weights come last, since they are slow to load: mistakes above show at once.
     model = build_model(options, model_dir, adapter_dir, dtype, device)
-    reader = RowReader(rows, scorer, is_drawn)
     began = time.monotonic()
     reasons = score(options, model, reader, pending, writer)
     if writer:
@@ -116,6 +124,8 @@ def build_scorer(
         **template_options(options),
         now=None if options.overwrite else recorded_date(options.output),
     )
+    for line in settings_without_effect(template, **template_settings(options)):
+        say(line)
     max_length = min(options.max_length, max_row_length(config))
     if max_length < options.max_length:
         say(f"--max_length {max_length}: this model cannot score longer rows")

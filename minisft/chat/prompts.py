@@ -40,6 +40,7 @@ from minisft.data.row_values import BadRow, check_text_only, check_unicode, obje
 from minisft.generation.answer import Response, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
+from minisft.text.tool_texts import TOOLS_AS_TEXT
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "text")
 MAX_LISTED_ROWS = 10  # bad rows that an error message lists
@@ -53,17 +54,20 @@ def answer_file(
     batch_size: int = 8,
     system: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    max_samples: int | None = None,
 ) -> int:
     """Write the answers to the prompts in `path`; returns their number.
 
     system: the system prompt of rows that have none. settings: other options that the answers
-    depend on; a run continues only if they are unchanged. Before the first answer, UserError lists
-    all rows without a valid prompt.
+    depend on; a run continues only if they are unchanged. max_samples: only the first N. Before
+    the first answer, UserError lists all rows without a valid prompt.
     """
     check_output(output_path, path)
-    prompts = Prompts(path, system)
+    prompts = Prompts(path, system, max_samples)
     lengths = prompts.lengths(assistant, sampling)
     identity = {"system": system, **asdict(sampling), **(settings or {}), "sha256": sha256(path)}
+    if max_samples:
+        identity["max_samples"] = max_samples
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
         missing = [row for row in range(len(prompts)) if row not in answers.rows]
@@ -101,13 +105,17 @@ def check_output(output_path: str | Path, path: str | Path) -> None:
 
 
 class Prompts:
-    """The prompts of a file as conversations {"messages": ..., "tools": ...}, by number."""
+    """The prompts of a file as conversations {"messages": ..., "tools": ...}, by number.
 
-    def __init__(self, path: str | Path, system: str | None = None):
+    max_samples: only the first N.
+    """
+
+    def __init__(self, path: str | Path, system: str | None = None, max_samples: int | None = None):
         self.records, self.system = open_records(path, plain_text=True), system
+        self.max_samples = max_samples or len(self.records)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return min(len(self.records), self.max_samples)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         try:
@@ -124,7 +132,7 @@ class Prompts:
 
     def lengths(self, assistant: Assistant, sampling: Sampling) -> list[int]:
         """The number of tokens of each prompt. UserError lists the rows without a valid prompt."""
-        lengths, problems = [], []
+        lengths, problems, num_changed = [], [], 0
         for row in range(len(self)):
             place = self.place(row)
             try:
@@ -134,6 +142,7 @@ class Prompts:
                     say=lambda text, place=place: print(f"{place}: {text}", file=sys.stderr),
                 )
                 lengths.append(len(ids))
+                num_changed += assistant.template.facts.changes_tools(**self[row])
             except BadRow as error:
                 problems.append(str(error))
             except UserError as error:
@@ -144,6 +153,8 @@ class Prompts:
             if num_unlisted > 0:
                 listed.append(f"and {num_unlisted} more of {len(self)} rows")
             raise UserError(f"rows without a valid prompt: {'; '.join(listed)}")
+        if num_changed:
+            print(f"{num_changed} of {len(self)} rows have {TOOLS_AS_TEXT}", file=sys.stderr)
         return lengths
 
 

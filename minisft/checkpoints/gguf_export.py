@@ -92,7 +92,9 @@ def export_model(
         **vocabulary_fields(tokenizer, config.vocab_size, form.stop_ids, prompts),
     }
     write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
-    return Report(summarize(output, tensors), known_differences(config) + prompts.notes)
+    return Report(
+        summarize(output, tensors), known_differences(config) + form.notes + prompts.notes
+    )
 
 
 def model_tensors(

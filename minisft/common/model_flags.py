@@ -27,7 +27,8 @@ def add_device_flags(
     add: Callable[..., Any], switch: Callable[..., Any], auto_dtype: str = AUTO_DTYPE
 ) -> None:
     """Add --device, --dtype and --quantization_bit to a section."""
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: a GPU if there is one)")
+    device = "auto, cpu, cuda, cuda:N or mps, a Mac's GPU (auto: a GPU if there is one)"
+    add("--device", default="auto", help=device)
     add("--dtype", choices=DTYPES, default="auto", help=f"number type (auto: {auto_dtype})")
     switch("--bf16", "short for --dtype bfloat16")
     switch("--fp16", "short for --dtype float16")
@@ -47,6 +48,11 @@ def add_template_flags(add: Callable[..., Any], auto: str, system: str = "defaul
     name = f"chat template: a name, a .jinja file, or auto ({auto})"
     add("--template", default="auto", help=name)
     add(f"--{system}", help="system prompt of conversations that have none")
+    add_template_settings(add)
+
+
+def add_template_settings(add: Callable[..., Any]) -> None:
+    """Add --template_kwargs and --enable_thinking to a section."""
     kwargs = 'variables for the chat template, such as \'{"date_string": "26 Jul 2024"}\''
     add("--template_kwargs", type=json_object, metavar="JSON", help=kwargs)
     thinking = "ask for thoughts before answers (Qwen3 and others)"
@@ -57,6 +63,13 @@ def template_options(options: Namespace) -> dict[str, Any]:
     """The arguments of get_template that these flags give, but for the name."""
     return {
         "default_system": options.default_system,
+        **template_settings(options),
+    }
+
+
+def template_settings(options: Namespace) -> dict[str, Any]:
+    """The arguments of get_template that --template_kwargs and --enable_thinking give."""
+    return {
         "template_kwargs": options.template_kwargs and json.loads(options.template_kwargs),
         "enable_thinking": options.enable_thinking,
     }

@@ -37,6 +37,7 @@ def encode_preferences(
         texts = _encode_answers(row, template, vocab_size)
         is_long = any(len(text.ids) > cutoff_len for text in texts)
         report.num_rows += 1
+        report.num_tools_as_text += template.facts.changes_tools(row.messages, row.tools)
         if is_long and drop_long:
             report.num_too_long += 1
             continue

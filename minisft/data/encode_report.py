@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+from minisft.text.tool_texts import TOOLS_AS_TEXT
+
 
 @dataclass
 class EncodeReport:
@@ -13,6 +15,7 @@ class EncodeReport:
     num_unlearned: int = 0  # all answers are marked as not to be learned
     num_split: int = 0  # each answer is an example of its own ...
     num_from_split: int = 0  # ... and how many examples these rows make
+    num_tools_as_text: int = 0  # the template does not know their tools or calls
     num_too_long: int = 0  # left out, because they may not be truncated
     num_equal: int = 0  # preference rows whose answers are all the same
     broken: list[str] = field(default_factory=list)
@@ -21,6 +24,12 @@ class EncodeReport:
         """Add the counts of another report to this one."""
         for count in fields(self):
             setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
+
+    def leave_out_what_is_said(self, earlier: "EncodeReport") -> None:
+        """Forget what follows from the template, if an earlier report has said it."""
+        for name in ("num_split", "num_tools_as_text"):
+            if getattr(earlier, name):
+                setattr(self, name, 0)
 
     def __bool__(self) -> bool:
         """True if there is anything to say."""
@@ -45,6 +54,8 @@ class EncodeReport:
                 "one per answer, because the template changes earlier turns; they cost that much "
                 "more time"
             )
+        if self.num_tools_as_text:
+            parts.append(f"{self.num_tools_as_text} of {self.num_rows} rows have {TOOLS_AS_TEXT}")
         if self.num_too_long:
             parts.append(
                 f"{self.num_too_long} of {self.num_rows} rows left out: longer than the limit"

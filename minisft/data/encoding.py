@@ -9,7 +9,7 @@ each. A row is one example, or one per answer if the template needs that. Exampl
 there. A row with no answer left is dropped and counted.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,7 +57,9 @@ def encode_rows(
     mask_history: learn only the last answer.
     """
     examples, report = [], EncodeReport()
-    for row in rows:
+    for row, following in with_next(rows):
+        if following is not None:
+            template.begin(following.messages, following.tools)
         if mask_history:
             history = [{**message, "train": False} for message in row.messages[:-1]]
             row = replace(row, messages=history + row.messages[-1:])
@@ -70,9 +72,21 @@ def encode_rows(
         report.num_truncated += any(len(text.ids) > cutoff_len for text in full)
         report.num_dropped += bool(full) and not kept
         report.num_unlearned += not full
+        report.num_tools_as_text += template.facts.changes_tools(row.messages, row.tools)
         report.num_split += len(full) > 1
         report.num_from_split += len(full) if len(full) > 1 else 0
     return examples, report
+
+
+def with_next(rows: Iterable[Row]) -> Iterator[tuple[Row, Row | None]]:
+    """Each row with the row after it."""
+    current: Row | None = None
+    for following in rows:
+        if current is not None:
+            yield current, following
+        current = following
+    if current is not None:
+        yield current, None
 
 
 def encode_row(row: Row, template: ChatTemplate, vocab_size: int | None = None) -> list[Example]:

@@ -24,6 +24,7 @@ from minisft.data.formats import Message, Tools
 from minisft.generation.assistant import Assistant
 from minisft.generation.generate import generate
 from minisft.generation.sampling import Sampling
+from minisft.generation.thoughts import decode_answer
 from minisft.model.loss import token_losses
 from minisft.text.tokenizer import check_vocabulary
 
@@ -79,7 +80,7 @@ def answer_items(
 
     advance: called with the number of items that were answered since the last call.
     """
-    template, tokenizer = assistant.template, assistant.tokenizer
+    template = assistant.template
     prompts = [template.encode_prompt(item.messages, item.tools) for item in items]
     for ids in prompts:
         check_vocabulary(ids, assistant.model.config.vocab_size)
@@ -97,7 +98,7 @@ def answer_items(
         )
         for row, ids in zip(rows, answers, strict=True):
             results[row] = {
-                "answer": tokenizer.decode(ids).strip(),
+                "answer": decode_answer(template, prompts[row], ids)[1].strip(),
                 "num_tokens": len(ids),
                 "is_cut": len(ids) == sampling.max_new_tokens,
                 "is_skipped": False,

@@ -18,7 +18,7 @@ from minisft.common.command_line import (
     positive_int,
 )
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_device_flags, add_model_flags
+from minisft.common.model_flags import add_device_flags, add_model_flags, add_template_settings
 from minisft.evaluation.benchmarks import BENCHMARKS
 
 
@@ -60,6 +60,7 @@ def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
     add("--num_fewshot", type=non_negative_int, default=5, help=shots)
     template = "none: plain text, as published; auto or a name: turns of a conversation"
     add("--template", default="none", help=template)
+    add_template_settings(add)
     length = "longest prompt in tokens (else the model's context)"
     add("--max_length", type=positive_int, help=length)
     times = "ask N times with different demonstrations, or their order changed, and average"
@@ -76,6 +77,10 @@ def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
     _check_resume(options)
     if options.n_times > 1 and not options.num_fewshot:
         raise UserError("--n_times changes the demonstrations; --num_fewshot 0 has none")
+    if options.template == "none":
+        for name in ("template_kwargs", "enable_thinking"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} is for chat templates: it needs --template")
     if "seed" in parser.given(options) and options.n_times == 1:
         raise UserError("--seed chooses the demonstrations of repetitions: it needs --n_times")
     return options
@@ -93,12 +98,13 @@ def parse_compare_options(arguments: Sequence[str]) -> Namespace:
     add_device_flags(add, switch)
     template = "chat template of all models (auto: what each was trained with)"
     add("--template", default="auto", help=template)
+    add_template_settings(add)
 
     add, _ = parser.section("questions and answers")
     dataset = "files or names, as for train.py; their answers are the references"
     add("--dataset", required=True, help=dataset)
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
-    add("--max_samples", type=positive_int, help="only the first N rows")
+    add("--max_samples", type=positive_int, help="only the first N rows of each data set")
     add("--max_new_tokens", type=positive_int, default=512, help="longest answer in tokens")
     temperature = "0: always the most probable token; above: the higher, the more varied"
     add("--temperature", type=non_negative_float, default=0.0, help=temperature)

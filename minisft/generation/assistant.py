@@ -22,7 +22,7 @@ import torch
 
 from minisft.checkpoints import adapters, folders, hub
 from minisft.checkpoints.adapter_forms import tokenizer_dir
-from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
+from minisft.common.devices import check_compile, dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
 from minisft.data.formats import Message, Tools
@@ -34,7 +34,7 @@ from minisft.generation.messages import check_messages, split_conversation
 from minisft.generation.sampling import Sampling
 from minisft.generation.scored import generate_scored
 from minisft.generation.sharing import Caches, Turns, share_weights
-from minisft.generation.thoughts import AnswerDecoder
+from minisft.generation.thoughts import AnswerDecoder, decode_answer
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import convert_parameters
@@ -112,6 +112,7 @@ class Assistant:
 
     def compile(self) -> None:
         """Compile the model for `stream`. Each cache then takes the memory of max_length tokens."""
+        check_compile(self.device)
         self.decoder = CompiledDecoder(self.model, self.max_length)
         self.caches = Caches(self.decoder.new_cache, self.caches.limit)
 
@@ -220,9 +221,7 @@ class Assistant:
                     limits=[limits[place] for place in places],
                 )
             for place, answer, score in zip(places, answers, scores, strict=True):
-                decoder = AnswerDecoder(self.template, prompts[place])
-                pieces = [*map(decoder.push, answer), decoder.flush()]
-                thoughts, text = map("".join, zip(*pieces, strict=True))
+                thoughts, text = decode_answer(self.template, prompts[place], answer)
                 responses[place] = Response(text, thoughts, score)
         return [responses[place] for place in range(len(prompts))]
 

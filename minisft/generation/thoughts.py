@@ -68,6 +68,15 @@ class AnswerDecoder:
         return answer
 
 
+def decode_answer(
+    template: ChatTemplate, prompt_ids: Sequence[int], ids: Sequence[int]
+) -> tuple[str, str]:
+    """(thoughts, text) of an answer."""
+    decoder = AnswerDecoder(template, prompt_ids)
+    thoughts, text = zip(*map(decoder.push, ids), decoder.flush(), strict=True)
+    return "".join(thoughts), "".join(text)
+
+
 class ThoughtSplitter:
     """Text in pieces of any length to new text of (thoughts, answer).
 

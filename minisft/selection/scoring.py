@@ -24,6 +24,7 @@ from minisft.selection.passes import Pass, Plan, Score, make_batches
 from minisft.selection.reward_scores import RewardScorer
 from minisft.selection.rows import read_row
 from minisft.selection.shared_prefix import group_by_prefix
+from minisft.text.tool_texts import TOOLS_AS_TEXT
 
 # Rows whose passes are sorted by length and batched together.
 WINDOW_ROWS = 1024
@@ -32,10 +33,13 @@ WINDOW_ROWS = 1024
 Scorer = IfdScorer | RewardScorer
 
 
+TOOLS_SAMPLE = 128  # rows that are searched for tools
+
+
 class RowReader:
     """`reader[numbers]`: the plans of these rows. Can be sent to a worker process.
 
-    is_drawn: bool (rows,), False for rows that num_samples in dataset_info.json leaves out.
+    is_drawn: bool (rows,), False for rows that --max_samples or num_samples leaves out.
     """
 
     def __init__(self, rows: Rows, scorer: Scorer, is_drawn: np.ndarray | None = None) -> None:
@@ -48,12 +52,25 @@ class RowReader:
             # Raised by the main process, without the traceback of a worker.
             return UserError(str(error))
 
+    def tools_note(self, numbers: np.ndarray) -> str | None:
+        """A line for people if some of the first of these rows have tools that become text."""
+        sample = [read_row(self.rows, int(number)) for number in numbers[:TOOLS_SAMPLE]]
+        facts = self.scorer.template.facts
+        changed = sum(
+            facts.changes_tools(row.messages, row.tools)
+            for row in sample
+            if not isinstance(row, BadRow)
+        )
+        return (
+            f"{changed} of the first {len(sample)} rows have {TOOLS_AS_TEXT}" if changed else None
+        )
+
     def _plan(self, number: int) -> Plan:
         row = read_row(self.rows, number)
         if isinstance(row, BadRow):
             return Plan(number, reason=f"broken: {row}")
         if self.is_drawn is not None and not self.is_drawn[number]:
-            return Plan(number, reason="not drawn: num_samples")
+            return Plan(number, reason="not drawn: num_samples or --max_samples")
         return self.scorer.plan(number, row)
 
 

@@ -33,7 +33,7 @@ from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span
 from minisft.text.messages import Message
 from minisft.text.tokenizer import StreamDecoder, Tokenizer
-from minisft.text.turns import Turn, find_turns
+from minisft.text.turns import Turn, find_turns, renders_of
 
 # Control characters, which would change the terminal, are shown as text.
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -90,6 +90,14 @@ class ChatTemplate:
             if chain:
                 examples.append(self._encode_chain(chain))
         return examples
+
+    def begin(self, messages: list[Message], tools: list | None = None) -> None:
+        """Start to render a conversation that `encode` gets next, beside other work."""
+        try:
+            conversation = self._prepare(messages, tools)
+        except UserError:
+            return  # encode raises it
+        self.jinja.begin(conversation.messages, conversation.tools, renders_of(conversation))
 
     def encode_prompt(self, messages: list[Message], tools: list | None = None) -> list[int]:
         """The ids before the answer to messages that end with a user's or a tool's turn."""

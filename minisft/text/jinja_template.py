@@ -68,6 +68,16 @@ class JinjaTemplate:
         always = {**self._always, **self.thinking}
         return self._renderer.render(messages, tools, always, self.now, renders)
 
+    def begin(
+        self,
+        messages: list,
+        tools: list | None,
+        renders: Sequence[tuple[int | None, dict[str, Any]]],
+    ) -> None:
+        """Start what `render` is asked for next, beside other work."""
+        always = {**self._always, **self.thinking}
+        self._renderer.begin(messages, tools, always, self.now, renders)
+
     def message_spans(
         self, text: str, conversation: Conversation, count: int | None, variables: dict[str, Any]
     ) -> list[Span]:

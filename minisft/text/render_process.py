@@ -5,9 +5,9 @@ internals, but not from endless loops or huge strings. The operating system does
 use MAX_BYTES of memory and, for each request, so many seconds of processor time (its argument). It
 ends when it uses more; `rendering.py` starts another.
 
-A line of stdin is a JSON object, a line of stdout the answer, {"texts": [...]} or {"error": ...}:
+The first line of stdin is the template, a JSON string. Each further line is a request, a JSON
+object, and a line of stdout its answer, {"texts": [...]} or {"error": ...}:
 
-    template          the Jinja text; null for that of the last request
     messages, tools   what it renders
     renders           [[how many of the messages, more variables], ...]: what texts are wanted
     variables         bos_token and the like
@@ -173,24 +173,23 @@ def main() -> None:
     max_seconds = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     limit_memory()
-    max_seconds = float(sys.argv[1])
     set_timer = getattr(signal, "setitimer", None)
     clock = Clock()
-    sandbox = environment(clock)
     template: jinja2.Template | None = None
-    unreadable: dict[str, Any] = {"error": "no template was sent"}
-    for line in sys.stdin.buffer:
+    unreadable: dict[str, Any] = {}
+    for number, line in enumerate(sys.stdin.buffer):
         if set_timer:
             set_timer(signal.ITIMER_PROF, max_seconds)  # then SIGPROF ends the process
-        request = json.loads(line)
-        clock.now = datetime.fromisoformat(request["now"])
-        if request["template"] is not None:
+        if number == 0:
             try:
-                template = sandbox.from_string(request["template"])
+                template = environment(clock).from_string(json.loads(line))
             except Exception as error:
-                template, unreadable = None, failure(error)
+                unreadable = failure(error)
+            continue
         reply = unreadable
         if template is not None:
+            request = json.loads(line)
+            clock.now = datetime.fromisoformat(request["now"])
             try:
                 reply = {"texts": render(template, request)}
             except Exception as error:

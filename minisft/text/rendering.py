@@ -12,12 +12,16 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.text import render_process
 from minisft.text.render_process import MAX_SECONDS
+
+# Bytes of a request that `begin` sends. Two of them fit into a pipe, so that writing never waits.
+MAX_AHEAD = 6000
 
 
 class TemplateError(UserError):
@@ -28,7 +32,13 @@ class Renderer:
     """Renders a chat template in a second process, which starts when it is first needed.
 
     max_seconds: processor time for a call of render. Threads may share a Renderer. After a fork, or
-    in another process, it starts its own process.
+    in another process, it starts its own process. A conversation that is passed to `begin` first is
+    rendered while this process does something else:
+
+        renderer.begin(following, ...)
+        texts = renderer.render(current, ...)
+        use(texts)                              # meanwhile the other process renders `following`
+        texts = renderer.render(following, ...)
     """
 
     def __init__(self, template: str, max_seconds: float = MAX_SECONDS) -> None:
@@ -36,6 +46,8 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
         self._owner = 0  # the process that started it
+        self._waiting: deque[bytes] = deque()  # requests without an answer so far
+        self._replies: dict[bytes, dict[str, Any]] = {}  # answers that render has not fetched
 
     def __getstate__(self) -> dict[str, Any]:
         return {"template": self.template, "max_seconds": self.max_seconds}
@@ -56,22 +68,28 @@ class Renderer:
         now: the date and time for strftime_now, in ISO format. Raises TemplateError with the
         template's own message and line.
         """
-        request: dict[str, Any] = {
-            "template": None,
-            "messages": messages,
-            "tools": tools,
-            "renders": renders,
-            "variables": variables,
-            "now": now,
-        }
+        line = request_line(messages, tools, variables, now, renders)
         with self._lock:
-            if self._process is None or self._owner != os.getpid():
-                request["template"] = self.template
-            reply = self._ask(json.dumps(request).encode() + b"\n")
+            reply = self._ask(line)
         if "error" in reply:
             where = f", line {reply['line']}" if reply.get("line") else ""
             raise TemplateError(f"the chat template{where}: {reply['error']}")
         return reply["texts"]
+
+    def begin(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: dict[str, Any],
+        now: str,
+        renders: Sequence[tuple[int | None, dict[str, Any]]],
+    ) -> None:
+        """Let the other process start with what `render` is asked soon, with the same arguments."""
+        line = request_line(messages, tools, variables, now, renders)
+        with self._lock:
+            self._running()
+            if len(line) <= MAX_AHEAD and len(self._waiting) < 2:
+                self._send(line)
 
     @property
     def process_id(self) -> int | None:
@@ -79,20 +97,40 @@ class Renderer:
         return self._process.pid if self._process is not None else None
 
     def _ask(self, line: bytes) -> dict[str, Any]:
-        process = self._running()
-        assert process.stdin is not None and process.stdout is not None
+        self._running()
+        while line not in self._replies:
+            if not self._waiting:
+                self._send(line)
+            self._collect()
+        return self._replies.pop(line)
+
+    def _send(self, line: bytes) -> None:
+        self._write(self._running(), line)
+        self._waiting.append(line)
+
+    def _write(self, process: subprocess.Popen, line: bytes) -> None:
+        assert process.stdin is not None
         try:
             process.stdin.write(line)
             process.stdin.flush()
-            reply = process.stdout.readline()
         except BrokenPipeError:
-            reply = b""
+            pass  # there is no answer either
+
+    def _collect(self) -> None:
+        """Read the answer to the oldest request."""
+        line, process = self._waiting.popleft(), self._running()
+        assert process.stdout is not None
+        reply = process.stdout.readline()
         if reply.endswith(b"\n"):
-            return json.loads(reply)
-        status = self.close()
-        if status == -getattr(signal, "SIGPROF", 0):
-            return {"error": f"it needs more than {self.max_seconds:g} seconds of processor time"}
-        return {"error": f"it ended the process that rendered it (status {status})"}
+            self._replies[line] = json.loads(reply)
+        else:
+            status = self.close()
+            message = f"it ended the process that rendered it (status {status})"
+            if status == -getattr(signal, "SIGPROF", 0):
+                message = f"it needs more than {self.max_seconds:g} seconds of processor time"
+            self._replies[line] = {"error": message}
+        while len(self._replies) > 2:
+            del self._replies[next(iter(self._replies))]
 
     def _running(self) -> subprocess.Popen:
         if self._process is None or self._owner != os.getpid():
@@ -102,6 +140,8 @@ class Renderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
+            self._waiting, self._replies = deque(), {}
+            self._write(self._process, json.dumps(self.template).encode() + b"\n")
         return self._process
 
     def __del__(self) -> None:
@@ -110,6 +150,7 @@ class Renderer:
     def close(self) -> int | None:
         """End the process, and return its status."""
         process, self._process = self._process, None
+        self._waiting.clear()
         if process is None or self._owner != os.getpid():
             return None
         assert process.stdin is not None and process.stdout is not None
@@ -119,3 +160,21 @@ class Renderer:
             pass
         process.stdout.close()
         return process.wait()
+
+
+def request_line(
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    variables: dict[str, Any],
+    now: str,
+    renders: Sequence[tuple[int | None, dict[str, Any]]],
+) -> bytes:
+    """A request as render_process.py reads it."""
+    request = {
+        "messages": messages,
+        "tools": tools,
+        "renders": renders,
+        "variables": variables,
+        "now": now,
+    }
+    return json.dumps(request).encode() + b"\n"

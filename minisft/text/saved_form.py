@@ -9,14 +9,14 @@ passed to the template as variables stands in its first lines, see template_sett
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minisft.common.outputs import recorded_options
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.rendering import TemplateError
-from minisft.text.template_choice import CHAT_TEMPLATE, trained_template
+from minisft.text.template_choice import CHAT_TEMPLATE, settings_without_effect, trained_template
 from minisft.text.template_settings import setting, split_settings, with_settings
 from minisft.text.tokenizer import Tokenizer
 
@@ -27,13 +27,14 @@ class SavedForm:
 
     template: as in training; None if there is none, or if it cannot render a question.
     chat_template: its text for other programs. stop_ids: the tokens that end an answer.
-    is_trained: False for a checkpoint's own template, as it was published.
+    is_trained: False for a checkpoint's own template, as it was published. notes: lines for people.
     """
 
     template: ChatTemplate | None
     chat_template: str | None
     stop_ids: list[int]
     is_trained: bool = True
+    notes: list[str] = field(default_factory=list)
 
 
 def saved_form(
@@ -62,7 +63,10 @@ def saved_form(
         return SavedForm(None, template.text, listed_stops, is_trained=False)
     if untouched and not split_settings(template.text)[0]:
         return SavedForm(template, template.text, stop_ids, is_trained=False)
-    return SavedForm(template, saved_text(template), stop_ids)
+    notes = settings_without_effect(
+        template, choices.get("template_kwargs"), choices.get("enable_thinking")
+    )
+    return SavedForm(template, saved_text(template), stop_ids, notes=notes)
 
 
 def saved_text(template: ChatTemplate) -> str:

@@ -11,6 +11,7 @@ a saved model carries prompts other programs exactly as in training.
 
 import json
 import keyword
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from minisft.text.chat_template import ChatTemplate
 from minisft.text.render_process import MAX_TEMPLATE
 from minisft.text.rendering import TemplateError
 from minisft.text.template_facts import ANSWER
-from minisft.text.template_settings import setting, system_setting, with_settings
+from minisft.text.template_settings import setting, split_settings, system_setting, with_settings
 from minisft.text.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "templates"
@@ -68,6 +69,21 @@ def get_template(
     if default_system and not template.facts.knows_system:
         raise UserError(f"--default_system: the template {name} has no place for a system prompt")
     return template
+
+
+def settings_without_effect(
+    template: ChatTemplate, template_kwargs: dict[str, Any] | None, enable_thinking: bool | None
+) -> list[str]:
+    """A line for each of these settings that the template does not read."""
+    unused = []
+    if enable_thinking is not None and not template.facts.has_thinking_switch:
+        unused.append(f"--enable_thinking {str(enable_thinking).lower()}")
+    program = split_settings(template.text)[1]
+    for name in template_kwargs or {}:
+        if not re.search(rf"\b{name}\b", program):
+            unused.append(f"--template_kwargs {name}")
+    reason = f"has no effect: the template {template.name} does not read it"
+    return [f"{flag} {reason}" for flag in unused]
 
 
 def check_end(template: ChatTemplate) -> None:

@@ -241,6 +241,17 @@ class TemplateFacts:
                 return form
         return None
 
+    def changes_tools(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> bool:
+        """True if a conversation has tools or calls of tools that become text."""
+        has_calls = any(
+            message.get("role") in ("tool", "function")
+            or message.get("tool_calls")
+            or message.get("function_call")
+            for message in messages
+        )
+        is_offer_text = bool(tools) and not self.knows_tools
+        return is_offer_text or (has_calls and self.call_form is None)
+
     def _prompt(self, **variables: Any) -> str:
         return self._render([USER], self.empty_tools, add_generation_prompt=True, **variables)
 

@@ -9,6 +9,10 @@ from typing import Any
 
 from minisft.text.messages import Message
 
+TOOLS_AS_TEXT = (
+    "tools or tool calls, which the template does not know; they become text, in Qwen2.5's form"
+)
+
 OFFER = """
 
 # Tools

@@ -37,12 +37,7 @@ class Turn:
 
 def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
     """Each answer behind its prompt; UserError if one cannot be learned there."""
-    renders: list[tuple[int, Variables]] = []
-    for place in conversation.answers:
-        has_thoughts = bool(conversation.messages[place].get("reasoning_content"))
-        variables: Variables = {"enable_thinking": True} if has_thoughts else {}
-        renders.append((place, {"add_generation_prompt": True, **variables}))
-        renders.append((place + 1, variables))
+    renders = renders_of(conversation)
     texts = iter(jinja.render(conversation.messages, conversation.tools, renders))
     turns = []
     for place, (_, variables) in zip(conversation.answers, renders[1::2], strict=True):
@@ -64,6 +59,17 @@ def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
         learned, has_calls = conversation.learned[place], "tool_calls" in message
         turns.append(Turn(text, start, answer, learned, has_calls, spans))
     return turns
+
+
+def renders_of(conversation: Conversation) -> list[tuple[int, Variables]]:
+    """(number of messages, variables) of two texts for each answer: its prompt, and with it."""
+    renders: list[tuple[int, Variables]] = []
+    for place in conversation.answers:
+        has_thoughts = bool(conversation.messages[place].get("reasoning_content"))
+        variables: Variables = {"enable_thinking": True} if has_thoughts else {}
+        renders.append((place, {"add_generation_prompt": True, **variables}))
+        renders.append((place + 1, variables))
+    return renders
 
 
 def check_turn(

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from minisft.common.errors import UserError
-from minisft.common.model_flags import template_options
+from minisft.common.model_flags import template_options, template_settings
 from minisft.data import dataset
 from minisft.data.batching import Batches
 from minisft.data.build_batches import (
@@ -24,7 +24,7 @@ from minisft.data.encode_preferences import encode_preferences
 from minisft.data.encoding import Example, encode_rows
 from minisft.model.config import ModelConfig
 from minisft.text.chat_template import ChatTemplate
-from minisft.text.template_choice import get_template
+from minisft.text.template_choice import get_template, settings_without_effect
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.vocabulary import note_on_spelled_tokens
 
@@ -54,10 +54,11 @@ def load_data(
         seed=options.seed,
         say=say,
     )
-    rows = dataset.open_rows(options.dataset or options.train_dir, **reading)
-    rows, eval_rows = rows[: options.max_samples], None
+    first = {"max_samples": options.max_samples}
+    rows = dataset.open_rows(options.dataset or options.train_dir, **reading, **first)
+    eval_rows = None
     if options.eval_dataset or options.valid_dir:
-        eval_rows = dataset.open_rows(options.eval_dataset or options.valid_dir, **reading)
+        eval_rows = dataset.open_rows(options.eval_dataset or options.valid_dir, **reading, **first)
     elif options.validation_split:
         rows, eval_rows = dataset.split(rows, options.validation_split, options.seed)
     if options.mix:
@@ -102,6 +103,8 @@ def load_template(
         now=options.template_date,
     )
     say(f"template: {template.name}")
+    for line in settings_without_effect(template, **template_settings(options)):
+        say(line)
     if template.facts.note:
         say(f"note: {template.facts.note}")
     return template

@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,6 +274,10 @@ class Letters:
     """A template and tokenizer of one token a letter."""
 
     add_bos_token, bos_token_id, eos_token_id = True, 0, 1
+    facts = SimpleNamespace(changes_tools=lambda messages, tools: False)
+
+    def begin(self, messages, tools=None):
+        pass
 
     def encode(self, messages, tools=None):
         if isinstance(messages, str):

@@ -136,6 +136,21 @@ def test_answers_do_not_depend_on_the_batch(assistant):
     assert skipped[0] == batched[0] and skipped[1]["answer"] == ""
 
 
+def test_thoughts_are_no_part_of_an_answer(assistant, tmp_path):
+    """In a template whose prompt opens the thoughts, as that of DeepSeek R1."""
+    path = tmp_path / "thinks.jinja"
+    text = assistant.template.text
+    opens = text.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    assert opens != text
+    switch = "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+    path.write_text(switch + opens)
+    thinking = Assistant(assistant.tokenizer.model_dir, template=str(path), device="cpu")
+    answers = answer_items(thinking, ITEMS, SAMPLING, 8)
+    said = thinking.answer([{"messages": item.messages} for item in ITEMS], SAMPLING)
+    assert [one["answer"] for one in answers] == [one.text.strip() for one in said]
+    assert any(one.reasoning_content for one in said)
+
+
 def test_the_tools_of_a_row_are_in_the_prompt(assistant):
     tools = [{"name": "find_hat", "description": "", "parameters": {}}]
     with_tools = [Item(item.messages, item.reference, tools) for item in ITEMS]

@@ -204,6 +204,58 @@ def test_threads_share_a_renderer():
     assert all(text == f"{n}.{k} " * 50 for (n, k), text in texts.items())
 
 
+SLOW = 99999
+COUNT = "{% for _ in range(count) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}{{ count }}"
+
+
+def counted(renderer: Renderer, count: int, begin: bool = False) -> list[str] | None:
+    """The render of COUNT, which takes as long as the number is high, or its beginning."""
+    act = renderer.begin if begin else renderer.render
+    return act(HELLO, None, {"count": count}, NOW, [(None, {})])
+
+
+class TestBegin:
+    def test_gives_what_render_gives_in_any_order(self):
+        renderer = Renderer(COUNT)
+        for order in ([1, 2, 3], [3, 1], [2], [], [1, 1, 2]):
+            for count in order:
+                counted(renderer, count, begin=True)
+            for count in (1, 2, 3, 1):
+                assert counted(renderer, count) == [str(count)]
+
+    @pytest.mark.parametrize("order", [[SLOW, 1], [1, SLOW]])
+    def test_only_the_conversation_that_takes_too_long_is_refused(self, order):
+        renderer = Renderer(COUNT, max_seconds=0.3)
+        for count in order:
+            counted(renderer, count, begin=True)
+        for count in (2, *order):
+            if count == SLOW:
+                with pytest.raises(TemplateError, match="more than 0.3 seconds"):
+                    counted(renderer, count)
+            else:
+                assert counted(renderer, count) == [str(count)]
+
+    def test_large_conversations_do_not_block(self):
+        """Answers of 2 MB and a request of 500 kB do not fit into pipes."""
+        renderer, text = Renderer("{{ text * times }}"), "x" * 5000
+        for times in (400, 401):
+            renderer.begin(HELLO, None, {"text": text, "times": times}, NOW, [(None, {})])
+        large = {"text": text * 100, "times": 2}
+        assert renderer.render(HELLO, None, large, NOW) == [text * 200]
+        assert renderer.render(HELLO, None, {"text": text, "times": 401}, NOW) == [text * 401]
+
+    def test_a_forked_process_does_not_wait_for_its_parents(self):
+        renderer = Renderer(COUNT)
+        counted(renderer, 1, begin=True)
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        worker = context.Process(target=lambda: queue.put(counted(renderer, 2)))
+        worker.start()
+        assert queue.get(timeout=60) == ["2"]
+        worker.join()
+        assert counted(renderer, 1) == ["1"]
+
+
 def render_in_child(renderer: Renderer, queue) -> None:
     """In another process."""
     queue.put((render(renderer), renderer.process_id))

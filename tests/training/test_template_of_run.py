@@ -137,3 +137,78 @@ def test_thoughts_in_the_text_of_an_answer(qwen3):
         assert spelled.strip() in tokenizer.decode(example.ids)
     empty = [TURNS[0], {**TURNS[1], "content": "<think>\n\n</think>\n\nassistant 0"}]
     assert template.encode(empty) == template.encode(TURNS[:2])
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+WITH_CALL = [
+    {"role": "user", "content": "Add."},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "1"},
+    {"role": "assistant", "content": "One."},
+]
+
+
+def test_tools_that_the_template_does_not_know_are_said_once(checkpoint, tmp_path):
+    """By every script that reads rows, with their number; nothing is said of rows without tools."""
+    with_template(checkpoint, DATED)
+    path = tmp_path / "rows.jsonl"
+    offered = {"messages": TURNS[:2], "tools": json.dumps([CALL["function"]])}
+    rows = [{"messages": WITH_CALL}, offered, {"messages": TURNS[:2]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = as_flags(model_name_or_path=checkpoint)
+    data = ["--dataset", path, "--max_length", 512]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"messages": row["messages"][:-1]}) + "\n" for row in rows)
+    )
+    jobs = {
+        "train.py": [*model, "--dataset", path, "--cutoff_len", 512, "--max_steps", 1],
+        "score.py": [*model, *data, "--output", tmp_path / "scores.jsonl"],
+        "chat.py": [
+            *model,
+            "--file",
+            prompts,
+            "--output",
+            tmp_path / "said",
+            "--max_new_tokens",
+            1,
+        ],
+        "eval.py": ["compare", "--models", f"a={checkpoint}", "--dataset", path],
+    }
+    jobs["train.py"] += ["--output_dir", tmp_path / "run"]
+    jobs["eval.py"] += ["--output_dir", tmp_path / "compared", "--max_new_tokens", 1]
+    for script, words in jobs.items():
+        done = command(*words, script=script)
+        assert done.returncode == 0, done.stderr
+        said = re.findall(r"(\d) of (?:the first )?3 rows have tools", done.stdout + done.stderr)
+        assert said == ["1" if script == "chat.py" else "2"], (script, done.stdout, done.stderr)
+    path.write_text(json.dumps(rows[2]))
+    done = command(*jobs["train.py"], "--overwrite_output_dir")
+    assert done.returncode == 0 and "have tools" not in done.stdout
+
+
+def test_settings_that_the_template_does_not_read_are_said_by_every_script(
+    checkpoint, rows_file, tmp_path
+):
+    with_template(checkpoint, DATED)
+    settings = ["--enable_thinking", "false", "--template_kwargs", '{"mood": "good"}']
+    model = as_flags(model_name_or_path=checkpoint)
+    jobs = {
+        "train.py": [*model, "--dataset", rows_file, "--output_dir", "run", "--max_steps", 1],
+        "score.py": [*model, "--dataset", rows_file, "--output", "scores.jsonl"],
+        "export.py": [*model, "--output_dir", "folder"],
+        "eval.py": ["compare", "--models", f"a={checkpoint}", "--dataset", rows_file],
+    }
+    jobs["eval.py"] += ["--output_dir", "compared", "--max_new_tokens", 1, "--max_samples", 2]
+    for script, words in jobs.items():
+        names = {"run", "scores.jsonl", "folder", "compared"}
+        words = [tmp_path / word if word in names else word for word in words]
+        done = command(*words, *settings, script=script)
+        assert done.returncode == 0, done.stderr
+        for flag in ("--enable_thinking false", "--template_kwargs mood"):
+            line = f"{flag} has no effect: the template auto does not read it"
+            assert (done.stdout + done.stderr).count(line) == 1, (script, done.stdout, done.stderr)
+    gguf = command(
+        *model, "--format", "gguf", "--output", tmp_path / "m.gguf", *settings, script="export.py"
+    )
+    assert gguf.stdout.count("has no effect") == 2, gguf.stdout
