@@ -30,7 +30,6 @@ else:
 import torch
 from torch import Tensor
 
-from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
 from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import choose_padding
 from minisft.common import processes
@@ -41,10 +40,8 @@ from minisft.common.outputs import check_output_dir
 from minisft.data.batching import Batches, micro_batches
 from minisft.data.encoding import Example
 from minisft.evaluation.exact_match import exact_match
-from minisft.model.config import ModelConfig
 from minisft.model.reward import Model, RewardModel
 from minisft.text.chat_template import ChatTemplate
-from minisft.text.tokenizer import Tokenizer
 from minisft.training import plan, resume
 from minisft.training.build import build_model, describe_training
 from minisft.training.data import load_data, load_template, show_samples, training_steps
@@ -64,6 +61,7 @@ from minisft.training.run import (
     count_rows_per_step,
     wrap_model,
 )
+from minisft.training.vocabulary import load_vocabulary
 
 say = processes.print_rank0
 
@@ -81,16 +79,14 @@ def main(options: Namespace | None = None) -> None:
 
     model_dir = resolve(options.model_name_or_path)
     adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
-    tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
+    tokenizer, config, new_rows = load_vocabulary(options, model_dir, adapter_dir, say)
     options.template_date = resume.template_date(options)
     template = load_template(options, tokenizer, say)  # None with --stage pt
-    config = ModelConfig.load(model_dir)
-    config.vocab_size = vocabulary_size(config, adapter_dir)
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
     show_samples(batches, template, options.show_samples, say)
 
     torch.manual_seed(options.seed)  # every rank draws the same adapter
-    model, lora_config = build_model(options, model_dir, dtype, device)
+    model, lora_config = build_model(options, model_dir, dtype, device, new_rows)
     torch.manual_seed(options.seed + processes.rank())  # dropout differs between ranks
     if template and isinstance(model, RewardModel):
         choose_padding(model, tokenizer, template.stop_token_ids(model.config.eos_token_ids))
@@ -116,6 +112,7 @@ def main(options: Namespace | None = None) -> None:
         progress=Progress(schedule.total_steps, output_dir / "metrics.jsonl", device, reports),
         wrapped=wrap_model(model, options),
         num_bytes=resume.count_bytes(batches),
+        tokenizer=tokenizer,
     )
     if saved:
         resume.restore(run, saved)

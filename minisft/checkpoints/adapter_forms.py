@@ -33,6 +33,7 @@ from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredT
 from minisft.model.config import ModelConfig
 from minisft.model.lora import LoraConfig
 from minisft.model.modules_to_save import SAVEABLE_MODULES
+from minisft.text.tokenizer_files import has_tokenizer
 
 PEFT_PREFIX = "base_model.model."
 # Options of PEFT that change the computation of an adapter, and that we do not support.
@@ -128,13 +129,13 @@ def vocabulary_size(config: ModelConfig, adapter_dir: str | Path | None) -> int:
 
 
 def tokenizer_dir(model_dir: str | Path, adapter_dir: str | Path | None) -> Path:
-    """The folder of the tokenizer: the adapter's if the adapter has resized the vocabulary."""
+    """The folder of the tokenizer: the adapter's if it has one and may have new tokens.
+
+    An adapter with new tokens holds rows of the embedding, not necessarily more than the base has.
+    """
     if adapter_dir:
-        has_tokenizer = any(
-            (Path(adapter_dir) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
-        )
-        config = ModelConfig.load(model_dir)
-        if has_tokenizer and vocabulary_size(config, adapter_dir) != config.vocab_size:
+        rows = {EMBEDDING, OUTPUT, EMBEDDING.removesuffix(".weight") + TOKENS}
+        if has_tokenizer(adapter_dir) and not rows.isdisjoint(adapter_tensors(adapter_dir)):
             return Path(adapter_dir)
     return Path(model_dir)
 

@@ -29,6 +29,7 @@ from minisft.model.lora import LINEAR_TYPES, LoraConfig, LoRALinear, wrap_linear
 from minisft.model.modules_to_save import saved_modules, train_fully, untie
 from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model
+from minisft.model.vocabulary import resize_vocabulary
 
 
 def save_adapter(
@@ -114,7 +115,7 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
     config.stored_modules = tuple(
         name for name in adapter.replaced_modules() if name not in trained
     )
-    _resize_vocabulary(model, adapter)
+    _fit_vocabulary(model, adapter)
 
     modules = dict(model.named_modules())
     for name, tensor in stored.items():
@@ -156,10 +157,10 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _resize_vocabulary(model: Model, adapter: Adapter) -> None:
+def _fit_vocabulary(model: Model, adapter: Adapter) -> None:
     """Give the model the vocabulary of an adapter that holds the embedding. In place.
 
-    The new matrices are empty. UserError if the adapter has only one of two.
+    UserError if the adapter has only one of two.
     """
     embedding = adapter.tensors.get(EMBEDDING)
     head = adapter.tensors.get(OUTPUT) or adapter.tensors.get("lm_head.lora_B.weight")
@@ -176,17 +177,8 @@ def _resize_vocabulary(model: Model, adapter: Adapter) -> None:
             f"(transformers: model.resize_token_embeddings({num_tokens}), save_pretrained), and "
             "give the resized folder."
         )
-    (model.config.vocab_size,) = sizes
-    for name in ("model.embed_tokens", "lm_head"):
-        if name == "lm_head" and is_tied:
-            continue
-        module = model.get_submodule(name)
-        old = module.weight
-        assert isinstance(old, nn.Parameter)
-        new = old.new_empty((model.config.vocab_size, old.shape[1]))
-        module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
-        kind = "out_features" if name == "lm_head" else "num_embeddings"
-        setattr(module, kind, model.config.vocab_size)
+    (num_rows,) = sizes
+    resize_vocabulary(model, num_rows)
 
 
 @torch.no_grad()

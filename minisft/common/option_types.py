@@ -82,3 +82,23 @@ def _float(text: str, least: float, below: float, bounds: str) -> float:
     if not least <= value < below:
         raise ArgumentTypeError(f"'{text}' is not a number {bounds}")
     return value
+
+
+def token_list(text: str) -> str:
+    """Tokens with commas between, as they are. No token is empty, unprintable or listed twice."""
+    names = split_names(text)
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise ArgumentTypeError(
+                f"token {number} is empty; write tokens with commas between, as in '<a>,<b>'"
+            )
+        if not name.isprintable():
+            raise ArgumentTypeError(f"token {number}, {name!r}, is not printable text")
+        if name in names[: number - 1]:
+            raise ArgumentTypeError(f"{name} is listed twice")
+    return text
+
+
+def split_names(text: str | None) -> list[str]:
+    """The names in a list with commas between, without white space around them; [] for None."""
+    return [] if text is None else [name.strip() for name in text.split(",")]

@@ -188,7 +188,7 @@ def check_vocabulary(ids: Sequence[int], vocab_size: int | None) -> None:
     if vocab_size is not None and max(ids, default=0) >= vocab_size:
         raise UserError(
             f"the tokenizer gives id {max(ids)}, but the model's vocabulary has {vocab_size}; "
-            "is it the tokenizer of this checkpoint?"
+            "is it the tokenizer of this checkpoint? If it is, train.py --resize_vocab adds rows."
         )
 
 

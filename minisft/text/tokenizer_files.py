@@ -22,6 +22,11 @@ FILES = (
 ).split()
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """True if a folder holds a tokenizer that we read."""
+    return any((Path(folder) / name).is_file() for name in FILES[:2])
+
+
 def read_added_tokens(model_dir: Path, config: dict[str, Any]) -> dict[int, str]:
     """{id: text} of the tokens in added_tokens.json and in tokenizer_config.json (`config`)."""
     added: dict[int, str] = {}

@@ -26,46 +26,68 @@ from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.lora_tools import resume_lora
 from minisft.model.quantized import QuantizedLinear, convert_parameters, count_parameters
 from minisft.model.reward import Model, RewardModel
+from minisft.model.vocabulary import resize_vocabulary, start_at_mean
 from minisft.training import fsdp
+
+NO_ROWS = range(0)
 
 
 def build_model(
-    options: Namespace, model_dir: Path, dtype: torch.dtype, device: torch.device
+    options: Namespace,
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    new_rows: range = NO_ROWS,
 ) -> tuple[Model, LoraConfig | None]:
     """The model on `device`, and the LoraConfig of its adapter (None in full fine-tuning).
 
+    new_rows: ids of new tokens, whose rows start at the mean; the vocabulary grows if it must.
     Frozen parameters have type `dtype`, trainable ones float32. With --parallel fsdp the model is
     sharded, and this rank holds its shard.
     """
     if options.compile:
         check_compile(device)
     if options.parallel != "fsdp":
-        return load_trainable(options, model_dir, dtype, device)
-    model, lora_config = load_trainable(options, model_dir, dtype, torch.device("meta"))
-    fsdp.distribute(model, lora_config, options, model_dir, dtype, device)
+        return load_trainable(options, model_dir, dtype, device, new_rows)
+    meta = torch.device("meta")
+    model, lora_config = load_trainable(options, model_dir, dtype, meta, new_rows)
+    fsdp.distribute(model, lora_config, options, model_dir, dtype, device, new_rows)
     return model, lora_config
 
 
 def load_trainable(
-    options: Namespace, model_dir: Path, dtype: torch.dtype, device: torch.device
+    options: Namespace,
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    new_rows: range = NO_ROWS,
 ) -> tuple[Model, LoraConfig | None]:
     """`build_model` without sharding. On the meta device it has shapes and types only."""
     if options.train_from_scratch:
+        config = ModelConfig.load(model_dir)
+        config.vocab_size = max(config.vocab_size, new_rows.stop)
         with torch.device(device):
-            model = CausalLM(ModelConfig.load(model_dir))
+            model = CausalLM(config)
         model.initialize(torch.Generator().manual_seed(options.seed))
         return model, None
     load = load_reward_model if options.stage == "rm" else load_model
     base_dtype = torch.float32 if options.finetuning_type == "full" else dtype
     model = load(model_dir, base_dtype, device, options.quantization_bit)
-    return model, make_trainable(model, options)
+    lora_config = make_trainable(model, options, new_rows)
+    start_at_mean(model, new_rows)
+    return model, lora_config
 
 
-def make_trainable(model: Model, options: Namespace) -> LoraConfig | None:
+def make_trainable(
+    model: Model, options: Namespace, new_rows: range = NO_ROWS
+) -> LoraConfig | None:
     """Choose what is trained: all parameters, a new LoRA adapter, or that of --adapter.
 
-    model: frozen; changed in place. The head of a reward model is always trained.
+    model: frozen; changed in place. The head of a reward model is always trained, and so are
+    embedding and output matrix if there are new rows.
     """
+    if new_rows:
+        resize_vocabulary(model, max(model.config.vocab_size, new_rows.stop))
     if options.finetuning_type == "full":
         model.requires_grad_(True)
         return None
@@ -79,12 +101,16 @@ def make_trainable(model: Model, options: Namespace) -> LoraConfig | None:
         resume_lora(model, config)
         return config
     config = LoraConfig.from_options(options)
-    config.modules_to_save += head
+    if new_rows:
+        head += ("embed_tokens", "lm_head") if isinstance(model, CausalLM) else ("embed_tokens",)
+    config.modules_to_save = tuple(dict.fromkeys((*config.modules_to_save, *head)))
     add_lora(model, config)
     return config
 
 
-def model_on_meta(options: Namespace, config: ModelConfig, dtype: torch.dtype) -> Model:
+def model_on_meta(
+    options: Namespace, config: ModelConfig, dtype: torch.dtype, new_rows: range = NO_ROWS
+) -> Model:
     """The model of `build_model` on the meta device. Needs config.json, but no weights."""
     if options.finetuning_type == "full":
         dtype = torch.float32
@@ -95,7 +121,7 @@ def model_on_meta(options: Namespace, config: ModelConfig, dtype: torch.dtype) -
             quantize_layers(model, options.quantization_bit)
     model.requires_grad_(False)
     convert_parameters(model, dtype)
-    make_trainable(model, options)
+    make_trainable(model, options, new_rows)
     return model
 
 

@@ -26,6 +26,7 @@ from minisft.model.config import ModelConfig
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.template_choice import get_template, settings_without_effect
 from minisft.text.tokenizer import Tokenizer
+from minisft.training.vocabulary import note_on_spelled_tokens
 
 
 def load_data(
@@ -63,6 +64,8 @@ def load_data(
         rows, eval_rows = dataset.split(rows, options.validation_split, options.seed)
     if options.mix:
         rows = dataset.mix(rows, options.mix, **reading)
+    if note := note_on_spelled_tokens(rows, options):
+        say(f"note: {note}")
     if skipped:
         say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
 

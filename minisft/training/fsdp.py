@@ -32,11 +32,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from minisft.checkpoints.adapter_forms import read_adapter
 from minisft.checkpoints.folders import open_checkpoint
 from minisft.checkpoints.hub import resolve_adapter
+from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT
 from minisft.common import processes
 from minisft.common.errors import UserError, first_line
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, LoRALinear
 from minisft.model.reward import Model, RewardModel, new_head
+from minisft.model.vocabulary import read_with_new_rows
 
 # Size of a file of moments. A file is gathered in memory before it is written.
 MAX_FILE_BYTES = 10**9
@@ -49,10 +51,12 @@ def distribute(
     model_dir: Path,
     dtype: torch.dtype,
     device: torch.device,
+    new_rows: range = range(0),
 ) -> None:
     """Shard a model that is on the meta device, and load this rank's rows on `device`. In place.
 
-    UserError if nothing in the decoder is trained.
+    new_rows: ids of new tokens, whose rows start at the mean. UserError if nothing in the decoder
+    is trained.
     """
     if not any(parameter.requires_grad for parameter in model.model.parameters()):
         # FSDP averages gradients only if the backward pass enters the decoder.
@@ -65,7 +69,7 @@ def distribute(
         for parameter, value in model.initial_values(generator):
             processes.copy_shard(parameter, _reader(value))
         return
-    loaded = _load_shards(model, model_dir, options.adapter)
+    loaded = _load_shards(model, model_dir, options.adapter, new_rows)
     if isinstance(model, RewardModel) and "score.weight" not in loaded:
         processes.copy_shard(model.score.weight, _reader(new_head(model.config)))
     if lora_config and not options.adapter:
@@ -86,11 +90,11 @@ def _shard(model: Model, dtype: torch.dtype, device: torch.device) -> None:
     model.to_empty(device=device)
 
 
-def _load_shards(model: Model, model_dir: Path, adapter: str | None) -> set[str]:
+def _load_shards(model: Model, model_dir: Path, adapter: str | None, new_rows: range) -> set[str]:
     """Read this rank's rows of a checkpoint and an adapter; returns the names that were read."""
     config, stored = open_checkpoint(model_dir)
     if config.tie_word_embeddings:  # the adapter may have untied them
-        stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
+        stored[OUTPUT] = stored[EMBEDDING]
     adapted = {}
     if adapter:
         adapted = read_adapter(resolve_adapter(adapter), config.tie_word_embeddings).tensors
@@ -99,7 +103,10 @@ def _load_shards(model: Model, model_dir: Path, adapter: str | None) -> set[str]
         plain_name = name.replace(".base_layer.", ".")
         source = adapted.get(plain_name) or stored.get(plain_name)
         if source:
-            processes.copy_shard(parameter, source.read)
+            read = source.read
+            if new_rows and plain_name in (EMBEDDING, OUTPUT):
+                read = read_with_new_rows(read, source.shape[0], new_rows)
+            processes.copy_shard(parameter, read)
             loaded.add(name)
     return loaded
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from minisft.checkpoints.adapter_forms import tokenizer_dir
 from minisft.checkpoints.hub import resolve_adapter
 from minisft.common.errors import UserError
 from minisft.data import batching
@@ -27,9 +26,10 @@ from minisft.data.encoding import Example, read_and_encode
 from minisft.data.sources import find_sources
 from minisft.model.config import ModelConfig
 from minisft.text.chat_template import TokenizedText
-from minisft.text.tokenizer import FILES, Tokenizer
+from minisft.text.tokenizer_files import has_tokenizer
 from minisft.training.data import length_limit, load_data, load_template
 from minisft.training.run import count_rows_per_step
+from minisft.training.vocabulary import load_vocabulary
 
 # At most MAX_ENCODED rows are encoded; the lengths of others are estimated from their size. At most
 # MAX_BATCHED rows are put into batches: enough to know the padding.
@@ -84,9 +84,9 @@ def inspect_data(
 
 def find_tokenizer(options: Namespace, model_dir: Path) -> tuple[Any, Any, str]:
     """(tokenizer, template, origin of the lengths); without a tokenizer, a ByteTokenizer."""
-    if any((model_dir / name).is_file() for name in FILES[:2]):
+    if has_tokenizer(model_dir):
         adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
-        tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
+        tokenizer, _, _ = load_vocabulary(options, model_dir, adapter_dir, say=lambda text: None)
         template = load_template(options, tokenizer, say=lambda text: None)
         return tokenizer, template, "counted by the tokenizer"
     origin = f"estimated, {BYTES_PER_TOKEN} bytes per token: there is no tokenizer"

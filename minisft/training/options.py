@@ -20,7 +20,7 @@ from minisft.common.command_line import (
 )
 from minisft.common.errors import UserError
 from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
-from minisft.common.option_types import iso_date, json_object
+from minisft.common.option_types import iso_date, json_object, split_names, token_list
 from minisft.training.reports import chosen_services, service_names
 from minisft.training.schedule_settings import SETTINGS, check_settings
 
@@ -88,6 +88,11 @@ def _add_tuning_flags(add: Add, switch: Add) -> None:
     add("--lora_target", default="all", help=target)
     switch("--use_rslora", "divide alpha by the square root of the rank (rsLoRA)")
     add("--modules_to_save", default="", help="train these in full: embed_tokens,lm_head,norm")
+    special = "tokens to add, with commas between; only a chat template writes them"
+    add("--new_special_tokens", type=token_list, metavar="TOKENS", help=special)
+    ordinary = "tokens to add that match wherever a text spells them"
+    add("--add_tokens", type=token_list, metavar="TOKENS", help=ordinary)
+    switch("--resize_vocab", "add rows if the tokenizer has more tokens than the model")
 
 
 def _add_preference_flags(add: Add, switch: Add) -> None:
@@ -189,6 +194,7 @@ def scheduler_settings(options: Namespace) -> dict[str, Any]:
 
 ADAPTER_SHAPE = {"lora_rank", "lora_alpha", "lora_target", "use_rslora", "modules_to_save"}
 LORA = ADAPTER_SHAPE | {"adapter", "lora_dropout", "quantization_bit"}
+TOKENS = {"new_special_tokens", "add_tokens", "resize_vocab"}
 CONVERSATIONS = {"cutoff_len", "show_samples", *TEMPLATE_FLAGS}
 DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 PLAN = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
@@ -201,12 +207,19 @@ def check_options(options: Namespace, given: set[str]) -> None:
     given: names of the flags that were given.
     """
     is_full, stage = options.finetuning_type == "full", options.stage
+    special, ordinary = map(split_names, (options.new_special_tokens, options.add_tokens))
     has_eval_rows = options.eval_dataset or options.valid_dir or options.validation_split
     # (flags, when they are wrong, why)
     rules: list[tuple[set[str], Any, str]] = [
         (LORA, is_full, "belongs to --finetuning_type lora"),
         ({"train_from_scratch"}, not is_full, "needs --finetuning_type full"),
         (ADAPTER_SHAPE, options.adapter, "is fixed by --adapter"),
+        (
+            {"lora_target"},
+            (special or ordinary) and "lm_head" in split_names(options.lora_target),
+            "names lm_head, which is trained in full with new tokens",
+        ),
+        (TOKENS, options.adapter, "contradicts --adapter: merge it first (export.py --format hf)"),
         (CONVERSATIONS, stage == "pt", "belongs to conversations, not to --stage pt"),
         ({"block_size"}, stage != "pt", "belongs to --stage pt"),
         ({"eval_exact_match", "mask_history"}, stage != "sft", "belongs to --stage sft"),
@@ -244,6 +257,8 @@ def check_options(options: Namespace, given: set[str]) -> None:
     for flags, is_wrong, reason in rules:
         if is_wrong and flags & given:
             raise UserError(f"--{min(flags & given)} {reason}")
+    for token in set(special) & set(ordinary):
+        raise UserError(f"{token} is in --new_special_tokens and in --add_tokens. Choose one.")
     chosen_services(options)
     check_settings(options.lr_scheduler_type, scheduler_settings(options))
     if not (options.dataset or options.train_dir):

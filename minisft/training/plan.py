@@ -28,6 +28,7 @@ from minisft.training.lengths import Data, Epoch, inspect_data
 from minisft.training.memory import PARTS, Phase, Step, phases
 from minisft.training.operations import duration, forward_operations, training_operations
 from minisft.training.run import build_schedule, count_rows_per_step
+from minisft.training.vocabulary import planned_rows
 
 # Above this share of a device's memory, kernels and fragmentation may not fit.
 COMFORTABLE = 0.9
@@ -52,7 +53,7 @@ def show(options: Namespace) -> None:
             "--parallel fsdp shards the model over processes. Give --num_processes above 1, or "
             "--parallel ddp."
         )
-    model = model_on_meta(options, config, dtype)
+    model = model_on_meta(options, config, dtype, planned_rows(options, config, model_dir))
     data = inspect_data(options, model.config, model_dir, num_processes)
     step = planned_step(options, model, data.largest, dtype, device.type, num_processes)
     print("a plan: nothing is downloaded, loaded or written")

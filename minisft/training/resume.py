@@ -23,6 +23,7 @@ from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options, save_options
 from minisft.data.batching import Batches
 from minisft.data.dataset import Rows
+from minisft.text.tokenizer_files import has_tokenizer
 from minisft.training import checkpoint, fsdp
 from minisft.training.data import BrokenRow
 from minisft.training.reference import LogProbs, saved_log_probs
@@ -47,6 +48,9 @@ IDENTITY = (
     "lora_target",
     "use_rslora",
     "modules_to_save",
+    "new_special_tokens",
+    "add_tokens",
+    "resize_vocab",
     "quantization_bit",
 )
 # Options that may change on resume without a warning.
@@ -91,8 +95,7 @@ def can_resume(options: Namespace) -> bool:
     if not options.resume_from_checkpoint:
         return False
     output_dir = Path(options.output_dir)
-    has_result = any((output_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    if has_result and not any(output_dir.glob("checkpoint-*")):
+    if has_tokenizer(output_dir) and not any(output_dir.glob("checkpoint-*")):
         raise UserError(
             f"--output_dir {output_dir} holds a finished run without a checkpoint to resume from. "
             "Choose another folder, or add --overwrite_output_dir to start again."
@@ -130,6 +133,8 @@ def save_checkpoint(run: Run) -> None:
             processes.barrier()
             fsdp.save_moments(run.model, run.optimizer, folder / OPTIMIZER)
         if processes.rank() == 0:
+            if run.tokenizer:  # chat.py and others read a checkpoint as an adapter or a model
+                run.tokenizer.save(folder)
             checkpoint.save_state(state, folder)
 
 
@@ -184,9 +189,10 @@ def load_saved_run(
     say(f"resuming from {path}")
     state = checkpoint.load_state(path)
     for name, value in _identity(options, batches.num_examples).items():
-        if state["identity"][name] != value:
+        before = state["identity"].get(name, value)  # checkpoints may be older than an option
+        if before != value:
             raise UserError(
-                f"{path} is from a run with {name} {state['identity'][name]}, not {value}. Give "
+                f"{path} is from a run with {name} {before}, not {value}. Give "
                 "the same value, or start a new run in another folder."
             )
     for name, value in vars(options).items():

@@ -17,6 +17,7 @@ from minisft.data import batching
 from minisft.data.encoding import Example
 from minisft.model.lora import LoraConfig
 from minisft.model.reward import Model
+from minisft.text.tokenizer import Tokenizer
 from minisft.training.metrics import Progress
 from minisft.training.objective import Objective
 from minisft.training.options import scheduler_settings
@@ -115,6 +116,7 @@ class Run:
     wrapped: nn.Module  # the model, or the DDP module around it
     best: Best = field(default_factory=Best)
     num_bytes: int = 0  # of the training rows, to notice on resume that they have changed
+    tokenizer: Tokenizer | None = None  # with its new tokens, for the checkpoints
 
     @property
     def device(self) -> torch.device:

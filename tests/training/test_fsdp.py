@@ -45,6 +45,7 @@ KINDS = {
     ),
     "lora": ["--model_name_or_path", "plain", "--lora_rank", 3, "--validation_split", 5],
 }
+NEW = [f"<{number}>" for number in range(21)]  # three more than the bases have rows to spare
 SHORT = {
     "saved": ["--model_name_or_path", "tied", "--modules_to_save", "embed_tokens,lm_head"],
     "adapter": ["--model_name_or_path", "plain", "--adapter", "lora/2"],
@@ -61,6 +62,11 @@ SHORT = {
         "--finetuning_type",
         "full",
         "--packing",
+    ],
+    "new tokens": ["--model_name_or_path", "tied", "--new_special_tokens", ",".join(NEW)],
+    "new tokens, full": [
+        *("--model_name_or_path", "tied", "--finetuning_type", "full"),
+        *("--add_tokens", ",".join(NEW)),
     ],
     "packed": ["--model_name_or_path", "plain", "--packing"],
     "bfloat16": ["--model_name_or_path", "plain", "--dtype", "bfloat16"],
@@ -84,6 +90,7 @@ def planned():
     for name, words in SHORT.items():
         for count in (1, 2):
             yield flags(count, f"{name}/{count}", *words, "--max_steps", 3)
+    yield flags(2, "new tokens/ddp", *SHORT["new tokens"], "--max_steps", 3, kind="ddp")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +128,10 @@ def test_stopped_and_resumed_with_as_many_is_exact(kind, source, runs):
 @pytest.mark.parametrize("name", SHORT)
 def test_other_ways_to_train(name, runs):
     assert_like_one_process(runs / name)
+
+
+def test_new_tokens_with_a_model_on_every_process(runs):
+    assert_equal_runs(runs / "new tokens/1", runs / "new tokens/ddp")
 
 
 def is_sharded(tensor):
