@@ -91,6 +91,11 @@ def model_record(model_dir: Path, adapter_dir: Path | None = None) -> dict[str, 
     return record
 
 
+def read_pooling(embeddings: str | Path) -> str:
+    """How score.py pooled these embeddings: "mean" or "weighted"."""
+    return read_json(ScorePaths(embeddings).record, missing={}).get("pooling", "mean")
+
+
 def check_same_record(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """UserError if the scores in `path`, computed from `old`, may not be continued with `new`.
 
