@@ -15,7 +15,7 @@ Above 1 the instruction does not help. The highest IFD below 1 marks the rows th
 A conversation has several answers. Conditioned passes score each given its history; each has a
 direct pass of its own; s is the mean over all their tokens. End-of-turn tokens do not count.
 
-The embedding of a row is a mean of the last hidden states h_t, and the conditioned pass gives it too:
+The embedding of a row is a mean of the last hidden states h_t, from the conditioned pass too:
 pooling "mean"      over the prompt of its last answer, for clustering; the model has not seen the
                     answer there
 pooling "weighted"  over prompt and answer, for RDS+: h_t has the weight t / (1 + ... + T), since

@@ -131,6 +131,12 @@ def read_embeddings(path: str | Path, num_rows: int) -> tuple[np.ndarray, np.nda
     return embeddings, perplexity
 
 
+def zero_rows(embeddings: np.ndarray) -> np.ndarray:
+    """bool (rows,): True for rows that score.py has not embedded, since they have no text."""
+    blocks = [embeddings[start : start + 4096] for start in range(0, len(embeddings), 4096)]
+    return np.concatenate([~block.any(1) for block in blocks])
+
+
 def load_array(path: str | Path, shape: tuple[int | None, ...]) -> np.ndarray:
     """A float32 .npy file, memory-mapped. UserError if its shape differs (None: any size)."""
     try:
