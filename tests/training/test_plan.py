@@ -442,7 +442,7 @@ def test_a_device_need_not_be_here_but_must_be_one(checkpoint, rows_file):
         done = command(*words, device=name)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr == (
-            f"error: --device {name}: no such device. Use cpu, cuda or cuda:N.\n"
+            f"error: --device {name}: no such device. Use cpu, mps, cuda or cuda:N.\n"
         )
     for name in ("cuda", "cuda:7"):
         done = command(*words, device=name)
