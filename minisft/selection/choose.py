@@ -165,7 +165,8 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     number: None leaves it to --per_cluster or --match; other strategies need one.
     """
     strategy, scores = options.strategy, data.scores
-    drop_unusable(strategy, data, candidates)
+    pool_size = round(options.top_rate * len(candidates.rows))
+    drop_unusable(options, data, candidates)
     rows = candidates.rows
     generator = np.random.default_rng(options.seed)
     if strategy == "random_matched":
@@ -190,8 +191,12 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
         chosen = facility_location(data.embeddings, rows, number)
     elif strategy == "ifd_ppl+facility":
         strategies.check_enough(rows, number)
-        pool_size = max(number, round(options.top_rate * len(rows)))
-        pool = strategies.highest(scores["ifd_ppl"], rows, pool_size)
+        if pool_size < number:
+            raise UserError(
+                f"--top_rate {options.top_rate:g} leaves {pool_size:,} rows, fewer than the "
+                f"{number:,} to choose. Raise it."
+            )
+        pool = strategies.highest(scores["ifd_ppl"], rows, min(len(rows), pool_size))
         chosen = facility_location(data.embeddings, np.sort(pool), number)
     elif strategy == "kcenter":
         chosen = strategies.k_center(data.embeddings, rows, number)
@@ -203,8 +208,9 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     return Choice(np.sort(chosen))
 
 
-def drop_unusable(strategy: str, data: RowData, candidates: Candidates) -> None:
+def drop_unusable(options: Namespace, data: RowData, candidates: Candidates) -> None:
     """Drop the rows that have no score, and rows that the strategy never chooses."""
+    strategy = options.strategy
     if strategy in SCORE_OF:
         candidates.drop_unscored(data.scores["reason"])
     if SCORE_OF.get(strategy) in ("ifd", "ifd_ppl"):
@@ -212,7 +218,7 @@ def drop_unusable(strategy: str, data: RowData, candidates: Candidates) -> None:
         candidates.drop(~(data.scores[name] < 1), f"{name} of 1 or more")
     if strategy == "cluster":
         candidates.drop(np.isinf(data.perplexity), "no perplexity")
-    if strategy in BY_EMBEDDING:
+    if strategy in BY_EMBEDDING or options.balance == "cluster":
         candidates.drop(zero_rows(data.embeddings), "no embedding")
 
 

@@ -58,7 +58,7 @@ Strategies:
   ifd+kcenter     N rows by kcenter, of the --pool x N rows with the highest ifd below 1
   facility        facility location: every row has a chosen row near it, by cosine
   ifd_ppl+facility
-                  the same, of the --top_rate rows with the highest ifd_ppl below 1
+                  the same, but only of the --top_rate best rows by ifd_ppl (Superfiltering.D)
   rds             RDS+: the rows of --target take turns, each picks its nearest row, by cosine.
                   Several files, by commas, are several tasks: then the tasks take turns
   longest         the longest answers: in tokens with --scores, else in characters
@@ -116,7 +116,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
         "--top_rate",
         type=positive_float,
         default=0.2,
-        help="ifd_ppl+facility chooses from this fraction of the rows below 1",
+        help="ifd_ppl+facility chooses from this fraction of the rows, the best",
     )
     add(
         "--balance",

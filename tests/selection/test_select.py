@@ -363,12 +363,13 @@ def test_facility_location_on_the_best_by_ifd(choose, data, bundles):
     """Superfiltering.D: the best --top_rate by ifd_ppl, of these the rows that stand for them."""
     _, scores, embeddings = data
     words = ["--scores", scores, "--embeddings", embeddings]
-    best, manifest = choose("--strategy", "ifd_ppl", "--scores", scores, "--sample_number", 8)
-    below = manifest["num_chosen"] + manifest["not_chosen"]
+    best, _ = choose("--strategy", "ifd_ppl", "--scores", scores, "--sample_number", 8)
     chosen, _ = choose(
-        "--strategy", "ifd_ppl+facility", *words, "--sample_number", 2, "--top_rate", 8 / below
+        "--strategy", "ifd_ppl+facility", *words, "--sample_number", 2, "--top_rate", 8 / NUM_ROWS
     )
     assert set(chosen) <= set(best) and set(bundles[chosen]) == set(bundles[best]) == {0, 1}
+    with pytest.raises(UserError, match="--top_rate 0.2 leaves 12 rows, fewer than the 13"):
+        choose("--strategy", "ifd_ppl+facility", *words, "--sample_number", 13)
     everything, _ = choose("--strategy", "facility", "--embeddings", embeddings, "--sample_rate", 1)
     assert len(everything) == 60
 
