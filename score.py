@@ -85,7 +85,13 @@ def main(options: Namespace | None = None) -> None:
     if processes.rank() == 0:  # it writes, and knows which rows are done already
         record = score_record(options, rows, is_drawn, model_dir, adapter_dir, scorer, dtype)
         writer = ScoreWriter(
-            options.output, record, len(rows), scorer.parts, config.hidden_size, options.overwrite
+            options.output,
+            record,
+            len(rows),
+            scorer.parts,
+            config.hidden_size,
+            options.overwrite,
+            options.pooling,
         )
     pending = processes.broadcast_from_rank0(lambda: writer and writer.pending())
     say(
@@ -97,13 +103,19 @@ def main(options: Namespace | None = None) -> None:
     if writer and (note := reader.tools_note(pending)):
         say(note)
 
-    # The weights come last, since they are slow to load: mistakes above show at once.
-    model = build_model(options, model_dir, adapter_dir, dtype, device)
-    began = time.monotonic()
-    reasons = score(options, model, reader, pending, writer)
+    reasons, speed = Counter[str](), 0.0
+    if len(pending) > 0:
+        # The weights come last, since they are slow to load: mistakes above show at once.
+        model = build_model(options, model_dir, adapter_dir, dtype, device)
+        began = time.monotonic()
+        reasons = score(options, model, reader, pending, writer)
+        speed = len(pending) / (time.monotonic() - began)
     if writer:
         written = ", ".join(map(str, writer.finish()))
-        say(f"wrote {written}; {len(pending) / (time.monotonic() - began):,.1f} rows/s")
+        if len(pending) > 0:
+            say(f"wrote {written}; {speed:,.1f} rows/s")
+        else:
+            say(f"nothing to do: every row is in {written}. --overwrite computes them again.")
         for reason, count in reasons.most_common():
             say(f"not scored {count:,}: {reason}")
         if options.mode == "reward":
@@ -132,7 +144,7 @@ def build_scorer(
     if options.mode == "reward":
         return RewardScorer(template, max_length, config.vocab_size)
     parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
-    return IfdScorer(template, max_length, config.vocab_size, parts)
+    return IfdScorer(template, max_length, config.vocab_size, parts, options.pooling)
 
 
 def build_model(

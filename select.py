@@ -37,13 +37,20 @@ else:
 
     import numpy as np
 
+    from minisft.common.model_flags import CUTOFF_LEN
     from minisft.common.outputs import check_output_file
     from minisft.data.dataset import Rows
     from minisft.selection.choose import Candidates, choose, read_row_data
+    from minisft.selection.limits import length_limits
     from minisft.selection.near_duplicates import near_duplicates
     from minisft.selection.plot import draw
     from minisft.selection.provenance import dataset_record
-    from minisft.selection.rows import Instructions, answer_lengths, open_every_row
+    from minisft.selection.rows import (
+        Instructions,
+        answer_lengths,
+        open_every_row,
+        row_sources,
+    )
     from minisft.selection.score_files import ScorePaths
     from minisft.selection.write_selection import write_selection
 
@@ -66,17 +73,29 @@ def main(options: Namespace) -> None:
     dataset = dataset_record(rows, is_drawn, options.max_samples)
     lengths, is_broken = answer_lengths(rows)
     data = read_row_data(options, len(rows), dataset, lengths)
+    if options.balance == "source":
+        data.sources = row_sources(rows)
 
     candidates = Candidates(len(rows))
     candidates.drop(is_broken, "broken")
     candidates.drop(~is_drawn, "left out by num_samples or --max_samples")
+    if options.min_tokens:
+        candidates.drop(data.lengths < options.min_tokens, f"under {options.min_tokens} tokens")
+    if options.max_tokens:
+        candidates.drop(data.lengths > options.max_tokens, f"over {options.max_tokens} tokens")
     usable = candidates.rows
     if options.dedup:
         is_duplicate = np.zeros(len(rows), bool)
         is_duplicate[usable] = near_duplicates(Instructions(rows, usable), options.dedup)
         candidates.drop(is_duplicate, "near-identical instruction")
-    number = options.sample_number or round(len(usable) * (options.sample_rate or 0)) or 1
+    number = options.sample_number
+    if options.sample_rate:
+        number = max(1, round(len(usable) * options.sample_rate))
     choice = choose(options, data, candidates, number)
+    notes = choice.notes
+    if options.scores:
+        num_tokens = np.fmax(data.scores["num_tokens"], data.lengths)
+        notes = notes + length_limits(num_tokens, choice.rows, data.max_length, CUTOFF_LEN)
 
     manifest = {
         "strategy": options.strategy,
@@ -94,6 +113,7 @@ def main(options: Namespace) -> None:
             "mean_all": float(data.lengths[usable].mean()),
         },
         **choice.details,
+        "notes": notes,
         "chosen": choice.rows.tolist(),
     }
     write_selection(rows, choice.rows, manifest, output)
@@ -108,6 +128,7 @@ def check_output(options: Namespace, rows: Rows) -> Path:
     """The file to write. UserError if it, its manifest or its picture is an input or exists."""
     inputs = [file.records.path for file in rows.files]
     inputs += map(Path, filter(None, [options.scores, options.embeddings, options.match]))
+    inputs += map(Path, options.target.split(",") if options.target else [])
     if options.embeddings:
         inputs.append(ScorePaths(options.embeddings).perplexity)
     if options.match:
@@ -122,7 +143,7 @@ def check_output(options: Namespace, rows: Rows) -> Path:
 
 
 def print_summary(manifest: dict[str, Any]) -> None:
-    """Print how many rows were chosen and how many dropped."""
+    """Print how many rows were chosen, how many were dropped, and what limited the choice."""
     lengths = manifest["answer_length"]
     print(
         f"{manifest['options']['output']}: {manifest['num_chosen']:,} of {manifest['rows']:,} rows "
@@ -131,6 +152,8 @@ def print_summary(manifest: dict[str, Any]) -> None:
     )
     for reason, count in manifest["dropped"].items():
         print(f"dropped {count:,}: {reason}")
+    for note in manifest["notes"]:
+        print(note)
 
 
 def run() -> None:

@@ -10,6 +10,8 @@ from minisft.common.errors import UserError
 from minisft.common.option_types import boolean, json_object
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
+# Tokens at which train.py truncates a row; select.py warns of longer ones.
+CUTOFF_LEN = 1024
 AUTO_DTYPE = "bfloat16 where the processor has instructions for it, else float32"
 
 

@@ -7,6 +7,7 @@ choice.rows, candidates.dropped            # row numbers, {"broken": 3}
 """
 
 from argparse import Namespace
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,31 @@ from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.json_files import is_integer, read_json
 from minisft.selection import strategies
-from minisft.selection.kmeans import ArrayRows, kmeans
-from minisft.selection.provenance import check_computed_from
-from minisft.selection.score_files import ScorePaths, read_embeddings, read_scores
+from minisft.selection.facility_location import facility_location
+from minisft.selection.kmeans import ArrayRows, Clusters, kmeans
+from minisft.selection.limits import cluster_limits
+from minisft.selection.provenance import check_computed_from, check_same_model
+from minisft.selection.rds import nearest_to_targets, similarity_to_targets
+from minisft.selection.score_files import (
+    ScorePaths,
+    load_array,
+    read_embeddings,
+    read_scores,
+    zero_rows,
+)
 
 # The score that a strategy ranks by.
 SCORE_OF = {
     "ifd": "ifd",
     "ifd_ppl": "ifd_ppl",
-    "ppl": "loss_conditioned",
+    "mid_ppl": "loss_conditioned",
     "reward": "reward",
     "margin": "margin",
     "ifd+kcenter": "ifd",
+    "ifd_ppl+facility": "ifd_ppl",
 }
+# Strategies that look at the embeddings of the rows.
+BY_EMBEDDING = ("cluster", "kcenter", "ifd+kcenter", "facility", "ifd_ppl+facility", "rds")
 
 
 def no_numbers() -> np.ndarray:
@@ -47,6 +60,9 @@ class RowData:
     embeddings: np.ndarray = field(default_factory=no_numbers)  # (rows, D)
     perplexity: np.ndarray = field(default_factory=no_numbers)  # of the prompts
     match: np.ndarray = field(default_factory=no_numbers)  # row numbers of another selection
+    tasks: list[np.ndarray] = field(default_factory=list)  # embeddings (n, D) of target rows
+    sources: np.ndarray = field(default_factory=no_numbers)  # the number of each row's source
+    max_length: int | None = None  # longer rows got no score
     hashes: dict[str, str] = field(default_factory=dict)  # of the files
 
 
@@ -73,17 +89,20 @@ class Candidates:
 
 @dataclass
 class Choice:
-    """The chosen rows, sorted. details: more entries for the manifest."""
+    """The chosen rows, sorted. details: more entries for the manifest. notes: for people."""
 
     rows: np.ndarray
     details: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     clusters: tuple[np.ndarray, np.ndarray] | None = None  # (row numbers, the cluster of each)
 
 
 def read_row_data(
     options: Namespace, num_rows: int, dataset: list[dict[str, Any]], lengths: np.ndarray
 ) -> RowData:
-    """Read --scores, --embeddings and --match. UserError if they belong to another data set.
+    """Read --scores, --embeddings, --target and --match.
+
+    UserError if they belong to another data set, or targets and rows to different models.
 
     dataset: what `dataset_record` gives for the rows. lengths: of the answers, in characters.
     """
@@ -92,17 +111,35 @@ def read_row_data(
         check_computed_from(options.scores, dataset)
         data.scores = read_scores(options.scores, num_rows, SCORE_OF.get(options.strategy))
         data.lengths, data.length_unit = data.scores["num_answer_tokens"], "tokens"
+        data.max_length = read_json(ScorePaths(options.scores).record).get("max_length")
         paths["scores"] = options.scores
     if options.embeddings:
         check_computed_from(options.embeddings, dataset)
         data.embeddings, data.perplexity = read_embeddings(options.embeddings, num_rows)
         paths["embeddings"] = options.embeddings
         paths["perplexity"] = ScorePaths(options.embeddings).perplexity
+    for number, path in enumerate(options.target.split(",") if options.target else []):
+        data.tasks.append(read_target(path, options.embeddings))
+        paths[f"target {number + 1}"] = path
     if options.match:
         data.match = read_match(options.match, num_rows, dataset)
         paths["match"] = options.match
     data.hashes = {name: sha256(path) for name, path in paths.items()}
     return data
+
+
+def read_target(path: str, embeddings: str) -> np.ndarray:
+    """The embeddings (n, D) of the rows of a target task, without rows that have none."""
+    for name in (path, ScorePaths(path).record):
+        if not Path(name).exists():
+            raise UserError(f"--target {path}: there is no {name}. score.py writes it.")
+    check_same_model(path, embeddings)
+    num_rows = len(load_array(path, (None, None)))
+    targets = np.array(read_embeddings(path, num_rows)[0])
+    targets = targets[~zero_rows(targets)]
+    if len(targets) == 0:
+        raise UserError(f"--target {path}: no row has an embedding")
+    return targets
 
 
 def read_match(path: str, num_rows: int, dataset: list[dict[str, Any]]) -> np.ndarray:
@@ -122,56 +159,125 @@ def read_match(path: str, num_rows: int, dataset: list[dict[str, Any]]) -> np.nd
     return np.array(numbers)
 
 
-def choose(options: Namespace, data: RowData, candidates: Candidates, number: int) -> Choice:
-    """Choose `number` rows by options.strategy. UserError if there are not enough."""
+def choose(options: Namespace, data: RowData, candidates: Candidates, number: int | None) -> Choice:
+    """Choose `number` rows by options.strategy. UserError if there are not enough.
+
+    number: None leaves it to --per_cluster or --match; other strategies need one.
+    """
     strategy, scores = options.strategy, data.scores
-    drop_unusable(strategy, data, candidates)
+    pool_size = round(options.top_rate * len(candidates.rows))
+    drop_unusable(options, data, candidates)
     rows = candidates.rows
     generator = np.random.default_rng(options.seed)
+    if strategy == "random_matched":
+        return choose_matched(data, rows, number, generator)
+    if strategy == "cluster":
+        return choose_by_cluster(options, data, rows, number)
+    assert number is not None
     if strategy in ("ifd", "ifd_ppl", "reward", "margin"):
         chosen = strategies.highest(scores[strategy], rows, number)
-    elif strategy == "ppl":
+    elif strategy == "mid_ppl":
         chosen = strategies.middle(scores["loss_conditioned"], rows, number)
     elif strategy == "longest":
         chosen = strategies.highest(data.lengths, rows, number)
+    elif strategy == "random" and options.balance:
+        return choose_balanced(options, data, rows, number)
     elif strategy == "random":
         chosen = strategies.at_random(rows, number, generator)
-    elif strategy == "random_matched":
-        chosen = strategies.at_random_with_lengths(data.lengths, rows, data.match, generator)
-        num_common = len(np.intersect1d(chosen, data.match))
-        return Choice(np.sort(chosen), {"also_in_match": num_common})
+    elif strategy == "rds":
+        similarities = similarity_to_targets(data.embeddings, rows, data.tasks)
+        chosen = nearest_to_targets(similarities, rows, number)
+    elif strategy == "facility":
+        chosen = facility_location(data.embeddings, rows, number)
+    elif strategy == "ifd_ppl+facility":
+        strategies.check_enough(rows, number)
+        if pool_size < number:
+            raise UserError(
+                f"--top_rate {options.top_rate:g} leaves {pool_size:,} rows, fewer than the "
+                f"{number:,} to choose. Raise it."
+            )
+        pool = strategies.highest(scores["ifd_ppl"], rows, min(len(rows), pool_size))
+        chosen = facility_location(data.embeddings, np.sort(pool), number)
     elif strategy == "kcenter":
         chosen = strategies.k_center(data.embeddings, rows, number)
-    elif strategy == "ifd+kcenter":
+    else:  # ifd+kcenter
         strategies.check_enough(rows, number)
         pool_size = min(len(rows), round(options.pool * number))
         pool = strategies.highest(scores["ifd"], rows, pool_size)
         chosen = strategies.k_center(data.embeddings, np.sort(pool), number)
-    else:
-        return choose_by_cluster(options, data, rows)
     return Choice(np.sort(chosen))
 
 
-def drop_unusable(strategy: str, data: RowData, candidates: Candidates) -> None:
+def drop_unusable(options: Namespace, data: RowData, candidates: Candidates) -> None:
     """Drop the rows that have no score, and rows that the strategy never chooses."""
+    strategy = options.strategy
     if strategy in SCORE_OF:
         candidates.drop_unscored(data.scores["reason"])
-    if strategy in ("ifd", "ifd_ppl", "ifd+kcenter"):
+    if SCORE_OF.get(strategy) in ("ifd", "ifd_ppl"):
         name = SCORE_OF[strategy]
         candidates.drop(~(data.scores[name] < 1), f"{name} of 1 or more")
     if strategy == "cluster":
         candidates.drop(np.isinf(data.perplexity), "no perplexity")
+    if strategy in BY_EMBEDDING or options.balance == "cluster":
+        candidates.drop(zero_rows(data.embeddings), "no embedding")
 
 
-def choose_by_cluster(options: Namespace, data: RowData, rows: np.ndarray) -> Choice:
-    """k-means of the embeddings, then some rows of each cluster."""
-    points = ArrayRows(data.embeddings, rows)
-    result = kmeans(points, options.clusters, options.seed, options.starts)
-    chosen = strategies.spread_over_clusters(
-        result.assignment, data.perplexity, rows, options.per_cluster, options.band
-    )
+def choose_matched(
+    data: RowData, rows: np.ndarray, number: int | None, generator: np.random.Generator
+) -> Choice:
+    """Random rows with the lengths of --match, or of `number` of its rows, evenly spread."""
+    reference = data.match
+    if number is not None:
+        by_length = reference[np.argsort(data.lengths[reference], kind="stable")]
+        places = np.linspace(0, len(by_length) - 1, number)
+        reference = by_length[places.round().astype(int)]
+    chosen = strategies.at_random_with_lengths(data.lengths, rows, reference, generator)
+    return Choice(np.sort(chosen), {"also_in_match": len(np.intersect1d(chosen, data.match))})
+
+
+def choose_balanced(options: Namespace, data: RowData, rows: np.ndarray, number: int) -> Choice:
+    """Random rows, the same number from each source or cluster."""
+    generator, clusters = np.random.default_rng(options.seed), None
+    if options.balance == "source":
+        groups = data.sources[rows]
+    else:
+        groups = cluster(options, data, rows).assignment
+        clusters = rows, groups
+    chosen = np.sort(strategies.balanced(groups, rows, number, generator))
+    sizes = np.bincount(groups[np.isin(rows, chosen)], minlength=groups.max() + 1).tolist()
+    return Choice(chosen, {"balance": {"chosen": sizes}}, [], clusters)
+
+
+def choose_by_cluster(
+    options: Namespace, data: RowData, rows: np.ndarray, number: int | None
+) -> Choice:
+    """k-means of the embeddings, then some rows of each cluster, together `number` if given."""
+    result = cluster(options, data, rows)
+
+    def spread(per_cluster: int) -> np.ndarray:
+        return strategies.spread_over_clusters(
+            result.assignment, data.perplexity, rows, per_cluster, options.band
+        )
+
+    sizes = np.bincount(result.assignment, minlength=options.clusters)
+    if number is None:
+        chosen = spread(options.per_cluster)
+        notes = cluster_limits(result.assignment, np.isin(rows, chosen), options)
+    else:
+        strategies.check_enough(rows, number)
+        # The smallest number per cluster that gives enough rows; then the clusters take turns.
+        levels = range(1, sizes.max() + 1)
+        level = levels[bisect_left(levels, number, key=lambda level: len(spread(level)))]
+        chosen = np.sort(spread(level))
+        groups = result.assignment[np.searchsorted(rows, chosen)]
+        generator = np.random.default_rng(options.seed)
+        chosen, notes = strategies.balanced(groups, chosen, number, generator), []
     if len(chosen) == 0:
         raise UserError("no row is in the --band of any cluster. Widen the band.")
-    sizes = np.bincount(result.assignment, minlength=options.clusters).tolist()
-    details = {"inertia": result.inertia, "steps": result.num_steps, "sizes": sizes}
-    return Choice(np.sort(chosen), {"clusters": details}, (rows, result.assignment))
+    details = {"inertia": result.inertia, "steps": result.num_steps, "sizes": sizes.tolist()}
+    return Choice(np.sort(chosen), {"clusters": details}, notes, (rows, result.assignment))
+
+
+def cluster(options: Namespace, data: RowData, rows: np.ndarray) -> Clusters:
+    """k-means of the embeddings of these rows."""
+    return kmeans(ArrayRows(data.embeddings, rows), options.clusters, options.seed, options.starts)

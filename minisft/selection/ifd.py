@@ -15,8 +15,11 @@ Above 1 the instruction does not help. The highest IFD below 1 marks the rows th
 A conversation has several answers. Conditioned passes score each given its history; each has a
 direct pass of its own; s is the mean over all their tokens. End-of-turn tokens do not count.
 
-The embedding of a row, for clustering, is the mean of the last hidden states over the prompt of its
-last answer. A causal model has not seen the answer there, so the conditioned pass gives it too.
+The embedding of a row is a mean of the last hidden states h_t, from the conditioned pass too:
+pooling "mean"      over the prompt of its last answer, for clustering; the model has not seen the
+                    answer there
+pooling "weighted"  over prompt and answer, for RDS+: h_t has the weight t / (1 + ... + T), since
+                    later states have seen more of the row (arXiv 2503.01807, SGPT 2202.08904)
 """
 
 import math
@@ -42,7 +45,7 @@ from minisft.text.chat_template import ChatTemplate
 
 @dataclass
 class PassResult:
-    """Sums of -log p(token) over the answer and the prompt. embedding: of the prompt, (D,)."""
+    """Sums of -log p(token) over the answer and the prompt. embedding: (D,)."""
 
     answer_loss: float
     prompt_loss: float
@@ -50,9 +53,10 @@ class PassResult:
 
 
 class IfdScorer:
-    """Scores rows by IFD, embeds their prompts, or both: `parts` is "ifd", "embed".
+    """Scores rows by IFD, embeds them, or both: `parts` is "ifd", "embed".
 
     A row of more than `max_length` tokens gets no IFD: a truncated answer has another loss.
+    pooling: "mean" or "weighted", see above.
     """
 
     def __init__(
@@ -61,9 +65,10 @@ class IfdScorer:
         max_length: int = 512,
         vocab_size: int | None = None,
         parts: Collection[str] = ("ifd",),
+        pooling: str = "mean",
     ) -> None:
         self.template, self.max_length, self.vocab_size = template, max_length, vocab_size
-        self.parts, self.marker = parts, template.encode_marker()
+        self.parts, self.pooling, self.marker = parts, pooling, template.encode_marker()
         if "ifd" in parts and not self.marker:
             # Nothing predicts the first token of a sequence, so an answer needs a marker before it.
             raise UserError(
@@ -78,24 +83,31 @@ class IfdScorer:
             return Plan(index, reason="none of its answers is to be learned")
         answers = [answer_spans(self.template, text.ids, text.supervised) for text in texts]
         longest = max(texts, key=lambda text: len(text.ids))
-        plan = Plan(index, sum(map(num_tokens, answers)), too_long(longest.ids, self.max_length))
+        reason = too_long(longest.ids, self.max_length)
+        plan = Plan(index, sum(map(num_tokens, answers)), reason, len(longest.ids))
         if plan.num_answer_tokens == 0:
             plan.reason = plan.reason or "the answer has no tokens"
-        last_ids, last_start = texts[-1].ids, answers[-1][-1][0]
-        prompt_length = min(last_start, self.max_length) if "embed" in self.parts else 0
+        last_ids, (last_start, last_end) = texts[-1].ids, answers[-1][-1]
+        prompt_length = embedded_length = 0
+        if "embed" in self.parts:
+            prompt_length = min(last_start, self.max_length)
+            embedded_length = min(last_end, self.max_length)
+            if self.pooling == "mean":
+                embedded_length = prompt_length
         if "ifd" in self.parts and not plan.reason:
             plan.num_conditioned = len(texts)
             for text, spans in zip(texts, answers, strict=True):
                 end = spans[-1][1]
                 plan.passes.append(Pass(text.ids[:end], is_inside(spans, end)))
             plan.passes[-1].prompt_length = prompt_length
+            plan.passes[-1].embedded_length = embedded_length
             for text, spans in zip(texts, answers, strict=True):
                 for start, end in spans:
                     direct = np.array([*self.marker, *text.ids[start:end]], np.int32)
                     plan.passes.append(Pass(direct, np.arange(len(direct)) >= len(self.marker)))
-        elif prompt_length > 0:
-            no_answer = np.zeros(prompt_length, bool)
-            plan.passes.append(Pass(last_ids[:prompt_length], no_answer, prompt_length))
+        elif embedded_length > 0:
+            ids, no_answer = last_ids[:embedded_length], np.zeros(embedded_length, bool)
+            plan.passes.append(Pass(ids, no_answer, prompt_length, embedded_length))
         return plan
 
     @torch.inference_mode()
@@ -104,8 +116,11 @@ class IfdScorer:
         device = model.model.embed_tokens.weight.device
         examples = [Example(item.ids, item.is_answer) for item in passes]
         tokens, is_answer, *_ = collate(examples, device)  # both (B, T)
-        lengths = torch.tensor([item.prompt_length for item in passes], device=device)
-        is_prompt = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+        lengths = torch.tensor(
+            [(item.prompt_length, item.embedded_length) for item in passes], device=device
+        )
+        places = torch.arange(1, tokens.shape[1] + 1, device=device)  # (T,)
+        is_prompt, is_embedded = (places <= ends[:, None] for ends in lengths.T)  # both (B, T)
 
         hidden = hidden_states(model, tokens)  # (B, T, D)
         counts = (is_answer | is_prompt)[:, 1:]  # the state at t predicts the token at t + 1
@@ -113,8 +128,9 @@ class IfdScorer:
         losses[counts] = token_losses(model.logits, hidden[:, :-1][counts], tokens[:, 1:][counts])
         answer_losses = in_float64(losses * is_answer[:, 1:]).sum(1)
         prompt_losses = in_float64(losses * is_prompt[:, 1:]).sum(1)
-        sums = (is_prompt.float()[:, None] @ hidden.float()).squeeze(1)  # (B, D)
-        embeddings = (sums / lengths.clamp(min=1)[:, None]).cpu().numpy()
+        weights = (is_embedded * places if self.pooling == "weighted" else is_embedded).float()
+        sums = (weights[:, None] @ hidden.float()).squeeze(1)  # (B, D)
+        embeddings = (sums / weights.sum(1).clamp(min=1)[:, None]).cpu().numpy()
 
         results = zip(answer_losses.tolist(), prompt_losses.tolist(), embeddings, strict=True)
         return [PassResult(*result) for result in results]
@@ -122,14 +138,15 @@ class IfdScorer:
     def score(self, plan: Plan, results: Sequence[PassResult]) -> Score:
         """IFD and embedding of a row, from the results of the passes of its plan."""
         record: dict[str, Any] = {"index": plan.index, **dict.fromkeys(IFD_FIELDS)}
-        record |= {"num_answer_tokens": plan.num_answer_tokens, "reason": plan.reason}
+        record |= {"num_answer_tokens": plan.num_answer_tokens, "num_tokens": plan.num_tokens}
+        record["reason"] = plan.reason
         score = Score(plan.index, record)
         if "ifd" in self.parts and not plan.reason:
             losses = [result.answer_loss / plan.num_answer_tokens for result in results]
             conditioned, direct = losses[: plan.num_conditioned], losses[plan.num_conditioned :]
             score.record |= ifd_fields(sum(conditioned), sum(direct))
         for item, result in zip(plan.passes, results, strict=True):
-            if item.prompt_length:
+            if item.embedded_length:
                 score.embedding = result.embedding
             if item.prompt_length > 1:
                 score.perplexity = exp_or_inf(result.prompt_loss / (item.prompt_length - 1))

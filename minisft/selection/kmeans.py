@@ -43,6 +43,16 @@ class ArrayRows:
 
 
 @dataclass
+class UnitRows(ArrayRows):
+    """ArrayRows divided by their length, so that products are cosines. Zeros stay zeros."""
+
+    def __getitem__(self, index: slice | np.ndarray | list[np.intp]) -> np.ndarray:
+        points = super().__getitem__(index)
+        lengths = np.linalg.norm(points, axis=-1, keepdims=True)
+        return points / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+@dataclass
 class Clusters:
     """centers (K, D) float32, assignment (N,) int64. inertia: the sum of squared distances."""
 

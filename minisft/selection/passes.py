@@ -16,22 +16,25 @@ from minisft.text.chat_template import ChatTemplate
 class Pass:
     """One sequence to run through the model.
 
-    ids: (T,) int32. is_answer: (T,) bool, the tokens whose loss counts. prompt_length: embed this
-    many tokens from the first; 0 for no embedding.
+    ids: (T,) int32. is_answer: (T,) bool, the tokens whose loss counts. prompt_length and
+    embedded_length: the perplexity is of so many tokens from the first, and the embedding of so
+    many; 0 for none.
     """
 
     ids: np.ndarray
     is_answer: np.ndarray
     prompt_length: int = 0
+    embedded_length: int = 0
 
 
 @dataclass(eq=False)
 class Plan:
-    """The passes that row `index` needs. reason: why it gets no score."""
+    """The passes that row `index` needs. num_tokens: of the row. reason: why it gets no score."""
 
     index: int
     num_answer_tokens: int = 0
     reason: str | None = None
+    num_tokens: int = 0
     num_conditioned: int = 1  # the first passes, in which answers stand behind their prompts
     passes: list[Pass] = field(default_factory=list)
 

@@ -25,18 +25,19 @@ ALL_COLOR, CHOSEN_COLOR = "#b0b8c0", "#d55e00"
 def draw(
     data: RowData, rows: np.ndarray, choice: Choice, strategy: str, output: str | Path
 ) -> Path:
-    """Draw the scores and the embeddings, if given, with the chosen rows marked.
+    """Draw the lengths of the answers, and the scores and embeddings that are given.
 
     rows: the numbers of all usable rows. Returns the path of the picture.
     """
     from matplotlib.figure import Figure
 
     has_scores, has_embeddings = len(data.scores) > 0, len(data.embeddings) > 0
-    num_panels = has_scores + has_embeddings
+    num_panels = 1 + has_scores + has_embeddings
     figure = Figure(figsize=(6 * num_panels, 4.5), layout="constrained")
     axes = figure.subplots(1, num_panels, squeeze=False)[0]
+    draw_lengths(axes[0], data, rows, choice.rows)
     if has_scores:
-        draw_scores(axes[0], data.scores, choice.rows, strategy)
+        draw_scores(axes[1], data.scores, choice.rows, strategy)
     if has_embeddings:
         draw_embeddings(axes[-1], data.embeddings, rows, choice)
     figure.suptitle(f"{strategy}: {len(choice.rows):,} of {len(rows):,} rows chosen")
@@ -45,13 +46,22 @@ def draw(
     return path
 
 
+def draw_lengths(axes: Any, data: RowData, rows: np.ndarray, chosen: np.ndarray) -> None:
+    """A histogram of the answers' lengths, on a logarithmic axis."""
+    lengths = np.maximum(data.lengths, 1)
+    bins = np.geomspace(lengths[rows].min() * 0.99, lengths[rows].max() * 1.01, 41)
+    axes.hist(lengths[rows], bins, color=ALL_COLOR, label="all rows")
+    axes.hist(lengths[chosen], bins, color=CHOSEN_COLOR, label="chosen")
+    axes.set(xscale="log", xlabel=f"{data.length_unit} of the answer", ylabel="number of rows")
+    axes.legend()
+
+
 def draw_scores(
     axes: Any, scores: dict[str, np.ndarray], chosen: np.ndarray, strategy: str
 ) -> None:
     """A histogram of the scores. Outliers are counted in the outermost bars."""
-    if strategy in LABELS:
-        name = strategy
-    else:
+    name = strategy.partition("+")[0]
+    if name not in LABELS:
         name = "reward" if np.isfinite(scores["reward"]).any() else "ifd"
     values = scores[name]
     low, high = 0.0, 1.0

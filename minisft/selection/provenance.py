@@ -95,6 +95,32 @@ def model_record(model_dir: Path, adapter_dir: Path | None = None) -> dict[str, 
     return record
 
 
+def read_pooling(embeddings: str | Path) -> str:
+    """How score.py pooled these embeddings: "mean" or "weighted"."""
+    return read_json(ScorePaths(embeddings).record, missing={}).get("pooling", "mean")
+
+
+def check_same_model(target: str, embeddings: str) -> None:
+    """UserError unless both files of embeddings come from the same model, template and pooling.
+
+    RDS+ compares them, with --pooling weighted.
+    """
+    for path in (target, embeddings):
+        if read_pooling(path) != "weighted":
+            raise UserError(
+                f"{path} holds means of the prompts. --strategy rds compares prompts with answers: "
+                "run score.py --mode embed --pooling weighted."
+            )
+    records = [read_json(ScorePaths(path).record) for path in (target, embeddings)]
+    # The date of a template with a date is a token or two.
+    for key in records[0].keys() - {"names", "dataset", "template_date"}:
+        if records[0][key] != records[1].get(key):
+            raise UserError(
+                f"--target {target} was computed with another {key} than --embeddings "
+                f"{embeddings}. Run score.py with the same flags for both."
+            )
+
+
 def check_same_record(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """UserError if the scores in `path`, computed from `old`, may not be continued with `new`.
 

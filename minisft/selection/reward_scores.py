@@ -55,6 +55,7 @@ class RewardScorer:
         answers = answer_spans(self.template, best.ids, best.supervised)
         plan = Plan(index, num_tokens(answers))
         texts = unique_texts(encoded)
+        plan.num_tokens = max(len(text.ids) for text in texts)
         reasons = [too_long(text.ids, self.max_length) for text in texts]
         if row.rejected and len(texts) == 1:
             reasons.append("the answers are the same")
@@ -84,8 +85,8 @@ class RewardScorer:
             fields = {"reward": rounded(rewards[0])}
         elif len(rewards) > 1:
             fields = preference_fields(rewards)
-        record = {"index": plan.index, **fields, "num_answer_tokens": plan.num_answer_tokens}
-        return Score(plan.index, {**record, "reason": reason})
+        counts = {"num_answer_tokens": plan.num_answer_tokens, "num_tokens": plan.num_tokens}
+        return Score(plan.index, {"index": plan.index, **fields, **counts, "reason": reason})
 
 
 def preference_fields(rewards: Sequence[float]) -> dict[str, float]:

@@ -59,6 +59,29 @@ def answer_lengths(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     return lengths, is_broken
 
 
+def row_sources(rows: Rows) -> np.ndarray:
+    """The number of each row's source (rows,): its file, or of a single file its column `source`.
+
+    `dataset` is another name of that column. UserError if the file has neither.
+    """
+    if len(rows.files) > 1:
+        return np.repeat(np.arange(len(rows.files)), [len(file.records) for file in rows.files])
+    names = []
+    for number in range(len(rows)):
+        try:
+            record = rows.files[0].records[number]
+        except BadRow:
+            record = {}
+        record = record if isinstance(record, dict) else {}
+        names.append(str(record.get("source", record.get("dataset", ""))))
+    if not any(names):
+        raise UserError(
+            f"--balance source: {rows.files[0].records.path} is one file without a column "
+            "`source`. Give several files by commas, or use --balance cluster."
+        )
+    return np.unique(names, return_inverse=True)[1]
+
+
 class Instructions:
     """The instructions of rows with these numbers. Indexing reads a row."""
 

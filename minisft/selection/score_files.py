@@ -1,7 +1,7 @@
 """The files of score.py, and how select.py reads them.
 
     scores.jsonl             one JSON object per row: index, scores, number of tokens, reason
-    scores.embeddings.npy    (rows, D) float32
+    scores.embeddings.npy    (rows, D) float32; zeros: the row has no text to embed
     scores.perplexity.npy    (rows,) float32, of the prompts; NaN: not computed yet, inf: undefined
     scores.record.json       the data and model that all of this was computed from
 
@@ -23,7 +23,7 @@ from minisft.common.errors import UserError
 IFD_FIELDS = ("loss_conditioned", "loss_direct", "ifd", "ifd_ppl")
 PREFERENCE_FIELDS = ("accuracy", "margin", "reward_chosen", "reward_rejected")
 # All numbers that a record may have.
-NUMBERS = (*IFD_FIELDS, "num_answer_tokens", "reward", *PREFERENCE_FIELDS)
+NUMBERS = (*IFD_FIELDS, "num_answer_tokens", "num_tokens", "reward", *PREFERENCE_FIELDS)
 # How to get a score that a file lacks.
 ADVICE = {
     "reward": "score.py --mode reward computes it, of rows with one answer",
@@ -53,8 +53,10 @@ def read_scores(
 ) -> dict[str, np.ndarray]:
     """{name: array (rows,)} of a complete file of scores: NUMBERS, NaN for null, and `reason`.
 
-    UserError if a row is missing, or if a scored row lacks the score `needed`.
+    UserError if a row is missing or there twice, if the file has the lines of several modes, or if
+    a scored row lacks the score `needed`.
     """
+    modes: set[str] = set()
     columns = {name: np.full(num_rows, np.nan) for name in NUMBERS}
     columns["reason"] = np.full(num_rows, None, object)
     is_present = np.zeros(num_rows, bool)
@@ -62,6 +64,15 @@ def read_scores(
         for line in file:
             record = parse_line(path, line, num_rows)
             index = record["index"]
+            modes.add("ifd" if "ifd" in record else "reward")
+            fault = f"row {index + 1} is there twice" if is_present[index] else None
+            if len(modes) > 1:
+                fault = "it has lines of --mode ifd and of --mode reward"
+            if fault:
+                raise UserError(
+                    f"{path}: {fault}: two runs of score.py wrote to it. Run score.py with "
+                    "--overwrite."
+                )
             is_present[index] = True
             if needed and needed not in record and record["reason"] is None:
                 advice = ADVICE.get(needed, "score.py --mode ifd computes it")
@@ -118,6 +129,12 @@ def read_embeddings(path: str | Path, num_rows: int) -> tuple[np.ndarray, np.nda
                 "Run score.py with --dtype float32, or check the model."
             )
     return embeddings, perplexity
+
+
+def zero_rows(embeddings: np.ndarray) -> np.ndarray:
+    """bool (rows,): True for rows that score.py has not embedded, since they have no text."""
+    blocks = [embeddings[start : start + 4096] for start in range(0, len(embeddings), 4096)]
+    return np.concatenate([~block.any(1) for block in blocks])
 
 
 def load_array(path: str | Path, shape: tuple[int | None, ...]) -> np.ndarray:

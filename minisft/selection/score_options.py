@@ -23,11 +23,12 @@ The output has a line of JSON for every row:
   ifd_ppl            the ratio of the perplexities, exp(loss_conditioned - loss_direct); null above
                      1e38
   num_answer_tokens  of all answers of the conversation, without end-of-turn tokens
+  num_tokens         of the row, as train.py would see it
   reason             why the row has no score, else null
 With --mode reward, instead of the losses and their ratios:
   reward             of the conversation; only differences between answers have a meaning
 and for a row with several answers (chosen and rejected, or a list as output, the best first), where
-num_answer_tokens is that of the best:
+num_answer_tokens is that of the best and num_tokens that of the longest:
   accuracy           1 if the better answer has the higher reward, else 0
   margin             reward_chosen - reward_rejected
   reward_chosen, reward_rejected
@@ -68,8 +69,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
         "--mode",
         choices=["ifd", "embed", "all", "reward"],
         default="ifd",
-        help="ifd: scores; embed: embeddings and perplexity of the prompts; all: both; "
+        help="ifd: scores; embed: embeddings, and perplexity of the prompts; all: both; "
         "reward: by a reward model",
+    )
+    add(
+        "--pooling",
+        choices=["mean", "weighted"],
+        default="mean",
+        help="embeddings: mean state of the prompt, for clusters; or weighted mean of prompt and "
+        "answer, for select.py --strategy rds",
     )
     add(
         "--batch_tokens",
@@ -82,4 +90,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     options = parser.parse_options(arguments)
     if not options.output.endswith(".jsonl"):
         raise UserError(f"--output {options.output}: give a file name that ends in .jsonl")
+    if "pooling" in parser.given(options) and options.mode not in ("embed", "all"):
+        raise UserError(f"--pooling has no effect with --mode {options.mode}: it computes none")
     return options

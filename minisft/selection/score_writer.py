@@ -18,7 +18,7 @@ from minisft.common.json_files import read_json, write_json
 from minisft.common.outputs import atomic_write
 from minisft.data.records import Lines
 from minisft.selection.passes import Score
-from minisft.selection.provenance import check_same_record
+from minisft.selection.provenance import check_same_record, read_pooling
 from minisft.selection.score_files import ScorePaths, load_array, parse_line
 
 
@@ -27,6 +27,7 @@ class ScoreWriter:
 
     record: what the scores are computed from. UserError if existing files have another record,
     unless `overwrite`. parts: "ifd" or "reward" for scores, "embed" for embeddings of `width`.
+    pooling: of the embeddings; scores do not depend on it.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class ScoreWriter:
         parts: Collection[str],
         width: int,
         overwrite: bool = False,
+        pooling: str = "mean",
     ) -> None:
         self.paths, self.record, self.overwrite = ScorePaths(output), record, overwrite
+        self.pooling = pooling
         self.num_rows, self.width = num_rows, width
         self.writes_scores = "ifd" in parts or "reward" in parts
         self.writes_embeddings = "embed" in parts
@@ -68,6 +71,14 @@ class ScoreWriter:
             )
         if existing:
             check_same_record(existing[0], read_json(paths.record), self.record)
+        if self._has_embeddings():
+            old_pooling = read_pooling(paths.embeddings)
+            if self.writes_embeddings and old_pooling != self.pooling:
+                raise UserError(
+                    f"{paths.embeddings} was computed with --pooling {old_pooling}. Choose another "
+                    "--output, or add --overwrite to lose it."
+                )
+            self.pooling = old_pooling
 
     def _find_scored(self) -> None:
         if not self.paths.scores.exists():
@@ -110,7 +121,7 @@ class ScoreWriter:
             for path in paths.all():
                 path.unlink(missing_ok=True)
         paths.record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.record, paths.record)
+        write_json({**self.record, "pooling": self.pooling}, paths.record)
         if self.writes_scores:
             with open(paths.scores, "ab") as file:
                 file.truncate(self.valid_bytes)

@@ -16,7 +16,7 @@ from minisft.common.errors import UserError
 STRATEGIES = {
     "ifd": ("scores",),
     "ifd_ppl": ("scores",),
-    "ppl": ("scores",),
+    "mid_ppl": ("scores",),
     "reward": ("scores",),
     "margin": ("scores",),
     "longest": (),
@@ -25,21 +25,44 @@ STRATEGIES = {
     "cluster": ("embeddings",),
     "kcenter": ("embeddings",),
     "ifd+kcenter": ("scores", "embeddings"),
+    "facility": ("embeddings",),
+    "ifd_ppl+facility": ("scores", "embeddings"),
+    "rds": ("embeddings", "target"),
+}
+# Other names of strategies.
+ALIASES = {"kmeans": "cluster", "ppl": "mid_ppl"}
+# Flags of a single strategy.
+ONLY_FOR = {
+    "clusters": "cluster",
+    "per_cluster": "cluster",
+    "starts": "cluster",
+    "band": "cluster",
+    "pool": "ifd+kcenter",
+    "top_rate": "ifd_ppl+facility",
+    "balance": "random",
+    "match": "random_matched",
+    "target": "rds",
 }
 EPILOGUE = """\
 Strategies:
   ifd             the highest ratio of losses below 1 (above 1, the instruction does not help)
   ifd_ppl         the highest ratio of perplexities below 1
-  ppl             rows around the median perplexity of the answer given its prompt
+  mid_ppl         rows around the median perplexity of the answer given its prompt (also: ppl)
   reward          the highest reward of a reward model (score.py --mode reward)
   margin          the preferences that the reward model is surest of: the highest reward of the
                   chosen answer minus reward of the rejected
   cluster         k-means of the embeddings, then --per_cluster rows of each cluster, spread over
-                  --band percentiles of the prompt's perplexity: the pre-experience set
+                  --band percentiles of the prompt's perplexity: the pre-experience set. With
+                  --sample_rate or --sample_number, as many of each as that needs (also: kmeans)
   kcenter         each row as far as possible from the rows before it: diversity, with outliers
   ifd+kcenter     N rows by kcenter, of the --pool x N rows with the highest ifd below 1
+  facility        facility location: every row has a chosen row near it, by cosine
+  ifd_ppl+facility
+                  the same, but only of the --top_rate best rows by ifd_ppl (Superfiltering.D)
+  rds             RDS+: the rows of --target take turns, each picks its nearest row, by cosine.
+                  Several files, by commas, are several tasks: then the tasks take turns
   longest         the longest answers: in tokens with --scores, else in characters
-  random          the baseline
+  random          the baseline; with --balance, the same number from each source or cluster
   random_matched  random rows with answers as long as those of the selection --match: a control,
                   to see whether a strategy does more than find long answers
 The output has the columns and the order of --dataset. OUTPUT.manifest records the strategy, the
@@ -60,9 +83,18 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     switch("--skip_bad_rows", "never choose broken rows, instead of stopping")
     add("--scores", metavar="F.jsonl", help="written by score.py --mode ifd, all or reward")
     add("--embeddings", metavar="F.embeddings.npy", help="written by score.py --mode embed or all")
+    add(
+        "--target",
+        metavar="F.embeddings.npy",
+        help="rds: a few rows of the task, embedded with the same flags as --embeddings; "
+        "several tasks by commas",
+    )
+    add("--min_tokens", type=positive_int, help="drop rows with a shorter answer (needs --scores)")
+    add("--max_tokens", type=positive_int, help="drop rows with a longer answer (needs --scores)")
 
     add, switch = parser.section("selection")
-    add("--strategy", choices=list(STRATEGIES), required=True, help="see below")
+    names = [*STRATEGIES, *ALIASES]
+    add("--strategy", choices=names, metavar="NAME", required=True, help="see below")
     add("--sample_rate", type=positive_float, help="choose this fraction of the rows, such as 0.05")
     add("--sample_number", type=positive_int, help="choose this many rows")
     add("--clusters", type=positive_int, default=100, help="clusters of k-means")
@@ -81,6 +113,18 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
         default=3.0,
         help="ifd+kcenter chooses from this many times N rows",
     )
+    add(
+        "--top_rate",
+        type=positive_float,
+        default=0.2,
+        help="ifd_ppl+facility chooses from this fraction of the rows, the best",
+    )
+    add(
+        "--balance",
+        choices=["source", "cluster"],
+        help="random: the same number from each source (a file of --dataset, or in one file "
+        "its column `source`) or from each of the --clusters",
+    )
     add("--match", metavar="F", help="match the answer lengths of this selection of select.py")
     add(
         "--dedup",
@@ -95,9 +139,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add, switch = parser.section("output")
     add("--output", required=True, help="file to write: .jsonl for lines, .json for an array")
     switch("--overwrite", "replace the file, its manifest and its picture")
-    switch("--plot", "draw OUTPUT.png: the scores, the clusters, the chosen rows (matplotlib)")
+    switch("--plot", "draw OUTPUT.png: lengths, scores, clusters, the chosen rows (matplotlib)")
     parser.epilog = EPILOGUE
     options = parser.parse_options(arguments)
+    options.strategy = ALIASES.get(options.strategy, options.strategy)
     check_options(options, parser.given(options))
     return options
 
@@ -116,13 +161,20 @@ def band(text: str) -> list[float]:
 def check_options(options: Namespace, given: set[str]) -> None:
     """UserError for flags that contradict each other. given: names of the flags that were set."""
     strategy = options.strategy
-    needs_cluster = given & {"clusters", "per_cluster", "starts", "band"}
-    if needs_cluster and strategy != "cluster":
-        raise UserError(f"--{min(needs_cluster)} needs --strategy cluster")
-    if "pool" in given and strategy != "ifd+kcenter":
-        raise UserError("--pool needs --strategy ifd+kcenter")
-    if "match" in given and strategy != "random_matched":
-        raise UserError("--match needs --strategy random_matched")
+    for flag in sorted(given & ONLY_FOR.keys()):
+        by_cluster = options.balance == "cluster" and flag in ("clusters", "starts")
+        if strategy != ONLY_FOR[flag] and not by_cluster:
+            raise UserError(f"--{flag} needs --strategy {ONLY_FOR[flag]}")
+    if options.balance == "cluster" and not options.embeddings:
+        raise UserError("--balance cluster needs --embeddings (see --help)")
+    tokens = given & {"min_tokens", "max_tokens"}
+    if tokens and not options.scores:
+        raise UserError(f"--{min(tokens)} needs --scores, which say how long the answers are")
+    if len(tokens) == 2 and options.min_tokens > options.max_tokens:
+        raise UserError(
+            f"--min_tokens {options.min_tokens} is above --max_tokens {options.max_tokens}: no row "
+            "has such a length"
+        )
     missing = set(STRATEGIES[strategy]) - given
     if missing:
         raise UserError(f"--strategy {strategy} needs --{min(missing)} (see --help)")
@@ -130,27 +182,28 @@ def check_options(options: Namespace, given: set[str]) -> None:
     sizes = given & {"sample_rate", "sample_number"}
     if len(sizes) == 2:
         raise UserError("--sample_rate contradicts --sample_number. Give one of them.")
-    size_flags = {"cluster": "--clusters and --per_cluster", "random_matched": "--match"}
-    if strategy in size_flags:
-        if sizes:
-            raise UserError(
-                f"--{min(sizes)} contradicts --strategy {strategy}: {size_flags[strategy]} "
-                "already says how many rows to choose"
-            )
-    elif not sizes:
+    if sizes and "per_cluster" in given:
+        raise UserError(
+            f"--{min(sizes)} contradicts --per_cluster: both say how many rows to choose. Give one "
+            "of them."
+        )
+    if not sizes and strategy not in ("cluster", "random_matched"):
         raise UserError("give --sample_rate or --sample_number: how many rows to choose")
 
     if options.embeddings and not options.embeddings.endswith(".embeddings.npy"):
         raise UserError(
             f"--embeddings {options.embeddings}: give the file that ends in .embeddings.npy"
         )
-    for flag, low, high in (("sample_rate", 0, 1), ("pool", 1, float("inf")), ("dedup", 0.7, 1)):
+    for flag, low, high in (
+        ("sample_rate", 0, 1),
+        ("top_rate", 0, 1),
+        ("pool", 1, float("inf")),
+        ("dedup", 0.7, 1),
+    ):
         value = getattr(options, flag)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{flag} {value}: must be from {low} to {high}")
     if options.plot:
-        if not options.scores and not options.embeddings:
-            raise UserError("--plot draws --scores and --embeddings. Give one of them.")
         if not find_spec("matplotlib"):
             raise UserError("--plot needs matplotlib (requirements/plot.txt)")
         if options.output.endswith(".png"):

@@ -27,7 +27,7 @@ def highest(values: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
 
 
 def middle(values: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
-    """The rows around the median of the values (ppl)."""
+    """The rows around the median of the values (mid_ppl)."""
     check_enough(rows, number)
     order = rows[np.argsort(values[rows], kind="stable")]
     start = (len(order) - number) // 2
@@ -38,6 +38,24 @@ def at_random(rows: np.ndarray, number: int, generator: np.random.Generator) -> 
     """Rows drawn uniformly, without replacement (random)."""
     check_enough(rows, number)
     return generator.choice(rows, number, replace=False)
+
+
+def balanced(
+    groups: np.ndarray, rows: np.ndarray, number: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Random rows, the same number from each group (random --balance).
+
+    groups: the group of each of `rows`, any integers. The groups take turns; a group that has no
+    rows left is passed over.
+    """
+    check_enough(rows, number)
+    shuffled = generator.permutation(len(rows))
+    by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    sizes = np.unique(groups, return_counts=True)[1]
+    turns = np.concatenate([np.arange(size) for size in sizes])  # in which a row is drawn
+    # The last turn may not be complete: groups take it in random order.
+    order = np.lexsort((generator.random(len(rows)), turns))
+    return rows[by_group[order[:number]]]
 
 
 def spread_over_clusters(

@@ -19,7 +19,12 @@ from minisft.common.command_line import (
     positive_int,
 )
 from minisft.common.errors import UserError
-from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
+from minisft.common.model_flags import (
+    CUTOFF_LEN,
+    TEMPLATE_FLAGS,
+    add_model_flags,
+    add_template_flags,
+)
 from minisft.common.option_types import iso_date, json_object, split_names, token_list
 from minisft.training.reports import chosen_services, service_names
 from minisft.training.schedule_settings import SETTINGS, check_settings
@@ -72,7 +77,7 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     add("--template_date", type=iso_date, metavar="DATE", help=date)
     switch("--mask_history", "learn only the last answer of a conversation")
     cutoff = "truncate longer rows to N tokens"
-    add("--cutoff_len", type=positive_int, default=1024, help=cutoff)
+    add("--cutoff_len", type=positive_int, default=CUTOFF_LEN, help=cutoff)
     add("--block_size", type=positive_int, default=512, help="tokens of a block with --stage pt")
     samples = "print the first N rows, supervised tokens in green"
     add("--show_samples", type=non_negative_int, default=0, help=samples)

@@ -128,7 +128,8 @@ def check(lines, judge):
             }
         )
         assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-5)
-        assert line.keys() == {"index", *expected, "num_answer_tokens", "reason"}
+        assert line.keys() == {"index", *expected, "num_answer_tokens", "num_tokens", "reason"}
+        assert line["num_tokens"] > line["num_answer_tokens"]
         assert line["reason"] is None
     same, long, broken = lines[25:]
     assert same["reason"] == "the answers are the same"
@@ -169,7 +170,8 @@ def test_an_interrupted_run_continues(judge, pairs, tmp_path, here):
     assert again.splitlines()[-1] == said.splitlines()[-1]
     before = output.read_bytes()
     nothing = here(score, *words_of(judge, pairs, output, *words))
-    assert "28 rows, 0 to do" in nothing and nothing.splitlines()[-1] == said.splitlines()[-1]
+    assert "28 rows, 0 to do" in nothing and "nothing to do: " in nothing
+    assert "rows/s" not in nothing and nothing.splitlines()[-1] == said.splitlines()[-1]
     assert output.read_bytes() == before
 
 
@@ -257,6 +259,7 @@ def test_a_reward_that_is_not_finite_is_a_reason(judge):
         "reward": None,
         **dict.fromkeys(FIGURES),
         "num_answer_tokens": 0,
+        "num_tokens": 0,
         "reason": "the reward is not a finite number",
     }
     assert preference_fields([2.0, 2.0])["accuracy"] == 0  # equal is not better

@@ -280,6 +280,125 @@ def test_strategies(choose, data):
     assert only == ifd
 
 
+def test_other_names_of_strategies(choose, data):
+    _, scores, embeddings = data
+    by_scores = ["--scores", scores, "--sample_number", 7]
+    by_cluster = ["--embeddings", embeddings, "--clusters", 5]
+    for name, other, words in (("mid_ppl", "ppl", by_scores), ("cluster", "kmeans", by_cluster)):
+        chosen, manifest = choose("--strategy", name, *words)
+        again, other_manifest = choose("--strategy", other, *words)
+        assert chosen == again and manifest["strategy"] == other_manifest["strategy"] == name
+
+
+@pytest.fixture
+def bundles(data):
+    """The embeddings form two bundles, of 40 and 20 rows. Returns the bundle of each row."""
+    bundle = np.repeat([0, 1], [40, 20])
+    noise = np.random.default_rng(1).standard_normal((NUM_ROWS, 8))
+    np.save(data[2], (10 * np.eye(8)[bundle] + 0.1 * noise).astype(np.float32))
+    np.save(ScorePaths(data[1]).perplexity, np.arange(1, 61, dtype=np.float32))
+    return bundle
+
+
+def test_budgets_of_clusters(choose, data, bundles, capsys):
+    """A budget is met exactly and evenly; without one, a line says what limited the choice."""
+    words = ["--strategy", "kmeans", "--embeddings", data[2], "--clusters", 2]
+    for number, counts in ((12, [6, 6]), (30, [15, 15]), (50, [30, 20]), (60, [40, 20])):
+        chosen, manifest = choose(*words, "--sample_number", number)
+        assert np.bincount(bundles[chosen]).tolist() == counts and not manifest["notes"]
+    assert len(choose(*words, "--sample_number", 3)[0]) == 3
+    assert np.bincount(bundles[choose(*words, "--sample_rate", 0.2)[0]]).tolist() == [6, 6]
+    capsys.readouterr()
+    for per_cluster, note in (
+        (10, None),
+        (15, "25 rows, not 2 clusters x 15: 1 has fewer rows in --band 25,75."),
+        (25, "40 rows, not 2 clusters x 25: 1 has fewer rows, 1 has fewer rows in --band 25,75."),
+        (40, "Chose all 60 rows: none of the 2 clusters has more than --per_cluster 40 rows. "),
+    ):
+        _, manifest = choose(*words, "--per_cluster", per_cluster)
+        said = capsys.readouterr().out
+        assert (note in said and note in manifest["notes"][0]) if note else not manifest["notes"]
+    with pytest.raises(UserError, match="cannot choose 61 rows: only 60"):
+        choose(*words, "--sample_number", 61)
+
+
+def test_random_balance(choose, data, bundles, tmp_path, monkeypatch):
+    by_cluster = ["--balance", "cluster", "--embeddings", data[2], "--clusters", 2]
+    at_random = ["--strategy", "random", "--sample_number"]
+    chosen, manifest = choose(*at_random, 50, *by_cluster)
+    assert np.bincount(bundles[chosen]).tolist() == [30, 20]
+    assert sorted(manifest["balance"]["chosen"]) == [20, 30]
+    rows = json.loads(data[0].read_text())
+    for name in ("source", "dataset"):  # a column
+        named = [{**row, name: "ab"[part]} for row, part in zip(rows, bundles, strict=True)]
+        data[0].write_text(json.dumps(named))
+        chosen, _ = choose(*at_random, 30, "--balance", "source")
+        assert np.bincount(bundles[chosen]).tolist() == [15, 15]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]  # files
+    for path, part in zip(files, (rows[:40], rows[40:]), strict=True):
+        path.write_text(json.dumps(part))
+    words = ["--dataset", ",".join(map(str, files)), *at_random, 50, "--balance", "source"]
+    select_here(monkeypatch, *words, "--output", tmp_path / "both.json")
+    chosen = read_json(tmp_path / "both.json.manifest")["chosen"]
+    assert np.bincount(bundles[chosen]).tolist() == [30, 20]
+
+
+def test_bands_of_tokens(choose, data):
+    """Every strategy chooses only among the answers within the band, both ends included."""
+    _, scores, embeddings = data
+    tokens = np.array([json.loads(line)["num_answer_tokens"] for line in open(scores)])
+    inside = np.flatnonzero((tokens >= 5) & (tokens <= 14))
+    words = ["--scores", scores, "--min_tokens", 5, "--max_tokens", 14, "--sample_number"]
+    chosen, manifest = choose("--strategy", "random", *words, len(inside))
+    assert chosen == inside.tolist()
+    assert manifest["dropped"] == {"under 5 tokens": 12, "over 14 tokens": 18}
+    for strategy in ("ifd", "mid_ppl", "longest", "kcenter", "facility", "cluster"):
+        more = ["--embeddings", embeddings] if strategy[0] in "kfc" else []
+        more += ["--clusters", 3] if strategy == "cluster" else []
+        chosen, _ = choose("--strategy", strategy, *words, 5, *more)
+        assert len(chosen) == 5 and set(chosen) <= set(inside)
+
+
+def test_facility_location_on_the_best_by_ifd(choose, data, bundles):
+    """Superfiltering.D: the best --top_rate by ifd_ppl, of these the rows that stand for them."""
+    _, scores, embeddings = data
+    words = ["--scores", scores, "--embeddings", embeddings]
+    best, _ = choose("--strategy", "ifd_ppl", "--scores", scores, "--sample_number", 8)
+    chosen, _ = choose(
+        "--strategy", "ifd_ppl+facility", *words, "--sample_number", 2, "--top_rate", 8 / NUM_ROWS
+    )
+    assert set(chosen) <= set(best) and set(bundles[chosen]) == set(bundles[best]) == {0, 1}
+    with pytest.raises(UserError, match="--top_rate 0.2 leaves 12 rows, fewer than the 13"):
+        choose("--strategy", "ifd_ppl+facility", *words, "--sample_number", 13)
+    everything, _ = choose("--strategy", "facility", "--embeddings", embeddings, "--sample_rate", 1)
+    assert len(everything) == 60
+
+
+def test_long_rows_are_warned_about(choose, data, capsys):
+    _, scores, _ = data
+    lines = [json.loads(line) for line in scores.read_text().splitlines()]
+    for line in lines:
+        line["num_tokens"] = 1000 + line["index"]  # 35 rows have more than 1,024
+    scores.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = ScorePaths(scores).record
+    record.write_text(json.dumps({**read_json(record), "max_length": 1050}))
+    choose("--strategy", "random", "--scores", scores, "--sample_rate", 1)
+    said = capsys.readouterr().out
+    assert "Warning: 35 of 60 chosen rows are longer than 1,024 tokens" in said
+    assert "--cutoff_len 1059 keeps all of them whole" in said
+    assert "Warning: 9 of 60 chosen rows are longer than 1,050 tokens, the --max_length" in said
+
+
+def test_random_matched_with_a_budget(choose, tmp_path):
+    choose("--strategy", "longest", "--sample_number", 20)
+    for ending in ("", ".manifest"):
+        (tmp_path / f"long.json{ending}").write_bytes((tmp_path / f"out.json{ending}").read_bytes())
+    words = ["--strategy", "random_matched", "--match", tmp_path / "long.json"]
+    chosen, manifest = choose(*words, "--sample_number", 5)
+    assert len(chosen) == 5 and set(chosen) <= set(range(40, 60))
+    assert manifest["answer_length"]["mean_chosen"] == pytest.approx(50.5, abs=3)
+
+
 def test_random_matched(choose, data, tmp_path):
     choose("--strategy", "longest", "--sample_number", 20)
     for ending in ("", ".manifest"):
@@ -391,7 +510,15 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("needs --match", "--strategy", "random_matched")
     refused("give --sample_rate or --sample_number", *by_ifd)
     refused("contradicts --sample_number", *by_ifd, *few, "--sample_rate", 0.1)
-    refused("contradicts --strategy cluster", *by_cluster, *few)
+    refused("contradicts --per_cluster", *by_cluster, *few, "--per_cluster", 3)
+    refused("--balance needs --strategy random", *by_ifd, *few, "--balance", "source")
+    at_random = ["--strategy", "random", *few]
+    refused("one file without a column `source`", *at_random, "--balance", "source")
+    refused("--balance cluster needs --embeddings", *at_random, "--balance", "cluster")
+    refused("--max_tokens needs --scores", *at_random, "--max_tokens", 9)
+    band = ["--min_tokens", 9, "--max_tokens", 8]
+    refused("--min_tokens 9 is above --max_tokens 8", *by_ifd, *few, *band)
+    refused("--top_rate needs --strategy ifd_ppl", *by_ifd, *few, "--top_rate", 0.5)
     refused("--clusters needs --strategy cluster", *by_ifd, *few, "--clusters", 3)
     refused("--sample_rate 1.5: must be from 0 to 1", *by_ifd, "--sample_rate", 1.5)
     refused("--dedup 0.2: must be", *by_ifd, *few, "--dedup", 0.2)
@@ -425,6 +552,11 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     lines = scores.read_text().splitlines(keepends=True)
     scores.write_text("".join(lines[:40]))
     refused("has 40 of 60 rows. Run score.py again", *by_ifd, *few)
+    scores.write_text("".join([*lines, lines[7]]))
+    refused("row 8 is there twice: two runs of score.py wrote to it", *by_ifd, *few)
+    rewards = [line.replace('"ifd": ', '"reward": ') for line in lines[30:]]
+    scores.write_text("".join([*lines[:30], *rewards]))
+    refused("it has lines of --mode ifd and of --mode reward", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"index": 3,', '"index": 300,'))
     refused("has a score of row 301, but the data set has 60", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"ifd": ', '"ifd": "x', 1))
@@ -516,8 +648,9 @@ def test_plot(choose, data, tmp_path, monkeypatch):
                 tmp_path / "out.json",
             )
         assert (tmp_path / there).read_text() == "precious"
-    with pytest.raises(UserError, match="--plot draws"):
-        choose("--strategy", "random", "--sample_number", 5, "--plot")
+    (tmp_path / "out.png").unlink()
+    choose("--strategy", "random", "--sample_number", 5, "--plot")  # the lengths
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_full_disk_leaves_the_old_file(choose, data, tmp_path, monkeypatch):

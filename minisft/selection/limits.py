@@ -1,0 +1,60 @@
+"""What limited a choice, as lines for people: small clusters, long rows."""
+
+from argparse import Namespace
+
+import numpy as np
+
+
+def cluster_limits(assignment: np.ndarray, is_chosen: np.ndarray, options: Namespace) -> list[str]:
+    """Why clusters gave fewer rows than --per_cluster, or all rows were chosen.
+
+    assignment, is_chosen: the cluster of each row, and whether it was chosen (rows,).
+    """
+    wanted = options.per_cluster
+    if is_chosen.all():
+        return [
+            f"Chose all {len(is_chosen):,} rows: none of the {options.clusters} clusters has more "
+            f"than --per_cluster {wanted} rows. Lower --clusters or --per_cluster, or give "
+            "--sample_rate."
+        ]
+    sizes = np.bincount(assignment, minlength=options.clusters)
+    taken = np.bincount(assignment[is_chosen], minlength=options.clusters)
+    is_small = sizes < wanted
+    low, high = options.band
+    reasons = [
+        f"{count} {'has' if count == 1 else 'have'} fewer rows {where}".rstrip()
+        for count, where in (
+            (int(is_small.sum()), ""),
+            (int(((taken < wanted) & ~is_small).sum()), f"in --band {low:g},{high:g}"),
+        )
+        if count
+    ]
+    if not reasons:
+        return []
+    return [
+        f"{is_chosen.sum():,} rows, not {options.clusters} clusters x {wanted}: "
+        f"{', '.join(reasons)}."
+    ]
+
+
+def length_limits(
+    num_tokens: np.ndarray, chosen: np.ndarray, max_length: int | None, cutoff_len: int
+) -> list[str]:
+    """Warnings about chosen rows that scoring could not see, or that training will truncate.
+
+    num_tokens: of all rows (rows,), NaN if unknown. max_length: of score.py. cutoff_len: the usual
+    one of train.py.
+    """
+    lengths, notes = num_tokens[chosen], []
+    if max_length and (count := int((lengths > max_length).sum())):
+        notes.append(
+            f"Warning: {count:,} of {len(chosen):,} chosen rows are longer than {max_length:,} "
+            "tokens, the --max_length of the scores, and have none."
+        )
+    if count := int((lengths > cutoff_len).sum()):
+        notes.append(
+            f"Warning: {count:,} of {len(chosen):,} chosen rows are longer than {cutoff_len:,} "
+            "tokens, and train.py truncates them by default. "
+            f"--cutoff_len {int(np.nanmax(lengths))} keeps all of them whole."
+        )
+    return notes
