@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 if __name__ == "select":
-    # Python's own modules import `select` and find this file: its folder comes first on the path.
-    # Put the extension module of that name in its place, before anything else is imported.
+    # Python's own modules import `select` and find this file, because its folder comes first on
+    # the path. Replace it by the extension module of that name before anything else is imported.
     import sys
     from importlib import machinery, util
 

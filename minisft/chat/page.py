@@ -55,7 +55,7 @@ class Session:
 
 
 class Page:
-    """One model, or two side by side. Methods that answer yield views, also for errors."""
+    """One model, or two side by side. Methods that answer yield views, even for errors."""
 
     def __init__(
         self,

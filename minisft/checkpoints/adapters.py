@@ -30,6 +30,8 @@ from minisft.model.modules_to_save import saved_modules, train_fully, untie
 from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model
 
+OTHER_BASE = "Was the adapter trained on another base model?"
+
 
 def save_adapter(
     model: Model,
@@ -123,7 +125,7 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         module_name = name.removesuffix(".lora_A.weight")
         module = modules.get(module_name)
         if not isinstance(module, LINEAR_TYPES):
-            raise UserError(f"{path}: the model has no linear module {module_name}")
+            raise UserError(f"{path}: the model has no linear module {module_name}. {OTHER_BASE}")
         rank = tensor.shape[0] if tensor.shape else 0
         tensor.check((max(rank, 1), module.in_features), "this base model needs")
         module_config = replace(adapter.module_config(module_name, rank), dropout=dropout)
@@ -132,7 +134,7 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in stored.items():
         if name not in parameters:
-            raise UserError(f"{path}: the model has no parameter {name}")
+            raise UserError(f"{path}: the model has no parameter {name}. {OTHER_BASE}")
         tensor.check(parameters[name].shape, "this base model needs")
     missing = [
         name
@@ -140,7 +142,9 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         if parameter.requires_grad and name not in stored
     ]
     if missing:
-        raise UserError(f"{path}: tensors are missing: {shorten_list(missing)}")
+        raise UserError(
+            f"{path}: tensors are missing: {shorten_list(missing)}. Copy the adapter again."
+        )
     device = model.model.embed_tokens.weight.device
     for name, tensor in stored.items():
         parameter = parameters[name]
@@ -192,13 +196,13 @@ def _resize_vocabulary(model: Model, adapter: Adapter) -> None:
 @torch.no_grad()
 def _apply_changes(model: Model, adapter: Adapter) -> None:
     """Replace the weights that an adapter changes. In place; the old tensors stay as they are."""
-    # The layer inside a LoRALinear comes after it, and takes its name.
+    # named_modules lists a LoRALinear before its base_layer, so the base_layer keeps the name.
     modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
     for name, change in adapter.changes.items():
         module_name, _, kind = name.rpartition(".")
         module = modules.get(module_name)
         if module is None:
-            raise UserError(f"{adapter.path}: the model has no module {module_name}")
+            raise UserError(f"{adapter.path}: the model has no module {module_name}. {OTHER_BASE}")
         if isinstance(module, QuantizedLinear) and kind == "weight":
             raise UserError(
                 f"{adapter.path}: use_dora changes {module_name} itself, which is quantised here. "

@@ -146,7 +146,8 @@ class OptionParser(argparse.ArgumentParser):
     def _names_given(self, options: dict[str, Any], recipe: dict[str, Any]) -> set[str]:
         given = {name for name, value in recipe.items() if value is not _UNSET}
         if given and is_record(options["config"]):
-            # A record lists every option. Values at their default were not chosen by anyone.
+            # A record lists every option. A value at its default may not have been chosen by the
+            # user.
             given = {name for name in given if recipe[name] != self._flags[name].default}
         return given | {name for name in self._flags if options[name] is not _UNSET}
 
@@ -177,5 +178,5 @@ def _normalized(word: str) -> str:
 
 
 def _with_home(text: str) -> str:
-    """`~/` replaced by the home folder, which a shell does not do in recipes or after `=`."""
+    """Expand a leading `~/`, which a shell does not do in recipes or after `=`."""
     return os.path.expanduser(text) if text.startswith("~/") else text

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, which are kept in its cache."""
+"""Download files from the Hugging Face hub into its local cache."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,5 +15,5 @@ def download(repo_id: str, patterns: Sequence[str], repo_type: str = "model") ->
 
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=list(patterns)))
-    except Exception as error:  # the libraries below raise many kinds
+    except Exception as error:  # the libraries below raise many types
         raise UserError(f"download of {repo_id} failed ({first_line(error)})") from error

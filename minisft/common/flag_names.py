@@ -1,4 +1,4 @@
-"""The flag that a misspelt or foreign name stands for.
+"""Find the flag that a misspelt name, or the name used by another tool, stands for.
 
     nearest_flag("max_seq_length", ["cutoff_len", "seed"])     # "cutoff_len"
 

@@ -84,7 +84,7 @@ def print_rank0(text: str) -> None:
 
 
 def launch_command() -> str:
-    """The command before `train.py` that starts this many processes again."""
+    """The start of a command line, up to the script, that launches this many processes again."""
     if world_size() == 1:
         return "python"
     return f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
@@ -174,7 +174,7 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
-    """Context of a backward pass. DDP averages the gradients in it only if `enabled`.
+    """Context manager for a backward pass. DDP averages the gradients in it only if `enabled`.
 
     A sharded model always averages them: otherwise every rank would hold all gradients.
     """

@@ -23,7 +23,7 @@ from minisft.data.row_values import BadRow
 from minisft.text.messages import MEDIA, THOUGHTS
 
 FILE_NAME = "dataset_info.json"
-# Roles of columns in an entry -> the column names that formats.py knows.
+# Roles of columns in an entry -> the column names that formats.py reads.
 COLUMNS = {
     "prompt": "instruction",
     "query": "input",

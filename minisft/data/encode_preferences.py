@@ -82,7 +82,7 @@ def _encode_answers(row: Row, template: ChatTemplate, vocab_size: int | None) ->
         if len(examples) != 1:
             raise UserError(
                 f"{row.source}, row {row.index + 1}: the template writes each of the "
-                f"{len(examples)} answers behind a prompt of its own; only one answer can be "
+                f"{len(examples)} answers after a prompt of its own; only one answer can be "
                 "compared"
             )
         texts += examples

@@ -23,11 +23,11 @@ from minisft.text.tokenizer import check_vocabulary
 
 @dataclass
 class Example:
-    """What the model gets of one row.
+    """The tokens of one row, as the model reads them.
 
     ids: token ids (T,) int32. supervised: (T,) bool, True for the tokens to learn.
     lengths: where `ids` holds several texts, one after another, their lengths: the answers of a
-    preference row, best first, each behind its prompt; or the packed texts of a pre-training block.
+    preference row, best first, each after its prompt; or the packed texts of a pre-training block.
     """
 
     ids: np.ndarray

@@ -59,7 +59,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-# Fields of a turn that stay as they are: what is learned of it, and names that templates write.
+# Fields of a turn that are kept unchanged: whether it is learned, and names that templates write.
 KEPT_FIELDS = ("weight", "train", "mask", "name", "tool_call_id")
 SHAREGPT_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
@@ -221,7 +221,7 @@ def _content(turn: dict[str, Any], role: str) -> str:
 
 
 def _kept_fields(turn: dict[str, Any], role: str) -> Message:
-    """What a turn says besides its role, text and calls."""
+    """The fields of a turn besides its role, text and calls."""
     kept = {name: turn[name] for name in KEPT_FIELDS if turn.get(name) is not None}
     if thoughts := next((turn[name] for name in THOUGHTS if turn.get(name)), None):
         if role != "assistant" or not isinstance(thoughts, str):
@@ -237,7 +237,7 @@ def _kept_fields(turn: dict[str, Any], role: str) -> Message:
 
 
 def _calls_in_text(text: str) -> list[dict[str, Any]]:
-    """The calls that a text is; none if it is something else."""
+    """The calls in a text that is the JSON of calls; none for any other text."""
     try:
         return _tool_calls(parse_json_or_none(text))
     except BadRow:
@@ -254,7 +254,7 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
 
 
 def with_system(record: dict[str, Any], messages: Messages) -> Messages:
-    """The messages behind the system prompt of column "system"; blank ones are dropped."""
+    """Put the system prompt of column "system" before the messages; drop blank system prompts."""
     system = {"role": "system", "content": string_of(record, "system")}
     return [
         message
@@ -267,7 +267,7 @@ def parse_tools(record: dict[str, Any]) -> Tools:
     """The tool descriptions in column "tools", None if there are none."""
     tools = list_of(record, "tools") or None
     if tools and not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow("tools must be a list of objects, each the description of a function")
+        raise BadRow("tools must be a list of objects, each describing a function")
     return tools
 
 

@@ -3,9 +3,9 @@
     records = open_records("alpaca_data.jsonl")
     records[7], records.place(7)        # the eighth object, and "row 8 (line 8)"
 
-Of JSON lines only the offsets are in memory, eight bytes a row; a record is read when it is needed.
-So a file may be larger than memory, and opening it only searches for line ends. A JSON array is
-parsed at once.
+For JSON lines only the offsets are in memory, eight bytes per row; a record is read when it is
+needed. So a file may be larger than memory, and opening it only searches for line ends. A JSON
+array is parsed at once.
 """
 
 import codecs

@@ -59,7 +59,7 @@ def find_sources(
 
     A name is a file, else an entry of `dataset_dir`/dataset_info.json, else a folder.
     plain_text: for --stage pt, where folders may hold .txt files. accepts_preferences: for --stage
-    rm and dpo. UserError suggests what an unknown name may have meant.
+    rm and dpo. UserError for an unknown name suggests similar names.
     """
     sources = []
     for name in filter(None, map(str.strip, str(dataset).split(","))):
@@ -75,7 +75,7 @@ def find_sources(
         else:
             raise UserError(f"{name}: there is no such file{_suggestion(name, entries)}")
     if not sources:
-        raise UserError("--dataset names no file")
+        raise UserError("--dataset is empty. Give files, folders or names, separated by commas.")
     return sources
 
 

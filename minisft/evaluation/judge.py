@@ -1,9 +1,9 @@
-"""A judge, which is a model, says which of two answers is better.
+"""A judge model decides which of two answers is better.
 
     judge = RemoteJudge("http://127.0.0.1:8000/v1", "judge-model", key=None)
     verdicts = collect_verdicts(judge, comparisons, "runs/comparison/verdicts.jsonl")
 
-Judges favour the answer in a certain place. Therefore every pair is judged twice, in both orders.
+Judges are biased by the order of the answers. Therefore every pair is judged twice, in both orders.
 Each verdict is saved as soon as it is known, so an interrupted run continues where it stopped.
 """
 

@@ -76,7 +76,7 @@ def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
     options = parser.parse_options(arguments)
     _check_resume(options)
     if options.n_times > 1 and not options.num_fewshot:
-        raise UserError("--n_times changes the demonstrations; --num_fewshot 0 has none")
+        raise UserError("--n_times changes the demonstrations; --num_fewshot 0 has none. Drop one.")
     if options.template == "none":
         for name in ("template_kwargs", "enable_thinking"):
             if getattr(options, name) is not None:

@@ -72,7 +72,7 @@ def verdict_lines(results: dict[str, Any]) -> list[str]:
 
 
 def reliability(report: dict[str, Any]) -> str:
-    """How much the judge went by the order of the answers. report: as `tally` returns it."""
+    """How much the order of the answers influenced the judge. report: as `tally` returns it."""
     if report["first_place"] is None:
         return "the judge chose no answer"
     return (

@@ -53,7 +53,7 @@ class Assistant:
     enable_thinking: ask for thoughts before answers; both are as in training by default.
     max_length: the maximum number of tokens of a conversation with its answer, by default the
     model's context length. quantization_bit: 4 or 8, to save memory. base_model: the model of this
-    checkpoint, if it is loaded; several Assistants can share it.
+    checkpoint, if it is already loaded; several Assistants can share it.
 
     The KV caches of the last `caches.limit` conversations are kept for their next turns.
     UserError if a file is missing or does not fit the model.

@@ -65,7 +65,7 @@ def stream(
     """Yield the token ids of the answer to one prompt; the stop id ends it and is not yielded.
 
     cache: holds the first `cache.length` ids of the prompt, but not all of them. The prefill
-    computes the others. In the end it holds every id but the last that was chosen.
+    computes the others. At the end it holds all ids except the last chosen one.
     """
     for step in generate_steps(model, [prompt], sampling, stop_ids, cache=cache):
         if step.tokens[0] not in stop_ids:
@@ -145,7 +145,7 @@ def positions_and_mask(
     keys = torch.arange(past + T, device=padding.device)  # (S,)
     queries = keys[past:, None]  # (T, 1)
     visible = (keys >= padding[:, None])[:, None] & (keys <= queries)  # (B, T, S)
-    # A query of the padding sees itself: softmax over nothing is not a number.
+    # A padding query sees itself, because softmax over no keys gives NaN.
     mask = visible | (keys == queries)
     positions = (keys[past:] - padding[:, None]).clamp(min=0)
     return positions, mask[:, None]

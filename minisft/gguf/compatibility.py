@@ -9,26 +9,32 @@ from minisft.common.errors import UserError
 from minisft.gguf.mapping import ARCHITECTURES
 from minisft.model.config import ModelConfig
 
+USE_HF = "Export it with --format hf."
+
 
 def check_architecture(config: ModelConfig) -> None:
-    """UserError if llama.cpp has no place for something that the model needs."""
+    """UserError if llama.cpp cannot run the model."""
     architecture, scaling = ARCHITECTURES[config.model_type], config.rope_scaling or {}
     if config.head_dim % 2:
-        raise UserError(f"head_dim {config.head_dim} is odd: llama.cpp cannot rotate such heads")
+        raise UserError(f"llama.cpp cannot run an odd head_dim ({config.head_dim}). {USE_HF}")
     width = config.head_dim * config.num_attention_heads
     if architecture == "qwen2" and width != config.hidden_size:
         raise UserError(
             "llama.cpp computes head_dim of qwen2 as hidden_size / num_attention_heads; this "
-            f"checkpoint has head_dim {config.head_dim}"
+            f"checkpoint has head_dim {config.head_dim}. {USE_HF}"
         )
     if architecture == "qwen3" and config.attention_bias:
-        raise UserError("llama.cpp's qwen3 has no attention biases, but this checkpoint has")
+        raise UserError(
+            f"llama.cpp's qwen3 has no attention biases, but this model has them. {USE_HF}"
+        )
     if scaling.get("rope_type") == "yarn" and not scaling.get("truncate", True):
-        raise UserError("llama.cpp's YaRN always truncates; this checkpoint says truncate = false")
+        raise UserError(
+            f"llama.cpp's YaRN always truncates; this model says truncate = false. {USE_HF}"
+        )
 
 
 def known_differences(config: ModelConfig) -> list[str]:
-    """Sentences about the computation: where llama.cpp deviates from the checkpoint."""
+    """Sentences that say where the computation of llama.cpp differs from the checkpoint's."""
     sentences = []
     if (config.rope_scaling or {}).get("rope_type") == "dynamic":
         sentences.append(

@@ -11,8 +11,9 @@ The layout of a file:
     tensors       each a name, a shape, a type and an offset
     data          of all tensors, from the next multiple of the alignment
 
-Every count is compared with the bytes that are left before memory is taken for it. The reader of
-the gguf package trusts the counts, and needs 12 seconds for the vocabulary of Llama 3 (here 0.2).
+Every count is compared with the bytes that are left before memory is allocated for it. The reader
+of the gguf package trusts the counts, and needs 12 seconds for the vocabulary of Llama 3 (here
+0.2).
 """
 
 import math

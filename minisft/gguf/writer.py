@@ -47,8 +47,8 @@ METADATA_TYPES = {
 class Tensor:
     """A tensor to write.
 
-    read: (begin, end) -> rows begin..end-1 in float32. row_group: pieces begin at multiples of so
-    many rows.
+    read: (begin, end) -> rows begin..end-1 in float32. row_group: pieces begin at multiples of this
+    number of rows.
     """
 
     name: str
@@ -76,7 +76,9 @@ class Tensor:
         largest = torch.maximum(-low, high).item()
         limit = LARGEST.get(self.type, LARGEST[Type.F16])
         if math.isnan(largest):
-            raise UserError(f"{self.name}: holds NaN")
+            raise UserError(
+                f"{self.name}: holds NaN. The checkpoint is damaged; use an intact one."
+            )
         if largest > limit:
             raise UserError(
                 f"{self.name}: holds {largest:.4g}, but the largest {self.type.name.lower()} is "

@@ -11,7 +11,7 @@ from typing import Any, Self
 from minisft.common.json_files import read_json
 from minisft.model.config_checks import check_values, refuse_unsupported, rotary_values
 
-# What a family assumes where its config.json has no value (from transformers' config classes).
+# The defaults of each family where config.json has no value (from transformers' config classes).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -19,7 +19,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
 }
 # Fields in which null is a value: no window, or the number that __post_init__ derives. In other
-# fields null stands for the family's default.
+# fields null means the family's default.
 NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
 # Fields that config.json does not set.
 NOT_IN_FILE = ("original", "qkv_bias", "qk_norm")
@@ -51,7 +51,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
-    max_window_layers: int = 0  # so many layers, from the first, have full attention
+    max_window_layers: int = 0  # this many layers, from the first, have full attention
     layer_types: list[str] = field(default_factory=list)  # empty: from max_window_layers
     original: dict[str, Any] = field(default_factory=dict, repr=False)  # the content of config.json
 
@@ -109,7 +109,7 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """The number of positions the model is made for, with rotary scaling."""
+        """The number of positions that the model supports, with rotary scaling."""
         scaling = self.rope_scaling or {}
         stretched = 0
         if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):

@@ -13,9 +13,9 @@ SAVEABLE_MODULES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head", 
 
 
 def saved_modules(model: Model, names: Sequence[str]) -> list[str]:
-    """The full names of the modules that `names` mean: as in PEFT, all that end with one of them.
+    """The full names of the modules whose names end with one of `names`, as in PEFT.
 
-    So `norm` stands for all norms of the model.
+    So `norm` selects all norms of the model.
     """
     return [
         name

@@ -39,7 +39,7 @@ def no_numbers() -> np.ndarray:
 
 @dataclass
 class RowData:
-    """Data on the rows, by row number; empty where the user gave no file."""
+    """Data about the rows, by row number; empty where the user gave no file."""
 
     lengths: np.ndarray  # of the answers
     length_unit: str = "characters"
@@ -85,7 +85,7 @@ def read_row_data(
 ) -> RowData:
     """Read --scores, --embeddings and --match. UserError if they belong to another data set.
 
-    dataset: what `dataset_record` gives for the rows. lengths: of the answers, in characters.
+    dataset: the result of `dataset_record` for the rows. lengths: of the answers, in characters.
     """
     data, paths = RowData(lengths), {}
     if options.scores:
@@ -109,7 +109,10 @@ def read_match(path: str, num_rows: int, dataset: list[dict[str, Any]]) -> np.nd
     """The row numbers in the manifest of another selection."""
     manifest = read_json(Path(f"{path}.manifest"))
     if manifest.get("dataset") != dataset:
-        raise UserError(f"--match {path}: was chosen from another file than --dataset")
+        raise UserError(
+            f"--match {path}: was chosen from another file than --dataset. Give --dataset the "
+            "file that it was chosen from."
+        )
     numbers = manifest.get("chosen")
     is_valid = isinstance(numbers, list) and all(
         is_integer(number, most=num_rows - 1) for number in numbers

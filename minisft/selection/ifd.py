@@ -2,7 +2,7 @@
 
     IFD = s(A|Q) / s(A)                                           (arXiv 2308.12032)
     s(A|Q)  mean of -log p(token) over the answer's tokens, given the prompt
-    s(A)    the same, given only what opens an answer, such as "### Response:" (the marker)
+    s(A)    the same, given only the marker, which opens an answer, such as "### Response:"
 
     scorer = IfdScorer(template)
     plan = scorer.plan(0, row)                     # the passes: conditioned, then direct
@@ -16,7 +16,7 @@ A conversation has several answers. Conditioned passes score each given its hist
 direct pass of its own; s is the mean over all their tokens. End-of-turn tokens do not count.
 
 The embedding of a row, for clustering, is the mean of the last hidden states over the prompt of its
-last answer. A causal model has not seen the answer there, so the conditioned pass gives it too.
+last answer. In a causal model they do not depend on the answer, so the conditioned pass has them.
 """
 
 import math
@@ -74,7 +74,7 @@ class IfdScorer:
         """The passes of a row: the conditioned ones, then a direct one for each answer."""
         texts = encode_row(row, self.template, self.vocab_size)
         if not texts:
-            return Plan(index, reason="none of its answers is to be learned")
+            return Plan(index, reason="none of its answers is supervised")
         answers = [answer_spans(self.template, text.ids, text.supervised) for text in texts]
         longest = max(texts, key=lambda text: len(text.ids))
         plan = Plan(index, sum(map(num_tokens, answers)), too_long(longest.ids, self.max_length))

@@ -62,7 +62,7 @@ def min_equal_bands(similarity: float) -> float:
 def latest_kept(latest: np.ndarray, before: np.ndarray) -> np.ndarray:
     """The latest MAX_DEPTH kept texts of each of a text's groups, (n,) without repetition.
 
-    latest: (NUM_BANDS + 1,), the very latest of each group, or -1. before: see near_duplicates.
+    latest: (NUM_BANDS + 1,), the latest text of each group, or -1. before: see near_duplicates.
     """
     bands, kept = np.arange(len(latest)), []
     while len(bands) > 0 and len(kept) < MAX_DEPTH:

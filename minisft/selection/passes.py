@@ -32,7 +32,7 @@ class Plan:
     index: int
     num_answer_tokens: int = 0
     reason: str | None = None
-    num_conditioned: int = 1  # the first passes, in which answers stand behind their prompts
+    num_conditioned: int = 1  # the first passes: each answer after its prompt
     passes: list[Pass] = field(default_factory=list)
 
 

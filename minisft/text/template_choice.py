@@ -53,7 +53,7 @@ def get_template(
         settings |= setting("leading_space", " ")
     for key, value in template_kwargs.items():
         if not key.isidentifier() or keyword.iskeyword(key):
-            raise UserError(f"--template_kwargs: {key!r} is no name of a variable")
+            raise UserError(f"--template_kwargs: {key!r} is not a variable name")
         settings |= setting(key, value)
     if default_system is not None:
         settings |= system_setting(default_system)
@@ -67,7 +67,7 @@ def get_template(
             "of this tokenizer; remove it"
         )
     if default_system and not template.facts.knows_system:
-        raise UserError(f"--default_system: the template {name} has no place for a system prompt")
+        raise UserError(f"--default_system: the template {name} supports no system prompt")
     return template
 
 
@@ -140,8 +140,8 @@ def trained_template(
 ) -> ChatTemplate:
     """The template `name`; "auto" is the one that the model was trained with.
 
-    trained_dir: the folder of the adapter or the model, where train.py has left options.toml and
-    the text of its template. The other arguments by default are those of the training.
+    trained_dir: the folder of the adapter or the model, where train.py saved options.toml and the
+    text of its template. The other arguments by default are those of the training.
     """
     trained = recorded_options(trained_dir)
     if default_system is None:

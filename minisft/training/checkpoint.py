@@ -133,7 +133,7 @@ def remove_others(output_dir: Path, resumed: Path | None, step: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Marker first, so that a partly removed folder is not a checkpoint.
+    # Remove the marker first, so that a partly removed folder is not a checkpoint.
     (path / MARKER).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 

@@ -39,7 +39,7 @@ def show(options: Namespace) -> None:
         return
     model_dir = local_folder(options.model_name_or_path)
     config = ModelConfig.load(model_dir)
-    with suppress(UserError):  # the weights, where they are, decide if the output matrix is tied
+    with suppress(UserError):  # weights on this disk decide whether the output matrix is tied
         config, _ = open_checkpoint(model_dir)
     device = resolve_device(options.device, must_exist=False)
     # Assume that a GPU of another machine is fast at bfloat16.

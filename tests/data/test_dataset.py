@@ -329,7 +329,7 @@ class TestBrokenRows:
             load_rows(tmp_path / "nothing.json")
         with pytest.raises(UserError, match="the folder has no"):
             load_rows(tmp_path)
-        with pytest.raises(UserError, match="names no file"):
+        with pytest.raises(UserError, match="--dataset is empty"):
             load_rows(" , ")
         path = tmp_path / "latin.json"
         path.write_bytes('[\n{"instruction": "café"}]'.encode("latin-1"))
@@ -340,7 +340,7 @@ class TestBrokenRows:
         path = write(tmp_path / "data.json", [{"text": "a"}, {"body": "b"}])
         with pytest.raises(UserError, match=r'row 2: there is no column "text", only body'):
             load_rows(path, plain_text=True)
-        with pytest.raises(UserError, match="there is no text in it"):
+        with pytest.raises(UserError, match="the file has no texts"):
             load_rows(write(tmp_path / "a.txt", "\n \n"), plain_text=True)
 
 

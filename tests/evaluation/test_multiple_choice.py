@@ -348,7 +348,7 @@ def test_missing_subjects_and_names_are_reported(tmp_path):
         with pytest.raises(UserError, match="subject_mapping.json: expected"):
             read_subjects(ceval, folder, "val", 0)
     (folder / "subject_mapping.json").unlink()
-    with pytest.raises(UserError, match="no name of the subject law"):
+    with pytest.raises(UserError, match="does not name the subject law"):
         read_subjects(ceval, folder, "val", 0)
     assert read_subjects(BENCHMARKS["mmlu"], folder, "val", 0)[0].name == "law"
     with pytest.raises(UserError, match="neither a folder nor a zip"):

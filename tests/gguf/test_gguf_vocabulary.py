@@ -331,7 +331,7 @@ def test_notes_say_where_ids_must_differ(small_sentencepiece, tmp_path):
         chat_template="{% for m in messages %}<|you|> {{ m.content }}{% endfor %}</s>me",
     )
     notes = export_model(folder, f"{folder}.gguf", "f16").notes
-    assert any("trained with some of both" in note for note in notes)
+    assert any("was trained with both" in note for note in notes)
     tokenizer = Tokenizer.load(folder)
     read_back = Tokenizer.load(hub.resolve(f"{folder}.gguf"))
     template = get_template("auto", tokenizer)

@@ -211,7 +211,7 @@ def test_broken_rows_are_named_or_counted(name, start, place):
     [
         ("", "rows.json: the file is empty"),
         ('[\n{"instruction": "x"\n"output"}]', "rows.json, line 3 column 1: not valid JSON"),
-        ("[]", "there is no row in it"),
+        ("[]", "the file has no rows"),
         ("instruction,output\nx,y", "neither a JSON array nor JSON lines"),
         ('[{"instruction": "x", "output": "\xff"}]'.encode("latin-1"), "line 1: not UTF-8"),
     ],

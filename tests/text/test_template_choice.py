@@ -37,7 +37,7 @@ def test_default_system_prompt(shared_data, tmp_path):
         assert again.text == template.text
     with pytest.raises(UserError, match="--default_system contains '<.im_end.>', a control"):
         get_template("chatml", qwen, default_system="a <|im_end|>")
-    with pytest.raises(UserError, match="default_system: the template auto has no place"):
+    with pytest.raises(UserError, match="default_system: the template auto supports no"):
         get_template("auto", load_tokenizer(shared_data / MISTRAL), default_system="Be kind.")
 
 
@@ -53,7 +53,7 @@ def test_template_kwargs_are_written_into_the_text(shared_data, tmp_path):
     assert text == "<s>" + str(kwargs["mood"]) + "Hi</s>Yes</s>"
     assert "mood" in template.text and template.name == str(path)
     for bad in ({"not a name": 1}, {"x-y": 1}, {"if": 1}):
-        with pytest.raises(UserError, match="--template_kwargs: .* is no name of a variable"):
+        with pytest.raises(UserError, match="--template_kwargs: .* is not a variable name"):
             get_template(str(path), tokenizer, template_kwargs=bad)
 
 

@@ -120,7 +120,7 @@ def test_what_rows_say_of_their_answers_is_learned(qwen3, tmp_path):
     expected = [["assistant 1", "assistant 2"], ["assistant 0", "assistant 2"]]
     expected.append(["assistant 0", "assistant 1"])
     assert texts == ["".join(answers) for answers in expected]
-    assert report.num_unlearned == 1 and "none of their answers is to be learned" in str(report)
+    assert report.num_unlearned == 1 and "none of their answers is supervised" in str(report)
     texts, report = learned(mask_history=True)
     assert texts == ["assistant 2", "assistant 2"] and report.num_unlearned == 2
 
