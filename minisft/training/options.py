@@ -162,7 +162,7 @@ def _add_plan_flags(add: Add, switch: Add) -> None:
     tokens = "speed of all processes, as in metrics.jsonl of a short run"
     add("--tokens_per_second", type=positive_float, help=tokens)
     tflops = (
-        "or speed of a device, in 10^12 operations a second; a GPU reaches about 0.4 of its peak"
+        "or speed of a device, in 10^12 operations per second; a GPU reaches about 0.4 of its peak"
     )
     add("--device_tflops", type=positive_float, help=tflops)
 
