@@ -22,12 +22,12 @@ NUMBERS = re.compile(r"\b(assert_close|assert_allclose|approx)\(")
 
 
 def compares_numbers(item):
-    """Whether the file of a test compares numbers with a tolerance."""
+    """True if the file of a test compares numbers with a tolerance."""
     return NUMBERS.search(inspect.getsource(item.module)) is not None
 
 
 def takes_long(item, known):
-    """Whether a test, or anything in tests/ that it uses, has a name of LONG in it.
+    """True if a test, or anything in tests/ that it uses, contains a name in LONG.
 
     known: functions and classes that have been looked at; it saves looking twice.
     """

@@ -110,7 +110,7 @@ def assert_equal_runs(first, second, rtol=1e-4, atol=1e-5, near=None):
 def assert_like_one_process(folder, near=None):
     """Compare the runs `folder`/1 and `folder`/2.
 
-    In bfloat16 only roughly: FSDP keeps other parts in float32 than one process does.
+    In bfloat16 only roughly, because FSDP and one process keep different parts in float32.
     """
     if folder.name.endswith("16"):
         losses = [[row["loss"] for row in logged(folder / number)] for number in "12"]

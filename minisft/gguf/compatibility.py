@@ -16,7 +16,9 @@ def check_architecture(config: ModelConfig) -> None:
     """UserError if llama.cpp cannot run the model."""
     architecture, scaling = ARCHITECTURES[config.model_type], config.rope_scaling or {}
     if config.head_dim % 2:
-        raise UserError(f"llama.cpp cannot run an odd head_dim ({config.head_dim}). {USE_HF}")
+        raise UserError(
+            f"llama.cpp cannot run models with an odd head_dim ({config.head_dim}). {USE_HF}"
+        )
     width = config.head_dim * config.num_attention_heads
     if architecture == "qwen2" and width != config.hidden_size:
         raise UserError(

@@ -343,7 +343,7 @@ def test_mistakes_are_reported_before_anything_is_computed(
         run_here(monkeypatch, *words, "--max_new_tokens", 20000)
 
 
-def test_a_judge_that_fails_leaves_the_measures(tiny_chat_model_dir, stub, tmp_path, monkeypatch):
+def test_a_failing_judge_loses_no_measures(tiny_chat_model_dir, stub, tmp_path, monkeypatch):
     words = words_for(
         tiny_chat_model_dir, tmp_path, "--judge_model", "stub", "--judge_url", stub.url
     )

@@ -66,7 +66,7 @@ def stories(shared_data):
 
 def transformers_generate(model, ids, stop_ids=(), **options):
     ids = torch.tensor([ids])
-    # With the mask said, since it would take every id 0 of a prompt for padding.
+    # The mask is given, because transformers would take every id 0 of a prompt for padding.
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -143,7 +143,8 @@ def test_padded_batch_equals_single_prompts_and_no_cache(pair, sampling):
     ids=["greedy", "sampled"],
 )
 def test_scores_are_mean_log_probabilities_of_the_chosen_tokens(pair, sampling):
-    """The oracle is transformers' model on the sequence; limits cut each row alone."""
+    """The oracle is transformers' model on the sequence; the limits truncate each row
+    separately."""
     theirs, ours = pair
     stop_ids = {generate(ours, PROMPTS, sampling)[1][6]}
     unlimited = generate(ours, PROMPTS, sampling, stop_ids)
@@ -310,7 +311,7 @@ def test_nan_logits_and_unknown_tokens_raise(pair, sampling):
         cache = KeyValueCache(model.config)
         with pytest.raises(UserError, match="not finite"):
             list(stream(model, [1, 2], sampling, cache=cache))
-        assert cache.length == 0  # nothing goes on from such keys
+        assert cache.length == 0  # such keys are not used again
     finally:
         weight.data = kept
 

@@ -1,4 +1,4 @@
-"""On a GPU: the same numbers as on the CPU, to the rounding of its types. Skipped without one.
+"""On a GPU: the same numbers as on the CPU, up to rounding. Skipped without a GPU.
 
 GPU time is short, so the whole file takes less than 90 seconds: training runs in this process,
 where CUDA is initialised once, and what has to compile comes last.
@@ -209,7 +209,7 @@ def assert_compiled_layers_learn_the_same(here, checkpoint, rows_file, folder, *
     plain = losses_of(here, *flags, output_dir=folder / "plain")
     compiled = losses_of(here, *flags, "--compile", output_dir=folder / "compiled")
     assert plain[-1] < plain[0]
-    # AdamW makes steps of full size of small differences, so they grow from step to step.
+    # AdamW turns small differences into steps of full size, so they grow from step to step.
     np.testing.assert_allclose(compiled, plain, rtol=0.02)
 
 
@@ -264,7 +264,7 @@ def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU here")
 def test_a_graph_belongs_to_the_gpu_of_the_model(models):
-    """Which is not the current one: after --device cuda:1, or on a thread of the web page."""
+    """That is not always the current GPU: after --device cuda:1, or on a thread of the web page."""
     model, sampling = models[0].eval().to("cuda:1"), Sampling(20, greedy=True)
     expected = generate(model, [[1, 5, 9]], sampling, {2})
     decoder = CompiledDecoder(model, 64)

@@ -143,7 +143,7 @@ def in_function(node, parents, names):
 
 
 def where_stored(node, parents):
-    """The names that an expression is only kept under; None where something is done with it."""
+    """The names under which an expression is only stored; None if the code uses it."""
     parent = parents[node]
     if isinstance(parent, ast.Expr):
         return set()
@@ -172,10 +172,10 @@ def reached(path):
     return found
 
 
-# Those that OptionParser itself and run() see to; their tests are in test_options.py.
+# Options that OptionParser and run_script() handle; their tests are in test_options.py.
 OF_THE_PARSER = {"config", "debug"}
 COMMANDS = SCRIPTS + [path for path in MODULES if path.stem == "__main__"]
-# What takes a second or more to import, which `--help` should not wait for.
+# Modules that take a second or more to import. `--help` should not wait for them.
 SLOW = {"torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "gguf"}
 # A script whose first word chooses the parser, with a word for each of them.
 FIRST_WORDS = {"eval": ["mmlu", "compare"]}

@@ -1,4 +1,4 @@
-"""k-means equals scikit-learn from the same centers, and is as good from its own seeds."""
+"""k-means equals scikit-learn from the same centers, and is as good with its own seeding."""
 
 import tracemalloc
 

@@ -1,4 +1,4 @@
-"""How rows say what is learned, and what cannot be expressed."""
+"""How rows mark the answers to learn, and which messages are refused."""
 
 import json
 
@@ -95,7 +95,7 @@ def test_a_call_without_arguments(template, arguments):
 
 
 def test_thoughts(template):
-    """They are learned behind the prompt that asks for them; an empty block carries no loss."""
+    """Thoughts are learned after the prompt that asks for them; an empty block carries no loss."""
     thought = chat({"content": "one", "reasoning_content": "hmm"}, {"content": "two"})
     texts = learned_texts(template, thought)
     assert texts == ["<think>\nhmm\n</think>\n\none<|im_end|>", "two<|im_end|>"]
@@ -131,7 +131,7 @@ def test_what_cannot_be_expressed_is_refused_by_name(template, answer, message):
         template.encode(chat(answer))
 
 
-def test_a_role_that_nobody_knows(template):
+def test_an_unknown_role(template):
     with pytest.raises(UserError, match=r"message 1 \(critic\): unknown role 'critic'"):
         template.encode([{"role": "critic", "content": "x"}])
 

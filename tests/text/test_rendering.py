@@ -1,4 +1,4 @@
-"""A chat template is code from a stranger: sandboxed, limited, and one line of error."""
+"""A chat template is code from a stranger: it is sandboxed and limited, and fails in one line."""
 
 import multiprocessing
 import os
@@ -34,14 +34,14 @@ def check_refused(template: str, match: str, line: int | None = None, **limits) 
     assert "\n" not in message.strip() and len(message) < 500
     if line:
         assert f"line {line}:" in message
-    with pytest.raises(TemplateError):  # again, in a new process if need be
+    with pytest.raises(TemplateError):  # again, in a new process if necessary
         render(renderer)
     assert renderer.render(HELLO, None, {"safe": True}, NOW)
     renderer.close()
 
 
 def guarded(template: str) -> str:
-    """A template that does harm unless `safe` is set."""
+    """A template that is harmful unless `safe` is set."""
     return "{% if safe %}fine{% else %}" + template + "{% endif %}"
 
 
@@ -209,7 +209,7 @@ COUNT = "{% for _ in range(count) %}{% for _ in range(99999) %}{% endfor %}{% en
 
 
 def counted(renderer: Renderer, count: int, begin: bool = False) -> list[str] | None:
-    """The render of COUNT, which takes as long as the number is high, or its beginning."""
+    """The render of COUNT, or its beginning. The time grows with the number."""
     act = renderer.begin if begin else renderer.render
     return act(HELLO, None, {"count": count}, NOW, [(None, {})])
 
@@ -257,7 +257,7 @@ class TestBegin:
 
 
 def render_in_child(renderer: Renderer, queue) -> None:
-    """In another process."""
+    """Render in another process."""
     queue.put((render(renderer), renderer.process_id))
 
 

@@ -26,7 +26,7 @@ def templates(shared_data, tmp_path_factory) -> dict[str, ChatTemplate]:
     found = {}
     for path in sorted((shared_data / "chat_templates").glob("*.jinja")):
         text = path.read_text(encoding="utf-8")
-        if "fireworks" not in path.stem:  # it wants more than messages
+        if "fireworks" not in path.stem:  # this template needs more than messages
             found[path.stem] = load("auto", build_checkpoint(base, text, folder / path.stem))
     controls = "<|im_start|><|im_end|><|start_header_id|><|end_header_id|><|eot_id|>[INST][/INST]"
     ours = build_checkpoint(base, controls, folder / "ours")

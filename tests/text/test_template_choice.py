@@ -1,4 +1,4 @@
-"""Where a template's text comes from: names, files, settings, and the template of a training."""
+"""Sources of a template's text: names, files, settings, and the template of a training."""
 
 import shutil
 

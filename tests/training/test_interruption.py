@@ -36,7 +36,7 @@ def saved_steps(tmp_path):
 
 
 def test_a_closed_terminal(standing_run, tmp_path):
-    """Whatever the run prints afterwards goes nowhere; the checkpoint is there."""
+    """The run discards its output from then on, and saves a checkpoint."""
     terminal, inside = pty.openpty()
     take_terminal = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
@@ -58,7 +58,7 @@ def test_a_closed_terminal(standing_run, tmp_path):
 
 
 def test_nohup():
-    """SIGHUP stays ignored, as nohup leaves it."""
+    """SIGHUP stays ignored, as nohup sets it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interruption() as interruption:
