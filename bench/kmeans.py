@@ -4,7 +4,7 @@
     python bench/kmeans.py --rows 4000 --width 256 --rounds 2         # quick
 
 Both sides use greedy k-means++ seeding and Lloyd steps with scikit-learn's tolerance. They take
-turns, each in a process of its own, so that a busy moment of the machine affects both. Memory is
+turns, each in a separate process, so that a busy moment of the machine affects both. Memory is
 the peak of the process, without what it held when the points were loaded.
 """
 

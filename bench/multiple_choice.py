@@ -44,7 +44,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def harness_requests(benchmark: Any, subjects: Sequence[Any], num_fewshot: int) -> list[Instance]:
-    """The four requests of each question, with the texts that the harness makes of a task."""
+    """The four requests of each question, with the texts that the harness builds from a task."""
     delimiter = benchmark.letter.format(letter="")
     requests = []
     for subject in subjects:

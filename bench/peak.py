@@ -174,7 +174,7 @@ def table_row(name: str, result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measure each setting in a process of its own, and write its row."""
+    """Measure each setting in a separate process, and write its row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=SETTINGS, help="measure only these settings")
     parser.add_argument("--setting", help=argparse.SUPPRESS)

@@ -5,7 +5,7 @@
     python bench/scaling.py --only LoRA   # only this line of the measured table
 
 Measured: tokens per second of train.py's own steps on rows of random tokens in float32, with
-torch's default number of threads, each setting in a process of its own; the best of the steps after
+torch's default number of threads, each setting in a separate process; the best of the steps after
 the first. Computed: the memory of Llama-3-8B on GPUs, with one option changed at a time.
 """
 

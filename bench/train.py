@@ -6,7 +6,7 @@
     python bench/train.py ... --sides minisft packed        # what --packing gains
 
 The sides train on the same rows, encoded by minisft, from the same random weights, each in a
-process of its own; they take turns. Only tokens without padding count, and only the second of two
+separate process; they take turns. Only tokens without padding count, and only the second of two
 epochs, when kernels are warm. Trainer runs with its defaults (float32, rows in random order) and at
 its best (the given type, rows grouped by length).
 

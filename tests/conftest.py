@@ -70,7 +70,7 @@ def as_flags(**flags):
 def command(*words, script="train.py", before=(), processes=1, **flags):
     """Run a script as a user would: command(*words, max_steps=2) -> subprocess.CompletedProcess.
 
-    `before` stands between the interpreter and the script. Without it the process is forked,
+    `before` comes between the interpreter and the script. Without it the process is forked,
     several as torchrun would start them.
     """
     words = [*map(str, words), *as_flags(**flags)]

@@ -1,4 +1,4 @@
-"""Scripts run as processes of their own, forked from one that has loaded torch already.
+"""Scripts run as separate processes, forked from one that has loaded torch already.
 
     done = run_script("train.py", ["--help"])
     done.returncode, done.stdout, done.stderr

@@ -17,7 +17,7 @@ LONG = re.compile(
     r"subprocess|Popen|Process|Server|run_script|fork|sync_playwright|launch|\w*compile\w*|"
     r"CompiledDecoder|Trainer|hypothesis|given|tracemalloc|measure|allocated"
 )
-# Such results depend on kernels. The name stands in the file of the test.
+# Such results depend on kernels. A numerical test's file contains one of these names.
 NUMBERS = re.compile(r"\b(assert_close|assert_allclose|approx)\(")
 
 

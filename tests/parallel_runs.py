@@ -26,7 +26,7 @@ BATCHES = {1: (8, 1), 2: (2, 2), 4: (1, 2)}
 
 
 def flags(processes, output_dir, *more, kind="fsdp"):
-    """[processes, words]: a run as fork_and_train.py wants it."""
+    """[processes, words]: a run as fork_and_train.py expects it."""
     batch_size, accumulation = BATCHES[processes]
     words = [
         *as_flags(

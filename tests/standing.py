@@ -60,7 +60,7 @@ def standing_still(function, calls, told, **values):
 
 
 def stand_still(told):
-    """Add a line to a file, then wait for a signal; what its handler raises is raised here."""
+    """Add a line to a file, then wait for a signal. An exception of its handler is raised here."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     # A signal that comes before the wait is in the pipe too, so that it is never missed.

@@ -1,4 +1,4 @@
-"""The flags of `chat.py`, and the prompts that they give.
+"""The flags of `chat.py`, and the texts of the prompts that they name.
 
 options = parse_options(["--model_name_or_path", "examples/base", "--system", "Be brief."])
 read_system(options)                                # "Be brief."

@@ -38,7 +38,7 @@ SAVE = """(text) => {
     link.download = "conversation.json";
     link.click();
 }"""
-# A name for the visitor that nobody can guess. It survives a reload of the tab.
+# A random name for the visitor, which others cannot guess. It survives a reload of the tab.
 VISITOR = """() => sessionStorage.visitor ||=
     Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-")"""
 # Copy text without the joiners of markup.py.

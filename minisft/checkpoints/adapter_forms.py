@@ -115,8 +115,8 @@ def refuse_untrainable(adapter: Adapter, use: str) -> None:
     if adapter.untrainable:
         raise UserError(
             f"{adapter.path.parent}: an adapter with {', '.join(adapter.untrainable)} cannot be "
-            f"{use}. Merge it into its base (export.py --format hf) and go on from the merged "
-            "folder."
+            f"{use}. Merge it into its base (export.py --format hf) and continue from the "
+            "merged folder."
         )
 
 
@@ -173,7 +173,7 @@ def adapter_tensors(adapter_dir: str | Path) -> dict[str, StoredTensor]:
 
 
 def _settle_tie(tensors: dict[str, StoredTensor], config: LoraConfig) -> None:
-    """Keep an output matrix in `tensors` only if the model needs one of its own. In place."""
+    """Keep an output matrix in `tensors` only if it must be separate. In place."""
     if {"embed_tokens", "lm_head"} & set(config.modules_to_save):
         return  # both are trained separately
     if OUTPUT in tensors:
@@ -227,7 +227,7 @@ def _decompose(
 
 
 def _add_bias(bias: StoredTensor, scaling: float, rows: Tensor, begin: int) -> Tensor:
-    """b + s b_B: lora_B has a bias of its own."""
+    """b + s b_B: lora_B has a bias, too."""
     return rows + scaling * bias.read(begin, begin + len(rows)).float().to(rows.device)
 
 

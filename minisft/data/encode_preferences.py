@@ -61,7 +61,7 @@ def encode_preferences(
 
 
 def unique_texts(texts: list[Example]) -> list[Example]:
-    """The texts without those that repeat the ids of an earlier text."""
+    """The texts, except repetitions of an earlier text's ids."""
     first_of = {}
     for text in texts:
         first_of.setdefault(text.ids.tobytes(), text)

@@ -13,7 +13,7 @@ class EncodeReport:
     num_truncated: int = 0
     num_dropped: int = 0  # truncated so far that no answer is left
     num_unlearned: int = 0  # all answers are marked as not supervised
-    num_split: int = 0  # each answer is an example of its own ...
+    num_split: int = 0  # each answer is a separate example ...
     num_from_split: int = 0  # ... and how many examples these rows make
     num_tools_as_text: int = 0  # the template does not support their tools or calls
     num_too_long: int = 0  # left out, because they may not be truncated

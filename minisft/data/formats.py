@@ -103,7 +103,7 @@ def parse_text(record: Any) -> str:
 def to_sharegpt(messages: Messages, tools: Tools = None) -> dict[str, Any]:
     """A conversation as a ShareGPT row: the inverse of parse_conversation.
 
-    Alpaca's input follows the instruction on a line of its own; tool calls become JSON text.
+    Alpaca's input follows the instruction on a separate line; tool calls become JSON text.
     """
     row: dict[str, Any] = {}
     turns = []
@@ -133,7 +133,7 @@ def to_sharegpt(messages: Messages, tools: Tools = None) -> dict[str, Any]:
 
 
 def has_single_answer(record: dict[str, Any]) -> bool:
-    """True if a preference row also has an answer of its own."""
+    """True if a preference row also has a single answer."""
     turns = record.get("conversations", record.get("messages"))
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         return ROLES.get(str(turns[-1].get("from", turns[-1].get("role")))) == "assistant"

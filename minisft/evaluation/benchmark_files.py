@@ -23,8 +23,8 @@ from minisft.common.lfs_pointers import refuse_pointer
 from minisft.evaluation.benchmarks import LETTERS, Benchmark, Question, Subject
 
 MAPPINGS = ("subject_mapping.json", "mapping.json")
-# What zipfile raises for a file that is damaged, truncated, encrypted or compressed in a way that
-# Python does not know.
+# The errors of zipfile for a file that is damaged, truncated, encrypted or compressed in a way
+# that Python does not support.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 
 

@@ -50,7 +50,7 @@ class Item:
 
 
 class Answer(TypedDict):
-    """What a model answered, as in results.json."""
+    """The answer of a model, as in results.json."""
 
     answer: str
     num_tokens: int

@@ -204,7 +204,7 @@ def judge_report(name: str, verdicts: dict[str, list[Verdicts]]) -> dict[str, An
 def cost_line(
     comparisons: Sequence[Comparison], price_in: float = 0.0, price_out: float = 0.0
 ) -> str:
-    """What judging costs at most. The prices are for a million tokens.
+    """A line with the maximum cost of judging. The prices are for a million tokens.
 
     The number of tokens is an estimate: a token for each Chinese character, and for every four
     bytes of other text.

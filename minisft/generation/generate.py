@@ -126,7 +126,7 @@ def generate_steps(
 def pad_left(
     prompts: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """(tokens (B, T), number of padded columns (B,)); None instead of it if there are none."""
+    """(tokens (B, T), number of padded columns (B,) or None without padding)."""
     T = max(map(len, prompts))
     rows = [[0] * (T - len(ids)) + list(ids) for ids in prompts]
     padding = torch.tensor([T - len(ids) for ids in prompts], device=device)

@@ -45,7 +45,7 @@ PROBES = (
 @dataclass(frozen=True)
 class Prompts:
     """chat_template: Jinja, or None. add_bos, add_space: llama.cpp puts BOS, or a space, before a
-    text. notes: what differs from the training."""
+    text. notes: differences from the training."""
 
     chat_template: str | None
     add_bos: bool

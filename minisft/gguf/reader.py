@@ -111,7 +111,7 @@ class _Header:
         return int.from_bytes(self.take(num_bytes), "little")
 
     def count(self, min_entry_bytes: int) -> int:
-        """The next number of entries, each of which takes at least so many bytes."""
+        """The next number of entries, of at least `min_entry_bytes` bytes each."""
         count = self.integer(8)
         if count * min_entry_bytes > self.end - self.position:
             raise _Damaged(

@@ -43,7 +43,7 @@ def train_fully(model: Model, names: Sequence[str]) -> None:
 
 
 def untie(model: CausalLM) -> None:
-    """Give the model an output matrix of its own, a frozen copy of the embedding. In place."""
+    """Replace a tied output matrix by a frozen copy of the embedding. In place."""
     embedding = model.model.embed_tokens.weight
     vocab_size, width = embedding.shape
     model.lm_head = Linear(width, vocab_size, bias=False, device="meta")

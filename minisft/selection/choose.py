@@ -43,7 +43,7 @@ class RowData:
 
     lengths: np.ndarray  # of the answers
     length_unit: str = "characters"
-    scores: dict[str, np.ndarray] = field(default_factory=dict)  # as read_scores gives them
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # from read_scores
     embeddings: np.ndarray = field(default_factory=no_numbers)  # (rows, D)
     perplexity: np.ndarray = field(default_factory=no_numbers)  # of the prompts
     match: np.ndarray = field(default_factory=no_numbers)  # row numbers of another selection

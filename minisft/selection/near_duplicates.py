@@ -1,4 +1,4 @@
-"""Near-duplicate texts: what select.py --dedup drops.
+"""Find near-duplicate texts, which select.py --dedup drops.
 
     near_duplicates(["Say hello!", "say  hello", "Say goodbye."], similarity=0.9)
     # array([False,  True, False])

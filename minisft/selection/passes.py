@@ -70,7 +70,7 @@ def too_long(ids: np.ndarray, max_length: int) -> str | None:
 def make_batches(passes: Sequence[Pass], batch_tokens: int) -> Iterator[list[Pass]]:
     """Batches of similar length, each of at most `batch_tokens` tokens, padding included.
 
-    A pass that is longer is a batch of its own.
+    A longer pass gets a batch for itself.
     """
     batch: list[Pass] = []
     for item in sorted(passes, key=lambda item: len(item.ids)):

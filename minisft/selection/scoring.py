@@ -53,7 +53,7 @@ class RowReader:
             return UserError(str(error))
 
     def tools_note(self, numbers: np.ndarray) -> str | None:
-        """A line for people if some of the first of these rows have tools that become text."""
+        """A note for the user if some of the first rows have tools that become text."""
         sample = [read_row(self.rows, int(number)) for number in numbers[:TOOLS_SAMPLE]]
         facts = self.scorer.template.facts
         changed = sum(

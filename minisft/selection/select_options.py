@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from minisft.common.command_line import OptionParser, non_negative_int, positive_float, positive_int
 from minisft.common.errors import UserError
 
-# What each strategy needs.
+# The inputs that each strategy needs.
 STRATEGIES = {
     "ifd": ("scores",),
     "ifd_ppl": ("scores",),

@@ -14,8 +14,8 @@ A chat template is Jinja text. Ids and mask follow from what it writes for the a
 
 The text begins with the prompt. The rest, up to and including the end-of-turn token, is supervised.
 Where every text also begins the next prompt, all answers share one example. Where it does not
-(Qwen3 leaves out earlier thoughts), each answer gets an example of its own, after the prompt that
-it has in use.
+(Qwen3 leaves out earlier thoughts), each answer gets its own example, after the prompt that it has
+in use.
 
 Prompt and answer are tokenised separately, so a prompt has the same ids in training and in use.
 """
@@ -50,8 +50,8 @@ class ChatTemplate:
     """A chat template with a tokenizer.
 
     text: Jinja. name: how messages call the template. enable_thinking: True for prompts that ask
-    for thoughts; by default only answers that have thoughts get such prompts. now: what the
-    template sees as date and time, in ISO format; by default the time of the call.
+    for thoughts; by default only answers that have thoughts get such prompts. now: the date and
+    time that the template sees, in ISO format; by default the time of the call.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ChatTemplate:
         """The ids before the answer to messages that end with a user's or a tool's turn."""
         conversation = self._prepare(messages, tools)
         if conversation.messages[-1]["role"] == "assistant":
-            raise UserError("a prompt ends with a user's or a tool's message, not the assistant's")
+            raise UserError("the last message must be a user's or a tool's, not the assistant's")
         text, spans = self._write(conversation, {"add_generation_prompt": True})
         # Cut where training cuts: at the earlier answers that this prompt begins with.
         try:
@@ -181,7 +181,7 @@ class ChatTemplate:
             return next((match.end for match in matches if match.start == stop), stop)
         inside = [match for match in matches if turn.answer <= match.start < len(turn.text)]
         usual = [match for match in inside if match.id == self.tokens.ids.get(self.facts.end or "")]
-        if usual or (inside and self.facts.end):  # a tool call may have an end of its own
+        if usual or (inside and self.facts.end):  # a tool call may have another end token
             return (usual or inside)[-1].end
         return len(turn.text.rstrip())
 

@@ -52,7 +52,7 @@ class ControlTokens:
     def spelled_by(self, written: Sequence[str], text: str) -> str | None:
         """A control token in `text` that one of the written strings may have spelled, or None.
 
-        A string may hold all of it, or its first or last characters.
+        A string may contain the token, or begin or end with a part of it.
         """
         for string in written:
             for match in self.find(string)[:1]:

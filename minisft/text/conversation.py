@@ -24,7 +24,7 @@ from minisft.text.tool_texts import calls_as_text, offer_tools
 
 @dataclass
 class Conversation:
-    """What a template renders.
+    """A conversation in the form that a template renders.
 
     learned: for every message, True if it is an answer to learn. spells_controls: True if a message
     might spell a control token.

@@ -225,9 +225,9 @@ def piece_bytes(piece: str) -> bytes:
 
 @cache
 def byte_of_character() -> dict[str, bytes]:
-    """The alphabet of byte-level BPE (GPT-2): which character stands for which byte.
+    """The alphabet of byte-level BPE (GPT-2): which character represents which byte.
 
-    A printable character stands for its own byte. The 68 other bytes are U+0100, U+0101, ...
+    A printable character represents its own byte. The 68 other bytes are U+0100, U+0101, ...
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -6,7 +6,7 @@
     )
     template.facts.end        # what the program does, see template_facts.py
 
-The program runs in a sandbox of its own, see rendering.py.
+The program runs in a sandbox, see rendering.py.
 """
 
 from collections.abc import Sequence
@@ -106,8 +106,8 @@ class JinjaTemplate:
         if spelled := self.tokens.spelled_by(written, text):
             raise UserError(
                 f"a message contains {spelled!r}, a control token of this tokenizer or a part of "
-                "one, and the template changes the message, so the message's text cannot be told "
-                "from the template's. Remove it from the row"
+                "one, and the template changes the message, so the message's text cannot be "
+                "separated from the template's. Remove it from the row"
             )
         return []
 

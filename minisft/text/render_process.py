@@ -151,7 +151,7 @@ def failure(error: Exception) -> dict[str, Any]:
         message = "it needs too much memory"
     elif isinstance(error, RecursionError | SyntaxError):  # SyntaxError: of Python's compiler
         message = "it is nested too deeply"
-    # Jinja gives the frames of a template the template's line numbers.
+    # In the frames of a template, Jinja reports the template's line numbers.
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
     message = " ".join(message[:MAX_MESSAGE].split())

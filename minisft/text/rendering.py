@@ -3,7 +3,7 @@
     renderer = Renderer(template)
     [text] = renderer.render(messages, tools=None, variables={"bos_token": "<s>"}, now=now)
 
-The template runs in a process of its own, `render_process.py`, which has limits on time and memory.
+The template runs in a separate process, `render_process.py`, which has limits on time and memory.
 """
 
 import json

@@ -50,14 +50,14 @@ class CallForm:
 
 
 class ThoughtMarks(NamedTuple):
-    """opening stands before thoughts, closing between thoughts and answer, without white space
+    """opening comes before thoughts, closing between thoughts and answer, without white space
     around them. A prompt that ends with `opening` has opened the thoughts itself."""
 
     opening: str
     closing: str
 
 
-# Of templates that show thoughts in the prompt for an answer only.
+# The marks of templates that show thoughts only in the prompt for an answer.
 COMMON_MARKS = (
     ThoughtMarks("<think>", "</think>"),
     ThoughtMarks("<|START_THINKING|>", "<|END_THINKING|>"),

@@ -39,7 +39,7 @@ def offer_tools(
     """The messages with descriptions of the tools at the end of the system prompt.
 
     default_system: the template's own system prompt; None if it has no place for one. Then the
-    tools stand before the first question.
+    tools come before the first question.
     """
     lines = "".join(["\n" + json.dumps(tool, ensure_ascii=False) for tool in tools])
     offer = OFFER.replace("{tools}", lines)

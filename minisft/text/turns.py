@@ -110,7 +110,7 @@ def where_they_part(prompt: str, text: str) -> str:
     place = len(commonprefix([prompt, text]))
     return (
         "the template's prompt is not the beginning of its conversation: after "
-        f"{prompt[max(0, place - 30) : place]!r} the prompt goes on with "
+        f"{prompt[max(0, place - 30) : place]!r} the prompt continues with "
         f"{prompt[place : place + 40]!r}, the conversation with {text[place : place + 40]!r}. So "
         "the answer cannot be learned after its prompt. --template_kwargs may change this; else "
         "choose another --template"

@@ -172,7 +172,7 @@ def without_content(lengths: list[int], num_supervised: int) -> Example:
 def measure_batches(
     examples: list[Example], batches: batching.Batches, options: Namespace, num_processes: int
 ) -> tuple[tuple[int, int], Epoch]:
-    """(tokens and supervised tokens of the largest micro-batch, the epoch) as training makes them.
+    """(tokens and supervised tokens of the largest micro-batch, the epoch), batched as in training.
 
     batches: the batches of all rows; the examples may be a part of these rows.
     """

@@ -183,7 +183,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def output_module(model: Model) -> nn.Module:
-    """The module that gives the logits, or the reward."""
+    """The module that computes the logits, or the reward."""
     if isinstance(model, RewardModel):
         return model.score
     return model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
@@ -218,7 +218,7 @@ def gathered_gradient_bytes(model: Model, step: Step) -> int:
 
 
 def layer_bytes_per_token(model: Model, step: Step) -> int:
-    """What autograd keeps of one layer for each token.
+    """The bytes of one layer that autograd keeps for each token.
 
     An operation keeps what its gradient needs. A sum needs nothing; a product needs both factors,
     but a linear module with a frozen weight does not need its input.

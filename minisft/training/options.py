@@ -99,7 +99,7 @@ def _add_preference_flags(add: Add, switch: Add) -> None:
 
 def _add_optimizer_flags(add: Add, switch: Add) -> None:
     add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the rows")
-    add("--max_steps", type=positive_int, help="stop after N optimizer steps instead")
+    add("--max_steps", type=positive_int, help="stop after N optimizer steps instead of epochs")
     batch_size = "rows of a micro-batch"
     add("--per_device_train_batch_size", type=positive_int, default=8, help=batch_size)
     accumulation = "micro-batches of an optimizer step"
@@ -111,7 +111,7 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
     end = "final learning rate of the polynomial schedule"
     add("--lr_end", type=non_negative_float, default=0.0, help=end)
     add("--warmup_ratio", type=fraction, default=0.03, help="share of the steps for warm-up")
-    add("--warmup_steps", type=non_negative_int, help="number of steps for warm-up, instead")
+    add("--warmup_steps", type=non_negative_int, help="steps of warm-up, instead of a share")
     add(
         "--weight_decay",
         type=non_negative_float,

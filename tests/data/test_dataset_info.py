@@ -1,4 +1,4 @@
-"""What --dataset may name: the real registry, every key of an entry, and the hub."""
+"""The names that --dataset accepts: the real registry, every key of an entry, and the hub."""
 
 import hashlib
 import json

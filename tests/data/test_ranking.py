@@ -1,4 +1,4 @@
-"""Rows with several answers: every layout, what is learned of them, and mistakes in them."""
+"""Rows with several answers: every layout, the supervised tokens, and mistakes."""
 
 import json
 

@@ -346,7 +346,7 @@ def test_stream_and_inference_drop_old_turns_and_warn(tiny_chat_model_dir):
         ),
         ([SYSTEM], "at least one user message"),
         ([], "at least one user message"),
-        ([user("a"), {"role": "assistant", "content": "b"}], "a prompt ends with a user's"),
+        ([user("a"), {"role": "assistant", "content": "b"}], "the last message must be a user's"),
         ([{"role": "nobody", "content": "b"}], "message 1 .nobody.: unknown role"),
         ([{"content": "b"}], "message 1 .None.: unknown role"),
         ([user(None)], "the message is empty"),

@@ -165,7 +165,7 @@ def test_published_story(stories, shared_data):
     sampling = Sampling(max_new_tokens=256, greedy=True)
     bos = published[:1]
     assert bos + list(stream(stories, bos, sampling)) == published
-    # In a batch with longer prompts too, and going on from the middle of the story.
+    # Also in a batch with longer prompts, and continuing from the middle of the story.
     answers = generate(stories, [bos, published[:100], published[:50]], sampling)
     assert bos + answers[0] == published
     assert published[:100] + answers[1][:157] == published

@@ -133,7 +133,7 @@ def test_a_chunk_has_as_many_logits_for_any_vocabulary(vocab_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_memory_saving_losses_equal_the_plain_ones(frozen_head, dtype, size):
-    """Equal values, gradients and types, where every token has a weight of its own."""
+    """Equal values, gradients and types, if every token has its own weight."""
     generator = torch.Generator().manual_seed(1)
     states, weights = (torch.randn(*shape, generator=generator) for shape in ((30, 32), (30,)))
     targets = torch.randint(0, 96, (30,), generator=generator)

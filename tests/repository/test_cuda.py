@@ -236,7 +236,7 @@ def decoder():
     [Sampling(40, greedy=True), Sampling(40, temperature=1.3, seed=4, repetition_penalty=1.1)],
 )
 def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
-    """Conversations in turn, each in a cache with a graph of its own, also from another thread."""
+    """Conversations take turns, each with its own cache and graph, also from another thread."""
     model = decoder.model
     caches = [decoder.new_cache() for _ in range(2)]
     prompts, answers = [[1, 5, 9], [1, 7, 8, 9, 10, 11]], []
@@ -252,7 +252,7 @@ def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
             [[one for one in row if one is not None] for row in zip(*steps, strict=True)]
         )
         for cache in caches:
-            cache.truncate(2)  # the next turn goes on from there
+            cache.truncate(2)  # the next turn continues from there
 
     for _ in range(2):
         answer()

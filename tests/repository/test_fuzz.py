@@ -96,7 +96,7 @@ class Hang(BaseException):
     """An example that took too long."""
 
 
-# What is mutated
+# The files to mutate
 
 
 def make_model(**changes):

@@ -23,7 +23,7 @@ ORDER = (
     "model",
     "common",
 )
-# Folders that stand side by side in docs/house.md.
+# Folders that are side by side in docs/house.md.
 APART = [
     {"chat", "evaluation"},
     {"chat", "training"},
@@ -68,7 +68,7 @@ def test_imports_between_folders_go_down():
     assert not wrong
 
 
-# What requirements.txt and the extras name, and two that come with tokenizers and gradio.
+# The packages of requirements.txt and the extras, and two that come with tokenizers and gradio.
 RUNTIME = [ROOT / "requirements.txt"]
 RUNTIME += [ROOT / "requirements" / f"{extra}.txt" for extra in ("plot", "eval", "web")]
 LIBRARIES = {"huggingface_hub", "starlette"} | {
@@ -101,8 +101,8 @@ def used_options(trees):
     """The options that code does something with, beyond storing and checking them.
 
     `options.name` and `run.options.name` are looked for, and `getattr(options, flag)` in functions
-    that spell the name. What parse_options and check_options read does not count, nor what goes
-    into a variable or attribute that nothing reads.
+    that spell the name. Reads in parse_options and check_options do not count, nor do variables or
+    attributes that nothing reads.
     """
     read, used, stored = set(), set(), []
     for tree in trees:

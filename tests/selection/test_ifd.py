@@ -237,7 +237,7 @@ def test_markers(shared_data, name):
 
 
 def test_a_marker_without_tokens(tmp_path):
-    """Nothing would predict the first token of an answer that stands alone."""
+    """Without a marker, nothing would predict the first token of an answer."""
     vocabulary = {"</s>": 0, "<unk>": 1, "the": 2, "cat": 3}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

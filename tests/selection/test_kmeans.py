@@ -62,7 +62,7 @@ def test_distances(offset):
     centers = points[:3] + 1
     space = CenteredPoints(points)
     expected = np.square(points.astype(float) - centers[:, None]).sum(2)
-    # A float32 at 3000 has steps of 2.4e-4: what the centers lose when the mean is taken off.
+    # A float32 at 3000 has steps of 2.4e-4: subtracting the mean costs the centers this precision.
     np.testing.assert_allclose(space.distances(centers - space.mean), expected, rtol=1e-4)
 
 

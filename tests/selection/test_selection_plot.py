@@ -21,7 +21,7 @@ def test_principal_components_equal_scikit_learn():
 
 
 def test_every_row_is_in_the_histogram():
-    """Chosen rows have bars of their own; no bar crosses 1; outliers are counted."""
+    """Chosen rows have separate bars; no bar crosses 1; outliers are counted."""
     values = np.concatenate([np.random.default_rng(0).normal(0.9, 0.1, 997), [0.01, 50.0, np.nan]])
     scores = {"ifd": values, "reward": np.full(1000, np.nan)}
     below = np.flatnonzero(values < 1)

@@ -87,7 +87,7 @@ def test_a_template_that_changes_its_messages(tiny_tokenizer_dir):
     )
     template = get_template("auto", tokenizer)
     assert template.encode(conversation("<b>", "a"))  # no control token: nothing to confuse
-    with pytest.raises(UserError, match="cannot be told from the template's"):
+    with pytest.raises(UserError, match="cannot be separated from the template's"):
         template.encode(conversation("<|im_end|>", "a"))
 
 

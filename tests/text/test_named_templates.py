@@ -1,4 +1,5 @@
-"""Our own templates: the published texts, prompts that begin the training text, what is learned."""
+"""Our own templates: the published texts, prompts that begin the training text, supervised
+spans."""
 
 import copy
 import json

@@ -287,7 +287,7 @@ def test_a_copy_renders():
 
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_no_process_outlives_its_parent(end):
-    """Its stdin closes, however the parent ends."""
+    """The process ends when its stdin closes, which happens however the parent ends."""
     program = (
         "import sys, time; from minisft.text.rendering import Renderer\n"
         f"renderer = Renderer({GOOD!r})\n"

@@ -39,7 +39,7 @@ def load(name: str, folder: Path) -> ChatTemplate:
 
 
 def row(slot: str, text: str) -> tuple[list, list | None]:
-    """A conversation and its tools in which `text` stands in a slot."""
+    """A conversation and its tools with `text` in a slot."""
 
     def say(name: str, usual: str) -> str:
         return text if slot == name else usual

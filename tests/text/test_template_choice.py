@@ -16,7 +16,7 @@ QUESTION = [{"role": "user", "content": "Hi"}]
 
 
 def test_default_system_prompt(shared_data, tmp_path):
-    """It is written into the text, so that other programs render it as well."""
+    """The system prompt is written into the text, so that other programs render it as well."""
     question, tail = QUESTION, "<|im_start|>user\nHi<|im_end|>\n"
     qwen = load_tokenizer(shared_data / QWEN)
     assert "You are Qwen" in get_template("auto", qwen).render(question)

@@ -454,7 +454,7 @@ def test_a_finished_run_without_checkpoints_is_not_restarted(flags, tmp_path):
 
 
 def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
-    """It would be saved as the result and replace a later one."""
+    """That checkpoint would be saved as the result and replace a later one."""
     flags = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 4, "--max_steps"]
     assert command(*flags, 6).returncode == 0
     before = final(tmp_path / "out")

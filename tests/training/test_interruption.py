@@ -16,7 +16,7 @@ from minisft.training.interruption import SIGNALS, Interruption
 
 @pytest.fixture
 def standing_run(checkpoint, rows_file, tmp_path):
-    """The words of a run of six steps that stands still in its fourth until a signal comes."""
+    """The words of a run of six steps that pauses in its fourth until a signal comes."""
     words = [
         sys.executable,
         *standing_still("train:train_step", [4], tmp_path / "told"),

@@ -20,7 +20,7 @@ CONFIG = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-# Ours has the warm-up with any schedule; theirs has a name of its own for this one with it.
+# Our schedules all have a warm-up; transformers calls the constant one with warm-up differently.
 THEIRS = {"constant": "constant_with_warmup"}
 
 

@@ -375,7 +375,7 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, here):
 
 
 def test_the_reference_has_a_copy_of_an_adapter_that_is_trained_on():
-    """It copies no new adapter, which changes nothing yet."""
+    """The reference does not copy a new adapter, which changes nothing yet."""
     model = CausalLM(ModelConfig.from_dict(SHAPE))
     add_lora(model, LoraConfig(rank=5))
     words = ["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-", "--stage", "dpo"]

@@ -142,7 +142,7 @@ def their_rows(examples):
 
 
 def their_log(stage, model, reference, options, examples, tokenizer_dir, loss):
-    """What trl's trainer logs for every step on exactly the rows that ours take."""
+    """The log of trl's trainer for every step on the rows of our steps."""
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_dir / "tokenizer.json"), pad_token="<s>", eos_token="</s>"
     )
@@ -528,7 +528,8 @@ def test_reference_precomputed_or_computed_in_each_step(checkpoint, pairs_file, 
 def test_a_resumed_run_computes_only_what_is_new(
     checkpoint, pairs_file, tmp_path, here, monkeypatch
 ):
-    """It computes new evaluation rows with the initial model. A refused run computes nothing."""
+    """A resumed run computes new evaluation rows with the initial model. A refused run computes
+    nothing."""
     words = words_of(
         checkpoint,
         pairs_file,
