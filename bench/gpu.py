@@ -63,7 +63,7 @@ OURS = ("bench.gpu_stages", "minisft.training.run", "torch._dynamo")
 PEER = (*OURS, "transformers.models.llama.modeling_llama")
 TRAINER = (*PEER, "transformers.trainer", "peft")
 STAGES = {  # in the order of the run
-    "limits": Stage("limits", 60),  # most of it is the first import of torch, from a cold disk
+    "limits": Stage("limits", 60),  # most of the time: the first import of torch, from a cold disk
     "tests": Stage("", 90),
     "tinyllama lora": Stage("training", 75, TRAINER, ("tinyllama", "lora")),
     "llama3-8b lora": Stage("training", 90, TRAINER, ("llama3-8b", "lora")),

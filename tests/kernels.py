@@ -24,7 +24,7 @@ for one in threadpoolctl.threadpool_info():
     if one["internal_api"] == "openblas":
         print("OpenBLAS:", one["architecture"])
 """
-# Lines of the libraries' own reports of what they computed and how.
+# Lines in which the libraries report their computations.
 REPORTS = {
     "oneDNN": r"onednn_verbose,v1,info,cpu,isa:(.*)",
     "oneDNN float32": r"onednn_verbose,v1,primitive,exec,cpu,inner_product,([^,]*),",

@@ -63,8 +63,8 @@ class Server:
 
     def log_probabilities(self, ids, vocab_size):
         """The log-probability of every token (V,) as the next one after `ids`."""
-        # The server reports none where the token it takes is part of a character, so have it take
-        # one that is not; what it reports is from before such a bias.
+        # The server reports no log-probabilities if the chosen token is part of a character. So
+        # force another token; the reported values do not include this bias.
         whole = [[self.tokenize("the")[-1], 1e6]]
         answer = self.complete(ids, 1, n_probs=vocab_size, logit_bias=whole)
         values = np.full(vocab_size, np.nan)

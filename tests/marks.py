@@ -29,7 +29,7 @@ def compares_numbers(item):
 def takes_long(item, known):
     """True if a test, or anything in tests/ that it uses, contains a name in LONG.
 
-    known: functions and classes that have been looked at; it saves looking twice.
+    known: a cache of the results for functions and classes.
     """
     fixtures = [
         definition.func
@@ -40,11 +40,11 @@ def takes_long(item, known):
 
 
 def is_long(thing, known):
-    names = {*vars(thing)}  # hypothesis leaves its mark there
+    names = {*vars(thing)}  # hypothesis marks tests there
     thing = inspect.unwrap(thing)
     if thing in known:
         return known[thing]
-    known[thing] = False  # for the moment: functions may use each other
+    known[thing] = False  # until the result is known: functions may use each other
     if inspect.isclass(thing):
         names = {base.__name__ for base in thing.__mro__}
         used = vars(thing).values()

@@ -67,7 +67,7 @@ def write_bases(folder, tokenizer_dir):
 
 
 def train_forked(folder, plan):
-    """Carry out the runs in `folder`."""
+    """Run the training runs in `folder`."""
     (folder / "runs.json").write_text(json.dumps(list(plan)))
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "fork_and_train.py", "runs.json"],

@@ -23,7 +23,7 @@ from minisft.text.tokenizer import Tokenizer
 SCRIPT = ROOT / "chat.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8"}
 PROMPT = "\033[1;32m>\033[0m "
-ENTERED = "\r\n\033[?2004l\r"  # a line has been read; what is pasted is no longer marked as such
+ENTERED = "\r\n\033[?2004l\r"  # a line has been read; pasted text is no longer marked
 GREEDY = ["--dtype", "float32", "--device", "cpu", "--greedy"]
 TOKEN = "minisft.model.decoder:CausalLM.logits"  # called for every token of an answer
 
@@ -77,7 +77,7 @@ def test_one_question_prints_the_answer_only(tiny_chat_model_dir, oracle):
     assert (status, answer) == (0, expected + "\n")
     status, answer, _ = chat(
         tiny_chat_model_dir, *flags, "--prompt", "-", input="\ufeffthe cat 你好"
-    )  # as some editors begin a file
+    )  # some editors begin a file like this
     assert (status, answer) == (0, expected + "\n")
 
 
@@ -417,12 +417,12 @@ def test_a_crash_loses_nothing_of_the_transcript(tiny_chat_model_dir, oracle, tm
 
 
 class Terminal:
-    """chat.py on a terminal of its own: press keys, wait for what appears."""
+    """chat.py in its own terminal: press keys, wait for output."""
 
     def __init__(self, *arguments, output=None, standing=()):
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
-            # Whoever started the tests in the background has had Ctrl-C ignored.
+            # If the tests were started in the background, Ctrl-C is ignored.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if output:
                 os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)

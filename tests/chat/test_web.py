@@ -1,4 +1,4 @@
-"""page.py and web.py: what a Page does, how it is served, and how it behaves in a real browser."""
+"""page.py and web.py: the actions of a Page, its server, and its behaviour in a real browser."""
 
 import contextlib
 import http.client
@@ -256,7 +256,7 @@ def test_markup_is_shown_and_all_else_is_left_alone():
     ):
         assert escape(f"<i>\n{code}") == f"<{JOINER}i>\n{code}"
     assert escape("```\n<b>\n```\n<i>") == f"```\n<b>\n```\n<{JOINER}i>"
-    assert escape("`<b>\n`") == f"`<{JOINER}b>\n`"  # no code over a line's end
+    assert escape("`<b>\n`") == f"`<{JOINER}b>\n`"  # no code span across a line's end
     assert escape("```a`b <i>") == f"```a`b <{JOINER}i>"  # no fence has a backtick behind it
 
 
@@ -489,8 +489,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, served):
-    """A function that opens the page as another visitor; a request to another machine fails the
-    test."""
+    """A function that opens the page as another visitor and forbids requests to other machines."""
     contexts, hosts = [], set()
 
     def visit():

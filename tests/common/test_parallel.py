@@ -1,4 +1,4 @@
-"""Several processes under torchrun: when one fails, one process prints why and all end.
+"""Several processes under torchrun: when one fails, one process prints the reason and all end.
 
 test_train.py checks that 1, 2 and 3 processes train alike.
 """
@@ -94,7 +94,7 @@ def status_of_failing(reason, printed):
 
 def test_only_the_first_process_to_fail_prints_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("os._exit", sys.exit)
-    monkeypatch.setattr(failure, "PATIENCE", 0)  # the first to fail is this process, which goes on
+    monkeypatch.setattr(failure, "PATIENCE", 0)  # this process fails first, and continues
     printed = []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()

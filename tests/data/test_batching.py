@@ -70,7 +70,7 @@ class TestSteps:
             assert len(steps) == -(-3003 // 16) and {len(step) for step in steps} <= {15, 16}
         assert epochs[0] != epochs[1]
         first, second = ({frozenset(step) for step in steps} for steps in epochs)
-        assert len(first & second) < 0.1 * len(first)  # other rows meet, too
+        assert len(first & second) < 0.1 * len(first)  # other rows share a step, too
         assert rows_of(epoch_of(Batches(EXAMPLES, as_they_are, seed=1), 16, 1)) == epochs[1]
         assert rows_of(epoch_of(Batches(EXAMPLES, as_they_are, seed=2), 16, 1)) != epochs[1]
 
@@ -202,8 +202,7 @@ os.register_at_fork(after_in_child=begin)
         ],
     )
     def test_workers_end_with_a_killed_parent(self, begins):
-        """Also while they hold windows that are not read, and if the parent ends before they
-        start."""
+        """Also while they hold unread windows, and if the parent ends before they start."""
         program = (
             "import multiprocessing, os, signal, sys, time\n"
             "sys.path[:0] = ['.', 'tests', 'tests/data']\n"

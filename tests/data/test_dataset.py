@@ -1,4 +1,4 @@
-"""Reading data: every format by hand-written expectations, broken rows, and the real files."""
+"""Reading data: every format against hand-written results, broken rows, and the real files."""
 
 import json
 import os
@@ -88,8 +88,7 @@ class TestFormats:
         ]
 
     def test_messages_as_data_sets_spell_them(self, tmp_path):
-        """Parts of text, legacy calls, results as objects, thoughts, and marks of what is
-        learned."""
+        """Parts of text, legacy calls, results as objects, thoughts, and learning marks."""
         record = {
             "messages": [
                 {"role": "developer", "content": "S"},

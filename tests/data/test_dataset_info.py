@@ -25,8 +25,7 @@ def messages_of(*arguments, **options):
 
 class TestRealRegistry:
     def test_every_entry_whose_file_is_there(self, shared_data):
-        """Every entry loads the rows that json reads from its file, or the error names the kind of
-        data."""
+        """Every entry loads the rows of its file, or the error names the kind of data."""
         folder, seen = shared_data / "instruct", []
         for name, entry in json.loads((folder / "dataset_info.json").read_text()).items():
             path = folder / entry.get("file_name", "")

@@ -198,7 +198,7 @@ def test_a_broken_row_is_named_or_left_out(tmp_path):
     ],
 )
 def test_sft_learns_the_single_answer_of_a_preference_row(tmp_path, prompt, answer):
-    """A note says that the ranked answers are not read. A row without a single answer is
+    """A note says that the other answers are not read. Without a single answer the row is
     refused."""
     compared, said = {"chosen": "3", "rejected": "4"}, []
     path = tmp_path / "pairs.json"
@@ -339,8 +339,7 @@ def test_only_the_answers_are_learned(name, shared_data, tiny_tokenizer_dir):
 
 
 def test_long_rows(tiny_tokenizer_dir, tmp_path):
-    """A long answer is truncated, or with `drop_long` the row is left out. The report counts
-    both."""
+    """A long answer is truncated, or `drop_long` leaves the row out. The report counts both."""
     template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
     rows = [{**PROMPT, "chosen": "3" * length, "rejected": "4"} for length in (5, 50, 5)]
     rows.append({"prompt": "Add." * 20, "chosen": "3", "rejected": "4"})

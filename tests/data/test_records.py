@@ -13,7 +13,7 @@ from minisft.data.dataset import load_rows, open_rows
 
 
 class TestRows:
-    """Rows read by offset are the rows of the file read whole."""
+    """Rows read by offset are the rows of the complete file."""
 
     @pytest.fixture
     def lines(self, tmp_path):

@@ -149,7 +149,7 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
     for batch_size in (1, 3, 8):
         found = log_likelihoods(load_model(folder), made, batch_size)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
-    if template:  # the letter comes where the model learned to write it
+    if template:  # the letter has the position at which the model learned to write it
         message = {
             "role": "user",
             "content": BENCHMARKS["ceval"].heading.format(subject="cats")

@@ -1,4 +1,4 @@
-"""assistant.py: turns answered as by transformers, within the context, without repeated work."""
+"""assistant.py: answers equal transformers', stay within the context, and repeat no work."""
 
 import json
 import shutil
@@ -175,7 +175,7 @@ def test_answer_ends_at_the_context_length(tiny_chat_model_dir):
     assert len(assistant.template.encode_prompt(messages)) + len(pieces) - 1 == 60
     assert answer.is_truncated and answer.num_tokens == len(pieces) - 1
     ((ids, cache),) = assistant.caches._kept
-    assert len(ids) == cache.length == 59  # the last token has not been through the model
+    assert len(ids) == cache.length == 59  # the model has not computed the last token
     assistant.stop_ids = set(range(300))
     answer = assistant.stream(messages, GREEDY)
     assert "".join(answer) == "" and not answer.is_truncated
@@ -209,7 +209,7 @@ def test_adapter_answers_like_the_merged_model(assistant, tiny_chat_model_dir, t
     reference = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32")
     reference.model = merged
     assert answer == answer_of(reference, messages) != answer_of(assistant, messages)
-    # In bfloat16 every parameter is, so that nothing is converted again for every token.
+    # Every parameter is in bfloat16, so nothing is converted for every token.
     low = Assistant(tiny_chat_model_dir, tmp_path, device="cpu", dtype="bfloat16")
     assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
     assert answer_of(low, messages)
@@ -461,7 +461,7 @@ def test_turns_go_by_the_order_of_asking():
     for one in threads:
         one.join(HANG_SECONDS)
     assert order == [0, 1, 2] * 3
-    turns.__enter__()  # as if Ctrl-C had come between entering and what follows
+    turns.__enter__()  # as if Ctrl-C had come right after __enter__
     with turns:
         pass
     assert not turns._waiting
@@ -495,8 +495,7 @@ def test_alternating_conversations_compute_only_new_tokens(tiny_chat_model_dir):
 
 @torch.inference_mode()
 def test_caches_keep_the_latest_and_return_the_longest_prefix():
-    """A prefix that another conversation uses is copied. The numbers below stand for keys and
-    values."""
+    """A prefix that another conversation uses is copied. Numbers represent keys and values here."""
     config, made = ModelConfig.from_dict(CONFIG), []
     caches = Caches(lambda: made.append(KeyValueCache(config)) or made[-1], limit=2)
 
@@ -518,7 +517,7 @@ def test_caches_keep_the_latest_and_return_the_longest_prefix():
     assert keep(first[:4] + [9]) == 4  # a copy; the one that was not used for longest goes
     assert keep(second + [5, 6]) == 12 and keep(first) == 4
     assert keep([7, 8]) == 0 and keep(first) == 10 and keep(first[:6] + [9]) == 6
-    assert len(made) == 2  # no more than are kept: it was copied over what had been [7, 8]
+    assert len(made) == 2  # at the limit: the copy replaced the cache of [7, 8]
     one = Caches(partial(KeyValueCache, config), limit=1)
     one.take(first)
     one.give_back(first, caches.take(first))
@@ -555,8 +554,7 @@ def test_adapter_and_base_share_weights(bits, tiny_chat_model_dir, tmp_path):
 
 
 def test_quantisation_scales_stay_in_float32_with_an_adapter(tiny_chat_model_dir, tmp_path):
-    """Converting the adapter must not convert the scales: rounding them would change every
-    weight."""
+    """Converting the adapter must not convert the scales, which would change every weight."""
     model, lora = load_model(tiny_chat_model_dir), LoraConfig(rank=2)
     add_lora(model, lora)
     save_adapter(model, tmp_path, lora, tiny_chat_model_dir)
@@ -570,8 +568,7 @@ def test_quantisation_scales_stay_in_float32_with_an_adapter(tiny_chat_model_dir
 
 
 def test_auto_takes_the_template_of_the_training(tiny_chat_model_dir, tmp_path):
-    """The template that train.py recorded with an adapter or model wins over the checkpoint's
-    own."""
+    """The template that train.py recorded wins over the checkpoint's own."""
     folder = tmp_path / "trained"
     shutil.copytree(tiny_chat_model_dir, folder)
     assert Assistant(folder).template.name == "auto"  # the checkpoint's own

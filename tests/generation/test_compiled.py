@@ -106,7 +106,7 @@ def test_answers_equal_the_plain_model_and_nothing_is_compiled_twice(assistants,
     compiled.model.register_forward_pre_hook(lambda *_: steps.append(0))
     try:
         thread = threading.Thread(target=lambda: answers.extend(converse(compiled, sampling)))
-        thread.start()  # as on the web page: not the thread that has compiled
+        thread.start()  # another thread than the one that compiled, as on the web page
         thread.join(HANG_SECONDS)
     finally:
         compiled.decoder.step = step

@@ -49,7 +49,7 @@ def pair(request, tmp_path_factory):
     torch.manual_seed(7)
     config = getattr(transformers, name)(**SIZES, **extra)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    # Noise on what starts as zero or one (biases, norms), so that it counts.
+    # Noise on biases and norms, which start as zeros and ones and would hide errors.
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim == 1:
@@ -143,8 +143,7 @@ def test_padded_batch_equals_single_prompts_and_no_cache(pair, sampling):
     ids=["greedy", "sampled"],
 )
 def test_scores_are_mean_log_probabilities_of_the_chosen_tokens(pair, sampling):
-    """The oracle is transformers' model on the sequence; the limits truncate each row
-    separately."""
+    """The oracle is transformers' model on the sequence; limits truncate each row separately."""
     theirs, ours = pair
     stop_ids = {generate(ours, PROMPTS, sampling)[1][6]}
     unlimited = generate(ours, PROMPTS, sampling, stop_ids)

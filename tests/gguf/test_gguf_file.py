@@ -1,4 +1,4 @@
-"""Damaged, hostile and unknown GGUF files: one line of error, before memory is taken."""
+"""Damaged, hostile and unknown GGUF files: one line of error, before memory is allocated."""
 
 import random
 import struct

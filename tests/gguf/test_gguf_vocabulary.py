@@ -193,8 +193,7 @@ def check_prompts(folder, template, conversations=CONVERSATIONS, answers=True, *
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_our_templates_with_sentencepiece(name, legacy, small_sentencepiece):
-    """The tokenizer adds a space after every control token (`legacy`), or before the first text
-    only."""
+    """The tokenizer adds a space after every control token (`legacy`), or only at the start."""
     control = control_tokens((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
     control = [token for token in control if "INST" not in token]  # text in Llama 2
     folder = small_sentencepiece(control, legacy=legacy)

@@ -1,4 +1,4 @@
-"""Bad input, through the scripts: one clear line, exit status 2, nothing written or lost."""
+"""Bad input to the scripts: one clear line, exit status 2, nothing written or lost."""
 
 import importlib
 import json

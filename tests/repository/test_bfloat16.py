@@ -177,8 +177,7 @@ NEAR = {"loss": 5e-3, "grad_norm": 0.05, "update": 0.04}
 
 
 def differences(first, second, start):
-    """The largest relative differences of the losses and the norms of two runs; and of their
-    updates."""
+    """The largest relative differences between two runs: losses, norms, updates."""
     found = {}
     for figure in ("loss", "grad_norm"):
         pairs = zip(logged(first), logged(second), strict=True)

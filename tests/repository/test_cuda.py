@@ -1,7 +1,7 @@
 """On a GPU: the same numbers as on the CPU, up to rounding. Skipped without a GPU.
 
 GPU time is short, so the whole file takes less than 90 seconds: training runs in this process,
-where CUDA is initialised once, and what has to compile comes last.
+where CUDA is initialised once, and tests that compile come last.
 """
 
 import copy
@@ -204,7 +204,7 @@ def test_every_way_to_prefer_learns(extra, checkpoint, here, tmp_path):
 
 
 def assert_compiled_layers_learn_the_same(here, checkpoint, rows_file, folder, *extra):
-    torch._dynamo.reset()  # a function is compiled only so often in a process
+    torch._dynamo.reset()  # a process compiles a function only a few times
     flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, *extra]
     plain = losses_of(here, *flags, output_dir=folder / "plain")
     compiled = losses_of(here, *flags, "--compile", output_dir=folder / "compiled")

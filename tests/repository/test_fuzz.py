@@ -216,7 +216,7 @@ def make_run(folder):
     )
 
 
-# How it is put to use
+# How the files are used
 
 
 def use_checkpoint(folder):
@@ -305,7 +305,7 @@ USES = {
 }
 
 
-# How it is mutated
+# How the files are mutated
 
 NASTY = [
     None,
@@ -360,7 +360,7 @@ def mutate_bytes(content, generator):
     for _ in range(generator.choice([1, 1, 2, 8])):
         at = generator.randrange(len(content) + 1)
         end = min(len(content), at + generator.choice([1, 2, 8, 100]))
-        how = generator.choice([0, 1, 2, 3, 4, 5, 5, 5, 5])  # rather small ones
+        how = generator.choice([0, 1, 2, 3, 4, 5, 5, 5, 5])  # mostly small ones
         if how == 0:
             del content[at:]
         elif how == 1:
@@ -454,7 +454,7 @@ def test_works_or_reports_the_error(kind, files, limits, tmp_path, tiny_tokenize
     for name, content in sound.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    USES[kind](folder)  # as it is, it works
+    USES[kind](folder)  # without a mutation, it works
     outcomes, peak = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @settings(

@@ -1,4 +1,4 @@
-"""The house: imports go down, scripts start fast, every flag has a reader, types are stated."""
+"""The house: imports go down, scripts start fast, every flag is used, signatures have types."""
 
 import ast
 import re
@@ -98,7 +98,7 @@ PARSING = ("parse_options", "check_options", "parse_choice_options", "parse_comp
 
 
 def used_options(trees):
-    """The options that code does something with, beyond storing and checking them.
+    """The options that code uses, beyond storing and checking them.
 
     `options.name` and `run.options.name` are looked for, and `getattr(options, flag)` in functions
     that spell the name. Reads in parse_options and check_options do not count, nor do variables or

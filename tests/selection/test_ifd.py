@@ -35,7 +35,7 @@ class Urn:
 
     def __call__(self, tokens, cache=None):
         counts = torch.nn.functional.one_hot(tokens, self.vocab_size).cumsum(1).float()
-        if cache is not None:  # it holds the counts so far, of each row
+        if cache is not None:  # the counts so far, for each row
             if cache.pairs[0]:
                 assert len(cache.pairs[0][0]) == len(tokens)
                 counts += cache.pairs[0][0][:, None]

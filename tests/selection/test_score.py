@@ -203,7 +203,7 @@ def many(tmp_path):
     "function, calls",
     [("minisft.selection.score_writer:ScoreWriter.add", [420]), ("numpy:load", [2 * 20 - 1])],
 )
-def test_killed_it_goes_on(function, calls, checkpoint, many, tmp_path, monkeypatch, capfd):
+def test_a_killed_run_continues(function, calls, checkpoint, many, tmp_path, monkeypatch, capfd):
     whole, output, told = (tmp_path / name for name in ("whole.jsonl", "s.jsonl", "told"))
     words = ["--skip_bad_rows", "--mode", "all", "--batch_tokens", 128]
     score_here(monkeypatch, checkpoint, many, whole, *words)
@@ -394,7 +394,7 @@ def test_an_input_is_never_overwritten(checkpoint, many, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             score_here(monkeypatch, checkpoint, many, output, "--overwrite", "--skip_bad_rows")
-    other = tmp_path / "s.record.json"  # as a data set, however unlikely
+    other = tmp_path / "s.record.json"  # as a data set, which is unlikely
     other.write_text(json.dumps([{"instruction": "the cat", "output": "sat"}]))
     with pytest.raises(UserError, match="s.record.json is an input"):
         score_here(monkeypatch, checkpoint, other, tmp_path / "s.jsonl", "--overwrite")

@@ -30,7 +30,7 @@ def test_every_row_is_in_the_histogram():
     every, chosen = (container.patches for container in axes.containers)
     assert [sum(bar.get_height() for bar in bars) for bars in (every, chosen)] == [999, len(below)]
     assert all(bar.get_x() + bar.get_width() < 1 + 1e-9 for bar in chosen if bar.get_height())
-    assert axes.get_xlim()[1] < 2  # one outlier does not make the rest a line
+    assert axes.get_xlim()[1] < 2  # one outlier does not shrink the other bars to a line
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {
         "above: the instruction does not help",
         "all rows",

@@ -1,7 +1,6 @@
 """Every chat template of the shared folder against transformers' apply_chat_template.
 
-Run with `-s` to see the table: which cases train in one example, which in one per answer, which are
-refused.
+Run with `-s` to see the table: cases with one example, with one per answer, and refused cases.
 """
 
 import json
@@ -73,7 +72,7 @@ REFUSED = {
 }
 TOOL_CASES = {"tools", "system, tools"}
 PARTLY_REFUSED = {
-    # After a tool's result the prompt begins another turn than the conversation has.
+    # After a tool's result, the prompt and the conversation continue with different turns.
     "Apertus-8B-Instruct": TOOL_CASES,
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": TOOL_CASES,
     # The prompt opens thoughts, but a call has none.
@@ -188,7 +187,7 @@ def runs(example: TokenizedText) -> list[tuple[int, int]]:
 
 
 def check_case(case: Case, template: ChatTemplate, oracle: Oracle, verdict: Verdict) -> None:
-    """Compare one conversation with the oracle; AssertionError says what differs."""
+    """Compare one conversation with the oracle; AssertionError describes the difference."""
     tokenizer, end = template.tokenizer, template.facts.end
     examples = template.encode(case.messages, case.tools)
     answers = [k for k, m in enumerate(case.messages) if m["role"] == "assistant"]

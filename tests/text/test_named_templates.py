@@ -1,5 +1,4 @@
-"""Our own templates: the published texts, prompts that begin the training text, supervised
-spans."""
+"""Our own templates: published texts, prompts that begin the training text, supervised spans."""
 
 import copy
 import json

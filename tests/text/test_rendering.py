@@ -263,7 +263,7 @@ def render_in_child(renderer: Renderer, queue) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_another_process_starts_its_own(method):
-    """As a data loader's workers do: forked, or with a pickled copy."""
+    """As in a data loader's workers, which are forked or get a pickled copy."""
     renderer = Renderer(GOOD)
     assert render(renderer) == "Hello"
     context = multiprocessing.get_context(method)

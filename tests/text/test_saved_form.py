@@ -76,8 +76,7 @@ def test_ids_in_transformers(name, folder, shared_data, tmp_path):
 
 
 def test_thinking_is_off_as_in_training(qwen3, tmp_path):
-    """A program can still ask for thoughts. After training with thoughts, they are on by
-    default."""
+    """A program can still ask for thoughts. After training with thoughts, thinking is on."""
     [question, *_] = CONVERSATIONS
     thinks, answers = (get_template("auto", qwen3, enable_thinking=on) for on in (True, None))
     ids, others = thinks.encode_prompt(question), answers.encode_prompt(question)

@@ -71,8 +71,7 @@ def test_resumed_equals_undisturbed(finetuning_type, flags, tmp_path):
 
 
 def test_killed_twenty_times(flags, tmp_path):
-    """After SIGKILL at 20 random moments, also while saving, the result is that of an undisturbed
-    run."""
+    """After 20 SIGKILLs at random moments, also while saving, the result is the same."""
     flags = [*flags, "--max_steps", 250, "--save_steps", 2]
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
     words = [sys.executable, ROOT / "tests/kill_and_resume.py", 20, 1, tmp_path / "killed", *flags]
@@ -194,7 +193,7 @@ def test_evaluations_and_checkpoints_after_each_epoch(flags, tmp_path):
     assert done.returncode == 2 and "'often' is not a whole number" in done.stderr
 
 
-# checkpoint.py by itself
+# checkpoint.py alone
 
 
 def test_overwriting_forgets_the_old_run(flags, tmp_path):
@@ -289,8 +288,7 @@ def test_damaged_checkpoints_are_named_and_skipped(message, tmp_path):
 
 
 def test_full_disk_leaves_what_was_there(tmp_path):
-    """If a file cannot grow, as on a full disk, there is one line of error, and the previous
-    checkpoint is intact."""
+    """On a full disk there is one line of error, and the previous checkpoint is intact."""
     write(tmp_path, b"2")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -307,8 +305,7 @@ def test_full_disk_leaves_what_was_there(tmp_path):
 
 @pytest.mark.parametrize("save_steps", [1, 99])
 def test_full_disk_in_a_run(save_steps, flags, tmp_path):
-    """If the disk is full in a checkpoint or at the end, there is one line, and the run can be
-    resumed."""
+    """On a full disk, in a checkpoint or at the end: one line, and the run can be resumed."""
     flags = [*flags, "--max_steps", 12, "--save_steps", 4, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
     newest = checkpoint.find_checkpoint(tmp_path / "out", "auto", print)
@@ -394,8 +391,8 @@ def test_changed_rows_are_reported(flags, tmp_path, rows_file):
 
 
 def test_a_broken_row_found_during_training(flags, tmp_path, rows_file):
-    """A large file is not checked first. The steps before the broken row are saved; after a repair
-    the run ends like an undisturbed one."""
+    """The steps before the broken row are saved. After a repair the run ends like an undisturbed
+    one."""
     rows = json.loads(rows_file.read_text())
     good = [{**row, "history": []} for row in rows for _ in range(-(-200 // len(rows)))]
     broken = [dict(row) for row in good]
@@ -468,8 +465,7 @@ def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
 
 
 def test_checkpoints_of_an_abandoned_branch_are_removed(tmp_path):
-    """After resuming at step 5, the checkpoints at 10 and 15 belong to another run: `auto` must not
-    take them."""
+    """After resuming at step 5, `auto` must not take the old checkpoints at 10 and 15."""
     for step in (5, 10, 15):
         save(tmp_path, step, {"step": step})
     (tmp_path / "checkpoint-4.partial/optimizer").mkdir(parents=True)  # killed while saving

@@ -93,7 +93,7 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", ["2", "2-4", "2-4-1", "1-2"])
 def test_any_number_of_processes_trains_as_one(kind, other, runs):
-    """Compare losses, gradient norms and weights; resume with twice and with a quarter of the
+    """Equal losses, gradient norms and weights; resumed with twice and a quarter of the
     processes."""
     assert len([row for row in logged(runs / kind / "1") if "loss" in row]) == 6
     assert_equal_runs(runs / kind / "1", runs / kind / other)
@@ -122,8 +122,7 @@ def is_sharded(tensor):
 def test_a_process_holds_its_rows_alone(extra, runs, monkeypatch):
     """Four processes together hold and read the model once, not four times.
 
-    After a forward pass only the output matrix and its group are gathered, until they are sharded
-    again.
+    After a forward pass only the output matrix and its group are gathered, until resharded.
     """
     options = training_options(*extra, model_name_or_path=runs / "plain", parallel="fsdp")
     device, parts, num_read = torch.device("cpu"), [], 0

@@ -132,8 +132,7 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
     ],
 )
 def test_any_number_of_processes_trains_as_one(name, other, runs):
-    """Compare metrics, gradient norms, weights and the head; resume with twice as many
-    processes."""
+    """Equal metrics, gradient norms, weights and head; resumed with twice as many processes."""
     rows = [row for row in logged(runs / name / "1") if "loss" in row]
     assert len(rows) == 6 and {"accuracy", "margin", "reward_chosen"} < rows[0].keys()
     assert_equal_runs(runs / name / "1", runs / name / other, near=1e-5)
@@ -150,7 +149,7 @@ def test_other_ways_to_train(name, runs):
 def test_the_reference_has_no_dropout(runs, tiny_tokenizer_dir):
     """Compute its log-probability of the best answers from the logged metrics:
 
-    sft_loss is that of the model per token, reward_chosen beta times what is between the two.
+    sft_loss is the loss of the model per token, and reward_chosen is beta times the log-ratio.
     """
     logs = [logged(runs / "dropped" / number) for number in "12"]
     template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))

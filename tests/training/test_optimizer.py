@@ -20,7 +20,7 @@ CONFIG = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-# Our schedules all have a warm-up; transformers calls the constant one with warm-up differently.
+# All our schedules warm up. transformers has a separate name for "constant" with warm-up.
 THEIRS = {"constant": "constant_with_warmup"}
 
 

@@ -1,5 +1,4 @@
-"""memory.py and plan.py: the plan matches the tensors of autograd, torch's allocations and
-train.py's run; every recipe can be planned."""
+"""memory.py and plan.py: the plan matches autograd, torch's allocator and train.py's run."""
 
 import json
 import re
@@ -75,7 +74,7 @@ QWEN3 = {"model_type": "qwen3", "head_dim": 16}
 def test_planned_activations_of_a_layer_are_what_autograd_keeps(
     fields, lora, bits, dtype, tmp_path
 ):
-    """Within a hundredth; the sums of the attention and of the norms, a few numbers, are left out.
+    """Within a hundredth; the plan omits a few numbers: the sums of the attention and of the norms.
 
     The peak of a step would hide an error here behind weights and logits.
     """

@@ -109,7 +109,7 @@ def parsed(base, *flags):
 
 
 class OnOurBatches:
-    """Mixed into a trainer of trl: the rows of each step are those of our loop."""
+    """A mix-in for trl's trainers: each step gets the rows of our loop."""
 
     batches = None
 
@@ -212,7 +212,7 @@ def start_of(stage, options, base, work):
     return ours, None, kind.from_pretrained(work / "start", dtype=torch.float32)
 
 
-CASES = {  # flags of ours, arguments of trl's
+CASES = {  # our flags, trl's arguments
     "dpo lora, accumulation": (["--per_device_train_batch_size", 2], {}),
     "dpo full, precomputed": (
         as_flags(
@@ -307,7 +307,7 @@ def new_objective(**settings):
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     model.initialize()
     objective = preference.DirectPreference(model, FrozenReference(model), **settings)
-    with torch.no_grad():  # as if it had been trained for a while
+    with torch.no_grad():  # like a model after some training
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return objective
@@ -382,8 +382,7 @@ def test_logits_of_answers_only_and_in_chunks(monkeypatch):
 
 
 def test_at_the_start_model_and_reference_agree_in_half_precision():
-    """The model still has a gradient, because the reference leaves no cast weights in autocast's
-    cache."""
+    """The model still has a gradient: the reference leaves no weights in autocast's cache."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     model.initialize()
@@ -528,8 +527,7 @@ def test_reference_precomputed_or_computed_in_each_step(checkpoint, pairs_file, 
 def test_a_resumed_run_computes_only_what_is_new(
     checkpoint, pairs_file, tmp_path, here, monkeypatch
 ):
-    """A resumed run computes new evaluation rows with the initial model. A refused run computes
-    nothing."""
+    """It computes only new evaluation rows, with the initial model. A refused run computes none."""
     words = words_of(
         checkpoint,
         pairs_file,
@@ -564,8 +562,7 @@ def test_a_resumed_run_computes_only_what_is_new(
 
 
 def test_accuracy_rises_on_held_out_rows(checkpoint, pairs_file, tmp_path, here):
-    """Accuracy rises on held-out rows, the log has the evaluation, and an adapter can be trained
-    further."""
+    """The log has the evaluations. An adapter can be trained further."""
     for stage in ("dpo", "rm"):
         said = here(
             train,

@@ -1,5 +1,4 @@
-"""A run and its chat template: the date stays, a row becomes several examples, samples show
-them."""
+"""A run and its chat template: the date stays, rows become several examples, samples show them."""
 
 import json
 import re
@@ -71,8 +70,7 @@ def qwen3(checkpoint, shared_data):
 
 
 def test_a_row_whose_answers_have_prompts_of_their_own(qwen3, tmp_path):
-    """Qwen3 omits earlier thoughts. The report counts the examples; samples and plans show all of
-    them."""
+    """Qwen3 omits earlier thoughts. The report, samples and plans include all examples."""
     thinking = [*TURNS[:3], {**TURNS[3], "reasoning_content": "Hm."}]
     rows = [{"messages": TURNS}, {"messages": thinking}, {"messages": TURNS[:2]}]
     path = tmp_path / "rows.json"
@@ -128,8 +126,7 @@ def test_marks_in_rows_decide_which_answers_are_learned(qwen3, tmp_path):
 
 
 def test_thoughts_in_the_text_of_an_answer(qwen3):
-    """<think> at the beginning becomes thoughts if the template supports them; otherwise it stays
-    text."""
+    """<think> at the beginning becomes thoughts if the template writes them, else it stays text."""
     tokenizer = Tokenizer.load(qwen3)
     apart = [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]
     for spelled in ("<think>\nHm.\n</think>\n\nassistant 0", " <think>Hm.</think>assistant 0"):

@@ -132,7 +132,7 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
 
 
 def test_compiled_layers_compute_the_same(tmp_path):
-    """--compile pads to other lengths and fuses operations; the losses stay."""
+    """--compile pads to other lengths and fuses operations; the losses stay the same."""
     losses = []
     for switches in ([], ["--compile"]):
         torch.manual_seed(0)
@@ -457,7 +457,7 @@ def test_picture(checkpoint, rows_file, tmp_path):
 
 
 def test_float16_overflow_skips_the_step(tmp_path):
-    """While the loss scale is being found, an overflow changes no weight and ends no run."""
+    """While the loss scale adapts, an overflow changes no weight and does not end the run."""
     options = training_options(output_dir=tmp_path, finetuning_type="full")
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
@@ -473,8 +473,7 @@ def test_float16_overflow_skips_the_step(tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "pt"])
 def test_packing_by_command_line(checkpoint, rows_file, tmp_path, stage):
-    """Packed conversations lose only their padding; packed texts no longer see the previous
-    text."""
+    """Packed conversations lose only padding; packed texts no longer see the previous text."""
     data, losses = rows_file, []
     if stage == "pt":
         data = tmp_path / "text.txt"
