@@ -43,7 +43,7 @@ NUM_CACHES, NUM_COMPILED_CACHES = 8, 2
 
 
 def main(options: Namespace | None = None) -> None:
-    """Chat as the options say; by default those of the command line."""
+    """Chat with these options; by default those of the command line."""
     options = options or parse_options()
     open_standard_streams()
     question, system = read_question(options), read_system(options)

@@ -1,4 +1,4 @@
-r"""Measure a model: multiple-choice benchmarks, or answers of several models side by side.
+r"""Evaluate models: multiple-choice benchmarks, or answers of several models side by side.
 
     python eval.py ceval --model_name_or_path base --adapter runs/cherry \
         --data_dir ceval-exam --output_dir runs/cherry-ceval
@@ -84,7 +84,7 @@ from minisft.text.tool_texts import TOOLS_AS_TEXT
 
 
 def main(command: tuple[str, Namespace] | None = None) -> None:
-    """Measure what the command line says."""
+    """Run the measurement that the command line names."""
     name, options = command or parse_options(__doc__)
     if name == "compare":
         compare(options)

@@ -54,7 +54,7 @@ from minisft.text.tokenizer import Tokenizer
 
 
 def main(options: Namespace | None = None) -> None:
-    """Export as the options say; by default those of the command line."""
+    """Export with these options; by default those of the command line."""
     options = options or parse_options()
     output = check_output(options)
     max_shard_size = parse_size(options.max_shard_size)

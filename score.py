@@ -60,7 +60,7 @@ say = processes.print_rank0
 
 
 def main(options: Namespace | None = None) -> None:
-    """Score the rows as the options say; by default those of the command line."""
+    """Score the rows with these options; by default those of the command line."""
     options = options or parse_options()
     device = processes.start(resolve_device(options.device))
     dtype = resolve_dtype(dtype_option(options), device)

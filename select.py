@@ -49,7 +49,7 @@ else:
 
 
 def main(options: Namespace) -> None:
-    """Choose rows as the options say."""
+    """Choose rows with these options."""
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun, rank 0 does all the work
 
@@ -130,7 +130,7 @@ def print_summary(manifest: dict[str, Any]) -> None:
 
 
 def run() -> None:
-    """Choose rows as the command line says."""
+    """Choose rows with the options of the command line."""
     run_script(partial(main, command_line))
 
 

@@ -163,7 +163,7 @@ def _plain(name: str) -> str:
 def _resize_vocabulary(model: Model, adapter: Adapter) -> None:
     """Give the model the vocabulary of an adapter that holds the embedding. In place.
 
-    The new matrices are empty. UserError if the adapter has only one of two.
+    The new matrices are empty. UserError if the adapter has only one of the two.
     """
     embedding = adapter.tensors.get(EMBEDDING)
     head = adapter.tensors.get(OUTPUT) or adapter.tensors.get("lm_head.lora_B.weight")

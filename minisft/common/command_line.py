@@ -49,7 +49,7 @@ _UNSET = object()
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse with hyphens, recipes, and errors that name the flag the user meant."""
+    """argparse with hyphens, recipes, and errors that suggest the right flag."""
 
     def __init__(self, **settings: Any):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -113,8 +113,8 @@ class OptionParser(argparse.ArgumentParser):
     def given(self, options: Namespace) -> set[str]:
         """The names of the options that the command line or the recipe has set.
 
-        A flag that was set to its default is given too. A switch that was set to false is not:
-        it asks for nothing.
+        A flag that was set to its default is given too. A switch that was set to false is not,
+        because it changes nothing.
         """
         return {name for name in self._given if vars(options)[name] not in (None, False)}
 
@@ -163,7 +163,7 @@ class OptionParser(argparse.ArgumentParser):
             raise UserError(f"{'; '.join(faults)} (see --help)")
 
     def _with_hint(self, unknown: str) -> str:
-        """The unknown flag or key, and the flag or key that is near it."""
+        """The unknown flag or key, with the nearest known one as a hint."""
         name = unknown.removeprefix("--")
         near = nearest_flag(name.replace("-", "_"), self._flags)
         return unknown + (f" (did you mean {unknown.replace(name, near)}?)" if near else "")

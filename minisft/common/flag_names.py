@@ -2,7 +2,7 @@
 
     nearest_flag("max_seq_length", ["cutoff_len", "seed"])     # "cutoff_len"
 
-No flag has a second name. The error for another tool's name gives ours.
+No flag has a second name. The error for another tool's name suggests ours.
 """
 
 import difflib

@@ -58,8 +58,9 @@ def start(device: torch.device, kind: str = "ddp") -> torch.device:
 
 def stop() -> None:
     """Leave the process group. Models that wrap_ddp returned cannot be used afterwards."""
-    # A reducer holds the group too. If it were the last to hold it, it would free the group and
-    # wait for gloo's threads without releasing the GIL, which these threads may need: a deadlock.
+    # A reducer also references the group. If it held the last reference, it would free the group
+    # and wait for gloo's threads without releasing the GIL, which these threads may need: a
+    # deadlock.
     while _wrapped:
         model = _wrapped.pop()
         del model.reducer, model.logger

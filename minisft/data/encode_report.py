@@ -1,4 +1,4 @@
-"""Counts of what happened to rows when they were encoded, for the log."""
+"""Counts of truncated, dropped and changed rows, for the log."""
 
 from dataclasses import dataclass, field, fields
 

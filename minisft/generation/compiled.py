@@ -5,9 +5,10 @@
         print(token)
 
 At batch size 1 a token needs at least the time it takes to read the weights. Two other costs can be
-avoided: launching a thousand small kernels, which a CUDA graph launches at once, and writing and
-reading their intermediate results, which the compiler fuses. Both need fixed shapes and addresses.
-So the cache has its full capacity S from the start, and the position of the new token is a tensor.
+avoided: launching a thousand small kernels, which a CUDA graph launches at once, and storing their
+intermediate results, which the compiler avoids by fusing kernels. Both need fixed shapes and
+addresses. So the cache has its full capacity S from the start, and the position of the new token is
+a tensor.
 """
 
 from functools import partial
@@ -77,7 +78,7 @@ class CompiledDecoder(nn.Module):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Logits (1, 1, V) after the last of the tokens (1, T), which the cache holds from now on.
+        """Logits (1, 1, V) after the last of the tokens (1, T), which are added to the cache.
 
         cache: from `new_cache`. positions and mask are not supported. On a GPU the logits are valid
         until the next call.

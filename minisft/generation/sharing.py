@@ -21,7 +21,7 @@ from minisft.model.decoder import CausalLM
 
 
 class Turns:
-    """A lock that threads get in the order in which they ask for it.
+    """A fair lock: threads get it in the order in which they ask.
 
     threading.Lock mostly goes to the thread that has just released it: one answer would be finished
     while the others wait.

@@ -33,7 +33,7 @@ class AnswerDecoder:
     def __init__(self, template: ChatTemplate, prompt_ids: Sequence[int]):
         self._tokenizer = template.tokenizer
         before_answer = (template.facts.answer or "").partition(ANSWER)[0]
-        self._strips_space = before_answer.startswith(" ")  # some templates write it there
+        self._strips_space = before_answer.startswith(" ")  # some templates write the mark there
         self._splitter: ThoughtSplitter | None = None
         if marks := template.facts.thought_marks:
             prompt_end = self._tokenizer.decode(

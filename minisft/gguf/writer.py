@@ -116,7 +116,7 @@ def _write_header(
             raise UserError(f"{key}: {value} does not fit a GGUF file, which has 32 bits for it")
         writer.add_key_value(key, value, METADATA_TYPES[type(value)])
     for tensor in tensors:
-        float32 = np.dtype(np.float32)  # makes the package take the shape as it is
+        float32 = np.dtype(np.float32)  # with this type the package takes the shape unchanged
         writer.add_tensor_info(tensor.name, tensor.shape, float32, tensor.nbytes, tensor.type)
     try:
         writer.write_header_to_file(path)

@@ -66,7 +66,7 @@ def next_angles(
 ) -> tuple[Tensor, Tensor]:
     """Rotary cos and sin (1, 1, T, d) of the T positions after the cache.
 
-    compute(positions, dtype): the plain way. With a cache, they come from a table in it, which
+    compute(positions, dtype): the plain function. With a cache, they come from a table in it, which
     grows by doubling. Dynamic scaling has no table, because all angles change with the length.
     """
     past = 0 if cache is None else cache.length

@@ -35,9 +35,9 @@ def next_token_loss(
     """The sum of -log p(token) over the supervised tokens (float32), and their number.
 
     tokens: ids (B, T). supervised: bool (B, T), True for tokens that the model should learn to
-    write. The state at t predicts the token at t + 1, so the first token of a row is no target.
-    lengths: of the rows of a packed batch. logits: `logits` of the model, if `model` is a wrapper
-    without it, such as DDP.
+    write. The state at t predicts the token at t + 1, so the first token of a row is never a
+    target. lengths: of the rows of a packed batch. logits: `logits` of the model, if `model` is a
+    wrapper without it, such as DDP.
     """
     if logits is None:
         assert isinstance(model, CausalLM)

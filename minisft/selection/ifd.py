@@ -12,8 +12,8 @@
 Above 1 the instruction does not help. The highest IFD below 1 marks the rows that teach most.
 `ifd_ppl` is the ratio of the perplexities instead, exp(s(A|Q)) / exp(s(A)) (arXiv 2402.00530).
 
-A conversation has several answers. Conditioned passes score each given its history; each has a
-direct pass of its own; s is the mean over all their tokens. End-of-turn tokens do not count.
+A conversation has several answers. Conditioned passes score each given its history; each has its
+own direct pass; s is the mean over all their tokens. End-of-turn tokens do not count.
 
 The embedding of a row, for clustering, is the mean of the last hidden states over the prompt of its
 last answer. In a causal model they do not depend on the answer, so the conditioned pass has them.

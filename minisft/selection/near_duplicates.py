@@ -95,7 +95,7 @@ def band_groups(texts: Sequence[str] | Instructions) -> np.ndarray:
 def minhash(hashes: np.ndarray, factors: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The signature (n,): the minimum of `hash * factor + offset` mod 2^64 for each factor (n,).
 
-    Computed in blocks: all hashes of a text of a million characters would fill the memory.
+    Computed in blocks, because all hashes of a long text would fill the memory.
     """
     blocks = [
         (hashes[start : start + 4096, None] * factors + offsets).min(0)

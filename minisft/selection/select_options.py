@@ -1,4 +1,4 @@
-"""The flags of `select.py`, and which of them work together.
+"""The flags of `select.py`, and checks of their combinations.
 
 options = parse_options(["--dataset", "examples/data/train.json", "--scores", "runs/scores.jsonl",
                          "--strategy", "ifd", "--sample_rate", "0.05", "--output", "few.json"])

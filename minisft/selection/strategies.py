@@ -90,8 +90,8 @@ def at_random_with_lengths(
     """Random rows with the length distribution of the rows `reference` (random_matched).
 
     A control: does a strategy do more than find long answers? The reference lengths are divided
-    into ranges with equal numbers of rows, and as many rows are drawn from each range. If few rows
-    are that long, most of the reference is drawn again.
+    into ranges with equal numbers of rows, and the same number of rows is drawn from each range. If
+    few rows are that long, most of the reference is drawn again.
     """
     wanted = np.sort(lengths[reference])
     ranges = np.array_split(wanted, min(NUM_LENGTH_RANGES, len(wanted)))

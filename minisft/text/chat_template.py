@@ -107,7 +107,7 @@ class ChatTemplate:
         # Cut where training cuts: at the earlier answers that this prompt begins with.
         try:
             earlier = find_turns(conversation, self.jinja)
-        except UserError:  # they can be read, though they could not be learned
+        except UserError:  # the model can read them, even if it could not learn them
             earlier = []
         regions, following = [], text
         for turn in reversed(earlier):

@@ -2,8 +2,8 @@
 
     conversation = prepare(messages, tools, template.facts, tokens)
 
-What the template does not know becomes text: tools, their calls and results, Alpaca's input. If
-that would lose something to learn, the conversation is refused.
+Tools, their calls and results, and Alpaca's input become text if the template does not support
+them. If that would lose something to learn, the conversation is refused.
 """
 
 from dataclasses import dataclass

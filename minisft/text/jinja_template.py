@@ -4,7 +4,7 @@
     [prompt, text] = template.render(
         messages, tools, [(1, {"add_generation_prompt": True}), (2, {})]
     )
-    template.facts.end        # what the program does, see template_facts.py
+    template.facts.end        # see template_facts.py
 
 The program runs in a sandbox, see rendering.py.
 """
@@ -31,7 +31,7 @@ class JinjaTemplate:
     """A template's text with the values of its variables.
 
     variables: bos_token and the like. enable_thinking: True for prompts that ask for thoughts. now:
-    what the template sees as date and time, in ISO format. thinking: the variables that ask for
+    the date and time that the template sees, in ISO format. thinking: the variables that ask for
     thoughts, or for none.
     """
 

@@ -5,8 +5,8 @@
     get_template("my_template.jinja", tokenizer)        # a file
     trained_template("auto", tokenizer, "runs/cherry")  # what train.py has used
 
-A system prompt and --template_kwargs become lines at the beginning of the text. So the text that
-a saved model carries prompts other programs exactly as in training.
+A system prompt and --template_kwargs become lines at the beginning of the text. So with the text of
+a saved model, other programs write exactly the prompts of training.
 """
 
 import json

@@ -181,7 +181,7 @@ class TemplateFacts:
 
     @cached_property
     def knows_input(self) -> bool:
-        """True if the template has a place for Alpaca's `input`."""
+        """True if the template supports Alpaca's `input`."""
         return self._writes(INPUT, [{**USER, "input": INPUT}], self.empty_tools)
 
     @cached_property

@@ -8,7 +8,7 @@ A setting is a line of Jinja, so every program that renders the text follows it:
     {% if messages[0]['role'] != 'system' %}{% set messages = [...] + messages %}{% endif %}
 
 transformers, vLLM and llama.cpp remove the line break after a block (trim_blocks). So a line adds
-nothing to what the template writes.
+nothing to the output of the template.
 """
 
 import json

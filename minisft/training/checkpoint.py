@@ -206,7 +206,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     path = Path(path) / STATE
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds, with long messages
+    except Exception as error:  # torch raises many types, with long messages
         raise UserError(
             f"{path} cannot be read ({first_line(error)}). Resume from another checkpoint."
         ) from error

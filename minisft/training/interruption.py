@@ -45,7 +45,7 @@ class Interruption:
 
 
 def _leave_terminal() -> None:
-    """Discard what would be printed to a terminal that is gone: every print would fail."""
+    """Discard output to a terminal that is gone, because every print would fail."""
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is None:
             continue

@@ -1,4 +1,4 @@
-"""The flags of `train.py`, and which of them work together.
+"""The flags of `train.py`, and checks of their combinations.
 
 options = parse_options(["--model_name_or_path", "examples/base", "--output_dir", "runs/demo",
                          "--dataset", "examples/data/train.json"])
