@@ -116,7 +116,7 @@ def test_thoughts(template):
     [
         ({"content": "x", "weight": 0.5}, r"message 2 \(assistant\): weight is 0.5"),
         ({"content": "x", "train": "no"}, "train is 'no'"),
-        ({"content": "x", "images": ["a.png"]}, "images: only text"),
+        ({"content": "x", "images": ["a.png"]}, "has images; only text"),
         ({"content": [{"type": "image_url"}]}, "a part of type image_url; only text"),
         ({"content": 5}, "neither text nor"),
         ({"content": "", "tool_calls": [{"name": "f", "arguments": "{"}]}, "of f are not JSON"),
