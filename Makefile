@@ -17,7 +17,7 @@ BASE_PYTHON := python3
 CHECK_VERSION := -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	"This is Python %d.%d; 3.11 or newer is needed, see Makefile" % sys.version_info[:2])'
 
-EXTRAS := requirements/plot.txt requirements/eval.txt requirements/web.txt
+EXTRAS := requirements/plot.txt requirements/eval.txt requirements/web.txt requirements/yaml.txt
 TEST_REQUIREMENTS := requirements.txt $(EXTRAS) requirements/dev.txt
 
 .PHONY: demo test tests fast test-avx2 floor lint types format clean

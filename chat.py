@@ -145,7 +145,14 @@ def answer_file(
         "quantization_bit": options.quantization_bit,
     }
     number = prompts.answer_file(
-        assistant, options.file, options.output, sampling, options.batch_size, system, settings
+        assistant,
+        options.file,
+        options.output,
+        sampling,
+        options.batch_size,
+        system,
+        settings,
+        options.max_samples,
     )
     print(f"{options.output}: {number} answers", file=sys.stderr)
 

@@ -200,8 +200,10 @@ def compare(options: Namespace) -> None:
     sampling = Sampling(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed=options.seed
     )
-    rows = open_rows(options.dataset, dataset_dir=options.dataset_dir)
-    items = read_items(rows[: options.max_samples])
+    rows = open_rows(
+        options.dataset, dataset_dir=options.dataset_dir, max_samples=options.max_samples
+    )
+    items = read_items(rows)
     answers_dir = output_dir / "answers"
     files = "answers/*.json", "verdicts.jsonl", "results.json", "report.html", "report.png"
     resume.start_output_dir(options, output_dir, files)

@@ -66,7 +66,12 @@ def main(options: Namespace | None = None) -> None:
     dtype = resolve_dtype(dtype_option(options), device)
 
     rows, is_drawn = open_every_row(
-        options.dataset, options.dataset_dir, options.skip_bad_rows, options.mode == "reward", say
+        options.dataset,
+        options.dataset_dir,
+        options.skip_bad_rows,
+        options.mode == "reward",
+        options.max_samples,
+        say,
     )
     for path in ScorePaths(options.output).all():
         check_output_file("--output", path, [file.records.path for file in rows.files])

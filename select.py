@@ -56,16 +56,20 @@ def main(options: Namespace) -> None:
     # Rows with several answers have rewards as their only scores.
     with_rankings = options.strategy in ("reward", "margin")
     rows, is_drawn = open_every_row(
-        options.dataset, options.dataset_dir, options.skip_bad_rows, with_rankings
+        options.dataset,
+        options.dataset_dir,
+        options.skip_bad_rows,
+        with_rankings,
+        options.max_samples,
     )
     output = check_output(options, rows)
-    dataset = dataset_record(rows, is_drawn)
+    dataset = dataset_record(rows, is_drawn, options.max_samples)
     lengths, is_broken = answer_lengths(rows)
     data = read_row_data(options, len(rows), dataset, lengths)
 
     candidates = Candidates(len(rows))
     candidates.drop(is_broken, "broken")
-    candidates.drop(~is_drawn, "left out by num_samples")
+    candidates.drop(~is_drawn, "left out by num_samples or --max_samples")
     usable = candidates.rows
     if options.dedup:
         is_duplicate = np.zeros(len(rows), bool)

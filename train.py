@@ -51,9 +51,10 @@ from minisft.training.data import load_data, load_template, show_samples, traini
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
 from minisft.training.objective import NextToken, Objective, mean_metrics, perplexity
-from minisft.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from minisft.training.optimizer import build_optimizer, set_learning_rate
 from minisft.training.preference import DirectPreference, Reward
 from minisft.training.reference import build_reference
+from minisft.training.reports import Reports
 from minisft.training.result import save_result
 from minisft.training.run import (
     Best,
@@ -103,6 +104,7 @@ def main(options: Namespace | None = None) -> None:
     precision = build_precision(options, dtype, device)
     # The reference of DPO is the model as it is here, before the weights of a checkpoint.
     objective = build_objective(options, model, batches, eval_examples, precision.autocast, saved)
+    reports = Reports(options)
     run = Run(
         options=options,
         model=model,
@@ -111,7 +113,7 @@ def main(options: Namespace | None = None) -> None:
         optimizer=build_optimizer(model, options),
         schedule=schedule,
         precision=precision,
-        progress=Progress(schedule.total_steps, output_dir / "metrics.jsonl", device),
+        progress=Progress(schedule.total_steps, output_dir / "metrics.jsonl", device, reports),
         wrapped=wrap_model(model, options),
         num_bytes=resume.count_bytes(batches),
     )
@@ -126,6 +128,7 @@ def main(options: Namespace | None = None) -> None:
         say(resume.how_to_continue(run))
     else:
         save_result(run, model_dir, tokenizer, template)
+    reports.finish()
     processes.stop()
     if interrupted_by:
         sys.exit(128 + interrupted_by)
@@ -165,14 +168,7 @@ def train(
         for examples in training_steps(
             batches, schedule.rows_per_step, progress.step, schedule.total_steps
         ):
-            learning_rate = learning_rate_at(
-                progress.step,
-                schedule.total_steps,
-                options.learning_rate,
-                options.lr_scheduler_type,
-                schedule.warmup_steps,
-                options.lr_end,
-            )
+            learning_rate = schedule.learning_rate(progress.step)
             set_learning_rate(run.optimizer, learning_rate)
             # All ranks read the rows of the step; each trains on its own share of them.
             parts = micro_batches(examples, options.per_device_train_batch_size, rank, world_size)

@@ -59,6 +59,7 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
         help="answer the lines of a .txt file, or the rows of JSON or JSON lines",
     )
     add("--output", metavar="FILE", help="file for the answers, as JSON lines")
+    add("--max_samples", type=positive_int, help="only the first N prompts of the file")
     add("--batch_size", type=positive_int, default=8, help="prompts answered at once")
     add, switch = parser.section("web page")
     switch("--web", help="serve a page to chat on (needs gradio, see requirements/web.txt)")
@@ -89,7 +90,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         if len(flags) > 1:
             raise UserError(f"{' and '.join(flags)} exclude each other. Give one of them.")
     for needed, names in (
-        ("file", ("output", "batch_size")),
+        ("file", ("output", "batch_size", "max_samples")),
         ("web", ("compare_with", "server_name", "server_port", "password", "share")),
     ):
         for name in names:

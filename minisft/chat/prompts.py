@@ -54,17 +54,20 @@ def answer_file(
     batch_size: int = 8,
     system: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    max_samples: int | None = None,
 ) -> int:
     """Write the answers to the prompts in `path`; returns their number.
 
     system: the system prompt of rows that have none. settings: other options that the answers
-    depend on; a run continues only if they are unchanged. Before the first answer, UserError lists
-    all rows without a valid prompt.
+    depend on; a run continues only if they are unchanged. max_samples: only the first N. Before
+    the first answer, UserError lists all rows without a valid prompt.
     """
     check_output(output_path, path)
-    prompts = Prompts(path, system)
+    prompts = Prompts(path, system, max_samples)
     lengths = prompts.lengths(assistant, sampling)
     identity = {"system": system, **asdict(sampling), **(settings or {}), "sha256": sha256(path)}
+    if max_samples:
+        identity["max_samples"] = max_samples
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
         missing = [row for row in range(len(prompts)) if row not in answers.rows]
@@ -102,13 +105,17 @@ def check_output(output_path: str | Path, path: str | Path) -> None:
 
 
 class Prompts:
-    """The prompts of a file as conversations {"messages": ..., "tools": ...}, by number."""
+    """The prompts of a file as conversations {"messages": ..., "tools": ...}, by number.
 
-    def __init__(self, path: str | Path, system: str | None = None):
+    max_samples: only the first N.
+    """
+
+    def __init__(self, path: str | Path, system: str | None = None, max_samples: int | None = None):
         self.records, self.system = open_records(path, plain_text=True), system
+        self.max_samples = max_samples or len(self.records)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return min(len(self.records), self.max_samples)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         try:

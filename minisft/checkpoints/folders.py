@@ -15,7 +15,7 @@ from torch import nn
 
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, settle_tie
 from minisft.common import processes
-from minisft.common.devices import dtype_name
+from minisft.common.devices import dtype_name, move
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, token_ids, write_json
 from minisft.common.outputs import check_free_space
@@ -160,7 +160,7 @@ def load_weights(
     """
     dtype = dtype or stored[EMBEDDING].dtype
     for name in [name for name, _ in model.named_parameters() if name in stored]:
-        weight = stored[name].read().to(device)
+        weight = move(stored[name].read(), device)
         module_name, _, kind = name.rpartition(".")
         module = model.get_submodule(module_name)
         in_decoder_layer = module_name.startswith("model.layers.")

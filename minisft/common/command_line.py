@@ -1,4 +1,4 @@
-"""The command line: flags, TOML recipes, and which flags were given.
+"""The command line: flags, recipes, and which flags were given.
 
     parser = OptionParser(description="add two numbers")
     add, switch = parser.section("numbers")
@@ -11,6 +11,7 @@ line wins over the recipe.
 """
 
 import argparse
+import json
 import os
 import sys
 from argparse import Namespace
@@ -28,10 +29,10 @@ from minisft.common.option_types import (
     positive_float,
     positive_int,
 )
-from minisft.common.toml_files import is_record, read_toml
+from minisft.common.recipes import read_recipe
+from minisft.common.toml_files import is_record
 
-# Choices of flags. --help shows them without loading the modules that implement them.
-SCHEDULES = ["cosine", "linear", "constant", "polynomial"]
+# Choices of a flag. --help shows them without loading the modules that implement them.
 QUANTIZATIONS = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
 
 # How --help shows the value of a flag of this type; TEXT for all other types.
@@ -58,7 +59,8 @@ class OptionParser(argparse.ArgumentParser):
         self._required: list[str] = []
         self._given: set[str] = set()
         add, _ = self.section("general")
-        add("--config", metavar="RECIPE.toml", help="set flags from a file")
+        recipe = "set flags from a file: TOML, or YAML, also with the keys of LLaMA-Factory"
+        add("--config", metavar="RECIPE", help=recipe)
         add("--debug", action="store_true", help="show the traceback of an error")
 
     def section(self, title: str) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -97,8 +99,10 @@ class OptionParser(argparse.ArgumentParser):
         words = sys.argv[1:] if arguments is None else arguments
         options, rest = self._parse([_normalized(word) for word in words])
         path = "" if options.config is _UNSET else options.config
-        recipe, keys = self._read_recipe(path) if path else (dict.fromkeys(self._flags, _UNSET), [])
-        self._refuse_unknown([word for word in rest if word.startswith("-")], path, keys)
+        recipe, faults = (
+            self._read_recipe(path) if path else (dict.fromkeys(self._flags, _UNSET), [])
+        )
+        self._refuse_unknown([word for word in rest if word.startswith("-")], path, faults)
         if rest:
             raise UserError(f"unexpected argument '{rest[0]}': flags begin with -- (see --help)")
         self._given = self._names_given(vars(options), recipe)
@@ -127,21 +131,32 @@ class OptionParser(argparse.ArgumentParser):
         return self.parse_known_args(words, Namespace(**dict.fromkeys(self._flags, _UNSET)))
 
     def _read_recipe(self, path: str) -> tuple[dict[str, Any], list[str]]:
-        """(options, unknown keys) of a recipe; an option that it does not set is _UNSET."""
-        words, unknown = [], []
-        for key, value in read_toml(path).items():
+        """(options, unknown keys and why) of a recipe; an option that it does not set is _UNSET."""
+        recipe, refused = read_recipe(path, self._flags)
+        words, faults = [], []
+        for reason in dict.fromkeys(refused.values()):  # keys with the same reason side by side
+            keys = [key for key in refused if refused[key] == reason]
+            faults.append(f"{', '.join(keys)} ({reason})")
+        for key, value in recipe.items():
             name = key.replace("-", "_")
             if name not in self._flags or name in ("config", "debug"):
-                unknown.append(key)
-            elif isinstance(value, list) and self._flags[name].nargs in ("+", "*"):
-                words += [f"--{name}", *(_with_home(str(item)) for item in value)]
-            else:
-                text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-                words.append(f"--{name}={_with_home(text)}")
+                faults.append(self._with_hint(key))
+            elif value is not None:  # YAML's null leaves an option unset
+                words += self._words(name, value)
         try:
-            return vars(self._parse(words)[0]), unknown
+            return vars(self._parse(words)[0]), faults
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+
+    def _words(self, name: str, value: Any) -> list[str]:
+        """A line of a recipe as words of a command line."""
+        if isinstance(value, list) and self._flags[name].nargs in ("+", "*"):
+            return [f"--{name}", *(_with_home(str(item)) for item in value)]
+        if isinstance(value, list):
+            text = ",".join(map(str, value))
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+        return [f"--{name}={_with_home(text)}"]
 
     def _names_given(self, options: dict[str, Any], recipe: dict[str, Any]) -> set[str]:
         given = {name for name, value in recipe.items() if value is not _UNSET}
@@ -152,13 +167,16 @@ class OptionParser(argparse.ArgumentParser):
         return given | {name for name in self._flags if options[name] is not _UNSET}
 
     def _refuse_unknown(self, words: list[str], recipe_path: str, keys: list[str]) -> None:
-        """UserError that names unknown words of the command line and unknown keys of the recipe."""
+        """UserError that names unknown words of the command line and unknown keys of the recipe.
+
+        keys: with a hint or a reason.
+        """
         flags = [word.partition("=")[0] for word in words]
         faults = []
         if flags:
             faults.append(f"no such flag: {', '.join(map(self._with_hint, flags))}")
         if keys:
-            faults.append(f"{recipe_path}: no such option: {', '.join(map(self._with_hint, keys))}")
+            faults.append(f"{recipe_path}: no such option: {', '.join(keys)}")
         if faults:
             raise UserError(f"{'; '.join(faults)} (see --help)")
 

@@ -1,32 +1,41 @@
-"""The device of a model, and its number type.
+"""The device of a model, its number type, and what the device cannot do.
 
-device = resolve_device("auto")                     # cuda if there is a GPU, else cpu
+device = resolve_device("auto")                     # cuda or mps if there is a GPU, else cpu
 dtype = resolve_dtype("auto", device)
+
+mps is the GPU of a Mac. It has no float64, and bfloat16 only since macOS 14.
 """
 
+import os
 import re
 
 import torch
+from torch import Tensor
 
 from minisft.common.errors import UserError
 
 
 def resolve_device(name: str | torch.device = "auto", must_exist: bool = True) -> torch.device:
-    """The torch.device that `--device` names: the CPU or a GPU.
+    """The torch.device that `--device` names: the CPU, a GPU, or the GPU of a Mac.
 
     must_exist: False to plan for a GPU that this machine does not have.
     """
     name = str(name)
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        # Several processes cannot share the GPU of a Mac.
+        is_single = os.environ.get("WORLD_SIZE", "1") == "1"
+        has_mps = torch.backends.mps.is_available() and is_single
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     # torch would read cuda:200 as device -56.
-    if not re.fullmatch(r"cpu(:0)?|cuda(:(0|[1-9][0-9]?))?", name):
-        raise UserError(f"--device {name}: no such device. Use cpu, cuda or cuda:N.")
+    if not re.fullmatch(r"(cpu|mps)(:0)?|cuda(:(0|[1-9][0-9]?))?", name):
+        raise UserError(f"--device {name}: no such device. Use cpu, mps, cuda or cuda:N.")
     device = torch.device(name)
     if must_exist and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device {name}: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu."
         )
+    if must_exist and device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: torch sees no GPU of a Mac. Use --device cpu.")
     return device
 
 
@@ -42,7 +51,10 @@ def resolve_dtype(
         return name
     if name == "auto":
         return auto or (torch.bfloat16 if has_fast_bfloat16(device) else torch.float32)
-    return getattr(torch, name)
+    dtype = getattr(torch, name)
+    if dtype == torch.bfloat16 and not has_bfloat16(device):
+        raise UserError("--dtype bfloat16: mps has it since macOS 14. Use --dtype float32.")
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -52,7 +64,37 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """True if the processor has bfloat16 matrix instructions."""
+    if device.type == "mps":  # nobody has measured it
+        return False
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """True if the device computes in bfloat16 at all."""
+    is_mac = device.type == "mps" and torch.backends.mps.is_available()
+    return not is_mac or torch.backends.mps.is_macos_or_newer(14, 0)
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """True if AdamW may use its fused kernel, which nobody has tried on mps."""
+    return device.type != "mps"
+
+
+def check_compile(device: torch.device) -> None:
+    """UserError if --compile does not work on the device."""
+    if device.type == "mps":
+        raise UserError("--compile does not work on mps. Leave it out, or use --device cpu.")
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU if its device has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device; float64 becomes float32 where there is none."""
+    is_mac = torch.device(device).type == "mps"
+    return (tensor.float() if is_mac and tensor.dtype == torch.float64 else tensor).to(device)

@@ -27,7 +27,8 @@ def add_device_flags(
     add: Callable[..., Any], switch: Callable[..., Any], auto_dtype: str = AUTO_DTYPE
 ) -> None:
     """Add --device, --dtype and --quantization_bit to a section."""
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: a GPU if there is one)")
+    device = "auto, cpu, cuda, cuda:N or mps, a Mac's GPU (auto: a GPU if there is one)"
+    add("--device", default="auto", help=device)
     add("--dtype", choices=DTYPES, default="auto", help=f"number type (auto: {auto_dtype})")
     switch("--bf16", "short for --dtype bfloat16")
     switch("--fp16", "short for --dtype float16")

@@ -33,8 +33,8 @@ _wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 def start(device: torch.device, kind: str = "ddp") -> torch.device:
     """Join the processes that torchrun started; returns this rank's device.
 
-    From here on, all ranks end when one fails. UserError if this rank has no GPU, or if there is
-    only one rank and kind is "fsdp".
+    From here on, all ranks end when one fails. UserError if this rank has no GPU or shares that of
+    a Mac, or if there is only one rank and kind is "fsdp".
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         if kind == "fsdp":
@@ -43,6 +43,8 @@ def start(device: torch.device, kind: str = "ddp") -> torch.device:
                 "Start more with torchrun, or use --parallel ddp."
             )
         return device
+    if device.type == "mps":
+        raise UserError("--device mps works in one process only. Use --device cpu with torchrun.")
     failure.exit_when_another_fails()
     if device.type == "cuda":
         local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minisft.common.command_line import OptionParser
+from minisft.common.command_line import OptionParser, positive_int
 from minisft.common.errors import UserError
 from minisft.common.json_files import write_rows
 from minisft.common.outputs import check_not_an_input, check_output_file
@@ -61,12 +61,18 @@ def main() -> None:
     parser.add_argument("output", help="file to write: .json for an array, .jsonl for lines")
     add, switch = parser.section("data")
     add("--dataset_dir", default="data", help=f"folder of {FILE_NAME}")
+    add("--max_samples", type=positive_int, help="only the first N rows of each data set")
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
     switch("--overwrite", "replace the output file if there is one")
     options = parser.parse_options()
     skipped = [] if options.skip_bad_rows else None
     count = convert(
-        options.input, options.output, options.overwrite, skipped, dataset_dir=options.dataset_dir
+        options.input,
+        options.output,
+        options.overwrite,
+        skipped,
+        dataset_dir=options.dataset_dir,
+        max_samples=options.max_samples,
     )
     left_out = f"; {len(skipped)} broken rows left out, the first: {skipped[0]}" if skipped else ""
     print(f"{options.output}: {count} rows{left_out}")

@@ -126,6 +126,7 @@ def open_rows(
     skipped: list[str] | None = None,
     seed: int = 0,
     say: PrintLine = print,
+    max_samples: int | None = None,
 ) -> Rows:
     """The rows of the data sets that `dataset` names (see sources.py), in their order.
 
@@ -134,6 +135,7 @@ def open_rows(
     kinds. skipped: a list that collects a message for each broken row, which is then left out;
     without it the first broken row raises UserError. Files above CHECKED_BYTES are checked as they
     are read. seed: for the rows drawn where an entry has num_samples. say: prints a line.
+    max_samples: use the first N rows of each data set.
     """
     parts = []
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False):
@@ -146,7 +148,7 @@ def open_rows(
             _report_ignored_columns(source, files, say)
         if source.num_samples:
             rows = rows.select(_sample(source.name, len(rows), source.num_samples, seed, say))
-        parts.append(rows)
+        parts.append(rows[:max_samples])
     return concatenate(parts)
 
 

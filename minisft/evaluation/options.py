@@ -104,7 +104,7 @@ def parse_compare_options(arguments: Sequence[str]) -> Namespace:
     dataset = "files or names, as for train.py; their answers are the references"
     add("--dataset", required=True, help=dataset)
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
-    add("--max_samples", type=positive_int, help="only the first N rows")
+    add("--max_samples", type=positive_int, help="only the first N rows of each data set")
     add("--max_new_tokens", type=positive_int, default=512, help="longest answer in tokens")
     temperature = "0: always the most probable token; above: the higher, the more varied"
     add("--temperature", type=non_negative_float, default=0.0, help=temperature)

@@ -22,7 +22,7 @@ import torch
 
 from minisft.checkpoints import adapters, folders, hub
 from minisft.checkpoints.adapter_forms import tokenizer_dir
-from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
+from minisft.common.devices import check_compile, dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
 from minisft.data.formats import Message, Tools
@@ -112,6 +112,7 @@ class Assistant:
 
     def compile(self) -> None:
         """Compile the model for `stream`. Each cache then takes the memory of max_length tokens."""
+        check_compile(self.device)
         self.decoder = CompiledDecoder(self.model, self.max_length)
         self.caches = Caches(self.decoder.new_cache, self.caches.limit)
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from minisft.common.devices import in_float64
 from minisft.generation.checks import check_sampling
 
 
@@ -65,12 +66,13 @@ def choose_tokens(
         return logits.argmax(-1)
     probabilities, candidates = distribution(logits, sampling)
     # Draw by inverting the cumulative distribution, in float64 for the sake of large vocabularies.
-    cumulative = probabilities.double().cumsum(-1)
-    drawn = torch.tensor([[generator.random()] for generator in generators], dtype=torch.float64)
-    drawn = drawn.to(logits.device) * cumulative[:, -1:]
+    cumulative = in_float64(probabilities).cumsum(-1)
+    numbers = [[generator.random()] for generator in generators]
+    drawn = torch.tensor(numbers, dtype=cumulative.dtype).to(cumulative.device)
+    drawn = drawn * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, drawn, right=True)
     place = place.clamp(max=candidates.shape[-1] - 1)  # rounding may leave nothing above `drawn`
-    return candidates.gather(-1, place).squeeze(-1)
+    return candidates.gather(-1, place.to(logits.device)).squeeze(-1)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -45,11 +45,12 @@ class LoraConfig:
     def from_options(cls, options: Namespace) -> "LoraConfig":
         """The adapter that the flags of train.py describe."""
         targets = _split_names(options.lora_target)
+        is_all = targets in (("all",), ("all-linear",))
         return cls(
             rank=options.lora_rank,
             alpha=options.lora_alpha,
             dropout=options.lora_dropout,
-            target_modules=LINEAR_NAMES if targets == ("all",) else targets,
+            target_modules=LINEAR_NAMES if is_all else targets,
             use_rslora=options.use_rslora,
             modules_to_save=_split_names(options.modules_to_save),
         )

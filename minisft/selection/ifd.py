@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minisft.common.devices import in_float64
 from minisft.common.errors import UserError
 from minisft.data.batching import collate
 from minisft.data.dataset import Row
@@ -110,8 +111,8 @@ class IfdScorer:
         counts = (is_answer | is_prompt)[:, 1:]  # the state at t predicts the token at t + 1
         losses = torch.zeros(counts.shape, device=device)
         losses[counts] = token_losses(model.logits, hidden[:, :-1][counts], tokens[:, 1:][counts])
-        answer_losses = (losses * is_answer[:, 1:]).sum(1, dtype=torch.float64)
-        prompt_losses = (losses * is_prompt[:, 1:]).sum(1, dtype=torch.float64)
+        answer_losses = in_float64(losses * is_answer[:, 1:]).sum(1)
+        prompt_losses = in_float64(losses * is_prompt[:, 1:]).sum(1)
         sums = (is_prompt.float()[:, None] @ hidden.float()).squeeze(1)  # (B, D)
         embeddings = (sums / lengths.clamp(min=1)[:, None]).cpu().numpy()
 

@@ -39,7 +39,7 @@ def score_record(
     """Everything that the scores of score.py depend on. "names" are for messages only."""
     return {
         **model_record(model_dir, adapter_dir),
-        "dataset": dataset_record(rows, is_drawn),
+        "dataset": dataset_record(rows, is_drawn, options.max_samples),
         "template": scorer.template.name,
         "template_text": hashlib.sha256(scorer.template.text.encode()).hexdigest(),
         "template_date": scorer.template.now,
@@ -60,10 +60,12 @@ def recorded_date(output: str | Path) -> str | None:
     return read_json(ScorePaths(output).record, missing={}).get("template_date")
 
 
-def dataset_record(rows: Rows, is_drawn: np.ndarray) -> list[dict[str, Any]]:
+def dataset_record(
+    rows: Rows, is_drawn: np.ndarray, max_samples: int | None = None
+) -> list[dict[str, Any]]:
     """Per file: its hash, the number of rows, how many of them are drawn, and the column names.
 
-    is_drawn: bool (rows,). The hash and the count determine which rows are drawn.
+    is_drawn: bool (rows,). The hash, the count and max_samples determine which rows are drawn.
     """
     record = []
     for file, drawn in zip(rows.files, np.split(is_drawn, rows.ends[:-1]), strict=True):
@@ -72,6 +74,8 @@ def dataset_record(rows: Rows, is_drawn: np.ndarray) -> list[dict[str, Any]]:
             "rows": len(file.records),
             "opened": int(drawn.sum()),
         }
+        if max_samples:
+            entry["max_samples"] = max_samples
         if file.description:
             entry |= asdict(file.description)
             entry.pop("name", None)
@@ -124,6 +128,6 @@ def check_computed_from(path: str | Path, dataset: list[dict[str, Any]]) -> None
         names = record.get("names")
         name = names.get("dataset") if isinstance(names, dict) else None
         raise UserError(
-            f"{path} belongs to another file than --dataset, or that file has changed (it was "
-            f"computed from {name}). Run score.py on --dataset."
+            f"{path} belongs to another file than --dataset, or to another --max_samples, or that "
+            f"file has changed (it was computed from {name}). Run score.py on --dataset."
         )

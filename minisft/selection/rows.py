@@ -17,16 +17,17 @@ def open_every_row(
     dataset_dir: str,
     skip_bad_rows: bool,
     with_rankings: bool,
+    max_samples: int | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Rows, np.ndarray]:
     """(all rows of the files, bool (rows,): True for those that train.py would use).
 
-    The others are broken, or num_samples in dataset_info.json leaves them out. with_rankings:
-    accept rows with several answers.
+    The others are broken, or max_samples or num_samples in dataset_info.json leaves them out.
+    with_rankings: accept rows with several answers.
     """
     skipped = [] if skip_bad_rows else None
     ranking = None if with_rankings else False
-    used = open_rows(dataset, dataset_dir, False, ranking, skipped, SEED, say)
+    used = open_rows(dataset, dataset_dir, False, ranking, skipped, SEED, say, max_samples)
     rows = Rows(used.files, None, used.skip_bad_rows)
     is_drawn = np.full(len(rows), used.numbers is None)
     if used.numbers is not None:

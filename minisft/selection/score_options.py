@@ -15,8 +15,8 @@ from minisft.common.model_flags import add_model_flags, add_template_flags
 EPILOGUE = """\
 The output has a line of JSON for every row:
   index              number of the row in its file, from 0. With several files, the count goes
-                     through all of them. Rows that num_samples in dataset_info.json leaves out
-                     count too, and get no scores.
+                     through all of them. Rows that --max_samples or num_samples in
+                     dataset_info.json leaves out count too, and get no scores.
   loss_conditioned   mean negative log-likelihood of the answer's tokens, given the prompt
   loss_direct        the same, given only the marker that opens an answer
   ifd                loss_conditioned / loss_direct: near 1, the instruction hardly helps
@@ -50,6 +50,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add, switch = parser.section("data")
     add("--dataset", required=True, help="files, folders, names in dataset_info.json; by commas")
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    first = "score only the first N rows of each data set"
+    add("--max_samples", type=positive_int, help=first)
     switch("--skip_bad_rows", "give broken rows a reason instead of stopping")
     add_template_flags(add, auto="that of the training")
     add("--max_length", type=positive_int, default=512, help="longer rows get no score")

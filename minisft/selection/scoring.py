@@ -39,7 +39,7 @@ TOOLS_SAMPLE = 128  # rows that are searched for tools
 class RowReader:
     """`reader[numbers]`: the plans of these rows. Can be sent to a worker process.
 
-    is_drawn: bool (rows,), False for rows that num_samples in dataset_info.json leaves out.
+    is_drawn: bool (rows,), False for rows that --max_samples or num_samples leaves out.
     """
 
     def __init__(self, rows: Rows, scorer: Scorer, is_drawn: np.ndarray | None = None) -> None:
@@ -70,7 +70,7 @@ class RowReader:
         if isinstance(row, BadRow):
             return Plan(number, reason=f"broken: {row}")
         if self.is_drawn is not None and not self.is_drawn[number]:
-            return Plan(number, reason="not drawn: num_samples")
+            return Plan(number, reason="not drawn: num_samples or --max_samples")
         return self.scorer.plan(number, row)
 
 

@@ -54,6 +54,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add, switch = parser.section("data")
     add("--dataset", required=True, help="files, folders, names in dataset_info.json; by commas")
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    first = "choose among the first N rows of each data set, as in score.py"
+    add("--max_samples", type=positive_int, help=first)
     switch("--skip_bad_rows", "never choose broken rows, instead of stopping")
     add("--scores", metavar="F.jsonl", help="written by score.py --mode ifd, all or reward")
     add("--embeddings", metavar="F.embeddings.npy", help="written by score.py --mode embed or all")

@@ -19,7 +19,7 @@ from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.hub import resolve_adapter
 from minisft.checkpoints.reward_models import load_reward_model
 from minisft.common import processes
-from minisft.common.devices import dtype_name, has_fast_bfloat16
+from minisft.common.devices import check_compile, dtype_name, has_fast_bfloat16
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
@@ -37,6 +37,8 @@ def build_model(
     Frozen parameters have type `dtype`, trainable ones float32. With --parallel fsdp the model is
     sharded, and this rank holds its shard.
     """
+    if options.compile:
+        check_compile(device)
     if options.parallel != "fsdp":
         return load_trainable(options, model_dir, dtype, device)
     model, lora_config = load_trainable(options, model_dir, dtype, torch.device("meta"))
@@ -121,7 +123,8 @@ def describe_training(
         f"({options.finetuning_type}) on {device}, {dtype_name(dtype)}, "
         f"{processes.world_size()} process(es)"
     )
-    if dtype == torch.bfloat16 and not has_fast_bfloat16(device):
+    is_emulated = dtype == torch.bfloat16 and device.type != "mps"
+    if is_emulated and not has_fast_bfloat16(device):
         text += (
             "\nbfloat16 halves the memory of the base model, but this processor only emulates it: "
             "--dtype float32 is faster here"

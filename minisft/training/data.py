@@ -53,10 +53,11 @@ def load_data(
         seed=options.seed,
         say=say,
     )
-    rows = dataset.open_rows(options.dataset or options.train_dir, **reading)
-    rows, eval_rows = rows[: options.max_samples], None
+    first = {"max_samples": options.max_samples}
+    rows = dataset.open_rows(options.dataset or options.train_dir, **reading, **first)
+    eval_rows = None
     if options.eval_dataset or options.valid_dir:
-        eval_rows = dataset.open_rows(options.eval_dataset or options.valid_dir, **reading)
+        eval_rows = dataset.open_rows(options.eval_dataset or options.valid_dir, **reading, **first)
     elif options.validation_split:
         rows, eval_rows = dataset.split(rows, options.validation_split, options.seed)
     if options.mix:

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,10 @@ class ByteTokenizer:
     bos_token_id = eos_token_id = None
     add_bos_token = False
     vocab_size = 100  # smaller than that of any model
+    facts = SimpleNamespace(changes_tools=lambda messages, tools: False)
+
+    def begin(self, messages: Any, tools: Any = None) -> None:
+        """As ChatTemplate.begin; nothing is rendered here."""
 
     def encode(self, text: Any, tools: Any = None) -> Any:
         """As Tokenizer.encode for a str, as ChatTemplate.encode for messages."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minisft.common import processes
 from minisft.common.outputs import atomic_write
+from minisft.training.reports import Reports
 
 
 class Progress:
@@ -31,9 +32,14 @@ class Progress:
     """
 
     def __init__(
-        self, total_steps: int, path: str | Path, device: torch.device | str = "cpu"
+        self,
+        total_steps: int,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        reports: Reports | None = None,
     ) -> None:
         self.total_steps, self.path, self.device = total_steps, Path(path), device
+        self.reports = reports
         self.is_rank0 = processes.rank() == 0
         self.step = self.tokens = 0
         self._file: IO[str] | None = None
@@ -65,6 +71,8 @@ class Progress:
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(row) + "\n" for row in earlier if row["step"] <= self.step)
         self._file = open(self.path, "a", encoding="utf-8")
+        if self.reports:
+            self.reports.start(self.step)
         silent = not sys.stderr.isatty()
         self._bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=silent)
 
@@ -135,6 +143,8 @@ class Progress:
             rounded = {name: _rounded(value) for name, value in values.items()}
             self._file.write(json.dumps(rounded, allow_nan=False) + "\n")
             self._file.flush()
+            if self.reports:
+                self.reports.log(values)
 
 
 def in_words(metrics: Mapping[str, float]) -> str:

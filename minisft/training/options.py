@@ -5,12 +5,12 @@ options = parse_options(["--model_name_or_path", "examples/base", "--output_dir"
 options.learning_rate                        # 1e-4, the default of LoRA
 """
 
+import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from minisft.common.command_line import (
-    SCHEDULES,
     OptionParser,
     fraction,
     non_negative_float,
@@ -20,7 +20,9 @@ from minisft.common.command_line import (
 )
 from minisft.common.errors import UserError
 from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
-from minisft.common.option_types import iso_date
+from minisft.common.option_types import iso_date, json_object
+from minisft.training.reports import chosen_services, service_names
+from minisft.training.schedule_settings import SETTINGS, check_settings
 
 Add = Callable[..., Any]
 
@@ -60,7 +62,8 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     add("--valid_dir", help="folder of held-out files, instead of --eval_dataset")
     split = "hold out this fraction (below 1) or number of the rows of --dataset"
     add("--validation_split", type=positive_float, help=split)
-    add("--max_samples", type=positive_int, help="use only the first N rows, for a quick try")
+    first = "use only the first N rows of each data set, for a quick try"
+    add("--max_samples", type=positive_int, help=first)
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
     workers = "processes that read and encode rows ahead of training (0: none)"
     add("--dataloader_num_workers", type=non_negative_int, default=2, help=workers)
@@ -81,7 +84,8 @@ def _add_tuning_flags(add: Add, switch: Add) -> None:
     add("--lora_rank", type=positive_int, default=8, help=rank)
     add("--lora_alpha", type=positive_float, help="scale of the LoRA update (default: 2 x rank)")
     add("--lora_dropout", type=fraction, default=0.0, help="dropout on the input of the adapter")
-    add("--lora_target", default="all", help="modules to adapt, separated by commas, or all")
+    target = "modules to adapt, separated by commas; all or all-linear: every linear layer"
+    add("--lora_target", default="all", help=target)
     switch("--use_rslora", "divide alpha by the square root of the rank (rsLoRA)")
     add("--modules_to_save", default="", help="train these in full: embed_tokens,lm_head,norm")
 
@@ -106,8 +110,10 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
     add("--gradient_accumulation_steps", type=positive_int, default=1, help=accumulation)
     rate = "peak (default: lora 1e-4, full 1e-5; with --stage dpo 5e-6 and 5e-7)"
     add("--learning_rate", type=positive_float, help=rate)
-    schedule = "learning-rate schedule after warm-up"
-    add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help=schedule)
+    schedule = "learning-rate schedule after warm-up; constant has no warm-up"
+    add("--lr_scheduler_type", choices=list(SETTINGS), default="cosine", help=schedule)
+    settings = "settings of the schedule, as in transformers, such as '{\"min_lr_rate\": 0.1}'"
+    add("--lr_scheduler_kwargs", type=json_object, metavar="JSON", help=settings)
     end = "final learning rate of the polynomial schedule"
     add("--lr_end", type=non_negative_float, default=0.0, help=end)
     add("--warmup_ratio", type=fraction, default=0.03, help="share of the steps for warm-up")
@@ -151,6 +157,9 @@ def _add_output_flags(add: Add, switch: Add) -> None:
     switch("--load_best_model_at_end", "save the weights with the lowest evaluation loss")
     patience = "stop after N evaluations without improvement"
     add("--early_stopping_patience", type=positive_int, help=patience)
+    services = "show metrics in tensorboard, wandb, swanlab or trackio; several with commas"
+    add("--report_to", type=service_names, default="none", metavar="NAMES", help=services)
+    add("--run_name", help="name of the run there (default: the output folder)")
     switch("--plot_loss", "draw loss.png into the output folder (needs matplotlib)")
 
 
@@ -170,6 +179,12 @@ def _add_plan_flags(add: Add, switch: Add) -> None:
 def count_or_epoch(text: str) -> int | str:
     """An argparse type: a number of steps, or `epoch` for the steps of an epoch."""
     return text if text == "epoch" else positive_int(text)
+
+
+def scheduler_settings(options: Namespace) -> dict[str, Any]:
+    """The settings of the learning-rate schedule: --lr_scheduler_kwargs and --lr_end."""
+    settings = json.loads(options.lr_scheduler_kwargs or "{}")
+    return {"lr_end": options.lr_end, **settings} if options.lr_end else settings
 
 
 ADAPTER_SHAPE = {"lora_rank", "lora_alpha", "lora_target", "use_rslora", "modules_to_save"}
@@ -205,6 +220,11 @@ def check_options(options: Namespace, given: set[str]) -> None:
             "contradicts --parallel fsdp",
         ),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
+        (
+            {"warmup_ratio", "warmup_steps"},
+            options.lr_scheduler_type == "constant",
+            "contradicts --lr_scheduler_type constant; constant_with_warmup has a warm-up",
+        ),
         (ALONG_THE_WAY, not options.eval_steps, "needs --eval_steps: evaluations along the way"),
         (
             {"eval_steps", "eval_exact_match"} | ALONG_THE_WAY,
@@ -224,6 +244,8 @@ def check_options(options: Namespace, given: set[str]) -> None:
     for flags, is_wrong, reason in rules:
         if is_wrong and flags & given:
             raise UserError(f"--{min(flags & given)} {reason}")
+    chosen_services(options)
+    check_settings(options.lr_scheduler_type, scheduler_settings(options))
     if not (options.dataset or options.train_dir):
         raise UserError("nothing to train on: give --dataset or --train_dir (see --help)")
 

@@ -87,7 +87,9 @@ def device_memory(options: Namespace, device: torch.device) -> int | None:
             raise UserError(f"--device_memory: {error}") from error
     if device.type == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if torch.cuda.is_available():
+    if device.type == "mps" and torch.backends.mps.is_available():
+        return torch.mps.recommended_max_memory()
+    if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return None
 

@@ -57,6 +57,8 @@ SILENT = {
     "output_dir",
     "show_samples",
     "plot_loss",
+    "report_to",
+    "run_name",
     "template_date",
 }
 # Folder in the checkpoint of a sharded model: the optimizer state, written by all ranks.
@@ -140,6 +142,8 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -251,6 +255,8 @@ def _restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.d
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 def claim_output_dir(run: Run, saved: SavedRun | None) -> None:

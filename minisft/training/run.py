@@ -5,7 +5,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from minisft.model.lora import LoraConfig
 from minisft.model.reward import Model
 from minisft.training.metrics import Progress
 from minisft.training.objective import Objective
+from minisft.training.options import scheduler_settings
+from minisft.training.schedules import build_rate
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Schedule:
     warmup_steps: int
     eval_steps: int | None  # steps between evaluations; None: only at the end
     save_steps: int  # steps between checkpoints
+    learning_rate: Callable[[int], float]  # of a step, counted from 0
 
 
 def count_rows_per_step(options: Namespace, num_processes: int) -> int:
@@ -51,8 +54,22 @@ def build_schedule(options: Namespace, num_rows: int, rows_per_step: int) -> Sch
         steps_per_epoch if steps == "epoch" else steps
         for steps in (options.eval_steps, options.save_steps)
     )
+    learning_rate = build_rate(
+        options.lr_scheduler_type,
+        options.learning_rate,
+        total_steps,
+        warmup_steps,
+        scheduler_settings(options),
+    )
     return Schedule(
-        num_rows, rows_per_step, steps_per_epoch, total_steps, warmup_steps, eval_steps, save_steps
+        num_rows,
+        rows_per_step,
+        steps_per_epoch,
+        total_steps,
+        warmup_steps,
+        eval_steps,
+        save_steps,
+        learning_rate,
     )
 
 

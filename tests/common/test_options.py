@@ -244,7 +244,7 @@ def test_types_and_devices(monkeypatch):
         "cuda:01",
         "cpu:3",
         "gpu",
-        "mps",
+        "mps:1",
         "",
     ):
         options = new_parser().parse_options([*MODEL, f"--device={name}"])
@@ -253,7 +253,7 @@ def test_types_and_devices(monkeypatch):
         if name == "cuda:77":
             assert resolve_device(options.device, must_exist=False) == torch.device(name)
         else:
-            with pytest.raises(UserError, match="no such device. Use cpu, cuda or cuda:N."):
+            with pytest.raises(UserError, match="no such device. Use cpu, mps, cuda or cuda:N."):
                 resolve_device(options.device, must_exist=False)
 
 

@@ -352,7 +352,7 @@ def test_stream_and_inference_drop_old_turns_and_warn(tiny_chat_model_dir):
         ([user(None)], "the message is empty"),
         ([user(7)], "message 1 .user.: content is neither text nor a list of text parts"),
         ([user([{"type": "image_url", "image_url": "x"}])], "a part of type image_url; only text"),
-        ([{**user("x"), "images": ["a.png"]}], "images: only text"),
+        ([{**user("x"), "images": ["a.png"]}], "has images; only text"),
         ([{**user("x"), "input": ["y"]}], 'the "input" of the message: content is not text'),
         ([{**user("x"), "input": "y\x07"}], 'the "input" of the message has the control character'),
         ([{**user("x"), "input": "y" * 10_000_000}], "too long: 10,000,001 characters"),

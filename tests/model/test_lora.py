@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIG
+from run_builder import training_options
 
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model, save_model
@@ -88,6 +89,17 @@ def test_we_read_peft(name, base_dir, tmp_path):
     with torch.no_grad():
         expected = theirs.eval()(TOKENS).logits
     torch.testing.assert_close(logits(ours, TOKENS), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["all", "all-linear", "q_proj,down_proj"])
+def test_targets_by_name_are_those_of_peft(target, base_dir):
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    names = target.split(",") if "," in target else "all-linear"
+    theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules=names, task_type="CAUSAL_LM"))
+    ours = load_model(base_dir)
+    add_lora(ours, LoraConfig.from_options(training_options(lora_target=target)))
+    adapted = [name for name, module in ours.named_modules() if isinstance(module, LoRALinear)]
+    assert sorted(adapted) == sorted(theirs.base_model.targeted_module_names)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

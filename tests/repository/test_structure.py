@@ -71,7 +71,7 @@ def test_imports_between_folders_go_down():
 # The packages of requirements.txt and the extras, and two that come with tokenizers and gradio.
 RUNTIME = [ROOT / "requirements.txt"]
 RUNTIME += [ROOT / "requirements" / f"{extra}.txt" for extra in ("plot", "eval", "web")]
-LIBRARIES = {"huggingface_hub", "starlette"} | {
+LIBRARIES = {"huggingface_hub", "starlette", "yaml"} | {
     name.replace("-", "_")
     for path in RUNTIME
     for name in re.findall(r"^[\w-]+", path.read_text(encoding="utf-8"), re.MULTILINE)

@@ -219,6 +219,7 @@ MARKERS = {
     "llama2": "[/INST]",
     "mistral": "[/INST]",
     "zephyr": "<|assistant|>\n",
+    "default": "Assistant:",
     "vicuna": "ASSISTANT:",
     "alpaca": "### Response:",
     "plain": "\n",

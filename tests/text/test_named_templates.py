@@ -127,6 +127,17 @@ def test_zephyr_is_tinyllamas_template_after_bos(shared_data):
         assert example.ids == [tokenizer.bos_token_id, *bare.ids]
 
 
+def test_default_is_llama_factorys_form(shared_data):
+    """register_template(name="default") of its template.py, behind BOS."""
+    template = get_template("default", load_tokenizer(shared_data / MISTRAL))
+    expected = "<s>System: Be brief.\nBe kind.</s>\nHuman: Hi</s>\nAssistant:"
+    messages = [SYSTEM, *turns("Hi", "Ho", "Bye")]
+    assert template.render(messages[:2], add_generation_prompt=True) == expected
+    expected += "Ho</s>\nHuman: Bye</s>\n"
+    assert template.render(messages) == expected
+    assert template.render(messages, add_generation_prompt=True) == expected + "Assistant:"
+
+
 def test_bos_and_leading_space(shared_data):
     """SentencePiece's space is after BOS: the templates were published for such tokenizers."""
     for folder, first in ((TINYLLAMA, "▁["), (MISTRAL, "▁["), (QWEN, "["), (LLAMA3, "[")):

@@ -439,7 +439,7 @@ def test_a_planned_device_need_not_be_present_but_must_be_valid(checkpoint, rows
         done = command(*words, device=name)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr == (
-            f"error: --device {name}: no such device. Use cpu, cuda or cuda:N.\n"
+            f"error: --device {name}: no such device. Use cpu, mps, cuda or cuda:N.\n"
         )
     for name in ("cuda", "cuda:7"):
         done = command(*words, device=name)

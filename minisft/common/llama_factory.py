@@ -1,0 +1,212 @@
+"""The keys of LLaMA-Factory's recipes, in the words of minisft's flags.
+
+    options, refused = translate({"val_size": 0.1, "deepspeed": "ds_z3.json"}, flags)
+    options                                         # {"validation_split": 0.1}
+    refused                                         # {"deepspeed": "use --parallel fsdp"}
+
+Most keys have the name of our flag. The others are renamed, or ask for what minisft does anyway, or
+are refused with a reason. Keys that the recipe leaves out keep the defaults of minisft.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+# LLaMA-Factory's key -> our flag with the same meaning.
+RENAMED = {
+    "adapter_name_or_path": "adapter",
+    "additional_target": "modules_to_save",
+    "infer_dtype": "dtype",
+    "neat_packing": "packing",
+    "pref_beta": "dpo_beta",
+    "pref_ftx": "dpo_ftx",
+    "add_special_tokens": "new_special_tokens",
+    "torch_compile": "compile",
+    "val_size": "validation_split",
+}
+# Keys that change nothing here, whatever their value: minisft runs no code of a checkpoint, encodes
+# rows while it trains, and batches rows of similar length.
+WITHOUT_EFFECT = set(
+    "trust_remote_code overwrite_cache preprocessing_num_workers preprocessing_batch_size "
+    "ddp_timeout ddp_find_unused_parameters use_fast_tokenizer low_cpu_mem_usage flash_attn "
+    "print_param_status data_shared_file_system group_by_length remove_unused_columns log_level "
+    "logging_first_step disable_tqdm include_num_input_tokens_seen dataloader_pin_memory "
+    "include_effective_tokens_per_second ignore_pad_token_for_loss use_reentrant_gc do_eval "
+    "auto_find_batch_size enable_liger_kernel use_unsloth_gc upcast_layernorm logging_dir".split()
+)
+# Values that minisft has. For a key that is no flag, they ask for what it does anyway.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "do_train": (True,),
+    "double_quantization": (True,),
+    "finetuning_type": ("lora", "full"),
+    "infer_backend": ("huggingface", "hf"),
+    "logging_strategy": ("steps",),
+    "mix_strategy": ("concat",),
+    "model_revision": ("main",),
+    "optim": ("adamw_torch", "adamw_torch_fused", "adamw_hf"),
+    "pref_loss": ("sigmoid",),
+    "quantization_method": ("bnb", "bitsandbytes"),
+    "quantization_type": ("nf4",),
+    "save_strategy": ("steps",),
+    "stage": ("sft", "pt", "rm", "dpo"),
+}
+TEXT_ONLY = "minisft trains on text"
+ADAMW_ONLY = "minisft trains with AdamW"
+LORA_ONLY = "minisft has LoRA, rsLoRA and QLoRA"
+# Why minisft does not have a key. A key that ends in * stands for all that begin so.
+REASONS = {
+    "apollo_*": ADAMW_ONLY,
+    "asft_alpha": "minisft has cross-entropy",
+    "audio_*": TEXT_ONLY,
+    "badam_*": ADAMW_ONLY,
+    "cache_dir": "set the environment variable HF_HOME",
+    "compute_accuracy": "use --eval_exact_match",
+    "crop_to_patches": TEXT_ONLY,
+    "deepspeed": "use --parallel fsdp",
+    "disable_shuffling": "rows are always shuffled",
+    "do_predict": "use eval.py compare",
+    "do_train": "train.py always trains",
+    "double_quantization": "NF4 quantises its scales here",
+    "early_stopping_steps": "use --early_stopping_patience",
+    "finetuning_type": "minisft has lora and full",
+    "eaft_alpha": "minisft has cross-entropy",
+    "export_*": "see export.py --help",
+    "fp8*": "use --bf16",
+    "freeze_extra_modules": LORA_ONLY,
+    "freeze_language_model": TEXT_ONLY,
+    "freeze_multi_modal_projector": TEXT_ONLY,
+    "freeze_trainable_*": LORA_ONLY,
+    "freeze_vision_tower": TEXT_ONLY,
+    "fsdp*": "use --parallel fsdp",
+    "galore_*": ADAMW_ONLY,
+    "hf_hub_token": "set the environment variable HF_TOKEN",
+    "image_*": TEXT_ONLY,
+    "infer_backend": "minisft runs the model itself",
+    "interleave_probs": "minisft joins data sets; see --mix",
+    "kt_*": "minisft has no ktransformers",
+    "kto_*": "minisft has sft, pt, rm and dpo",
+    "loraplus_*": LORA_ONLY,
+    "master_addr": "give it to torchrun",
+    "master_port": "give it to torchrun",
+    "media_dir": TEXT_ONLY,
+    "mix_strategy": "minisft joins data sets; see --mix",
+    "mixture_of_depths": "minisft trains the architecture of the checkpoint",
+    "model_revision": "download that revision and give its folder",
+    "oft_*": LORA_ONLY,
+    "optim": ADAMW_ONLY,
+    "pissa_*": LORA_ONLY,
+    "pref_loss": "minisft has sigmoid, the loss of DPO",
+    "ppo_*": "minisft has sft, pt, rm and dpo",
+    "predict_with_generate": "use --eval_exact_match, or eval.py compare",
+    "preserve_thinking": "the chat template decides",
+    "pure_bf16": "trained parameters are float32; use --bf16",
+    "quantization_method": "minisft has NF4 and int8, as bitsandbytes",
+    "quantization_type": "4 bits are NF4 here",
+    "ray_*": "use torchrun",
+    "ref_model*": "the reference is the model before training",
+    "reward_model*": "minisft has sft, pt, rm and dpo",
+    "rope_scaling": "write it into config.json",
+    "push_to_hub": "minisft uploads nothing",
+    "save_only_model": "checkpoints hold the optimizer too, to resume from",
+    "save_strategy": "use --save_steps N, or epoch",
+    "shift_attn": "minisft has the attention of the checkpoint",
+    "simpo_*": "minisft has sigmoid, the loss of DPO",
+    "stage": "minisft has sft, pt, rm and dpo",
+    "streaming": "rows stay on the disk anyway",
+    "swanlab_*": "set SwanLab's environment variables, such as SWANLAB_PROJECT",
+    "tokenized_path": "rows are encoded during training",
+    "tool_format": "the chat template decides",
+    "train_on_prompt": "the model learns the answers; --stage pt learns every token",
+    "use_adam_mini": ADAMW_ONLY,
+    "use_apollo": ADAMW_ONLY,
+    "use_audio_in_video": TEXT_ONLY,
+    "use_badam": ADAMW_ONLY,
+    "use_asft_loss": "minisft has cross-entropy",
+    "use_dft_loss": "minisft has cross-entropy",
+    "use_dora": LORA_ONLY,
+    "use_eaft_loss": "minisft has cross-entropy",
+    "use_galore": ADAMW_ONLY,
+    "use_kt": "minisft has no ktransformers",
+    "use_llama_pro": LORA_ONLY,
+    "use_muon": ADAMW_ONLY,
+    "use_unsloth": "minisft runs the model itself",
+    "video_*": TEXT_ONLY,
+}
+# LLaMA-Factory's template -> ours, and the system prompt of theirs.
+TEMPLATES = {
+    "empty": ("plain", None),
+    "qwen": ("chatml", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "qwen3_nothink": ("chatml", None),
+    "zephyr": ("zephyr", "You are Zephyr, a helpful assistant."),
+}
+
+
+def translate(
+    recipe: dict[str, Any], flags: Collection[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """({flag: value}, {key: why minisft does not have it}).
+
+    flags: the names of the script's flags. Keys that are neither a flag nor LLaMA-Factory's stay.
+    """
+    options: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    recipe = dict(recipe)
+    _set_steps(recipe)
+    for key, value in recipe.items():
+        name = RENAMED.get(key, key)
+        is_known_value = value in VALUES.get(key, ())
+        reason = _reason(key)
+        if key in WITHOUT_EFFECT or is_known_value and key not in flags:
+            continue
+        if (name != key or reason) and value in (None, False, "", "none", 0):
+            continue  # what is off asks for nothing
+        if reason and not is_known_value:
+            shown = f"{key}: {value}" if key in VALUES else key
+            refused[shown] = reason
+        else:
+            options[name if name in flags else key] = value
+    _set_data(options)
+    if "disable_gradient_checkpointing" in options:
+        options["gradient_checkpointing"] = not options.pop("disable_gradient_checkpointing")
+    if options.pop("use_swanlab", False):
+        others = options.get("report_to") or []
+        others = others if isinstance(others, list) else [others]
+        options["report_to"] = [name for name in others if name != "none"] + ["swanlab"]
+    return options, refused
+
+
+def _reason(key: str) -> str | None:
+    """Why minisft does not have this key; None if it may have it."""
+    for name, reason in REASONS.items():
+        if key == name or name.endswith("*") and key.startswith(name[:-1]):
+            return reason
+    return None
+
+
+def _set_steps(recipe: dict[str, Any]) -> None:
+    """Numbers of steps that mean "none", and strategies, become our flags. In place."""
+    if recipe.get("max_steps") == -1:
+        del recipe["max_steps"]
+    if recipe.get("warmup_steps") == 0 and "warmup_ratio" in recipe:
+        del recipe["warmup_steps"]
+    if recipe.get("save_strategy") == "epoch":
+        recipe["save_steps"] = recipe.pop("save_strategy")
+    strategy = recipe.pop("eval_strategy", None)
+    if strategy == "epoch":
+        recipe["eval_steps"] = "epoch"
+    elif strategy == "steps":
+        recipe.setdefault("eval_steps", recipe.get("logging_steps", 500))
+    elif strategy is not None:  # "no"; YAML reads it as False
+        recipe.pop("eval_steps", None)
+
+
+def _set_data(options: dict[str, Any]) -> None:
+    """Templates get our names; plain text has blocks and no template. In place."""
+    if options.get("stage") == "pt":
+        options.pop("template", None)
+        if "cutoff_len" in options:
+            options["block_size"] = options.pop("cutoff_len")
+    template = options.get("template")
+    if template in TEMPLATES:
+        options["template"], system = TEMPLATES[template]
+        if system:
+            options.setdefault("default_system", system)

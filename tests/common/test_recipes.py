@@ -1,0 +1,200 @@
+"""Recipes in YAML: our keys, and those of LLaMA-Factory's examples/train_lora."""
+
+import builtins
+import re
+
+import pytest
+
+import train
+from minisft.common.errors import UserError
+from minisft.common.llama_factory import REASONS, RENAMED, TEMPLATES, WITHOUT_EFFECT
+from minisft.selection import score_options
+from minisft.text.template_choice import NAMES
+from minisft.training.options import parse_options
+
+# All keys of LLaMA-Factory's recipes for LoRA on text, with values of a small run.
+METHOD = """\
+### model
+model_name_or_path: {model}
+trust_remote_code: true
+
+### method
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 4
+lora_target: all
+
+### dataset
+dataset: {rows}
+template: {template}
+cutoff_len: 96
+max_samples: 9
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataloader_num_workers: 0
+
+### output
+output_dir: {output}
+logging_steps: 1
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none  # choices: [none, wandb, tensorboard, swanlab, mlflow]
+
+### train
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 2
+learning_rate: 1.0e-3
+num_train_epochs: 2.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+
+### eval
+val_size: 0.2
+per_device_eval_batch_size: 1
+eval_strategy: steps
+eval_steps: 2
+"""
+
+
+def write(tmp_path, text, name="recipe.yaml"):
+    """The path of a recipe with this text."""
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def options_of(tmp_path, text, *words):
+    """The options of train.py with a recipe of these lines."""
+    needed = "model_name_or_path: m\ndataset: d\noutput_dir: o\n"
+    return parse_options(["--config", write(tmp_path, needed + text), *words])
+
+
+def test_a_recipe_of_llama_factory_runs_unchanged(checkpoint, rows_file, tmp_path, here):
+    output = tmp_path / "out"
+    text = METHOD.format(model=checkpoint, rows=rows_file, output=output, template="qwen3_nothink")
+    said = here(train, "--config", write(tmp_path, text))
+    assert "7 rows; training" in said and "template: chatml" in said and "bfloat16" in said
+    assert (output / "adapter_model.safetensors").exists()
+    assert "step 2: evaluation" in said and "step 4: evaluation" in said
+    # Everything is recorded under our names, and the record repeats the run.
+    recorded = parse_options(["--config", str(output / "options.toml")])
+    given = parse_options(["--config", write(tmp_path, text)])
+    date = {"template_date": recorded.template_date, "config": str(output / "options.toml")}
+    assert {**vars(given), **date, "overwrite_output_dir": False} == {
+        **vars(recorded),
+        "resume_from_checkpoint": None,
+    }
+
+
+def test_keys_and_values_take_our_names(tmp_path):
+    options = options_of(
+        tmp_path,
+        "stage: dpo\npref_beta: 0.3\npref_ftx: 0.5\npref_loss: sigmoid\nval_size: 0.1\n"
+        "adapter_name_or_path: runs/a\nneat_packing: false\noptim: adamw_torch\n"
+        "eval_strategy: epoch\nsave_strategy: epoch\nmax_steps: -1\nwarmup_steps: 0\n"
+        "warmup_ratio: 0.2\ndisable_gradient_checkpointing: false\nlearning_rate: 5e-6\n",
+    )
+    assert (options.dpo_beta, options.dpo_ftx, options.validation_split) == (0.3, 0.5, 0.1)
+    assert options.adapter == "runs/a" and options.gradient_checkpointing
+    assert (options.eval_steps, options.save_steps) == ("epoch", "epoch")
+    assert (options.max_steps, options.warmup_steps, options.warmup_ratio) == (None, None, 0.2)
+    assert options.learning_rate == 5e-6
+
+
+def test_lists_settings_and_services(tmp_path):
+    options = options_of(
+        tmp_path,
+        "lora_target: [q_proj, v_proj]\nadditional_target: embed_tokens\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs:\n  min_lr: 1e-6\n"
+        "eval_strategy: 'no'\neval_steps: 5\nlora-rank: 3\n",
+        "--lora_rank",
+        "5",
+    )
+    assert options.lora_target == "q_proj,v_proj" and options.modules_to_save == "embed_tokens"
+    assert options.lr_scheduler_kwargs == '{"min_lr": 1e-06}'
+    assert options.eval_steps is None and options.lora_rank == 5
+
+
+def test_plain_text_has_blocks_and_no_template(tmp_path):
+    options = options_of(tmp_path, "stage: pt\ntemplate: qwen\ncutoff_len: 77\n")
+    assert (options.block_size, options.template) == (77, "auto")
+
+
+@pytest.mark.parametrize("template", ["qwen", "zephyr", "llama3", "qwen3", "mistral", "alpaca"])
+def test_templates_of_llama_factory(tmp_path, template):
+    options = options_of(tmp_path, f"template: {template}\n")
+    name, system = TEMPLATES.get(template, (template, None))
+    assert (options.template, options.default_system) == (name, system)
+    assert options.template in NAMES
+
+
+def test_every_key_without_a_meaning_is_named_at_once(tmp_path):
+    with pytest.raises(UserError) as caught:
+        options_of(
+            tmp_path,
+            "stage: kto\ndeepspeed: ds_z3_config.json\nray_num_workers: 4\nlora_rnk: 8\n"
+            "image_max_pixels: 262144\nfreeze_vision_tower: true\npref_loss: orpo\n"
+            "something: 1\nuse_dora: false\nlearning_rate: 1e-4\n",
+        )
+    message = str(caught.value).partition("no such option: ")[2]
+    assert message == (
+        "stage: kto (minisft has sft, pt, rm and dpo), deepspeed (use --parallel fsdp), "
+        "ray_num_workers (use torchrun), image_max_pixels, freeze_vision_tower (minisft trains on "
+        "text), pref_loss: orpo (minisft has sigmoid, the loss of DPO), lora_rnk (did you mean "
+        "lora_rank?), something (see --help)"
+    )
+
+
+def test_reasons_name_flags_that_exist():
+    parser_help = open("minisft/training/options.py").read() + "--bf16 --help"
+    for reason in REASONS.values():
+        for flag in re.findall(r"--(\w+)", reason):
+            assert f"--{flag}" in parser_help
+    assert not WITHOUT_EFFECT & (REASONS.keys() | RENAMED.keys())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_rank: [", "not valid YAML"),
+        ("- lora_rank", "not a recipe"),
+        ("lora_rank: many", "many"),
+        ("8: 9", "not a recipe"),
+        ("report_to: mlflow", "'mlflow' is not one of"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_bad_recipes_take_one_line(text, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        parse_options(["--config", write(tmp_path, text)])
+    assert "recipe.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_scripts_read_yaml_too(tmp_path):
+    recipe = write(
+        tmp_path,
+        "model_name_or_path: m\nadapter_name_or_path: a\ndataset: d\noutput: s.jsonl\n"
+        "trust_remote_code: true\nmax_samples: 3\n",
+        "recipe.yml",
+    )
+    options = score_options.parse_options(["--config", recipe])
+    assert options.adapter == "a" and options.max_samples == 3
+
+
+def test_without_pyyaml_the_file_is_named(tmp_path, monkeypatch):
+    load = builtins.__import__
+
+    def without(name, *arguments):
+        if name == "yaml":
+            raise ImportError(name)
+        return load(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"needs PyYAML \(requirements/yaml.txt\)"):
+        options_of(tmp_path, "")
