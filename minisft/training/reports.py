@@ -216,7 +216,7 @@ class Reports:
 
     @contextmanager
     def _survive(self, name: str) -> Generator[None, None, None]:
-        """Leave a service out if it fails. Whatever it raises, training goes on."""
+        """Drop a service if it fails. Training continues whatever the service raises."""
         try:
             yield
         except Exception as error:

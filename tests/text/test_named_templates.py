@@ -128,7 +128,7 @@ def test_zephyr_is_tinyllamas_template_after_bos(shared_data):
 
 
 def test_default_is_llama_factorys_form(shared_data):
-    """register_template(name="default") of its template.py, behind BOS."""
+    """register_template(name="default") of its template.py, after BOS."""
     template = get_template("default", load_tokenizer(shared_data / MISTRAL))
     expected = "<s>System: Be brief.\nBe kind.</s>\nHuman: Hi</s>\nAssistant:"
     messages = [SYSTEM, *turns("Hi", "Ho", "Bye")]

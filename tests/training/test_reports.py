@@ -67,7 +67,7 @@ def read_trackio(folder):
 
 def records(path):
     """The records of a log in LevelDB's form: pieces in blocks of 32 kB."""
-    data, place, record = path.read_bytes(), 7, b""  # behind the header of the file
+    data, place, record = path.read_bytes(), 7, b""  # after the header of the file
     while True:
         left = 2**15 - place % 2**15
         place += left if left < 7 else 0
