@@ -231,7 +231,7 @@ def test_gguf_lora(name, peft_adapter, tmp_path):
 
 @pytest.mark.parametrize("name", ["resized, tied", "alpha_pattern", "all norms", "dora"])
 def test_training_further(name, peft_adapter, rows_file, tmp_path):
-    """A step with learning rate 0 keeps the logits; DoRA is refused before anything is written."""
+    """A step with a tiny learning rate keeps the logits; DoRA is refused before any output."""
     base, adapter, tokens, expected = peft_adapter(*FORMS[name])
     done = command(
         *("--model_name_or_path", base, "--adapter", adapter, "--dataset", rows_file),

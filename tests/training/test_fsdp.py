@@ -93,8 +93,7 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", ["2", "2-4", "2-4-1", "1-2"])
 def test_any_number_of_processes_trains_as_one(kind, other, runs):
-    """Equal losses, gradient norms and weights; resumed with twice and a quarter of the
-    processes."""
+    """Equal losses, gradient norms and weights; resumed with more and with fewer processes."""
     assert len([row for row in logged(runs / kind / "1") if "loss" in row]) == 6
     assert_equal_runs(runs / kind / "1", runs / kind / other)
 
@@ -236,7 +235,7 @@ def test_a_failed_checkpoint_leaves_no_files(runs, tmp_path, monkeypatch):
         run.optimizer.step()
         together = [True]
 
-        def wait():  # the second wait is for a message that never comes
+        def wait():  # the second call waits for a rank that has ended
             if not together:
                 raise RuntimeError("the other process has ended")
             together.clear()

@@ -192,7 +192,10 @@ def test_parameters_are_those_of_transformers_and_peft(shared_data):
         assert memory.stored_bytes(model) == pytest.approx(expected, rel=1e-5)
 
 
-HEAD = ("--modules_to_save", "lm_head")  # torch cannot count operations in a quantised layer
+HEAD = (
+    "--modules_to_save",
+    "lm_head",
+)  # torch cannot count the products with a frozen output matrix
 
 
 @pytest.mark.parametrize("flags", [HEAD, HEAD + CHECKPOINTING, FULL])
