@@ -3,8 +3,8 @@
     builder = PromptBuilder(BENCHMARKS["ceval"], tokenizer, template=None, max_length=2048)
     prompt = builder.build(subject, subject.demonstrations[:5], subject.questions[0])
 
-The tokens of a letter are its tokens in this place, after the prompt: Llama 2
-has one token `A` for the middle of a line and another for its beginning.
+The tokens of a letter are those after the prompt: Llama 2 has one token `A` for the middle of a
+line and another for its beginning.
 """
 
 import random

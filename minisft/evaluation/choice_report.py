@@ -100,7 +100,7 @@ def submission(subjects: Sequence[Subject], predictions: Predictions) -> dict[st
 
 
 def compare_with_baseline(baseline: Baseline, predictions: Predictions) -> dict[str, Any]:
-    """The difference in accuracy to an earlier run, over the questions that both answered.
+    """The difference in accuracy from an earlier run, over the questions that both answered.
 
     If questions were repeated, the first repetition counts.
     """

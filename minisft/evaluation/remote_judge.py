@@ -3,9 +3,9 @@
     judge = RemoteJudge("http://127.0.0.1:8000/v1", "judge-model", key=None)
     for number, text in judge.replies(["Which answer is better? ..."]): ...
 
-Written by hand, because the standard library can send the one kind of request. The `openai` package
-would be another dependency, and it does not repeat a request whose reply is not a chat completion,
-such as the error page of a proxy.
+Written by hand, because the standard library can send this one kind of request. The `openai`
+package would be another dependency, and it does not repeat a request whose reply is not a chat
+completion, such as the error page of a proxy.
 """
 
 import http.client

@@ -3,8 +3,8 @@
     python train.py --config examples/recipes/llama3_8b_full.toml --dry_run --num_processes 8 \\
         --device cuda --device_memory 80GB --device_tflops 400
 
-It needs config.json only. lengths.py looks at the rows and says where their lengths come from,
-memory.py computes the memory and operations.py the arithmetic.
+It needs config.json only. lengths.py counts or estimates the tokens of the rows, memory.py computes
+the memory and operations.py the arithmetic.
 """
 
 import os
