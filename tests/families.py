@@ -70,6 +70,16 @@ VARIANTS = {
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
     },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5, "rope_scaling": YARN},
+    "smollm3, every second layer": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+    "smollm3, biases, listed": {
+        "model_type": "smollm3",
+        "no_rope_layers": [0, 1, 1],
+        "rope_theta": 5000000.0,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+    },
 }
 
 

@@ -18,6 +18,14 @@ SMALL = {
     "initializer_range": 0.3,
     "max_position_embeddings": 512,
 }
+# llama.cpp knows the two sizes by their numbers of layers.
+BAICHUAN2 = {
+    "model_type": "baichuan",
+    "hidden_size": 48,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
+}
 STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STRETCHED}
 FAMILIES = {
@@ -38,6 +46,15 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
+    "smollm3, YaRN": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 5,
+        "tie_word_embeddings": False,
+        "rope_scaling": {"rope_type": "yarn", **STRETCHED},
+    },
+    "baichuan2, 7B": BAICHUAN2 | {"num_hidden_layers": 32},
+    "baichuan2, 13B": BAICHUAN2 | {"num_hidden_layers": 40, "num_attention_heads": 6},
 }
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import baichuan
 import pytest
 import torch
 from conftest import CONFIG, ROOT, as_flags
@@ -52,7 +53,7 @@ def resumed(processes, output_dir, *more):
 
 
 def write_bases(folder, tokenizer_dir):
-    """Two base models, one of them with a tied embedding."""
+    """Base models: a Llama, one with a tied embedding, and a Baichuan2 with ALiBi."""
     for name in ("plain", "tied"):
         torch.manual_seed(0)
         model = CausalLM(
@@ -64,6 +65,8 @@ def write_bases(folder, tokenizer_dir):
         save_model(model, folder / name)
         for path in tokenizer_dir.iterdir():
             shutil.copy(path, folder / name)
+    shutil.copytree(folder / "plain", folder / "baichuan")
+    baichuan.write_checkpoint(folder / "baichuan", "13B", vocab_size=300, initializer_range=0.1)
 
 
 def train_forked(folder, plan):

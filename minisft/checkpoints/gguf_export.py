@@ -14,7 +14,7 @@ A few million numbers are converted at a time, so memory does not grow with the 
 itself is built on the meta device, only for its names and shapes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -22,11 +22,13 @@ from typing import Any
 
 import gguf
 import torch
+import torch.nn.functional as F
 
 from minisft.checkpoints.adapter_forms import Change, read_adapter, tokenizer_dir
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import generation_eos, open_model
 from minisft.checkpoints.gguf_report import Report, num_parameters, summarize
+from minisft.checkpoints.tied_weights import OUTPUT
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import StoredTensor
 from minisft.gguf.compatibility import check_architecture, known_differences
@@ -39,6 +41,7 @@ from minisft.gguf.mapping import (
     is_interleaved,
     rotary_divisors,
     sampling_fields,
+    unpacked,
 )
 from minisft.gguf.prompts import llama_cpp_prompts
 from minisft.gguf.tensor_types import QUANTIZATIONS, tensor_type
@@ -123,21 +126,25 @@ def model_tensors(
         # An adapter can replace a module. If it has untied lm_head from the embedding without
         # training it, lm_head still equals the embedding.
         source = adapter.get(name) or stored.get(name) or stored["model.embed_tokens.weight"]
+        steps = [changes[name]] if name in changes else []
+        if config.norm_head and name == OUTPUT:
+            steps.append(normalize_rows)
         lora, module_name = None, name.removesuffix(".weight")
         if module_name in scalings:
             A, B = (adapter[f"{module_name}.lora_{factor}.weight"] for factor in "AB")
             lora = A, B, scalings[module_name]
-        head_dim = config.head_dim if is_interleaved(name, architecture) else None
-        shape = tuple(parameter.shape)
-        tensors.append(
-            Tensor(
-                gguf_name(name),
-                shape,
-                tensor_type(gguf_name(name), shape, quantization, config),
-                read=partial(read_rows, source, lora, head_dim, change=changes.get(name)),
-                row_group=head_dim or 1,
+        for part, first, last in unpacked(name, parameter.shape[0]):
+            head_dim = config.head_dim if is_interleaved(part, architecture) else None
+            shape = (last - first, *parameter.shape[1:])
+            tensors.append(
+                Tensor(
+                    gguf_name(part),
+                    shape,
+                    tensor_type(gguf_name(part), shape, quantization, config),
+                    read=partial(read_rows, source, lora, head_dim, steps, first),
+                    row_group=head_dim or 1,
+                )
             )
-        )
     divisors = rotary_divisors(config)
     if divisors is not None:
         tensors.append(
@@ -155,18 +162,26 @@ def read_rows(
     source: StoredTensor,
     lora: tuple[StoredTensor, StoredTensor, float] | None,
     head_dim: int | None,
+    changes: Sequence[Change],
+    first: int,
     begin: int,
     end: int,
-    change: Change | None = None,
 ) -> torch.Tensor:
-    """Rows begin..end-1 of the merged tensor in float32, in the file's order.
+    """Rows begin..end-1 of a tensor of the file in float32, merged and in the file's order.
 
-    lora: (A, B, scaling). head_dim: set if rows are reordered; begin and end are multiples.
+    lora: (A, B, scaling). head_dim: set if rows are reordered; begin and end are multiples. first:
+    the row of `source` with which the tensor begins.
     """
+    begin, end = first + begin, first + end
     rows = source.read(begin, end).float()
     if lora:
         A, B, scaling = lora
         rows += scaling * (B.read(begin, end).float() @ A.read().float())
-    if change:
+    for change in changes:
         rows = change(rows, begin)
     return interleave(rows, head_dim).contiguous() if head_dim else rows
+
+
+def normalize_rows(rows: torch.Tensor, begin: int) -> torch.Tensor:
+    """The rows with length 1, which llama.cpp expects of a NormHead."""
+    return F.normalize(rows)

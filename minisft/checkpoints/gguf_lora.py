@@ -17,7 +17,7 @@ from minisft.checkpoints.gguf_report import Report, summarize
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, equal_tensors
 from minisft.common.errors import UserError
 from minisft.common.tensor_files import StoredTensor
-from minisft.gguf.mapping import ARCHITECTURES, gguf_name, is_interleaved
+from minisft.gguf.mapping import ARCHITECTURES, gguf_name, is_interleaved, unpacked
 from minisft.gguf.tensor_types import QUANTIZATIONS
 from minisft.gguf.writer import Tensor, write_gguf
 from minisft.model.decoder import CausalLM
@@ -53,13 +53,13 @@ def export_adapter(
         A, B = (adapter[f"{name}.lora_{factor}.weight"] for factor in "AB")
         # llama.cpp multiplies by alpha / rank, also for rsLoRA, so B is scaled by the ratio.
         factor = module.scaling * A.shape[0] / lora.alpha
-        name = f"{name}.weight"
-        # The rows of B are the outputs of the module, reordered like the rows of its weight.
-        head_dim = model.config.head_dim if is_interleaved(name, architecture) else None
-        tensors += [
-            _tensor(f"{gguf_name(name)}.lora_a", A, type, 1.0, None),
-            _tensor(f"{gguf_name(name)}.lora_b", B, type, factor, head_dim),
-        ]
+        for part, first, last in unpacked(f"{name}.weight", B.shape[0]):
+            # The rows of B are the outputs of the module, reordered like the rows of its weight.
+            head_dim = model.config.head_dim if is_interleaved(part, architecture) else None
+            tensors += [
+                _tensor(f"{gguf_name(part)}.lora_a", A, type, 1.0, None, 0, A.shape[0]),
+                _tensor(f"{gguf_name(part)}.lora_b", B, type, factor, head_dim, first, last),
+            ]
     metadata = {
         "general.type": "adapter",
         "adapter.type": "lora",
@@ -78,15 +78,17 @@ def _tensor(
     type: gguf.GGMLQuantizationType,
     factor: float,
     head_dim: int | None,
+    first: int,
+    last: int,
 ) -> Tensor:
-    """A matrix of the adapter times a factor. F16 if its rows cannot be cut into blocks."""
+    """Rows first..last-1 of a factor, scaled. F16 if its rows cannot be cut into blocks."""
     if source.shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
         type = gguf.GGMLQuantizationType.F16
-    read = partial(_read_rows, source, factor, head_dim)
-    return Tensor(name, source.shape, type, read, head_dim or 1)
+    read = partial(_read_rows, source, factor, head_dim, first)
+    return Tensor(name, (last - first, *source.shape[1:]), type, read, head_dim or 1)
 
 
 def _read_rows(
-    source: StoredTensor, factor: float, head_dim: int | None, begin: int, end: int
+    source: StoredTensor, factor: float, head_dim: int | None, first: int, begin: int, end: int
 ) -> torch.Tensor:
-    return factor * read_rows(source, None, head_dim, begin, end)
+    return factor * read_rows(source, None, head_dim, (), first, begin, end)

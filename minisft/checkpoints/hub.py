@@ -12,7 +12,8 @@ from minisft.gguf.reader import is_gguf
 from minisft.gguf.unpack import unpack
 
 CONFIG = "config.json"
-HUB_PATTERNS = [*"*.json *.txt *.jinja tokenizer.model model*.safetensors".split(), ADAPTER_WEIGHTS]
+HUB_PATTERNS = "*.json *.txt *.jinja *.py tokenizer.model model*.safetensors".split()
+HUB_PATTERNS += [ADAPTER_WEIGHTS]
 
 
 def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:

@@ -66,7 +66,8 @@ class StoredTensor:
     """A tensor in a file: type, shape, and which bytes of the file hold it.
 
     unpack: converts the bytes of some rows (uint8) to these rows, if the file holds them in another
-    form.
+    form. parts: the tensors whose rows this one has, one after the other, if it has no bytes of its
+    own.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class StoredTensor:
     start: int  # offset in the file
     nbytes: int
     unpack: Callable[[Tensor], Tensor] | None = None
+    parts: tuple["StoredTensor", ...] = ()
 
     def read(self, begin: int = 0, end: int | None = None) -> Tensor:
         """The tensor, or its rows from begin to end - 1, memory-mapped.
@@ -83,6 +85,8 @@ class StoredTensor:
         Processes that read the same file share the pages. Writing to the tensor changes a private
         copy. Changing the file in place, instead of replacing it, changes the tensor.
         """
+        if self.parts:
+            return self._read_parts(begin, self.shape[0] if end is None else end)
         shape = self.shape if end is None else (end - begin, *self.shape[1:])
         row_bytes = self.nbytes // (self.shape or (1,))[0] if self.nbytes else 0
         start, nbytes = self.start + begin * row_bytes, (shape or (1,))[0] * row_bytes
@@ -103,6 +107,15 @@ class StoredTensor:
         if data.data_ptr() % self.dtype.itemsize:  # torch needs aligned numbers
             data = data.clone()
         return self.unpack(data) if self.unpack else data.view(self.dtype).view(shape)
+
+    def _read_parts(self, begin: int, end: int) -> Tensor:
+        rows, first = [], 0
+        for part in self.parts:
+            last = first + part.shape[0]
+            if begin < last and first < end:
+                rows.append(part.read(max(begin - first, 0), min(end, last) - first))
+            first = last
+        return torch.cat(rows) if rows else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
 
     def check(self, shape: Sequence[int], source: str) -> None:
         """UserError unless the tensor has this shape and a floating-point type.

@@ -25,9 +25,23 @@ def check_architecture(config: ModelConfig) -> None:
             "llama.cpp computes head_dim of qwen2 as hidden_size / num_attention_heads; this "
             f"checkpoint has head_dim {config.head_dim}. {USE_HF}"
         )
-    if architecture == "qwen3" and config.attention_bias:
+    biases = {"attention": config.attention_bias, "MLP": config.mlp_bias}
+    for part, has_bias in biases.items():
+        if architecture in ("qwen3", "smollm3") and has_bias:
+            raise UserError(
+                f"llama.cpp's {architecture} has no {part} biases, but this model has them. "
+                f"{USE_HF}"
+            )
+    every_fourth = [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
+    if architecture == "smollm3" and config.no_rope_layers != every_fourth:
         raise UserError(
-            f"llama.cpp's qwen3 has no attention biases, but this model has them. {USE_HF}"
+            "llama.cpp's smollm3 leaves rotary positions out of every fourth layer, but this "
+            f"checkpoint has no_rope_layers {config.no_rope_layers}. {USE_HF}"
+        )
+    if architecture == "baichuan" and config.num_hidden_layers != (40 if config.alibi else 32):
+        raise UserError(
+            "llama.cpp expects 32 layers of Baichuan2 with rotary positions, and 40 with ALiBi; "
+            f"this checkpoint has {config.num_hidden_layers} layers. {USE_HF}"
         )
     if scaling.get("rope_type") == "yarn" and not scaling.get("truncate", True):
         raise UserError(

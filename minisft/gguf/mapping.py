@@ -5,8 +5,8 @@
 
 Tensors get other names and keep their values, with one exception. Rotary embedding rotates pairs of
 numbers of each head. Hugging Face pairs number i with number i + d/2 (d is the width of a head).
-llama.cpp pairs 2i with 2i + 1 in the architecture `llama`. So the rows of q_proj and k_proj, which
-compute these numbers, are reordered in each head:
+llama.cpp pairs 2i with 2i + 1 in the architectures of INTERLEAVED. There the rows of q_proj and
+k_proj, which compute these numbers, are reordered in each head:
 
     rows of a head in the checkpoint    0 1 2 3 4 5 6 7    pairs (0, 4), (1, 5), (2, 6), (3, 7)
     rows of a head in the file          0 4 1 5 2 6 3 7    pairs of neighbours
@@ -25,7 +25,17 @@ from minisft.model.config import ModelConfig
 from minisft.model.rotary import rotary_frequencies
 
 # llama.cpp runs Mistral as `llama`. The file does not say which of the two a model was.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+    "baichuan": "baichuan",
+}
+INTERLEAVED = ("llama", "smollm3", "baichuan")
+# A matrix of Baichuan2 that the file holds as three, and what other families call them.
+PACKED, UNPACKED = "W_pack", ("q_proj", "k_proj", "v_proj")
 MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER_MODULES = {
     "input_layernorm": "attn_norm",
@@ -72,9 +82,22 @@ def checkpoint_name(name: str) -> str:
     return name if original is None else f"{prefix}{original}.{kind}"
 
 
+def unpacked(name: str, num_rows: int) -> list[tuple[str, int, int]]:
+    """The tensors that a tensor of a checkpoint becomes: [(name, first row, row after the last)].
+
+    One with the same name, but three for W_pack.
+    """
+    if f".{PACKED}." not in name:
+        return [(name, 0, num_rows)]
+    size = num_rows // len(UNPACKED)
+    return [
+        (name.replace(PACKED, part), k * size, (k + 1) * size) for k, part in enumerate(UNPACKED)
+    ]
+
+
 def is_interleaved(name: str, architecture: str) -> bool:
     """True if the rows of a tensor, named as in the checkpoint, are reordered in the file."""
-    return architecture == "llama" and name.rpartition(".")[0].endswith(("q_proj", "k_proj"))
+    return architecture in INTERLEAVED and name.rpartition(".")[0].endswith(("q_proj", "k_proj"))
 
 
 def interleave(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -110,7 +133,7 @@ def architecture_fields(config: ModelConfig) -> dict[str, Any]:
         fields["rope.scaling.factor"] = float(scaling["factor"])
     if scaling.get("rope_type") == "yarn":
         fields |= _yarn_fields(config, scaling)
-    if architecture == "llama":
+    if architecture in INTERLEAVED:
         fields |= {"vocab_size": config.vocab_size, "rope.dimension_count": config.head_dim}
     return {f"{architecture}.{name}": value for name, value in fields.items()}
 

@@ -13,6 +13,7 @@ import atexit
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,14 @@ from gguf import GGMLQuantizationType as Type
 from minisft.common.errors import UserError
 from minisft.common.json_files import write_json
 from minisft.common.tensor_files import StoredTensor
-from minisft.gguf.mapping import ROTARY_DIVISORS, checkpoint_name, deinterleave, is_interleaved
+from minisft.gguf.mapping import (
+    PACKED,
+    ROTARY_DIVISORS,
+    UNPACKED,
+    checkpoint_name,
+    deinterleave,
+    is_interleaved,
+)
 from minisft.gguf.reader import GGUFFile, read_gguf
 from minisft.gguf.tensor_types import TORCH_TYPES
 from minisft.gguf.unpack_config import config_fields
@@ -100,7 +108,23 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
                 head_dim if is_interleaved(name, architecture) else None,
             ),
         )
-    return tensors
+    return _packed(tensors) if architecture == "baichuan" else tensors
+
+
+def _packed(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors with q_proj, k_proj and v_proj of a layer as one, W_pack."""
+    packed = dict(tensors)
+    for name, query in tensors.items():
+        names = [name.replace(UNPACKED[0], part) for part in UNPACKED]
+        parts = tuple(tensors[part] for part in names if part in tensors)
+        if f".{UNPACKED[0]}." not in name or len(parts) < 3 or not query.shape:
+            continue
+        if all(part.shape == query.shape for part in parts):
+            whole, shape = name.replace(UNPACKED[0], PACKED), (3 * query.shape[0], *query.shape[1:])
+            packed[whole] = replace(query, name=whole, shape=shape, parts=parts)
+            for part in names:
+                del packed[part]
+    return packed
 
 
 def _check_types(file: GGUFFile) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from minisft.common.errors import UserError
 from minisft.gguf.mapping import ARCHITECTURES, ROTARY_DIVISORS, rotary_divisors, yarn_temperature
+from minisft.model.class_names import class_name
 from minisft.model.config import ModelConfig
 
 
@@ -41,7 +42,7 @@ def config_fields(
         if get(name, supported) != supported:
             raise UserError(f"{architecture}.{name} must be {supported}, not {get(name)}")
     config = {
-        "architectures": [f"{architecture.title()}ForCausalLM"],
+        "architectures": [class_name(architecture)],
         "model_type": architecture,
         "vocab_size": len(tokens) if isinstance(tokens, list) else 0,
         "hidden_size": hidden_size,
@@ -57,6 +58,8 @@ def config_fields(
         "mlp_bias": "blk.0.ffn_up.bias" in tensor_names,
         "rope_theta": get("rope.freq_base", 10000.0),
     }
+    if architecture == "baichuan":
+        config["model_max_length"] = config["max_position_embeddings"]
     config["rope_scaling"] = _rope_scaling(metadata, architecture)
     if divisors is not None:
         config["rope_scaling"] = _llama3_scaling(config, divisors)

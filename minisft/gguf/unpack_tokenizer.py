@@ -9,6 +9,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from minisft.common.errors import UserError
 from minisft.gguf.prompts import checkpoint_text
+from minisft.gguf.protobuf import field
 from minisft.gguf.vocabulary import (
     ADDS_BOS,
     BYTE,
@@ -185,22 +186,7 @@ def _sentencepiece_model(fields: dict[str, Any], tokens: list[str], types: list[
         elif type == UNKNOWN:  # the library accepts only one unknown piece
             type = CONTROL
         score_field = b"\x15" + struct.pack("<f", score)
-        pieces.append(_field(1, _field(1, token.encode()) + score_field + _field(3, type)))
-    trainer = _field(3, 2) + _field(35, int(BYTE in types))
-    normalizer = _field(3, int(_adds_space(fields))) + _field(4, 0)
-    return b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """A field of a protocol buffer: an int as a varint, bytes after their length."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits per byte, the lowest first; the eighth bit means that more bytes follow."""
-    data = b""
-    while value > 127:
-        data, value = data + bytes([value & 127 | 128]), value >> 7
-    return data + bytes([value])
+        pieces.append(field(1, field(1, token.encode()) + score_field + field(3, type)))
+    trainer = field(3, 2) + field(35, int(BYTE in types))
+    normalizer = field(3, int(_adds_space(fields))) + field(4, 0)
+    return b"".join(pieces) + field(2, trainer) + field(3, normalizer)

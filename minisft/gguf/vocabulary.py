@@ -20,6 +20,7 @@ import sentencepiece
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
 from minisft.gguf.prompts import Prompts
+from minisft.gguf.protobuf import read_fields
 from minisft.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
@@ -225,20 +226,14 @@ def _model_pieces(tokenizer: Tokenizer, path: Path) -> dict[int, tuple[float, in
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not a SentencePiece model. Download it again.") from error
-    tests = {
-        UNKNOWN: model.is_unknown,
-        CONTROL: model.is_control,
-        UNUSED: model.is_unused,
-        BYTE: model.is_byte,
-    }
+    types = _piece_types(model.serialized_model_proto())
     pieces = {}
-    for id in range(model.vocab_size()):
+    for id, type in enumerate(types):
         if tokenizer.token_text(id) != model.id_to_piece(id):
             raise UserError(
                 f"{path}: piece {id} is '{model.id_to_piece(id)}', but tokenizer.json says "
                 f"'{tokenizer.token_text(id)}'. Remove the file that is not the model's own."
             )
-        type = next((type for type, is_type in tests.items() if is_type(id)), NORMAL)
         pieces[id] = model.get_score(id), type
     # BPE's scores are ranks; those of a unigram model are log-probabilities.
     if any(score % 1 for score, type in pieces.values() if type == NORMAL):
@@ -246,6 +241,12 @@ def _model_pieces(tokenizer: Tokenizer, path: Path) -> dict[int, tuple[float, in
             f"{path}: not a BPE model; llama.cpp merges by rank and would differ. Use --format hf."
         )
     return pieces
+
+
+def _piece_types(model: bytes) -> list[int]:
+    """The types of all pieces of a SentencePiece ModelProto; see unpack_tokenizer.py."""
+    pieces = [dict(read_fields(value)) for number, value in read_fields(model) if number == 1]
+    return [piece.get(3, NORMAL) for piece in pieces]
 
 
 def _json_pieces(tokenizer: Tokenizer) -> dict[int, tuple[float, int]]:

@@ -1,4 +1,4 @@
-"""Attention, and the masks that say which keys a query may see.
+"""Attention: the layer, the computation, and the masks that say which keys a query may see.
 
     y = attend(q, k, v, mask)       # softmax(q k^T / sqrt(d)) v, over the keys in the mask
 
@@ -12,12 +12,60 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from minisft.model.basic_layers import Linear, RMSNorm
+from minisft.model.cache import Cache
+from minisft.model.config import ModelConfig
 from minisft.model.fast_paths import attend_with_one_query
+from minisft.model.rotary import rotate
 
 # (q, k, v) -> y. A layer calls this function; the mask is already filled in.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v, where H / K query heads share a key head (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        D, d = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        bias = config.attention_bias
+        self.num_heads, self.num_key_value_heads, self.head_dim = H, K, d
+        self.q_proj = Linear(D, H * d, bias=bias or config.qkv_bias)
+        self.k_proj = Linear(D, K * d, bias=bias or config.qkv_bias)
+        self.v_proj = Linear(D, K * d, bias=bias or config.qkv_bias)
+        self.o_proj = Linear(H * d, D, bias=bias)
+        self.is_rotary = bool(config.no_rope_layers[layer])
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None, layer: int
+    ) -> Tensor:
+        """(B, T, D) from x (B, T, D).
+
+        cos, sin: the rotary angles of the T positions. attend: computes the attention from q, k
+        and v. layer: the number of this layer in the cache.
+        """
+        q, k, v = self.project(x)
+        if self.is_rotary:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, K, S, d)
+        y = attend(q, k, v)  # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, d), keys and values (B, K, T, d) from x (B, T, D)."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

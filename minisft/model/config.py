@@ -9,20 +9,53 @@ from pathlib import Path
 from typing import Any, Self
 
 from minisft.common.json_files import read_json
-from minisft.model.config_checks import check_values, refuse_unsupported, rotary_values
+from minisft.model.baichuan_config import baichuan_values
+from minisft.model.config_checks import (
+    check_values,
+    refuse_unsupported,
+    rotary_values,
+    smollm3_values,
+)
 
 # The defaults of each family where config.json has no value (from transformers' config classes).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"qkv_bias": True, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"qk_norm": True, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "qkv_bias": True,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "qk_norm": True,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "smollm3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "rope_theta": 2000000.0,
+        "tie_word_embeddings": True,
+    },
+    "baichuan": {"packed_attention": True, "norm_head": True},
 }
 # Fields in which null is a value: no window, or the number that __post_init__ derives. In other
 # fields null means the family's default.
 NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
-# Fields that config.json does not set.
-NOT_IN_FILE = ("original", "qkv_bias", "qk_norm")
+# Fields that config.json does not set, or not in every family.
+NOT_IN_FILE = (
+    *("original", "qkv_bias", "qk_norm", "no_rope_layers"),
+    *("packed_attention", "norm_head", "alibi"),
+)
 
 
 @dataclass
@@ -50,6 +83,10 @@ class ModelConfig:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    no_rope_layers: list[int] = field(default_factory=list)  # per layer: 1 rotary, 0 no positions
+    packed_attention: bool = False  # one matrix for queries, keys and values
+    norm_head: bool = False  # the rows of the output matrix count with length 1
+    alibi: bool = False  # in place of rotary positions
     sliding_window: int | None = None
     max_window_layers: int = 0  # this many layers, from the first, have full attention
     layer_types: list[str] = field(default_factory=list)  # empty: from max_window_layers
@@ -58,6 +95,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if not self.no_rope_layers:
+            self.no_rope_layers = [1] * self.num_hidden_layers
         if not self.layer_types:
             num_full = self.num_hidden_layers
             if self.sliding_window is not None:
@@ -81,15 +120,19 @@ class ModelConfig:
             is_set = name in content and (content[name] is not None or name in NULLABLE)
             if is_set and name not in NOT_IN_FILE:
                 values[name] = content[name]
-        values.update(rotary_values(content, source))
+        values.update(rotary_values({**content, **values}, source))
         if family in ("qwen2", "qwen3") and not content.get("use_sliding_window"):
             values["sliding_window"] = None
             values.pop("layer_types", None)
-        if family in ("llama", "mistral"):
+        if family in ("llama", "mistral", "smollm3", "baichuan"):
             values["max_window_layers"] = 0
             values.pop("layer_types", None)
-        if family == "llama":
+        if family in ("llama", "smollm3", "baichuan"):
             values["sliding_window"] = None
+        if family == "smollm3":
+            values.update(smollm3_values(content, source))
+        if family == "baichuan":
+            values.update(baichuan_values(content, source))
         if family == "qwen2":
             values["attention_bias"] = False
         check_values(values, source)

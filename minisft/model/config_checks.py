@@ -25,6 +25,14 @@ ROPE_NUMBERS = (
     "mscale",
     "mscale_all_dim",
 )
+# Fields that change what a model computes, with the only value that minisft computes.
+ONLY_VALUES = {
+    "attention_dropout": 0,
+    "hidden_act": "silu",
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "partial_rotary_factor": 1,
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 REQUIRED = (
     "vocab_size",
@@ -43,12 +51,13 @@ def refuse_unsupported(content: dict[str, Any], families: list[str], source: str
     if family not in families:
         raise UserError(
             f"{source}: model_type '{family}' is not supported. minisft supports "
-            f"{', '.join(families)}."
+            f"{', '.join(families)}; see docs/models.md."
         )
-    if content.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{source}: hidden_act '{content['hidden_act']}': only silu is supported")
-    if content.get("partial_rotary_factor") not in (None, 1.0):
-        raise UserError(f"{source}: partial_rotary_factor is not supported")
+    for name, supported in ONLY_VALUES.items():
+        if content.get(name) not in (None, supported):
+            raise UserError(
+                f"{source}: {name} {content[name]!r} is not supported, only {supported!r} is"
+            )
 
 
 def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
@@ -59,6 +68,10 @@ def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]
         return {"rope_theta": theta, "rope_scaling": None}
     if not isinstance(scaling, dict):
         raise UserError(f"{source}: rope_scaling must be an object, not {scaling!r}")
+    for name, value in scaling.items():
+        is_partial = name == "partial_rotary_factor" and value not in (None, 1)
+        if is_partial or isinstance(value, dict | list):
+            raise UserError(f"{source}: '{name}' of the rotary positions is not supported")
     scaling = dict(scaling)
     theta = scaling.pop("rope_theta", theta)
     rope_type = scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", "default"))
@@ -79,6 +92,30 @@ def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]
                 f"{source}: rope type '{rope_type}' needs the number '{name}', not {value!r}"
             )
     return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
+
+
+def smollm3_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """no_rope_layers of SmolLM3: listed, or every fourth. UserError for sliding windows."""
+    if content.get("use_sliding_window"):
+        raise UserError(f"{source}: use_sliding_window is not supported for smollm3")
+    if "sliding_attention" in (content.get("layer_types") or []):
+        raise UserError(f"{source}: layer_types with sliding_attention need use_sliding_window")
+    interval, layers = content.get("no_rope_layer_interval", 4), content.get("no_rope_layers")
+    if not is_integer(interval, 1):
+        raise UserError(
+            f"{source}: no_rope_layer_interval must be a whole number of at least 1, "
+            f"not {interval!r}"
+        )
+    num_layers = content.get("num_hidden_layers")
+    if not is_integer(num_layers, 1, LARGEST["num_hidden_layers"]):
+        return {}  # check_values refuses it
+    if layers is None:
+        layers = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if not isinstance(layers, list) or len(layers) < num_layers:
+        raise UserError(f"{source}: no_rope_layers must have an entry for each layer")
+    if any(entry not in (0, 1) for entry in layers):
+        raise UserError(f"{source}: no_rope_layers must have 1 (rotary positions) or 0 (none)")
+    return {"no_rope_layers": layers[:num_layers]}
 
 
 def check_values(values: dict[str, Any], source: str | Path) -> None:

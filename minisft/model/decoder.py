@@ -11,8 +11,8 @@
         x = x + mlp(norm(x))
     hidden = norm(x)
 
-Llama, Mistral, Qwen2 and Qwen3 differ by fields of the config only. Modules have the names of a
-Hugging Face checkpoint.
+Llama, Mistral, Qwen2, Qwen3 and SmolLM3 differ by fields of the config only; Baichuan2 has three
+modules of its own, see baichuan.py. Modules have the names of a Hugging Face checkpoint.
 
 Shapes: B batch, T time (tokens of this call), S time of the keys (cache and this call), D model
 width, H query heads, K key/value heads, d width of a head, V vocabulary.
@@ -26,71 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.model.attention import Attend, attention_with_mask
+from minisft.model.basic_layers import Linear, RMSNorm
 from minisft.model.cache import Cache, KeyValueCache
 from minisft.model.config import ModelConfig
-from minisft.model.fast_paths import linear, next_angles, rms_norm
+from minisft.model.families import build_attention, build_head, position_factors
+from minisft.model.fast_paths import linear, next_angles
 from minisft.model.gradient_checkpointing import recompute_in_backward
 from minisft.model.packed_attention import packed_attention, packed_positions
-from minisft.model.rotary import rotary_angles, rotate
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The norm over the last dimension of x (..., width), in the type of x."""
-        return rms_norm(x, self.weight, self.eps)
-
-
-class Linear(nn.Linear):
-    """x W^T + b."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., out_features) from (..., in_features)."""
-        return linear(input, self.weight, self.bias)
-
-
-class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, where H / K query heads share a key head (arXiv 2305.13245)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        D, d = config.hidden_size, config.head_dim
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        bias = config.attention_bias
-        self.num_heads, self.num_key_value_heads, self.head_dim = H, K, d
-        self.q_proj = Linear(D, H * d, bias=bias or config.qkv_bias)
-        self.k_proj = Linear(D, K * d, bias=bias or config.qkv_bias)
-        self.v_proj = Linear(D, K * d, bias=bias or config.qkv_bias)
-        self.o_proj = Linear(H * d, D, bias=bias)
-        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None, layer: int
-    ) -> Tensor:
-        """(B, T, D) from x (B, T, D).
-
-        cos, sin: the rotary angles of the T positions. attend: computes the attention from q, k
-        and v. layer: the number of this layer in the cache.
-        """
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.num_key_value_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, K, T, d)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, K, S, d)
-        y = attend(q, k, v)  # (B, H, T, d)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -111,10 +53,10 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each with a norm before it and its input added to its output."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = build_attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -138,7 +80,9 @@ class Decoder(nn.Module):
         # which takes two seconds.
         weight = nn.init.uniform_(torch.empty(config.vocab_size, config.hidden_size), -1, 1)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -177,8 +121,8 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin (B or 1, 1, T, d) of positions (T,) or (B, T)."""
-        return rotary_angles(self.config, positions, dtype)
+        """Rotary cos and sin (B or 1, 1, T, d) of positions (T,) or (B, T), or what ALiBi has."""
+        return position_factors(self.config, positions, dtype)
 
     def compile_layers(self, **options: Any) -> None:
         """Compile every layer; options: of torch.compile."""
@@ -195,7 +139,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = build_head(config)
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from minisft.model.modules_to_save import train_fully
 from minisft.model.quantized import QuantizedLinear, plain_linear
 from minisft.model.reward import Model
 
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL = ("all",)  # every linear layer of the decoder
 LINEAR_TYPES = (nn.Linear, QuantizedLinear)
 
 
@@ -29,14 +29,15 @@ LINEAR_TYPES = (nn.Linear, QuantizedLinear)
 class LoraConfig:
     """The settings of an adapter.
 
-    target_modules: names of the linear layers to adapt. modules_to_save: modules that are trained
-    in full, next to the adapter. stored_modules: frozen modules that the adapter's file holds.
+    target_modules: names of the linear layers to adapt, or ALL. modules_to_save: modules that are
+    trained in full, next to the adapter. stored_modules: frozen modules that the adapter's file
+    holds.
     """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = LINEAR_NAMES
+    target_modules: tuple[str, ...] = ALL
     use_rslora: bool = False
     modules_to_save: tuple[str, ...] = ()
     stored_modules: tuple[str, ...] = ()
@@ -45,12 +46,11 @@ class LoraConfig:
     def from_options(cls, options: Namespace) -> "LoraConfig":
         """The adapter that the flags of train.py describe."""
         targets = _split_names(options.lora_target)
-        is_all = targets in (("all",), ("all-linear",))
         return cls(
             rank=options.lora_rank,
             alpha=options.lora_alpha,
             dropout=options.lora_dropout,
-            target_modules=LINEAR_NAMES if is_all else targets,
+            target_modules=ALL if targets == ("all-linear",) else targets,
             use_rslora=options.use_rslora,
             modules_to_save=_split_names(options.modules_to_save),
         )
@@ -108,16 +108,18 @@ class LoRALinear(nn.Module):
 def add_lora(model: Model, config: LoraConfig) -> None:
     """Freeze the model, adapt its target modules, and train `modules_to_save`. In place."""
     model.requires_grad_(False)
+    names = linear_names(model)
+    wanted = names if config.target_modules == ALL else config.target_modules
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, LINEAR_TYPES) and name.split(".")[-1] in config.target_modules
+        if isinstance(module, LINEAR_TYPES) and name.split(".")[-1] in wanted
     ]
-    unknown = set(config.target_modules) - {name.split(".")[-1] for name in targets}
+    unknown = set(wanted) - {name.split(".")[-1] for name in targets}
     if unknown:
         raise UserError(
             f"--lora_target: no linear layer is called {', '.join(sorted(unknown))}. "
-            f"Choose from all, {', '.join(LINEAR_NAMES)}."
+            f"Choose from all, {', '.join(names)}."
         )
     if both := set(targets) & set(config.modules_to_save):
         raise UserError(f"{min(both)} is in --lora_target and in --modules_to_save. Choose one.")
@@ -125,6 +127,15 @@ def add_lora(model: Model, config: LoraConfig) -> None:
         wrap_linear(model, name, config)
     train_fully(model, config.modules_to_save)
     trainable_in_float32(model)
+
+
+def linear_names(model: Model) -> tuple[str, ...]:
+    """The names of the linear layers in a decoder layer: q_proj, k_proj, ..., or W_pack."""
+    return tuple(
+        name.split(".")[-1]
+        for name, module in model.model.layers[0].named_modules()
+        if isinstance(module, LINEAR_TYPES)
+    )
 
 
 def wrap_linear(model: nn.Module, name: str, config: LoraConfig) -> None:

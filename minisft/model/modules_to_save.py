@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from minisft.common.errors import UserError
-from minisft.model.decoder import CausalLM, Linear, RMSNorm
+from minisft.model.basic_layers import Linear, RMSNorm
+from minisft.model.decoder import CausalLM
 from minisft.model.reward import Model
 
 # Name in --modules_to_save and in adapter_config.json -> name in the model.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.model.cache import KeyValueCache
+from minisft.model.class_names import class_name
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM, Decoder
 
@@ -50,7 +51,7 @@ def _reward_model_json(config: ModelConfig) -> dict[str, Any]:
     content = config.to_dict()
     return {
         **content,
-        "architectures": [f"{content['model_type'].capitalize()}ForSequenceClassification"],
+        "architectures": [class_name(config.model_type, "SequenceClassification")],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }

@@ -23,8 +23,9 @@ from minisft.text.rendering import TemplateError
 from minisft.text.template_facts import ANSWER
 from minisft.text.template_settings import setting, split_settings, system_setting, with_settings
 from minisft.text.tokenizer import Tokenizer
+from minisft.text.turn_tokens import BAICHUAN2, TURN_TOKENS
+from minisft.text.turn_tokens import TEMPLATES as FOLDER
 
-FOLDER = Path(__file__).parent / "templates"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 CHAT_TEMPLATE = "chat_template.jinja"  # the file in a folder that train.py writes
 
@@ -61,6 +62,11 @@ def get_template(
     template = ChatTemplate(text, tokenizer, name, enable_thinking, now)
     if name in NAMES:
         check_end(template)
+    if name == BAICHUAN2 and not TURN_TOKENS.keys() <= template.tokens.ids.keys():
+        raise UserError(
+            f"template {name} needs the tokens {', '.join(TURN_TOKENS)} of Baichuan2, which the "
+            f"tokenizer of {tokenizer.model_dir} does not have; choose another --template"
+        )
     for match in template.tokens.find(default_system or "")[:1]:
         raise UserError(
             f"--default_system contains {template.tokens.spellings[match.id]!r}, a control token "

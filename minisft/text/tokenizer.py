@@ -7,8 +7,8 @@
 
 Special tokens. `encode` never produces one, whatever the text spells; they are inserted by id. So a
 user cannot end the turn by typing `<|im_end|>`. Added tokens that are *not* marked special (Qwen's
-`<tool_call>`) and USER_DEFINED pieces (Baichuan's `<reserved_106>`) are ordinary vocabulary: they
-match wherever a text spells them, as in pre-training, in transformers and in sentencepiece.
+`<tool_call>`) and USER_DEFINED pieces (Baichuan's `<img>`) are ordinary vocabulary: they match
+wherever a text spells them, as in pre-training, in transformers and in sentencepiece.
 
 Leading space. SentencePiece tokenizers of the Llama kind add a space before a text. Its first word
 then gets the same token as in the middle of a sentence. Text that continues a line must not get the
@@ -31,15 +31,16 @@ from minisft.text.tokenizer_files import (
     state_special_tokens,
     write_chat_template,
 )
+from minisft.text.turn_tokens import split_turn_tokens, turn_template, turn_token_ids
 
 
 class Tokenizer:
     """A checkpoint's tokenizer with its special tokens and chat template.
 
     named_ids: {"bos_token": id, ...}, without tokens that it lacks. add_bos_token: True if a text
-    gets BOS. special_ids: ids that `encode` never produces. leading_space: True if a text gets a
-    leading space. prefix_after_special: True if text after a special token gets it too (Llama's
-    "legacy" behaviour).
+    gets BOS. special_ids: ids that `encode` never produces. turn_ids: those of turn_tokens.py among
+    them. leading_space: True if a text gets a leading space. prefix_after_special: True if text
+    after a special token gets it too (Llama's "legacy" behaviour).
     """
 
     def __init__(self, model_dir: str | Path):
@@ -62,7 +63,8 @@ class Tokenizer:
         self.eos_token_id = self.named_ids.get("eos_token")
         self.pad_token_id = self.named_ids.get("pad_token", self.eos_token_id or 0)
         ends = {id for name, id in self.named_ids.items() if name != "pad_token"}
-        self.special_ids = self.engine.special_ids | ends | self._added.keys()
+        self.turn_ids = turn_token_ids(self.token_id)
+        self.special_ids = self.engine.special_ids | ends | self._added.keys() | self.turn_ids
 
         adds_bos = self.config.get("add_bos_token")
         if adds_bos is None:
@@ -70,7 +72,10 @@ class Tokenizer:
         self.add_bos_token = bool(adds_bos) and self.bos_token_id is not None
         self.prefix_after_special = self.engine.prefix_after_special
         self.leading_space = self.encode("a") != self.encode("a", continuation=True)
-        self.chat_template = read_chat_template(self.model_dir, self.config)
+        self._stored_template = read_chat_template(self.model_dir, self.config)
+        self.chat_template = self._stored_template
+        if self.turn_ids and not self.chat_template:
+            self.chat_template = turn_template()
 
     @classmethod
     def load(cls, model_dir: str | Path) -> "Tokenizer":
@@ -82,7 +87,13 @@ class Tokenizer:
 
         continuation: the text continues a line, so it gets no leading space.
         """
-        return self.engine.encode(_valid_unicode(text), continuation) if text else []
+        if not text:
+            return []
+        text, ids = _valid_unicode(text), []
+        for part in split_turn_tokens(text) if self.turn_ids else [text]:
+            ids += self.engine.encode(part, continuation)
+            continuation = True
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids. Invalid UTF-8 becomes U+FFFD; unknown ids are skipped."""
@@ -118,7 +129,7 @@ class Tokenizer:
                 shutil.copyfile(self.model_dir / name, output_dir / name)
         texts = {name: self.token_text(id) for name, id in self.named_ids.items()}
         config = state_special_tokens(output_dir, self.config, texts)
-        if chat_template is not None and chat_template != self.chat_template:
+        if chat_template is not None and chat_template != self._stored_template:
             write_chat_template(output_dir, config, chat_template)
 
     def _open_engine(self) -> TokenizersEngine | SentencePieceEngine:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from minisft.model.alibi import ALIBI_WIDTH
+from minisft.model.baichuan import NormHead
 from minisft.model.lora import LoRALinear
 from minisft.model.loss import chunk_size
 from minisft.model.quantized import PIECE, QuantizedLinear
@@ -29,6 +31,7 @@ from minisft.model.reward import Model, RewardModel
 from minisft.training.build import num_trainable
 
 FLOAT32, INT64, BOOL = 4, 8, 1
+MATRICES = (nn.Linear, nn.Embedding, NormHead)
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 
 
@@ -94,6 +97,8 @@ def phases(model: Model, step: Step) -> list[Phase]:
     largest = max(gradient_bytes(module) for module in layers[-1].modules() if is_leaf(module))
     # Every chunk of logits adds to the gradient of the output matrix.
     from_chunks = head_gradient if step.num_supervised > chunk else 0
+    # The gradient of a row's length needs the scores before and after, and a product of both.
+    scaled = 1 if isinstance(head, NormHead) and head_gradient else 0
     is_tied = head is embedding
     before_first_layer = all_gradients - gradient_bytes(layers[-1])
     if not is_tied:
@@ -105,7 +110,7 @@ def phases(model: Model, step: Step) -> list[Phase]:
         "the loss": held(
             activations=at_loss,
             finished=from_chunks,
-            logits=2 * logits,
+            logits=(2 + 2 * scaled) * logits,
             casts=of_layers + of_head,
         ),
         "the last layer, backward": held(
@@ -128,8 +133,8 @@ def phases(model: Model, step: Step) -> list[Phase]:
         points["the gradient of the output matrix"] = held(
             activations=at_loss,
             finished=from_chunks,
-            computing=head_gradient,
-            logits=logits,
+            computing=(1 + scaled) * head_gradient,
+            logits=(1 + scaled) * logits,
             casts=of_layers + of_head,
         )
     return [Phase(name, parts) for name, parts in points.items()]
@@ -196,7 +201,7 @@ def cast_bytes(module: nn.Module, step: Step) -> int:
     """
     if step.is_sharded or step.dtype.itemsize == FLOAT32:
         return 0
-    matrices = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Embedding))]
+    matrices = [part for part in module.modules() if isinstance(part, MATRICES)]
     return step.dtype.itemsize * sum(map(num_trainable, matrices))
 
 
@@ -226,12 +231,14 @@ def layer_bytes_per_token(model: Model, step: Step) -> int:
     config, itemsize = model.config, step.dtype.itemsize
     layer: Any = model.model.layers[-1]
     D, inner = config.hidden_size, config.intermediate_size
-    Q = config.num_attention_heads * config.head_dim
-    K = config.num_key_value_heads * config.head_dim
+    head_dim = config.head_dim + (ALIBI_WIDTH if config.alibi else 0)
+    Q, K = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     stream, attention, mlp = stream_itemsize(model, step), layer.self_attn, layer.mlp
+    names = ("W_pack",) if config.packed_attention else ("q_proj", "k_proj", "v_proj")
+    projections = [getattr(attention, name) for name in names]
     kept = [
         norm_bytes(layer.input_layernorm, D, stream, step),
-        input_bytes((attention.q_proj, attention.k_proj, attention.v_proj), D, stream, step),
+        input_bytes(projections, D, stream, step),
         (Q + 2 * K) * itemsize,  # queries, keys and values
         Q * itemsize,  # result of the attention, which o_proj shares
         norm_bytes(layer.post_attention_layernorm, D, stream, step),
@@ -242,8 +249,9 @@ def layer_bytes_per_token(model: Model, step: Step) -> int:
     if attention.q_norm is not None:
         kept.append(norm_bytes(attention.q_norm, Q, itemsize, step))
         kept.append(norm_bytes(attention.k_norm, K, itemsize, step))
-    if dropout_of(attention.o_proj):
-        kept.append(input_bytes((attention.o_proj,), Q, itemsize, step))
+    if dropout_of(attention.o_proj) or config.alibi:  # o_proj cannot share the result
+        width = config.num_attention_heads * config.head_dim
+        kept.append(input_bytes((attention.o_proj,), width, itemsize, step))
     adapters = [module for module in layer.modules() if isinstance(module, LoRALinear)]
     ranks = sum(adapter.lora_A.out_features for adapter in adapters)
     return sum(kept) + ranks * itemsize

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from minisft.checkpoints.adapters import save_adapter
+from minisft.checkpoints.code_files import copy_code_files
 from minisft.checkpoints.folders import (
     generation_eos,
     save_generation_config,
@@ -39,6 +40,7 @@ def save_result(
             save_full_model(run, model_dir, output_dir, template)
         if processes.rank() == 0:
             tokenizer.save(output_dir, saved_text(template) if template else None)
+            copy_code_files(model_dir, output_dir)
     except (OSError, UserError) as error:
         raise UserError(
             f"{error}. Make room; --resume_from_checkpoint auto then continues from the last "

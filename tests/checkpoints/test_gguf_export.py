@@ -17,6 +17,7 @@ from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.common.command_line import QUANTIZATIONS
 from minisft.common.errors import UserError
 from minisft.gguf import writer
+from minisft.gguf.compatibility import check_architecture
 from minisft.gguf.tensor_types import tensor_type
 from minisft.model.config import ModelConfig
 from minisft.model.lora import LoraConfig, LoRALinear, add_lora
@@ -58,6 +59,38 @@ def test_llama_cpp_computes_the_same(family, tmp_path, tiny_tokenizer_dir):
             theirs = server.log_probabilities(ids, VOCAB)
             np.testing.assert_allclose(theirs, our_log_probabilities(folder, ids), atol=1e-4)
         assert server.greedy(prompts()[1], 40) == our_greedy(folder, prompts()[1], 40)
+
+
+@pytest.mark.parametrize("family", ["baichuan2, 7B", "baichuan2, 13B"])
+def test_baichuan_at_long_positions_and_with_an_adapter(family, tmp_path, tiny_tokenizer_dir):
+    """W_pack is three tensors of the file, in the model and in the adapter."""
+    folder, lora = save(tmp_path / "model", tiny_tokenizer_dir, FAMILIES[family]), tmp_path / "lora"
+    model = folders.load_model(folder)
+    add_lora(model, config := LoraConfig(rank=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0.0, 0.05)
+    adapters.save_adapter(model, lora, config, folder)
+    export_model(folder, tmp_path / "base.gguf", "f32")
+    export_model(folder, tmp_path / "merged.gguf", "f32", lora)
+    export_adapter(folder, lora, tmp_path / "lora.gguf", "f32")
+    ids = torch.randint(8, VOCAB, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = our_log_probabilities(folder, ids, lora)
+    assert np.abs(expected - our_log_probabilities(folder, ids)).max() > 0.1
+    with Server(tmp_path / "merged.gguf", context=1024) as server:
+        np.testing.assert_allclose(server.log_probabilities(ids, VOCAB), expected, atol=2e-4)
+    with Server(tmp_path / "base.gguf", context=1024, lora=tmp_path / "lora.gguf") as server:
+        theirs = server.log_probabilities(ids[:40], VOCAB)
+    np.testing.assert_allclose(theirs, our_log_probabilities(folder, ids[:40], lora), atol=2e-4)
+
+
+def test_baichuan_with_other_numbers_of_layers(tmp_path, tiny_tokenizer_dir):
+    for fields in ({"num_hidden_layers": 40, "max_position_embeddings": None}, {}):
+        folder = save(tmp_path / "model", tiny_tokenizer_dir, FAMILIES["baichuan2, 7B"] | fields)
+        config = ModelConfig.load(folder)
+        check_architecture(config)
+        with pytest.raises(UserError, match="12 layers"):
+            check_architecture(replace(config, num_hidden_layers=12))
 
 
 def test_without_interleaving_llama_cpp_computes_something_else(checkpoint, tmp_path, monkeypatch):
@@ -281,7 +314,7 @@ def test_metadata(checkpoint, tmp_path):
         tokenizer.token_text(id) for id in range(tokenizer.vocab_size)
     ]
     assert len(vocabulary["tokens"]) == VOCAB
-    assert vocabulary["token_type"][:8] == [3] * 7 + [1]
+    assert vocabulary["token_type"][:10] == [3] * 9 + [1]
 
 
 def export(*words):
@@ -334,6 +367,8 @@ def test_models_that_llama_cpp_cannot_run_or_runs_differently(tmp_path, tiny_tok
     for content, message in (
         ({"model_type": "qwen2", "head_dim": 32}, "head_dim 32"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention biases"),
+        ({"model_type": "smollm3", "mlp_bias": True}, "MLP biases"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layers"),
         ({"rope_scaling": {"rope_type": "yarn", "truncate": False, **STRETCHED}}, "truncate"),
     ):
         folder = save(tmp_path / message, tiny_tokenizer_dir, content)

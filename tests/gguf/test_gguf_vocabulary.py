@@ -26,6 +26,7 @@ REAL = {
     "Mistral-7B-Instruct-v0.2": (32000, "mistral"),
     "Llama-3": (20256, "llama"),
     "Qwen2.5": (151936, "qwen2"),
+    "Baichuan2": (125696, "baichuan"),
 }
 AWKWARD = [
     "trailing  ",
@@ -41,6 +42,7 @@ AWKWARD = [
     "<unk><s></s>",
     "x</s>y",
     "<|im_start|>user\n<|im_end|>",
+    "<reserved_12><img> </td>",
     "<|eot_id|>",
     "[INST] [/INST]",
     "12345 3.14",
@@ -128,6 +130,8 @@ def test_ids_and_prompts_equal_ours(name, exported, strings):
     with Server(path) as server:
         writes_space = "TinyLlama" in name  # the chat template does; see below
         check_ids(server, path, tokenizer, strings, " " * writes_space)
+        if name == "Baichuan2":  # its turn tokens are user-defined pieces, which text could spell
+            check_ids(server, path, tokenizer, ["x<reserved_106>", "<reserved_107> <reserved_12>"])
         template = get_template("llama3" if name == "Llama-3" else "auto", tokenizer)
         # Mistral's own chat template refuses system prompts.
         for messages in CONVERSATIONS[::2] if "Mistral" in name else CONVERSATIONS:
@@ -191,9 +195,12 @@ def check_prompts(folder, template, conversations=CONVERSATIONS, answers=True, *
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"baichuan2"}))
 def test_our_templates_with_sentencepiece(name, legacy, small_sentencepiece):
-    """The tokenizer adds a space after every control token (`legacy`), or only at the start."""
+    """The tokenizer adds a space after every control token (`legacy`), or only at the start.
+
+    Baichuan2's tokenizer, above, adds none.
+    """
     control = control_tokens((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
     control = [token for token in control if "INST" not in token]  # text in Llama 2
     folder = small_sentencepiece(control, legacy=legacy)

@@ -15,7 +15,7 @@ from minisft.checkpoints.folders import load_model, save_model
 from minisft.common.errors import UserError
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LoraConfig, LoRALinear, add_lora, merge_lora
+from minisft.model.lora import ALL, LoraConfig, LoRALinear, add_lora, merge_lora
 
 ADAPTERS = {
     "attention": LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
@@ -76,7 +76,7 @@ def test_we_read_peft(name, base_dir, tmp_path):
         peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
-            target_modules=list(config.target_modules),
+            target_modules="all-linear" if config.target_modules == ALL else ["q_proj", "v_proj"],
             use_rslora=config.use_rslora,
             modules_to_save=list(config.modules_to_save) or None,
             task_type="CAUSAL_LM",

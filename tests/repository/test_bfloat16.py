@@ -21,7 +21,8 @@ from minisft.generation.generate import Sampling
 from minisft.model.cache import KeyValueCache
 from minisft.model.loss import next_token_loss
 
-pytestmark = pytest.mark.numerical
+# The fixture costs much, so one worker gets all tests.
+pytestmark = [pytest.mark.numerical, pytest.mark.xdist_group("bfloat16")]
 FAMILIES = ["llama", "mistral, window", "qwen2, tied", "qwen3"]
 # Our distance from float32 may be this many times that of transformers in bfloat16. Measured:
 # 0.90 to 1.18, with the kernels of AVX-512 BF16 and of AVX2.

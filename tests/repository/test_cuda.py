@@ -29,11 +29,14 @@ from minisft.training.metrics import read_metrics
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 
-@pytest.fixture
-def models():
+ALIBI = {"model_type": "baichuan", "num_key_value_heads": None}
+
+
+@pytest.fixture(params=[{}, ALIBI], ids=["llama", "alibi"])
+def models(request):
     """The same random model on the CPU and on the GPU, both in float32."""
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    model = CausalLM(ModelConfig.from_dict(CONFIG | request.param))
     model.initialize()
     add_lora(model, LoraConfig(rank=4))
     torch.backends.cuda.matmul.allow_tf32 = False

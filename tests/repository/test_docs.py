@@ -1,13 +1,19 @@
 """The claims of README.md, README.zh.md and docs/ about the repository are true."""
 
+import json
 import re
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, as_flags
+
+from minisft.model.config import FAMILY_DEFAULTS, ModelConfig
+from minisft.training import plan
+from minisft.training.options import parse_options
 
 sys.path.append(str(ROOT / "docs"))
 import line_counts  # noqa: E402
+import model_memory  # noqa: E402
 
 README, CHINESE = line_counts.READMES
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -66,3 +72,39 @@ def test_functions_of_the_house_exist():
         *classes, name = function.split(".")
         for kind, word in [("class", word) for word in classes] + [("(?:def|class)", name)]:
             assert re.search(rf"\b{kind} {word}\b", text), f"{path}: {function}"
+
+
+ROWS = ["SmolLM2-135M", "Qwen2.5-0.5B", "Qwen3-0.6B", "SmolLM3-3B", "Mistral-7B", "Baichuan2-7B"]
+
+
+def test_the_memory_of_models_is_that_of_the_plan(tmp_path, capsys):
+    """A row of every family; and the plan that train.py prints is the one in the table."""
+    page = model_memory.PAGE.read_text(encoding="utf-8")
+    assert {model_memory.MODELS[name]["model_type"] for name in ROWS} == {
+        content["model_type"] for content in model_memory.MODELS.values()
+    }
+    assert [name for name in ROWS if model_memory.row(name) not in page] == [], "run make format"
+    assert all(f"| {name} |" in page for name in model_memory.MODELS)
+    (tmp_path / "config.json").write_text(json.dumps(model_memory.MODELS["SmolLM2-135M"]))
+    (tmp_path / "rows.json").write_text("[]")
+    plan.show(parse_options([*model_memory.SETTING, *as_flags(model_name_or_path=tmp_path)]))
+    [total] = re.findall(r"total +([\d.]+) +at", capsys.readouterr().out)
+    assert f"| SmolLM2-135M | 0.13 | {float(total):.1f} |" in page
+
+
+def test_shapes_of_models_are_published(shared_data):
+    """The rows whose config.json is at hand."""
+    folders = {folder.name: folder for folder in (shared_data / "configs").iterdir()}
+    compared = 0
+    for name, content in model_memory.MODELS.items():
+        for folder in (folder for key, folder in folders.items() if key.startswith(name)):
+            published = vars(ModelConfig.load(folder))
+            assert {key: published[key] for key in content} == content, folder
+            compared += 1
+    assert compared >= 10
+
+
+def test_every_family_has_its_row_in_models():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    families = page[page.index("## Families") : page.index("## Memory")]
+    assert [name for name in FAMILY_DEFAULTS if f"| `{name}` |" not in families] == []

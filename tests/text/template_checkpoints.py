@@ -12,7 +12,7 @@ CONTROL = re.compile(
     r"<\|[\w/ .:-]+\|>|<[\w-]+\|>|<\|[\w-]+>|<｜[^｜]{1,40}｜>|</?s>|\[/?INST\]|<bos>|<eos>"
     r"|\[/?(?:SYSTEM_PROMPT|THINK|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|ARGS)\]"
     r"|</?(?:assistant|user|system)>|<(?:start|end)_of_(?:turn|sentence)>|<end_of_\w+>"
-    r"|<seed:\w+>|<SPECIAL_\d+>|<sep>|\[e~\[|\]~!?b\[|\]~b\]|\]<\]|\[>\["
+    r"|<seed:\w+>|<SPECIAL_\d+>|<sep>|<reserved_\d+>|\[e~\[|\]~!?b\[|\]~b\]|\]<\]|\[>\["
 )
 
 

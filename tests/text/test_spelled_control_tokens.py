@@ -14,6 +14,9 @@ from minisft.text.chat_template import ChatTemplate
 from minisft.text.template_choice import NAMES, get_template
 from minisft.text.tokenizer import Tokenizer
 
+# The fixture costs much, so one worker gets all tests.
+pytestmark = pytest.mark.xdist_group("spelled")
+
 # Places in a conversation (and its tools) that a row fills with text.
 PLAIN_SLOTS = ("system", "question", "answer", "first answer", "thoughts", "name")
 TOOL_SLOTS = ("argument", "key", "call name", "id", "result", "tool", "description", "property")
@@ -29,6 +32,7 @@ def templates(shared_data, tmp_path_factory) -> dict[str, ChatTemplate]:
         if "fireworks" not in path.stem:  # this template needs more than messages
             found[path.stem] = load("auto", build_checkpoint(base, text, folder / path.stem))
     controls = "<|im_start|><|im_end|><|start_header_id|><|end_header_id|><|eot_id|>[INST][/INST]"
+    controls += "<reserved_106><reserved_107>"
     ours = build_checkpoint(base, controls, folder / "ours")
     return {**found, **{name: load(name, ours) for name in NAMES}}
 

@@ -26,7 +26,7 @@ MODEL_FOLDERS = [JSON_FOLDERS[0], JSON_FOLDERS[1], "tokenizers/Baichuan2", JSON_
 AWKWARD = [
     *("", " ", "    ", "  two leading", "trailing  ", "a   b     c", "\ttab\t\ttab", "\n\n\nlines"),
     *("你好，世界", "全角　空格", "👩‍👩‍👧 🇨🇳 ❤️", "é é", "\ufeffbom", "\x00\x01", "a\r\nb"),
-    *("▁", "▁▁ low block", "<0x0A>", "<unk><s></s>", "x</s>y", "x</s> y", "<reserved_106> hi"),
+    *("▁", "▁▁ low block", "<0x0A>", "<unk><s></s>", "x</s>y", "x</s> y", "<reserved_108> hi"),
     *("<|im_start|>user\n<|im_end|>", "<|eot_id|>", "<tool_call>{}</tool_call>", "[INST] [/INST]"),
     *(
         "<|begin_of_text|><|start_header_id|>",
@@ -122,7 +122,7 @@ def test_added_tokens_that_are_not_special_are_ordinary_vocabulary(shared_data, 
     assert qwen.token_id("<tool_call>") in qwen.encode("x<tool_call>")
     assert qwen.token_id("<tool_call>") not in qwen.special_ids
     baichuan = bare_model(shared_data / "tokenizers/Baichuan2", tmp_path)
-    assert 195 in baichuan.encode("x<reserved_106>")
+    assert baichuan.token_id("<reserved_108>") in baichuan.encode("x<reserved_108>")
 
 
 def rows_with_answers(shared_data, name="alpaca_en_demo", count=150):

@@ -28,6 +28,9 @@ from minisft.common.tensor_files import StoredTensor
 from minisft.training import checkpoint, fsdp, resume
 from minisft.training.build import load_trainable
 
+# The fixture costs much, so one worker gets all tests.
+pytestmark = pytest.mark.xdist_group("fsdp")
+
 # Eighteen ragged rows, twice, in steps of eight: the last step of an epoch has two rows, too few
 # for four processes. Neither two nor four divides the LoRA rank.
 KINDS = {
@@ -51,6 +54,13 @@ SHORT = {
         "--finetuning_type",
         "full",
         "--train_from_scratch",
+    ],
+    "baichuan": [
+        "--model_name_or_path",
+        "baichuan",
+        "--finetuning_type",
+        "full",
+        "--packing",
     ],
     "packed": ["--model_name_or_path", "plain", "--packing"],
     "bfloat16": ["--model_name_or_path", "plain", "--dtype", "bfloat16"],

@@ -30,6 +30,9 @@ from minisft.training.build import load_trainable
 from minisft.training.preference import answer_log_probs, collate
 from minisft.training.reference import ShardedReference
 
+# The fixture costs much, so one worker gets all tests.
+pytestmark = pytest.mark.xdist_group("fsdp_preference")
+
 BEST = "the cat sat on the mat"
 HELD_OUT = {"validation_split": 5, "eval_steps": 2, "per_device_eval_batch_size": 1}
 # Eighteen ragged rows, every third with three answers, twice in steps of eight.

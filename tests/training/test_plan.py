@@ -51,6 +51,8 @@ def saved(folder, fields, seed=0):
 
 
 QWEN3 = {"model_type": "qwen3", "head_dim": 16}
+BAICHUAN = {"model_type": "baichuan", "num_key_value_heads": 6, "max_position_embeddings": 64}
+ALIBI = BAICHUAN | {"max_position_embeddings": None}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,11 @@ QWEN3 = {"model_type": "qwen3", "head_dim": 16}
         ({}, LoraConfig(rank=5, modules_to_save=("embed_tokens",)), None, torch.bfloat16),
         (QWEN3, LoraConfig(), None, torch.float32),
         (QWEN3, None, None, torch.bfloat16),
+        (BAICHUAN, LoraConfig(rank=5), None, torch.float32),
+        (BAICHUAN, None, None, torch.bfloat16),
+        (ALIBI, LoraConfig(rank=5), 4, torch.float32),
+        (ALIBI, LoraConfig(dropout=0.1), None, torch.bfloat16),
+        (ALIBI, None, None, torch.float32),
     ],
 )
 def test_planned_activations_of_a_layer_are_what_autograd_keeps(
@@ -144,6 +151,9 @@ DPO, REWARD = peak.DPO, peak.REWARD
         Setting(LARGE_VOCABULARY, 1, 64, flags=(*DPO, "--modules_to_save", "lm_head")),
         Setting(WIDE, 1, 32, flags=DPO + FULL),
         Setting(WIDE, 1, 32, 1, "bfloat16", (*DPO, *FULL, "--precompute_reference")),
+        Setting(SHAPE | ALIBI, 4, 128),
+        Setting(LARGE_VOCABULARY | ALIBI, 1, 64, flags=("--modules_to_save", "lm_head")),
+        Setting(LARGE_VOCABULARY | BAICHUAN, 2, 400, flags=FULL),
     ],
 )
 def test_planned_peak_is_the_measured_one(setting, tmp_path, monkeypatch):
