@@ -4,7 +4,7 @@
     options                                         # {"validation_split": 0.1}
     refused                                         # {"deepspeed": "use --parallel fsdp"}
 
-Most keys have the name of our flag. The others are renamed, or ask for what minisft does anyway, or
+Most keys have the name of our flag. The others are renamed, or request the default behaviour, or
 are refused with a reason. Keys that the recipe leaves out keep the defaults of minisft.
 """
 
@@ -33,7 +33,7 @@ WITHOUT_EFFECT = set(
     "include_effective_tokens_per_second ignore_pad_token_for_loss use_reentrant_gc do_eval "
     "auto_find_batch_size enable_liger_kernel use_unsloth_gc upcast_layernorm logging_dir".split()
 )
-# Values that minisft has. For a key that is no flag, they ask for what it does anyway.
+# Values that minisft supports. For a key that is not a flag, they request the default behaviour.
 VALUES: dict[str, tuple[Any, ...]] = {
     "do_train": (True,),
     "double_quantization": (True,),
