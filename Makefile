@@ -8,7 +8,7 @@
 #
 # Everything goes into .venv, which python3 makes. Where python3 is too old, name another:
 #   make test BASE_PYTHON=python3.13
-# To use an environment of your own, in which nothing is installed, name its interpreter:
+# To use your own environment, name its interpreter. Then make installs nothing:
 #   make test PYTHON=python
 VENV        := .venv
 PYTHON      ?= $(VENV)/bin/python
@@ -51,15 +51,15 @@ tests: $(TESTING)
 	$(PYTHON) tests/kernels.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadgroup
 
-# tests/marks.py says which tests are slow.
+# tests/marks.py marks the slow tests.
 fast: $(TESTING)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 # ATen, oneDNN, MKL (which heeds it on Intel's processors only) and numpy's OpenBLAS.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
         OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=1
-# A cache of compiled code of its own: what torch.compile cached for AVX-512 is taken up again by a
-# process limited to AVX2, and computes NaN there.
+# A separate cache of compiled code: a process limited to AVX2 would reuse code that torch.compile
+# cached for AVX-512, and compute NaN.
 test-avx2: $(TESTING)
 	$(AVX2) $(PYTHON) tests/kernels.py avx2
 	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \

@@ -43,7 +43,7 @@ NUM_CACHES, NUM_COMPILED_CACHES = 8, 2
 
 
 def main(options: Namespace | None = None) -> None:
-    """Chat as the options say; by default those of the command line."""
+    """Chat with these options; by default those of the command line."""
     options = options or parse_options()
     open_standard_streams()
     question, system = read_question(options), read_system(options)
@@ -110,7 +110,7 @@ def load_assistants(options: Namespace) -> list[Assistant]:
 
     assistants = [load(options.adapter, options.template, options.enable_thinking)]
     if options.compare_with == "none":
-        # Asked as the adapter was trained: the base model may have no template of its own.
+        # Prompt the base like the adapter: the base model may have no chat template.
         trained, template = assistants[0].template, options.template
         if template == "auto" and options.adapter:
             saved = resolve_adapter(options.adapter) / CHAT_TEMPLATE

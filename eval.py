@@ -1,4 +1,4 @@
-r"""Measure a model: multiple-choice benchmarks, or answers of several models side by side.
+r"""Evaluate models: multiple-choice benchmarks, or answers of several models side by side.
 
     python eval.py ceval --model_name_or_path base --adapter runs/cherry \
         --data_dir ceval-exam --output_dir runs/cherry-ceval
@@ -84,7 +84,7 @@ from minisft.text.tool_texts import TOOLS_AS_TEXT
 
 
 def main(command: tuple[str, Namespace] | None = None) -> None:
-    """Measure what the command line says."""
+    """Run the measurement that the command line names."""
     name, options = command or parse_options(__doc__)
     if name == "compare":
         compare(options)
@@ -165,7 +165,7 @@ def answer_subjects(
     """Write the predictions for this rank's share of the subjects, a file for each."""
     num_questions = sum(len(subject.questions) for subject in subjects)
     processes.print_rank0(f"{num_questions:,} questions in {len(subjects)} subjects")
-    # The largest subjects first, so that no rank is left alone with one.
+    # The largest subjects first, so that no rank works on one alone at the end.
     subjects = sorted(subjects, key=lambda subject: -len(subject.questions))
     share = subjects[processes.rank() :: processes.world_size()]
     with progress_bar(sum(len(one.questions) for one in share) * options.n_times) as bar:
@@ -220,7 +220,7 @@ def compare(options: Namespace) -> None:
     (_, first), *others = results["models"].items()
     results["differences_to_first"] = {name: differences(first, report) for name, report in others}
     print("\n".join(measure_lines(results)))
-    write_results(results, output_dir)  # before the judge, who may fail
+    write_results(results, output_dir)  # before the judge, which may fail
     try:
         draw_bars(results, output_dir / "report.png")
     except ImportError:
@@ -240,7 +240,7 @@ def answer_questions(
     sampling: Sampling,
     answers_dir: Path,
 ) -> tuple[list[Answer], list[ReferenceLoss | None]]:
-    """(answers, losses of the references) of a model. With --resume, those in the folder count."""
+    """(answers, losses of the references) of a model. --resume uses those in the folder."""
     path = answers_dir / f"{model.name}.json"
     if options.resume and path.is_file():
         content = read_json(path)

@@ -55,7 +55,7 @@ from minisft.text.tokenizer import Tokenizer
 
 
 def main(options: Namespace | None = None) -> None:
-    """Export as the options say; by default those of the command line."""
+    """Export with these options; by default those of the command line."""
     options = options or parse_options()
     output = check_output(options)
     max_shard_size = parse_size(options.max_shard_size)
@@ -135,7 +135,7 @@ def write_folder(
     lora_config = adapters.load_adapter(model, adapter_dir) if adapter_dir else None
 
     # Other programs must use the chat template of the training.
-    trained_dir = adapter_dir or model_dir  # where train.py has left its options
+    trained_dir = adapter_dir or model_dir  # where train.py saved its options
     tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     listed_stops = folders.generation_eos(model_dir, model.config)
     choices = template_options(options)

@@ -60,7 +60,7 @@ say = processes.print_rank0
 
 
 def main(options: Namespace | None = None) -> None:
-    """Score the rows as the options say; by default those of the command line."""
+    """Score the rows with these options; by default those of the command line."""
     options = options or parse_options()
     device = processes.start(resolve_device(options.device))
     dtype = resolve_dtype(dtype_option(options), device)
@@ -82,7 +82,7 @@ def main(options: Namespace | None = None) -> None:
     config.vocab_size = vocabulary_size(config, adapter_dir)
     scorer = build_scorer(options, config, model_dir, adapter_dir)
     writer = None
-    if processes.rank() == 0:  # it writes, and knows which rows are done already
+    if processes.rank() == 0:  # writes scores, and knows which rows are finished
         record = score_record(options, rows, is_drawn, model_dir, adapter_dir, scorer, dtype)
         writer = ScoreWriter(
             options.output,
@@ -126,7 +126,7 @@ def main(options: Namespace | None = None) -> None:
 def build_scorer(
     options: Namespace, config: ModelConfig, model_dir: Path, adapter_dir: Path | None
 ) -> Scorer:
-    """What plans the passes of a row and turns their results into its score."""
+    """The object that plans the passes of a row and turns their results into its score."""
     if options.mode == "reward":
         check_head(model_dir, adapter_dir)
     template = trained_template(

@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 if __name__ == "select":
-    # Python's own modules import `select` and find this file: its folder comes first on the path.
-    # Put the extension module of that name in its place, before anything else is imported.
+    # Python's own modules import `select` and find this file, because its folder comes first on
+    # the path. Replace it by the extension module of that name before anything else is imported.
     import sys
     from importlib import machinery, util
 
@@ -56,7 +56,7 @@ else:
 
 
 def main(options: Namespace) -> None:
-    """Choose rows as the options say."""
+    """Choose rows with these options."""
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun, rank 0 does all the work
 
@@ -157,7 +157,7 @@ def print_summary(manifest: dict[str, Any]) -> None:
 
 
 def run() -> None:
-    """Choose rows as the command line says."""
+    """Choose rows with the options of the command line."""
     run_script(partial(main, command_line))
 
 

@@ -67,7 +67,7 @@ say = processes.print_rank0
 
 
 def main(options: Namespace | None = None) -> None:
-    """Train as the options say; by default those of the command line."""
+    """Train with these options; by default those of the command line."""
     options = options or parse_options()
     if options.dry_run:
         return plan.show(options)

@@ -3,8 +3,8 @@
     python bench/data.py --model_name_or_path examples/base --gigabytes 1
 
 Writes JSON lines of that size and trains LoRA on them with train.py; for comparison, on ten rows
-without workers. Memory is the largest sum over the processes of their proportional set size (PSS):
-what each has for itself, and its share of what is shared.
+without workers. Memory is the largest sum of proportional set sizes (PSS) over the processes: the
+private memory of each, and its share of shared memory.
 """
 
 import argparse

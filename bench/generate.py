@@ -1,4 +1,4 @@
-"""Tokens a second of greedy generation, against transformers' generate, both in one process.
+"""Tokens per second of greedy generation, against transformers' generate, both in one process.
 
     python bench/generate.py --model_name_or_path stories260K --batch_size 1 8
     python bench/generate.py --shape tinyllama --num_layers 2
@@ -7,7 +7,7 @@
 
 With a shape instead of a folder, the weights are random. The sides take turns; the ratio is the
 median over the turns. --compile compiles both at batch size 1: minisft as in chat.py --compile,
-transformers by its static cache, for which it compiles on a GPU.
+transformers with its static cache, which it compiles on a GPU.
 
 At batch size 1 memory bandwidth is the limit, because every token reads all weights and the cache.
 The share of the bandwidth (measured by a copy) is printed, and the time to the first token of a
@@ -82,7 +82,7 @@ def both_sides(
 def compare(
     ours: Side, theirs: Side, num_tokens: int, repeats: int, device: torch.device
 ) -> tuple[float, float, float, bool]:
-    """(tokens a second of minisft, of transformers, ratio, True if the answers are equal).
+    """(tokens per second of minisft, of transformers, ratio, True if the answers are equal).
 
     All are medians over the turns. num_tokens: new tokens of a call.
     """
@@ -145,7 +145,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
 def main() -> None:
     """Compare both sides at each batch size."""
     options = parse_options()
-    # Imported here, because gpu_stages.py uses this module without a peer too.
+    # Imported here, because gpu_stages.py also uses this module without a peer.
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

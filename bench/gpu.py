@@ -1,4 +1,5 @@
-"""Measure a GPU in one short run: each figure, its peer, their ratio, the share of the limit.
+"""Measure a GPU in one short run: each figure, the peer's figure, their ratio, the share of the
+limit.
 
     bash bench/gpu.sh results.json                     # six minutes at most on one H100
     bash bench/gpu.sh --dry_run results.json           # tiny models on the CPU: finds mistakes
@@ -7,10 +8,10 @@
 GPU time is scarce, so a run wastes as little of it as possible:
 
 - Every line is printed and written to the JSON file as soon as it is measured.
-- Every stage is a process with a time limit. A crash, a hang or a lack of memory costs the rest of
-  that stage only. When the minutes are used up, the remaining stages are skipped.
-- The process of the next stage imports its libraries while the current stage measures.
-- Weights are random, drawn on the GPU and shared with the peer. Nothing is written to disk.
+- Every stage is a process with a time limit. A crash, a hang or a lack of memory ends only that
+stage. When the minutes are used up, the remaining stages are skipped. - The process of the next
+stage imports its libraries while the current stage measures. - Weights are random, drawn on the GPU
+and shared with the peer. Nothing is written to disk.
 
 The first two lines are the limits of the device: the speed of a large matrix product, and the
 bandwidth of a copy. Training and scoring are compared with the first, decoding with the second. The
@@ -62,7 +63,7 @@ OURS = ("bench.gpu_stages", "minisft.training.run", "torch._dynamo")
 PEER = (*OURS, "transformers.models.llama.modeling_llama")
 TRAINER = (*PEER, "transformers.trainer", "peft")
 STAGES = {  # in the order of the run
-    "limits": Stage("limits", 60),  # most of it is the first import of torch, from a cold disk
+    "limits": Stage("limits", 60),  # most of the time: the first import of torch, from a cold disk
     "tests": Stage("", 90),
     "tinyllama lora": Stage("training", 75, TRAINER, ("tinyllama", "lora")),
     "llama3-8b lora": Stage("training", 90, TRAINER, ("llama3-8b", "lora")),
@@ -84,7 +85,7 @@ def run_in_own_process(name: str, dry_run: bool) -> None:
     os.dup2(2, 1)  # what libraries print goes to the log
     stage = STAGES[name]
     for module in stage.imports:
-        with contextlib.suppress(ImportError):  # reported by a line, when the module is needed
+        with contextlib.suppress(ImportError):  # reported in a line when the module is needed
             importlib.import_module(module)
     measured = sys.stdin.readline()
     if not measured:  # the run has ended
@@ -278,7 +279,7 @@ def parse_options() -> Namespace:
 
 
 def main() -> None:
-    """Run all stages, or be the process of a stage."""
+    """Run all stages, or a single stage if this is the process of one."""
     options = parse_options()
     if options.stage:
         run_in_own_process(options.stage, options.dry_run)

@@ -35,7 +35,7 @@ from minisft.text.tokenizer import Tokenizer
 from minisft.training.operations import forward_operations, training_operations
 
 Line = dict[str, Any]
-# Operations and bytes a second of healthy cards of these models.
+# Operations and bytes per second of healthy cards of these models.
 EXPECTED = {"H100": (790e12, 3.3e12), "H200": (790e12, 4.3e12)}
 MATMUL, COPY = "matrix product", "memory copy"
 # rows, length: of a step, 4,096 tokens in total. steps: of an epoch; the second epoch is measured.
@@ -91,12 +91,12 @@ class Bench:
 
 
 def reason_of(error: Exception) -> str:
-    """Class and message of an error, on one line."""
+    """The class and the message of an error, on one line."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(function(), None), or (None, the reason of its failure): a failure costs a line, no more."""
+    """(function(), None), or (None, the reason of its failure), so a failure ends only one line."""
     try:
         return function(), None
     except Exception as error:
@@ -115,7 +115,7 @@ def line_with_peer(
     reason: str | None,
     **more: Any,
 ) -> Line:
-    """A line with its peer, or with the reason why there is no figure of the peer."""
+    """A line with the peer's figure, or with the reason why there is none."""
     line = {"name": name, "figure": figure, "unit": unit}
     if peer is None:
         return {**line, "note": f"{peer_name}: {reason}", **more}
@@ -165,7 +165,7 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
         return train.parse_options(words)
 
     def trainer() -> tuple[float, int, float]:
-        """(tokens a second, peak memory, padding) of the peer, after a check of its logits."""
+        """(tokens per second, peak memory, padding) of the peer, after a check of its logits."""
         twin = transformers_twin(model, shape)
         checked["attention"] = twin.config._attn_implementation
         checked["difference"] = logit_difference(model, twin)
@@ -177,7 +177,7 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
         return train.second_epoch(train.train_with_trainer(options, twin, data))
 
     def ours(side: str, **more: Any) -> tuple[float, int, float]:
-        """(tokens a second, peak memory, padding) of minisft."""
+        """(tokens per second, peak memory, padding) of minisft."""
         options = side_options(side, **more)
         return train.second_epoch(train.train_minisft(options, model, lora_config, data))
 
@@ -233,7 +233,7 @@ def tokens_per_second(bench: Bench, generate_tokens: generate.Side, num_tokens: 
 
 
 def decoding(bench: Bench, size: str) -> Iterator[Line]:
-    """Greedy tokens a second at batch size 1 and 8, against transformers."""
+    """Greedy tokens per second at batch size 1 and 8, against transformers."""
     shape = bench.sizes[size]
     model = random_model(shape, None, bench.dtype, bench.device)
     twin, reason = attempt(lambda: transformers_twin(model, shape))
@@ -250,7 +250,7 @@ def compiled_decoding(bench: Bench, size: str, num_layers: int | None = None) ->
 
 
 def compiled_decoding_of_few_layers(bench: Bench, size: str) -> Iterator[Line]:
-    """Against transformers with its static cache, for which it compiles on a GPU."""
+    """Against transformers with its static cache, which it compiles on a GPU."""
     shape, num_layers = bench.sizes[size], bench.sizes["few_layers"]
     model = random_model(shape, num_layers, bench.dtype, bench.device)
     twin, reason = attempt(lambda: transformers_twin(model, shape))
@@ -267,7 +267,7 @@ def decoding_lines(
     batch_size: int,
     is_compiled: bool = False,
 ) -> Iterator[Line]:
-    """The line of a batch size. If both sides compile, it comes first without the peer."""
+    """The line of a batch size. If both sides compile, a line without the peer comes first."""
     options = generate.parse_options(["--max_new_tokens", str(bench.sizes["new_tokens"])])
     began, capacity = time.monotonic(), bench.sizes["capacity"]
     decoder = CompiledDecoder(model, capacity) if is_compiled else None
@@ -288,7 +288,7 @@ def decoding_lines(
 
 
 def scoring(bench: Bench, size: str) -> Iterator[Line]:
-    """Rows a second of IFD, against the usual way, which scores fewer of them."""
+    """Rows per second of IFD, against the usual way, which scores fewer rows."""
     shape, sizes = bench.sizes[size], bench.sizes
     model = random_model(shape, None, bench.dtype, bench.device)
     words = flags(

@@ -3,8 +3,8 @@
     python bench/kmeans.py                       # 20,000 x 2,048 float32, 100 clusters, 3 data sets
     python bench/kmeans.py --rows 4000 --width 256 --rounds 2         # quick
 
-Both sides seed by greedy k-means++ and take Lloyd steps with scikit-learn's tolerance. They take
-turns, each in a process of its own, so that a busy moment of the machine affects both. Memory is
+Both sides use greedy k-means++ seeding and Lloyd steps with scikit-learn's tolerance. They take
+turns, each in a separate process, so that a busy moment of the machine affects both. Memory is
 the peak of the process, without what it held when the points were loaded.
 """
 

@@ -1,7 +1,7 @@
-"""The limits of a device, and clocks that wait for it.
+"""The limits of a device, and timers that wait until it has finished.
 
-    matrix_speed(device, torch.bfloat16)     # operations a second of a large matrix product
-    bandwidth(device)                        # bytes a second that a large copy reads and writes
+    matrix_speed(device, torch.bfloat16)     # operations per second of a large matrix product
+    bandwidth(device)                        # bytes per second that a large copy reads and writes
 
 Matrix products limit training. Memory bandwidth limits generation, which reads all weights for
 every token. A share of these limits says how much faster the code could be.
@@ -22,7 +22,7 @@ def wait(device: torch.device) -> None:
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """Wall time of a call, including the work that it leaves to the device."""
+    """Wall time of a call, including the work that it queues on the device."""
     wait(device)
     began = time.perf_counter()
     function()
@@ -31,7 +31,7 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 
 def matrix_speed(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """Operations a second of a product of square matrices: 8192 wide on a GPU, 2048 on a CPU."""
+    """Operations per second of a product of square matrices: 8192 wide on a GPU, 2048 on a CPU."""
     size = size or (8192 if device.type == "cuda" else 2048)
     num_products = 10 if device.type == "cuda" else 1
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -46,7 +46,7 @@ def matrix_speed(device: torch.device, dtype: torch.dtype, size: int | None = No
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes: 2 GiB on a GPU, 256 MiB on a CPU."""
+    """Bytes per second that a copy reads and writes: 2 GiB on a GPU, 256 MiB on a CPU."""
     source = torch.ones(2 ** (29 if device.type == "cuda" else 26), device=device)
     target = torch.empty_like(source)
     seconds = min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
@@ -64,7 +64,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes since `forget_peak`: of the GPU's allocator, or of this process on a CPU."""
+    """The most bytes since `forget_peak`: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return measure.peak_memory()

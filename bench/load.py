@@ -3,8 +3,8 @@
     python bench/load.py --shape tinyllama --dtype bfloat16
 
 Writes random weights of the shape, then loads them in fresh processes, both sides in turn. The time
-is that of the load without imports, until every page of the weights has been read: a file can be
-mapped at no cost and read later. The memory is the growth of the process's peak.
+excludes imports and ends when every page of the weights has been read: a file can be mapped at no
+cost and read later. The memory is the growth of the process's peak.
 """
 
 import argparse

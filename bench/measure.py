@@ -31,13 +31,13 @@ def flags(**options: Any) -> list[str]:
 
 
 def start(*words: object) -> subprocess.Popen[bytes]:
-    """Start Python with these words in the root of the repository. Its output is dropped."""
+    """Start Python with these arguments in the root of the repository. Its output is dropped."""
     command = [sys.executable, *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def output_of(*words: object, **settings: Any) -> str:
-    """Run Python with these words in the root of the repository; returns its standard output.
+    """Run Python with these arguments in the root of the repository; returns its standard output.
 
     settings: more arguments of subprocess.run. CalledProcessError if the program fails.
     """

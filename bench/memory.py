@@ -7,8 +7,9 @@ Both sides have the same random weights, stored in bfloat16 and trained in float
 random tokens, three quarters of which are supervised, AdamW, and three steps, each in a process of
 its own. transformers computes its own loss (`model(..., labels=...)`) and its attention by sdpa, as
 in Trainer. The figure is the growth of the resident memory at its peak, from before the model is
-loaded. Each side trains a tiny model before, so that imports and kernels do not count. Widths are
-small, to finish in minutes, and vocabularies real, so logits have a larger share than usual.
+loaded. Each side trains a tiny model first, so that imports and kernels do not count. Widths are
+small, so that a run takes minutes, but vocabularies are real. So logits have a larger share than
+usual.
 """
 
 import argparse

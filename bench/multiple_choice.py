@@ -1,4 +1,4 @@
-"""Multiple-choice questions a second, against lm-evaluation-harness, both in one process.
+"""Multiple-choice questions per second, against lm-evaluation-harness, both in one process.
 
     python bench/multiple_choice.py --data_dir ceval-exam --subjects law --max_samples 16
     python bench/multiple_choice.py --data_dir ceval-exam --shape tinyllama --num_layers 4 \
@@ -44,7 +44,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def harness_requests(benchmark: Any, subjects: Sequence[Any], num_fewshot: int) -> list[Instance]:
-    """The four requests of each question, with the texts that the harness makes of a task."""
+    """The four requests of each question, with the texts that the harness builds from a task."""
     delimiter = benchmark.letter.format(letter="")
     requests = []
     for subject in subjects:
@@ -63,7 +63,7 @@ def harness_requests(benchmark: Any, subjects: Sequence[Any], num_fewshot: int) 
 
 
 def compare(options: Namespace, model_dir: Path) -> None:
-    """Take turns; print questions a second of both sides and their ratio."""
+    """Take turns; print questions per second of both sides and their ratio."""
     benchmark = BENCHMARKS[options.benchmark]
     wanted = options.subjects.split(",") if options.subjects else ()
     subjects = read_subjects(

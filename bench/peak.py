@@ -1,4 +1,4 @@
-"""The memory that --dry_run plans, against the memory of training; a table of docs/scaling.md.
+"""Compare the memory that --dry_run plans with the memory of training; a table of docs/scaling.md.
 
     python bench/peak.py                  # all settings, in a process each: some minutes
     python bench/peak.py --only LoRA full
@@ -10,9 +10,9 @@ tensors  the most bytes that torch's allocator holds at any time of the third st
          profiler, which records every allocation. This is what the plan computes, and what
          max_memory_allocated returns on a GPU.
 process  the growth of the process's peak from before the model is loaded: tensors, buffers of
-         kernels, mapped files. A tiny model is trained before, so that imports and kernels do not
-         count. The C library gives every tensor its own pages, as it does from 32 MiB on; it would
-         not return smaller tensors to the system.
+         kernels, mapped files. A tiny model is trained first, so that imports and kernels do not
+         count. The C library is set to give every tensor its own pages, as it does for 32 MiB or
+         more; it would not return smaller tensors to the system.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def table_row(name: str, result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measure each setting in a process of its own, and write its row."""
+    """Measure each setting in a separate process, and write its row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=SETTINGS, help="measure only these settings")
     parser.add_argument("--setting", help=argparse.SUPPRESS)

@@ -4,9 +4,9 @@
     python bench/scaling.py --computed    # only the table that --dry_run computes, in seconds
     python bench/scaling.py --only LoRA   # only this line of the measured table
 
-Measured: tokens a second of train.py's own steps on rows of random tokens in float32, with torch's
-default number of threads, each setting in a process of its own; the best of the steps after the
-first. Computed: the memory of Llama-3-8B on GPUs, with one option changed at a time.
+Measured: tokens per second of train.py's own steps on rows of random tokens in float32, with
+torch's default number of threads, each setting in a separate process; the best of the steps after
+the first. Computed: the memory of Llama-3-8B on GPUs, with one option changed at a time.
 """
 
 import argparse
@@ -100,7 +100,7 @@ NUM_STEPS = 4
 
 
 def measure(name: str, folder: str) -> None:
-    """Print the seconds of the best step. torchrun may have started this process with others."""
+    """Print the seconds of the best step. torchrun may have started this process and others."""
     processes.start(torch.device("cpu"))
     run, batches = prepare(Path(folder), MEASURED[name])
     seconds = []

@@ -56,7 +56,7 @@ class PreparedRow:
 
 @dataclass
 class Comparison:
-    """speeds: {side: [(rows a second, rows a CPU second) of every round]}."""
+    """speeds: {side: [(rows per second, rows per CPU second) of every round]}."""
 
     speeds: dict[str, list[np.ndarray]]
     num_rows: int
@@ -144,7 +144,7 @@ def compare(
 
 def load_and_compare(options: Namespace, model_dir: Path) -> None:
     """Load a checkpoint on both sides, compare them, and print rows per second."""
-    # Imported here, because gpu_stages.py uses this module without a peer too.
+    # Imported here, because gpu_stages.py also uses this module without a peer.
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

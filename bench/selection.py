@@ -1,4 +1,4 @@
-"""What selection gains: the recipe against all rows and against controls, over several seeds.
+"""What does selection gain? The recipe against all rows and against controls, over several seeds.
 
     python bench/selection.py --jobs 2                       # everything; hours on two cores
     python bench/selection.py --methods recipe random --rates 0.05 --seeds 0      # a few cells
@@ -8,8 +8,8 @@ A cell is a method, a share of the rows and a seed: choose the rows, train the b
 examples/ on them as in examples/demo.toml, answer the held-out questions. Its result is appended to
 results.jsonl in the output folder, so an interrupted command continues where it stopped.
 
-The data has rows that are known to be bad. Their share among the chosen rows is counted; training
-never sees the mark. A selection is trained for the epochs of the recipe, and for at least
+The data has rows that are known to be bad. The benchmark counts their share of the chosen rows;
+training never sees the mark. A selection is trained for the epochs of the recipe, and for at least
 --min_steps optimizer steps: 5 % of the rows would be only fifty steps. `all, same steps` trains all
 rows for that many steps, the same amount of computation.
 """
@@ -185,7 +185,7 @@ def evaluate(adapter: str) -> None:
 
 
 def identity(options: Namespace) -> dict[str, Any]:
-    """What all results of a table must have in common."""
+    """The settings that all results of a table must share."""
     files = [BASE / "model.safetensors", DATA / "train.json", DATA / "heldout.json", RECIPE]
     return {
         "files": [sha256(path) for path in files],

@@ -151,7 +151,7 @@ def transformers_twin(model: CausalLM, shape: Shape) -> Any:
 
     Attention is flash-attn's where that package is installed, else torch's.
     """
-    # Imported here, so that a stage without a peer does not wait for it.
+    # Imported here, so that a stage without a peer does not import it.
     from transformers import AutoModelForCausalLM, LlamaConfig
     from transformers.utils import is_flash_attn_2_available
 

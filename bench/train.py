@@ -1,4 +1,4 @@
-"""Tokens a second of fine-tuning, against transformers' Trainer with peft.
+"""Tokens per second of fine-tuning, against transformers' Trainer with peft.
 
     python bench/train.py --num_layers 2 --tokenizer_dir TinyLlama --dataset alpaca_en_demo.json
     python bench/train.py --shape llama3-8b --device cuda --dtype bfloat16 --cutoff_len 2048 \\
@@ -6,13 +6,14 @@
     python bench/train.py ... --sides minisft packed        # what --packing gains
 
 The sides train on the same rows, encoded by minisft, from the same random weights, each in a
-process of its own; they take turns. Only tokens without padding count, and only the second of two
+separate process; they take turns. Only tokens without padding count, and only the second of two
 epochs, when kernels are warm. Trainer runs with its defaults (float32, rows in random order) and at
 its best (the given type, rows grouped by length).
 
-Padding is its share of all computed tokens. Peak memory is that of the process on a CPU, of the
-allocator on a GPU. "Of the device" is the speed of a step's operations (`training_operations` in
-minisft/training/operations.py) as a share of the speed of a large matrix product.
+Padding is given as a share of all computed tokens. Peak memory is that of the process on a CPU, and
+of the allocator on a GPU. "Of the device" is the speed of a step's operations
+(`training_operations` in minisft/training/operations.py) as a share of the speed of a large matrix
+product.
 """
 
 import argparse
@@ -55,7 +56,7 @@ from train import train  # noqa: E402
 MINISFT_SIDES = ("minisft", "packed")
 # Token ids of a row, and which of them are supervised.
 EncodedRow = tuple[list[int], list[bool]]
-# Of every step: "seconds", "tokens", "padding"; of the process: "peak".
+# For every step: "seconds", "tokens", "padding"; for the process: "peak".
 Result = dict[str, Any]
 
 
@@ -164,7 +165,7 @@ def train_minisft(
 
 def train_with_trainer(options: Namespace, model: Any, rows: Sequence[EncodedRow]) -> Result:
     """Train two epochs of the rows with transformers' Trainer. model: transformers' own."""
-    # Imported here, because gpu_stages.py uses this module without a peer too.
+    # Imported here, because gpu_stages.py also uses this module without a peer.
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -250,7 +251,7 @@ def train_with_trainer(options: Namespace, model: Any, rows: Sequence[EncodedRow
 
 
 def second_epoch(result: Result) -> tuple[float, int, float]:
-    """(tokens a second, peak memory in bytes, share of padding) without the first epoch."""
+    """(tokens per second, peak memory in bytes, share of padding) without the first epoch."""
     warm = len(result["tokens"]) // 2
     tokens, padding = (sum(result[name][warm:]) for name in ("tokens", "padding"))
     return tokens / sum(result["seconds"][warm:]), result["peak"], padding / (tokens + padding)

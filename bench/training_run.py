@@ -1,4 +1,4 @@
-"""A run of train.py on random tokens, for the benchmarks that take its steps themselves.
+"""A run of train.py on random tokens, for benchmarks that call its steps one by one.
 
     run, batches = prepare(folder, Setting({"vocab_size": 4000, ...}, num_rows=8, length=256))
     train_step(run, batches)

@@ -1,6 +1,6 @@
 """Write the line counts of "Read the code in this order" into both READMEs: make format runs this.
 
-A row of the table links to a file and gives its number of lines: | [name](path) | 135 | ... |
+A row of the table links to a file and states its number of lines: | [name](path) | 135 | ... |
 """
 
 import re

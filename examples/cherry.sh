@@ -61,7 +61,7 @@ if [ -e "$OUTPUT/pre/adapter_config.json" ]; then
 fi
 run score.py "${scored[@]}" "${rows[@]}" --output "$OUTPUT/scores.jsonl"
 
-# 5. Select the rows where it helps least: there is most to learn.
+# 5. Select the rows where it helps least: they teach most.
 run select.py "${rows[@]}" --scores "$OUTPUT/scores.jsonl" --strategy ifd \
     --sample_rate "$SAMPLE_RATE" --output "$OUTPUT/cherry-$SAMPLE_RATE.json" --overwrite
 

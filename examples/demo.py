@@ -1,4 +1,4 @@
-"""The main job in small: fine-tune the embedded model, measure what changed, talk to it.
+"""A small end-to-end run: fine-tune the embedded model, measure the change, talk to it.
 
     make demo                     # or: python examples/demo.py --output_dir runs/demo
 
@@ -42,7 +42,7 @@ def main() -> None:
     began = time.monotonic()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
-    # Only now, so that train.py starts at once.
+    # Imported here, so that train.py starts at once.
     from minisft.data.dataset import load_rows
     from minisft.generation.assistant import Assistant
     from minisft.generation.sampling import Sampling

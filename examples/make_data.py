@@ -16,7 +16,7 @@ from wording import TASKS
 
 OUTPUT_DIR = Path(__file__).parent / "data"
 TRAIN_ROWS, HELDOUT_ROWS, PRETRAIN_LINES = 3000, 450, 400_000
-# How often the pre-training text uses a sampler of tasks.py (1 if not listed).
+# Weights of the samplers of tasks.py in the pre-training text (1 if not listed).
 WEIGHTS = {
     "word": 7,
     "membership": 3,
@@ -48,7 +48,7 @@ def question_and_answer(task, rng):
 
 
 def draw_rows(count, rng, taken):
-    """Draw `count` rows, all kinds in turn, and add their prompts to the set `taken`.
+    """Draw `count` rows, one kind after the other, and add their prompts to the set `taken`.
 
     No row has a prompt that was already in `taken`.
     """
@@ -81,7 +81,7 @@ def spoil(rows, rng):
 
 
 def bad_answer(row, flaw, answers, rng):
-    """An answer to `row` with this flaw. It may be "" or the right answer; callers skip those."""
+    """An answer to `row` with this flaw. If it is "" or the right answer, the caller skips it."""
     if flaw == "wrong_answer":
         return rng.choice(answers)
     if flaw == "truncated":

@@ -2,9 +2,9 @@
 
     python examples/make_tokenizer.py       # examples/base/tokenizer.json, tokenizer_config.json
 
-Byte-level BPE with the splitting rule of Qwen2, which llama.cpp knows too: digits are single, and a
-space belongs to the word after it. Merges stay inside a Chinese character or a word, so an answer
-starts with the same token wherever it stands.
+Byte-level BPE with the splitting rule of Qwen2, which llama.cpp knows too: every digit is a token,
+and a space belongs to the word after it. Merges stay inside a Chinese character or a word, so an
+answer starts with the same token wherever it is.
 """
 
 import argparse
@@ -36,7 +36,8 @@ PROMPTS = [
 
 
 def training_text(rng):
-    """Statements, questions and the words of the templates, in about their later proportions."""
+    """Statements, questions and the words of the templates, in about the proportions of
+    training."""
     for number, line in enumerate(statements(100_000, rng)):
         yield line
         task = TASKS[number % len(TASKS)]

@@ -136,7 +136,7 @@ def sort_numbers(rng):
 
 
 def membership(rng):
-    """A word and a category, which is the right one in half of the cases."""
+    """A word and a category, which is right in half of the cases."""
     english, chinese = rng.choice(WORDS)
     true = rng.random() < 0.5
     category = CATEGORY_OF[english] if true else rng.choice(list(NOUNS))

@@ -4,7 +4,7 @@
     theirs = published_model(shared_data / "baichuan2", folder)     # the published code, 13B only
     theirs = as_llama(folder)                                       # transformers' Llama, 7B only
 
-The published code is for transformers 4: stubs stand for its other files.
+The published code is for transformers 4: stubs replace its other files.
 """
 
 import importlib
@@ -41,14 +41,14 @@ SMALL = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-# How the config.json of the two models differ, besides numbers.
+# The differences between the config.json of the two models, besides numbers.
 SIZES = {"7B": {"max_position_embeddings": 512}, "13B": {}}
 PACKAGE = "published_baichuan2"
 
 
 @torch.no_grad()
 def random_model(size, **fields):
-    """A model whose mistakes show: norms are not ones, rows of the head differ in length."""
+    """A model that shows mistakes: norms are not ones, rows of the head differ in length."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict({**SMALL, **SIZES[size], **fields})).eval()
     model.initialize()
@@ -79,7 +79,7 @@ def published_code(source):
 
 
 class BaichuanConfig(transformers.PretrainedConfig):
-    """What configuration_baichuan.py, which the folder lacks, has besides the fields of a file."""
+    """A stub of configuration_baichuan.py, which the folder lacks."""
 
     model_type = "baichuan"
     gradient_checkpointing, z_loss_weight = False, 0

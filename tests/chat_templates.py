@@ -14,7 +14,7 @@ from minisft.checkpoints import folders
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 
-# What looks like a control token in a template's text.
+# Texts in a template that look like control tokens.
 SPELLED = re.compile(
     r"<[|｜][^<>{}\s'\"]{1,60}[|｜]>|</?[a-z_]{1,20}>|\[/?[A-Z_]{2,30}\]|<[a-z]+_of_[a-z]+>|<reserved_\d+>"
     r"|<\|?[A-Z_]{3,30}\|?>|</s>|<s>"

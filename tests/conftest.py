@@ -16,7 +16,7 @@ from forks import run_script
 from standing import HANG_SECONDS
 
 pytest.register_assert_rewrite("parallel_runs")
-# torch gives some warnings once per process, so that they would fail whichever test came first.
+# torch raises some warnings once per process, so they would fail whichever test came first.
 torch.set_warn_always(True)
 ROOT = Path(__file__).resolve().parent.parent
 # The suite computes in float32 on every processor: in this process and in those that it starts.
@@ -25,7 +25,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 runpy.run_path(str(STARTUP / "sitecustomize.py"))
-CONFIG = {  # a Llama that computes in no time
+CONFIG = {  # a tiny Llama
     "model_type": "llama",
     "vocab_size": 128,
     "hidden_size": 32,
@@ -70,8 +70,8 @@ def as_flags(**flags):
 def command(*words, script="train.py", before=(), processes=1, **flags):
     """Run a script as a user would: command(*words, max_steps=2) -> subprocess.CompletedProcess.
 
-    `before` stands between the interpreter and the script. Without it the process is forked,
-    several as torchrun would start them.
+    `before` comes between the interpreter and the script. Without it the process is forked; several
+    processes get the environment of torchrun.
     """
     words = [*map(str, words), *as_flags(**flags)]
     if script and not before:
@@ -171,7 +171,7 @@ def tiny_chat_model_dir(tmp_path_factory, tiny_tokenizer_dir):
 
 @pytest.fixture
 def checkpoint(tmp_path, tiny_tokenizer_dir):
-    """A small random checkpoint with that tokenizer, as people have it on disk."""
+    """A small random checkpoint on disk, with that tokenizer."""
     from minisft.checkpoints.folders import save_model
     from minisft.model.config import ModelConfig
     from minisft.model.decoder import CausalLM

@@ -1,8 +1,8 @@
-"""Run train.py in several processes, again and again, with torch loaded only once.
+"""Run train.py many times in several processes, loading torch only once.
 
     python tests/fork_and_train.py runs.json
 
-runs.json: a list of [number of processes, [flags of train.py], step or null], worked off in order.
+runs.json: a list of [number of processes, [flags of train.py], step or null], run in order.
 The processes of a run are forked from this one and get from the environment what torchrun gives;
 the last of them is sent a SIGTERM in that step. The status is 1 as soon as a run fails.
 """
@@ -57,7 +57,7 @@ def signal_in(step):
 
 
 def train_with(processes, arguments, signalled=None):
-    """Whether a run with so many processes went well."""
+    """True if a run with this number of processes succeeded."""
     expected = 0 if signalled is None else 128 + signal.SIGTERM
     with meeting(processes) as environments:
         last = len(environments) - 1

@@ -1,4 +1,4 @@
-"""Scripts run as processes of their own, forked from one that has loaded torch already.
+"""Scripts run as separate processes, forked from one that has loaded torch already.
 
     done = run_script("train.py", ["--help"])
     done.returncode, done.stdout, done.stderr
@@ -33,7 +33,7 @@ SERVER.set_forkserver_preload(PRELOADED)
 def run_script(script, arguments, processes=1):
     """`python SCRIPT ARGUMENTS` in the project's folder -> subprocess.CompletedProcess.
 
-    Of several processes the output is together, and where one fails the others are ended.
+    Several processes share their output; if one fails, the others are killed.
     """
     words = [str(ROOT / script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder, meeting(processes) as environments:
@@ -53,7 +53,7 @@ def run_script(script, arguments, processes=1):
 
 
 def _ended(ranks):
-    """Wait for processes, and kill the others when one fails; False where they have hung."""
+    """Wait for processes, and kill the others when one fails; False if they have hung."""
     hangs_at = time.monotonic() + HANG_SECONDS
     while running := [rank for rank in ranks if rank.exitcode is None]:
         connection.wait([rank.sentinel for rank in running], 1)
@@ -62,7 +62,7 @@ def _ended(ranks):
                 rank.kill()
         elif time.monotonic() > hangs_at:
             for rank in running:
-                os.kill(rank.pid, signal.SIGABRT)  # it then says where it stands
+                os.kill(rank.pid, signal.SIGABRT)  # the process then prints its stack
                 rank.join()
             return False
     return True
@@ -70,9 +70,9 @@ def _ended(ranks):
 
 @contextmanager
 def meeting(processes):
-    """What torchrun would put into the environment of each process; nothing for a single one.
+    """The environment variables that torchrun would set for each process; none for a single one.
 
-    As torchrun does, this process holds the store where they meet, so that no port is guessed.
+    Like torchrun, this process hosts the store in which they meet, so that no port is guessed.
     """
     if processes == 1:
         yield [{}]
@@ -95,7 +95,7 @@ def meeting(processes):
 
 
 def _run(words, environment, said):
-    """What the new process does: become the script."""
+    """Become the script, in the new process."""
     for descriptor, path in enumerate([os.devnull, *said]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
@@ -111,5 +111,5 @@ def _run(words, environment, said):
     sys.path[:] = [*first, *(path for path in sys.path if path and path not in ours)]
     sys.argv = words
     faulthandler.enable()
-    multiprocessing.set_start_method(None, force=True)  # what it would be in a fresh process
+    multiprocessing.set_start_method(None, force=True)  # as in a fresh process
     runpy.run_path(words[0], run_name="__main__")

@@ -1,4 +1,4 @@
-"""A stub of a judge behind an address, for the tests of remote_judge.py and eval.py compare.
+"""A stub of a judge behind an API, for the tests of remote_judge.py and eval.py compare.
 
 with serving() as server:
     RemoteJudge(server.url, "stub", key=None)

@@ -1,10 +1,10 @@
-"""Print which instructions the numerical libraries use, as they say themselves.
+"""Print which instructions the numerical libraries report to use.
 
     python tests/kernels.py          # one line
     python tests/kernels.py avx2     # and fail where one of them uses AVX-512 or AMX
 
 Each is asked in a process that computes with it, because that is when it chooses. `make test-avx2`
-begins with this, so that a variable that a library no longer reads does not go unnoticed.
+begins with this, which fails if a library no longer reads its variable.
 """
 
 import os
@@ -24,7 +24,7 @@ for one in threadpoolctl.threadpool_info():
     if one["internal_api"] == "openblas":
         print("OpenBLAS:", one["architecture"])
 """
-# Lines of the libraries' own reports of what they computed and how.
+# Lines in which the libraries report their computations.
 REPORTS = {
     "oneDNN": r"onednn_verbose,v1,info,cpu,isa:(.*)",
     "oneDNN float32": r"onednn_verbose,v1,primitive,exec,cpu,inner_product,([^,]*),",
@@ -37,7 +37,7 @@ BEYOND_AVX2 = re.compile(r"avx.?512|avx10|amx|skylakex|cooperlake|sapphirerapids
 
 
 def used():
-    """{library: what it says that it uses} of a process with this environment."""
+    """{library: the instructions that it reports} of a process with this environment."""
     environment = os.environ | {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", COMPUTE], env=environment, check=True, capture_output=True, text=True

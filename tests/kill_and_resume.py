@@ -1,10 +1,10 @@
-"""Kill a training run with SIGKILL again and again, resume it each time, until it ends.
+"""Kill a training run with SIGKILL many times, and resume it each time, until it ends.
 
     python tests/kill_and_resume.py KILLS SEED OUTPUT_DIR [flags of train.py]
 
 A child kills itself at a line of Python, counted from its start: of this project, or, every other
-time, of anything that saving a checkpoint executes. The numbers are drawn from SEED, so machines
-slow and fast are killed at the same lines.
+time, of anything that saving a checkpoint executes. The numbers are drawn from SEED, so slow and
+fast machines are killed at the same lines.
 
 Children are forked from a process that has loaded torch, so that an attempt takes no time to
 start. Prints how many were killed, and how many of them in the middle of saving.

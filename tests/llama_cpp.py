@@ -21,7 +21,7 @@ class Server:
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.warmup, parameters.n_parallel = context, False, 1
         parameters.cpuparams.n_threads = 1
-        # Both are needed for float32 to be float32 all the way.
+        # Both flags are needed so that llama.cpp computes in float32 throughout.
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         if lora:
@@ -31,8 +31,8 @@ class Server:
         self.server = xllamacpp.Server(parameters)
 
     def __enter__(self):
-        # A server that ends before its main loop has begun waits for the loop for ever. Rendering
-        # and tokenizing do not need the loop; a completion does.
+        # A server that is stopped before its main loop has started waits forever. Rendering and
+        # tokenizing do not need the loop; a completion does.
         self.complete([0], 1)
         return self
 
@@ -62,9 +62,9 @@ class Server:
         )["tokens"]
 
     def log_probabilities(self, ids, vocab_size):
-        """Those of every token (V,) to follow `ids`."""
-        # The server reports none where the token it takes is part of a character, so have it take
-        # one that is not; what it reports is from before such a bias.
+        """The log-probability of every token (V,) as the next one after `ids`."""
+        # The server reports no log-probabilities if the chosen token is part of a character. So
+        # force another token; the reported values do not include this bias.
         whole = [[self.tokenize("the")[-1], 1e6]]
         answer = self.complete(ids, 1, n_probs=vocab_size, logit_bias=whole)
         values = np.full(vocab_size, np.nan)

@@ -17,19 +17,19 @@ LONG = re.compile(
     r"subprocess|Popen|Process|Server|run_script|fork|sync_playwright|launch|\w*compile\w*|"
     r"CompiledDecoder|Trainer|hypothesis|given|tracemalloc|measure|allocated"
 )
-# Such results depend on kernels. The name stands in the file of the test.
+# Such results depend on kernels. A numerical test's file contains one of these names.
 NUMBERS = re.compile(r"\b(assert_close|assert_allclose|approx)\(")
 
 
 def compares_numbers(item):
-    """Whether the file of a test compares numbers with a tolerance."""
+    """True if the file of a test compares numbers with a tolerance."""
     return NUMBERS.search(inspect.getsource(item.module)) is not None
 
 
 def takes_long(item, known):
-    """Whether a test, or anything in tests/ that it uses, has a name of LONG in it.
+    """True if a test, or anything in tests/ that it uses, contains a name in LONG.
 
-    known: functions and classes that have been looked at; it saves looking twice.
+    known: a cache of the results for functions and classes.
     """
     fixtures = [
         definition.func
@@ -40,11 +40,11 @@ def takes_long(item, known):
 
 
 def is_long(thing, known):
-    names = {*vars(thing)}  # hypothesis leaves its mark there
+    names = {*vars(thing)}  # hypothesis marks tests there
     thing = inspect.unwrap(thing)
     if thing in known:
         return known[thing]
-    known[thing] = False  # for the moment: functions may use each other
+    known[thing] = False  # until the result is known: functions may use each other
     if inspect.isclass(thing):
         names = {base.__name__ for base in thing.__mro__}
         used = vars(thing).values()

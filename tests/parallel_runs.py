@@ -27,7 +27,7 @@ BATCHES = {1: (8, 1), 2: (2, 2), 4: (1, 2)}
 
 
 def flags(processes, output_dir, *more, kind="fsdp"):
-    """[processes, words]: a run as fork_and_train.py wants it."""
+    """[processes, words]: a run as fork_and_train.py expects it."""
     batch_size, accumulation = BATCHES[processes]
     words = [
         *as_flags(
@@ -70,7 +70,7 @@ def write_bases(folder, tokenizer_dir):
 
 
 def train_forked(folder, plan):
-    """Carry out the runs in `folder`."""
+    """Run the training runs in `folder`."""
     (folder / "runs.json").write_text(json.dumps(list(plan)))
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "fork_and_train.py", "runs.json"],
@@ -113,7 +113,7 @@ def assert_equal_runs(first, second, rtol=1e-4, atol=1e-5, near=None):
 def assert_like_one_process(folder, near=None):
     """Compare the runs `folder`/1 and `folder`/2.
 
-    In bfloat16 only roughly: FSDP keeps other parts in float32 than one process does.
+    In bfloat16 only roughly, because FSDP and one process keep different parts in float32.
     """
     if folder.name.endswith("16"):
         losses = [[row["loss"] for row in logged(folder / number)] for number in "12"]

@@ -1,13 +1,13 @@
-"""Wait for events, and have a script stand still at a point, so that a test meets it there.
+"""Wait for events, and make a script pause at a point, so that a test can act there.
 
     words = [sys.executable, *standing_still("minisft.chat.prompts:Answers.add", [4], told),
              ROOT / "chat.py", *flags]
     with subprocess.Popen(words) as process:
         wait_until(lambda: lines_in(told), process)
-        process.kill()                      # in the fourth call, on machines slow and fast
+        process.kill()                      # in the fourth call, on slow and fast machines
 
-`python tests/standing.py JSON SCRIPT FLAGS` runs the script. It adds a line to a file and stands
-still before calls of the function with these numbers; the signal that it is sent lets it go on.
+`python tests/standing.py JSON SCRIPT FLAGS` runs the script. It pauses before the calls of the
+function with these numbers: it adds a line to a file and waits for a signal.
 """
 
 import functools
@@ -20,13 +20,13 @@ import sys
 import time
 from pathlib import Path
 
-# Ends the test of a program that hangs. No outcome may depend on it: it is far longer than
-# anything that is waited for takes on a slow machine.
+# Ends the test of a program that hangs. No outcome may depend on it: it is far longer than any
+# wait on a slow machine.
 HANG_SECONDS = 600
 
 
 def wait_until(reached, process=None):
-    """Return when `reached()` is true; fail if the process ends first, or where nothing happens."""
+    """Return when `reached()` is true; fail if the process ends first, or if nothing happens."""
     began = time.monotonic()
     while not reached():
         assert process is None or process.poll() is None or reached(), "has ended by itself"
@@ -48,7 +48,7 @@ def state_of(process_id):
 
 
 def standing_still(function, calls, told, **values):
-    """The words between the interpreter and the path of a script, which is to stand still.
+    """The words between the interpreter and the path of a script that should pause.
 
     function: "module:name", also of a method. calls: numbers of calls, from 1. told: the file for
     a line at each of them. values: of other names, {"module:name": value}.
@@ -60,7 +60,7 @@ def standing_still(function, calls, told, **values):
 
 
 def stand_still(told):
-    """Add a line to a file, then wait for a signal; what its handler raises is raised here."""
+    """Add a line to a file, then wait for a signal. An exception of its handler is raised here."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     # A signal that comes before the wait is in the pipe too, so that it is never missed.
@@ -83,7 +83,7 @@ def find(path):
 
 
 def stop_at(function, calls, told, values):
-    """Put a function that stands still into the place of another."""
+    """Replace a function by one that pauses."""
     for path, value in values.items():
         owner, name = find(path)
         assert hasattr(owner, name), path

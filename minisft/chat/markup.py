@@ -10,7 +10,7 @@ import re
 # A character without width. After "<", "&" or "!" it breaks the tag, entity or image.
 JOINER = "\u2060"
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
-# Code is shown as it stands: blocks between fences, in lists too (an unclosed block reaches to the
+# Code is shown unchanged: blocks between fences, in lists too (an unclosed block reaches to the
 # end), and spans between backticks.
 CODE = re.compile(
     r"(^[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})"

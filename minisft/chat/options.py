@@ -1,4 +1,4 @@
-"""The flags of `chat.py`, and the prompts that they give.
+"""The flags of `chat.py`, and the texts of the prompts that they name.
 
 options = parse_options(["--model_name_or_path", "examples/base", "--system", "Be brief."])
 read_system(options)                                # "Be brief."
@@ -136,7 +136,7 @@ def read_system(options: Namespace) -> str | None:
 
 
 def with_line_breaks(text: str, name: str) -> str:
-    r"""The text; if it is one line that spells line breaks as \n, with line breaks. Says so once.
+    r"""Replace each \n that a text of one line spells by a line break. Says so once.
 
     System prompts are often shipped in that form.
     """

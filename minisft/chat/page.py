@@ -1,7 +1,7 @@
-"""What visitors of the web page can do: ask, stop, retry, edit, clear, download.
+"""The actions of a visitor of the web page: ask, stop, retry, edit, clear, download.
 
     page = Page([Assistant("examples/base", "runs/demo")], Sampling())
-    session = page.load_session("a name that nobody can guess")
+    session = page.load_session("a name that is hard to guess")
     values = (512, 0.95, 50, 0.7, 1.0, False, "")   # the fields of Sampling, with the seed as text
     for chats, notice, box in page.ask(session, "What is 2 + 2?", "", *values):
         print(chats[0][-1]["content"])
@@ -55,7 +55,7 @@ class Session:
 
 
 class Page:
-    """One model, or two side by side. Methods that answer yield views, also for errors."""
+    """One model, or two side by side. Methods that answer yield views, even for errors."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Page:
     def load_session(self, visitor: str) -> Session:
         """The session of a visitor who loads or reloads the page. Stops an answer in progress.
 
-        visitor: a name that nobody else can guess.
+        visitor: a name that others cannot guess.
         """
         session = self.sessions.pop(visitor, None) or Session()
         self.sessions[visitor] = session

@@ -162,7 +162,7 @@ class Prompts:
 class Answers:
     """The answers so far, in a file: `rows` is {row: Response}.
 
-    The first line of the file is the identity of the run. UserError if it is another run's.
+    The first line of the file is the identity of the run. UserError if another run wrote the file.
     """
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any]):

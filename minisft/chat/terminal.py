@@ -66,7 +66,7 @@ class Conversation:
     def ask(self, question: str) -> bool:
         """Print the answer and add both to the turns; False if Ctrl-C stopped it.
 
-        A stopped answer is added as it is. Without any text, the question is not added either.
+        A stopped answer is added unchanged. Without any text, the question is not added either.
         """
         turns = [*self.turns, {"role": "user", "content": question}]
         answer = self.answer = self.assistant.stream(

@@ -61,7 +61,7 @@ class Transcript:
         num_written, num_thoughts, written, end = 0, 0, time.monotonic(), "stopped"
 
         def write(**more: str) -> None:
-            """Write what has come since the last line."""
+            """Write the text that has arrived since the last line."""
             message = answer_message(
                 answer.text[num_written:], answer.reasoning_content[num_thoughts:]
             )

@@ -38,7 +38,7 @@ SAVE = """(text) => {
     link.download = "conversation.json";
     link.click();
 }"""
-# A name for the visitor that nobody can guess. It survives a reload of the tab.
+# A random name for the visitor, which others cannot guess. It survives a reload of the tab.
 VISITOR = """() => sessionStorage.visitor ||=
     Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-")"""
 # Copy text without the joiners of markup.py.
@@ -181,7 +181,7 @@ class Interface:
     def _connect_others(self) -> None:
         """The events that need no model, which do not wait in the queue."""
         self.stop_button.click(self.page.stop, self.session, None, api_name="stop", queue=False)
-        # The bin of a Chatbot alone would only empty what is shown.
+        # Without this, the bin icon of a Chatbot would only clear the view.
         clearing = [self.clear_button.click, *(chat.clear for chat in self.chats)]
         self.gr.on(clearing, self.clear, self.session, self.outputs, api_name="clear", queue=False)
         exported, visitor = (self.gr.Textbox(visible=False) for _ in range(2))
@@ -261,7 +261,8 @@ def launch(
     page: Page, host: str, port: int, password: str | None = None, share: bool = False
 ) -> Any:
     """Start a server in the background; returns the gradio Blocks, whose close() ends it."""
-    # Before gradio is imported: otherwise it asks a server of its makers for its newest version.
+    # Set before gradio is imported: otherwise gradio asks its makers' server for the newest
+    # version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -273,7 +274,7 @@ def launch(
 
     middleware = [Middleware(Policy)]
     if host in LOOPBACK and not share:
-        # Otherwise another site could point its name to this machine and read the page.
+        # Otherwise another site could point its domain name to this machine and read the page.
         hosts = [*LOOPBACK, "[::1]"]
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts))
     blocks = build(page).queue(max_size=QUEUE_SIZE)

@@ -13,7 +13,7 @@
     X.token_adapter.trainable_tokens_delta      a change of X.weight: some rows are replaced
 
 A change is a function (rows, number of the first row) -> new rows, in float32. Models with changes
-answer and are exported, but are not trained further.
+can answer and be exported, but cannot be trained further.
 """
 
 import re
@@ -41,7 +41,7 @@ UNSUPPORTED = (
     "fan_in_fan_out use_qalora alora_invocation_tokens use_bdlora layer_replication arrow_config "
     "target_parameters"
 ).split()
-# Initialisations that leave the base model as it is. Others change it, and we do not know how.
+# Initialisations that do not change the base model. Others change it in ways that we do not know.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 MERGE_WITH_PEFT = (
     "Merge it with PEFT (merge_and_unload, save_pretrained) and use the merged folder."
@@ -54,7 +54,7 @@ Change = Callable[[Tensor, int], Tensor]
 
 @dataclass
 class Adapter:
-    """An adapter's files, read.
+    """The content of an adapter's files.
 
     tensors: {name in the model: StoredTensor}, factors and weights that replace the base's.
     changes: {name of a weight or bias: its Change}. alphas: {pattern of module names: alpha}.
@@ -112,12 +112,12 @@ def read_adapter(adapter_dir: str | Path, is_tied: bool) -> Adapter:
 
 
 def refuse_untrainable(adapter: Adapter, use: str) -> None:
-    """UserError if an adapter can only be loaded and merged. use: what it was to be used for."""
+    """UserError if an adapter can only be loaded and merged. use: the refused use, for messages."""
     if adapter.untrainable:
         raise UserError(
             f"{adapter.path.parent}: an adapter with {', '.join(adapter.untrainable)} cannot be "
-            f"{use}. Merge it into its base (export.py --format hf) and go on from the merged "
-            "folder."
+            f"{use}. Merge it into its base (export.py --format hf) and continue from the "
+            "merged folder."
         )
 
 
@@ -144,12 +144,16 @@ def adapter_tensors(adapter_dir: str | Path) -> dict[str, StoredTensor]:
     """{name in the model: StoredTensor} of the adapter in a PEFT folder."""
     path = Path(adapter_dir) / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise UserError(f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}")
+        raise UserError(
+            f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}. Give the folder of a complete adapter."
+        )
     tensors: dict[str, StoredTensor] = {}
     for key, tensor in read_header(path).items():
         name = key.removeprefix(PEFT_PREFIX)
         if name == key:
-            raise UserError(f"{path}: tensor {key} does not begin with {PEFT_PREFIX}")
+            raise UserError(
+                f"{path}: tensor {key} does not begin with {PEFT_PREFIX}. Save it with PEFT."
+            )
         if ".original_module." in name:  # the weight that modules_to_save replaces
             continue
         if ".lora_embedding_" in name:
@@ -161,15 +165,18 @@ def adapter_tensors(adapter_dir: str | Path) -> dict[str, StoredTensor]:
         name = name.replace(f"{MAGNITUDE}.weight", MAGNITUDE)
         # Newer versions of PEFT store the same trained weight under two names.
         if name in tensors and not equal_tensors(tensors[name], tensor):
-            raise UserError(f"{path}: {tensors[name].name} and {key} are the same tensor")
+            raise UserError(
+                f"{path}: {tensors[name].name} and {key} are the same tensor. "
+                "Save it again with PEFT."
+            )
         tensors[name] = tensor
     return tensors
 
 
 def _settle_tie(tensors: dict[str, StoredTensor], config: LoraConfig) -> None:
-    """Keep an output matrix in `tensors` only if the model needs one of its own. In place."""
+    """Keep an output matrix in `tensors` only if it must be separate. In place."""
     if {"embed_tokens", "lm_head"} & set(config.modules_to_save):
-        return  # both are trained by themselves
+        return  # both are trained separately
     if OUTPUT in tensors:
         tensors.setdefault(EMBEDDING, tensors[OUTPUT])
     if EMBEDDING not in tensors:
@@ -187,7 +194,7 @@ def _add_lora_changes(adapter: Adapter, use_dora: bool) -> None:
     for module in modules:
         A, B = (tensors.get(f"{module}.lora_{factor}.weight") for factor in "AB")
         if A is None or B is None or len(A.shape) != 2 or len(B.shape) != 2:
-            continue  # load_adapter names it
+            continue  # load_adapter reports the error
         scaling = adapter.module_config(module, A.shape[0]).scaling if A.shape[0] else 0.0
         if bias := tensors.pop(module + LORA_BIAS, None):
             bias.check(B.shape[:1], "lora_B has rows")
@@ -221,7 +228,7 @@ def _decompose(
 
 
 def _add_bias(bias: StoredTensor, scaling: float, rows: Tensor, begin: int) -> Tensor:
-    """b + s b_B: lora_B has a bias of its own."""
+    """b + s b_B: lora_B has a bias, too."""
     return rows + scaling * bias.read(begin, begin + len(rows)).float().to(rows.device)
 
 

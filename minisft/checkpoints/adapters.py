@@ -31,6 +31,8 @@ from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model
 from minisft.model.vocabulary import resize_vocabulary
 
+OTHER_BASE = "Was the adapter trained on another base model?"
+
 
 def save_adapter(
     model: Model,
@@ -124,7 +126,7 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         module_name = name.removesuffix(".lora_A.weight")
         module = modules.get(module_name)
         if not isinstance(module, LINEAR_TYPES):
-            raise UserError(f"{path}: the model has no linear module {module_name}")
+            raise UserError(f"{path}: the model has no linear module {module_name}. {OTHER_BASE}")
         rank = tensor.shape[0] if tensor.shape else 0
         tensor.check((max(rank, 1), module.in_features), "this base model needs")
         module_config = replace(adapter.module_config(module_name, rank), dropout=dropout)
@@ -133,7 +135,7 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in stored.items():
         if name not in parameters:
-            raise UserError(f"{path}: the model has no parameter {name}")
+            raise UserError(f"{path}: the model has no parameter {name}. {OTHER_BASE}")
         tensor.check(parameters[name].shape, "this base model needs")
     missing = [
         name
@@ -141,7 +143,9 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         if parameter.requires_grad and name not in stored
     ]
     if missing:
-        raise UserError(f"{path}: tensors are missing: {shorten_list(missing)}")
+        raise UserError(
+            f"{path}: tensors are missing: {shorten_list(missing)}. Copy the adapter again."
+        )
     device = model.model.embed_tokens.weight.device
     for name, tensor in stored.items():
         parameter = parameters[name]
@@ -160,7 +164,7 @@ def _plain(name: str) -> str:
 def _fit_vocabulary(model: Model, adapter: Adapter) -> None:
     """Give the model the vocabulary of an adapter that holds the embedding. In place.
 
-    UserError if the adapter has only one of two.
+    UserError if the adapter has only one of the two.
     """
     embedding = adapter.tensors.get(EMBEDDING)
     head = adapter.tensors.get(OUTPUT) or adapter.tensors.get("lm_head.lora_B.weight")
@@ -184,13 +188,13 @@ def _fit_vocabulary(model: Model, adapter: Adapter) -> None:
 @torch.no_grad()
 def _apply_changes(model: Model, adapter: Adapter) -> None:
     """Replace the weights that an adapter changes. In place; the old tensors stay as they are."""
-    # The layer inside a LoRALinear comes after it, and takes its name.
+    # named_modules lists a LoRALinear before its base_layer, so the base_layer keeps the name.
     modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
     for name, change in adapter.changes.items():
         module_name, _, kind = name.rpartition(".")
         module = modules.get(module_name)
         if module is None:
-            raise UserError(f"{adapter.path}: the model has no module {module_name}")
+            raise UserError(f"{adapter.path}: the model has no module {module_name}. {OTHER_BASE}")
         if isinstance(module, QuantizedLinear) and kind == "weight":
             raise UserError(
                 f"{adapter.path}: use_dora changes {module_name} itself, which is quantised here. "

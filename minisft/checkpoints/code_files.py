@@ -1,4 +1,4 @@
-"""The Python files of a checkpoint, for programs that run them. minisft copies them, and no more.
+"""The Python files of a checkpoint, for programs that run them. minisft only copies them.
 
 Models that transformers does not know, such as Baichuan2, bring their code. `auto_map` in
 config.json and tokenizer_config.json names the classes in it.

@@ -61,7 +61,7 @@ def load_model(
     """The model in a checkpoint folder, frozen, on a device.
 
     dtype: by default the type of the stored embedding. quantization_bit: 4 or 8, to hold the linear
-    layers of the decoder in so many bits; the embedding and the output matrix keep `dtype`.
+    layers of the decoder in that many bits; the embedding and the output matrix keep `dtype`.
     UserError names tensors that are missing, unexpected or of the wrong shape.
     """
     model, stored = open_model(path, CausalLM)
@@ -88,7 +88,7 @@ def open_model(
 
 
 def open_checkpoint(path: str | Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    """(config, {name: StoredTensor}) of a folder, agreeing on whether the output matrix is tied."""
+    """(config, {name: StoredTensor}) of a folder. Both agree whether the output matrix is tied."""
     config, stored = ModelConfig.load(path), stored_tensors(path)
     settle_tie(config, stored)
     return config, stored
@@ -104,7 +104,7 @@ def stored_dtype(path: str | Path) -> torch.dtype:
     """The type of a checkpoint's embedding in its file."""
     stored = open_checkpoint(path)[1].get(EMBEDDING)
     if stored is None:
-        raise UserError(f"{path}: there is no tensor {EMBEDDING}")
+        raise UserError(f"{path}: there is no tensor {EMBEDDING}. Download the checkpoint again.")
     return stored.dtype
 
 
@@ -138,7 +138,7 @@ def _check_fit(path: str | Path, model: Model, stored: Mapping[str, StoredTensor
 
 
 def _quantization(content: Mapping[str, Any]) -> str | None:
-    """What a config.json says of quantised weights; None if it says nothing."""
+    """How config.json describes quantised weights; None if it has no such entry."""
     config = content.get("quantization_config")
     if isinstance(config, dict) and config.get("quant_method"):
         return f"quantization_config with quant_method {config['quant_method']}"

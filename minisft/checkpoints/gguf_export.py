@@ -66,8 +66,8 @@ def export_model(
 
     quantization: a key of QUANTIZATIONS. name: the display name of the model; by default the
     folder's name. template, template_choices: the chat template for other programs, see saved_form.
-    UserError, and no file, if llama.cpp has no such model, a number does not fit its type, or the
-    disk is full.
+    UserError, and no file, if llama.cpp cannot run the model, a number does not fit its type, or
+    the disk is full.
     """
     model_dir = Path(model_dir)
     model, stored = open_model(model_dir, CausalLM)
@@ -110,7 +110,7 @@ def model_tensors(
     """The tensors of the file, in the order of the model.
 
     model: on the meta device, wrapped with the adapter. stored and adapter: {name: StoredTensor}.
-    changes: {name: what else the adapter does to its rows}, see adapter_forms.py.
+    changes: {name: another change of its rows by the adapter}, see adapter_forms.py.
     """
     config, architecture = model.config, ARCHITECTURES[model.config.model_type]
     scalings = {

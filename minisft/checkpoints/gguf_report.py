@@ -11,7 +11,7 @@ from minisft.gguf.writer import Tensor
 
 @dataclass
 class Report:
-    """A line about the file, and notes on what llama.cpp will do differently."""
+    """A line about the file, and notes on differences in llama.cpp."""
 
     summary: str
     notes: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Does the output matrix share the embedding's weights? Where config.json and the tensors disagree.
+"""Does the output matrix share the embedding's weights, if config.json and the tensors disagree?
 
     config.json says    stored                              the model
     tied                embedding                           tied

@@ -50,7 +50,7 @@ _UNSET = object()
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse with hyphens, recipes, and errors that name the flag the user meant."""
+    """argparse with hyphens, recipes, and errors that suggest the right flag."""
 
     def __init__(self, **settings: Any):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -117,8 +117,8 @@ class OptionParser(argparse.ArgumentParser):
     def given(self, options: Namespace) -> set[str]:
         """The names of the options that the command line or the recipe has set.
 
-        A flag that was set to its default is given too. A switch that was set to false is not:
-        it asks for nothing.
+        A flag that was set to its default is given too. A switch that was set to false is not,
+        because it changes nothing.
         """
         return {name for name in self._given if vars(options)[name] not in (None, False)}
 
@@ -161,7 +161,8 @@ class OptionParser(argparse.ArgumentParser):
     def _names_given(self, options: dict[str, Any], recipe: dict[str, Any]) -> set[str]:
         given = {name for name, value in recipe.items() if value is not _UNSET}
         if given and is_record(options["config"]):
-            # A record lists every option. Values at their default were not chosen by anyone.
+            # A record lists every option. A value at its default may not have been chosen by the
+            # user.
             given = {name for name in given if recipe[name] != self._flags[name].default}
         return given | {name for name in self._flags if options[name] is not _UNSET}
 
@@ -180,7 +181,7 @@ class OptionParser(argparse.ArgumentParser):
             raise UserError(f"{'; '.join(faults)} (see --help)")
 
     def _with_hint(self, unknown: str) -> str:
-        """The unknown flag or key, and the flag or key that is near it."""
+        """The unknown flag or key, with the nearest known one as a hint."""
         name = unknown.removeprefix("--")
         near = nearest_flag(name.replace("-", "_"), self._flags)
         return unknown + (f" (did you mean {unknown.replace(name, near)}?)" if near else "")
@@ -195,5 +196,5 @@ def _normalized(word: str) -> str:
 
 
 def _with_home(text: str) -> str:
-    """`~/` replaced by the home folder, which a shell does not do in recipes or after `=`."""
+    """Expand a leading `~/`, which a shell does not do in recipes or after `=`."""
     return os.path.expanduser(text) if text.startswith("~/") else text

@@ -64,7 +64,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """True if the processor has bfloat16 matrix instructions."""
-    if device.type == "mps":  # nobody has measured it
+    if device.type == "mps":  # not measured yet
         return False
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -73,13 +73,13 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """True if the device computes in bfloat16 at all."""
+    """True if the device supports bfloat16."""
     is_mac = device.type == "mps" and torch.backends.mps.is_available()
     return not is_mac or torch.backends.mps.is_macos_or_newer(14, 0)
 
 
 def has_fused_adamw(device: torch.device) -> bool:
-    """True if AdamW may use its fused kernel, which nobody has tried on mps."""
+    """True if AdamW may use its fused kernel, which is untested on mps."""
     return device.type != "mps"
 
 

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, which are kept in its cache.
+"""Download files from the Hugging Face hub into its local cache.
 
 HF_ENDPOINT is the address of the hub or of a mirror.
 """
@@ -37,7 +37,7 @@ def download(
             allow_patterns=list(patterns),
             local_files_only=offline,
         )
-    except Exception as error:  # the libraries below raise many kinds
+    except Exception as error:  # the libraries below raise many types
         raise UserError(f"download of {repo_id} failed ({first_line(error)})") from error
     return Path(folder)
 

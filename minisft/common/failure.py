@@ -64,8 +64,8 @@ def _watch(shared: Path) -> None:
 
 
 def _exit_after_the_first(shared: Path) -> NoReturn:
-    # torchrun names the process that it sees end first as the root cause, and it has seen the end
-    # once the process is gone.
+    # torchrun reports the process that it sees end first as the root cause. It has seen the end
+    # once that process is gone.
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and shared.exists() and not _is_gone(shared.read_text()):
         time.sleep(0.1)

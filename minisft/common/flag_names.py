@@ -1,8 +1,8 @@
-"""The flag that a misspelt or foreign name stands for.
+"""Find the flag that a misspelt name, or the name used by another tool, stands for.
 
     nearest_flag("max_seq_length", ["cutoff_len", "seed"])     # "cutoff_len"
 
-No flag has a second name. The error for another tool's name gives ours.
+No flag has a second name. The error for another tool's name suggests ours.
 """
 
 import difflib

@@ -14,14 +14,14 @@ from minisft.common.errors import UserError
 from minisft.common.lfs_pointers import refuse_pointer
 from minisft.common.outputs import atomic_write
 
-# The largest JSON files in use, tokenizer.json with 250,000 tokens, have a third of this.
+# Three times the size of the largest JSON files in use: tokenizer.json with 250,000 tokens.
 MAX_JSON_BYTES = 100 * 2**20
 
 
 def read_json(path: str | Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     """The JSON object in a file. UserError if it cannot be read, or holds something else.
 
-    missing: returned if there is no such file; without it that is an error too.
+    missing: the value to return if there is no such file. By default, a missing file is an error.
     """
     path = Path(path)
     if missing is not None and not os.path.lexists(path):

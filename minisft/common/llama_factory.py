@@ -4,7 +4,7 @@
     options                                         # {"validation_split": 0.1}
     refused                                         # {"deepspeed": "use --parallel fsdp"}
 
-Most keys have the name of our flag. The others are renamed, or ask for what minisft does anyway, or
+Most keys have the name of our flag. The others are renamed, or request the default behaviour, or
 are refused with a reason. Keys that the recipe leaves out keep the defaults of minisft.
 """
 
@@ -33,7 +33,7 @@ WITHOUT_EFFECT = set(
     "include_effective_tokens_per_second ignore_pad_token_for_loss use_reentrant_gc do_eval "
     "auto_find_batch_size enable_liger_kernel use_unsloth_gc upcast_layernorm logging_dir".split()
 )
-# Values that minisft has. For a key that is no flag, they ask for what it does anyway.
+# Values that minisft supports. For a key that is not a flag, they request the default behaviour.
 VALUES: dict[str, tuple[Any, ...]] = {
     "do_train": (True,),
     "double_quantization": (True,),
@@ -52,7 +52,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 TEXT_ONLY = "minisft trains on text"
 ADAMW_ONLY = "minisft trains with AdamW"
 LORA_ONLY = "minisft has LoRA, rsLoRA and QLoRA"
-# Why minisft does not have a key. A key that ends in * stands for all that begin so.
+# Why minisft does not have a key. A key that ends in * matches every key with this prefix.
 REASONS = {
     "apollo_*": ADAMW_ONLY,
     "asft_alpha": "minisft has cross-entropy",
@@ -158,7 +158,7 @@ def translate(
         if key in WITHOUT_EFFECT or is_known_value and key not in flags:
             continue
         if (name != key or reason) and value in (None, False, "", "none", 0):
-            continue  # what is off asks for nothing
+            continue  # a feature that is off changes nothing
         if reason and not is_known_value:
             shown = f"{key}: {value}" if key in VALUES else key
             refused[shown] = reason
@@ -183,7 +183,7 @@ def _reason(key: str) -> str | None:
 
 
 def _set_steps(recipe: dict[str, Any]) -> None:
-    """Numbers of steps that mean "none", and strategies, become our flags. In place."""
+    """Translate strategies, and step counts that mean "none", to our flags. In place."""
     if recipe.get("max_steps") == -1:
         del recipe["max_steps"]
     if recipe.get("warmup_steps") == 0 and "warmup_ratio" in recipe:

@@ -62,7 +62,7 @@ def add_template_settings(add: Callable[..., Any]) -> None:
 
 
 def template_options(options: Namespace) -> dict[str, Any]:
-    """The arguments of get_template that these flags give, but for the name."""
+    """The arguments of get_template, except the name, from these flags."""
     return {
         "default_system": options.default_system,
         **template_settings(options),
@@ -70,7 +70,7 @@ def template_options(options: Namespace) -> dict[str, Any]:
 
 
 def template_settings(options: Namespace) -> dict[str, Any]:
-    """The arguments of get_template that --template_kwargs and --enable_thinking give."""
+    """The arguments of get_template from --template_kwargs and --enable_thinking."""
     return {
         "template_kwargs": options.template_kwargs and json.loads(options.template_kwargs),
         "enable_thinking": options.enable_thinking,
@@ -78,7 +78,7 @@ def template_settings(options: Namespace) -> dict[str, Any]:
 
 
 def dtype_option(options: Namespace) -> str:
-    """The name that `--dtype`, `--bf16` or `--fp16` gives: auto, float32, bfloat16 or float16."""
+    """The number type of `--dtype`, `--bf16` or `--fp16`: auto, float32, bfloat16 or float16."""
     name = options.dtype
     for flag, meaning in (("bf16", "bfloat16"), ("fp16", "float16")):
         if getattr(options, flag):

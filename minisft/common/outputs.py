@@ -18,13 +18,13 @@ from typing import IO, Any
 from minisft.common.errors import UserError
 from minisft.common.toml_files import RECORD_HEADER, read_toml
 
-# Options that concern one invocation only.
+# Options of a single invocation, which --config does not repeat.
 UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Generator[Path, None, None]:
-    """The path `path`.partial, to write a file to; on success it is renamed to `path`.
+    """Yield the path `path`.partial to write to. On success the file is renamed to `path`.
 
     If the body fails, `path` keeps its old content and the partial file is removed. A full or
     failing disk raises UserError.
@@ -114,7 +114,7 @@ def save_options(options: Namespace, path: str | Path) -> None:
 
 
 def recorded_options(folder: str | Path) -> dict[str, Any]:
-    """The options that `save_options` left in a folder; empty if there are none.
+    """The options that `save_options` wrote to a folder; empty if there are none.
 
     For a checkpoint, the options of the run that contains it.
     """
@@ -124,7 +124,7 @@ def recorded_options(folder: str | Path) -> dict[str, Any]:
 
 
 def check_free_space(folder: str | Path, num_bytes: int) -> None:
-    """Create the folder; raise UserError unless its disk has room for so many bytes."""
+    """Create the folder; raise UserError unless its disk has room for `num_bytes` bytes."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

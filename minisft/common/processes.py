@@ -60,8 +60,9 @@ def start(device: torch.device, kind: str = "ddp") -> torch.device:
 
 def stop() -> None:
     """Leave the process group. Models that wrap_ddp returned cannot be used afterwards."""
-    # A reducer holds the group too. If it were the last to hold it, it would free the group and
-    # wait for gloo's threads without releasing the GIL, which these threads may need: a deadlock.
+    # A reducer also references the group. If it held the last reference, it would free the group
+    # and wait for gloo's threads without releasing the GIL, which these threads may need: a
+    # deadlock.
     while _wrapped:
         model = _wrapped.pop()
         del model.reducer, model.logger
@@ -86,7 +87,7 @@ def print_rank0(text: str) -> None:
 
 
 def launch_command() -> str:
-    """The command before `train.py` that starts this many processes again."""
+    """The start of a command line, up to the script, that launches this many processes again."""
     if world_size() == 1:
         return "python"
     return f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
@@ -176,7 +177,7 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
-    """Context of a backward pass. DDP averages the gradients in it only if `enabled`.
+    """Context manager for a backward pass. DDP averages the gradients in it only if `enabled`.
 
     A sharded model always averages them: otherwise every rank would hold all gradients.
     """

@@ -1,4 +1,4 @@
-"""Run a script: a mistake of the user prints one line, a bug prints a traceback."""
+"""Run a script: a user mistake prints one line, a bug prints a traceback."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def run_script(main: Callable[[], Result]) -> Result:
-    """Call `main()` and return its result. A mistake of the user prints one line; the status is 2.
+    """Call `main()` and return its result. A user mistake prints one line; the status is 2.
 
     `--debug` adds the traceback. Under torchrun the first process to fail prints the reason.
     """
@@ -29,7 +29,7 @@ def run_script(main: Callable[[], Result]) -> Result:
 def _print_reason(error: BaseException) -> int:
     """Print why the script ends to standard error; returns the exit status."""
     if isinstance(error, BrokenPipeError):
-        # The reader of a pipe (`| head`) has ended. Nobody reads a message.
+        # The reader of a pipe (`| head`) has exited, so a message would have no reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     if isinstance(error, KeyboardInterrupt):
@@ -50,7 +50,7 @@ def _message(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    # By name, since torch may not be loaded.
+    # Compare by name, because torch may not be loaded.
     is_torch_error = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(
         error
     )

@@ -7,8 +7,8 @@
 
 A safetensors file consists of the length of its header (8 bytes), the header (a JSON object with
 the type, shape and place of each tensor), and the bytes of all tensors without gaps. The author of
-a file may be hostile: all sizes are checked against the size of the file before memory is taken,
-and an index can only name files in its own folder.
+a file may be hostile: all sizes are checked against the size of the file before memory is
+allocated, and an index can only name files in its own folder.
 """
 
 import json
@@ -46,7 +46,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Types of quantised weights, which are complete files of a kind that has no use here.
+# Types of quantised weights. Files with them are intact, but minisft cannot use them.
 QUANTIZED_DTYPES = {
     "U32": "packed weights, as MLX writes them",
     **dict.fromkeys(
@@ -58,6 +58,7 @@ USE_ORIGINAL = (
     "Use the original weights: the checkpoint in bfloat16, float16 or float32 that this one was "
     "made from. --quantization_bit quantises it while it is loaded."
 )
+AGAIN = "; download the checkpoint again"
 
 
 @dataclass
@@ -93,7 +94,7 @@ class StoredTensor:
             return torch.empty(shape, dtype=self.dtype)
         try:
             if self.path.stat().st_size < start + nbytes:
-                raise UserError(f"{self.path}: was truncated while it was being read")
+                raise UserError(f"{self.path}: was truncated while it was being read; start again")
             # Python's mmap would keep a file descriptor open for every mapping.
             pages = torch.from_file(
                 str(self.path), shared=False, size=start + nbytes, dtype=torch.uint8
@@ -156,7 +157,7 @@ def read_header(path: str | Path) -> dict[str, StoredTensor]:
             raise ValueError("__metadata__ holds values that are not text")
         tensors = [_checked_entry(path, name, entry, 8 + length) for name, entry in header.items()]
         _check_layout(tensors, 8 + length, size)
-    except UserError:  # a complete file of a kind that cannot be used
+    except UserError:  # the file is intact, but unusable
         raise
     except (ValueError, RecursionError, AttributeError) as error:
         raise UserError(
@@ -225,36 +226,38 @@ def tensor_files(model_dir: str | Path) -> dict[str, StoredTensor]:
     hint = ""
     if any(model_dir.glob("*.bin")):
         hint = "; pickled .bin files are never opened: convert them to safetensors"
-    raise UserError(f"{model_dir}: neither {WEIGHTS} nor {INDEX} is there{hint}")
+    raise UserError(f"{model_dir}: there is neither {WEIGHTS} nor {INDEX}{hint}")
 
 
 def _read_shards(model_dir: Path, index_path: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index_path}: has no weight_map")
+        raise UserError(f"{index_path}: has no weight_map; download it again")
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(map(str, weight_map.values()))):
-        # A name with a path could lead anywhere. The file itself may be a link, as in the cache of
-        # the hub: an index cannot create one.
+        # A name with a path could lead anywhere. The file itself may be a link, as in the hub's
+        # cache, because an index cannot create links.
         if os.path.basename(shard) != shard or not os.path.isfile(model_dir / shard):
             raise UserError(f"{index_path}: '{shard}' is not a file in {model_dir}")
         for name, tensor in read_header(model_dir / shard).items():
             if name in tensors:
                 raise UserError(
-                    f"{model_dir}: tensor {name} is in {tensors[name].path.name} and {shard}"
+                    f"{model_dir}: tensor {name} is in {tensors[name].path.name} and {shard}{AGAIN}"
                 )
             tensors[name] = tensor
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
-        raise UserError(f"{index_path}: tensors not in any shard: {shorten_list(missing)}")
+        raise UserError(f"{index_path}: tensors not in any shard: {shorten_list(missing)}{AGAIN}")
     moved = sorted(name for name, shard in weight_map.items() if tensors[name].path.name != shard)
     if moved:
-        raise UserError(f"{index_path}: tensors not in the shard it names: {shorten_list(moved)}")
+        raise UserError(
+            f"{index_path}: tensors not in the shard it names: {shorten_list(moved)}{AGAIN}"
+        )
     return tensors
 
 
 def shorten_list(names: Sequence[str], limit: int = 5) -> str:
-    """The first names and the number of the others, for a message."""
+    """The first few names and the number of further names, for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

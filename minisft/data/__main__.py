@@ -1,4 +1,4 @@
-"""Convert instruction data of any supported format to ShareGPT.
+"""Convert instruction data from any supported format to ShareGPT.
 
 python -m minisft.data convert firefly.jsonl sharegpt.json
 """

@@ -239,8 +239,8 @@ def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine) -> Rows:
             if isinstance(row, Row) or row.strip():
                 good.append(number)
     if not good:
-        what = "text" if file.plain_text else "row"
-        raise UserError(broken[0] if broken else f"{records.path}: there is no {what} in it")
+        what = "texts" if file.plain_text else "rows"
+        raise UserError(broken[0] if broken else f"{records.path}: the file has no {what}")
     if broken and skipped is None:
         share = f"{len(broken)} of {len(good) + len(broken)} rows broken"
         raise UserError(f"{broken[0]} ({share}; --skip_bad_rows leaves them out)")

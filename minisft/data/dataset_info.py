@@ -23,7 +23,7 @@ from minisft.data.row_values import BadRow
 from minisft.text.messages import MEDIA, THOUGHTS
 
 FILE_NAME = "dataset_info.json"
-# Roles of columns in an entry -> the column names that formats.py knows.
+# Roles of columns in an entry -> the column names that formats.py reads.
 COLUMNS = {
     "prompt": "instruction",
     "query": "input",
@@ -71,7 +71,7 @@ MEDIA_ROLES = ("images", "videos", "audios")
 
 @dataclass
 class Description:
-    """The names that an entry gives to columns and speakers."""
+    """The names of columns and speakers in an entry."""
 
     name: str
     columns: dict[str, str]  # role -> column of the file
@@ -182,7 +182,7 @@ def parse_description(
         columns = _strings(place, entry, "columns")
     tags = DEFAULT_TAGS[formatting]
     if "tags" in entry:
-        # As with columns, a tag that is not named is absent, but for the required ones.
+        # As with columns, a tag that is not named is absent, except for the required tags.
         named = {tag: text for tag, text in _strings(place, entry, "tags").items() if text}
         tags = {tag: tags[tag] for tag in REQUIRED_TAGS} | named
     _check_known(place, "column", columns, COLUMNS)

@@ -61,7 +61,7 @@ def encode_preferences(
 
 
 def unique_texts(texts: list[Example]) -> list[Example]:
-    """The texts without those that repeat the ids of an earlier text."""
+    """The texts, except repetitions of an earlier text's ids."""
     first_of = {}
     for text in texts:
         first_of.setdefault(text.ids.tobytes(), text)
@@ -82,7 +82,7 @@ def _encode_answers(row: Row, template: ChatTemplate, vocab_size: int | None) ->
         if len(examples) != 1:
             raise UserError(
                 f"{row.source}, row {row.index + 1}: the template writes each of the "
-                f"{len(examples)} answers behind a prompt of its own; only one answer can be "
+                f"{len(examples)} answers after a prompt of its own; only one answer can be "
                 "compared"
             )
         texts += examples

@@ -1,4 +1,4 @@
-"""Counts of what happened to rows when they were encoded, for the log."""
+"""Counts of truncated, dropped and changed rows, for the log."""
 
 from dataclasses import dataclass, field, fields
 
@@ -12,10 +12,10 @@ class EncodeReport:
     num_rows: int = 0
     num_truncated: int = 0
     num_dropped: int = 0  # truncated so far that no answer is left
-    num_unlearned: int = 0  # all answers are marked as not to be learned
-    num_split: int = 0  # each answer is an example of its own ...
+    num_unlearned: int = 0  # all answers are marked as not supervised
+    num_split: int = 0  # each answer is a separate example ...
     num_from_split: int = 0  # ... and how many examples these rows make
-    num_tools_as_text: int = 0  # the template does not know their tools or calls
+    num_tools_as_text: int = 0  # the template does not support their tools or calls
     num_too_long: int = 0  # left out, because they may not be truncated
     num_equal: int = 0  # preference rows whose answers are all the same
     broken: list[str] = field(default_factory=list)
@@ -26,7 +26,7 @@ class EncodeReport:
             setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
 
     def leave_out_what_is_said(self, earlier: "EncodeReport") -> None:
-        """Forget what follows from the template, if an earlier report has said it."""
+        """Reset the counts that follow from the template, if an earlier report has printed them."""
         for name in ("num_split", "num_tools_as_text"):
             if getattr(earlier, name):
                 setattr(self, name, 0)
@@ -46,7 +46,7 @@ class EncodeReport:
         if self.num_unlearned:
             parts.append(
                 f"{self.num_unlearned} of {self.num_rows} rows left out: none of their answers is "
-                "to be learned"
+                "supervised"
             )
         if self.num_split:
             parts.append(

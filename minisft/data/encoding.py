@@ -23,11 +23,11 @@ from minisft.text.tokenizer import check_vocabulary
 
 @dataclass
 class Example:
-    """What the model gets of one row.
+    """The tokens of one row, as the model reads them.
 
     ids: token ids (T,) int32. supervised: (T,) bool, True for the tokens to learn.
     lengths: where `ids` holds several texts, one after another, their lengths: the answers of a
-    preference row, best first, each behind its prompt; or the packed texts of a pre-training block.
+    preference row, best first, each after its prompt; or the packed texts of a pre-training block.
     """
 
     ids: np.ndarray
@@ -35,7 +35,7 @@ class Example:
     lengths: list[int] | None = None
 
     def texts(self) -> list["Example"]:
-        """Each text as an Example of its own."""
+        """Each text as a separate Example."""
         ends = np.cumsum(self.lengths or [len(self.ids)])[:-1]
         parts = zip(np.split(self.ids, ends), np.split(self.supervised, ends), strict=True)
         return [Example(ids, supervised) for ids, supervised in parts]
@@ -90,7 +90,7 @@ def with_next(rows: Iterable[Row]) -> Iterator[tuple[Row, Row | None]]:
 
 
 def encode_row(row: Row, template: ChatTemplate, vocab_size: int | None = None) -> list[Example]:
-    """Encode one conversation, all of it; no example if no answer of it is learned.
+    """Encode one conversation without truncation; no example if none of its answers is learned.
 
     Raises UserError, naming file and row, if the template cannot express the conversation or the
     model has no embedding for an id.

@@ -64,7 +64,7 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-# Fields of a turn that stay as they are: what is learned of it, and names that templates write.
+# Fields of a turn that are kept unchanged: whether it is learned, and names that templates write.
 KEPT_FIELDS = ("weight", "train", "mask", "name", "tool_call_id")
 SHAREGPT_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
@@ -111,7 +111,7 @@ def parse_text(record: Any) -> str:
 def to_sharegpt(messages: Messages, tools: Tools = None) -> dict[str, Any]:
     """A conversation as a ShareGPT row: the inverse of parse_conversation.
 
-    Alpaca's input follows the instruction on a line of its own; tool calls become JSON text.
+    Alpaca's input follows the instruction on a separate line; tool calls become JSON text.
     """
     row: dict[str, Any] = {}
     turns = []
@@ -141,7 +141,7 @@ def to_sharegpt(messages: Messages, tools: Tools = None) -> dict[str, Any]:
 
 
 def has_single_answer(record: dict[str, Any]) -> bool:
-    """True if a preference row also has an answer of its own."""
+    """True if a preference row also has a single answer."""
     turns = record.get("conversations", record.get("messages"))
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         return ROLES.get(str(turns[-1].get("from", turns[-1].get("role")))) == "assistant"
@@ -229,7 +229,7 @@ def _content(turn: dict[str, Any], role: str) -> str:
 
 
 def _kept_fields(turn: dict[str, Any], role: str) -> Message:
-    """What a turn says besides its role, text and calls."""
+    """The fields of a turn besides its role, text and calls."""
     kept = {name: turn[name] for name in KEPT_FIELDS if turn.get(name) is not None}
     if thoughts := next((turn[name] for name in THOUGHTS if turn.get(name)), None):
         if role != "assistant" or not isinstance(thoughts, str):
@@ -245,7 +245,7 @@ def _kept_fields(turn: dict[str, Any], role: str) -> Message:
 
 
 def _calls_in_text(text: str) -> list[dict[str, Any]]:
-    """The calls that a text is; none if it is something else."""
+    """The calls in a text that is the JSON of calls; none for any other text."""
     try:
         return _tool_calls(parse_json_or_none(text))
     except BadRow:
@@ -262,7 +262,7 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
 
 
 def with_system(record: dict[str, Any], messages: Messages) -> Messages:
-    """The messages behind the system prompt of column "system"; blank ones are dropped."""
+    """Put the system prompt of column "system" before the messages; drop blank system prompts."""
     system = {"role": "system", "content": string_of(record, "system")}
     return [
         message
@@ -275,5 +275,5 @@ def parse_tools(record: dict[str, Any]) -> Tools:
     """The tool descriptions in column "tools", None if there are none."""
     tools = list_of(record, "tools") or None
     if tools and not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow("tools must be a list of objects, each the description of a function")
+        raise BadRow("tools must be a list of objects, each describing a function")
     return tools

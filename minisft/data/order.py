@@ -32,7 +32,7 @@ class ShuffledRuns:
 
     For plain texts: neighbouring short texts share a block, and a block is cut from a run.
     bounds: (R + 1,) row numbers where the runs begin, and the end. sizes: (R,) bytes of each run.
-    num_examples: about how many blocks all runs make.
+    num_examples: about how many blocks all runs contain.
     """
 
     def __init__(self, bounds: np.ndarray, sizes: np.ndarray, num_examples: int, seed: int) -> None:

@@ -4,9 +4,9 @@
     records[7], records.place(7)        # the eighth object, and "row 8 (line 8)"
 
 A file is a JSON array, JSON lines, JSON objects over several lines each, or lines of plain text;
-unpack.py adds compressed files, parquet and Arrow. Only offsets are in memory, eight bytes a row; a
-record is read when it is needed. So a file may be larger than memory, and opening it only searches
-for line ends. But a JSON array is parsed at once.
+unpack.py adds compressed files, parquet and Arrow. Only the offsets are in memory, eight bytes per
+row; a record is read when it is needed. So a file may be larger than memory, and opening it only
+searches for line ends. A JSON array is parsed at once.
 """
 
 import codecs

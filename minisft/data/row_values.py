@@ -8,7 +8,7 @@ from minisft.text.messages import MEDIA
 
 
 class BadRow(UserError):
-    """What is wrong with a row. The caller adds the file and the number of the row."""
+    """The error of a broken row. The caller adds the file and the number of the row."""
 
 
 def parse_json(text: str, first_line: int = 1) -> Any:

@@ -55,7 +55,7 @@ def find_sources(
     A name is a file (which may have commas in its name), else an entry of
     `dataset_dir`/dataset_info.json, else a folder, else owner/name[/subset][:split] on the hub.
     plain_text: for --stage pt, where folders may hold .txt files. accepts_preferences: for --stage
-    rm and dpo. offline: download nothing. UserError suggests what an unknown name may have meant.
+    rm and dpo. offline: download nothing. UserError for an unknown name suggests similar names.
     """
     sources = []
     for name in split_names(str(dataset)):
@@ -75,7 +75,7 @@ def find_sources(
         else:
             raise UserError(f"{name}: there is no such file{_suggestion(name, entries)}")
     if not sources:
-        raise UserError("--dataset names no file")
+        raise UserError("--dataset is empty. Give files, folders or names, separated by commas.")
     return sources
 
 

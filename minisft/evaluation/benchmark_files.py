@@ -23,8 +23,8 @@ from minisft.common.lfs_pointers import refuse_pointer
 from minisft.evaluation.benchmarks import LETTERS, Benchmark, Question, Subject
 
 MAPPINGS = ("subject_mapping.json", "mapping.json")
-# What zipfile raises for a file that is damaged, truncated, encrypted or compressed in a way that
-# Python does not know.
+# The errors of zipfile for a file that is damaged, truncated, encrypted or compressed in a way
+# that Python does not support.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 
 
@@ -61,12 +61,12 @@ def read_subjects(
     for key in sorted(set(wanted) or paths):
         if num_fewshot and key not in demonstrations:
             raise UserError(
-                f"{data_dir}: the subject {key} has no demonstrations, a file in the folder "
-                "'dev'. Add it, or use --num_fewshot 0."
+                f"{data_dir}: the subject {key} has no demonstrations: its file in the folder "
+                "'dev' is missing. Add it, or use --num_fewshot 0."
             )
         if benchmark.needs_names and key not in names:
             raise UserError(
-                f"{data_dir}: {MAPPINGS[0]} has no name of the subject {key} for the prompt. "
+                f"{data_dir}: {MAPPINGS[0]} does not name the subject {key} for the prompt. "
                 f'Add {{"{key}": {{"name": ..., "category": ...}}}} to it; '
                 "docs/evaluation.md says where it is published."
             )

@@ -3,8 +3,8 @@
     builder = PromptBuilder(BENCHMARKS["ceval"], tokenizer, template=None, max_length=2048)
     prompt = builder.build(subject, subject.demonstrations[:5], subject.questions[0])
 
-The tokens of a letter are those that the tokenizer writes in its place, after the prompt: Llama 2
-has one token `A` for the middle of a line and another for its beginning.
+The tokens of a letter are those after the prompt: Llama 2 has one token `A` for the middle of a
+line and another for its beginning.
 """
 
 import random
@@ -51,7 +51,7 @@ class PromptBuilder:
     ) -> Prompt:
         """The prompt with the first demonstrations, as many as fit.
 
-        A question that does not fit by itself loses its beginning.
+        A question that is too long even without demonstrations loses its beginning.
         """
         for count in range(len(demonstrations), 0, -1):
             ids, options = self._encode(subject, demonstrations[:count], question)
@@ -121,7 +121,7 @@ class PromptBuilder:
 
 def shared_prefix_length(sequences: Sequence[list[int]]) -> int:
     """How many items at the beginning are equal in all lists."""
-    # Of sorted lists, the first and the last have the shortest common prefix.
+    # Among sorted lists, the first and the last have the shortest common prefix.
     return common_prefix_length(min(sequences), max(sequences))
 
 

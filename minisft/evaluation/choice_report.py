@@ -23,7 +23,7 @@ Summary = dict[str, Any]  # as in summary.json
 
 
 def summarize(subjects: Sequence[Subject], predictions: Predictions, num_fewshot: int) -> Summary:
-    """Accuracies of each subject, each group and all, with intervals; and what was left out.
+    """Accuracies by subject, by group and in total, with intervals; counts of what was dropped.
 
     `macro` is the mean over subjects; `weighted` gives every question the same weight. If the
     answers are secret, there are only counts.
@@ -100,9 +100,9 @@ def submission(subjects: Sequence[Subject], predictions: Predictions) -> dict[st
 
 
 def compare_with_baseline(baseline: Baseline, predictions: Predictions) -> dict[str, Any]:
-    """The difference in accuracy to an earlier run, over the questions that both answered.
+    """The difference in accuracy from an earlier run, over the questions that both answered.
 
-    Of repetitions the first counts.
+    If questions were repeated, the first repetition counts.
     """
     pairs = [
         (was_right[row.id], row.is_right)

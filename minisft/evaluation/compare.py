@@ -50,7 +50,7 @@ class Item:
 
 
 class Answer(TypedDict):
-    """What a model answered, as in results.json."""
+    """The answer of a model, as in results.json."""
 
     answer: str
     num_tokens: int
@@ -124,7 +124,7 @@ def reference_losses(
             [Row(messages, item.tools)], assistant.template, assistant.max_length
         )
         if encoded and not report.num_truncated:
-            examples += encoded[-1:]  # of several, the one with the reference
+            examples += encoded[-1:]  # the last of several has the reference
             numbers.append(number)
     losses: list[ReferenceLoss | None] = [None] * len(items)
     for places in batches_by_length([len(example.ids) for example in examples], batch_size):

@@ -55,8 +55,8 @@ def mean_interval(values: Sequence[float], least: float, most: float) -> tuple[f
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided p-value of McNemar's exact test.
 
-    Of two models that answer the same questions: how many only the first answers right, and how
-    many only the second.
+    Two models answer the same questions. only_first, only_second: how many questions only that
+    model answers right.
     """
     total, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(total, count) for count in range(fewer + 1))

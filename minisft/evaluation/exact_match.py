@@ -2,7 +2,7 @@
 
     share = exact_match(model, examples, template, batch_size=8)
 
-For tasks with one right answer. There the loss may fall long before, or after, answers get right.
+For tasks with one right answer. Their loss may fall long before, or after, answers become right.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from minisft.generation.sampling import Sampling
 from minisft.model.decoder import CausalLM
 from minisft.text.chat_template import ChatTemplate
 
-# The tokenizer may spell a right answer with that many tokens more than the reference.
+# A right answer may have this many tokens more than the reference, if it is spelled differently.
 MARGIN = 8
 
 
@@ -25,8 +25,8 @@ def exact_match(
 ) -> float:
     """Share of the examples whose last answer is generated exactly, greedily, over all ranks.
 
-    White space around an answer does not count. If truncation cut an answer short, the model must
-    write what is left of it.
+    White space around an answer does not count. If an answer was truncated, the model must write
+    the part that is left.
     """
     model.eval()
     stop_ids, decode = template.stop_token_ids(), template.tokenizer.decode

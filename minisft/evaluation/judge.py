@@ -1,9 +1,9 @@
-"""A judge, which is a model, says which of two answers is better.
+"""A judge model decides which of two answers is better.
 
     judge = RemoteJudge("http://127.0.0.1:8000/v1", "judge-model", key=None)
     verdicts = collect_verdicts(judge, comparisons, "runs/comparison/verdicts.jsonl")
 
-Judges favour the answer in a certain place. Therefore every pair is judged twice, in both orders.
+Judges are biased by the order of the answers. Therefore every pair is judged twice, in both orders.
 Each verdict is saved as soon as it is known, so an interrupted run continues where it stopped.
 """
 
@@ -204,7 +204,7 @@ def judge_report(name: str, verdicts: dict[str, list[Verdicts]]) -> dict[str, An
 def cost_line(
     comparisons: Sequence[Comparison], price_in: float = 0.0, price_out: float = 0.0
 ) -> str:
-    """What judging costs at most. The prices are for a million tokens.
+    """A line with the maximum cost of judging. The prices are for a million tokens.
 
     The number of tokens is an estimate: a token for each Chinese character, and for every four
     bytes of other text.

@@ -21,14 +21,14 @@ def parse_models(texts: Iterable[str]) -> list[NamedModel]:
     """The models of --models. UserError if one does not exist, or a name occurs twice."""
     models = [parse_model(text) for text in texts]
     if len({model.name for model in models}) < len(models):
-        raise UserError("--models: two models have the same name")
+        raise UserError("--models: two models have the same name. Name each one differently.")
     for model in models:
         check_model(model.path, model.adapter)
     return models
 
 
 def parse_model(text: str) -> NamedModel:
-    """The model that `NAME=DIR` or `NAME=DIR+ADAPTER` names."""
+    """Parse `NAME=DIR` or `NAME=DIR+ADAPTER`."""
     name, _, place = text.partition("=")
     path, adapter = split_adapter(place)
     is_valid = name[:1].isalnum() and all(

@@ -52,8 +52,8 @@ def answer_subject(
 ) -> list[Prediction]:
     """A prediction for every question of the subject, in order.
 
-    run: number of the repetition; others than 0 draw their demonstrations with `seed`. batch_size:
-    questions that go through the model at once.
+    run: number of the repetition; repetitions after 0 draw their demonstrations with `seed`.
+    batch_size: questions that go through the model at once.
     """
     demonstrations = choose_demonstrations(subject, num_fewshot, run, seed)
     prompts = []

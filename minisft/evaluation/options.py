@@ -69,14 +69,14 @@ def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
     add("--seed", type=non_negative_int, default=42, help=seed)
     add("--batch_size", type=positive_int, default=8, help="questions computed at once")
     add = _add_output_flags(
-        parser, "the results", "keep the finished subjects in that folder and do the others"
+        parser, "the results", "keep the finished subjects in --output_dir and answer the others"
     )
-    baseline = "output folder of an earlier run: test the difference to it"
+    baseline = "output folder of an earlier run to compare with"
     add("--baseline_dir", metavar="DIR", help=baseline)
     options = parser.parse_options(arguments)
     _check_resume(options)
     if options.n_times > 1 and not options.num_fewshot:
-        raise UserError("--n_times changes the demonstrations; --num_fewshot 0 has none")
+        raise UserError("--n_times changes the demonstrations; --num_fewshot 0 has none. Drop one.")
     if options.template == "none":
         for name in ("template_kwargs", "enable_thinking"):
             if getattr(options, name) is not None:
@@ -112,7 +112,12 @@ def parse_compare_options(arguments: Sequence[str]) -> Namespace:
     add("--top_k", type=non_negative_int, default=50, help=top_k)
     top_p = "nucleus sampling: keep the smallest set of tokens with this total probability"
     add("--top_p", type=positive_float, default=0.7, help=top_p)
-    add("--seed", type=non_negative_int, default=42, help="of sampling, for all models the same")
+    add(
+        "--seed",
+        type=non_negative_int,
+        default=42,
+        help="seed of sampling, the same for all models",
+    )
     add("--batch_size", type=positive_int, default=8, help="answers written at once")
 
     add, _ = parser.section("judge")
@@ -120,13 +125,13 @@ def parse_compare_options(arguments: Sequence[str]) -> Namespace:
     add("--judge_model", help=judge)
     add("--judge_template", default="auto", help="chat template of a judge on this machine")
     add("--judge_url", help="such as http://127.0.0.1:8000/v1; its key is in OPENAI_API_KEY")
-    price_in, price_out = "of a million tokens read", "of a million tokens written"
+    price_in, price_out = "price of a million input tokens", "price of a million output tokens"
     add("--judge_price_in", type=non_negative_float, default=0.0, help=price_in)
     add("--judge_price_out", type=non_negative_float, default=0.0, help=price_out)
     _add_output_flags(
         parser,
         "results.json, report.html and report.png",
-        "keep the answers and verdicts in that folder and get the others",
+        "keep the answers and verdicts in --output_dir and add the others",
     )
     options = parser.parse_options(arguments)
     check_options(options, parser.given(options))

@@ -126,5 +126,8 @@ def read_baseline(subjects: Sequence[Subject], folder: str | Path) -> Baseline:
             {question.id for question in subject.questions} & set(baseline[subject.key])
         )
     if not num_common:
-        raise UserError(f"--baseline_dir {folder}: has no question in common with this run")
+        raise UserError(
+            f"--baseline_dir {folder}: has no question in common with this run. Give the output "
+            "folder of a run on the same data."
+        )
     return baseline

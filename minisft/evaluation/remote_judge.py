@@ -1,11 +1,11 @@
-"""A judge behind an OpenAI-compatible address.
+"""A judge behind an OpenAI-compatible API.
 
     judge = RemoteJudge("http://127.0.0.1:8000/v1", "judge-model", key=None)
     for number, text in judge.replies(["Which answer is better? ..."]): ...
 
-By hand, because it is a single kind of request, which the standard library can send. The `openai`
-package would be another thing to install, and it does not repeat a request whose reply is not a
-chat completion, such as the error page of a proxy.
+Written by hand, because the standard library can send this one kind of request. The `openai`
+package would be another dependency, and it does not repeat a request whose reply is not a chat
+completion, such as the error page of a proxy.
 """
 
 import http.client
@@ -24,7 +24,7 @@ MAX_PAUSE = 60  # seconds before a retry, even if a server asks for more
 
 
 class RemoteJudge:
-    """A model behind an address.
+    """A model behind an API.
 
     key: sent as a bearer token, if given. A request is repeated after a network error, status 408,
     429 or 5xx, or a reply that is not a chat completion. The pauses before that are 1, 2, 4, ...
@@ -45,7 +45,9 @@ class RemoteJudge:
         key = (key or "").strip()  # a key that comes from a file ends with a new line
         for source, text in (("--judge_url", url), ("OPENAI_API_KEY", key)):
             if not (text.isascii() and text.isprintable()) or " " in text:
-                raise UserError(f"{source}: has a space, or a character that is not ASCII")
+                raise UserError(
+                    f"{source}: has a space, or a character that is not ASCII. Remove it."
+                )
         self.url, self.name, self.key = url.rstrip("/") + "/chat/completions", name, key
         self.timeout, self.retries, self.pause = timeout, retries, pause
 
@@ -107,7 +109,7 @@ class RemoteJudge:
 
 
 def _explanation(error: urllib.error.HTTPError) -> str:
-    """The beginning of the body of an error: it tells a wrong key from a spent quota."""
+    """The beginning of an error's body, which tells a wrong key from a spent quota."""
     try:
         text = error.read(500).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):

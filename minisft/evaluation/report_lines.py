@@ -15,7 +15,7 @@ MEASURES = {
     "rouge_l": "ROUGE-L",
     "exact_match": "exact match",
 }
-# Counts of what went wrong.
+# Counts of failures.
 PROBLEMS = {
     "answers_cut": "answers were cut at --max_new_tokens",
     "questions_without_room": "questions left no room for an answer; the answer counts as empty",
@@ -24,7 +24,7 @@ PROBLEMS = {
 
 
 def measure_lines(results: dict[str, Any]) -> list[str]:
-    """The figures of every model, what went wrong, and the differences to the first model."""
+    """The figures of every model, counts of failures, and the differences from the first model."""
     lines = []
     for name, report in results["models"].items():
         figures = ", ".join(
@@ -72,7 +72,7 @@ def verdict_lines(results: dict[str, Any]) -> list[str]:
 
 
 def reliability(report: dict[str, Any]) -> str:
-    """How much the judge went by the order of the answers. report: as `tally` returns it."""
+    """How much the order of the answers influenced the judge. report: as `tally` returns it."""
     if report["first_place"] is None:
         return "the judge chose no answer"
     return (

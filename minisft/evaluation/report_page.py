@@ -61,7 +61,7 @@ def render_page(results: dict[str, Any]) -> str:
 
 
 def _verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every model that was judged, what the page says about it."""
+    """The entry on the page of every model that was judged."""
     judge = results.get("judge", {"name": "", "against_first": {}})
     return [
         {

@@ -1,4 +1,4 @@
-"""--resume: whether a run may continue in a folder, and what is removed if it starts anew."""
+"""--resume: check whether a run may continue in a folder, and clear the folder for a new run."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -60,8 +60,8 @@ def check_same_options(options: Namespace, names: Sequence[str]) -> None:
 def start_output_dir(options: Namespace, output_dir: Path, results: Sequence[str]) -> None:
     """Create the folder and record the options.
 
-    results: patterns of files. Without --resume, those of an earlier run are removed, because
-    nobody could tell them from the results of this run.
+    results: patterns of files. Without --resume, those of an earlier run are removed, because they
+    could be mistaken for results of this run.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     if not options.resume:

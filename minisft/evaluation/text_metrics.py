@@ -3,9 +3,9 @@
     row_scores("the cat sat", "a cat sat")["rouge_l"]          # 0.667
     corpus_bleu2(["the cat sat"], ["a cat sat"])               # 0.577
 
-By sacrebleu and rouge-score (requirements/eval.txt). Both split Chinese into characters. The own
-tokenizer of rouge-score keeps only a-z and 0-9, so it gets one from here. Scores are between 0
-and 1.
+By sacrebleu and rouge-score (requirements/eval.txt). Both split Chinese into characters.
+rouge-score's own tokenizer keeps only a-z and 0-9, so this module provides another. Scores are
+between 0 and 1.
 """
 
 import re

@@ -50,10 +50,10 @@ class Assistant:
 
     template: a name, a .jinja file, or "auto" for the template that the adapter or the model was
     trained with, else the checkpoint's own. template_kwargs: variables for the template.
-    enable_thinking: ask for thoughts before answers; both are as in training by default.
+    enable_thinking: ask for thoughts before answers. By default both are as in training.
     max_length: the maximum number of tokens of a conversation with its answer, by default the
     model's context length. quantization_bit: 4 or 8, to save memory. base_model: the model of this
-    checkpoint, if it is loaded; several Assistants can share it.
+    checkpoint, if it is already loaded; several Assistants can share it.
 
     The KV caches of the last `caches.limit` conversations are kept for their next turns.
     UserError if a file is missing or does not fit the model.
@@ -237,7 +237,7 @@ class Assistant:
         UserError if an id is not in the vocabulary.
         """
         messages = check_messages(messages, tools)
-        if not self.template.facts.knows_thoughts:  # it leaves the thoughts of earlier turns out
+        if not self.template.facts.knows_thoughts:  # the template omits earlier thoughts
             messages = [without_thoughts(message) for message in messages]
         kept = self.context.fit(messages, sampling.max_new_tokens, tools)
         if len(kept) < len(messages):

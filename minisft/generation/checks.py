@@ -27,7 +27,7 @@ def check_sampling(values: dict[str, Any]) -> None:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], num_cached: int, vocab_size: int) -> None:
-    """Raise UserError if a prompt has nothing to compute, or an id outside the vocabulary."""
+    """Raise UserError if a prompt is empty or has an id outside the vocabulary."""
     for number, ids in enumerate(prompts):
         if len(ids) <= num_cached:
             raise UserError(f"prompt {number} is empty. Generation continues at least one token.")

@@ -5,9 +5,10 @@
         print(token)
 
 At batch size 1 a token needs at least the time it takes to read the weights. Two other costs can be
-avoided: launching a thousand small kernels, which a CUDA graph launches at once, and writing and
-reading what lies between them, which the compiler fuses. Both need fixed shapes and addresses. So
-the cache has its full capacity S from the start, and the position of the new token is a tensor.
+avoided: launching a thousand small kernels, which a CUDA graph launches at once, and storing their
+intermediate results, which the compiler avoids by fusing kernels. Both need fixed shapes and
+addresses. So the cache has its full capacity S from the start, and the position of the new token is
+a tensor.
 """
 
 from functools import partial
@@ -77,7 +78,7 @@ class CompiledDecoder(nn.Module):
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Logits (1, 1, V) after the last of the tokens (1, T), which the cache holds from now on.
+        """Logits (1, 1, V) after the last of the tokens (1, T), which are added to the cache.
 
         cache: from `new_cache`. positions and mask are not supported. On a GPU the logits are valid
         until the next call.
@@ -95,7 +96,7 @@ class CompiledDecoder(nn.Module):
         return logits[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits themselves, which `forward` has returned."""
+        """Return the logits as they are: `forward` has already computed them."""
         return hidden
 
     def _bind_step(self, token: Tensor, position: Tensor, cache: KeyValueCache) -> partial[Tensor]:
@@ -167,8 +168,8 @@ class FixedCache:
 def attend_to_visible(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """(1, H, 1, d) from q (1, H, 1, d), k and v (1, K, S, d), over the keys in `visible` (S,).
 
-    Written as products and sums in float32: the compiler makes kernels of them that read a long
-    cache with all of the GPU, while scaled_dot_product_attention with a mask uses a block per head.
+    Products and sums in float32: the compiler makes kernels of them that use the whole GPU to read
+    a long cache, while scaled_dot_product_attention with a mask uses one block per head.
     """
     _, H, _, d = q.shape
     q = q.view(1, k.shape[1], -1, 1, d).float()  # query heads beside the key head they share

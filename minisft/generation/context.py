@@ -5,7 +5,7 @@
 
 Dropping one turn whenever room is needed would change the beginning of every prompt, and the KV
 cache would be useless. So the number of dropped tokens is rounded up to a multiple of half the room
-for turns: the beginning stays the same until that much new text has come.
+for turns: the beginning stays the same until that much new text has been added.
 """
 
 import math
@@ -32,7 +32,7 @@ class Context:
     ) -> list[Message]:
         """The messages, without their oldest turns if they leave no room for max_new_tokens.
 
-        messages: of check_messages. The system prompt stays. UserError if the last turn alone is
+        messages: from check_messages. The system prompt stays. UserError if the last turn alone is
         too long.
         """
         limit = self._prompt_limit(max_new_tokens)
@@ -56,7 +56,7 @@ class Context:
             """True if the turns from `start` on fit into `target` tokens."""
             return self._num_tokens(system + turns[start:], tools) <= target
 
-        # The first question from which on the conversation is short enough.
+        # The first question from which the rest of the conversation is short enough.
         place = bisect_left(questions, True, key=is_short_enough)
         return system + turns[questions[place] :] if place < len(questions) else last
 

@@ -65,7 +65,7 @@ def stream(
     """Yield the token ids of the answer to one prompt; the stop id ends it and is not yielded.
 
     cache: holds the first `cache.length` ids of the prompt, but not all of them. The prefill
-    computes the others. In the end it holds every id but the last that was chosen.
+    computes the others. At the end it holds all ids except the last chosen one.
     """
     for step in generate_steps(model, [prompt], sampling, stop_ids, cache=cache):
         if step.tokens[0] not in stop_ids:
@@ -126,7 +126,7 @@ def generate_steps(
 def pad_left(
     prompts: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """(tokens (B, T), number of padded columns (B,)); None instead of it if there are none."""
+    """(tokens (B, T), number of padded columns (B,) or None without padding)."""
     T = max(map(len, prompts))
     rows = [[0] * (T - len(ids)) + list(ids) for ids in prompts]
     padding = torch.tensor([T - len(ids) for ids in prompts], device=device)
@@ -145,7 +145,7 @@ def positions_and_mask(
     keys = torch.arange(past + T, device=padding.device)  # (S,)
     queries = keys[past:, None]  # (T, 1)
     visible = (keys >= padding[:, None])[:, None] & (keys <= queries)  # (B, T, S)
-    # A query of the padding sees itself: softmax over nothing is not a number.
+    # A padding query sees itself, because softmax over no keys gives NaN.
     mask = visible | (keys == queries)
     positions = (keys[past:] - padding[:, None]).clamp(min=0)
     return positions, mask[:, None]

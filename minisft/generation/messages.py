@@ -30,7 +30,7 @@ def check_messages(messages: Any, tools: Any = None) -> list[Message]:
     if not _is_list_of_dicts(messages):
         raise UserError('messages must be a list of {"role": ..., "content": ...}')
     if not _is_list_of_dicts(tools or []):
-        raise UserError("tools must be a list of objects that describe a function each")
+        raise UserError("tools must be a list of objects, each describing a function")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message.get("tool_calls") or [], list):
             raise UserError(f"message {number}: tool_calls must be a list")

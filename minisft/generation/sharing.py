@@ -1,4 +1,4 @@
-"""What conversations share: the device, in turns; caches of keys and values; the weights.
+"""Resources that conversations share: the device, in turns; KV caches; the weights.
 
 turns, caches = Turns(), Caches(partial(KeyValueCache, model.config), limit=8)
 cache = caches.take(ids)                # holds the longest known prefix of ids
@@ -21,7 +21,7 @@ from minisft.model.decoder import CausalLM
 
 
 class Turns:
-    """A lock that threads get in the order in which they ask for it.
+    """A fair lock: threads get it in the order in which they ask.
 
     threading.Lock mostly goes to the thread that has just released it: one answer would be finished
     while the others wait.
@@ -56,7 +56,7 @@ class Turns:
 class Caches:
     """The KV caches of the latest conversations. Threads may use it at the same time.
 
-    new_cache: makes an empty KeyValueCache. limit: how many caches exist, kept or in use, unless
+    new_cache: creates an empty KeyValueCache. limit: how many caches exist, kept or in use, unless
     more are in use at the same time.
     """
 
@@ -90,7 +90,7 @@ class Caches:
         length = max(lengths)
         place = lengths.index(length)
         known, cache = self._kept[place]
-        if length >= 0.9 * len(known):  # the same conversation goes on
+        if length >= 0.9 * len(known):  # the same conversation continues
             del self._kept[place]
             cache.truncate(length)
             return cache

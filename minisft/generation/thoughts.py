@@ -1,11 +1,11 @@
-"""Thoughts and answer, told apart while the model writes them.
+"""Separate thoughts from the answer while the model writes them.
 
     decoder = AnswerDecoder(template, prompt_ids)
     for id in ids:
         thoughts, answer = decoder.push(id)     # new text of either
     thoughts, answer = decoder.flush()
 
-Models that think write their thoughts first, between marks that the chat template tells:
+Models that think write their thoughts first, between marks that are known from the chat template:
 
     <think>                                     Qwen3 writes it, the prompt of DeepSeek R1 has it
     Two and two ...
@@ -19,7 +19,7 @@ from minisft.text.chat_template import ChatTemplate
 from minisft.text.template_facts import ANSWER, ThoughtMarks
 from minisft.text.tokenizer import StreamDecoder
 
-# The last tokens of a prompt, in which its end is searched for the mark that opens thoughts.
+# The number of tokens at the end of a prompt that may hold the mark that opens thoughts.
 NUM_LAST_TOKENS = 64
 
 
@@ -33,7 +33,7 @@ class AnswerDecoder:
     def __init__(self, template: ChatTemplate, prompt_ids: Sequence[int]):
         self._tokenizer = template.tokenizer
         before_answer = (template.facts.answer or "").partition(ANSWER)[0]
-        self._strips_space = before_answer.startswith(" ")  # some templates write it there
+        self._strips_space = before_answer.startswith(" ")  # some templates write the mark there
         self._splitter: ThoughtSplitter | None = None
         if marks := template.facts.thought_marks:
             prompt_end = self._tokenizer.decode(
@@ -92,13 +92,13 @@ class ThoughtSplitter:
         self._is_control: list[bool] = []  # for every character of the buffer
 
     def push(self, text: str, is_control: bool = False) -> tuple[str, str]:
-        """The text that is certain now. is_control: the piece is a control token."""
+        """New text that cannot be part of a mark. is_control: the piece is a control token."""
         self._buffer += text
         self._is_control += [is_control] * len(text)
         return self._split(is_end=False)
 
     def flush(self) -> tuple[str, str]:
-        """The rest: what might have become a mark is text."""
+        """The rest of the text; the beginning of an incomplete mark is text."""
         return self._split(is_end=True)
 
     def _split(self, is_end: bool) -> tuple[str, str]:
@@ -124,7 +124,7 @@ class ThoughtSplitter:
         return False
 
     def _think(self, is_end: bool) -> str:
-        """New thoughts; behind the closing mark the answer begins."""
+        """New thoughts; the answer begins after the closing mark."""
         closing, place = self._marks.closing, self._buffer.find(self._marks.closing)
         if place >= 0:
             thoughts = self._take(place).rstrip()
@@ -137,7 +137,7 @@ class ThoughtSplitter:
         return self._take(len(self._buffer[:kept].rstrip()))
 
     def _drop(self, count: int) -> None:
-        """Remove a mark from the buffer, and the white space behind it."""
+        """Remove a mark from the buffer, and the white space after it."""
         self._cut(count)
         self._strips_left = True
 

@@ -9,41 +9,48 @@ from minisft.common.errors import UserError
 from minisft.gguf.mapping import ARCHITECTURES
 from minisft.model.config import ModelConfig
 
+USE_HF = "Export it with --format hf."
+
 
 def check_architecture(config: ModelConfig) -> None:
-    """UserError if llama.cpp has no place for something that the model needs."""
+    """UserError if llama.cpp cannot run the model."""
     architecture, scaling = ARCHITECTURES[config.model_type], config.rope_scaling or {}
     if config.head_dim % 2:
-        raise UserError(f"head_dim {config.head_dim} is odd: llama.cpp cannot rotate such heads")
+        raise UserError(
+            f"llama.cpp cannot run models with an odd head_dim ({config.head_dim}). {USE_HF}"
+        )
     width = config.head_dim * config.num_attention_heads
     if architecture == "qwen2" and width != config.hidden_size:
         raise UserError(
             "llama.cpp computes head_dim of qwen2 as hidden_size / num_attention_heads; this "
-            f"checkpoint has head_dim {config.head_dim}"
+            f"checkpoint has head_dim {config.head_dim}. {USE_HF}"
         )
     biases = {"attention": config.attention_bias, "MLP": config.mlp_bias}
     for part, has_bias in biases.items():
         if architecture in ("qwen3", "smollm3") and has_bias:
             raise UserError(
-                f"llama.cpp's {architecture} has no {part} biases, but this checkpoint has"
+                f"llama.cpp's {architecture} has no {part} biases, but this model has them. "
+                f"{USE_HF}"
             )
     every_fourth = [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
     if architecture == "smollm3" and config.no_rope_layers != every_fourth:
         raise UserError(
             "llama.cpp's smollm3 leaves rotary positions out of every fourth layer, but this "
-            f"checkpoint has no_rope_layers {config.no_rope_layers}"
+            f"checkpoint has no_rope_layers {config.no_rope_layers}. {USE_HF}"
         )
     if architecture == "baichuan" and config.num_hidden_layers != (40 if config.alibi else 32):
         raise UserError(
-            "llama.cpp knows Baichuan2's rotary positions by 32 layers and its ALiBi by 40; this "
-            f"checkpoint has {config.num_hidden_layers} layers"
+            "llama.cpp expects 32 layers of Baichuan2 with rotary positions, and 40 with ALiBi; "
+            f"this checkpoint has {config.num_hidden_layers} layers. {USE_HF}"
         )
     if scaling.get("rope_type") == "yarn" and not scaling.get("truncate", True):
-        raise UserError("llama.cpp's YaRN always truncates; this checkpoint says truncate = false")
+        raise UserError(
+            f"llama.cpp's YaRN always truncates; this model says truncate = false. {USE_HF}"
+        )
 
 
 def known_differences(config: ModelConfig) -> list[str]:
-    """Sentences about the computation: where llama.cpp deviates from the checkpoint."""
+    """Sentences that say where the computation of llama.cpp differs from the checkpoint's."""
     sentences = []
     if (config.rope_scaling or {}).get("rope_type") == "dynamic":
         sentences.append(

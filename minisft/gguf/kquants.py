@@ -172,7 +172,7 @@ def symmetric_fit(x: Array, weights: Array, top: int) -> Array:
         np.copyto(q, x)
         _, sum_qq, sum_qx = _sums(q, -grid / extreme, (-top, top - 1), x, weights, product)
         scale = sum_qx / sum_qq
-        gain = scale * sum_qx  # how much smaller the error is than with a scale of 0
+        gain = scale * sum_qx  # the reduction of the error from that of a scale of 0
         is_better = (sum_qq > 0) & (gain > best_gain)
         best_gain = np.where(is_better, gain, best_gain)
         best_scale = np.where(is_better, scale, best_scale)

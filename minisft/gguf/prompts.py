@@ -3,16 +3,17 @@
     prompts = llama_cpp_prompts(form, tokenizer)
     prompts.chat_template, prompts.add_bos, prompts.add_space
 
-llama.cpp renders the template and tokenizes the text, with three differences to transformers:
+llama.cpp renders the template and tokenizes the text, with three differences from transformers:
 
-- If add_bos_token is true, it takes a BOS off the beginning of the text and puts its own there.
-- It puts SentencePiece's leading space before the text and behind every special token, or nowhere
+- If add_bos_token is true, it removes a BOS at the beginning of the text and adds its own.
+- It puts SentencePiece's leading space before the text and after every special token, or nowhere
   (add_space_prefix). transformers puts it at the beginning of the text only, unless the tokenizer
   is "legacy". Then the file says "nowhere", and the chat template writes the space.
-- It sets enable_thinking to true, and date_string to today. A model that was trained otherwise gets
-  lines in its chat template that take these values back.
+- It sets enable_thinking to true, and date_string to today. A model that was trained with other
+  values gets lines in its chat template that reset them.
 
-Which choice gives the ids of training is found by trying: `llama_cpp_ids` tokenizes as it does.
+The choice that gives the ids of training is found by trying: `llama_cpp_ids` tokenizes like
+llama.cpp.
 """
 
 import re
@@ -44,7 +45,7 @@ PROBES = (
 @dataclass(frozen=True)
 class Prompts:
     """chat_template: Jinja, or None. add_bos, add_space: llama.cpp puts BOS, or a space, before a
-    text. notes: what differs from the training."""
+    text. notes: differences from the training."""
 
     chat_template: str | None
     add_bos: bool
@@ -53,7 +54,7 @@ class Prompts:
 
 
 def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
-    """What a GGUF file says, so that llama.cpp makes the ids of training."""
+    """The settings of a GGUF file with which llama.cpp produces the ids of training."""
     template, add_space = form.template, tokenizer.leading_space
     if template is None or form.chat_template is None:
         unknown = "the chat template cannot render a plain question, so its prompts are not checked"
@@ -63,7 +64,7 @@ def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
     if form.is_trained:
         text, notes = with_fixed_settings(text)
     for name in ("bos_token", "eos_token"):
-        if name not in tokenizer.named_ids and name in text:  # llama.cpp has some token for it
+        if name not in tokenizer.named_ids and name in text:  # llama.cpp would insert some token
             text = with_settings(text, fixed_setting(name, setting(name, "")[name]))
     bos = template.bos_token
     add_bos = bool(bos) and template.facts.prompt.startswith(bos)
@@ -157,7 +158,7 @@ def llama_cpp_ids(template: ChatTemplate, text: str, add_bos: bool, add_space: b
 
 
 def why_ids_differ(template: ChatTemplate, texts: list[str], add_bos: bool) -> str:
-    """A sentence that names what llama.cpp does otherwise."""
+    """A sentence that says what llama.cpp does differently."""
     if add_bos and not all(text.startswith(template.bos_token) for text in texts):
         return (
             "llama.cpp puts BOS before every prompt; this chat template writes none before some, "
@@ -173,5 +174,5 @@ def why_ids_differ(template: ChatTemplate, texts: list[str], add_bos: bool) -> s
         )
     return (
         "llama.cpp puts a leading space before all text that directly follows a special token, "
-        "or before none; this model was trained with some of both, so prompts differ there"
+        "or before none; this model was trained with both, so some prompts differ there"
     )

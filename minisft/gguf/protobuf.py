@@ -44,7 +44,7 @@ def read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def read_varint(data: bytes, place: int) -> tuple[int, int]:
-    """(the number that begins at a place, the place behind it)."""
+    """(the number that begins at `place`, the place after it)."""
     value = shift = 0
     while True:
         byte = data[place]

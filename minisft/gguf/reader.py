@@ -11,8 +11,9 @@ The layout of a file:
     tensors       each a name, a shape, a type and an offset
     data          of all tensors, from the next multiple of the alignment
 
-Every count is compared with the bytes that are left before memory is taken for it. The reader of
-the gguf package trusts the counts, and needs 12 seconds for the vocabulary of Llama 3 (here 0.2).
+Every count is compared with the bytes that are left before memory is allocated for it. The reader
+of the gguf package trusts the counts, and needs 12 seconds for the vocabulary of Llama 3 (here
+0.2).
 """
 
 import math
@@ -110,7 +111,7 @@ class _Header:
         return int.from_bytes(self.take(num_bytes), "little")
 
     def count(self, min_entry_bytes: int) -> int:
-        """The next number of entries, each of which takes at least so many bytes."""
+        """The next number of entries, of at least `min_entry_bytes` bytes each."""
         count = self.integer(8)
         if count * min_entry_bytes > self.end - self.position:
             raise _Damaged(

@@ -22,7 +22,7 @@ from minisft.gguf.vocabulary import (
     USER_DEFINED,
 )
 
-# What SPACE_AT_START was called before; such files say that llama.cpp adds no space.
+# An older name of SPACE_AT_START. Files with it say that llama.cpp adds no space.
 OLD_SPACE_AT_START = "minisft.chat_template_writes_space"
 TOKEN_TYPES = {0, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}  # 0: not stated
 # Other names that llama.cpp has for the same pre-tokenizers.

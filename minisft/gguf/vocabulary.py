@@ -6,7 +6,7 @@
 There are two kinds. SentencePiece becomes the model `llama`: pieces with scores, where the pair
 with the best score merges first. Byte-level BPE becomes `gpt2`: tokens, merges, and llama.cpp's
 name for the pattern that cuts a text into words (`pre`). An unknown pattern is an error: with a
-similar pattern llama.cpp would tokenize almost right, and nobody would notice.
+similar pattern llama.cpp would tokenize almost right, without any error.
 
 unpack_tokenizer.py reads the tokenizer back.
 """
@@ -25,8 +25,8 @@ from minisft.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0  # no merge produces these tokens
-# Our own fields, for unpack_tokenizer.py: the leading space stands at the beginning of a text, and
-# not behind special tokens; the tokenizer puts BOS before a text, though its prompts have none.
+# Our own fields, for unpack_tokenizer.py: the leading space is at the beginning of a text only, not
+# after special tokens; the tokenizer puts BOS before a text, though its prompts have none.
 SPACE_AT_START = "minisft.leading_space_at_start_only"
 ADDS_BOS = "minisft.tokenizer_adds_bos"
 
@@ -58,7 +58,7 @@ def vocabulary_fields(
     """The metadata of a tokenizer, for an embedding with num_rows rows.
 
     stop_ids: the tokens that end an answer. prompts: by default those of a model without a chat
-    template. UserError if llama.cpp would produce other ids, or has no place for a stop token.
+    template. UserError if llama.cpp would produce other ids, or cannot store a stop token.
     """
     _check_size(tokenizer, num_rows)
     if tokenizer.engine.byte_level:
@@ -132,7 +132,7 @@ def _byte_level_fields(tokenizer: Tokenizer, num_rows: int) -> dict[str, Any]:
     if model.get("type") != "BPE":
         raise UserError(f"{path}: GGUF needs a BPE tokenizer, not {model.get('type')}")
     if not model["merges"]:
-        raise UserError(f"{path}: has no merges, which GGUF needs")
+        raise UserError(f"{path}: has no merges, which GGUF needs. Download it again.")
     ordinary = set(model["vocab"].values()) - set(tokenizer.engine.added_text)
     tokens, types = [], []
     for id in range(num_rows):
@@ -237,7 +237,9 @@ def _model_pieces(tokenizer: Tokenizer, path: Path) -> dict[int, tuple[float, in
         pieces[id] = model.get_score(id), type
     # BPE's scores are ranks; those of a unigram model are log-probabilities.
     if any(score % 1 for score, type in pieces.values() if type == NORMAL):
-        raise UserError(f"{path}: not a BPE model; llama.cpp merges by rank and would differ")
+        raise UserError(
+            f"{path}: not a BPE model; llama.cpp merges by rank and would differ. Use --format hf."
+        )
     return pieces
 
 
@@ -256,7 +258,9 @@ def _json_pieces(tokenizer: Tokenizer) -> dict[int, tuple[float, int]]:
     path = tokenizer.model_dir / "tokenizer.json"
     model = read_json(path)["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        raise UserError(f"{path}: GGUF needs BPE with byte_fallback, or a tokenizer.model")
+        raise UserError(
+            f"{path}: GGUF needs BPE with byte_fallback, or a tokenizer.model. Use --format hf."
+        )
     merges, vocabulary = _merges(model), model["vocab"]
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):

@@ -47,8 +47,8 @@ METADATA_TYPES = {
 class Tensor:
     """A tensor to write.
 
-    read: (begin, end) -> rows begin..end-1 in float32. row_group: pieces begin at multiples of so
-    many rows.
+    read: (begin, end) -> rows begin..end-1 in float32. row_group: pieces begin at multiples of this
+    number of rows.
     """
 
     name: str
@@ -76,7 +76,9 @@ class Tensor:
         largest = torch.maximum(-low, high).item()
         limit = LARGEST.get(self.type, LARGEST[Type.F16])
         if math.isnan(largest):
-            raise UserError(f"{self.name}: holds NaN")
+            raise UserError(
+                f"{self.name}: holds NaN. The checkpoint is damaged; use an intact one."
+            )
         if largest > limit:
             raise UserError(
                 f"{self.name}: holds {largest:.4g}, but the largest {self.type.name.lower()} is "
@@ -114,7 +116,7 @@ def _write_header(
             raise UserError(f"{key}: {value} does not fit a GGUF file, which has 32 bits for it")
         writer.add_key_value(key, value, METADATA_TYPES[type(value)])
     for tensor in tensors:
-        float32 = np.dtype(np.float32)  # makes the package take the shape as it is
+        float32 = np.dtype(np.float32)  # with this type the package takes the shape unchanged
         writer.add_tensor_info(tensor.name, tensor.shape, float32, tensor.nbytes, tensor.type)
     try:
         writer.write_header_to_file(path)

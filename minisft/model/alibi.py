@@ -3,7 +3,7 @@
     softmax over j of (q_i k_j / sqrt(d) - slope_h (i - j))
 
 Every head h has its own slope: 1/2, 1/4, ..., 1/256 for eight heads. The term slope_h i is the same
-for all keys of a query, so softmax does not notice if we leave it out. The rest, slope_h j, is a
+for all keys of a query, so leaving it out does not change softmax. The rest, slope_h j, is a
 product of a number of the head and a number of the key. We append these numbers to q and k:
 
     [q_i, slope_h] [k_j, j] = q_i k_j + slope_h j
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minisft.model.config import ModelConfig
 
-# The dimensions that a head gets. Attention kernels on GPUs want a multiple of 8, so two are zero.
+# The dimensions added to a head. Attention kernels on GPUs need a multiple of 8, so two are zero.
 ALIBI_WIDTH = 8
 
 
@@ -41,7 +41,8 @@ def alibi_slopes(num_heads: int) -> Tensor:
 def alibi_factors(
     config: ModelConfig, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What queries (1, H, T, 8) and keys (B or 1, 1, T, 8) of positions (T,) or (B, T) get."""
+    """The added numbers of queries (1, H, T, 8) and keys (B or 1, 1, T, 8) at positions (T,) or (B,
+    T)."""
     # Attention divides by the root of the width, that of these dimensions included.
     rest = alibi_slopes(config.num_attention_heads) * math.sqrt(config.head_dim + ALIBI_WIDTH)
     terms = []

@@ -2,9 +2,9 @@
 
     y = attend(q, k, v, mask)       # softmax(q k^T / sqrt(d)) v, over the keys in the mask
 
-The T queries meet S keys: the keys in the cache, then their own. A mask is True where a query may
-see a key. None stands for the causal mask: a query sees no key after its position. The
-letters of the shapes are explained in decoder.py.
+The T queries see S keys: the keys in the cache, then the keys of the same T tokens. A mask is True
+where a query may see a key. None stands for the causal mask: a query sees no key after its
+position. The letters of the shapes are explained in decoder.py.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from minisft.model.config import ModelConfig
 from minisft.model.fast_paths import attend_with_one_query
 from minisft.model.rotary import rotate
 
-# (q, k, v) -> y, with the mask filled in: what a layer calls.
+# (q, k, v) -> y. A layer calls this function; the mask is already filled in.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -79,7 +79,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def causal_mask(T: int, S: int, device: torch.device, window: int | None = None) -> Tensor:
-    """(T, S), True where key j is not after query i, and less than `window` before it.
+    """(T, S), True where key j is not after query i, and less than `window` positions before it.
 
     The queries are the last T of the S positions.
     """

@@ -1,7 +1,7 @@
-"""What Baichuan2 has instead of the usual parts (arXiv 2309.10305).
+"""The parts of Baichuan2 that differ from other families (arXiv 2309.10305).
 
     self_attn    one matrix W_pack for queries, keys and values; in the 13B model, ALiBi
-    lm_head      every row counts with length 1
+    lm_head every row is scaled to length 1
 
 families.py chooses these parts. The letters of the shapes are explained in decoder.py.
 """
@@ -61,7 +61,7 @@ def append(x: Tensor, factors: Tensor) -> Tensor:
 
 
 class NormHead(nn.Module):
-    """An output matrix whose rows count with length 1: w x / |w| for every row w."""
+    """An output matrix whose rows are scaled to length 1: w x / |w| for every row w."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the config.json of Baichuan2 implies: the size of the model, and what it cannot have."""
+"""Fields that the config.json of Baichuan2 implies, and checks of it."""
 
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ def baichuan_values(content: dict[str, Any], source: str | Path) -> dict[str, An
     for name, value in plain.items():
         if content.get(name, value) not in (value, None):
             raise UserError(f"{source}: {name} must be {value} in Baichuan2, not {content[name]!r}")
-    # The 7B model has rotary positions and states how many, the 13B model has ALiBi. Where this
-    # field was added or removed, the number of layers of the two tells, as in llama.cpp.
+    # The 7B model has rotary positions and states how many, the 13B model has ALiBi. If this field
+    # was added or removed, the number of layers decides, as in llama.cpp.
     stated, num_layers = content.get("max_position_embeddings"), content.get("num_hidden_layers")
     alibi = num_layers == 40 or (num_layers != 32 and stated is None)
-    alibi = content.get("alibi", alibi) is True  # of configs that minisft has made
+    alibi = content.get("alibi", alibi) is True  # in configs that minisft wrote
     if alibi and rotary_values(content, source)["rope_scaling"]:
         raise UserError(f"{source}: rope_scaling has no meaning with ALiBi (Baichuan2-13B)")
     length = stated or content.get("model_max_length") or 4096

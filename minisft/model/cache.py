@@ -9,7 +9,7 @@ from minisft.model.config import ModelConfig
 
 
 class Cache(Protocol):
-    """What a layer needs of a cache."""
+    """The interface that a layer uses to store keys and values."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values (B, K, T, d) of a layer; returns all of that layer."""

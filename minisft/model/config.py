@@ -17,7 +17,7 @@ from minisft.model.config_checks import (
     smollm3_values,
 )
 
-# What a family assumes where its config.json has no value (from transformers' config classes).
+# The defaults of each family where config.json has no value (from transformers' config classes).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {
@@ -49,7 +49,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "baichuan": {"packed_attention": True, "norm_head": True},
 }
 # Fields in which null is a value: no window, or the number that __post_init__ derives. In other
-# fields null stands for the family's default.
+# fields null means the family's default.
 NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
 # Fields that config.json does not set, or not in every family.
 NOT_IN_FILE = (
@@ -88,7 +88,7 @@ class ModelConfig:
     norm_head: bool = False  # the rows of the output matrix count with length 1
     alibi: bool = False  # in place of rotary positions
     sliding_window: int | None = None
-    max_window_layers: int = 0  # so many layers, from the first, have full attention
+    max_window_layers: int = 0  # this many layers, from the first, have full attention
     layer_types: list[str] = field(default_factory=list)  # empty: from max_window_layers
     original: dict[str, Any] = field(default_factory=dict, repr=False)  # the content of config.json
 
@@ -152,7 +152,7 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """The number of positions the model is made for, with rotary scaling."""
+        """The number of positions that the model supports, with rotary scaling."""
         scaling = self.rope_scaling or {}
         stretched = 0
         if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):

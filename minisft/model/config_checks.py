@@ -1,4 +1,4 @@
-"""Checks of a config.json: what is not supported, and values that make no sense."""
+"""Check a config.json for features that are not supported and for impossible values."""
 
 from pathlib import Path
 from typing import Any

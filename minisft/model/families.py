@@ -1,4 +1,4 @@
-"""Which parts a model has where families differ by more than numbers.
+"""Choose the parts of a model in which families differ by more than numbers.
 
 The fields of the config that decide follow from the family, see config.py.
 """
@@ -31,7 +31,7 @@ def build_head(config: ModelConfig) -> Linear | NormHead:
 def position_factors(
     config: ModelConfig, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What the attention of every layer gets of positions (T,) or (B, T).
+    """The factors of positions (T,) or (B, T) for the attention of every layer.
 
     Rotary cos and sin; with ALiBi, what it appends to queries and keys. Dimension 2 is that of the
     positions.

@@ -1,7 +1,7 @@
-"""Faster ways to compute some steps of the decoder; each gives the numbers of the plain way.
+"""Faster ways to compute some steps of the decoder; each gives the same numbers as the plain way.
 
-At batch size 1 on a CPU, a model generates a token at a time and its time goes into reading the
-weights and into calls of torch. Then other operations are faster than for many rows.
+At batch size 1 on a CPU, most of the time of a token goes into reading the weights and calling
+torch. Other operations are then faster than for many rows.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def rms_norm_by_product(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def attend_with_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """attention.attend for T = 1: query heads that share a key head take the place of time.
+    """attention.attend for T = 1: the query heads that share a key head become the time dimension.
 
     Without a mask, the query sees all keys.
     """
@@ -66,7 +66,7 @@ def next_angles(
 ) -> tuple[Tensor, Tensor]:
     """Rotary cos and sin (1, 1, T, d) of the T positions after the cache.
 
-    compute(positions, dtype): the plain way. With a cache, they come from a table in it, which
+    compute(positions, dtype): the plain function. With a cache, they come from a table in it, which
     grows by doubling. Dynamic scaling has no table, because all angles change with the length.
     """
     past = 0 if cache is None else cache.length
@@ -86,7 +86,7 @@ def _is_decoding_on_cpu(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # a compiler chooses by itself
+        and not torch.compiler.is_compiling()  # the compiler chooses its own kernels
     )
 
 

@@ -66,7 +66,7 @@ def _split_names(text: str) -> tuple[str, ...]:
 
 
 class LoRALinear(nn.Module):
-    """y = base_layer(x) + scaling * B A dropout(x). B starts at zero: at first y is the base's."""
+    """y = base_layer(x) + scaling * B A dropout(x). B starts at zero, so y starts unchanged."""
 
     def __init__(
         self,

@@ -35,9 +35,9 @@ def next_token_loss(
     """The sum of -log p(token) over the supervised tokens (float32), and their number.
 
     tokens: ids (B, T). supervised: bool (B, T), True for tokens that the model should learn to
-    write. The state at t predicts the token at t + 1, so the first token of a row is no target.
-    lengths: of the rows of a packed batch. logits: `logits` of the model, if `model` is a wrapper
-    without it, such as DDP.
+    write. The state at t predicts the token at t + 1, so the first token of a row is never a
+    target. lengths: of the rows of a packed batch. logits: `logits` of the model, if `model` is a
+    wrapper without it, such as DDP.
     """
     if logits is None:
         assert isinstance(model, CausalLM)
@@ -57,7 +57,8 @@ def token_losses(logits: Logits, states: Tensor, targets: Tensor) -> Tensor:
     With a vocabulary of 128,000, the logits of a batch would take more memory than the model.
     Therefore only a chunk of them is in memory at a time.
     """
-    # Logits of zero states show the size of the vocabulary, and if the output matrix is trained.
+    # Logits of zero states show the size of the vocabulary, and whether the output matrix is
+    # trained.
     no_logits = logits(states[:0].detach())  # (0, V)
     size = chunk_size(no_logits.shape[-1])
     if not torch.is_grad_enabled():
@@ -70,7 +71,7 @@ def token_losses(logits: Logits, states: Tensor, targets: Tensor) -> Tensor:
 def token_losses_in_chunks(
     logits: Logits, states: Tensor, targets: Tensor, size: int, cross_entropy: CrossEntropy
 ) -> Tensor:
-    """token_losses by chunks of `size` states. The logits are computed again to go backward."""
+    """token_losses by chunks of `size` states. The backward pass computes the logits again."""
 
     def losses(states: Tensor, targets: Tensor) -> Tensor:
         """The losses of a chunk."""

@@ -47,7 +47,7 @@ def token_losses_frozen_head(logits: Logits, states: Tensor, targets: Tensor, si
     """loss.token_losses_in_chunks, where only the states have a gradient.
 
     The loss of a token depends on its own state only. So its gradient can be computed while the
-    logits are there, and the backward pass multiplies it by the weight of the token.
+    logits are in memory, and the backward pass multiplies it by the weight of the token.
     """
     return _FrozenHead.apply(states, logits, targets, size)
 

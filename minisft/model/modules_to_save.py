@@ -14,9 +14,9 @@ SAVEABLE_MODULES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head", 
 
 
 def saved_modules(model: Model, names: Sequence[str]) -> list[str]:
-    """The full names of the modules that `names` mean: as in PEFT, all that end with one of them.
+    """The full names of the modules whose names end with one of `names`, as in PEFT.
 
-    So `norm` stands for all norms of the model.
+    So `norm` selects all norms of the model.
     """
     return [
         name
@@ -44,7 +44,7 @@ def train_fully(model: Model, names: Sequence[str]) -> None:
 
 
 def untie(model: CausalLM) -> None:
-    """Give the model an output matrix of its own, a frozen copy of the embedding. In place."""
+    """Replace a tied output matrix by a frozen copy of the embedding. In place."""
     embedding = model.model.embed_tokens.weight
     vocab_size, width = embedding.shape
     model.lm_head = Linear(width, vocab_size, bias=False, device="meta")

@@ -44,7 +44,8 @@ NF4_LEVELS = (
 def dynamic_levels() -> Tensor:
     """(256,) float32, ascending: 8-bit numbers with a moving exponent (arXiv 2110.02861).
 
-    They are 0, 1, and values around every power of ten from 1e-6 to 1, twice as many each time.
+    They are 0, 1, and values around every power of ten from 1e-6 to 1, twice as many around each
+    power as around the one below.
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
@@ -55,7 +56,7 @@ def dynamic_levels() -> Tensor:
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """The index (uint8) of the level nearest to each value; halfway, the lower level."""
+    """The index (uint8) of the level nearest to each value; the lower level at a tie."""
     middles = (levels[:-1] + levels[1:]) / 2
     return torch.bucketize(values, middles, out_int32=True).to(torch.uint8)
 

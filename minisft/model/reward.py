@@ -1,4 +1,4 @@
-"""A reward model: the decoder with a head that gives one number for a conversation.
+"""A reward model: the decoder with a head that computes one number for a conversation.
 
     model = load_reward_model("examples/base")      # with a new head, if the folder has none
     hidden = model(tokens)                          # (B, T, D)
@@ -42,7 +42,7 @@ class RewardModel(nn.Module):
         return (hidden.float() * self.score.weight.float()).sum(-1)
 
 
-# Either kind. Both have a `config`, and a Decoder called `model`.
+# Either kind of model. Both have a `config`, and a Decoder called `model`.
 Model = CausalLM | RewardModel
 
 

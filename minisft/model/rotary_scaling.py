@@ -38,7 +38,7 @@ def scale_frequencies(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor,
 
 
 def _llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Frequencies by their turns in the original context: few turns are divided, many are kept.
+    """Divide frequencies with few turns in the original context; keep frequencies with many turns.
 
     Between low_freq_factor and high_freq_factor turns, the two are blended.
     """
@@ -54,7 +54,7 @@ def _yarn(frequencies: Tensor, scaling: dict[str, Any], config: ModelConfig) -> 
     original = scaling["original_max_position_embeddings"]
 
     def pair_with(turns: float) -> float:
-        """The index of the pair that makes so many turns in the original context."""
+        """The index of the pair that makes this many turns in the original context."""
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first = pair_with(scaling.get("beta_fast") or 32)

@@ -52,11 +52,11 @@ def no_numbers() -> np.ndarray:
 
 @dataclass
 class RowData:
-    """Data on the rows, by row number; empty where the user gave no file."""
+    """Data about the rows, by row number; empty where the user gave no file."""
 
     lengths: np.ndarray  # of the answers
     length_unit: str = "characters"
-    scores: dict[str, np.ndarray] = field(default_factory=dict)  # as read_scores gives them
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # from read_scores
     embeddings: np.ndarray = field(default_factory=no_numbers)  # (rows, D)
     perplexity: np.ndarray = field(default_factory=no_numbers)  # of the prompts
     match: np.ndarray = field(default_factory=no_numbers)  # row numbers of another selection
@@ -104,7 +104,7 @@ def read_row_data(
 
     UserError if they belong to another data set, or targets and rows to different models.
 
-    dataset: what `dataset_record` gives for the rows. lengths: of the answers, in characters.
+    dataset: the result of `dataset_record` for the rows. lengths: of the answers, in characters.
     """
     data, paths = RowData(lengths), {}
     if options.scores:
@@ -146,7 +146,10 @@ def read_match(path: str, num_rows: int, dataset: list[dict[str, Any]]) -> np.nd
     """The row numbers in the manifest of another selection."""
     manifest = read_json(Path(f"{path}.manifest"))
     if manifest.get("dataset") != dataset:
-        raise UserError(f"--match {path}: was chosen from another file than --dataset")
+        raise UserError(
+            f"--match {path}: was chosen from another file than --dataset. Give --dataset the "
+            "file that it was chosen from."
+        )
     numbers = manifest.get("chosen")
     is_valid = isinstance(numbers, list) and all(
         is_integer(number, most=num_rows - 1) for number in numbers

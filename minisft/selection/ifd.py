@@ -2,7 +2,7 @@
 
     IFD = s(A|Q) / s(A)                                           (arXiv 2308.12032)
     s(A|Q)  mean of -log p(token) over the answer's tokens, given the prompt
-    s(A)    the same, given only what opens an answer, such as "### Response:" (the marker)
+    s(A)    the same, given only the marker, which opens an answer, such as "### Response:"
 
     scorer = IfdScorer(template)
     plan = scorer.plan(0, row)                     # the passes: conditioned, then direct
@@ -12,8 +12,8 @@
 Above 1 the instruction does not help. The highest IFD below 1 marks the rows that teach most.
 `ifd_ppl` is the ratio of the perplexities instead, exp(s(A|Q)) / exp(s(A)) (arXiv 2402.00530).
 
-A conversation has several answers. Conditioned passes score each given its history; each has a
-direct pass of its own; s is the mean over all their tokens. End-of-turn tokens do not count.
+A conversation has several answers. Conditioned passes score each given its history; each has its
+own direct pass; s is the mean over all their tokens. End-of-turn tokens do not count.
 
 The embedding of a row is a mean of the last hidden states h_t, from the conditioned pass too:
 pooling "mean"      over the prompt of its last answer, for clustering; the model has not seen the
@@ -80,7 +80,7 @@ class IfdScorer:
         """The passes of a row: the conditioned ones, then a direct one for each answer."""
         texts = encode_row(row, self.template, self.vocab_size)
         if not texts:
-            return Plan(index, reason="none of its answers is to be learned")
+            return Plan(index, reason="none of its answers is supervised")
         answers = [answer_spans(self.template, text.ids, text.supervised) for text in texts]
         longest = max(texts, key=lambda text: len(text.ids))
         reason = too_long(longest.ids, self.max_length)

@@ -139,8 +139,8 @@ def seed_centers(
 ) -> np.ndarray:
     """k-means++: draw centers in proportion to the squared distances from the centers so far.
 
-    Of a few candidates, the best is kept: the smallest sum of squared distances. Returns centers
-    (K, D), relative to the mean.
+    Each draw keeps the best of a few candidates: the one with the smallest sum of squared
+    distances. Returns centers (K, D), relative to the mean.
     """
     num_candidates, chosen = 2 + int(math.log(num_clusters)), []
     nearest = np.full(len(centered.points), np.inf, np.float32)  # squared distance to the chosen
@@ -202,7 +202,7 @@ def lloyd(
 def move(
     sums: np.ndarray, counts: np.ndarray, points: np.ndarray, old: np.ndarray, new: np.ndarray
 ) -> None:
-    """Move points (n, D) from the sums of their old clusters (-1: none) to those of their new."""
+    """Move points (n, D) from the sums of their old clusters (-1: none) to the new clusters'."""
     weights, columns = np.zeros((len(counts), len(points)), np.float32), np.arange(len(points))
     weights[new, columns] = 1
     weights[old[old >= 0], columns[old >= 0]] -= 1

@@ -1,4 +1,4 @@
-"""Near-duplicate texts: what select.py --dedup drops.
+"""Find near-duplicate texts, which select.py --dedup drops.
 
     near_duplicates(["Say hello!", "say  hello", "Say goodbye."], similarity=0.9)
     # array([False,  True, False])
@@ -62,7 +62,7 @@ def min_equal_bands(similarity: float) -> float:
 def latest_kept(latest: np.ndarray, before: np.ndarray) -> np.ndarray:
     """The latest MAX_DEPTH kept texts of each of a text's groups, (n,) without repetition.
 
-    latest: (NUM_BANDS + 1,), the very latest of each group, or -1. before: see near_duplicates.
+    latest: (NUM_BANDS + 1,), the latest text of each group, or -1. before: see near_duplicates.
     """
     bands, kept = np.arange(len(latest)), []
     while len(bands) > 0 and len(kept) < MAX_DEPTH:
@@ -95,7 +95,7 @@ def band_groups(texts: Sequence[str] | Instructions) -> np.ndarray:
 def minhash(hashes: np.ndarray, factors: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The signature (n,): the minimum of `hash * factor + offset` mod 2^64 for each factor (n,).
 
-    Computed in blocks: all hashes of a text of a million characters would fill the memory.
+    Computed in blocks, because all hashes of a long text would fill the memory.
     """
     blocks = [
         (hashes[start : start + 4096, None] * factors + offsets).min(0)

@@ -35,7 +35,7 @@ class Plan:
     num_answer_tokens: int = 0
     reason: str | None = None
     num_tokens: int = 0
-    num_conditioned: int = 1  # the first passes, in which answers stand behind their prompts
+    num_conditioned: int = 1  # the first passes: each answer after its prompt
     passes: list[Pass] = field(default_factory=list)
 
 
@@ -73,7 +73,7 @@ def too_long(ids: np.ndarray, max_length: int) -> str | None:
 def make_batches(passes: Sequence[Pass], batch_tokens: int) -> Iterator[list[Pass]]:
     """Batches of similar length, each of at most `batch_tokens` tokens, padding included.
 
-    A pass that is longer is a batch of its own.
+    A longer pass gets a batch for itself.
     """
     batch: list[Pass] = []
     for item in sorted(passes, key=lambda item: len(item.ids)):

@@ -71,7 +71,7 @@ def draw_scores(
     if name in ("ifd", "ifd_ppl"):
         edge, low, high = 1, min(low, 0.9), max(high, 1.1)
         axes.axvline(1, color="black", linewidth=0.8, label="above: the instruction does not help")
-    # Two bars meet at `edge`.
+    # `edge` is a border between two bars.
     width = (high - low + 1e-6) / 60
     first, last = math.floor((low - edge) / width), math.ceil((high - edge) / width)
     bins = edge + width * np.arange(first, last + 2)

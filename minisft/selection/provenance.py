@@ -36,7 +36,7 @@ def score_record(
     scorer: IfdScorer | RewardScorer,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """All that the scores of score.py depend on. "names" are for messages only."""
+    """Everything that the scores of score.py depend on. "names" are for messages only."""
     return {
         **model_record(model_dir, adapter_dir),
         "dataset": dataset_record(rows, is_drawn, options.max_samples),
@@ -56,7 +56,7 @@ def score_record(
 
 
 def recorded_date(output: str | Path) -> str | None:
-    """The date that the template saw when the scores in this file were begun."""
+    """The date that the template saw when the first scores in this file were computed."""
     return read_json(ScorePaths(output).record, missing={}).get("template_date")
 
 
@@ -143,7 +143,7 @@ def check_computed_from(path: str | Path, dataset: list[dict[str, Any]]) -> None
     path = Path(path)
     record_path = ScorePaths(path).record
     if not path.exists():
-        raise UserError(f"{path}: no such file. score.py writes it.")
+        raise UserError(f"{path}: no such file. Run score.py to write it.")
     if not record_path.exists():
         raise UserError(
             f"{path}: there is no {record_path.name} beside it. score.py writes it, to say which "

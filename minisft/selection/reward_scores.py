@@ -49,7 +49,7 @@ class RewardScorer:
         for conversation in [row, *conversations]:
             texts = encode_row(conversation, self.template, self.vocab_size)
             if not texts:
-                return Plan(index, reason="none of its answers is to be learned")
+                return Plan(index, reason="none of its answers is supervised")
             encoded.append(texts[-1])  # the complete conversation
         best = encoded[0]
         answers = answer_spans(self.template, best.ids, best.supervised)

@@ -101,10 +101,11 @@ def parse_line(path: str | Path, line: bytes, num_rows: int) -> dict[str, Any]:
         record, is_valid = {}, False
     if not is_valid:
         shown = line[:80].decode(errors="replace")
-        raise UserError(f"{path}: not a line of score.py: {shown!r}")
+        raise UserError(f"{path}: not a line of score.py: {shown!r}. Run score.py again.")
     if not 0 <= record["index"] < num_rows:
         raise UserError(
-            f"{path} has a score of row {record['index'] + 1}, but the data set has {num_rows} rows"
+            f"{path} has a score of row {record['index'] + 1}, but the data set has {num_rows} "
+            "rows. Give the scores of this data set."
         )
     return record
 

@@ -84,7 +84,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
         type=positive_int,
         help="tokens of a batch, padding included (default: 2048 on a CPU, 8192 on a GPU)",
     )
-    add("--output", required=True, metavar="F.jsonl", help="file of scores; others go beside it")
+    add(
+        "--output",
+        required=True,
+        metavar="F.jsonl",
+        help="file for the scores; the other files go beside it",
+    )
     switch("--overwrite", "replace scores of another model, template or file")
     parser.epilog = EPILOGUE
     options = parser.parse_options(arguments)

@@ -25,9 +25,9 @@ from minisft.selection.score_files import ScorePaths, load_array, parse_line
 class ScoreWriter:
     """The files of `output`, new or continued. Nothing is written before the first `add`.
 
-    record: what the scores are computed from. UserError if existing files have another record,
-    unless `overwrite`. parts: "ifd" or "reward" for scores, "embed" for embeddings of `width`.
-    pooling: of the embeddings; scores do not depend on it.
+    record: the data and the model of the scores, from provenance.py. UserError if existing files
+    have another record, unless `overwrite`. parts: "ifd" or "reward" for scores, "embed" for
+    embeddings of `width`. pooling: of the embeddings; scores do not depend on it.
     """
 
     def __init__(

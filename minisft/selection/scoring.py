@@ -1,4 +1,4 @@
-"""Score many rows: read and plan them in worker processes, batch their passes, divide them by rank.
+"""Score many rows: ranks share them, worker processes read and plan them, passes run in batches.
 
     reader = RowReader(rows, IfdScorer(template, max_length=512))
     for scores in score_rows(model, reader, numbers=np.arange(len(rows)), batch_tokens=2048):
@@ -29,7 +29,7 @@ from minisft.text.tool_texts import TOOLS_AS_TEXT
 # Rows whose passes are sorted by length and batched together.
 WINDOW_ROWS = 1024
 
-# Both plan the passes of a row, compute a batch of passes, and score the row from the results.
+# Both scorers plan the passes of a row, compute batches of passes, and turn results into scores.
 Scorer = IfdScorer | RewardScorer
 
 
@@ -53,7 +53,7 @@ class RowReader:
             return UserError(str(error))
 
     def tools_note(self, numbers: np.ndarray) -> str | None:
-        """A line for people if some of the first of these rows have tools that become text."""
+        """A note for the user if some of the first rows have tools that become text."""
         sample = [read_row(self.rows, int(number)) for number in numbers[:TOOLS_SAMPLE]]
         facts = self.scorer.template.facts
         changed = sum(

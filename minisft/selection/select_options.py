@@ -1,4 +1,4 @@
-"""The flags of `select.py`, and which of them work together.
+"""The flags of `select.py`, and checks of their combinations.
 
 options = parse_options(["--dataset", "examples/data/train.json", "--scores", "runs/scores.jsonl",
                          "--strategy", "ifd", "--sample_rate", "0.05", "--output", "few.json"])
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from minisft.common.command_line import OptionParser, non_negative_int, positive_float, positive_int
 from minisft.common.errors import UserError
 
-# What each strategy needs.
+# The inputs that each strategy needs.
 STRATEGIES = {
     "ifd": ("scores",),
     "ifd_ppl": ("scores",),

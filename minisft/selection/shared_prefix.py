@@ -19,7 +19,7 @@ from minisft.selection.passes import Pass
 
 # Passes with the same first KEY_TOKENS tokens form a group if there are at least MIN_GROUP of them.
 KEY_TOKENS, MIN_GROUP = 24, 32
-# A shorter prefix is not worth a call of its own.
+# A shorter prefix is not worth a separate call.
 MIN_PREFIX_TOKENS = 16
 
 

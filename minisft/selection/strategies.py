@@ -3,8 +3,8 @@
     chosen = highest(scores["ifd"], rows=np.flatnonzero(scores["ifd"] < 1), number=150)
 
 `rows` are the numbers of the rows that may be chosen; all other arrays are indexed by row number.
-Every function returns row numbers. Of equal rows, the first in the file wins. `choose` in choose.py
-applies them by name.
+Every function returns row numbers. If values are equal, the first row in the file wins. `choose` in
+choose.py applies them by name.
 """
 
 import math
@@ -68,8 +68,8 @@ def spread_over_clusters(
     """Rows of each cluster, evenly spread over a band of its perplexities (cluster).
 
     assignment: the cluster of each of `rows`. band: two percentiles (arXiv 2308.12032, section 2).
-    A cluster of at most `per_cluster` rows gives all of them, a cluster with few rows in the band
-    only these.
+    A cluster of at most `per_cluster` rows is taken completely. If fewer rows than that are in the
+    band, all of these are taken.
     """
     chosen = [rows[:0]]
     for cluster in np.unique(assignment):
@@ -108,8 +108,8 @@ def at_random_with_lengths(
     """Random rows with the length distribution of the rows `reference` (random_matched).
 
     A control: does a strategy do more than find long answers? The reference lengths are divided
-    into ranges with equal numbers of rows, and as many rows are drawn from each range. If few rows
-    are that long, most of the reference is drawn again.
+    into ranges with equal numbers of rows, and the same number of rows is drawn from each range. If
+    few rows are that long, most of the reference is drawn again.
     """
     wanted = np.sort(lengths[reference])
     ranges = np.array_split(wanted, min(NUM_LENGTH_RANGES, len(wanted)))
@@ -122,8 +122,9 @@ def at_random_with_lengths(
         inside = rows[is_inside]
         if count > len(inside):
             raise UserError(
-                f"--match has {count:,} rows of a length that only {len(inside):,} of the rows to "
-                "choose from have. Choose --match with the same --dedup and --skip_bad_rows."
+                f"--match has {count:,} rows in a range of lengths from which only "
+                f"{len(inside):,} rows can be chosen. Make the selection --match with the same "
+                "--dedup and --skip_bad_rows."
             )
         if count > 0:
             chosen.append(at_random(inside, count, generator))

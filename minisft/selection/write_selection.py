@@ -29,7 +29,7 @@ def write_selection(rows: Rows, chosen: np.ndarray, manifest: dict[str, Any], ou
 
 
 def record_texts(rows: Rows, chosen: np.ndarray) -> Iterator[str]:
-    """The JSON of each chosen record; of a file of JSON lines, exactly as it is there."""
+    """The JSON of each chosen record; from JSON lines, byte for byte as in the file."""
     start = 0
     for file in rows.files:
         stop = start + len(file.records)

@@ -14,11 +14,10 @@ A chat template is Jinja text. Ids and mask follow from what it writes for the a
 
 The text begins with the prompt. The rest, up to and including the end-of-turn token, is supervised.
 Where every text also begins the next prompt, all answers share one example. Where it does not
-(Qwen3 leaves out earlier thoughts), each answer gets an example of its own, behind the prompt that
-it has in use.
+(Qwen3 leaves out earlier thoughts), each answer gets its own example, after the prompt that it has
+in use.
 
-An answer is tokenised behind its prompt, not together with it. So the ids of a prompt in training
-are the ids of the same prompt in use.
+Prompt and answer are tokenised separately, so a prompt has the same ids in training and in use.
 """
 
 from collections.abc import Sequence
@@ -50,9 +49,9 @@ class TokenizedText:
 class ChatTemplate:
     """A chat template with a tokenizer.
 
-    text: Jinja. name: for messages. enable_thinking: True for prompts that ask for thoughts; by
-    default only answers that have thoughts get such prompts. now: what the template sees as date
-    and time, in ISO format; by default the time of the call.
+    text: Jinja. name: how messages call the template. enable_thinking: True for prompts that ask
+    for thoughts; by default only answers that have thoughts get such prompts. now: the date and
+    time that the template sees, in ISO format; by default the time of the call.
     """
 
     def __init__(
@@ -92,23 +91,23 @@ class ChatTemplate:
         return examples
 
     def begin(self, messages: list[Message], tools: list | None = None) -> None:
-        """Start to render a conversation that `encode` gets next, beside other work."""
+        """Start rendering, in the background, the conversation that `encode` gets next."""
         try:
             conversation = self._prepare(messages, tools)
         except UserError:
-            return  # encode raises it
+            return  # encode raises the error
         self.jinja.begin(conversation.messages, conversation.tools, renders_of(conversation))
 
     def encode_prompt(self, messages: list[Message], tools: list | None = None) -> list[int]:
         """The ids before the answer to messages that end with a user's or a tool's turn."""
         conversation = self._prepare(messages, tools)
         if conversation.messages[-1]["role"] == "assistant":
-            raise UserError("a prompt ends with a user's or a tool's message, not the assistant's")
+            raise UserError("the last message must be a user's or a tool's, not the assistant's")
         text, spans = self._write(conversation, {"add_generation_prompt": True})
         # Cut where training cuts: at the earlier answers that this prompt begins with.
         try:
             earlier = find_turns(conversation, self.jinja)
-        except UserError:  # they can be read, though they could not be learned
+        except UserError:  # the model can read them, even if it could not learn them
             earlier = []
         regions, following = [], text
         for turn in reversed(earlier):
@@ -129,8 +128,8 @@ class ChatTemplate:
         return self._write(conversation, {"add_generation_prompt": add_generation_prompt})[0]
 
     def encode_marker(self) -> list[int]:
-        """The ids of what begins a prompt, BOS and a space if it has them, and of what opens an
-        answer: `### Response:`."""
+        """The ids of BOS and the leading space, if a prompt begins with them, and of the text that
+        opens an answer, such as `### Response:`."""
         begin = self.bos_token if self.facts.prompt.startswith(self.bos_token) else ""
         if begin and self.facts.prompt.startswith(f"{begin} "):
             begin += " "
@@ -159,13 +158,13 @@ class ChatTemplate:
     def _write(
         self, conversation: Conversation, variables: dict[str, Any]
     ) -> tuple[str, list[Span]]:
-        """(the conversation as text, where message texts stand in it)."""
+        """(the conversation as text, the spans of message texts in it)."""
         text = self.jinja.write(conversation.messages, conversation.tools, **variables)
         spans = self.jinja.message_spans(text, conversation, None, variables)
         return text, spans
 
     def _encode_chain(self, chain: list[Turn]) -> TokenizedText:
-        """The example of answers that share a text, that of the last answer."""
+        """One example for answers that share a text: the text up to the last answer."""
         text, spans = chain[-1].text, chain[-1].message_spans
         if self.facts.end and self.facts.end_follows and not chain[-1].has_calls:
             text += self.facts.end
@@ -176,13 +175,13 @@ class ChatTemplate:
         return self._tokenize(text, regions, spans)
 
     def _answer_end(self, turn: Turn, matches: Sequence[Match]) -> int:
-        """The place behind the token that ends an answer."""
+        """The index after the token that ends an answer."""
         if self.facts.end_follows:  # it opens the next message
             stop = len(turn.text)
             return next((match.end for match in matches if match.start == stop), stop)
         inside = [match for match in matches if turn.answer <= match.start < len(turn.text)]
         usual = [match for match in inside if match.id == self.tokens.ids.get(self.facts.end or "")]
-        if usual or (inside and self.facts.end):  # a tool call may have an end of its own
+        if usual or (inside and self.facts.end):  # a tool call may have another end token
             return (usual or inside)[-1].end
         return len(turn.text.rstrip())
 

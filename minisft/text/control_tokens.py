@@ -46,13 +46,13 @@ class ControlTokens:
         self._edge = re.compile("[" + re.escape("".join(sorted(ends))) + "]") if ends else None
 
     def could_be_spelled(self, text: str) -> bool:
-        """True if a text might be a part of a control token: it has a first or last character."""
+        """True if a text holds the first or the last character of a control token."""
         return self._edge is not None and self._edge.search(text) is not None
 
     def spelled_by(self, written: Sequence[str], text: str) -> str | None:
-        """The control token of a text that one of the written strings may have spelled, if any.
+        """A control token in `text` that one of the written strings may have spelled, or None.
 
-        A string may hold all of it, or its first or last characters.
+        A string may contain the token, or begin or end with a part of it.
         """
         for string in written:
             for match in self.find(string)[:1]:

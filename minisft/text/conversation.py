@@ -2,8 +2,8 @@
 
     conversation = prepare(messages, tools, template.facts, tokens)
 
-What the template does not know becomes text: tools, their calls and results, Alpaca's input. Where
-that would lose something that is learned, the conversation is refused.
+Tools, their calls and results, and Alpaca's input become text if the template does not support
+them. If that would lose something to learn, the conversation is refused.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from minisft.text.tool_texts import calls_as_text, offer_tools
 
 @dataclass
 class Conversation:
-    """What a template renders.
+    """A conversation in the form that a template renders.
 
     learned: for every message, True if it is an answer to learn. spells_controls: True if a message
     might spell a control token.
@@ -37,7 +37,7 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """The places of the assistant's messages, but for an opening turn that is not learned."""
+        """The indices of the assistant's messages, without an opening turn that is not learned."""
         opening = opening_turn(self.messages, self.learned)
         return [
             place
@@ -63,7 +63,7 @@ def prepare(
         raise UserError("a conversation needs at least one user message")
     if messages[0]["role"] == "system" and messages[0]["content"] and not facts.knows_system:
         raise UserError(
-            "message 1 (system): the template has no place for a system prompt. Put it into the "
+            "message 1 (system): the template supports no system prompt. Put it into the "
             "first question, or choose another --template"
         )
     if offered and not facts.knows_tools:
@@ -80,7 +80,10 @@ def prepare(
             parts = [message["content"], message.pop("input")]
             message["content"] = "\n".join(filter(None, parts))
         if message.get("reasoning_content") and not facts.knows_thoughts:
-            raise UserError(f"message {number} has thoughts, and the template does not write them")
+            raise UserError(
+                f"message {number} has thoughts, and the template does not write them. "
+                "Remove them, or choose another --template"
+            )
     texts = list(texts_of([written_fields(messages), offered or []]))
     check_no_marks(texts)
     spells_controls = any(tokens.could_be_spelled(text) for text in texts)
@@ -116,13 +119,13 @@ def written_fields(messages: list[Message]) -> list[Message]:
 
 
 def check_written(message: Message, text: str, number: int) -> None:
-    """UserError if a text does not contain what a message says."""
+    """UserError if a rendered text does not contain the text and the thoughts of a message."""
     for name in ("content", "reasoning_content"):
         said = message.get(name)
         if not said or said.strip() in text:
             continue
         if "".join(said.split()) not in "".join(text.split()):
             raise UserError(
-                f"message {number} ({message['role']}): the template does not write its {name} as "
-                f"it is: {said.strip()[:40]!r}"
+                f"message {number} ({message['role']}): the template changes or omits its {name}: "
+                f"{said.strip()[:40]!r}"
             )

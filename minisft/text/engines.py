@@ -3,8 +3,8 @@
     engine = TokenizersEngine(Path("TinyLlama-1.1B-Chat-v0.6/tokenizer.json"), config={})
     engine.encode("the rest of a line", continuation=True)
 
-An engine reads one file and knows its vocabulary and special tokens. Tokenizer adds what the files
-beside it say. No text is ever encoded as a special token.
+An engine reads one file and knows its vocabulary and special tokens. Tokenizer adds the settings in
+the files beside it. No text is ever encoded as a special token.
 """
 
 import copy
@@ -169,7 +169,7 @@ class SentencePieceEngine:
         return piece_bytes(self._pieces[id]) if id < self.vocab_size else b""
 
     def adds_bos(self, bos_token_id: int | None) -> bool:
-        """True: Llama's tokenizers put BOS before a text unless tokenizer_config.json denies it."""
+        """True: Llama's tokenizers put BOS before a text unless the config says otherwise."""
         return True
 
 
@@ -225,9 +225,9 @@ def piece_bytes(piece: str) -> bytes:
 
 @cache
 def byte_of_character() -> dict[str, bytes]:
-    """The alphabet of byte-level BPE (GPT-2): which character stands for which byte.
+    """The alphabet of byte-level BPE (GPT-2): which character represents which byte.
 
-    A printable character stands for its own byte. The 68 other bytes are U+0100, U+0101, ...
+    A printable character represents its own byte. The 68 other bytes are U+0100, U+0101, ...
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -4,9 +4,9 @@
     [prompt, text] = template.render(
         messages, tools, [(1, {"add_generation_prompt": True}), (2, {})]
     )
-    template.facts.end        # what the program does, see template_facts.py
+    template.facts.end        # see template_facts.py
 
-The program runs in a sandbox of its own, see rendering.py.
+The program runs in a sandbox, see rendering.py.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class JinjaTemplate:
     """A template's text with the values of its variables.
 
     variables: bos_token and the like. enable_thinking: True for prompts that ask for thoughts. now:
-    what the template sees as date and time, in ISO format. thinking: the variables that ask for
+    the date and time that the template sees, in ISO format. thinking: the variables that ask for
     thoughts, or for none.
     """
 
@@ -63,7 +63,7 @@ class JinjaTemplate:
     ) -> list[str]:
         """The texts of the first messages, for every (number of messages, variables).
 
-        {% generation %} blocks stand between marks.
+        Marks surround the {% generation %} blocks.
         """
         always = {**self._always, **self.thinking}
         return self._renderer.render(messages, tools, always, self.now, renders)
@@ -74,14 +74,14 @@ class JinjaTemplate:
         tools: list | None,
         renders: Sequence[tuple[int | None, dict[str, Any]]],
     ) -> None:
-        """Start what `render` is asked for next, beside other work."""
+        """Start, in the background, the texts that `render` returns next."""
         always = {**self._always, **self.thinking}
         self._renderer.begin(messages, tools, always, self.now, renders)
 
     def message_spans(
         self, text: str, conversation: Conversation, count: int | None, variables: dict[str, Any]
     ) -> list[Span]:
-        """Where the first messages' texts stand in `text`, the render of these messages.
+        """The spans of the first messages' texts in `text`, the render of these messages.
 
         Only texts that might spell a control token count. UserError if one does, and the template
         changes it so that it cannot be located.
@@ -102,12 +102,12 @@ class JinjaTemplate:
             if plain == without_marks(text)[0] and are_written_whole(spans, plain, written):
                 return spans
         except UserError:
-            pass  # the template looks into its messages, and the marks are in the way
+            pass  # the template inspects its messages, and the marks interfere
         if spelled := self.tokens.spelled_by(written, text):
             raise UserError(
                 f"a message contains {spelled!r}, a control token of this tokenizer or a part of "
-                "one, and the template changes the message, so the message's text cannot be told "
-                "from the template's. Remove it from the row"
+                "one, and the template changes the message, so the message's text cannot be "
+                "separated from the template's. Remove it from the row"
             )
         return []
 

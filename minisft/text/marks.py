@@ -1,4 +1,4 @@
-"""Where the text of messages stands in a rendered conversation.
+"""Find the text of messages in a rendered conversation.
 
 A message may spell a control token: "what does <|im_end|> mean?". In the rendered text it looks
 like the template's own. So the conversation is rendered a second time, with a mark before and
@@ -6,7 +6,7 @@ after each message text, and the marks tell them apart:
 
     <|im_start|>user\n[what does <|im_end|> mean?]<|im_end|>\n
 
-The marks stand inside the white space around a text, because many templates trim it.
+The marks are inside the white space around a text, because many templates trim it.
 """
 
 import json
@@ -38,7 +38,7 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def with_marks(value: Any, needs_marks: Any) -> Any:
-    """Messages or tools in which the strings that need marks stand between marks.
+    """Messages or tools with marks around the strings that need them.
 
     needs_marks: function of a string. Keys of objects are strings, too.
     """
@@ -59,7 +59,7 @@ def with_marks(value: Any, needs_marks: Any) -> Any:
 def without_marks(text: str) -> tuple[str, list[Span], list[Span]]:
     """(text, spans of message texts in it, spans of {% generation %} blocks in it).
 
-    A text between marks may stand in another: a tool call's arguments, written as JSON.
+    Marked texts may be nested, such as strings in a tool call's arguments, written as JSON.
     """
     if not MARK.search(text):
         return text, [], []
@@ -82,7 +82,7 @@ def without_marks(text: str) -> tuple[str, list[Span], list[Span]]:
 def are_written_whole(spans: list[Span], text: str, written: Iterable[str]) -> bool:
     """True if every span of a text holds one of the written strings, as it is or as JSON.
 
-    Else the template cuts or changes messages, and its own words may stand between two marks.
+    Otherwise the template cuts or changes messages, and may write its own words between two marks.
     """
     cores = {core for string in written if (core := string.strip())}
     cores |= {json.dumps(core, ensure_ascii=False)[1:-1] for core in cores}

@@ -8,7 +8,7 @@
 
 Data sets spell messages in many ways. Here they become transformers' form: `content` is text,
 `tool_calls` are {"type": "function", "function": {"name", "arguments": dict}}, thoughts are
-`reasoning_content`. Whatever cannot be expressed is refused by name.
+`reasoning_content`. Anything that cannot be expressed is refused by name.
 """
 
 import json
@@ -30,7 +30,7 @@ ROLES = {
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 THOUGHTS_IN_TEXT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-# Ours, or spelled differently in the standard form.
+# Fields that only we read, or that the standard form spells differently.
 CONSUMED = {"role", "content", "weight", "train", "mask", "function_call", "tool_calls", *THOUGHTS}
 
 
@@ -52,7 +52,7 @@ def standard_messages(messages: list[Message]) -> tuple[list[Message], list[bool
 
 
 def is_learned(message: Message) -> bool:
-    """What `weight`, `train` and `mask` say of an answer."""
+    """True if `weight`, `train` and `mask` allow an answer to be learned."""
     weight, train, mask = message.get("weight"), message.get("train"), message.get("mask")
     if weight is not None and weight not in (0, 1):
         raise UserError(f"weight is {weight!r}; only 0 (not learned) and 1 are possible")
@@ -78,14 +78,14 @@ def standard_tools(tools: list[Any] | None) -> list[dict[str, Any]] | None:
 
 def _standard(message: Any) -> Message:
     if not isinstance(message, dict):
-        raise UserError("it is not a JSON object")
+        raise UserError("not a JSON object")
     role = message.get("role")
     if role not in ROLES:
         raise UserError(f"unknown role {role!r}; known are {', '.join(ROLES)}")
     role = ROLES[role]
     for name in MEDIA:
         if message.get(name):
-            raise UserError(f"{name}: only text can be learned")
+            raise UserError(f"has {name}; only text can be learned")
     standard: Message = {"role": role, "content": content_text(message.get("content"), role)}
     standard |= {name: value for name, value in message.items() if name not in CONSUMED}
     thoughts = next((message[name] for name in THOUGHTS if message.get(name)), None)
@@ -103,7 +103,7 @@ def _standard(message: Any) -> Message:
 
 
 def with_thoughts_apart(message: Message) -> Message:
-    """An answer that begins with <think>...</think>, with that text as its reasoning_content."""
+    """Move <think>...</think> at the beginning of an answer to its reasoning_content."""
     found = THOUGHTS_IN_TEXT.match(message["content"])
     if message["role"] != "assistant" or message.get("reasoning_content") or not found:
         return message
@@ -112,7 +112,7 @@ def with_thoughts_apart(message: Message) -> Message:
 
 
 def without_thoughts(message: Message) -> Message:
-    """A message without its thoughts."""
+    """A copy of a message without its thoughts."""
     return {name: value for name, value in message.items() if name not in THOUGHTS}
 
 

@@ -1,17 +1,17 @@
-"""Renders chat templates, as a program of its own: requests on stdin, answers on stdout.
+"""A program that renders chat templates: requests on stdin, answers on stdout.
 
 A chat template is code from a stranger. Jinja's sandbox keeps it from files and from Python's
 internals, but not from endless loops or huge strings. The operating system does: this process may
-use MAX_BYTES of memory and, for each request, so many seconds of processor time (its argument). It
-ends when it uses more; `rendering.py` starts another.
+use MAX_BYTES of memory and, for each request, a number of seconds of processor time (its argument).
+It ends when it uses more; `rendering.py` starts another.
 
 The first line of stdin is the template, a JSON string. Each further line is a request, a JSON
 object, and a line of stdout its answer, {"texts": [...]} or {"error": ...}:
 
     messages, tools   what it renders
-    renders           [[how many of the messages, more variables], ...]: what texts are wanted
+    renders           [[how many of the messages, more variables], ...], one for each text
     variables         bos_token and the like
-    now               what strftime_now sees, in ISO format
+    now               the time for strftime_now, in ISO format
 
 The environment is transformers' (utils/chat_template_utils.py), with `tojson`, `raise_exception`,
 `strftime_now`, loop controls and `{% generation %}`. Only jinja2 is imported, so this starts fast.
@@ -35,7 +35,7 @@ MAX_TEMPLATE = 2**20  # characters
 MAX_OUTPUT = 2**24  # characters
 MAX_MESSAGE = 300  # characters of an error
 
-# Around what a {% generation %} block writes: noncharacters, which no text contains.
+# Marks around the output of a {% generation %} block: noncharacters, which no text contains.
 GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"
 
 
@@ -56,7 +56,7 @@ class Generation(Extension):
 
 
 class Dict:
-    """`dict` in a template: no class, so that nothing can be reached through it."""
+    """`dict` in a template. It is not the class, which could lead to Python's internals."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
         return dict(*args, **kwargs)
@@ -109,12 +109,12 @@ def to_json(
 
 
 def raise_exception(message: str) -> None:
-    """A template refuses a conversation."""
+    """`raise_exception` in a template, which refuses a conversation."""
     raise jinja2.TemplateError(message)
 
 
 def environment(clock: Clock) -> ImmutableSandboxedEnvironment:
-    """The sandbox with what transformers gives to a chat template."""
+    """The sandbox, with the filters and functions that transformers provides to chat templates."""
     sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -126,7 +126,7 @@ def environment(clock: Clock) -> ImmutableSandboxedEnvironment:
 
 
 def render(template: jinja2.Template, request: dict[str, Any]) -> list[str]:
-    """The texts that a request wants."""
+    """The texts that a request asks for."""
     texts = []
     for count, variables in request["renders"]:
         values = {"messages": request["messages"][:count], "tools": request["tools"]}
@@ -141,7 +141,7 @@ def render(template: jinja2.Template, request: dict[str, Any]) -> list[str]:
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """What went wrong, in a line, and where: {"error": ..., "line": ...}."""
+    """The error on one line, and its line in the template: {"error": ..., "line": ...}."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return {"error": error.message, "line": error.lineno}
     message = f"{type(error).__name__}: {error}"
@@ -151,7 +151,7 @@ def failure(error: Exception) -> dict[str, Any]:
         message = "it needs too much memory"
     elif isinstance(error, RecursionError | SyntaxError):  # SyntaxError: of Python's compiler
         message = "it is nested too deeply"
-    # Jinja gives the frames of a template the template's line numbers.
+    # In the frames of a template, Jinja reports the template's line numbers.
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
     message = " ".join(message[:MAX_MESSAGE].split())
@@ -171,7 +171,7 @@ def limit_memory() -> None:
 def main() -> None:
     """Answer requests until stdin ends. Argument: the seconds for each."""
     max_seconds = float(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent program handles Ctrl-C
     limit_memory()
     set_timer = getattr(signal, "setitimer", None)
     clock = Clock()

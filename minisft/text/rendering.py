@@ -3,7 +3,7 @@
     renderer = Renderer(template)
     [text] = renderer.render(messages, tools=None, variables={"bos_token": "<s>"}, now=now)
 
-The template runs in a process of its own, `render_process.py`, which has limits on time and memory.
+The template runs in a separate process, `render_process.py`, which has limits on time and memory.
 """
 
 import json
@@ -84,7 +84,7 @@ class Renderer:
         now: str,
         renders: Sequence[tuple[int | None, dict[str, Any]]],
     ) -> None:
-        """Let the other process start with what `render` is asked soon, with the same arguments."""
+        """Start a render ahead of time; `render` with the same arguments returns the result."""
         line = request_line(messages, tools, variables, now, renders)
         with self._lock:
             self._running()
@@ -114,7 +114,7 @@ class Renderer:
             process.stdin.write(line)
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # there is no answer either
+            pass  # without a process there is no answer
 
     def _collect(self) -> None:
         """Read the answer to the oldest request."""

@@ -1,11 +1,11 @@
-"""What a saved model tells other programs about its conversations.
+"""The chat template and stop tokens that a saved model carries for other programs.
 
     form = saved_form(tokenizer, "auto", "runs/cherry", listed_stops=[2])
     print(form.chat_template, form.stop_ids)
 
 A model that was fine-tuned with `--template alpaca` must be prompted in this form by every program,
-whatever chat template its base has. So the saved text is that of the training. What the training
-passed to the template as variables stands in its first lines, see template_settings.py.
+whatever chat template its base has. So the saved text is that of the training. Its first lines set
+the variables that the training passed to the template, see template_settings.py.
 """
 
 import re
@@ -27,7 +27,7 @@ class SavedForm:
 
     template: as in training; None if there is none, or if it cannot render a question.
     chat_template: its text for other programs. stop_ids: the tokens that end an answer.
-    is_trained: False for a checkpoint's own template, as it was published. notes: lines for people.
+    is_trained: False for a checkpoint's own template, as it was published. notes: lines to print.
     """
 
     template: ChatTemplate | None
@@ -59,7 +59,7 @@ def saved_form(
     template = trained_template(name, tokenizer, trained_dir, **choices)
     try:
         stop_ids = sorted(template.stop_token_ids(listed_stops))
-    except TemplateError:  # it wants more than a question, so nobody has trained with it here
+    except TemplateError:  # such a template cannot have been used in training
         return SavedForm(None, template.text, listed_stops, is_trained=False)
     if untouched and not split_settings(template.text)[0]:
         return SavedForm(template, template.text, stop_ids, is_trained=False)

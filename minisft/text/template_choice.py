@@ -5,8 +5,8 @@
     get_template("my_template.jinja", tokenizer)        # a file
     trained_template("auto", tokenizer, "runs/cherry")  # what train.py has used
 
-A system prompt and --template_kwargs become lines at the beginning of the text. So the text that
-a saved model carries prompts other programs exactly as in training.
+A system prompt and --template_kwargs become lines at the beginning of the text. So with the text of
+a saved model, other programs write exactly the prompts of training.
 """
 
 import json
@@ -54,7 +54,7 @@ def get_template(
         settings |= setting("leading_space", " ")
     for key, value in template_kwargs.items():
         if not key.isidentifier() or keyword.iskeyword(key):
-            raise UserError(f"--template_kwargs: {key!r} is no name of a variable")
+            raise UserError(f"--template_kwargs: {key!r} is not a variable name")
         settings |= setting(key, value)
     if default_system is not None:
         settings |= system_setting(default_system)
@@ -73,7 +73,7 @@ def get_template(
             "of this tokenizer; remove it"
         )
     if default_system and not template.facts.knows_system:
-        raise UserError(f"--default_system: the template {name} has no place for a system prompt")
+        raise UserError(f"--default_system: the template {name} supports no system prompt")
     return template
 
 
@@ -146,8 +146,8 @@ def trained_template(
 ) -> ChatTemplate:
     """The template `name`; "auto" is the one that the model was trained with.
 
-    trained_dir: the folder of the adapter or the model, where train.py has left options.toml and
-    the text of its template. The other arguments by default are those of the training.
+    trained_dir: the folder of the adapter or the model, where train.py saved options.toml and the
+    text of its template. The other arguments by default are those of the training.
     """
     trained = recorded_options(trained_dir)
     if default_system is None:

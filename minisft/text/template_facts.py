@@ -1,4 +1,4 @@
-"""What a chat template does, found out by rendering a few words.
+"""Facts about a chat template, found by rendering a few words.
 
     facts = TemplateFacts(render, tokens)
     facts.end               the token that ends an answer
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.rendering import TemplateError
 
-# What the probes say. No template contains these words.
+# The words of the probes. No template contains them.
 QUESTION, ANSWER, NEXT = "Probequestion", "Probeanswer", "Probenext"
 THOUGHT, TOOL, RESULT, INPUT = "Probethought", "probe_tool", "Proberesult", "Probeinput"
 USER = {"role": "user", "content": QUESTION}
@@ -33,7 +33,7 @@ TOOL_OFFER = {
     },
 }
 
-# What templates write before an answer without thoughts.
+# The text that templates write before an answer without thoughts.
 EMPTY_THOUGHT = r"\s*(<(\w+:)?think>\s*)?</(\w+:)?think>\s*|\s*\[THINK\]\s*\[/THINK\]\s*"
 
 # render(messages, tools, **variables) -> text
@@ -42,22 +42,22 @@ Render = Callable[..., str]
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a template wants tool calls. arguments_as_text: as JSON text instead of an object.
-    with_ids: every call and its result need an id."""
+    """The form in which a template expects tool calls. arguments_as_text: as JSON text instead of
+    an object. with_ids: every call and its result need an id."""
 
     arguments_as_text: bool
     with_ids: bool
 
 
 class ThoughtMarks(NamedTuple):
-    """opening stands before thoughts, closing between thoughts and answer, without white space
+    """opening comes before thoughts, closing between thoughts and answer, without white space
     around them. A prompt that ends with `opening` has opened the thoughts itself."""
 
     opening: str
     closing: str
 
 
-# Of templates that show thoughts in the prompt for an answer only.
+# The marks of templates that show thoughts only in the prompt for an answer.
 COMMON_MARKS = (
     ThoughtMarks("<think>", "</think>"),
     ThoughtMarks("<|START_THINKING|>", "<|END_THINKING|>"),
@@ -66,14 +66,14 @@ COMMON_MARKS = (
 
 
 class TemplateFacts:
-    """Facts about a template. Each costs a few renders, when it is first asked for."""
+    """Facts about a template. Each takes a few renders at its first use."""
 
     def __init__(self, render: Render, tokens: ControlTokens):
         self._render, self._tokens = render, tokens
 
     @cached_property
     def empty_tools(self) -> list | None:
-        """What the template wants if there are no tools: nothing, or an empty list."""
+        """The `tools` that the template accepts if there are none: None or an empty list."""
         try:
             self._render([USER], None)
         except TemplateError:
@@ -92,12 +92,12 @@ class TemplateFacts:
 
     @cached_property
     def prompt(self) -> str:
-        """What the template writes before an answer."""
+        """The text that the template writes before an answer."""
         return self._prompt()
 
     @cached_property
     def opening(self) -> str:
-        """What opens an answer: what the generation prompt adds, or what follows the question."""
+        """The text that opens an answer: the generation prompt, or the text after the question."""
         prompt, text = self.prompt, self._render([USER], self.empty_tools)
         if prompt.startswith(text) and len(prompt) > len(text):
             return prompt[len(text) :]
@@ -105,7 +105,7 @@ class TemplateFacts:
 
     @cached_property
     def answer(self) -> str | None:
-        """What the template writes behind a prompt for an answer; None if it changes the prompt."""
+        """The template's text of an answer, after its prompt; None if it changes the prompt."""
         prompt = self.prompt
         text = self._render([USER, ASSISTANT], self.empty_tools)
         return text[len(prompt) :] if text.startswith(prompt) else None
@@ -131,7 +131,7 @@ class TemplateFacts:
             longer = text
         ends = [match for match in self._tokens.find(text) if match.start >= after]
         if ends:
-            # Phi-3.5 writes EOS behind the last answer's end, and only there.
+            # Phi-3.5 writes EOS after the end of the last answer, and only there.
             shared = len(commonprefix([text, longer]))
             kept = [match for match in ends if match.end <= shared]
             return self._tokens.spellings[(kept[-1] if kept else ends[0]).id], False
@@ -153,7 +153,7 @@ class TemplateFacts:
 
     @property
     def note(self) -> str | None:
-        """What a user should know about the end of answers; None if all is well."""
+        """A warning about the end of answers; None if there is nothing to warn about."""
         if self.end or self.answer is None:
             return None
         return (
@@ -186,7 +186,7 @@ class TemplateFacts:
 
     @cached_property
     def knows_input(self) -> bool:
-        """True if the template has a place for Alpaca's `input`."""
+        """True if the template supports Alpaca's `input`."""
         return self._writes(INPUT, [{**USER, "input": INPUT}], self.empty_tools)
 
     @cached_property
@@ -196,9 +196,9 @@ class TemplateFacts:
 
     @cached_property
     def thought_marks(self) -> ThoughtMarks | None:
-        """What separates thoughts from answers; None if the template has no thoughts."""
+        """The marks that separate thoughts from answers; None if the template has no thoughts."""
         on, off = (self._prompt(enable_thinking=value, thinking=value) for value in (True, False))
-        if not self.knows_thoughts:  # it leaves them out of finished turns
+        if not self.knows_thoughts:  # the template omits the thoughts of finished turns
             openings = (on + off).replace(QUESTION, "")
             return next((marks for marks in COMMON_MARKS if marks.opening in openings), None)
         variables = {"enable_thinking": True, "thinking": True}
@@ -268,9 +268,9 @@ class TemplateFacts:
 
 
 def last_mark(prompt: str, other: str) -> str:
-    """The shortest end of a prompt that begins with a bracket or a line, and is not `other`'s end.
+    """The shortest suffix of a prompt that starts at a bracket or line and does not end `other`.
 
-    `other` is the prompt without thoughts; if it is equal, the shortest end of all.
+    `other` is the prompt without thoughts. If both are equal, any suffix qualifies.
     """
     for start in reversed([found.start() for found in re.finditer(r"(?<=\n)|[<\[]", prompt)]):
         if prompt == other or not other.endswith(prompt[start:]):
@@ -279,7 +279,7 @@ def last_mark(prompt: str, other: str) -> str:
 
 
 def with_call_form(messages: list[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:
-    """Messages whose tool calls have the form that a template wants."""
+    """Messages whose tool calls have the form that a template expects."""
     changed, open_ids, number = [], [], 0
     for message in messages:
         if calls := message.get("tool_calls"):

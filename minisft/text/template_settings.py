@@ -7,8 +7,8 @@ A setting is a line of Jinja, so every program that renders the text follows it:
     {% if date_string is not defined %}{% set date_string = "26 Jul 2024" %}{% endif %}
     {% if messages[0]['role'] != 'system' %}{% set messages = [...] + messages %}{% endif %}
 
-transformers, vLLM and llama.cpp remove the line break behind a block (trim_blocks). So a line adds
-nothing to what the template writes.
+transformers, vLLM and llama.cpp remove the line break after a block (trim_blocks). So a line adds
+nothing to the output of the template.
 """
 
 import json
@@ -25,12 +25,12 @@ LINE = re.compile(
 
 
 def setting(name: str, value: Any) -> dict[str, str]:
-    """{name: line} that gives a variable a value, unless the program that renders has its own."""
+    """{name: line}. The line sets a variable, unless the rendering program has its own value."""
     return {name: f"{{% if {name} is not defined %}}{{% set {name} = {literal(value)} %}}{END}"}
 
 
 def fixed_setting(name: str, line: str | None) -> dict[str, str]:
-    """A setting that the value of the program that renders does not change.
+    """A setting that wins over the value of the rendering program.
 
     line: the setting as `setting` writes it; None for a variable that the program must not set.
     """
@@ -40,7 +40,7 @@ def fixed_setting(name: str, line: str | None) -> dict[str, str]:
 
 
 def unfixed_setting(name: str, line: str) -> dict[str, str]:
-    """What fixed_setting was made from."""
+    """The inverse of fixed_setting: the setting, or None for a variable without one."""
     if line in fixed_setting(name, None).values():
         return {}
     if line.endswith(END):
@@ -56,7 +56,7 @@ def system_setting(text: str) -> dict[str, str]:
 
 
 def with_settings(text: str, settings: dict[str, str]) -> str:
-    """A template with settings, which replace those of the same name that it has already."""
+    """A template with these settings, which replace its settings of the same names."""
     present, rest = split_settings(text)
     return "".join({**present, **settings}.values()) + rest
 

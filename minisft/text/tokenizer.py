@@ -37,10 +37,10 @@ from minisft.text.turn_tokens import split_turn_tokens, turn_template, turn_toke
 class Tokenizer:
     """A checkpoint's tokenizer with its special tokens and chat template.
 
-    named_ids: {"bos_token": id, ...} of those that it has. add_bos_token: True if a text gets BOS.
-    special_ids: ids that `encode` never produces. turn_ids: those of turn_tokens.py among them.
-    leading_space: True if a text gets a leading space. prefix_after_special: True if text after a
-    special token gets it too (Llama's "legacy" behaviour).
+    named_ids: {"bos_token": id, ...}, without tokens that it lacks. add_bos_token: True if a text
+    gets BOS. special_ids: ids that `encode` never produces. turn_ids: those of turn_tokens.py among
+    them. leading_space: True if a text gets a leading space. prefix_after_special: True if text
+    after a special token gets it too (Llama's "legacy" behaviour).
     """
 
     def __init__(self, model_dir: str | Path):

@@ -1,4 +1,4 @@
-"""Tools in conversations, as text for templates that do not know them, in the form of Qwen2.5.
+"""Tools as text, in the form of Qwen2.5, for templates that do not support them.
 
 messages, learned = offer_tools(messages, learned, tools, "")  # into the system prompt
 messages, learned = calls_as_text(messages, learned)           # calls and results as text
@@ -38,8 +38,8 @@ def offer_tools(
 ) -> tuple[list[Message], list[bool]]:
     """The messages with descriptions of the tools at the end of the system prompt.
 
-    default_system: the template's own system prompt; None if it has no place for one. Then the
-    tools stand before the first question.
+    default_system: the template's own system prompt; None if it supports none. Then the
+    tools come before the first question.
     """
     lines = "".join(["\n" + json.dumps(tool, ensure_ascii=False) for tool in tools])
     offer = OFFER.replace("{tools}", lines)

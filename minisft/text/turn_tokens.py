@@ -1,7 +1,7 @@
 """Baichuan2's turn tokens and chat template, which no file of its checkpoints states.
 
 Its code puts token 195 before a question and 196 before an answer. Both are user-defined pieces of
-the vocabulary, so SentencePiece makes them out of text that spells them. Here they are special.
+the vocabulary, so SentencePiece produces them from text that spells them. Here they are special.
 """
 
 import re

@@ -1,10 +1,10 @@
-"""The answers of a conversation, each behind the prompt that it has in use.
+"""The answers of a conversation, each after the prompt that it has in use.
 
     for turn in find_turns(conversation, jinja):
         print(turn.text[: turn.start], "->", turn.text[turn.answer :])
 
-The text of a conversation up to an answer must begin with the answer's prompt. Where it does not,
-the answer cannot be learned, and the refusal shows where the two texts part.
+The text of a conversation up to an answer must begin with the answer's prompt. Otherwise the answer
+cannot be learned, and the error shows where the two texts differ.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ Variables = dict[str, Any]
 class Turn:
     """An answer in its conversation: text[:start] is its prompt, text[answer:] the answer.
 
-    Between start and answer stands an empty think block, if anything. message_spans: where message
-    texts stand in the text.
+    Between start and answer there may be an empty think block. message_spans: the spans of message
+    texts in the text.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Turn:
 
 
 def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
-    """Each answer behind its prompt; UserError if one cannot be learned there."""
+    """Each answer after its prompt; UserError if an answer cannot be learned after its prompt."""
     renders = renders_of(conversation)
     texts = iter(jinja.render(conversation.messages, conversation.tools, renders))
     turns = []
@@ -62,7 +62,7 @@ def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
 
 
 def renders_of(conversation: Conversation) -> list[tuple[int, Variables]]:
-    """(number of messages, variables) of two texts for each answer: its prompt, and with it."""
+    """(number of messages, variables) of two texts per answer: the prompt; prompt and answer."""
     renders: list[tuple[int, Variables]] = []
     for place in conversation.answers:
         has_thoughts = bool(conversation.messages[place].get("reasoning_content"))
@@ -89,10 +89,10 @@ def check_turn(
 def behind_other_prompt(
     question: str, prompt: str, prompt_spans: list[Span], text: str, spans: list[Span]
 ) -> tuple[str, list[Span]]:
-    """(the prompt and the answer of a text that begins otherwise, message spans of both).
+    """(the prompt and the answer of a text that begins differently, message spans of both).
 
     Mistral-Nemo writes the system prompt into the last question, and only while it is the last
-    message: prompt and text are equal behind the question. UserError if they are not.
+    message: prompt and text are equal after the question. UserError if they are not.
     """
     after_prompt, after_text = prompt.rpartition(question)[2], text.rpartition(question)[2]
     has_question = bool(question) and question in prompt and question in text
@@ -106,12 +106,12 @@ def behind_other_prompt(
 
 
 def where_they_part(prompt: str, text: str) -> str:
-    """Why an answer cannot be learned behind its prompt."""
+    """The message of a UserError: why an answer cannot be learned after its prompt."""
     place = len(commonprefix([prompt, text]))
     return (
         "the template's prompt is not the beginning of its conversation: after "
-        f"{prompt[max(0, place - 30) : place]!r} the prompt goes on with "
+        f"{prompt[max(0, place - 30) : place]!r} the prompt continues with "
         f"{prompt[place : place + 40]!r}, the conversation with {text[place : place + 40]!r}. So "
-        "the answer cannot be learned behind its prompt. --template_kwargs may change this; else "
+        "the answer cannot be learned after its prompt. --template_kwargs may change this; else "
         "choose another --template"
     )

@@ -133,7 +133,7 @@ def remove_others(output_dir: Path, resumed: Path | None, step: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Marker first, so that a partly removed folder is not a checkpoint.
+    # Remove the marker first, so that a partly removed folder is not a checkpoint.
     (path / MARKER).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
@@ -206,7 +206,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     path = Path(path) / STATE
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds, with long messages
+    except Exception as error:  # torch raises many types, with long messages
         raise UserError(
             f"{path} cannot be read ({first_line(error)}). Resume from another checkpoint."
         ) from error

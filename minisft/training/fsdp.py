@@ -79,7 +79,7 @@ def distribute(
 def _shard(model: Model, dtype: torch.dtype, device: torch.device) -> None:
     """Split all parameters by rows and allocate this rank's on `device`. In place.
 
-    dtype: type of gathered weights and of what is computed with them.
+    dtype: type of the gathered weights and of computations with them.
     """
     mesh = init_device_mesh(device.type, (processes.world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -19,7 +19,7 @@ class Interruption:
     """Inside `with`, the first signal is kept in `signal`; a second Ctrl-C interrupts.
 
     Other repetitions do nothing: a cluster sends SIGTERM to all processes, and torchrun passes it
-    on. An ignored SIGHUP stays ignored, so a run under nohup goes on.
+    on. An ignored SIGHUP stays ignored, so a run under nohup continues.
     """
 
     def __enter__(self) -> "Interruption":
@@ -45,7 +45,7 @@ class Interruption:
 
 
 def _leave_terminal() -> None:
-    """Discard what would be printed to a terminal that is gone: every print would fail."""
+    """Discard output to a terminal that is gone, because every print would fail."""
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is None:
             continue

@@ -125,7 +125,7 @@ class ByteTokenizer:
 def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Example], str]:
     """(examples that have lengths but no content, a note on how the lengths were estimated).
 
-    Of many rows, an evenly spread part. The length of a row that is not encoded is estimated from
+    Of many rows, only an evenly spread part is encoded. The length of another row is estimated from
     its bytes, and divided into texts as in the encoded row of the nearest size.
     """
     assert isinstance(batches.rows, Rows)
@@ -178,9 +178,9 @@ def without_content(lengths: list[int], num_supervised: int) -> Example:
 def measure_batches(
     examples: list[Example], batches: batching.Batches, options: Namespace, num_processes: int
 ) -> tuple[tuple[int, int], Epoch]:
-    """(tokens and supervised tokens of the largest micro-batch, the epoch) as training makes them.
+    """(tokens and supervised tokens of the largest micro-batch, the epoch), batched as in training.
 
-    batches: those of all rows, of which the examples may be a part.
+    batches: the batches of all rows; the examples may be a part of these rows.
     """
     dealt = batching.Batches(
         examples, already_encoded, options.seed, total_bytes=batches.example_bytes * len(examples)
@@ -208,7 +208,7 @@ def measure_batches(
 
 
 def already_encoded(rows: Any) -> tuple[list[Example], EncodeReport]:
-    """The `encode` of rows that are examples already."""
+    """The `encode` function for rows that are examples already."""
     return list(rows), EncodeReport()
 
 

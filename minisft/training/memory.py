@@ -7,7 +7,7 @@
 
 A step holds weights, gradients, AdamW's moments, activations (what autograd keeps of the forward
 pass) and logits. They are not largest at the same time: at the loss all activations and the logits
-are there; in the backward pass activations give way to gradients. `phases` adds up what is held at
+are in memory; in the backward pass gradients replace activations. `phases` adds up what is held at
 the points where the sum can be largest.
 
 D is the width of the model, Q and K are the widths of all queries and of all keys. Sizes are in
@@ -37,7 +37,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 
 @dataclass
 class Step:
-    """What the memory of a step depends on besides the model: a rank's largest micro-batch."""
+    """A rank's largest micro-batch. With the model, it decides the memory of a step."""
 
     num_tokens: int  # with padding
     num_supervised: int  # tokens that have logits
@@ -57,7 +57,7 @@ class Step:
 
 @dataclass
 class Phase:
-    """A point in the step, and what each of PARTS holds there."""
+    """A point in the step, and the bytes of each of PARTS there."""
 
     name: str
     parts: dict[str, int]
@@ -149,7 +149,7 @@ def memory_held(
     logits: int = 0,
     casts: int = 0,
 ) -> dict[str, int]:
-    """What each of PARTS holds at a point of the step.
+    """The bytes of each of PARTS at a point of the step.
 
     finished: gradients that this backward pass has finished. computing: the gradient in progress.
     casts: copies of weights in the type of the products.
@@ -188,7 +188,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def output_module(model: Model) -> nn.Module:
-    """The module that gives the logits, or the reward."""
+    """The module that computes the logits, or the reward."""
     if isinstance(model, RewardModel):
         return model.score
     return model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
@@ -223,7 +223,7 @@ def gathered_gradient_bytes(model: Model, step: Step) -> int:
 
 
 def layer_bytes_per_token(model: Model, step: Step) -> int:
-    """What autograd keeps of one layer for each token.
+    """The bytes of one layer that autograd keeps for each token.
 
     An operation keeps what its gradient needs. A sum needs nothing; a product needs both factors,
     but a linear module with a frozen weight does not need its input.

@@ -22,7 +22,7 @@ from minisft.model.loss import next_token_loss
 
 
 class Objective(Protocol):
-    """What the training loop minimises. preference.py has two more."""
+    """The interface of an objective: the loss that the training loop minimises."""
 
     model: Any
 

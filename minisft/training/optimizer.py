@@ -1,4 +1,4 @@
-"""AdamW: what is decayed, and the learning rate of a step. schedules.py has the rates.
+"""AdamW: weight decay, and the learning rate of a step. schedules.py has the rates.
 
 optimizer = build_optimizer(model, options)
 set_learning_rate(optimizer, 1e-4)

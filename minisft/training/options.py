@@ -1,4 +1,4 @@
-"""The flags of `train.py`, and which of them work together.
+"""The flags of `train.py`, and checks of their combinations.
 
 options = parse_options(["--model_name_or_path", "examples/base", "--output_dir", "runs/demo",
                          "--dataset", "examples/data/train.json"])
@@ -113,7 +113,7 @@ def _add_preference_flags(add: Add, switch: Add) -> None:
 
 def _add_optimizer_flags(add: Add, switch: Add) -> None:
     add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the rows")
-    add("--max_steps", type=positive_int, help="stop after N optimizer steps instead")
+    add("--max_steps", type=positive_int, help="stop after N optimizer steps instead of epochs")
     batch_size = "rows of a micro-batch"
     add("--per_device_train_batch_size", type=positive_int, default=8, help=batch_size)
     accumulation = "micro-batches of an optimizer step"
@@ -127,7 +127,7 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
     end = "final learning rate of the polynomial schedule"
     add("--lr_end", type=non_negative_float, default=0.0, help=end)
     add("--warmup_ratio", type=fraction, default=0.03, help="share of the steps for warm-up")
-    add("--warmup_steps", type=non_negative_int, help="number of steps for warm-up, instead")
+    add("--warmup_steps", type=non_negative_int, help="steps of warm-up, instead of a share")
     add(
         "--weight_decay",
         type=non_negative_float,
@@ -181,7 +181,7 @@ def _add_plan_flags(add: Add, switch: Add) -> None:
     tokens = "speed of all processes, as in metrics.jsonl of a short run"
     add("--tokens_per_second", type=positive_float, help=tokens)
     tflops = (
-        "or speed of a device, in 10^12 operations a second; a GPU reaches about 0.4 of its peak"
+        "or speed of a device, in 10^12 operations per second; a GPU reaches about 0.4 of its peak"
     )
     add("--device_tflops", type=positive_float, help=tflops)
 

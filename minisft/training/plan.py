@@ -3,8 +3,8 @@
     python train.py --config examples/recipes/llama3_8b_full.toml --dry_run --num_processes 8 \\
         --device cuda --device_memory 80GB --device_tflops 400
 
-It needs config.json only. lengths.py looks at the rows and says where their lengths come from,
-memory.py computes the memory and operations.py the arithmetic.
+It needs config.json only. lengths.py counts or estimates the tokens of the rows, memory.py computes
+the memory and operations.py the arithmetic.
 """
 
 import os
@@ -40,7 +40,7 @@ def show(options: Namespace) -> None:
         return
     model_dir = local_folder(options.model_name_or_path)
     config = ModelConfig.load(model_dir)
-    with suppress(UserError):  # the weights, where they are, decide if the output matrix is tied
+    with suppress(UserError):  # weights on this disk decide whether the output matrix is tied
         config, _ = open_checkpoint(model_dir)
     device = resolve_device(options.device, must_exist=False)
     # Assume that a GPU of another machine is fast at bfloat16.

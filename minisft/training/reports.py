@@ -5,8 +5,8 @@
     reports.log({"step": 10, "loss": 0.5, "eval_loss": 0.7})    # train/loss, eval/loss
     reports.finish()
 
-Scalars have the names that transformers gives them. A service that fails is named once and left
-out; training goes on. A resumed run continues that of the service, whose number is in reports.json.
+Scalars have their names in transformers. A service that fails is reported once and dropped;
+training continues. A resumed run continues the run of the service, whose id is in reports.json.
 """
 
 import json
@@ -25,7 +25,7 @@ from minisft.common.outputs import atomic_write
 
 # The default name of a project. WANDB_PROJECT, SWANLAB_PROJECT and TRACKIO_PROJECT give another.
 PROJECT = "minisft"
-# Numbers of the runs at their services, in --output_dir.
+# The ids of the runs at their services, a file in --output_dir.
 RUN_IDS = "reports.json"
 
 
@@ -80,7 +80,7 @@ class WeightsAndBiases:
             id=run_id,
             resume="allow",
             config=vars(options),
-            allow_val_change=True,  # of options that a resumed run has changed
+            allow_val_change=True,  # options may change in a resumed run
         )
         self.run_id = self.run.id
         # Its own count of steps never goes back, as a resumed run may.
@@ -216,13 +216,14 @@ class Reports:
 
     @contextmanager
     def _survive(self, name: str) -> Generator[None, None, None]:
-        """Leave a service out if it fails. Whatever it raises, training goes on."""
+        """Drop a service if it fails. Training continues whatever the service raises."""
         try:
             yield
         except Exception as error:
             self.services.pop(name, None)
             print(
-                f"--report_to {name}: {first_line(error)}; training goes on without it", flush=True
+                f"--report_to {name}: {first_line(error)}; training continues without it",
+                flush=True,
             )
 
 

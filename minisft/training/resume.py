@@ -83,7 +83,7 @@ class SavedRun:
 
     @property
     def reference_log_probs(self) -> LogProbs:
-        """What --precompute_reference has computed; empty without it."""
+        """The results of --precompute_reference; empty without it."""
         return self.state["reference"]
 
 
@@ -156,7 +156,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def template_date(options: Namespace) -> str:
-    """The date that the chat template sees: that of the run which is resumed, by default now."""
+    """The date that the chat template sees: the date of the resumed run, or now for a new run."""
 
     def find() -> str:
         """The date for all ranks, read on rank 0."""

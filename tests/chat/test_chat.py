@@ -1,4 +1,4 @@
-"""chat.py as a person and a shell use it: a terminal with keys pressed, pipes, exit statuses."""
+"""chat.py as people and shells use it: key presses in a terminal, pipes, exit statuses."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from minisft.text.tokenizer import Tokenizer
 SCRIPT = ROOT / "chat.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8"}
 PROMPT = "\033[1;32m>\033[0m "
-ENTERED = "\r\n\033[?2004l\r"  # a line has been read; what is pasted is no longer marked as such
+ENTERED = "\r\n\033[?2004l\r"  # a line has been read; pasted text is no longer marked
 GREEDY = ["--dtype", "float32", "--device", "cpu", "--greedy"]
 TOKEN = "minisft.model.decoder:CausalLM.logits"  # called for every token of an answer
 
@@ -77,7 +77,7 @@ def test_one_question_prints_the_answer_only(tiny_chat_model_dir, oracle):
     assert (status, answer) == (0, expected + "\n")
     status, answer, _ = chat(
         tiny_chat_model_dir, *flags, "--prompt", "-", input="\ufeffthe cat 你好"
-    )  # as some editors begin a file
+    )  # some editors begin a file like this
     assert (status, answer) == (0, expected + "\n")
 
 
@@ -133,7 +133,7 @@ def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
 
 
 def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
-    """The wide space of Chinese input and a tab part a command from its argument."""
+    """The wide space of Chinese input and a tab also separate a command from its argument."""
     lines = [
         f"\ufeff/save {tmp_path}/x",
         "/system　你是诗人",
@@ -162,7 +162,7 @@ def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
     assert "error: there is nothing to save yet" in said and "/SAVE is not a command" in said
 
 
-def test_a_turn_without_an_answer_is_told_and_forgotten(tiny_chat_model_dir, tmp_path):
+def test_a_turn_without_an_answer_is_reported_and_dropped(tiny_chat_model_dir, tmp_path):
     for path in tiny_chat_model_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(300)]}))
@@ -273,7 +273,7 @@ def test_identity_is_the_standing_instruction(tiny_chat_model_dir, oracle, tmp_p
 
 @pytest.mark.parametrize("is_file", [True, False])
 def test_line_breaks_that_are_spelled_out(is_file, tiny_chat_model_dir, oracle, tmp_path):
-    r"""One line with \\n in it, as such files are shipped. Texts of several lines do not change."""
+    r"""Only one line with \\n in it gets line breaks. Texts of several lines do not change."""
     path = tmp_path / "identity.txt"
     for text, meant in (
         (r"You are\n\nbrief.", "You are\n\nbrief."),
@@ -297,7 +297,7 @@ def test_flags_that_the_template_does_not_read_are_named(tiny_chat_model_dir):
     assert "--template_kwargs date_string has no effect" in said
 
 
-def test_an_identity_that_leaves_no_room_is_told_at_the_start(tiny_chat_model_dir, tmp_path):
+def test_an_identity_that_leaves_no_room_is_refused_at_the_start(tiny_chat_model_dir, tmp_path):
     identity, prompts = tmp_path / "long.txt", tmp_path / "prompts.txt"
     identity.write_text("be brief " * 30)
     prompts.write_text("the cat\n")
@@ -346,7 +346,7 @@ def test_ctrl_c_ends_a_conversation_through_a_pipe(tiny_chat_model_dir, tmp_path
     assert process.returncode == 130 and printed
 
 
-def test_log_and_stats_and_what_is_refused(tiny_chat_model_dir, oracle, tmp_path):
+def test_log_stats_and_refused_turns(tiny_chat_model_dir, oracle, tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"cut by a crash": "')
     lines = ["/stats", "the cat", "\x07bell", "/reset", "/system be brief", "你好", "and", "/stats"]
@@ -376,7 +376,7 @@ def test_log_and_stats_and_what_is_refused(tiny_chat_model_dir, oracle, tmp_path
     begun, *rows = log.read_text("utf-8").splitlines()
     assert begun == '{"cut by a crash": "'
     rows, joined = [json.loads(row) for row in rows], []
-    for row in rows:  # an answer that took more than a second is in several rows
+    for row in rows:  # an answer that took more than a second has several rows
         if joined and row["role"] == joined[-1]["role"] == "assistant":
             joined[-1]["content"] += row["content"]
         else:
@@ -387,9 +387,9 @@ def test_log_and_stats_and_what_is_refused(tiny_chat_model_dir, oracle, tmp_path
 
 
 def test_a_crash_loses_nothing_of_the_transcript(tiny_chat_model_dir, oracle, tmp_path):
-    """Killed while it computes the tenth token: the nine before are in the file."""
+    """If chat.py is killed while it computes the tenth token, the first nine are in the file."""
     told, log = tmp_path / "told", tmp_path / "log"
-    # The transcript gets a line when this much time has passed, here at once.
+    # The transcript writes a line when this much time has passed: here for every token.
     standing = standing_still(
         TOKEN, [10], told, **{"minisft.chat.transcript:SECONDS_BETWEEN_PARTS": -1}
     )
@@ -417,12 +417,12 @@ def test_a_crash_loses_nothing_of_the_transcript(tiny_chat_model_dir, oracle, tm
 
 
 class Terminal:
-    """chat.py on a terminal of its own: press keys, wait for what appears."""
+    """chat.py in its own terminal: press keys, wait for output."""
 
     def __init__(self, *arguments, output=None, standing=()):
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
-            # Whoever started the tests in the background has had Ctrl-C ignored.
+            # If the tests were started in the background, Ctrl-C is ignored.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if output:
                 os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
@@ -434,7 +434,7 @@ class Terminal:
         os.write(self.descriptor, keys.encode())
 
     def wait_for(self, text):
-        """What has appeared up to `text`, which is taken off the screen."""
+        """Wait for `text`; return the output up to it, and remove that from the screen."""
         while text.encode() not in self.screen:
             ready, _, _ = select.select([self.descriptor], [], [], HANG_SECONDS)
             assert ready, f"{text!r} has not appeared: {self.screen.decode(errors='replace')}"
@@ -443,16 +443,16 @@ class Terminal:
         return before.decode()  # strict: half a character would raise
 
     def wait_for_prompt(self):
-        """The prompt, and that chat.py reads: Python loses a Ctrl-C in the moment before it."""
+        """Wait until chat.py reads at the prompt: Python loses a Ctrl-C in the moment before."""
         self.wait_for(PROMPT)
         self.wait_until_it_reads()
 
     def wait_until_it_reads(self):
-        """That its main thread sleeps, which it does only to wait for keys."""
+        """Wait until its main thread sleeps, which it does only while it waits for keys."""
         wait_until(lambda: state_of(self.pid) == "S")
 
     def exit_status(self):
-        with contextlib.suppress(OSError):  # how the end of a terminal reads
+        with contextlib.suppress(OSError):  # a closed terminal reads like this
             while chunk := os.read(self.descriptor, 65536):
                 self.screen += chunk
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -478,7 +478,7 @@ def terminal(tiny_chat_model_dir):
 
 
 def test_terminal_with_ctrl_c(terminal, oracle, tmp_path):
-    """While the first, tenth and nineteenth token of three answers is computed; at the prompt."""
+    """Ctrl-C during the first, tenth and nineteenth token of three answers, and at the prompt."""
     told, saved = tmp_path / "told", tmp_path / "saved.json"
     screen = terminal(standing=standing_still(TOKEN, [1, 11, 30], told))
     assert "template auto · cpu float32 · context 20000" in screen.wait_for("/help lists")
@@ -492,14 +492,14 @@ def test_terminal_with_ctrl_c(terminal, oracle, tmp_path):
         wait_until(lambda number=number: lines_in(told) == number)
         screen.press("\x03")
         screen.wait_for("(stopped)")
-    # What was answered so far is kept.
+    # The text so far is kept.
     screen.wait_for(PROMPT)
     screen.press(f"/save {saved}\r")
     screen.wait_for("saved to")
     question, answer = json.loads(saved.read_text("utf-8"))[0]["messages"]
     assert question == user("the cat 你好") and answer["role"] == "assistant"
     assert answer["content"] and oracle([question]).startswith(answer["content"])
-    # At the prompt the first only says how to leave, also with half a line typed.
+    # At the prompt the first Ctrl-C only explains how to leave, even if half a line is typed.
     screen.wait_for(PROMPT)
     screen.press("half a line")
     screen.wait_for("half a line")
@@ -520,7 +520,7 @@ def test_terminal_with_ctrl_c(terminal, oracle, tmp_path):
 def test_terminal_answers_as_a_pipe_does_and_ctrl_d_leaves(terminal, tiny_chat_model_dir, oracle):
     screen = terminal("--max_new_tokens", "20")
     screen.wait_for(PROMPT)
-    # Editing goes by characters, not bytes or columns: two are taken back.
+    # Backspace removes characters, not bytes or columns. Here it removes two.
     screen.press("the cat 你好吗呢\x7f\x7f\r")
     screen.wait_for(ENTERED)
     shown = screen.wait_for("\033[2m(truncated")
@@ -533,10 +533,10 @@ def test_terminal_answers_as_a_pipe_does_and_ctrl_d_leaves(terminal, tiny_chat_m
 
 
 @pytest.mark.skipif("libedit" in readline.__doc__, reason="libedit does not know pasted text")
-def test_what_is_pasted_is_one_message(terminal, oracle, tmp_path):
-    """However many lines it has: a terminal says where it begins and ends."""
+def test_pasted_text_is_one_message(terminal, oracle, tmp_path):
+    """A terminal marks where pasted text begins and ends, so it may have several lines."""
     screen = terminal("--max_new_tokens", "20")
-    screen.wait_for("\033[?2004h")  # asks the terminal to say so
+    screen.wait_for("\033[?2004h")  # asks the terminal for these marks
     screen.wait_for(PROMPT)
     screen.press("\033[200~the cat\r你好\r/quit\033[201~\r")
     screen.wait_for("(truncated")

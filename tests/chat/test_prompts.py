@@ -1,4 +1,4 @@
-"""Files of prompts through chat.py: in order, in batches, gone on with after a kill."""
+"""Files of prompts through chat.py: in order, in batches, continued after a kill."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_answers_are_in_order_and_equal_single_prompts(
         temperature=1.3,
         top_k=0,
         top_p=1,
-        seed=6,  # with 5, two tokens are so nearly tied that rounding in a batch decides
+        seed=6,  # with 5, two tokens nearly tie, and rounding would decide
     )
     done = command(*flags, script="chat.py")
     assert done.returncode == 0 and done.stderr.endswith("answers.jsonl: 11 answers\n")
@@ -104,7 +104,7 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
 
 
 def test_cut_last_line_is_answered_again(tmp_path):
-    """Begun, cut in the last line, gone on with, and gone on with again."""
+    """The last line is cut after an interruption; the run then continues, twice."""
     path = tmp_path / "out.partial"
     for row in range(3):
         answers = prompts.Answers(path, {"seed": 1})
@@ -114,7 +114,7 @@ def test_cut_last_line_is_answered_again(tmp_path):
         path.write_bytes(path.read_bytes() + b'[7, "n')
 
 
-def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path):
+def test_a_killed_run_keeps_its_answers(tiny_chat_model_dir, tmp_path):
     path, told = tmp_path / "many.txt", tmp_path / "told"
     path.write_text("the cat\n" * 9)
     process = subprocess.Popen(
@@ -147,7 +147,7 @@ def test_a_run_killed_outright_leaves_what_it_had(tiny_chat_model_dir, tmp_path)
 
 
 def test_rows_of_every_format(assistant, tmp_path):
-    """An answer that a row has is not seen; a system prompt of its own comes before the file's."""
+    """The answer of a row is not used; its system prompt wins over that of --system."""
     rows = [
         "only text",
         {"prompt": "p"},

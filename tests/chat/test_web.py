@@ -1,4 +1,4 @@
-"""page.py and web.py: what a Page does, how it is served, and how it behaves in a real browser."""
+"""page.py and web.py: the actions of a Page, its server, and its behaviour in a real browser."""
 
 import contextlib
 import http.client
@@ -57,19 +57,19 @@ def page(tiny_chat_model_dir):
 
 @pytest.fixture
 def alone(tiny_chat_model_dir):
-    """A function: messages -> the answer of an Assistant that nobody else asks."""
+    """A function: messages -> the answer of an Assistant without other users."""
     assistant = load(tiny_chat_model_dir)
     return lambda *messages: "".join(assistant.stream(list(messages), GREEDY))
 
 
 def last(views):
-    """The last view, after which an answer is there or refused."""
+    """The last view: the answer is complete or refused."""
     *_, view = views
     return view
 
 
 def dictate(assistant, tokens):
-    """Have the model answer these tokens, whatever it is asked."""
+    """Make the model answer these tokens to any question."""
     tokens = iter(tokens)
 
     def logits(hidden):
@@ -80,7 +80,7 @@ def dictate(assistant, tokens):
 
 
 def endless(assistant, released=None):
-    """Have the model answer for ever; after some tokens, not before the Event `released` is set."""
+    """Make the model answer forever; after some tokens it waits for the Event `released`."""
 
     def tokens():
         for number, token in enumerate(itertools.cycle(assistant.tokenizer.encode("on and "))):
@@ -137,7 +137,7 @@ def test_turns_with_history_retry_edit_and_clear(page, alone):
         ("ok", (None, *VALUES[1:]), "The model failed"),
     ],
 )
-def test_what_is_refused_is_given_back_and_nothing_is_lost(
+def test_a_refused_question_returns_to_the_box_and_nothing_is_lost(
     tiny_chat_model_dir, question, values, said
 ):
     page, talk = Page([load(tiny_chat_model_dir, max_length=300)], GREEDY), Session()
@@ -165,7 +165,7 @@ def test_a_failing_model_shows_a_message_and_the_page_lives_on(page, capsys):
     assert last(page.ask(talk, box, "", *VALUES))[0][0][:2] == before[0]
 
 
-def test_stop_keeps_what_has_come_and_only_one_answer_at_a_time(page, monkeypatch):
+def test_stop_keeps_the_text_so_far_and_only_one_answer_runs(page, monkeypatch):
     monkeypatch.setattr("minisft.chat.page.SECONDS_BETWEEN_VIEWS", -1)  # a view for every token
     talk = Session()
     endless(page.assistants[0])
@@ -213,7 +213,7 @@ def test_two_models_side_by_side_each_with_its_own_history(
     assert answers == {*first, *second} and {line["conversation"] for line in lines} == {1}
 
 
-def test_a_question_that_one_model_left_unanswered_is_not_told_to_it_again(
+def test_a_question_that_one_model_left_unanswered_is_not_sent_to_it_again(
     tiny_chat_model_dir, alone
 ):
     page, talk = Page([load(tiny_chat_model_dir), load(tiny_chat_model_dir)], GREEDY), Session()
@@ -256,7 +256,7 @@ def test_markup_is_shown_and_all_else_is_left_alone():
     ):
         assert escape(f"<i>\n{code}") == f"<{JOINER}i>\n{code}"
     assert escape("```\n<b>\n```\n<i>") == f"```\n<b>\n```\n<{JOINER}i>"
-    assert escape("`<b>\n`") == f"`<{JOINER}b>\n`"  # no code over a line's end
+    assert escape("`<b>\n`") == f"`<{JOINER}b>\n`"  # no code span across a line's end
     assert escape("```a`b <i>") == f"```a`b <{JOINER}i>"  # no fence has a backtick behind it
 
 
@@ -278,7 +278,7 @@ def test_a_visitor_who_comes_back_finds_the_conversation(page, monkeypatch):
     page.load_session("cy")
     assert page.load_session("ann") is ann and page.load_session("bob") is not bob
     before = page.ask(ann, "the cat", "", *VALUES)
-    next(before), next(before)  # nobody asks for the rest of it now
+    next(before), next(before)  # the rest of it is not requested
     assert not page.load_session("ann").busy
     chats, *_ = last(page.ask(ann, "the mat", "", *VALUES))
     assert len(chats[0]) == 4 and "Stopped" in last(before)[1]
@@ -318,7 +318,7 @@ def request(address, path, body=None, **headers):
 
 
 def ask_over_http(address, question, session, **headers):
-    """The texts of the chats after a question, as a program without a browser asks it."""
+    """The texts of the chats after a question, asked over HTTP without a browser."""
     body = json.dumps({"data": [question, "", *VALUES], "session_hash": session})
     *_, text = request(
         address, "gradio_api/call/ask", body, Content_Type="application/json", **headers
@@ -341,7 +341,7 @@ def ask_twice(address, number):
 
 
 def expected_of(alone, number):
-    """What `ask_twice` gets where nobody else asks."""
+    """The result of `ask_twice` without other users."""
     messages = [user(f"the cat {number}")]
     messages += [{"role": "assistant", "content": alone(*messages)}, user("and?")]
     messages += [{"role": "assistant", "content": alone(*messages)}]
@@ -356,7 +356,7 @@ def test_eight_clients_at_once_each_get_their_answers(served, alone):
 
 
 def test_no_more_compiled_answers_are_written_at_once_than_are_kept(page):
-    """Each takes the memory of a full context; who comes later waits in the queue."""
+    """Each answer takes the memory of a full context; later visitors wait in the queue."""
     at_once = lambda: {  # noqa: E731
         one.api_name: one.concurrency_limit for one in web.build(page).fns.values()
     }["ask"]
@@ -372,7 +372,7 @@ def test_every_response_carries_the_policy(served):
 
 
 @pytest.mark.filterwarnings("ignore:Exception in thread")  # uvicorn's, which exits
-def test_an_address_that_cannot_be_served_at_is_told(served):
+def test_an_address_that_cannot_be_opened_is_reported(served):
     page, address = served
     port = int(address.split(":")[2].strip("/"))
     with pytest.raises(UserError, match=f"--server_port {port} cannot be .* the port is in use"):
@@ -382,7 +382,7 @@ def test_an_address_that_cannot_be_served_at_is_told(served):
 
 
 def test_requests_that_no_visitor_sends_are_refused(served, monkeypatch):
-    """By a site that has given its name this machine's address; too large; of unknown size."""
+    """Requests of a site whose name points to this machine, too large, or of unknown size."""
     _, address = served
     assert request(address, "config", Host="localhost:1")[0] == 200
     assert request(address, "config", Host="far.example:7860")[0] == 400
@@ -394,8 +394,8 @@ def test_requests_that_no_visitor_sends_are_refused(served, monkeypatch):
         assert request(address, f"gradio_api/file={path}")[0] == 403
 
 
-def test_the_controls_take_whatever_the_command_line_may_say(tiny_chat_model_dir):
-    """A slider refuses what is outside of it, and with it every question."""
+def test_the_controls_accept_every_value_of_the_command_line(tiny_chat_model_dir):
+    """A slider with a value outside its range would refuse every question."""
     import gradio
 
     for sampling, told in (
@@ -410,7 +410,7 @@ def test_the_controls_take_whatever_the_command_line_may_say(tiny_chat_model_dir
         assert [one.preprocess(one.value) for one in sliders] == told
 
 
-def test_gradio_missing_is_told(monkeypatch):
+def test_missing_gradio_is_reported(monkeypatch):
     monkeypatch.setattr(web, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install -r requirements/web.txt"):
         web.check_gradio()
@@ -489,7 +489,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, served):
-    """A function that opens the page as another visitor; no visitor may ask another machine."""
+    """A function that opens the page as another visitor and forbids requests to other machines."""
     contexts, hosts = [], set()
 
     def visit():
@@ -555,7 +555,7 @@ def test_browser_two_turns_stop_and_download(served, visit, monkeypatch):
         (row,) = json.loads(Path(download.value.path()).read_text("utf-8"))
         assert [one["role"] for one in row["messages"]] == ["user", "assistant"] * 2
         assert row["messages"][1]["content"] == "鲁迅原名周树人。"
-        answer = row["messages"][3]["content"]  # no longer than what had come when it was stopped
+        answer = row["messages"][3]["content"]  # no longer than the text at the time of the stop
         assert answer == ("on and " * 20)[: len(answer)] and len(encode(answer)) <= 41
         dictate(assistant, [*encode("again"), 1])
         tab.locator("#retry").click()
@@ -603,7 +603,7 @@ def far():
 
 
 def connections(server):
-    """The connections that were made to a listening socket so far."""
+    """The connections to a listening socket so far."""
     made = []
     with socket.create_connection(server.getsockname()) as last:
         while True:
@@ -615,7 +615,7 @@ def connections(server):
 
 
 def asked(connection):
-    """What has come through a connection so far."""
+    """The bytes received on a connection so far."""
     connection.setblocking(False)
     with connection, contextlib.suppress(BlockingIOError):
         return connection.recv(1000)
@@ -630,7 +630,7 @@ def test_browser_nothing_in_an_answer_runs_or_loads(served, visit, far):
         tab.locator("#box textarea").press("Enter")
         wait_for_answer(tab, "window.hit = 4")
         said = tab.locator("#chat0").inner_text().replace(JOINER, "")
-        # All of it can be read, also what no page would show.
+        # All of it can be read as text, even parts that a page would not show.
         for text in (
             "<script>window.hit = 1</script>",
             "<b>bold?</b>",
@@ -643,7 +643,7 @@ def test_browser_nothing_in_an_answer_runs_or_loads(served, visit, far):
         assert tab.evaluate("() => window.hit") is None
         assert tab.locator("#chat0 .message :is(script, iframe, img[src^='http'])").count() == 0
         assert connections(far) == []
-        # The policy alone would hold too: what is put into the page by force loads nothing.
+        # The policy alone is enough: elements that a script adds to the page load nothing.
         tab.evaluate(
             """name => {
             window.refused = [];
@@ -656,14 +656,15 @@ def test_browser_nothing_in_an_answer_runs_or_loads(served, visit, far):
         )
         tab.wait_for_function("() => window.refused.length >= 2")
         assert sorted(tab.evaluate("() => window.refused")) == ["frame-src", "img-src"]
-        # Chromium may connect to where a frame would lead, ahead of the policy; it asks nothing.
+        # Chromium may connect to the target of a frame before the policy applies, but requests
+        # nothing.
         assert not any(map(asked, connections(far)))
     finally:
         assistant.model.logits = logits
 
 
 def test_browser_eight_visitors_at_once(visit, alone):
-    """And a page that is loaded again shows what was said."""
+    """A page that is loaded again shows the conversation."""
     tabs = [visit() for _ in range(8)]
     for number, tab in enumerate(tabs):
         tab.locator("#box textarea").fill(f"the cat {number}")
@@ -684,12 +685,12 @@ def test_browser_eight_visitors_at_once(visit, alone):
 
 
 def letters_of(text):
-    """What Markdown and line ends leave as it is."""
+    """The characters that Markdown and line ends do not change."""
     return "".join(one for one in text if one.isalnum() and one.isascii())
 
 
-def test_browser_copies_and_edits_what_was_said(served, visit):
-    """The page's own marks are in neither."""
+def test_browser_copies_and_edits_messages(served, visit):
+    """Neither contains the joiners of the page."""
     page, tab = served[0], visit()
     assistant, logits = page.assistants[0], page.assistants[0].model.logits
     said = "a < b && List<int> ![x](y)\n\n```c\nList<int>\n```"

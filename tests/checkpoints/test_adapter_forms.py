@@ -142,7 +142,7 @@ def test_loaded_merged_and_exported(name, peft_adapter, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(set(FORMS) - UNTRAINABLE))
 def test_saved_again_for_peft(name, peft_adapter, tmp_path):
-    """Ours, written again, means the same to peft and to us."""
+    """An adapter that we save again gives the same logits in peft and here."""
     base, adapter, tokens, expected = peft_adapter(*FORMS[name])
     refuse_untrainable(read_adapter(adapter, FORMS[name][0]), "trained")
     model = load_model(base)
@@ -216,7 +216,7 @@ def test_lora_on_the_embedding_is_refused_with_the_way_out(peft_adapter):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_gguf_lora(name, peft_adapter, tmp_path):
-    """--lora takes factors: whatever else an adapter changes is refused."""
+    """--lora takes factors only: any other change by an adapter is refused."""
     base, adapter, _, _ = peft_adapter(*FORMS[name])
     output = tmp_path / "adapter.gguf"
     if name.startswith(("alpha_pattern", "output matrix", "embeddings stored")):
@@ -231,7 +231,7 @@ def test_gguf_lora(name, peft_adapter, tmp_path):
 
 @pytest.mark.parametrize("name", ["resized, tied", "alpha_pattern", "all norms", "dora"])
 def test_training_further(name, peft_adapter, rows_file, tmp_path):
-    """A step without effect leaves the logits; DoRA is refused before anything is written."""
+    """A step with a tiny learning rate keeps the logits; DoRA is refused before any output."""
     base, adapter, tokens, expected = peft_adapter(*FORMS[name])
     done = command(
         *("--model_name_or_path", base, "--adapter", adapter, "--dataset", rows_file),

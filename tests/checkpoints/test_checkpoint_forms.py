@@ -116,7 +116,7 @@ def test_a_tied_checkpoint_under_either_name(kept, tmp_path):
 
 
 def test_save_model_of_safetensors(tmp_path):
-    """It writes a shared tensor once, under the first of its names: lm_head.weight."""
+    """safetensors writes a shared tensor once, under the first of its names: lm_head.weight."""
     theirs = transformers_model(tmp_path, tie_word_embeddings=True)
     (tmp_path / "model.safetensors").unlink()
     safetensors.torch.save_model(theirs, str(tmp_path / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""export.py: transformers and peft compute from its folders what was trained."""
+"""export.py: transformers and peft compute the logits of the trained model from its folders."""
 
 import json
 
@@ -103,7 +103,7 @@ def test_the_template_of_the_training_is_written(format, checkpoint, adapter, tm
 
 
 def test_template_flags(checkpoint, adapter, tmp_path):
-    """They replace those of the training, and the exported folder can be exported again."""
+    """The flags replace those of the training, and the exported folder can be exported again."""
     path = tmp_path / "own.jinja"
     path.write_text(
         "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}"

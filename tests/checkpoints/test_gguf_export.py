@@ -45,7 +45,7 @@ def our_greedy(folder, ids, length):
     model, ids = folders.load_model(folder), list(ids)
     for _ in range(length):
         logits = model.logits(model(torch.tensor([ids]))[0, -1])
-        logits[STOPS] = -torch.inf  # llama.cpp is told not to stop, and leaves them out
+        logits[STOPS] = -torch.inf  # llama.cpp ignores stop tokens here, and omits them
         ids.append(int(logits.argmax()))
     return ids[-length:]
 

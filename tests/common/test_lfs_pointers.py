@@ -1,4 +1,4 @@
-"""Git LFS pointers in the place of any file that is read: the message says what to run."""
+"""Git LFS pointers in place of any file that minisft reads: the message says what to run."""
 
 import shutil
 

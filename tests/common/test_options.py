@@ -184,7 +184,7 @@ def test_which_gpus_multiply_bfloat16(capability, native, monkeypatch):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkeypatch):
-    """In training, scoring and chat, whatever processor this is."""
+    """The choice in training, scoring and chat, on any processor."""
     monkeypatch.setattr("minisft.common.devices.has_fast_bfloat16", lambda device: native)
     dtype = "bfloat16" if native else "float32"
     model = ["--model_name_or_path", checkpoint, "--device", "cpu", "--dataset", rows_file]
@@ -210,7 +210,7 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
     ids=["forked", "started", "torchrun"],
 )
 def test_the_suite_computes_in_float32(before, checkpoint, rows_file):
-    """However a script is started: tests/startup/sitecustomize.py comes first."""
+    """Python imports tests/startup/sitecustomize.py first, however a script is started."""
     done = command(
         model_name_or_path=checkpoint,
         dataset=rows_file,
@@ -296,7 +296,7 @@ def test_user_errors_take_one_line(error, status, said, capsys):
 
 
 def test_a_bug_shows_its_traceback(capsys, monkeypatch):
-    """A mistake of the user does so with --debug."""
+    """A user mistake shows it only with --debug."""
     for error, status, words in ((ZeroDivisionError(), 1, []), (UserError(), 2, ["--debug"])):
         monkeypatch.setattr("sys.argv", ["train.py", *words])
         with pytest.raises(SystemExit) as ended:

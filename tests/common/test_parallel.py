@@ -1,4 +1,4 @@
-"""Several processes under torchrun: when one fails, one process prints why and all end.
+"""Several processes under torchrun: when one fails, one process prints the reason and all end.
 
 test_train.py checks that 1, 2 and 3 processes train alike.
 """
@@ -43,7 +43,7 @@ def test_a_mistake_is_printed_once(flag, flags, tmp_path):
     assert done.stdout.count("error: ") + done.stderr.count("error: ") == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert MISTAKES[flag] in line
-    # torchrun has a status of its own; it shows that of the process that printed.
+    # torchrun has its own exit status, but reports the status of the process that printed.
     assert done.returncode == 1 and "exitcode  : 2 " in done.stderr.partition("Root Cause")[2]
     assert done.stderr.count("Traceback") == 1  # torchrun's
     assert not (tmp_path / "out").exists()
@@ -74,8 +74,8 @@ def test_a_crash_ends_all(flags, tmp_path, monkeypatch):
     """Rank 1 crashes, rank 2 waits for it in an all-reduce, rank 0 cannot be reached."""
     script = tmp_path / "crashes.py"
     script.write_text(CRASHES.format(root=str(ROOT)))
-    # torchrun then waits for process 0, and would kill it if it did not end by itself. It has as
-    # much time for that as the whole test, on a slow machine too.
+    # torchrun then waits for process 0, and would kill it if it did not end by itself. The limit
+    # is that of the whole test, so that a slow machine has enough time.
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(2 * HANG_SECONDS))
     done = torchrun(3, *flags, script=script)
     assert done.returncode == 1
@@ -94,7 +94,7 @@ def status_of_failing(reason, printed):
 
 def test_only_the_first_process_to_fail_prints_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("os._exit", sys.exit)
-    monkeypatch.setattr(failure, "PATIENCE", 0)  # the first to fail is this process, which goes on
+    monkeypatch.setattr(failure, "PATIENCE", 0)  # this process fails first, and continues
     printed = []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()

@@ -1,4 +1,4 @@
-"""Batches: every row once, little padding, an order that differs and repeats, any step found."""
+"""Batches: every row once, little padding, a reproducible order per epoch, access to any step."""
 
 import json
 import pickle
@@ -48,7 +48,7 @@ def flat(lists):
 
 
 def running(process_id):
-    """Whether a process is there and not only waiting for its end to be noted."""
+    """True if a process runs; False if it is gone or a zombie."""
     return state_of(process_id) not in ("", "Z")
 
 
@@ -70,7 +70,7 @@ class TestSteps:
             assert len(steps) == -(-3003 // 16) and {len(step) for step in steps} <= {15, 16}
         assert epochs[0] != epochs[1]
         first, second = ({frozenset(step) for step in steps} for steps in epochs)
-        assert len(first & second) < 0.1 * len(first)  # other rows meet, too
+        assert len(first & second) < 0.1 * len(first)  # other rows share a step, too
         assert rows_of(epoch_of(Batches(EXAMPLES, as_they_are, seed=1), 16, 1)) == epochs[1]
         assert rows_of(epoch_of(Batches(EXAMPLES, as_they_are, seed=2), 16, 1)) != epochs[1]
 
@@ -83,7 +83,7 @@ class TestSteps:
             assert abs(np.corrcoef(values, np.arange(len(values)))[0, 1]) < 0.25
 
     def test_any_step_is_found_by_its_number(self):
-        """Resuming: from step k on, what an undisturbed run of 2.2 epochs gives from there."""
+        """Resuming at step k gives the same steps as an uninterrupted run of 2.2 epochs."""
         batches = Batches(EXAMPLES[:1200], as_they_are, seed=3, total_bytes=1200 * 10_000)
         total = round(2.2 * batches.steps_per_epoch(7))
         whole = rows_of(batches.steps(7, 0, total))
@@ -185,7 +185,7 @@ class TestWorkers:
         ]
         assert "2 broken rows left out, the first" in str(report)
 
-    # The second kind of worker begins only when its parent is gone.
+    # The second kind of worker starts only after its parent has ended.
     @pytest.mark.parametrize(
         "begins",
         [
@@ -202,7 +202,7 @@ os.register_at_fork(after_in_child=begin)
         ],
     )
     def test_workers_end_with_a_killed_parent(self, begins):
-        """Also while they hold windows that nobody takes, and where it is gone as they begin."""
+        """Also while they hold unread windows, and if the parent ends before they start."""
         program = (
             "import multiprocessing, os, signal, sys, time\n"
             "sys.path[:0] = ['.', 'tests', 'tests/data']\n"
@@ -221,8 +221,8 @@ os.register_at_fork(after_in_child=begin)
         parent.wait()
         wait_until(lambda: not any(map(running, workers)))
 
-    def test_all_a_worker_needs_can_be_sent_to_it(self, file, tiny_tokenizer_dir):
-        """Pickled, as where processes are not forked."""
+    def test_a_worker_can_be_sent_everything_it_needs(self, file, tiny_tokenizer_dir):
+        """Everything is pickled, as on systems that do not fork."""
         template = get_template("chatml", Tokenizer.load(tiny_tokenizer_dir))
         batches = batches_of_rows(open_rows(file), template, 64)
         copy = pickle.loads(pickle.dumps(batches))
@@ -238,7 +238,7 @@ def test_processes_share_a_step(world_size):
     assert sorted(flat(batch for part in parts for batch in part)) == list(range(23))
     assert [micro_batches([], 4, rank, world_size) for rank in range(world_size)] == (
         [[[]]] * world_size
-    )  # each has something to run backward through
+    )  # each has a supervised token for the backward pass
 
 
 @pytest.mark.parametrize("rows_per_step", [8, 64])
@@ -308,7 +308,7 @@ def test_ids_that_the_model_does_not_have():
         encode_texts(["b"], Letters(), 8, vocab_size=98)
 
 
-def test_the_first_examples_are_ones_that_are_learned_from(tmp_path):
+def test_the_first_examples_have_supervised_tokens(tmp_path):
     lines = [{"instruction": "a" * size, "output": "b"} for size in (9, 2, 9, 3, 1)]
     (tmp_path / "rows.json").write_text(json.dumps(lines))
     batches = batches_of_rows(open_rows(tmp_path / "rows.json"), Letters(), cutoff_len=6)
@@ -375,7 +375,7 @@ class TestTexts:
         steps = list(batches.steps(8, 0, 2 * per_epoch))
         for epoch in (steps[:per_epoch], steps[per_epoch:]):
             ids = flat(block.ids.tolist() for block in flat(epoch))
-            # The last block of a window, if of one token, teaches nothing.
+            # The last block of a window may have one token, which is never a target.
             assert tokens - 10 <= len(ids) <= tokens
             assert 5990 <= sum(one == Letters.eos_token_id for one in ids) <= 6000
             sizes = [len(step) for step in epoch]

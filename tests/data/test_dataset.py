@@ -1,4 +1,4 @@
-"""Reading data: every format by hand-written expectations, broken rows, and the real files."""
+"""Reading data: every format against hand-written results, broken rows, and the real files."""
 
 import json
 import os
@@ -88,7 +88,7 @@ class TestFormats:
         ]
 
     def test_messages_as_data_sets_spell_them(self, tmp_path):
-        """Parts of text, legacy calls, results as objects, thoughts, and what is learned."""
+        """Parts of text, legacy calls, results as objects, thoughts, and learning marks."""
         record = {
             "messages": [
                 {"role": "developer", "content": "S"},
@@ -110,7 +110,7 @@ class TestFormats:
             assistant("Yes.", weight=1, mask=False, reasoning_content="Hm."),
         ]
         assert conversation_of(tmp_path, record)[0] == expected
-        # ... and what convert writes is read again as the same.
+        # The output of convert is read as the same conversation.
         convert(write(tmp_path / "in.json", [record]), tmp_path / "out.json")
         assert [row.messages for row in open_rows(tmp_path / "out.json")] == [expected]
 
@@ -142,7 +142,7 @@ class TestFormats:
             assert conversation_of(tmp_path, record)[0] == expected
 
     @pytest.mark.parametrize("value", ["add(1, 2)", '{"arguments": {}}', '{"name": "add"', "[]"])
-    def test_function_call_that_is_no_call_stays_as_it_stands(self, tmp_path, value):
+    def test_text_that_is_no_function_call_stays_text(self, tmp_path, value):
         turns = [("human", "Q"), ("function_call", value), ("observation", ""), ("gpt", "A")]
         record = {"conversations": [{"from": name, "value": text} for name, text in turns]}
         assert conversation_of(tmp_path, record)[0][1] == assistant(value)
@@ -318,12 +318,12 @@ class TestBrokenRows:
         with pytest.raises(UserError, match="data.json"):
             load_rows(path)
 
-    def test_files_that_are_not_there_or_not_text(self, tmp_path):
+    def test_missing_files_and_files_that_are_not_text(self, tmp_path):
         with pytest.raises(UserError, match="nothing.json: there is no such file"):
             load_rows(tmp_path / "nothing.json")
         with pytest.raises(UserError, match="the folder has no"):
             load_rows(tmp_path)
-        with pytest.raises(UserError, match="names no file"):
+        with pytest.raises(UserError, match="--dataset is empty"):
             load_rows(" , ")
         path = tmp_path / "latin.json"
         path.write_bytes('[\n{"instruction": "café"}]'.encode("latin-1"))
@@ -334,7 +334,7 @@ class TestBrokenRows:
         path = write(tmp_path / "data.json", [{"text": "a"}, {"body": "b"}])
         with pytest.raises(UserError, match=r'row 2: there is no column "text", only body'):
             load_rows(path, plain_text=True)
-        with pytest.raises(UserError, match="there is no text in it"):
+        with pytest.raises(UserError, match="the file has no texts"):
             load_rows(write(tmp_path / "a.txt", "\n \n"), plain_text=True)
 
 
@@ -356,7 +356,7 @@ class TestSplit:
         together = sorted([*training, *validation], key=lambda row: row.index)
         assert together == list(rows)
 
-    def test_from_one_on_it_is_a_number_of_rows(self, rows):
+    def test_one_or_more_is_a_number_of_rows(self, rows):
         assert len(split(rows, 7, seed=0)[1]) == len(split(rows, 7.0, seed=0)[1]) == 7
 
     @pytest.mark.parametrize("validation", [0, -1, 0.001, 1.5, 50, 0.999, float("nan")])
@@ -403,7 +403,7 @@ class TestMix:
         )
         assert self.answers(again) == self.answers(rows) != self.answers(other)
 
-    def test_rows_come_again_when_there_are_too_few(self, files):
+    def test_rows_repeat_if_there_are_too_few(self, files):
         main, general = files
         said = []
         rows = mix(open_rows(main), f"{general}:0.6", say=said.append)
@@ -413,7 +413,7 @@ class TestMix:
         assert any("has only 50 rows" in line for line in said)
 
     @pytest.mark.parametrize("ratio", ["", ":", ":x", ":0", ":1", ":-0.5", ":0.0001", ":nan"])
-    def test_ratios_that_mean_nothing(self, files, ratio):
+    def test_invalid_ratios(self, files, ratio):
         with pytest.raises(UserError, match="--mix .* FILE:RATIO"):
             mix(open_rows(files[0]), f"{files[1].name}{ratio}")
 
@@ -533,7 +533,7 @@ class TestConvert:
         assert "1 rows; 1 broken rows left out, the first: " in done.stdout
         assert "ShareGPT" in self.run("--help").stdout
 
-    def test_what_sharegpt_cannot_say_is_a_broken_row(self, tmp_path):
+    def test_a_row_that_sharegpt_cannot_express_is_broken(self, tmp_path):
         call = assistant("Well,", tool_calls=[{"name": "f", "arguments": {}}])
         bad = write(tmp_path / "bad.json", [GOOD, {"messages": [user("Q"), call]}])
         skipped = []

@@ -1,4 +1,4 @@
-"""What --dataset may name: the real registry, every key of an entry, and the hub."""
+"""The names that --dataset accepts: the real registry, every key of an entry, and the hub."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def messages_of(*arguments, **options):
 
 class TestRealRegistry:
     def test_every_entry_whose_file_is_there(self, shared_data):
-        """Loads with the rows of the file read by json alone, or says what kind of data it is."""
+        """Every entry loads the rows of its file, or the error names the kind of data."""
         folder, seen = shared_data / "instruct", []
         for name, entry in json.loads((folder / "dataset_info.json").read_text()).items():
             path = folder / entry.get("file_name", "")
@@ -86,7 +86,7 @@ class TestRealRegistry:
 
 
 class TestColumns:
-    def test_what_is_not_named_is_absent_and_told(self, tmp_path):
+    def test_columns_that_are_not_named_are_ignored_and_reported(self, tmp_path):
         record = {
             "instruction": "Add.",
             "input": "1 2",
@@ -191,8 +191,8 @@ class TestColumns:
             ]
         ]
 
-    def test_turns_keep_what_is_said_of_them(self, tmp_path):
-        """Thoughts, what is learned, legacy roles; and nothing is learned without its images."""
+    def test_turns_keep_their_other_fields(self, tmp_path):
+        """Thoughts, learning marks and legacy roles are kept; a turn with images is refused."""
         record = {
             "messages": [
                 {"role": "developer", "content": "S"},

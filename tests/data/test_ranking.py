@@ -1,4 +1,4 @@
-"""Rows with several answers: every layout, what is learned of them, and mistakes in them."""
+"""Rows with several answers: every layout, the supervised tokens, and mistakes."""
 
 import json
 
@@ -175,7 +175,7 @@ def test_a_broken_row_is_named_or_left_out(tmp_path):
     skipped = []
     rows = open_rows(path, ranking=True, skipped=skipped)
     assert [row.index for row in rows] == [0, 2] and len(skipped) == 1
-    # Nor is it a row to learn a single answer from, and that is said with the way out.
+    # The row has no single answer to learn either, and the error suggests the right stage.
     with pytest.raises(UserError, match="row 1 .*preference data.*--stage dpo or rm"):
         open_rows(path)
 
@@ -197,8 +197,9 @@ def test_a_broken_row_is_named_or_left_out(tmp_path):
         ({"messages": [user("Add.")]}, {"messages": [user("Add."), assistant("three")]}),
     ],
 )
-def test_an_answer_beside_those_to_compare_is_the_one_to_learn(tmp_path, prompt, answer):
-    """It is told that they are not read and by what; without it the row is refused."""
+def test_sft_learns_the_single_answer_of_a_preference_row(tmp_path, prompt, answer):
+    """A note says that the other answers are not read. Without a single answer the row is
+    refused."""
     compared, said = {"chosen": "3", "rejected": "4"}, []
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps([{**prompt, **answer, **compared}] * 2 + [{**prompt, **answer}]))
@@ -219,7 +220,7 @@ def test_an_answer_beside_those_to_compare_is_the_one_to_learn(tmp_path, prompt,
     assert len(said) == 1
 
 
-def test_an_entry_that_names_one_answer_says_who_would_compare(tmp_path):
+def test_an_entry_that_names_one_answer_points_to_preference_training(tmp_path):
     row = {"instruction": "Add.", "output": "three", "chosen": "3", "rejected": "4"}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     (tmp_path / "dataset_info.json").write_text('{"it": {"file_name": "rows.json"}}')
@@ -314,7 +315,7 @@ def test_real_files(shared_data):
 
 @pytest.mark.parametrize("name", ["alpaca", "llama2", "chatml", "plain"])
 def test_only_the_answers_are_learned(name, shared_data, tiny_tokenizer_dir):
-    """Of several turns only what differs; its tokens spell the answer and end its turn."""
+    """Of several turns, only those that differ are supervised: the text and end of the answer."""
     tokenizer = Tokenizer.load(tiny_tokenizer_dir)
     template = get_template(name, tokenizer)
     for rows, _ in real_rows(shared_data):
@@ -338,7 +339,7 @@ def test_only_the_answers_are_learned(name, shared_data, tiny_tokenizer_dir):
 
 
 def test_long_rows(tiny_tokenizer_dir, tmp_path):
-    """An answer is cut as by --stage sft; with `whole` the row is left out, and both are told."""
+    """A long answer is truncated, or `drop_long` leaves the row out. The report counts both."""
     template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
     rows = [{**PROMPT, "chosen": "3" * length, "rejected": "4"} for length in (5, 50, 5)]
     rows.append({"prompt": "Add." * 20, "chosen": "3", "rejected": "4"})
@@ -357,7 +358,7 @@ def test_long_rows(tiny_tokenizer_dir, tmp_path):
 
 
 def test_multi_message_answers(tiny_tokenizer_dir, tmp_path):
-    """All that follows the common beginning is learned, whatever number of messages it is."""
+    """Everything after the common beginning is learned, however many messages that is."""
     template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
     path = tmp_path / "rows.json"
     longer = [assistant("one"), user("go"), assistant("two")]

@@ -1,4 +1,4 @@
-"""Rows by their place in the file: the same as of the file read whole, whatever its size."""
+"""Rows read by offset equal those of the complete file, for files of any size."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from minisft.data.dataset import load_rows, open_rows
 
 
 class TestRows:
-    """Rows read by offset are the rows of the file read whole."""
+    """Rows read by offset are the rows of the complete file."""
 
     @pytest.fixture
     def lines(self, tmp_path):
@@ -98,6 +98,6 @@ class TestRows:
     @pytest.mark.parametrize(
         ("name", "way_out"), [("rows.csv", "convert it"), ("rows.json.xz", "unpack it")]
     )
-    def test_other_kinds_of_file_say_the_way(self, name, way_out, tmp_path):
+    def test_unsupported_files_suggest_a_conversion(self, name, way_out, tmp_path):
         with pytest.raises(UserError, match=f"{name}: neither .*; {way_out}"):
             open_rows(write(tmp_path / name, "a,b\n"))

@@ -50,7 +50,9 @@ def test_rouge_equals_the_library_character_by_character():
     assert row_scores(*PAIRS[1])["rouge_l"] == pytest.approx(expected["rougeL"].fmeasure)
     assert Splitter().tokenize("我用Python3写 code。") == ["我", "用", "python3", "写", "code"]
     assert row_scores("今天", "今天")["rouge_l"] == 1.0
-    assert oracle.score("今天", "今天")["rougeL"].fmeasure == 0.0  # why the tokenizer is ours
+    assert (
+        oracle.score("今天", "今天")["rougeL"].fmeasure == 0.0
+    )  # the reason for our own tokenizer
 
 
 def spelled_out(text):
@@ -137,7 +139,7 @@ def test_answers_do_not_depend_on_the_batch(assistant):
 
 
 def test_thoughts_are_no_part_of_an_answer(assistant, tmp_path):
-    """In a template whose prompt opens the thoughts, as that of DeepSeek R1."""
+    """With a template whose prompt opens the thoughts, like that of DeepSeek R1."""
     path = tmp_path / "thinks.jinja"
     text = assistant.template.text
     opens = text.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
@@ -343,7 +345,7 @@ def test_mistakes_are_reported_before_anything_is_computed(
         run_here(monkeypatch, *words, "--max_new_tokens", 20000)
 
 
-def test_a_judge_that_fails_leaves_the_measures(tiny_chat_model_dir, stub, tmp_path, monkeypatch):
+def test_a_failing_judge_loses_no_measures(tiny_chat_model_dir, stub, tmp_path, monkeypatch):
     words = words_for(
         tiny_chat_model_dir, tmp_path, "--judge_model", "stub", "--judge_url", stub.url
     )

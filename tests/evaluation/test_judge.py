@@ -129,7 +129,7 @@ def test_both_orders_are_judged_and_failed_requests_repeated(stub, impatient, tm
     another = remote(stub)
     another.name = "another"
     assert collect_verdicts(another, comparisons[:1], path) == verdicts[:1]
-    assert len(stub.requests) == before + 2  # another judge needs verdicts of its own
+    assert len(stub.requests) == before + 2  # another judge does not reuse these verdicts
     report = tally(verdicts)
     assert (report["win"]["count"], report["tie"]["count"], report["loss"]["count"]) == (3, 2, 1)
     assert report["unreadable"] == 1 and report["win"]["share"] == 0.5

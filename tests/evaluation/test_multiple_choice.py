@@ -149,7 +149,7 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
     for batch_size in (1, 3, 8):
         found = log_likelihoods(load_model(folder), made, batch_size)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
-    if template:  # the letter comes where the model learned to write it
+    if template:  # the letter has the position at which the model learned to write it
         message = {
             "role": "user",
             "content": BENCHMARKS["ceval"].heading.format(subject="cats")
@@ -348,7 +348,7 @@ def test_missing_subjects_and_names_are_reported(tmp_path):
         with pytest.raises(UserError, match="subject_mapping.json: expected"):
             read_subjects(ceval, folder, "val", 0)
     (folder / "subject_mapping.json").unlink()
-    with pytest.raises(UserError, match="no name of the subject law"):
+    with pytest.raises(UserError, match="does not name the subject law"):
         read_subjects(ceval, folder, "val", 0)
     assert read_subjects(BENCHMARKS["mmlu"], folder, "val", 0)[0].name == "law"
     with pytest.raises(UserError, match="neither a folder nor a zip"):

@@ -1,4 +1,4 @@
-"""assistant.py: turns answered as by transformers, within the context, without repeated work."""
+"""assistant.py: answers equal transformers', stay within the context, and repeat no work."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_turns_equal_transformers_and_only_new_tokens_are_computed(assistant, or
         lengths.append((computed[0], len(assistant.template.encode_prompt(messages))))
         messages.append({"role": "assistant", "content": answer})
     assert len({turn["content"] for turn in messages}) == len(messages)
-    # Nonsense does not always come back as the ids it was written with, but most of it does.
+    # Random text is not always encoded to the ids it was decoded from, but mostly it is.
     assert lengths[0][0] == lengths[0][1]
     assert all(new < 0.7 * whole for new, whole in lengths[1:])
 
@@ -112,7 +112,7 @@ def test_oldest_turns_are_dropped_but_not_the_system_prompt(tiny_chat_model_dir)
     ],
 )
 def test_turns_are_dropped_half_the_room_at_a_time(template, system, tiny_chat_model_dir):
-    """So the beginning of the prompt, which the cache holds, changes seldom."""
+    """So the beginning of the prompt, which is in the cache, rarely changes."""
     assistant = Assistant(
         tiny_chat_model_dir, template=template, device="cpu", dtype="float32", max_length=500
     )
@@ -139,7 +139,7 @@ def test_turns_are_dropped_half_the_room_at_a_time(template, system, tiny_chat_m
 
 
 def test_long_conversation_reuses_the_cache_at_most_turns(tiny_chat_model_dir):
-    """The tokens through the model are counted, of 40 turns."""
+    """Count the tokens that the model computes over 40 turns."""
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=300)
     computed, messages, costs = [], [SYSTEM], []
     assistant.model.register_forward_pre_hook(lambda _, given: computed.append(given[0].shape[1]))
@@ -161,7 +161,7 @@ def test_message_that_is_too_long_names_the_limit(tiny_chat_model_dir):
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=100)
     with pytest.raises(UserError, match="the limit is 80 tokens .of 100"):
         assistant.context.fit([SYSTEM, user("x" * 300)], max_new_tokens=20)
-    # However long an answer may be, half of the context is left to the question.
+    # However long an answer may be, half of the context is left for the question.
     assert assistant.context.fit([user("short")], max_new_tokens=5000) == [user("short")]
     with pytest.raises(UserError, match="tokens with its template, the limit is 50"):
         assistant.context.fit([user("x" * 60)], max_new_tokens=5000)
@@ -175,7 +175,7 @@ def test_answer_ends_at_the_context_length(tiny_chat_model_dir):
     assert len(assistant.template.encode_prompt(messages)) + len(pieces) - 1 == 60
     assert answer.is_truncated and answer.num_tokens == len(pieces) - 1
     ((ids, cache),) = assistant.caches._kept
-    assert len(ids) == cache.length == 59  # the last token has not been through the model
+    assert len(ids) == cache.length == 59  # the model has not computed the last token
     assistant.stop_ids = set(range(300))
     answer = assistant.stream(messages, GREEDY)
     assert "".join(answer) == "" and not answer.is_truncated
@@ -209,7 +209,7 @@ def test_adapter_answers_like_the_merged_model(assistant, tiny_chat_model_dir, t
     reference = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32")
     reference.model = merged
     assert answer == answer_of(reference, messages) != answer_of(assistant, messages)
-    # In bfloat16 every parameter is, so that nothing is converted again for every token.
+    # Every parameter is in bfloat16, so nothing is converted for every token.
     low = Assistant(tiny_chat_model_dir, tmp_path, device="cpu", dtype="bfloat16")
     assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
     assert answer_of(low, messages)
@@ -299,7 +299,7 @@ def test_inference_equals_transformers_with_its_scores(assistant, oracle):
     ids=["greedy", "sampled"],
 )
 def test_batch_equals_single_conversations(tiny_chat_model_dir, sampling):
-    """Also where each row has another room for its answer, and when a seed draws."""
+    """Also if every row has a different limit for its answer, and with a seed."""
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32", max_length=150)
     conversations = CONVERSATIONS[:2] + CONVERSATIONS[3:]
     with pytest.warns(UserWarning, match="conversation 2: the conversation is longer than 150"):
@@ -346,13 +346,13 @@ def test_stream_and_inference_drop_old_turns_and_warn(tiny_chat_model_dir):
         ),
         ([SYSTEM], "at least one user message"),
         ([], "at least one user message"),
-        ([user("a"), {"role": "assistant", "content": "b"}], "a prompt ends with a user's"),
+        ([user("a"), {"role": "assistant", "content": "b"}], "the last message must be a user's"),
         ([{"role": "nobody", "content": "b"}], "message 1 .nobody.: unknown role"),
         ([{"content": "b"}], "message 1 .None.: unknown role"),
         ([user(None)], "the message is empty"),
         ([user(7)], "message 1 .user.: content is neither text nor a list of text parts"),
         ([user([{"type": "image_url", "image_url": "x"}])], "a part of type image_url; only text"),
-        ([{**user("x"), "images": ["a.png"]}], "images: only text"),
+        ([{**user("x"), "images": ["a.png"]}], "has images; only text"),
         ([{**user("x"), "input": ["y"]}], 'the "input" of the message: content is not text'),
         ([{**user("x"), "input": "y\x07"}], 'the "input" of the message has the control character'),
         ([{**user("x"), "input": "y" * 10_000_000}], "too long: 10,000,001 characters"),
@@ -417,7 +417,7 @@ def test_wrong_conversation_type_raises(assistant):
     check_messages([user("tab\t and\r\nlines\f are text")])
 
 
-def test_threads_get_what_each_gets_alone_and_in_turns(assistant, oracle):
+def test_threads_get_the_answers_of_single_threads_in_turns(assistant, oracle):
     """Eight conversations at once: none waits for another to end."""
     questions = [f"the {word} {number}" for number, word in enumerate(["cat", "mat"] * 4)]
     expected = [transformers_answer(oracle, assistant, [user(one)]) for one in questions]
@@ -449,7 +449,7 @@ def test_turns_go_by_the_order_of_asking():
     def take(number):
         for _ in range(3):
             with turns:
-                # Until all that will come again have asked again, and stand behind this one.
+                # Wait until all threads that ask again are in the queue after this one.
                 wait_until(lambda: len(turns._waiting) == min(3, 9 - len(order)))
                 order.append(number)
 
@@ -461,14 +461,14 @@ def test_turns_go_by_the_order_of_asking():
     for one in threads:
         one.join(HANG_SECONDS)
     assert order == [0, 1, 2] * 3
-    turns.__enter__()  # as if Ctrl-C had come between entering and what follows
+    turns.__enter__()  # as if Ctrl-C had come right after __enter__
     with turns:
         pass
     assert not turns._waiting
 
 
 def test_alternating_conversations_compute_only_new_tokens(tiny_chat_model_dir):
-    """Three people one after another; the tokens through the model are counted."""
+    """Three people take turns; the test counts the tokens that the model computes."""
     assistant = Assistant(tiny_chat_model_dir, device="cpu", dtype="float32")
     assistant.caches.limit = 3
     computed, lengths = [], {}
@@ -485,7 +485,7 @@ def test_alternating_conversations_compute_only_new_tokens(tiny_chat_model_dir):
             assert "".join(answer) == "the hat"
             new = answer.num_prompt_tokens - answer.num_reused
             assert computed == [new] + [1] * (len(dictated) - 1)
-            if turn:  # what was said since, and the form around it
+            if turn:  # the new text, and the template around it
                 known = lengths[id(messages)] + len(dictated) - 1
                 assert answer.num_reused == known and new < 25 < known
             lengths[id(messages)] = answer.num_prompt_tokens
@@ -495,7 +495,7 @@ def test_alternating_conversations_compute_only_new_tokens(tiny_chat_model_dir):
 
 @torch.inference_mode()
 def test_caches_keep_the_latest_and_return_the_longest_prefix():
-    """Beginnings that others are in are copied: the numbers below stand for keys and values."""
+    """A prefix that another conversation uses is copied. Numbers represent keys and values here."""
     config, made = ModelConfig.from_dict(CONFIG), []
     caches = Caches(lambda: made.append(KeyValueCache(config)) or made[-1], limit=2)
 
@@ -517,7 +517,7 @@ def test_caches_keep_the_latest_and_return_the_longest_prefix():
     assert keep(first[:4] + [9]) == 4  # a copy; the one that was not used for longest goes
     assert keep(second + [5, 6]) == 12 and keep(first) == 4
     assert keep([7, 8]) == 0 and keep(first) == 10 and keep(first[:6] + [9]) == 6
-    assert len(made) == 2  # no more than are kept: it was copied over what had been [7, 8]
+    assert len(made) == 2  # at the limit: the copy replaced the cache of [7, 8]
     one = Caches(partial(KeyValueCache, config), limit=1)
     one.take(first)
     one.give_back(first, caches.take(first))
@@ -554,7 +554,7 @@ def test_adapter_and_base_share_weights(bits, tiny_chat_model_dir, tmp_path):
 
 
 def test_quantisation_scales_stay_in_float32_with_an_adapter(tiny_chat_model_dir, tmp_path):
-    """Where the adapter is converted, they are not: rounded they would change every weight."""
+    """Converting the adapter must not convert the scales, which would change every weight."""
     model, lora = load_model(tiny_chat_model_dir), LoraConfig(rank=2)
     add_lora(model, lora)
     save_adapter(model, tmp_path, lora, tiny_chat_model_dir)
@@ -568,7 +568,7 @@ def test_quantisation_scales_stay_in_float32_with_an_adapter(tiny_chat_model_dir
 
 
 def test_auto_takes_the_template_of_the_training(tiny_chat_model_dir, tmp_path):
-    """What train.py recorded beside an adapter or a model comes before the checkpoint's own."""
+    """The template that train.py recorded wins over the checkpoint's own."""
     folder = tmp_path / "trained"
     shutil.copytree(tiny_chat_model_dir, folder)
     assert Assistant(folder).template.name == "auto"  # the checkpoint's own

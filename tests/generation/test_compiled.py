@@ -1,4 +1,4 @@
-"""compiled.py: what the compiled step computes is what the model does; nothing compiles twice."""
+"""compiled.py: the compiled step gives the logits of the model; nothing compiles twice."""
 
 import threading
 
@@ -38,7 +38,7 @@ LLAMA3 = {
 )
 @torch.inference_mode()
 def test_step_equals_the_logits_of_the_model(fields):
-    """Written into a cache whose later places hold what is left of a longer conversation."""
+    """The cache still holds the end of a longer conversation in its later positions."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict({**CONFIG, **fields})).eval()
     model.initialize()
@@ -106,7 +106,7 @@ def test_answers_equal_the_plain_model_and_nothing_is_compiled_twice(assistants,
     compiled.model.register_forward_pre_hook(lambda *_: steps.append(0))
     try:
         thread = threading.Thread(target=lambda: answers.extend(converse(compiled, sampling)))
-        thread.start()  # as on the web page: not the thread that has compiled
+        thread.start()  # another thread than the one that compiled, as on the web page
         thread.join(HANG_SECONDS)
     finally:
         compiled.decoder.step = step
@@ -117,7 +117,7 @@ def test_answers_equal_the_plain_model_and_nothing_is_compiled_twice(assistants,
 
 
 def test_caches_are_reused_beyond_the_limit(assistants, monkeypatch):
-    """The cache of the one that has been silent for longest, with what is left in it, is reused."""
+    """The least recently used cache is reused, with its old content."""
     plain, compiled = assistants
     made, new_cache = [], compiled.decoder.new_cache
     monkeypatch.setattr(compiled.caches, "new_cache", lambda: made.append(new_cache()) or made[-1])

@@ -49,7 +49,7 @@ def pair(request, tmp_path_factory):
     torch.manual_seed(7)
     config = getattr(transformers, name)(**SIZES, **extra)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    # Noise on what starts as zero or one (biases, norms), so that it counts.
+    # Noise on biases and norms, which start as zeros and ones and would hide errors.
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim == 1:
@@ -66,7 +66,7 @@ def stories(shared_data):
 
 def transformers_generate(model, ids, stop_ids=(), **options):
     ids = torch.tensor([ids])
-    # With the mask said, since it would take every id 0 of a prompt for padding.
+    # The mask is given, because transformers would take every id 0 of a prompt for padding.
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -143,7 +143,7 @@ def test_padded_batch_equals_single_prompts_and_no_cache(pair, sampling):
     ids=["greedy", "sampled"],
 )
 def test_scores_are_mean_log_probabilities_of_the_chosen_tokens(pair, sampling):
-    """The oracle is transformers' model on the sequence; limits cut each row alone."""
+    """The oracle is transformers' model on the sequence; limits truncate each row separately."""
     theirs, ours = pair
     stop_ids = {generate(ours, PROMPTS, sampling)[1][6]}
     unlimited = generate(ours, PROMPTS, sampling, stop_ids)
@@ -164,7 +164,7 @@ def test_published_story(stories, shared_data):
     sampling = Sampling(max_new_tokens=256, greedy=True)
     bos = published[:1]
     assert bos + list(stream(stories, bos, sampling)) == published
-    # In a batch with longer prompts too, and going on from the middle of the story.
+    # Also in a batch with longer prompts, and continuing from the middle of the story.
     answers = generate(stories, [bos, published[:100], published[:50]], sampling)
     assert bos + answers[0] == published
     assert published[:100] + answers[1][:157] == published
@@ -310,7 +310,7 @@ def test_nan_logits_and_unknown_tokens_raise(pair, sampling):
         cache = KeyValueCache(model.config)
         with pytest.raises(UserError, match="not finite"):
             list(stream(model, [1, 2], sampling, cache=cache))
-        assert cache.length == 0  # nothing goes on from such keys
+        assert cache.length == 0  # such keys are not used again
     finally:
         weight.data = kept
 

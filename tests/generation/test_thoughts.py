@@ -1,4 +1,4 @@
-"""Thoughts apart from answers: marks of real templates, text in any pieces, chat and files."""
+"""Thoughts are separated from answers: marks of real templates, text in any pieces, chat, files."""
 
 import io
 import json
@@ -141,7 +141,7 @@ def test_marks_of_real_templates(name, shared_data, tiny_tokenizer_dir):
 
 @pytest.fixture
 def make_assistant(tiny_chat_model_dir, tmp_path):
-    """A function: the text of a template -> an Assistant that says what it is dictated."""
+    """A function: the text of a template -> an Assistant with dictated answers."""
 
     def make(text, **more):
         folder = tmp_path / "thinker"
@@ -155,7 +155,7 @@ def make_assistant(tiny_chat_model_dir, tmp_path):
 
 
 def dictate(assistant, *texts):
-    """Have the model write these texts, one answer after another, each with its end."""
+    """Make the model write these texts, one answer after another, each with its end token."""
     end = assistant.template.tokens.ids["<|im_end|>"]
     spoken = iter([id for text in texts for id in [*assistant.tokenizer.encode(text), end]])
 
@@ -243,7 +243,7 @@ def test_marks_that_are_control_tokens(shared_data, tmp_path):
     learned = [
         id for id, is_learned in zip(example.ids, example.supervised, strict=True) if is_learned
     ]
-    decoder = AnswerDecoder(template, prompt)  # what is learned is what is told apart
+    decoder = AnswerDecoder(template, prompt)  # training supervises the same thoughts and answer
     parts = [*map(decoder.push, learned), decoder.flush()]
     assert tuple(map("".join, zip(*parts, strict=True))) == ("Hm.", "Two.")
 

@@ -1,4 +1,4 @@
-"""Damaged, hostile and unknown GGUF files: one line of error, before memory is taken."""
+"""Damaged, hostile and unknown GGUF files: one line of error, before memory is allocated."""
 
 import random
 import struct
@@ -112,7 +112,7 @@ def test_counts_in_a_sparse_file_take_no_memory(tmp_path):
     ids=lambda words: words[0],
 )
 def test_scripts_refuse_a_truncated_file(words, exported, rows_file, tmp_path):
-    path = tmp_path / "sha256-70c2f9ff"  # as Ollama names its files
+    path = tmp_path / "sha256-70c2f9ff"  # Ollama names its files like this
     path.write_bytes(exported.read_bytes()[:-1000])
     there = sorted(tmp_path.iterdir())
     for name, place in (("FILE", path), ("ROWS", rows_file), ("OUT", tmp_path / "out")):

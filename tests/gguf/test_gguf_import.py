@@ -60,7 +60,7 @@ def test_round_trip_is_exact(family, tmp_path, tiny_tokenizer_dir):
     tokens = torch.tensor([prompts()[2]])
     with torch.no_grad():
         one, other = (folders.load_model(each)(tokens) for each in (folder, back))
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # the rotation comes through too
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # so the rotary order is right
     tokenizers = [Tokenizer.load(one) for one in (folder, back)]
     for text in ("the Cat sat on the MAT", " hat</s>  <|im_end|>\n12345 3.14", "你好 é 👩‍👧"):
         assert len({tuple(one.encode(text)) for one in tokenizers}) == 1
@@ -142,7 +142,7 @@ def test_chat_on_a_gguf_file(tiny_chat_model_dir, tmp_path):
 
 
 def test_transformers_reads_what_is_unpacked(exported, shared_data, tmp_path):
-    """transformers produces our ids with the tokenizer files of a GGUF file."""
+    """With the tokenizer files of a GGUF file, transformers produces our ids."""
     export_model(shared_data / "models" / "stories260K", tmp_path / "stories.gguf", "f16")
     for path in (exported, tmp_path / "stories.gguf"):
         folder = opened(path)

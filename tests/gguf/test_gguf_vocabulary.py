@@ -58,7 +58,7 @@ AWKWARD = [
 
 
 def keep_tokens_below(count, path):
-    """Cut a large vocabulary, for speed. Its control tokens come behind what is left."""
+    """Cut a large vocabulary, for speed. Its control tokens follow the remaining tokens."""
     spec = json.loads(path.read_text(encoding="utf-8"))
     model = spec["model"]
     model["vocab"] = {token: id for token, id in model["vocab"].items() if id < count}
@@ -166,7 +166,7 @@ def small_sentencepiece(shared_data, tmp_path):
 def check_prompts(folder, template, conversations=CONVERSATIONS, answers=True, **choices):
     """llama.cpp, and the file read back, produce our ids of rendered prompts.
 
-    answers: llama.cpp counts the tokens of the prompts that it answers, too.
+    answers: check the number of tokens that llama.cpp reports for its own prompts, too.
     Returns (chat template, True if llama.cpp adds a leading space, notes).
     """
     path = f"{folder}.gguf"
@@ -177,7 +177,8 @@ def check_prompts(folder, template, conversations=CONVERSATIONS, answers=True, *
         for messages in conversations:
             prompt = server.render(messages)
             ids = server.tokenize(prompt, add_special=True, parse_special=True)
-            # In training an earlier answer is cut from its prompt; nobody cuts in use.
+            # Training tokenises an earlier answer separately from its prompt; other programs do
+            # not.
             whole = ids_in_one_piece(template, template.render(messages, None, True))
             assert ids == whole, (template.name, prompt)
             assert back.encode_prompt(messages) == template.encode_prompt(messages)
@@ -196,7 +197,7 @@ def check_prompts(folder, template, conversations=CONVERSATIONS, answers=True, *
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"baichuan2"}))
 def test_our_templates_with_sentencepiece(name, legacy, small_sentencepiece):
-    """With a space after every control token (`legacy`), or before the first text only.
+    """The tokenizer adds a space after every control token (`legacy`), or only at the start.
 
     Baichuan2's tokenizer, above, adds none.
     """
@@ -236,7 +237,7 @@ def test_our_templates_with_sentencepiece(name, legacy, small_sentencepiece):
     ],
 )
 def test_the_checkpoints_chat_template_is_kept(name, own, small_sentencepiece):
-    """But for the space that llama.cpp must not add, where the text begins without BOS."""
+    """Only the space that llama.cpp must not add differs, if the text begins without BOS."""
     folder = small_sentencepiece(["<|im_start|>", "<|im_end|>"], chat_template=own)
     template = get_template("auto", Tokenizer.load(folder))
     written, _, _ = check_prompts(folder, template, CONVERSATIONS[::2])  # no system
@@ -246,7 +247,7 @@ def test_the_checkpoints_chat_template_is_kept(name, own, small_sentencepiece):
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 def test_templates_of_other_models(kind, shared_data, tmp_path):
-    """llama.cpp runs them all, whatever they do with thoughts, dates, system prompts and BOS."""
+    """llama.cpp runs all templates, with any use of thoughts, dates, system prompts and BOS."""
     table = {}
     for path in sorted((shared_data / "chat_templates").glob("*.jinja")):
         text = path.read_text(encoding="utf-8")
@@ -259,7 +260,7 @@ def test_templates_of_other_models(kind, shared_data, tmp_path):
             conversations = [messages for messages in CONVERSATIONS if can_ask(template, messages)]
         except UserError as error:
             table[path.stem] = f"not trained: {error}"
-            export_model(folder, f"{folder}.gguf", "f16")  # but it can be exported
+            export_model(folder, f"{folder}.gguf", "f16")  # it can be exported anyway
             continue
         # gpt-oss and others have parsers for answers, which fail on an untrained model's.
         written, _, notes = check_prompts(folder, template, conversations, answers=False)
@@ -314,7 +315,7 @@ def test_the_date_of_a_template_is_that_of_the_training(shared_data, tmp_path):
 
 @pytest.mark.parametrize("template_has_bos", [True, False])
 def test_bos_follows_from_the_prompts(template_has_bos, shared_data, tmp_path):
-    """Whatever the tokenizer does with other texts, which the file read back still does."""
+    """The file states BOS for prompts, and reading it back restores BOS for other texts."""
     text = "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
     text = "{{ bos_token }}" * template_has_bos + text
     folder = checkpoint_for(text, "byte-level", shared_data, tmp_path / "model")
@@ -331,14 +332,14 @@ def test_bos_follows_from_the_prompts(template_has_bos, shared_data, tmp_path):
 
 
 def test_notes_say_where_ids_must_differ(small_sentencepiece, tmp_path):
-    """Space behind some control tokens but not all; tokens that swallow white space."""
+    """Space after some control tokens but not all; tokens that swallow white space."""
     folder = small_sentencepiece(
         ["<|you|>"],
         legacy=True,
         chat_template="{% for m in messages %}<|you|> {{ m.content }}{% endfor %}</s>me",
     )
     notes = export_model(folder, f"{folder}.gguf", "f16").notes
-    assert any("trained with some of both" in note for note in notes)
+    assert any("was trained with both" in note for note in notes)
     tokenizer = Tokenizer.load(folder)
     read_back = Tokenizer.load(hub.resolve(f"{folder}.gguf"))
     template = get_template("auto", tokenizer)
@@ -358,7 +359,7 @@ def test_notes_say_where_ids_must_differ(small_sentencepiece, tmp_path):
 
 @pytest.mark.parametrize("has_bos", [True, False])
 def test_the_template_of_the_training_is_written(has_bos, tiny_tokenizer_dir, tmp_path):
-    """A model must be prompted as in training, whatever template its base has."""
+    """The file prompts a model as in training, whatever template its base has."""
     folder = tmp_path / "model"
     if has_bos:
         shutil.copytree(tiny_tokenizer_dir, folder)

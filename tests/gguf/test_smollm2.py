@@ -17,7 +17,7 @@ from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-ENDS = [0, 2]  # <|endoftext|> and <|im_end|>, which llama.cpp is told to leave out
+ENDS = [0, 2]  # <|endoftext|> and <|im_end|>, which llama.cpp omits here
 
 
 @pytest.fixture(scope="module")

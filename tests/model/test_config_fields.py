@@ -1,6 +1,6 @@
 """Every field of transformers' config classes is used, harmless or refused, and so is every family.
 
-A field that a new version of transformers adds fails here until it has its place in a table below.
+If a new version of transformers adds a field, this test fails until the field is in a table below.
 Baichuan2 has no config class in transformers; see test_baichuan.py.
 """
 
@@ -73,7 +73,7 @@ HARMLESS = {
     "problem_type": "regression",
 }
 REFUSED = {"hidden_act": "gelu", "attention_dropout": 0.1, "is_encoder_decoder": True}
-# What is different in a family.
+# The differences of a family.
 EXCEPTIONS = {
     ("smollm3", "tie_word_embeddings"): (False, {}),
     ("mistral", "sliding_window"): (4, {}),

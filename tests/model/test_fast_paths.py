@@ -87,7 +87,7 @@ def test_attention_with_one_query(masked):
 
 
 def test_angles_from_the_table_of_a_cache():
-    """Of any steps: the table grows, and earlier angles stay."""
+    """Angles for any number of steps: the table grows, and earlier angles stay."""
     model = CausalLM(ModelConfig.from_dict(CONFIG)).model
     cache, x = KeyValueCache(model.config), torch.zeros(1, 1, 32)
     for T in (5, 1, 1, 100, 1):
@@ -138,7 +138,7 @@ def test_three_ways_through_a_pack(window, monkeypatch):
 
 @torch.inference_mode()
 def test_a_compiler_gets_the_plain_way():
-    """A weight that oneDNN would multiply without the compiler."""
+    """Under a compiler, the plain path multiplies a weight that oneDNN would otherwise take."""
     x, weight = torch.randn(1, 256), torch.randn(1024, 256)
     compiled = torch.compile(linear, fullgraph=True)
     torch.testing.assert_close(compiled(x, weight, None), linear(x, weight, None))

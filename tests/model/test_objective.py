@@ -99,7 +99,7 @@ def test_gradient_does_not_depend_on_the_split():
 
 
 def test_mean_of_means_would_differ():
-    """These rows can tell the right normalisation from the common wrong one."""
+    """These rows distinguish the right normalisation from the common wrong one."""
     examples, model = ragged_examples(8), new_model()
     means = []
     for example in examples:
@@ -133,7 +133,7 @@ def test_a_chunk_has_as_many_logits_for_any_vocabulary(vocab_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_memory_saving_losses_equal_the_plain_ones(frozen_head, dtype, size):
-    """Equal values, gradients and types, where every token has a weight of its own."""
+    """Equal values, gradients and types, if every token has its own weight."""
     generator = torch.Generator().manual_seed(1)
     states, weights = (torch.randn(*shape, generator=generator) for shape in ((30, 32), (30,)))
     targets = torch.randint(0, 96, (30,), generator=generator)
@@ -196,7 +196,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones():
 
 
 def test_texts_in_packed_blocks_have_the_losses_they_have_alone(monkeypatch):
-    """--stage pt --packing: in blocks of several texts, and of parts of long texts."""
+    """--stage pt --packing: blocks of several texts, and blocks of parts of long texts."""
     draw, model, seen = random.Random(0), new_model(), []
     letters = SimpleNamespace(
         bos_token_id=0,
@@ -313,7 +313,7 @@ def test_batch_without_supervised_tokens():
 
 
 def test_padding_with_the_end_token_keeps_the_end_supervised():
-    """Padding is known by its place: a real token with the id of padding is learned."""
+    """Padding is recognised by its position: a real token with the id of padding is learned."""
     model = new_model()
     ids = torch.tensor([5, 6, 0, 0], dtype=torch.int32).numpy()
     example = Example(ids, torch.tensor([False, True, True, True]).numpy())

@@ -45,7 +45,7 @@ def test_levels_are_the_published_ones():
 
 
 def reference(packed, state, shape, dtype):
-    """What bitsandbytes' packed bytes and state stand for: codebook x absmax of the block.
+    """The weight that bitsandbytes' packed bytes and state encode: codebook x absmax of the block.
 
     Written out, because functional.dequantize_4bit depends on the processor. In bitsandbytes 0.50
     the AVX-512 kernel takes absmax[row * (width // 64) + column // 64]; blocks run on over the ends

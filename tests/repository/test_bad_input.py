@@ -1,4 +1,4 @@
-"""Bad input, through the scripts: one clear line, exit status 2, nothing written or lost."""
+"""Bad input to the scripts: one clear line, exit status 2, nothing written or lost."""
 
 import importlib
 import json
@@ -63,7 +63,7 @@ def everything(folder):
 
 
 def refused(start, place, script, *flags):
-    """The one line that a script says; what was there is what it was."""
+    """The one line that a script prints; all files are unchanged."""
     before = everything(place)
     status, said, complaint = start(script, *flags)
     assert status == 2, said + complaint
@@ -163,7 +163,7 @@ def test_damaged_adapters(name, content, message, script, start, place):
 
 
 def test_chat(place):
-    """chat.py says the same."""
+    """chat.py prints the same message."""
     cut_off(place / "checkpoint")
     done = command(
         model_name_or_path=place / "checkpoint", template="plain", prompt="x", script="chat.py"
@@ -211,7 +211,7 @@ def test_broken_rows_are_named_or_counted(name, start, place):
     [
         ("", "rows.json: the file is empty"),
         ('[\n{"instruction": "x"\n"output"}]', "rows.json, line 3 column 1: not valid JSON"),
-        ("[]", "there is no row in it"),
+        ("[]", "the file has no rows"),
         ("instruction,output\nx,y", "neither a JSON array nor JSON lines"),
         ('[{"instruction": "x", "output": "\xff"}]'.encode("latin-1"), "line 1: not UTF-8"),
     ],
@@ -262,7 +262,7 @@ def test_no_gpu(start, place):
     assert "torch sees 0 GPUs. Use --device cpu." in complaint
 
 
-def test_output_by_another_name_is_the_input_all_the_same(start, place):
+def test_a_link_to_an_input_is_not_an_output(start, place):
     (place / "link").symlink_to(place / "checkpoint")
     for name in ("link", "adapter/../checkpoint"):
         for script in ("train", "export"):
@@ -273,7 +273,7 @@ def test_output_by_another_name_is_the_input_all_the_same(start, place):
 
 
 def test_no_room_on_the_disk(start, place, monkeypatch):
-    """Known before: nothing is written. Found out on the way: no half file stays."""
+    """If it is known before, nothing is written. If a write fails, no partial file stays."""
     usage = shutil.disk_usage(place)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -1,7 +1,7 @@
 """--dtype bfloat16 on any processor; where it has no such instructions, torch emulates them.
 
-bfloat16 keeps 8 bits of every result, so values depend on the kernels. What does not: how far they
-are from float32 beside transformers in bfloat16, and that the same run again is bit for bit the
+bfloat16 keeps 8 bits of every result, so values depend on the kernels. Two facts do not: the
+distance from float32 compared with that of transformers, and that a repeated run is bit for bit the
 same. docs/scaling.md states what training promises.
 """
 
@@ -24,8 +24,8 @@ from minisft.model.loss import next_token_loss
 # The fixture costs much, so one worker gets all tests.
 pytestmark = [pytest.mark.numerical, pytest.mark.xdist_group("bfloat16")]
 FAMILIES = ["llama", "mistral, window", "qwen2, tied", "qwen3"]
-# Our distance from float32 may be so many times transformers' in bfloat16. Measured: 0.90 to 1.18,
-# by the kernels of AVX-512 BF16 and of AVX2.
+# Our distance from float32 may be this many times that of transformers in bfloat16. Measured:
+# 0.90 to 1.18, with the kernels of AVX-512 BF16 and of AVX2.
 RATIO = 1.5
 
 
@@ -65,7 +65,7 @@ def test_logits_and_generation_are_as_near_to_float32_as_transformers(models):
 
 
 def test_gradients_are_as_near_to_float32_as_transformers(models):
-    """Of training: weights in float32, multiplied in bfloat16 under autocast."""
+    """Gradients of training: float32 weights, multiplied in bfloat16 under autocast."""
     (ours, theirs), _ = models
     ours.requires_grad_(True)
     tokens = some_tokens(8, 40)
@@ -178,7 +178,7 @@ NEAR = {"loss": 5e-3, "grad_norm": 0.05, "update": 0.04}
 
 
 def differences(first, second, start):
-    """The largest relative ones of two runs' losses and norms; of their updates, that of all."""
+    """The largest relative differences between two runs: losses, norms, updates."""
     found = {}
     for figure in ("loss", "grad_norm"):
         pairs = zip(logged(first), logged(second), strict=True)
@@ -193,8 +193,8 @@ def differences(first, second, start):
 
 @pytest.mark.parametrize("name", ["2 ddp", "2 fsdp", "float32"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_two_processes_are_near_one(kind, name, runs):
-    """As near as bfloat16 is to float32, and not equal: sums of other rows are rounded."""
+def test_two_processes_nearly_equal_one(kind, name, runs):
+    """As near as bfloat16 is to float32, but not equal, because different sums are rounded."""
     start = final(runs / "plain") if kind == "full" else {}
     found = differences(runs / kind / "1", runs / kind / name, start)
     assert 0 < max(found.values()) and all(found[figure] < NEAR[figure] for figure in found)

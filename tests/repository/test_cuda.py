@@ -1,7 +1,7 @@
-"""On a GPU: the same numbers as on the CPU, to the rounding of its types. Skipped without one.
+"""On a GPU: the same numbers as on the CPU, up to rounding. Skipped without a GPU.
 
 GPU time is short, so the whole file takes less than 90 seconds: training runs in this process,
-where CUDA is initialised once, and what has to compile comes last.
+where CUDA is initialised once, and tests that compile come last.
 """
 
 import copy
@@ -207,12 +207,12 @@ def test_every_way_to_prefer_learns(extra, checkpoint, here, tmp_path):
 
 
 def assert_compiled_layers_learn_the_same(here, checkpoint, rows_file, folder, *extra):
-    torch._dynamo.reset()  # a function is compiled only so often in a process
+    torch._dynamo.reset()  # a process compiles a function only a few times
     flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, *extra]
     plain = losses_of(here, *flags, output_dir=folder / "plain")
     compiled = losses_of(here, *flags, "--compile", output_dir=folder / "compiled")
     assert plain[-1] < plain[0]
-    # AdamW makes steps of full size of small differences, so they grow from step to step.
+    # AdamW turns small differences into steps of full size, so they grow from step to step.
     np.testing.assert_allclose(compiled, plain, rtol=0.02)
 
 
@@ -239,7 +239,7 @@ def decoder():
     [Sampling(40, greedy=True), Sampling(40, temperature=1.3, seed=4, repetition_penalty=1.1)],
 )
 def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
-    """Conversations in turn, each in a cache with a graph of its own, also from another thread."""
+    """Conversations take turns, each with its own cache and graph, also from another thread."""
     model = decoder.model
     caches = [decoder.new_cache() for _ in range(2)]
     prompts, answers = [[1, 5, 9], [1, 7, 8, 9, 10, 11]], []
@@ -255,7 +255,7 @@ def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
             [[one for one in row if one is not None] for row in zip(*steps, strict=True)]
         )
         for cache in caches:
-            cache.truncate(2)  # the next turn goes on from there
+            cache.truncate(2)  # the next turn continues from there
 
     for _ in range(2):
         answer()
@@ -267,7 +267,7 @@ def test_a_compiled_step_as_a_graph_generates_the_same(decoder, sampling):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU here")
 def test_a_graph_belongs_to_the_gpu_of_the_model(models):
-    """Which is not the current one: after --device cuda:1, or on a thread of the web page."""
+    """That is not always the current GPU: after --device cuda:1, or on a thread of the web page."""
     model, sampling = models[0].eval().to("cuda:1"), Sampling(20, greedy=True)
     expected = generate(model, [[1, 5, 9]], sampling, {2})
     decoder = CompiledDecoder(model, 64)

@@ -1,4 +1,4 @@
-"""What README.md, README.zh.md and the pages of docs/ claim about the repository."""
+"""The claims of README.md, README.zh.md and docs/ about the repository are true."""
 
 import json
 import re

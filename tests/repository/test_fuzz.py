@@ -1,7 +1,7 @@
 """Damaged and hostile files: each either works or gives one clear line that names the place.
 
-Checkpoints, tokenizers, adapters, data and what a run leaves behind are mutated, bytes as well as
-what JSON says, and put to use: nothing may hang, crash, raise another error or fill memory.
+The test mutates checkpoints, tokenizers, adapters, data and the files of a run, as bytes and as
+JSON, and uses them: nothing may hang, crash, raise another error or fill memory.
 """
 
 import copy
@@ -96,7 +96,7 @@ class Hang(BaseException):
     """An example that took too long."""
 
 
-# What is mutated
+# The files to mutate
 
 
 def make_model(**changes):
@@ -216,7 +216,7 @@ def make_run(folder):
     )
 
 
-# How it is put to use
+# How the files are used
 
 
 def use_checkpoint(folder):
@@ -305,7 +305,7 @@ USES = {
 }
 
 
-# How it is mutated
+# How the files are mutated
 
 NASTY = [
     None,
@@ -360,7 +360,7 @@ def mutate_bytes(content, generator):
     for _ in range(generator.choice([1, 1, 2, 8])):
         at = generator.randrange(len(content) + 1)
         end = min(len(content), at + generator.choice([1, 2, 8, 100]))
-        how = generator.choice([0, 1, 2, 3, 4, 5, 5, 5, 5])  # rather small ones
+        how = generator.choice([0, 1, 2, 3, 4, 5, 5, 5, 5])  # mostly small ones
         if how == 0:
             del content[at:]
         elif how == 1:
@@ -392,7 +392,7 @@ def mutate_json(content, generator):
         found = list(places(value))
         if not found:
             break
-        # Of the long lists of a vocabulary not only their middle: rather what is near the top.
+        # Prefer places near the top to places in the long lists of a vocabulary.
         container, key = found[int(len(found) * generator.random() ** generator.choice([1, 4]))]
         how = generator.randrange(5)
         if how <= 1:
@@ -448,13 +448,13 @@ def limits():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", USES)
-def test_works_or_says_what_is_wrong(kind, files, limits, tmp_path, tiny_tokenizer_dir):
+def test_works_or_reports_the_error(kind, files, limits, tmp_path, tiny_tokenizer_dir):
     (tmp_path / "tokenizer_of_data").symlink_to(tiny_tokenizer_dir)
     folder, sound = tmp_path / kind, files[kind]
     for name, content in sound.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    USES[kind](folder)  # as it is, it works
+    USES[kind](folder)  # without a mutation, it works
     outcomes, peak = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @settings(
@@ -475,9 +475,9 @@ def test_works_or_says_what_is_wrong(kind, files, limits, tmp_path, tiny_tokeniz
         except UserError as error:
             message = str(error)
             assert message.isprintable() and len(message) < 2500, message
-            # The file; of rows and recipes that can be read, the flag that does not fit them.
+            # The error names the file. For readable rows and recipes it may name the flag instead.
             places = [str(folder), Path(name).name, *(["--"] if kind in ("data", "run") else [])]
-            # A flipped bit can make a weight huge; the model then notices, and has read no file.
+            # A flipped bit can make a weight huge. The model reports that, without a file name.
             places += ["logits are not finite. Its weights are damaged"]
             assert any(place in message for place in places), message
             outcomes.append(message)

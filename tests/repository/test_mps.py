@@ -1,4 +1,4 @@
-"""The GPU of a Mac, --device mps, without a Mac: what is chosen, and that nothing needs float64.
+"""The GPU of a Mac, --device mps, tested without a Mac: choices, and nothing needs float64.
 
 FakeTensorMode gives tensors without values that say they are on mps; few operations know them on
 another machine. RefuseFloat64 fails where a Mac would, also on a CPU that plays the Mac.

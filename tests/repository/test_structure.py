@@ -1,4 +1,4 @@
-"""The house: imports go down, scripts start fast, every flag has a reader, types are stated."""
+"""The house: imports go down, scripts start fast, every flag is used, signatures have types."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ ORDER = (
     "model",
     "common",
 )
-# Folders that stand side by side in docs/house.md.
+# Folders that are side by side in docs/house.md.
 APART = [
     {"chat", "evaluation"},
     {"chat", "training"},
@@ -68,7 +68,7 @@ def test_imports_between_folders_go_down():
     assert not wrong
 
 
-# What requirements.txt and the extras name, and two that come with tokenizers and gradio.
+# The packages of requirements.txt and the extras, and two that come with tokenizers and gradio.
 RUNTIME = [ROOT / "requirements.txt"]
 RUNTIME += [ROOT / "requirements" / f"{extra}.txt" for extra in ("plot", "eval", "web", "data")]
 LIBRARIES = {"huggingface_hub", "starlette", "yaml"} | {
@@ -98,11 +98,11 @@ PARSING = ("parse_options", "check_options", "parse_choice_options", "parse_comp
 
 
 def used_options(trees):
-    """The options that code does something with, beyond storing and checking them.
+    """The options that code uses, beyond storing and checking them.
 
     `options.name` and `run.options.name` are looked for, and `getattr(options, flag)` in functions
-    that spell the name. What parse_options and check_options read does not count, nor what goes
-    into a variable or attribute that nothing reads.
+    that spell the name. Reads in parse_options and check_options do not count, nor do variables or
+    attributes that nothing reads.
     """
     read, used, stored = set(), set(), []
     for tree in trees:
@@ -143,7 +143,7 @@ def in_function(node, parents, names):
 
 
 def where_stored(node, parents):
-    """The names that an expression is only kept under; None where something is done with it."""
+    """The names under which an expression is only stored; None if the code uses it."""
     parent = parents[node]
     if isinstance(parent, ast.Expr):
         return set()
@@ -172,10 +172,10 @@ def reached(path):
     return found
 
 
-# Those that OptionParser itself and run() see to; their tests are in test_options.py.
+# Options that OptionParser and run_script() handle; their tests are in test_options.py.
 OF_THE_PARSER = {"config", "debug"}
 COMMANDS = SCRIPTS + [path for path in MODULES if path.stem == "__main__"]
-# What takes a second or more to import, which `--help` should not wait for.
+# Modules that take a second or more to import. `--help` should not wait for them.
 SLOW = {"torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "gguf"}
 # A script whose first word chooses the parser, with a word for each of them.
 FIRST_WORDS = {"eval": ["mmlu", "compare"]}

@@ -35,7 +35,7 @@ class Urn:
 
     def __call__(self, tokens, cache=None):
         counts = torch.nn.functional.one_hot(tokens, self.vocab_size).cumsum(1).float()
-        if cache is not None:  # it holds the counts so far, of each row
+        if cache is not None:  # the counts so far, for each row
             if cache.pairs[0]:
                 assert len(cache.pairs[0][0]) == len(tokens)
                 counts += cache.pairs[0][0][:, None]
@@ -238,7 +238,7 @@ def test_markers(shared_data, name):
 
 
 def test_a_marker_without_tokens(tmp_path):
-    """Nothing would predict the first token of an answer that stands alone."""
+    """Without a marker, nothing would predict the first token of an answer."""
     vocabulary = {"</s>": 0, "<unk>": 1, "the": 2, "cat": 3}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -1,4 +1,4 @@
-"""k-means equals scikit-learn from the same centers, and is as good from its own seeds."""
+"""k-means equals scikit-learn from the same centers, and is as good with its own seeding."""
 
 import tracemalloc
 
@@ -38,12 +38,12 @@ def lloyd_in_float64(points, centers):
 @pytest.mark.parametrize("offset", [0.0, 300.0, 3000.0])
 def test_lloyd_equals_scikit_learn(offset):
     """Products of points 3000 from the origin round by more than the distances between clusters:
-    unless the mean is taken off both sides, this fails on every processor."""
+    unless the mean is subtracted on both sides, this fails on every processor."""
     points = blobs(offset=offset)
     start = points[np.random.default_rng(4).choice(len(points), 20, replace=False)]
     assignment, inertia, margin = lloyd_in_float64(points, start)
-    # Two roundings agree only where no point is, at any step, as near to a second center: from
-    # other starts there are points with a margin of 2e-7, which float32 puts on either side.
+    # Two roundings agree only if no point is, at any step, equally near to two centers. From
+    # other starts, some points have a margin of 2e-7, and float32 may put them on either side.
     assert margin > 1e-4
     theirs = KMeans(20, init=start, n_init=1, tol=0, max_iter=100, algorithm="lloyd").fit(points)
     space = CenteredPoints(points)
@@ -62,7 +62,7 @@ def test_distances(offset):
     centers = points[:3] + 1
     space = CenteredPoints(points)
     expected = np.square(points.astype(float) - centers[:, None]).sum(2)
-    # A float32 at 3000 has steps of 2.4e-4: what the centers lose when the mean is taken off.
+    # A float32 at 3000 has steps of 2.4e-4: subtracting the mean costs the centers this precision.
     np.testing.assert_allclose(space.distances(centers - space.mean), expected, rtol=1e-4)
 
 

@@ -73,7 +73,7 @@ def test_near_duplicates_are_all_found():
 
 
 def test_copies_among_many_similar_texts_are_found():
-    """They share most bands with more texts than they are compared with."""
+    """The copies share most bands with more texts than they are compared with."""
     text = "".join(np.random.default_rng(0).choice(list("abcdefghij klmno"), 2000))
     texts = [text[:place] + "z" + text[place + 1 :] for place in range(0, 2000, 20)]
     for number in (2, 100):

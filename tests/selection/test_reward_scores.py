@@ -159,7 +159,7 @@ def test_preferences_equal_transformers(judge, pairs, tmp_path, here):
 
 
 def test_an_interrupted_run_continues(judge, pairs, tmp_path, here):
-    """The means are those of all rows, also of those scored before."""
+    """The means are over all rows, including those scored before the interruption."""
     output, words = tmp_path / "s.jsonl", ["--skip_bad_rows", "--batch_tokens", 64]
     said = here(score, *words_of(judge, pairs, output, *words))
     lines = output.read_text().splitlines(keepends=True)
@@ -229,7 +229,7 @@ def test_a_data_set_of_pairs_by_name(judge, pairs, tmp_path, here):
 
 
 def test_rows_are_chosen_by_margin(judge, pairs, tmp_path, here):
-    """Preferences have no other score; the error says so."""
+    """Preference rows have no other score; the error says so."""
     rows = rows_and_texts()[0][:24]
     path, scores = tmp_path / "only.json", tmp_path / "s.jsonl"
     path.write_text(json.dumps(rows))

@@ -132,7 +132,7 @@ def score(model, rows, output, *more, before=()):
 
 
 def score_here(monkeypatch, *words):
-    """The same in this process, which has loaded torch already. Mistakes raise UserError."""
+    """Run score.py in this process, which has loaded torch already. Mistakes raise UserError."""
     monkeypatch.setattr(sys, "argv", ["score.py", *words_of(*words)])
     script.main()
 
@@ -203,7 +203,7 @@ def many(tmp_path):
     "function, calls",
     [("minisft.selection.score_writer:ScoreWriter.add", [420]), ("numpy:load", [2 * 20 - 1])],
 )
-def test_killed_it_goes_on(function, calls, checkpoint, many, tmp_path, monkeypatch, capfd):
+def test_a_killed_run_continues(function, calls, checkpoint, many, tmp_path, monkeypatch, capfd):
     whole, output, told = (tmp_path / name for name in ("whole.jsonl", "s.jsonl", "told"))
     words = ["--skip_bad_rows", "--mode", "all", "--batch_tokens", 128]
     score_here(monkeypatch, checkpoint, many, whole, *words)
@@ -234,11 +234,11 @@ def test_killed_it_goes_on(function, calls, checkpoint, many, tmp_path, monkeypa
     left = output.read_bytes()
     finished = left.count(b"\n")
     assert 19 <= finished < 400
-    output.write_bytes(left + b'{"index": 12, "loss_cond')  # as if it was in the middle of a line
+    output.write_bytes(left + b'{"index": 12, "loss_cond')  # as if killed within a line
     score_here(monkeypatch, checkpoint, many, output, *words)
     to_do = int(re.findall("400 rows, ([0-9]+) to do", capfd.readouterr().out)[-1])
     assert to_do == 400 - finished if function.endswith("add") else to_do > 400 - finished
-    # Batches were cut elsewhere, so the last digits may differ; which rows there are may not.
+    # The batches differ, so the last digits may differ; the set of rows may not.
     for ours, theirs in zip(read(output), read(whole), strict=True):
         assert ours["index"] == theirs["index"] and ours["reason"] == theirs["reason"]
         assert ours["num_answer_tokens"] == theirs["num_answer_tokens"]
@@ -254,7 +254,7 @@ def test_killed_it_goes_on(function, calls, checkpoint, many, tmp_path, monkeypa
 
 
 def test_scores_of_another_day_keep_the_date(checkpoint, rows_file, tmp_path, monkeypatch):
-    """A template that writes the date: what is scored later has the date of the beginning."""
+    """With a template that writes the date, rows that are scored later get the first date."""
     path = checkpoint / "tokenizer_config.json"
     turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     opening = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -397,7 +397,7 @@ def test_an_input_is_never_overwritten(checkpoint, many, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             score_here(monkeypatch, checkpoint, many, output, "--overwrite", "--skip_bad_rows")
-    other = tmp_path / "s.record.json"  # as a data set, however unlikely
+    other = tmp_path / "s.record.json"  # as a data set, which is unlikely
     other.write_text(json.dumps([{"instruction": "the cat", "output": "sat"}]))
     with pytest.raises(UserError, match="s.record.json is an input"):
         score_here(monkeypatch, checkpoint, other, tmp_path / "s.jsonl", "--overwrite")
@@ -418,7 +418,7 @@ def test_a_run_that_fails_early_leaves_nothing(checkpoint, rows_file, tmp_path, 
     score_here(monkeypatch, checkpoint, rows_file, output, *words)
     before = {path: path.read_bytes() for path in tmp_path.glob("s.*")}
     assert len(before) == 4
-    # --overwrite replaces scores by others, not by an error.
+    # --overwrite keeps the old scores if the run fails.
     with pytest.raises(UserError, match="missing: model.norm.weight"):
         score_here(monkeypatch, broken, rows_file, output, *words, "--overwrite")
     assert before == {path: path.read_bytes() for path in tmp_path.glob("s.*")}

@@ -1,4 +1,4 @@
-"""select.py: a name that the standard library has, formats, strategies, mistakes."""
+"""select.py: its name, which the standard library also has, formats, strategies, mistakes."""
 
 import hashlib
 import json
@@ -472,7 +472,7 @@ def test_format_and_order_stay(kind, tmp_path, monkeypatch):
     ],
 )
 def test_the_name_says_lines_or_array(read, written, is_array, tmp_path, monkeypatch):
-    """Other programs go by the name: pandas, jq, the hub."""
+    """Other programs rely on the name: pandas, jq, the hub."""
     rows = [{"instruction": f"q{n}", "output": "颜"} for n in range(6)]
     lines = "\n".join(json.dumps(row) for row in rows)
     source, output = tmp_path / f"rows.{read}", tmp_path / f"out.{written}"

@@ -122,7 +122,7 @@ def test_at_random_with_few_different_lengths(lengths):
 
 def test_at_random_with_lengths_that_are_dropped():
     lengths = np.arange(30)
-    with pytest.raises(UserError, match="--match has .* rows of a length that only"):
+    with pytest.raises(UserError, match="--match has .* rows in a range of lengths"):
         strategies.at_random_with_lengths(lengths, np.arange(20), np.arange(15, 30), GENERATOR)
 
 

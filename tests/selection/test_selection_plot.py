@@ -21,7 +21,7 @@ def test_principal_components_equal_scikit_learn():
 
 
 def test_every_row_is_in_the_histogram():
-    """Chosen rows have bars of their own; no bar crosses 1; outliers are counted."""
+    """Chosen rows have separate bars; no bar crosses 1; outliers are counted."""
     values = np.concatenate([np.random.default_rng(0).normal(0.9, 0.1, 997), [0.01, 50.0, np.nan]])
     scores = {"ifd": values, "reward": np.full(1000, np.nan)}
     below = np.flatnonzero(values < 1)
@@ -30,7 +30,7 @@ def test_every_row_is_in_the_histogram():
     every, chosen = (container.patches for container in axes.containers)
     assert [sum(bar.get_height() for bar in bars) for bars in (every, chosen)] == [999, len(below)]
     assert all(bar.get_x() + bar.get_width() < 1 + 1e-9 for bar in chosen if bar.get_height())
-    assert axes.get_xlim()[1] < 2  # one outlier does not make the rest a line
+    assert axes.get_xlim()[1] < 2  # one outlier does not shrink the other bars to a line
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {
         "above: the instruction does not help",
         "all rows",

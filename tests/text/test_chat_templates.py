@@ -1,6 +1,6 @@
 """Every chat template of the shared folder against transformers' apply_chat_template.
 
-Run with `-s` to see the table: what trains in one example, what in one per answer, what is refused.
+Run with `-s` to see the table: cases with one example, with one per answer, and refused cases.
 """
 
 import json
@@ -72,16 +72,16 @@ REFUSED = {
 }
 TOOL_CASES = {"tools", "system, tools"}
 PARTLY_REFUSED = {
-    # After a tool's result the prompt begins another turn than the conversation has.
+    # After a tool's result, the prompt and the conversation continue with different turns.
     "Apertus-8B-Instruct": TOOL_CASES,
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": TOOL_CASES,
-    # The prompt opens a thought that a call does not have.
+    # The prompt opens thoughts, but a call has none.
     "NVIDIA-Nemotron-Nano-v2": TOOL_CASES,
     "google-gemma-2-2b-it": {"system, 1 turns", "system, 3 turns"},
-    # The system prompt stands in the last question, and a tool's result is none.
+    # The system prompt is in the last question, and a tool's result is not a question.
     "mistralai-Mistral-Nemo-Instruct-2407": {"system, tools"},
 }
-# What may stand between a prompt and an answer without thoughts.
+# The text that may be between a prompt and an answer without thoughts.
 EMPTY_THOUGHTS = (
     "",
     "<think>\n\n</think>",
@@ -104,7 +104,7 @@ class Case:
 
 @dataclass
 class Verdict:
-    """What became of the cases of a template."""
+    """The results of the cases of a template."""
 
     exact: list[str] = field(default_factory=list)
     per_answer: list[str] = field(default_factory=list)
@@ -187,7 +187,7 @@ def runs(example: TokenizedText) -> list[tuple[int, int]]:
 
 
 def check_case(case: Case, template: ChatTemplate, oracle: Oracle, verdict: Verdict) -> None:
-    """Compare one conversation with the oracle; AssertionError says what differs."""
+    """Compare one conversation with the oracle; AssertionError describes the difference."""
     tokenizer, end = template.tokenizer, template.facts.end
     examples = template.encode(case.messages, case.tools)
     answers = [k for k, m in enumerate(case.messages) if m["role"] == "assistant"]
@@ -288,11 +288,11 @@ def test_every_template_equals_transformers(shared_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["inclusionai-ling-3.0-flash", "poolside-Laguna-S-2.1"])
-def test_an_answer_is_tokenized_behind_its_prompt(name, shared_data, tmp_path, monkeypatch):
+def test_an_answer_is_tokenized_after_its_prompt(name, shared_data, tmp_path, monkeypatch):
     """TinyLlama's vocabulary has "><": `<think></think>`, then `<tool_call>` if an answer calls.
 
-    All at once, the two merge. But in use the prompt ends in ">", so training cuts there. Of the
-    templates in the shared folder, these two differ with this tokenizer, in tool calls.
+    Tokenised as one text, the two merge. But in use the prompt ends in ">", so training cuts there.
+    Of the templates in the shared folder, these two differ with this tokenizer, in tool calls.
     """
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
     base = shared_data / "tokenizers/TinyLlama-1.1B-Chat-v0.6"
@@ -335,7 +335,7 @@ def test_template_kwargs_help(name, kwargs, shared_data, tmp_path):
 
 
 def table(verdicts: dict[str, Verdict]) -> str:
-    """What each template does with the conversations."""
+    """A table: the verdict on each conversation, for every template."""
     lines = [f"{'template':48} {'exact':>5} {'per answer':>10}  refused"]
     for name, verdict in verdicts.items():
         reasons = "; ".join(f"{case}: {why[:70]}" for case, why in verdict.refused.items())

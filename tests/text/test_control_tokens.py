@@ -87,13 +87,13 @@ def test_a_template_that_changes_its_messages(tiny_tokenizer_dir):
     )
     template = get_template("auto", tokenizer)
     assert template.encode(conversation("<b>", "a"))  # no control token: nothing to confuse
-    with pytest.raises(UserError, match="cannot be told from the template's"):
+    with pytest.raises(UserError, match="cannot be separated from the template's"):
         template.encode(conversation("<|im_end|>", "a"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_equal_transformers_where_nothing_is_spelled(shared_data, name):
-    """Of the rendered text, cut where an answer begins."""
+    """The ids of the rendered text, cut where an answer begins."""
     transformers = pytest.importorskip("transformers")
     for tokenizer in fitting(shared_data, name):
         oracle = transformers.AutoTokenizer.from_pretrained(tokenizer.model_dir)
@@ -107,7 +107,7 @@ def test_ids_equal_transformers_where_nothing_is_spelled(shared_data, name):
             assert example.ids[: len(expected)] == expected
 
 
-def test_an_answer_is_tokenised_behind_its_prompt(shared_data):
+def test_an_answer_is_tokenised_after_its_prompt(shared_data):
     """Where the two are tokenised together, the last token of the prompt merges with the answer."""
     from real_tokenizers import TINYLLAMA
 

@@ -1,4 +1,4 @@
-"""Our own templates: the published texts, prompts that begin the training text, what is learned."""
+"""Our own templates: published texts, prompts that begin the training text, supervised spans."""
 
 import copy
 import json
@@ -117,7 +117,7 @@ def test_other_templates_append_the_input_to_the_content(shared_data):
     assert template.render(messages) == "<s>S\nAdd.\n1 2\n"
 
 
-def test_zephyr_is_tinyllamas_template_behind_bos(shared_data):
+def test_zephyr_is_tinyllamas_template_after_bos(shared_data):
     """TinyLlama's own template has no BOS, so transformers and vLLM give it none."""
     tokenizer = load_tokenizer(shared_data / TINYLLAMA)
     ours, own = get_template("zephyr", tokenizer), get_template("auto", tokenizer)
@@ -128,7 +128,7 @@ def test_zephyr_is_tinyllamas_template_behind_bos(shared_data):
 
 
 def test_default_is_llama_factorys_form(shared_data):
-    """register_template(name="default") of its template.py, behind BOS."""
+    """register_template(name="default") of its template.py, after BOS."""
     template = get_template("default", load_tokenizer(shared_data / MISTRAL))
     expected = "<s>System: Be brief.\nBe kind.</s>\nHuman: Hi</s>\nAssistant:"
     messages = [SYSTEM, *turns("Hi", "Ho", "Bye")]
@@ -139,7 +139,7 @@ def test_default_is_llama_factorys_form(shared_data):
 
 
 def test_bos_and_leading_space(shared_data):
-    """SentencePiece's space stands behind BOS, as the templates were published for."""
+    """SentencePiece's space is after BOS: the templates were published for such tokenizers."""
     for folder, first in ((TINYLLAMA, "▁["), (MISTRAL, "▁["), (QWEN, "["), (LLAMA3, "[")):
         tokenizer = load_tokenizer(shared_data / folder)
         ids = get_template("mistral", tokenizer).encode_prompt(turns("Hi"))
@@ -155,7 +155,7 @@ def test_bos_and_leading_space(shared_data):
 
 
 def check_prompts_and_runs(template: ChatTemplate) -> None:
-    """Every answer begins where its prompt ends, and is all that is learned, with its end."""
+    """Every answer begins where its prompt ends. Only answers and their ends are learned."""
     for messages in (LONG_CHAT, TOOL_CHAT, [SYSTEM, *LONG_CHAT], [SYSTEM, *TOOL_CHAT]):
         examples = template.encode(messages, TOOLS)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -180,7 +180,7 @@ def test_the_prompt_is_the_exact_prefix_of_training(shared_data, tiny_tokenizer_
 
 
 def test_encoding_the_answer_by_itself_would_differ(shared_data):
-    """The negative control: two encodings put together are not one in place."""
+    """The negative control: encoding an answer alone gives other ids than encoding it in place."""
     tokenizer = load_tokenizer(shared_data / TINYLLAMA)
     template = get_template("alpaca", tokenizer)
     rows = json.loads((shared_data / "instruct/alpaca_en_demo.json").read_text(encoding="utf-8"))
@@ -268,14 +268,14 @@ def test_tools_as_text_follow_the_templates_own_system_prompt(shared_data, name)
 
 
 def test_tools_as_text_without_a_system_prompt(shared_data):
-    """Mistral's own template has no place for one: the tools stand before the question."""
+    """Mistral's own template supports none, so the tools are before the question."""
     template = get_template("auto", load_tokenizer(shared_data / MISTRAL))
     text = template.render(TOOL_CHAT, TOOLS)
     assert text.startswith("<s>[INST] # Tools\n\n") and "</tool_call>\n\n天气? [/INST]" in text
 
 
 def test_markers(shared_data):
-    """What opens an answer: the generation prompt, or what follows the question."""
+    """The marker is the generation prompt, or the text after the question."""
     for name, folder, ids in (
         ("alpaca", TINYLLAMA, [1, 835, 13291, 29901]),
         ("llama2", TINYLLAMA, [1, 518, 29914, 25580, 29962]),

@@ -1,4 +1,4 @@
-"""A chat template is code from a stranger: sandboxed, limited, and one line of error."""
+"""A chat template is code from a stranger: it is sandboxed and limited, and fails in one line."""
 
 import multiprocessing
 import os
@@ -34,14 +34,14 @@ def check_refused(template: str, match: str, line: int | None = None, **limits) 
     assert "\n" not in message.strip() and len(message) < 500
     if line:
         assert f"line {line}:" in message
-    with pytest.raises(TemplateError):  # again, in a new process if need be
+    with pytest.raises(TemplateError):  # again, in a new process if necessary
         render(renderer)
     assert renderer.render(HELLO, None, {"safe": True}, NOW)
     renderer.close()
 
 
 def guarded(template: str) -> str:
-    """A template that does harm unless `safe` is set."""
+    """A template that is harmful unless `safe` is set."""
     return "{% if safe %}fine{% else %}" + template + "{% endif %}"
 
 
@@ -209,7 +209,7 @@ COUNT = "{% for _ in range(count) %}{% for _ in range(99999) %}{% endfor %}{% en
 
 
 def counted(renderer: Renderer, count: int, begin: bool = False) -> list[str] | None:
-    """The render of COUNT, which takes as long as the number is high, or its beginning."""
+    """The render of COUNT, or its beginning. The time grows with the number."""
     act = renderer.begin if begin else renderer.render
     return act(HELLO, None, {"count": count}, NOW, [(None, {})])
 
@@ -257,13 +257,13 @@ class TestBegin:
 
 
 def render_in_child(renderer: Renderer, queue) -> None:
-    """In another process."""
+    """Render in another process."""
     queue.put((render(renderer), renderer.process_id))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_another_process_starts_its_own(method):
-    """As a data loader's workers do: forked, or with a pickled copy."""
+    """As in a data loader's workers, which are forked or get a pickled copy."""
     renderer = Renderer(GOOD)
     assert render(renderer) == "Hello"
     context = multiprocessing.get_context(method)
@@ -287,7 +287,7 @@ def test_a_copy_renders():
 
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_no_process_outlives_its_parent(end):
-    """Its stdin closes, however the parent ends."""
+    """The process ends when its stdin closes, which happens however the parent ends."""
     program = (
         "import sys, time; from minisft.text.rendering import Renderer\n"
         f"renderer = Renderer({GOOD!r})\n"

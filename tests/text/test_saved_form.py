@@ -1,4 +1,4 @@
-"""The chat template that goes along with a model: in transformers it gives our prompt ids."""
+"""The chat template that is saved with a model: in transformers it gives our prompt ids."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_ids_in_transformers(name, folder, shared_data, tmp_path):
 
 
 def test_thinking_is_off_as_in_training(qwen3, tmp_path):
-    """But a program can ask for thoughts, and a training with thoughts asks for them."""
+    """A program can still ask for thoughts. After training with thoughts, thinking is on."""
     [question, *_] = CONVERSATIONS
     thinks, answers = (get_template("auto", qwen3, enable_thinking=on) for on in (True, None))
     ids, others = thinks.encode_prompt(question), answers.encode_prompt(question)
@@ -117,7 +117,7 @@ def test_settings_are_lines_that_are_recognised():
 
 
 def test_bos_and_eos_are_stated_for_transformers(tiny_tokenizer_dir, tmp_path):
-    """Where only config.json knows them, the saved tokenizer_config.json says them."""
+    """If only config.json names them, the saved tokenizer_config.json names them too."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "tokenizer.json").write_bytes((tiny_tokenizer_dir / "tokenizer.json").read_bytes())
@@ -169,7 +169,7 @@ def test_which_form_is_written(tiny_chat_model_dir, qwen3, tmp_path):
 def test_it_replaces_the_base_models(tiny_chat_model_dir, tmp_path):
     Tokenizer.load(tiny_chat_model_dir).save(tmp_path, "{{ other }}")
     assert Tokenizer.load(tmp_path).chat_template == "{{ other }}"
-    # Programs from before chat_template.jinja find it too, and what else was there.
+    # Programs older than chat_template.jinja find it too, and all other entries are kept.
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     before = json.loads((tiny_chat_model_dir / "tokenizer_config.json").read_text())
     assert config == {**before, "chat_template": "{{ other }}"}

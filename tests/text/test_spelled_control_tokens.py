@@ -29,7 +29,7 @@ def templates(shared_data, tmp_path_factory) -> dict[str, ChatTemplate]:
     found = {}
     for path in sorted((shared_data / "chat_templates").glob("*.jinja")):
         text = path.read_text(encoding="utf-8")
-        if "fireworks" not in path.stem:  # it wants more than messages
+        if "fireworks" not in path.stem:  # this template needs more than messages
             found[path.stem] = load("auto", build_checkpoint(base, text, folder / path.stem))
     controls = "<|im_start|><|im_end|><|start_header_id|><|end_header_id|><|eot_id|>[INST][/INST]"
     controls += "<reserved_106><reserved_107>"
@@ -43,7 +43,7 @@ def load(name: str, folder: Path) -> ChatTemplate:
 
 
 def row(slot: str, text: str) -> tuple[list, list | None]:
-    """A conversation and its tools in which `text` stands in a slot."""
+    """A conversation and its tools with `text` in a slot."""
 
     def say(name: str, usual: str) -> str:
         return text if slot == name else usual

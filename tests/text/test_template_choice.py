@@ -1,4 +1,4 @@
-"""Where a template's text comes from: names, files, settings, and the template of a training."""
+"""Sources of a template's text: names, files, settings, and the template of a training."""
 
 import shutil
 
@@ -16,7 +16,7 @@ QUESTION = [{"role": "user", "content": "Hi"}]
 
 
 def test_default_system_prompt(shared_data, tmp_path):
-    """It is written into the text, so that other programs render it as well."""
+    """The system prompt is written into the text, so that other programs render it as well."""
     question, tail = QUESTION, "<|im_start|>user\nHi<|im_end|>\n"
     qwen = load_tokenizer(shared_data / QWEN)
     assert "You are Qwen" in get_template("auto", qwen).render(question)
@@ -37,7 +37,7 @@ def test_default_system_prompt(shared_data, tmp_path):
         assert again.text == template.text
     with pytest.raises(UserError, match="--default_system contains '<.im_end.>', a control"):
         get_template("chatml", qwen, default_system="a <|im_end|>")
-    with pytest.raises(UserError, match="default_system: the template auto has no place"):
+    with pytest.raises(UserError, match="default_system: the template auto supports no"):
         get_template("auto", load_tokenizer(shared_data / MISTRAL), default_system="Be kind.")
 
 
@@ -53,7 +53,7 @@ def test_template_kwargs_are_written_into_the_text(shared_data, tmp_path):
     assert text == "<s>" + str(kwargs["mood"]) + "Hi</s>Yes</s>"
     assert "mood" in template.text and template.name == str(path)
     for bad in ({"not a name": 1}, {"x-y": 1}, {"if": 1}):
-        with pytest.raises(UserError, match="--template_kwargs: .* is no name of a variable"):
+        with pytest.raises(UserError, match="--template_kwargs: .* is not a variable name"):
             get_template(str(path), tokenizer, template_kwargs=bad)
 
 

@@ -149,7 +149,7 @@ def test_a_continuation_gets_no_leading_space(shared_data, folder, kind, tmp_pat
         ids = tokenizer.encode(prompt) + tokenizer.encode(answer, continuation=True)
         assert tokenizer.decode(ids) == text
         apart += tokenizer.decode(tokenizer.encode(prompt) + tokenizer.encode(answer)) != text
-    if tokenizer.engine.strips_space:  # encoded as a text of its own, the answer gains a space
+    if tokenizer.engine.strips_space:  # encoded as a separate text, the answer gains a space
         assert apart > 0.9 * len(rows)
 
 
@@ -268,7 +268,7 @@ def test_invalid_files_beside_the_tokenizer_are_named(tmp_path, tiny_tokenizer_d
 
 
 def test_a_panic_of_the_library_is_a_user_error(tmp_path, tiny_tokenizer_dir):
-    """A prefix longer than a token makes the library panic, which is not an Exception."""
+    """A prefix longer than a token makes the library panic. A panic is not an Exception."""
     spec = json.loads((tiny_tokenizer_dir / "tokenizer.json").read_text())
     spec["model"]["continuing_subword_prefix"] = "x" * 100
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))

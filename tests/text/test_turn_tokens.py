@@ -54,8 +54,8 @@ def test_an_answer_ends_with_eos_and_is_learned(tokenizer):
     assert example.supervised == [False] * (2 + len(inside[0])) + [True] * (len(inside[1]) + 1)
 
 
-def test_every_answer_stands_behind_its_published_prompt(tokenizer, published_prompt):
-    """History is not closed by EOS, so each answer gets an example of its own."""
+def test_every_answer_follows_its_published_prompt(tokenizer, published_prompt):
+    """History is not closed by EOS, so each answer gets its own example."""
     answers = [{"role": "assistant", "content": text} for text in ("One.", "Two.")]
     chat = [CONVERSATIONS[0][0], answers[0], *CONVERSATIONS[0], answers[1]]
     template = get_template("auto", tokenizer)

@@ -1,4 +1,4 @@
-"""Resume is exact, whatever happened; damaged checkpoints are named and passed over."""
+"""Resuming is exact after any interruption; damaged checkpoints are named and skipped."""
 
 import json
 import resource
@@ -18,7 +18,7 @@ from minisft.training import checkpoint
 from minisft.training.metrics import read_metrics
 
 # Dropout, accumulation, an epoch that does not divide into steps, and steps that do not divide
-# into saves: what an inexact resume would get wrong.
+# into saves: an inexact resume would fail here.
 RUN = as_flags(
     template="plain",
     lora_dropout=0.2,
@@ -40,7 +40,7 @@ def final(run_dir):
 
 
 def assert_equal_runs(first, second):
-    """Weights bit for bit, and every logged figure but the speed."""
+    """Compare weights bit for bit, and every logged figure except the speed."""
     weights, others = final(first), final(second)
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -71,7 +71,7 @@ def test_resumed_equals_undisturbed(finetuning_type, flags, tmp_path):
 
 
 def test_killed_twenty_times(flags, tmp_path):
-    """SIGKILL at 20 random moments, inside saving too: the end is that of the undisturbed run."""
+    """After 20 SIGKILLs at random moments, also while saving, the result is the same."""
     flags = [*flags, "--max_steps", 250, "--save_steps", 2]
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
     words = [sys.executable, ROOT / "tests/kill_and_resume.py", 20, 1, tmp_path / "killed", *flags]
@@ -96,7 +96,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
         (TORCHRUN, signal.SIGHUP),
     ],
 )
-def test_signals_save_and_say_how_to_go_on(before, number, flags, tmp_path):
+def test_signals_save_and_print_how_to_continue(before, number, flags, tmp_path):
     flags, processes = [*flags, "--max_steps", 100], 2 if before else 1
     assert command(*flags, "--output_dir", tmp_path / "whole", processes=processes).returncode == 0
     told = tmp_path / "told"
@@ -140,7 +140,7 @@ def test_another_number_of_processes(flags, tmp_path):
 
 
 def test_best_and_early_stopping(flags, tmp_path):
-    """The best evaluation's weights are what is left; no gain ends the run."""
+    """The run saves the weights of the best evaluation, and ends when there is no improvement."""
     done = command(
         *flags,
         validation_split=6,
@@ -193,11 +193,11 @@ def test_evaluations_and_checkpoints_after_each_epoch(flags, tmp_path):
     assert done.returncode == 2 and "'often' is not a whole number" in done.stderr
 
 
-# checkpoint.py by itself
+# checkpoint.py alone
 
 
 def test_overwriting_forgets_the_old_run(flags, tmp_path):
-    """A new run in the same folder does not go on from the old one's checkpoints."""
+    """A new run in the same folder does not continue from the checkpoints of the old one."""
     flags = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 2]
     assert command(*flags, "--max_steps", 9).returncode == 0
     done = command(*flags, "--max_steps", 5, "--overwrite_output_dir", "--lora_alpha", 3)
@@ -209,7 +209,7 @@ def test_overwriting_forgets_the_old_run(flags, tmp_path):
 
 
 def test_best_of_another_folder(flags, tmp_path):
-    """Going on in a new folder, the best weights are looked for among its own evaluations."""
+    """A run that continues in a new folder takes the best weights from its own evaluations."""
     flags = [
         *flags,
         *as_flags(
@@ -288,7 +288,7 @@ def test_damaged_checkpoints_are_named_and_skipped(message, tmp_path):
 
 
 def test_full_disk_leaves_what_was_there(tmp_path):
-    """A file that cannot grow, as on a full disk: one line, and the checkpoint before is whole."""
+    """On a full disk there is one line of error, and the previous checkpoint is intact."""
     write(tmp_path, b"2")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -305,7 +305,7 @@ def test_full_disk_leaves_what_was_there(tmp_path):
 
 @pytest.mark.parametrize("save_steps", [1, 99])
 def test_full_disk_in_a_run(save_steps, flags, tmp_path):
-    """In a checkpoint or at the end: one line; what was saved before can be gone on from."""
+    """On a full disk, in a checkpoint or at the end: one line, and the run can be resumed."""
     flags = [*flags, "--max_steps", 12, "--save_steps", 4, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
     newest = checkpoint.find_checkpoint(tmp_path / "out", "auto", print)
@@ -353,8 +353,8 @@ def test_other_run_is_refused(flags, tmp_path):
     }  # the record, the log and the checkpoints too
 
 
-def test_what_changed_is_said_and_holds(flags, tmp_path):
-    """Flags of the call win over what the checkpoint holds, but for the rows of a step."""
+def test_changed_options_are_reported_and_used(flags, tmp_path):
+    """The flags of the command line win over the checkpoint, except for the rows of a step."""
     flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
     done = command(
@@ -374,7 +374,7 @@ def test_what_changed_is_said_and_holds(flags, tmp_path):
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
-def test_rows_that_changed_are_told(flags, tmp_path, rows_file):
+def test_changed_rows_are_reported(flags, tmp_path, rows_file):
     flags = [*flags, "--save_steps", 2, "--output_dir", tmp_path / "out"]
     assert command(*flags, "--max_steps", 3).returncode == 0
     again = [*flags, "--resume_from_checkpoint", "auto", "--max_steps"]
@@ -390,9 +390,9 @@ def test_rows_that_changed_are_told(flags, tmp_path, rows_file):
     )
 
 
-def test_a_broken_row_met_late(flags, tmp_path, rows_file):
-    """In a file too large to be checked first: what was learned before it is saved, and once it
-    is mended the run ends as if nothing had been."""
+def test_a_broken_row_found_during_training(flags, tmp_path, rows_file):
+    """The steps before the broken row are saved. After a repair the run ends like an undisturbed
+    one."""
     rows = json.loads(rows_file.read_text())
     good = [{**row, "history": []} for row in rows for _ in range(-(-200 // len(rows)))]
     broken = [dict(row) for row in good]
@@ -428,8 +428,8 @@ def test_a_broken_row_met_late(flags, tmp_path, rows_file):
     assert_equal_runs(tmp_path / "whole", tmp_path / "late")
 
 
-def test_no_checkpoint_is_whole(flags, tmp_path):
-    """All damaged: said, and left where they are, since their weights may still be wanted."""
+def test_all_checkpoints_are_damaged(flags, tmp_path):
+    """The error says so, and the files stay, because their weights may still be useful."""
     flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
     state = tmp_path / "out/checkpoint-2/trainer_state.pt"
@@ -439,7 +439,7 @@ def test_no_checkpoint_is_whole(flags, tmp_path):
     assert state.exists()
 
 
-def test_a_finished_run_without_checkpoints_is_not_begun_anew(flags, tmp_path):
+def test_a_finished_run_without_checkpoints_is_not_restarted(flags, tmp_path):
     flags = [*flags, "--output_dir", tmp_path / "out", "--max_steps"]
     assert command(*flags, 2).returncode == 0
     before = final(tmp_path / "out")
@@ -451,7 +451,7 @@ def test_a_finished_run_without_checkpoints_is_not_begun_anew(flags, tmp_path):
 
 
 def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
-    """It would be saved as the result, in the place of a later one."""
+    """That checkpoint would be saved as the result and replace a later one."""
     flags = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 4, "--max_steps"]
     assert command(*flags, 6).returncode == 0
     before = final(tmp_path / "out")
@@ -461,11 +461,11 @@ def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
     )
     assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
     done = command(*flags, 4, "--resume_from_checkpoint", "auto")
-    assert done.returncode == 0, done.stderr  # nothing is left but to write the result
+    assert done.returncode == 0, done.stderr  # only the result is left to write
 
 
-def test_checkpoints_of_an_abandoned_branch_go(tmp_path):
-    """Going on from step 5, what was at 10 and 15 is another run's: `auto` must not take it."""
+def test_checkpoints_of_an_abandoned_branch_are_removed(tmp_path):
+    """After resuming at step 5, `auto` must not take the old checkpoints at 10 and 15."""
     for step in (5, 10, 15):
         save(tmp_path, step, {"step": step})
     (tmp_path / "checkpoint-4.partial/optimizer").mkdir(parents=True)  # killed while saving

@@ -1,4 +1,4 @@
-"""FSDP: what two and four processes train, each with a part of the model, is what one trains."""
+"""FSDP: two and four processes, each with a shard of the model, train the same as one."""
 
 import json
 import shutil
@@ -110,17 +110,17 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", ["2", "2-4", "2-4-1", "1-2"])
 def test_any_number_of_processes_trains_as_one(kind, other, runs):
-    """Losses, norms of the gradient and weights; resumed with twice, with a quarter as many."""
+    """Equal losses, gradient norms and weights; resumed with more and with fewer processes."""
     assert len([row for row in logged(runs / kind / "1") if "loss" in row]) == 6
     assert_equal_runs(runs / kind / "1", runs / kind / other)
 
 
 @pytest.mark.parametrize("kind, source", [("full", "2"), ("lora", "dropped")])
 def test_stopped_and_resumed_with_as_many_is_exact(kind, source, runs):
-    """One of the two is sent a signal in the fourth step, after which both save and end."""
+    """One of the two gets a signal in the fourth step. Then both save and end."""
     assert (runs / kind / "again" / "checkpoint-4").is_dir()
     assert_equal_runs(runs / kind / source, runs / kind / "again", rtol=0, atol=0)
-    if source == "dropped":  # and there was something to be drawn alike
+    if source == "dropped":  # dropout drew numbers, so this was a real test
         with pytest.raises(AssertionError):
             assert_equal_runs(runs / kind / "1", runs / kind / source)
 
@@ -140,9 +140,9 @@ def is_sharded(tensor):
 
 @pytest.mark.parametrize("extra", [[], ["--finetuning_type", "full"]])
 def test_a_process_holds_its_rows_alone(extra, runs, monkeypatch):
-    """What four processes hold and read of the files is the model once, not four times.
+    """Four processes together hold and read the model once, not four times.
 
-    After a forward pass only the output matrix and what goes with it is whole, until cut again.
+    After a forward pass only the output matrix and its group are gathered, until resharded.
     """
     options = training_options(*extra, model_name_or_path=runs / "plain", parallel="fsdp")
     device, parts, num_read = torch.device("cpu"), [], 0
@@ -212,7 +212,7 @@ def two_steps(options, folder, device):
     ],
 )
 def test_on_each_device(device, runs, tmp_path):
-    """A group of one process, which a single GPU can have: steps, saving and going on."""
+    """A group of one process, for a single GPU: steps, saving and resuming."""
     device, runs_of = torch.device(device), []
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore()
@@ -243,8 +243,8 @@ def test_on_each_device(device, runs, tmp_path):
         dist.destroy_process_group()
 
 
-def test_nothing_is_left_of_a_checkpoint_that_fails(runs, tmp_path, monkeypatch):
-    """The first process has failed and removed what there was; the other one adds nothing."""
+def test_a_failed_checkpoint_leaves_no_files(runs, tmp_path, monkeypatch):
+    """After rank 0 has failed and removed the folder, the other rank does not create it again."""
     options = training_options(output_dir=tmp_path / "out", finetuning_type="full", parallel="fsdp")
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
@@ -256,7 +256,7 @@ def test_nothing_is_left_of_a_checkpoint_that_fails(runs, tmp_path, monkeypatch)
         run.optimizer.step()
         together = [True]
 
-        def wait():  # the second time for what does not come
+        def wait():  # the second call waits for a rank that has ended
             if not together:
                 raise RuntimeError("the other process has ended")
             together.clear()
@@ -271,7 +271,7 @@ def test_nothing_is_left_of_a_checkpoint_that_fails(runs, tmp_path, monkeypatch)
 
 
 def test_damage_to_a_part_is_found(runs, tmp_path):
-    """A part of the optimizer's state that has changed or is gone."""
+    """A file of the optimizer's state has changed or is missing."""
     path = shutil.copytree(runs / "lora/2/checkpoint-4", tmp_path / "checkpoint-4")
     assert checkpoint.damage(path) is None
     parts = sorted((path / "optimizer").iterdir())
@@ -290,7 +290,7 @@ def test_contradictions(extra):
         training_options(*extra, parallel="fsdp")
 
 
-def test_alone_there_is_nothing_to_shard_over(runs, tmp_path):
+def test_a_single_process_cannot_shard(runs, tmp_path):
     done = command(
         model_name_or_path=runs / "plain",
         dataset=runs / "rows.json",

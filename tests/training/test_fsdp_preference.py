@@ -1,5 +1,4 @@
-"""Stages rm and dpo in several processes: what they train, sharded or each with all, is what one
-does."""
+"""Stages rm and dpo: several processes, with FSDP or DDP, train the same as one."""
 
 import json
 
@@ -136,7 +135,7 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
     ],
 )
 def test_any_number_of_processes_trains_as_one(name, other, runs):
-    """Figures, norms of the gradient, weights and the head; resumed with twice as many."""
+    """Equal metrics, gradient norms, weights and head; resumed with twice as many processes."""
     rows = [row for row in logged(runs / name / "1") if "loss" in row]
     assert len(rows) == 6 and {"accuracy", "margin", "reward_chosen"} < rows[0].keys()
     assert_equal_runs(runs / name / "1", runs / name / other, near=1e-5)
@@ -146,14 +145,14 @@ def test_any_number_of_processes_trains_as_one(name, other, runs):
 
 @pytest.mark.parametrize("name", SHORT)
 def test_other_ways_to_train(name, runs):
-    """Going on from an adapter or a head that was trained; in half precision."""
+    """Training continues from a trained adapter or head; in half precision."""
     assert_like_one_process(runs / name, near=1e-5)
 
 
-def test_the_reference_drops_nothing(runs, tiny_tokenizer_dir):
-    """Its log-probability of the best answers, which is what the logged figures leave over:
+def test_the_reference_has_no_dropout(runs, tiny_tokenizer_dir):
+    """Compute its log-probability of the best answers from the logged metrics:
 
-    sft_loss is that of the model per token, reward_chosen beta times what is between the two.
+    sft_loss is the loss of the model per token, and reward_chosen is beta times the log-ratio.
     """
     logs = [logged(runs / "dropped" / number) for number in "12"]
     template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
@@ -167,19 +166,19 @@ def test_the_reference_drops_nothing(runs, tiny_tokenizer_dir):
     ]
     assert len(found[0]) == 3 and found[1] == pytest.approx(found[0], abs=2e-4)
     dropped = [[row["sft_loss"] for row in log] for log in logs]
-    assert dropped[1] != pytest.approx(dropped[0], abs=1e-3)  # the model does, each in its own way
+    assert dropped[1] != pytest.approx(dropped[0], abs=1e-3)  # the model has dropout
 
 
 def test_a_head_that_was_sharded_is_loaded(runs):
-    """Of one row, which one process had and the others did not."""
+    """The head has one row, which only one process held."""
     model = load_reward_model(runs / "rm full/2-4")
     assert torch.equal(model.score.weight, final(runs / "rm full/2-4")["score.weight"])
     start = load_file(runs / "rm full/2/checkpoint-2/model.safetensors")["score.weight"]
     assert not torch.equal(model.score.weight, start)
 
 
-def test_the_reference_is_the_beginning(runs):
-    """Whatever training makes of the model; a copy is held of a process's own rows alone."""
+def test_the_reference_is_the_initial_model(runs):
+    """The reference does not follow training; a process copies only its own rows."""
     options = training_options(parallel="fsdp", adapter=runs / "dpo lora/2")
     dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     try:

@@ -16,7 +16,7 @@ from minisft.training.interruption import SIGNALS, Interruption
 
 @pytest.fixture
 def standing_run(checkpoint, rows_file, tmp_path):
-    """The words of a run of six steps that stands still in its fourth until a signal comes."""
+    """The words of a run of six steps that pauses in its fourth until a signal comes."""
     words = [
         sys.executable,
         *standing_still("train:train_step", [4], tmp_path / "told"),
@@ -36,7 +36,7 @@ def saved_steps(tmp_path):
 
 
 def test_a_closed_terminal(standing_run, tmp_path):
-    """Whatever the run prints afterwards goes nowhere; the checkpoint is there."""
+    """The run discards its output from then on, and saves a checkpoint."""
     terminal, inside = pty.openpty()
     take_terminal = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
@@ -58,7 +58,7 @@ def test_a_closed_terminal(standing_run, tmp_path):
 
 
 def test_nohup():
-    """SIGHUP stays ignored, as nohup leaves it."""
+    """SIGHUP stays ignored, as nohup sets it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interruption() as interruption:

@@ -1,12 +1,12 @@
-"""What a run says while it goes on."""
+"""The output of a run while it trains."""
 
 import io
 
 from minisft.training.metrics import Progress
 
 
-def test_a_line_is_there_at_once_where_it_goes_into_a_file(tmp_path, monkeypatch):
-    """As in the log of a cluster, which is read hours before the run ends."""
+def test_lines_are_written_to_a_file_at_once(tmp_path, monkeypatch):
+    """A cluster's log is read hours before the run ends."""
     file = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(file, "utf-8"))
     progress = Progress(total_steps=9, path=tmp_path / "metrics.jsonl")

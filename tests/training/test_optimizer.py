@@ -1,4 +1,4 @@
-"""The learning rate over time and what is decayed, beside transformers."""
+"""The learning-rate schedules and the decayed parameters equal those of transformers."""
 
 import re
 

@@ -1,5 +1,4 @@
-"""memory.py and plan.py: what is planned is what autograd keeps, what torch allocates, what
-train.py does; and every recipe can be planned."""
+"""memory.py and plan.py: the plan matches autograd, torch's allocator and train.py's run."""
 
 import json
 import re
@@ -82,7 +81,7 @@ ALIBI = BAICHUAN | {"max_position_embeddings": None}
 def test_planned_activations_of_a_layer_are_what_autograd_keeps(
     fields, lora, bits, dtype, tmp_path
 ):
-    """Within a hundredth; the sums of the attention and of the norms, a few numbers, are left out.
+    """Within a hundredth; the plan omits a few numbers: the sums of the attention and of the norms.
 
     The peak of a step would hide an error here behind weights and logits.
     """
@@ -158,7 +157,7 @@ DPO, REWARD = peak.DPO, peak.REWARD
     ],
 )
 def test_planned_peak_is_the_measured_one(setting, tmp_path, monkeypatch):
-    """Within a tenth of what torch's allocator gave out at its peak in a step of train.py."""
+    """The plan is within a tenth of the peak of torch's allocator in a step of train.py."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**23)  # several chunks in some of these
     saved(tmp_path / "model", setting.config)
     found = peak.measure(tmp_path, setting)
@@ -166,7 +165,7 @@ def test_planned_peak_is_the_measured_one(setting, tmp_path, monkeypatch):
 
 
 def test_checkpointed_layers_leave_no_copies_of_their_weights():
-    """In half precision, that is: autocast would keep those of all layers until the loss."""
+    """In half precision, autocast would otherwise keep the copies of all layers until the loss."""
     model = CausalLM(ModelConfig.from_dict(SHAPE)).train()
     model.model.gradient_checkpointing = True
     with torch.autocast("cpu", torch.bfloat16):
@@ -203,7 +202,10 @@ def test_parameters_are_those_of_transformers_and_peft(shared_data):
         assert memory.stored_bytes(model) == pytest.approx(expected, rel=1e-5)
 
 
-HEAD = ("--modules_to_save", "lm_head")  # torch cannot count while a frozen one is gone through
+HEAD = (
+    "--modules_to_save",
+    "lm_head",
+)  # torch cannot count the products with a frozen output matrix
 
 
 @pytest.mark.parametrize("flags", [HEAD, HEAD + CHECKPOINTING, FULL])
@@ -280,7 +282,7 @@ def test_the_plan_is_what_the_run_does(stage, checkpoint, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch, here):
-    """Then tokens, padding and the largest micro-batch are about those of all."""
+    """Tokens, padding and the largest micro-batch are then about those of all rows."""
     rows = [
         {"instruction": "Say" + " it" * (number * 7 % 50), "output": "the cat " * (number % 9)}
         for number in range(900)
@@ -360,7 +362,7 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, here):
     said = here(train, "--dry_run", *words, "--dataset", rows)
     (weights,) = numbers(r"weights +([\d.]+)", said)
 
-    # With a reference of its own: four bytes more, over 64; with all answers read by it too.
+    # A separate reference takes four more bytes, over 64, and computes all answers as well.
     rows.write_text(
         json.dumps([{"instruction": "x" * 400, "output": ["四个字节" * 100, "y", "z"]}] * 640)
     )
@@ -385,7 +387,7 @@ def test_seventy_billion_on_64_gpus_from_config_json(tmp_path, here):
 
 
 def test_the_reference_has_a_copy_of_an_adapter_that_is_trained_on():
-    """Of a new one, which changes nothing yet, it has none."""
+    """The reference does not copy a new adapter, which changes nothing yet."""
     model = CausalLM(ModelConfig.from_dict(SHAPE))
     add_lora(model, LoraConfig(rank=5))
     words = ["--model_name_or_path", "-", "--dataset", "-", "--output_dir", "-", "--stage", "dpo"]
@@ -395,10 +397,8 @@ def test_the_reference_has_a_copy_of_an_adapter_that_is_trained_on():
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
-def test_the_plan_says_of_the_rows_what_the_run_says(
-    stage, checkpoint, tmp_path, monkeypatch, capsys, here
-):
-    """Those that are cut, left out, broken; of the rows to train on and to evaluate on."""
+def test_plan_and_run_report_the_same_rows(stage, checkpoint, tmp_path, monkeypatch, capsys, here):
+    """Both count truncated, dropped and broken rows, for training and for evaluation."""
     rows = [
         {"instruction": "Hi", "output": answer}
         for answer in ("yes", "yes " * 60, "well " * 60, "no", "the cat", "the mat", "so", "", "oh")
@@ -440,7 +440,7 @@ def test_the_plan_says_of_the_rows_what_the_run_says(
     assert ("their answers are the same" in " ".join(said)) == (stage != "sft")
 
 
-def test_a_device_need_not_be_here_but_must_be_one(checkpoint, rows_file):
+def test_a_planned_device_need_not_be_present_but_must_be_valid(checkpoint, rows_file):
     words = as_flags(
         model_name_or_path=checkpoint,
         dataset=rows_file,
@@ -475,8 +475,8 @@ def test_mistakes_of_planning(checkpoint, rows_file, capsys, here):
             "--device_memory",
             "much",
         )
-    assert "model " not in capsys.readouterr().out  # before half a plan is told
-    with pytest.raises(UserError, match="Give --num_processes"):  # as the run would refuse it
+    assert "model " not in capsys.readouterr().out  # refused before any output,
+    with pytest.raises(UserError, match="Give --num_processes"):  # as in a run
         here(
             train,
             "--dry_run",
@@ -496,7 +496,7 @@ def test_mistakes_of_planning(checkpoint, rows_file, capsys, here):
             parse_options(["--model_name_or_path", "-", *map(str, common), *words])
 
 
-# What stands for the models and data that the recipes name: configs and files of shared/data.
+# Configs and files of shared/data in place of the models and data that the recipes name.
 STAND_INS = {
     "tinyllama_lora": ("TinyLlama-1.1B-Chat-v0.6", "cherry_alpaca_5_percent.json"),
     "llama3_8b_lora": ("Meta-Llama-3-8B-Instruct", "alpaca_en_demo.json"),

@@ -109,7 +109,7 @@ def parsed(base, *flags):
 
 
 class OnOurBatches:
-    """Mixed into a trainer of trl: the rows of each step are those of our loop."""
+    """A mix-in for trl's trainers: each step gets the rows of our loop."""
 
     batches = None
 
@@ -142,7 +142,7 @@ def their_rows(examples):
 
 
 def their_log(stage, model, reference, options, examples, tokenizer_dir, loss):
-    """What trl's trainer logs for every step on exactly the rows that ours take."""
+    """The log of trl's trainer for every step on the rows of our steps."""
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_dir / "tokenizer.json"), pad_token="<s>", eos_token="</s>"
     )
@@ -212,7 +212,7 @@ def start_of(stage, options, base, work):
     return ours, None, kind.from_pretrained(work / "start", dtype=torch.float32)
 
 
-CASES = {  # flags of ours, arguments of trl's
+CASES = {  # our flags, trl's arguments
     "dpo lora, accumulation": (["--per_device_train_batch_size", 2], {}),
     "dpo full, precomputed": (
         as_flags(
@@ -223,7 +223,7 @@ CASES = {  # flags of ours, arguments of trl's
         ),
         {"beta": 0.3},
     ),
-    # The loss that is sorted over a batch of one is that of the pair: what smoothing means here.
+    # On a batch of one, the sorted loss is that of the pair, as label smoothing is defined here.
     "dpo lora, smoothing": (
         ["--per_device_train_batch_size", 1, "--dpo_label_smoothing", 0.2],
         {"loss_type": ["aot"], "label_smoothing": 0.2},
@@ -307,7 +307,7 @@ def new_objective(**settings):
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     model.initialize()
     objective = preference.DirectPreference(model, FrozenReference(model), **settings)
-    with torch.no_grad():  # as if it had been trained for a while
+    with torch.no_grad():  # like a model after some training
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return objective
@@ -382,7 +382,7 @@ def test_logits_of_answers_only_and_in_chunks(monkeypatch):
 
 
 def test_at_the_start_model_and_reference_agree_in_half_precision():
-    """And still the model has its gradient: no cast of its weights is kept from the reference."""
+    """The model still has a gradient: the reference leaves no weights in autocast's cache."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     model.initialize()
@@ -395,7 +395,7 @@ def test_at_the_start_model_and_reference_agree_in_half_precision():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_no_rows_give_exactly_nothing():
+def test_no_rows_give_exactly_zero():
     for objective in (new_objective(sft_weight=1.0), new_reward_objective()):
         objective.count([objective.collate(ragged_rows(3))])
         found = objective.sums(objective.model, objective.collate([]))
@@ -408,7 +408,7 @@ def test_no_rows_give_exactly_nothing():
 
 
 def test_the_reference_shares_what_is_not_trained():
-    """LoRA: nothing is copied, and a new adapter is off; a trained one is kept as it is."""
+    """With LoRA nothing is copied and a new adapter is off; a trained adapter is copied."""
     model = new_objective().model
     plain = model.logits(model(torch.arange(3, 20)[None]))
     add_lora(model, LoraConfig(rank=2, modules_to_save=("lm_head",)))
@@ -471,7 +471,7 @@ def words_of(checkpoint, pairs_file, output, *more):
     ],
 )
 def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here, monkeypatch):
-    """The reference is what the first run began with, not what the resumed one finds."""
+    """The reference is the initial model of the first run, not the model of the checkpoint."""
     flags = [*flags, "--max_steps", 6, "--save_steps", 3]
     here(train, *words_of(checkpoint, pairs_file, tmp_path / "whole", *flags))
     (tmp_path / "resumed").mkdir()
@@ -496,7 +496,7 @@ def test_resume_is_exact(flags, checkpoint, pairs_file, tmp_path, here, monkeypa
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_computed_before_or_along_the_way(checkpoint, pairs_file, tmp_path, here):
+def test_reference_precomputed_or_computed_in_each_step(checkpoint, pairs_file, tmp_path, here):
     """--precompute_reference, --quantization_bit and --gradient_checkpointing: equal losses."""
     logs = []
     for number, more in enumerate(([], ["--precompute_reference"], ["--gradient_checkpointing"])):
@@ -527,7 +527,7 @@ def test_computed_before_or_along_the_way(checkpoint, pairs_file, tmp_path, here
 def test_a_resumed_run_computes_only_what_is_new(
     checkpoint, pairs_file, tmp_path, here, monkeypatch
 ):
-    """Of rows that it newly evaluates on, by the model of the beginning; if refused, nothing."""
+    """It computes only new evaluation rows, with the initial model. A refused run computes none."""
     words = words_of(
         checkpoint,
         pairs_file,
@@ -561,8 +561,8 @@ def test_a_resumed_run_computes_only_what_is_new(
         here(train, *words, "--output_dir", tmp_path / "no", "--precompute_reference", "--seed", 7)
 
 
-def test_it_learns_what_is_better(checkpoint, pairs_file, tmp_path, here):
-    """Accuracy rises on held-out rows; the evaluation is said; an adapter goes on from itself."""
+def test_accuracy_rises_on_held_out_rows(checkpoint, pairs_file, tmp_path, here):
+    """The log has the evaluations. An adapter can be trained further."""
     for stage in ("dpo", "rm"):
         said = here(
             train,
@@ -600,7 +600,7 @@ def test_it_learns_what_is_better(checkpoint, pairs_file, tmp_path, here):
             ),
         )
         (again,) = metrics_of(tmp_path / f"{stage}2")
-        # dpo: what it begins with is the new reference.
+        # dpo: the adapter that training starts from is the new reference.
         assert (
             again["loss"] == pytest.approx(math.log(2), 1e-4)
             if stage == "dpo"
@@ -680,7 +680,7 @@ def test_contradictions(flags, message, base):
 
 
 def their_rewards(folder, base, texts):
-    """What transformers (and peft) give to token ids, as one padded batch and one by one."""
+    """The rewards of transformers (and peft) for token ids, as one padded batch and one by one."""
     kind = transformers.AutoModelForSequenceClassification
     if (folder / "adapter_config.json").exists():
         model = kind.from_pretrained(base, num_labels=1, dtype=torch.float32)
@@ -803,8 +803,8 @@ def test_a_reward_model_is_trained_further(checkpoint, pairs_file, tmp_path, her
         load_model(tmp_path / "first")
 
 
-def test_the_reference_drops_nothing():
-    """Also where it has an adapter with dropout and was copied while the model was training."""
+def test_the_reference_has_no_dropout():
+    """Also if it has an adapter with dropout and was copied in training mode."""
     model = CausalLM(ModelConfig.from_dict(CONFIG))
     add_lora(model, LoraConfig(dropout=0.5))
     for name, parameter in model.named_parameters():
@@ -816,7 +816,7 @@ def test_the_reference_drops_nothing():
 
 
 def test_a_reward_model_is_not_padded_with_what_ends_conversations():
-    """There transformers would take a token before the end for the last."""
+    """Otherwise transformers would take a token before the end for the last one."""
     for ends, padding in (({7}, 1), ({2}, 7), ({1, 7}, None)):
         model = RewardModel(ModelConfig.from_dict({**CONFIG, "bos_token_id": 1, "pad_token_id": 7}))
         choose_padding(model, SimpleNamespace(bos_token_id=1), ends)
@@ -824,7 +824,7 @@ def test_a_reward_model_is_not_padded_with_what_ends_conversations():
 
 
 def loaded(checkpoint, answers, stage, *flags):
-    """(the Examples of rows with these lists of answers, what was said before training)."""
+    """(the Examples of rows with these lists of answers, the log before training)."""
     path, said = checkpoint / "rows.json", []
     path.write_text(json.dumps([{"instruction": "Hi", "output": one} for one in answers]))
     options = training_options(*flags, model_name_or_path=checkpoint, dataset=path, stage=stage)
@@ -840,8 +840,8 @@ def loaded(checkpoint, answers, stage, *flags):
 
 
 @pytest.mark.parametrize("stage", ["dpo", "rm"])
-def test_equal_answers_teach_nothing(stage, checkpoint):
-    """They are left out, and it is said; what comes again is compared where it came first."""
+def test_equal_answers_are_left_out(stage, checkpoint):
+    """The log counts them; a repeated answer counts once, at its first rank."""
     answers = [["yes", "no"], ["yes", "yes"], ["a", "b", "a"], ["a", "b", "b", "c"], ["no"] * 3]
     examples, said = loaded(checkpoint, answers, stage)
     expected, nothing = loaded(checkpoint, [["yes", "no"], ["a", "b"], ["a", "b", "c"]], stage)
@@ -859,7 +859,7 @@ def test_equal_answers_teach_nothing(stage, checkpoint):
 
 
 def test_answers_that_the_limit_makes_equal(checkpoint):
-    """Of a pair that differs behind the limit only --stage dpo would see one text twice."""
+    """If a pair differs only after the limit, --stage dpo would see one text twice."""
     answers = [["yes " * 60 + "so", "yes " * 60 + "no"], ["yes", "no"]]
     examples, said = loaded(checkpoint, answers, "dpo", "--cutoff_len", "40")
     assert len(examples) == 1 and said[0].startswith("a sample of 2 rows: 1 of 2 rows truncated")
@@ -873,9 +873,9 @@ def test_answers_that_the_limit_makes_equal(checkpoint):
     [("dpo", 2, "1 of 2 rows truncated"), ("rm", 1, "1 of 2 rows left out: longer")],
 )
 def test_only_a_reward_needs_whole_conversations(stage, kept, told, checkpoint):
-    """Of an answer that is cut the beginning can be learned, but it was not what was judged.
+    """The beginning of a truncated answer can be learned, but it is not the answer that was judged.
 
-    Before training begins it is told how many rows that is.
+    The log counts these rows before training.
     """
     examples, said = loaded(
         checkpoint, [["yes", "no"], ["yes " * 60, "no"]], stage, "--cutoff_len", "40"

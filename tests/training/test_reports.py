@@ -20,7 +20,7 @@ SERVICE_TESTS = pytest.mark.parametrize("name", ["tensorboard", "wandb", "swanla
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """All services write into tmp_path; none looks for a server."""
+    """All services write into tmp_path; none contacts a server."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("SWANLAB_MODE", "offline")
     monkeypatch.setenv("SWANLAB_SAVE_DIR", str(tmp_path / "swanlab_home"))
@@ -67,7 +67,7 @@ def read_trackio(folder):
 
 def records(path):
     """The records of a log in LevelDB's form: pieces in blocks of 32 kB."""
-    data, place, record = path.read_bytes(), 7, b""  # behind the header of the file
+    data, place, record = path.read_bytes(), 7, b""  # after the header of the file
     while True:
         left = 2**15 - place % 2**15
         place += left if left < 7 else 0
@@ -143,7 +143,7 @@ def test_services_continue_after_the_step_of_a_checkpoint(name, offline):
 
 
 def check_swanlab(folder):
-    """Its log holds protocol buffers of its own; the names and one run are in their bytes."""
+    """SwanLab's log holds its own protocol buffers; their bytes contain the names and one run."""
     paths = list(folder.glob("swanlab/run-*/run-*.swanlab"))
     data = b"".join(path.read_bytes() for path in paths)
     for name in (b"train/loss", b"train/learning_rate", b"eval/loss", b"train/global_step"):
@@ -220,7 +220,7 @@ def test_a_service_that_fails_is_named_once(when, tmp_path, monkeypatch, capsys)
     progress.close()
     progress.reports.finish()
     said = capsys.readouterr().out
-    assert said == "--report_to wandb: the server is away; training goes on without it\n"
+    assert said == "--report_to wandb: the server is away; training continues without it\n"
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 

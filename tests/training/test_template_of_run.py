@@ -33,12 +33,12 @@ def with_template(checkpoint, text):
 
 
 def shown_text(printed):
-    """What --show_samples printed, without its colours."""
+    """The output of --show_samples, without colours."""
     return re.sub(r"\033\[\d+m", "", printed)
 
 
 def test_a_run_keeps_its_date_on_resume(checkpoint, rows_file, tmp_path):
-    """Resumed "another day": the losses are those of the run that was not interrupted."""
+    """A run resumed "another day" has the losses of an uninterrupted run."""
     with_template(checkpoint, DATED)
     flags = ["--model_name_or_path", checkpoint, "--dataset", rows_file, "--show_samples", 1]
     flags += as_flags(max_steps=4, save_steps=2, logging_steps=1, learning_rate=1e-2)
@@ -70,7 +70,7 @@ def qwen3(checkpoint, shared_data):
 
 
 def test_a_row_whose_answers_have_prompts_of_their_own(qwen3, tmp_path):
-    """Qwen3 leaves out earlier thoughts: the report counts examples, samples and plans have all."""
+    """Qwen3 omits earlier thoughts. The report, samples and plans include all examples."""
     thinking = [*TURNS[:3], {**TURNS[3], "reasoning_content": "Hm."}]
     rows = [{"messages": TURNS}, {"messages": thinking}, {"messages": TURNS[:2]}]
     path = tmp_path / "rows.json"
@@ -94,7 +94,7 @@ def test_a_row_whose_answers_have_prompts_of_their_own(qwen3, tmp_path):
     assert learned == [*(f"{answer}<|im_end|>" for answer in answers), thought]
 
 
-def test_what_rows_say_of_their_answers_is_learned(qwen3, tmp_path):
+def test_marks_in_rows_decide_which_answers_are_learned(qwen3, tmp_path):
     """weight, train and mask of single answers, --mask_history of all but the last."""
     with_template(qwen3, DATED)
     marked = [
@@ -120,13 +120,13 @@ def test_what_rows_say_of_their_answers_is_learned(qwen3, tmp_path):
     expected = [["assistant 1", "assistant 2"], ["assistant 0", "assistant 2"]]
     expected.append(["assistant 0", "assistant 1"])
     assert texts == ["".join(answers) for answers in expected]
-    assert report.num_unlearned == 1 and "none of their answers is to be learned" in str(report)
+    assert report.num_unlearned == 1 and "none of their answers is supervised" in str(report)
     texts, report = learned(mask_history=True)
     assert texts == ["assistant 2", "assistant 2"] and report.num_unlearned == 2
 
 
 def test_thoughts_in_the_text_of_an_answer(qwen3):
-    """<think> at the beginning: apart where the template knows thoughts, text where it does not."""
+    """<think> at the beginning becomes thoughts if the template writes them, else it stays text."""
     tokenizer = Tokenizer.load(qwen3)
     apart = [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]
     for spelled in ("<think>\nHm.\n</think>\n\nassistant 0", " <think>Hm.</think>assistant 0"):
@@ -148,8 +148,8 @@ WITH_CALL = [
 ]
 
 
-def test_tools_that_the_template_does_not_know_are_said_once(checkpoint, tmp_path):
-    """By every script that reads rows, with their number; nothing is said of rows without tools."""
+def test_tools_that_the_template_does_not_support_are_reported_once(checkpoint, tmp_path):
+    """Every script that reads rows counts them; rows without tools get no message."""
     with_template(checkpoint, DATED)
     path = tmp_path / "rows.jsonl"
     offered = {"messages": TURNS[:2], "tools": json.dumps([CALL["function"]])}
@@ -187,7 +187,7 @@ def test_tools_that_the_template_does_not_know_are_said_once(checkpoint, tmp_pat
     assert done.returncode == 0 and "have tools" not in done.stdout
 
 
-def test_settings_that_the_template_does_not_read_are_said_by_every_script(
+def test_every_script_reports_settings_that_the_template_does_not_read(
     checkpoint, rows_file, tmp_path
 ):
     with_template(checkpoint, DATED)

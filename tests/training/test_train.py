@@ -132,7 +132,7 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
 
 
 def test_compiled_layers_compute_the_same(tmp_path):
-    """--compile pads to other lengths and fuses operations; the losses stay."""
+    """--compile pads to other lengths and fuses operations; the losses stay the same."""
     losses = []
     for switches in ([], ["--compile"]):
         torch.manual_seed(0)
@@ -207,7 +207,7 @@ def test_command_line_run(checkpoint, rows_file, tmp_path):
     assert not torch.equal(
         tuned.model.embed_tokens.weight, load_model(checkpoint).model.embed_tokens.weight
     )
-    for output in (outputs[0], tmp_path / "full"):  # programs that load it ask it as trained
+    for output in (outputs[0], tmp_path / "full"):  # programs that load it prompt it as in training
         assert "### Response:" in (output / "chat_template.jinja").read_text()
     stops = json.loads((tmp_path / "full" / "generation_config.json").read_text())["eos_token_id"]
     assert stops == [2, 1]
@@ -386,7 +386,7 @@ def test_output_folder_is_not_overwritten(checkpoint, rows_file, tmp_path):
 
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
 def test_any_number_of_processes_trains_as_one(finetuning_type, checkpoint, tmp_path):
-    """Ragged rows whose last step does not go round, for 1, 2 and 3: equal losses and weights."""
+    """1, 2 and 3 processes on ragged rows with a short last step: equal losses and weights."""
     rows = [
         {"instruction": "go", "output": "the cat sat " * (1 + 7 * number % 11)}
         for number in range(20)
@@ -426,7 +426,7 @@ def test_any_number_of_processes_trains_as_one(finetuning_type, checkpoint, tmp_
 
 
 def test_no_picture_without_matplotlib(checkpoint, rows_file, tmp_path, monkeypatch):
-    """--plot_loss then says what is missing and where the numbers are."""
+    """--plot_loss then names the missing package and the file with the numbers."""
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
@@ -457,7 +457,7 @@ def test_picture(checkpoint, rows_file, tmp_path):
 
 
 def test_float16_overflow_skips_the_step(tmp_path):
-    """While the loss scale is being found, an overflow changes no weight and ends no run."""
+    """While the loss scale adapts, an overflow changes no weight and does not end the run."""
     options = training_options(output_dir=tmp_path, finetuning_type="full")
     torch.manual_seed(0)
     model = CausalLM(ModelConfig.from_dict(CONFIG))
@@ -473,7 +473,7 @@ def test_float16_overflow_skips_the_step(tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "pt"])
 def test_packing_by_command_line(checkpoint, rows_file, tmp_path, stage):
-    """Conversations lose nothing but their padding; texts no longer see the one before."""
+    """Packed conversations lose only padding; packed texts no longer see the previous text."""
     data, losses = rows_file, []
     if stage == "pt":
         data = tmp_path / "text.txt"
