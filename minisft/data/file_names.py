@@ -1,4 +1,4 @@
-"""What the names of files say: their kind, their subset and their split."""
+"""Read the kind, the subset and the split of files from their names."""
 
 import re
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def file_kind(name: str | PurePath, plain_text: bool = False) -> str | None:
     """ "json", "parquet", "arrow" or, with plain_text, "text"; None for a file without rows."""
     path = PurePath(name)
     is_hidden = any(part.startswith(".") for part in path.parts)
-    # `datasets` leaves the results of its own work as cache-....arrow.
+    # `datasets` stores its own intermediate results as cache-....arrow.
     is_cache = path.suffix == ".arrow" and path.name.startswith("cache-")
     if is_hidden or is_cache or path.name in METADATA_FILES:
         return None
@@ -44,7 +44,8 @@ def choose_files(
 ) -> list[str]:
     """The names whose words belong to a subset and a split ("train" by default).
 
-    place: what has these files, for messages. If no name mentions a split, all are "train".
+    place: the data set or folder of these files, for messages. If no name mentions a split, all are
+    "train".
     """
     words = {name: _words(name) for name in names}
     chosen = list(names)

@@ -1,4 +1,4 @@
-"""JSON objects one after another, each over as many lines as it likes: what `jq .` writes.
+"""JSON objects one after another, each over any number of lines, as `jq .` writes them.
 
     starts, lines = find_objects("rows.jsonl")      # byte offsets and line numbers
 
@@ -20,7 +20,7 @@ OPENING, CLOSING = ([ord(character) for character in pair] for pair in ("{[", "}
 def find_objects(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """(offsets of the objects and of the file's end (N + 1,), line number of each object (N,)).
 
-    UserError if brackets do not match, or if something else stands between the objects.
+    UserError if brackets do not match, or if there is something else between the objects.
     """
     finder = _Finder(Path(path))
     with open(path, "rb") as file:
@@ -31,7 +31,7 @@ def find_objects(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class _Finder:
-    """Where the search stands after a block."""
+    """The state of the search after a block."""
 
     path: Path
     offset: int = 0
@@ -50,7 +50,7 @@ class _Finder:
         depth = self.depth + np.cumsum(opens.astype(np.int32) - closes)
         line_ends = np.flatnonzero(block == NEWLINE)
         between = (depth == 0) & ~closes & (block > SPACE)
-        before_text = max(0, 3 - self.offset)  # a byte order mark may stand there
+        before_text = max(0, 3 - self.offset)  # a byte order mark may be there
         between[:before_text] &= block[:before_text] < 0x80
         if wrong := np.flatnonzero((depth < 0) | between)[:1].tolist():
             line = self.newlines + np.searchsorted(line_ends, wrong[0]) + 1

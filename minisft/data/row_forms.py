@@ -1,4 +1,4 @@
-"""Rows as data sets spell them -> rows in the formats of formats.py.
+"""Rows in other layouts -> rows in the formats of formats.py.
 
     changes = []
     standard_record({"prompt": "1 + 2?", "completion": 3}, changes)
@@ -8,8 +8,8 @@
     input, output           LMFlow's text2text
     input, preferred_output, non_preferred_output       OpenAI's preferences
 
-An answer that is a number or an object becomes its JSON text. `changes` collects what a user should
-know; dataset.py prints each kind once, with its count.
+An answer that is a number or an object becomes its JSON text. `changes` collects notes for the
+user; dataset.py prints each kind once, with its count.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 from minisft.data.formats import ROLES, turns_column
 from minisft.data.row_values import BadRow, list_of
 
-# What rows may have or do, for "3 of 100 rows ...".
+# The ends of notes that begin with "3 of 100 rows".
 AS_JSON = "have a number, an object or true/false as an answer: its JSON text is the answer"
 COMPLETION = "have answers in the prompt: only the completion is learned"
 

@@ -3,14 +3,14 @@
     messages = standard_order(messages, changes)    # or BadRow
 
 Data sets also have several turns of one speaker in a row, a greeting of the assistant before the
-first question, and a last question without an answer. These rows are usable; `changes` says what
-was done with them.
+first question, and a last question without an answer. These rows are usable; `changes` lists the
+changes to them.
 """
 
 from minisft.data.row_values import BadRow
 from minisft.text.messages import Message, is_learned
 
-# What rows may have or do, for "3 of 100 rows ...".
+# The ends of notes that begin with "3 of 100 rows".
 JOINED = "have consecutive turns of one speaker: they are joined by a line break"
 OPENING = (
     "begin with the assistant: its opening turn is context and is not learned; if the template has "
@@ -49,14 +49,14 @@ def join_turns(messages: list[Message], changes: list[str]) -> list[Message]:
 
 
 def _joined(first: Message, second: Message) -> Message:
-    """Two turns of one speaker as one. BadRow if that would change what is learned of them."""
+    """Two turns of one speaker as one. BadRow if that would change which text is learned."""
     role = first["role"]
     if first == second and role == "system":  # in a column and in a turn
         return first
     if role == "assistant" and is_learned(first) != is_learned(second):
-        raise BadRow("two answers follow each other, and only one of them is to be learned")
+        raise BadRow("two answers follow each other, and only one of them is supervised")
     if second.get("reasoning_content"):
-        raise BadRow("two answers follow each other, and the second has thoughts of its own")
+        raise BadRow("two answers follow each other, and the second has its own thoughts")
     if first.get("name") != second.get("name"):
         raise BadRow(f"two {role} turns with different names follow each other")
     if first.get("tool_calls") and (second["content"] or not second.get("tool_calls")):

@@ -31,11 +31,11 @@ ARROW = (b"ARROW1", b"\xff\xff\xff\xff")  # a file, and a stream as `datasets` w
 COMPRESSED = (GZIP, ZSTD)
 COLUMNAR = (PARQUET, *ARROW)
 ROWS_AT_A_TIME = 1000
-VERSION = "1"  # of what is written for a file
+VERSION = "1"  # the format of the unpacked file
 
 
 def is_packed(path: Path) -> bool:
-    """True if a file's first bytes are those of a kind that is unpacked here."""
+    """True if the first bytes of a file show a kind that is unpacked here."""
     return _magic(path) is not None
 
 

@@ -3,7 +3,7 @@
     resize_vocabulary(model, 515)
     start_at_mean(model, range(512, 515))       # each new row is the mean of the rows before it
 
-So the model takes a new token for an average one and gives it an average score. Random rows would
+So a new token starts as an average token with an average score. Random rows would
 have other lengths than trained ones, and zeros would give a new token the score zero, often the
 highest of all.
 """
@@ -20,7 +20,7 @@ BLOCK_ROWS = 4096  # rows that are in memory as float64 at a time
 
 
 def vocabulary_modules(model: Model) -> list[str]:
-    """The modules with a row for each token: the embedding, and an output matrix of its own."""
+    """The modules with a row for each token: the embedding, and an untied output matrix."""
     has_head = isinstance(model, CausalLM) and not model.config.tie_word_embeddings
     return ["model.embed_tokens", *(["lm_head"] if has_head else [])]
 

@@ -5,8 +5,8 @@
     chosen = facility_location(embeddings, rows=np.arange(1000), number=100)
 
 Superfiltering.D (arXiv 2402.00530) applies it to the rows that are best by IFD. The gain of a row
-is by how much F grows if the row is chosen; the row with the highest gain comes next. This reaches
-at least 1 - 1/e of the best possible F (Nemhauser et al. 1978).
+is the growth of F if the row is chosen; the row with the highest gain comes next. This reaches at
+least 1 - 1/e of the best possible F (Nemhauser et al. 1978).
 
 A gain never grows when more rows are chosen, so an old gain is an upper bound. Only rows whose old
 gain is above the best new one need another (lazy greedy; Minoux 1978).
@@ -22,7 +22,7 @@ GAINS_AT_A_TIME = 64
 
 
 def facility_location(embeddings: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
-    """The `number` rows that best stand for all `rows`, the best first (facility).
+    """The `number` rows that best represent all `rows`, the best first (facility).
 
     embeddings: (all rows, D). Time grows with len(rows)^2; memory holds a copy of their embeddings.
     """

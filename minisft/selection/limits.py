@@ -1,4 +1,4 @@
-"""What limited a choice, as lines for people: small clusters, long rows."""
+"""Notes on the limits of a choice: small clusters, long rows."""
 
 from argparse import Namespace
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def cluster_limits(assignment: np.ndarray, is_chosen: np.ndarray, options: Namespace) -> list[str]:
-    """Why clusters gave fewer rows than --per_cluster, or all rows were chosen.
+    """Notes if clusters have fewer rows than --per_cluster, or if all rows were chosen.
 
     assignment, is_chosen: the cluster of each row, and whether it was chosen (rows,).
     """

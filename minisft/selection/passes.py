@@ -17,7 +17,7 @@ class Pass:
     """One sequence to run through the model.
 
     ids: (T,) int32. is_answer: (T,) bool, the tokens whose loss counts. prompt_length and
-    embedded_length: the perplexity is of so many tokens from the first, and the embedding of so
+    embedded_length: the perplexity is of this many tokens from the first, and the embedding of this
     many; 0 for none.
     """
 

@@ -1,4 +1,4 @@
-"""RDS+: choose the rows that are nearest to a few rows of the task one cares about.
+"""RDS+: choose the rows that are nearest to a few rows of the target task.
 
     similarities = similarity_to_targets(embeddings, rows, [targets])     # (targets, rows), cosine
     chosen = nearest_to_targets(similarities, rows, number=100)
@@ -43,7 +43,7 @@ def nearest_to_targets(similarities: np.ndarray, rows: np.ndarray, number: int) 
     similarities: (targets, len(rows)).
     """
     check_enough(rows, number)
-    # Of its first `number` rows, at least one is free whenever it is a target's turn.
+    # When a target has its turn, at least one of its first `number` rows is free.
     orders = [iter(np.argsort(-row, kind="stable")[:number]) for row in similarities]
     chosen, is_taken = [], np.zeros(len(rows), bool)
     while len(chosen) < number:

@@ -27,10 +27,10 @@ NEIGHBOURS = ("config.json", "generation_config.json", "options.toml")
 def with_new_tokens(
     tokenizer: Tokenizer, special: Sequence[str] = (), ordinary: Sequence[str] = ()
 ) -> Tokenizer:
-    """The tokenizer with new tokens, in this order, behind all that it has.
+    """The tokenizer with new tokens, in this order, after its last token.
 
     Its files are in a temporary folder, which is removed when the program ends. UserError if a
-    token exists, or if the format has no place for it.
+    token exists, or if the format cannot store it.
     """
     if ordinary and not (tokenizer.model_dir / "tokenizer.json").is_file():
         raise UserError(
@@ -69,7 +69,7 @@ def with_new_tokens(
 
 
 def first_free_id(tokenizer: Tokenizer) -> int:
-    """The id behind the last token. It is the number of tokens, unless the ids have gaps."""
+    """The id after the last token. It is the number of tokens, unless the ids have gaps."""
     added = (*tokenizer.engine.added_text, *tokenizer.special_ids)
     return max([tokenizer.vocab_size, *(id + 1 for id in added)])
 

@@ -148,7 +148,7 @@ REFUSED = {
     ),
     "a second thought": (
         {"messages": [user("Q"), assistant("A"), assistant("B", thinking="T")]},
-        "messages 2 and 3: .* thoughts of its own",
+        "messages 2 and 3: .* its own thoughts",
     ),
     "an answer instead of a result": (
         {"messages": [user("Q"), assistant("", tool_calls=CALLS), assistant("B")]},
@@ -160,7 +160,7 @@ REFUSED = {
     ),
     "a completed beginning of an answer": (
         {"prompt": [user("Q"), assistant("A")], "completion": [assistant("B")]},
-        "messages 2 and 3: .* only one of them is to be learned",
+        "messages 2 and 3: .* only one of them is supervised",
     ),
     "a judgement": (
         {"prompt": "Q", "completion": "A", "label": False},

@@ -360,7 +360,7 @@ def test_bands_of_tokens(choose, data):
 
 
 def test_facility_location_on_the_best_by_ifd(choose, data, bundles):
-    """Superfiltering.D: the best --top_rate by ifd_ppl, of these the rows that stand for them."""
+    """Superfiltering.D: the best --top_rate by ifd_ppl, of these the rows that represent them."""
     _, scores, embeddings = data
     words = ["--scores", scores, "--embeddings", embeddings]
     best, _ = choose("--strategy", "ifd_ppl", "--scores", scores, "--sample_number", 8)
