@@ -45,7 +45,7 @@ KINDS = {
     ),
     "lora": ["--model_name_or_path", "plain", "--lora_rank", 3, "--validation_split", 5],
 }
-NEW = [f"<{number}>" for number in range(21)]  # three more than the bases have rows to spare
+NEW = [f"<{number}>" for number in range(21)]  # more than the bases have rows to spare
 SHORT = {
     "saved": ["--model_name_or_path", "tied", "--modules_to_save", "embed_tokens,lm_head"],
     "adapter": ["--model_name_or_path", "plain", "--adapter", "lora/2"],
