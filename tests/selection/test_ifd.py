@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 from conftest import CONFIG
-from real_tokenizers import LLAMA3, QWEN, TINYLLAMA, fitting
+from real_tokenizers import BAICHUAN2, LLAMA3, QWEN, TINYLLAMA, fitting
 
 from minisft.common.errors import UserError
 from minisft.data.dataset import Row
@@ -224,12 +224,14 @@ MARKERS = {
     "alpaca": "### Response:",
     "plain": "\n",
     "qwen3": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "baichuan2": "<reserved_107>",
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_markers(shared_data, name):
-    folder = {"llama3": LLAMA3, "chatml": QWEN, "qwen3": QWEN}.get(name, TINYLLAMA)
+    special = {"llama3": LLAMA3, "chatml": QWEN, "qwen3": QWEN, "baichuan2": BAICHUAN2}
+    folder = special.get(name, TINYLLAMA)
     tokenizer = Tokenizer.load(shared_data / folder)
     marker = get_template(name, tokenizer).encode_marker()
     text = "".join(tokenizer.token_text(id) for id in marker).replace("▁", " ")
