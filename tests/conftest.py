@@ -107,13 +107,7 @@ def shared_data():
 def tiny_tokenizer_dir(tmp_path_factory):
     """A folder with a byte-level BPE tokenizer of about 300 tokens that has every control token."""
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    special += [
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-        "<reserved_106>",
-        "<reserved_107>",
-    ]
+    special += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -124,6 +118,7 @@ def tiny_tokenizer_dir(tmp_path_factory):
         show_progress=False,
     )
     backend.train_from_iterator(["the cat sat on the mat and the rat sat on the hat"] * 3, trainer)
+    backend.add_special_tokens(["<reserved_106>", "<reserved_107>"])
     folder = tmp_path_factory.mktemp("tiny_tokenizer")
     backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}

