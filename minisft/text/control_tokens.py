@@ -43,11 +43,16 @@ class ControlTokens:
             patterns.append(r"\s*" * strips_left + re.escape(text) + r"\s*" * strips_right)
         self.pattern = re.compile("|".join(patterns)) if patterns else None
         ends = {text[0] for text in self.ids} | {text[-1] for text in self.ids}
+        self._all = "\0".join(self.ids)
         self._edge = re.compile("[" + re.escape("".join(sorted(ends))) + "]") if ends else None
 
     def could_be_spelled(self, text: str) -> bool:
         """True if a text holds the first or the last character of a control token."""
         return self._edge is not None and self._edge.search(text) is not None
+
+    def could_be_part(self, text: str) -> bool:
+        """True if a text holds such a character, or is a middle part of a control token."""
+        return self.could_be_spelled(text) or (bool(core := text.strip()) and core in self._all)
 
     def spelled_by(self, written: Sequence[str], text: str) -> str | None:
         """A control token in `text` that one of the written strings may have spelled, or None.

@@ -86,7 +86,10 @@ def prepare(
             )
     texts = list(texts_of([written_fields(messages), offered or []]))
     check_no_marks(texts)
-    spells_controls = any(tokens.could_be_spelled(text) for text in texts)
+    fields = [value for message in written_fields(messages) for value in message.values()]
+    spells_controls = any(tokens.could_be_spelled(text) for text in texts) or any(
+        tokens.could_be_part(field) for field in fields if isinstance(field, str)
+    )
     return Conversation(messages, offered or facts.empty_tools, learned, spells_controls)
 
 

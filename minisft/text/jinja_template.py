@@ -15,8 +15,15 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.conversation import Conversation, written_fields
-from minisft.text.marks import Span, are_written_whole, texts_of, with_marks, without_marks
-from minisft.text.rendering import Renderer
+from minisft.text.marks import (
+    Span,
+    hold_written_texts,
+    marks_are_paired,
+    texts_of,
+    with_marks,
+    without_marks,
+)
+from minisft.text.rendering import Renderer, TemplateError
 from minisft.text.template_facts import TemplateFacts
 
 # Variables that ask a template for a prompt without thoughts, in the order they are tried.
@@ -88,20 +95,20 @@ class JinjaTemplate:
         """
         if not conversation.spells_controls:
             return []
-        might_spell = self.tokens.could_be_spelled
         messages, tools = conversation.messages[:count], conversation.tools
         written = [*texts_of(written_fields(messages)), *texts_of(tools or [])]
         marked = [
-            {**message, **with_marks(fields, might_spell)}
+            {**message, **{name: self._marked(value) for name, value in fields.items()}}
             for message, fields in zip(messages, written_fields(messages), strict=True)
         ]
         try:
-            marked_tools = with_marks(tools, might_spell)
+            marked_tools = with_marks(tools, self.tokens.could_be_spelled)
             rendered = self.render(marked, marked_tools, [(None, variables)])[0]
             plain, spans, _ = without_marks(rendered)
-            if plain == without_marks(text)[0] and are_written_whole(spans, plain, written):
+            is_same = marks_are_paired(rendered) and plain == without_marks(text)[0]
+            if is_same and hold_written_texts(spans, plain, written):
                 return spans
-        except UserError:
+        except TemplateError:
             pass  # the template inspects its messages, and the marks interfere
         if spelled := self.tokens.spelled_by(written, text):
             raise UserError(
@@ -111,6 +118,14 @@ class JinjaTemplate:
             )
         return []
 
+    def _marked(self, field: Any) -> Any:
+        """A field of a message with marks around its texts."""
+        # A name may be the middle of a token: <|{{ message.name }}|>. Tool calls have fixed words
+        # such as "function", which marks would change.
+        tokens = self.tokens
+        is_text = isinstance(field, str)
+        return with_marks(field, tokens.could_be_part if is_text else tokens.could_be_spelled)
+
     def _variables_without_thoughts(self) -> dict[str, Any]:
         """The first of WITHOUT_THOUGHTS with which an answer follows its prompt."""
         for variables in WITHOUT_THOUGHTS:
@@ -118,6 +133,6 @@ class JinjaTemplate:
             try:
                 if TemplateFacts(self.write, self.tokens).answer is not None:
                     return variables
-            except UserError:
+            except TemplateError:
                 continue
         return {}

@@ -79,7 +79,20 @@ def without_marks(text: str) -> tuple[str, list[Span], list[Span]]:
     return "".join(parts), spans[START], spans[GENERATION_START]
 
 
-def are_written_whole(spans: list[Span], text: str, written: Iterable[str]) -> bool:
+def marks_are_paired(text: str) -> bool:
+    """True if every mark of a message text has its counterpart.
+
+    A template that cuts a message, as `content.split('</think>')[-1]` does, may lose one of two.
+    """
+    depth = 0
+    for mark in re.findall(f"[{START}{END}]", text):
+        depth += 1 if mark == START else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def hold_written_texts(spans: list[Span], text: str, written: Iterable[str]) -> bool:
     """True if every span of a text holds one of the written strings, as it is or as JSON.
 
     Otherwise the template cuts or changes messages, and may write its own words between two marks.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minisft.text.rendering import Renderer, TemplateError
+from minisft.text.rendering import Renderer, RenderProcess, TemplateError, TemplateTimeout
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -28,13 +28,13 @@ def render(renderer: Renderer, **variables) -> str:
 def check_refused(template: str, match: str, line: int | None = None, **limits) -> None:
     """The template fails in one line, and fast; another template is not affected."""
     renderer = Renderer("\n" * ((line or 1) - 1) + template, **limits)
-    with pytest.raises(TemplateError, match=match) as raised:
+    with pytest.raises((TemplateError, TemplateTimeout), match=match) as raised:
         render(renderer)
     message = str(raised.value)
     assert "\n" not in message.strip() and len(message) < 500
     if line:
         assert f"line {line}:" in message
-    with pytest.raises(TemplateError):  # again, in a new process if necessary
+    with pytest.raises((TemplateError, TemplateTimeout)):  # again, in a new process if necessary
         render(renderer)
     assert renderer.render(HELLO, None, {"safe": True}, NOW)
     renderer.close()
@@ -97,7 +97,7 @@ def test_harm_is_refused_with_its_line(template, match):
 def test_harm_without_a_line(template, match):
     renderer = Renderer(template)
     for _ in range(2):
-        with pytest.raises(TemplateError, match=match):
+        with pytest.raises((TemplateError, TemplateTimeout), match=match):
             render(renderer)
 
 
@@ -230,7 +230,7 @@ class TestBegin:
             counted(renderer, count, begin=True)
         for count in (2, *order):
             if count == SLOW:
-                with pytest.raises(TemplateError, match="more than 0.3 seconds"):
+                with pytest.raises(TemplateTimeout, match="more than 0.3 seconds"):
                     counted(renderer, count)
             else:
                 assert counted(renderer, count) == [str(count)]
@@ -254,6 +254,57 @@ class TestBegin:
         assert queue.get(timeout=60) == ["2"]
         worker.join()
         assert counted(renderer, 1) == ["1"]
+
+    def test_ctrl_c_while_it_waits_for_an_answer(self):
+        """The answer that is still to come does not become that of the next conversation."""
+        renderer = Renderer(COUNT)
+        assert counted(renderer, 1) == ["1"]
+
+        class Interrupted:
+            def readline(self):
+                raise KeyboardInterrupt
+
+            def close(self):
+                pass
+
+        counted(renderer, 3, begin=True)
+        assert renderer._process is not None
+        pipe, renderer._process.popen.stdout = renderer._process.popen.stdout, Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            counted(renderer, 2)
+        pipe.close()
+        assert [counted(renderer, count) for count in (4, 5, 3)] == [["4"], ["5"], ["3"]]
+
+    def test_closing_does_not_wait_for_a_forked_process(self):
+        """It has a copy of the pipe to the process that renders."""
+        renderer = Renderer(COUNT)
+        assert counted(renderer, 1) == ["1"]
+        context = multiprocessing.get_context("fork")
+        event = context.Event()
+        worker = context.Process(target=event.wait)
+        worker.start()
+        try:
+            renderer.close()
+            assert worker.is_alive()
+        finally:
+            event.set()
+            worker.join()
+
+
+def test_a_template_without_end_is_tried_once(tiny_tokenizer_dir, tmp_path, monkeypatch):
+    path = tmp_path / "endless.jinja"
+    path.write_text(COUNT.replace("count", "99999"))
+    asked = []
+    monkeypatch.setattr(
+        RenderProcess,
+        "ask",
+        lambda self, request, ask=RenderProcess.ask: (asked.append(request), ask(self, request))[1],
+    )
+    monkeypatch.setattr(Renderer.__init__, "__defaults__", (0.3,))
+    with pytest.raises(TemplateTimeout, match="more than 0.3 seconds"):
+        template = get_template(str(path), Tokenizer.load(tiny_tokenizer_dir))
+        template.encode_prompt([{"role": "user", "content": "Hi"}])
+    assert len(asked) == 1
 
 
 def render_in_child(renderer: Renderer, queue) -> None:

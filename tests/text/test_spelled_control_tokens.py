@@ -130,13 +130,15 @@ def check(template: ChatTemplate, slot: str, text: str) -> bool:
 
 
 def test_every_template_and_slot(templates):
-    """Control tokens at the start, in the middle, at the end, and alone."""
+    """Control tokens at the start, in the middle, at the end, alone, and in what is cut."""
     encoded = refused = 0
     for template in templates.values():
         tokens = sorted(template.tokens.ids, key=lambda token: token != template.facts.end)
         for slot in (*PLAIN_SLOTS, *TOOL_SLOTS):
             for token in tokens[: 30 if slot in ("question", "answer") else 2]:
-                for text in (token, f"{token} a", f"a {token} b", f"a{token}"):
+                # Many templates keep of an earlier answer only what follows </think>.
+                cut = [f"a</think>b {token} c"] * slot.endswith("answer")
+                for text in (token, f"{token} a", f"a {token} b", f"a{token}", *cut):
                     if check(template, slot, text):
                         encoded += 1
                     elif usual_controls(template, slot) is not None:
@@ -156,3 +158,17 @@ def test_any_mixture(templates, data):
     pieces = st.sampled_from([*tokens, *halves, " ", "\n", "a", '"', "\\", "</think>", "<think>"])
     text = "".join(data.draw(st.lists(pieces, min_size=1, max_size=6)))
     check(template, data.draw(st.sampled_from((*PLAIN_SLOTS, *TOOL_SLOTS))), text)
+
+
+def test_a_middle_of_a_control_token(tiny_tokenizer_dir, tmp_path):
+    """The template writes the rest of the token around a message's text."""
+    path = tmp_path / "names.jinja"
+    path.write_text(
+        "{% for m in messages %}<|{{ m.name }}|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    template = get_template(str(path), Tokenizer.load(tiny_tokenizer_dir))
+    say = {"role": "user", "content": "Hi"}
+    for name, count in (("im_start", 2), ("bob", 2)):
+        ids = template.encode_prompt([{**say, "name": name}])
+        assert sum(id in template.tokens.spellings for id in ids) == count, name
