@@ -1,0 +1,70 @@
+"""Thinking in chat templates: marks, prompts that open thoughts, switches, flags in messages."""
+
+import pytest
+from template_checkpoints import build_checkpoint
+
+from minisft.generation.thoughts import decode_answer
+from minisft.text.template_choice import get_template
+from minisft.text.tokenizer import Tokenizer
+
+QUESTION = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "The answer."}
+THOUGHTFUL = {**ANSWER, "reasoning_content": "Hm."}
+# A template that refuses to be asked for thoughts.
+NEVER_THINKS = """{% if enable_thinking %}{{ raise_exception('no thoughts') }}{% endif %}\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.fixture
+def template_of(shared_data, tmp_path):
+    """A function: the name of a shared template, or a text -> the template of a checkpoint."""
+
+    def load(template, **settings):
+        path = shared_data / "chat_templates" / f"{template[:60]}.jinja"
+        text = path.read_text(encoding="utf-8") if path.is_file() else template
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        build_checkpoint(shared_data / "models/stories260K", text, folder)
+        return get_template("auto", Tokenizer.load(folder), **settings)
+
+    return load
+
+
+def learned_ids(template, messages):
+    """The supervised ids of a conversation with one example."""
+    [example] = template.encode(messages)
+    return [id for id, learned in zip(example.ids, example.supervised, strict=True) if learned]
+
+
+def decoded(template, messages):
+    """(thoughts, answer) of the last message, as training supervises it."""
+    prompt = template.encode_prompt(messages[:-1])
+    return decode_answer(template, prompt, learned_ids(template, messages))
+
+
+def test_a_mark_that_is_the_end_of_the_prompt(template_of):
+    """MiniMax-M3 without thoughts: the prompt ends with the mark after thoughts."""
+    template = template_of("MiniMax-M3", template_kwargs={"thinking_mode": "disabled"})
+    assert template.facts.thought_marks == ("<mm:think>", "</mm:think>")
+    assert decoded(template, [QUESTION, ANSWER]) == ("", "The answer.")
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_words_between_the_control_tokens_after_an_answer(thinking, template_of):
+    """Kimi K3 ends an answer with `<|close|>response<|sep|><|close|>message<|sep|>`."""
+    template = template_of("Kimi-K3", template_kwargs={"thinking": thinking})
+    answer = THOUGHTFUL if thinking else ANSWER
+    messages = [QUESTION, {**answer, "content": "<|close|>response or <"}]
+    expected = ("Hm." if thinking else "", "<|close|>response or <")
+    assert decoded(template, messages) == expected
+    prompt, ids = template.encode_prompt([QUESTION]), learned_ids(template, messages)
+    for count in range(len(ids)):  # an answer that is cut short
+        assert expected[1].startswith(decode_answer(template, prompt, ids[:count])[1])
+
+
+def test_a_template_that_refuses_to_be_asked_for_thoughts(template_of):
+    template = template_of(NEVER_THINKS)
+    assert template.facts.thought_marks is None and template.facts.has_thinking_switch
+    assert decoded(template, [QUESTION, ANSWER]) == ("", "The answer.")
