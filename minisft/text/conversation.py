@@ -6,6 +6,7 @@ Tools, their calls and results, and Alpaca's input become text if the template d
 them. If that would lose something to learn, the conversation is refused.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from minisft.text.messages import (
 )
 from minisft.text.template_facts import TemplateFacts, with_call_form
 from minisft.text.tool_texts import calls_as_text, offer_tools
+
+FLAG = re.compile(r"/\w+")
 
 
 @dataclass
@@ -122,12 +125,19 @@ def written_fields(messages: list[Message]) -> list[Message]:
 
 
 def check_written(message: Message, text: str, number: int) -> None:
-    """UserError if a rendered text does not contain the text and the thoughts of a message."""
+    """UserError if a rendered text does not contain the text and the thoughts of a message.
+
+    A template may remove flags such as /no_think from a system prompt: it follows them.
+    """
     for name in ("content", "reasoning_content"):
         said = message.get(name)
         if not said or said.strip() in text:
             continue
-        if "".join(said.split()) not in "".join(text.split()):
+        said_words, text_words = (
+            "".join((FLAG.sub("", part) if message["role"] == "system" else part).split())
+            for part in (said, text)
+        )
+        if said_words not in text_words:
             raise UserError(
                 f"message {number} ({message['role']}): the template changes or omits its {name}: "
                 f"{said.strip()[:40]!r}"

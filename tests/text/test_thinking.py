@@ -3,6 +3,7 @@
 import pytest
 from template_checkpoints import build_checkpoint
 
+from minisft.common.errors import UserError
 from minisft.generation.thoughts import decode_answer
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
@@ -68,3 +69,27 @@ def test_a_template_that_refuses_to_be_asked_for_thoughts(template_of):
     template = template_of(NEVER_THINKS)
     assert template.facts.thought_marks is None and template.facts.has_thinking_switch
     assert decoded(template, [QUESTION, ANSWER]) == ("", "The answer.")
+
+
+@pytest.mark.parametrize("name", ["HuggingFaceTB-SmolLM3-3B", "NVIDIA-Nemotron-Nano-v2"])
+@pytest.mark.parametrize("system", ["Be kind. /no_think", "/no_think\nBe kind.", "/no_think"])
+def test_flags_in_a_system_prompt(name, system, template_of):
+    """These templates follow the flag and remove it."""
+    template = template_of(name)
+    messages = [{"role": "system", "content": system}, QUESTION, ANSWER]
+    thoughts, answer = decoded(template, messages)
+    assert (thoughts, answer.strip()) == ("", "The answer.")
+    [example] = template.encode(messages)
+    prompt = template.encode_prompt(messages[:-1])
+    assert example.ids[: len(prompt)] == prompt
+    text = template.tokenizer.decode(example.ids, skip_special_tokens=False)
+    assert "/no_think" not in text.partition("Hi")[0].replace("Reasoning Mode: /no_think", "")
+    assert ("Be kind." in text) == ("Be kind." in system)
+
+
+def test_a_system_prompt_that_is_changed_is_refused(template_of):
+    template = template_of(NEVER_THINKS.replace("{{ m.content }}", "{{ m.content[:20] }}"))
+    for content in ("Read /etc/hosts, and do be kind.", "x" * 21):
+        system = {"role": "system", "content": content}
+        with pytest.raises(UserError, match="the template changes or omits its content"):
+            template.encode([system, QUESTION, ANSWER])
