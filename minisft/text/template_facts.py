@@ -17,7 +17,14 @@ from typing import Any
 
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.rendering import TemplateError
-from minisft.text.thought_marks import COMMON_MARKS, ThoughtMarks, empty_thought, opening_mark
+from minisft.text.thoughts import (
+    COMMON_MARKS,
+    NO_THINK,
+    WITHOUT_THOUGHTS,
+    ThoughtMarks,
+    empty_thought,
+    opening_mark,
+)
 
 # The words of the probes. No template contains them.
 QUESTION, ANSWER, NEXT = "Probequestion", "Probeanswer", "Probenext"
@@ -196,6 +203,40 @@ class TemplateFacts:
     def empty_thought(self) -> re.Pattern[str]:
         """Matches an empty thought at the beginning of an answer."""
         return empty_thought(self.thought_marks)
+
+    @cached_property
+    def asks_for_thoughts(self) -> bool:
+        """True if an answer with thoughts has the same prompt as others."""
+        return self._prompt_or_none(enable_thinking=True) == self.prompt
+
+    @cached_property
+    def option_without_thoughts(self) -> str | None:
+        """The option of train.py with which answers without thoughts directly follow the prompt."""
+        for variables in filter(None, WITHOUT_THOUGHTS):
+            if self._is_free_of_thoughts([USER], **variables):
+                if variables == {"enable_thinking": False}:
+                    return "--enable_thinking false"
+                return f"--template_kwargs '{json.dumps(variables)}'"
+        if self._is_free_of_thoughts([{"role": "system", "content": NO_THINK}, USER]):
+            return f"--default_system {NO_THINK}"
+        return None
+
+    def opens_thoughts(self, prompt: str) -> bool:
+        """True if a prompt ends with the mark before thoughts."""
+        marks = self.thought_marks
+        return marks is not None and prompt.rstrip().endswith(marks.opening)
+
+    def _is_free_of_thoughts(self, messages: list, **variables: Any) -> bool:
+        """True if a prompt opens no thoughts and an answer follows it without an empty thought."""
+        tools = self.empty_tools
+        try:
+            prompt = self._render(messages, tools, add_generation_prompt=True, **variables)
+            text = self._render([*messages, ASSISTANT], tools, **variables)
+        except TemplateError:
+            return False
+        answer = text.removeprefix(prompt)
+        follows = answer != text and self.empty_thought.match(answer) is None
+        return follows and not self.opens_thoughts(prompt)
 
     @cached_property
     def knows_tools(self) -> bool:

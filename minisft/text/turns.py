@@ -15,6 +15,7 @@ from minisft.common.errors import UserError
 from minisft.text.conversation import Conversation, check_written
 from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span, without_marks
+from minisft.text.template_facts import TemplateFacts
 
 Variables = dict[str, Any]
 
@@ -24,7 +25,7 @@ class Turn:
     """An answer in its conversation: text[:start] is its prompt, text[answer:] the answer.
 
     Between start and answer there may be an empty think block. message_spans: the spans of message
-    texts in the text.
+    texts in the text. note: how the prompt differs from that of chat.py or of the answer, or "".
     """
 
     text: str
@@ -33,6 +34,7 @@ class Turn:
     learned: bool
     has_calls: bool
     message_spans: list[Span]
+    note: str
 
 
 def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
@@ -57,7 +59,8 @@ def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
             answer = empty_thought.end()
         check_turn(conversation, place, text, answer, generated)
         learned, has_calls = conversation.learned[place], "tool_calls" in message
-        turns.append(Turn(text, start, answer, learned, has_calls, spans))
+        note = note_on_prompt(message, prompt, answer > start, jinja.facts) if learned else ""
+        turns.append(Turn(text, start, answer, learned, has_calls, spans, note))
     return turns
 
 
@@ -70,6 +73,35 @@ def renders_of(conversation: Conversation) -> list[tuple[int, Variables]]:
         renders.append((place, {"add_generation_prompt": True, **variables}))
         renders.append((place + 1, variables))
     return renders
+
+
+def note_on_prompt(
+    message: dict[str, Any], prompt: str, has_empty_thought: bool, facts: TemplateFacts
+) -> str:
+    """What a user has to know about the prompt of an answer; usually "".
+
+    The prompt is that of the answer: with or without thoughts. has_empty_thought: there is an
+    empty thought between prompt and answer.
+    """
+    if message.get("reasoning_content"):
+        if facts.asks_for_thoughts:
+            return ""
+        return (
+            "answers with thoughts. They are learned after the prompt that asks for thoughts, but "
+            "chat.py and the saved chat template ask for none by default; --enable_thinking true "
+            "changes that"
+        )
+    if has_empty_thought:
+        problem = (
+            "lets the model think. They are learned after an empty thought, which is itself not "
+            "learned"
+        )
+    elif facts.opens_thoughts(prompt):
+        problem = "opens thoughts. The model learns to write these answers as thoughts"
+    else:
+        return ""
+    way_out = facts.option_without_thoughts or "only another --template"
+    return f"answers without thoughts after a prompt that {problem}; {way_out} changes that"
 
 
 def check_turn(

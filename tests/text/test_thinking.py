@@ -1,5 +1,8 @@
 """Thinking in chat templates: marks, prompts that open thoughts, switches, flags in messages."""
 
+import json
+import shlex
+
 import pytest
 from template_checkpoints import build_checkpoint
 
@@ -93,3 +96,46 @@ def test_a_system_prompt_that_is_changed_is_refused(template_of):
         system = {"role": "system", "content": content}
         with pytest.raises(UserError, match="the template changes or omits its content"):
             template.encode([system, QUESTION, ANSWER])
+
+
+EMPTY = "after a prompt that lets the model think"
+OPEN = "after a prompt that opens thoughts. The model learns to write these answers as thoughts"
+MISPLACED = [
+    ("Kimi-K3", None, ANSWER, EMPTY),
+    ("MiniMax-M3", None, ANSWER, EMPTY),
+    ("NVIDIA-Nemotron-Nano-v2", None, ANSWER, OPEN),
+    ("Qwen-Qwen3-0.6B", True, ANSWER, EMPTY),
+    ("deepseek-ai-DeepSeek-V3.1", True, ANSWER, EMPTY),
+    ("Qwen-Qwen3-0.6B", None, THOUGHTFUL, "after the prompt that asks for thoughts, but chat.py"),
+    ("GLM-4.6", None, THOUGHTFUL, "after the prompt that asks for thoughts, but chat.py"),
+]
+
+
+@pytest.mark.parametrize(("name", "enable_thinking", "answer", "problem"), MISPLACED)
+def test_an_answer_that_does_not_follow_the_prompt_of_chat(
+    name, enable_thinking, answer, problem, template_of
+):
+    """The note names an option, and with that option the answer follows the prompt of chat."""
+    template = template_of(name, enable_thinking=enable_thinking)
+    [example] = template.encode([QUESTION, answer])
+    assert problem in example.note and example.note.endswith(" changes that")
+    [text] = template.encode([QUESTION, {**answer, "train": False}, QUESTION, ANSWER])[-1:]
+    assert answer is ANSWER or not text.note  # only answers to learn count
+    option, value = shlex.split(example.note.rpartition("; ")[2])[:2]
+    value = value if option == "--default_system" else json.loads(value)
+    better = template_of(name, **{option.removeprefix("--"): value})
+    [example] = better.encode([QUESTION, answer])
+    assert not example.note
+    prompt = better.encode_prompt([QUESTION])
+    assert example.ids[: len(prompt)] == prompt and example.supervised[len(prompt)]
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B", "ByteDance-Seed-OSS"]
+)
+def test_answers_that_follow_the_prompt_have_no_note(name, template_of):
+    template = template_of(name)
+    assert not any(text.note for text in template.encode([QUESTION, ANSWER, QUESTION, ANSWER]))
+    if template.facts.knows_thoughts:
+        template = template_of(name, enable_thinking=True)
+        assert not template.encode([QUESTION, THOUGHTFUL])[0].note

@@ -1,4 +1,4 @@
-"""The marks that separate thoughts from answers, such as <think> and </think>.
+"""How templates write thoughts: the marks around them, and the variables that ask for none.
 
     marks = ThoughtMarks("<think>", "</think>")
     empty_thought(marks).match("<think>\n\n</think>\n\nTwo.")
@@ -8,7 +8,17 @@ first mark already: DeepSeek R1's ends with `<think>`.
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+# Variables that ask a template for a prompt without thoughts, in the order they are tried. The
+# default of the template is the second: others change the prompt of transformers and vLLM.
+WITHOUT_THOUGHTS: tuple[dict[str, Any], ...] = (
+    {"enable_thinking": False},
+    {},
+    {"thinking": False},
+    {"thinking_mode": "disabled"},
+)
+NO_THINK = "/no_think"  # the same in a system prompt
 
 
 class ThoughtMarks(NamedTuple):
