@@ -22,7 +22,7 @@ from minisft.text.messages import (
 from minisft.text.template_facts import TemplateFacts, with_call_form
 from minisft.text.tool_texts import calls_as_text, offer_tools
 
-FLAG = re.compile(r"/\w+")
+FLAG = re.compile(r"/\w+")  # such as /no_think
 
 
 @dataclass
