@@ -225,7 +225,7 @@ def tensor_files(model_dir: str | Path) -> dict[str, StoredTensor]:
         return _read_shards(model_dir, index_path)
     hint = ""
     if any(model_dir.glob("*.bin")):
-        hint = "; pickled .bin files are never opened: convert them to safetensors"
+        hint = "; pickled .bin files are never opened: convert them to safetensors (docs/export.md)"
     raise UserError(f"{model_dir}: there is neither {WEIGHTS} nor {INDEX}{hint}")
 
 

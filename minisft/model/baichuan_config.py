@@ -31,7 +31,8 @@ def baichuan_values(content: dict[str, Any], source: str | Path) -> dict[str, An
     # was added or removed, the number of layers decides, as in llama.cpp.
     stated, num_layers = content.get("max_position_embeddings"), content.get("num_hidden_layers")
     alibi = num_layers == 40 or (num_layers != 32 and stated is None)
-    alibi = content.get("alibi", alibi) is True  # in configs that minisft wrote
+    if isinstance(content.get("alibi"), bool):  # in configs that minisft wrote
+        alibi = content["alibi"]
     if alibi and rotary_values(content, source)["rope_scaling"]:
         raise UserError(f"{source}: rope_scaling has no meaning with ALiBi (Baichuan2-13B)")
     length = stated or content.get("model_max_length") or 4096

@@ -3,9 +3,10 @@
     resize_vocabulary(model, 515)
     start_at_mean(model, range(512, 515))       # each new row is the mean of the rows before it
 
-So a new token starts as an average token with an average score. Random rows would
-have other lengths than trained ones, and zeros would give a new token the score zero, often the
-highest of all.
+So a new token starts as an average token with an average score. Random rows would have other
+lengths than trained ones, and zeros would give a new token the score zero, often the highest of
+all. A head that normalises its rows (Baichuan2) scales the mean up, so there the score starts above
+average.
 """
 
 from collections.abc import Callable
