@@ -32,7 +32,7 @@ from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span
 from minisft.text.messages import Message
 from minisft.text.tokenizer import StreamDecoder, Tokenizer
-from minisft.text.turns import Turn, find_turns, renders_of
+from minisft.text.turns import Turn, check_blocks, find_turns, renders_of
 
 # Control characters, which would change the terminal, are shown as text.
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -171,6 +171,7 @@ class ChatTemplate:
         matches, regions = self.tokens.find(text, spans), []
         for turn in chain:
             end = self._answer_end(turn, matches)
+            check_blocks(turn, text, end)
             regions += [(turn.start, turn.answer, False), (turn.answer, end, turn.learned)]
         return self._tokenize(text, regions, spans)
 

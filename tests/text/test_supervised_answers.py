@@ -1,0 +1,114 @@
+"""Which part of a rendered text is the answer: real and small templates that make it difficult."""
+
+import pytest
+from template_checkpoints import build_checkpoint
+
+from minisft.common.errors import UserError
+from minisft.text.chat_template import ChatTemplate
+from minisft.text.template_choice import get_template
+from minisft.text.tokenizer import Tokenizer
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+def conversation(*texts: str) -> list[dict]:
+    """Questions and answers in turn."""
+    return [
+        {"role": ("user", "assistant")[number % 2], "content": text}
+        for number, text in enumerate(texts)
+    ]
+
+
+def learned(template: ChatTemplate, messages: list[dict]) -> list[str]:
+    """The supervised text of every example."""
+    return [
+        template.tokenizer.decode(
+            [id for id, learn in zip(example.ids, example.supervised, strict=True) if learn],
+            skip_special_tokens=False,
+        ).strip()
+        for example in template.encode(messages)
+    ]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("Hi", "Hi there!"),
+        ("Paris", "The capital is Paris."),
+        ("Hi", "Hi[ /INST] Hi"),
+        ("Hi", "Yes", "Hi", "Hi"),
+    ],
+)
+def test_an_answer_repeats_the_question(texts, shared_data, tmp_path):
+    """Mistral-Nemo moves the system prompt into the last question, so it is found by its text."""
+    name = "mistralai-Mistral-Nemo-Instruct-2407"
+    text = (shared_data / f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+    folder = build_checkpoint(shared_data / "models/stories260K", text, tmp_path / name)
+    template = get_template("auto", Tokenizer.load(folder))
+    answers = [f"{answer}</s>" for answer in texts[1::2]]
+    assert learned(template, [SYSTEM, *conversation(*texts)]) == answers
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}ANSWER{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_answer(tiny_tokenizer_dir, answer: str) -> ChatTemplate:
+    """ChatML that writes answers in this way."""
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
+    tokenizer.chat_template = CHATML.replace("ANSWER", answer)
+    return get_template("auto", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}",
+        "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}",
+        "{% generation %}{{ m.content[:1] }}{% endgeneration %}"
+        "{% generation %}{{ m.content[1:] }}<|im_end|>{% endgeneration %}{{ '\n' }}",
+    ],
+)
+def test_generation_blocks_agree_with_the_mask(answer, tiny_tokenizer_dir):
+    template = with_answer(tiny_tokenizer_dir, answer)
+    messages = conversation("one", "two", "three", "four")
+    assert learned(template, messages) == ["two<|im_end|>four<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>", "leave out '<.im_end.>'"),
+        (
+            "{% generation %}{{ m.content[:1] }}{% endgeneration %}{{ m.content[1:] }}<|im_end|>",
+            "leave out 'wo<",
+        ),
+        (
+            "{{ m.content[:1] }}{% generation %}{{ m.content[1:] }}<|im_end|>{% endgeneration %}",
+            "leave out 'two",
+        ),
+        (
+            "{% generation %}{{ m.content }}<|im_end|> End.{% endgeneration %}",
+            "contain ' End.' after",
+        ),
+        ("{{ m.content }}<|im_end|>", None),
+        (
+            "{% if loop.index > 2 %}{{ m.content }}<|im_end|>{% else %}{% generation %}{{ m.content }}"
+            "<|im_end|>{% endgeneration %}{% endif %}",
+            "leave out 'four<",
+        ),
+    ],
+
+def test_generation_blocks_that_contradict_the_mask(answer, message, tiny_tokenizer_dir):
+    template = with_answer(tiny_tokenizer_dir, answer)
+    messages = conversation("one", "two", "three", "four")
+    if message is None:
+        assert learned(template, messages) == ["two<|im_end|>four<|im_end|>"]
+        return
+    with pytest.raises(UserError, match=message):
+        template.encode(messages)
+    # A row that teaches nothing needs no blocks.
+    assert template.encode([messages[0], {**messages[1], "weight": 0}]) == []
