@@ -101,7 +101,7 @@ def test_generation_blocks_agree_with_the_mask(answer, tiny_tokenizer_dir):
             "leave out 'four<",
         ),
     ],
-
+)
 def test_generation_blocks_that_contradict_the_mask(answer, message, tiny_tokenizer_dir):
     template = with_answer(tiny_tokenizer_dir, answer)
     messages = conversation("one", "two", "three", "four")
