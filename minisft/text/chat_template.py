@@ -27,7 +27,7 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.text.control_tokens import ControlTokens, Match
-from minisft.text.conversation import Conversation, prepare
+from minisft.text.conversation import Conversation, check_answers, prepare
 from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span
 from minisft.text.messages import Message
@@ -82,6 +82,7 @@ class ChatTemplate:
         UserError if the template cannot express the conversation.
         """
         conversation = self._prepare(messages, tools)
+        check_answers(conversation)
         examples = []
         for chain in chains(find_turns(conversation, self.jinja)):
             while chain and not chain[-1].learned:

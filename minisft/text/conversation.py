@@ -114,21 +114,17 @@ def opening_as_question(
     ]
 
 
+def check_answers(conversation: Conversation) -> None:
+    """UserError for an answer to learn that is empty."""
+    for place in conversation.answers:
+        message = conversation.messages[place]
+        is_empty = not message["content"].strip() and not message.get("tool_calls")
+        if is_empty and conversation.learned[place]:
+            raise UserError(f"message {place + 1} (assistant): the answer is empty")
+
+
 def written_fields(messages: list[Message]) -> list[Message]:
     """The messages without their roles."""
     return [
         {name: value for name, value in message.items() if name != "role"} for message in messages
     ]
-
-
-def check_written(message: Message, text: str, number: int) -> None:
-    """UserError if a rendered text does not contain the text and the thoughts of a message."""
-    for name in ("content", "reasoning_content"):
-        said = message.get(name)
-        if not said or said.strip() in text:
-            continue
-        if "".join(said.split()) not in "".join(text.split()):
-            raise UserError(
-                f"message {number} ({message['role']}): the template changes or omits its {name}: "
-                f"{said.strip()[:40]!r}"
-            )

@@ -12,10 +12,11 @@ from os.path import commonprefix
 from typing import Any
 
 from minisft.common.errors import UserError
-from minisft.text.conversation import Conversation, check_written
+from minisft.text.conversation import Conversation
 from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span, without_marks
 from minisft.text.messages import Message
+from minisft.text.written import check_written
 
 Variables = dict[str, Any]
 
@@ -76,10 +77,14 @@ def renders_of(conversation: Conversation) -> list[tuple[int, Variables]]:
 
 
 def check_turn(conversation: Conversation, place: int, text: str, answer: int) -> None:
-    """UserError if a template leaves out or changes an answer or the system prompt."""
-    check_written(conversation.messages[place], text[answer:], place + 1)
-    if conversation.messages[0]["role"] == "system":
-        check_written(conversation.messages[0], text, 1)
+    """UserError if a template leaves out or changes an answer, or a message that is new to it."""
+    messages = conversation.messages
+    check_written(messages[place], text[answer:], place + 1)
+    earlier = [other for other in conversation.answers if other < place]
+    new = range(earlier[-1] + 1 if earlier else 0, place)
+    system = [0] if messages[0]["role"] == "system" else []
+    for other in {*system, *new}:
+        check_written(messages[other], text[:answer], other + 1)
 
 
 def check_blocks(turn: Turn, text: str, end: int) -> None:

@@ -96,8 +96,8 @@ def test_generation_blocks_agree_with_the_mask(answer, tiny_tokenizer_dir):
         ),
         ("{{ m.content }}<|im_end|>", None),
         (
-            "{% if loop.index > 2 %}{{ m.content }}<|im_end|>{% else %}{% generation %}{{ m.content }}"
-            "<|im_end|>{% endgeneration %}{% endif %}",
+            "{% if loop.index > 2 %}{{ m.content }}<|im_end|>{% else %}{% generation %}"
+            "{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}",
             "leave out 'four<",
         ),
     ],
@@ -112,3 +112,71 @@ def test_generation_blocks_that_contradict_the_mask(answer, message, tiny_tokeni
         template.encode(messages)
     # A row that teaches nothing needs no blocks.
     assert template.encode([messages[0], {**messages[1], "weight": 0}]) == []
+
+
+def call(name: str, **arguments) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def asking(*calls: dict) -> list[dict]:
+    """A question, an answer with these calls, and their results."""
+    messages = conversation("Is it cold?", "")
+    messages[-1]["tool_calls"] = list(calls)
+    return messages + [{"role": "tool", "content": f"{n} degrees"} for n, _ in enumerate(calls)]
+
+
+def real_template(shared_data, tmp_path, name: str) -> ChatTemplate:
+    text = (shared_data / f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+    folder = build_checkpoint(shared_data / "models/stories260K", text, tmp_path / name)
+    return get_template("auto", Tokenizer.load(folder))
+
+
+@pytest.mark.parametrize("name", ["openai-gpt-oss-120b", "GigaChat3.1-10B-A1.8B"])
+def test_a_template_that_writes_one_call_per_answer(name, shared_data, tmp_path):
+    template = real_template(shared_data, tmp_path, name)
+    assert "Oslo" in learned(template, asking(call("fone", city="Oslo")))[0]
+    for second in (call("ftwo", town="Bergen"), call("fone", city="Bergen")):
+        second_name = second["function"]["name"]
+        with pytest.raises(UserError, match=f"message 2 .assistant.: .* its call of {second_name}"):
+            template.encode(asking(call("fone", city="Oslo"), second))
+
+
+ARGUMENTS = {
+    "city": 'Os"lo\n<é>',
+    "n": 1.0,
+    "big": 10**17,
+    "ok": True,
+    "nothing": None,
+    "list": [1, "zwei"],
+    "object": {"k": {"deep": False}},
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [  # JSON, JSON in JSON, Python, XML
+        "meetkai-functionary-medium-v3.1",
+        "meetkai-functionary-medium-v3.2",
+        "GLM-4.6",
+        "MiniMax-M3",
+        "Qwen-Qwen3-0.6B",
+        "upstage-Solar-Open-100B",
+    ],
+)
+def test_arguments_in_the_forms_of_real_templates(name, shared_data, tmp_path):
+    template = real_template(shared_data, tmp_path, name)
+    assert template.encode(asking(call("fone", **ARGUMENTS), call("ftwo", **ARGUMENTS)))
+
+
+def test_a_template_that_cuts_a_question(tiny_tokenizer_dir):
+    tokenizer = Tokenizer.load(tiny_tokenizer_dir)
+    text = CHATML.replace("ANSWER", "{{ m.content }}<|im_end|>\n")
+    tokenizer.chat_template = text.replace(
+        "{% else %}{{ m.content }}",
+        "{% else %}{{ m.content[1:] if loop.index > 1 else m.content }}",
+    )
+    template = get_template("auto", tokenizer)
+    assert template.encode(conversation("one", "two"))
+    with pytest.raises(UserError, match=r"message 3 \(user\): .* content: 'three'"):
+        template.encode(conversation("one", "two", "three", "four"))
