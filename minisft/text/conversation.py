@@ -66,15 +66,16 @@ def prepare(
             "message 1 (system): the template supports no system prompt. Put it into the "
             "first question, or choose another --template"
         )
+    has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+    form = facts.call_form if has_calls and (facts.knows_tools or not offered) else None
+    if form is not None:
+        messages = with_call_form(messages, form)
+    elif has_calls:
+        messages, learned = calls_as_text(messages, learned)
     if offered and not facts.knows_tools:
         default_system = facts.default_system if facts.knows_system else None
         messages, learned = offer_tools(messages, learned, offered, default_system)
         offered = None
-    if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
-        if facts.call_form is None:
-            messages, learned = calls_as_text(messages, learned)
-        else:
-            messages = with_call_form(messages, facts.call_form)
     for number, message in enumerate(messages, start=1):
         if message.get("input") and not facts.knows_input:
             parts = [message["content"], message.pop("input")]

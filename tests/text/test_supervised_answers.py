@@ -19,14 +19,14 @@ def conversation(*texts: str) -> list[dict]:
     ]
 
 
-def learned(template: ChatTemplate, messages: list[dict]) -> list[str]:
+def learned(template: ChatTemplate, messages: list[dict], tools: list | None = None) -> list[str]:
     """The supervised text of every example."""
     return [
         template.tokenizer.decode(
             [id for id, learn in zip(example.ids, example.supervised, strict=True) if learn],
             skip_special_tokens=False,
         ).strip()
-        for example in template.encode(messages)
+        for example in template.encode(messages, tools)
     ]
 
 
@@ -180,3 +180,29 @@ def test_a_template_that_cuts_a_question(tiny_tokenizer_dir):
     assert template.encode(conversation("one", "two"))
     with pytest.raises(UserError, match=r"message 3 \(user\): .* content: 'three'"):
         template.encode(conversation("one", "two", "three", "four"))
+
+
+OFFER = [{"name": "fone", "description": "Find it.", "parameters": {"type": "object"}}]
+
+
+@pytest.mark.parametrize(
+    ("name", "native"),
+    [
+        ("deepseek-ai-DeepSeek-V3.1", "<｜tool▁call▁begin｜>"),
+        ("LFM2-8B-A1B", "<|tool_list_start|>"),
+        ("ibm-granite-granite-3.3-2B-Instruct", "<|start_of_role|>available_tools"),
+    ],
+)
+def test_tools_and_calls_have_one_form(name, native, shared_data, tmp_path):
+    """These templates know only calls, or only tools."""
+    template = real_template(shared_data, tmp_path, name)
+    messages = asking(call("fone", city="Oslo"))
+    assert template.facts.changes_tools(messages, OFFER)
+    text = template.render(messages, OFFER)
+    for mark in ("<tools>", "<tool_call>", "<tool_response>"):
+        assert mark in text
+    assert native not in text
+    # The prompt for the call offers the tools in the same way.
+    prompt = template.render(messages[:1], OFFER, add_generation_prompt=True)
+    assert "<tools>" in prompt and native not in prompt
+    assert learned(template, messages, OFFER)[0].startswith("<tool_call>\n")
