@@ -23,10 +23,12 @@ from minisft.text.rendering import TemplateError
 from minisft.text.template_facts import ANSWER
 from minisft.text.template_settings import setting, split_settings, system_setting, with_settings
 from minisft.text.tokenizer import Tokenizer
+from minisft.text.tokenizer_files import read_template_file
 from minisft.text.turn_tokens import BAICHUAN2, TURN_TOKENS
 from minisft.text.turn_tokens import TEMPLATES as FOLDER
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the beginning of a file
 CHAT_TEMPLATE = "chat_template.jinja"  # the file in a folder that train.py writes
 
 
@@ -122,7 +124,7 @@ def template_text(name: str, tokenizer: Tokenizer) -> str:
     elif name in NAMES:
         text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8", errors="replace")
+        text = read_template_file(Path(name)).removeprefix(BYTE_ORDER_MARK)
     elif name.endswith(".jinja"):
         raise UserError(f"--template {name}: there is no such file")
     else:
