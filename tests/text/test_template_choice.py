@@ -57,6 +57,25 @@ def test_template_kwargs_are_written_into_the_text(shared_data, tmp_path):
     for bad in ({"not a name": 1}, {"x-y": 1}, {"if": 1}):
         with pytest.raises(UserError, match="--template_kwargs: .* is not a variable name"):
             get_template(str(path), tokenizer, template_kwargs=bad)
+    for name in ("bos_token", "eos_token", "messages", "tools", "add_generation_prompt", "range"):
+        with pytest.raises(UserError, match=f"--template_kwargs: {name} cannot be set: it comes"):
+            get_template(str(path), tokenizer, template_kwargs={name: ""})
+    for value, message in (
+        (float("nan"), "a template cannot hold the number nan"),
+        ({"of": [float("inf")]}, "a template cannot hold the number inf"),
+        ({1, 2}, "a value of type set cannot be written"),
+    ):
+        with pytest.raises(UserError, match=f"--template_kwargs: mood: {message}"):
+            get_template(str(path), tokenizer, template_kwargs={"mood": value})
+
+
+def test_a_file_with_a_byte_order_mark(tiny_tokenizer_dir, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "\ufeff{% for m in messages %}{{ m.content }}</s>{% endfor %}", encoding="utf-8"
+    )
+    template = get_template(str(path), Tokenizer.load(tiny_tokenizer_dir))
+    assert template.render(QUESTION) == "Hi</s>" and "\ufeff" not in template.text
 
 
 def test_templates_that_do_not_fit_are_refused(shared_data, tmp_path):
