@@ -24,11 +24,16 @@ import minisft.text.tokenizer  # noqa: E402, F401
 import train  # noqa: E402
 
 
-def start(environment, arguments, signalled):
-    """Fork one of the processes of a run; returns its process id."""
+def start(environment, arguments, signalled, gate):
+    """Fork one of the processes of a run; returns its process id.
+
+    gate: (read, write) ends of a pipe. The process runs when the parent closes the write end.
+    """
     child = os.fork()
     if child:
         return child
+    os.close(gate[1])
+    os.read(gate[0], 1)
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv, status = ["train.py", *arguments], 0
@@ -61,10 +66,15 @@ def train_with(processes, arguments, signalled=None):
     expected = 0 if signalled is None else 128 + signal.SIGTERM
     with meeting(processes) as environments:
         last = len(environments) - 1
+        # A rank that connects makes the thread of the store look up its name. A rank that is forked
+        # meanwhile has a copy of the resolver's lock, and nobody ever unlocks that.
+        gate = os.pipe()
         children = {
-            start(environment, arguments, signalled if rank == last else None)
+            start(environment, arguments, signalled if rank == last else None, gate)
             for rank, environment in enumerate(environments)
         }
+        for end in gate:
+            os.close(end)
         while children:
             child, status = os.wait()
             children.discard(child)

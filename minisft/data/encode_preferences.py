@@ -35,6 +35,7 @@ def encode_preferences(
     examples, report = [], EncodeReport()
     for row in rows:
         texts = _encode_answers(row, template, vocab_size)
+        report.notes.update({text.note for text in texts if text.note})
         is_long = any(len(text.ids) > cutoff_len for text in texts)
         report.num_rows += 1
         report.num_tools_as_text += template.facts.changes_tools(row.messages, row.tools)

@@ -1,5 +1,6 @@
 """Counts of truncated, dropped and changed rows, for the log."""
 
+from collections import Counter
 from dataclasses import dataclass, field, fields
 
 from minisft.text.tool_texts import TOOLS_AS_TEXT
@@ -19,6 +20,7 @@ class EncodeReport:
     num_too_long: int = 0  # left out, because they may not be truncated
     num_equal: int = 0  # preference rows whose answers are all the same
     broken: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)  # remark on prompts: number of rows
 
     def add(self, other: "EncodeReport") -> None:
         """Add the counts of another report to this one."""
@@ -30,6 +32,8 @@ class EncodeReport:
         for name in ("num_split", "num_tools_as_text"):
             if getattr(earlier, name):
                 setattr(self, name, 0)
+        for note in earlier.notes:
+            del self.notes[note]
 
     def __bool__(self) -> bool:
         """True if there is anything to say."""
@@ -37,7 +41,9 @@ class EncodeReport:
 
     def __str__(self) -> str:
         """One line for the log."""
-        parts = []
+        parts = [
+            f"{count} of {self.num_rows} rows have {note}" for note, count in self.notes.items()
+        ]
         if self.num_truncated:
             parts.append(
                 f"{self.num_truncated} of {self.num_rows} rows truncated, {self.num_dropped} of "

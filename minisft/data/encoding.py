@@ -28,11 +28,13 @@ class Example:
     ids: token ids (T,) int32. supervised: (T,) bool, True for the tokens to learn.
     lengths: where `ids` holds several texts, one after another, their lengths: the answers of a
     preference row, best first, each after its prompt; or the packed texts of a pre-training block.
+    note: a remark on the prompts, for the log.
     """
 
     ids: np.ndarray
     supervised: np.ndarray
     lengths: list[int] | None = None
+    note: str = ""
 
     def texts(self) -> list["Example"]:
         """Each text as a separate Example."""
@@ -73,6 +75,7 @@ def encode_rows(
         report.num_dropped += bool(full) and not kept
         report.num_unlearned += not full
         report.num_tools_as_text += template.facts.changes_tools(row.messages, row.tools)
+        report.notes.update({text.note for text in full if text.note})
         report.num_split += len(full) > 1
         report.num_from_split += len(full) if len(full) > 1 else 0
     return examples, report
@@ -102,7 +105,8 @@ def encode_row(row: Row, template: ChatTemplate, vocab_size: int | None = None) 
     except UserError as error:
         raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
     return [
-        Example(np.asarray(text.ids, np.int32), np.asarray(text.supervised, bool)) for text in texts
+        Example(np.asarray(text.ids, np.int32), np.asarray(text.supervised, bool), note=text.note)
+        for text in texts
     ]
 
 

@@ -35,12 +35,14 @@ class AnswerDecoder:
         before_answer = (template.facts.answer or "").partition(ANSWER)[0]
         self._strips_space = before_answer.startswith(" ")  # some templates write the mark there
         self._splitter: ThoughtSplitter | None = None
-        if marks := template.facts.thought_marks:
+        marks, after_answer = template.facts.thought_marks, end_with_words(template)
+        if marks or after_answer:
+            marks = marks or ThoughtMarks("", "")
             prompt_end = self._tokenizer.decode(
                 prompt_ids[-NUM_LAST_TOKENS:], skip_special_tokens=False
             )
-            is_open = prompt_end.rstrip().endswith(marks.opening)
-            self._splitter = ThoughtSplitter(marks, is_open, before_answer.strip())
+            is_open = bool(marks.opening) and prompt_end.rstrip().endswith(marks.opening)
+            self._splitter = ThoughtSplitter(marks, is_open, before_answer.strip(), after_answer)
         # The marks may be control tokens.
         self._stream = StreamDecoder(self._tokenizer, skip_special_tokens=self._splitter is None)
 
@@ -77,15 +79,33 @@ def decode_answer(
     return "".join(thoughts), "".join(text)
 
 
+def end_with_words(template: ChatTemplate) -> str:
+    """What the template writes after an answer, if it has words between control tokens.
+
+    Kimi K3 closes the answer with `<|close|>response<|sep|>`; the words are no part of the answer.
+    Without the last token, at which generation may stop. "" if there are no such words.
+    """
+    after = (template.facts.answer or "").rpartition(ANSWER)[2]
+    matches = template.tokens.find(after)
+    if not matches or matches[0].start:
+        return ""
+    places = zip(matches, matches[1:], strict=False)
+    has_words = any(after[first.end : second.start].strip() for first, second in places)
+    return after[: matches[-1].start] if has_words else ""
+
+
 class ThoughtSplitter:
     """Text in pieces of any length to new text of (thoughts, answer).
 
     is_open: the prompt has opened the thoughts. before_answer: a mark before answers without
-    thoughts, if there is one.
+    thoughts, if there is one. after_answer: control tokens and words that end an answer, if there
+    are any.
     """
 
-    def __init__(self, marks: ThoughtMarks, is_open: bool, before_answer: str = ""):
-        self._marks, self._before_answer = marks, before_answer
+    def __init__(
+        self, marks: ThoughtMarks, is_open: bool, before_answer: str = "", after_answer: str = ""
+    ):
+        self._marks, self._before_answer, self._after_answer = marks, before_answer, after_answer
         self._is_thinking: bool | None = True if is_open else None  # None: not known yet
         self._strips_left = is_open
         self._buffer = ""
@@ -108,7 +128,7 @@ class ThoughtSplitter:
         if self._is_thinking:
             thoughts = self._think(is_end)
         if self._is_thinking is False:
-            answer = self._take(len(self._buffer))
+            answer = self._answer()
         return thoughts, answer
 
     def _begin(self, is_end: bool) -> bool | None:
@@ -135,6 +155,18 @@ class ThoughtSplitter:
         if not is_end:
             kept -= longest_overlap(self._buffer, closing)
         return self._take(len(self._buffer[:kept].rstrip()))
+
+    def _answer(self) -> str:
+        """New text of the answer. The rest stays in the buffer if it ends the answer, or may.
+
+        A message may spell the end, so it has to begin with a control token.
+        """
+        end, text = self._after_answer, self._buffer
+        place = text.find(end) if end else -1
+        if place < 0:
+            place = len(text) - longest_overlap(text, end)
+        is_end = place < len(text) and self._is_control[place]
+        return self._take(place if is_end else len(text))
 
     def _drop(self, count: int) -> None:
         """Remove a mark from the buffer, and the white space after it."""

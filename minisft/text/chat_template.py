@@ -40,10 +40,14 @@ VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range
 
 @dataclass
 class TokenizedText:
-    """Token ids, and True for those that the model learns to write."""
+    """Token ids, and True for those that the model learns to write.
+
+    note: a remark on the prompt of its answers, for the log; usually "".
+    """
 
     ids: list[int]
     supervised: list[bool]
+    note: str = ""
 
 
 class ChatTemplate:
@@ -174,7 +178,9 @@ class ChatTemplate:
             end = self._answer_end(turn, matches)
             check_blocks(turn, text, end)
             regions += [(turn.start, turn.answer, False), (turn.answer, end, turn.learned)]
-        return self._tokenize(text, regions, spans)
+        result = self._tokenize(text, regions, spans)
+        result.note = next((turn.note for turn in chain if turn.note), "")
+        return result
 
     def _answer_end(self, turn: Turn, matches: Sequence[Match]) -> int:
         """The index after the token that ends an answer."""

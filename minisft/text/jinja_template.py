@@ -26,13 +26,7 @@ from minisft.text.marks import (
 )
 from minisft.text.rendering import Renderer, TemplateError
 from minisft.text.template_facts import ASSISTANT, USER, TemplateFacts
-
-# Variables that ask a template for a prompt without thoughts, in the order they are tried.
-WITHOUT_THOUGHTS: tuple[dict[str, Any], ...] = (
-    {"enable_thinking": False},
-    {},
-    {"thinking": False},
-)
+from minisft.text.thoughts import WITHOUT_THOUGHTS
 
 
 class JinjaTemplate:

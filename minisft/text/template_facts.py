@@ -13,10 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
 
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.rendering import TemplateError
+from minisft.text.thoughts import (
+    COMMON_MARKS,
+    NO_THINK,
+    WITHOUT_THOUGHTS,
+    ThoughtMarks,
+    empty_thought,
+    opening_mark,
+)
 
 # The words of the probes. No template contains them.
 QUESTION, ANSWER, NEXT = "Probequestion", "Probeanswer", "Probenext"
@@ -33,9 +41,6 @@ TOOL_OFFER = {
     },
 }
 
-# The text that templates write before an answer without thoughts.
-EMPTY_THOUGHT = r"\s*(<(\w+:)?think>\s*)?</(\w+:)?think>\s*|\s*\[THINK\]\s*\[/THINK\]\s*"
-
 # render(messages, tools, **variables) -> text
 Render = Callable[..., str]
 
@@ -47,22 +52,6 @@ class CallForm:
 
     arguments_as_text: bool
     with_ids: bool
-
-
-class ThoughtMarks(NamedTuple):
-    """opening comes before thoughts, closing between thoughts and answer, without white space
-    around them. A prompt that ends with `opening` has opened the thoughts itself."""
-
-    opening: str
-    closing: str
-
-
-# The marks of templates that show thoughts only in the prompt for an answer.
-COMMON_MARKS = (
-    ThoughtMarks("<think>", "</think>"),
-    ThoughtMarks("<|START_THINKING|>", "<|END_THINKING|>"),
-    ThoughtMarks("<|channel>thought", "<channel|>"),
-)
 
 
 class TemplateFacts:
@@ -87,7 +76,7 @@ class TemplateFacts:
     @cached_property
     def has_thinking_switch(self) -> bool:
         """True if `enable_thinking` changes the prompt."""
-        on, off = (self._prompt(enable_thinking=value) for value in (True, False))
+        on, off = (self._prompt_or_none(enable_thinking=value) for value in (True, False))
         return on != off
 
     @cached_property
@@ -197,27 +186,57 @@ class TemplateFacts:
     @cached_property
     def thought_marks(self) -> ThoughtMarks | None:
         """The marks that separate thoughts from answers; None if the template has no thoughts."""
-        on, off = (self._prompt(enable_thinking=value, thinking=value) for value in (True, False))
+        on, off = (
+            self._prompt_or_none(enable_thinking=value, thinking=value) or ""
+            for value in (True, False)
+        )
         if not self.knows_thoughts:  # the template omits the thoughts of finished turns
             openings = (on + off).replace(QUESTION, "")
             return next((marks for marks in COMMON_MARKS if marks.opening in openings), None)
-        variables = {"enable_thinking": True, "thinking": True}
-        text = self._render([USER, THOUGHTFUL], self.empty_tools, **variables)
+        text = self._render([USER, THOUGHTFUL], self.empty_tools, enable_thinking=True)
         before, _, after = text.partition(THOUGHT)
         closing = after.partition(ANSWER)[0].strip() if ANSWER in after else ""
-        opening = before.rstrip().removeprefix(on.rstrip()).strip()
-        if not before.startswith(on.rstrip()) or not opening:  # the prompt opens the thoughts
-            opening = last_mark(on.rstrip(), off.rstrip())
+        opening = opening_mark(before, (on, off))
         return ThoughtMarks(opening, closing) if opening and closing else None
 
     @cached_property
     def empty_thought(self) -> re.Pattern[str]:
-        """Matches an empty think block at the beginning of an answer."""
-        pattern = EMPTY_THOUGHT
-        if self.thought_marks:
-            opening, closing = map(re.escape, self.thought_marks)
-            pattern += rf"|\s*({opening}\s*)?{closing}\s*"
-        return re.compile(pattern)
+        """Matches an empty thought at the beginning of an answer."""
+        return empty_thought(self.thought_marks)
+
+    @cached_property
+    def asks_for_thoughts(self) -> bool:
+        """True if an answer with thoughts has the same prompt as others."""
+        return self._prompt_or_none(enable_thinking=True) == self.prompt
+
+    @cached_property
+    def option_without_thoughts(self) -> str | None:
+        """The option of train.py with which answers without thoughts directly follow the prompt."""
+        for variables in filter(None, WITHOUT_THOUGHTS):
+            if self._is_free_of_thoughts([USER], **variables):
+                if variables == {"enable_thinking": False}:
+                    return "--enable_thinking false"
+                return f"--template_kwargs '{json.dumps(variables)}'"
+        if self._is_free_of_thoughts([{"role": "system", "content": NO_THINK}, USER]):
+            return f"--default_system {NO_THINK}"
+        return None
+
+    def opens_thoughts(self, prompt: str) -> bool:
+        """True if a prompt ends with the mark before thoughts."""
+        marks = self.thought_marks
+        return marks is not None and prompt.rstrip().endswith(marks.opening)
+
+    def _is_free_of_thoughts(self, messages: list, **variables: Any) -> bool:
+        """True if a prompt opens no thoughts and an answer follows it without an empty thought."""
+        tools = self.empty_tools
+        try:
+            prompt = self._render(messages, tools, add_generation_prompt=True, **variables)
+            text = self._render([*messages, ASSISTANT], tools, **variables)
+        except TemplateError:
+            return False
+        answer = text.removeprefix(prompt)
+        follows = answer != text and self.empty_thought.match(answer) is None
+        return follows and not self.opens_thoughts(prompt)
 
     @cached_property
     def _writes_offers(self) -> bool:
@@ -268,22 +287,18 @@ class TemplateFacts:
     def _prompt(self, **variables: Any) -> str:
         return self._render([USER], self.empty_tools, add_generation_prompt=True, **variables)
 
+    def _prompt_or_none(self, **variables: Any) -> str | None:
+        """The prompt; None if the template refuses these variables."""
+        try:
+            return self._prompt(**variables)
+        except TemplateError:
+            return None
+
     def _writes(self, word: str, messages: list, tools: list | None, **variables: Any) -> bool:
         try:
             return word in self._render(messages, tools, **variables)
         except TemplateError:
             return False
-
-
-def last_mark(prompt: str, other: str) -> str:
-    """The shortest suffix of a prompt that starts at a bracket or line and does not end `other`.
-
-    `other` is the prompt without thoughts. If both are equal, any suffix qualifies.
-    """
-    for start in reversed([found.start() for found in re.finditer(r"(?<=\n)|[<\[]", prompt)]):
-        if prompt == other or not other.endswith(prompt[start:]):
-            return prompt[start:]
-    return prompt
 
 
 def with_call_form(messages: list[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:

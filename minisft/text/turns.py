@@ -16,6 +16,7 @@ from minisft.text.conversation import Conversation
 from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span, without_marks
 from minisft.text.messages import Message
+from minisft.text.template_facts import TemplateFacts
 from minisft.text.written import check_written
 
 Variables = dict[str, Any]
@@ -27,6 +28,7 @@ class Turn:
 
     Between start and answer there may be an empty think block. message_spans: the spans of message
     texts in the text. blocks: those of {% generation %} blocks; None if the template has none.
+    note: how the prompt differs from that of chat.py or of the answer, or "".
     """
 
     text: str
@@ -36,6 +38,7 @@ class Turn:
     has_calls: bool
     message_spans: list[Span]
     blocks: list[Span] | None
+    note: str
 
 
 def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
@@ -61,7 +64,8 @@ def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
         check_turn(conversation, place, text, answer)
         learned, has_calls = conversation.learned[place], "tool_calls" in message
         blocks = generated if jinja.has_blocks else None
-        turns.append(Turn(text, start, answer, learned, has_calls, spans, blocks))
+        note = note_on_prompt(message, prompt, answer > start, jinja.facts) if learned else ""
+        turns.append(Turn(text, start, answer, learned, has_calls, spans, blocks, note))
     return turns
 
 
@@ -74,6 +78,35 @@ def renders_of(conversation: Conversation) -> list[tuple[int, Variables]]:
         renders.append((place, {"add_generation_prompt": True, **variables}))
         renders.append((place + 1, variables))
     return renders
+
+
+def note_on_prompt(
+    message: dict[str, Any], prompt: str, has_empty_thought: bool, facts: TemplateFacts
+) -> str:
+    """What a user has to know about the prompt of an answer; usually "".
+
+    The prompt is that of the answer: with or without thoughts. has_empty_thought: there is an
+    empty thought between prompt and answer.
+    """
+    if message.get("reasoning_content"):
+        if facts.asks_for_thoughts:
+            return ""
+        return (
+            "answers with thoughts. They are learned after the prompt that asks for thoughts, but "
+            "chat.py and the saved chat template ask for none by default; --enable_thinking true "
+            "changes that"
+        )
+    if has_empty_thought:
+        problem = (
+            "lets the model think. They are learned after an empty thought, which is itself not "
+            "learned"
+        )
+    elif facts.opens_thoughts(prompt):
+        problem = "opens thoughts. The model learns to write these answers as thoughts"
+    else:
+        return ""
+    way_out = facts.option_without_thoughts or "only another --template"
+    return f"answers without thoughts after a prompt that {problem}; {way_out} changes that"
 
 
 def check_turn(conversation: Conversation, place: int, text: str, answer: int) -> None:

@@ -2,7 +2,8 @@
 
     check_written({"role": "user", "content": "Hi"}, "<|im_start|>user\\nHi<|im_end|>\\n", number=1)
 
-A template may trim and indent texts, or write them as JSON.
+A template may trim and indent texts, or write them as JSON. It may remove flags such as /no_think
+from system prompts and questions: it follows them.
 """
 
 import json
@@ -13,13 +14,18 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.text.messages import Message
 
+FLAG = re.compile(r"/(?:no_think|think|system_override)\b")
+
 
 def check_written(message: Message, text: str, number: int) -> None:
     """UserError if a rendered text does not contain the texts and the calls of message `number`."""
     who = f"message {number} ({message['role']}): the template changes or omits its"
     for name in ("content", "input", "reasoning_content"):
         said = message.get(name)
-        if said and not contains(text, said):
+        if not said or contains(text, said):
+            continue
+        has_flags = message["role"] in ("system", "user")
+        if not (has_flags and contains(FLAG.sub("", text), FLAG.sub("", said))):
             raise UserError(f"{who} {name}: {said.strip()[:40]!r}")
     place = 0
     for call in message.get("tool_calls") or []:

@@ -6,7 +6,9 @@ for examples in training_steps(batches, rows_per_step=32, start=0, stop=1000):
 """
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -83,7 +85,10 @@ def load_data(
             encode = partial(encode_preferences, drop_long=options.stage == "rm")
             batching_options["encode"] = encode
         batches = batches_of_rows(rows, template, max_length, **batching_options)
-    if sample := batches.sample_report:
+    sample = batches.sample_report
+    for note, count in sample.notes.items():
+        say(f"warning: {count} of {sample.num_rows} sampled rows have {note}")
+    if sample := replace(sample, notes=Counter()):
         limit = (
             f"; --cutoff_len is {max_length}" if sample.num_truncated or sample.num_too_long else ""
         )

@@ -314,7 +314,7 @@ def test_metadata(checkpoint, tmp_path):
         tokenizer.token_text(id) for id in range(tokenizer.vocab_size)
     ]
     assert len(vocabulary["tokens"]) == VOCAB
-    assert vocabulary["token_type"][:10] == [3] * 9 + [1]
+    assert vocabulary["token_type"][:8] == [3] * 7 + [1]
 
 
 def export(*words):

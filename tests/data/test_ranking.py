@@ -377,3 +377,17 @@ def test_multi_message_answers(tiny_tokenizer_dir, tmp_path):
     shown = [template.show(text.ids.tolist(), text.supervised.tolist()) for text in example.texts()]
     learned = [[part.split("\033[0m")[0] for part in one.split("\033[32m")[1:]] for one in shown]
     assert learned == [["one</s>", "two</s>"], ["three</s>"]]
+
+
+def test_answers_with_thoughts_are_reported(tiny_tokenizer_dir, tmp_path):
+    """They are learned after another prompt than the one that chat.py uses by default."""
+    path, tokenizer = tmp_path / "rows.json", Tokenizer.load(tiny_tokenizer_dir)
+    chosen = [{**assistant("3"), "reasoning_content": "Hm."}]
+    path.write_text(json.dumps([{**PROMPT, "chosen": chosen, "rejected": [assistant("4")]}]))
+    rows = open_rows(path, ranking=True)
+    _, report = encode_preferences(rows, get_template("qwen3", tokenizer), 10**6)
+    assert str(report).startswith("1 of 1 rows have answers with thoughts")
+    _, report = encode_preferences(
+        rows, get_template("qwen3", tokenizer, enable_thinking=True), 10**6
+    )
+    assert "answers with thoughts" not in str(report)

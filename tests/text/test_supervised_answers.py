@@ -206,3 +206,11 @@ def test_tools_and_calls_have_one_form(name, native, shared_data, tmp_path):
     prompt = template.render(messages[:1], OFFER, add_generation_prompt=True)
     assert "<tools>" in prompt and native not in prompt
     assert learned(template, messages, OFFER)[0].startswith("<tool_call>\n")
+
+
+def test_flags_that_a_template_follows(shared_data, tmp_path):
+    """Nemotron Nano v2 removes /no_think from a question; other words must be written."""
+    template = real_template(shared_data, tmp_path, "NVIDIA-Nemotron-Nano-v2")
+    assert template.encode(conversation("Hi /no_think", "Hello."))
+    with pytest.raises(UserError, match="message 1 .user.: .* content: '/think/home Hi'"):
+        template.encode(conversation("/think/home Hi", "/home Hello."))

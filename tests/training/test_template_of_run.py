@@ -85,9 +85,13 @@ def test_a_row_whose_answers_have_prompts_of_their_own(qwen3, tmp_path):
     assert planned.returncode == 0, planned.stderr
     num_tokens = sum(len(example.ids) for example in examples)
     assert f"an epoch    3 rows, {num_tokens:,} tokens" in planned.stdout
+    warning = "warning: 1 of 3 sampled rows have answers with thoughts. They are learned after the"
+    assert warning in planned.stdout
     done = command(*flags, "--show_samples", 2, "--num_train_epochs", 1)
     assert done.returncode == 0, done.stderr
     assert "2 of 3 rows became 5 examples" in done.stdout
+    assert done.stdout.count("have answers with thoughts") == 1  # not again after the epoch
+    assert warning in done.stdout and "--enable_thinking true changes that" in done.stdout
     learned = re.findall(r"\033\[32m(.*?)\033\[0m", done.stdout, re.DOTALL)
     answers = ["assistant 0", "assistant 1", "assistant 2", "assistant 0"]
     thought = "<think>\nHm.\n</think>\n\nassistant 1<|im_end|>"
