@@ -14,7 +14,7 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.text.messages import Message
 
-FLAG = re.compile(r"/(?:no_think|think|system_override)\b")
+FLAG = re.compile(r"(?<![\w/])/(?:no_think|think|system_override)(?![\w/])")
 
 
 def check_written(message: Message, text: str, number: int) -> None:
