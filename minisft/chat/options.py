@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from minisft.common.command_line import OptionParser, optional_int, positive_int
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, add_template_flags
+from minisft.common.option_types import with_line_breaks
 
 BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the beginning of a file
 
@@ -121,8 +122,7 @@ def read_system(options: Namespace) -> str | None:
     """The system prompt: the text of --system, or of the file --identity."""
     path = options.identity
     if not path:
-        text = _decode(options.system)
-        return text and with_line_breaks(text, "--system")
+        return _decode(options.system)
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read().strip()
@@ -133,17 +133,6 @@ def read_system(options: Namespace) -> str | None:
     if not text:
         raise UserError(f"--identity {path}: the file is empty")
     return with_line_breaks(text, f"--identity {path}")
-
-
-def with_line_breaks(text: str, name: str) -> str:
-    r"""Replace each \n that a text of one line spells by a line break. Says so once.
-
-    System prompts are often shipped in that form.
-    """
-    if "\n" in text or "\\n" not in text:
-        return text
-    print(rf"{name}: the text is one line; each \n in it becomes a line break", file=sys.stderr)
-    return text.replace("\\n", "\n")
 
 
 def _decode(argument: str | None) -> str | None:

@@ -3,11 +3,12 @@
 import json
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from minisft.common.command_line import OptionParser
 from minisft.common.errors import UserError
-from minisft.common.option_types import boolean, json_object
+from minisft.common.option_types import boolean, json_object, with_line_breaks
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 # Tokens at which train.py truncates a row; select.py warns of longer ones.
@@ -49,7 +50,8 @@ def add_template_flags(add: Callable[..., Any], auto: str, system: str = "defaul
     """Add the flags of chat templates to a section. auto: what --template auto means."""
     name = f"chat template: a name, a .jinja file, or auto ({auto})"
     add("--template", default="auto", help=name)
-    add(f"--{system}", help="system prompt of conversations that have none")
+    as_text = partial(with_line_breaks, name=f"--{system}")
+    add(f"--{system}", type=as_text, help="system prompt of conversations that have none")
     add_template_settings(add)
 
 

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import sys
 from argparse import ArgumentTypeError
 from datetime import datetime
+from typing import NoReturn
 
 
 def boolean(text: str) -> bool:
@@ -58,12 +61,29 @@ def fraction(text: str) -> float:
 def json_object(text: str) -> str:
     """The text of a JSON object."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant)
     except ValueError as error:
         raise ArgumentTypeError(f"'{text}' is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"'{text}' is not a JSON object like {{\"name\": value}}")
     return text
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def with_line_breaks(text: str, name: str) -> str:
+    r"""Replace each \n that a text of one line spells by a line break. Says so once.
+
+    System prompts are often shipped in that form. name: the flag.
+    """
+    if "\n" in text or "\\n" not in text:
+        return text
+    if os.environ.get("RANK", "0") == "0":
+        line = rf"{name}: the text is one line; each \n in it becomes a line break"
+        print(line, file=sys.stderr)
+    return text.replace("\\n", "\n")
 
 
 def iso_date(text: str) -> str:

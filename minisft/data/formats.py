@@ -32,6 +32,8 @@ from minisft.data.turn_order import standard_order
 from minisft.text.messages import (
     THOUGHTS,
     Message,
+    calls_of,
+    check_refusal,
     content_text,
     is_learned,
     standard_call,
@@ -203,14 +205,17 @@ def parse_turn(turn: Any) -> Message:
     check_text_only(turn)
     content = _content(turn, role)
     message: Message = {"role": role, "content": content, **_kept_fields(turn, role)}
-    calls = turn.get("tool_calls") or turn.get("function_call")
-    if speaker == "function_call":
-        if calls := _calls_in_text(content):
-            message |= {"content": "", "tool_calls": calls}
-    elif calls:
+    try:
+        check_refusal(turn)
+        calls = calls_of(turn)
+    except UserError as error:
+        raise BadRow(f"the {speaker} turn {error}") from error
+    if calls:
         if role != "assistant":
             raise BadRow(f"the {speaker} turn has tool_calls; only the assistant calls tools")
         message["tool_calls"] = _tool_calls(calls)
+    elif speaker == "function_call" and (calls := _calls_in_text(content)):
+        message |= {"content": "", "tool_calls": calls}
     # A system prompt or a tool result may be empty; a question or an answer may not.
     needs_text = message["role"] in ("user", "assistant") and "tool_calls" not in message
     if needs_text and not content.strip():
@@ -236,11 +241,9 @@ def _kept_fields(turn: dict[str, Any], role: str) -> Message:
             raise BadRow("reasoning_content must be the text of an assistant's thoughts")
         kept["reasoning_content"] = thoughts
     try:
-        is_learned(turn)
+        is_learned({**kept, "role": role})
     except UserError as error:
         raise BadRow(str(error)) from error
-    if turn.get("train") is True and role != "assistant":
-        raise BadRow("train is true; only answers of the assistant can be learned")
     return kept
 
 

@@ -21,6 +21,7 @@ from minisft.gguf.vocabulary import (
     UNUSED,
     USER_DEFINED,
 )
+from minisft.text.tokenizer_files import with_tool_template
 
 # An older name of SPACE_AT_START. Files with it say that llama.cpp adds no space.
 OLD_SPACE_AT_START = "minisft.chat_template_writes_space"
@@ -81,7 +82,11 @@ def _tokenizer_config(
     }
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        config["chat_template"] = checkpoint_text(template, _space_at_start(fields))
+        template = checkpoint_text(template, _space_at_start(fields))
+        for_tools = metadata.get("tokenizer.chat_template.tool_use")
+        if isinstance(for_tools, str):
+            template = with_tool_template(template, for_tools)
+        config["chat_template"] = template
     return config
 
 

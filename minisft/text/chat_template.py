@@ -27,12 +27,12 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.text.control_tokens import ControlTokens, Match
-from minisft.text.conversation import Conversation, prepare
+from minisft.text.conversation import Conversation, check_answers, prepare
 from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span
 from minisft.text.messages import Message
 from minisft.text.tokenizer import StreamDecoder, Tokenizer
-from minisft.text.turns import Turn, find_turns, renders_of
+from minisft.text.turns import Turn, check_blocks, find_turns, renders_of
 
 # Control characters, which would change the terminal, are shown as text.
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -86,6 +86,7 @@ class ChatTemplate:
         UserError if the template cannot express the conversation.
         """
         conversation = self._prepare(messages, tools)
+        check_answers(conversation)
         examples = []
         for chain in chains(find_turns(conversation, self.jinja)):
             while chain and not chain[-1].learned:
@@ -175,6 +176,7 @@ class ChatTemplate:
         matches, regions = self.tokens.find(text, spans), []
         for turn in chain:
             end = self._answer_end(turn, matches)
+            check_blocks(turn, text, end)
             regions += [(turn.start, turn.answer, False), (turn.answer, end, turn.learned)]
         result = self._tokenize(text, regions, spans)
         result.note = next((turn.note for turn in chain if turn.note), "")

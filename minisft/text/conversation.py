@@ -6,7 +6,6 @@ Tools, their calls and results, and Alpaca's input become text if the template d
 them. If that would lose something to learn, the conversation is refused.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,6 @@ from minisft.text.messages import (
 )
 from minisft.text.template_facts import TemplateFacts, with_call_form
 from minisft.text.tool_texts import calls_as_text, offer_tools
-
-FLAG = re.compile(r"/\w+")  # such as /no_think
 
 
 @dataclass
@@ -69,15 +66,16 @@ def prepare(
             "message 1 (system): the template supports no system prompt. Put it into the "
             "first question, or choose another --template"
         )
+    has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+    form = facts.call_form if has_calls and (facts.knows_tools or not offered) else None
+    if form is not None:
+        messages = with_call_form(messages, form)
+    elif has_calls:
+        messages, learned = calls_as_text(messages, learned)
     if offered and not facts.knows_tools:
         default_system = facts.default_system if facts.knows_system else None
         messages, learned = offer_tools(messages, learned, offered, default_system)
         offered = None
-    if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
-        if facts.call_form is None:
-            messages, learned = calls_as_text(messages, learned)
-        else:
-            messages = with_call_form(messages, facts.call_form)
     for number, message in enumerate(messages, start=1):
         if message.get("input") and not facts.knows_input:
             parts = [message["content"], message.pop("input")]
@@ -117,28 +115,17 @@ def opening_as_question(
     ]
 
 
+def check_answers(conversation: Conversation) -> None:
+    """UserError for an answer to learn that is empty."""
+    for place in conversation.answers:
+        message = conversation.messages[place]
+        is_empty = not message["content"].strip() and not message.get("tool_calls")
+        if is_empty and conversation.learned[place]:
+            raise UserError(f"message {place + 1} (assistant): the answer is empty")
+
+
 def written_fields(messages: list[Message]) -> list[Message]:
     """The messages without their roles."""
     return [
         {name: value for name, value in message.items() if name != "role"} for message in messages
     ]
-
-
-def check_written(message: Message, text: str, number: int) -> None:
-    """UserError if a rendered text does not contain the text and the thoughts of a message.
-
-    A template may remove flags such as /no_think from a system prompt: it follows them.
-    """
-    for name in ("content", "reasoning_content"):
-        said = message.get(name)
-        if not said or said.strip() in text:
-            continue
-        said_words, text_words = (
-            "".join((FLAG.sub("", part) if message["role"] == "system" else part).split())
-            for part in (said, text)
-        )
-        if said_words not in text_words:
-            raise UserError(
-                f"message {number} ({message['role']}): the template changes or omits its {name}: "
-                f"{said.strip()[:40]!r}"
-            )

@@ -10,6 +10,7 @@ The program runs in a sandbox, see rendering.py.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from minisft.common.errors import UserError
@@ -24,7 +25,7 @@ from minisft.text.marks import (
     without_marks,
 )
 from minisft.text.rendering import Renderer, TemplateError
-from minisft.text.template_facts import TemplateFacts
+from minisft.text.template_facts import ASSISTANT, USER, TemplateFacts
 from minisft.text.thoughts import WITHOUT_THOUGHTS
 
 
@@ -51,6 +52,15 @@ class JinjaTemplate:
         if not enable_thinking:
             self.thinking = self._variables_without_thoughts()
         self.facts = TemplateFacts(self.write, tokens)
+
+    @cached_property
+    def has_blocks(self) -> bool:
+        """True if the template puts answers into {% generation %} blocks."""
+        try:
+            text = self.render([USER, ASSISTANT], self.facts.empty_tools, [(None, {})])[0]
+        except TemplateError:
+            return False
+        return bool(without_marks(text)[2])
 
     def write(self, messages: list, tools: list | None, **variables: Any) -> str:
         """The text of messages, without the marks of {% generation %} blocks."""

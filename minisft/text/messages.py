@@ -44,7 +44,7 @@ def standard_messages(messages: list[Message]) -> tuple[list[Message], list[bool
     for number, message in enumerate(messages, start=1):
         try:
             standard.append(_standard(message))
-            learned.append(standard[-1]["role"] == "assistant" and is_learned(message))
+            learned.append(is_learned(message) and standard[-1]["role"] == "assistant")
         except UserError as error:
             role = message.get("role") if isinstance(message, dict) else None
             raise UserError(f"message {number} ({role}): {error}") from error
@@ -59,6 +59,9 @@ def is_learned(message: Message) -> bool:
     for name, value in (("train", train), ("mask", mask)):
         if not isinstance(value, bool | None):
             raise UserError(f"{name} is {value!r}; it must be true or false")
+    if message["role"] != "assistant" and (weight == 1 or train is True):
+        asked = "train is true" if train is True else "weight is 1"
+        raise UserError(f"{asked}; only answers of the assistant can be learned")
     return weight != 0 and train is not False and mask is not True
 
 
@@ -72,8 +75,34 @@ def standard_tools(tools: list[Any] | None) -> list[dict[str, Any]] | None:
             raise UserError(f"tool {number} is not a JSON object")
         if "function" not in tool and "name" in tool:
             tool = {"type": "function", "function": tool}
+        try:
+            check_json(tool)
+        except UserError as error:
+            raise UserError(f"tool {number}: {error}") from error
         standard.append(tool)
     return standard
+
+
+def check_json(value: Any) -> None:
+    """UserError for anything that JSON cannot express."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            for key in item:
+                if not isinstance(key, str):
+                    raise UserError(f"the key {key!r} of an object is not a string")
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
+        elif not isinstance(item, str | int | float | None):
+            raise UserError(f"a value of type {type(item).__name__} is not JSON")
+
+
+def check_refusal(message: Message) -> None:
+    """UserError for OpenAI's field `refusal`, which no template writes."""
+    if message.get("refusal"):
+        raise UserError("has a refusal, which no template writes; put its text into content")
 
 
 def _standard(message: Any) -> Message:
@@ -86,6 +115,8 @@ def _standard(message: Any) -> Message:
     for name in MEDIA:
         if message.get(name):
             raise UserError(f"has {name}; only text can be learned")
+    check_refusal(message)
+    check_json(message)
     standard: Message = {"role": role, "content": content_text(message.get("content"), role)}
     standard |= {name: value for name, value in message.items() if name not in CONSUMED}
     thoughts = next((message[name] for name in THOUGHTS if message.get(name)), None)
@@ -93,13 +124,20 @@ def _standard(message: Any) -> Message:
         if role != "assistant" or not isinstance(thoughts, str):
             raise UserError("reasoning_content must be the text of an assistant's thoughts")
         standard["reasoning_content"] = standard["thinking"] = thoughts
-    calls = message.get("tool_calls") or message.get("function_call")
-    if calls:
+    if calls := calls_of(message):
         if role != "assistant":
             raise UserError("only the assistant calls tools")
-        calls = calls if isinstance(calls, list) else [calls]
         standard["tool_calls"] = [standard_call(call) for call in calls]
     return standard
+
+
+def calls_of(message: Message) -> list[Any]:
+    """The tool calls of a message, as they are; also the call of the legacy function_call."""
+    calls, legacy = message.get("tool_calls"), message.get("function_call")
+    if calls and legacy:
+        raise UserError("has tool_calls and function_call; give its calls in tool_calls")
+    calls = calls or legacy or []
+    return calls if isinstance(calls, list) else [calls]
 
 
 def with_thoughts_apart(message: Message) -> Message:
@@ -152,7 +190,8 @@ def standard_call(call: Any) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise UserError(f"the arguments of {function['name']} are not JSON: {error}") from error
-    arguments = arguments or {}
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
     if not isinstance(arguments, dict):
         raise UserError(f"the arguments of {function['name']} must be a JSON object")
     standard = {

@@ -18,15 +18,20 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options
 from minisft.text.chat_template import ChatTemplate
-from minisft.text.render_process import MAX_TEMPLATE
+from minisft.text.render_process import MAX_TEMPLATE, Clock, environment
 from minisft.text.rendering import TemplateError
 from minisft.text.template_facts import ANSWER
 from minisft.text.template_settings import setting, split_settings, system_setting, with_settings
 from minisft.text.tokenizer import Tokenizer
+from minisft.text.tokenizer_files import read_template_file
 from minisft.text.turn_tokens import BAICHUAN2, TURN_TOKENS
 from minisft.text.turn_tokens import TEMPLATES as FOLDER
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+JINJA_WORDS = ("true", "false", "none", "loop", "self", "super", "caller", "varargs", "kwargs")
+# Variables that every template gets: the conversation, and transformers' and Jinja's functions.
+ALREADY_SET = {"messages", "tools", "add_generation_prompt", *environment(Clock()).globals}
+BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the beginning of a file
 CHAT_TEMPLATE = "chat_template.jinja"  # the file in a folder that train.py writes
 
 
@@ -53,9 +58,7 @@ def get_template(
         # is BOS. These templates were published for tokenizers that add it to the text after BOS.
         settings |= setting("leading_space", " ")
     for key, value in template_kwargs.items():
-        if not key.isidentifier() or keyword.iskeyword(key):
-            raise UserError(f"--template_kwargs: {key!r} is not a variable name")
-        settings |= setting(key, value)
+        settings |= variable_setting(key, value, tokenizer)
     if default_system is not None:
         settings |= system_setting(default_system)
     text = with_settings(text, settings)
@@ -75,6 +78,22 @@ def get_template(
     if default_system and not template.facts.knows_system:
         raise UserError(f"--default_system: the template {name} supports no system prompt")
     return template
+
+
+def variable_setting(name: str, value: Any, tokenizer: Tokenizer) -> dict[str, str]:
+    """The setting of a variable of --template_kwargs; UserError if it cannot be set."""
+    is_name = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+    if not is_name or name in JINJA_WORDS:
+        raise UserError(f"--template_kwargs: {name!r} is not a variable name")
+    if name in ALREADY_SET or name in tokenizer.named_ids:
+        raise UserError(
+            f"--template_kwargs: {name} cannot be set: it comes from the tokenizer, the "
+            "conversation or Jinja"
+        )
+    try:
+        return setting(name, value)
+    except UserError as error:
+        raise UserError(f"--template_kwargs: {name}: {error}") from error
 
 
 def settings_without_effect(
@@ -122,7 +141,7 @@ def template_text(name: str, tokenizer: Tokenizer) -> str:
     elif name in NAMES:
         text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8", errors="replace")
+        text = read_template_file(Path(name)).removeprefix(BYTE_ORDER_MARK)
     elif name.endswith(".jinja"):
         raise UserError(f"--template {name}: there is no such file")
     else:

@@ -2,7 +2,7 @@
 
     facts = TemplateFacts(render, tokens)
     facts.end               the token that ends an answer
-    facts.knows_tools       True if the template writes the tools that it is given
+    facts.knows_tools       True if the template writes tools, calls of them, and their results
 
 A template is a program, so we do not read it; we look at what it writes.
 """
@@ -239,9 +239,17 @@ class TemplateFacts:
         return follows and not self.opens_thoughts(prompt)
 
     @cached_property
-    def knows_tools(self) -> bool:
-        """True if the template writes the tools that are offered."""
+    def _writes_offers(self) -> bool:
         return self._writes(TOOL, [USER], [TOOL_OFFER])
+
+    @property
+    def knows_tools(self) -> bool:
+        """True if the template writes tools that are offered, calls of them, and their results.
+
+        DeepSeek-V3.1 writes only calls, and LFM2 only offers. A model that is offered tools in one
+        form should not learn to call them in another.
+        """
+        return self._writes_offers and self.call_form is not None
 
     @cached_property
     def call_form(self) -> CallForm | None:
@@ -255,7 +263,7 @@ class TemplateFacts:
                 {"role": "tool", "content": RESULT + "2"},
             ]
             messages = with_call_form(messages, form)
-            tools = [TOOL_OFFER] if self.knows_tools else self.empty_tools
+            tools = [TOOL_OFFER] if self._writes_offers else self.empty_tools
             words = (TOOL, RESULT + "1", RESULT + "2")
             try:
                 text = self._render(messages, tools, add_generation_prompt=True)

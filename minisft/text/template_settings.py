@@ -12,8 +12,11 @@ nothing to the output of the template.
 """
 
 import json
+import math
 import re
 from typing import Any
+
+from minisft.common.errors import UserError
 
 END = "{% endif %}\n"
 LITERAL = r'(?:"(?:[^"\\]|\\.)*"|[^"%])*'  # Jinja's, as `literal` writes it
@@ -77,4 +80,8 @@ def literal(value: Any) -> str:
         return "{" + ", ".join(items) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(literal, value)) + "]"
+    if value is not None and not isinstance(value, str | bool | int | float):
+        raise UserError(f"a value of type {type(value).__name__} cannot be written in a template")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"a template cannot hold the number {value}")
     return "none" if value is None else json.dumps(value, ensure_ascii=False)

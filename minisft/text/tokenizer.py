@@ -126,6 +126,7 @@ class Tokenizer:
         for name in FILES:
             (output_dir / name).unlink(missing_ok=True)
             if (self.model_dir / name).is_file():
+                (output_dir / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.model_dir / name, output_dir / name)
         texts = {name: self.token_text(id) for name, id in self.named_ids.items()}
         config = state_special_tokens(output_dir, self.config, texts)

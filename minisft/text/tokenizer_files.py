@@ -18,8 +18,10 @@ from minisft.common.lfs_pointers import refuse_pointer
 # All files that a tokenizer can consist of.
 FILES = (
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json"
+    "added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json "
+    "additional_chat_templates/tool_use.jinja"
 ).split()
+TOOL_TEMPLATE = FILES[-1]
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -72,21 +74,40 @@ def special_token_id(
 
 def read_chat_template(model_dir: Path, config: dict[str, Any]) -> str | None:
     """The checkpoint's chat template, as Jinja text. config: tokenizer_config.json."""
-    path = model_dir / "chat_template.jinja"
+    path, tool_path = model_dir / "chat_template.jinja", model_dir / TOOL_TEMPLATE
     if path.is_file():
-        refuse_pointer(path)
-        return path.read_text(encoding="utf-8", errors="replace")
+        template: Any = read_template_file(path)
+        if tool_path.is_file():
+            return with_tool_template(template, read_template_file(tool_path))
+        return template
     template = config.get("chat_template")
     if not template:
         template = read_json(model_dir / "chat_template.json", missing={}).get("chat_template")
     if isinstance(template, list):  # several templates: [{"name": ..., "template": ...}]
         by_name = {
-            entry.get("name"): entry.get("template")
+            entry["name"]: entry.get("template")
             for entry in template
             if isinstance(entry, dict) and isinstance(entry.get("name"), str)
         }
-        template = by_name.get("default")
+        template, for_tools = by_name.get("default"), by_name.get("tool_use")
+        if isinstance(template, str) and isinstance(for_tools, str):
+            return with_tool_template(template, for_tools)
     return template if isinstance(template, str) else None
+
+
+def read_template_file(path: Path) -> str:
+    """The text of a .jinja file."""
+    refuse_pointer(path)
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def with_tool_template(template: str, for_tools: str) -> str:
+    """One template of two: transformers renders conversations with tools by the second.
+
+    Jinja removes the line break after a block, and the last one of a template.
+    """
+    template, for_tools = template.removesuffix("\n"), for_tools.removesuffix("\n")
+    return f"{{% if tools %}}\n{for_tools}{{% else %}}\n{template}{{% endif %}}"
 
 
 def state_special_tokens(
@@ -108,5 +129,6 @@ def state_special_tokens(
 def write_chat_template(output_dir: Path, config: dict[str, Any], chat_template: str) -> None:
     """Replace the chat template in a folder. config: its tokenizer_config.json."""
     (output_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    (output_dir / TOOL_TEMPLATE).unlink(missing_ok=True)  # it would win for rows with tools
     if "chat_template" in config:  # old programs read only this one
         write_json({**config, "chat_template": chat_template}, output_dir / "tokenizer_config.json")

@@ -1,7 +1,7 @@
 """Tools as text, in the form of Qwen2.5, for templates that do not support them.
 
-messages, learned = offer_tools(messages, learned, tools, "")  # into the system prompt
 messages, learned = calls_as_text(messages, learned)           # calls and results as text
+messages, learned = offer_tools(messages, learned, tools, "")  # into the system prompt
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from minisft.text.messages import Message
 
 TOOLS_AS_TEXT = (
-    "tools or tool calls, which the template does not know; they become text, in Qwen2.5's form"
+    "tools or tool calls, and the template does not know both; they become text, in Qwen2.5's form"
 )
 
 OFFER = """

@@ -12,10 +12,12 @@ from os.path import commonprefix
 from typing import Any
 
 from minisft.common.errors import UserError
-from minisft.text.conversation import Conversation, check_written
+from minisft.text.conversation import Conversation
 from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span, without_marks
+from minisft.text.messages import Message
 from minisft.text.template_facts import TemplateFacts
+from minisft.text.written import check_written
 
 Variables = dict[str, Any]
 
@@ -25,7 +27,8 @@ class Turn:
     """An answer in its conversation: text[:start] is its prompt, text[answer:] the answer.
 
     Between start and answer there may be an empty think block. message_spans: the spans of message
-    texts in the text. note: how the prompt differs from that of chat.py or of the answer, or "".
+    texts in the text. blocks: those of {% generation %} blocks; None if the template has none.
+    note: how the prompt differs from that of chat.py or of the answer, or "".
     """
 
     text: str
@@ -34,6 +37,7 @@ class Turn:
     learned: bool
     has_calls: bool
     message_spans: list[Span]
+    blocks: list[Span] | None
     note: str
 
 
@@ -47,20 +51,21 @@ def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
         spans = jinja.message_spans(text, conversation, place + 1, variables)
         text, _, generated = without_marks(text)
         if not text.startswith(prompt):
-            prompt_spans = jinja.message_spans(
+            begin = answer_start(conversation.messages, place, prompt, text)
+            spans = jinja.message_spans(
                 prompt, conversation, place, {"add_generation_prompt": True, **variables}
-            )
-            question = conversation.messages[place - 1]["content"].strip()
-            text, spans = behind_other_prompt(question, prompt, prompt_spans, text, spans)
+            ) + moved(spans, begin, len(prompt))
+            generated, text = moved(generated, begin, len(prompt)), prompt + text[begin:]
         start = answer = len(prompt)
         message = conversation.messages[place]
         empty_thought = jinja.facts.empty_thought.match(text, start)
         if empty_thought and "reasoning_content" not in message:
             answer = empty_thought.end()
-        check_turn(conversation, place, text, answer, generated)
+        check_turn(conversation, place, text, answer)
         learned, has_calls = conversation.learned[place], "tool_calls" in message
+        blocks = generated if jinja.has_blocks else None
         note = note_on_prompt(message, prompt, answer > start, jinja.facts) if learned else ""
-        turns.append(Turn(text, start, answer, learned, has_calls, spans, note))
+        turns.append(Turn(text, start, answer, learned, has_calls, spans, blocks, note))
     return turns
 
 
@@ -104,37 +109,61 @@ def note_on_prompt(
     return f"answers without thoughts after a prompt that {problem}; {way_out} changes that"
 
 
-def check_turn(
-    conversation: Conversation, place: int, text: str, answer: int, generated: list[Span]
-) -> None:
-    """UserError if a template leaves out or changes an answer or the system prompt."""
-    check_written(conversation.messages[place], text[answer:], place + 1)
-    if conversation.messages[0]["role"] == "system":
-        check_written(conversation.messages[0], text, 1)
-    if generated and not any(begin <= answer < end for begin, end in generated):
+def check_turn(conversation: Conversation, place: int, text: str, answer: int) -> None:
+    """UserError if a template leaves out or changes an answer, or a message that is new to it."""
+    messages = conversation.messages
+    check_written(messages[place], text[answer:], place + 1)
+    earlier = [other for other in conversation.answers if other < place]
+    new = range(earlier[-1] + 1 if earlier else 0, place)
+    system = [0] if messages[0]["role"] == "system" else []
+    for other in {*system, *new}:
+        check_written(messages[other], text[:answer], other + 1)
+
+
+def check_blocks(turn: Turn, text: str, end: int) -> None:
+    """UserError if the template's {% generation %} blocks are not text[turn.answer:end].
+
+    text: the turn's, or with the end token that follows it. The blocks may also contain the end of
+    the prompt, and white space after the answer: no model writes these.
+    """
+    if turn.blocks is None or not turn.learned:
+        return
+    place = turn.answer
+    for begin, stop in sorted(turn.blocks):
+        if begin <= place:
+            place = max(place, stop)
+    if place < end:
         raise UserError(
-            "the template's {% generation %} blocks do not contain the answer "
-            f"{text[answer : answer + 40]!r}"
+            f"the template's {{% generation %}} blocks leave out {text[place:end][:40]!r} of an "
+            "answer, so a model would not learn to write it. Correct the blocks, or remove them"
+        )
+    if text[end:place].strip():
+        raise UserError(
+            f"the template's {{% generation %}} blocks contain {text[end:place][:40]!r} after the "
+            "end of an answer, which no model writes. Correct the blocks, or remove them"
         )
 
 
-def behind_other_prompt(
-    question: str, prompt: str, prompt_spans: list[Span], text: str, spans: list[Span]
-) -> tuple[str, list[Span]]:
-    """(the prompt and the answer of a text that begins differently, message spans of both).
+def answer_start(messages: list[Message], place: int, prompt: str, text: str) -> int:
+    """The index in a text at which the answer messages[place] begins, if its prompt is different.
 
     Mistral-Nemo writes the system prompt into the last question, and only while it is the last
-    message: prompt and text are equal after the question. UserError if they are not.
+    message: prompt and text are equal from the question to the answer. UserError if they are not.
     """
-    after_prompt, after_text = prompt.rpartition(question)[2], text.rpartition(question)[2]
-    has_question = bool(question) and question in prompt and question in text
-    if not (has_question and after_prompt and after_text.startswith(after_prompt)):
+    question, answer = (messages[i]["content"].strip() for i in (place - 1, place))
+    after_question = prompt[prompt.rfind(question) :] if question else ""
+    # The answer may repeat the question.
+    answer_place = text.rfind(answer) if answer else len(text)
+    begin = text.rfind(after_question, 0, answer_place)
+    if begin < 0 or after_question in ("", question) or question not in prompt:
         raise UserError(where_they_part(prompt, text))
-    answer = after_text[len(after_prompt) :]
-    start = len(text) - len(answer)
-    moved = len(prompt) - start
-    in_answer = [(begin + moved, end + moved) for begin, end in spans if begin >= start]
-    return prompt + answer, prompt_spans + in_answer
+    return begin + len(after_question)
+
+
+def moved(spans: list[Span], start: int, new_start: int) -> list[Span]:
+    """The spans of the text from `start` on, which begins at new_start now."""
+    by = new_start - start
+    return [(begin + by, end + by) for begin, end in spans if begin >= start]
 
 
 def where_they_part(prompt: str, text: str) -> str:

@@ -14,7 +14,7 @@ from minisft.common.command_line import OptionParser
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.flag_names import OTHER_NAMES
-from minisft.common.model_flags import add_model_flags, dtype_option
+from minisft.common.model_flags import add_model_flags, add_template_flags, dtype_option
 from minisft.common.outputs import check_output_dir, save_options
 from minisft.common.script import run_script
 from minisft.generation.assistant import Assistant
@@ -51,6 +51,31 @@ def test_recipe_and_command_line(tmp_path):
     options = new_parser().parse_options(["--config", str(recipe), "--lora_rank", "2"])
     assert (options.lora_rank, options.learning_rate, options.plot_loss) == (2, 1e-3, True)
     assert options.names == "x,y" and options.model_name_or_path == "m"
+
+
+@pytest.mark.parametrize("flag", ["system", "default_system"])
+def test_line_breaks_of_a_system_prompt(flag, capsys, monkeypatch, tmp_path):
+    r"""A spelled \\n is a line break, on every command line and in recipes; rank 0 says so."""
+    parser = OptionParser()
+    add, _ = parser.section("template")
+    add_template_flags(add, auto="the model's", system=flag)
+    (tmp_path / "recipe.toml").write_text(f"{flag} = 'Be\\nkind.'\n")
+    note = rf"--{flag}: the text is one line; each \n in it becomes a line break"
+    for words in ([f"--{flag}", r"Be\nkind."], ["--config", str(tmp_path / "recipe.toml")]):
+        assert vars(parser.parse_options(words))[flag] == "Be\nkind."
+        assert capsys.readouterr().err == note + "\n"
+    several = "C:\\new\nis several lines"
+    assert vars(parser.parse_options([f"--{flag}", several]))[flag] == several
+    monkeypatch.setenv("RANK", "1")
+    parser.parse_options([f"--{flag}", r"Be\nkind."])
+    assert capsys.readouterr().err == ""
+
+
+def test_numbers_that_json_does_not_have():
+    parser = OptionParser()
+    add_template_flags(parser.section("template")[0], auto="the model's")
+    with pytest.raises(UserError, match="--template_kwargs: .* NaN is not a number in JSON"):
+        parser.parse_options(["--template_kwargs", '{"depth": NaN}'])
 
 
 def test_home_folder_in_recipes_and_after_an_equals_sign(tmp_path, monkeypatch):

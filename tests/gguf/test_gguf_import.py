@@ -22,6 +22,7 @@ from minisft.common.errors import UserError
 from minisft.gguf import writer
 from minisft.gguf.reader import read_gguf
 from minisft.gguf.unpack_config import config_fields
+from minisft.gguf.unpack_tokenizer import tokenizer_files
 from minisft.model.config import ModelConfig
 from minisft.text.tokenizer import Tokenizer
 
@@ -150,6 +151,14 @@ def test_transformers_reads_what_is_unpacked(exported, shared_data, tmp_path):
         for text in ("the cat", "Two  spaces.\n\nOnce upon", "12345 3.14 你好 é 👩‍👧\ttab"):
             assert theirs(text).input_ids == [ours.bos_token_id, *ours.encode(text)], text
         assert theirs.eos_token_id == ours.eos_token_id
+
+
+def test_a_template_for_conversations_with_tools(exported):
+    metadata = read_gguf(exported).metadata
+    texts = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
+    files = tokenizer_files(metadata | texts, len(metadata["tokenizer.ggml.tokens"]))
+    expected = "{% if tools %}\ntools{% else %}\nplain{% endif %}"
+    assert files["tokenizer_config.json"]["chat_template"] == expected
 
 
 @pytest.fixture

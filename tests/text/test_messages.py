@@ -5,6 +5,8 @@ import json
 import pytest
 
 from minisft.common.errors import UserError
+from minisft.data.formats import parse_conversation
+from minisft.data.row_values import BadRow
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -151,3 +153,60 @@ def test_a_template_without_a_place_for_thoughts_or_a_system_prompt(tiny_tokeniz
         dropping.encode(system + chat({"content": "x"}))
     with pytest.raises(UserError, match="supports no system prompt"):
         get_template("auto", tokenizer, default_system="Be brief.")
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ({"content": None, "refusal": "No."}, r"message 2 \(assistant\): has a refusal"),
+        ({"content": None}, r"message 2 \(assistant\): the answer is empty"),
+        ({"content": " "}, "the answer is empty"),
+        ({"content": "", "tool_calls": [CALL], "function_call": CALL}, "has tool_calls and func"),
+        ({"content": "x", "extra": {1, 2}}, "a value of type set is not JSON"),
+        ({"content": "x", "extra": ("<s>",)}, "a value of type tuple is not JSON"),
+    ],
+)
+def test_answers_that_would_lose_something(template, answer, message):
+    with pytest.raises(UserError, match=message):
+        template.encode(chat(answer))
+
+
+@pytest.mark.parametrize("arguments", [False, 0, [], "0", "[]", "false"])
+def test_arguments_that_are_no_object(template, arguments):
+    with pytest.raises(UserError, match="the arguments of add must be a JSON object"):
+        template.encode(
+            chat({"content": "", "tool_calls": [{"name": "add", "arguments": arguments}]})
+        )
+
+
+def test_keys_that_are_no_strings(template):
+    call = {"name": "add", "arguments": {1: 2}}
+    with pytest.raises(UserError, match=r"message 2 \(assistant\): the key 1 of an object is not"):
+        template.encode(chat({"content": "", "tool_calls": [call]}))
+    with pytest.raises(UserError, match="tool 1: the key 1 of an object is not a string"):
+        template.encode(chat({"content": "x"}), [{**TOOL, "parameters": {1: 2}}])
+
+
+@pytest.mark.parametrize(
+    "mark, words", [({"weight": 1}, "weight is 1"), ({"train": True}, "train is true")]
+)
+def test_only_answers_are_learned(template, mark, words):
+    messages = chat({"content": "x"})
+    messages[0] |= mark
+    with pytest.raises(UserError, match=rf"message 1 \(user\): {words}; only answers"):
+        template.encode(messages)
+    with pytest.raises(BadRow, match=f"turn 1: {words}; only answers"):
+        parse_conversation({"messages": messages})
+
+
+def test_rows_of_files_that_would_lose_something():
+    question = {"from": "human", "value": "q"}
+    for turn, message in (
+        (
+            {"from": "gpt", "value": "", "tool_calls": [CALL], "function_call": CALL},
+            "turn 2: the gpt turn has tool_c",
+        ),
+        ({"from": "gpt", "value": "x", "refusal": "No."}, "turn 2: the gpt turn has a refusal"),
+    ):
+        with pytest.raises(BadRow, match=message):
+            parse_conversation({"conversations": [question, turn]})

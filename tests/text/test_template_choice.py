@@ -1,10 +1,12 @@
 """Sources of a template's text: names, files, settings, and the template of a training."""
 
+import json
 import shutil
 
 import pytest
 import transformers
 from real_tokenizers import LLAMA3, MISTRAL, QWEN, TINYLLAMA, load_tokenizer
+from template_checkpoints import build_checkpoint
 
 from minisft.common.errors import UserError
 from minisft.text.render_process import MAX_TEMPLATE
@@ -55,6 +57,25 @@ def test_template_kwargs_are_written_into_the_text(shared_data, tmp_path):
     for bad in ({"not a name": 1}, {"x-y": 1}, {"if": 1}):
         with pytest.raises(UserError, match="--template_kwargs: .* is not a variable name"):
             get_template(str(path), tokenizer, template_kwargs=bad)
+    for name in ("bos_token", "eos_token", "messages", "tools", "add_generation_prompt", "range"):
+        with pytest.raises(UserError, match=f"--template_kwargs: {name} cannot be set: it comes"):
+            get_template(str(path), tokenizer, template_kwargs={name: ""})
+    for value, message in (
+        (float("nan"), "a template cannot hold the number nan"),
+        ({"of": [float("inf")]}, "a template cannot hold the number inf"),
+        ({1, 2}, "a value of type set cannot be written"),
+    ):
+        with pytest.raises(UserError, match=f"--template_kwargs: mood: {message}"):
+            get_template(str(path), tokenizer, template_kwargs={"mood": value})
+
+
+def test_a_file_with_a_byte_order_mark(tiny_tokenizer_dir, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "\ufeff{% for m in messages %}{{ m.content }}</s>{% endfor %}", encoding="utf-8"
+    )
+    template = get_template(str(path), Tokenizer.load(tiny_tokenizer_dir))
+    assert template.render(QUESTION) == "Hi</s>" and "\ufeff" not in template.text
 
 
 def test_templates_that_do_not_fit_are_refused(shared_data, tmp_path):
@@ -89,3 +110,39 @@ def test_the_template_of_a_training(shared_data, tmp_path):
         .render(QUESTION)
         .startswith("<|im_start|>system\nBe kind.<|im_end|>")
     )
+
+
+@pytest.mark.parametrize("form", ["list", "files"])
+def test_a_template_for_conversations_with_tools(form, shared_data, tmp_path):
+    """transformers chooses `tool_use` if there are tools, from the checkpoint and when saved."""
+    qwen = shared_data / "chat_templates/Qwen-Qwen2.5-7B-Instruct.jinja"
+    for_tools = "\n" + qwen.read_text(encoding="utf-8")
+    build_checkpoint(shared_data / "models/stories260K", for_tools, tmp_path / "base")
+    config = json.loads((tmp_path / "base/tokenizer_config.json").read_text(encoding="utf-8"))
+    default = "\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    default += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\n"
+    if form == "list":
+        texts = {"default": default, "tool_use": for_tools, "rag": "x"}
+        config["chat_template"] = [{"name": name, "template": text} for name, text in texts.items()]
+    else:
+        (tmp_path / "base/chat_template.jinja").write_text(default)
+        (tmp_path / "base/additional_chat_templates").mkdir()
+        (tmp_path / "base/additional_chat_templates/tool_use.jinja").write_text(for_tools)
+    (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path / "base")
+    template = get_template("auto", tokenizer)
+    changed = get_template("auto", tokenizer, template_kwargs={"mood": "glad"})
+    tokenizer.save(tmp_path / "same", template.text)
+    tokenizer.save(tmp_path / "changed", changed.text)
+    function = {"name": "add", "description": "Add.", "parameters": {"type": "object"}}
+    tools = [{"type": "function", "function": function}]
+    for folder in ("base", "same", "changed"):
+        hf = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        ours = get_template("auto", Tokenizer.load(tmp_path / folder))
+        for offered in (None, tools):
+            theirs = hf.apply_chat_template(
+                QUESTION, offered, add_generation_prompt=True, return_dict=False
+            )
+            assert theirs == template.encode_prompt(QUESTION, offered)
+            assert theirs == ours.encode_prompt(QUESTION, offered)
+            assert ("<tools>" in hf.decode(theirs)) == bool(offered)
