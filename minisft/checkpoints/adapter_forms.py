@@ -58,7 +58,8 @@ class Adapter:
 
     tensors: {name in the model: StoredTensor}, factors and weights that replace the base's.
     changes: {name of a weight or bias: its Change}. alphas: {pattern of module names: alpha}.
-    untrainable: the options of PEFT that cannot be trained further.
+    untrainable: the options of PEFT that cannot be trained further. last_token: the highest id in
+    trainable_token_indices.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Adapter:
     changes: dict[str, Change]
     alphas: dict[str, float]
     untrainable: list[str]
+    last_token: int = -1
 
     def module_config(self, module_name: str, rank: int) -> LoraConfig:
         """The LoraConfig of one module. The first matching pattern decides, as in PEFT."""
@@ -245,7 +247,7 @@ def _add_token_changes(adapter: Adapter, indices: Any, is_tied: bool) -> None:
             short = module.rpartition(".")[2]
             chosen = indices.get(short) or indices.get(module) or indices.get("embed_tokens")
         limit = delta.shape[0] if delta.shape else 0
-        if not isinstance(chosen, list) or not all(is_integer(index) for index in chosen):
+        if not isinstance(chosen, list) or not all(is_integer(index, 0) for index in chosen):
             raise UserError(f"{adapter.path}: trainable_token_indices must be a list of token ids")
         if len(chosen) != limit:
             raise UserError(
@@ -253,6 +255,7 @@ def _add_token_changes(adapter: Adapter, indices: Any, is_tied: bool) -> None:
                 "trainable_token_indices"
             )
         adapter.changes[weight] = partial(_replace_rows, torch.tensor(chosen), delta)
+        adapter.last_token = max([adapter.last_token, *chosen])
     first, second = (
         tensors.pop(EMBEDDING.removesuffix(".weight") + TOKENS, None),
         tensors.pop(OUTPUT.removesuffix(".weight") + TOKENS, None),

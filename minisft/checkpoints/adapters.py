@@ -118,6 +118,13 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         name for name in adapter.replaced_modules() if name not in trained
     )
     _fit_vocabulary(model, adapter)
+    if adapter.last_token >= model.config.vocab_size:
+        raise UserError(
+            f"{adapter.path}: trainable_token_indices has token {adapter.last_token}, and the base "
+            f"model has {model.config.vocab_size} tokens. Resize the base as for the training of "
+            "the adapter (transformers: model.resize_token_embeddings, save_pretrained), and give "
+            "the resized folder."
+        )
 
     modules = dict(model.named_modules())
     for name, tensor in stored.items():

@@ -126,9 +126,9 @@ def model_tensors(
         # An adapter can replace a module. If it has untied lm_head from the embedding without
         # training it, lm_head still equals the embedding.
         source = adapter.get(name) or stored.get(name) or stored["model.embed_tokens.weight"]
-        steps = [changes[name]] if name in changes else []
-        if config.norm_head and name == OUTPUT:
-            steps.append(normalize_rows)
+        # An adapter changes the base, as load_adapter does; then come B A and the NormHead.
+        before = [changes[name]] if name in changes else []
+        after = [normalize_rows] if config.norm_head and name == OUTPUT else []
         lora, module_name = None, name.removesuffix(".weight")
         if module_name in scalings:
             A, B = (adapter[f"{module_name}.lora_{factor}.weight"] for factor in "AB")
@@ -141,7 +141,7 @@ def model_tensors(
                     gguf_name(part),
                     shape,
                     tensor_type(gguf_name(part), shape, quantization, config),
-                    read=partial(read_rows, source, lora, head_dim, steps, first),
+                    read=partial(read_rows, source, lora, head_dim, before, after, first),
                     row_group=head_dim or 1,
                 )
             )
@@ -162,7 +162,8 @@ def read_rows(
     source: StoredTensor,
     lora: tuple[StoredTensor, StoredTensor, float] | None,
     head_dim: int | None,
-    changes: Sequence[Change],
+    before: Sequence[Change],
+    after: Sequence[Change],
     first: int,
     begin: int,
     end: int,
@@ -170,14 +171,17 @@ def read_rows(
     """Rows begin..end-1 of a tensor of the file in float32, merged and in the file's order.
 
     lora: (A, B, scaling). head_dim: set if rows are reordered; begin and end are multiples. first:
-    the row of `source` with which the tensor begins.
+    the row of `source` with which the tensor begins. before, after: changes of the rows before and
+    after B A is added.
     """
     begin, end = first + begin, first + end
     rows = source.read(begin, end).float()
+    for change in before:
+        rows = change(rows, begin)
     if lora:
         A, B, scaling = lora
-        rows += scaling * (B.read(begin, end).float() @ A.read().float())
-    for change in changes:
+        rows = rows + scaling * (B.read(begin, end).float() @ A.read().float())
+    for change in after:
         rows = change(rows, begin)
     return interleave(rows, head_dim).contiguous() if head_dim else rows
 

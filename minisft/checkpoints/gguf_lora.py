@@ -91,4 +91,4 @@ def _tensor(
 def _read_rows(
     source: StoredTensor, factor: float, head_dim: int | None, first: int, begin: int, end: int
 ) -> torch.Tensor:
-    return factor * read_rows(source, None, head_dim, (), first, begin, end)
+    return factor * read_rows(source, None, head_dim, (), (), first, begin, end)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIG, command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minisft.checkpoints.adapter_forms import read_adapter, refuse_untrainable, vocabulary_size
 from minisft.checkpoints.adapters import load_adapter, save_adapter
@@ -58,6 +58,12 @@ FORMS = {
         False,
         None,
         {"alpha_pattern": {"q_proj": 64}, "rank_pattern": {"v_proj": 2}, "use_rslora": True},
+        {},
+    ),
+    "tokens by index, lm_head, tied": (
+        True,
+        None,
+        {"trainable_token_indices": [3, 5], "target_modules": ["q_proj", "lm_head"]},
         {},
     ),
     "dora": (False, None, {"use_dora": True, "target_modules": "all-linear"}, {}),
@@ -138,6 +144,19 @@ def test_loaded_merged_and_exported(name, peft_adapter, tmp_path):
     if FORMS[name][1] != 290:  # llama.cpp needs a row for every token of the tokenizer
         export_model(base, tmp_path / "merged.gguf", "f32", adapter, template="chatml")
         assert_same(logits(load_model(unpack(tmp_path / "merged.gguf")), tokens), expected)
+
+
+def test_tokens_that_the_base_does_not_have(peft_adapter):
+    """The adapter holds rows for them, but not the embedding they belong to."""
+    base, adapter, _, _ = peft_adapter(True, 303, {"trainable_token_indices": [300, 302]}, {})
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    whole = ("embed_tokens.weight", "base_layer.weight")
+    kept = {name: value for name, value in tensors.items() if not name.endswith(whole)}
+    assert len(kept) < len(tensors)
+    save_file(kept, path)
+    with pytest.raises(UserError, match="has token 302, and the base model has 300 tokens"):
+        load_adapter(load_model(base), adapter)
 
 
 @pytest.mark.parametrize("name", sorted(set(FORMS) - UNTRAINABLE))
