@@ -3,10 +3,12 @@
 import json
 import math
 import sqlite3
+import time
 
 import pytest
 import torch
 from run_builder import training_options
+from standing import wait_until
 from transformers.integrations.integration_utils import rewrite_logs
 
 import train
@@ -87,7 +89,7 @@ def read_wandb(folder):
 
     scalars: dict = {}
     texts, ids = "", set()
-    for path in sorted(folder.glob("*wandb/offline-run-*/run-*.wandb")):
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         for data in records(path):
             record = Record.FromString(data)
             items = {
@@ -123,7 +125,8 @@ def test_services_continue_after_the_step_of_a_checkpoint(name, offline):
     else:
         first.services[name].run.finish()
     if name == "wandb":  # runs of the same second have the same folder
-        (offline / "wandb").rename(offline / "first_wandb")
+        began = int(time.time())
+        wait_until(lambda: int(time.time()) != began)
     again = start(offline, name, 2, learning_rate=3e-3)
     again.log({"step": 3, "loss": 0.25, "learning_rate": 0.1})
     again.log({"step": 4, "loss": 0.125, "learning_rate": 0.2})
@@ -134,6 +137,8 @@ def test_services_continue_after_the_step_of_a_checkpoint(name, offline):
     if name == "swanlab":
         return check_swanlab(offline)
     read = {"tensorboard": read_tensorboard, "wandb": read_wandb, "trackio": read_trackio}[name]
+    if name == "wandb":  # another process writes its file
+        wait_until(lambda: 4 in read(offline)[0].get("eval/loss", {}))
     scalars, texts = read(offline)
     assert scalars["train/loss"] == {1: 0.5, 2: 0.5, 3: 0.25, 4: 0.125}
     assert scalars["eval/loss"] == {4: 0.75} and scalars["eval/perplexity"] == {4: 2.0}
