@@ -118,13 +118,6 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         name for name in adapter.replaced_modules() if name not in trained
     )
     _fit_vocabulary(model, adapter)
-    if adapter.last_token >= model.config.vocab_size:
-        raise UserError(
-            f"{adapter.path}: trainable_token_indices has token {adapter.last_token}, and the base "
-            f"model has {model.config.vocab_size} tokens. Resize the base as for the training of "
-            "the adapter (transformers: model.resize_token_embeddings, save_pretrained), and give "
-            "the resized folder."
-        )
 
     modules = dict(model.named_modules())
     for name, tensor in stored.items():
@@ -171,25 +164,30 @@ def _plain(name: str) -> str:
 def _fit_vocabulary(model: Model, adapter: Adapter) -> None:
     """Give the model the vocabulary of an adapter that holds the embedding. In place.
 
-    UserError if the adapter has only one of the two.
+    UserError if the adapter has only one of the two, or rows of tokens that the model lacks.
     """
     embedding = adapter.tensors.get(EMBEDDING)
     head = adapter.tensors.get(OUTPUT) or adapter.tensors.get("lm_head.lora_B.weight")
     sizes = {tensor.shape[0] for tensor in (embedding, head) if tensor and tensor.shape}
-    if sizes <= {model.config.vocab_size}:
-        return
-    is_tied = model.config.tie_word_embeddings or not isinstance(model, CausalLM)
-    if len(sizes) > 1 or embedding is None or not (is_tied or OUTPUT in adapter.tensors):
-        (num_tokens, *_) = sizes - {model.config.vocab_size}
-        raise UserError(
-            f"{adapter.path}: the adapter has {num_tokens} tokens, the base model "
-            f"{model.config.vocab_size}, and the adapter does not hold the embedding and the "
-            "output matrix. Resize the base as for the training of the adapter "
-            f"(transformers: model.resize_token_embeddings({num_tokens}), save_pretrained), and "
-            "give the resized folder."
-        )
-    (num_rows,) = sizes
-    resize_vocabulary(model, num_rows)
+    if not sizes <= {model.config.vocab_size}:
+        is_tied = model.config.tie_word_embeddings or not isinstance(model, CausalLM)
+        if len(sizes) > 1 or embedding is None or not (is_tied or OUTPUT in adapter.tensors):
+            (num_tokens, *_) = sizes - {model.config.vocab_size}
+            raise other_vocabulary(adapter, num_tokens, model)
+        resize_vocabulary(model, *sizes)
+    if adapter.last_token >= model.config.vocab_size:
+        raise other_vocabulary(adapter, adapter.last_token + 1, model)
+
+
+def other_vocabulary(adapter: Adapter, num_tokens: int, model: Model) -> UserError:
+    """The error for an adapter that was trained with another vocabulary than the base has."""
+    return UserError(
+        f"{adapter.path}: the adapter has {num_tokens} tokens, the base model "
+        f"{model.config.vocab_size}, and the adapter does not hold the embedding and the output "
+        "matrix. Resize the base as for the training of the adapter (transformers: "
+        f"model.resize_token_embeddings({num_tokens}), save_pretrained), and give the resized "
+        "folder."
+    )
 
 
 @torch.no_grad()

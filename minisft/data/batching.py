@@ -95,7 +95,7 @@ class Batches:
     def take_report(self) -> EncodeReport:
         """The report on the rows used since the last call."""
         report, self.report = self.report, EncodeReport()
-        report.leave_out_what_is_said(self.sample_report)
+        report.drop_repeated_notes(self.sample_report)
         return report
 
 

@@ -27,7 +27,7 @@ class EncodeReport:
         for count in fields(self):
             setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
 
-    def leave_out_what_is_said(self, earlier: "EncodeReport") -> None:
+    def drop_repeated_notes(self, earlier: "EncodeReport") -> None:
         """Reset the counts that follow from the template, if an earlier report has printed them."""
         for name in ("num_split", "num_tools_as_text"):
             if getattr(earlier, name):

@@ -41,8 +41,10 @@ def alibi_slopes(num_heads: int) -> Tensor:
 def alibi_factors(
     config: ModelConfig, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The added numbers of queries (1, H, T, 8) and keys (B or 1, 1, T, 8) at positions (T,) or (B,
-    T)."""
+    """The numbers to append to queries (1, H, T, 8) and to keys (B or 1, 1, T, 8).
+
+    positions: (T,) or (B, T).
+    """
     # Attention divides by the root of the width, that of these dimensions included.
     rest = alibi_slopes(config.num_attention_heads) * math.sqrt(config.head_dim + ALIBI_WIDTH)
     terms = []

@@ -1,7 +1,7 @@
 """The parts of Baichuan2 that differ from other families (arXiv 2309.10305).
 
     self_attn    one matrix W_pack for queries, keys and values; in the 13B model, ALiBi
-    lm_head every row is scaled to length 1
+    lm_head      every row is scaled to length 1
 
 families.py chooses these parts. The letters of the shapes are explained in decoder.py.
 """
@@ -20,7 +20,7 @@ from minisft.model.config import ModelConfig
 from minisft.model.fast_paths import linear
 
 
-class PackedAttention(Attention):
+class FusedAttention(Attention):
     """Attention whose queries, keys and values come from one matrix (3D, D)."""
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -38,8 +38,8 @@ class PackedAttention(Attention):
         return q, k, v.contiguous()
 
 
-class AlibiAttention(PackedAttention):
-    """PackedAttention with ALiBi in place of rotary positions. Heads are wider by ALIBI_WIDTH."""
+class AlibiAttention(FusedAttention):
+    """FusedAttention with ALiBi in place of rotary positions. Heads are wider by ALIBI_WIDTH."""
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None, layer: int

@@ -46,7 +46,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 2000000.0,
         "tie_word_embeddings": True,
     },
-    "baichuan": {"packed_attention": True, "norm_head": True},
+    "baichuan": {"fused_qkv": True, "norm_head": True},
 }
 # Fields in which null is a value: no window, or the number that __post_init__ derives. In other
 # fields null means the family's default.
@@ -54,7 +54,7 @@ NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
 # Fields that config.json does not set, or not in every family.
 NOT_IN_FILE = (
     *("original", "qkv_bias", "qk_norm", "no_rope_layers"),
-    *("packed_attention", "norm_head", "alibi"),
+    *("fused_qkv", "norm_head", "alibi"),
 )
 
 
@@ -84,7 +84,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     no_rope_layers: list[int] = field(default_factory=list)  # per layer: 1 rotary, 0 no positions
-    packed_attention: bool = False  # one matrix for queries, keys and values
+    fused_qkv: bool = False  # one matrix for queries, keys and values
     norm_head: bool = False  # the rows of the output matrix count with length 1
     alibi: bool = False  # in place of rotary positions
     sliding_window: int | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minisft.model.alibi import alibi_factors
 from minisft.model.attention import Attention
-from minisft.model.baichuan import AlibiAttention, NormHead, PackedAttention
+from minisft.model.baichuan import AlibiAttention, FusedAttention, NormHead
 from minisft.model.basic_layers import Linear
 from minisft.model.config import ModelConfig
 from minisft.model.rotary import rotary_angles
@@ -18,7 +18,7 @@ def build_attention(config: ModelConfig, layer: int) -> Attention:
     """The attention of a decoder layer; layer: its number."""
     if config.alibi:
         return AlibiAttention(config, layer)
-    return (PackedAttention if config.packed_attention else Attention)(config, layer)
+    return (FusedAttention if config.fused_qkv else Attention)(config, layer)
 
 
 def build_head(config: ModelConfig) -> Linear | NormHead:

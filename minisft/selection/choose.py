@@ -258,6 +258,7 @@ def choose_by_cluster(
     result = cluster(options, data, rows)
 
     def spread(per_cluster: int) -> np.ndarray:
+        """At most `per_cluster` rows of each cluster."""
         return strategies.spread_over_clusters(
             result.assignment, data.perplexity, rows, per_cluster, options.band
         )

@@ -156,17 +156,17 @@ def answer_start(messages: list[Message], place: int, prompt: str, text: str) ->
     answer_place = text.rfind(answer) if answer else len(text)
     begin = text.rfind(after_question, 0, answer_place)
     if begin < 0 or after_question in ("", question) or question not in prompt:
-        raise UserError(where_they_part(prompt, text))
+        raise UserError(prompt_mismatch(prompt, text))
     return begin + len(after_question)
 
 
 def moved(spans: list[Span], start: int, new_start: int) -> list[Span]:
-    """The spans of the text from `start` on, which begins at new_start now."""
+    """The spans at or after `start`, for a text in which `start` has moved to `new_start`."""
     by = new_start - start
     return [(begin + by, end + by) for begin, end in spans if begin >= start]
 
 
-def where_they_part(prompt: str, text: str) -> str:
+def prompt_mismatch(prompt: str, text: str) -> str:
     """The message of a UserError: why an answer cannot be learned after its prompt."""
     place = len(commonprefix([prompt, text]))
     return (

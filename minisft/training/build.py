@@ -149,8 +149,8 @@ def describe_training(
         f"({options.finetuning_type}) on {device}, {dtype_name(dtype)}, "
         f"{processes.world_size()} process(es)"
     )
-    is_emulated = dtype == torch.bfloat16 and device.type != "mps"
-    if is_emulated and not has_fast_bfloat16(device):
+    is_known = device.type != "mps"  # its speed is not measured
+    if dtype == torch.bfloat16 and is_known and not has_fast_bfloat16(device):
         text += (
             "\nbfloat16 halves the memory of the base model, but this processor only emulates it: "
             "--dtype float32 is faster here"

@@ -234,7 +234,7 @@ def layer_bytes_per_token(model: Model, step: Step) -> int:
     head_dim = config.head_dim + (ALIBI_WIDTH if config.alibi else 0)
     Q, K = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     stream, attention, mlp = stream_itemsize(model, step), layer.self_attn, layer.mlp
-    names = ("W_pack",) if config.packed_attention else ("q_proj", "k_proj", "v_proj")
+    names = ("W_pack",) if config.fused_qkv else ("q_proj", "k_proj", "v_proj")
     projections = [getattr(attention, name) for name in names]
     kept = [
         norm_bytes(layer.input_layernorm, D, stream, step),
