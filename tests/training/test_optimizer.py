@@ -84,7 +84,7 @@ def test_rate_of_a_run():
         ("cosine", '{"min_lr": 1}', '"min_lr" is no setting of the schedule cosine. It has num_c'),
         ("linear", '{"power": 1}', "It has none"),
         ("polynomial", '{"power": "2"}', "must be a number of at least 0, not '2'"),
-        ("polynomial", '{"power": NaN}', "must be a number"),
+        ("polynomial", '{"power": NaN}', "NaN is not a number in JSON"),
         ("cosine_with_min_lr", "{}", "needs a lowest rate"),
         ("cosine_with_min_lr", '{"min_lr": 0, "min_lr_rate": 0}', "not both"),
         (WSD, "{}", "num_decay_steps"),
