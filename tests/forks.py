@@ -24,9 +24,10 @@ from standing import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-# torch._dynamo comes with the first optimizer. None of them may ask for a GPU when it is imported:
-# a process that has used CUDA can fork no other that does.
+# torch._dynamo comes with the first optimizer, and the scripts with most of minisft. None of them may
+# ask for a GPU when it is imported: a process that has used CUDA can fork no other that does.
 PRELOADED = ["torch", "torch._dynamo", "safetensors.torch", "tokenizers"]
+PRELOADED += ["train", "score", "eval", "export", "chat"]
 SERVER.set_forkserver_preload(PRELOADED)
 
 
@@ -50,6 +51,34 @@ def run_script(script, arguments, processes=1):
             )
         code = max((rank.exitcode for rank in ranks), key=lambda code: (code > 0, abs(code)))
         return subprocess.CompletedProcess(words, code, *(path.read_text() for path in said))
+
+
+class Forked:
+    """A script in a forked process, with the methods of subprocess.Popen that tests use."""
+
+    def __init__(self, script, arguments):
+        self._folder = tempfile.TemporaryDirectory()
+        self._said = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        words = [str(ROOT / script), *map(str, arguments)]
+        self._process = SERVER.Process(target=_run, args=(words, dict(os.environ), self._said))
+        self._process.start()
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self._process.pid, number)
+
+    def communicate(self):
+        """Wait for the end -> (stdout, stderr)."""
+        assert _ended([self._process]), "hangs"
+        output, errors = (path.read_text() for path in self._said)
+        self._folder.cleanup()
+        return output, errors
 
 
 def _ended(ranks):

@@ -546,8 +546,9 @@ def test_browser_two_turns_stop_and_download(served, visit, monkeypatch):
         say(tab, "and then?")
         wait_for(tab, "on and on and on", "#chat0")
         assert tab.locator("#box textarea").input_value() == ""
+        (talk,) = (talk for talk in page.sessions.values() if talk.busy)
         tab.locator("#stop").click()
-        wait_until(lambda: any(talk.busy and talk.stopping for talk in page.sessions.values()))
+        wait_until(lambda: talk.stopping)  # stays true until the next question
         first.set()
         wait_for(tab, "Stopped.")
         with tab.expect_download() as download:

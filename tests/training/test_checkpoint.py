@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, as_flags, command
+from forks import Forked, run_script
 from safetensors.torch import load_file
 from standing import HANG_SECONDS, lines_in, standing_still, wait_until
 
@@ -70,58 +71,56 @@ def test_resumed_equals_undisturbed(finetuning_type, flags, tmp_path):
         assert_equal_runs(whole, parts)
 
 
-def test_killed_twenty_times(flags, tmp_path):
-    """After 20 SIGKILLs at random moments, also while saving, the result is the same."""
-    flags = [*flags, "--max_steps", 250, "--save_steps", 2]
+def test_killed_eight_times(flags, tmp_path):
+    """After 8 SIGKILLs at random moments, also while saving, the result is the same."""
+    flags = [*flags, "--max_steps", 120, "--save_steps", 2]
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
-    words = [sys.executable, ROOT / "tests/kill_and_resume.py", 20, 1, tmp_path / "killed", *flags]
+    words = [sys.executable, ROOT / "tests/kill_and_resume.py", 8, 1, tmp_path / "killed", *flags]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stdout.startswith("20 killed")
+    assert done.stdout.startswith("8 killed")
     assert int(done.stdout.split()[2]) >= 1, "no kill fell into saving"
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+def test_signals_save_and_print_how_to_continue(flags, tmp_path):
+    flags = [*flags, "--max_steps", 9]
+    assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        told, stopped = tmp_path / f"told {number}", tmp_path / f"stopped by {number}"
+        words = [*standing_still("train:train_step", [4], told)[1:], ROOT / "train.py", *flags]
+        process = Forked("tests/standing.py", [*words, "--output_dir", stopped])
+        wait_until(lambda told=told: lines_in(told), process)
+        process.send_signal(number)
+        output, errors = process.communicate()
+        assert process.returncode == 128 + number and "Traceback" not in errors, errors
+        continue_as_told(output, ["python"], 1)
+        assert_equal_runs(tmp_path / "whole", stopped)
 
 
-@pytest.mark.parametrize(
-    "before, number",
-    [
-        ([], signal.SIGTERM),
-        ([], signal.SIGINT),
-        ([], signal.SIGHUP),
-        ([], signal.SIGUSR1),
-        (TORCHRUN, signal.SIGTERM),
-        (TORCHRUN, signal.SIGHUP),
-    ],
-)
-def test_signals_save_and_print_how_to_continue(before, number, flags, tmp_path):
-    flags, processes = [*flags, "--max_steps", 100], 2 if before else 1
-    assert command(*flags, "--output_dir", tmp_path / "whole", processes=processes).returncode == 0
-    told = tmp_path / "told"
-    words = [
-        sys.executable,
-        *before,
-        *standing_still("train:train_step", [4], told),
-        ROOT / "train.py",
-        *flags,
-        "--output_dir",
-        tmp_path / "it was stopped",
-    ]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_to_torchrun(number, flags, tmp_path):
+    flags, told = [*flags, "--max_steps", 9], tmp_path / "told"
+    assert command(*flags, "--output_dir", tmp_path / "whole", processes=2).returncode == 0
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    words = [sys.executable, *torchrun, *standing_still("train:train_step", [4], told)]
+    words += [ROOT / "train.py", *flags, "--output_dir", tmp_path / "it was stopped"]
     process = subprocess.Popen(
         list(map(str, words)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    wait_until(lambda: lines_in(told) == processes, process)  # all of them in the fourth step
+    wait_until(lambda: lines_in(told) == 2, process)  # both of them in the fourth step
     process.send_signal(number)
-    output, errors = process.communicate(timeout=HANG_SECONDS)
-    assert "stopped and saved at step 4; continue with" in output
-    if not before:
-        assert process.returncode == 128 + number and "Traceback" not in errors, errors
-    start, advice = output.strip().splitlines()[-1].split("train.py")
-    assert start.split() == (["torchrun", *before[2:]] if before else ["python"])
-    assert command(*shlex.split(advice), processes=processes).returncode == 0
+    output, _ = process.communicate(timeout=HANG_SECONDS)
+    continue_as_told(output, ["torchrun", *torchrun[2:]], 2)
     assert_equal_runs(tmp_path / "whole", tmp_path / "it was stopped")
+
+
+def continue_as_told(output, expected, processes):
+    """Run the command that a stopped run has printed."""
+    assert "stopped and saved at step 4; continue with" in output
+    start, advice = output.strip().splitlines()[-1].split("train.py")
+    assert start.split() == expected
+    assert command(*shlex.split(advice), processes=processes).returncode == 0
 
 
 def test_another_number_of_processes(flags, tmp_path):
@@ -405,21 +404,10 @@ def test_a_broken_row_found_during_training(flags, tmp_path, rows_file):
     rows_file.write_text(json.dumps(good))
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
     rows_file.write_text(json.dumps(broken))
-    words = [
-        sys.executable,
-        "-c",
-        "import runpy, sys; from minisft.data import dataset;"
-        "dataset.CHECKED_BYTES = dataset.CHECKED_ROWS = 1; sys.argv = sys.argv[1:];"
-        "runpy.run_path(sys.argv[0], run_name='__main__')",
-        "train.py",
-        *flags,
-    ]
-    done = subprocess.run(
-        list(map(str, [*words, "--output_dir", tmp_path / "late"])),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    few = {f"minisft.data.dataset:CHECKED_{unit}": 1 for unit in ("BYTES", "ROWS")}
+    words = standing_still("train:train_step", [], tmp_path / "told", **few)[1:]
+    words += [ROOT / "train.py", *flags, "--output_dir", tmp_path / "late"]
+    done = run_script("tests/standing.py", words)
     assert done.returncode == 2 and "row 201" in done.stderr, done.stderr
     assert "Saved at step" in done.stderr and done.stderr.count("\n") == 1
     rows_file.write_text(json.dumps(good))
