@@ -24,8 +24,8 @@ from standing import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-# torch._dynamo comes with the first optimizer, and the scripts with most of minisft. None of them may
-# ask for a GPU when it is imported: a process that has used CUDA can fork no other that does.
+# torch._dynamo comes with the first optimizer, and the scripts with most of minisft. None of them
+# may ask for a GPU when it is imported: a process that has used CUDA can fork no other that does.
 PRELOADED = ["torch", "torch._dynamo", "safetensors.torch", "tokenizers"]
 PRELOADED += ["train", "score", "eval", "export", "chat"]
 SERVER.set_forkserver_preload(PRELOADED)
@@ -72,6 +72,9 @@ class Forked:
 
     def send_signal(self, number):
         os.kill(self._process.pid, number)
+
+    def kill(self):
+        self._process.kill()
 
     def communicate(self):
         """Wait for the end -> (stdout, stderr)."""

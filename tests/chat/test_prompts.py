@@ -1,12 +1,10 @@
 """Files of prompts through chat.py: in order, in batches, continued after a kill."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, as_flags, command
+from forks import Forked
 from standing import lines_in, standing_still, wait_until
 
 from minisft.chat import prompts
@@ -117,30 +115,19 @@ def test_cut_last_line_is_answered_again(tmp_path):
 def test_a_killed_run_keeps_its_answers(tiny_chat_model_dir, tmp_path):
     path, told = tmp_path / "many.txt", tmp_path / "told"
     path.write_text("the cat\n" * 9)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            *standing_still("minisft.chat.prompts:Answers.add", [4], told),
-            ROOT / "chat.py",
-            "--model_name_or_path",
-            tiny_chat_model_dir,
-            "--file",
-            path,
-            "--output",
-            tmp_path / "out",
-            "--batch_size",
-            "1",
-            "--max_new_tokens",
-            "4",
-            "--device",
-            "cpu",
-        ],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    flags = as_flags(
+        model_name_or_path=tiny_chat_model_dir,
+        file=path,
+        output=tmp_path / "out",
+        batch_size=1,
+        max_new_tokens=4,
+        device="cpu",
     )
+    words = standing_still("minisft.chat.prompts:Answers.add", [4], told)[1:]
+    process = Forked("tests/standing.py", [*words, ROOT / "chat.py", *flags])
     wait_until(lambda: lines_in(told), process)
     process.kill()
-    process.wait()
+    process.communicate()
     _, *answers = read(tmp_path / "out.partial")
     assert len({row for row, *_ in answers}) == 3 == len(answers)
     assert not (tmp_path / "out").exists()

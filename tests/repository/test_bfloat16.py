@@ -131,24 +131,21 @@ KINDS = {
     "full": ["--finetuning_type", "full"],
     "dropout": ["--lora_rank", 3, "--lora_dropout", 0.2],
 }
+RESUMED = ["full", "dropout"]  # dropout is LoRA, and draws numbers besides
 PROCESSES = {"1": (1, "ddp"), "2 ddp": (2, "ddp"), "2 fsdp": (2, "fsdp")}
 
 
 def planned():
     for kind, words in KINDS.items():
         words = ["--model_name_or_path", "plain", *words]
-        yield flags(1, f"{kind}/float32", *words, "--dtype", "float32")
+        if kind != "dropout":
+            yield flags(1, f"{kind}/float32", *words, "--dtype", "float32")
         for name, (processes, parallel) in PROCESSES.items():
             run_dir, more = f"{kind}/{name}", [*words, "--dtype", "bfloat16"]
             yield flags(processes, run_dir, *more, "--save_steps", 3, kind=parallel)
-            yield flags(
-                processes,
-                f"{run_dir}, resumed",
-                *more,
-                "--resume_from_checkpoint",
-                f"{run_dir}/checkpoint-3",
-                kind=parallel,
-            )
+            if kind in RESUMED:
+                again = ["--resume_from_checkpoint", f"{run_dir}/checkpoint-3"]
+                yield flags(processes, f"{run_dir}, resumed", *more, *again, kind=parallel)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +163,7 @@ def runs(tmp_path_factory, tiny_tokenizer_dir):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RESUMED)
 def test_resuming_with_as_many_processes_is_exact(kind, name, runs):
     assert len(logged(runs / kind / name)) == 6
     assert len(logged(runs / kind / f"{name}, resumed")) == 3

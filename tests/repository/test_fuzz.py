@@ -36,7 +36,7 @@ from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import checkpoint
 
-EXAMPLES = 60  # of each kind
+EXAMPLES = 40  # of each kind
 MORE_MEMORY = 2 * 2**30
 CONVERSATION = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat "}]
 ROWS = {

@@ -7,14 +7,14 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from datetime import datetime
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, as_flags, command
+from forks import Forked
 from standing import lines_in, standing_still, wait_until
 
 import score as script
@@ -207,30 +207,19 @@ def test_a_killed_run_continues(function, calls, checkpoint, many, tmp_path, mon
     whole, output, told = (tmp_path / name for name in ("whole.jsonl", "s.jsonl", "told"))
     words = ["--skip_bad_rows", "--mode", "all", "--batch_tokens", 128]
     score_here(monkeypatch, checkpoint, many, whole, *words)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            *standing_still(function, calls, told),
-            ROOT / "score.py",
-            "--model_name_or_path",
-            checkpoint,
-            "--dataset",
-            many,
-            "--template",
-            "alpaca",
-            "--dataloader_num_workers",
-            "0",
-            "--dtype",
-            "float32",
-            "--output",
-            output,
-            *map(str, words),
-        ],
-        stdout=subprocess.DEVNULL,
+    flags = as_flags(
+        model_name_or_path=checkpoint,
+        dataset=many,
+        template="alpaca",
+        dataloader_num_workers=0,
+        dtype="float32",
+        output=output,
     )
+    standing = standing_still(function, calls, told)[1:]
+    process = Forked("tests/standing.py", [*standing, ROOT / "score.py", *flags, *words])
     wait_until(lambda: lines_in(told), process)
     process.kill()
-    process.wait()
+    process.communicate()
     left = output.read_bytes()
     finished = left.count(b"\n")
     assert 19 <= finished < 400
