@@ -16,6 +16,8 @@ from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 
+# The fixture costs much, so one worker gets all tests.
+pytestmark = pytest.mark.xdist_group("compiled")
 CAPACITY = 128
 LLAMA3 = {
     "rope_type": "llama3",

@@ -13,7 +13,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_flags, command
+from conftest import ROOT, command
 from forks import Forked
 from standing import lines_in, standing_still, wait_until
 
@@ -137,6 +137,7 @@ def score_here(monkeypatch, *words):
     script.main()
 
 
+@pytest.mark.xdist_group("row_by_row")  # which is computed once
 def test_equals_transformers_row_by_row(real, tmp_path):
     model, _, path = real
     expected = row_by_row(model, path)
@@ -154,6 +155,7 @@ def test_equals_transformers_row_by_row(real, tmp_path):
             assert perplexity[number] == pytest.approx(one["perplexity"], rel=1e-4)
 
 
+@pytest.mark.xdist_group("row_by_row")  # which is computed once
 def test_batch_order_and_processes_make_no_difference(real, tmp_path):
     model, rows, path = real
     order = random.Random(1).sample(range(NUM_ROWS), NUM_ROWS)
@@ -207,16 +209,9 @@ def test_a_killed_run_continues(function, calls, checkpoint, many, tmp_path, mon
     whole, output, told = (tmp_path / name for name in ("whole.jsonl", "s.jsonl", "told"))
     words = ["--skip_bad_rows", "--mode", "all", "--batch_tokens", 128]
     score_here(monkeypatch, checkpoint, many, whole, *words)
-    flags = as_flags(
-        model_name_or_path=checkpoint,
-        dataset=many,
-        template="alpaca",
-        dataloader_num_workers=0,
-        dtype="float32",
-        output=output,
-    )
-    standing = standing_still(function, calls, told)[1:]
-    process = Forked("tests/standing.py", [*standing, ROOT / "score.py", *flags, *words])
+    standing = [*standing_still(function, calls, told)[1:], ROOT / "score.py"]
+    flags = words_of(checkpoint, many, output, *words)
+    process = Forked("tests/standing.py", [*standing, *flags])
     wait_until(lambda: lines_in(told), process)
     process.kill()
     process.communicate()
