@@ -546,7 +546,11 @@ def test_browser_two_turns_stop_and_download(served, visit, monkeypatch):
         say(tab, "and then?")
         wait_for(tab, "on and on and on", "#chat0")
         assert tab.locator("#box textarea").input_value() == ""
-        (talk,) = (talk for talk in page.sessions.values() if talk.busy)
+        (talk,) = (
+            talk
+            for talk in page.sessions.values()
+            if [turn.question for turn in talk.turns] == ["鲁迅是谁？", "and then?"]
+        )
         tab.locator("#stop").click()
         wait_until(lambda: talk.stopping)  # stays true until the next question
         first.set()

@@ -308,20 +308,8 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
     flags = [*flags, "--max_steps", 12, "--save_steps", 4, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
     newest = checkpoint.find_checkpoint(tmp_path / "out", "auto", print)
-    limited = [
-        sys.executable,
-        "-c",
-        "import resource, runpy, signal, sys; sys.argv = sys.argv[1:];"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
-        "runpy.run_path(sys.argv[0], run_name='__main__')",
-        "train.py",
-        *map(
-            str,
-            [*flags, *as_flags(save_steps=save_steps, resume_from_checkpoint="auto", max_steps=20)],
-        ),
-    ]
-    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    flags += as_flags(save_steps=save_steps, resume_from_checkpoint="auto", max_steps=20)
+    done = run_script("tests/full_disk.py", ["train.py", *flags])
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "could not be written" in done.stderr and "--resume_from_checkpoint" in done.stderr
     assert checkpoint.find_checkpoint(tmp_path / "out", "auto", print) == newest
