@@ -31,16 +31,21 @@ PRELOADED += ["train", "score", "eval", "export", "chat"]
 SERVER.set_forkserver_preload(PRELOADED)
 
 
-def run_script(script, arguments, processes=1):
+def run_script(script, arguments, processes=1, input=None, newline=None):
     """`python SCRIPT ARGUMENTS` in the project's folder -> subprocess.CompletedProcess.
 
-    Several processes share their output; if one fails, the others are killed.
+    Several processes share their output; if one fails, the others are killed. input: the text on
+    standard input. newline: as for open(); "" leaves the line ends of the output as they are.
     """
     words = [str(ROOT / script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder, meeting(processes) as environments:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
+        given = os.devnull
+        if input is not None:
+            given = Path(folder) / "stdin"
+            given.write_bytes(input.encode())
         ranks = [
-            SERVER.Process(target=_run, args=(words, {**os.environ, **environment}, said))
+            SERVER.Process(target=_run, args=(words, {**os.environ, **environment}, said, given))
             for environment in environments
         ]
         for rank in ranks:
@@ -50,7 +55,11 @@ def run_script(script, arguments, processes=1):
                 words, HANG_SECONDS, *(path.read_text() for path in said)
             )
         code = max((rank.exitcode for rank in ranks), key=lambda code: (code > 0, abs(code)))
-        return subprocess.CompletedProcess(words, code, *(path.read_text() for path in said))
+        output = []
+        for path in said:
+            with open(path, encoding="utf-8", newline=newline) as file:
+                output.append(file.read())
+        return subprocess.CompletedProcess(words, code, *output)
 
 
 class Forked:
@@ -126,10 +135,11 @@ def meeting(processes):
     del store
 
 
-def _run(words, environment, said):
+def _run(words, environment, said, given=os.devnull):
     """Become the script, in the new process."""
-    for descriptor, path in enumerate([os.devnull, *said]):
+    for descriptor, path in enumerate([given, *said]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # multiprocessing has closed it
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, command
+from forks import Forked, run_script
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
 from minisft.generation.context import Context
@@ -29,16 +30,11 @@ TOKEN = "minisft.model.decoder:CausalLM.logits"  # called for every token of an 
 
 
 def chat(model_dir, *flags, input=""):
-    """Run chat.py to its end with `input` on a pipe -> (exit status, stdout, stderr)."""
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "--model_name_or_path", model_dir, *flags],
-        input=input.encode(),
-        capture_output=True,
-        env=ENVIRONMENT,
-        timeout=HANG_SECONDS,
-    )
-    # Decoded here, strictly, since text mode would change the line ends that the model writes.
-    return result.returncode, result.stdout.decode(), result.stderr.decode()
+    """Run chat.py to its end with `input` in a file -> (exit status, stdout, stderr)."""
+    words = ["--model_name_or_path", model_dir, *flags]
+    # The model's own line ends stay in the output.
+    done = run_script("chat.py", words, input=input, newline="")
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +144,7 @@ def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
         "never",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENVIRONMENT, "HOME", str(tmp_path))
+        patch.setenv("HOME", str(tmp_path))
         status, printed, said = chat(
             tiny_chat_model_dir, *GREEDY, "--max_new_tokens", "20", input="\n".join(lines)
         )
@@ -393,21 +389,11 @@ def test_a_crash_loses_nothing_of_the_transcript(tiny_chat_model_dir, oracle, tm
     standing = standing_still(
         TOKEN, [10], told, **{"minisft.chat.transcript:SECONDS_BETWEEN_PARTS": -1}
     )
-    words = [
-        sys.executable,
-        *standing,
-        SCRIPT,
-        "--model_name_or_path",
-        tiny_chat_model_dir,
-        *GREEDY,
-        "--prompt",
-        "the cat 你好",
-        "--log",
-        log,
-    ]
-    with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
-        wait_until(lambda: lines_in(told), process)
-        process.kill()
+    words = [*standing[1:], SCRIPT, "--model_name_or_path", tiny_chat_model_dir, *GREEDY]
+    process = Forked("tests/standing.py", [*words, "--prompt", "the cat 你好", "--log", log])
+    wait_until(lambda: lines_in(told), process)
+    process.kill()
+    process.communicate()
     question, *parts = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     assert question["role"] == "user" and question["content"] == "the cat 你好"
     assert [row["role"] for row in parts] == ["assistant"] * 9
