@@ -35,7 +35,7 @@ def draw(colors: Colors, data: list[tuple[str, list[str], int]]) -> Figure:
     legend = [
         (colors.context, "prompt"),
         (colors.supervised, "answer"),
-        (colors.trap, "never seen in training on one text"),
+        (colors.trap, "in use, but not in training on one text"),
     ]
     return draw_lines(colors, lines, legend)
 
