@@ -175,7 +175,7 @@ def problems() -> list[str]:
         english = page.with_name(page.name.replace(".zh", ""))
         if not english.exists() or outline(page) != outline(english):
             found.append(f"{page.name} and {english.name} differ in code, figures or equations")
-    if (ROOT / "docs" / "tour.zh.md").exists() and len(pages()) != len(pages(chinese=True)):
+    if NOTEBOOK.with_name("tour.zh.md").exists() and len(pages()) != len(pages(chinese=True)):
         found.append("docs/tour/: a chapter has no Chinese page, NN_name.zh.md")
     if not NOTEBOOK.exists() or NOTEBOOK.read_text(encoding="utf-8") != notebook():
         found.append("docs/tour.ipynb is older than the pages. Run make tour-pages.")

@@ -1,7 +1,7 @@
 """Small training runs on the embedded model, for the tour's snippets and figures.
 
     model, losses = fine_tune(examples, num_steps=100)
-    for question, text, stopped in answers(model, template, questions): ...
+    written = answers(model, template, rows)
 
 Chapter 8 explains the loop in `fine_tune`. Until then it is a tool: rows go in, a model comes out.
 """
@@ -104,6 +104,12 @@ def answers(
     written = generate(model, prompts, sampling, stop_ids)
     decode = template.tokenizer.decode
     return [(decode(ids), len(ids) < max_new_tokens) for ids in written]
+
+
+def num_right(written: Sequence[tuple[str, bool]], rows: Sequence[Row]) -> int:
+    """The number of answers, from `answers`, that equal those of the rows."""
+    right = [row.messages[-1]["content"] for row in rows]
+    return sum(text == answer for (text, _), answer in zip(written, right, strict=True))
 
 
 def encoded(rows: Sequence[Row], template: ChatTemplate) -> list[Example]:
