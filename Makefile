@@ -79,16 +79,16 @@ format: $(TESTING)
 	$(PYTHON) docs/line_counts.py
 	$(PYTHON) docs/model_memory.py
 
-# Beside make test in CI; nine minutes at most.
+# CI runs it beside make test.
 tour: $(TESTING)
-	$(PYTHON) docs/tour_pages.py run
+	OMP_NUM_THREADS=1 $(PYTHON) docs/tour_pages.py run
 
 tour-pages: $(TESTING)
 	$(PYTHON) docs/tour_pages.py update
 
 FIGURES := $(patsubst docs/figures/%.light.svg,%,$(wildcard docs/figures/*.light.svg))
 figures: $(TESTING)
-	for figure in $(FIGURES); do $(PYTHON) -m docs.figures.$$figure || exit 1; done
+	for figure in $(FIGURES); do OMP_NUM_THREADS=1 $(PYTHON) -m docs.figures.$$figure || exit 1; done
 
 # Every >=X becomes ==X, and pip then finds test dependencies that accept those versions. demo runs
 # before they are installed, so that it has the packages of requirements.txt and no others. The type

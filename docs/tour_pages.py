@@ -149,7 +149,7 @@ def cell(kind: str, text: str, output: str | None = None) -> dict[str, Any]:
         outputs = [{"output_type": "stream", "name": "stdout", "text": output}] if output else []
         return {"cell_type": kind, "metadata": {}, "execution_count": None, "outputs": outputs,
                 "source": text.rstrip("\n")}  # fmt: skip
-    text = re.sub(r"</?details>|<summary>.*?</summary>", "", text)
+    text = re.sub(r"</?details>\n", "", text).replace("<summary>Answer</summary>", "**Answer**")
     text = re.sub(r"```math\n(.*?)```", r"$$\n\1$$", text, flags=re.DOTALL)
     text = re.sub(r"\$`(.*?)`\$", r"$\1$", text)
     text = re.sub(r'(\]\(|srcset="|src=")(?![a-z]+:)([^)"#][^)"]*)', in_docs, text)

@@ -30,7 +30,7 @@ def draw(colors: Colors, data: tuple[Tensor, Tensor]) -> Figure:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     image = left.imshow(cos.T, aspect="auto", cmap=colors.map, origin="lower")
-    left.set(xlabel="position p", ylabel="pair i", title="cos(p · frequency$_i$)")
+    left.set(xlabel="position p", ylabel="pair m", title="cos(p · f$_m$)")
     figure.colorbar(image, ax=left)
     right.plot(products, color=colors.supervised)
     right.axhline(0, color=colors.faint, lw=0.8)

@@ -69,16 +69,18 @@ def fine_tune(
     batch_size: int = 32,
     rows_per_step: int = 32,
     learning_rate: float = 2e-3,
+    seed: int = 0,
     watch: Callable[[CausalLM], None] = lambda model: None,
 ) -> tuple[CausalLM, list[float]]:
     """Train all weights of the embedded model; (the model, the loss of each step).
 
-    to_batch: examples -> a micro-batch. watch: called before every step.
+    to_batch: examples -> a micro-batch. seed: of the order of the rows.
+    watch: called before every step.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = load_model(BASE, torch.float32).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98))
-    batches = Batches(examples, lambda rows: (list(rows), EncodeReport()), seed=0)
+    batches = Batches(examples, lambda rows: (list(rows), EncodeReport()), seed)
     losses = []
     for step, rows in enumerate(batches.steps(rows_per_step, 0, num_steps)):
         watch(model)
