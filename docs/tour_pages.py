@@ -10,13 +10,14 @@ import argparse
 import ast
 import contextlib
 import io
-import json
 import math
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from tour_notebook import code, document, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 TOUR, NOTEBOOK = ROOT / "docs" / "tour", ROOT / "docs" / "tour.ipynb"
@@ -127,38 +128,14 @@ def run(page: Path) -> tuple[str, list[str]]:
 
 def notebook() -> str:
     """The English pages as a notebook: words, snippets and the output that the pages state."""
-    start = "# Run this first.\nimport os\nif not os.path.isdir('minisft'):\n    os.chdir('..')\n"
-    cells = [cell("code", start + "import sys\nsys.path.insert(0, os.getcwd())\n")]
+    cells = []
     for page in pages():
         text, place = page.read_text(encoding="utf-8"), 0
         for block in SNIPPET.finditer(text):
-            cells.append(cell("markdown", text[place : block.start()]))
-            cells.append(cell("code", block[1], block[3]))
+            cells += [markdown(text[place : block.start()]), code(block[1], block[3])]
             place = block.end()
-        cells.append(cell("markdown", text[place:]))
-    for number, content in enumerate(cells):
-        content["id"] = f"cell-{number}"
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    book = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(book, ensure_ascii=False, indent=1) + "\n"
-
-
-def cell(kind: str, text: str, output: str | None = None) -> dict[str, Any]:
-    """A cell. Links and equations are written as a notebook in docs/ needs them."""
-    if kind == "code":
-        outputs = [{"output_type": "stream", "name": "stdout", "text": output}] if output else []
-        return {"cell_type": kind, "metadata": {}, "execution_count": None, "outputs": outputs,
-                "source": text.rstrip("\n")}  # fmt: skip
-    text = re.sub(r"</?details>\n", "", text).replace("<summary>Answer</summary>", "**Answer**")
-    text = re.sub(r"```math\n(.*?)```", r"$$\n\1$$", text, flags=re.DOTALL)
-    text = re.sub(r"\$`(.*?)`\$", r"$\1$", text)
-    text = re.sub(r'(\]\(|srcset="|src=")(?![a-z]+:)([^)"#][^)"]*)', in_docs, text)
-    return {"cell_type": kind, "metadata": {}, "source": text.strip("\n")}
-
-
-def in_docs(link: re.Match[str]) -> str:
-    """A link as seen from docs/ instead of docs/tour/."""
-    return link[1] + (link[2][3:] if link[2].startswith("../") else f"tour/{link[2]}")
+        cells.append(markdown(text[place:]))
+    return document(cells)
 
 
 def problems() -> list[str]:

@@ -53,7 +53,9 @@ def draw(colors: Colors, data: tuple[Curves, Curves]) -> Figure:
         smooth = np.convolve(losses, np.ones(5) / 5, mode="valid")
         left.plot(range(3, 3 + len(smooth)), smooth, color=color, label=label)
         right.plot(range(0, NUM_STEPS + 1, EVERY), held_out, color=color, label=label)
-    left.set(xlabel="step", ylabel="loss", yscale="log", title="what the log shows (mean of 5 steps)")
+    left.set(
+        xlabel="step", ylabel="loss", yscale="log", title="what the log shows (mean of 5 steps)"
+    )
     right.set(xlabel="step", title="held-out rows, loss per token")
     right.legend()
     return figure
