@@ -62,7 +62,7 @@ def data() -> tuple[list[str], list[tuple[str, Tensor]]]:
 def draw(colors: Colors, data: tuple[list[str], list[tuple[str, Tensor]]]) -> Figure:
     """Rows are queries, columns are keys."""
     tokens, maps = data
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
     for axes, (title, weights) in zip(figure.subplots(1, len(maps)), maps, strict=True):
         image = axes.imshow(weights, cmap=colors.map, vmin=0, vmax=1)
         axes.set_title(title, fontsize=9)
