@@ -7,6 +7,9 @@ from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer
 from minisft.model.config_checks import rotary_values
 
+# Baichuan 1 has the same model_type, and another output matrix. Users add tokens to both.
+BAICHUAN1_CLASS, BAICHUAN1_TOKENS, BAICHUAN2_TOKENS = "BaiChuanForCausalLM", 64_000, 125_696
+
 
 def baichuan_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """The fields of Baichuan2 that its config.json implies.
@@ -14,10 +17,14 @@ def baichuan_values(content: dict[str, Any], source: str | Path) -> dict[str, An
     UserError for Baichuan 1, whose output matrix is plain, and for fields that Baichuan's own code
     does not have.
     """
-    if content.get("vocab_size") == 64000:
+    vocab_size, classes = content.get("vocab_size"), content.get("architectures")
+    if BAICHUAN1_CLASS in (classes or []) or (
+        is_integer(vocab_size, BAICHUAN1_TOKENS, BAICHUAN2_TOKENS - 1)
+    ):
         raise UserError(
-            f"{source}: a vocabulary of 64,000 is that of Baichuan 1, which is not supported. "
-            "Use Baichuan2."
+            f"{source}: this is Baichuan 1, which is not supported: it has the class "
+            f"{BAICHUAN1_CLASS} or about {BAICHUAN1_TOKENS:,} tokens, and {vocab_size!r} are "
+            f"stated. Use Baichuan2, which has {BAICHUAN2_TOKENS:,}."
         )
     num_heads, width = content.get("num_attention_heads"), content.get("hidden_size")
     plain: dict[str, Any] = {"num_key_value_heads": num_heads, "z_loss_weight": 0}

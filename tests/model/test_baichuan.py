@@ -62,7 +62,7 @@ def test_the_comparison_can_fail(part, shared_data, tmp_path):
         ours.lm_head.weight = load_model(folder).lm_head.weight
     else:
         queries, keys = alibi_factors(ours.config, torch.arange(24), torch.float32)
-        ours.model.angles = lambda *_: (queries.flip(1), keys)
+        ours.model.factors = lambda *_: (queries.flip(1), keys)
     tokens = random_tokens(1, 24)
     assert (logits(ours, tokens) - theirs(tokens).logits).abs().max() > 0.1
 
@@ -160,19 +160,19 @@ def test_padded_batch_equals_single_prompts(folder, sampling):
 @torch.inference_mode()
 def test_the_step_that_is_compiled(folder):
     model, tokens = load_model(folder), random_tokens(1, 20)
-    fixed, angles = (
+    fixed, factors = (
         KeyValueCache(model.config, 32),
-        model.model.angles(torch.arange(32), torch.float32),
+        model.model.factors(torch.arange(32), torch.float32),
     )
     model(tokens[:, :4], cache=fixed)
     for place in range(4, 20):
         expected = logits(model, tokens[:, : place + 1])[:, -1]
         token, position = tokens[:, place : place + 1], torch.tensor([place])
-        found = next_logits(model, token, position, angles, fixed.pairs)
+        found = next_logits(model, token, position, factors, fixed.pairs)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-def test_lora_adapts_the_packed_matrix(folder):
+def test_lora_adapts_the_fused_matrix(folder):
     """`all` are the linear layers of this model; peft agrees for the name W_pack."""
     model = load_model(folder)
     add_lora(model, LoraConfig(rank=2))

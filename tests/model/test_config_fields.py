@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from minisft.common.errors import UserError
 from minisft.model.class_names import class_name
-from minisft.model.config import FAMILY_DEFAULTS, ModelConfig
+from minisft.model.config import ModelConfig
+from minisft.model.config_values import FAMILY_DEFAULTS
 from minisft.model.decoder import CausalLM
 
 FAMILIES = [family for family in FAMILY_DEFAULTS if family in CONFIG_MAPPING]
