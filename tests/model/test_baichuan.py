@@ -235,6 +235,10 @@ def test_which_size_a_config_is(shared_data):
     ("change", "message"),
     [
         ({"vocab_size": 64000}, "Baichuan 1"),
+        ({"vocab_size": 64001}, "Baichuan 1"),  # with a token added
+        ({"architectures": ["BaiChuanForCausalLM"]}, "Baichuan 1"),  # of Baichuan-7B
+        ({"norm_head": False}, "norm_head"),
+        ({"fused_qkv": False}, "fused_qkv"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"num_key_value_heads": 2}, "num_key_value_heads"),
         ({"head_dim": 16}, "head_dim"),
