@@ -114,7 +114,8 @@ def smollm3_values(content: dict[str, Any], source: str | Path) -> dict[str, Any
         raise UserError(f"{source}: use_sliding_window is not supported for smollm3")
     if "sliding_attention" in (content.get("layer_types") or []):
         raise UserError(f"{source}: layer_types with sliding_attention need use_sliding_window")
-    interval, layers = content.get("no_rope_layer_interval", 4), content.get("no_rope_layers")
+    interval, layers = content.get("no_rope_layer_interval"), content.get("no_rope_layers")
+    interval = 4 if interval is None else interval
     if not is_integer(interval, 1):
         raise UserError(
             f"{source}: no_rope_layer_interval must be a whole number of at least 1, "

@@ -7,9 +7,11 @@ import peft
 import pytest
 import torch
 from baichuan import SIZES, SMALL, as_llama, published_code, published_model, write_checkpoint
+from transformers import AutoModelForSequenceClassification
 
 from minisft.checkpoints.adapters import load_adapter
-from minisft.checkpoints.folders import load_model
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.checkpoints.reward_models import load_reward_model
 from minisft.common.errors import UserError
 from minisft.generation.compiled import next_logits
 from minisft.generation.generate import generate
@@ -216,6 +218,21 @@ def test_quantised_base(folder, bits):
     assert model.model.layers[0].self_attn.W_pack.lora_B.weight.grad.abs().max() > 0
     merge_lora(model)
     torch.testing.assert_close(logits(model, tokens), before, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_reward_model(tmp_path):
+    """No library has a class for it: config.json names none, and transformers refuses it."""
+    folder, tokens = write_checkpoint(tmp_path / "7B", "7B"), random_tokens(2, 24)
+    ours = load_reward_model(folder)
+    save_model(ours, tmp_path / "judge")
+    content = json.loads((tmp_path / "judge" / "config.json").read_text())
+    assert content["architectures"] == [] and "auto_map" not in content
+    with pytest.raises(ValueError, match="baichuan"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    again, states = load_reward_model(tmp_path / "judge"), as_llama(folder).model(tokens)[0]
+    expected = states @ ours.score.weight[0]
+    torch.testing.assert_close(again.rewards(again(tokens)), expected, rtol=0, atol=1e-5)
 
 
 def test_which_size_a_config_is(shared_data):

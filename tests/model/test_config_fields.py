@@ -191,9 +191,8 @@ def test_null_means_the_default(family):
     expected = vars(ModelConfig.from_dict(content)) | {"original": None}
     nullable = {"sliding_window", "head_dim", "num_key_value_heads"}
     for name in (field_names(family) - SMALL.keys() - nullable) | {"rope_theta", "rope_scaling"}:
-        if name != "no_rope_layer_interval":
-            found = vars(ModelConfig.from_dict({**content, name: None})) | {"original": None}
-            assert found == expected, name
+        found = vars(ModelConfig.from_dict({**content, name: None})) | {"original": None}
+        assert found == expected, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
