@@ -82,7 +82,7 @@ def checkpoint_name(name: str) -> str:
     return name if original is None else f"{prefix}{original}.{kind}"
 
 
-def unpacked(name: str, num_rows: int) -> list[tuple[str, int, int]]:
+def tensor_parts(name: str, num_rows: int) -> list[tuple[str, int, int]]:
     """The tensors that a tensor of a checkpoint becomes: [(name, first row, row after the last)].
 
     One with the same name, but three for W_pack.

@@ -17,14 +17,13 @@ def baichuan_values(content: dict[str, Any], source: str | Path) -> dict[str, An
     UserError for Baichuan 1, whose output matrix is plain, and for fields that Baichuan's own code
     does not have.
     """
-    vocab_size, classes = content.get("vocab_size"), content.get("architectures")
-    if BAICHUAN1_CLASS in (classes or []) or (
-        is_integer(vocab_size, BAICHUAN1_TOKENS, BAICHUAN2_TOKENS - 1)
-    ):
+    num_tokens = content.get("vocab_size")
+    is_small = is_integer(num_tokens, BAICHUAN1_TOKENS, BAICHUAN2_TOKENS - 1)
+    if is_small or BAICHUAN1_CLASS in str(content.get("architectures")):
+        reason = f"vocab_size is {num_tokens}" if is_small else f"its class is {BAICHUAN1_CLASS}"
         raise UserError(
-            f"{source}: this is Baichuan 1, which is not supported: it has the class "
-            f"{BAICHUAN1_CLASS} or about {BAICHUAN1_TOKENS:,} tokens, and {vocab_size!r} are "
-            f"stated. Use Baichuan2, which has {BAICHUAN2_TOKENS:,}."
+            f"{source}: Baichuan 1 is not supported ({reason}). Use Baichuan2, which has "
+            f"{BAICHUAN2_TOKENS:,} tokens."
         )
     num_heads, width = content.get("num_attention_heads"), content.get("hidden_size")
     plain: dict[str, Any] = {"num_key_value_heads": num_heads, "z_loss_weight": 0}

@@ -14,7 +14,7 @@ from minisft.model.config_values import config_values
 
 @dataclass
 class ModelConfig:
-    """The fields of config.json, then those that follow from the family."""
+    """The fields of config.json, then those that follow from the family (config_values.py)."""
 
     vocab_size: int
     hidden_size: int

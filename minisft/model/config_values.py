@@ -82,7 +82,8 @@ def config_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]
         implied = values.get(name, False)
         if content.get(name) not in (None, implied):
             raise UserError(
-                f"{source}: {name} must be {implied} in this {family}, not {content[name]!r}"
+                f"{source}: {name} must be {str(implied).lower()} in this model ({family}), "
+                f"not {content[name]!r}"
             )
     check_values(values, source)
     for name in ("num_key_value_heads", "head_dim"):

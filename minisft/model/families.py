@@ -1,6 +1,6 @@
 """Choose the parts of a model in which families differ by more than numbers.
 
-The fields of the config that decide follow from the family, see config.py.
+The fields of the config that decide follow from the family, see config_values.py.
 """
 
 import torch

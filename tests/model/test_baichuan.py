@@ -254,6 +254,7 @@ def test_which_size_a_config_is(shared_data):
         ({"vocab_size": 64000}, "Baichuan 1"),
         ({"vocab_size": 64001}, "Baichuan 1"),  # with a token added
         ({"architectures": ["BaiChuanForCausalLM"]}, "Baichuan 1"),  # of Baichuan-7B
+        ({"architectures": 5, "vocab_size": 0}, "vocab_size"),
         ({"norm_head": False}, "norm_head"),
         ({"fused_qkv": False}, "fused_qkv"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
