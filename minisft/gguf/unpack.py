@@ -26,9 +26,9 @@ from minisft.common.errors import UserError
 from minisft.common.json_files import write_json
 from minisft.common.tensor_files import StoredTensor
 from minisft.gguf.mapping import (
-    PACKED,
+    FUSED,
+    PARTS,
     ROTARY_DIVISORS,
-    UNPACKED,
     checkpoint_name,
     deinterleave,
     is_interleaved,
@@ -108,23 +108,23 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
                 head_dim if is_interleaved(name, architecture) else None,
             ),
         )
-    return _packed(tensors) if architecture == "baichuan" else tensors
+    return _fused(tensors) if architecture == "baichuan" else tensors
 
 
-def _packed(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _fused(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors with q_proj, k_proj and v_proj of a layer as one, W_pack."""
-    packed = dict(tensors)
+    result = dict(tensors)
     for name, query in tensors.items():
-        names = [name.replace(UNPACKED[0], part) for part in UNPACKED]
+        names = [name.replace(PARTS[0], part) for part in PARTS]
         parts = tuple(tensors[part] for part in names if part in tensors)
-        if f".{UNPACKED[0]}." not in name or len(parts) < 3 or not query.shape:
+        if f".{PARTS[0]}." not in name or len(parts) < 3 or not query.shape:
             continue
         if all(part.shape == query.shape for part in parts):
-            whole, shape = name.replace(UNPACKED[0], PACKED), (3 * query.shape[0], *query.shape[1:])
-            packed[whole] = replace(query, name=whole, shape=shape, parts=parts)
+            whole, shape = name.replace(PARTS[0], FUSED), (3 * query.shape[0], *query.shape[1:])
+            result[whole] = replace(query, name=whole, shape=shape, parts=parts)
             for part in names:
-                del packed[part]
-    return packed
+                del result[part]
+    return result
 
 
 def _check_types(file: GGUFFile) -> None:
