@@ -20,7 +20,7 @@ from minisft.data.dataset_info import FILE_NAME, Description
 from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Records, open_records
-from minisft.data.row_forms import standard_record
+from minisft.data.row_forms import check_label, standard_record
 from minisft.data.row_values import BadRow
 from minisft.data.sources import Source, find_sources
 
@@ -57,6 +57,8 @@ class RowFile:
             record = self.records[index]
             if self.plain_text:
                 return self._text(record)
+            columns = self.description.columns.values() if self.description else None
+            check_label(record, changes, columns)
             if self.description:
                 record = self.description.rename(record)
             record = standard_record(record, changes)

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -31,7 +32,7 @@ ARROW = (b"ARROW1", b"\xff\xff\xff\xff")  # a file, and a stream as `datasets` w
 COMPRESSED = (GZIP, ZSTD)
 COLUMNAR = (PARQUET, *ARROW)
 ROWS_AT_A_TIME = 1000
-VERSION = "1"  # the format of the unpacked file
+VERSION = "2"  # the format of the unpacked file
 
 
 def is_packed(path: Path) -> bool:
@@ -178,7 +179,7 @@ def _holds_bytes(type: Any, pyarrow: Any) -> bool:
 
 
 def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-    """A row without the nulls inside its columns.
+    """A row without the nulls inside its columns, and with null for NaN and infinity.
 
     All objects of a column share their names: {"role", "content", "tool_calls"} for every turn, or
     the arguments of all tools for each call. A null means that the object has no such name.
@@ -187,6 +188,9 @@ def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pruned(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
-        return {name: _pruned(item) for name, item in value.items() if item is not None}
+        pruned = {name: _pruned(item) for name, item in value.items()}
+        return {name: item for name, item in pruned.items() if item is not None}
     return [_pruned(item) for item in value] if isinstance(value, list) else value

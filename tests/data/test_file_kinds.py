@@ -3,6 +3,7 @@
 import datetime
 import gzip
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -270,6 +271,16 @@ class TestColumnar:
         for row, expected in zip(load_rows(path), plain, strict=True):
             assert (row.messages, row.tools) == (expected.messages, expected.tools)
         assert open_records(path)[0]["date"] == "2026-01-02"
+
+    def test_nan_is_null(self, tmp_path):
+        """JSON has no NaN. As an answer it is missing; elsewhere it stays unread."""
+        path = tmp_path / "rows.parquet"
+        rows = [{**GOOD, "output": number, "scores": [number]} for number in (1.5, math.nan)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        records = open_records(path)
+        assert [records[number]["scores"] for number in range(2)] == [[1.5], [None]]
+        assert answers(path, skipped=(broken := [])) == ["1.5"]
+        assert len(broken) == 1 and broken[0].endswith("row 2: there is no answer")
 
     def test_a_folder_that_datasets_saved(self, tmp_path):
         data = datasets.Dataset.from_list(RECORDS)
