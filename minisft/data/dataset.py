@@ -17,6 +17,7 @@ import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.data.dataset_info import FILE_NAME, Description
+from minisft.data.file_names import list_names
 from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Records, open_records
@@ -147,6 +148,11 @@ def open_rows(
     parts = []
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False, offline):
         files = []
+        if source.left_out:
+            say(
+                f"{source.name}: only the files of the split train are read, not "
+                f"{list_names(source.left_out)}; {source.name}:SPLIT names another"
+            )
         for path in source.paths:
             records = open_records(path, plain_text)
             files.append(RowFile(records, source.description, plain_text, ranking))

@@ -149,6 +149,37 @@ class TestNames:
         names = ["c.json", "a,b.json", "d, e,f.json", "c.json"]
         assert answers(" c.json ,a,b.json,d, e,f.json, c.json,") == names
 
+    def test_the_longest_name_that_exists(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("a", "a,b.json", "b.json"):
+            write(tmp_path / name, [{**GOOD, "output": name}])
+        assert answers("a,b.json,a") == ["a,b.json", "a"]
+        assert answers("a, b.json") == ["a", "b.json"]
+
+    def test_splits_of_a_folder(self, tmp_path, monkeypatch):
+        """The files that the hub's data set of these names has."""
+        monkeypatch.chdir(tmp_path)
+        folder = tmp_path / "folder"
+        (folder / "data").mkdir(parents=True)
+        names = ["data/train-0.parquet", "data/train-1.parquet", "data/test-0.parquet"]
+        for name in names:
+            table = pyarrow.Table.from_pylist([{**GOOD, "output": name}])
+            pyarrow.parquet.write_table(table, folder / name)
+        said = []
+        assert answers(folder, say=said.append) == names[:2]
+        (line,) = said
+        assert line.startswith(f"{folder}: only the files of the split train") and names[2] in line
+        assert answers(f"{folder}:test") == answers("folder:test") == names[2:]
+        assert answers("folder/data") == names[:2]
+        with pytest.raises(UserError, match="no file for the split 'dev' among data/test-0"):
+            open_rows("folder:dev")
+        for name in names[:2]:
+            (folder / name).unlink()
+        assert answers(folder) == names[2:]  # a folder of test files, as of --eval_dataset
+        write(folder / "validation.json", [GOOD])
+        with pytest.raises(UserError, match="no file for the split 'train' among data/test-0"):
+            open_rows(folder)
+
     def test_all_kinds_in_a_folder(self, tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS[:1]), tmp_path / "b.parquet")
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(RECORDS[1]).encode()))
@@ -292,6 +323,12 @@ class TestColumnar:
         datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
         assert answers(tmp_path / "dict") == ANSWERS[:4]
         assert answers(tmp_path / "dict" / "test") == ANSWERS[4:6]
+        assert answers(f"{tmp_path / 'dict'}:test") == ANSWERS[4:6]
+        with pytest.raises(UserError, match="a single split, and has no split 'dev'"):
+            open_rows(f"{tmp_path / 'one'}:dev")
+        entry = {"it": {"file_name": "dict", "split": "test"}}
+        write(tmp_path / "dataset_info.json", entry)
+        assert answers("it", dataset_dir=tmp_path) == ANSWERS[4:6]
         (tmp_path / "dict" / "train").rename(tmp_path / "dict" / "dev")
         with pytest.raises(UserError, match="no split 'train', only dev, test. Give the folder of"):
             open_rows(tmp_path / "dict")
