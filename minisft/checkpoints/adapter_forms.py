@@ -32,7 +32,7 @@ from minisft.common.json_files import is_integer, is_number, read_json
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredTensor, read_header
 from minisft.model.config import ModelConfig
 from minisft.model.lora import LoraConfig
-from minisft.model.modules_to_save import SAVEABLE_MODULES
+from minisft.model.modules_to_save import SAVEABLE_MODULES, short_names
 from minisft.text.tokenizer_files import has_tokenizer
 
 PEFT_PREFIX = "base_model.model."
@@ -305,11 +305,8 @@ def _read_config(path: Path, content: dict[str, Any]) -> LoraConfig:
             f"{path}: bias '{content['bias']}' is not supported (only none). {MERGE_WITH_PEFT}"
         )
     # For a classification model, PEFT lists both "classifier" and "score", whichever exists.
-    saved = tuple(
-        name.removeprefix("model.")
-        for name in _names(path, content, "modules_to_save")
-        if name != "classifier"
-    )
+    names = _names(path, content, "modules_to_save")
+    saved = short_names([name for name in names if name != "classifier"])
     if not all(name in SAVEABLE_MODULES or name.endswith("norm") for name in saved):
         raise UserError(
             f"{path}: modules_to_save {list(saved)}; only {', '.join(SAVEABLE_MODULES)} and norms "

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.common.errors import UserError
-from minisft.model.modules_to_save import train_fully
+from minisft.model.modules_to_save import short_names, train_fully
 from minisft.model.quantized import QuantizedLinear, plain_linear
 from minisft.model.reward import Model
 
@@ -52,7 +52,7 @@ class LoraConfig:
             dropout=options.lora_dropout,
             target_modules=ALL if targets == ("all-linear",) else targets,
             use_rslora=options.use_rslora,
-            modules_to_save=_split_names(options.modules_to_save),
+            modules_to_save=short_names(_split_names(options.modules_to_save)),
         )
 
     @property
