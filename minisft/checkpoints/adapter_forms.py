@@ -29,6 +29,7 @@ from torch import Tensor
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, equal_tensors
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, is_number, read_json
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredTensor, read_header
 from minisft.model.config import ModelConfig
 from minisft.model.lora import LoraConfig
@@ -146,6 +147,12 @@ def adapter_tensors(adapter_dir: str | Path) -> dict[str, StoredTensor]:
     """{name in the model: StoredTensor} of the adapter in a PEFT folder."""
     path = Path(adapter_dir) / ADAPTER_WEIGHTS
     if not path.is_file():
+        if (pickled := path.with_suffix(".bin")).is_file():
+            refuse_pointer(pickled)
+            raise UserError(
+                f"{pickled}: pickled files are never opened. Save the adapter as safetensors with "
+                "PEFT (from_pretrained, save_pretrained)."
+            )
         raise UserError(
             f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}. Give the folder of a complete adapter."
         )
