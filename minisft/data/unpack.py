@@ -94,21 +94,23 @@ def _write(path: Path, target: Path) -> None:
 
 
 def _decompress(path: Path, magic: bytes, file: IO[bytes]) -> None:
+    module = gzip if magic == GZIP else _zstd(path)
+    damage = (EOFError, zlib.error, gzip.BadGzipFile, getattr(module, "ZstdError", EOFError))
     try:
-        with gzip.open(path) if magic == GZIP else _zstd(path) as packed:
+        with module.open(path) as packed:
             shutil.copyfileobj(packed, file, 2**20)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except damage as error:
         raise UserError(f"{path}: the file is damaged ({error}); download it again") from error
 
 
-def _zstd(path: Path) -> IO[bytes]:
+def _zstd(path: Path) -> Any:
+    """The module that reads zstd."""
     try:
-        zstd = importlib.import_module("compression.zstd")  # from Python 3.14 on
+        return importlib.import_module("compression.zstd")  # from Python 3.14 on
     except ImportError as error:
         raise UserError(
             f"{path}: Python reads zstd from version 3.14 on. Run `zstd -d {path.name}` first."
         ) from error
-    return zstd.open(path)
 
 
 def require_pyarrow(path: str | Path) -> Any:

@@ -220,26 +220,29 @@ class TestCompressed:
         assert not list(cache.glob("*.jsonl"))
 
     def test_zstd(self, tmp_path, monkeypatch):
+        """Python 3.14 has the module; backports.zstd is the same for earlier versions."""
         path = tmp_path / "rows.json.zst"
-        path.write_bytes(unpack.ZSTD + b"rest")
         if sys.version_info < (3, 14):
+            path.write_bytes(unpack.ZSTD + b"rest")
             with pytest.raises(
                 UserError, match="from version 3.14 on. Run `zstd -d rows.json.zst`"
             ):
                 open_rows(path)
-
-            class Module:  # where the standard library has it
-                @staticmethod
-                def open(path):
-                    return gzip.open(path.with_suffix(".gz"))
-
-            path.with_suffix(".gz").write_bytes(gzip.compress(json.dumps(RECORDS).encode()))
-            monkeypatch.setattr(unpack.importlib, "import_module", {"compression.zstd": Module}.get)
+            zstd = pytest.importorskip("backports.zstd", reason="backports.zstd is missing")
+            monkeypatch.setitem(sys.modules, "compression.zstd", zstd)
         else:
             from compression import zstd
-
-            path.write_bytes(zstd.compress(json.dumps(RECORDS).encode()))
-        assert answers(path) == ANSWERS
+        lines = b"\n".join(json.dumps(record).encode() for record in RECORDS)
+        content = zstd.compress(lines + b"\n")
+        path.write_bytes(content + zstd.compress(lines))  # frames follow each other
+        assert answers(path) == ANSWERS * 2
+        texts = tmp_path / "texts.txt.zst"
+        texts.write_bytes(zstd.compress(b"one\ntwo\n"))
+        assert load_rows(texts, plain_text=True) == ["one", "two"]
+        for damaged in (content[:-20], content[:30] + b"xxxxxx" + content[36:], content + b"x"):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match="rows.json.zst: the file is damaged .*again"):
+                open_rows(path)
 
     def test_a_place_that_cannot_be_written(self, tmp_path, monkeypatch):
         path = tmp_path / "rows.jsonl.gz"
