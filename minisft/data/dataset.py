@@ -22,7 +22,7 @@ from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conv
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Records, open_records
 from minisft.data.row_forms import check_label, standard_record
-from minisft.data.row_values import BadRow
+from minisft.data.row_values import BadRow, without_nulls
 from minisft.data.sources import Source, find_sources
 
 # Files up to this size are checked completely before training, larger files in their first rows.
@@ -280,9 +280,9 @@ def _report_ignored_columns(source: Source, files: list[RowFile], say: PrintLine
                 record = records[number]
             except BadRow:
                 continue
-            columns |= set(record) if isinstance(record, dict) else set()
+            columns |= without_nulls(record).keys() if isinstance(record, dict) else set()
         hint = "train.py --stage rm and dpo learn from chosen and rejected"
-        has_preferences = columns >= PREFERENCE_COLUMNS and not file.ranking
+        has_preferences = columns >= PREFERENCE_COLUMNS and file.ranking is False
         ignored = source.description.ignored(columns) if source.description else []
         if ignored:
             say(

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from typing import Any
 
 from minisft.data.formats import PREFERENCE_COLUMNS, ROLES, turns_column
-from minisft.data.row_values import NOT_FINITE, BadRow, list_of
+from minisft.data.row_values import NOT_FINITE, BadRow, kind_of, string_of, without_nulls
 
 # The ends of notes that begin with "3 of 100 rows".
 AS_JSON = "have a number, an object or true/false as an answer: its JSON text is the answer"
@@ -41,7 +41,7 @@ def check_label(record: Any, changes: list[str], columns: Collection[str] | None
     A number in a format without turns may be a class, so it is only noted. columns: those that an
     entry of dataset_info.json reads. If the label is not among them, it is only noted, too.
     """
-    if not isinstance(record, dict) or record.keys() >= PREFERENCE_COLUMNS:
+    if not isinstance(record, dict) or _has_several_answers(record):
         return
     for name in LABELS:
         value = record.get(name) if name not in (columns or ()) else None
@@ -58,19 +58,26 @@ def check_label(record: Any, changes: list[str], columns: Collection[str] | None
         )
 
 
+def _has_several_answers(record: dict[str, Any]) -> bool:
+    given = without_nulls(record).keys()
+    is_ranked = isinstance(record.get("output"), list)
+    return is_ranked or given >= PREFERENCE_COLUMNS or given >= OPENAI_PREFERENCES
+
+
 def standard_record(record: Any, changes: list[str]) -> Any:
     """The row in a format that formats.py and preferences.py know; other values as they are."""
     if not isinstance(record, dict):
         return record
-    record = _answers_as_text(record, changes)
+    record = without_nulls(record)
     if record.keys() >= OPENAI_PREFERENCES:
-        return _openai_preferences(record)
+        record = _openai_preferences(record)
+    record = _answers_as_text(record, changes)
     if "instruction" in record or turns_column(record):
         return record
     if record.keys() >= {"prompt", "completion"}:
         return _prompt_and_completion(record, changes)
     if record.keys() >= {"input", "output"} and "kind" not in record and "target" not in record:
-        return {**record, "instruction": record["input"], "input": None}
+        return {**record, "instruction": string_of(record, "input"), "input": None}
     return record
 
 
@@ -155,7 +162,9 @@ def _turns(record: dict[str, Any], column: str) -> list[Any]:
     value = record[column]
     if isinstance(value, str):
         return [{"role": "user" if column == "prompt" else "assistant", "content": value}]
-    return [value] if isinstance(value, dict) else list_of(record, column) or []
+    if not isinstance(value, dict | list):
+        raise BadRow(f"{column} must be a string or a list of turns, not {kind_of(value)}")
+    return value if isinstance(value, list) else [value]
 
 
 def _not_learned(turn: Any) -> Any:

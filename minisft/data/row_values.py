@@ -42,6 +42,11 @@ def object_of(record: Any) -> dict[str, Any]:
     return record
 
 
+def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """The row without columns that are null: tables of rows in several formats have them."""
+    return {name: value for name, value in record.items() if value is not None}
+
+
 def string_of(record: dict[str, Any], column: str) -> str:
     """The string in a column, "" if it is absent or null."""
     value = record.get(column)

@@ -134,6 +134,11 @@ FORMS = {
         [user("Q"), assistant("A")],
         [],
     ),
+    "columns of other formats": (
+        {"messages": [user("Q"), assistant("A")], **dict.fromkeys([*GOOD, "chosen", "rejected"])},
+        [user("Q"), assistant("A")],
+        [],
+    ),
     "an unread number": (
         {**GOOD, "score": math.nan},
         [user(GOOD["instruction"]), assistant(GOOD["output"])],
@@ -188,6 +193,11 @@ REFUSED = {
         "there is no answer: the last turn",
     ),
     "only an answer": ({"messages": [assistant("A")]}, "there is no question"),
+    "a number as prompt": (
+        {"prompt": 5, "completion": "A"},
+        "prompt must be a string or a list of turns, not a number",
+    ),
+    "a list as input": ({"input": ["Q"], "output": "A"}, "input must be a string, not a list"),
     "a turn as output": (
         {**GOOD, "output": {"role": "model", "content": "A"}},
         "output must be a string, not an object",
@@ -298,6 +308,14 @@ def test_preferences_of_data(tmp_path):
 
 
 @pytest.mark.parametrize("ranking", [True, None])
+def test_preferences_in_a_table_with_other_rows(ranking, tmp_path):
+    """Columns of other formats are null; a label that says which answer is better is not KTO's."""
+    record = {"prompt": "Q", "completion": None, "chosen": "A", "rejected": "B", "label": 1}
+    row, _ = read(tmp_path, {**dict.fromkeys(GOOD), **record}, ranking=ranking)
+    assert [row.messages, *row.rejected] == [[user("Q"), assistant(text)] for text in "AB"]
+
+
+@pytest.mark.parametrize("ranking", [True, None])
 def test_preferences_of_openai(ranking, tmp_path):
     tool = {"type": "function", "function": {"name": "f"}}
     record = {
@@ -308,6 +326,10 @@ def test_preferences_of_openai(ranking, tmp_path):
     row, said = read(tmp_path, record, ranking=ranking)
     assert [row.messages, *row.rejected] == [[SYSTEM, user("Q"), assistant(text)] for text in "AB"]
     assert row.tools == [tool] and not said
+    numbers = {"preferred_output": assistant(1), "non_preferred_output": [assistant({"a": 2})]}
+    row, said = read(tmp_path, {**record, **numbers, "label": True}, ranking=ranking)
+    assert [row.messages[-1], row.rejected[0][-1]] == [assistant("1"), assistant('{"a": 2}')]
+    assert len(said) == 1
     with pytest.raises(UserError, match='input must be an object with "messages"'):
         read(tmp_path, {**record, "input": "Q"}, ranking=True)
 
@@ -371,6 +393,7 @@ def test_prompts_of_chat(tmp_path):
     assert parse_prompt({"prompt": [user("Q"), user("R")]})[0] == [user("Q\nR")]
     assert parse_prompt({"input": "Q", "output": "A"})[0] == [user("Q")]
     assert parse_prompt(turns("human", "bard", "human"))[0][-1] == user("x")
+    assert parse_prompt({**dict.fromkeys(GOOD), "prompt": "Q"})[0] == [user("Q")]
     assert parse_prompt({**turns("human", "gpt"), "label": False})[0] == [user("x")]
     opening = {"messages": [assistant("Hi."), user("Q")]}
     assert parse_prompt(opening)[0] == [assistant("Hi.", train=False), user("Q")]
