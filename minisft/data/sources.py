@@ -152,7 +152,10 @@ def data_files(folder: Path, plain_text: bool, split: str) -> list[Path]:
         if split not in ("train", folder.name):
             raise UserError(f"{folder}: the folder is a single split, and has no split '{split}'")
         return _saved_files(folder)
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    try:
+        names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
     paths = [folder / name for name in names if file_kind(name, plain_text)]
     if not paths:
         kinds = "parquet, Arrow, JSON or .txt" if plain_text else "parquet, Arrow or JSON"

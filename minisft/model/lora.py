@@ -116,9 +116,9 @@ def add_lora(model: Model, config: LoraConfig) -> None:
         if isinstance(module, LINEAR_TYPES) and name.split(".")[-1] in wanted
     ]
     unknown = set(wanted) - {name.split(".")[-1] for name in targets}
-    if unknown:
+    if unknown or not targets:
         raise UserError(
-            f"--lora_target: no linear layer is called {', '.join(sorted(unknown))}. "
+            f"--lora_target: no linear layer is called {', '.join(sorted(unknown)) or 'nothing'}. "
             f"Choose from all, {', '.join(names)}."
         )
     if both := set(targets) & set(config.modules_to_save):

@@ -349,6 +349,11 @@ class TestColumnar:
         pyarrow.parquet.write_table(table, path)
         with pytest.raises(UserError, match="the column picture holds binary data; minisft learns"):
             open_rows(path)
+        names = ["instruction", "output", "output"]
+        twice = pyarrow.Table.from_arrays([pyarrow.array([name]) for name in names], names)
+        pyarrow.parquet.write_table(twice, path)
+        with pytest.raises(UserError, match="two columns are called output"):
+            open_rows(path)
         pyarrow.parquet.write_table(table.slice(0, 0).drop(["picture"]), path)
         with pytest.raises(UserError, match="rows.parquet: the file has no rows"):
             open_rows(path)
