@@ -125,7 +125,10 @@ def _from_folder(name: str, folder: Path, split: str | None, plain_text: bool) -
     if is_saved(folder):
         return Source(name, paths)
     names = [path.relative_to(folder).as_posix() for path in paths]
-    chosen = choose_files(name, names, None, split) if split else training_files(name, names)
+    try:
+        chosen = choose_files(name, names, None, split) if split else training_files(name, names)
+    except UserError as error:
+        raise UserError(f"{error}. Name one of its splits: {folder}:SPLIT") from error
     others = [] if split else [other for other in names if other not in chosen]
     return Source(name, [folder / file for file in chosen], left_out=others)
 

@@ -169,9 +169,7 @@ def service_names(text: str) -> str:
             )
     if "none" in names and len(names) > 1:
         raise ArgumentTypeError(f"'{text}': none excludes the others")
-    if len(set(names)) < len(names):
-        raise ArgumentTypeError(f"'{text}' names a service twice")
-    return ",".join(names)
+    return ",".join(dict.fromkeys(names))
 
 
 def chosen_services(options: Namespace) -> list[str]:

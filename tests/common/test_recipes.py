@@ -192,6 +192,9 @@ def test_keys_that_contradict_each_other(text, message, tmp_path):
 
 
 def test_keys_that_agree(tmp_path):
+    for services in ("none", "swanlab", "[swanlab]"):
+        options = options_of(tmp_path, f"report_to: {services}\nuse_swanlab: true\n")
+        assert options.report_to == "swanlab"
     options = options_of(tmp_path, "packing: true\nneat_packing: true\nval_size: 2\n")
     assert options.packing and options.validation_split == 2
     options = options_of(tmp_path, "packing: true\nneat_packing: false\n")

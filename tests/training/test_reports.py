@@ -245,11 +245,10 @@ def test_only_rank_0_reports(tmp_path, monkeypatch):
 def test_mistakes_are_named_before_training(monkeypatch):
     with pytest.raises(UserError, match="'mlflow' is not one of tensorboard, wandb"):
         training_options(report_to="wandb,mlflow")
-    for text, reason in (("none, wandb", "none excludes"), ("wandb,wandb", "a service twice")):
-        with pytest.raises(UserError, match=reason):
-            training_options(report_to=text)
+    with pytest.raises(UserError, match="'none, wandb': none excludes the others"):
+        training_options(report_to="none, wandb")
     monkeypatch.setattr(reports, "find_spec", lambda name: True)
-    assert training_options(report_to="wandb, tensorboard").report_to == "wandb,tensorboard"
+    assert training_options(report_to="wandb, tensorboard,wandb").report_to == "wandb,tensorboard"
     monkeypatch.setattr(reports, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--report_to swanlab needs a package: pip install swanlab"):
         training_options(report_to="swanlab")
