@@ -168,7 +168,7 @@ def translate(
             refused[shown] = reason
         else:
             flag = name if name in flags else key
-            if options.get(flag, value) != value:
+            if flag in options and options[flag] != value:
                 refused[key] = f"{key_of[flag]} gives another value for the same option"
             options[flag], key_of[flag] = value, key
     _set_data(options)

@@ -225,6 +225,8 @@ def test_reasons_name_flags_that_exist():
         ("- lora_rank", "not a recipe"),
         ("lora_rank: many", "many"),
         ("8: 9", "not a recipe"),
+        ("learning_rate: .nan", "'nan' is not a number above 0"),
+        ("config: other.yaml", "config .only on the command line"),
         ("report_to: mlflow", "'mlflow' is not one of"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
