@@ -5,6 +5,8 @@
 The T queries see S keys: the keys in the cache, then the keys of the same T tokens. A mask is True
 where a query may see a key. None stands for the causal mask: a query sees no key after its
 position. The letters of the shapes are explained in decoder.py.
+
+The tour explains it: docs/tour/05_model.md.
 """
 
 from collections.abc import Callable

@@ -2,6 +2,8 @@
 
 config = ModelConfig.load("examples/base")
 print(config.hidden_size, config.num_hidden_layers)
+
+The tour explains it: docs/tour/05_model.md.
 """
 
 from dataclasses import dataclass, field

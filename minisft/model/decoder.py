@@ -16,6 +16,8 @@ modules of its own, see baichuan.py. Modules have the names of a Hugging Face ch
 
 Shapes: B batch, T time (tokens of this call), S time of the keys (cache and this call), D model
 width, H query heads, K key/value heads, d width of a head, V vocabulary.
+
+The tour explains it: docs/tour/05_model.md.
 """
 
 from collections.abc import Iterator

@@ -16,7 +16,7 @@ import line_counts  # noqa: E402
 import model_memory  # noqa: E402
 
 README, CHINESE = line_counts.READMES
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def linked_files(page):
