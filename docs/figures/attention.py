@@ -18,7 +18,7 @@ TEXT = "Anna met Tom in Paris. A week later Anna met Tom in Rome."
 def attention_weights(model: CausalLM, tokens: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) of all layers and heads (L, H, T, T)."""
     T, config, weights = tokens.shape[1], model.config, []
-    cos, sin = model.model.angles(torch.arange(T), torch.float32)
+    cos, sin = model.model.factors(torch.arange(T), torch.float32)
 
     def keep(layer, inputs):
         q, k, _ = layer.project(inputs[0])

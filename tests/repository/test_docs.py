@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, as_flags
 
-from minisft.model.config import FAMILY_DEFAULTS, ModelConfig
+from minisft.model.config import ModelConfig
+from minisft.model.config_values import FAMILY_DEFAULTS
 from minisft.training import plan
 from minisft.training.options import parse_options
 
