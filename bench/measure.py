@@ -25,7 +25,7 @@ def flags(**options: Any) -> list[str]:
     for name, value in options.items():
         if value is True:
             words.append(f"--{name}")
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             words += [f"--{name}", str(value)]
     return words
 

