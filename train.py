@@ -83,7 +83,7 @@ def main(options: Namespace | None = None) -> None:
     options.template_date = resume.template_date(options)
     template = load_template(options, tokenizer, say)  # None with --stage pt
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
-    show_samples(batches, template, options.show_samples, say)
+    show_samples(batches, template, options.show_samples, say, options.show_ids)
 
     torch.manual_seed(options.seed)  # every rank draws the same adapter
     model, lora_config = build_model(options, model_dir, dtype, device, new_rows)
@@ -178,7 +178,7 @@ def train(
             if is_last or every(options.logging_steps, step):
                 progress.record(epoch, learning_rate, result.grad_norm)
             if is_last or every(schedule.steps_per_epoch, step):
-                if report := batches.take_report():
+                if report := batches.changed_report():
                     progress.say(f"epoch {math.ceil(epoch)}: {report}")
             if eval_examples and (is_last or every(schedule.eval_steps, step)):
                 evaluate(run, eval_examples, template)

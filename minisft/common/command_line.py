@@ -56,7 +56,7 @@ class OptionParser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
         self._flags: dict[str, argparse.Action] = {}
-        self._required: list[str] = []
+        self._required: dict[str, str] = {}  # name -> the flag that makes it unnecessary, or ""
         self._given: set[str] = set()
         add, _ = self.section("general")
         recipe = "set flags from a file: TOML, or YAML, also with the keys of LLaMA-Factory"
@@ -72,11 +72,12 @@ class OptionParser(argparse.ArgumentParser):
         """
         group = self.add_argument_group(title)
 
-        def add(flag: str, required: bool = False, **settings: Any) -> None:
-            """Add a flag to the section."""
+        def add(flag: str, required: bool = False, unless: str = "", **settings: Any) -> None:
+            """Add a flag to the section. unless: the flag with which it is not required."""
             if required:
-                self._required.append(flag.removeprefix("--"))
-                settings["help"] += " (required)"
+                self._required[flag.removeprefix("--")] = unless
+                exception = f", except with --{unless}" if unless else ""
+                settings["help"] += f" (required{exception})"
             if settings.get("default") not in (None, False, ""):
                 settings["help"] += " (default: %(default)s)"
             if not settings.keys() & {"choices", "metavar", "action"}:
@@ -106,7 +107,11 @@ class OptionParser(argparse.ArgumentParser):
         if rest:
             raise UserError(f"unexpected argument '{rest[0]}': flags begin with -- (see --help)")
         self._given = self._names_given(vars(options), recipe)
-        missing = [f"--{name}" for name in self._required if name not in self._given]
+        missing = [
+            f"--{name}"
+            for name, unless in self._required.items()
+            if not {name, unless} & self._given
+        ]
         if missing:
             raise UserError(f"{', '.join(missing)} must be given (see --help)")
         for name, action in self._flags.items():

@@ -89,10 +89,8 @@ def load_data(
     for note, count in sample.notes.items():
         say(f"warning: {count} of {sample.num_rows} sampled rows have {note}")
     if sample := replace(sample, notes=Counter()):
-        limit = (
-            f"; --cutoff_len is {max_length}" if sample.num_truncated or sample.num_too_long else ""
-        )
-        say(f"a sample of {sample.num_rows} rows: {sample}{limit}")
+        limit = f" at --cutoff_len {max_length}" if sample.long_rows else ""
+        say(f"a sample of {sample.num_rows} rows{limit}: {sample}")
     return batches, None if eval_rows is None else held_out_examples(batches, eval_rows, say)
 
 
@@ -117,14 +115,25 @@ def load_template(
 
 
 def show_samples(
-    batches: Batches, template: ChatTemplate | None, count: int, say: Callable[[str], None]
+    batches: Batches,
+    template: ChatTemplate | None,
+    count: int,
+    say: Callable[[str], None],
+    with_ids: bool = False,
 ) -> None:
-    """Print the first rows as the model reads them, supervised tokens in green."""
+    """Print the first rows as the model reads them, supervised tokens in green, and their lengths.
+
+    with_ids: print the token ids too.
+    """
     if template is None:
         return
-    for example in first_examples(batches, count):
+    for number, example in enumerate(first_examples(batches, count), start=1):
         for text in example.texts():
-            say(template.show(text.ids.tolist(), text.supervised.tolist()) + "\n")
+            ids, supervised = text.ids.tolist(), text.supervised.tolist()
+            say(template.show(ids, supervised))
+            if with_ids:
+                say(f"ids: {' '.join(map(str, ids))}")
+            say(f"(sample {number}: {len(ids)} tokens, {sum(supervised)} of them supervised)\n")
 
 
 def length_limit(options: Namespace, config: ModelConfig) -> int:

@@ -1,4 +1,4 @@
-"""Arithmetic operations of training, and their time.
+"""Arithmetic operations of training.
 
 A token needs 2 operations, a multiplication and an addition, for each weight it is multiplied by.
 The backward pass needs 2 more for the gradient of the input, and 2 for that of the weight if it is
@@ -36,14 +36,3 @@ def num_looked_up(model: Model) -> int:
     """Embedding weights that multiply nothing; 0 if they also compute the logits."""
     is_tied = model.config.tie_word_embeddings
     return 0 if is_tied else model.model.embed_tokens.weight.numel()
-
-
-def duration(seconds: float) -> str:
-    """A duration in words."""
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.0f} minutes"
-    if seconds < 96 * 3600:
-        return f"{seconds / 3600:,.1f} hours"
-    return f"{seconds / 86400:,.1f} days"

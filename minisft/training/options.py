@@ -79,8 +79,9 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     cutoff = "truncate longer rows to N tokens"
     add("--cutoff_len", type=positive_int, default=CUTOFF_LEN, help=cutoff)
     add("--block_size", type=positive_int, default=512, help="tokens of a block with --stage pt")
-    samples = "print the first N rows, supervised tokens in green"
+    samples = "print the first N rows, supervised tokens in green; --dry_run ends after them"
     add("--show_samples", type=non_negative_int, default=0, help=samples)
+    switch("--show_ids", "print the token ids of these rows too")
 
 
 def _add_tuning_flags(add: Add, switch: Add) -> None:
@@ -149,7 +150,8 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
 
 
 def _add_output_flags(add: Add, switch: Add) -> None:
-    add("--output_dir", required=True, help="folder for the adapter or model, log and options")
+    output = "folder for the adapter or model, log and options"
+    add("--output_dir", required=True, unless="dry_run", help=output)
     switch("--overwrite_output_dir", "write into a folder that is not empty")
     logging = "steps between lines of metrics.jsonl"
     add("--logging_steps", type=positive_int, default=10, help=logging)
@@ -174,7 +176,7 @@ def _add_output_flags(add: Add, switch: Add) -> None:
 
 
 def _add_plan_flags(add: Add, switch: Add) -> None:
-    switch("--dry_run", "print parameters, steps, memory and time; needs config.json only")
+    switch("--dry_run", "print rows, steps, memory and time, and end; needs config.json only")
     processes = "plan for N processes (default: this one, or those of torchrun)"
     add("--num_processes", type=positive_int, help=processes)
     add("--device_memory", metavar="SIZE", help="memory of each device, such as 80GB: does it fit?")
@@ -200,7 +202,7 @@ def scheduler_settings(options: Namespace) -> dict[str, Any]:
 ADAPTER_SHAPE = {"lora_rank", "lora_alpha", "lora_target", "use_rslora", "modules_to_save"}
 LORA = ADAPTER_SHAPE | {"adapter", "lora_dropout", "quantization_bit"}
 TOKENS = {"new_special_tokens", "add_tokens", "resize_vocab"}
-CONVERSATIONS = {"cutoff_len", "show_samples", *TEMPLATE_FLAGS}
+CONVERSATIONS = {"cutoff_len", "show_samples", "show_ids", *TEMPLATE_FLAGS}
 DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 PLAN = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
 ALONG_THE_WAY = {"load_best_model_at_end", "early_stopping_patience"}
@@ -227,6 +229,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         (TOKENS, options.adapter, "contradicts --adapter: merge it first (export.py --format hf)"),
         (CONVERSATIONS, stage == "pt", "belongs to conversations, not to --stage pt"),
         ({"block_size"}, stage != "pt", "belongs to --stage pt"),
+        ({"show_ids"}, not options.show_samples, "needs --show_samples"),
         ({"eval_exact_match", "mask_history"}, stage != "sft", "belongs to --stage sft"),
         (DPO, stage != "dpo", "belongs to --stage dpo"),
         ({"dpo_label_smoothing"}, options.dpo_label_smoothing >= 0.5, "must be below 0.5"),

@@ -20,13 +20,14 @@ from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.tensor_files import parse_size
+from minisft.common.words import duration
 from minisft.model.config import ModelConfig
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import Model
 from minisft.training.build import model_on_meta, num_trainable
 from minisft.training.lengths import Data, Epoch, inspect_data
 from minisft.training.memory import PARTS, Phase, Step, phases
-from minisft.training.operations import duration, forward_operations, training_operations
+from minisft.training.operations import forward_operations, training_operations
 from minisft.training.run import build_schedule, count_rows_per_step
 from minisft.training.vocabulary import planned_rows
 
@@ -157,7 +158,9 @@ def print_data(options: Namespace, data: Data, num_processes: int) -> int | None
         f"{rows_per_step:,} rows each ({options.per_device_train_batch_size} x "
         f"{options.gradient_accumulation_steps} x {num_processes} processes)"
     )
-    print(f"lengths     {data.origin}")
+    print(f"lengths     {': '.join(filter(None, [data.origin, data.spread]))}")
+    if data.report:
+        print(f"rows        {data.report}")
     if epoch is None:
         print(f"steps       {options.max_steps or 'not known: give --max_steps'}, {each}")
         return options.max_steps

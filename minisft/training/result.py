@@ -20,6 +20,7 @@ from minisft.text.tokenizer import Tokenizer
 from minisft.training import checkpoint
 from minisft.training.metrics import plot_loss
 from minisft.training.run import Run
+from minisft.training.summary import run_summary
 
 
 def save_result(
@@ -47,6 +48,7 @@ def save_result(
             "checkpoint."
         ) from error
     say(f"saved to {output_dir}")
+    say(run_summary(run))
     if options.plot_loss and processes.rank() == 0:
         try:
             say(f"drew {plot_loss(output_dir)}")
