@@ -18,7 +18,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """The options of export.py, checked; by default from the command line."""
     description = "Write a trained model for other programs, in the format that they read."
     parser = OptionParser(description=description)
-    add, switch = add_model_flags(parser, auto_dtype="the checkpoint's; float32 for peft")
+    add, switch = add_model_flags(parser, "the checkpoint's; float32 for peft", unless="adapter")
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
     formats = ["hf", "peft", *FILE_FORMATS]

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from minisft.common.errors import UserError
 from minisft.common.flag_names import nearest_flag
+from minisft.common.llama_factory import read_value, translate
 from minisft.common.option_types import (
     boolean,
     fraction,
@@ -103,7 +104,8 @@ class OptionParser(argparse.ArgumentParser):
         recipe, faults = (
             self._read_recipe(path) if path else (dict.fromkeys(self._flags, _UNSET), [])
         )
-        self._refuse_unknown([word for word in rest if word.startswith("-")], path, faults)
+        rest, refused = self._without_neighbours(rest)
+        self._refuse_unknown([word for word in rest if word.startswith("-")], refused, path, faults)
         if rest:
             raise UserError(f"unexpected argument '{rest[0]}': flags begin with -- (see --help)")
         self._given = self._names_given(vars(options), recipe)
@@ -171,15 +173,46 @@ class OptionParser(argparse.ArgumentParser):
             given = {name for name in given if recipe[name] != self._flags[name].default}
         return given | {name for name in self._flags if options[name] is not _UNSET}
 
-    def _refuse_unknown(self, words: list[str], recipe_path: str, keys: list[str]) -> None:
+    def _without_neighbours(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """(unknown words, flags of other programs with the reason why minisft has none).
+
+        Leaves out flags of transformers, trl and LLaMA-Factory whose value asks for what minisft
+        does anyway, and says so.
+        """
+        unknown, refused, accepted = [], [], []
+        groups: list[list[str]] = []  # a flag and its value; any other word alone
+        for word in words:
+            if groups and len(groups[-1]) == 1 and is_bare_flag(groups[-1][0]):
+                if not word.startswith("--"):
+                    groups[-1].append(word)
+                    continue
+            groups.append([word])
+        for group in groups:
+            flag, equals, value = group[0].partition("=")
+            text = value if equals else " ".join(group[1:])
+            name = flag.removeprefix("--")
+            options, reasons = translate({name: read_value(text)}, self._flags)
+            if not flag.startswith("--") or options:
+                unknown += group
+            elif reasons:
+                refused.append(f"{flag} ({reasons.popitem()[1]})")
+            else:
+                accepted.append(flag)
+        if accepted and os.environ.get("RANK", "0") == "0":
+            print(f"no effect in minisft: {', '.join(accepted)}", file=sys.stderr)
+        return unknown, refused
+
+    def _refuse_unknown(
+        self, words: list[str], refused: list[str], recipe_path: str, keys: list[str]
+    ) -> None:
         """UserError that names unknown words of the command line and unknown keys of the recipe.
 
-        keys: with a hint or a reason.
+        refused: flags with a reason. keys: with a hint or a reason.
         """
-        flags = [word.partition("=")[0] for word in words]
+        flags = [self._with_hint(word.partition("=")[0]) for word in words] + refused
         faults = []
         if flags:
-            faults.append(f"no such flag: {', '.join(map(self._with_hint, flags))}")
+            faults.append(f"no such flag: {', '.join(flags)}")
         if keys:
             faults.append(f"{recipe_path}: no such option: {', '.join(keys)}")
         if faults:
@@ -190,6 +223,11 @@ class OptionParser(argparse.ArgumentParser):
         name = unknown.removeprefix("--")
         near = nearest_flag(name.replace("-", "_"), self._flags)
         return unknown + (f" (did you mean {unknown.replace(name, near)}?)" if near else "")
+
+
+def is_bare_flag(word: str) -> bool:
+    """True for `--flag`, whose value is the next word."""
+    return word.startswith("--") and "=" not in word
 
 
 def _normalized(word: str) -> str:

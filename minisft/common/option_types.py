@@ -28,6 +28,11 @@ def positive_int(text: str) -> int:
     return _integer(text, least=1)
 
 
+def steps_or_none(text: str) -> int | None:
+    """A positive number of steps; None for -1, which transformers reads as no limit."""
+    return None if text == "-1" else _integer(text, least=1)
+
+
 def non_negative_int(text: str) -> int:
     """A whole number of at least 0."""
     return _integer(text, least=0)

@@ -25,7 +25,13 @@ from minisft.common.model_flags import (
     add_model_flags,
     add_template_flags,
 )
-from minisft.common.option_types import iso_date, json_object, split_names, token_list
+from minisft.common.option_types import (
+    iso_date,
+    json_object,
+    split_names,
+    steps_or_none,
+    token_list,
+)
 from minisft.training.reports import chosen_services, service_names
 from minisft.training.schedule_settings import SETTINGS, check_settings
 
@@ -114,7 +120,8 @@ def _add_preference_flags(add: Add, switch: Add) -> None:
 
 def _add_optimizer_flags(add: Add, switch: Add) -> None:
     add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the rows")
-    add("--max_steps", type=positive_int, help="stop after N optimizer steps instead of epochs")
+    stop = "stop after N optimizer steps instead of epochs (-1: epochs)"
+    add("--max_steps", type=steps_or_none, metavar="N", help=stop)
     batch_size = "rows of a micro-batch"
     add("--per_device_train_batch_size", type=positive_int, default=8, help=batch_size)
     accumulation = "micro-batches of an optimizer step"
