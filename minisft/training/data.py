@@ -56,6 +56,7 @@ def load_data(
         seed=options.seed,
         say=say,
         offline=options.dry_run,
+        replace=options.replace,
     )
     first = {"max_samples": options.max_samples}
     rows = dataset.open_rows(options.dataset or options.train_dir, **reading, **first)
@@ -85,6 +86,17 @@ def load_data(
             encode = partial(encode_preferences, drop_long=options.stage == "rm")
             batching_options["encode"] = encode
         batches = batches_of_rows(rows, template, max_length, **batching_options)
+        if len(batches.rows) < len(rows):
+            say(
+                f"{len(batches.rows):,} of {len(rows):,} rows have something to learn; epochs, "
+                "steps and progress count these"
+            )
+        elif batches.sample_report.num_left_out:
+            share = batches.sample_report.num_left_out / batches.sample_report.num_rows
+            say(
+                f"about {share:.0%} of the {len(rows):,} rows have nothing to learn; epochs and "
+                "steps count them too"
+            )
     sample = batches.sample_report
     for note, count in sample.notes.items():
         say(f"warning: {count} of {sample.num_rows} sampled rows have {note}")

@@ -132,9 +132,12 @@ def test_template_flags(checkpoint, adapter, tmp_path):
         ) == ours.encode_prompt(QUESTION)
     assert Tokenizer.load(again).chat_template == ours.text
     for folder in (out, again):
-        assert trained_template("auto", Tokenizer.load(folder), folder).render(
-            QUESTION, add_generation_prompt=True
-        ) == text
+        assert (
+            trained_template("auto", Tokenizer.load(folder), folder).render(
+                QUESTION, add_generation_prompt=True
+            )
+            == text
+        )
 
 
 def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):

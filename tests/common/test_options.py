@@ -126,9 +126,7 @@ def test_all_unknown_names_are_reported_at_once(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("lora_rnk = 4\nsomething = 1\nlora_rank = 2\n")
     with pytest.raises(UserError) as caught:
-        new_parser().parse_options(
-            ["--config", str(recipe), "--do_sing", "--lr=3", "--names", "x"]
-        )
+        new_parser().parse_options(["--config", str(recipe), "--do_sing", "--lr=3", "--names", "x"])
     assert str(caught.value) == (
         f"no such flag: --do_sing, --lr (did you mean --learning_rate?); {recipe}: no such "
         "option: lora_rnk (did you mean lora_rank?), something (see --help)"
