@@ -44,7 +44,13 @@ from minisft.model.reward import Model, RewardModel
 from minisft.text.chat_template import ChatTemplate
 from minisft.training import plan, resume
 from minisft.training.build import build_model, describe_training
-from minisft.training.data import load_data, load_template, show_samples, training_steps
+from minisft.training.data import (
+    evaluation_note,
+    load_data,
+    load_template,
+    show_samples,
+    training_steps,
+)
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
 from minisft.training.objective import NextToken, Objective, mean_metrics, perplexity
@@ -100,7 +106,7 @@ def main(options: Namespace | None = None) -> None:
     precision = build_precision(options, dtype, device)
     # The reference of DPO is the model as it is here, before the weights of a checkpoint.
     objective = build_objective(options, model, batches, eval_examples, precision.autocast, saved)
-    reports = Reports(options)
+    reports, note = Reports(options), evaluation_note(options, model.config)
     run = Run(
         options=options,
         model=model,
@@ -109,7 +115,9 @@ def main(options: Namespace | None = None) -> None:
         optimizer=build_optimizer(model, options),
         schedule=schedule,
         precision=precision,
-        progress=Progress(schedule.total_steps, output_dir / "metrics.jsonl", device, reports),
+        progress=Progress(
+            schedule.total_steps, output_dir / "metrics.jsonl", device, reports, note
+        ),
         wrapped=wrap_model(model, options),
         num_bytes=resume.count_bytes(batches),
         tokenizer=tokenizer,

@@ -53,9 +53,16 @@ _UNSET = object()
 class OptionParser(argparse.ArgumentParser):
     """argparse with hyphens, recipes, and errors that suggest the right flag."""
 
-    def __init__(self, **settings: Any):
+    def __init__(self, examples: str = "", common: str = "", **settings: Any):
+        """examples: commands that --help shows first. common: names of flags to mark in --help."""
         formatter = argparse.RawDescriptionHelpFormatter
+        settings.setdefault("usage", "%(prog)s --flag value ...")
+        if examples:
+            settings["description"] += f"\n\nexamples:\n{examples.rstrip()}"
+        if common:
+            settings["description"] += "\n\nMost runs need only the flags marked with *."
         super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
+        self._common = set(common.split())
         self._flags: dict[str, argparse.Action] = {}
         self._required: dict[str, str] = {}  # name -> the flag that makes it unnecessary, or ""
         self._given: set[str] = set()
@@ -83,6 +90,8 @@ class OptionParser(argparse.ArgumentParser):
                 settings["help"] += " (default: %(default)s)"
             if not settings.keys() & {"choices", "metavar", "action"}:
                 settings["metavar"] = METAVARS.get(settings.get("type"), "TEXT")
+            if flag.removeprefix("--") in self._common:
+                settings["help"] = "* " + settings["help"]
             action = group.add_argument(flag, **settings)
             self._flags[action.dest] = action
 

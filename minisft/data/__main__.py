@@ -55,7 +55,9 @@ def _sharegpt_lines(rows: Rows, skipped: list[str] | None) -> Iterator[str]:
 def main() -> None:
     """Run the command `convert`."""
     parser = OptionParser(
-        prog="python -m minisft.data", description="convert instruction data to the ShareGPT format"
+        prog="python -m minisft.data",
+        usage="%(prog)s convert INPUT OUTPUT [--flag value ...]",
+        description="convert instruction data to the ShareGPT format",
     )
     parser.add_argument("command", choices=["convert"], help="what to do")
     parser.add_argument("input", help="what --dataset of train.py names: file, folder, data set")

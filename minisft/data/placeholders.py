@@ -15,7 +15,8 @@ from minisft.data.formats import Messages
 from minisft.text.marks import texts_of
 
 PLACEHOLDER = re.compile(
-    r"\{\{ ?\w[\w ]{0,40}\}\}|<(?:your|insert|enter)[ _][\w ]{1,40}>|\[(?:your|insert) [\w ]{1,40}\]",
+    r"\{\{ ?\w[\w ]{0,40}\}\}"
+    r"|<(?:your|insert|enter)[ _][\w ]{1,40}>|\[(?:your|insert) [\w ]{1,40}\]",
     re.IGNORECASE,
 )
 

@@ -154,6 +154,11 @@ def length_limit(options: Namespace, config: ModelConfig) -> int:
     return min(wanted, config.context_length)
 
 
+def evaluation_note(options: Namespace, config: ModelConfig) -> str:
+    """The tokens that evaluation figures cover, in words. eval.py compare does not cut rows."""
+    return f" (rows cut at {length_limit(options, config)} tokens)"
+
+
 class BrokenRow(UserError):
     """A row of a large file, which is not checked before training, cannot be read."""
 

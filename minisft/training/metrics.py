@@ -43,6 +43,7 @@ class Progress:
         path: str | Path,
         device: torch.device | str = "cpu",
         reports: Reports | None = None,
+        evaluation_note: str = "",
     ) -> None:
         self.total_steps, self.path, self.device = total_steps, Path(path), device
         self.reports = reports
@@ -52,6 +53,7 @@ class Progress:
         self._bar = tqdm(disable=True)
         # Where this process began: a resumed run does not begin at step 0.
         self.first_step, self.first_tokens, self.started = 0, 0, time.monotonic()
+        self.evaluation_note = evaluation_note  # on which tokens, after the figures
         self._next_line = -math.inf  # when a line is due, where there is no bar
         self._begin_interval()
 
@@ -137,7 +139,7 @@ class Progress:
     def record_evaluation(self, metrics: Mapping[str, float], seconds: float) -> None:
         """Write the means of an evaluation. Its time does not count as training time."""
         self._write(step=self.step, **{f"eval_{name}": value for name, value in metrics.items()})
-        self.say(f"step {self.step}: evaluation {in_words(metrics)}")
+        self.say(f"step {self.step}: evaluation {in_words(metrics)}{self.evaluation_note}")
         self._began += seconds
 
     def say(self, text: str) -> None:

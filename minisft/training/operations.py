@@ -5,6 +5,11 @@ The backward pass needs 2 more for the gradient of the input, and 2 for that of 
 trained. Checkpointing repeats the forward pass. Attention adds its own.
 """
 
+import math
+import time
+
+import torch
+
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import Model
 from minisft.training.build import num_trainable
@@ -30,6 +35,23 @@ def attention_operations(model: Model, length: float) -> float:
     """Products of queries, keys and values: a token sees half of its row on average."""
     config = model.config
     return 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+
+
+def measure_speed(width: int, inner_width: int, dtype: torch.dtype) -> float:
+    """Operations a second of this CPU, in products of the size of an MLP. Takes about 0.3 seconds.
+
+    The fastest of them counts: the others waited for other work.
+    """
+    inputs, weight = (
+        torch.ones(256, width, dtype=dtype),
+        torch.ones(width, inner_width, dtype=dtype),
+    )
+    fastest, end = math.inf, time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        inputs @ weight
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * inputs.numel() * inner_width / fastest
 
 
 def num_looked_up(model: Model) -> int:

@@ -36,6 +36,16 @@ from minisft.common.option_types import (
 from minisft.training.reports import chosen_services, service_names
 from minisft.training.schedule_settings import SETTINGS, check_settings
 
+EXAMPLES = """\
+  python train.py --model_name_or_path M --dataset rows.json --dry_run --show_samples 3
+  python train.py --model_name_or_path M --dataset rows.json --output_dir runs/a
+  python train.py --config runs/a/options.toml --resume_from_checkpoint auto
+"""
+COMMON = (
+    "config model_name_or_path dataset template cutoff_len show_samples dry_run finetuning_type "
+    "lora_rank num_train_epochs learning_rate per_device_train_batch_size output_dir "
+    "validation_split resume_from_checkpoint"
+)
 Add = Callable[..., Any]
 
 
@@ -44,7 +54,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
 
     arguments: the words of the command line; by default those of this process.
     """
-    parser = OptionParser(description="Fine-tune (or pre-train) a Llama-family model.")
+    description = "Fine-tune (or pre-train) a Llama-family model."
+    parser = OptionParser(EXAMPLES, COMMON, description=description)
     add, switch = add_model_flags(parser)
     add("--adapter", help="LoRA adapter to train further")
     switch(

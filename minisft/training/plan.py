@@ -27,12 +27,14 @@ from minisft.model.reward import Model
 from minisft.training.build import model_on_meta, num_trainable
 from minisft.training.lengths import Data, Epoch, inspect_data
 from minisft.training.memory import PARTS, Phase, Step, phases
-from minisft.training.operations import forward_operations, training_operations
+from minisft.training.operations import forward_operations, measure_speed, training_operations
 from minisft.training.run import build_schedule, count_rows_per_step
 from minisft.training.vocabulary import planned_rows
 
 # Above this share of a device's memory, kernels and fragmentation may not fit.
 COMFORTABLE = 0.9
+# Shares of the speed of a matrix product that training on a CPU reaches, little and much.
+USUAL_SHARES = 0.15, 0.8
 
 
 def show(options: Namespace) -> None:
@@ -62,7 +64,7 @@ def show(options: Namespace) -> None:
     num_steps = print_data(options, data, num_processes)
     print_memory(phases(model, step), step, available)
     if data.epoch and num_steps:
-        print_time(options, model, data.epoch, num_steps, num_processes)
+        print_time(options, model, data.epoch, num_steps, step)
 
 
 def local_folder(name: str) -> Path:
@@ -197,10 +199,12 @@ def print_memory(points: list[Phase], step: Step, available: int | None) -> None
     print(f"fits        {verdict}: {share:.0%} of {available / 1e9:,.1f} GB")
 
 
-def print_time(
-    options: Namespace, model: Model, epoch: Epoch, num_steps: int, num_processes: int
-) -> None:
-    """Print the operations of the run, and its time at the speed that the options state."""
+def print_time(options: Namespace, model: Model, epoch: Epoch, num_steps: int, step: Step) -> None:
+    """Print the operations of the run, and its time at the speed that the options state.
+
+    Without one, the speed of this CPU is measured, and the time is a guess.
+    """
+    num_processes = step.num_processes
     rows_per_step = count_rows_per_step(options, num_processes)
     num_epochs = num_steps / build_schedule(options, epoch.num_rows, rows_per_step).steps_per_epoch
     length = epoch.num_tokens / epoch.num_texts
@@ -217,6 +221,18 @@ def print_time(
     elif options.device_tflops:
         seconds = operations / (options.device_tflops * 1e12 * num_processes)
         speed = f"{num_processes} x {options.device_tflops:,g} x 10^12 operations"
+    elif step.device == "cpu":
+        config = model.config
+        speed = measure_speed(config.hidden_size, config.intermediate_size, step.dtype)
+        # Processes on one machine share its cores.
+        most, least = (operations / (speed * share) for share in USUAL_SHARES)
+        print(
+            f"time        {duration(least)} to {duration(most)}, a guess: products reach "
+            f"{speed / 1e9:,.0f} x 10^9 operations a second here now, and training "
+            f"{USUAL_SHARES[0]:.0%} to {USUAL_SHARES[1]:.0%} of it. For a better one give "
+            "--tokens_per_second of a short run."
+        )
+        return
     else:
         print("time        not known: give --tokens_per_second, or --device_tflops")
         return

@@ -16,9 +16,9 @@ from minisft.common.errors import UserError
 from minisft.common.flag_names import OTHER_NAMES
 from minisft.common.model_flags import add_model_flags, add_template_flags, dtype_option
 from minisft.common.outputs import check_output_dir, save_options
-from minisft.training.options import parse_options as train_options
 from minisft.common.script import run_script
 from minisft.generation.assistant import Assistant
+from minisft.training.options import parse_options as train_options
 
 
 def new_parser():

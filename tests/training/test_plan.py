@@ -432,7 +432,8 @@ def test_plan_and_run_report_the_same_rows(stage, checkpoint, tmp_path, monkeypa
         line
         for line in capsys.readouterr().out.splitlines()
         if re.match(
-            r"a sample of 4 rows( at --cutoff_len 40)?: \d of 4 rows|evaluation: \d of 4 rows|1 broken rows left out",
+            r"a sample of 4 rows( at --cutoff_len 40)?: \d of 4 rows|evaluation: \d of 4 rows|"
+            r"1 broken rows left out",
             line,
         )
     ]
