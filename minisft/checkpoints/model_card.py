@@ -60,7 +60,7 @@ def write_model_card(
         lines += ["", "## Metrics", "", *rows]
     flag = "--adapter" if is_adapter else "--model_name_or_path"
     if stage != "rm":
-        lines += ["", "## Use", "", "```sh", f"python chat.py {flag} {output_dir}", "```"]
+        lines += ["", "## Use", "", "```sh", f"python chat.py {flag} {Path(output_dir).resolve().name}", "```"]
     with atomic_write(path) as file:
         file.write("\n".join(lines) + "\n")
 
@@ -92,8 +92,8 @@ def data_names(options: Mapping[str, Any]) -> list[str]:
 
 def settings_table(options: Mapping[str, Any]) -> list[str]:
     """Data, template and settings as a table."""
-    values = {"data": ", ".join(map(shown_name, data_names(options)))}
-    values["template"] = options.get("template")
+    values: dict[str, Any] = {"data": ", ".join(map(shown_name, data_names(options)))}
+    values["template"] = shown_name(options.get("template") or "")
     values["system prompt"] = options.get("default_system")
     values |= {name: options.get(name) for name in SETTINGS}
     rows = [

@@ -228,7 +228,7 @@ def print_time(options: Namespace, model: Model, epoch: Epoch, num_steps: int, s
         most, least = (operations / (speed * share) for share in USUAL_SHARES)
         print(
             f"time        {duration(least)} to {duration(most)}, a guess: products reach "
-            f"{speed / 1e9:,.0f} x 10^9 operations a second here now, and training "
+            f"{speed / 1e9:,.3g} x 10^9 operations a second here now, and training "
             f"{USUAL_SHARES[0]:.0%} to {USUAL_SHARES[1]:.0%} of it. For a better one give "
             "--tokens_per_second of a short run."
         )

@@ -391,3 +391,16 @@ def test_answers_with_thoughts_are_reported(tiny_tokenizer_dir, tmp_path):
         rows, get_template("qwen3", tokenizer, enable_thinking=True), 10**6
     )
     assert "answers with thoughts" not in str(report)
+
+
+def test_an_epoch_counts_the_pairs_that_are_learned(tiny_tokenizer_dir, tmp_path):
+    """Pairs of equal answers are left out before training."""
+    rows = [{"instruction": f"Q {n}", "output": ["yes", "yes" if n % 3 else "no"]} for n in range(9)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    rows = open_rows(str(tmp_path / "rows.json"), ranking=True)
+    template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
+    batches = batches_of_rows(rows, template, 64, encode=encode_preferences)
+    assert len(batches.rows) == batches.num_examples == 3
+    assert batches.steps_per_epoch(2) == 2
+    steps = list(batches.steps(2, 0, 2))
+    assert [len(step) for step in steps] in ([2, 1], [1, 2])
