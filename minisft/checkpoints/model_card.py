@@ -60,7 +60,14 @@ def write_model_card(
         lines += ["", "## Metrics", "", *rows]
     flag = "--adapter" if is_adapter else "--model_name_or_path"
     if stage != "rm":
-        lines += ["", "## Use", "", "```sh", f"python chat.py {flag} {Path(output_dir).resolve().name}", "```"]
+        lines += [
+            "",
+            "## Use",
+            "",
+            "```sh",
+            f"python chat.py {flag} {Path(output_dir).resolve().name}",
+            "```",
+        ]
     with atomic_write(path) as file:
         file.write("\n".join(lines) + "\n")
 

@@ -24,7 +24,11 @@ METRICS = [{"step": 1, "loss": 2.5}, {"step": 9, "loss": 1.5}, {"step": 9, "eval
 def test_the_card_is_what_the_hub_reads(tmp_path):
     write_model_card(tmp_path, OPTIONS, "owner/base", METRICS, is_adapter=True)
     data = ModelCard.load(tmp_path / "README.md").data
-    assert (data.base_model, data.library_name, data.datasets) == ("owner/base", "peft", ["owner/data"])
+    assert (data.base_model, data.library_name, data.datasets) == (
+        "owner/base",
+        "peft",
+        ["owner/data"],
+    )
     assert data.license is None and data.pipeline_tag == "text-generation"
     text = (tmp_path / "README.md").read_text()
     assert "| system prompt | Be brief \\| kind. |" in text and "packing" not in text

@@ -44,7 +44,9 @@ def test_other_text_is_left_alone():
 
 def test_values_are_checked():
     assert parse_replacements(None) == {}
-    assert replacements("name=A=B") == "name=A=B" and parse_replacements("name=A=B") == {"name": "A=B"}
+    assert replacements("name=A=B") == "name=A=B" and parse_replacements("name=A=B") == {
+        "name": "A=B"
+    }
     for wrong in ("name", "=Pebble", "name="):
         with pytest.raises(ArgumentTypeError, match="write name=Pebble"):
             replacements(wrong)
