@@ -22,6 +22,7 @@ from minisft.data.build_batches import (
     first_examples,
     held_out_examples,
 )
+from minisft.data.dataset import Rows
 from minisft.data.encode_preferences import encode_preferences
 from minisft.data.encoding import Example, encode_rows
 from minisft.model.config import ModelConfig
@@ -86,24 +87,32 @@ def load_data(
             encode = partial(encode_preferences, drop_long=options.stage == "rm")
             batching_options["encode"] = encode
         batches = batches_of_rows(rows, template, max_length, **batching_options)
-        if len(batches.rows) < len(rows):
-            say(
-                f"{len(batches.rows):,} of {len(rows):,} rows have something to learn; epochs, "
-                "steps and progress count these"
-            )
-        elif batches.sample_report.num_left_out:
-            share = batches.sample_report.num_left_out / batches.sample_report.num_rows
-            say(
-                f"about {share:.0%} of the {len(rows):,} rows have nothing to learn; epochs and "
-                "steps count them too"
-            )
     sample = batches.sample_report
     for note, count in sample.notes.items():
         say(f"warning: {count} of {sample.num_rows} sampled rows have {note}")
     if sample := replace(sample, notes=Counter()):
         limit = f" at --cutoff_len {max_length}" if sample.long_rows else ""
         say(f"a sample of {sample.num_rows} rows{limit}: {sample}")
+    if note := learned_note(batches, len(rows)):
+        say(note)
     return batches, None if eval_rows is None else held_out_examples(batches, eval_rows, say)
+
+
+def learned_note(batches: Batches, num_rows: int) -> str | None:
+    """How many of the rows an epoch has, if nothing is learned from some; else None."""
+    sample = batches.sample_report
+    if isinstance(batches.rows, Rows) and len(batches.rows) < num_rows:
+        return (
+            f"{len(batches.rows):,} of {num_rows:,} rows have something to learn; epochs, steps and "
+            "progress count these"
+        )
+    if sample.num_left_out:
+        share = sample.num_left_out / sample.num_rows
+        return (
+            f"about {share:.0%} of the {num_rows:,} rows have nothing to learn; epochs and steps "
+            "count them too"
+        )
+    return None
 
 
 def load_template(
