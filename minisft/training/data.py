@@ -103,8 +103,8 @@ def learned_note(batches: Batches, num_rows: int) -> str | None:
     sample = batches.sample_report
     if isinstance(batches.rows, Rows) and len(batches.rows) < num_rows:
         return (
-            f"{len(batches.rows):,} of {num_rows:,} rows have something to learn; epochs, steps and "
-            "progress count these"
+            f"{len(batches.rows):,} of {num_rows:,} rows have something to learn; epochs, steps "
+            "and progress count these"
         )
     if sample.num_left_out:
         share = sample.num_left_out / sample.num_rows
