@@ -36,7 +36,14 @@ from minisft.data.formats import (
 )
 from minisft.data.records import open_records
 from minisft.data.row_forms import standard_record
-from minisft.data.row_values import BadRow, check_text_only, check_unicode, object_of, string_of
+from minisft.data.row_values import (
+    BadRow,
+    check_encodable,
+    check_text_only,
+    object_of,
+    string_of,
+    without_nulls,
+)
 from minisft.data.turn_order import check_order, join_turns, with_opening_as_context
 from minisft.generation.answer import Response, answer_message
 from minisft.generation.assistant import Assistant
@@ -220,7 +227,7 @@ class Answers:
 
 def parse_prompt(record: Any) -> tuple[Messages, Tools]:
     """The messages of a record without its last answer, and its tools."""
-    record = object_of({"prompt": record} if isinstance(record, str) else record)
+    record = without_nulls(object_of({"prompt": record} if isinstance(record, str) else record))
     check_text_only(record)
     column = next((name for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), None)
     if column is None:
@@ -246,5 +253,5 @@ def parse_prompt(record: Any) -> tuple[Messages, Tools]:
     if not messages or messages[-1]["role"] == "system":
         raise BadRow("there is no question")
     check_order([*messages, {"role": "assistant", "content": "the answer"}])
-    check_unicode([messages, tools])
+    check_encodable([messages, tools])
     return messages, tools

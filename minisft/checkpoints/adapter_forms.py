@@ -29,10 +29,11 @@ from torch import Tensor
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, equal_tensors
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, is_number, read_json
+from minisft.common.lfs_pointers import refuse_pointer
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredTensor, read_header
 from minisft.model.config import ModelConfig
 from minisft.model.lora import LoraConfig
-from minisft.model.modules_to_save import SAVEABLE_MODULES
+from minisft.model.modules_to_save import SAVEABLE_MODULES, short_names
 from minisft.text.tokenizer_files import has_tokenizer
 
 PEFT_PREFIX = "base_model.model."
@@ -146,6 +147,12 @@ def adapter_tensors(adapter_dir: str | Path) -> dict[str, StoredTensor]:
     """{name in the model: StoredTensor} of the adapter in a PEFT folder."""
     path = Path(adapter_dir) / ADAPTER_WEIGHTS
     if not path.is_file():
+        if (pickled := path.with_suffix(".bin")).is_file():
+            refuse_pointer(pickled)
+            raise UserError(
+                f"{pickled}: pickled files are never opened. Save the adapter as safetensors with "
+                "PEFT (from_pretrained, save_pretrained)."
+            )
         raise UserError(
             f"{adapter_dir}: there is no {ADAPTER_WEIGHTS}. Give the folder of a complete adapter."
         )
@@ -305,11 +312,8 @@ def _read_config(path: Path, content: dict[str, Any]) -> LoraConfig:
             f"{path}: bias '{content['bias']}' is not supported (only none). {MERGE_WITH_PEFT}"
         )
     # For a classification model, PEFT lists both "classifier" and "score", whichever exists.
-    saved = tuple(
-        name.removeprefix("model.")
-        for name in _names(path, content, "modules_to_save")
-        if name != "classifier"
-    )
+    names = _names(path, content, "modules_to_save")
+    saved = short_names([name for name in names if name != "classifier"])
     if not all(name in SAVEABLE_MODULES or name.endswith("norm") for name in saved):
         raise UserError(
             f"{path}: modules_to_save {list(saved)}; only {', '.join(SAVEABLE_MODULES)} and norms "

@@ -85,7 +85,10 @@ def open_model(
     # A wrong number of layers, perhaps a million, must fail before they are built.
     last_layer = f"model.layers.{config.num_hidden_layers - 1}."
     if not any(name.startswith(last_layer) for name in stored):
-        raise UserError(f"{path}: the weights do not fit config.json; missing: {last_layer}*")
+        raise UserError(
+            f"{path}: the weights do not fit config.json; missing: {last_layer}*, among names such "
+            f"as {next(iter(stored), 'none')}"
+        )
     with torch.device("meta"):
         model = build(config)
     _check_fit(path, model, stored)

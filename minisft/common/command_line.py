@@ -155,7 +155,9 @@ class OptionParser(argparse.ArgumentParser):
             faults.append(f"{', '.join(keys)} ({reason})")
         for key, value in recipe.items():
             name = key.replace("-", "_")
-            if name not in self._flags or name in ("config", "debug"):
+            if name in ("config", "debug"):
+                faults.append(f"{key} (only on the command line)")
+            elif name not in self._flags:
                 faults.append(self._with_hint(key))
             elif value is not None:  # YAML's null leaves an option unset
                 words += self._words(name, value)

@@ -38,8 +38,27 @@ def download(
             local_files_only=offline,
         )
     except Exception as error:  # the libraries below raise many types
-        raise UserError(f"download of {repo_id} failed ({first_line(error)})") from error
+        raise _failure(repo_id, error, offline) from error
     return Path(folder)
+
+
+def _failure(repo_id: str, error: Exception, offline: bool) -> UserError:
+    """The error for a download that failed: where from, and what could help."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if offline or constants.HF_HUB_OFFLINE:
+        cause = "" if offline else ", and HF_HUB_OFFLINE is set"
+        return UserError(f"download of {repo_id} failed (it is not in the cache{cause})")
+    reason = first_line(error).rstrip(".")
+    if isinstance(error, GatedRepoError):
+        reason = "accept its terms on its page, and set HF_TOKEN"
+    elif isinstance(error, RepositoryNotFoundError):
+        reason = "there is no such repository; a private one needs HF_TOKEN"
+    return UserError(
+        f"download of {repo_id} from {constants.ENDPOINT} failed ({reason}; HF_ENDPOINT names "
+        "another address, such as a mirror)"
+    )
 
 
 def dataset_repository(repo_id: str, offline: bool = False) -> Repository:
@@ -51,13 +70,13 @@ def dataset_repository(repo_id: str, offline: bool = False) -> Repository:
 
     try:
         if offline:
-            raise UserError("it is not in the cache")
+            raise FileNotFoundError
         info = HfApi().dataset_info(repo_id)
     except Exception as error:
         try:
             folder = download(repo_id, [CARD], "dataset", offline=True)
         except UserError:
-            raise UserError(f"download of {repo_id} failed ({first_line(error)})") from error
+            raise _failure(repo_id, error, offline) from error
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in files]
         return Repository(names, (metadata_load(folder / CARD) if CARD in names else None) or {})

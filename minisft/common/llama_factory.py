@@ -66,6 +66,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "task_type": ("CAUSAL_LM",),
     "use_peft": (True,),
 }
+# Keys for which false or 0 is a request like any other.
+NEVER_OFF = VALUES.keys() | {"pref_beta"}
 TEXT_ONLY = "minisft trains on text"
 ADAMW_ONLY = "minisft trains with AdamW"
 LORA_ONLY = "minisft has LoRA, rsLoRA and QLoRA"
@@ -137,7 +139,7 @@ REASONS = {
     "rope_scaling": "write it into config.json",
     "push_to_hub": "minisft uploads nothing",
     "save_only_model": "checkpoints hold the optimizer too, to resume from",
-    "save_strategy": "use --save_steps N, or epoch",
+    "save_strategy": "use --save_steps N, or epoch; a large N saves only the result",
     "shift_attn": "minisft has the attention of the checkpoint",
     "simpo_*": "minisft has sigmoid, the loss of DPO",
     "stage": "minisft has sft, pt, rm and dpo",
@@ -179,6 +181,7 @@ def translate(
     """
     options: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    key_of: dict[str, str] = {}  # of a flag
     recipe = dict(recipe)
     _set_steps(recipe)
     for key, value in recipe.items():
@@ -187,16 +190,22 @@ def translate(
         reason = _reason(key)
         if key in WITHOUT_EFFECT or is_known_value and key not in flags:
             continue
-        if (name != key or reason) and value in (None, False, "", "none", 0):
+        is_off = key not in NEVER_OFF and value in (False, "", "none", 0)
+        if (name != key or reason) and (is_off or value is None):
             continue  # a feature that is off changes nothing
         if reason and not is_known_value:
             shown = f"{key}: {value}" if key in VALUES else key
             refused[shown] = reason
         else:
-            options[name if name in flags else key] = value
+            flag = name if name in flags else key
+            if flag in options and options[flag] != value:
+                refused[key] = f"{key_of[flag]} gives another value for the same option"
+            options[flag], key_of[flag] = value, key
     _set_data(options)
     if "disable_gradient_checkpointing" in options:
-        options["gradient_checkpointing"] = not options.pop("disable_gradient_checkpointing")
+        is_on = not options.pop("disable_gradient_checkpointing")
+        if options.setdefault("gradient_checkpointing", is_on) != is_on:
+            refused["disable_gradient_checkpointing"] = "gradient_checkpointing says the opposite"
     if options.pop("use_swanlab", False):
         others = options.get("report_to") or []
         others = others if isinstance(others, list) else [others]
@@ -244,7 +253,7 @@ def _set_data(options: dict[str, Any]) -> None:
     """Templates get our names; plain text has blocks and no template. In place."""
     if options.get("stage") == "pt":
         options.pop("template", None)
-        if "cutoff_len" in options:
+        if "cutoff_len" in options and "block_size" not in options:
             options["block_size"] = options.pop("cutoff_len")
     template = options.get("template")
     if template in TEMPLATES:

@@ -18,10 +18,14 @@ def read_recipe(path: str, flags: Collection[str]) -> tuple[dict[str, Any], dict
 
     flags: the names of the script's flags; a key that is none of them is left for the caller.
     """
-    if not path.lower().endswith((".yaml", ".yml")):
-        return read_toml(path), {}
-    recipe = {key.replace("-", "_"): value for key, value in read_yaml(path).items()}
-    return translate(recipe, flags)
+    is_yaml = path.lower().endswith((".yaml", ".yml"))
+    recipe: dict[str, Any] = {}
+    for key, value in (read_yaml if is_yaml else read_toml)(path).items():
+        name = key.replace("-", "_")
+        if name in recipe:
+            raise UserError(f"{path}: {name} is there twice. Keep one of them.")
+        recipe[name] = value
+    return translate(recipe, flags) if is_yaml else (recipe, {})
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -32,7 +36,16 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path} needs PyYAML (requirements/yaml.txt)") from error
 
     class Loader(yaml.SafeLoader):
-        """Reads 1e-4 as a number. YAML 1.1 takes it for text, since it has no dot."""
+        """Reads 1e-4 as a number, which YAML 1.1 takes for text. Refuses keys that appear twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            names = [key.value for key in keys]
+            for number, key in enumerate(keys):
+                if key.value in names[:number]:
+                    line = key.start_mark.line + 1
+                    raise UserError(f"{path}, line {line}: {key.value} is there twice. Keep one.")
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))

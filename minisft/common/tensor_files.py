@@ -224,7 +224,8 @@ def tensor_files(model_dir: str | Path) -> dict[str, StoredTensor]:
     if index_path.is_file():
         return _read_shards(model_dir, index_path)
     hint = ""
-    if any(model_dir.glob("*.bin")):
+    for pickled in model_dir.glob("*.bin"):
+        refuse_pointer(pickled)
         hint = "; pickled .bin files are never opened: convert them to safetensors (docs/export.md)"
     raise UserError(f"{model_dir}: there is neither {WEIGHTS} nor {INDEX}{hint}")
 

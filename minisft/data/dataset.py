@@ -18,12 +18,13 @@ import numpy as np
 from minisft.common.errors import UserError
 from minisft.common.option_types import parse_replacements
 from minisft.data.dataset_info import FILE_NAME, Description
+from minisft.data.file_names import list_names
 from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
 from minisft.data.placeholders import PlaceholderNote, fill_in
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Records, open_records
-from minisft.data.row_forms import standard_record
-from minisft.data.row_values import BadRow
+from minisft.data.row_forms import check_label, standard_record
+from minisft.data.row_values import BadRow, without_nulls
 from minisft.data.sources import Source, find_sources
 
 # Files up to this size are checked completely before training, larger files in their first rows.
@@ -62,6 +63,8 @@ class RowFile:
                 record = fill_in(record, self.values)
             if self.plain_text:
                 return self._text(record)
+            columns = self.description.columns.values() if self.description else None
+            check_label(record, changes, columns)
             if self.description:
                 record = self.description.rename(record)
             record = standard_record(record, changes)
@@ -152,6 +155,11 @@ def open_rows(
     parts, values = [], parse_replacements(replace)
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False, offline):
         files = []
+        if source.left_out:
+            say(
+                f"{source.name}: only the files of the split train are read, not "
+                f"{list_names(source.left_out)}; {source.name}:SPLIT names another"
+            )
         for path in source.paths:
             records = open_records(path, plain_text)
             files.append(RowFile(records, source.description, plain_text, ranking, values))
@@ -283,9 +291,9 @@ def _report_ignored_columns(source: Source, files: list[RowFile], say: PrintLine
                 record = records[number]
             except BadRow:
                 continue
-            columns |= set(record) if isinstance(record, dict) else set()
+            columns |= without_nulls(record).keys() if isinstance(record, dict) else set()
         hint = "train.py --stage rm and dpo learn from chosen and rejected"
-        has_preferences = columns >= PREFERENCE_COLUMNS and not file.ranking
+        has_preferences = columns >= PREFERENCE_COLUMNS and file.ranking is False
         ignored = source.description.ignored(columns) if source.description else []
         if ignored:
             say(

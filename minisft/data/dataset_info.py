@@ -96,7 +96,7 @@ class Description:
             turns = renamed.get(column)
             if isinstance(turns, list):
                 renamed[column] = [self._rename_turn(turn) for turn in turns]
-            elif isinstance(turns, dict):
+            elif isinstance(turns, dict) and self.tags["role_tag"] in turns:
                 renamed[column] = self._rename_turn(turns)
         return renamed
 

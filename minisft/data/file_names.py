@@ -64,6 +64,15 @@ def choose_files(
     return matching or chosen
 
 
+def training_files(place: str, names: Sequence[str]) -> list[str]:
+    """The names of the split "train" in a folder; all names if they do not mention several splits.
+
+    So a folder of test files may be named on purpose, for instance for --eval_dataset.
+    """
+    splits = [s for s in SPLIT_WORDS if any(_in_split(_words(name), s) for name in names)]
+    return choose_files(place, names) if "train" in splits or len(splits) > 1 else list(names)
+
+
 def list_names(names: Sequence[str]) -> str:
     """The first names, for messages."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -22,8 +22,8 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.data.row_values import (
     BadRow,
+    check_encodable,
     check_text_only,
-    check_unicode,
     kind_of,
     list_of,
     object_of,
@@ -45,8 +45,9 @@ Messages = list[Message]
 Tools = list[dict[str, Any]] | None
 
 KNOWN_FORMATS = (
-    "alpaca (instruction, input, output), sharegpt (conversations), openai (messages) "
-    "and firefly (kind, input, target)"
+    "alpaca (instruction, input, output), sharegpt (conversations), openai (messages), "
+    "firefly (kind, input, target), trl (prompt, completion), text2text (input, output) "
+    "and preferences (prompt, chosen, rejected)"
 )
 PREFERENCE_DATA = (
     "preference data has several answers to compare, not a single answer. Give a file "
@@ -99,7 +100,7 @@ def parse_conversation(record: Any, changes: list[str] | None = None) -> tuple[M
         )
     messages, tools = with_system(record, messages), parse_tools(record)
     messages = standard_order(messages, [] if changes is None else changes)
-    check_unicode([messages, tools])
+    check_encodable([messages, tools])
     return messages, tools
 
 
@@ -108,7 +109,7 @@ def parse_text(record: Any) -> str:
     record = object_of(record)
     if "text" not in record:
         raise BadRow(f'there is no column "text", only {", ".join(record) or "nothing"}')
-    check_unicode(record["text"])
+    check_encodable(record["text"])
     return string_of(record, "text")
 
 

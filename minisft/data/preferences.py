@@ -21,7 +21,7 @@ from minisft.data.formats import (
     turns_column,
     with_system,
 )
-from minisft.data.row_values import BadRow, check_text_only, check_unicode, object_of
+from minisft.data.row_values import BadRow, check_encodable, check_text_only, object_of
 from minisft.data.turn_order import check_order, join_turns, with_opening_as_context
 
 
@@ -73,7 +73,7 @@ def parse_preferences(
     questions = [_first_question(messages) for messages in conversations]
     if any(first != questions[0] for first in questions):
         raise BadRow("the answers belong to different questions, so they cannot be compared")
-    check_unicode([conversations, tools])
+    check_encodable([conversations, tools])
     return conversations, tools
 
 
@@ -88,6 +88,8 @@ def _prompt(record: dict[str, Any]) -> Messages:
         return parse_turns(record, "prompt")
     if isinstance(prompt, str):
         return [question(prompt)]
+    if isinstance(prompt, dict):
+        return [parse_turn(prompt)]
     if column := turns_column(record):
         return parse_turns(record, column)
     if "instruction" in record:

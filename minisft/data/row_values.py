@@ -6,6 +6,11 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.text.messages import MEDIA
 
+NOT_FINITE = (
+    "NaN and Infinity are not JSON, and not an answer. Remove the row, or write null or the text "
+    "that is meant"
+)
+
 
 class BadRow(UserError):
     """The error of a broken row. The caller adds the file and the number of the row."""
@@ -37,6 +42,11 @@ def object_of(record: Any) -> dict[str, Any]:
     return record
 
 
+def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """The row without columns that are null: tables of rows in several formats have them."""
+    return {name: value for name, value in record.items() if value is not None}
+
+
 def string_of(record: dict[str, Any], column: str) -> str:
     """The string in a column, "" if it is absent or null."""
     value = record.get(column)
@@ -66,11 +76,17 @@ def check_text_only(record: dict[str, Any]) -> None:
         raise BadRow(f"it has {' and '.join(media)}; minisft learns text only")
 
 
-def check_unicode(value: Any) -> None:
-    """Raise BadRow if a string holds half of a surrogate pair, which UTF-8 cannot express."""
+def check_encodable(value: Any) -> None:
+    """Raise BadRow for NaN, infinity, and half of a surrogate pair, which UTF-8 cannot express."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError) as error:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise BadRow(NOT_FINITE) from error
+    except RecursionError as error:
+        raise BadRow("it is nested too deeply") from error
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise BadRow("a string holds half of a surrogate pair, which is not text") from error
 
 

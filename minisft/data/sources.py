@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from minisft.data.dataset_info import (
     parse_description,
     read_entries,
 )
-from minisft.data.file_names import choose_files, file_kind, list_names
+from minisft.data.file_names import choose_files, file_kind, list_names, training_files
 from minisft.data.hub import HubName, hub_files, parse_hub_name
 
+STATE = "state.json"  # lists the files of a split that `datasets` saved
 # Sources that an entry may name but minisft does not read -> the reason.
 UNREADABLE = {
     "ms_hub_url": "is only on ModelScope",
@@ -35,12 +36,16 @@ UNREADABLE = {
 
 @dataclass
 class Source:
-    """A data set: its files, how to read their columns, how many rows to take (None: all)."""
+    """A data set: its files, how to read their columns, how many rows to take (None: all).
+
+    left_out: names of files in the same folder that are not of the split "train".
+    """
 
     name: str
     paths: list[Path]
     description: Description | None = None
     num_samples: int | None = None
+    left_out: list[str] = field(default_factory=list)
 
 
 def find_sources(
@@ -53,7 +58,8 @@ def find_sources(
     """The data sets that `--dataset` names, separated by commas.
 
     A name is a file (which may have commas in its name), else an entry of
-    `dataset_dir`/dataset_info.json, else a folder, else owner/name[/subset][:split] on the hub.
+    `dataset_dir`/dataset_info.json, else a folder[:split], else owner/name[/subset][:split] on the
+    hub.
     plain_text: for --stage pt, where folders may hold .txt files. accepts_preferences: for --stage
     rm and dpo. offline: download nothing. UserError for an unknown name suggests similar names.
     """
@@ -69,7 +75,10 @@ def find_sources(
                 )
             )
         elif Path(name).is_dir():
-            sources.append(Source(name, data_files(name, plain_text)))
+            sources.append(_from_folder(name, Path(name), None, plain_text))
+        elif Path(name.rpartition(":")[0] or name).is_dir():
+            folder, _, split = name.rpartition(":")
+            sources.append(_from_folder(name, Path(folder), split, plain_text))
         elif on_hub := parse_hub_name(name):
             sources.append(Source(name, _from_hub(name, on_hub, entries, plain_text, offline)))
         else:
@@ -83,7 +92,7 @@ def split_names(dataset: str) -> list[str]:
     """The names between commas. A file or folder may have commas in its own name."""
     parts, names = dataset.split(","), []
     while parts:
-        lengths = range(1, len(parts) + 1)
+        lengths = range(len(parts), 0, -1)  # the longest name first: "a" may exist beside "a,b"
         length = next((n for n in lengths if os.path.exists(",".join(parts[:n]).strip())), 1)
         names.append(",".join(parts[:length]).strip())
         parts = parts[length:]
@@ -110,23 +119,46 @@ def _suggestion(name: str, entries: Iterable[str]) -> str:
     return f" or folder, and no data set of this name in {FILE_NAME} (see --dataset_dir)"
 
 
-def data_files(folder: str | Path, plain_text: bool = False) -> list[Path]:
+def _from_folder(name: str, folder: Path, split: str | None, plain_text: bool) -> Source:
+    """The files of a split of a folder, "train" by default."""
+    paths = data_files(folder, plain_text, split or "train")
+    if is_saved(folder):
+        return Source(name, paths)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    try:
+        chosen = choose_files(name, names, None, split) if split else training_files(name, names)
+    except UserError as error:
+        raise UserError(f"{error}. Name one of its splits: {folder}:SPLIT") from error
+    others = [] if split else [other for other in names if other not in chosen]
+    return Source(name, [folder / file for file in chosen], left_out=others)
+
+
+def is_saved(folder: Path) -> bool:
+    """True for a folder that `datasets` has saved: a split, or several."""
+    return (folder / STATE).is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def data_files(folder: Path, plain_text: bool, split: str) -> list[Path]:
     """The files of rows in a folder and its subfolders, sorted by name.
 
-    Of a folder that `datasets` saved, the files in its order; of several splits, "train".
+    Of a folder that `datasets` has saved, the files of the split, in its order.
     """
-    folder = Path(folder)
     if (folder / "dataset_dict.json").is_file():
-        if not (folder / "train").is_dir():
-            splits = [path.parent.name for path in sorted(folder.glob("*/state.json"))]
+        if not (folder / split).is_dir():
+            splits = [path.parent.name for path in sorted(folder.glob(f"*/{STATE}"))]
             raise UserError(
-                f"{folder}: there is no split 'train', only {list_names(splits)}. Give the folder "
-                "of a split."
+                f"{folder}: there is no split '{split}', only {list_names(splits)}. Give the "
+                "folder of a split."
             )
-        folder = folder / "train"
-    if (folder / "state.json").is_file():
+        return _saved_files(folder / split)
+    if (folder / STATE).is_file():
+        if split not in ("train", folder.name):
+            raise UserError(f"{folder}: the folder is a single split, and has no split '{split}'")
         return _saved_files(folder)
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    try:
+        names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
     paths = [folder / name for name in names if file_kind(name, plain_text)]
     if not paths:
         kinds = "parquet, Arrow, JSON or .txt" if plain_text else "parquet, Arrow or JSON"
@@ -136,7 +168,7 @@ def data_files(folder: str | Path, plain_text: bool = False) -> list[Path]:
 
 def _saved_files(folder: Path) -> list[Path]:
     """The files that `datasets` lists in state.json."""
-    state = read_json(folder / "state.json")
+    state = read_json(folder / STATE)
     files = [file for file in state.get("_data_files") or [] if isinstance(file, dict)]
     if not files or state.get("_indices_data_files"):
         raise UserError(
@@ -201,10 +233,15 @@ def _entry_files(
 
 def _files_of_split(place: str, root: Path, entry: dict[str, Any], plain_text: bool) -> list[Path]:
     """The files below `root` that belong to the folder, subset and split of an entry."""
+    folder = root / str(entry.get("folder") or "")
     try:
-        paths = data_files(root / str(entry.get("folder") or ""), plain_text)
+        paths = data_files(folder, plain_text, entry.get("split") or "train")
     except UserError as error:
         raise UserError(f"{place}: {error}; convert other kinds of file first") from error
+    if is_saved(folder):
+        if entry.get("subset") not in (None, "default"):
+            raise UserError(f"{place}: {folder} was saved by `datasets`, without subsets")
+        return paths
     names = [path.relative_to(root).as_posix() for path in paths]
     return [
         root / name for name in choose_files(place, names, entry.get("subset"), entry.get("split"))

@@ -25,7 +25,8 @@ def standard_order(messages: list[Message], changes: list[str]) -> list[Message]
     messages = with_opening_as_context(join_turns(messages, changes), changes)
     last = max((k for k, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
     trailing = [message["role"] for message in messages[last + 1 :]]
-    if last >= 0 and trailing and "system" not in trailing:
+    is_usable = any(message["role"] in ("user", "tool") for message in messages[: max(last, 0)])
+    if is_usable and trailing and "system" not in trailing:
         messages = messages[: last + 1]
         changes.append(UNANSWERED)
     check_order(messages)

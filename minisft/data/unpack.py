@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -31,7 +32,7 @@ ARROW = (b"ARROW1", b"\xff\xff\xff\xff")  # a file, and a stream as `datasets` w
 COMPRESSED = (GZIP, ZSTD)
 COLUMNAR = (PARQUET, *ARROW)
 ROWS_AT_A_TIME = 1000
-VERSION = "1"  # the format of the unpacked file
+VERSION = "2"  # the format of the unpacked file
 
 
 def is_packed(path: Path) -> bool:
@@ -93,21 +94,23 @@ def _write(path: Path, target: Path) -> None:
 
 
 def _decompress(path: Path, magic: bytes, file: IO[bytes]) -> None:
+    module = gzip if magic == GZIP else _zstd(path)
+    damage = (EOFError, zlib.error, gzip.BadGzipFile, getattr(module, "ZstdError", EOFError))
     try:
-        with gzip.open(path) if magic == GZIP else _zstd(path) as packed:
+        with module.open(path) as packed:
             shutil.copyfileobj(packed, file, 2**20)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except damage as error:
         raise UserError(f"{path}: the file is damaged ({error}); download it again") from error
 
 
-def _zstd(path: Path) -> IO[bytes]:
+def _zstd(path: Path) -> Any:
+    """The module that reads zstd."""
     try:
-        zstd = importlib.import_module("compression.zstd")  # from Python 3.14 on
+        return importlib.import_module("compression.zstd")  # from Python 3.14 on
     except ImportError as error:
         raise UserError(
             f"{path}: Python reads zstd from version 3.14 on. Run `zstd -d {path.name}` first."
         ) from error
-    return zstd.open(path)
 
 
 def require_pyarrow(path: str | Path) -> Any:
@@ -159,7 +162,10 @@ def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _text_columns(path: Path, schema: Any, pyarrow: Any) -> list[str]:
-    """The names of the columns; UserError if one holds bytes, such as images."""
+    """The names of the columns; UserError if one holds bytes, such as images, or is there twice."""
+    for number, name in enumerate(schema.names):
+        if name in schema.names[:number]:
+            raise UserError(f"{path}: two columns are called {name}. Rename or remove one.")
     for field in schema:
         if _holds_bytes(field.type, pyarrow):
             raise UserError(
@@ -178,7 +184,7 @@ def _holds_bytes(type: Any, pyarrow: Any) -> bool:
 
 
 def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-    """A row without the nulls inside its columns.
+    """A row without the nulls inside its columns, and with null for NaN and infinity.
 
     All objects of a column share their names: {"role", "content", "tool_calls"} for every turn, or
     the arguments of all tools for each call. A null means that the object has no such name.
@@ -187,6 +193,9 @@ def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pruned(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
-        return {name: _pruned(item) for name, item in value.items() if item is not None}
+        pruned = {name: _pruned(item) for name, item in value.items()}
+        return {name: item for name, item in pruned.items() if item is not None}
     return [_pruned(item) for item in value] if isinstance(value, list) else value

@@ -95,7 +95,7 @@ def _check_size(tokenizer: Tokenizer, num_rows: int) -> None:
     for id in range(num_rows, max(num_rows, tokenizer.vocab_size) + 1000):
         if (text := tokenizer.token_text(id)) is not None:
             raise UserError(
-                f"{tokenizer.model_dir}: the token '{text}' has the id {id}, but the embedding has "
+                f"{tokenizer.source}: the token '{text}' has the id {id}, but the embedding has "
                 f"{num_rows} rows. Use the model's own tokenizer."
             )
 

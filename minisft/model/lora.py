@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.common.errors import UserError
-from minisft.model.modules_to_save import train_fully
+from minisft.model.modules_to_save import short_names, train_fully
 from minisft.model.quantized import QuantizedLinear, plain_linear
 from minisft.model.reward import Model
 
@@ -52,7 +52,7 @@ class LoraConfig:
             dropout=options.lora_dropout,
             target_modules=ALL if targets == ("all-linear",) else targets,
             use_rslora=options.use_rslora,
-            modules_to_save=_split_names(options.modules_to_save),
+            modules_to_save=short_names(_split_names(options.modules_to_save)),
         )
 
     @property
@@ -116,9 +116,9 @@ def add_lora(model: Model, config: LoraConfig) -> None:
         if isinstance(module, LINEAR_TYPES) and name.split(".")[-1] in wanted
     ]
     unknown = set(wanted) - {name.split(".")[-1] for name in targets}
-    if unknown:
+    if unknown or not targets:
         raise UserError(
-            f"--lora_target: no linear layer is called {', '.join(sorted(unknown))}. "
+            f"--lora_target: no linear layer is called {', '.join(sorted(unknown)) or 'nothing'}. "
             f"Choose from all, {', '.join(names)}."
         )
     if both := set(targets) & set(config.modules_to_save):

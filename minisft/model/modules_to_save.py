@@ -13,10 +13,16 @@ from minisft.model.reward import Model
 SAVEABLE_MODULES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head", "score": "score"}
 
 
+def short_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names as in SAVEABLE_MODULES; names of norms, short or full, as they are."""
+    short = {full: name for name, full in SAVEABLE_MODULES.items()}
+    return tuple(short.get(name, name) for name in names)
+
+
 def saved_modules(model: Model, names: Sequence[str]) -> list[str]:
     """The full names of the modules whose names end with one of `names`, as in PEFT.
 
-    So `norm` selects all norms of the model.
+    So `norm` selects all norms of the model, and `model.norm` the last one.
     """
     return [
         name

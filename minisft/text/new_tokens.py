@@ -48,15 +48,15 @@ def with_new_tokens(
         _entry(first + index, text, is_special=index < len(special))
         for index, text in enumerate((*special, *ordinary))
     ]
-    parent = tempfile.mkdtemp(prefix="minisft-")
-    atexit.register(shutil.rmtree, parent, ignore_errors=True)
-    folder = Path(parent) / tokenizer.model_dir.resolve().name  # so that messages name the model
+    folder = Path(tempfile.mkdtemp(prefix="minisft-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tokenizer.save(folder)
     for name in NEIGHBOURS:
         if (tokenizer.model_dir / name).is_file():
             shutil.copyfile(tokenizer.model_dir / name, folder / name)
     _add_to_files(folder, entries)
     extended = Tokenizer.load(folder)
+    extended.source = tokenizer.source
     for entry in entries:
         is_taken = tokenizer.token_text(entry["id"]) is not None
         if is_taken or extended.token_id(entry["content"]) != entry["id"]:

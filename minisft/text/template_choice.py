@@ -68,7 +68,7 @@ def get_template(
     if name == BAICHUAN2 and not TURN_TOKENS.keys() <= template.tokens.ids.keys():
         raise UserError(
             f"template {name} needs the tokens {', '.join(TURN_TOKENS)} of Baichuan2, which the "
-            f"tokenizer of {tokenizer.model_dir} does not have; choose another --template"
+            f"tokenizer of {tokenizer.source} does not have; choose another --template"
         )
     for match in template.tokens.find(default_system or "")[:1]:
         raise UserError(
@@ -113,7 +113,7 @@ def settings_without_effect(
 
 def check_end(template: ChatTemplate) -> None:
     """UserError if the tokenizer lacks the token that ends an answer in this template."""
-    folder = template.tokenizer.model_dir
+    folder = template.tokenizer.source
     try:
         end, answer = template.facts.end, template.facts.answer or ""
     except TemplateError as error:
@@ -134,7 +134,7 @@ def template_text(name: str, tokenizer: Tokenizer) -> str:
     if name == "auto":
         if not tokenizer.chat_template:
             raise UserError(
-                f"{tokenizer.model_dir}: the checkpoint has no chat template; choose --template "
+                f"{tokenizer.source}: the checkpoint has no chat template; choose --template "
                 f"from {', '.join(NAMES)}, or name a .jinja file"
             )
         text = tokenizer.chat_template

@@ -42,11 +42,12 @@ class Tokenizer:
     named_ids: {"bos_token": id, ...}, without tokens that it lacks. add_bos_token: True if a text
     gets BOS. special_ids: ids that `encode` never produces. turn_ids: those of turn_tokens.py among
     them. leading_space: True if a text gets a leading space. prefix_after_special: True if text
-    after a special token gets it too (Llama's "legacy" behaviour).
+    after a special token gets it too (Llama's "legacy" behaviour). source: the folder that messages
+    name; model_dir may be a temporary copy of it.
     """
 
     def __init__(self, model_dir: str | Path):
-        self.model_dir = Path(model_dir)
+        self.model_dir = self.source = Path(model_dir)
         self.config = read_json(self.model_dir / "tokenizer_config.json", missing={})
         self.engine = self._open_engine()
         # Special tokens that only the files beside the engine's file list.

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from minisft.common.errors import UserError, first_line
 from minisft.common.json_files import read_json
+from minisft.common.option_types import split_names
 from minisft.common.outputs import atomic_write
 
 # The default name of a project. WANDB_PROJECT, SWANLAB_PROJECT and TRACKIO_PROJECT give another.
@@ -160,12 +161,15 @@ SERVICES: dict[str, type[Service]] = {
 
 def service_names(text: str) -> str:
     """The argparse type of --report_to: names of SERVICES, separated by commas, or none."""
-    for name in text.split(","):
+    names = split_names(text)
+    for name in names:
         if name not in (*SERVICES, "none"):
             raise ArgumentTypeError(
                 f"'{name}' is not one of {', '.join(SERVICES)}, or none (several with commas)"
             )
-    return text
+    if "none" in names and len(names) > 1:
+        raise ArgumentTypeError(f"'{text}': none excludes the others")
+    return ",".join(dict.fromkeys(names))
 
 
 def chosen_services(options: Namespace) -> list[str]:

@@ -69,7 +69,12 @@ FORMS = {
     "dora": (False, None, {"use_dora": True, "target_modules": "all-linear"}, {}),
     "dora, tied, tokens": (True, None, {"use_dora": True, "trainable_token_indices": [5]}, {}),
     "all norms": (False, None, {"modules_to_save": ["norm"]}, {}),
-    "some norms, tied": (True, None, {"modules_to_save": ["input_layernorm"]}, {}),
+    "full names, tied": (
+        True,
+        None,
+        {"modules_to_save": ["model.norm", "model.embed_tokens", "layers.1.input_layernorm"]},
+        {},
+    ),
     "tied weights kept tied": (
         True,
         None,
@@ -248,7 +253,7 @@ def test_gguf_lora(name, peft_adapter, tmp_path):
         assert not output.exists()
 
 
-@pytest.mark.parametrize("name", ["resized, tied", "alpha_pattern", "all norms", "dora"])
+@pytest.mark.parametrize("name", ["resized, tied", "alpha_pattern", "full names, tied", "dora"])
 def test_training_further(name, peft_adapter, rows_file, tmp_path):
     """A step with a tiny learning rate keeps the logits; DoRA is refused before any output."""
     base, adapter, tokens, expected = peft_adapter(*FORMS[name])

@@ -36,6 +36,25 @@ def test_checkpoint(name, checkpoint):
         load_model(checkpoint)
 
 
+def test_pickled_weights(checkpoint):
+    """A clone without its large files may have only these."""
+    (checkpoint / "model.safetensors").unlink()
+    with raises_for_pointer(checkpoint / "pytorch_model.bin"):
+        load_model(checkpoint)
+
+
+def test_pickled_adapter(checkpoint, tmp_path):
+    model, config = load_model(checkpoint), LoraConfig()
+    add_lora(model, config)
+    save_adapter(model, tmp_path, config, checkpoint)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with raises_for_pointer(tmp_path / "adapter_model.bin"):
+        load_adapter(load_model(checkpoint), tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"PK")
+    with pytest.raises(UserError, match="adapter_model.bin: pickled files are never opened"):
+        load_adapter(load_model(checkpoint), tmp_path)
+
+
 def test_index(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     with raises_for_pointer(checkpoint / "model.safetensors.index.json"):

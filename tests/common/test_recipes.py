@@ -151,6 +151,65 @@ def test_every_key_without_a_meaning_is_named_at_once(tmp_path):
     )
 
 
+def test_false_is_refused_where_it_asks_for_something(tmp_path):
+    """Keys that are on in LLaMA-Factory, or that are not switches."""
+    with pytest.raises(UserError) as caught:
+        options_of(
+            tmp_path,
+            "quantization_bit: 4\ndouble_quantization: false\ndo_train: false\n"
+            "finetuning_type: none\nsave_strategy: no\nuse_dora: false\nval_size: 0\n",
+        )
+    message = str(caught.value).partition("no such option: ")[2]
+    assert re.findall(r"(\w+: \w+) \(", message) == [
+        "double_quantization: False",
+        "do_train: False",
+        "finetuning_type: none",
+        "save_strategy: False",
+    ]
+    with pytest.raises(UserError, match="dpo_beta"):
+        options_of(tmp_path, "stage: dpo\npref_beta: 0\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_rank: 8\ncutoff_len: 9\nlora_rank: 16\n", "yaml, line 6: lora_rank is there twice"),
+        ("lora_rank: 8\nlora-rank: 8\n", "yaml: lora_rank is there twice"),
+        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", "line 6: min_lr is there twice"),
+        ("validation_split: 0.2\nval_size: 0.1\n", "val_size .validation_split gives another"),
+        ("val_size: 0.1\nvalidation_split: 0.2\n", "validation_split .val_size gives another"),
+        ("neat_packing: true\npacking: false\n", "packing .neat_packing gives another value"),
+        (
+            "gradient_checkpointing: true\ndisable_gradient_checkpointing: true\n",
+            "gradient_checkpointing says the opposite",
+        ),
+        ("stage: pt\ncutoff_len: 8\nblock_size: 9\n", "cutoff_len"),
+    ],
+)
+def test_keys_that_contradict_each_other(text, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        options_of(tmp_path, text)
+
+
+def test_keys_that_agree(tmp_path):
+    for services in ("none", "swanlab", "[swanlab]"):
+        options = options_of(tmp_path, f"report_to: {services}\nuse_swanlab: true\n")
+        assert options.report_to == "swanlab"
+    options = options_of(tmp_path, "packing: true\nneat_packing: true\nval_size: 2\n")
+    assert options.packing and options.validation_split == 2
+    options = options_of(tmp_path, "packing: true\nneat_packing: false\n")
+    assert options.packing
+    merged = "base: &base {lora_rank: 4}\nlr_scheduler_kwargs: {<<: *base, lora_rank: 5}\n"
+    with pytest.raises(UserError, match="no such option: base .see"):  # merging is not twice
+        options_of(tmp_path, merged)
+
+
+def test_a_name_with_two_spellings_in_toml(tmp_path):
+    path = write(tmp_path, "lora_rank = 8\nlora-rank = 16\n", "recipe.toml")
+    with pytest.raises(UserError, match="recipe.toml: lora_rank is there twice"):
+        parse_options(["--config", path])
+
+
 def test_reasons_name_flags_that_exist():
     parser_help = open("minisft/training/options.py").read() + "--bf16 --help"
     for reason in REASONS.values():
@@ -166,6 +225,8 @@ def test_reasons_name_flags_that_exist():
         ("- lora_rank", "not a recipe"),
         ("lora_rank: many", "many"),
         ("8: 9", "not a recipe"),
+        ("learning_rate: .nan", "'nan' is not a number above 0"),
+        ("config: other.yaml", "config .only on the command line"),
         ("report_to: mlflow", "'mlflow' is not one of"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
     ],

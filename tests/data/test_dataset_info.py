@@ -3,8 +3,8 @@
 import hashlib
 import json
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from test_dataset import GOOD, assistant, user, write
 
 from minisft.common.errors import UserError
@@ -309,7 +309,7 @@ class TestEntry:
 
 
 def test_hub_offline(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError) as caught:
         registered(tmp_path, {"hf_hub_url": "nobody/nothing-of-this-name"})

@@ -3,6 +3,7 @@
 import datetime
 import gzip
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -148,6 +149,37 @@ class TestNames:
         names = ["c.json", "a,b.json", "d, e,f.json", "c.json"]
         assert answers(" c.json ,a,b.json,d, e,f.json, c.json,") == names
 
+    def test_the_longest_name_that_exists(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("a", "a,b.json", "b.json"):
+            write(tmp_path / name, [{**GOOD, "output": name}])
+        assert answers("a,b.json,a") == ["a,b.json", "a"]
+        assert answers("a, b.json") == ["a", "b.json"]
+
+    def test_splits_of_a_folder(self, tmp_path, monkeypatch):
+        """The files that the hub's data set of these names has."""
+        monkeypatch.chdir(tmp_path)
+        folder = tmp_path / "folder"
+        (folder / "data").mkdir(parents=True)
+        names = ["data/train-0.parquet", "data/train-1.parquet", "data/test-0.parquet"]
+        for name in names:
+            table = pyarrow.Table.from_pylist([{**GOOD, "output": name}])
+            pyarrow.parquet.write_table(table, folder / name)
+        said = []
+        assert answers(folder, say=said.append) == names[:2]
+        (line,) = said
+        assert line.startswith(f"{folder}: only the files of the split train") and names[2] in line
+        assert answers(f"{folder}:test") == answers("folder:test") == names[2:]
+        assert answers("folder/data") == names[:2]
+        with pytest.raises(UserError, match="no file for the split 'dev' among data/test-0"):
+            open_rows("folder:dev")
+        for name in names[:2]:
+            (folder / name).unlink()
+        assert answers(folder) == names[2:]  # a folder of test files, as of --eval_dataset
+        write(folder / "validation.json", [GOOD])
+        with pytest.raises(UserError, match="split 'train' among data/test-0.*Name .*folder:SPLIT"):
+            open_rows(folder)
+
     def test_all_kinds_in_a_folder(self, tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS[:1]), tmp_path / "b.parquet")
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(RECORDS[1]).encode()))
@@ -188,26 +220,29 @@ class TestCompressed:
         assert not list(cache.glob("*.jsonl"))
 
     def test_zstd(self, tmp_path, monkeypatch):
+        """Python 3.14 has the module; backports.zstd is the same for earlier versions."""
         path = tmp_path / "rows.json.zst"
-        path.write_bytes(unpack.ZSTD + b"rest")
         if sys.version_info < (3, 14):
+            path.write_bytes(unpack.ZSTD + b"rest")
             with pytest.raises(
                 UserError, match="from version 3.14 on. Run `zstd -d rows.json.zst`"
             ):
                 open_rows(path)
-
-            class Module:  # where the standard library has it
-                @staticmethod
-                def open(path):
-                    return gzip.open(path.with_suffix(".gz"))
-
-            path.with_suffix(".gz").write_bytes(gzip.compress(json.dumps(RECORDS).encode()))
-            monkeypatch.setattr(unpack.importlib, "import_module", {"compression.zstd": Module}.get)
+            zstd = pytest.importorskip("backports.zstd", reason="backports.zstd is missing")
+            monkeypatch.setitem(sys.modules, "compression.zstd", zstd)
         else:
             from compression import zstd
-
-            path.write_bytes(zstd.compress(json.dumps(RECORDS).encode()))
-        assert answers(path) == ANSWERS
+        lines = b"\n".join(json.dumps(record).encode() for record in RECORDS)
+        content = zstd.compress(lines + b"\n")
+        path.write_bytes(content + zstd.compress(lines))  # frames follow each other
+        assert answers(path) == ANSWERS * 2
+        texts = tmp_path / "texts.txt.zst"
+        texts.write_bytes(zstd.compress(b"one\ntwo\n"))
+        assert load_rows(texts, plain_text=True) == ["one", "two"]
+        for damaged in (content[:-20], content[:30] + b"xxxxxx" + content[36:], content + b"x"):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match="rows.json.zst: the file is damaged .*again"):
+                open_rows(path)
 
     def test_a_place_that_cannot_be_written(self, tmp_path, monkeypatch):
         path = tmp_path / "rows.jsonl.gz"
@@ -271,6 +306,16 @@ class TestColumnar:
             assert (row.messages, row.tools) == (expected.messages, expected.tools)
         assert open_records(path)[0]["date"] == "2026-01-02"
 
+    def test_nan_is_null(self, tmp_path):
+        """JSON has no NaN. As an answer it is missing; elsewhere it stays unread."""
+        path = tmp_path / "rows.parquet"
+        rows = [{**GOOD, "output": number, "scores": [number]} for number in (1.5, math.nan)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        records = open_records(path)
+        assert [records[number]["scores"] for number in range(2)] == [[1.5], [None]]
+        assert answers(path, skipped=(broken := [])) == ["1.5"]
+        assert len(broken) == 1 and broken[0].endswith("row 2: there is no answer")
+
     def test_a_folder_that_datasets_saved(self, tmp_path):
         data = datasets.Dataset.from_list(RECORDS)
         data.save_to_disk(tmp_path / "one", num_shards=3)
@@ -281,6 +326,12 @@ class TestColumnar:
         datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
         assert answers(tmp_path / "dict") == ANSWERS[:4]
         assert answers(tmp_path / "dict" / "test") == ANSWERS[4:6]
+        assert answers(f"{tmp_path / 'dict'}:test") == ANSWERS[4:6]
+        with pytest.raises(UserError, match="a single split, and has no split 'dev'"):
+            open_rows(f"{tmp_path / 'one'}:dev")
+        entry = {"it": {"file_name": "dict", "split": "test"}}
+        write(tmp_path / "dataset_info.json", entry)
+        assert answers("it", dataset_dir=tmp_path) == ANSWERS[4:6]
         (tmp_path / "dict" / "train").rename(tmp_path / "dict" / "dev")
         with pytest.raises(UserError, match="no split 'train', only dev, test. Give the folder of"):
             open_rows(tmp_path / "dict")
@@ -297,6 +348,11 @@ class TestColumnar:
         table = pyarrow.Table.from_pylist([{**GOOD, "picture": [{"bytes": b"x"}]}])
         pyarrow.parquet.write_table(table, path)
         with pytest.raises(UserError, match="the column picture holds binary data; minisft learns"):
+            open_rows(path)
+        names = ["instruction", "output", "output"]
+        twice = pyarrow.Table.from_arrays([pyarrow.array([name]) for name in names], names)
+        pyarrow.parquet.write_table(twice, path)
+        with pytest.raises(UserError, match="two columns are called output"):
             open_rows(path)
         pyarrow.parquet.write_table(table.slice(0, 0).drop(["picture"]), path)
         with pytest.raises(UserError, match="rows.parquet: the file has no rows"):

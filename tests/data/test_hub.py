@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -13,6 +14,8 @@ from conftest import command
 from huggingface_hub import constants
 from test_dataset import GOOD, write
 
+from minisft.checkpoints.folders import load_model
+from minisft.checkpoints.hub import resolve
 from minisft.common.errors import UserError
 from minisft.data import hub
 from minisft.data.dataset import open_rows
@@ -44,18 +47,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urlsplit(self.path).path.lstrip("/")
-        repo_id = "/".join(path.removeprefix("api/").split("/")[1:3])
-        files, rest = self.server.files.get(repo_id), path.removeprefix("api/").split("/")[3:]
+        parts = path.removeprefix("api/").split("/")
+        if parts[2:3] == ["resolve"]:  # files of models have no prefix
+            parts.insert(0, "models")
+        repo_id, rest = "/".join(parts[1:3]), parts[3:]
+        if repo_id == "org/gated":
+            return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        files = self.server.files.get(repo_id)
         if files is None:
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if rest[:1] == ["resolve"]:
             self.server.asked.append(path)
             content = files["/".join(rest[2:])]
+            if content is None:
+                return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
             etag = f'"{hashlib.sha1(content).hexdigest()}"'
             return self.answer(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
         if rest[:1] == ["tree"]:
             tree = [
-                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                {"type": "file", "path": name, "size": len(content or b""), "oid": "0" * 40}
                 for name, content in files.items()
             ]
             return self.answer(200, json.dumps(tree).encode())
@@ -204,6 +214,43 @@ def test_offline_the_cache_has_the_same_rows(the_hub, tmp_path, monkeypatch):
         open_rows("org/name")
     with pytest.raises(UserError, match="org/other: download of org/other failed .*no such file"):
         open_rows("org/other")
+
+
+def test_failures_name_the_address_and_what_helps(the_hub, tmp_path, monkeypatch):
+    reasons = {"org/none": "there is no such repository", "org/gated": "accept its terms.*HF_TOKEN"}
+    for name, reason in reasons.items():
+        message = f"download of {name} from {the_hub.url} failed .{reason}.*HF_ENDPOINT names"
+        for start in (open_rows, resolve):
+            with pytest.raises(UserError, match=message):
+                start(name)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        away = f"http://127.0.0.1:{free.getsockname()[1]}"  # nobody listens there afterwards
+    monkeypatch.setattr(constants, "ENDPOINT", away)
+    for start in (open_rows, resolve):
+        with pytest.raises(UserError, match="download of org/name from http://127.0.0.1:.* failed"):
+            start("org/name")
+    the_hub.put("org/name", **{"rows.jsonl": lines("a")})
+    monkeypatch.setattr(constants, "ENDPOINT", the_hub.url)
+    assert answers("org/name") == ["a"]
+    monkeypatch.setattr(constants, "ENDPOINT", away)
+    assert answers("org/name") == ["a"]  # from the cache
+
+
+def test_a_file_that_is_listed_but_missing(the_hub):
+    the_hub.put("org/name", **{"train.jsonl": None})
+    with pytest.raises(UserError, match="download of org/name from .* failed .404"):
+        open_rows("org/name")
+
+
+def test_a_model(the_hub, checkpoint):
+    """Only the files that a model needs."""
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    the_hub.put("org/model", **files, **{"pytorch_model.bin": b"", "onnx/model.onnx": b""})
+    folder = resolve("org/model")
+    assert {path.name for path in folder.iterdir()} == files.keys()
+    assert load_model(folder).config.vocab_size == 300
+    asked = len(the_hub.asked)
+    assert resolve("org/model") == folder and len(the_hub.asked) == asked
 
 
 def test_names(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Rows in other layouts and other orders: what they become, what is learned, what is said."""
 
 import json
+import math
 
 import pytest
 import trl
@@ -118,6 +119,31 @@ FORMS = {
         [user("x"), assistant("x")],
         ["end without an answer"],
     ),
+    "an object that is not a turn": (
+        {**GOOD, "output": {"role": "admin", "from": "Oslo"}},
+        [user(GOOD["instruction"]), assistant('{"role": "admin", "from": "Oslo"}')],
+        ["have a number, an object"],
+    ),
+    "a class": (
+        {**GOOD, "label": 1},
+        [user(GOOD["instruction"]), assistant(GOOD["output"])],
+        ["have a label that is ignored"],
+    ),
+    "another class": (
+        {"prompt": "Q", "completion": "A", "label": 2},
+        [user("Q"), assistant("A")],
+        [],
+    ),
+    "columns of other formats": (
+        {"messages": [user("Q"), assistant("A")], **dict.fromkeys([*GOOD, "chosen", "rejected"])},
+        [user("Q"), assistant("A")],
+        [],
+    ),
+    "an unread number": (
+        {**GOOD, "score": math.nan},
+        [user(GOOD["instruction"]), assistant(GOOD["output"])],
+        [],
+    ),
     "a last result": (
         {
             "messages": [
@@ -162,10 +188,53 @@ REFUSED = {
         {"prompt": [user("Q"), assistant("A")], "completion": [assistant("B")]},
         "messages 2 and 3: .* only one of them is supervised",
     ),
-    "a judgement": (
-        {"prompt": "Q", "completion": "A", "label": False},
-        "label says if the completion is good or bad",
+    "an opening turn and a question": (
+        {"messages": [assistant("Hi."), user("Q")]},
+        "there is no answer: the last turn",
     ),
+    "only an answer": ({"messages": [assistant("A")]}, "there is no question"),
+    "a number as prompt": (
+        {"prompt": 5, "completion": "A"},
+        "prompt must be a string or a list of turns, not a number",
+    ),
+    "a list as input": ({"input": ["Q"], "output": "A"}, "input must be a string, not a list"),
+    "a turn as output": (
+        {**GOOD, "output": {"role": "model", "content": "A"}},
+        "output must be a string, not an object",
+    ),
+    **{
+        f"a judgement, {number}": (record, f"{list(record)[-1]} says if the answer is good or bad")
+        for number, record in enumerate(
+            (
+                {"prompt": "Q", "completion": "A", "label": False},
+                {"prompt": [user("Q")], "completion": [assistant("A")], "label": 1},
+                {"messages": [user("Q"), assistant("A")], "label": True},
+                {**turns("human", "gpt"), "label": 0.0},
+                {**GOOD, "label": "False"},
+                {**GOOD, "kto_tag": 0},
+            )
+        )
+    },
+    **{
+        f"not finite, {number}": (record, "NaN and Infinity are not JSON")
+        for number, record in enumerate(
+            (
+                {**GOOD, "output": math.nan},
+                {"prompt": "Q", "completion": {"a": [-math.inf]}},
+                {"messages": [user("Q"), assistant(math.inf)]},
+                {
+                    "messages": [
+                        user("Q"),
+                        assistant("", tool_calls=[{"name": "f", "arguments": '{"x": NaN}'}]),
+                    ]
+                },
+                {
+                    "messages": [user("Q"), assistant("A")],
+                    "tools": [{"name": "f", "x": math.nan}],
+                },
+            )
+        )
+    },
     "preferences": (
         {"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []},
         "preference data has several answers",
@@ -180,6 +249,72 @@ def test_what_would_change_what_is_learned(name, tmp_path):
         read(tmp_path, record)
 
 
+def test_a_number_too_large_for_a_float(tmp_path):
+    path = write(tmp_path / "rows.jsonl", json.dumps({**GOOD, "output": 7}).replace("7", "1e999"))
+    with pytest.raises(UserError, match="row 1 .line 1.: NaN and Infinity are not JSON"):
+        load_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [({}, None), ({"response": "label"}, "true"), ({"kto_tag": "label"}, "preference data")],
+)
+def test_labels_that_an_entry_reads(columns, message, tmp_path):
+    """An entry leaves columns out on purpose, so this is only said."""
+    columns = {"prompt": "instruction", "response": "output", **columns}
+    write(tmp_path / "rows.json", [{**GOOD, "label": True}])
+    write(tmp_path / "dataset_info.json", {"it": {"file_name": "rows.json", "columns": columns}})
+    said = []
+    if message == "preference data":
+        with pytest.raises(UserError, match=message):
+            load_rows("it", dataset_dir=tmp_path)
+        return
+    (row,) = load_rows("it", dataset_dir=tmp_path, say=said.append)
+    assert row.messages[-1]["content"] == (message or GOOD["output"])
+    assert ("1 of 1 rows have a label that is ignored" in "".join(said)) == (message is None)
+
+
+@pytest.mark.parametrize("prompt", ["Q", user("Q"), [user("Q")], json.dumps({"a": 1})])
+def test_preferences_with_a_completion(prompt, tmp_path):
+    """chosen and rejected follow the prompt; as a usual row, it has the completion."""
+    record = {"prompt": prompt, "completion": "C", "chosen": "A", "rejected": {"role": "king"}}
+    asked = prompt if isinstance(prompt, str) else "Q"
+    row, said = read(tmp_path, record, ranking=True)
+    answers = ("A", '{"role": "king"}')
+    assert [row.messages, *row.rejected] == [[user(asked), assistant(text)] for text in answers]
+    assert [line[:13] for line in said] == ["have a number"]
+    path = write(tmp_path / "rows.json", [record])
+    (row,) = load_rows(path, say=said.append)
+    assert row.messages == [user(asked), assistant("C")]
+
+
+def test_preferences_of_data(tmp_path):
+    """Objects and numbers are answers; turns keep their errors."""
+    row, _ = read(tmp_path, {**GOOD, "output": [3, {"from": "Oslo"}, "t"]}, ranking=True)
+    texts = [messages[-1]["content"] for messages in (row.messages, *row.rejected)]
+    assert texts == ["3", '{"from": "Oslo"}', "t"]
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    entry = {"file_name": "rows.json", "ranking": True, "columns": columns}
+    write(tmp_path / "dataset_info.json", {"it": entry})
+    write(tmp_path / "rows.json", [{**GOOD, "chosen": {"a": 1}, "rejected": 2}])
+    (row,) = load_rows("it", dataset_dir=tmp_path, ranking=True)
+    assert row.messages[-1]["content"] == '{"a": 1}'
+    with pytest.raises(UserError, match="chosen: unknown speaker 'model'"):
+        read(
+            tmp_path,
+            {"prompt": "Q", "chosen": {"role": "model", "content": "A"}, "rejected": 1},
+            True,
+        )
+
+
+@pytest.mark.parametrize("ranking", [True, None])
+def test_preferences_in_a_table_with_other_rows(ranking, tmp_path):
+    """Columns of other formats are null; a label that says which answer is better is not KTO's."""
+    record = {"prompt": "Q", "completion": None, "chosen": "A", "rejected": "B", "label": 1}
+    row, _ = read(tmp_path, {**dict.fromkeys(GOOD), **record}, ranking=ranking)
+    assert [row.messages, *row.rejected] == [[user("Q"), assistant(text)] for text in "AB"]
+
+
 @pytest.mark.parametrize("ranking", [True, None])
 def test_preferences_of_openai(ranking, tmp_path):
     tool = {"type": "function", "function": {"name": "f"}}
@@ -191,6 +326,10 @@ def test_preferences_of_openai(ranking, tmp_path):
     row, said = read(tmp_path, record, ranking=ranking)
     assert [row.messages, *row.rejected] == [[SYSTEM, user("Q"), assistant(text)] for text in "AB"]
     assert row.tools == [tool] and not said
+    numbers = {"preferred_output": assistant(1), "non_preferred_output": [assistant({"a": 2})]}
+    row, said = read(tmp_path, {**record, **numbers, "label": True}, ranking=ranking)
+    assert [row.messages[-1], row.rejected[0][-1]] == [assistant("1"), assistant('{"a": 2}')]
+    assert len(said) == 1
     with pytest.raises(UserError, match='input must be an object with "messages"'):
         read(tmp_path, {**record, "input": "Q"}, ranking=True)
 
@@ -254,6 +393,8 @@ def test_prompts_of_chat(tmp_path):
     assert parse_prompt({"prompt": [user("Q"), user("R")]})[0] == [user("Q\nR")]
     assert parse_prompt({"input": "Q", "output": "A"})[0] == [user("Q")]
     assert parse_prompt(turns("human", "bard", "human"))[0][-1] == user("x")
+    assert parse_prompt({**dict.fromkeys(GOOD), "prompt": "Q"})[0] == [user("Q")]
+    assert parse_prompt({**turns("human", "gpt"), "label": False})[0] == [user("x")]
     opening = {"messages": [assistant("Hi."), user("Q")]}
     assert parse_prompt(opening)[0] == [assistant("Hi.", train=False), user("Q")]
 

@@ -163,9 +163,22 @@ def test_initial_values_are_those_of_peft():
     assert not layer.lora_B.weight.any()
 
 
+def test_full_names_select_what_short_names_select():
+    options = training_options(modules_to_save="model.embed_tokens,model.norm, lm_head")
+    config = LoraConfig.from_options(options)
+    assert config.modules_to_save == ("embed_tokens", "model.norm", "lm_head")
+    model = CausalLM(ModelConfig.from_dict({**CONFIG, "tie_word_embeddings": True}))
+    add_lora(model, config)
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    names = {f"{name}.weight" for name in ("model.embed_tokens", "model.norm", "lm_head")}
+    assert {name for name in trained if ".lora_" not in name} == names
+
+
 def test_mistakes_are_named(base_dir, tmp_path):
     with pytest.raises(UserError, match="wq"):
         add_lora(load_model(base_dir), LoraConfig(target_modules=("wq",)))
+    with pytest.raises(UserError, match="--lora_target: no linear layer is called nothing"):
+        add_lora(load_model(base_dir), LoraConfig(target_modules=()))
     with pytest.raises(UserError, match="wte"):
         add_lora(load_model(base_dir), LoraConfig(modules_to_save=("wte",)))
     model = load_model(base_dir)

@@ -9,6 +9,7 @@ from real_tokenizers import MISTRAL, TINYLLAMA, load_tokenizer
 
 from minisft.common.errors import UserError
 from minisft.text.new_tokens import with_new_tokens
+from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
 SPECIAL, ORDINARY = ["<|step|>", "<结束>"], ["<svg>"]
@@ -104,3 +105,12 @@ def test_ids_with_gaps(tiny_tokenizer_dir, tmp_path):
     tokenizer = Tokenizer.load(folder)
     with pytest.raises(UserError, match="have gaps, so <.> cannot be added"):
         with_new_tokens(tokenizer, [f"<{letter}>" for letter in "abcdefghijklmn"])
+
+
+def test_messages_name_the_checkpoint(tiny_tokenizer_dir):
+    """Not the temporary folder of the extended tokenizer."""
+    extended = with_new_tokens(Tokenizer.load(tiny_tokenizer_dir), SPECIAL)
+    assert extended.model_dir != extended.source == tiny_tokenizer_dir
+    with pytest.raises(UserError) as caught:
+        get_template("auto", extended)
+    assert str(tiny_tokenizer_dir) in str(caught.value) and "minisft-" not in str(caught.value)

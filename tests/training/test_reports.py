@@ -165,7 +165,7 @@ def test_a_run_of_train_py(checkpoint, rows_file, tmp_path, here):
         dataset=rows_file,
         template="alpaca",
         output_dir=tmp_path / "out",
-        report_to="tensorboard,none",
+        report_to="tensorboard",
         per_device_train_batch_size=2,
         validation_split=4,
         eval_steps=2,
@@ -245,6 +245,10 @@ def test_only_rank_0_reports(tmp_path, monkeypatch):
 def test_mistakes_are_named_before_training(monkeypatch):
     with pytest.raises(UserError, match="'mlflow' is not one of tensorboard, wandb"):
         training_options(report_to="wandb,mlflow")
+    with pytest.raises(UserError, match="'none, wandb': none excludes the others"):
+        training_options(report_to="none, wandb")
+    monkeypatch.setattr(reports, "find_spec", lambda name: True)
+    assert training_options(report_to="wandb, tensorboard,wandb").report_to == "wandb,tensorboard"
     monkeypatch.setattr(reports, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--report_to swanlab needs a package: pip install swanlab"):
         training_options(report_to="swanlab")
