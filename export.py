@@ -37,27 +37,29 @@ from minisft.checkpoints.adapter_forms import (
 from minisft.checkpoints.code_files import copy_code_files
 from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
-from minisft.checkpoints.hub import resolve, resolve_adapter
+from minisft.checkpoints.hub import base_model, resolve, resolve_adapter
+from minisft.checkpoints.model_card import write_model_card
 from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
-from minisft.common.model_flags import TEMPLATE_FLAGS, dtype_option, template_options
+from minisft.common.model_flags import dtype_option, template_options
 from minisft.common.outputs import (
     check_output_dir,
     check_output_file,
     recorded_options,
-    save_options,
 )
 from minisft.common.tensor_files import parse_size
 from minisft.gguf.reader import is_gguf
 from minisft.model.lora import merge_lora
 from minisft.text.saved_form import saved_form
 from minisft.text.tokenizer import Tokenizer
+from minisft.training.metrics import read_metrics
 
 
 def main(options: Namespace | None = None) -> None:
     """Export with these options; by default those of the command line."""
     options = options or parse_options()
+    options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
     output = check_output(options)
     max_shard_size = parse_size(options.max_shard_size)
     model_dir = resolve(options.model_name_or_path)
@@ -154,18 +156,11 @@ def write_folder(
         folders.save_generation_config(model_dir, output, model.config, form.stop_ids)
     tokenizer.save(output, form.chat_template)
     copy_code_files(model_dir, output)
-    save_options(record_for_chat(options, trained_dir), output / "options.toml")
-    print(f"wrote {output}")
-
-
-def record_for_chat(options: Namespace, trained_dir: Path) -> Namespace:
-    """The template and its settings, which chat.py and later trainings read."""
+    metrics = read_metrics(trained_dir / "metrics.jsonl")
+    is_adapter = options.format == "peft"
     trained = recorded_options(trained_dir)
-    given = {name: getattr(options, name) for name in TEMPLATE_FLAGS}
-    given["template"] = None if options.template == "auto" else options.template
-    return Namespace(
-        **{name: trained.get(name) if value is None else value for name, value in given.items()}
-    )
+    write_model_card(output, trained, options.model_name_or_path, metrics, is_adapter)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

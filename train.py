@@ -44,7 +44,13 @@ from minisft.model.reward import Model, RewardModel
 from minisft.text.chat_template import ChatTemplate
 from minisft.training import plan, resume
 from minisft.training.build import build_model, describe_training
-from minisft.training.data import load_data, load_template, show_samples, training_steps
+from minisft.training.data import (
+    evaluation_note,
+    load_data,
+    load_template,
+    show_samples,
+    training_steps,
+)
 from minisft.training.defaults import choose_learning_rate
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
@@ -85,7 +91,7 @@ def main(options: Namespace | None = None) -> None:
     options.template_date = resume.template_date(options)
     template = load_template(options, tokenizer, say)  # None with --stage pt
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
-    show_samples(batches, template, options.show_samples, say)
+    show_samples(batches, template, options.show_samples, say, options.show_ids)
 
     torch.manual_seed(options.seed)  # every rank draws the same adapter
     model, lora_config = build_model(options, model_dir, dtype, device, new_rows)
@@ -102,7 +108,7 @@ def main(options: Namespace | None = None) -> None:
     precision = build_precision(options, dtype, device)
     # The reference of DPO is the model as it is here, before the weights of a checkpoint.
     objective = build_objective(options, model, batches, eval_examples, precision.autocast, saved)
-    reports = Reports(options)
+    reports, note = Reports(options), evaluation_note(options, model.config)
     run = Run(
         options=options,
         model=model,
@@ -111,7 +117,9 @@ def main(options: Namespace | None = None) -> None:
         optimizer=build_optimizer(model, options),
         schedule=schedule,
         precision=precision,
-        progress=Progress(schedule.total_steps, output_dir / "metrics.jsonl", device, reports),
+        progress=Progress(
+            schedule.total_steps, output_dir / "metrics.jsonl", device, reports, note
+        ),
         wrapped=wrap_model(model, options),
         num_bytes=resume.count_bytes(batches),
         tokenizer=tokenizer,
@@ -180,7 +188,7 @@ def train(
             if is_last or every(options.logging_steps, step):
                 progress.record(epoch, learning_rate, result.grad_norm)
             if is_last or every(schedule.steps_per_epoch, step):
-                if report := batches.take_report():
+                if report := batches.changed_report():
                     progress.say(f"epoch {math.ceil(epoch)}: {report}")
             if eval_examples and (is_last or every(schedule.eval_steps, step)):
                 evaluate(run, eval_examples, template)

@@ -13,16 +13,23 @@ from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, add_template_flags
 from minisft.common.option_types import with_line_breaks
 
+EXAMPLES = """\
+  python chat.py --adapter runs/a
+  python chat.py --model_name_or_path M --prompt "What is 2 + 2?" --greedy
+  python chat.py --adapter runs/a --file prompts.jsonl --output answers.jsonl
+"""
 BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the beginning of a file
 
 
 def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
     """The options of chat.py, by default from the command line."""
     parser = OptionParser(
+        EXAMPLES,
+        "model_name_or_path adapter prompt file output web max_new_tokens temperature greedy",
         description="Chat with a model: in the terminal, with one question, with a file of "
-        "prompts, or on a web page."
+        "prompts, or on a web page.",
     )
-    add_model_flags(parser)
+    add_model_flags(parser, unless="adapter")
     add, _ = parser.section("conversation")
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter; it is not merged")
     add_template_flags(add, auto="as in training", system="system")

@@ -25,13 +25,14 @@ from minisft.generation.sampling import Sampling
 
 FAILED = 2  # exit status after a refused message or command
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell: 128 + SIGINT
+LEAVING_WORDS = ("exit", "quit", "bye")  # alone on a line, on a terminal
 HELP = """\
 /reset          clear the conversation; the system prompt stays
 /system TEXT    set the system prompt; without TEXT, restore the initial one
 /save FILE      write the conversation as JSON that train.py reads
 /stats          length and speed of the last answer
 /help           list the commands
-/quit           leave (or Ctrl-D)
+/quit           leave (or Ctrl-D; or exit, quit, bye alone on a line)
 Ctrl-C stops an answer."""
 
 
@@ -142,7 +143,7 @@ def converse(conversation: Conversation) -> int:
     """
     status, was_interrupted, is_terminal = 0, False, sys.stdin.isatty()
     if is_terminal:
-        notice(f"{conversation.assistant.description} · /help lists the commands")
+        notice(f"{conversation.assistant.description} · /help lists the commands, /quit leaves")
     while True:
         try:
             line = read_line()
@@ -151,6 +152,9 @@ def converse(conversation: Conversation) -> int:
                 return status
             name, argument = split_command(line)
             if name == "/quit":
+                return status
+            if is_terminal and line.rstrip().lower() in LEAVING_WORDS:
+                notice(f'(left; begin the line with a space to say "{line.rstrip()}" to the model)')
                 return status
             if name:
                 conversation.run_command(name, argument)

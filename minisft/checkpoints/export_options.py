@@ -11,14 +11,20 @@ from minisft.common.command_line import QUANTIZATIONS, OptionParser
 from minisft.common.errors import UserError
 from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
 
+EXAMPLES = """\
+  python export.py --adapter runs/a --output_dir merged
+  python export.py --adapter runs/a --format gguf --quantization q4_k_m --output a.gguf
+  python export.py --adapter runs/a --format gguf-lora --output adapter.gguf
+"""
 FILE_FORMATS = ("gguf", "gguf-lora")
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """The options of export.py, checked; by default from the command line."""
     description = "Write a trained model for other programs, in the format that they read."
-    parser = OptionParser(description=description)
-    add, switch = add_model_flags(parser, auto_dtype="the checkpoint's; float32 for peft")
+    common = "model_name_or_path adapter format output_dir output quantization"
+    parser = OptionParser(EXAMPLES, common, description=description)
+    add, switch = add_model_flags(parser, "the checkpoint's; float32 for peft", unless="adapter")
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
     formats = ["hf", "peft", *FILE_FORMATS]

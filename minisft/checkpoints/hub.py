@@ -1,12 +1,14 @@
 """Find a checkpoint: a folder, a GGUF file, or a model on the Hugging Face hub.
 
 model_dir = resolve("Qwen/Qwen2.5-0.5B")
+base_model("runs/cherry")                           # "examples/base"
 """
 
 from pathlib import Path
 
 from minisft.common.downloads import download
 from minisft.common.errors import UserError
+from minisft.common.json_files import read_json
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.gguf.reader import is_gguf
 from minisft.gguf.unpack import unpack
@@ -39,7 +41,42 @@ def resolve_adapter(name_or_path: str | Path) -> Path:
     return resolve(name_or_path, ADAPTER_CONFIG)
 
 
+def base_model(adapter: str | Path) -> str:
+    """The name of the model that an adapter was trained on, from its adapter_config.json.
+
+    A relative path counts from the current folder, and else from that of the adapter. UserError if
+    the base is not named, or is a folder that is not there.
+    """
+    adapter_dir = resolve_adapter(adapter)
+    path = adapter_dir / ADAPTER_CONFIG
+    name = read_json(path).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        raise UserError(f"{path} names no base model. Give it as --model_name_or_path.")
+    beside = adapter_dir / name
+    if not Path(name).expanduser().exists() and beside.exists():
+        return str(beside)
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not Path(name).expanduser().exists() and not is_hub_id:
+        raise UserError(
+            f"{path}: there is no base model {name} here. Give it as --model_name_or_path."
+        )
+    return name
+
+
 def _hint(path: Path, needed: str) -> str:
+    if needed == CONFIG and (path / ADAPTER_CONFIG).is_file():
+        return f". It holds an adapter: give it as --adapter {path}"
+    if needed == ADAPTER_CONFIG and (path / CONFIG).is_file():
+        return f". It holds a model, not an adapter: give it as --model_name_or_path {path}"
+    checkpoints = [
+        (int(part.parent.name.removeprefix("checkpoint-")), part.parent)
+        for part in path.glob("checkpoint-*/*")
+        if part.name in (CONFIG, ADAPTER_CONFIG) and part.parent.name[11:].isdigit()
+    ]
+    if checkpoints:
+        last = max(checkpoints)[1]
+        flag = "--adapter" if (last / ADAPTER_CONFIG).is_file() else "--model_name_or_path"
+        return f". It holds an unfinished run: {flag} {last} can be used"
     snapshots = sorted(path.glob(f"snapshots/*/{needed}"))  # the layout of the hub's cache
     if snapshots:
         return f"; did you mean {snapshots[-1].parent}?"

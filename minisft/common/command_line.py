@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from minisft.common.errors import UserError
 from minisft.common.flag_names import nearest_flag
+from minisft.common.llama_factory import read_value, translate
 from minisft.common.option_types import (
     boolean,
     fraction,
@@ -52,11 +53,18 @@ _UNSET = object()
 class OptionParser(argparse.ArgumentParser):
     """argparse with hyphens, recipes, and errors that suggest the right flag."""
 
-    def __init__(self, **settings: Any):
+    def __init__(self, examples: str = "", common: str = "", **settings: Any):
+        """examples: commands that --help shows first. common: names of flags to mark in --help."""
         formatter = argparse.RawDescriptionHelpFormatter
+        settings.setdefault("usage", "%(prog)s --flag value ...")
+        if examples:
+            settings["description"] += f"\n\nexamples:\n{examples.rstrip()}"
+        if common:
+            settings["description"] += "\n\nMost runs need only the flags marked with *."
         super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
+        self._common = set(common.split())
         self._flags: dict[str, argparse.Action] = {}
-        self._required: list[str] = []
+        self._required: dict[str, str] = {}  # name -> the flag that makes it unnecessary, or ""
         self._given: set[str] = set()
         add, _ = self.section("general")
         recipe = "set flags from a file: TOML, or YAML, also with the keys of LLaMA-Factory"
@@ -72,15 +80,18 @@ class OptionParser(argparse.ArgumentParser):
         """
         group = self.add_argument_group(title)
 
-        def add(flag: str, required: bool = False, **settings: Any) -> None:
-            """Add a flag to the section."""
+        def add(flag: str, required: bool = False, unless: str = "", **settings: Any) -> None:
+            """Add a flag to the section. unless: the flag with which it is not required."""
             if required:
-                self._required.append(flag.removeprefix("--"))
-                settings["help"] += " (required)"
+                self._required[flag.removeprefix("--")] = unless
+                exception = f", except with --{unless}" if unless else ""
+                settings["help"] += f" (required{exception})"
             if settings.get("default") not in (None, False, ""):
                 settings["help"] += " (default: %(default)s)"
             if not settings.keys() & {"choices", "metavar", "action"}:
                 settings["metavar"] = METAVARS.get(settings.get("type"), "TEXT")
+            if flag.removeprefix("--") in self._common:
+                settings["help"] = "* " + settings["help"]
             action = group.add_argument(flag, **settings)
             self._flags[action.dest] = action
 
@@ -102,11 +113,16 @@ class OptionParser(argparse.ArgumentParser):
         recipe, faults = (
             self._read_recipe(path) if path else (dict.fromkeys(self._flags, _UNSET), [])
         )
-        self._refuse_unknown([word for word in rest if word.startswith("-")], path, faults)
+        rest, refused = self._without_neighbours(rest)
+        self._refuse_unknown([word for word in rest if word.startswith("-")], refused, path, faults)
         if rest:
             raise UserError(f"unexpected argument '{rest[0]}': flags begin with -- (see --help)")
         self._given = self._names_given(vars(options), recipe)
-        missing = [f"--{name}" for name in self._required if name not in self._given]
+        missing = [
+            f"--{name}"
+            for name, unless in self._required.items()
+            if not {name, unless} & self._given
+        ]
         if missing:
             raise UserError(f"{', '.join(missing)} must be given (see --help)")
         for name, action in self._flags.items():
@@ -168,15 +184,46 @@ class OptionParser(argparse.ArgumentParser):
             given = {name for name in given if recipe[name] != self._flags[name].default}
         return given | {name for name in self._flags if options[name] is not _UNSET}
 
-    def _refuse_unknown(self, words: list[str], recipe_path: str, keys: list[str]) -> None:
+    def _without_neighbours(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """(unknown words, flags of other programs with the reason why minisft has none).
+
+        Leaves out flags of transformers, trl and LLaMA-Factory whose value asks for what minisft
+        does anyway, and says so.
+        """
+        unknown, refused, accepted = [], [], []
+        groups: list[list[str]] = []  # a flag and its value; any other word alone
+        for word in words:
+            if groups and len(groups[-1]) == 1 and is_bare_flag(groups[-1][0]):
+                if not word.startswith("--"):
+                    groups[-1].append(word)
+                    continue
+            groups.append([word])
+        for group in groups:
+            flag, equals, value = group[0].partition("=")
+            text = value if equals else " ".join(group[1:])
+            name = flag.removeprefix("--")
+            options, reasons = translate({name: read_value(text)}, self._flags)
+            if not flag.startswith("--") or options:
+                unknown += group
+            elif reasons:
+                refused.append(f"{flag} ({reasons.popitem()[1]})")
+            else:
+                accepted.append(flag)
+        if accepted and os.environ.get("RANK", "0") == "0":
+            print(f"no effect in minisft: {', '.join(accepted)}", file=sys.stderr)
+        return unknown, refused
+
+    def _refuse_unknown(
+        self, words: list[str], refused: list[str], recipe_path: str, keys: list[str]
+    ) -> None:
         """UserError that names unknown words of the command line and unknown keys of the recipe.
 
-        keys: with a hint or a reason.
+        refused: flags with a reason. keys: with a hint or a reason.
         """
-        flags = [word.partition("=")[0] for word in words]
+        flags = [self._with_hint(word.partition("=")[0]) for word in words] + refused
         faults = []
         if flags:
-            faults.append(f"no such flag: {', '.join(map(self._with_hint, flags))}")
+            faults.append(f"no such flag: {', '.join(flags)}")
         if keys:
             faults.append(f"{recipe_path}: no such option: {', '.join(keys)}")
         if faults:
@@ -187,6 +234,11 @@ class OptionParser(argparse.ArgumentParser):
         name = unknown.removeprefix("--")
         near = nearest_flag(name.replace("-", "_"), self._flags)
         return unknown + (f" (did you mean {unknown.replace(name, near)}?)" if near else "")
+
+
+def is_bare_flag(word: str) -> bool:
+    """True for `--flag`, whose value is the next word."""
+    return word.startswith("--") and "=" not in word
 
 
 def _normalized(word: str) -> str:

@@ -1,4 +1,4 @@
-"""The keys of LLaMA-Factory's recipes, in the words of minisft's flags.
+"""The keys of LLaMA-Factory's recipes, and the flags of transformers and trl, as minisft's flags.
 
     options, refused = translate({"val_size": 0.1, "deepspeed": "ds_z3.json"}, flags)
     options                                         # {"validation_split": 0.1}
@@ -31,23 +31,40 @@ WITHOUT_EFFECT = set(
     "print_param_status data_shared_file_system group_by_length remove_unused_columns log_level "
     "logging_first_step disable_tqdm include_num_input_tokens_seen dataloader_pin_memory "
     "include_effective_tokens_per_second ignore_pad_token_for_loss use_reentrant_gc do_eval "
+    "attn_implementation bf16_full_eval dataset_kwargs dataset_num_proc dataset_text_field "
+    "ddp_backend ddp_bucket_cap_mb eval_accumulation_steps eval_do_concat_batches "
+    "full_determinism gradient_checkpointing_kwargs label_names local_rank "
+    "log_on_each_node logging_nan_inf_filter overwrite_hub_revision pad_token "
+    "pad_to_multiple_of save_on_each_node skip_memory_metrics tf32 use_cpu_offload "
+    "use_legacy_prediction_loop "
     "auto_find_batch_size enable_liger_kernel use_unsloth_gc upcast_layernorm logging_dir".split()
 )
 # Values that minisft supports. For a key that is not a flag, they request the default behaviour.
 VALUES: dict[str, tuple[Any, ...]] = {
     "do_train": (True,),
+    "assistant_only_loss": (True,),
+    "bnb_4bit_quant_type": ("nf4",),
+    "completion_only_loss": (True,),
+    "dataloader_drop_last": (False,),
     "double_quantization": (True,),
+    "eval_on_start": (False,),
     "finetuning_type": ("lora", "full"),
     "infer_backend": ("huggingface", "hf"),
     "logging_strategy": ("steps",),
+    "greater_is_better": (False,),
+    "loss_type": ("sigmoid", "nll"),
+    "metric_for_best_model": ("loss", "eval_loss"),
     "mix_strategy": ("concat",),
     "model_revision": ("main",),
     "optim": ("adamw_torch", "adamw_torch_fused", "adamw_hf"),
     "pref_loss": ("sigmoid",),
     "quantization_method": ("bnb", "bitsandbytes"),
     "quantization_type": ("nf4",),
+    "save_safetensors": (True,),
     "save_strategy": ("steps",),
     "stage": ("sft", "pt", "rm", "dpo"),
+    "task_type": ("CAUSAL_LM",),
+    "use_peft": (True,),
 }
 # Keys for which false or 0 is a request like any other.
 NEVER_OFF = VALUES.keys() | {"pref_beta"}
@@ -59,7 +76,20 @@ REASONS = {
     "apollo_*": ADAMW_ONLY,
     "asft_alpha": "minisft has cross-entropy",
     "audio_*": TEXT_ONLY,
+    "assistant_only_loss": "minisft always learns the answers only; --stage pt learns every token",
     "badam_*": ADAMW_ONLY,
+    "bnb_4bit_quant_type": "4 bits are NF4 here",
+    "completion_only_loss": "minisft always learns the answers only; --stage pt learns every token",
+    "dataloader_drop_last": "every row is used",
+    "eval_on_start": "use --eval_steps; eval.py compare measures the base",
+    "greater_is_better": "the best evaluation is that with the lowest loss",
+    "hub_*": "minisft uploads nothing",
+    "loss_type": "minisft has cross-entropy, and sigmoid for DPO",
+    "metric_for_best_model": "the best evaluation is that with the lowest loss",
+    "save_safetensors": "minisft writes safetensors",
+    "task_type": "--stage says what is trained",
+    "use_cpu": "use --device cpu",
+    "use_peft": "use --finetuning_type lora or full",
     "cache_dir": "set the environment variable HF_HOME",
     "compute_accuracy": "use --eval_exact_match",
     "crop_to_patches": TEXT_ONLY,
@@ -181,6 +211,17 @@ def translate(
         others = others if isinstance(others, list) else [others]
         options["report_to"] = [name for name in others if name != "none"] + ["swanlab"]
     return options, refused
+
+
+def read_value(text: str) -> Any:
+    """The value of a flag on the command line, as YAML reads it; a flag without a value is on."""
+    names = {"": True, "true": True, "false": False, "no": False, "none": None, "null": None}
+    if text.lower() in names:
+        return names[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def _reason(key: str) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from argparse import ArgumentTypeError
 from datetime import datetime
@@ -26,6 +27,11 @@ def optional_int(text: str) -> int | None:
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
     return _integer(text, least=1)
+
+
+def steps_or_none(text: str) -> int | None:
+    """A positive number of steps; None for -1, which transformers reads as no limit."""
+    return None if text == "-1" else _integer(text, least=1)
 
 
 def non_negative_int(text: str) -> int:
@@ -117,6 +123,28 @@ def token_list(text: str) -> str:
         if name in names[: number - 1]:
             raise ArgumentTypeError(f"{name} is listed twice")
     return text
+
+
+def replacements(text: str) -> str:
+    """Values of placeholders: name=Pebble,author=the Riverside Lab."""
+    for part, (name, value) in zip(_parts(text), _pairs(text), strict=True):
+        if not name or not value:
+            raise ArgumentTypeError(f"'{part}': write name=Pebble,author=the Riverside Lab")
+    return text
+
+
+def parse_replacements(text: str | None) -> dict[str, str]:
+    """{name: value} of `replacements`, names in lower case. A value may have commas."""
+    return dict(_pairs(text)) if text else {}
+
+
+def _parts(text: str) -> list[str]:
+    return re.split(r",(?=\s*[\w ]+=)", text)
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    parts = [part.partition("=") for part in _parts(text)]
+    return [(name.strip().lower(), value) for name, _, value in parts]
 
 
 def split_names(text: str | None) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from minisft.common.command_line import OptionParser, positive_int
 from minisft.common.errors import UserError
 from minisft.common.json_files import write_rows
+from minisft.common.option_types import replacements
 from minisft.common.outputs import check_not_an_input, check_output_file
 from minisft.common.script import run_script
 from minisft.data.dataset import Rows, open_rows, read
@@ -54,7 +55,9 @@ def _sharegpt_lines(rows: Rows, skipped: list[str] | None) -> Iterator[str]:
 def main() -> None:
     """Run the command `convert`."""
     parser = OptionParser(
-        prog="python -m minisft.data", description="convert instruction data to the ShareGPT format"
+        prog="python -m minisft.data",
+        usage="%(prog)s convert INPUT OUTPUT [--flag value ...]",
+        description="convert instruction data to the ShareGPT format",
     )
     parser.add_argument("command", choices=["convert"], help="what to do")
     parser.add_argument("input", help="what --dataset of train.py names: file, folder, data set")
@@ -63,6 +66,8 @@ def main() -> None:
     add("--dataset_dir", default="data", help=f"folder of {FILE_NAME}")
     add("--max_samples", type=positive_int, help="only the first N rows of each data set")
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
+    values = "fill in {{name}} and <your name> in the rows: name=Pebble,author=the Riverside Lab"
+    add("--replace", type=replacements, metavar="NAME=VALUE,...", help=values)
     switch("--overwrite", "replace the output file if there is one")
     options = parser.parse_options()
     skipped = [] if options.skip_bad_rows else None
@@ -73,6 +78,7 @@ def main() -> None:
         skipped,
         dataset_dir=options.dataset_dir,
         max_samples=options.max_samples,
+        replace=options.replace,
     )
     left_out = f"; {len(skipped)} broken rows left out, the first: {skipped[0]}" if skipped else ""
     print(f"{options.output}: {count} rows{left_out}")

@@ -60,6 +60,7 @@ class Batches:
         self.example_bytes = total_bytes / self.num_examples
         self.report = EncodeReport()  # on the windows used since take_report()
         self.sample_report = EncodeReport()  # on rows encoded before training
+        self.told_report = EncodeReport()  # the last one that changed_report() returned
 
     def steps_per_epoch(self, rows_per_step: int) -> int:
         """Steps that use every row once; the last step may have fewer rows."""
@@ -98,6 +99,14 @@ class Batches:
         """The report on the rows used since the last call."""
         report, self.report = self.report, EncodeReport()
         report.drop_repeated_notes(self.sample_report)
+        return report
+
+    def changed_report(self) -> EncodeReport:
+        """take_report(), but empty if the report before it, or on the sample, says the same."""
+        report = self.take_report()
+        if report.same_counts(self.told_report) or report.same_counts(self.sample_report):
+            return EncodeReport()
+        self.told_report = report
         return report
 
 

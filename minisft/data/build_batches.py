@@ -25,6 +25,8 @@ from minisft.text.tokenizer import Tokenizer
 RUN_BLOCKS = 4
 # Encoded before training: rows, to check them; bytes of text, to estimate the number of tokens.
 SAMPLE_ROWS, SAMPLE_BYTES = 128, 2**20
+# Up to this many rows, rows that nothing is learned from are left out of the count of an epoch.
+MAX_COUNTED = 20_000
 # A rough estimate for any language and tokenizer.
 BYTES_PER_TOKEN = 4
 
@@ -41,15 +43,25 @@ def batches_of_rows(
     """The Batches of conversations. Its sample_report covers rows spread over the data set.
 
     encode: encode_rows or encode_preferences. UserError if no row of the sample has supervised
-    tokens.
+    tokens. If the sample has rows that nothing is learned from, all rows are encoded once to leave
+    them out, so that epochs, steps and progress count the rows that are learned.
     """
     encode = partial(encode, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
     sample = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
     examples, report = read_and_encode(rows, encode, sample)
     check_learnable(examples, report)
+    if report.num_left_out and len(rows) <= MAX_COUNTED:
+        rows = rows.select(learned_rows(rows, encode))
     batches = Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()))
     batches.sample_report = report
     return batches
+
+
+def learned_rows(
+    rows: Rows, encode: Callable[..., tuple[list[Example], EncodeReport]]
+) -> list[int]:
+    """The numbers of the rows that have something to learn."""
+    return [number for number in range(len(rows)) if read_and_encode(rows, encode, [number])[0]]
 
 
 def batches_of_texts(

@@ -9,16 +9,18 @@ name. A broken row is an error that names file and row, unless the caller asks t
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from minisft.common.errors import UserError
+from minisft.common.option_types import parse_replacements
 from minisft.data.dataset_info import FILE_NAME, Description
 from minisft.data.file_names import list_names
 from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
+from minisft.data.placeholders import PlaceholderNote, fill_in
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Records, open_records
 from minisft.data.row_forms import check_label, standard_record
@@ -50,12 +52,15 @@ class RowFile:
     description: Description | None
     plain_text: bool = False
     ranking: bool | None = False  # as in open_rows
+    values: Mapping[str, str] = field(default_factory=dict)  # of placeholders
 
     def read(self, index: int) -> Row | str:
         """The row of a record. BadRow names file and row."""
         path, changes = self.records.path, []
         try:
             record = self.records[index]
+            if self.values:
+                record = fill_in(record, self.values)
             if self.plain_text:
                 return self._text(record)
             columns = self.description.columns.values() if self.description else None
@@ -135,6 +140,7 @@ def open_rows(
     say: PrintLine = print,
     max_samples: int | None = None,
     offline: bool = False,
+    replace: str | None = None,
 ) -> Rows:
     """The rows of the data sets that `dataset` names (see sources.py), in their order.
 
@@ -144,8 +150,9 @@ def open_rows(
     without it the first broken row raises UserError. Files above CHECKED_BYTES are checked as they
     are read. seed: for the rows drawn where an entry has num_samples. say: prints a line.
     max_samples: use the first N rows of each data set. offline: download nothing.
+    replace: values of placeholders, such as "name=Pebble".
     """
-    parts = []
+    parts, values = [], parse_replacements(replace)
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False, offline):
         files = []
         if source.left_out:
@@ -155,7 +162,7 @@ def open_rows(
             )
         for path in source.paths:
             records = open_records(path, plain_text)
-            files.append(RowFile(records, source.description, plain_text, ranking))
+            files.append(RowFile(records, source.description, plain_text, ranking, values))
         rows = concatenate([_checked(file, skipped, say) for file in files])
         if not plain_text:
             _report_ignored_columns(source, files, say)
@@ -235,7 +242,7 @@ def concatenate(parts: list[Rows]) -> Rows:
 def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine) -> Rows:
     """The rows of a file. Checks them, leaves out broken and blank rows, and says what changed."""
     records, rows, good, broken = file.records, Rows([file], None, skipped is not None), [], []
-    changes: Counter[str] = Counter()
+    changes, placeholders = Counter[str](), PlaceholderNote()
     is_small = records.size <= CHECKED_BYTES
     for number in range(len(rows) if is_small else min(len(rows), CHECKED_ROWS)):
         try:
@@ -243,7 +250,9 @@ def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine) -> Rows:
         except BadRow as error:
             broken.append(str(error))
         else:
-            changes.update(row.changes if isinstance(row, Row) else [])
+            if isinstance(row, Row):
+                changes.update(row.changes)
+                placeholders.add(row.messages, f"{records.path}, {records.place(number)}")
             if isinstance(row, Row) or row.strip():
                 good.append(number)
     if not good:
@@ -255,6 +264,8 @@ def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine) -> Rows:
     num_rows = f"{len(good)} rows" if is_small else f"the first {CHECKED_ROWS:,} rows"
     for change, count in changes.items():
         say(f"{records.path}: {count} of {num_rows} {change}")
+    if note := placeholders.line(num_rows):
+        say(note)
     if not is_small or len(good) == len(rows):
         return rows
     if skipped is not None:

@@ -36,7 +36,9 @@ def encode_preferences(
     for row in rows:
         texts = _encode_answers(row, template, vocab_size)
         report.notes.update({text.note for text in texts if text.note})
-        is_long = any(len(text.ids) > cutoff_len for text in texts)
+        longest = max(len(text.ids) for text in texts)
+        is_long = longest > cutoff_len
+        report.long_rows += [longest] if is_long else []
         report.num_rows += 1
         report.num_tools_as_text += template.facts.changes_tools(row.messages, row.tools)
         if is_long and drop_long:

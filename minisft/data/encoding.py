@@ -73,7 +73,9 @@ def encode_rows(
         kept = [example for example in cut if example.supervised[1:].any()]
         examples += kept
         report.num_rows += 1
-        report.num_truncated += any(len(text.ids) > cutoff_len for text in full)
+        longest = max([len(text.ids) for text in full], default=0)
+        report.num_truncated += longest > cutoff_len
+        report.long_rows += [longest] if longest > cutoff_len else []
         report.num_dropped += bool(full) and not kept
         report.num_unlearned += not full
         report.num_tools_as_text += template.facts.changes_tools(row.messages, row.tools)

@@ -1,4 +1,7 @@
-"""The models that a command line names: `NAME=DIR`, or `NAME=DIR+ADAPTER` with a LoRA adapter."""
+"""The models that a command line names: `NAME=DIR`, or with a LoRA adapter `NAME=DIR+ADAPTER`.
+
+`NAME=ADAPTER` is enough if the adapter names its base.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,7 +46,9 @@ def parse_model(text: str) -> NamedModel:
 
 
 def split_adapter(place: str) -> tuple[str, str | None]:
-    """`DIR` or `DIR+ADAPTER` -> (model, adapter). A folder may have a + in its name."""
+    """`DIR`, `DIR+ADAPTER` or `ADAPTER` -> (model, adapter). A folder may have a + in its name."""
+    if (Path(place).expanduser() / tensor_files.ADAPTER_CONFIG).is_file():
+        return hub.base_model(place), place
     if Path(place).exists():
         return place, None
     path, _, adapter = place.partition("+")

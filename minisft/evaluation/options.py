@@ -21,6 +21,19 @@ from minisft.common.errors import UserError
 from minisft.common.model_flags import add_device_flags, add_model_flags, add_template_settings
 from minisft.evaluation.benchmarks import BENCHMARKS
 
+CHOICE_EXAMPLES = """\
+  python eval.py ceval --model_name_or_path M --data_dir D --output_dir runs/base
+  python eval.py ceval --adapter runs/a --data_dir D --output_dir runs/tuned
+  python eval.py ceval --adapter runs/a --data_dir D --output_dir runs/t --baseline_dir runs/base
+"""
+COMPARE_EXAMPLES = """\
+  python eval.py compare --models base=M tuned=runs/a --dataset held.json --output_dir runs/c
+  python eval.py compare --models base=M tuned=M+runs/a --dataset held.json --output_dir runs/c \\
+      --max_samples 50 --max_new_tokens 128
+  python eval.py compare --models base=M tuned=runs/a --dataset held.json --output_dir runs/c \\
+      --judge_model JUDGE
+"""
+
 
 def parse_options(usage: str, arguments: Sequence[str] | None = None) -> tuple[str, Namespace]:
     """The first word, a benchmark or `compare`, and the options that follow it.
@@ -44,10 +57,12 @@ def parse_options(usage: str, arguments: Sequence[str] | None = None) -> tuple[s
 def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
     """The options of `eval.py ceval`, `cmmlu` and `mmlu`, checked."""
     parser = OptionParser(
+        CHOICE_EXAMPLES.replace("ceval", name),
+        "model_name_or_path adapter data_dir split output_dir max_samples num_fewshot",
         prog=f"eval.py {name}",
         description="Answer multiple-choice questions and measure the accuracy.",
     )
-    add, _ = add_model_flags(parser)
+    add, _ = add_model_flags(parser, unless="adapter")
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter, used without merging")
     add, _ = parser.section("questions")
     add("--data_dir", required=True, help="folder or zip with the CSV files of the benchmark")
@@ -89,6 +104,8 @@ def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
 def parse_compare_options(arguments: Sequence[str]) -> Namespace:
     """The options of `eval.py compare`, checked."""
     parser = OptionParser(
+        COMPARE_EXAMPLES,
+        "models dataset output_dir max_samples max_new_tokens judge_model",
         prog="eval.py compare",
         description="Ask several models the same questions. Measure and judge their answers.",
     )

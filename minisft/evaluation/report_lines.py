@@ -95,6 +95,7 @@ def compare_protocol(options: Namespace, num_questions: int) -> str:
     return (
         f"{num_questions} questions of {options.dataset}, template {options.template}, answers of "
         f"at most {options.max_new_tokens} tokens written {sampling}; {models}; BLEU by sacrebleu "
-        "(zh), ROUGE F by rouge-score, both by character in Chinese; 95 % intervals, normal for "
-        "means, Wilson's for shares"
+        "(zh), ROUGE F by rouge-score, both by character in Chinese; perplexity over the last "
+        "answer of each row, never cut (train.py: over all answers, cut at --cutoff_len); 95 % "
+        "intervals, normal for means, Wilson's for shares"
     )

@@ -12,6 +12,11 @@ from minisft.common.command_line import OptionParser, non_negative_int, positive
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, add_template_flags
 
+EXAMPLES = """\
+  python score.py --model_name_or_path M --dataset rows.json --output scores.jsonl
+  python score.py --model_name_or_path M --dataset rows.json --mode embed --output scores.jsonl
+  python score.py --adapter judge --mode reward --dataset rows.json --output rewards.jsonl
+"""
 EPILOGUE = """\
 The output has a line of JSON for every row:
   index              number of the row in its file, from 0. With several files, the count goes
@@ -42,10 +47,12 @@ Then choose the rows to train on:
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """The options of score.py; by default from the command line."""
     parser = OptionParser(
+        EXAMPLES,
+        "model_name_or_path adapter dataset mode output max_length",
         description="Score every row of a data set by Instruction-Following Difficulty, or by a "
-        "reward model."
+        "reward model.",
     )
-    add, switch = add_model_flags(parser)
+    add, switch = add_model_flags(parser, unless="adapter")
     add("--adapter", help="LoRA adapter to score with, such as the pre-experience")
 
     add, switch = parser.section("data")

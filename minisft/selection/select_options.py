@@ -68,12 +68,18 @@ Strategies:
 The output has the columns and the order of --dataset. OUTPUT.manifest records the strategy, the
 seed, the hashes of the inputs, the numbers of the chosen rows, and how many were dropped and why.
 """
+EXAMPLES = """\
+  python select.py --dataset D --scores S.jsonl --strategy ifd --sample_rate 0.05 --output best.json
+  python select.py --dataset D --scores S.jsonl --strategy cluster --output diverse.json
+  python select.py --dataset D --strategy random --sample_rate 0.1 --output some.json
+"""
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """The options of select.py, checked; by default from the command line."""
     description = "Choose the rows to train on, by the scores and embeddings of score.py."
-    parser = OptionParser(description=description)
+    common = "dataset scores strategy sample_rate num_samples output"
+    parser = OptionParser(EXAMPLES, common, description=description)
     add, switch = parser.section("data")
     dataset = "files, folders, names in dataset_info.json or on the hub; by commas"
     add("--dataset", required=True, help=dataset)

@@ -22,6 +22,7 @@ from minisft.data.build_batches import (
     first_examples,
     held_out_examples,
 )
+from minisft.data.dataset import Rows
 from minisft.data.encode_preferences import encode_preferences
 from minisft.data.encoding import Example, encode_rows
 from minisft.model.config import ModelConfig
@@ -56,6 +57,7 @@ def load_data(
         seed=options.seed,
         say=say,
         offline=options.dry_run,
+        replace=options.replace,
     )
     first = {"max_samples": options.max_samples}
     rows = dataset.open_rows(options.dataset or options.train_dir, **reading, **first)
@@ -89,11 +91,28 @@ def load_data(
     for note, count in sample.notes.items():
         say(f"warning: {count} of {sample.num_rows} sampled rows have {note}")
     if sample := replace(sample, notes=Counter()):
-        limit = (
-            f"; --cutoff_len is {max_length}" if sample.num_truncated or sample.num_too_long else ""
-        )
-        say(f"a sample of {sample.num_rows} rows: {sample}{limit}")
+        limit = f" at --cutoff_len {max_length}" if sample.long_rows else ""
+        say(f"a sample of {sample.num_rows} rows{limit}: {sample}")
+    if note := learned_note(batches, len(rows)):
+        say(note)
     return batches, None if eval_rows is None else held_out_examples(batches, eval_rows, say)
+
+
+def learned_note(batches: Batches, num_rows: int) -> str | None:
+    """How many of the rows an epoch has, if nothing is learned from some; else None."""
+    sample = batches.sample_report
+    if isinstance(batches.rows, Rows) and len(batches.rows) < num_rows:
+        return (
+            f"{len(batches.rows):,} of {num_rows:,} rows have something to learn; epochs, steps "
+            "and progress count these"
+        )
+    if sample.num_left_out:
+        share = sample.num_left_out / sample.num_rows
+        return (
+            f"about {share:.0%} of the {num_rows:,} rows have nothing to learn; epochs and steps "
+            "count them too"
+        )
+    return None
 
 
 def load_template(
@@ -117,20 +136,36 @@ def load_template(
 
 
 def show_samples(
-    batches: Batches, template: ChatTemplate | None, count: int, say: Callable[[str], None]
+    batches: Batches,
+    template: ChatTemplate | None,
+    count: int,
+    say: Callable[[str], None],
+    with_ids: bool = False,
 ) -> None:
-    """Print the first rows as the model reads them, supervised tokens in green."""
+    """Print the first rows as the model reads them, supervised tokens in green, and their lengths.
+
+    with_ids: print the token ids too.
+    """
     if template is None:
         return
-    for example in first_examples(batches, count):
+    for number, example in enumerate(first_examples(batches, count), start=1):
         for text in example.texts():
-            say(template.show(text.ids.tolist(), text.supervised.tolist()) + "\n")
+            ids, supervised = text.ids.tolist(), text.supervised.tolist()
+            say(template.show(ids, supervised))
+            if with_ids:
+                say(f"ids: {' '.join(map(str, ids))}")
+            say(f"(sample {number}: {len(ids)} tokens, {sum(supervised)} of them supervised)\n")
 
 
 def length_limit(options: Namespace, config: ModelConfig) -> int:
     """Longest row, or block of plain text, in tokens."""
     wanted = options.block_size if options.stage == "pt" else options.cutoff_len
     return min(wanted, config.context_length)
+
+
+def evaluation_note(options: Namespace, config: ModelConfig) -> str:
+    """The tokens that evaluation figures cover, in words. eval.py compare does not cut rows."""
+    return f" (rows cut at {length_limit(options, config)} tokens)"
 
 
 class BrokenRow(UserError):

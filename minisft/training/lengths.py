@@ -9,7 +9,7 @@ without the rows, every row is assumed to be as long as the limit. Batches are m
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ from minisft.data.sources import find_sources
 from minisft.model.config import ModelConfig
 from minisft.text.chat_template import TokenizedText
 from minisft.text.tokenizer_files import has_tokenizer
-from minisft.training.data import length_limit, load_data, load_template
+from minisft.training.data import length_limit, load_data, load_template, show_samples
 from minisft.training.run import count_rows_per_step
 from minisft.training.vocabulary import load_vocabulary
 
@@ -53,6 +53,8 @@ class Data:
     origin: str  # where the lengths come from, in words
     largest: tuple[int, int]  # (tokens with padding, supervised) of any rank's largest micro-batch
     epoch: Epoch | None = None  # None without the rows
+    spread: str = ""  # of the lengths, in words
+    report: EncodeReport = field(default_factory=EncodeReport)  # on the rows that were encoded
 
 
 def inspect_data(
@@ -74,12 +76,17 @@ def inspect_data(
         )
     tokenizer, template, origin = find_tokenizer(options, model_dir)
     batches, _ = load_data(options, tokenizer, template, config, print)
+    if options.show_samples and isinstance(template, ByteTokenizer):
+        raise UserError(f"--show_samples needs a tokenizer, and {model_dir} has none")
+    show_samples(batches, template, options.show_samples, print, options.show_ids)
     if plain_text:  # blocks, all of them full but the last
         num_blocks = batches.num_examples
         return Data(origin, longest, Epoch(num_blocks, num_blocks * limit, num_blocks, 0.0))
-    examples, note = estimate_lengths(batches, limit)
+    examples, report, note = estimate_lengths(batches, limit)
     largest, epoch = measure_batches(examples, batches, options, num_processes)
-    return Data(origin + note, largest, epoch)
+    if report.same_counts(batches.sample_report):  # load_data has printed that one
+        report = EncodeReport()
+    return Data(origin + note, largest, epoch, spread_of_lengths(examples), report)
 
 
 def find_tokenizer(options: Namespace, model_dir: Path) -> tuple[Any, Any, str]:
@@ -122,8 +129,10 @@ class ByteTokenizer:
         return [TokenizedText(ids, supervised)]
 
 
-def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Example], str]:
-    """(examples that have lengths but no content, a note on how the lengths were estimated).
+def estimate_lengths(
+    batches: batching.Batches, limit: int
+) -> tuple[list[Example], EncodeReport, str]:
+    """(examples that have lengths but no content, a report, a note on how they were estimated).
 
     Of many rows, only an evenly spread part is encoded. The length of another row is estimated from
     its bytes, and divided into texts as in the encoded row of the nearest size.
@@ -133,8 +142,11 @@ def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Exampl
     selected = evenly_spread(len(sizes), MAX_BATCHED)
     encoded = selected[evenly_spread(len(selected), MAX_ENCODED)]
     known: dict[int, list[Example]] = {}  # the examples of a row
+    report = EncodeReport()
     for row in encoded:
-        if of_row := read_and_encode(batches.rows, batches.encode, [row])[0]:
+        of_row, of_report = read_and_encode(batches.rows, batches.encode, [row])
+        report.add(of_report)
+        if of_row:
             known[row] = of_row
     if not known:
         raise UserError("no row has an answer left after truncation; raise --cutoff_len")
@@ -156,7 +168,14 @@ def estimate_lengths(batches: batching.Batches, limit: int) -> tuple[list[Exampl
             lengths = [min(limit, max(2, round(n * scale))) for n in text_lengths(example)]
             examples.append(without_content(lengths, round(sum(lengths) * supervised_share)))
     note = f"; {len(encoded):,} of {len(sizes):,} rows, the others by their size"
-    return examples, note if len(encoded) < len(sizes) else ""
+    return examples, report, note if len(encoded) < len(sizes) else ""
+
+
+def spread_of_lengths(examples: list[Example]) -> str:
+    """The shortest, the usual and the longest texts, in tokens after truncation."""
+    lengths = [length for example in examples for length in text_lengths(example)]
+    shortest, median, most, longest = np.percentile(lengths, [0, 50, 95, 100]).astype(int)
+    return f"{shortest:,} to {longest:,} tokens; median {median:,}, 95 % have at most {most:,}"
 
 
 def evenly_spread(count: int, most: int) -> np.ndarray:

@@ -21,11 +21,17 @@ from tqdm import tqdm
 
 from minisft.common import processes
 from minisft.common.outputs import atomic_write
+from minisft.common.words import duration
 from minisft.training.reports import Reports
+
+# Without a terminal, a line of progress at most this often.
+SECONDS_BETWEEN_LINES = 30
 
 
 class Progress:
     """Counts the steps, losses and tokens of a run. Only rank 0 shows and writes them.
+
+    A terminal shows a bar; a file or a pipe gets a line now and then.
 
     Tokens are all tokens of the rows, without padding. The loss and other metrics are means over
     supervised tokens, or over rows if answers are compared.
@@ -37,6 +43,7 @@ class Progress:
         path: str | Path,
         device: torch.device | str = "cpu",
         reports: Reports | None = None,
+        evaluation_note: str = "",
     ) -> None:
         self.total_steps, self.path, self.device = total_steps, Path(path), device
         self.reports = reports
@@ -44,6 +51,10 @@ class Progress:
         self.step = self.tokens = 0
         self._file: IO[str] | None = None
         self._bar = tqdm(disable=True)
+        # Where this process began: a resumed run does not begin at step 0.
+        self.first_step, self.first_tokens, self.started = 0, 0, time.monotonic()
+        self.evaluation_note = evaluation_note  # on which tokens, after the figures
+        self._next_line = -math.inf  # when a line is due, where there is no bar
         self._begin_interval()
 
     def state(self) -> dict[str, Any]:
@@ -73,8 +84,11 @@ class Progress:
         self._file = open(self.path, "a", encoding="utf-8")
         if self.reports:
             self.reports.start(self.step)
+        self.first_step, self.first_tokens = self.step, self.tokens
+        self.started = time.monotonic()
         silent = not sys.stderr.isatty()
         self._bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=silent)
+        self.say(f"metrics: {self.path}")
 
     def close(self) -> None:
         """Finish the bar and the log."""
@@ -110,15 +124,22 @@ class Progress:
             tokens=self.tokens,
             tokens_per_second=speed,
         )
-        self._bar.set_postfix_str(
-            f"{in_words(means)}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
-        )
+        text = f"{in_words(means)}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
+        self._bar.set_postfix_str(text)
+        if self._bar.disable and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            self.say(f"step {self.step} of {self.total_steps}: {text}, {self._time_left()} left")
         self._begin_interval()
+
+    def _time_left(self) -> str:
+        """The time of the steps to come, at the mean speed so far, in words."""
+        seconds_per_step = (time.monotonic() - self.started) / (self.step - self.first_step)
+        return duration((self.total_steps - self.step) * seconds_per_step)
 
     def record_evaluation(self, metrics: Mapping[str, float], seconds: float) -> None:
         """Write the means of an evaluation. Its time does not count as training time."""
         self._write(step=self.step, **{f"eval_{name}": value for name, value in metrics.items()})
-        self.say(f"step {self.step}: evaluation {in_words(metrics)}")
+        self.say(f"step {self.step}: evaluation {in_words(metrics)}{self.evaluation_note}")
         self._began += seconds
 
     def say(self, text: str) -> None:

@@ -25,10 +25,27 @@ from minisft.common.model_flags import (
     add_model_flags,
     add_template_flags,
 )
-from minisft.common.option_types import iso_date, json_object, split_names, token_list
+from minisft.common.option_types import (
+    iso_date,
+    json_object,
+    replacements,
+    split_names,
+    steps_or_none,
+    token_list,
+)
 from minisft.training.reports import chosen_services, service_names
 from minisft.training.schedule_settings import SETTINGS, check_settings
 
+EXAMPLES = """\
+  python train.py --model_name_or_path M --dataset rows.json --dry_run --show_samples 3
+  python train.py --model_name_or_path M --dataset rows.json --output_dir runs/a
+  python train.py --config runs/a/options.toml --resume_from_checkpoint auto
+"""
+COMMON = (
+    "config model_name_or_path dataset template cutoff_len show_samples dry_run finetuning_type "
+    "lora_rank num_train_epochs learning_rate per_device_train_batch_size output_dir "
+    "validation_split resume_from_checkpoint"
+)
 Add = Callable[..., Any]
 
 
@@ -37,7 +54,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
 
     arguments: the words of the command line; by default those of this process.
     """
-    parser = OptionParser(description="Fine-tune (or pre-train) a Llama-family model.")
+    description = "Fine-tune (or pre-train) a Llama-family model."
+    parser = OptionParser(EXAMPLES, COMMON, description=description)
     add, switch = add_model_flags(parser)
     add("--adapter", help="LoRA adapter to train further")
     switch(
@@ -69,6 +87,8 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     add("--validation_split", type=positive_float, help=split)
     first = "use only the first N rows of each data set, for a quick try"
     add("--max_samples", type=positive_int, help=first)
+    values = "fill in {{name}} and <your name> in the rows: name=Pebble,author=the Riverside Lab"
+    add("--replace", type=replacements, metavar="NAME=VALUE,...", help=values)
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
     workers = "processes that read and encode rows ahead of training (0: none)"
     add("--dataloader_num_workers", type=non_negative_int, default=2, help=workers)
@@ -79,8 +99,9 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     cutoff = "truncate longer rows to N tokens"
     add("--cutoff_len", type=positive_int, default=CUTOFF_LEN, help=cutoff)
     add("--block_size", type=positive_int, default=512, help="tokens of a block with --stage pt")
-    samples = "print the first N rows, supervised tokens in green"
+    samples = "print the first N rows, supervised tokens in green; --dry_run ends after them"
     add("--show_samples", type=non_negative_int, default=0, help=samples)
+    switch("--show_ids", "print the token ids of these rows too")
 
 
 def _add_tuning_flags(add: Add, switch: Add) -> None:
@@ -113,7 +134,8 @@ def _add_preference_flags(add: Add, switch: Add) -> None:
 
 def _add_optimizer_flags(add: Add, switch: Add) -> None:
     add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the rows")
-    add("--max_steps", type=positive_int, help="stop after N optimizer steps instead of epochs")
+    stop = "stop after N optimizer steps instead of epochs (-1: epochs)"
+    add("--max_steps", type=steps_or_none, metavar="N", help=stop)
     batch_size = "rows of a micro-batch"
     add("--per_device_train_batch_size", type=positive_int, default=8, help=batch_size)
     accumulation = "micro-batches of an optimizer step"
@@ -149,7 +171,8 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
 
 
 def _add_output_flags(add: Add, switch: Add) -> None:
-    add("--output_dir", required=True, help="folder for the adapter or model, log and options")
+    output = "folder for the adapter or model, log and options"
+    add("--output_dir", required=True, unless="dry_run", help=output)
     switch("--overwrite_output_dir", "write into a folder that is not empty")
     logging = "steps between lines of metrics.jsonl"
     add("--logging_steps", type=positive_int, default=10, help=logging)
@@ -174,7 +197,7 @@ def _add_output_flags(add: Add, switch: Add) -> None:
 
 
 def _add_plan_flags(add: Add, switch: Add) -> None:
-    switch("--dry_run", "print parameters, steps, memory and time; needs config.json only")
+    switch("--dry_run", "print rows, steps, memory and time, and end; needs config.json only")
     processes = "plan for N processes (default: this one, or those of torchrun)"
     add("--num_processes", type=positive_int, help=processes)
     add("--device_memory", metavar="SIZE", help="memory of each device, such as 80GB: does it fit?")
@@ -200,7 +223,7 @@ def scheduler_settings(options: Namespace) -> dict[str, Any]:
 ADAPTER_SHAPE = {"lora_rank", "lora_alpha", "lora_target", "use_rslora", "modules_to_save"}
 LORA = ADAPTER_SHAPE | {"adapter", "lora_dropout", "quantization_bit"}
 TOKENS = {"new_special_tokens", "add_tokens", "resize_vocab"}
-CONVERSATIONS = {"cutoff_len", "show_samples", *TEMPLATE_FLAGS}
+CONVERSATIONS = {"cutoff_len", "show_samples", "show_ids", *TEMPLATE_FLAGS}
 DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 PLAN = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
 ALONG_THE_WAY = {"load_best_model_at_end", "early_stopping_patience"}
@@ -227,6 +250,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         (TOKENS, options.adapter, "contradicts --adapter: merge it first (export.py --format hf)"),
         (CONVERSATIONS, stage == "pt", "belongs to conversations, not to --stage pt"),
         ({"block_size"}, stage != "pt", "belongs to --stage pt"),
+        ({"show_ids"}, not options.show_samples, "needs --show_samples"),
         ({"eval_exact_match", "mask_history"}, stage != "sft", "belongs to --stage sft"),
         (DPO, stage != "dpo", "belongs to --stage dpo"),
         ({"dpo_label_smoothing"}, options.dpo_label_smoothing >= 0.5, "must be below 0.5"),

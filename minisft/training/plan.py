@@ -20,6 +20,7 @@ from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.tensor_files import parse_size
+from minisft.common.words import duration
 from minisft.model.config import ModelConfig
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import Model
@@ -27,12 +28,14 @@ from minisft.training.build import model_on_meta, num_trainable
 from minisft.training.defaults import choose_learning_rate
 from minisft.training.lengths import Data, Epoch, inspect_data
 from minisft.training.memory import PARTS, Phase, Step, phases
-from minisft.training.operations import duration, forward_operations, training_operations
+from minisft.training.operations import forward_operations, measure_speed, training_operations
 from minisft.training.run import build_schedule, count_rows_per_step
 from minisft.training.vocabulary import planned_rows
 
 # Above this share of a device's memory, kernels and fragmentation may not fit.
 COMFORTABLE = 0.9
+# Shares of the speed of a matrix product that training on a CPU reaches, little and much.
+USUAL_SHARES = 0.15, 0.8
 
 
 def show(options: Namespace) -> None:
@@ -63,7 +66,7 @@ def show(options: Namespace) -> None:
     num_steps = print_data(options, data, num_processes)
     print_memory(phases(model, step), step, available)
     if data.epoch and num_steps:
-        print_time(options, model, data.epoch, num_steps, num_processes)
+        print_time(options, model, data.epoch, num_steps, step)
 
 
 def local_folder(name: str) -> Path:
@@ -159,7 +162,9 @@ def print_data(options: Namespace, data: Data, num_processes: int) -> int | None
         f"{rows_per_step:,} rows each ({options.per_device_train_batch_size} x "
         f"{options.gradient_accumulation_steps} x {num_processes} processes)"
     )
-    print(f"lengths     {data.origin}")
+    print(f"lengths     {': '.join(filter(None, [data.origin, data.spread]))}")
+    if data.report:
+        print(f"rows        {data.report}")
     if epoch is None:
         print(f"steps       {options.max_steps or 'not known: give --max_steps'}, {each}")
         return options.max_steps
@@ -196,10 +201,12 @@ def print_memory(points: list[Phase], step: Step, available: int | None) -> None
     print(f"fits        {verdict}: {share:.0%} of {available / 1e9:,.1f} GB")
 
 
-def print_time(
-    options: Namespace, model: Model, epoch: Epoch, num_steps: int, num_processes: int
-) -> None:
-    """Print the operations of the run, and its time at the speed that the options state."""
+def print_time(options: Namespace, model: Model, epoch: Epoch, num_steps: int, step: Step) -> None:
+    """Print the operations of the run, and its time at the speed that the options state.
+
+    Without one, the speed of this CPU is measured, and the time is a guess.
+    """
+    num_processes = step.num_processes
     rows_per_step = count_rows_per_step(options, num_processes)
     num_epochs = num_steps / build_schedule(options, epoch.num_rows, rows_per_step).steps_per_epoch
     length = epoch.num_tokens / epoch.num_texts
@@ -216,6 +223,18 @@ def print_time(
     elif options.device_tflops:
         seconds = operations / (options.device_tflops * 1e12 * num_processes)
         speed = f"{num_processes} x {options.device_tflops:,g} x 10^12 operations"
+    elif step.device == "cpu":
+        config = model.config
+        speed = measure_speed(config.hidden_size, config.intermediate_size, step.dtype)
+        # Processes on one machine share its cores.
+        most, least = (operations / (speed * share) for share in USUAL_SHARES)
+        print(
+            f"time        {duration(least)} to {duration(most)}, a guess: products reach "
+            f"{speed / 1e9:,.3g} x 10^9 operations a second here now, and training "
+            f"{USUAL_SHARES[0]:.0%} to {USUAL_SHARES[1]:.0%} of it. For a better one give "
+            "--tokens_per_second of a short run."
+        )
+        return
     else:
         print("time        not known: give --tokens_per_second, or --device_tflops")
         return

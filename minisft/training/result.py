@@ -12,14 +12,16 @@ from minisft.checkpoints.folders import (
     save_model,
     stored_dtype,
 )
+from minisft.checkpoints.model_card import write_model_card
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.saved_form import saved_text
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import checkpoint
-from minisft.training.metrics import plot_loss
+from minisft.training.metrics import plot_loss, read_metrics
 from minisft.training.run import Run
+from minisft.training.summary import run_summary
 
 
 def save_result(
@@ -41,12 +43,16 @@ def save_result(
         if processes.rank() == 0:
             tokenizer.save(output_dir, saved_text(template) if template else None)
             copy_code_files(model_dir, output_dir)
+            metrics = read_metrics(run.progress.path)
+            base = options.model_name_or_path
+            write_model_card(output_dir, vars(options), base, metrics, bool(run.lora_config))
     except (OSError, UserError) as error:
         raise UserError(
             f"{error}. Make room; --resume_from_checkpoint auto then continues from the last "
             "checkpoint."
         ) from error
     say(f"saved to {output_dir}")
+    say(run_summary(run))
     if options.plot_loss and processes.rank() == 0:
         try:
             say(f"drew {plot_loss(output_dir)}")

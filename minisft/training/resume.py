@@ -60,6 +60,7 @@ SILENT = {
     "overwrite_output_dir",
     "output_dir",
     "show_samples",
+    "show_ids",
     "plot_loss",
     "report_to",
     "run_name",

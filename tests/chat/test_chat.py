@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import ROOT, command
 from forks import Forked, run_script
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
+from minisft.chat.terminal import converse
 from minisft.generation.context import Context
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
@@ -553,3 +555,27 @@ def test_question_interrupted_by_ctrl_c_exits_130(terminal, tmp_path):
     screen.press("\x03")
     screen.wait_for("(stopped)")
     assert screen.exit_status() == 130
+
+
+class Recorder:
+    """Stands in for a Conversation: collects the questions."""
+
+    def __init__(self):
+        self.assistant, self.questions = SimpleNamespace(description="a model"), []
+
+    def ask(self, question):
+        self.questions.append(question)
+        return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_words_that_leave_a_terminal(is_terminal, monkeypatch, capsys):
+    """Alone on a line. After a space, in a sentence and through a pipe they are messages."""
+    lines = [" exit", "bye now", "Quit", "more", None]
+    lines_to_read = iter(lines)
+    monkeypatch.setattr("minisft.chat.terminal.read_line", lambda: next(lines_to_read))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: is_terminal))
+    conversation = Recorder()
+    assert converse(conversation) == 0
+    assert conversation.questions == (lines[:2] if is_terminal else lines[:-1])
+    assert ('say "Quit" to the model' in capsys.readouterr().err) == is_terminal

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.reward_models import load_reward_model
-from minisft.common.outputs import recorded_options
 from minisft.model.lora import LoraConfig, add_lora
-from minisft.text.template_choice import get_template
+from minisft.text.template_choice import get_template, trained_template
 from minisft.text.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "the cat?"}]
@@ -88,9 +87,12 @@ def test_the_template_of_the_training_is_written(format, checkpoint, adapter, tm
             script="export.py",
         )
         assert done.returncode == 0, done.stderr
-        trained = recorded_options(out)
-        assert (trained["template"], trained.get("default_system")) == expected
-        assert "seed" not in trained
+        assert not (out / "options.toml").exists()  # the run's options are in the model card
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert f"| template | {expected[0]} |" in card
+        ours = trained_template("auto", Tokenizer.load(out), out)
+        expected_text = get_template(expected[0], Tokenizer.load(checkpoint), expected[1]).text
+        assert ours.text == expected_text
         # Other programs read it from the tokenizer's files.
         theirs = transformers.AutoTokenizer.from_pretrained(out)
         ours = get_template(expected[0], Tokenizer.load(checkpoint), expected[1])
@@ -129,8 +131,13 @@ def test_template_flags(checkpoint, adapter, tmp_path):
             QUESTION, add_generation_prompt=True, return_dict=False
         ) == ours.encode_prompt(QUESTION)
     assert Tokenizer.load(again).chat_template == ours.text
-    assert recorded_options(out) == recorded_options(again)
-    assert recorded_options(out)["enable_thinking"] is False
+    for folder in (out, again):
+        assert (
+            trained_template("auto", Tokenizer.load(folder), folder).render(
+                QUESTION, add_generation_prompt=True
+            )
+            == text
+        )
 
 
 def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
@@ -214,7 +221,7 @@ def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
             assert not any(told.values()), told
             padding = [model.config.pad_token_id] * 27
             found = model(torch.tensor([texts[0], texts[1] + padding])).logits[:, 0].tolist()
-            assert recorded_options(out)["template"] == "alpaca"
+            assert "| template | alpaca |" in (out / "README.md").read_text()
             ours = load_reward_model(out)
             rewards = [ours.rewards(ours(torch.tensor([text])))[0, -1].item() for text in texts]
             assert rewards == pytest.approx(expected, abs=1e-5)

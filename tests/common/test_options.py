@@ -18,6 +18,7 @@ from minisft.common.model_flags import add_model_flags, add_template_flags, dtyp
 from minisft.common.outputs import check_output_dir, save_options
 from minisft.common.script import run_script
 from minisft.generation.assistant import Assistant
+from minisft.training.options import parse_options as train_options
 
 
 def new_parser():
@@ -125,11 +126,9 @@ def test_all_unknown_names_are_reported_at_once(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("lora_rnk = 4\nsomething = 1\nlora_rank = 2\n")
     with pytest.raises(UserError) as caught:
-        new_parser().parse_options(
-            ["--config", str(recipe), "--do_train", "--lr=3", "--names", "x"]
-        )
+        new_parser().parse_options(["--config", str(recipe), "--do_sing", "--lr=3", "--names", "x"])
     assert str(caught.value) == (
-        f"no such flag: --do_train, --lr (did you mean --learning_rate?); {recipe}: no such "
+        f"no such flag: --do_sing, --lr (did you mean --learning_rate?); {recipe}: no such "
         "option: lora_rnk (did you mean lora_rank?), something (see --help)"
     )
     with pytest.raises(UserError, match="--a, --b must be given"):
@@ -164,7 +163,11 @@ def test_bad_recipes(text, message, tmp_path):
         ([*MODEL, "--lora_rnk", "4"], "did you mean --lora_rank"),
         ([*MODEL, "--lora_r", "4"], "did you mean --lora_rank"),
         ([*MODEL, "--torch-dtype=bfloat16"], "did you mean --dtype"),
-        ([*MODEL, "--do_train"], "no such flag: --do_train .see --help.$"),
+        ([*MODEL, "--do_sing"], "no such flag: --do_sing .see --help.$"),
+        ([*MODEL, "--optim", "lion"], "--optim .minisft trains with AdamW."),
+        ([*MODEL, "--deepspeed=ds.json"], "--deepspeed .use --parallel fsdp."),
+        ([*MODEL, "--do_train", "stray"], "do_train .train.py always trains"),
+        ([*MODEL, "--ddp_timeout", "9", "stray"], "unexpected argument 'stray'"),
         ([*MODEL, "--lora_rank", "many"], "many"),
         ([*MODEL, "--dtype", "float8"], "float8"),
         ([*MODEL, "stray"], "stray"),
@@ -174,6 +177,27 @@ def test_bad_recipes(text, message, tmp_path):
 def test_bad_command_lines(arguments, message):
     with pytest.raises(UserError, match=message):
         new_parser().parse_options(arguments)
+
+
+def test_flags_of_other_programs_that_ask_for_the_usual_are_accepted(capsys):
+    words = "--do_train --remove_unused_columns False --optim=adamw_torch --ddp_timeout 180"
+    options = new_parser().parse_options([*MODEL, *words.split()])
+    assert options.model_name_or_path == MODEL[1]
+    assert capsys.readouterr().err == (
+        "no effect in minisft: --do_train, --remove_unused_columns, --optim, --ddp_timeout\n"
+    )
+
+
+def test_minus_one_step_means_epochs():
+    words = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", "o"]
+    assert train_options([*words, "--max_steps", "-1", "--report_to", "none"]).max_steps is None
+
+
+def test_looking_needs_no_output_folder():
+    words = ["--model_name_or_path", "m", "--dataset", "d"]
+    assert train_options([*words, "--dry_run", "--show_samples", "2"]).output_dir is None
+    with pytest.raises(UserError, match="--output_dir must be given"):
+        train_options(words)
 
 
 def test_record_repeats_the_run(tmp_path):

@@ -294,8 +294,12 @@ def conversation(prompt, answer):
 def test_long_rows_are_cut_and_counted():
     rows = [conversation("aa", "bb"), conversation("aa", "b" * 20), conversation("a" * 30, "b")]
     examples, report = encode_rows(rows, Letters(), cutoff_len=8)
-    assert report == EncodeReport(num_rows=3, num_truncated=2, num_dropped=1)
-    assert str(report).startswith("2 of 3 rows truncated, 1 of them dropped")
+    assert report == EncodeReport(num_rows=3, num_truncated=2, num_dropped=1, long_rows=[23, 32])
+    assert str(report) == (
+        "2 of 3 rows (67%) truncated, 1 of them dropped because no answer was left; "
+        "--cutoff_len 32 keeps 95% of the rows whole"
+    )
+    assert encode_rows(rows, Letters(), cutoff_len=32)[1].num_truncated == 0
     assert examples[0].ids[-1] == Letters.eos_token_id
     assert examples[1].ids.tolist() == [97, 97] + [98] * 6  # a cut answer has no end
 

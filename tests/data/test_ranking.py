@@ -349,10 +349,12 @@ def test_long_rows(tiny_tokenizer_dir, tmp_path):
     examples, report = encode_preferences(rows, template, 30)
     assert [example.lengths[0] <= 30 for example in examples] == [True] * 3
     assert max(example.lengths[0] for example in examples) == 30
-    assert str(report).startswith("2 of 4 rows truncated, 1 of them dropped")
+    assert str(report).startswith("2 of 4 rows (50%) truncated, 1 of them dropped")
     examples, report = encode_preferences(rows, template, 30, drop_long=True)
     assert len(examples) == 2
-    assert str(report) == "2 of 4 rows left out: longer than the limit" and report
+    assert str(report) == (
+        "2 of 4 rows left out: longer than the limit; --cutoff_len 84 keeps 95% of the rows whole"
+    )
     with pytest.raises(UserError, match="--cutoff_len"):
         batches_of_rows(rows, template, 3, encode=encode_preferences)
 
@@ -391,3 +393,18 @@ def test_answers_with_thoughts_are_reported(tiny_tokenizer_dir, tmp_path):
         rows, get_template("qwen3", tokenizer, enable_thinking=True), 10**6
     )
     assert "answers with thoughts" not in str(report)
+
+
+def test_an_epoch_counts_the_pairs_that_are_learned(tiny_tokenizer_dir, tmp_path):
+    """Pairs of equal answers are left out before training."""
+    rows = [
+        {"instruction": f"Q {n}", "output": ["yes", "yes" if n % 3 else "no"]} for n in range(9)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    rows = open_rows(str(tmp_path / "rows.json"), ranking=True)
+    template = get_template("plain", Tokenizer.load(tiny_tokenizer_dir))
+    batches = batches_of_rows(rows, template, 64, encode=encode_preferences)
+    assert len(batches.rows) == batches.num_examples == 3
+    assert batches.steps_per_epoch(2) == 2
+    steps = list(batches.steps(2, 0, 2))
+    assert [len(step) for step in steps] in ([2, 1], [1, 2])

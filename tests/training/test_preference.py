@@ -851,7 +851,11 @@ def test_equal_answers_are_left_out(stage, checkpoint):
             one.supervised, other.supervised
         )
     assert (
-        said == ["a sample of 5 rows: 2 of 5 rows left out: their answers are the same"]
+        said
+        == [
+            "a sample of 5 rows: 2 of 5 rows left out: their answers are the same",
+            "3 of 5 rows have something to learn; epochs, steps and progress count these",
+        ]
         and nothing == []
     )
     with pytest.raises(UserError, match="no row is usable: 2 of 2 rows left out: their answers"):
@@ -862,15 +866,15 @@ def test_answers_that_the_limit_makes_equal(checkpoint):
     """If a pair differs only after the limit, --stage dpo would see one text twice."""
     answers = [["yes " * 60 + "so", "yes " * 60 + "no"], ["yes", "no"]]
     examples, said = loaded(checkpoint, answers, "dpo", "--cutoff_len", "40")
-    assert len(examples) == 1 and said[0].startswith("a sample of 2 rows: 1 of 2 rows truncated")
-    assert said[0].endswith(
-        "; 1 of 2 rows left out: their answers are the same; --cutoff_len is 40"
+    assert len(examples) == 1 and said[0].startswith(
+        "a sample of 2 rows at --cutoff_len 40: 1 of 2 rows (50%) truncated"
     )
+    assert said[0].endswith("; 1 of 2 rows left out: their answers are the same")
 
 
 @pytest.mark.parametrize(
     ("stage", "kept", "told"),
-    [("dpo", 2, "1 of 2 rows truncated"), ("rm", 1, "1 of 2 rows left out: longer")],
+    [("dpo", 2, "1 of 2 rows (50%) truncated"), ("rm", 1, "1 of 2 rows left out: longer")],
 )
 def test_only_a_reward_needs_whole_conversations(stage, kept, told, checkpoint):
     """The beginning of a truncated answer can be learned, but it is not the answer that was judged.
@@ -881,4 +885,4 @@ def test_only_a_reward_needs_whole_conversations(stage, kept, told, checkpoint):
         checkpoint, [["yes", "no"], ["yes " * 60, "no"]], stage, "--cutoff_len", "40"
     )
     assert len(examples) == kept
-    assert told in said[-1] and "--cutoff_len is 40" in said[-1]
+    assert told in said[0] and "at --cutoff_len 40: " in said[0]

@@ -241,7 +241,8 @@ def test_data_by_name_by_folder_and_mixed(checkpoint, rows_file, tmp_path):
     )
     assert first.returncode == 0, first.stderr
     assert f"mixed in 8 rows of {rows_file} to 24" in first.stdout and "32 rows" in first.stdout
-    assert "epoch 1: " in first.stdout and "rows truncated" in first.stdout
+    assert "truncated, " in first.stdout and "--cutoff_len " in first.stdout
+    assert "rows have something to learn" in first.stdout and "epoch 1: " in first.stdout
     second = command(
         *shared,
         train_dir=folder,

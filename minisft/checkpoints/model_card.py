@@ -1,0 +1,134 @@
+"""The model card: README.md of an adapter or a model, with the front matter of the hub's pages.
+
+write_model_card("runs/demo", recorded_options("runs/demo"), base="examples/base", metrics=[])
+
+It says where the result comes from: base, data, template, settings and metrics. The licence is left
+to the person who publishes the model.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minisft.common.outputs import atomic_write
+
+CARD = "README.md"
+# Every card that minisft writes has this line; another README.md is never replaced.
+MARK = "<!-- written by minisft -->"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+METHODS = {
+    "sft": "supervised fine-tuning",
+    "pt": "continued pre-training",
+    "rm": "a reward model",
+    "dpo": "direct preference optimization",
+}
+# The options that decide what was learned, in the order of the card.
+SETTINGS = (
+    "finetuning_type lora_rank lora_alpha lora_dropout lora_target use_rslora modules_to_save "
+    "quantization_bit new_special_tokens add_tokens learning_rate lr_scheduler_type "
+    "lr_scheduler_kwargs warmup_ratio warmup_steps num_train_epochs max_steps "
+    "per_device_train_batch_size gradient_accumulation_steps packing cutoff_len block_size "
+    "mask_history weight_decay max_grad_norm dpo_beta dpo_label_smoothing dpo_ftx seed dtype"
+).split()
+
+
+def write_model_card(
+    output_dir: str | Path,
+    options: Mapping[str, Any],
+    base: str | Path,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    is_adapter: bool = False,
+) -> None:
+    """Write README.md, unless somebody else has written one.
+
+    options: those of the training; empty if they are not known. base: the model it began with.
+    metrics: the lines of metrics.jsonl. is_adapter: False for a complete model.
+    """
+    path = Path(output_dir) / CARD
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    stage = options.get("stage", "sft")
+    lines = ["---", *front_matter(options, str(base), is_adapter), "---", "", MARK, ""]
+    lines += [f"# {Path(output_dir).resolve().name}", ""]
+    kind = "A LoRA adapter for" if is_adapter else "Made from"
+    lines += [f"{kind} {shown_name(base)}" + (f": {METHODS[stage]}." if options else ".")]
+    if options:
+        lines += ["", "## Training", "", *settings_table(options)]
+    if rows := metrics_table(metrics):
+        lines += ["", "## Metrics", "", *rows]
+    flag = "--adapter" if is_adapter else "--model_name_or_path"
+    if stage != "rm":
+        lines += [
+            "",
+            "## Use",
+            "",
+            "```sh",
+            f"python chat.py {flag} {Path(output_dir).resolve().name}",
+            "```",
+        ]
+    with atomic_write(path) as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def front_matter(options: Mapping[str, Any], base: str, is_adapter: bool) -> list[str]:
+    """The lines of YAML that the hub reads. A string in JSON is a string in YAML too."""
+    stage = options.get("stage", "sft")
+    lines = ["# license: your choice, within the licences of the base model and the data"]
+    if HUB_ID.fullmatch(base) and not Path(base).exists():
+        lines.append(f"base_model: {json.dumps(base)}")
+    else:
+        lines.append(f"# base_model: the hub's name of {shown_name(base)}")
+    lines.append(f"library_name: {'peft' if is_adapter else 'transformers'}")
+    task = "text-classification" if stage == "rm" else "text-generation"
+    lines += [f"pipeline_tag: {task}", f"tags: {json.dumps(['minisft', stage])}"]
+    if names := [name for name in data_names(options) if HUB_ID.fullmatch(name)]:
+        if hub_names := [name for name in names if not Path(name).exists()]:
+            lines.append(f"datasets: {json.dumps(hub_names)}")
+    return lines
+
+
+def data_names(options: Mapping[str, Any]) -> list[str]:
+    """The data sets of the training."""
+    names = str(options.get("dataset") or options.get("train_dir") or "").split(",")
+    if mix := options.get("mix"):
+        names.append(str(mix).rpartition(":")[0])
+    return [name.strip() for name in names if name.strip()]
+
+
+def settings_table(options: Mapping[str, Any]) -> list[str]:
+    """Data, template and settings as a table."""
+    values: dict[str, Any] = {"data": ", ".join(map(shown_name, data_names(options)))}
+    values["template"] = shown_name(options.get("template") or "")
+    values["system prompt"] = options.get("default_system")
+    values |= {name: options.get(name) for name in SETTINGS}
+    rows = [
+        f"| {name} | {_cell(value)} |"
+        for name, value in values.items()
+        if value not in (None, "", False)
+    ]
+    return ["| setting | value |", "|---|---|", *rows]
+
+
+def metrics_table(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The last loss, and the last evaluation, as a table; empty without metrics."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for row in metrics:
+        for name, value in row.items():
+            if (name == "loss" or name.startswith("eval_")) and value is not None:
+                found[name] = value, row["step"]
+    if not found:
+        return []
+    rows = [f"| {name} | {value} | {step} |" for name, (value, step) in found.items()]
+    return ["| metric | value | step |", "|---|---|---|", *rows]
+
+
+def shown_name(path: str | Path) -> str:
+    """The name of a model or a data set; of a folder elsewhere only the last part."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
+
+
+def _cell(value: Any) -> str:
+    """A value in a table: on one line, without the character that ends a cell."""
+    return " ".join(str(value).split()).replace("|", "\\|")
