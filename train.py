@@ -5,9 +5,9 @@
 
     torchrun --nproc_per_node 2 train.py ...     # the same on two GPUs or processes
 
-`fine_tune` is the whole job in order. `train` is the training loop, and `train_step` one optimizer step:
-sum the loss over the supervised tokens of all micro-batches and ranks, divide once by their number,
-clip the gradient, update the weights.
+`fine_tune` is the whole job in order. `train` is the training loop, and `train_step` one optimizer
+step: sum the loss over the supervised tokens of all micro-batches and ranks, divide once by their
+number, clip the gradient, update the weights.
 """
 
 import math

@@ -32,7 +32,7 @@ def allocate(handle: int, num_bytes: int) -> None:
     function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     if function(handle, 0, 0, num_bytes) != 0:
         number = ctypes.get_errno()
-        if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(number, os.strerror(number))
 
 

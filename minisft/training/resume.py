@@ -146,7 +146,7 @@ def save_last_checkpoint(run: Run) -> None:
     except UserError as error:
         if processes.world_size() > 1:  # the other ranks wait for this one
             raise
-        run.progress.say(f"no checkpoint of the last step: {error}")
+        processes.print_rank0(f"no checkpoint of the last step: {error.__cause__}")
     run.reserve.release()
 
 
