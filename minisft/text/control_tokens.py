@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from minisft.text.marks import Span
 from minisft.text.tokenizer import Tokenizer
 
+MAX_WORDS, MAX_KEPT = 40, 1000  # characters and texts whose ids are kept
+
 
 @dataclass(frozen=True)
 class Match:
@@ -33,6 +35,7 @@ class ControlTokens:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        self._ids_of_words: dict[tuple[str, bool], list[int]] = {}
         texts = {id: tokenizer.token_text(id) for id in tokenizer.special_ids}
         self.spellings = {id: text for id, text in texts.items() if text}
         self.ids = {text: id for id, text in self.spellings.items()}
@@ -113,4 +116,12 @@ class ControlTokens:
 
     def _run(self, text: str, start: int, end: int, after_control: bool) -> list[int]:
         prefixed = start == 0 or (after_control and self.tokenizer.prefix_after_special)
-        return self.tokenizer.encode(text[start:end], continuation=not prefixed)
+        part = text[start:end]
+        if len(part) > MAX_WORDS:
+            return self.tokenizer.encode(part, continuation=not prefixed)
+        # Probably the template's words, which are the same in every conversation.
+        if (part, prefixed) not in self._ids_of_words:
+            if len(self._ids_of_words) == MAX_KEPT:
+                self._ids_of_words.clear()
+            self._ids_of_words[part, prefixed] = self.tokenizer.encode(part, not prefixed)
+        return self._ids_of_words[part, prefixed]

@@ -85,11 +85,14 @@ def prepare(
                 f"message {number} has thoughts, and the template does not write them. "
                 "Remove them, or choose another --template"
             )
-    texts = list(texts_of([written_fields(messages), offered or []]))
+    fields = written_fields(messages)
+    texts = "".join(texts_of([fields, offered or []]))
     check_no_marks(texts)
-    fields = [value for message in written_fields(messages) for value in message.values()]
-    spells_controls = any(tokens.could_be_spelled(text) for text in texts) or any(
-        tokens.could_be_part(field) for field in fields if isinstance(field, str)
+    spells_controls = tokens.could_be_spelled(texts) or any(
+        tokens.could_be_part(value)
+        for message in fields
+        for value in message.values()
+        if isinstance(value, str)
     )
     return Conversation(messages, offered or facts.empty_tools, learned, spells_controls)
 

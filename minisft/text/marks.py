@@ -102,8 +102,7 @@ def hold_written_texts(spans: list[Span], text: str, written: Iterable[str]) -> 
     return all(text[start:end] in cores for start, end in spans)
 
 
-def check_no_marks(texts: list[str]) -> None:
-    """UserError if a message contains a mark."""
-    for text in texts:
-        if found := MARK.search(text):
-            raise UserError(f"a message contains U+{ord(found[0]):X}, which is not a character")
+def check_no_marks(texts: str) -> None:
+    """UserError if the texts of messages contain a mark."""
+    if found := MARK.search(texts):
+        raise UserError(f"a message contains U+{ord(found[0]):X}, which is not a character")
