@@ -48,6 +48,7 @@ from minisft.text.chat_template import ChatTemplate
 from minisft.training import plan, resume
 from minisft.training.build import build_model, describe_training
 from minisft.training.data import load_data, load_template, show_samples, training_steps
+from minisft.training.identity import is_finished_run
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
 from minisft.training.objective import NextToken, Objective, mean_metrics, perplexity
@@ -78,7 +79,7 @@ def main(options: Namespace | None = None) -> None:
     inputs = options.model_name_or_path, options.adapter
     output_dir = check_output_dir(options.output_dir, may_exist, *inputs)
     device = processes.start(resolve_device(options.device), options.parallel)
-    if resume.is_finished_run(options):
+    if is_finished_run(options):
         say(f"{output_dir} holds the finished run. Nothing to do; raise --max_steps to go on.")
     else:
         with single_writer(output_dir, True) if processes.rank() == 0 else nullcontext():

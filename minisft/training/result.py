@@ -17,6 +17,7 @@ from minisft.text.chat_template import ChatTemplate
 from minisft.text.saved_form import saved_text
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import checkpoint, resume
+from minisft.training.identity import result_record
 from minisft.training.metrics import plot_loss
 from minisft.training.new_result import new_result
 from minisft.training.run import Run
@@ -36,7 +37,7 @@ def save_result(
     resume.save_last_checkpoint(run)
     if options.load_best_model_at_end and run.best.step:
         load_best(run)
-    with new_result(output_dir, resume.result_record(run)) as folder:
+    with new_result(output_dir, result_record(options, run.progress.step)) as folder:
         if run.lora_config:
             save_adapter(run.model, folder, run.lora_config, options.model_name_or_path)
         else:

@@ -5,7 +5,6 @@ saved = load_saved_run(options, batches, say)       # None if there is nothing t
 restore(run, saved)
 """
 
-import json
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Generator
@@ -29,46 +28,11 @@ from minisft.data.workers import WorkerKilled
 from minisft.text.tokenizer_files import FILES, has_tokenizer
 from minisft.training import checkpoint, fsdp
 from minisft.training.data import BrokenRow
-from minisft.training.new_result import read_record, remove_record
+from minisft.training.identity import IDENTITY, SILENT, is_finished_run
+from minisft.training.new_result import remove_record
 from minisft.training.reference import LogProbs, saved_log_probs
 from minisft.training.run import Best, Run, count_rows_per_step
 
-# Options that decide which rows are trained on and what is trained. They cannot change on resume.
-IDENTITY = (
-    "seed",
-    "stage",
-    "template",
-    "default_system",
-    "template_kwargs",
-    "enable_thinking",
-    "mask_history",
-    "cutoff_len",
-    "block_size",
-    "max_samples",
-    "validation_split",
-    "finetuning_type",
-    "lora_rank",
-    "lora_alpha",
-    "lora_target",
-    "use_rslora",
-    "modules_to_save",
-    "new_special_tokens",
-    "add_tokens",
-    "resize_vocab",
-    "quantization_bit",
-)
-# Options that may change on resume without a warning.
-SILENT = {
-    "config",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "output_dir",
-    "show_samples",
-    "plot_loss",
-    "report_to",
-    "run_name",
-    "template_date",
-}
 # Bytes of configs, random states and the log, about.
 SMALL_FILES = 2**16
 # Folder in the checkpoint of a sharded model: the optimizer state, written by all ranks.
@@ -108,25 +72,6 @@ def can_resume(options: Namespace) -> bool:
             "Choose another folder, or add --overwrite_output_dir to start again."
         )
     return (output_dir / "options.toml").exists()
-
-
-def is_finished_run(options: Namespace) -> bool:
-    """True if --resume_from_checkpoint is auto and --output_dir holds the result of these steps."""
-    record = read_record(Path(options.output_dir))
-    is_same = record.get("options") == _options_of_result(options)
-    return options.resume_from_checkpoint == "auto" and is_same
-
-
-def result_record(run: Run) -> dict[str, Any]:
-    """The content of complete.json, besides the files."""
-    return {"step": run.progress.step, "options": _options_of_result(run.options)}
-
-
-def _options_of_result(options: Namespace) -> dict[str, Any]:
-    """The options that cannot change on resume, and those that decide where the run ends."""
-    names = (*IDENTITY, "max_steps", "num_train_epochs")
-    values = {name: getattr(options, name) for name in names}
-    return json.loads(json.dumps(values))  # as it is read from the file
 
 
 # Save
