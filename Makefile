@@ -3,6 +3,8 @@
 # make fast: the tests to run after every change.
 # make lint, make types: ruff, the type checker.
 # make format: ruff's formatter, the line counts in the READMEs, the memory in docs/models.md.
+# make tour: run the code and the exercises of docs/tour and compare their output with the pages.
+# make tour-pages, make figures: write the source's code into these pages; draw their figures.
 # make test-avx2: run the numerical tests again as an x86 processor without AVX-512 computes.
 # make floor: demo and test with Python 3.11 and the lowest versions that the requirements allow.
 #
@@ -22,7 +24,7 @@ EXTRAS := requirements/plot.txt requirements/eval.txt requirements/web.txt requi
 TEST_REQUIREMENTS := requirements.txt $(EXTRAS) requirements/dev.txt
 WITHOUT_DEPENDENCIES := requirements/no-deps.txt
 
-.PHONY: demo test tests fast test-avx2 floor lint types format clean
+.PHONY: demo test tests fast test-avx2 floor lint types tour tour-pages figures format clean
 .DEFAULT_GOAL := demo
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -76,6 +78,17 @@ format: $(TESTING)
 	$(PYTHON) -m ruff format .
 	$(PYTHON) docs/line_counts.py
 	$(PYTHON) docs/model_memory.py
+
+# CI runs it beside make test.
+tour: $(TESTING)
+	OMP_NUM_THREADS=1 $(PYTHON) docs/tour_pages.py run
+
+tour-pages: $(TESTING)
+	$(PYTHON) docs/tour_pages.py update
+
+FIGURES := $(patsubst docs/figures/%.light.svg,%,$(wildcard docs/figures/*.light.svg))
+figures: $(TESTING)
+	for figure in $(FIGURES); do OMP_NUM_THREADS=1 $(PYTHON) -m docs.figures.$$figure || exit 1; done
 
 # Every >=X becomes ==X, and pip then finds test dependencies that accept those versions. demo runs
 # before they are installed, so that it has the packages of requirements.txt and no others. The type

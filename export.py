@@ -9,7 +9,8 @@
     gguf         a file for llama.cpp, Ollama and LM Studio, with the adapter merged
     gguf-lora    a file with the adapter alone, for llama.cpp's --lora
 
-A reward model (train.py --stage rm) becomes transformers' LlamaForSequenceClassification.
+A reward model (train.py --stage rm) becomes transformers' LlamaForSequenceClassification. For
+Baichuan2 transformers has no such class, and minisft alone reads the folder.
 """
 
 from argparse import Namespace

@@ -45,6 +45,7 @@ from minisft.common.outputs import check_output_file
 from minisft.common.single_writer import single_writer
 from minisft.model.config import ModelConfig
 from minisft.model.lora import merge_lora
+from minisft.model.packed_weights import pack_weights, packs_weights
 from minisft.model.quantized import convert_parameters
 from minisft.model.reward import Model
 from minisft.selection.ifd import IfdScorer
@@ -164,14 +165,20 @@ def build_model(
     device: torch.device,
 ) -> Model:
     """The model with its adapter, in evaluation mode."""
-    load = load_reward_model if options.mode == "reward" else load_model
-    model = load(model_dir, dtype, device, options.quantization_bit)
+    packs, bits = packs_weights(dtype, device), options.quantization_bit
+    if options.mode == "reward":
+        model = load_reward_model(model_dir, dtype, device, bits)
+    else:
+        keep_blocks = packs and adapter_dir is None and bits is None
+        model = load_model(model_dir, dtype, device, bits, keep_blocks)
     if adapter_dir:
         load_adapter(model, adapter_dir)
         if dtype == torch.float32 and not options.quantization_bit:
             # Fewer multiplications. Smaller types would round the merged weights.
             merge_lora(model)
         convert_parameters(model.eval(), dtype)
+    if packs:
+        pack_weights(model)
     return model
 
 
@@ -183,7 +190,7 @@ def score(
     writer: ScoreWriter | None,
 ) -> Counter[str]:
     """Score the pending rows. Returns {reason for no score: number of rows} of all ranks."""
-    is_on_gpu = model.model.embed_tokens.weight.is_cuda
+    is_on_gpu = next(model.parameters()).is_cuda
     batch_tokens = options.batch_tokens or (8192 if is_on_gpu else 2048)
     num_rows, reasons = len(reader.rows), Counter()
     silent = writer is None or not sys.stderr.isatty()

@@ -66,6 +66,17 @@ SHAPES = {
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     },
+    "baichuan2-13b": {
+        "model_type": "baichuan",
+        "architectures": ["BaichuanForCausalLM"],
+        "vocab_size": 125696,
+        "hidden_size": 5120,
+        "intermediate_size": 13696,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "model_max_length": 4096,
+        "alibi": True,
+    },
 }
 
 

@@ -4,11 +4,14 @@
     python bench/train.py --shape llama3-8b --device cuda --dtype bfloat16 --cutoff_len 2048 \\
         --synthetic_rows 256 --compile
     python bench/train.py ... --sides minisft packed        # what --packing gains
+    python bench/train.py --shape baichuan2-13b --num_layers 4 --synthetic_rows 8 --batch_size 1 \\
+        --cutoff_len 2048 --sides minisft rotary            # what ALiBi costs
 
 The sides train on the same rows, encoded by minisft, from the same random weights, each in a
 separate process; they take turns. Only tokens without padding count, and only the second of two
 epochs, when kernels are warm. Trainer runs with its defaults (float32, rows in random order) and at
-its best (the given type, rows grouped by length).
+its best (the given type, rows grouped by length). The side `rotary` is minisft on the same weights,
+with rotary positions in place of ALiBi.
 
 Padding is given as a share of all computed tokens. Peak memory is that of the process on a CPU, and
 of the allocator on a GPU. "Of the device" is the speed of a step's operations
@@ -19,6 +22,8 @@ product.
 import argparse
 import json
 import math
+import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -53,7 +58,7 @@ from minisft.training.operations import training_operations  # noqa: E402
 from minisft.training.options import parse_options as parse_training_options  # noqa: E402
 from train import train  # noqa: E402
 
-MINISFT_SIDES = ("minisft", "packed")
+MINISFT_SIDES = ("minisft", "packed", "rotary")
 # Token ids of a row, and which of them are supervised.
 EncodedRow = tuple[list[int], list[bool]]
 # For every step: "seconds", "tokens", "padding"; for the process: "peak".
@@ -83,15 +88,20 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     default = ["minisft", "best", "defaults"]
     parser.add_argument("--sides", nargs="+", default=default, choices=sides)
     parser.add_argument("--repeats", type=int, default=3)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if "rotary" in options.sides and not SHAPES[options.shape].get("alibi"):
+        parser.error("--sides rotary needs a --shape with ALiBi, such as baichuan2-13b")
+    return options
 
 
 def prepare(options: Namespace, folder: Path) -> list[EncodedRow]:
-    """Write the checkpoint to `folder`/model; returns the rows."""
+    """Write the checkpoint to `folder`/model, and to `folder`/rotary; returns the rows."""
     model_dir = folder / "model"
     write_checkpoint(
         model_dir, options.shape, options.num_layers, tokenizer_dir=options.tokenizer_dir
     )
+    if "rotary" in options.sides:
+        write_with_rotary(model_dir, folder / "rotary")
     if options.synthetic_rows:
         return synthetic_rows(options.shape, [options.cutoff_len] * options.synthetic_rows)
     template, rows = get_template("alpaca", Tokenizer.load(model_dir)), []
@@ -99,6 +109,19 @@ def prepare(options: Namespace, folder: Path) -> list[EncodedRow]:
         [text] = template.encode(row.messages)
         rows.append((text.ids[: options.cutoff_len], text.supervised[: options.cutoff_len]))
     return rows
+
+
+def write_with_rotary(model_dir: Path, folder: Path) -> None:
+    """The checkpoint with rotary positions in place of ALiBi: links, and another config.json."""
+    without_config = shutil.ignore_patterns("config.json")
+    shutil.copytree(model_dir, folder, ignore=without_config, copy_function=os.link)
+    content = json.loads((model_dir / "config.json").read_text()) | {"alibi": False}
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def model_dir_of(options: Namespace) -> Path:
+    """The checkpoint that a side trains."""
+    return Path(options.folder) / ("rotary" if options.side == "rotary" else "model")
 
 
 def synthetic_rows(shape: str, lengths: Sequence[int]) -> list[EncodedRow]:
@@ -114,7 +137,7 @@ def synthetic_rows(shape: str, lengths: Sequence[int]) -> list[EncodedRow]:
 def training_options(options: Namespace) -> Namespace:
     """The options of train.py for minisft's side."""
     words = flags(
-        model_name_or_path=Path(options.folder) / "model",
+        model_name_or_path=model_dir_of(options),
         dataset="-",
         template="alpaca",
         output_dir=options.folder,
@@ -264,7 +287,7 @@ def train_side(options: Namespace) -> Result:
 
     transformers.utils.logging.set_verbosity_error()
     folder, dtype = Path(options.folder), getattr(torch, options.dtype)
-    device, model_dir = torch.device(options.device), folder / "model"
+    device, model_dir = torch.device(options.device), model_dir_of(options)
     rows = json.loads((folder / "rows.json").read_text())
     forget_peak(device)  # that of the imports
     if options.side in MINISFT_SIDES:

@@ -53,7 +53,7 @@ def resumed(processes, output_dir, *more):
 
 
 def write_bases(folder, tokenizer_dir):
-    """Base models: a Llama, one with a tied embedding, and a Baichuan2 with ALiBi."""
+    """Base models: a Llama, one with a tied embedding, and a Baichuan2 of each size."""
     for name in ("plain", "tied"):
         torch.manual_seed(0)
         model = CausalLM(
@@ -65,8 +65,9 @@ def write_bases(folder, tokenizer_dir):
         save_model(model, folder / name)
         for path in tokenizer_dir.iterdir():
             shutil.copy(path, folder / name)
-    shutil.copytree(folder / "plain", folder / "baichuan")
-    baichuan.write_checkpoint(folder / "baichuan", "13B", vocab_size=300, initializer_range=0.1)
+    for size in baichuan.SIZES:
+        path = shutil.copytree(folder / "plain", folder / f"baichuan-{size}")
+        baichuan.write_checkpoint(path, size, vocab_size=300, initializer_range=0.1)
 
 
 def train_forked(folder, plan):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from minisft.checkpoints.gguf_blocks import place_blocks
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, settle_tie
 from minisft.common import processes
 from minisft.common.devices import dtype_name, move
@@ -57,14 +58,18 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     quantization_bit: int | None = None,
+    keep_blocks: bool = False,
 ) -> CausalLM:
     """The model in a checkpoint folder, frozen, on a device.
 
     dtype: by default the type of the stored embedding. quantization_bit: 4 or 8, to hold the linear
     layers of the decoder in that many bits; the embedding and the output matrix keep `dtype`.
+    keep_blocks: keep those of a GGUF file, see gguf_blocks.py; for bfloat16 on a CPU.
     UserError names tensors that are missing, unexpected or of the wrong shape.
     """
     model, stored = open_model(path, CausalLM)
+    if keep_blocks:
+        place_blocks(model, stored, dtype or stored[EMBEDDING].dtype)
     load_weights(model, stored, dtype, device, quantization_bit)
     return model.eval()
 

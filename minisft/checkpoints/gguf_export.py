@@ -41,7 +41,7 @@ from minisft.gguf.mapping import (
     is_interleaved,
     rotary_divisors,
     sampling_fields,
-    unpacked,
+    tensor_parts,
 )
 from minisft.gguf.prompts import llama_cpp_prompts
 from minisft.gguf.tensor_types import QUANTIZATIONS, tensor_type
@@ -133,7 +133,7 @@ def model_tensors(
         if module_name in scalings:
             A, B = (adapter[f"{module_name}.lora_{factor}.weight"] for factor in "AB")
             lora = A, B, scalings[module_name]
-        for part, first, last in unpacked(name, parameter.shape[0]):
+        for part, first, last in tensor_parts(name, parameter.shape[0]):
             head_dim = config.head_dim if is_interleaved(part, architecture) else None
             shape = (last - first, *parameter.shape[1:])
             tensors.append(

@@ -17,7 +17,7 @@ from minisft.checkpoints.gguf_report import Report, summarize
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, equal_tensors
 from minisft.common.errors import UserError
 from minisft.common.tensor_files import StoredTensor
-from minisft.gguf.mapping import ARCHITECTURES, gguf_name, is_interleaved, unpacked
+from minisft.gguf.mapping import ARCHITECTURES, gguf_name, is_interleaved, tensor_parts
 from minisft.gguf.tensor_types import QUANTIZATIONS
 from minisft.gguf.writer import Tensor, write_gguf
 from minisft.model.decoder import CausalLM
@@ -53,7 +53,7 @@ def export_adapter(
         A, B = (adapter[f"{name}.lora_{factor}.weight"] for factor in "AB")
         # llama.cpp multiplies by alpha / rank, also for rsLoRA, so B is scaled by the ratio.
         factor = module.scaling * A.shape[0] / lora.alpha
-        for part, first, last in unpacked(f"{name}.weight", B.shape[0]):
+        for part, first, last in tensor_parts(f"{name}.weight", B.shape[0]):
             # The rows of B are the outputs of the module, reordered like the rows of its weight.
             head_dim = model.config.head_dim if is_interleaved(part, architecture) else None
             tensors += [

@@ -9,6 +9,8 @@ The rows of an epoch are shuffled by number and dealt into windows of about a hu
 window is read, encoded, sorted by length and cut into steps, and its steps are shuffled. So only a
 window is in memory, whatever the size of the data, and any step can be rebuilt from its number.
 A step depends on the data, the seed and `rows_per_step`; never on workers, ranks or batch size.
+
+The tour explains it: docs/tour/04_batches.md.
 """
 
 import math

@@ -7,6 +7,8 @@ The chat template turns a conversation into ids and marks the answers, with the 
 each. A row is one example, or one per answer if the template needs that. Examples longer than
 `cutoff_len` are truncated; a truncated answer has no end, so the model does not learn to stop
 there. A row with no answer left is dropped and counted.
+
+The tour explains it: docs/tour/02_template.md.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -12,6 +12,8 @@ into these. A conversation is a list of
 {"role": "system" | "user" | "assistant" | "tool", "content": str}. A user message may carry
 Alpaca's "input". An assistant message may carry "tool_calls": [{"name": str, "arguments": dict}],
 its thoughts as "reasoning_content", and "weight", "train" or "mask", which say if it is learned.
+
+The tour explains it: docs/tour/01_row.md.
 """
 
 import json

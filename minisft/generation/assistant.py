@@ -37,6 +37,7 @@ from minisft.generation.sharing import Caches, Turns, share_weights
 from minisft.generation.thoughts import AnswerDecoder, decode_answer
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
+from minisft.model.packed_weights import pack_weights, packs_weights
 from minisft.model.quantized import convert_parameters
 from minisft.text.messages import without_thoughts
 from minisft.text.template_choice import trained_template
@@ -53,7 +54,8 @@ class Assistant:
     enable_thinking: ask for thoughts before answers. By default both are as in training.
     max_length: the maximum number of tokens of a conversation with its answer, by default the
     model's context length. quantization_bit: 4 or 8, to save memory. base_model: the model of this
-    checkpoint, if it is already loaded; several Assistants can share it.
+    checkpoint, if it is already loaded; several Assistants can share it. pack: bring the weights
+    into the order of the fastest kernels of a CPU, see packed_weights.py; not before `compile`.
 
     The KV caches of the last `caches.limit` conversations are kept for their next turns.
     UserError if a file is missing or does not fit the model.
@@ -69,6 +71,7 @@ class Assistant:
         max_length: int | None = None,
         quantization_bit: int | None = None,
         base_model: CausalLM | None = None,
+        pack: bool = True,
         template_kwargs: dict[str, Any] | None = None,
         enable_thinking: bool | None = None,
     ):
@@ -85,15 +88,24 @@ class Assistant:
             template_kwargs=template_kwargs,
             enable_thinking=enable_thinking,
         )
+        pack = pack and packs_weights(self.dtype, self.device)
         if base_model is None:
-            model = folders.load_model(model_dir, self.dtype, self.device, quantization_bit)
+            model = folders.load_model(
+                model_dir,
+                self.dtype,
+                self.device,
+                quantization_bit,
+                keep_blocks=pack and adapter is None and quantization_bit is None,
+            )
         else:
             model = share_weights(base_model)
         if adapter_dir:
             adapters.load_adapter(model, adapter_dir)
             # Adapters are stored in float32. Convert once, not for every token.
             convert_parameters(model.eval(), self.dtype)
-        self.model = model
+        if pack:
+            pack_weights(model)
+        self.model, self.is_packed = model, pack
         self.stop_ids = self.template.stop_token_ids(
             folders.generation_eos(model_dir, model.config)
         )
@@ -113,6 +125,8 @@ class Assistant:
     def compile(self) -> None:
         """Compile the model for `stream`. Each cache then takes the memory of max_length tokens."""
         check_compile(self.device)
+        if self.is_packed:
+            raise UserError("Assistant: to compile, load the model with pack=False.")
         self.decoder = CompiledDecoder(self.model, self.max_length)
         self.caches = Caches(self.decoder.new_cache, self.caches.limit)
 

@@ -44,9 +44,9 @@ class CompiledDecoder(nn.Module):
             )
         self.model, self.config, self.capacity = model, model.config, capacity
         self.device = model.model.embed_tokens.weight.device
-        # A table, since a compiler would compute an angle again wherever it is used.
+        # A table, since a compiler would compute a factor again wherever it is used.
         positions = torch.arange(capacity, device=self.device)
-        self.angles = model.model.angles(positions, model.model.embed_tokens.weight.dtype)
+        self.factors = model.model.factors(positions, model.model.embed_tokens.weight.dtype)
         # With this tuning, a matrix product with one row is fused with its neighbours instead of
         # left to cuBLAS. mode="reduce-overhead" would bind its graphs to the compiling thread.
         self.step = torch.compile(
@@ -101,7 +101,7 @@ class CompiledDecoder(nn.Module):
 
     def _bind_step(self, token: Tensor, position: Tensor, cache: KeyValueCache) -> partial[Tensor]:
         pairs = [pair for pair in cache.pairs if pair is not None]
-        return partial(self.step, self.model, token, position, self.angles, pairs)
+        return partial(self.step, self.model, token, position, self.factors, pairs)
 
     def _replay(self, token: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (1, V) by the CUDA graph of this cache, which is captured at first."""
@@ -131,15 +131,15 @@ class CompiledDecoder(nn.Module):
 
 
 def next_logits(
-    model: CausalLM, token: Tensor, position: Tensor, angles: tuple[Tensor, Tensor], pairs: Pairs
+    model: CausalLM, token: Tensor, position: Tensor, factors: tuple[Tensor, Tensor], pairs: Pairs
 ) -> Tensor:
     """Logits (1, V) after `token` (1, 1) at `position` (1,): CausalLM's step in fixed shapes.
 
-    angles: the rotary cos and sin (1, 1, S, d) of all positions. pairs: the keys and values of the
-    positions before; the step adds its own. Later places may hold any finite numbers.
+    factors: Decoder.factors of all S positions. pairs: the keys and values of the positions
+    before; the step adds its own. Later places may hold any finite numbers.
     """
     decoder, window = model.model, model.config.sliding_window
-    cos, sin = (part.index_select(2, position) for part in angles)
+    first, second = (table.index_select(2, position) for table in factors)
     distance = position - torch.arange(pairs[0][0].shape[2], device=token.device)  # (S,)
     visible = {"full_attention": distance >= 0}
     if window is not None:
@@ -148,7 +148,7 @@ def next_logits(
     cache = FixedCache(pairs, position)
     x = decoder.embed_tokens(token)
     for index, layer in enumerate(decoder.layers):
-        x = layer(x, cos, sin, attend[model.config.layer_types[index]], cache, index)
+        x = layer(x, (first, second), attend[model.config.layer_types[index]], cache, index)
     return model.logits(decoder.norm(x)[:, -1])
 
 

@@ -35,7 +35,7 @@ ARCHITECTURES = {
 }
 INTERLEAVED = ("llama", "smollm3", "baichuan")
 # A matrix of Baichuan2 that the file holds as three, and what other families call them.
-PACKED, UNPACKED = "W_pack", ("q_proj", "k_proj", "v_proj")
+FUSED, PARTS = "W_pack", ("q_proj", "k_proj", "v_proj")
 MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER_MODULES = {
     "input_layernorm": "attn_norm",
@@ -82,17 +82,15 @@ def checkpoint_name(name: str) -> str:
     return name if original is None else f"{prefix}{original}.{kind}"
 
 
-def unpacked(name: str, num_rows: int) -> list[tuple[str, int, int]]:
+def tensor_parts(name: str, num_rows: int) -> list[tuple[str, int, int]]:
     """The tensors that a tensor of a checkpoint becomes: [(name, first row, row after the last)].
 
     One with the same name, but three for W_pack.
     """
-    if f".{PACKED}." not in name:
+    if f".{FUSED}." not in name:
         return [(name, 0, num_rows)]
-    size = num_rows // len(UNPACKED)
-    return [
-        (name.replace(PACKED, part), k * size, (k + 1) * size) for k, part in enumerate(UNPACKED)
-    ]
+    size = num_rows // len(PARTS)
+    return [(name.replace(FUSED, part), k * size, (k + 1) * size) for k, part in enumerate(PARTS)]
 
 
 def is_interleaved(name: str, architecture: str) -> bool:

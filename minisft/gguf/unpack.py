@@ -13,8 +13,7 @@ import atexit
 import json
 import shutil
 import tempfile
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -26,9 +25,9 @@ from minisft.common.errors import UserError
 from minisft.common.json_files import write_json
 from minisft.common.tensor_files import StoredTensor
 from minisft.gguf.mapping import (
-    PACKED,
+    FUSED,
+    PARTS,
     ROTARY_DIVISORS,
-    UNPACKED,
     checkpoint_name,
     deinterleave,
     is_interleaved,
@@ -37,8 +36,11 @@ from minisft.gguf.reader import GGUFFile, read_gguf
 from minisft.gguf.tensor_types import TORCH_TYPES
 from minisft.gguf.unpack_config import config_fields
 from minisft.gguf.unpack_tokenizer import tokenizer_files
+from minisft.model.packed_weights import Blocks
 
 GGUF = "model.gguf"  # the link to the file
+# The types that can be multiplied without dequantising, and the bytes of their blocks.
+BLOCK_BYTES = {Type.Q4_0: 18, Type.Q4_1: 20, Type.Q8_0: 34}
 
 
 def unpack(path: str | Path) -> Path:
@@ -101,30 +103,29 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
             placed.shape,
             placed.start,
             placed.nbytes,
-            partial(
-                _unpack_rows,
+            BlockRows(
                 type,
                 placed.shape[1:],
                 head_dim if is_interleaved(name, architecture) else None,
             ),
         )
-    return _packed(tensors) if architecture == "baichuan" else tensors
+    return _fused(tensors) if architecture == "baichuan" else tensors
 
 
-def _packed(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _fused(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors with q_proj, k_proj and v_proj of a layer as one, W_pack."""
-    packed = dict(tensors)
+    result = dict(tensors)
     for name, query in tensors.items():
-        names = [name.replace(UNPACKED[0], part) for part in UNPACKED]
+        names = [name.replace(PARTS[0], part) for part in PARTS]
         parts = tuple(tensors[part] for part in names if part in tensors)
-        if f".{UNPACKED[0]}." not in name or len(parts) < 3 or not query.shape:
+        if f".{PARTS[0]}." not in name or len(parts) < 3 or not query.shape:
             continue
         if all(part.shape == query.shape for part in parts):
-            whole, shape = name.replace(UNPACKED[0], PACKED), (3 * query.shape[0], *query.shape[1:])
-            packed[whole] = replace(query, name=whole, shape=shape, parts=parts)
+            whole, shape = name.replace(PARTS[0], FUSED), (3 * query.shape[0], *query.shape[1:])
+            result[whole] = replace(query, name=whole, shape=shape, parts=parts)
             for part in names:
-                del packed[part]
-    return packed
+                del result[part]
+    return result
 
 
 def _check_types(file: GGUFFile) -> None:
@@ -141,16 +142,58 @@ def _check_types(file: GGUFFile) -> None:
             ) from error
 
 
-def _unpack_rows(
-    type: Type, row_shape: tuple[int, ...], head_dim: int | None, data: torch.Tensor
-) -> torch.Tensor:
-    """The rows (R, *row_shape) in a piece of the file's bytes (uint8).
+@dataclass
+class BlockRows:
+    """Unpacks rows of a tensor.
 
-    head_dim: set if the rows of each head were reordered when they were written.
+    type: of the numbers. row_shape: of one row. head_dim: set if the rows of each head were
+    reordered when they were written.
     """
-    if type in TORCH_TYPES:
-        rows = data.view(TORCH_TYPES[type])
-    else:
-        rows = torch.from_numpy(gguf.quants.dequantize(data.numpy(), type))
-    rows = rows.reshape(-1, *row_shape)
-    return deinterleave(rows, head_dim) if head_dim else rows
+
+    type: Type
+    row_shape: tuple[int, ...]
+    head_dim: int | None
+
+    def __call__(self, data: torch.Tensor) -> torch.Tensor:
+        """The rows (R, *row_shape) in a piece of the file's bytes (uint8)."""
+        if self.type in TORCH_TYPES:
+            rows = data.view(TORCH_TYPES[self.type])
+        else:
+            rows = torch.from_numpy(gguf.quants.dequantize(data.numpy(), self.type))
+        return self._in_order(rows.reshape(-1, *self.row_shape))
+
+    def blocks(self, data: torch.Tensor) -> list[Blocks]:
+        """The rows without dequantising them: one Blocks, or two whose sum they are.
+
+        A block of Q4_0 has a scale (float16) and 16 bytes: their low halves are the first 16 steps,
+        their high halves the others. Q4_1 has a minimum (float16) after the scale. Q8_0 has 32
+        bytes, from -128 to 127.
+        """
+        num_factors = 2 if self.type == Type.Q4_1 else 1
+        block = data.view(-1, BLOCK_BYTES[self.type])
+        factors = block[:, : 2 * num_factors].contiguous().view(torch.float16).float()
+        numbers, scales = block[:, 2 * num_factors :], factors[:, 0]
+        if self.type == Type.Q8_0:
+            numbers = numbers.int() ^ 128  # from 0 to 255, with the minimum -128 * scale
+            high = self._in_rows(numbers >> 4, 16 * scales, -120 * scales)
+            return [high, self._in_rows(numbers & 15, scales, -8 * scales)]
+        steps = torch.cat((numbers & 15, numbers >> 4), dim=1).int()
+        minimums = factors[:, 1] if self.type == Type.Q4_1 else -8 * scales
+        return [self._in_rows(steps, scales, minimums)]
+
+    def _in_rows(self, *blocks: torch.Tensor) -> Blocks:
+        """Blocks from the steps (blocks, 32), scales (blocks,) and minimums of all rows."""
+        num_rows = blocks[0].numel() // self.row_shape[0]
+        return Blocks(*[self._in_order(part.reshape(num_rows, -1)) for part in blocks])
+
+    def _in_order(self, rows: torch.Tensor) -> torch.Tensor:
+        return deinterleave(rows, self.head_dim) if self.head_dim else rows
+
+
+def read_blocks(stored: StoredTensor) -> list[Blocks]:
+    """A matrix of type Q4_0, Q4_1 or Q8_0, see BlockRows.blocks; [] for other tensors."""
+    rows = stored.unpack
+    if not isinstance(rows, BlockRows) or rows.type not in BLOCK_BYTES or len(stored.shape) != 2:
+        return []
+    data = replace(stored, dtype=torch.uint8, shape=(stored.nbytes,), unpack=None).read()
+    return rows.blocks(data)

@@ -5,6 +5,8 @@
 The T queries see S keys: the keys in the cache, then the keys of the same T tokens. A mask is True
 where a query may see a key. None stands for the causal mask: a query sees no key after its
 position. The letters of the shapes are explained in decoder.py.
+
+The tour explains it: docs/tour/05_model.md.
 """
 
 from collections.abc import Callable
@@ -42,15 +44,21 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None, layer: int
+        self,
+        x: Tensor,
+        factors: tuple[Tensor, Tensor],
+        attend: Attend,
+        cache: Cache | None,
+        layer: int,
     ) -> Tensor:
         """(B, T, D) from x (B, T, D).
 
-        cos, sin: the rotary angles of the T positions. attend: computes the attention from q, k
-        and v. layer: the number of this layer in the cache.
+        factors: of the T positions, here rotary cos and sin. attend: computes the attention from
+        q, k and v. layer: the number of this layer in the cache.
         """
         q, k, v = self.project(x)
         if self.is_rotary:
+            cos, sin = factors
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, d)

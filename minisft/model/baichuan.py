@@ -32,8 +32,8 @@ class FusedAttention(Attention):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T, d) from x (B, T, D)."""
         B, T, _ = x.shape
-        packed = self.W_pack(x).view(B, T, 3, self.num_heads, self.head_dim)
-        q, k, v = packed.transpose(1, 3).unbind(2)  # of (B, H, 3, T, d)
+        fused = self.W_pack(x).view(B, T, 3, self.num_heads, self.head_dim)
+        q, k, v = fused.transpose(1, 3).unbind(2)  # of (B, H, 3, T, d)
         # Autograd keeps v. A view would keep all three.
         return q, k, v.contiguous()
 
@@ -42,13 +42,19 @@ class AlibiAttention(FusedAttention):
     """FusedAttention with ALiBi in place of rotary positions. Heads are wider by ALIBI_WIDTH."""
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None, layer: int
+        self,
+        x: Tensor,
+        factors: tuple[Tensor, Tensor],
+        attend: Attend,
+        cache: Cache | None,
+        layer: int,
     ) -> Tensor:
-        """As Attention. cos and sin are the two results of alibi_factors."""
+        """As Attention. factors: the numbers to append to queries and keys."""
+        of_queries, of_keys = factors
         q, k, v = self.project(x)
         # `attend` divides by the root of the width, which has grown.
         q = q * math.sqrt(1 + ALIBI_WIDTH / self.head_dim)
-        q, k, v = append(q, cos), append(k, sin), F.pad(v, (0, ALIBI_WIDTH))
+        q, k, v = append(q, of_queries), append(k, of_keys), F.pad(v, (0, ALIBI_WIDTH))
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v)[..., : self.head_dim]

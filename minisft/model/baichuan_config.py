@@ -7,6 +7,9 @@ from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer
 from minisft.model.config_checks import rotary_values
 
+# Baichuan 1 has the same model_type, and another output matrix. Users add tokens to both.
+BAICHUAN1_CLASS, BAICHUAN1_TOKENS, BAICHUAN2_TOKENS = "BaiChuanForCausalLM", 64_000, 125_696
+
 
 def baichuan_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """The fields of Baichuan2 that its config.json implies.
@@ -14,10 +17,13 @@ def baichuan_values(content: dict[str, Any], source: str | Path) -> dict[str, An
     UserError for Baichuan 1, whose output matrix is plain, and for fields that Baichuan's own code
     does not have.
     """
-    if content.get("vocab_size") == 64000:
+    num_tokens = content.get("vocab_size")
+    is_small = is_integer(num_tokens, BAICHUAN1_TOKENS, BAICHUAN2_TOKENS - 1)
+    if is_small or BAICHUAN1_CLASS in str(content.get("architectures")):
+        reason = f"vocab_size is {num_tokens}" if is_small else f"its class is {BAICHUAN1_CLASS}"
         raise UserError(
-            f"{source}: a vocabulary of 64,000 is that of Baichuan 1, which is not supported. "
-            "Use Baichuan2."
+            f"{source}: Baichuan 1 is not supported ({reason}). Use Baichuan2, which has "
+            f"{BAICHUAN2_TOKENS:,} tokens."
         )
     num_heads, width = content.get("num_attention_heads"), content.get("hidden_size")
     plain: dict[str, Any] = {"num_key_value_heads": num_heads, "z_loss_weight": 0}

@@ -1,6 +1,8 @@
 """The two layers that all others are made of: RMSNorm and Linear.
 
 The letters of the shapes are explained in decoder.py.
+
+The tour explains it: docs/tour/05_model.md.
 """
 
 import torch

@@ -21,14 +21,14 @@ class KeyValueCache:
 
     It is an argument of `forward`. `length` is the number of tokens it holds. The tensors grow by
     doubling, so adding a token does not copy the others; places without a token hold zeros.
-    capacity: the number of tokens before the tensors have to grow. `angles` is the table of
-    fast_paths.next_angles.
+    capacity: the number of tokens before the tensors have to grow. `factors` is the table of
+    fast_paths.next_factors.
     """
 
     def __init__(self, config: ModelConfig, capacity: int = 64):
         self.length, self.capacity = 0, capacity
         self.pairs: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
-        self.angles: tuple[Tensor, Tensor] | None = None
+        self.factors: tuple[Tensor, Tensor] | None = None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, K, T, d) of a layer; returns views of all (B, K, S, d)."""

@@ -2,6 +2,8 @@
 
 config = ModelConfig.load("examples/base")
 print(config.hidden_size, config.num_hidden_layers)
+
+The tour explains it: docs/tour/05_model.md.
 """
 
 from dataclasses import dataclass, field
@@ -9,58 +11,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from minisft.common.json_files import read_json
-from minisft.model.baichuan_config import baichuan_values
-from minisft.model.config_checks import (
-    check_values,
-    refuse_unsupported,
-    rotary_values,
-    smollm3_values,
-)
-
-# The defaults of each family where config.json has no value (from transformers' config classes).
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "qkv_bias": True,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "qk_norm": True,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "smollm3": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 4,
-        "rope_theta": 2000000.0,
-        "tie_word_embeddings": True,
-    },
-    "baichuan": {"fused_qkv": True, "norm_head": True},
-}
-# Fields in which null is a value: no window, or the number that __post_init__ derives. In other
-# fields null means the family's default.
-NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
-# Fields that config.json does not set, or not in every family.
-NOT_IN_FILE = (
-    *("original", "qkv_bias", "qk_norm", "no_rope_layers"),
-    *("fused_qkv", "norm_head", "alibi"),
-)
+from minisft.model.config_values import config_values
 
 
 @dataclass
 class ModelConfig:
-    """The fields of config.json, then those that follow from the family."""
+    """The fields of config.json, then those that follow from the family (config_values.py)."""
 
     vocab_size: int
     hidden_size: int
@@ -113,32 +69,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, content: dict[str, Any], source: str | Path = "config.json") -> Self:
         """The config from the content of a config.json; source: its path, for errors."""
-        refuse_unsupported(content, list(FAMILY_DEFAULTS), source)
-        family = content["model_type"]
-        values = dict(FAMILY_DEFAULTS[family])
-        for name in cls.__dataclass_fields__:
-            is_set = name in content and (content[name] is not None or name in NULLABLE)
-            if is_set and name not in NOT_IN_FILE:
-                values[name] = content[name]
-        values.update(rotary_values({**content, **values}, source))
-        if family in ("qwen2", "qwen3") and not content.get("use_sliding_window"):
-            values["sliding_window"] = None
-            values.pop("layer_types", None)
-        if family in ("llama", "mistral", "smollm3", "baichuan"):
-            values["max_window_layers"] = 0
-            values.pop("layer_types", None)
-        if family in ("llama", "smollm3", "baichuan"):
-            values["sliding_window"] = None
-        if family == "smollm3":
-            values.update(smollm3_values(content, source))
-        if family == "baichuan":
-            values.update(baichuan_values(content, source))
-        if family == "qwen2":
-            values["attention_bias"] = False
-        check_values(values, source)
-        for name in ("num_key_value_heads", "head_dim"):
-            values[name] = values.get(name) or 0
-        return cls(**values, original=content)
+        return cls(**config_values(content, source), original=content)
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json to write: the original with the fields that may have changed."""

@@ -63,7 +63,8 @@ def refuse_unsupported(content: dict[str, Any], families: list[str], source: str
 def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """rope_theta and rope_scaling of a config.json, which has three ways to state them."""
     scaling = content.get("rope_parameters") or content.get("rope_scaling")
-    theta = content.get("rope_theta", 10000.0)
+    theta = content.get("rope_theta")
+    theta = 10000.0 if theta is None else theta
     if not scaling:
         return {"rope_theta": theta, "rope_scaling": None}
     if not isinstance(scaling, dict):
@@ -73,7 +74,8 @@ def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]
         if is_partial or isinstance(value, dict | list):
             raise UserError(f"{source}: '{name}' of the rotary positions is not supported")
     scaling = dict(scaling)
-    theta = scaling.pop("rope_theta", theta)
+    stated = scaling.pop("rope_theta", None)
+    theta = theta if stated is None else stated
     rope_type = scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise UserError(
@@ -94,13 +96,26 @@ def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]
     return {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 
+def qwen_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """The sliding window of Qwen2 and Qwen3, which has an effect with use_sliding_window only."""
+    if not content.get("use_sliding_window"):
+        return {}
+    defaults = {"sliding_window": 4096, "max_window_layers": 28}
+    names = ("sliding_window", "max_window_layers", "layer_types")
+    is_set = {name for name in names if content.get(name) is not None}
+    if "sliding_window" in content:  # null: no window
+        is_set.add("sliding_window")
+    return defaults | {name: content[name] for name in is_set}
+
+
 def smollm3_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """no_rope_layers of SmolLM3: listed, or every fourth. UserError for sliding windows."""
     if content.get("use_sliding_window"):
         raise UserError(f"{source}: use_sliding_window is not supported for smollm3")
     if "sliding_attention" in (content.get("layer_types") or []):
         raise UserError(f"{source}: layer_types with sliding_attention need use_sliding_window")
-    interval, layers = content.get("no_rope_layer_interval", 4), content.get("no_rope_layers")
+    interval, layers = content.get("no_rope_layer_interval"), content.get("no_rope_layers")
+    interval = 4 if interval is None else interval
     if not is_integer(interval, 1):
         raise UserError(
             f"{source}: no_rope_layer_interval must be a whole number of at least 1, "

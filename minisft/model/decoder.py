@@ -16,6 +16,8 @@ modules of its own, see baichuan.py. Modules have the names of a Hugging Face ch
 
 Shapes: B batch, T time (tokens of this call), S time of the keys (cache and this call), D model
 width, H query heads, K key/value heads, d width of a head, V vocabulary.
+
+The tour explains it: docs/tour/05_model.md.
 """
 
 from collections.abc import Iterator
@@ -30,7 +32,7 @@ from minisft.model.basic_layers import Linear, RMSNorm
 from minisft.model.cache import Cache, KeyValueCache
 from minisft.model.config import ModelConfig
 from minisft.model.families import build_attention, build_head, position_factors
-from minisft.model.fast_paths import linear, next_angles
+from minisft.model.fast_paths import linear, next_factors
 from minisft.model.gradient_checkpointing import recompute_in_backward
 from minisft.model.packed_attention import packed_attention, packed_positions
 
@@ -61,10 +63,15 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None, layer: int
+        self,
+        x: Tensor,
+        factors: tuple[Tensor, Tensor],
+        attend: Attend,
+        cache: Cache | None,
+        layer: int,
     ) -> Tensor:
         """(B, T, D) from x (B, T, D); for the other arguments see Attention."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, cache, layer)
+        x = x + self.self_attn(self.input_layernorm(x), factors, attend, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -107,11 +114,11 @@ class Decoder(nn.Module):
         if lengths is not None:
             positions = packed_positions(lengths, x.device)
         if positions is None:
-            cos, sin = next_angles(self.angles, self.config, T, x, cache)
+            factors = next_factors(self.factors, self.config, T, x, cache)
         else:
-            cos, sin = self.angles(positions, x.dtype)
+            factors = self.factors(positions, x.dtype)
         for index, layer in enumerate(self.layers):
-            arguments = (x, cos, sin, attend[self.config.layer_types[index]], cache, index)
+            arguments = (x, factors, attend[self.config.layer_types[index]], cache, index)
             if self.gradient_checkpointing and self.training:
                 x = recompute_in_backward(layer, *arguments)
             else:
@@ -120,8 +127,8 @@ class Decoder(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin (B or 1, 1, T, d) of positions (T,) or (B, T), or what ALiBi has."""
+    def factors(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What every layer needs of positions (T,) or (B, T): rotary cos and sin, or ALiBi's."""
         return position_factors(self.config, positions, dtype)
 
     def compile_layers(self, **options: Any) -> None:

@@ -1,6 +1,6 @@
 """Choose the parts of a model in which families differ by more than numbers.
 
-The fields of the config that decide follow from the family, see config.py.
+The fields of the config that decide follow from the family, see config_values.py.
 """
 
 import torch
@@ -31,10 +31,10 @@ def build_head(config: ModelConfig) -> Linear | NormHead:
 def position_factors(
     config: ModelConfig, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The factors of positions (T,) or (B, T) for the attention of every layer.
+    """What the attention of every layer needs of positions (T,) or (B, T).
 
-    Rotary cos and sin; with ALiBi, what it appends to queries and keys. Dimension 2 is that of the
-    positions.
+    Rotary cos and sin; with ALiBi, the numbers to append to queries and to keys. Dimension 2 is
+    that of the positions.
     """
     compute = alibi_factors if config.alibi else rotary_angles
     return compute(config, positions, dtype)

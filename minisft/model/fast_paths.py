@@ -57,25 +57,26 @@ def attend_with_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None =
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(B, H, 1, d)
 
 
-def next_angles(
+def next_factors(
     compute: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]],
     config: ModelConfig,
     T: int,
     x: Tensor,
     cache: KeyValueCache | None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotary cos and sin (1, 1, T, d) of the T positions after the cache.
+    """Decoder.factors of the T positions after the cache: rotary cos and sin, or those of ALiBi.
 
     compute(positions, dtype): the plain function. With a cache, they come from a table in it, which
-    grows by doubling. Dynamic scaling has no table, because all angles change with the length.
+    grows by doubling; dimension 2 is that of the positions. Dynamic scaling has no table, because
+    all angles change with the length.
     """
     past = 0 if cache is None else cache.length
     if cache is None or config.has_dynamic_rope:
         return compute(torch.arange(past, past + T, device=x.device), x.dtype)
-    if cache.angles is None or cache.angles[0].shape[2] < past + T:
-        cache.angles = compute(torch.arange(max(2 * (past + T), 64), device=x.device), x.dtype)
-    cos, sin = cache.angles
-    return cos[:, :, past : past + T], sin[:, :, past : past + T]
+    if cache.factors is None or cache.factors[0].shape[2] < past + T:
+        cache.factors = compute(torch.arange(max(2 * (past + T), 64), device=x.device), x.dtype)
+    first, second = cache.factors
+    return first[:, :, past : past + T], second[:, :, past : past + T]
 
 
 def _is_decoding_on_cpu(x: Tensor, weight: Tensor) -> bool:

@@ -6,6 +6,8 @@
 The loss is a sum, not a mean. The mean of an optimizer step is known only after all micro-batches
 and ranks have counted their tokens. A mean of their means would give the tokens of short batches
 more weight.
+
+The tour explains it: docs/tour/06_loss.md.
 """
 
 import torch

@@ -9,13 +9,12 @@ beside the decoder, and no output matrix. An adapter has the head among its `mod
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minisft.model.cache import KeyValueCache
-from minisft.model.class_names import class_name
+from minisft.model.class_names import reward_model_fields
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM, Decoder
 
@@ -26,9 +25,8 @@ class RewardModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         # There is no output matrix to tie the embedding to.
-        self.config = replace(
-            config, tie_word_embeddings=False, original=_reward_model_json(config)
-        )
+        content = reward_model_fields(config.to_dict())
+        self.config = replace(config, tie_word_embeddings=False, original=content)
         self.model = Decoder(self.config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -44,17 +42,6 @@ class RewardModel(nn.Module):
 
 # Either kind of model. Both have a `config`, and a Decoder called `model`.
 Model = CausalLM | RewardModel
-
-
-def _reward_model_json(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a reward model on this architecture."""
-    content = config.to_dict()
-    return {
-        **content,
-        "architectures": [class_name(config.model_type, "SequenceClassification")],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-    }
 
 
 def new_head(config: ModelConfig) -> Tensor:

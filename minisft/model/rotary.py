@@ -6,6 +6,8 @@ angle p * frequency_i, where frequency_i = theta^(-2i/d):
     (left, right) -> (left cos - right sin, right cos + left sin)
 
 The product of a query and a key then depends only on the distance of their positions.
+
+The tour explains it: docs/tour/05_model.md.
 """
 
 import torch

@@ -113,7 +113,7 @@ class IfdScorer:
     @torch.inference_mode()
     def compute(self, model: CausalLM, passes: Sequence[Pass]) -> list[PassResult]:
         """Run a batch of passes. Logits are computed only where the next token's loss counts."""
-        device = model.model.embed_tokens.weight.device
+        device = next(model.parameters()).device
         examples = [Example(item.ids, item.is_answer) for item in passes]
         tokens, is_answer, *_ = collate(examples, device)  # both (B, T)
         lengths = torch.tensor(

@@ -18,6 +18,8 @@ Where every text also begins the next prompt, all answers share one example. Whe
 in use.
 
 Prompt and answer are tokenised separately, so a prompt has the same ids in training and in use.
+
+The tour explains it: docs/tour/02_template.md.
 """
 
 from collections.abc import Sequence

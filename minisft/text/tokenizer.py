@@ -13,6 +13,8 @@ wherever a text spells them, as in pre-training, in transformers and in sentence
 Leading space. SentencePiece tokenizers of the Llama kind add a space before a text. Its first word
 then gets the same token as in the middle of a sentence. Text that continues a line must not get the
 space: `encode(text, continuation=True)`.
+
+The tour explains it: docs/tour/03_tokens.md.
 """
 
 import codecs

@@ -5,6 +5,8 @@
 An objective returns sums, not means. The mean of an optimizer step is known only after all of its
 micro-batches, on all ranks, have counted their tokens; averaging the means of micro-batches would
 give tokens in short batches more weight.
+
+The tour explains it: docs/tour/06_loss.md.
 """
 
 import math

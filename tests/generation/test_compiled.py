@@ -48,11 +48,11 @@ def test_step_equals_the_logits_of_the_model(fields):
     fixed.truncate(0)
     for cache in (growing, fixed):
         model(tokens[:, :4], cache=cache)
-    angles = model.model.angles(torch.arange(32), torch.float32)
+    factors = model.model.factors(torch.arange(32), torch.float32)
     for place in range(4, 20):
         token = tokens[:, place : place + 1]
         expected = model.logits(model(token, cache=growing)[:, -1])
-        found = next_logits(model, token, torch.tensor([place]), angles, fixed.pairs)
+        found = next_logits(model, token, torch.tensor([place]), factors, fixed.pairs)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for theirs, ours in zip(growing.pairs, fixed.pairs, strict=True):
         for one, other in zip(theirs, ours, strict=True):

@@ -7,9 +7,11 @@ import peft
 import pytest
 import torch
 from baichuan import SIZES, SMALL, as_llama, published_code, published_model, write_checkpoint
+from transformers import AutoModelForSequenceClassification
 
 from minisft.checkpoints.adapters import load_adapter
-from minisft.checkpoints.folders import load_model
+from minisft.checkpoints.folders import load_model, save_model
+from minisft.checkpoints.reward_models import load_reward_model
 from minisft.common.errors import UserError
 from minisft.generation.compiled import next_logits
 from minisft.generation.generate import generate
@@ -62,7 +64,7 @@ def test_the_comparison_can_fail(part, shared_data, tmp_path):
         ours.lm_head.weight = load_model(folder).lm_head.weight
     else:
         queries, keys = alibi_factors(ours.config, torch.arange(24), torch.float32)
-        ours.model.angles = lambda *_: (queries.flip(1), keys)
+        ours.model.factors = lambda *_: (queries.flip(1), keys)
     tokens = random_tokens(1, 24)
     assert (logits(ours, tokens) - theirs(tokens).logits).abs().max() > 0.1
 
@@ -160,19 +162,19 @@ def test_padded_batch_equals_single_prompts(folder, sampling):
 @torch.inference_mode()
 def test_the_step_that_is_compiled(folder):
     model, tokens = load_model(folder), random_tokens(1, 20)
-    fixed, angles = (
+    fixed, factors = (
         KeyValueCache(model.config, 32),
-        model.model.angles(torch.arange(32), torch.float32),
+        model.model.factors(torch.arange(32), torch.float32),
     )
     model(tokens[:, :4], cache=fixed)
     for place in range(4, 20):
         expected = logits(model, tokens[:, : place + 1])[:, -1]
         token, position = tokens[:, place : place + 1], torch.tensor([place])
-        found = next_logits(model, token, position, angles, fixed.pairs)
+        found = next_logits(model, token, position, factors, fixed.pairs)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-def test_lora_adapts_the_packed_matrix(folder):
+def test_lora_adapts_the_fused_matrix(folder):
     """`all` are the linear layers of this model; peft agrees for the name W_pack."""
     model = load_model(folder)
     add_lora(model, LoraConfig(rank=2))
@@ -218,6 +220,21 @@ def test_quantised_base(folder, bits):
     torch.testing.assert_close(logits(model, tokens), before, rtol=0, atol=2e-5)
 
 
+@torch.no_grad()
+def test_reward_model(tmp_path):
+    """No library has a class for it: config.json names none, and transformers refuses it."""
+    folder, tokens = write_checkpoint(tmp_path / "7B", "7B"), random_tokens(2, 24)
+    ours = load_reward_model(folder)
+    save_model(ours, tmp_path / "judge")
+    content = json.loads((tmp_path / "judge" / "config.json").read_text())
+    assert content["architectures"] == [] and "auto_map" not in content
+    with pytest.raises(ValueError, match="baichuan"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    again, states = load_reward_model(tmp_path / "judge"), as_llama(folder).model(tokens)[0]
+    expected = states @ ours.score.weight[0]
+    torch.testing.assert_close(again.rewards(again(tokens)), expected, rtol=0, atol=1e-5)
+
+
 def test_which_size_a_config_is(shared_data):
     published = json.loads((shared_data / "configs/Baichuan2-7B-Chat/config.json").read_text())
     assert not ModelConfig.from_dict(published).alibi
@@ -235,6 +252,11 @@ def test_which_size_a_config_is(shared_data):
     ("change", "message"),
     [
         ({"vocab_size": 64000}, "Baichuan 1"),
+        ({"vocab_size": 64001}, "Baichuan 1"),  # with a token added
+        ({"architectures": ["BaiChuanForCausalLM"]}, "Baichuan 1"),  # of Baichuan-7B
+        ({"architectures": 5, "vocab_size": 0}, "vocab_size"),
+        ({"norm_head": False}, "norm_head"),
+        ({"fused_qkv": False}, "fused_qkv"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"num_key_value_heads": 2}, "num_key_value_heads"),
         ({"head_dim": 16}, "head_dim"),

@@ -4,18 +4,23 @@ If a new version of transformers adds a field, this test fails until the field i
 Baichuan2 has no config class in transformers; see test_baichuan.py.
 """
 
+import re
 from dataclasses import fields
+from importlib import import_module
+from inspect import getsource
 
 import pytest
 import torch
 import transformers
 from families import LLAMA3_ROPE
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_rope_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from minisft.common.errors import UserError
 from minisft.model.class_names import class_name
-from minisft.model.config import FAMILY_DEFAULTS, ModelConfig
+from minisft.model.config import ModelConfig
+from minisft.model.config_checks import ROPE_NUMBERS
+from minisft.model.config_values import FAMILY_DEFAULTS
 from minisft.model.decoder import CausalLM
 
 FAMILIES = [family for family in FAMILY_DEFAULTS if family in CONFIG_MAPPING]
@@ -141,6 +146,53 @@ def test_every_field_is_used_harmless_or_refused(family):
     for name in sorted(names & refused.keys()):
         with pytest.raises(UserError, match=name):
             ModelConfig.from_dict({**content, name: refused[name]})
+
+
+def names_read(module, owner):
+    """The attributes and keys of a variable that a module of transformers reads."""
+    dotted, quoted = rf"\b{owner}\.(\w+)", rf"""\b{owner}(?:\.get\(|\[|, )\s*["'](\w+)"""
+    return {name for match in (dotted, quoted) for name in re.findall(match, getsource(module))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_the_code_of_transformers_reads_is_known(family):
+    """Also a field that the config class does not declare, such as one behind getattr."""
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    read = names_read(module, "config")
+    assert {"hidden_size", "head_dim", "rope_parameters"} < read
+    known = set().union(*tables(family)) | {"_attn_implementation"}  # how, not what
+    assert read - known == set(), "transformers reads these: use them, or refuse them"
+
+
+def test_all_numbers_of_rotary_scaling_are_known():
+    read = names_read(modeling_rope_utils, "rope_parameters(?:_dict)?")
+    read |= names_read(modeling_rope_utils, "rope_params(?:_dict)?")
+    assert {"factor", "low_freq_factor", "beta_fast"} < read
+    longrope, methods = {"long_factor", "short_factor"}, {"get", "items", "keys", "values"}
+    methods |= {"setdefault", "pop", "copy", "update", "ignore_keys_at_rope_validation"}
+    known = {*ROPE_NUMBERS, "rope_theta", "rope_type", "type", "truncate", "partial_rotary_factor"}
+    assert read - known - longrope - methods == set(), "numbers of rotary scaling that we ignore"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["alibi", "norm_head", "fused_qkv", "qkv_bias", "qk_norm"])
+def test_what_a_family_implies_cannot_be_changed(family, name):
+    content = {**SMALL, "model_type": family}
+    implied = getattr(ModelConfig.from_dict(content), name)
+    assert getattr(ModelConfig.from_dict({**content, name: implied}), name) == implied
+    with pytest.raises(UserError, match=f"{name} must be {str(implied).lower()}"):
+        ModelConfig.from_dict({**content, name: not implied})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_null_means_the_default(family):
+    """Where transformers has null as missing, or fails."""
+    content = {**SMALL, "model_type": family}
+    expected = vars(ModelConfig.from_dict(content)) | {"original": None}
+    nullable = {"sliding_window", "head_dim", "num_key_value_heads"}
+    for name in (field_names(family) - SMALL.keys() - nullable) | {"rope_theta", "rope_scaling"}:
+        found = vars(ModelConfig.from_dict({**content, name: None})) | {"original": None}
+        assert found == expected, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

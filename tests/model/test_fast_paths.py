@@ -14,7 +14,7 @@ from minisft.model.fast_paths import (
     attend_with_one_query,
     linear,
     linear_by_onednn,
-    next_angles,
+    next_factors,
     rms_norm,
     rms_norm_by_product,
 )
@@ -86,18 +86,18 @@ def test_attention_with_one_query(masked):
     torch.testing.assert_close(actual, expected)
 
 
-def test_angles_from_the_table_of_a_cache():
-    """Angles for any number of steps: the table grows, and earlier angles stay."""
+def test_factors_from_the_table_of_a_cache():
+    """Rotary factors for any number of steps: the table grows, and earlier ones stay."""
     model = CausalLM(ModelConfig.from_dict(CONFIG)).model
     cache, x = KeyValueCache(model.config), torch.zeros(1, 1, 32)
     for T in (5, 1, 1, 100, 1):
         positions = torch.arange(cache.length, cache.length + T)
-        expected = model.angles(positions, torch.float32)
-        torch.testing.assert_close(next_angles(model.angles, model.config, T, x, cache), expected)
+        expected = model.factors(positions, torch.float32)
+        torch.testing.assert_close(next_factors(model.factors, model.config, T, x, cache), expected)
         cache.length += T
     torch.testing.assert_close(
-        next_angles(model.angles, model.config, 3, x, None),
-        model.angles(torch.arange(3), torch.float32),
+        next_factors(model.factors, model.config, 3, x, None),
+        model.factors(torch.arange(3), torch.float32),
     )
 
 

@@ -208,11 +208,11 @@ def test_texts_in_packed_blocks_have_the_losses_they_have_alone(monkeypatch):
     blocks, _ = encode_texts(texts, letters, block_size=24, packing=True)
     assert max(len(block.lengths) for block in blocks) > 2  # several texts
     assert any(block.lengths == [24] for block in blocks)  # the middle of a long one
-    angles = model.model.angles
+    factors = model.model.factors
     monkeypatch.setattr(
         model.model,
-        "angles",
-        lambda positions, dtype: seen.append(positions) or angles(positions, dtype),
+        "factors",
+        lambda positions, dtype: seen.append(positions) or factors(positions, dtype),
     )
     tokens, supervised, lengths = pack(blocks)
     states = model(tokens, lengths=lengths)[0, :-1][supervised[0, 1:]]

@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, as_flags
 
-from minisft.model.config import FAMILY_DEFAULTS, ModelConfig
+from minisft.model.config import ModelConfig
+from minisft.model.config_values import FAMILY_DEFAULTS
 from minisft.training import plan
 from minisft.training.options import parse_options
 
@@ -16,7 +17,7 @@ import line_counts  # noqa: E402
 import model_memory  # noqa: E402
 
 README, CHINESE = line_counts.READMES
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def linked_files(page):

@@ -56,13 +56,15 @@ SHORT = {
         "full",
         "--train_from_scratch",
     ],
-    "baichuan": [
-        "--model_name_or_path",
-        "baichuan",
-        "--finetuning_type",
-        "full",
-        "--packing",
+    "baichuan 7B": [
+        *("--model_name_or_path", "baichuan-7B", "--finetuning_type", "full"),
+        "--gradient_checkpointing",
     ],
+    "baichuan 7B, lora": ["--model_name_or_path", "baichuan-7B", "--modules_to_save", "lm_head"],
+    "baichuan 13B": [
+        *("--model_name_or_path", "baichuan-13B", "--finetuning_type", "full", "--packing"),
+    ],
+    "baichuan 13B, lora": ["--model_name_or_path", "baichuan-13B", "--lora_target", "W_pack"],
     "new tokens": ["--model_name_or_path", "tied", "--new_special_tokens", ",".join(NEW)],
     "new tokens, full": [
         *("--model_name_or_path", "tied", "--finetuning_type", "full"),

@@ -67,6 +67,12 @@ SHORT = {
     "dpo adapter": as_flags(model_name_or_path="plain", stage="dpo", adapter="dpo lora/2"),
     "rm adapter": as_flags(model_name_or_path="plain", stage="rm", adapter="rm lora/2"),
     "rm again": as_flags(model_name_or_path="rm full/2", stage="rm", lora_rank=2),
+    "dpo baichuan": as_flags(
+        model_name_or_path="baichuan-7B", stage="dpo", finetuning_type="full", dpo_ftx=0.5
+    ),
+    "dpo baichuan, lora": as_flags(
+        model_name_or_path="baichuan-13B", stage="dpo", modules_to_save="lm_head"
+    ),
     "dpo bfloat16": as_flags(
         model_name_or_path="plain", stage="dpo", finetuning_type="full", dtype="bfloat16"
     ),

@@ -105,11 +105,8 @@ def test_planned_activations_of_a_layer_are_what_autograd_keeps(
         return tensor
 
     def begin(_, arguments):
-        known.update(
-            one.untyped_storage().data_ptr()
-            for one in arguments[1:]
-            if isinstance(one, torch.Tensor)
-        )  # the angles, which all layers share
+        _, factors, *_ = arguments  # all layers share them
+        known.update(one.untyped_storage().data_ptr() for one in factors)
         hooks.__enter__()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

@@ -1,0 +1,207 @@
+"""Weights in the order in which the fastest kernel of a CPU reads them.
+
+    model = load_model(folder, torch.bfloat16)
+    if packs_weights(torch.bfloat16, "cpu"):
+        pack_weights(model)     # in place, for use and not for training
+
+A decoding step multiplies every matrix with one row, so its time is that of reading the weights.
+F.linear in bfloat16 brings a matrix into oneDNN's order at every call, and that takes as long as
+the multiplication. For 8 and 4 bits torch has products that read the packed numbers:
+
+    layer              product                                              bytes a weight
+    PackedLinear       oneDNN, with the weight in oneDNN's order            2
+    Int8Linear         _weight_int8pack_mm, for rows with a scale           1
+    Int4Linear         _weight_int4pack_mm_for_cpu, for Blocks              0.63
+    Int4PairLinear     the same twice: 8 bits in blocks                     1.25
+
+All compute in bfloat16. Other number types, and processors that do not multiply bfloat16, keep the
+layers that they have.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minisft.model.basic_layers import Linear
+from minisft.model.quantized import QuantizedLinear
+
+BLOCK = 32  # weights of a row that share a scale in GGUF's Q4_0 and Q4_1
+ROWS_TOGETHER = 16  # the kernel for 4 bits needs a multiple of it
+# Above so many rows, F.linear with the dequantised weight is faster.
+MANY_ROWS = 128
+
+
+def packs_weights(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """True if there are kernels for packed weights: bfloat16 on a CPU that multiplies it."""
+    return (
+        torch.device(device).type == "cpu"
+        and dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+@torch.no_grad()
+def pack_weights(*models: nn.Module) -> None:
+    """Pack the linear layers of models where packs_weights is true. In place.
+
+    Models that share weights share them afterwards, too. One layer after the other is packed, so
+    memory holds the weights once.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}  # by the address of the weight
+    for model in models:
+        for name, module in model.named_modules():
+            if (weight := packable_weight(name, module)) is not None:
+                places.setdefault(weight.data_ptr(), []).append((model, name))
+    for same in places.values():
+        model, name = same[0]
+        module = model.get_submodule(name)
+        assert isinstance(module, (nn.Linear, QuantizedLinear))
+        is_quantized = isinstance(module, QuantizedLinear)
+        packed = Int8Linear(module) if is_quantized else PackedLinear(module)
+        for model, name in same:
+            model.set_submodule(name, packed)
+
+
+def packable_weight(name: str, module: nn.Module) -> Tensor | None:
+    """The weight of a layer that can be packed: 8 bits or bfloat16, and not a small one of LoRA."""
+    if type(module) is QuantizedLinear and module.bits == 8:
+        return module.steps
+    if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, Linear):
+        return None
+    return module.weight if module.weight.dtype == torch.bfloat16 and ".lora_" not in name else None
+
+
+class PackedLinear(QuantizedLinear):
+    """A frozen linear layer in bfloat16 with its weight in oneDNN's order."""
+
+    packed: Tensor
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bits = 16
+        self.register_parameter("bias", linear.bias)
+        # oneDNN chooses the order for a number of rows; that for one row suits others, too.
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.register_buffer("packed", packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., out_features) from x (..., in_features)."""
+        if not x.numel() or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) as `dtype`."""
+        return self.packed.to_dense().to(dtype)
+
+
+class Int8Linear(QuantizedLinear):
+    """A QuantizedLinear of 8 bits that multiplies a few rows without dequantising."""
+
+    row_scales: Tensor
+
+    def __init__(self, layer: QuantizedLinear):
+        super().__init__(layer.in_features, layer.out_features, 8, layer.bias)
+        self.steps, self.largest = layer.steps, layer.largest
+        self.register_buffer("row_scales", (layer.largest / 127).bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., out_features) from x (..., in_features)."""
+        if not takes_kernel(x):
+            return super().forward(x)
+        rows = x.reshape(-1, self.in_features)
+        y = torch._weight_int8pack_mm(rows, self.steps, self.row_scales)
+        return with_bias(y.view(*x.shape[:-1], self.out_features), self.bias)
+
+
+class Blocks(NamedTuple):
+    """A matrix (out, in) in blocks of 32 numbers of a row: scale * step + minimum."""
+
+    steps: Tensor  # (out, in) int32 from 0 to 15
+    scales: Tensor  # (out, in / 32) float32
+    minimums: Tensor  # (out, in / 32) float32
+
+
+class Int4Linear(QuantizedLinear):
+    """A frozen linear layer with its weight in Blocks."""
+
+    factors: Tensor
+    packed: Tensor
+
+    def __init__(self, blocks: Blocks, bias: nn.Parameter | None = None):
+        steps, scales, minimums = blocks
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = steps.shape
+        self.bits, self.bias = 4, bias
+        # The kernel's steps are from -8 to 7.
+        factors = torch.stack((scales, minimums + 8 * scales), dim=-1).transpose(0, 1)
+        self.register_buffer("factors", factors.bfloat16().contiguous())  # (in / 32, out, 2)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, 1)
+        self.register_buffer("packed", packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., out_features) from x (..., in_features)."""
+        if not takes_kernel(x):
+            return super().forward(x)
+        y = self._multiply(x.reshape(-1, self.in_features))
+        return with_bias(y.view(*x.shape[:-1], self.out_features), self.bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) as `dtype`."""
+        return self._multiply(torch.eye(self.in_features, dtype=torch.bfloat16)).T.to(dtype)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, BLOCK, self.factors)
+
+
+class Int4PairLinear(QuantizedLinear):
+    """A frozen linear layer with 8 bits a weight in blocks: the sum of two Int4Linear.
+
+    torch's product for 8 bits has a scale for a row, not for a block.
+    """
+
+    def __init__(self, high: Blocks, low: Blocks, bias: nn.Parameter | None = None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = high.steps.shape
+        self.bits, self.bias = 8, bias
+        self.high, self.low = Int4Linear(high), Int4Linear(low)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., out_features) from x (..., in_features)."""
+        if not takes_kernel(x):
+            return super().forward(x)
+        return with_bias(self.high(x) + self.low(x), self.bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) as `dtype`."""
+        return self.high.dequantized(dtype) + self.low.dequantized(dtype)
+
+
+class StoredEmbedding(nn.Module):
+    """An embedding whose rows stay in their file until they are needed.
+
+    read_rows: the rows (T, D) of ids (T,).
+    """
+
+    def __init__(self, read_rows: Callable[[Tensor], Tensor], dtype: torch.dtype):
+        super().__init__()
+        self.read_rows, self.dtype = read_rows, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) from tokens (B, T)."""
+        return self.read_rows(tokens.flatten()).to(self.dtype).view(*tokens.shape, -1)
+
+
+def takes_kernel(x: Tensor) -> bool:
+    """True for bfloat16 x (..., in) of a few rows, without a gradient."""
+    num_rows = x.numel() // x.shape[-1]
+    return 0 < num_rows <= MANY_ROWS and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+
+def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """y (..., out) + bias (out,), if there is one."""
+    return y if bias is None else y + bias

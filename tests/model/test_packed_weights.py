@@ -1,0 +1,184 @@
+"""packed_weights.py and gguf_blocks.py: packed products equal those of the weights behind them."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CONFIG
+from gguf import GGMLQuantizationType as Type
+from gguf_models import FAMILIES, save
+from torch import nn
+
+from minisft.checkpoints import hub
+from minisft.checkpoints.adapters import load_adapter, save_adapter
+from minisft.checkpoints.folders import load_model
+from minisft.checkpoints.gguf_export import export_model
+from minisft.common.errors import UserError
+from minisft.generation.assistant import Assistant
+from minisft.generation.sampling import Sampling
+from minisft.generation.sharing import share_weights
+from minisft.gguf.unpack import BlockRows
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
+from minisft.model.lora import LoraConfig, LoRALinear, add_lora
+from minisft.model.packed_weights import (
+    Int4Linear,
+    Int4PairLinear,
+    Int8Linear,
+    PackedLinear,
+    StoredEmbedding,
+    pack_weights,
+    packs_weights,
+)
+from minisft.model.quantized import QuantizedLinear
+
+needs_kernels = pytest.mark.skipif(
+    not packs_weights(torch.bfloat16, "cpu"), reason="this processor does not multiply bfloat16"
+)
+ROUNDING = 2**-8  # of bfloat16
+
+
+def random_blocks(type, out_features, in_features):
+    """(the layer of blocks, the weight that the gguf package reads from them)."""
+    weight = np.random.default_rng(0).normal(0, 0.1, (out_features, in_features))
+    data = gguf.quants.quantize(weight.astype(np.float32), type)
+    blocks = BlockRows(type, (in_features,), None).blocks(torch.from_numpy(data.reshape(-1)))
+    layer = Int4Linear(*blocks) if len(blocks) == 1 else Int4PairLinear(*blocks)
+    return layer, torch.from_numpy(gguf.quants.dequantize(data, type))
+
+
+def check_product(layer, weight, bias, num_rows):
+    """The layer's product, for x of one and more dimensions, equals that of the weight."""
+    torch.manual_seed(num_rows)
+    x = torch.randn(num_rows, weight.shape[1]).bfloat16()
+    with torch.inference_mode():
+        found = layer(x)
+        together = layer(x[None])
+    assert found.dtype == torch.bfloat16 and found.shape == (num_rows, len(weight))
+    assert torch.equal(together[0], found)
+    expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    largest = (x.float().abs() @ weight.float().abs().T).amax() if num_rows else 0
+    assert ((found.float() - expected).abs() <= ROUNDING * largest).all()
+    # A sum of 96 products is known to a few roundings of itself.
+    if num_rows:
+        assert (found.float() - expected).norm() <= 2 * ROUNDING * expected.norm()
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_rows", [0, 1, 8, 200])
+@pytest.mark.parametrize("type", [Type.Q4_0, Type.Q4_1, Type.Q8_0], ids=lambda type: type.name)
+def test_blocks_are_multiplied_as_the_gguf_package_reads_them(type, num_rows):
+    layer, weight = random_blocks(type, 48, 96)
+    check_product(layer, weight, None, num_rows)
+    layer.bias = nn.Parameter(torch.randn(48).bfloat16())
+    check_product(layer, weight, layer.bias, num_rows)
+    torch.testing.assert_close(layer.weight, weight, rtol=ROUNDING, atol=2 * ROUNDING * 0.1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_rows", [0, 1, 8, 200])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_rows_are_multiplied(bits, num_rows):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40).bfloat16()
+    if bits == 16:
+        layer = PackedLinear(linear)
+        assert torch.equal(layer.weight, linear.weight.float())
+    else:
+        layer = Int8Linear(QuantizedLinear.from_weight(linear.weight, 8, linear.bias))
+    check_product(layer, layer.weight, linear.bias, num_rows)
+
+
+@needs_kernels
+def test_gradients_flow_through_packed_layers():
+    layer, weight = random_blocks(Type.Q4_0, 48, 96)
+    x = torch.randn(3, 96, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1), rtol=0.02, atol=0.02)
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", ["q4_0", "q4_1", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("family", ["llama", "llama, tied, llama3 rotation", "qwen2"])
+def test_a_gguf_file_is_used_in_its_blocks(
+    family, quantization, tiny_chat_model_dir, tmp_path, monkeypatch
+):
+    """In blocks and dequantised, a model has the same logits within the rounding of bfloat16."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    content = FAMILIES[family] | {"vocab_size": 304, "intermediate_size": 128}
+    save(folder, hub.resolve(str(tiny_chat_model_dir)), content)
+    export_model(folder, tmp_path / "model.gguf", quantization)
+    unpacked_folder = hub.resolve(str(tmp_path / "model.gguf"))
+    plain = load_model(unpacked_folder, torch.float32)
+    blocks = load_model(unpacked_folder, torch.bfloat16, keep_blocks=True)
+    pack_weights(blocks)
+    kinds = {type(module) for module in blocks.modules()}
+    assert StoredEmbedding in kinds and not kinds & {nn.Embedding, nn.Linear}
+    expected = {"q4_0": Int4Linear, "q4_1": Int4Linear, "q8_0": Int4PairLinear}
+    assert expected.get(quantization, PackedLinear) in kinds
+    tokens = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = (
+            torch.log_softmax(model.logits(model(tokens)).float(), -1) for model in (plain, blocks)
+        )
+    assert (found - expected).abs().mean() < 0.05 * expected.std()
+
+
+@needs_kernels
+def test_models_that_share_weights_share_the_packed_ones():
+    torch.manual_seed(0)
+    base = CausalLM(ModelConfig.from_dict(CONFIG)).bfloat16().eval()
+    base.requires_grad_(False)
+    adapted = share_weights(base)
+    add_lora(adapted, LoraConfig(rank=2, alpha=4))
+    tokens = torch.randint(3, 128, (1, 9))
+    with torch.inference_mode():
+        before = [model.logits(model(tokens)) for model in (base, adapted)]
+        pack_weights(base, adapted)
+        after = [model.logits(model(tokens)) for model in (base, adapted)]
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
+    layer = adapted.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, LoRALinear) and type(layer.lora_A) is nn.Linear
+    assert layer.base_layer is base.model.layers[0].self_attn.q_proj
+    assert not any(isinstance(module, nn.Linear) for module in base.modules())
+
+
+@needs_kernels
+def test_an_adapter_fits_a_packed_base(tmp_path):
+    torch.manual_seed(0)
+    base = CausalLM(ModelConfig.from_dict(CONFIG)).eval()
+    trained = share_weights(base)
+    config = LoraConfig(rank=2, alpha=4)
+    add_lora(trained, config)
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    save_adapter(trained, tmp_path / "adapter", config, "base")
+    packed = share_weights(base).bfloat16()
+    pack_weights(packed)
+    load_adapter(packed, tmp_path / "adapter")
+    tokens = torch.randint(3, 128, (1, 9))
+    with torch.inference_mode():
+        expected = trained.eval().logits(trained(tokens))
+        found = packed.eval().logits(packed(tokens)).float()
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+
+
+@needs_kernels
+def test_an_assistant_packs_unless_it_compiles(tiny_chat_model_dir):
+    question = [{"role": "user", "content": "Hello there!"}]
+    answers = []
+    for pack in (True, False):
+        assistant = Assistant(tiny_chat_model_dir, dtype="bfloat16", pack=pack)
+        is_packed = any(type(module) is PackedLinear for module in assistant.model.modules())
+        assert is_packed == pack
+        answers.append(list(assistant.stream(question, Sampling(greedy=True, max_new_tokens=4))))
+        if pack:
+            with pytest.raises(UserError, match="pack=False"):
+                assistant.compile()
+    assert len(answers[0]) == len(answers[1])
+    in_float32 = Assistant(tiny_chat_model_dir, dtype="float32")
+    assert not any(type(module) is PackedLinear for module in in_float32.model.modules())

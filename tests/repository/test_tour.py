@@ -1,0 +1,132 @@
+"""The tour: its code is that of the source, its languages agree, and a wrong page is noticed."""
+
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "docs"))
+import tour_pages  # noqa: E402
+
+PAGES = tour_pages.pages()
+PAGE = """# 1. A page
+
+<!-- code: minisft/model/rotary.py::rotate from "return" -->
+```python
+return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+```
+
+```python
+print("two", 1 + 1, 1 / 3)
+```
+
+```text
+two 2 0.333
+```
+"""
+
+
+@pytest.fixture
+def tour(tmp_path, monkeypatch):
+    """A tour of one page in both languages, and its notebook."""
+    folder = tmp_path / "docs" / "tour"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tour_pages, "TOUR", folder)
+    monkeypatch.setattr(tour_pages, "NOTEBOOK", tmp_path / "docs" / "tour.ipynb")
+    (folder / "01_page.md").write_text(PAGE, encoding="utf-8")
+    (folder / "01_page.zh.md").write_text(PAGE.replace("A page", "一页"), encoding="utf-8")
+    tour_pages.NOTEBOOK.write_text(tour_pages.notebook(), encoding="utf-8")
+    return folder
+
+
+def test_the_pages_are_up_to_date():
+    assert len(PAGES) >= 6
+    assert tour_pages.problems() == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_chapter_has_its_parts(page):
+    text = page.read_text(encoding="utf-8")
+    headings = ["The equation", "The code", "The trap: ", "The test", "Exercises"]
+    assert [text.index(f"\n## {heading}") for heading in headings] == sorted(
+        text.index(f"\n## {heading}") for heading in headings
+    )
+    included = [block[5] for block in tour_pages.INCLUDE.finditer(text)]
+    assert 10 <= sum(code.count("\n") for code in included) <= 90
+    assert tour_pages.FIGURE.search(text) and tour_pages.EQUATION.search(text)
+    trap = text[text.index("\n## The trap") : text.index("\n## The test")]
+    assert any(re.search(r"\d", block[3] or "") for block in tour_pages.SNIPPET.finditer(trap))
+    assert re.search(r"`test_\w+\.py::test_\w+`", text[text.index("\n## The test") :])
+    answers = text[text.index("\n## Exercises") :].split("<details>")[1:]
+    assert len(answers) >= 2 and all("```python" in answer for answer in answers)
+
+
+def test_heart_files_name_their_chapter():
+    """A docstring says where the tour explains the file, and the page includes or links to it."""
+    named = 0
+    for path in [*ROOT.glob("minisft/*/*.py"), *ROOT.glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        for page in re.findall(r"docs/(tour/[\w.]+\.md)", text):
+            assert (ROOT / "docs" / page).is_file(), f"{path.name}: {page}"
+            named += 1
+    assert named >= 10
+
+
+def test_a_snippet_that_prints_something_else_is_reported(tour):
+    page = tour / "01_page.md"
+    assert tour_pages.run(page) == (PAGE.replace("0.333", "0.3333333333333333"), [])
+    page.write_text(PAGE.replace("1 + 1", "1 + 2"), encoding="utf-8")
+    recorded, [difference] = tour_pages.run(page)
+    assert difference.startswith("01_page.md, line 9: ") and "two 3" in recorded
+
+
+def test_code_that_has_changed_is_reported(tour):
+    assert tour_pages.problems() == []
+    changed = PAGE.replace("* sin", "* cos")
+    for name in ("01_page.md", "01_page.zh.md"):
+        (tour / name).write_text(changed, encoding="utf-8")
+    assert [name for name in ("01_page.md", "01_page.zh.md", "tour.ipynb")] == [
+        re.search(r"[\w.]+\.(md|ipynb)", line)[0].removeprefix("docs/")
+        for line in tour_pages.problems()
+    ]
+    assert tour_pages.with_code(changed) == PAGE
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("1 + 1", "2"), ("two 2", "二 2"), ("# 1", "## 0\n# 1"), ("sin\n", "cos\n")]
+)
+def test_a_translation_with_other_code_is_reported(tour, old, new):
+    page = tour / "01_page.zh.md"
+    page.write_text(page.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    assert any("01_page.zh.md and 01_page.md differ" in line for line in tour_pages.problems())
+
+
+def test_a_chapter_without_translation_is_reported(tour):
+    (tour / "01_page.zh.md").unlink()
+    assert tour_pages.problems() == []
+    (tour.parent / "tour.zh.md").touch()  # the Chinese tour is there now
+    assert "no Chinese page" in tour_pages.problems()[0]
+
+
+@pytest.mark.parametrize(
+    ("printed", "stated", "percent", "expected"),
+    [
+        ("loss 0.512", "loss 0.514", 0, True),
+        ("loss 0.512", "loss 0.530", 0, False),
+        ("loss 123.4", "loss 124.4", 0, True),
+        ("99 of 200", "98 of 200", 0, False),
+        ("99 of 200", "90 of 200", 20, True),
+        ("99 of 200", "60 of 200", 20, False),
+        ("2,490 rows", "2,490 lines", 50, False),
+    ],
+)
+def test_numbers_may_differ_by_rounding(printed, stated, percent, expected):
+    assert tour_pages.agrees(printed, stated, percent) == expected
+
+
+def test_a_name_that_is_gone_is_an_error():
+    with pytest.raises(SystemExit, match="rotary.py has no spin"):
+        tour_pages.source_of("minisft/model/rotary.py", "spin", None, None)
+    with pytest.raises(SystemExit, match="has no line with 'spin'"):
+        tour_pages.source_of("minisft/model/rotary.py", "rotate", "spin", None)
