@@ -16,6 +16,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from minisft.common import processes
 from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.model_flags import dtype_option, template_options, template_settings
 from minisft.common.outputs import check_output_file
+from minisft.common.single_writer import single_writer
 from minisft.model.config import ModelConfig
 from minisft.model.lora import merge_lora
 from minisft.model.packed_weights import pack_weights, packs_weights
@@ -65,6 +67,14 @@ def main(options: Namespace | None = None) -> None:
     options = options or parse_options()
     options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
     device = processes.start(resolve_device(options.device))
+    output = ScorePaths(options.output).scores
+    with single_writer(output) if processes.rank() == 0 else nullcontext():
+        score_data_set(options, device)
+    processes.stop()
+
+
+def score_data_set(options: Namespace, device: torch.device) -> None:
+    """The job in order, from the rows to the sorted file of scores."""
     dtype = resolve_dtype(dtype_option(options), device)
 
     rows, is_drawn = open_every_row(
@@ -122,7 +132,6 @@ def main(options: Namespace | None = None) -> None:
             say(f"not scored {count:,}: {reason}")
         if options.mode == "reward":
             say_mean_preferences(writer.paths.scores)
-    processes.stop()
 
 
 def build_scorer(

@@ -5,17 +5,19 @@
 
     torchrun --nproc_per_node 2 train.py ...     # the same on two GPUs or processes
 
-`main` is the whole job in order. `train` is the training loop, and `train_step` one optimizer step:
-sum the loss over the supervised tokens of all micro-batches and ranks, divide once by their number,
-clip the gradient, update the weights.
+`fine_tune` is the whole job in order. `train` is the training loop, and `train_step` one optimizer
+step: sum the loss over the supervised tokens of all micro-batches and ranks, divide once by their
+number, clip the gradient, update the weights.
 """
 
 import math
 import sys
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from minisft.common.script import run_script
@@ -37,6 +39,7 @@ from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.outputs import check_output_dir
+from minisft.common.single_writer import single_writer
 from minisft.data.batching import Batches, micro_batches
 from minisft.data.encoding import Example
 from minisft.evaluation.exact_match import exact_match
@@ -52,6 +55,7 @@ from minisft.training.data import (
     training_steps,
 )
 from minisft.training.defaults import choose_learning_rate
+from minisft.training.identity import is_finished_run
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
 from minisft.training.objective import NextToken, Objective, mean_metrics, perplexity
@@ -82,6 +86,16 @@ def main(options: Namespace | None = None) -> None:
     inputs = options.model_name_or_path, options.adapter
     output_dir = check_output_dir(options.output_dir, may_exist, *inputs)
     device = processes.start(resolve_device(options.device), options.parallel)
+    if is_finished_run(options):
+        say(f"{output_dir} holds the finished run. Nothing to do; raise --max_steps to go on.")
+    else:
+        with single_writer(output_dir, True) if processes.rank() == 0 else nullcontext():
+            fine_tune(options, output_dir, device)
+    processes.stop()
+
+
+def fine_tune(options: Namespace, output_dir: Path, device: torch.device) -> None:
+    """The job in order, from the tokenizer to the saved result."""
     dtype = resolve_dtype(dtype_option(options), device)
 
     model_dir = resolve(options.model_name_or_path)
@@ -136,8 +150,8 @@ def main(options: Namespace | None = None) -> None:
     else:
         save_result(run, model_dir, tokenizer, template)
     reports.finish()
-    processes.stop()
     if interrupted_by:
+        processes.stop()
         sys.exit(128 + interrupted_by)
 
 

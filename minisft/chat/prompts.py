@@ -24,6 +24,7 @@ from tqdm import tqdm
 from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.outputs import atomic_write, check_output_file
+from minisft.common.single_writer import single_writer
 from minisft.data.formats import (
     Messages,
     Tools,
@@ -78,23 +79,28 @@ def answer_file(
         identity["max_samples"] = max_samples
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
-        missing = [row for row in range(len(prompts)) if row not in answers.rows]
         # The longest first: if they do not fit into memory, the run fails at its start.
-        missing.sort(key=lambda row: lengths[row], reverse=True)
+        order = sorted(range(len(prompts)), key=lambda row: lengths[row], reverse=True)
         is_silent, num_done = not sys.stderr.isatty(), len(answers.rows)
         try:
             with tqdm(
                 total=len(prompts), initial=num_done, unit="prompt", disable=is_silent
             ) as bar:
-                for start in range(0, len(missing), batch_size):
-                    rows = missing[start : start + batch_size]
+                for start in range(0, len(order), batch_size):
+                    # A low precision rounds differently in another batch. A batch of which some
+                    # rows are missing is therefore answered again as it was.
+                    rows = order[start : start + batch_size]
+                    missing = [row for row in rows if row not in answers.rows]
+                    if not missing:
+                        continue
                     batch = [prompts[row] for row in rows]
                     # Prompts.lengths has printed the warnings.
                     responses = assistant.answer(
                         batch, sampling, batch_size, rows, say=lambda text: None
                     )
-                    answers.add(rows, responses)
-                    bar.update(len(rows))
+                    response_of = dict(zip(rows, responses, strict=True))
+                    answers.add(missing, [response_of[row] for row in missing])
+                    bar.update(len(missing))
         except KeyboardInterrupt:
             print(
                 f"{len(answers.rows)} of {len(prompts)} answers are in {answers.path}; the same "
@@ -174,6 +180,16 @@ class Answers:
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any]):
         self.path = Path(path)
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(single_writer(path))
+        try:
+            self._open(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, identity: Mapping[str, Any]) -> None:
+        """Read the answers that are there, and open the file for more."""
         content = self.path.read_bytes() if self.path.exists() else b""
         content = content[: content.rfind(b"\n") + 1]  # without an incomplete last line
         try:
@@ -187,7 +203,7 @@ class Answers:
                 f"{self.path} belongs to a run with another {', '.join(changed)}. Remove it, or "
                 "choose another --output."
             )
-        self._file = open(self.path, "ab")
+        self._file = self._stack.enter_context(open(self.path, "ab"))
         self._file.truncate(len(content))
         if not content:
             self._append([identity])
@@ -200,10 +216,19 @@ class Answers:
 
     def close(self) -> None:
         """Close the file; a later run can continue it."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk has been reported
+            self._stack.close()
 
     def finish(self, output_path: str | Path, prompts: Prompts) -> None:
         """Write all answers in the order of the prompts, and remove the partial file."""
+        try:
+            self._write_in_order(output_path, prompts)
+        except (OSError, UserError) as error:
+            reason = str(error).removesuffix(".")
+            raise UserError(f"{reason}. Make room; the same command continues.") from error
+        self.path.unlink()
+
+    def _write_in_order(self, output_path: str | Path, prompts: Prompts) -> None:
         # Not atomic_write(output_path): its temporary file has the name of our partial file.
         complete = Path(f"{self.path}.complete")
         with atomic_write(complete) as file:
@@ -216,13 +241,18 @@ class Answers:
                     line["tools"] = prompt["tools"]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(complete, output_path)
-        self.path.unlink()
 
     def _append(self, values: Sequence[Any]) -> None:
-        for value in values:
-            self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            for value in values:
+                self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: could not be written: {error.strerror}. Make room; the same command "
+                "continues from there."
+            ) from error
 
 
 def parse_prompt(record: Any) -> tuple[Messages, Tools]:

@@ -37,9 +37,14 @@ Ctrl-C stops an answer."""
 
 
 def open_standard_streams() -> None:
-    """Make standard input and output UTF-8 in every locale; replace closed streams."""
+    """Make standard input and output UTF-8 in every locale; replace closed streams.
+
+    UserError if standard output is closed: the answers would be lost.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+        raise UserError("standard output is closed, so answers cannot be written. Open it.")
     sys.stdin = sys.stdin or open(os.devnull)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from minisft.common.json_files import read_json
+from minisft.common.outputs import atomic_path
 
 STATES_CODE = ("config.json", "tokenizer_config.json")
 
@@ -17,4 +18,5 @@ def copy_code_files(model_dir: Path, output_dir: Path) -> None:
     contents = [read_json(output_dir / name, missing={}) for name in STATES_CODE]
     if any(content.get("auto_map") for content in contents):
         for path in sorted(model_dir.glob("*.py")):
-            shutil.copyfile(path, output_dir / path.name)
+            with atomic_path(output_dir / path.name) as partial:
+                shutil.copyfile(path, partial)

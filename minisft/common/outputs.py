@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minisft.common.errors import UserError
+from minisft.common.single_writer import FOLDER_LOCK
 from minisft.common.toml_files import RECORD_HEADER, read_toml
 
 # Options of a single invocation, which --config does not repeat.
@@ -95,7 +96,9 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, *inputs: str | Pat
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file. Give a folder.")
     check_not_an_input("--output_dir", path, inputs)
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    # A program that was killed at its start leaves its lock.
+    content = {file.name for file in path.iterdir()} - {FOLDER_LOCK} if path.is_dir() else set()
+    if content and not overwrite:
         raise UserError(
             f"--output_dir {path} is not empty. Choose another folder, or add "
             "--overwrite_output_dir."

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from minisft.common.errors import UserError
+from minisft.common.errors import UserError, first_line
 from minisft.data.dataset import Rows
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Encode, Example, read_and_encode
@@ -26,6 +26,10 @@ class Window:
     num_steps: int
     numbers: np.ndarray  # of its rows
     seed: list[int]
+
+
+class WorkerKilled(UserError):
+    """A worker process has ended before its work was done."""
 
 
 class WindowReader:
@@ -52,7 +56,7 @@ def read_ahead(reader: Any, tasks: Iterable[Any], num_workers: int) -> Iterator[
         for task in tasks:
             yield reader[task]
         return
-    yield from DataLoader(
+    loader = DataLoader(
         reader,
         batch_size=None,
         sampler=tasks,
@@ -63,6 +67,15 @@ def read_ahead(reader: Any, tasks: Iterable[Any], num_workers: int) -> Iterator[
         # Its own generator: otherwise the loader draws from the generator that dropout uses.
         generator=torch.Generator(),
     )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise WorkerKilled(
+            f"a data worker was killed ({first_line(error)}). The memory has probably run out: "
+            "lower --dataloader_num_workers."
+        ) from error
 
 
 def _unchanged(item: Any) -> Any:

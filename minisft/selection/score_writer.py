@@ -7,7 +7,8 @@ writer.finish()
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, write_json
-from minisft.common.outputs import atomic_write
+from minisft.common.outputs import atomic_path, atomic_write
+from minisft.common.reserved_space import allocate
 from minisft.data.records import Lines
 from minisft.selection.passes import Score
 from minisft.selection.provenance import check_same_record, read_pooling
@@ -98,7 +100,11 @@ class ScoreWriter:
         return np.flatnonzero(~(self.is_scored & self.is_embedded))
 
     def add(self, scores: Sequence[Score]) -> None:
-        """Write finished rows, in any order."""
+        """Write finished rows, in any order. UserError if the disk is full."""
+        with self._saying_how_to_go_on():
+            self._add(scores)
+
+    def _add(self, scores: Sequence[Score]) -> None:
         if not self.has_begun:
             self._begin()
         lines = [
@@ -127,27 +133,47 @@ class ScoreWriter:
                 file.truncate(self.valid_bytes)
         if self.writes_embeddings and not self._has_embeddings():
             shape = (self.num_rows, self.width)
-            np.lib.format.open_memmap(paths.embeddings, "w+", np.float32, shape)
+            with atomic_path(paths.embeddings) as partial:
+                np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+                with open(partial, "r+b") as file:
+                    allocate(file.fileno(), partial.stat().st_size)
             with atomic_write(paths.perplexity, "wb") as file:
                 np.save(file, np.full(self.num_rows, np.nan, np.float32))
 
     def _write_embeddings(self, scores: Sequence[Score]) -> None:
-        # Mapped for this call only: written pages would count as memory.
-        embeddings = np.load(self.paths.embeddings, mmap_mode="r+")
-        perplexity = np.load(self.paths.perplexity, mmap_mode="r+")
-        for score in scores:
-            embeddings[score.index] = 0 if score.embedding is None else score.embedding
-            perplexity[score.index] = score.perplexity
+        # Ordinary writes: on a full disk, a write to a mapped file kills the process (SIGBUS).
+        zeros = np.zeros(self.width, np.float32)
+        vectors = {
+            score.index: zeros if score.embedding is None else score.embedding for score in scores
+        }
+        # The perplexity comes last, because it marks a row as embedded.
+        _write_rows(self.paths.embeddings, vectors)
+        _write_rows(self.paths.perplexity, {score.index: score.perplexity for score in scores})
 
     def finish(self) -> list[Path]:
         """Put the scores in the order of the rows; returns the paths of what is written."""
         written = []
         if self.writes_scores:
-            self._sort_scores()
+            with self._saying_how_to_go_on():
+                self._sort_scores()
             written.append(self.paths.scores)
         if self.writes_embeddings:
             written += [self.paths.embeddings, self.paths.perplexity]
         return written
+
+    @contextmanager
+    def _saying_how_to_go_on(self) -> Generator[None, None, None]:
+        """Add to an error of the disk how to go on."""
+        go_on = "Make room; the same command continues where it stopped."
+        if self.overwrite:
+            go_on = "Make room; the same command without --overwrite continues where it stopped."
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{error}. {go_on}") from error
+        except OSError as error:
+            path = error.filename or self.paths.scores
+            raise UserError(f"{path}: could not be written: {error.strerror}. {go_on}") from error
 
     def _sort_scores(self) -> None:
         lines = Lines(self.paths.scores, is_json=True)
@@ -157,3 +183,16 @@ class ScoreWriter:
         with atomic_write(self.paths.scores, "wb") as file:
             for number in order:
                 file.write(lines.raw(number) + b"\n")
+
+
+def _write_rows(path: Path, rows: Mapping[int, np.ndarray | float]) -> None:
+    """Replace some rows of a float32 .npy file. The OSError of a full disk names the file."""
+    array = np.load(path, mmap_mode="r")
+    row_bytes = array[0].nbytes
+    try:
+        with open(path, "r+b") as file:
+            for index, row in rows.items():
+                file.seek(array.offset + index * row_bytes)
+                file.write(np.asarray(row, np.float32).tobytes())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -79,7 +79,10 @@ def score_rows(
 ) -> Iterator[list[Score]]:
     """Yield the scores of these rows as they are finished, those of all ranks in one list.
 
-    Every rank scores a share of the rows. model: a CausalLM for IfdScorer, a RewardModel for
+    numbers: the rows to score, perhaps only those that an interrupted run has left. All rows decide
+    how rows are batched, because a low precision rounds differently in another batch: a continued
+    run has the batches, and so the scores, of an undisturbed one. Every rank scores a share of the
+    rows. model: a CausalLM for IfdScorer, a RewardModel for
     RewardScorer. batch_tokens: limit of a batch, padding included.
     """
     own_scores = _score_own_rows(model, reader, numbers, batch_tokens, num_workers)
@@ -93,25 +96,34 @@ def score_rows(
 def _score_own_rows(
     model: Any, reader: RowReader, numbers: np.ndarray, batch_tokens: int, num_workers: int
 ) -> Iterator[list[Score]]:
-    numbers = numbers[processes.rank() :: processes.world_size()]
+    is_wanted = np.zeros(len(reader.rows), bool)
+    is_wanted[numbers] = True
+    own_rows = np.arange(len(reader.rows))[processes.rank() :: processes.world_size()]
     windows = [
-        numbers[start : start + WINDOW_ROWS] for start in range(0, len(numbers), WINDOW_ROWS)
+        own_rows[start : start + WINDOW_ROWS] for start in range(0, len(own_rows), WINDOW_ROWS)
     ]
+    windows = [window for window in windows if is_wanted[window].any()]
     for plans in read_ahead(reader, windows, num_workers):
         if isinstance(plans, UserError):
             raise plans
-        yield from _score_window(model, reader.scorer, plans, batch_tokens)
+        for scores in _score_window(model, reader.scorer, plans, batch_tokens, is_wanted):
+            yield [score for score in scores if is_wanted[score.index]]
 
 
 def _score_window(
-    model: Any, scorer: Scorer, plans: list[Plan], batch_tokens: int
+    model: Any, scorer: Scorer, plans: list[Plan], batch_tokens: int, is_wanted: np.ndarray
 ) -> Iterator[list[Score]]:
-    """Yield the rows without passes, then after every batch the rows that it completed."""
+    """Yield the rows without passes, then after every batch the rows that it completed.
+
+    is_wanted: bool (rows,). Batches without a wanted row are not computed.
+    """
     yield [scorer.score(plan, []) for plan in plans if not plan.passes]
     plan_of = {item: plan for plan in plans for item in plan.passes}
     results: dict[Pass, Any] = {}
     for group in group_by_prefix(list(plan_of)):
         for batch in make_batches(group, batch_tokens):
+            if not any(is_wanted[plan_of[item].index] for item in batch):
+                continue
             results.update(zip(batch, scorer.compute(model, batch), strict=True))
             finished = []
             for plan in dict.fromkeys(plan_of[item] for item in batch):

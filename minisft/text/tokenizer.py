@@ -24,6 +24,7 @@ from pathlib import Path
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
+from minisft.common.outputs import atomic_path
 from minisft.text.engines import SentencePieceEngine, TokenizersEngine
 from minisft.text.tokenizer_files import (
     FILES,
@@ -130,7 +131,8 @@ class Tokenizer:
             (output_dir / name).unlink(missing_ok=True)
             if (self.model_dir / name).is_file():
                 (output_dir / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(self.model_dir / name, output_dir / name)
+                with atomic_path(output_dir / name) as partial:
+                    shutil.copyfile(self.model_dir / name, partial)
         texts = {name: self.token_text(id) for name, id in self.named_ids.items()}
         config = state_special_tokens(output_dir, self.config, texts)
         if chat_template is not None and chat_template != self._stored_template:

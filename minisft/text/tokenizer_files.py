@@ -14,6 +14,7 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json, token_ids, write_json
 from minisft.common.lfs_pointers import refuse_pointer
+from minisft.common.outputs import atomic_write
 
 # All files that a tokenizer can consist of.
 FILES = (
@@ -128,7 +129,8 @@ def state_special_tokens(
 
 def write_chat_template(output_dir: Path, config: dict[str, Any], chat_template: str) -> None:
     """Replace the chat template in a folder. config: its tokenizer_config.json."""
-    (output_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    with atomic_write(output_dir / "chat_template.jinja") as file:
+        file.write(chat_template)
     (output_dir / TOOL_TEMPLATE).unlink(missing_ok=True)  # it would win for rows with tools
     if "chat_template" in config:  # old programs read only this one
         write_json({**config, "chat_template": chat_template}, output_dir / "tokenizer_config.json")

@@ -44,7 +44,8 @@ def new_checkpoint(
 ) -> Generator[Path, None, None]:
     """A folder to fill, which becomes `checkpoint-STEP`. Every rank enters it.
 
-    Afterwards all checkpoints but the newest `keep` and that of step `best` are removed. If the
+    Afterwards all checkpoints but the newest `keep` (0: the newest) and that of step `best` are
+    removed. If the
     disk is full or fails, the partial folder is removed, older checkpoints stay, and UserError is
     raised.
     """
@@ -66,39 +67,57 @@ def new_checkpoint(
         if is_rank0:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{final} could not be written ({error}). Earlier checkpoints are intact; "
-            "--resume_from_checkpoint auto continues from the last one."
+            f"{final} could not be written: {error}. {how_to_go_on(output_dir)}"
         ) from error
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:
-    """Write trainer_state.pt."""
-    torch.save(state, folder / STATE)
+    """Write trainer_state.pt. UserError if the disk is full."""
+    try:
+        torch.save(state, folder / STATE)
+    except RuntimeError as error:  # torch hides the reason: "unexpected pos 64 vs 0"
+        free = shutil.disk_usage(folder).free
+        raise UserError(
+            f"{folder / STATE}: the disk is full or failing; {free / 1e9:,.3f} GB are free"
+        ) from error
+
+
+def how_to_go_on(output_dir: str | Path) -> str:
+    """What to do after a failed save, which depends on the checkpoints that exist."""
+    for step, path in _checkpoints(Path(output_dir)):
+        if damage(path) is None:
+            return f"Make room; --resume_from_checkpoint auto continues from step {step}."
+    return "There is no checkpoint to continue from: make room and start again."
+
+
+def seal(folder: Path, record: dict[str, Any]) -> None:
+    """Add complete.json, `record` and the list of files, and flush everything to disk."""
+    paths = sorted(folder.rglob("*"))
+    files = {
+        path.relative_to(folder).as_posix(): _fingerprint(path) for path in paths if path.is_file()
+    }
+    (folder / MARKER).write_text(json.dumps({**record, "files": files}, indent=1))
+    for path in [*paths, folder / MARKER, folder]:
+        flush(path)
 
 
 def _complete(partial: Path, final: Path, step: int) -> None:
-    """Add the list of files, flush everything to disk, and rename the folder."""
-    paths = sorted(partial.rglob("*"))
-    files = {
-        path.relative_to(partial).as_posix(): _fingerprint(path) for path in paths if path.is_file()
-    }
-    (partial / MARKER).write_text(json.dumps({"step": step, "files": files}, indent=1))
-    for path in [*paths, partial / MARKER, partial]:
-        _flush(path)
+    """Seal the folder and rename it."""
+    seal(partial, {"step": step})
     if final.exists():  # an earlier one of this step stays until the new one is complete
         old = final.rename(f"{final}.old")
         os.rename(partial, final)
         _remove(old)
     else:
         os.rename(partial, final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -111,7 +130,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove_old(output_dir: Path, keep: int | None, wanted: set[int | None]) -> None:
-    for step, path in _checkpoints(output_dir)[keep:] if keep else []:
+    for step, path in [] if keep is None else _checkpoints(output_dir)[max(keep, 1) :]:
         if step not in wanted:
             _remove(path)
 

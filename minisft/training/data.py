@@ -25,6 +25,7 @@ from minisft.data.build_batches import (
 from minisft.data.dataset import Rows
 from minisft.data.encode_preferences import encode_preferences
 from minisft.data.encoding import Example, encode_rows
+from minisft.data.workers import WorkerKilled
 from minisft.model.config import ModelConfig
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.template_choice import get_template, settings_without_effect
@@ -177,9 +178,12 @@ def training_steps(
 ) -> Iterator[list[Example]]:
     """The examples of the optimizer steps start .. stop - 1, over all ranks.
 
-    BrokenRow if a row cannot be read; the steps before it are complete.
+    BrokenRow if a row cannot be read, WorkerKilled if the process is gone that reads it; the steps
+    before it are complete.
     """
     try:
         yield from batches.steps(rows_per_step, start, stop)
+    except WorkerKilled:
+        raise
     except UserError as error:
         raise BrokenRow(str(error)) from error

@@ -183,8 +183,8 @@ def _add_output_flags(add: Add, switch: Add) -> None:
     add("--per_device_eval_batch_size", type=positive_int, default=8, help=eval_size)
     saving = "steps between checkpoints (epoch: after each)"
     add("--save_steps", type=count_or_epoch, default=500, metavar="N|epoch", help=saving)
-    limit = "newest checkpoints to keep, besides the best"
-    add("--save_total_limit", type=positive_int, default=2, help=limit)
+    limit = "newest checkpoints to keep, besides the best (0: none after the end of the run)"
+    add("--save_total_limit", type=non_negative_int, default=2, help=limit)
     resume = "continue from a checkpoint (auto: the newest complete one, if any)"
     add("--resume_from_checkpoint", metavar="auto|DIR", help=resume)
     switch("--load_best_model_at_end", "save the weights with the lowest evaluation loss")

@@ -14,12 +14,13 @@ from minisft.checkpoints.folders import (
 )
 from minisft.checkpoints.model_card import write_model_card
 from minisft.common import processes
-from minisft.common.errors import UserError
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.saved_form import saved_text
 from minisft.text.tokenizer import Tokenizer
-from minisft.training import checkpoint
+from minisft.training import checkpoint, resume
+from minisft.training.identity import result_record
 from minisft.training.metrics import plot_loss, read_metrics
+from minisft.training.new_result import new_result
 from minisft.training.run import Run
 from minisft.training.summary import run_summary
 
@@ -29,28 +30,28 @@ def save_result(
 ) -> None:
     """Write the adapter or model to --output_dir, and plot the loss if asked. Every rank calls it.
 
-    model_dir: folder of the base model. UserError if there is no room on the disk.
+    A checkpoint comes first: a run that cannot write its result, or is killed, continues from it,
+    and so does a finished run with more steps. model_dir: folder of the base model. UserError if
+    there is no room on the disk.
     """
     options, say = run.options, processes.print_rank0
     output_dir = Path(options.output_dir)
+    resume.save_last_checkpoint(run)
     if options.load_best_model_at_end and run.best.step:
         load_best(run)
-    try:
+    with new_result(output_dir, result_record(options, run.progress.step)) as folder:
         if run.lora_config:
-            save_adapter(run.model, output_dir, run.lora_config, options.model_name_or_path)
+            save_adapter(run.model, folder, run.lora_config, options.model_name_or_path)
         else:
-            save_full_model(run, model_dir, output_dir, template)
+            save_full_model(run, model_dir, folder, template)
         if processes.rank() == 0:
-            tokenizer.save(output_dir, saved_text(template) if template else None)
-            copy_code_files(model_dir, output_dir)
+            tokenizer.save(folder, saved_text(template) if template else None)
+            copy_code_files(model_dir, folder)
             metrics = read_metrics(run.progress.path)
             base = options.model_name_or_path
-            write_model_card(output_dir, vars(options), base, metrics, bool(run.lora_config))
-    except (OSError, UserError) as error:
-        raise UserError(
-            f"{error}. Make room; --resume_from_checkpoint auto then continues from the last "
-            "checkpoint."
-        ) from error
+            write_model_card(folder, vars(options), base, metrics, bool(run.lora_config))
+    if options.save_total_limit == 0 and processes.rank() == 0:
+        checkpoint.remove_others(output_dir, None, 0)
     say(f"saved to {output_dir}")
     say(run_summary(run))
     if options.plot_loss and processes.rank() == 0:

@@ -21,51 +21,20 @@ from minisft.checkpoints.folders import save_model
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options, save_options
+from minisft.common.reserved_space import ReservedSpace
 from minisft.data.batching import Batches
 from minisft.data.dataset import Rows
-from minisft.text.tokenizer_files import has_tokenizer
+from minisft.data.workers import WorkerKilled
+from minisft.text.tokenizer_files import FILES, has_tokenizer
 from minisft.training import checkpoint, fsdp
 from minisft.training.data import BrokenRow
+from minisft.training.identity import IDENTITY, SILENT, is_finished_run
+from minisft.training.new_result import remove_record
 from minisft.training.reference import LogProbs, saved_log_probs
 from minisft.training.run import Best, Run, count_rows_per_step
 
-# Options that decide which rows are trained on and what is trained. They cannot change on resume.
-IDENTITY = (
-    "seed",
-    "stage",
-    "template",
-    "default_system",
-    "template_kwargs",
-    "enable_thinking",
-    "mask_history",
-    "cutoff_len",
-    "block_size",
-    "max_samples",
-    "validation_split",
-    "finetuning_type",
-    "lora_rank",
-    "lora_alpha",
-    "lora_target",
-    "use_rslora",
-    "modules_to_save",
-    "new_special_tokens",
-    "add_tokens",
-    "resize_vocab",
-    "quantization_bit",
-)
-# Options that may change on resume without a warning.
-SILENT = {
-    "config",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "output_dir",
-    "show_samples",
-    "show_ids",
-    "plot_loss",
-    "report_to",
-    "run_name",
-    "template_date",
-}
+# Bytes of configs, random states and the log, about.
+SMALL_FILES = 2**16
 # Folder in the checkpoint of a sharded model: the optimizer state, written by all ranks.
 OPTIMIZER = "optimizer"
 
@@ -96,7 +65,8 @@ def can_resume(options: Namespace) -> bool:
     if not options.resume_from_checkpoint:
         return False
     output_dir = Path(options.output_dir)
-    if has_tokenizer(output_dir) and not any(output_dir.glob("checkpoint-*")):
+    is_finished = has_tokenizer(output_dir) and not is_finished_run(options)
+    if is_finished and not any(output_dir.glob("checkpoint-*")):
         raise UserError(
             f"--output_dir {output_dir} holds a finished run without a checkpoint to resume from. "
             "Choose another folder, or add --overwrite_output_dir to start again."
@@ -105,6 +75,24 @@ def can_resume(options: Namespace) -> bool:
 
 
 # Save
+
+
+def save_last_checkpoint(run: Run) -> None:
+    """Save the state at the end of a run, unless it is saved already. Every rank calls it.
+
+    On a full disk the result, which is smaller, may still fit: one process goes on without.
+    """
+    run.reserve.release()
+    path = Path(run.options.output_dir) / f"checkpoint-{run.progress.step}"
+    if processes.broadcast_from_rank0(path.is_dir):
+        return
+    try:
+        save_checkpoint(run)
+    except UserError as error:
+        if processes.world_size() > 1:  # the other ranks wait for this one
+            raise
+        processes.print_rank0(f"no checkpoint of the last step: {error.__cause__}")
+    run.reserve.release()
 
 
 def save_checkpoint(run: Run) -> None:
@@ -122,9 +110,12 @@ def save_checkpoint(run: Run) -> None:
         "optimizer": None if is_sharded else run.optimizer.state_dict(),
         "random": processes.all_gather(_random_state(run.device)),
     }
-    with checkpoint.new_checkpoint(
-        run.options.output_dir, run.progress.step, run.options.save_total_limit, run.best.step
-    ) as folder:
+    folder = run.options.output_dir
+    keep, best = run.options.save_total_limit, run.best.step
+    with (
+        run.reserve.released(),
+        checkpoint.new_checkpoint(folder, run.progress.step, keep, best) as folder,
+    ):
         if run.lora_config:
             save_adapter(run.model, folder, run.lora_config, run.options.model_name_or_path)
         else:
@@ -269,13 +260,31 @@ def _restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.d
 def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
     """Create --output_dir, record the options, and remove the checkpoints of other runs.
 
-    Call it last, when no check can fail any more.
+    Takes the disk space that the run will need. Call it last, when no check can fail any more.
+    UserError if there is too little room.
     """
     if processes.rank() == 0:
         output_dir = Path(run.options.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
+        run.reserve = ReservedSpace(output_dir, output_bytes(run))
+        run.reserve.take()
+        remove_record(output_dir)
         checkpoint.remove_others(output_dir, saved.path if saved else None, run.progress.step)
         save_options(run.options, output_dir / "options.toml")
+
+
+def output_bytes(run: Run) -> int:
+    """The bytes of the result and a checkpoint: weights, two moments of AdamW, small files."""
+    trainable = sum(
+        parameter.numel() * parameter.element_size()
+        for parameter in run.model.parameters()
+        if parameter.requires_grad
+    )
+    tensors = run.model.state_dict().values()
+    weights = trainable if run.lora_config else sum(t.numel() * t.element_size() for t in tensors)
+    paths = [run.tokenizer.model_dir / name for name in FILES] if run.tokenizer else []
+    files = sum(path.stat().st_size for path in paths if path.is_file())
+    return 2 * weights + 2 * trainable + 2 * files + SMALL_FILES
 
 
 # Stop early
@@ -283,16 +292,18 @@ def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
 
 @contextmanager
 def save_before_broken_row(run: Run) -> Generator[None, None, None]:
-    """If training stops at a broken row, save a checkpoint of the steps before it."""
+    """If training stops for lack of rows, save a checkpoint of the steps before."""
     first_step = run.progress.step
     try:
         yield
-    except BrokenRow as error:
-        if run.progress.step == first_step:
+    except (BrokenRow, WorkerKilled) as error:
+        is_row = isinstance(error, BrokenRow)  # all ranks read it; only one misses its worker
+        if run.progress.step == first_step or not (is_row or processes.world_size() == 1):
             raise
         save_checkpoint(run)
         raise UserError(
-            f"{error}. Saved at step {run.progress.step}: repair the row, then continue with "
+            f"{str(error).removesuffix('.')}. Saved at step {run.progress.step}: "
+            f"{'repair the row, then ' if is_row else ''}continue with "
             "--resume_from_checkpoint auto."
         ) from error
 

@@ -7,12 +7,14 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from minisft.common import processes
+from minisft.common.reserved_space import ReservedSpace
 from minisft.data import batching
 from minisft.data.encoding import Example
 from minisft.model.lora import LoraConfig
@@ -117,6 +119,8 @@ class Run:
     best: Best = field(default_factory=Best)
     num_bytes: int = 0  # of the training rows, to notice on resume that they have changed
     tokenizer: Tokenizer | None = None  # with its new tokens, for the checkpoints
+    # Disk space for the result and a checkpoint; taken when training begins.
+    reserve: ReservedSpace = field(default_factory=lambda: ReservedSpace(Path(), 0))
 
     @property
     def device(self) -> torch.device:

@@ -186,6 +186,7 @@ def test_evaluations_and_checkpoints_after_each_epoch(flags, tmp_path):
     ] == [5, 10, 15]
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
         "checkpoint-10",
+        "checkpoint-15",
         "checkpoint-5",
     ]
     done = command(*flags, "--save_steps", "often", "--output_dir", tmp_path / "other")
@@ -202,8 +203,8 @@ def test_overwriting_forgets_the_old_run(flags, tmp_path):
     done = command(*flags, "--max_steps", 5, "--overwrite_output_dir", "--lora_alpha", 3)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
-        "checkpoint-2",
         "checkpoint-4",
+        "checkpoint-5",
     ]
 
 
@@ -357,7 +358,7 @@ def test_changed_options_are_reported_and_used(flags, tmp_path):
     assert "--gradient_accumulation_steps is 3" in done.stdout
     assert "every step still has 4 rows" in done.stdout
     assert "--dataset" not in done.stdout
-    state = checkpoint.load_state(tmp_path / "out/checkpoint-3")
+    state = checkpoint.load_state(tmp_path / "out/checkpoint-4")
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
@@ -408,15 +409,34 @@ def test_all_checkpoints_are_damaged(flags, tmp_path):
     """The error says so, and the files stay, because their weights may still be useful."""
     flags = [*flags, "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path / "out"]
     assert command(*flags).returncode == 0
-    state = tmp_path / "out/checkpoint-2/trainer_state.pt"
-    state.write_bytes(state.read_bytes()[:-1] + b"?")
-    done = command(*flags, "--resume_from_checkpoint", "auto")
+    for state in (tmp_path / "out").glob("checkpoint-*/trainer_state.pt"):
+        state.write_bytes(state.read_bytes()[:-1] + b"?")
+    done = command(*flags, "--max_steps", 4, "--resume_from_checkpoint", "auto")
     assert done.returncode == 2 and "all checkpoints are damaged" in done.stderr
     assert state.exists()
 
 
+def test_a_finished_run_goes_on_only_with_more_steps(flags, tmp_path):
+    """After an interruption, too: the result is newer than the checkpoints before it."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert command(*flags, "--output_dir", whole, "--max_steps", 7).returncode == 0
+    flags = [*flags, "--output_dir", out, "--max_steps"]
+    assert command(*flags, 7, "--save_steps", 2).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = command(*flags, 7, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0 and "holds the finished run. Nothing to do" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [
+        "checkpoint-6",
+        "checkpoint-7",
+    ]
+    done = command(*flags, 9, "--resume_from_checkpoint", "auto")
+    assert done.returncode == 0 and f"resuming from {out / 'checkpoint-7'}" in done.stdout
+    assert read_metrics(out / "metrics.jsonl")[-1]["step"] == 9
+
+
 def test_a_finished_run_without_checkpoints_is_not_restarted(flags, tmp_path):
-    flags = [*flags, "--output_dir", tmp_path / "out", "--max_steps"]
+    flags = [*flags, "--output_dir", tmp_path / "out", "--save_total_limit", 0, "--max_steps"]
     assert command(*flags, 2).returncode == 0
     before = final(tmp_path / "out")
     done = command(*flags, 4, "--resume_from_checkpoint", "auto")
@@ -432,11 +452,11 @@ def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
     assert command(*flags, 6).returncode == 0
     before = final(tmp_path / "out")
     done = command(*flags, 3, "--resume_from_checkpoint", "auto")
-    assert done.returncode == 2 and "is at step 4, but this run ends at step 3" in done.stderr, (
+    assert done.returncode == 2 and "is at step 6, but this run ends at step 3" in done.stderr, (
         done.stderr
     )
     assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
-    done = command(*flags, 4, "--resume_from_checkpoint", "auto")
+    done = command(*flags, 4, "--resume_from_checkpoint", tmp_path / "out/checkpoint-4")
     assert done.returncode == 0, done.stderr  # only the result is left to write
 
 

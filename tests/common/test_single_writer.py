@@ -1,0 +1,54 @@
+"""Two writers on one output: the second is refused, a dead one is not in the way."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from minisft.common.errors import UserError
+from minisft.common.outputs import check_output_dir
+from minisft.common.single_writer import single_writer
+
+HOLD = """
+import sys
+from minisft.common.single_writer import single_writer
+with single_writer(sys.argv[1], True):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(folder):
+    """A process that holds the lock until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_writer_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+    with hold(tmp_path / "out") as process:
+        message = rf"out: process {process.pid} on {os.uname().nodename} is writing to it"
+        with pytest.raises(UserError, match=message), single_writer(tmp_path / "out", True):
+            pass
+        process.kill()
+        process.wait()
+    assert (tmp_path / "out/.lock").exists()
+    assert check_output_dir(tmp_path / "out", overwrite=False)  # a lock alone is no content
+    with single_writer(tmp_path / "out", True):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_nothing_stays(tmp_path):
+    """Not the lock, and no empty folders."""
+    with pytest.raises(KeyError), single_writer(tmp_path / "a/b/scores.jsonl"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
