@@ -76,13 +76,14 @@ def with_code(text: str) -> str:
 
 
 def outline(page: Path) -> list[Any]:
-    """What a page has in common with its translation: code, output, equations and figures."""
+    """What a page has in common with its translation: code, output, equations, figures, tests."""
     text = page.read_text(encoding="utf-8")
     parts = [block.groups() for pattern in (INCLUDE, SNIPPET) for block in pattern.finditer(text)]
     return [
         *parts,
         FIGURE.findall(text),
         EQUATION.findall(text),
+        sorted(re.findall(r"`test_\w+\.py::\w+`", text)),
         len(re.findall("^#+ ", text, re.M)),
     ]
 
@@ -151,7 +152,9 @@ def problems() -> list[str]:
     for page in pages(chinese=True):
         english = page.with_name(page.name.replace(".zh", ""))
         if not english.exists() or outline(page) != outline(english):
-            found.append(f"{page.name} and {english.name} differ in code, figures or equations")
+            found.append(
+                f"{page.name} and {english.name} differ in code, figures, equations or tests"
+            )
     if NOTEBOOK.with_name("tour.zh.md").exists() and len(pages()) != len(pages(chinese=True)):
         found.append("docs/tour/: a chapter has no Chinese page, NN_name.zh.md")
     if not NOTEBOOK.exists() or NOTEBOOK.read_text(encoding="utf-8") != notebook():

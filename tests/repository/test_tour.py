@@ -10,6 +10,10 @@ sys.path.append(str(ROOT / "docs"))
 import tour_pages  # noqa: E402
 
 PAGES = tour_pages.pages()
+HEADINGS = {
+    "English": ["The equation", "The code", "The trap: ", "The test", "Exercises"],
+    "Chinese": ["公式", "代码", "陷阱：", "测试", "练习"],
+}
 PAGE = """# 1. A page
 
 <!-- code: minisft/model/rotary.py::rotate from "return" -->
@@ -24,6 +28,8 @@ print("two", 1 + 1, 1 / 3)
 ```text
 two 2 0.333
 ```
+
+`test_tour.py::test_one`
 """
 
 
@@ -45,13 +51,16 @@ def test_the_pages_are_up_to_date():
     assert tour_pages.problems() == []
 
 
+def has_headings(text, headings):
+    """True if the page has headings that begin with these words, in this order."""
+    places = [text.index(f"\n## {heading}") for heading in headings]
+    return places == sorted(places)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_chapter_has_its_parts(page):
     text = page.read_text(encoding="utf-8")
-    headings = ["The equation", "The code", "The trap: ", "The test", "Exercises"]
-    assert [text.index(f"\n## {heading}") for heading in headings] == sorted(
-        text.index(f"\n## {heading}") for heading in headings
-    )
+    assert has_headings(text, HEADINGS["English"])
     included = [block[5] for block in tour_pages.INCLUDE.finditer(text)]
     assert 10 <= sum(code.count("\n") for code in included) <= 90
     assert tour_pages.FIGURE.search(text) and tour_pages.EQUATION.search(text)
@@ -60,6 +69,15 @@ def test_a_chapter_has_its_parts(page):
     assert re.search(r"`test_\w+\.py::test_\w+`", text[text.index("\n## The test") :])
     answers = text[text.index("\n## Exercises") :].split("<details>")[1:]
     assert len(answers) >= 2 and all("```python" in answer for answer in answers)
+
+
+@pytest.mark.parametrize("page", tour_pages.pages(chinese=True), ids=lambda page: page.stem)
+def test_a_chinese_chapter_has_its_parts(page):
+    """It also has Chinese words where the tool compares nothing: in figures and answers."""
+    text = page.read_text(encoding="utf-8")
+    assert has_headings(text, HEADINGS["Chinese"])
+    shown = re.findall(r'alt="(.*?)"|<summary>(.*?)</summary>', text)
+    assert shown and all(re.search("[\u4e00-\u9fff]", alt or summary) for alt, summary in shown)
 
 
 def test_heart_files_name_their_chapter():
@@ -94,7 +112,8 @@ def test_code_that_has_changed_is_reported(tour):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("1 + 1", "2"), ("two 2", "二 2"), ("# 1", "## 0\n# 1"), ("sin\n", "cos\n")]
+    ("old", "new"),
+    [("1 + 1", "2"), ("two 2", "二 2"), ("# 1", "## 0\n# 1"), ("sin\n", "cos\n"), ("one`", "two`")],
 )
 def test_a_translation_with_other_code_is_reported(tour, old, new):
     page = tour / "01_page.zh.md"
