@@ -121,6 +121,16 @@ def test_a_translation_with_other_code_is_reported(tour, old, new):
     assert any("01_page.zh.md and 01_page.md differ" in line for line in tour_pages.problems())
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("1 + 1", "2"), ("two 2", "二 2"), ("sin\n", "cos\n"), ("a + b", "a")]
+)
+def test_a_translation_gets_the_code_output_and_equations_of_the_english_page(old, new):
+    english = PAGE + "\n```math\na + b\n```\n"
+    chinese = english.replace("A page", "一页")
+    changed = chinese.replace(old, new)
+    assert changed != chinese and tour_pages.with_parts_of(english, changed) == chinese
+
+
 def test_a_chapter_without_translation_is_reported(tour):
     (tour / "01_page.zh.md").unlink()
     assert tour_pages.problems() == []
