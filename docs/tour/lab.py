@@ -61,6 +61,11 @@ def token_loss(model: CausalLM, examples: Sequence[Example]) -> float:
     return step_of_tokens(model, batches).item()
 
 
+def train_all(model: CausalLM) -> None:
+    """Full fine-tuning: every weight is trained."""
+    model.requires_grad_(True)
+
+
 def fine_tune(
     examples: Sequence[Example],
     num_steps: int,
@@ -71,15 +76,18 @@ def fine_tune(
     learning_rate: float = 2e-3,
     seed: int = 0,
     watch: Callable[[CausalLM], None] = lambda model: None,
+    prepare: Callable[[CausalLM], None] = train_all,
 ) -> tuple[CausalLM, list[float]]:
-    """Train all weights of the embedded model; (the model, the loss of each step).
+    """Train the embedded model; (the model, the loss of each step).
 
     to_batch: examples -> a micro-batch. seed: of the order of the rows.
-    watch: called before every step.
+    watch: called before every step. prepare: changes the base, and says what is trained.
     """
     torch.manual_seed(seed)
-    model = load_model(BASE, torch.float32).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98))
+    model = load_model(BASE, torch.float32).train()
+    prepare(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, learning_rate, betas=(0.9, 0.98))
     batches = Batches(examples, lambda rows: (list(rows), EncodeReport()), seed)
     losses = []
     for step, rows in enumerate(batches.steps(rows_per_step, 0, num_steps)):
@@ -88,11 +96,29 @@ def fine_tune(
             group["lr"] = learning_rate * (1 - step / num_steps)
         loss = step_loss(model, [to_batch(part) for part in micro_batches(rows, batch_size)])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     return model.eval(), losses
+
+
+def train_steps(
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    first_step: int,
+    last_step: int,
+) -> list[float]:
+    """Take the steps first_step..last_step-1 of a run of 32 rows each; their losses."""
+    batches, losses = Batches(examples, lambda rows: (list(rows), EncodeReport()), 0), []
+    for rows in batches.steps(32, first_step, last_step):
+        loss = step_of_tokens(model, [collate(rows)])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 @torch.inference_mode()
