@@ -28,7 +28,7 @@ def draw(colors: Colors, data: np.ndarray) -> Figure:
     even = np.linspace(-1, 1, 16)
     axes.plot(even, np.zeros(16), "^", color=colors.trap, label="16 equal steps", clip_on=False)
     axes.set(xlabel="weight / largest of its block", ylabel="density", ylim=(0, top))
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 

@@ -8,6 +8,7 @@ Chapter 8 explains the loop in `fine_tune`. Until then it is a tool: rows go in,
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Example, encode_rows
 from minisft.model.decoder import CausalLM
 from minisft.model.loss import next_token_loss
+from minisft.selection.ifd import IfdScorer
+from minisft.selection.passes import Score
 from minisft.text.chat_template import ChatTemplate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +141,17 @@ def num_right(written: Sequence[tuple[str, bool]], rows: Sequence[Row]) -> int:
     """The number of answers, from `answers`, that equal those of the rows."""
     right = [row.messages[-1]["content"] for row in rows]
     return sum(text == answer for (text, _), answer in zip(written, right, strict=True))
+
+
+def ifd_scores(model: CausalLM, template: ChatTemplate, rows: Sequence[Row]) -> list[Score]:
+    """The IFD of each row, and the embedding of its prompt."""
+    scorer, scores = IfdScorer(template, parts=("ifd", "embed")), []
+    for start in range(0, len(rows), 64):
+        plans = [scorer.plan(start + n, row) for n, row in enumerate(rows[start : start + 64])]
+        results = iter(scorer.compute(model, [item for plan in plans for item in plan.passes]))
+        for plan in plans:
+            scores.append(scorer.score(plan, list(islice(results, len(plan.passes)))))
+    return scores
 
 
 def encoded(rows: Sequence[Row], template: ChatTemplate) -> list[Example]:
