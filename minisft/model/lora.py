@@ -5,6 +5,8 @@ y = W x + scaling * B A x               A (rank, in), B (out, rank)
 add_lora(model, LoraConfig(rank=8, alpha=16, target_modules=("q_proj", "v_proj")))
 ...                                     # train: only A and B have gradients
 merge_lora(model)                       # W <- W + scaling * B A
+
+The tour explains it: docs/tour/07_lora.md.
 """
 
 import math
