@@ -1,4 +1,7 @@
-"""Chapter 12: the rounding error of each GGUF type in the tensors of a layer of SmolLM2."""
+"""Chapter 12: the rounding error of each GGUF type in the tensors of a layer of the embedded model.
+
+SmolLM2 cannot be used here: its package has weights that are rounded already.
+"""
 
 import gguf
 import numpy as np
@@ -6,12 +9,13 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from matplotlib.figure import Figure
 
-from docs.figures import smollm2
 from docs.figures.style import Colors, save
+from docs.tour.lab import BASE
+from minisft import load_model
 from minisft.gguf.mapping import LAYER_MODULES
 from minisft.gguf.writer import Tensor
 
-LAYER = 15
+LAYER = 2
 TYPES = (Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q5_0, Type.Q5_1, Type.Q6_K, Type.Q8_0)
 
 
@@ -25,7 +29,7 @@ def relative_error(weight: torch.Tensor, type: Type) -> float:
 
 def data() -> tuple[list[str], np.ndarray]:
     """The tensors, and the error of each type in each (types, tensors)."""
-    model, _ = smollm2.load()
+    model = load_model(BASE, torch.float32)
     weights = {
         name: parameter.detach()
         for module, name in LAYER_MODULES.items()

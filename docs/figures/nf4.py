@@ -1,21 +1,21 @@
-"""Chapter 7: NF4's code book on the weights of SmolLM2."""
+"""Chapter 7: NF4's code book on the weights of the embedded model."""
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from docs.figures import smollm2
 from docs.figures.style import Colors, save
+from docs.tour.lab import BASE
+from minisft import load_model
 from minisft.model.quantized import BLOCK_SIZE, NF4_LEVELS, in_blocks
-
-NAME = "model.layers.15.mlp.up_proj.weight"
 
 
 def data() -> np.ndarray:
-    """The weights of a matrix, each divided by the largest of its block."""
-    model, _ = smollm2.load()
-    blocks = in_blocks(model.get_parameter(NAME).detach().flatten(), BLOCK_SIZE)
-    return (blocks / blocks.abs().amax(1, keepdim=True)).flatten().to(torch.float32).numpy()
+    """The weights of all linear layers, each divided by the largest of its block."""
+    layers = load_model(BASE, torch.float32).model.layers
+    matrices = [weight.detach().flatten() for weight in layers.parameters() if weight.ndim == 2]
+    blocks = in_blocks(torch.cat(matrices), BLOCK_SIZE)
+    return (blocks / blocks.abs().amax(1, keepdim=True)).flatten().numpy()
 
 
 def draw(colors: Colors, data: np.ndarray) -> Figure:
