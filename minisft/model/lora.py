@@ -102,9 +102,8 @@ class LoRALinear(nn.Module):
         """
         weight = self.base_layer.weight
         update = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
-        return plain_linear(
-            (weight.float() + update).to(dtype or weight.dtype), self.base_layer.bias
-        )
+        total = (weight.float() + update).to(dtype or weight.dtype)
+        return plain_linear(total, self.base_layer.bias)
 
 
 def add_lora(model: Model, config: LoraConfig) -> None:
