@@ -41,17 +41,17 @@ NF4_LEVELS = (
 )
 
 
-def dynamic_levels() -> Tensor:
+def dynamic_levels(signed: bool = True) -> Tensor:
     """(256,) float32, ascending: 8-bit numbers with a moving exponent (arXiv 2110.02861).
 
     They are 0, 1, and values around every power of ten from 1e-6 to 1, twice as many around each
-    power as around the one below.
+    power as around the one below. Without a sign there are twice as many positive ones.
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2**exponent * (1 if signed else 2) + 1)
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
-        levels += [*middles.tolist(), *(-middles).tolist()]
+        levels += [*middles.tolist(), *((-middles).tolist() if signed else [])]
     return torch.tensor(sorted(levels))
 
 
