@@ -42,8 +42,8 @@ def build_model(
     """The model on `device`, and the LoraConfig of its adapter (None in full fine-tuning).
 
     new_rows: ids of new tokens, whose rows start at the mean; the vocabulary grows if it must.
-    Frozen parameters have type `dtype`, trainable ones float32, or bfloat16 with --pure_bf16. With --parallel fsdp the model is
-    sharded, and this rank holds its shard.
+    Frozen parameters have type `dtype`, trainable ones float32, or bfloat16 with --pure_bf16. With
+    --parallel fsdp the model is sharded, and this rank holds its shard.
     """
     if options.compile:
         check_compile(device)

@@ -1,6 +1,6 @@
 """AdamW in less memory: moments in 8 bits, and weights in bfloat16.
 
-    optimizer = LowMemoryAdamW(groups, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, eight_bit=True, seed=42)
+    optimizer = LowMemoryAdamW(groups, 1e-4, (0.9, 0.999), eps=1e-8, eight_bit=True, seed=42)
 
 AdamW keeps a mean m and a mean square v of the gradients g of every weight w (step t, rate r,
 decay d):
@@ -50,7 +50,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         eight_bit: bool,
         seed: int,
     ):
-        """params: groups {"params": parameters, "weight_decay": d}. seed: of stochastic rounding."""
+        """params: groups with "params" and "weight_decay". seed: of stochastic rounding."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
         self.eight_bit, self.seed = eight_bit, seed
         device = self.param_groups[0]["params"][0].device
@@ -99,8 +99,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         moments = [tensor for name, tensor in state.items() if name != "step"]
         rows = max(1, PIECE // math.prod(parameter.shape[1:]))
         pieces = [
-            processes.local_rows(tensor.detach()).split(rows)
-            for tensor in (parameter, parameter.grad, *moments)
+            processes.local_rows(tensor).split(rows)
+            for tensor in (parameter.detach(), parameter.grad, *moments)
         ]
         for weight, gradient, *stored in zip(*pieces, strict=True):
             if not len(weight):  # a rank may have no rows
