@@ -29,7 +29,7 @@ from minisft.model.loss import chunk_size
 from minisft.model.quantized import PIECE, QuantizedLinear
 from minisft.model.reward import Model, RewardModel
 from minisft.training.build import num_trainable
-from minisft.training.low_memory_adamw import UPDATE_BYTES, moment_bytes
+from minisft.training.low_memory_adamw import moment_bytes, update_bytes
 
 FLOAT32, INT64, BOOL = 4, 8, 1
 MATRICES = (nn.Linear, nn.Embedding, NormHead)
@@ -49,7 +49,7 @@ class Step:
     num_processes: int = 1
     is_sharded: bool = False  # FSDP, not DDP
     num_copied: int = 0  # trained numbers that the reference of DPO holds besides the model
-    optim: str = "adamw"
+    eight_bit: bool = False  # AdamW's moments
     pure_bf16: bool = False
 
     @property
@@ -108,6 +108,10 @@ def phases(model: Model, step: Step) -> list[Phase]:
         before_first_layer -= embedding_gradient
     # The gradient of a tied embedding is the sum of two. It is added to a kept gradient.
     of_embedding = embedding_gradient * (2 * is_tied + step.keeps_gradients)
+    # AdamW's fused kernel needs no memory.
+    updating = 0
+    if step.eight_bit or step.pure_bf16:
+        updating = max(update_bytes(one, step.eight_bit) for one in trained_parameters(model))
 
     points = {
         "the loss": held(
@@ -131,9 +135,7 @@ def phases(model: Model, step: Step) -> list[Phase]:
         "the gradient of the embedding": held(
             activations=stream, finished=all_gradients, computing=of_embedding
         ),
-        "the update": held(
-            activations=0, finished=all_gradients, updating=update_bytes(model, step)
-        ),
+        "the update": held(activations=0, finished=all_gradients, updating=updating),
     }
     if head_gradient:
         points["the gradient of the output matrix"] = held(
@@ -162,8 +164,8 @@ def memory_held(
     casts: copies of weights in the type of the products. updating: memory of the optimizer's step.
     """
     all_gradients = gradient_bytes(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    moments = sum(moment_bytes(parameter, step.optim == "adamw_8bit") for parameter in trained)
+    trained = trained_parameters(model)
+    moments = sum(moment_bytes(parameter, step.eight_bit) for parameter in trained)
     held = {
         "weights": stored_bytes(model) + step.num_copied * trained[0].itemsize,
         "gradients": all_gradients if step.keeps_gradients else finished,
@@ -187,17 +189,14 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def gradient_bytes(module: nn.Module) -> int:
     """Gradients of all trained parameters, in their type."""
-    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-
-
-def update_bytes(model: Model, step: Step) -> int:
-    """What LowMemoryAdamW computes in float32, a piece of the largest parameter at a time."""
-    if step.optim == "adamw" and not step.pure_bf16:
-        return 0  # a fused kernel
-    largest = max(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return UPDATE_BYTES * min(PIECE, largest)
+    return sum(parameter.nbytes for parameter in trained_parameters(module))
 
 
 def is_leaf(module: nn.Module) -> bool:

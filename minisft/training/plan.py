@@ -120,7 +120,7 @@ def planned_step(
         num_processes=num_processes,
         is_sharded=options.parallel == "fsdp",
         num_copied=num_copied(options, model),
-        optim=options.optim,
+        eight_bit=options.optim == "adamw_8bit",
         pure_bf16=options.pure_bf16,
     )
 
