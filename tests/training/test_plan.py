@@ -124,7 +124,7 @@ WIDE = SHAPE | {"hidden_size": 384, "intermediate_size": 1024}
 LARGE_VOCABULARY = SHAPE | {"vocab_size": 20000}
 TIED = LARGE_VOCABULARY | {"tie_word_embeddings": True}
 DPO, REWARD = peak.DPO, peak.REWARD
-EIGHT_BITS, PURE = ("--optim", "adamw_8bit"), ("--pure_bf16",)
+EIGHT_BITS, PURE = peak.EIGHT_BITS, peak.PURE_BF16
 
 
 @pytest.mark.parametrize(
