@@ -66,17 +66,22 @@ def in_blocks(values: Tensor, block_size: int) -> Tensor:
     return F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)
 
 
-def quantize_blocks(values: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """(n,) float32 -> indices of levels (n,) uint8, and the largest of each block (blocks,)."""
+def scale_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(n,) float32 -> blocks (blocks, block_size) from -1 to 1, the largest of each (blocks,)."""
     blocks = in_blocks(values, block_size)
     largest = blocks.abs().amax(1)
-    scaled = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None], largest
+
+
+def quantize_blocks(values: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(n,) float32 -> indices of levels (n,) uint8, and the largest of each block (blocks,)."""
+    scaled, largest = scale_blocks(values, block_size)
     return nearest(scaled, levels).view(-1)[: len(values)], largest
 
 
 def dequantize_blocks(indices: Tensor, largest: Tensor, levels: Tensor, block_size: int) -> Tensor:
     """The values (n,) in float32 from the result of quantize_blocks."""
-    values = in_blocks(levels[indices.int()], block_size) * largest[:, None]
+    values = in_blocks(levels.index_select(0, indices.int()), block_size) * largest[:, None]
     return values.view(-1)[: len(indices)]
 
 

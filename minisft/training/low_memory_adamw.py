@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisft.common import processes
-from minisft.model.quantized import PIECE, dequantize_blocks, dynamic_levels, quantize_blocks
+from minisft.model.level_table import LevelTable
+from minisft.model.quantized import PIECE, dequantize_blocks, dynamic_levels, scale_blocks
 
 BLOCK = 256
 MOMENTS = "exp_avg", "exp_avg_sq"  # m and v, by torch's names
@@ -53,7 +54,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         self.eight_bit, self.seed = eight_bit, seed
         device = self.param_groups[0]["params"][0].device
         # A mean has a sign, a mean square has none.
-        self.levels = [dynamic_levels(signed).to(device) for signed in (True, False)]
+        self.tables = [LevelTable(dynamic_levels(signed).to(device)) for signed in (True, False)]
 
     def prepare(self, parameter: Tensor) -> dict[str, Any]:
         """The state of a parameter: zeros before its first step. Sharded like the parameter."""
@@ -119,16 +120,16 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         """m and v in float32, of some rows."""
         if len(stored) == len(MOMENTS):
             return stored
-        pairs = zip(stored[::2], stored[1::2], self.levels, strict=True)
-        return [dequantize_rows(indices, scales, levels) for indices, scales, levels in pairs]
+        pairs = zip(stored[::2], stored[1::2], self.tables, strict=True)
+        return [dequantize_rows(indices, scales, table.levels) for indices, scales, table in pairs]
 
     def _write(self, stored: list[Tensor], mean: Tensor, square: Tensor) -> None:
         """Store m and v of some rows; in float32 they have changed in place."""
         if len(stored) == len(MOMENTS):
             return
-        pairs = zip(stored[::2], stored[1::2], (mean, square), self.levels, strict=True)
-        for indices, scales, values, levels in pairs:
-            new_indices, new_scales = quantize_rows(values, levels)
+        pairs = zip(stored[::2], stored[1::2], (mean, square), self.tables, strict=True)
+        for indices, scales, values, table in pairs:
+            new_indices, new_scales = quantize_rows(values, table)
             # A small v must not become 0: without it, an m that is left would be divided by eps.
             indices.copy_(new_indices.clamp_(min=1) if values is square else new_indices)
             scales.copy_(new_scales)
@@ -150,7 +151,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
                 state[name].copy_(value)
 
 
-def quantize_rows(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(values: Tensor, table: LevelTable) -> tuple[Tensor, Tensor]:
     """(R, C) float32 -> indices of levels (R, C) uint8, and the largest of each block (R, blocks).
 
     A row begins a new block; its last block is filled up with zeros.
@@ -158,7 +159,8 @@ def quantize_rows(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, num_columns = values.shape
     block = min(BLOCK, num_columns)
     padded = F.pad(values, (0, -num_columns % block))
-    indices, largest = quantize_blocks(padded.flatten(), levels, block)
+    scaled, largest = scale_blocks(padded.flatten(), block)
+    indices = table.nearest(scaled)
     return indices.view(num_rows, -1)[:, :num_columns], largest.view(num_rows, -1)
 
 

@@ -21,7 +21,8 @@ from run_builder import training_options
 from safetensors.torch import load_file
 
 from minisft.common.errors import UserError
-from minisft.model.quantized import dynamic_levels
+from minisft.model.level_table import LevelTable
+from minisft.model.quantized import dynamic_levels, nearest
 from minisft.training import checkpoint
 from minisft.training.low_memory_adamw import (
     LowMemoryAdamW,
@@ -120,10 +121,23 @@ def test_large_parameters_are_updated_in_pieces(monkeypatch):
 def test_each_number_becomes_the_nearest_level(signed):
     torch.manual_seed(0)
     values, levels = torch.randn(4, 512) ** (1 if signed else 2), dynamic_levels(signed)
-    indices, scales = quantize_rows(values, levels)
+    indices, scales = quantize_rows(values, LevelTable(levels))
     scaled = values / scales.repeat_interleave(256, 1)
     errors = (scaled[..., None] - levels).abs()
     torch.testing.assert_close(errors.amin(-1), (scaled - levels[indices.int()]).abs())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_table_finds_the_same_levels(signed):
+    """Also at the middle between two levels, at their neighbours, and at tiny numbers."""
+    torch.manual_seed(0)
+    levels = dynamic_levels(signed)
+    middles = (levels[:-1] + levels[1:]) / 2
+    up, down = torch.tensor(2.0), torch.tensor(-2.0)
+    drawn = torch.rand(100_000) * 2 - 1
+    edges = [middles, middles.nextafter(up), middles.nextafter(down), levels]
+    values = torch.cat([*edges, drawn, drawn**9, drawn * 1e-30, torch.zeros(1), -torch.zeros(1)])
+    assert torch.equal(LevelTable(levels).nearest(values), nearest(values, levels))
 
 
 def test_blocks_of_a_row():
@@ -132,7 +146,7 @@ def test_blocks_of_a_row():
     values[1] = torch.linspace(-5, 7, 300)
     values[2, 299] = 1e-20
     levels = dynamic_levels()
-    indices, scales = quantize_rows(values, levels)
+    indices, scales = quantize_rows(values, LevelTable(levels))
     assert indices.shape == (3, 300) and scales.shape == (3, 2)
     assert torch.equal(
         scales, torch.stack([values[:, :256].abs().amax(1), values[:, 256:].amax(1)], 1)
