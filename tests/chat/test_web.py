@@ -136,6 +136,7 @@ def test_turns_with_history_retry_edit_and_clear(page, alone):
         ("ok", (*VALUES[:-1], "x7"), "the seed must be a whole number or empty, not 'x7'"),
         ("ok", (None, *VALUES[1:]), "The model failed"),
     ],
+    ids=["long", "huge", "empty", "control character", "temperature", "seed", "failure"],
 )
 def test_a_refused_question_returns_to_the_box_and_nothing_is_lost(
     tiny_chat_model_dir, question, values, said
