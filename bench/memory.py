@@ -3,10 +3,11 @@
     python bench/memory.py                   # all settings; writes a table of docs/scaling.md
     python bench/memory.py --only "LoRA, vocabulary of 32k"
 
-Both sides have the same random weights, stored in bfloat16 and trained in float32, the same rows of
-random tokens, three quarters of which are supervised, AdamW, and three steps, each in a process of
-its own. transformers computes its own loss (`model(..., labels=...)`) and its attention by sdpa, as
-in Trainer. The figure is the growth of the resident memory at its peak, from before the model is
+Both sides have the same random weights, stored in bfloat16 and trained in float32 (in bfloat16 with
+pure_bf16), the same rows of random tokens, three quarters of which are supervised, AdamW, and three
+steps, each in a process of its own. adamw_8bit is bitsandbytes' AdamW8bit on their side.
+transformers computes its own loss (`model(..., labels=...)`) and its attention by sdpa, as in
+Trainer. The figure is the growth of the resident memory at its peak, from before the model is
 loaded. Each side trains a tiny model first, so that imports and kernels do not count. Widths are
 small, so that a run takes minutes, but vocabularies are real. So logits have a larger share than
 usual.
@@ -45,6 +46,7 @@ TINY = SHAPE | {
 }
 NUM_STEPS = 3
 QLORA = ("--quantization_bit", "4")
+EIGHT_BITS, PURE_BF16 = ("--optim", "adamw_8bit"), ("--pure_bf16",)
 METHODS = {
     "LoRA": (),
     "LoRA, checkpointing": CHECKPOINTING,
@@ -52,10 +54,17 @@ METHODS = {
     "QLoRA, checkpointing": QLORA + CHECKPOINTING,
     "full": FULL,
     "full, checkpointing": FULL + CHECKPOINTING,
+    "full, adamw_8bit": FULL + EIGHT_BITS,
+    "full, pure_bf16": FULL + PURE_BF16,
+    "full, adamw_8bit, pure_bf16": FULL + EIGHT_BITS + PURE_BF16,
 }
 SETTINGS = {
     f"{method}, vocabulary of {size // 1000}k": Setting(
-        SHAPE | {"vocab_size": size}, num_rows=4, length=512, flags=flags
+        SHAPE | {"vocab_size": size},
+        num_rows=4,
+        length=512,
+        dtype="bfloat16" if "--pure_bf16" in flags else "float32",
+        flags=flags,
     )
     for size in (32000, 128256)
     for method, flags in METHODS.items()
@@ -77,7 +86,12 @@ def train_with_peft(folder: Path, setting: Setting) -> None:
     if "--gradient_checkpointing" in setting.flags:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+    if "adamw_8bit" in setting.flags:
+        from bitsandbytes.optim import AdamW8bit  # not in the process of the other side
+
+        optimizer = AdamW8bit(trainable, lr=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
     for _ in range(NUM_STEPS):
         shape = setting.num_rows, setting.length
         tokens = torch.randint(0, setting.config["vocab_size"], shape)
@@ -105,7 +119,7 @@ def peft_model(folder: Path, setting: Setting) -> Any:
             bnb_4bit_compute_dtype=torch.float32,
         )
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, quantization_config=quantization
+        folder / "model", dtype=getattr(torch, setting.dtype), quantization_config=quantization
     )
     if "--finetuning_type" in setting.flags:
         return model

@@ -61,7 +61,8 @@ TINY = {
 REWARD, DPO = ("--stage", "rm"), ("--stage", "dpo")
 Q_AND_V = ("--lora_target", "q_proj,v_proj", "--lora_dropout", "0.05")
 SAVED = ("--modules_to_save", "embed_tokens,lm_head")
-FOUR_BITS, EIGHT_BITS = ("--quantization_bit", "4"), ("--quantization_bit", "8")
+FOUR_BITS, INT8 = ("--quantization_bit", "4"), ("--quantization_bit", "8")
+EIGHT_BITS, PURE_BF16 = ("--optim", "adamw_8bit"), ("--pure_bf16",)
 SETTINGS = {
     "LoRA": Setting(SMALL),
     "LoRA, half the batch": Setting(SMALL, num_rows=4),
@@ -74,13 +75,18 @@ SETTINGS = {
     "LoRA, Qwen3": Setting(QWEN3),
     "LoRA, vocabulary of 128k": Setting(LARGE_VOCABULARY),
     "QLoRA, 4 bits": Setting(SMALL, flags=FOUR_BITS),
-    "QLoRA, 8 bits, checkpointing": Setting(SMALL, flags=EIGHT_BITS + CHECKPOINTING),
+    "QLoRA, 8 bits, checkpointing": Setting(SMALL, flags=INT8 + CHECKPOINTING),
     "full": Setting(SMALL, flags=FULL),
     "full, checkpointing": Setting(SMALL, flags=FULL + CHECKPOINTING),
     "full, accumulation": Setting(SMALL, num_rows=4, num_micro_batches=2, flags=FULL),
     "full, bfloat16": Setting(SMALL, dtype="bfloat16", flags=FULL),
     "full, bfloat16, checkpointing, accumulation": Setting(
         SMALL, num_rows=4, num_micro_batches=2, dtype="bfloat16", flags=FULL + CHECKPOINTING
+    ),
+    "full, adamw_8bit": Setting(SMALL, flags=FULL + EIGHT_BITS),
+    "full, pure_bf16": Setting(SMALL, dtype="bfloat16", flags=FULL + PURE_BF16),
+    "full, adamw_8bit, pure_bf16, checkpointing": Setting(
+        SMALL, dtype="bfloat16", flags=FULL + EIGHT_BITS + PURE_BF16 + CHECKPOINTING
     ),
     "full, vocabulary of 128k": Setting(LARGE_VOCABULARY, flags=FULL),
     "full, tied, accumulation": Setting(TIED, num_rows=2, num_micro_batches=2, flags=FULL),

@@ -77,6 +77,12 @@ COMPUTED = {
         "embed_tokens,lm_head",
     ),
     "in full": LORA_CHECKPOINTED + FULL,
+    "in full, adamw_8bit": (*LORA_CHECKPOINTED, *FULL, "--optim", "adamw_8bit"),
+    "in full, pure_bf16": (*LORA_CHECKPOINTED, *FULL, "--pure_bf16"),
+    "in full, adamw_8bit, pure_bf16": (
+        *(*LORA_CHECKPOINTED, *FULL, "--pure_bf16"),
+        *("--optim", "adamw_8bit"),
+    ),
     "in full, 8 processes, ddp": (*LORA_CHECKPOINTED, *FULL, "--num_processes", "8"),
     "in full, 8 processes, fsdp": (
         *(*LORA_CHECKPOINTED, *FULL, "--num_processes", "8"),

@@ -135,6 +135,16 @@ def broadcast_from_rank0(function: Callable[[], Any]) -> Any:
     return values[0]
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a tensor of which every rank holds some rows (FSDP)."""
+    return hasattr(tensor, "to_local")
+
+
+def local_rows(tensor: Any) -> Tensor:
+    """This rank's rows of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered from all ranks; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -152,14 +162,14 @@ def copy_shard(parameter: Tensor, read: Callable[[int, int], Tensor]) -> None:
 
     read(begin, end): returns the rows from begin to end - 1.
     """
-    if not hasattr(parameter, "to_local"):
+    if not is_sharded(parameter):
         parameter.copy_(read(0, len(parameter)))
         return
     num_rows = len(parameter)
     rows_per_rank = -(-num_rows // world_size())  # the last ranks may have fewer, or none
     begin = min(num_rows, rank() * rows_per_rank)
     end = min(num_rows, begin + rows_per_rank)
-    parameter.to_local().copy_(read(begin, end))
+    local_rows(parameter).copy_(read(begin, end))
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:

@@ -43,17 +43,17 @@ NF4_LEVELS = (
 )
 
 
-def dynamic_levels() -> Tensor:
+def dynamic_levels(signed: bool = True) -> Tensor:
     """(256,) float32, ascending: 8-bit numbers with a moving exponent (arXiv 2110.02861).
 
     They are 0, 1, and values around every power of ten from 1e-6 to 1, twice as many around each
-    power as around the one below.
+    power as around the one below. Without a sign there are twice as many positive ones.
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2**exponent * (1 if signed else 2) + 1)
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
-        levels += [*middles.tolist(), *(-middles).tolist()]
+        levels += [*middles.tolist(), *((-middles).tolist() if signed else [])]
     return torch.tensor(sorted(levels))
 
 
@@ -68,17 +68,22 @@ def in_blocks(values: Tensor, block_size: int) -> Tensor:
     return F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)
 
 
-def quantize_blocks(values: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """(n,) float32 -> indices of levels (n,) uint8, and the largest of each block (blocks,)."""
+def scale_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(n,) float32 -> blocks (blocks, block_size) from -1 to 1, the largest of each (blocks,)."""
     blocks = in_blocks(values, block_size)
     largest = blocks.abs().amax(1)
-    scaled = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None], largest
+
+
+def quantize_blocks(values: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(n,) float32 -> indices of levels (n,) uint8, and the largest of each block (blocks,)."""
+    scaled, largest = scale_blocks(values, block_size)
     return nearest(scaled, levels).view(-1)[: len(values)], largest
 
 
 def dequantize_blocks(indices: Tensor, largest: Tensor, levels: Tensor, block_size: int) -> Tensor:
     """The values (n,) in float32 from the result of quantize_blocks."""
-    values = in_blocks(levels[indices.int()], block_size) * largest[:, None]
+    values = in_blocks(levels.index_select(0, indices.int()), block_size) * largest[:, None]
     return values.view(-1)[: len(indices)]
 
 

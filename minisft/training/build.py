@@ -42,8 +42,8 @@ def build_model(
     """The model on `device`, and the LoraConfig of its adapter (None in full fine-tuning).
 
     new_rows: ids of new tokens, whose rows start at the mean; the vocabulary grows if it must.
-    Frozen parameters have type `dtype`, trainable ones float32. With --parallel fsdp the model is
-    sharded, and this rank holds its shard.
+    Frozen parameters have type `dtype`, trainable ones float32, or bfloat16 with --pure_bf16. With
+    --parallel fsdp the model is sharded, and this rank holds its shard.
     """
     if options.compile:
         check_compile(device)
@@ -69,13 +69,25 @@ def load_trainable(
         with torch.device(device):
             model = CausalLM(config)
         model.initialize(torch.Generator().manual_seed(options.seed))
+        convert_parameters(model, weight_dtype(options, dtype))
         return model, None
     load = load_reward_model if options.stage == "rm" else load_model
-    base_dtype = torch.float32 if options.finetuning_type == "full" else dtype
-    model = load(model_dir, base_dtype, device, options.quantization_bit)
+    model = load(model_dir, weight_dtype(options, dtype), device, options.quantization_bit)
+    if options.pure_bf16:  # the new head of a reward model, too
+        convert_parameters(model, dtype)
     lora_config = make_trainable(model, options, new_rows)
     start_at_mean(model, new_rows)
     return model, lora_config
+
+
+def weight_dtype(options: Namespace, dtype: torch.dtype) -> torch.dtype:
+    """The type of the weights of the base. dtype: of matrix products.
+
+    Weights that are trained have float32, in which small updates do not vanish, or bfloat16 and
+    stochastic rounding.
+    """
+    keeps_float32 = options.finetuning_type == "full" and not options.pure_bf16
+    return torch.float32 if keeps_float32 else dtype
 
 
 def make_trainable(
@@ -112,15 +124,13 @@ def model_on_meta(
     options: Namespace, config: ModelConfig, dtype: torch.dtype, new_rows: range = NO_ROWS
 ) -> Model:
     """The model of `build_model` on the meta device. Needs config.json, but no weights."""
-    if options.finetuning_type == "full":
-        dtype = torch.float32
     with torch.device("meta"):
         kind = RewardModel if options.stage == "rm" else CausalLM
         model = kind(dataclasses.replace(config))  # untying the embedding changes the config
         if options.quantization_bit:
             quantize_layers(model, options.quantization_bit)
     model.requires_grad_(False)
-    convert_parameters(model, dtype)
+    convert_parameters(model, weight_dtype(options, dtype))
     make_trainable(model, options, new_rows)
     return model
 

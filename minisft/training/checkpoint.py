@@ -7,7 +7,7 @@
     path = find_checkpoint(output_dir, "auto", say=print)            # the newest complete one
     state = load_state(path)
 
-`checkpoint-STEP` holds the trained weights (an adapter, or the model in float32),
+`checkpoint-STEP` holds the trained weights (an adapter, or the model, in the type of the training),
 `trainer_state.pt` (optimizer, random states, counters) and `complete.json`, which lists the size
 and SHA-256 of every file. It is written as `checkpoint-STEP.partial` and renamed when everything is
 on disk. Whenever the process is killed, a folder without `.partial` is complete.

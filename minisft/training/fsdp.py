@@ -39,6 +39,7 @@ from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, LoRALinear
 from minisft.model.reward import Model, RewardModel, new_head
 from minisft.model.vocabulary import read_with_new_rows
+from minisft.training.low_memory_adamw import LowMemoryAdamW
 
 # Size of a file of moments. A file is gathered in memory before it is written.
 MAX_FILE_BYTES = 10**9
@@ -176,14 +177,22 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     """{parameter name and kind: tensor} of AdamW's state; zeros before its first step."""
     state = {}
     for name, parameter in trainable_parameters(model).items():
-        own = optimizer.state[parameter]
-        if not own:
-            own["step"] = torch.zeros((), device=parameter.device)
-            own["exp_avg"] = torch.zeros_like(parameter)
-            own["exp_avg_sq"] = torch.zeros_like(parameter)
+        own = prepared_state(optimizer, parameter)
         for kind, value in own.items():
             state[f"{name}.{kind}"] = value
     return state
+
+
+def prepared_state(optimizer: torch.optim.Optimizer, parameter: Any) -> dict[str, Any]:
+    """The optimizer's state of a parameter; zeros before the first step."""
+    if isinstance(optimizer, LowMemoryAdamW):
+        return optimizer.prepare(parameter)
+    own = optimizer.state[parameter]
+    if not own:
+        own["step"] = torch.zeros((), device=parameter.device)
+        own["exp_avg"] = torch.zeros_like(parameter)
+        own["exp_avg_sq"] = torch.zeros_like(parameter)
+    return own
 
 
 def save_moments(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -217,11 +226,9 @@ def shard_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> No
     """Take this rank's rows from the optimizer's state_dict of a run that was not sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in saved["state"].items():
-        parameter = parameters[index]
-        own = optimizer.state[parameter]
-        own["step"] = values["step"].to(parameter.device)
-        for kind in ("exp_avg", "exp_avg_sq"):
-            own[kind] = torch.zeros_like(parameter)
+        own = prepared_state(optimizer, parameters[index])
+        own["step"].copy_(values["step"])
+        for kind in own.keys() - {"step"}:
             processes.copy_shard(own[kind], _reader(values[kind]))
 
 

@@ -34,6 +34,8 @@ IDENTITY = (
     "add_tokens",
     "resize_vocab",
     "quantization_bit",
+    "optim",
+    "pure_bf16",
 )
 # Options that may change on resume without a warning.
 SILENT = {

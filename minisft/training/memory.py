@@ -29,6 +29,7 @@ from minisft.model.loss import chunk_size
 from minisft.model.quantized import PIECE, QuantizedLinear
 from minisft.model.reward import Model, RewardModel
 from minisft.training.build import num_trainable
+from minisft.training.low_memory_adamw import moment_bytes, update_bytes
 
 FLOAT32, INT64, BOOL = 4, 8, 1
 MATRICES = (nn.Linear, nn.Embedding, NormHead)
@@ -47,7 +48,9 @@ class Step:
     accumulating: bool = False  # a step has several micro-batches
     num_processes: int = 1
     is_sharded: bool = False  # FSDP, not DDP
-    num_copied: int = 0  # numbers that the reference of DPO holds besides the model, in float32
+    num_copied: int = 0  # trained numbers that the reference of DPO holds besides the model
+    eight_bit: bool = False  # AdamW's moments
+    pure_bf16: bool = False
 
     @property
     def keeps_gradients(self) -> bool:
@@ -105,6 +108,10 @@ def phases(model: Model, step: Step) -> list[Phase]:
         before_first_layer -= embedding_gradient
     # The gradient of a tied embedding is the sum of two. It is added to a kept gradient.
     of_embedding = embedding_gradient * (2 * is_tied + step.keeps_gradients)
+    # AdamW's fused kernel needs no memory.
+    updating = 0
+    if step.eight_bit or step.pure_bf16:
+        updating = max(update_bytes(one, step.eight_bit) for one in trained_parameters(model))
 
     points = {
         "the loss": held(
@@ -128,6 +135,7 @@ def phases(model: Model, step: Step) -> list[Phase]:
         "the gradient of the embedding": held(
             activations=stream, finished=all_gradients, computing=of_embedding
         ),
+        "the update": held(activations=0, finished=all_gradients, updating=updating),
     }
     if head_gradient:
         points["the gradient of the output matrix"] = held(
@@ -148,17 +156,20 @@ def memory_held(
     computing: int = 0,
     logits: int = 0,
     casts: int = 0,
+    updating: int = 0,
 ) -> dict[str, int]:
     """The bytes of each of PARTS at a point of the step.
 
     finished: gradients that this backward pass has finished. computing: the gradient in progress.
-    casts: copies of weights in the type of the products.
+    casts: copies of weights in the type of the products. updating: memory of the optimizer's step.
     """
     all_gradients = gradient_bytes(model)
+    trained = trained_parameters(model)
+    moments = sum(moment_bytes(parameter, step.eight_bit) for parameter in trained)
     held = {
-        "weights": stored_bytes(model) + FLOAT32 * step.num_copied,
+        "weights": stored_bytes(model) + step.num_copied * trained[0].itemsize,
         "gradients": all_gradients if step.keeps_gradients else finished,
-        "optimizer": 2 * all_gradients,  # mean and mean square
+        "optimizer": moments,
     }
     if step.is_sharded:
         held = {part: size // step.num_processes for part, size in held.items()}
@@ -166,6 +177,7 @@ def memory_held(
         computing = gathered_gradient_bytes(model, step)
     held["weights"] += casts
     held["gradients"] += computing
+    held["optimizer"] += updating
     return {**held, "activations": activations, "logits": logits}
 
 
@@ -177,9 +189,14 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def gradient_bytes(module: nn.Module) -> int:
-    """Gradients of all trained parameters, in float32."""
-    return FLOAT32 * num_trainable(module)
+    """Gradients of all trained parameters, in their type."""
+    return sum(parameter.nbytes for parameter in trained_parameters(module))
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -199,7 +216,7 @@ def cast_bytes(module: nn.Module, step: Step) -> int:
 
     They live until their layer's backward pass; with checkpointing, only while it computes.
     """
-    if step.is_sharded or step.dtype.itemsize == FLOAT32:
+    if step.is_sharded or step.pure_bf16 or step.dtype.itemsize == FLOAT32:
         return 0
     matrices = [part for part in module.modules() if isinstance(part, MATRICES)]
     return step.dtype.itemsize * sum(map(num_trainable, matrices))

