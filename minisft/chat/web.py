@@ -10,8 +10,10 @@ import hmac
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from minisft.chat.guards import Arrivals, Logins, Policy, arrival
@@ -22,6 +24,7 @@ from minisft.common.errors import UserError
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_ANSWERS = 8  # answers in progress at a time; other visitors wait in the queue
 QUEUE_SIZE = 64
+END_SECONDS = 1.5
 # Download a text as a file.
 SAVE = """(text) => {
     if (!text) return;
@@ -207,14 +210,19 @@ def blocks_with_short_errors(gr: Any) -> Any:
     class Blocks(gr.Blocks):
         """See above."""
 
-        async def preprocess_data(self, block_fn: Any, *arguments: Any, **more: Any) -> Any:
-            """The inputs of an event."""
+        async def process_api(self, block_fn: Any, *arguments: Any, **more: Any) -> Any:
+            """The result of an event, or of the next step of its handler."""
             try:
-                return await super().preprocess_data(block_fn, *arguments, **more)
+                return await super().process_api(block_fn, *arguments, **more)
             except Exception as error:
-                reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:200]
-                print(f"refused a call of {block_fn.api_name}: {reason}", file=sys.stderr)
-                raise gr.Error(reason, print_exception=False) from None
+                line = "".join(filter(str.isprintable, str(error).partition("\n")[0]))[:200]
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                print(
+                    f"refused a call of {block_fn.api_name}: {line} ({type(error).__name__}, "
+                    f"{Path(place.filename).name}, line {place.lineno})",
+                    file=sys.stderr,
+                )
+                raise gr.Error(line, print_exception=False) from None
 
     return Blocks
 
@@ -303,7 +311,7 @@ def launch(
 def serve(
     page: Page, host: str, port: int, password: str | None = None, share: bool = False
 ) -> None:
-    """Serve a Page until Ctrl-C."""
+    """Serve a Page until Ctrl-C; then end the process, at the latest after END_SECONDS."""
     blocks = launch(page, host, port, password, share)
     if not password and (host not in LOOPBACK or share):
         print(
@@ -314,7 +322,9 @@ def serve(
         print(f"{blocks.share_url or blocks.local_url}  (Ctrl-C ends)", file=sys.stderr, flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
-        # Without waiting for the answers in progress.
+        # Answers end after the token they are at. A long prompt may take far longer.
         page.close()
-        blocks.server.force_exit = True
+        ending = threading.Timer(END_SECONDS, os._exit, [0])
+        ending.daemon = True  # nothing waits for it
+        ending.start()
         blocks.close(verbose=False)

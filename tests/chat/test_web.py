@@ -38,6 +38,12 @@ NASTY = """<script>window.hit = 1</script> <b>bold?</b> <img src=x onerror="wind
 ```html
 <script>window.hit = 4</script>
 ```
+
+$$\\frac{a}{b} \\href{javascript:window.hit=8}{c} \\includegraphics{http://FAR/z.png}$$
+
+```mermaid
+graph TD; A["<img src=x onerror='window.hit = 9'>"] --> B; click B href "javascript:window.hit=10"
+```
 """
 
 
@@ -402,9 +408,8 @@ def test_the_stop_button_reaches_a_question_in_the_queue(served):
     try:
         for number in range(web.MAX_ANSWERS + 1):
             send(number)
-        body = json.dumps({"data": [], "session_hash": f"waiting {web.MAX_ANSWERS}"})
-        _, _, text = request(address, "gradio_api/call/stop", body, Content_Type="application/json")
-        request(address, f"gradio_api/call/stop/{json.loads(text)['event_id']}")
+        body = json.dumps({"data": [None], "session_hash": f"waiting {web.MAX_ANSWERS}"})
+        request(address, "gradio_api/run/stop", body, Content_Type="application/json")
         released.set()
         *answered, stopped = map(result, range(web.MAX_ANSWERS + 1))
         assert "Stopped." in stopped and not any("Stopped." in text for text in answered)
@@ -537,6 +542,10 @@ def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat
         assert request(address, "config")[0] == 401
         form = {"Content_Type": "application/x-www-form-urlencoded"}
         assert request(address, "login", "username=ann&password=falsch", **form)[0] == 400
+        for path in ("cancel", "reset", "call/ask"):
+            body = '{"session_hash": "ann", "fn_index": 0, "event_id": "x"}'
+            json_form = {"Content_Type": "application/json"}
+            assert request(address, f"gradio_api/{path}", body, **json_form)[0] == 401
         status, headers, _ = request(address, "login", "username=ann&password=geheim", **form)
         cookie = "; ".join(one.split(";")[0] for one in headers.get_all("set-cookie"))
         left, right = ask_over_http(address, "the cat", "ann", Cookie=cookie)
@@ -594,6 +603,11 @@ def visit(browser, served):
                 hosts.add(request.url.split("/")[2]) if request.url.startswith("http") else None
             ),
         )
+        tab.add_init_script("""
+            window.refused = [];
+            document.addEventListener("securitypolicyviolation",
+                                      event => window.refused.push(event.effectiveDirective));
+        """)
         tab.goto(served[1])
         tab.locator("#box textarea").wait_for()
         return tab
@@ -738,14 +752,22 @@ def test_browser_nothing_in_an_answer_runs_or_loads(served, visit, far):
             assert text in said
         tab.get_by_text("link", exact=True).click()
         assert tab.evaluate("() => window.hit") is None
+        assert tab.evaluate("() => window.refused") == []  # gradio's own scripts run
         assert tab.locator("#chat0 .message :is(script, iframe, img[src^='http'])").count() == 0
         assert connections(far) == []
+        # No script that comes after the page runs, however it gets there.
+        tab.evaluate("""() => {
+            const script = document.createElement("script");
+            script.textContent = "window.hit = 6";
+            document.body.append(script);
+            document.body.insertAdjacentHTML("beforeend", "<img src=x onerror='window.hit = 7'>");
+        }""")
+        wait_until(lambda: tab.evaluate("() => window.refused.length == 2"))
+        assert tab.evaluate("() => window.hit") is None
         # The policy alone is enough: elements that a script adds to the page load nothing.
         tab.evaluate(
             """name => {
             window.refused = [];
-            document.addEventListener("securitypolicyviolation",
-                                      event => window.refused.push(event.effectiveDirective));
             document.body.insertAdjacentHTML("beforeend",
                 `<img src="http://${name}/y.png"><iframe src="http://${name}/"></iframe>`);
         }""",
