@@ -18,13 +18,13 @@ from typing import Any
 
 from minisft.chat.guards import Arrivals, Logins, Policy, arrival
 from minisft.chat.markup import JOINER
-from minisft.chat.page import Page, Session, View
+from minisft.chat.page import MAX_SESSIONS, Page, Session, View
 from minisft.common.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_ANSWERS = 8  # answers in progress at a time; other visitors wait in the queue
 QUEUE_SIZE = 64
-END_SECONDS = 1.5
+END_SECONDS = 1.0
 # Download a text as a file.
 SAVE = """(text) => {
     if (!text) return;
@@ -294,6 +294,7 @@ def launch(
             app_kwargs={"middleware": middleware},
             prevent_thread_lock=True,
             js=COPIES,
+            state_session_capacity=MAX_SESSIONS,
             max_file_size=1,
             ssr_mode=False,
             mcp_server=False,
