@@ -11,6 +11,7 @@ processes, which must not grow. Exits with 1 if something is lost.
 
 import argparse
 import json
+import os
 import random
 import signal
 import statistics
@@ -24,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import ROOT, flags, resident_memory  # noqa: E402
 
-CALIBRATION_STEPS = 100
+CALIBRATION_STEPS = 40
+MIN_STEPS, SAVE_STEPS = 60, 20
 MAX_GROWTH = 1.1  # of the memory from the second quarter of a long run to the last
 
 
@@ -43,7 +45,7 @@ def command(output_dir: Path, max_steps: int) -> list[str]:
         config="examples/demo.toml",
         output_dir=output_dir,
         max_steps=max_steps,
-        save_steps=50,
+        save_steps=SAVE_STEPS,
         save_total_limit=2,
         logging_steps=10,
         resume_from_checkpoint="auto",
@@ -57,7 +59,13 @@ def train(output_dir: Path, max_steps: int, seconds: float | None = None) -> tup
     """(True if the run ended by itself, its memory over time). seconds: kill it after these."""
     began, used = time.monotonic(), []
     with open(output_dir.with_suffix(".log"), "ab") as log:
-        process = subprocess.Popen(command(output_dir, max_steps), cwd=ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command(output_dir, max_steps),
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # the same sums on a busy machine, too
+        )
     while process.poll() is None:
         if seconds is not None and time.monotonic() - began > seconds:
             process.send_signal(signal.SIGKILL)
@@ -94,8 +102,8 @@ def main() -> None:
     train(folder / "calibration", CALIBRATION_STEPS)
     step_seconds = (time.monotonic() - began - start_seconds) / CALIBRATION_STEPS
     # A kill costs a start, and on average half of the steps between two checkpoints.
-    lost = options.kills * (start_seconds + 25 * step_seconds)
-    max_steps = max(200, int((60 * options.minutes - lost) / step_seconds))
+    lost = options.kills * (start_seconds + SAVE_STEPS / 2 * step_seconds)
+    max_steps = max(MIN_STEPS, int((60 * options.minutes - lost) / step_seconds))
     print(f"{max_steps:,} steps; {step_seconds:.3f} s a step, {start_seconds:.1f} s a start")
     _, used = train(folder / "undisturbed", max_steps)
     print(f"undisturbed: memory x{growth(used):.3f} from the second quarter to the last")
