@@ -149,6 +149,7 @@ def test_turns_with_history_retry_edit_and_clear(page, alone):
         ("ok", (None, *VALUES[1:]), "a setting under the question box is not a number"),
         ("ok", (20, "warm", *VALUES[2:]), "a setting under the question box is not a number"),
     ],
+    ids=["long", "huge", "empty", "control character", "temperature", "seed", "failure"],
 )
 def test_a_refused_question_returns_to_the_box_and_nothing_is_lost(
     tiny_chat_model_dir, question, values, said

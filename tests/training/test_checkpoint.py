@@ -129,7 +129,8 @@ def test_another_number_of_processes(flags, tmp_path):
     assert command(*flags, "--output_dir", tmp_path / "one").returncode == 0
     flags += ["--output_dir", tmp_path / "two"]
     assert command(*flags, "--save_steps", 7).returncode == 0
-    done = command(*flags, "--resume_from_checkpoint", "auto", processes=2)
+    middle = tmp_path / "two/checkpoint-7"
+    done = command(*flags, "--resume_from_checkpoint", middle, processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 processes instead of 1" in done.stdout
     assert "every step still has" in done.stdout

@@ -430,11 +430,11 @@ def test_plan_and_run_report_the_same_rows(stage, checkpoint, tmp_path, monkeypa
         for line in capsys.readouterr().out.splitlines()
         if re.match(
             r"a sample of 4 rows( at --cutoff_len 40)?: \d of 4 rows|evaluation: \d of 4 rows|"
-            r"1 broken rows left out",
+            r"1 broken rows left out|\d of 4 rows have something to learn",
             line,
         )
     ]
-    assert len(said) == 3 and planned[:3] == said
+    assert len(said) == (3 if stage == "sft" else 4) and planned[: len(said)] == said
     assert ("their answers are the same" in " ".join(said)) == (stage != "sft")
 
 
