@@ -8,6 +8,8 @@
 `fine_tune` is the whole job in order. `train` is the training loop, and `train_step` one optimizer
 step: sum the loss over the supervised tokens of all micro-batches and ranks, divide once by their
 number, clip the gradient, update the weights.
+
+The tour explains it: docs/tour/08_step.md.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Keep the pages of docs/tour/ true: docs/tour/README.md has the rules for authors.
 
-python docs/tour_pages.py update             # code from the source into the pages; the notebook
+python docs/tour_pages.py update             # code from the source into the pages, code and output
+                                             # from English into Chinese pages; the notebook
 python docs/tour_pages.py run [03 04]        # make tour: run the snippets, compare their output
 python docs/tour_pages.py record [03 04]     # run them and write their output into the pages
 python docs/tour_pages.py check              # compare code and languages; run nothing
@@ -76,15 +77,27 @@ def with_code(text: str) -> str:
 
 
 def outline(page: Path) -> list[Any]:
-    """What a page has in common with its translation: code, output, equations and figures."""
+    """What a page has in common with its translation: code, output, equations, figures, tests."""
     text = page.read_text(encoding="utf-8")
     parts = [block.groups() for pattern in (INCLUDE, SNIPPET) for block in pattern.finditer(text)]
     return [
         *parts,
         FIGURE.findall(text),
         EQUATION.findall(text),
+        sorted(re.findall(r"`test_\w+\.py::\w+`", text)),
         len(re.findall("^#+ ", text, re.M)),
     ]
+
+
+def with_parts_of(english: str, chinese: str) -> str:
+    """The Chinese page with the code, output and equations of the English one."""
+    for pattern in (INCLUDE, SNIPPET, EQUATION):
+        parts = [block[0] for block in pattern.finditer(english)]
+        places = [block.span() for block in pattern.finditer(chinese)]
+        if len(parts) == len(places):
+            for part, (start, end) in reversed(list(zip(parts, places, strict=True))):
+                chinese = chinese[:start] + part + chinese[end:]
+    return chinese
 
 
 def agrees(printed: str, stated: str, percent: float) -> bool:
@@ -151,7 +164,9 @@ def problems() -> list[str]:
     for page in pages(chinese=True):
         english = page.with_name(page.name.replace(".zh", ""))
         if not english.exists() or outline(page) != outline(english):
-            found.append(f"{page.name} and {english.name} differ in code, figures or equations")
+            found.append(
+                f"{page.name} and {english.name} differ in code, figures, equations or tests"
+            )
     if NOTEBOOK.with_name("tour.zh.md").exists() and len(pages()) != len(pages(chinese=True)):
         found.append("docs/tour/: a chapter has no Chinese page, NN_name.zh.md")
     if not NOTEBOOK.exists() or NOTEBOOK.read_text(encoding="utf-8") != notebook():
@@ -179,8 +194,12 @@ def main() -> None:
             else:
                 found += differences
     if options.action in ("update", "record"):
-        for page in pages() + pages(chinese=True):
+        for page in pages():
             page.write_text(with_code(page.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in pages(chinese=True):
+            english = page.with_name(page.name.replace(".zh", "")).read_text(encoding="utf-8")
+            text = with_parts_of(english, page.read_text(encoding="utf-8"))
+            page.write_text(text, encoding="utf-8")
         NOTEBOOK.write_text(notebook(), encoding="utf-8")
     if options.action == "check":
         found = problems()

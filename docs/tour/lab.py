@@ -8,6 +8,7 @@ Chapter 8 explains the loop in `fine_tune`. Until then it is a tool: rows go in,
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Example, encode_rows
 from minisft.model.decoder import CausalLM
 from minisft.model.loss import next_token_loss
+from minisft.selection.ifd import IfdScorer
+from minisft.selection.passes import Score
 from minisft.text.chat_template import ChatTemplate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +64,11 @@ def token_loss(model: CausalLM, examples: Sequence[Example]) -> float:
     return step_of_tokens(model, batches).item()
 
 
+def train_all(model: CausalLM) -> None:
+    """Full fine-tuning: every weight is trained."""
+    model.requires_grad_(True)
+
+
 def fine_tune(
     examples: Sequence[Example],
     num_steps: int,
@@ -71,15 +79,18 @@ def fine_tune(
     learning_rate: float = 2e-3,
     seed: int = 0,
     watch: Callable[[CausalLM], None] = lambda model: None,
+    prepare: Callable[[CausalLM], None] = train_all,
 ) -> tuple[CausalLM, list[float]]:
-    """Train all weights of the embedded model; (the model, the loss of each step).
+    """Train the embedded model; (the model, the loss of each step).
 
     to_batch: examples -> a micro-batch. seed: of the order of the rows.
-    watch: called before every step.
+    watch: called before every step. prepare: changes the base, and says what is trained.
     """
     torch.manual_seed(seed)
-    model = load_model(BASE, torch.float32).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98))
+    model = load_model(BASE, torch.float32).train()
+    prepare(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, learning_rate, betas=(0.9, 0.98))
     batches = Batches(examples, lambda rows: (list(rows), EncodeReport()), seed)
     losses = []
     for step, rows in enumerate(batches.steps(rows_per_step, 0, num_steps)):
@@ -88,11 +99,29 @@ def fine_tune(
             group["lr"] = learning_rate * (1 - step / num_steps)
         loss = step_loss(model, [to_batch(part) for part in micro_batches(rows, batch_size)])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     return model.eval(), losses
+
+
+def train_steps(
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    first_step: int,
+    last_step: int,
+) -> list[float]:
+    """Take the steps first_step..last_step-1 of a run of 32 rows each; their losses."""
+    batches, losses = Batches(examples, lambda rows: (list(rows), EncodeReport()), 0), []
+    for rows in batches.steps(32, first_step, last_step):
+        loss = step_of_tokens(model, [collate(rows)])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 @torch.inference_mode()
@@ -112,6 +141,17 @@ def num_right(written: Sequence[tuple[str, bool]], rows: Sequence[Row]) -> int:
     """The number of answers, from `answers`, that equal those of the rows."""
     right = [row.messages[-1]["content"] for row in rows]
     return sum(text == answer for (text, _), answer in zip(written, right, strict=True))
+
+
+def ifd_scores(model: CausalLM, template: ChatTemplate, rows: Sequence[Row]) -> list[Score]:
+    """The IFD of each row, and the embedding of its prompt."""
+    scorer, scores = IfdScorer(template, parts=("ifd", "embed")), []
+    for start in range(0, len(rows), 64):
+        plans = [scorer.plan(start + n, row) for n, row in enumerate(rows[start : start + 64])]
+        results = iter(scorer.compute(model, [item for plan in plans for item in plan.passes]))
+        for plan in plans:
+            scores.append(scorer.score(plan, list(islice(results, len(plan.passes)))))
+    return scores
 
 
 def encoded(rows: Sequence[Row], template: ChatTemplate) -> list[Example]:

@@ -12,6 +12,8 @@ The path of a tensor:
 
 A few million numbers are converted at a time, so memory does not grow with the model. The model
 itself is built on the meta device, only for its names and shapes.
+
+The tour explains it: docs/tour/12_ship.md.
 """
 
 from collections.abc import Mapping, Sequence

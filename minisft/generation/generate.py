@@ -13,6 +13,8 @@ batch are padded on the left, so that the last column has the newest token of ev
     row 1       -   -   8  |  4   1
 
 Shapes are explained in decoder.py.
+
+The tour explains it: docs/tour/10_generate.md.
 """
 
 from collections.abc import Collection, Iterator, Sequence

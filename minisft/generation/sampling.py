@@ -10,6 +10,8 @@ The scores z, the logits, go through these steps:
     top-k                   keep the k tokens with the largest z
     nucleus sampling        p = softmax(z); keep the smallest set with a total probability of top_p
     draw                    one of the tokens that are left; greedy decoding takes the most probable
+
+The tour explains it: docs/tour/10_generate.md.
 """
 
 import random

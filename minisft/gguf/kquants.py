@@ -14,6 +14,8 @@ and the grid with the smallest error wins. Large numbers weigh more than small o
 
 Shapes: N blocks, M groups, n numbers in a group. Groups are columns, so that numpy computes along
 long rows.
+
+The tour explains it: docs/tour/12_ship.md.
 """
 
 from collections.abc import Callable

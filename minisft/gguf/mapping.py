@@ -12,6 +12,8 @@ k_proj, which compute these numbers, are reordered in each head:
     rows of a head in the file          0 4 1 5 2 6 3 7    pairs of neighbours
 
 unpack_config.py reads the config back.
+
+The tour explains it: docs/tour/12_ship.md.
 """
 
 import math

@@ -8,6 +8,8 @@ Most matrices get the type that --quantization names. Three rules differ from it
     vectors (norms, biases)           F32: they are small and sensitive
     the output matrix                 Q6_K instead of 4 and 5 bits: it chooses between tokens
     attn_v and ffn_down in q4_k_m     Q6_K in about half of the layers: they lose most by rounding
+
+The tour explains it: docs/tour/12_ship.md.
 """
 
 import torch

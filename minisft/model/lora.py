@@ -5,6 +5,8 @@ y = W x + scaling * B A x               A (rank, in), B (out, rank)
 add_lora(model, LoraConfig(rank=8, alpha=16, target_modules=("q_proj", "v_proj")))
 ...                                     # train: only A and B have gradients
 merge_lora(model)                       # W <- W + scaling * B A
+
+The tour explains it: docs/tour/07_lora.md.
 """
 
 import math
@@ -100,9 +102,8 @@ class LoRALinear(nn.Module):
         """
         weight = self.base_layer.weight
         update = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
-        return plain_linear(
-            (weight.float() + update).to(dtype or weight.dtype), self.base_layer.bias
-        )
+        total = (weight.float() + update).to(dtype or weight.dtype)
+        return plain_linear(total, self.base_layer.bias)
 
 
 def add_lora(model: Model, config: LoraConfig) -> None:

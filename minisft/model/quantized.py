@@ -10,6 +10,8 @@ quantised as well, to 8 bits ("double quantisation").
 8 bits: each row is divided by its largest absolute value and rounded to 255 steps.
 
 Only the quantised weight is kept. Every multiplication, forward and backward, dequantises it again.
+
+The tour explains it: docs/tour/07_lora.md.
 """
 
 from typing import Any

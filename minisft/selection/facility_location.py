@@ -10,6 +10,8 @@ least 1 - 1/e of the best possible F (Nemhauser et al. 1978).
 
 A gain never grows when more rows are chosen, so an old gain is an upper bound. Only rows whose old
 gain is above the best new one need another (lazy greedy; Minoux 1978).
+
+The tour explains it: docs/tour/11_select.md.
 """
 
 import numpy as np

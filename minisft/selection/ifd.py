@@ -20,6 +20,8 @@ pooling "mean"      over the prompt of its last answer, for clustering; the mode
                     answer there
 pooling "weighted"  over prompt and answer, for RDS+: h_t has the weight t / (1 + ... + T), since
                     later states have seen more of the row (arXiv 2503.01807, SGPT 2202.08904)
+
+The tour explains it: docs/tour/11_select.md.
 """
 
 import math

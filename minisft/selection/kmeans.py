@@ -10,6 +10,8 @@ Squared distances come from matrix products: |x - c|^2 = |x|^2 - 2 x.c + |c|^2, 
 relative to the mean of the points: far from the origin, the difference of such large squares would
 be mostly rounding error. The mean is subtracted a block at a time, so memory-mapped points are
 never copied.
+
+The tour explains it: docs/tour/11_select.md.
 """
 
 import math

@@ -5,6 +5,8 @@
 
 Representation-based data selection, "Large-Scale Data Selection for Instruction Tuning" (arXiv
 2503.01807). `score.py --mode embed --pooling weighted` embeds both kinds of rows: see ifd.py.
+
+The tour explains it: docs/tour/11_select.md.
 """
 
 from collections.abc import Sequence

@@ -5,6 +5,8 @@
 `rows` are the numbers of the rows that may be chosen; all other arrays are indexed by row number.
 Every function returns row numbers. If values are equal, the first row in the file wins. `choose` in
 choose.py applies them by name.
+
+The tour explains it: docs/tour/11_select.md.
 """
 
 import math

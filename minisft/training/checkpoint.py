@@ -11,6 +11,8 @@
 `trainer_state.pt` (optimizer, random states, counters) and `complete.json`, which lists the size
 and SHA-256 of every file. It is written as `checkpoint-STEP.partial` and renamed when everything is
 on disk. Whenever the process is killed, a folder without `.partial` is complete.
+
+The tour explains it: docs/tour/09_resume.md.
 """
 
 import json

@@ -2,6 +2,8 @@
 
 optimizer = build_optimizer(model, options)
 set_learning_rate(optimizer, 1e-4)
+
+The tour explains it: docs/tour/08_step.md.
 """
 
 from argparse import Namespace

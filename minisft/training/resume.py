@@ -3,6 +3,8 @@
 save_checkpoint(run)                                # every rank; runs/demo/checkpoint-40
 saved = load_saved_run(options, batches, say)       # None if there is nothing to resume
 restore(run, saved)
+
+The tour explains it: docs/tour/09_resume.md.
 """
 
 import shlex

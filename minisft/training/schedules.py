@@ -7,6 +7,8 @@
     rate(30)                                        # 1e-4
 
 Names, curves and settings (--lr_scheduler_kwargs) are those of transformers.get_scheduler.
+
+The tour explains it: docs/tour/08_step.md.
 """
 
 import math

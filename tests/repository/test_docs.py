@@ -47,7 +47,24 @@ def test_the_chinese_readme_has_the_same_links():
     english, chinese = (
         [path for path in linked_files(readme) if path not in own] for readme in (README, CHINESE)
     )
-    assert english == chinese
+    assert [in_chinese(path) for path in english] == chinese
+
+
+def in_chinese(path):
+    """The Chinese version of a page, if there is one."""
+    chinese = path.with_suffix(".zh.md")
+    return chinese if path.suffix == ".md" and chinese.exists() else path
+
+
+TOUR = [page for page in PAGES if page.name.endswith(".zh.md") and page != CHINESE]
+
+
+@pytest.mark.parametrize("page", TOUR, ids=lambda page: page.name)
+def test_a_chinese_page_of_the_tour_has_the_links_of_the_english_page(page):
+    english = page.with_name(page.name.replace(".zh.md", ".md"))
+    links = set(linked_files(page))
+    assert {in_chinese(path) for path in linked_files(english)} - {page} <= links
+    assert {path for path in links if path != in_chinese(path)} == {english}
 
 
 def test_tests_that_the_docs_name_exist():

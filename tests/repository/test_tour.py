@@ -10,6 +10,10 @@ sys.path.append(str(ROOT / "docs"))
 import tour_pages  # noqa: E402
 
 PAGES = tour_pages.pages()
+HEADINGS = {
+    "English": ["The equation", "The code", "The trap: ", "The test", "Exercises"],
+    "Chinese": ["公式", "代码", "陷阱：", "测试", "练习"],
+}
 PAGE = """# 1. A page
 
 <!-- code: minisft/model/rotary.py::rotate from "return" -->
@@ -24,6 +28,8 @@ print("two", 1 + 1, 1 / 3)
 ```text
 two 2 0.333
 ```
+
+`test_tour.py::test_one`
 """
 
 
@@ -41,17 +47,20 @@ def tour(tmp_path, monkeypatch):
 
 
 def test_the_pages_are_up_to_date():
-    assert len(PAGES) >= 6
+    assert [page.name[:2] for page in PAGES] == [f"{number:02}" for number in range(1, 13)]
     assert tour_pages.problems() == []
+
+
+def has_headings(text, headings):
+    """True if the page has headings that begin with these words, in this order."""
+    places = [text.index(f"\n## {heading}") for heading in headings]
+    return places == sorted(places)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_chapter_has_its_parts(page):
     text = page.read_text(encoding="utf-8")
-    headings = ["The equation", "The code", "The trap: ", "The test", "Exercises"]
-    assert [text.index(f"\n## {heading}") for heading in headings] == sorted(
-        text.index(f"\n## {heading}") for heading in headings
-    )
+    assert has_headings(text, HEADINGS["English"])
     included = [block[5] for block in tour_pages.INCLUDE.finditer(text)]
     assert 10 <= sum(code.count("\n") for code in included) <= 90
     assert tour_pages.FIGURE.search(text) and tour_pages.EQUATION.search(text)
@@ -62,15 +71,25 @@ def test_a_chapter_has_its_parts(page):
     assert len(answers) >= 2 and all("```python" in answer for answer in answers)
 
 
+@pytest.mark.parametrize("page", tour_pages.pages(chinese=True), ids=lambda page: page.stem)
+def test_a_chinese_chapter_has_its_parts(page):
+    """It also has Chinese words where the tool compares nothing: in figures and answers."""
+    text = page.read_text(encoding="utf-8")
+    assert has_headings(text, HEADINGS["Chinese"])
+    shown = re.findall(r'alt="(.*?)"|<summary>(.*?)</summary>', text)
+    assert shown and all(re.search("[\u4e00-\u9fff]", alt or summary) for alt, summary in shown)
+
+
 def test_heart_files_name_their_chapter():
-    """A docstring says where the tour explains the file, and the page includes or links to it."""
-    named = 0
+    """The docstring of each file of the README's reading list says where the tour explains it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    heart = re.findall(r"^\| \[([\w/]+\.py)\]\(", readme, re.M)
+    assert len(heart) >= 25
     for path in [*ROOT.glob("minisft/*/*.py"), *ROOT.glob("*.py")]:
-        text = path.read_text(encoding="utf-8")
-        for page in re.findall(r"docs/(tour/[\w.]+\.md)", text):
-            assert (ROOT / "docs" / page).is_file(), f"{path.name}: {page}"
-            named += 1
-    assert named >= 10
+        docstring = path.read_text(encoding="utf-8").split('"""')[1:2]
+        chapters = re.findall(r"docs/(tour/[\w.]+\.md)", "".join(docstring))
+        assert chapters or path.relative_to(ROOT).as_posix() not in heart, path
+        assert all((ROOT / "docs" / page).is_file() for page in chapters), path
 
 
 def test_a_snippet_that_prints_something_else_is_reported(tour):
@@ -94,12 +113,23 @@ def test_code_that_has_changed_is_reported(tour):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("1 + 1", "2"), ("two 2", "二 2"), ("# 1", "## 0\n# 1"), ("sin\n", "cos\n")]
+    ("old", "new"),
+    [("1 + 1", "2"), ("two 2", "二 2"), ("# 1", "## 0\n# 1"), ("sin\n", "cos\n"), ("one`", "two`")],
 )
 def test_a_translation_with_other_code_is_reported(tour, old, new):
     page = tour / "01_page.zh.md"
     page.write_text(page.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     assert any("01_page.zh.md and 01_page.md differ" in line for line in tour_pages.problems())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("1 + 1", "2"), ("two 2", "二 2"), ("sin\n", "cos\n"), ("a + b", "a")]
+)
+def test_a_translation_gets_the_code_output_and_equations_of_the_english_page(old, new):
+    english = PAGE + "\n```math\na + b\n```\n"
+    chinese = english.replace("A page", "一页")
+    changed = chinese.replace(old, new)
+    assert changed != chinese and tour_pages.with_parts_of(english, changed) == chinese
 
 
 def test_a_chapter_without_translation_is_reported(tour):
