@@ -39,8 +39,8 @@ else:
 
     from minisft.common.model_flags import CUTOFF_LEN
     from minisft.common.outputs import check_output_file
-    from minisft.data.dataset import Rows
-    from minisft.selection.choose import Candidates, choose, read_row_data
+    from minisft.data.dataset import CHECKED_BYTES, Rows
+    from minisft.selection.choose import Candidates, Choice, choose, read_row_data
     from minisft.selection.limits import length_limits
     from minisft.selection.near_duplicates import near_duplicates
     from minisft.selection.plot import draw
@@ -48,6 +48,7 @@ else:
     from minisft.selection.rows import (
         Instructions,
         answer_lengths,
+        draw_readable,
         open_every_row,
         row_sources,
     )
@@ -71,7 +72,11 @@ def main(options: Namespace) -> None:
     )
     output = check_output(options, rows)
     dataset = dataset_record(rows, is_drawn, options.max_samples)
-    lengths, is_broken = answer_lengths(rows)
+    draws_unread = is_plain_draw(options) and rows.sizes().sum() > CHECKED_BYTES
+    if draws_unread:
+        lengths, is_broken = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
+    else:
+        lengths, is_broken = answer_lengths(rows)
     data = read_row_data(options, len(rows), dataset, lengths)
     if options.balance == "source":
         data.sources = row_sources(rows)
@@ -91,7 +96,14 @@ def main(options: Namespace) -> None:
     number = options.sample_number
     if options.sample_rate:
         number = max(1, round(len(usable) * options.sample_rate))
-    choice = choose(options, data, candidates, number)
+    if draws_unread:
+        generator = np.random.default_rng(options.seed)
+        chosen, broken, data.lengths = draw_readable(rows, usable, number, generator)
+        is_broken[broken] = True
+        candidates.drop(is_broken, "broken")
+        choice = Choice(chosen)
+    else:
+        choice = choose(options, data, candidates, number)
     notes = choice.notes
     if options.scores:
         num_tokens = np.fmax(data.scores["num_tokens"], data.lengths)
@@ -110,7 +122,7 @@ def main(options: Namespace) -> None:
         "answer_length": {
             "unit": data.length_unit,
             "mean_chosen": float(data.lengths[choice.rows].mean()),
-            "mean_all": float(data.lengths[usable].mean()),
+            "mean_all": None if draws_unread else float(data.lengths[usable].mean()),
         },
         **choice.details,
         "notes": notes,
@@ -122,6 +134,14 @@ def main(options: Namespace) -> None:
         print("The columns keep their names. Give the file an entry in dataset_info.json.")
     if options.plot:
         print(f"drew {draw(data, usable, choice, options.strategy, output)}")
+
+
+def is_plain_draw(options: Namespace) -> bool:
+    """True if no row has to be read before it is drawn."""
+    reads = (options.scores, options.embeddings, options.balance, options.min_tokens)
+    return options.strategy == "random" and not any(
+        (*reads, options.max_tokens, options.dedup, options.plot)
+    )
 
 
 def check_output(options: Namespace, rows: Rows) -> Path:
@@ -145,10 +165,12 @@ def check_output(options: Namespace, rows: Rows) -> Path:
 def print_summary(manifest: dict[str, Any]) -> None:
     """Print how many rows were chosen, how many were dropped, and what limited the choice."""
     lengths = manifest["answer_length"]
+    mean_all = lengths["mean_all"]  # None if the other rows were not read
+    all_rows = "" if mean_all is None else f" (all rows: {mean_all:,.1f})"
     print(
         f"{manifest['options']['output']}: {manifest['num_chosen']:,} of {manifest['rows']:,} rows "
         f"by {manifest['strategy']}; answers of {lengths['mean_chosen']:,.1f} {lengths['unit']} on "
-        f"average (all rows: {lengths['mean_all']:,.1f})"
+        f"average{all_rows}"
     )
     for reason, count in manifest["dropped"].items():
         print(f"dropped {count:,}: {reason}")

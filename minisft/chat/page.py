@@ -11,6 +11,7 @@ reloads lose nothing. web.py shows the views with gradio.
 """
 
 import json
+import math
 import time
 import traceback
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ class Session:
     number: int = 0  # in the transcript; 0 before the first question
     system: str = ""
     busy: bool = False
-    stopping: bool = False
+    stopped_at: float = -math.inf  # by time.monotonic: questions sent before that are not answered
 
 
 class Page:
@@ -67,6 +68,7 @@ class Page:
         self.assistants, self.sampling, self.system = assistants, sampling, system
         self.transcript = transcript or Transcript()
         self.sessions: dict[str, Session] = {}  # by visitor, the latest last
+        self.closed_at = -math.inf
 
     def load_session(self, visitor: str) -> Session:
         """The session of a visitor who loads or reloads the page. Stops an answer in progress.
@@ -75,21 +77,37 @@ class Page:
         """
         session = self.sessions.pop(visitor, None) or Session()
         self.sessions[visitor] = session
-        session.busy, session.stopping = False, True
+        session.busy = False
+        self.stop(session)
         while len(self.sessions) > MAX_SESSIONS:
             self.sessions.pop(next(iter(self.sessions)))
         return session
 
-    def ask(self, session: Session, question: str, system: str, *values: Any) -> Iterator[View]:
-        """Answer a question. values: the fields of Sampling in their order."""
-        return self._answer(session, session.turns, question, system, values, is_typed=True)
+    def ask(
+        self,
+        session: Session,
+        question: str,
+        system: str,
+        *values: Any,
+        sent_at: float | None = None,
+    ) -> Iterator[View]:
+        """Answer a question. values: the fields of Sampling in their order.
 
-    def retry(self, session: Session, system: str, *values: Any) -> Iterator[View]:
+        sent_at: the time.monotonic() at which the visitor sent it, by default now. A question may
+        have waited in a queue; a Stop since then counts.
+        """
+        return self._answer(
+            session, session.turns, question, system, values, sent_at, is_typed=True
+        )
+
+    def retry(
+        self, session: Session, system: str, *values: Any, sent_at: float | None = None
+    ) -> Iterator[View]:
         """Answer the last question again."""
         if not session.turns:
             return iter([self.view(session, "There is no answer yet to repeat.")])
         *earlier, last = session.turns
-        return self._answer(session, earlier, last.question, system, values)
+        return self._answer(session, earlier, last.question, system, values, sent_at)
 
     def edit(
         self,
@@ -99,6 +117,7 @@ class Page:
         system: str,
         *values: Any,
         place: int = 0,
+        sent_at: float | None = None,
     ) -> Iterator[View]:
         """Replace the question in message `index` of a chat and drop everything after it.
 
@@ -106,11 +125,15 @@ class Page:
         """
         before = self.view(session, "")[0][place][:index]
         earlier = session.turns[: sum(message["role"] == "user" for message in before)]
-        return self._answer(session, earlier, unescape(question), system, values)
+        return self._answer(session, earlier, unescape(question), system, values, sent_at)
 
     def stop(self, session: Session) -> None:
-        """Stop the answer; the text so far stays."""
-        session.stopping = True
+        """Stop the answer, also that of a question in the queue; the text so far stays."""
+        session.stopped_at = time.monotonic()
+
+    def close(self) -> None:
+        """Stop the answers of all visitors."""
+        self.closed_at = time.monotonic()
 
     def clear(self, session: Session) -> View:
         """Forget the conversation."""
@@ -163,21 +186,27 @@ class Page:
         question: str,
         system: str,
         values: tuple[Any, ...],
+        sent_at: float | None = None,
         is_typed: bool = False,
     ) -> Iterator[View]:
         """Answer `question` after the turns `earlier`; both replace the turns of the session.
 
-        values: the fields of Sampling. is_typed: the question is in the question box. The box is
-        cleared if the question is accepted.
+        values: the fields of Sampling. sent_at: as in `ask`. is_typed: the question is in the
+        question box. The box is cleared if the question is accepted.
         """
+        sent_at = time.monotonic() if sent_at is None else sent_at
+        question, system = valid_text(question), valid_text(system)
         refused, accepted = (question, "") if is_typed else (None, None)
         if session.busy:
             yield self.view(session, "An answer is in progress. Stop it first.", refused)
             return
+        if self._is_stopped(session, sent_at):
+            yield self.view(session, "Stopped.", refused)
+            return
         previous, notes = session.turns, []
         turn = Turn(question, [""] * len(self.assistants), [""] * len(self.assistants))
         turns = session.turns = [*earlier, turn]
-        session.busy, session.stopping = True, False
+        session.busy = True
         try:
             answers = self._begin(earlier, question, system, values, notes)
             session.system = system
@@ -197,7 +226,7 @@ class Page:
                 for _ in zip_longest(*pieces):  # one token of each answer in turn
                     turn.answers = [answer.text for answer in answers]
                     turn.thoughts = [answer.reasoning_content for answer in answers]
-                    if session.stopping or session.turns is not turns:
+                    if self._is_stopped(session, sent_at) or session.turns is not turns:
                         notes.append("Stopped.")
                         break
                     if time.monotonic() - last_view > SECONDS_BETWEEN_VIEWS:
@@ -217,6 +246,10 @@ class Page:
                 session.turns = previous
         yield self.view(session, " ".join(notes), refused if is_empty else None)
 
+    def _is_stopped(self, session: Session, sent_at: float) -> bool:
+        """True if the visitor or the end of the page has stopped a question sent at that time."""
+        return max(session.stopped_at, self.closed_at) >= sent_at
+
     def _begin(
         self,
         earlier: list[Turn],
@@ -227,8 +260,13 @@ class Page:
     ) -> list[Answer]:
         """An Answer of each model, not started yet. UserError if the question is not valid."""
         max_new_tokens, temperature, top_k, top_p, penalty, greedy, seed = values
+        try:
+            length, top_k = int(max_new_tokens), int(top_k)
+            temperature, top_p, penalty = float(temperature), float(top_p), float(penalty)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError("a setting under the question box is not a number") from error
         sampling = Sampling(
-            int(max_new_tokens), temperature, int(top_k), top_p, penalty, greedy, parse_seed(seed)
+            length, temperature, top_k, top_p, penalty, bool(greedy), parse_seed(seed)
         )
         answers = []
         for place, assistant in enumerate(self.assistants):
@@ -251,9 +289,16 @@ class Page:
         return " · ".join(parts)
 
 
+def valid_text(text: str | None) -> str:
+    """The text with "?" in place of half a surrogate pair, which no response could carry."""
+    return (text or "").encode("utf-8", "replace").decode()
+
+
 def parse_seed(text: str | None) -> int | None:
     """The seed in a visitor's text field, None for an empty field."""
     try:
         return int(text) if text and text.strip() else None
     except ValueError as error:
-        raise UserError(f"the seed must be a whole number or empty, not '{text}'") from error
+        raise UserError(
+            f"the seed must be a whole number or empty, not '{valid_text(text)}'"
+        ) from error

@@ -10,26 +10,21 @@ import hmac
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from minisft.chat.guards import Arrivals, Logins, Policy, arrival
 from minisft.chat.markup import JOINER
-from minisft.chat.page import Page, Session, View
+from minisft.chat.page import MAX_SESSIONS, Page, Session, View
 from minisft.common.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_REQUEST_BYTES = 32 * 2**20  # bytes
 MAX_ANSWERS = 8  # answers in progress at a time; other visitors wait in the queue
 QUEUE_SIZE = 64
-# The browser contacts only this server, whatever an answer contains. gradio's own scripts and
-# styles are inline.
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "connect-src 'self'; frame-src 'none'; object-src 'none'; base-uri 'self'; "
-    "form-action 'self'; frame-ancestors 'self'"
-)
+END_SECONDS = 1.0
 # Download a text as a file.
 SAVE = """(text) => {
     if (!text) return;
@@ -58,33 +53,6 @@ COPIES = """() => {
 }""".replace("JOINER", JOINER)
 
 
-class Policy:
-    """ASGI middleware: adds POLICY to every response and refuses large requests."""
-
-    def __init__(self, app: Callable[..., Any]):
-        self.app = app
-
-    async def __call__(
-        self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
-    ) -> None:
-        """Handle one request."""
-
-        async def send_with_policy(message: dict[str, Any]) -> None:
-            """Send a part of the response."""
-            if message["type"] == "http.response.start":
-                header = (b"content-security-policy", POLICY.encode())
-                message = {**message, "headers": [*message.get("headers", []), header]}
-            await send(message)
-
-        headers = dict(scope.get("headers", ()))
-        size = int(headers.get(b"content-length", b"0"))
-        if b"transfer-encoding" in headers or size > MAX_REQUEST_BYTES:
-            await send_with_policy({"type": "http.response.start", "status": 413})
-            await send({"type": "http.response.body", "body": b"The request is too large."})
-        else:
-            await self.app(scope, receive, send_with_policy)
-
-
 def check_gradio() -> None:
     """Raise UserError if gradio is not installed."""
     if find_spec("gradio") is None:
@@ -110,7 +78,8 @@ class Interface:
     def __init__(self, gr: Any, page: Page):
         self.gr, self.page = gr, page
         names = " beside ".join(assistant.name for assistant in page.assistants)
-        with gr.Blocks(title=f"minisft · {names}", analytics_enabled=False) as self.blocks:
+        Blocks = blocks_with_short_errors(gr)
+        with Blocks(title=f"minisft · {names}", analytics_enabled=False) as self.blocks:
             self.session = gr.State(Session())
             with gr.Row():
                 self.chats = [
@@ -148,16 +117,34 @@ class Interface:
 
     def _connect_answers(self) -> None:
         """The events that a model answers."""
-        # gradio passes the event to the argument with this hint.
-        EditData = self.gr.EditData
+        # gradio passes event and request to the arguments with these hints.
+        EditData, Request = self.gr.EditData, self.gr.Request
+
+        def ask(
+            request: Request, session: Session, question: str, *values: Any
+        ) -> Iterator[list[Any]]:
+            """Answer the question in the box."""
+            views = self.page.ask(session, question, *values, sent_at=arrival(request))
+            yield from map(self.values, views)
+
+        def retry(request: Request, session: Session, *values: Any) -> Iterator[list[Any]]:
+            """Answer the last question again."""
+            views = self.page.retry(session, *values, sent_at=arrival(request))
+            yield from map(self.values, views)
 
         def edit_in(place: int) -> Callable[..., Iterator[list[Any]]]:
             """The handler of edits in the chat at `place`."""
 
-            def edit(event: EditData, session: Session, *values: Any) -> Iterator[list[Any]]:
+            def edit(
+                event: EditData, request: Request, session: Session, *values: Any
+            ) -> Iterator[list[Any]]:
                 """Answer a question that was edited."""
-                index, question = event.index, event.value
-                views = self.page.edit(session, index, question, *values, place=place)
+                index, question = (getattr(event, name, None) for name in ("index", "value"))
+                if type(index) is not int or not isinstance(question, str):
+                    raise self.gr.Error("not an edit of a message", print_exception=False)
+                views = self.page.edit(
+                    session, index, question, *values, place=place, sent_at=arrival(request)
+                )
                 yield from map(self.values, views)
 
             return edit
@@ -172,9 +159,9 @@ class Interface:
             "show_progress": "minimal",
         }
         asked = [self.session, self.box, *self.controls]
-        self.box.submit(self.ask, asked, api_name="ask", **answering)
+        self.box.submit(ask, asked, api_name="ask", **answering)
         again = [self.session, *self.controls]
-        self.retry_button.click(self.retry, again, api_name="retry", **answering)
+        self.retry_button.click(retry, again, api_name="retry", **answering)
         for place, chat in enumerate(self.chats):
             chat.edit(edit_in(place), again, **answering)
 
@@ -202,14 +189,6 @@ class Interface:
         chats, notice, text = view
         return [*chats, notice, self.gr.skip() if text is None else text]
 
-    def ask(self, session: Session, question: str, *values: Any) -> Iterator[list[Any]]:
-        """Answer the question in the box."""
-        yield from map(self.values, self.page.ask(session, question, *values))
-
-    def retry(self, session: Session, *values: Any) -> Iterator[list[Any]]:
-        """Answer the last question again."""
-        yield from map(self.values, self.page.retry(session, *values))
-
     def clear(self, session: Session) -> list[Any]:
         """Forget the conversation."""
         return self.values(self.page.clear(session))
@@ -223,6 +202,29 @@ class Interface:
         """The session of a visitor who loads the page, and the messages of the chats."""
         session = self.page.load_session(visitor)
         return [session, *self.page.view(session, "")[0]]
+
+
+def blocks_with_short_errors(gr: Any) -> Any:
+    """The class gr.Blocks, but a malformed call is one line in the log, not a traceback."""
+
+    class Blocks(gr.Blocks):
+        """See above."""
+
+        async def process_api(self, block_fn: Any, *arguments: Any, **more: Any) -> Any:
+            """The result of an event, or of the next step of its handler."""
+            try:
+                return await super().process_api(block_fn, *arguments, **more)
+            except Exception as error:
+                line = "".join(filter(str.isprintable, str(error).partition("\n")[0]))[:200]
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                print(
+                    f"refused a call of {block_fn.api_name}: {line} ({type(error).__name__}, "
+                    f"{Path(place.filename).name}, line {place.lineno})",
+                    file=sys.stderr,
+                )
+                raise gr.Error(line, print_exception=False) from None
+
+    return Blocks
 
 
 def _controls(gr: Any, page: Page) -> list[Any]:
@@ -272,7 +274,9 @@ def launch(
         # compare_digest takes the same time however much of it is right.
         return hmac.compare_digest(given.encode(), (password or "").encode())
 
-    middleware = [Middleware(Policy)]
+    middleware = [Middleware(Policy), Middleware(Arrivals)]
+    if password:
+        middleware.append(Middleware(Logins))
     if host in LOOPBACK and not share:
         # Otherwise another site could point its domain name to this machine and read the page.
         hosts = [*LOOPBACK, "[::1]"]
@@ -290,6 +294,7 @@ def launch(
             app_kwargs={"middleware": middleware},
             prevent_thread_lock=True,
             js=COPIES,
+            state_session_capacity=MAX_SESSIONS,
             max_file_size=1,
             ssr_mode=False,
             mcp_server=False,
@@ -307,7 +312,7 @@ def launch(
 def serve(
     page: Page, host: str, port: int, password: str | None = None, share: bool = False
 ) -> None:
-    """Serve a Page until Ctrl-C."""
+    """Serve a Page until Ctrl-C; then end the process, at the latest after END_SECONDS."""
     blocks = launch(page, host, port, password, share)
     if not password and (host not in LOOPBACK or share):
         print(
@@ -318,4 +323,9 @@ def serve(
         print(f"{blocks.share_url or blocks.local_url}  (Ctrl-C ends)", file=sys.stderr, flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
+        # Answers end after the token they are at. A long prompt may take far longer.
+        page.close()
+        ending = threading.Timer(END_SECONDS, os._exit, [0])
+        ending.daemon = True  # nothing waits for it
+        ending.start()
         blocks.close(verbose=False)

@@ -34,6 +34,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # the limit of torch
+MAX_TENSORS = 100_000  # in one file; a hostile header could list millions
+QUOTES_PER_TENSOR = 12  # quotation marks of an entry: 10, and 2 for entries of the metadata
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -151,6 +153,8 @@ def read_header(path: str | Path) -> dict[str, StoredTensor]:
     try:
         if not text.startswith(b"{"):
             raise ValueError("the header does not begin with {")
+        if text.count(b'"') > QUOTES_PER_TENSOR * MAX_TENSORS:
+            raise ValueError(f"the header lists more than {MAX_TENSORS:,} tensors")
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_dict_without_duplicates)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):

@@ -26,6 +26,7 @@ from minisft.data.records import Records, open_records
 from minisft.data.row_forms import check_label, standard_record
 from minisft.data.row_values import BadRow, without_nulls
 from minisft.data.sources import Source, find_sources
+from minisft.text.long_texts import check_text
 
 # Files up to this size are checked completely before training, larger files in their first rows.
 CHECKED_BYTES, CHECKED_ROWS = 64 * 2**20, 1000
@@ -77,9 +78,13 @@ class RowFile:
             raise BadRow(f"{path}, {self.records.place(index)}: {error}") from error
 
     def _text(self, record: Any) -> str:
-        if not self.records.is_json:
-            return record
-        return parse_text(self.description.text(record) if self.description else record)
+        if self.records.is_json:
+            record = parse_text(self.description.text(record) if self.description else record)
+        try:
+            check_text(record)
+        except UserError as error:
+            raise BadRow(str(error)) from error
+        return record
 
 
 class Rows(Sequence):

@@ -34,7 +34,7 @@ def encode_preferences(
     """
     examples, report = [], EncodeReport()
     for row in rows:
-        texts = _encode_answers(row, template, vocab_size)
+        texts = _encode_answers(row, template, cutoff_len, vocab_size)
         report.notes.update({text.note for text in texts if text.note})
         longest = max(len(text.ids) for text in texts)
         is_long = longest > cutoff_len
@@ -71,7 +71,9 @@ def unique_texts(texts: list[Example]) -> list[Example]:
     return list(first_of.values())
 
 
-def _encode_answers(row: Row, template: ChatTemplate, vocab_size: int | None) -> list[Example]:
+def _encode_answers(
+    row: Row, template: ChatTemplate, max_length: int, vocab_size: int | None
+) -> list[Example]:
     conversations = [row.messages, *row.rejected]
     # At least the last message of a conversation is not common.
     num_common = min(len(messages) for messages in conversations) - 1
@@ -81,7 +83,7 @@ def _encode_answers(row: Row, template: ChatTemplate, vocab_size: int | None) ->
     for messages in conversations:
         common = [{**message, "train": False} for message in messages[:num_common]]
         answer = replace(row, messages=common + messages[num_common:])
-        examples = encode_row(answer, template, vocab_size)
+        examples = encode_row(answer, template, max_length, vocab_size)
         if len(examples) != 1:
             raise UserError(
                 f"{row.source}, row {row.index + 1}: the template writes each of the "

@@ -19,6 +19,7 @@ import numpy as np
 from minisft.common.errors import UserError
 from minisft.data.dataset import Row, Rows, read
 from minisft.data.encode_report import EncodeReport
+from minisft.data.long_rows import beginning
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.tokenizer import check_vocabulary
 
@@ -67,7 +68,7 @@ def encode_rows(
         if mask_history:
             history = [{**message, "train": False} for message in row.messages[:-1]]
             row = replace(row, messages=history + row.messages[-1:])
-        full = encode_row(row, template, vocab_size)
+        full = encode_row(row, template, cutoff_len, vocab_size)
         cut = [Example(text.ids[:cutoff_len], text.supervised[:cutoff_len]) for text in full]
         # The first token is never a target: nothing comes before it.
         kept = [example for example in cut if example.supervised[1:].any()]
@@ -96,20 +97,28 @@ def with_next(rows: Iterable[Row]) -> Iterator[tuple[Row, Row | None]]:
         yield current, None
 
 
-def encode_row(row: Row, template: ChatTemplate, vocab_size: int | None = None) -> list[Example]:
+def encode_row(
+    row: Row, template: ChatTemplate, max_length: int, vocab_size: int | None = None
+) -> list[Example]:
     """Encode one conversation without truncation; no example if none of its answers is learned.
 
-    Raises UserError, naming file and row, if the template cannot express the conversation or the
-    model has no embedding for an id.
+    max_length: the caller uses this many tokens, so a huge row may end after them. Raises
+    UserError, naming file and row, if the template cannot express the conversation or the model has
+    no embedding for an id.
     """
     try:
-        texts = template.encode(row.messages, row.tools)
+        messages, cut_note = beginning(row.messages, row.tools, max_length)
+        texts = template.encode(messages, row.tools)
         for text in texts:
             check_vocabulary(text.ids, vocab_size)
     except UserError as error:
         raise UserError(f"{row.source}, row {row.index + 1}: {error}") from error
     return [
-        Example(np.asarray(text.ids, np.int32), np.asarray(text.supervised, bool), note=text.note)
+        Example(
+            np.asarray(text.ids, np.int32),
+            np.asarray(text.supervised, bool),
+            note=cut_note or text.note,
+        )
         for text in texts
     ]
 

@@ -27,6 +27,7 @@ from minisft.data.unpack import is_columnar, is_packed, unpack
 
 BLOCK_SIZE = 4 * 2**20  # bytes searched for line ends at a time
 NEWLINE, SPACE = 10, 32
+MAX_ROW_BYTES = 64 * 2**20  # parsing takes ten times as much memory
 # Suffixes of other kinds of file -> what to do with them.
 HINTS = {".csv": "; convert it, for instance with pandas: read_csv, then to_parquet"}
 HINTS |= dict.fromkeys((".bz2", ".xz", ".zip"), "; unpack it first")
@@ -90,7 +91,8 @@ class Lines:
         return content.split(b"\n", 1)[0].removeprefix(codecs.BOM_UTF8)
 
     def __getitem__(self, number: int) -> Any:
-        """The parsed JSON or the text of a line; BadRow if it is neither."""
+        """The parsed JSON or the text of a line; BadRow if it is neither, or too long."""
+        _check_size(self.starts, number)
         text = _text(self.raw(number))
         return parse_json(text, self.line(number)) if self.is_json else text.rstrip("\r")
 
@@ -122,7 +124,8 @@ class Objects:
         return len(self.lines)
 
     def __getitem__(self, number: int) -> Any:
-        """The parsed JSON of an object; BadRow if it is not JSON."""
+        """The parsed JSON of an object; BadRow if it is not JSON, or too long."""
+        _check_size(self.starts, number)
         content = self.file.read(self.starts[number], self.starts[number + 1])
         return parse_json(_text(content), int(self.lines[number]))
 
@@ -262,6 +265,13 @@ def _find_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
             blank.append(line + np.flatnonzero(~is_filled))
             offset, line = offset + len(block), line + len(begins)
     return np.concatenate([*starts, [offset]]), np.concatenate([*blank, []]).astype(np.int64)
+
+
+def _check_size(starts: np.ndarray, number: int) -> None:
+    """BadRow if a record has more than MAX_ROW_BYTES."""
+    size = int(starts[number + 1] - starts[number])
+    if size > MAX_ROW_BYTES:
+        raise BadRow(f"it has {size:,} bytes, and {MAX_ROW_BYTES:,} is the limit. Split it")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

@@ -14,11 +14,9 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.data.formats import Message, Tools
-from minisft.generation.messages import check_text, count_characters
+from minisft.data.long_rows import MAX_CHARACTERS_PER_TOKEN, count_characters
+from minisft.generation.messages import check_text
 from minisft.text.chat_template import ChatTemplate
-
-# No text has that many characters per token, so longer texts are refused without encoding them.
-MAX_CHARACTERS_PER_TOKEN = 64
 
 
 class Context:
@@ -78,6 +76,7 @@ class Context:
 
     def _excess(self, messages: list[Message], limit: int, tools: Tools = None) -> str | None:
         """The length of messages in words if it is over the limit; else None."""
+        # No text has that many characters per token, so it is refused without encoding it.
         if (length := count_characters(messages, tools)) > limit * MAX_CHARACTERS_PER_TOKEN:
             return f"{length:,} characters"
         length = self._num_tokens(messages, tools)

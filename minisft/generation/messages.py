@@ -58,11 +58,5 @@ def check_text(text: Any, name: str) -> None:
         )
 
 
-def count_characters(messages: list[Message], tools: Tools = None) -> int:
-    """The length of all text in the messages and tools."""
-    texts = [value for message in messages for name, value in message.items() if name != "role"]
-    return sum(len(str(text or "")) for text in [*texts, tools])
-
-
 def _is_list_of_dicts(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, dict) for value in values)

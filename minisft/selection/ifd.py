@@ -80,7 +80,7 @@ class IfdScorer:
 
     def plan(self, index: int, row: Row) -> Plan:
         """The passes of a row: the conditioned ones, then a direct one for each answer."""
-        texts = encode_row(row, self.template, self.vocab_size)
+        texts = encode_row(row, self.template, self.max_length, self.vocab_size)
         if not texts:
             return Plan(index, reason="none of its answers is supervised")
         answers = [answer_spans(self.template, text.ids, text.supervised) for text in texts]

@@ -47,7 +47,7 @@ class RewardScorer:
         conversations = [replace(row, messages=messages) for messages in row.rejected]
         encoded = []
         for conversation in [row, *conversations]:
-            texts = encode_row(conversation, self.template, self.vocab_size)
+            texts = encode_row(conversation, self.template, self.max_length, self.vocab_size)
             if not texts:
                 return Plan(index, reason="none of its answers is supervised")
             encoded.append(texts[-1])  # the complete conversation

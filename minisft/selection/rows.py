@@ -7,6 +7,7 @@ import numpy as np
 from minisft.common.errors import UserError
 from minisft.data.dataset import Row, Rows, open_rows
 from minisft.data.row_values import BadRow
+from minisft.selection.strategies import at_random
 
 # Draws the rows of num_samples as train.py does by default.
 SEED = 42
@@ -49,14 +50,37 @@ def answer_lengths(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """(characters of the answers (rows,), bool (rows,): True for broken rows)."""
     lengths, is_broken = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
     for number in range(len(rows)):
-        row = read_row(rows, number)
-        if isinstance(row, BadRow):
-            is_broken[number] = True
-        else:
-            for message in row.messages:
-                if message["role"] == "assistant":
-                    lengths[number] += len(message["content"])
+        length = answer_length(rows, number)
+        is_broken[number], lengths[number] = length is None, length or 0
     return lengths, is_broken
+
+
+def answer_length(rows: Rows, number: int) -> int | None:
+    """The characters of a row's answers; None for a broken row."""
+    row = read_row(rows, number)
+    if isinstance(row, BadRow):
+        return None
+    answers = (message for message in row.messages if message["role"] == "assistant")
+    return sum(len(message["content"]) for message in answers)
+
+
+def draw_readable(
+    rows: Rows, numbers: np.ndarray, number: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random rows, of which only the drawn ones are read: for files of millions of rows.
+
+    Broken rows are drawn again. numbers: the rows to draw from. Returns (the chosen rows, sorted;
+    the broken ones among those read; characters of the answers (all rows,), 0 for other rows).
+    """
+    lengths, chosen, broken = np.zeros(len(rows), np.int64), [], []
+    while number > len(chosen):
+        drawn = at_random(numbers, number - len(chosen), generator)
+        numbers = np.setdiff1d(numbers, drawn)
+        for row in drawn.tolist():
+            length = answer_length(rows, row)
+            (chosen if length is not None else broken).append(row)
+            lengths[row] = length or 0
+    return np.sort(chosen), np.array(broken, np.int64), lengths
 
 
 def row_sources(rows: Rows) -> np.ndarray:

@@ -26,6 +26,7 @@ from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
 from minisft.common.outputs import atomic_path
 from minisft.text.engines import SentencePieceEngine, TokenizersEngine
+from minisft.text.long_texts import parts_of
 from minisft.text.tokenizer_files import (
     FILES,
     read_added_tokens,
@@ -95,8 +96,9 @@ class Tokenizer:
             return []
         text, ids = _valid_unicode(text), []
         for part in split_turn_tokens(text) if self.turn_ids else [text]:
-            ids += self.engine.encode(part, continuation)
-            continuation = True
+            for piece in parts_of(part):
+                ids += self.engine.encode(piece, continuation)
+                continuation = True
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

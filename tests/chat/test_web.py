@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from conftest import ROOT
 from standing import HANG_SECONDS, wait_until
 
-from minisft.chat import transcript, web
+from minisft.chat import guards, transcript, web
 from minisft.chat.markup import JOINER, escape
 from minisft.chat.page import Page, Session
 from minisft.chat.transcript import Transcript
@@ -36,6 +37,12 @@ NASTY = """<script>window.hit = 1</script> <b>bold?</b> <img src=x onerror="wind
 
 ```html
 <script>window.hit = 4</script>
+```
+
+$$\\frac{a}{b} \\href{javascript:window.hit=8}{c} \\includegraphics{http://FAR/z.png}$$
+
+```mermaid
+graph TD; A["<img src=x onerror='window.hit = 9'>"] --> B; click B href "javascript:window.hit=10"
 ```
 """
 
@@ -134,9 +141,10 @@ def test_turns_with_history_retry_edit_and_clear(page, alone):
         ("a\x1b[2J", VALUES, "the control character U+001B (character 2)"),
         ("ok", (20, -1.0, *VALUES[2:]), "--temperature must be"),
         ("ok", (*VALUES[:-1], "x7"), "the seed must be a whole number or empty, not 'x7'"),
-        ("ok", (None, *VALUES[1:]), "The model failed"),
+        ("ok", (None, *VALUES[1:]), "a setting under the question box is not a number"),
+        ("ok", (20, "warm", *VALUES[2:]), "a setting under the question box is not a number"),
     ],
-    ids=["long", "huge", "empty", "control character", "temperature", "seed", "failure"],
+    ids=["long", "huge", "empty", "control character", "temperature", "seed", "null", "no number"],
 )
 def test_a_refused_question_returns_to_the_box_and_nothing_is_lost(
     tiny_chat_model_dir, question, values, said
@@ -185,6 +193,32 @@ def test_stop_keeps_the_text_so_far_and_only_one_answer_runs(page, monkeypatch):
     views = page.ask(talk, "go", "", 15_000, *VALUES[1:])
     next(views), next(views), page.clear(talk)
     assert last(views)[0] == [[]] and talk.turns == []
+
+
+def test_a_stop_reaches_a_question_that_waits_in_the_queue(page):
+    talk, sent_at = Session(), time.monotonic()
+    last(page.ask(talk, "the cat", "", *VALUES))
+    page.stop(talk)
+    for waiting in (
+        page.ask(talk, "the mat", "", *VALUES, sent_at=sent_at),
+        page.retry(talk, "", *VALUES, sent_at=sent_at),
+        page.edit(talk, 0, "the mat", "", *VALUES, sent_at=sent_at),
+    ):
+        chats, notice, box = last(waiting)
+        assert notice == "Stopped." and len(chats[0]) == 2 and box in ("the mat", None)
+    assert [turn.question for turn in talk.turns] == ["the cat"] and not talk.busy
+    assert len(last(page.ask(talk, "the mat", "", *VALUES))[0][0]) == 4  # sent after the stop
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(page):
+    talk = Session()
+    (chat,), *_ = last(page.ask(talk, "the \ud83d cat", "\ud83d", *VALUES))
+    assert chat[0]["content"] == "the ? cat" and talk.system == "?"
+    (chat,), *_ = last(page.edit(talk, 0, "the \ud83d mat", "", *VALUES))
+    assert chat[0]["content"] == "the ? mat"
+    *_, notice, box = last(page.ask(talk, "\ud83d\x1b", "", *VALUES[:-1], "\ud83d"))
+    assert "not '?'" in notice and box == "?\x1b"
+    page.export(talk).encode()
 
 
 def test_two_models_side_by_side_each_with_its_own_history(
@@ -356,6 +390,67 @@ def test_eight_clients_at_once_each_get_their_answers(served, alone):
     assert answers == [expected_of(alone, number) for number in range(8)]
 
 
+def test_the_stop_button_reaches_a_question_in_the_queue(served):
+    """Nine questions: eight are answered, and the ninth waits until the first is stopped."""
+    page, address = served
+    assistant, logits = page.assistants[0], page.assistants[0].model.logits
+    released, events = threading.Event(), []
+    endless(assistant, released)
+
+    def send(number):
+        body = json.dumps({"data": ["go", "", *VALUES], "session_hash": f"waiting {number}"})
+        *_, text = request(address, "gradio_api/call/ask", body, Content_Type="application/json")
+        events.append(json.loads(text)["event_id"])
+
+    def result(number):
+        *_, text = request(address, f"gradio_api/call/ask/{events[number]}")
+        return text.rpartition("data: ")[2]
+
+    try:
+        for number in range(web.MAX_ANSWERS + 1):
+            send(number)
+        body = json.dumps({"data": [None], "session_hash": f"waiting {web.MAX_ANSWERS}"})
+        request(address, "gradio_api/run/stop", body, Content_Type="application/json")
+        released.set()
+        *answered, stopped = map(result, range(web.MAX_ANSWERS + 1))
+        assert "Stopped." in stopped and not any("Stopped." in text for text in answered)
+    finally:
+        released.set()
+        assistant.model.logits = logits
+
+
+def test_malformed_calls_are_one_line_in_the_log_each(served, capfd):
+    _, address = served
+    named = json.loads(request(address, "gradio_api/info")[2])["named_endpoints"]
+    (edit,) = (name.strip("/") for name in named if "edit" in name)
+    values = ["the cat", "", *VALUES]
+    calls = [
+        ("ask", {"data": []}),
+        ("ask", {"data": ["a"] * 30}),
+        ("ask", {"data": [*values[:2], "many", *values[3:]]}),
+        ("ask", {"data": [*values[:2], -5, *values[3:]]}),
+        ("ask", {"data": [*values[:2], [1], *values[3:]]}),
+        ("ask", {"data": [{"a": 1}, *values[1:]]}),
+        (edit, {"data": values[1:]}),
+        (edit, {"data": values[1:], "event_data": {"index": "x", "value": 3}}),
+        (edit, {"data": values[1:], "event_data": {"index": [[1]]}}),
+    ]
+    for number, (name, body) in enumerate(calls):
+        body = json.dumps({**body, "session_hash": f"malformed {number}"})
+        status, _, text = request(
+            address, f"gradio_api/call/{name}", body, Content_Type="application/json"
+        )
+        if status == 200:
+            request(address, f"gradio_api/call/{name}/{json.loads(text)['event_id']}")
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and len(said.splitlines()) <= len(calls)
+    session = "surrogate"
+    (chat,) = ask_over_http(address, "the \ud83d cat", session)
+    assert chat[0] == "the ? cat"
+    (chat,) = ask_over_http(address, "and?", session)
+    assert len(chat) == 4
+
+
 def test_no_more_compiled_answers_are_written_at_once_than_are_kept(page):
     """Each answer takes the memory of a full context; later visitors wait in the queue."""
     at_once = lambda: {  # noqa: E731
@@ -369,7 +464,10 @@ def test_no_more_compiled_answers_are_written_at_once_than_are_kept(page):
 def test_every_response_carries_the_policy(served):
     _, address = served
     for path in ("", "config", "theme.css", "nowhere"):
-        assert request(address, path)[1]["content-security-policy"] == web.POLICY
+        _, headers, text = request(address, path)
+        page = text.encode() if headers["content-type"].startswith("text/html") else b""
+        assert headers["content-security-policy"] == guards.policy(page)
+        assert guards.policy(page).count("sha256") == (5 if path == "" else 0)
 
 
 @pytest.mark.filterwarnings("ignore:Exception in thread")  # uvicorn's, which exits
@@ -387,10 +485,10 @@ def test_requests_that_no_visitor_sends_are_refused(served, monkeypatch):
     _, address = served
     assert request(address, "config", Host="localhost:1")[0] == 200
     assert request(address, "config", Host="far.example:7860")[0] == 400
-    monkeypatch.setattr(web, "MAX_REQUEST_BYTES", 1000)
+    monkeypatch.setattr(guards, "MAX_REQUEST_BYTES", 1000)
     for body, status in ((b"x" * 1000, 422), (b"x" * 1001, 413), (iter([b"x"]), 413)):
         got, headers, _ = request(address, "gradio_api/call/ask", body)
-        assert got == status and headers["content-security-policy"] == web.POLICY
+        assert got == status and headers["content-security-policy"] == guards.policy()
     for path in ("/etc/passwd", "../../etc/passwd", "README.md"):
         assert request(address, f"gradio_api/file={path}")[0] == 403
 
@@ -446,6 +544,10 @@ def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat
         assert request(address, "config")[0] == 401
         form = {"Content_Type": "application/x-www-form-urlencoded"}
         assert request(address, "login", "username=ann&password=falsch", **form)[0] == 400
+        for path in ("cancel", "reset", "call/ask"):
+            body = '{"session_hash": "ann", "fn_index": 0, "event_id": "x"}'
+            json_form = {"Content_Type": "application/json"}
+            assert request(address, f"gradio_api/{path}", body, **json_form)[0] == 401
         status, headers, _ = request(address, "login", "username=ann&password=geheim", **form)
         cookie = "; ".join(one.split(";")[0] for one in headers.get_all("set-cookie"))
         left, right = ask_over_http(address, "the cat", "ann", Cookie=cookie)
@@ -503,6 +605,11 @@ def visit(browser, served):
                 hosts.add(request.url.split("/")[2]) if request.url.startswith("http") else None
             ),
         )
+        tab.add_init_script("""
+            window.refused = [];
+            document.addEventListener("securitypolicyviolation",
+                                      event => window.refused.push(event.effectiveDirective));
+        """)
         tab.goto(served[1])
         tab.locator("#box textarea").wait_for()
         return tab
@@ -553,7 +660,7 @@ def test_browser_two_turns_stop_and_download(served, visit, monkeypatch):
             if [turn.question for turn in talk.turns] == ["鲁迅是谁？", "and then?"]
         )
         tab.locator("#stop").click()
-        wait_until(lambda: talk.stopping)  # stays true until the next question
+        wait_until(lambda: talk.stopped_at > 0)
         first.set()
         wait_for(tab, "Stopped.")
         with tab.expect_download() as download:
@@ -647,14 +754,22 @@ def test_browser_nothing_in_an_answer_runs_or_loads(served, visit, far):
             assert text in said
         tab.get_by_text("link", exact=True).click()
         assert tab.evaluate("() => window.hit") is None
+        assert tab.evaluate("() => window.refused") == []  # gradio's own scripts run
         assert tab.locator("#chat0 .message :is(script, iframe, img[src^='http'])").count() == 0
         assert connections(far) == []
+        # No script that comes after the page runs, however it gets there.
+        tab.evaluate("""() => {
+            const script = document.createElement("script");
+            script.textContent = "window.hit = 6";
+            document.body.append(script);
+            document.body.insertAdjacentHTML("beforeend", "<img src=x onerror='window.hit = 7'>");
+        }""")
+        wait_until(lambda: tab.evaluate("() => window.refused.length == 2"))
+        assert tab.evaluate("() => window.hit") is None
         # The policy alone is enough: elements that a script adds to the page load nothing.
         tab.evaluate(
             """name => {
             window.refused = [];
-            document.addEventListener("securitypolicyviolation",
-                                      event => window.refused.push(event.effectiveDirective));
             document.body.insertAdjacentHTML("beforeend",
                 `<img src="http://${name}/y.png"><iframe src="http://${name}/"></iframe>`);
         }""",

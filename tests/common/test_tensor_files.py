@@ -109,6 +109,14 @@ def test_hostile_headers(name, tmp_path):
             file.keys()
 
 
+def test_a_header_with_a_million_names_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr("json.loads", None)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes("{" + '"a":1,' * 10**6 + '"b":1}'))
+    with pytest.raises(UserError, match="lists more than 100,000 tensors"):
+        read_header(path)
+
+
 def test_a_correct_file_is_accepted(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(safetensors_bytes({**GOOD, "__metadata__": {"format": "pt"}}))

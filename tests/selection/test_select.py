@@ -13,6 +13,8 @@ from standing import HANG_SECONDS
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
+from minisft.data import dataset
+from minisft.data.dataset import RowFile
 from minisft.selection.kmeans import kmeans
 from minisft.selection.score_files import ScorePaths
 from minisft.selection.strategies import spread_over_clusters
@@ -341,6 +343,44 @@ def test_random_balance(choose, data, bundles, tmp_path, monkeypatch):
     select_here(monkeypatch, *words, "--output", tmp_path / "both.json")
     chosen = read_json(tmp_path / "both.json.manifest")["chosen"]
     assert np.bincount(bundles[chosen]).tolist() == [30, 20]
+
+
+def test_random_rows_of_a_large_file_are_drawn_before_they_are_read(tmp_path, monkeypatch, capsys):
+    """The draw is that of a small file; broken rows among those drawn are drawn again."""
+    path, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    good = [json.dumps({"instruction": f"{n}?", "output": "x" * n}) for n in range(1, 201)]
+    path.write_text("\n".join(good) + "\n")
+    words = ["--dataset", path, "--strategy", "random", "--output", output, "--overwrite"]
+    words += ["--sample_number", 20]
+    select_here(monkeypatch, *words)
+    expected = output.read_text()
+    reads = []
+    read = RowFile.read
+    monkeypatch.setattr(
+        RowFile, "read", lambda file, index: (reads.append(index), read(file, index))[1]
+    )
+    monkeypatch.setattr(dataset, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(dataset, "CHECKED_ROWS", 5)
+    capsys.readouterr()
+    select_here(monkeypatch, *words)
+    assert output.read_text() == expected and len(reads) == 25
+    manifest = read_json(tmp_path / "out.jsonl.manifest")
+    assert (
+        manifest["answer_length"]["mean_all"] is None and "all rows" not in capsys.readouterr().out
+    )
+    lengths = [len(json.loads(line)["output"]) for line in expected.splitlines()]
+    assert manifest["answer_length"]["mean_chosen"] == np.mean(lengths)
+
+    path.write_text("\n".join([*good] + ["{"] * 200) + "\n")  # half of them broken
+    select_here(monkeypatch, *words, "--skip_bad_rows")
+    manifest = read_json(tmp_path / "out.jsonl.manifest")
+    chosen = output.read_text().splitlines()
+    assert len(chosen) == 20 and not set(chosen) - set(good) and manifest["dropped"]["broken"] > 3
+    assert [good.index(line) for line in chosen] == manifest["chosen"]
+    with pytest.raises(UserError, match="cannot choose"):
+        select_here(monkeypatch, *words, "--skip_bad_rows", "--sample_number", 250)
+    with pytest.raises(UserError, match=r"row \d+ .*skip_bad_rows leaves such rows out"):
+        select_here(monkeypatch, *words, "--sample_number", 300)
 
 
 def test_bands_of_tokens(choose, data):

@@ -163,7 +163,7 @@ def test_losses_of_lora_are_those_of_trainer_and_peft(folder, template, ours, th
     examples = [
         example
         for question, answer in ANSWERS.items()
-        for example in encode_row(Row(conversation(question, answer)), template)
+        for example in encode_row(Row(conversation(question, answer)), template, 1024)
     ]
     batches = []
     for step in already_encoded(examples).steps(1, 0, STEPS):

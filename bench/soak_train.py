@@ -1,0 +1,140 @@
+"""Does training survive many kills? 30 minutes with 50 SIGKILLs at random times, on a CPU.
+
+    python bench/soak_train.py                       # about an hour: an undisturbed run, too
+    python bench/soak_train.py --minutes 1 --kills 3
+
+Trains examples/base twice, with as many steps as an undisturbed run makes in the given time, less
+what the kills cost: once undisturbed, and once in processes that are killed and resumed. Then
+compares the weights and the metrics of every step, which must be equal, and the memory of the
+processes, which must not grow. Exits with 1 if something is lost.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.measure import ROOT, flags, resident_memory  # noqa: E402
+
+CALIBRATION_STEPS = 40
+MIN_STEPS, SAVE_STEPS = 60, 20
+MAX_GROWTH = 1.1  # of the memory from the second quarter of a long run to the last
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
+    return parser.parse_args()
+
+
+def command(output_dir: Path, max_steps: int) -> list[str]:
+    """The command that trains, or resumes, in a folder."""
+    words = flags(
+        config="examples/demo.toml",
+        output_dir=output_dir,
+        max_steps=max_steps,
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        logging_steps=10,
+        resume_from_checkpoint="auto",
+        device="cpu",
+        dtype="float32",
+    )
+    return [sys.executable, "train.py", *words]
+
+
+def train(output_dir: Path, max_steps: int, seconds: float | None = None) -> tuple[bool, list[int]]:
+    """(True if the run ended by itself, its memory over time). seconds: kill it after these."""
+    began, used = time.monotonic(), []
+    with open(output_dir.with_suffix(".log"), "ab") as log:
+        process = subprocess.Popen(
+            command(output_dir, max_steps),
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # the same sums on a busy machine, too
+        )
+    while process.poll() is None:
+        if seconds is not None and time.monotonic() - began > seconds:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return False, used
+        used.append(resident_memory(process.pid))
+        time.sleep(0.05)
+    if process.returncode != 0:
+        sys.exit(f"train.py ended with {process.returncode}; see {output_dir.with_suffix('.log')}")
+    return True, used
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    """{step: loss} of a run."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def growth(used: list[int]) -> float:
+    """The memory in the last quarter of a run, as a multiple of that in the second quarter."""
+    quarter = max(1, len(used) // 4)
+    return statistics.median(used[-quarter:]) / statistics.median(used[quarter : 2 * quarter])
+
+
+def main() -> None:
+    """Train undisturbed, train with kills, compare."""
+    options = parse_options()
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    began = time.monotonic()
+    train(folder / "start", 1)
+    start_seconds = time.monotonic() - began
+    began = time.monotonic()
+    train(folder / "calibration", CALIBRATION_STEPS)
+    step_seconds = (time.monotonic() - began - start_seconds) / CALIBRATION_STEPS
+    # A kill costs a start, and on average half of the steps between two checkpoints.
+    lost = options.kills * (start_seconds + SAVE_STEPS / 2 * step_seconds)
+    max_steps = max(MIN_STEPS, int((60 * options.minutes - lost) / step_seconds))
+    print(f"{max_steps:,} steps; {step_seconds:.3f} s a step, {start_seconds:.1f} s a start")
+    _, used = train(folder / "undisturbed", max_steps)
+    print(f"undisturbed: memory x{growth(used):.3f} from the second quarter to the last")
+    is_flat = growth(used) <= MAX_GROWTH
+
+    generator, killed, peaks = random.Random(options.seed), 0, []
+    began, has_ended = time.monotonic(), False
+    pause = 60 * options.minutes / (options.kills + 1)
+    while not has_ended:
+        # Never, on average, before it has saved: then no run would end.
+        seconds = generator.uniform(start_seconds, 2 * pause - start_seconds)
+        is_last = killed == options.kills
+        has_ended, used = train(folder / "killed", max_steps, None if is_last else seconds)
+        killed += not has_ended
+        peaks.append(max(used))
+    print(f"{killed} kills in {(time.monotonic() - began) / 60:.1f} minutes")
+    resumed = peaks[1:]  # which read a checkpoint first, and so need more than the first
+    half = (len(resumed) + 1) // 2
+    is_flat &= max(resumed[half:], default=0) <= MAX_GROWTH * max(resumed[:half], default=0)
+    names = ("adapter_model.safetensors", "metrics.jsonl")
+    first, second = (folder / name for name in ("undisturbed", "killed"))
+    same_weights = (first / names[0]).read_bytes() == (second / names[0]).read_bytes()
+    same_losses = losses(first) == losses(second)
+    left = [str(path) for path in second.rglob("*.partial*")]
+    print(f"weights {'equal' if same_weights else 'DIFFERENT'}")
+    print(f"losses of {len(losses(first)):,} steps {'equal' if same_losses else 'DIFFERENT'}")
+    print(f"memory {'flat' if is_flat else 'GROWS'}; peaks {min(peaks):,} to {max(peaks):,} bytes")
+    print(f"temporary files left: {', '.join(left) or 'none'}")
+    print(f"kept in {folder}")
+    sys.exit(not (same_weights and same_losses and is_flat and not left))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Does the web page keep its memory and its answers? 15 minutes with 8 clients that come and go.
+
+    python bench/soak_web.py
+    python bench/soak_web.py --minutes 1
+
+Starts chat.py --web with examples/base. Each client opens the page's API, has conversations of
+one to three questions, stops some answers, leaves in the middle of others, and sends a malformed
+call now and then. A complete answer must be the one that the same conversation got before. The
+memory of the server must not grow after its first quarter, and its log must not have a traceback.
+Exits with 1 otherwise.
+"""
+
+import argparse
+import collections
+import http.client
+import json
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.measure import ROOT, flags, resident_memory  # noqa: E402
+
+CLIENTS = 8
+MAX_GROWTH = 1.1
+QUESTIONS = [f"What is {number} plus {number + 1}?" for number in range(20)]
+SETTINGS = (40, 1.0, 0, 1.0, 1.0, True, "")  # the fields of Sampling: greedy, 40 tokens
+STATISTICS = re.compile(r"tokens, the first after")
+
+
+class Client(threading.Thread):
+    """Has conversations until `ended` is set. answers: {questions so far: last answer}, shared."""
+
+    def __init__(
+        self, port: int, seed: int, ended: threading.Event, answers: dict[tuple[str, ...], str]
+    ) -> None:
+        super().__init__(daemon=True)
+        self.port, self.generator, self.ended = port, random.Random(seed), ended
+        self.answers, self.counts = answers, collections.Counter[str]()
+
+    def run(self) -> None:
+        """Come, talk, go."""
+        while not self.ended.is_set():
+            session, asked = uuid.uuid4().hex, []
+            for _ in range(self.generator.randint(1, 3)):
+                asked.append(self.generator.choice(QUESTIONS))
+                if not self.talk(session, asked):
+                    break
+
+    def talk(self, session: str, asked: list[str]) -> bool:
+        """Ask the last question; False if the client leaves after it."""
+        what = self.generator.random()
+        if what < 0.05:
+            self.call("ask", session, ["malformed"])
+            self.counts["malformed"] += 1
+            return False
+        event = self.call("ask", session, [asked[-1], "", *SETTINGS])
+        if event is None:
+            self.counts["refused"] += 1
+            return False
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection.request("GET", f"/gradio_api/call/ask/{event}")
+        response = connection.getresponse()
+        if what < 0.15:
+            response.readline()
+            connection.close()
+            self.counts["left"] += 1
+            return False
+        if what < 0.25:
+            self.post("run/stop", {"data": [None], "session_hash": session})
+        lines = response.read().decode().splitlines()
+        views = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+        view = next((view for view in reversed(views) if isinstance(view, list)), None)
+        if view is None:
+            self.counts["LOST"] += 1
+            return False
+        if not STATISTICS.search(str(view)) or "Stopped." in str(view):
+            self.counts["stopped"] += 1
+            return False
+        answer = view[0][-1]["content"][0]["text"]
+        is_same = self.answers.setdefault(tuple(asked), answer) == answer
+        self.counts["answered" if is_same else "DIFFERENT"] += 1
+        return True
+
+    def call(self, name: str, session: str, data: list) -> str | None:
+        """The id of an event; None if it is refused."""
+        reply = self.post(f"call/{name}", {"data": data, "session_hash": session})
+        return reply.get("event_id")
+
+    def post(self, path: str, body: dict) -> dict:
+        """The reply to a POST, {} if it is not JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", f"/gradio_api/{path}", json.dumps(body), headers)
+        try:
+            return json.loads(connection.getresponse().read())
+        except ValueError:
+            return {}
+
+
+def main() -> None:
+    """Serve, let the clients talk, and judge."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = flags(
+        model_name_or_path="examples/base",
+        template="plain",
+        device="cpu",
+        dtype="float32",
+        web=True,
+        server_port=port,
+    )
+    log = Path(tempfile.mkstemp(prefix="soak-web-", suffix=".log")[1])
+    with open(log, "wb") as file:
+        server = subprocess.Popen(
+            [sys.executable, "chat.py", *words], cwd=ROOT, stdout=file, stderr=file
+        )
+    try:
+        while "Ctrl-C" not in log.read_text():
+            if server.poll() is not None:
+                sys.exit(f"chat.py has ended; see {log}")
+            time.sleep(0.2)
+        ended, answers = threading.Event(), {}
+        clients = [Client(port, options.seed + number, ended, answers) for number in range(CLIENTS)]
+        for client in clients:
+            client.start()
+        used, until = [], time.monotonic() + 60 * options.minutes
+        while time.monotonic() < until and server.poll() is None:
+            used.append(resident_memory(server.pid))
+            time.sleep(min(1.0, options.minutes))
+        ended.set()
+        for client in clients:
+            client.join(300)
+        began = time.monotonic()
+        server.send_signal(signal.SIGINT)
+        server.wait()
+        end_seconds = time.monotonic() - began
+    finally:
+        server.kill()
+    counts = sum((client.counts for client in clients), collections.Counter())
+    quarter = max(1, len(used) // 4)
+    before, after = (
+        statistics.median(part) for part in (used[quarter : 2 * quarter], used[-quarter:])
+    )
+    tracebacks = log.read_text().count("Traceback")
+    print(", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())))
+    print(
+        f"memory {before / 2**20:,.0f} MiB in the second quarter, {after / 2**20:,.0f} in the last"
+    )
+    print(f"{tracebacks} tracebacks in {log}; ended {end_seconds:.1f} s after Ctrl-C")
+    alive = all(not client.is_alive() for client in clients)
+    is_flat = after <= MAX_GROWTH * before
+    is_good = counts["answered"] and not (counts["LOST"] or counts["DIFFERENT"] or tracebacks)
+    sys.exit(not (is_good and is_flat and alive and end_seconds < 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What a request passes on its way to gradio, as ASGI middleware.
+
+    app_kwargs = {"middleware": [Middleware(Policy), Middleware(Arrivals), Middleware(Logins)]}
+
+Policy      what the browser may load and run; large requests are refused
+Arrivals    when a request came, which the queue would hide
+Logins      each wrong password delays the next guess; every POST needs the password
+"""
+
+import asyncio
+import re
+import time
+from base64 import b64encode
+from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from typing import Any
+
+Scope = dict[str, Any]
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_REQUEST_BYTES = 32 * 2**20
+# The browser contacts only this server, whatever an answer contains. gradio's own styles are
+# inline, and the `js` of its events needs unsafe-eval. SCRIPTS: the hashes of its inline scripts.
+POLICY = (
+    "default-src 'self'; script-src 'self' SCRIPTS'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self'; frame-src 'none'; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'self'"
+)
+INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
+
+FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds after a wrong password; each doubles the delay
+FORGET_SECONDS = 600
+MAX_ADDRESSES = 10_000  # of which wrong passwords are remembered
+
+
+class Policy:
+    """Adds POLICY to every response and refuses large requests."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        response = _ResponseWithPolicy(send)
+        headers = dict(scope["headers"])
+        size = headers.get(b"content-length", b"0")
+        if b"transfer-encoding" in headers or int(size) > MAX_REQUEST_BYTES:
+            await answer(response.send, 413, "The request is too large.")
+        else:
+            await self.app(scope, receive, response.send)
+
+
+class _ResponseWithPolicy:
+    """Sends a response. A page is held back until it is complete, for the hashes of its scripts."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message = {}
+        self._page: bytes | None = None
+
+    async def send(self, message: Message) -> None:
+        """Send, or hold back, a part of the response."""
+        if message["type"] == "http.response.start":
+            headers = dict(message.get("headers", []))
+            self._start = message
+            if headers.get(b"content-type", b"").startswith(b"text/html"):
+                self._page = b""
+            else:
+                await self._begin(b"")
+            return
+        if self._page is not None and message["type"] == "http.response.body":
+            self._page += message.get("body", b"")
+            if message.get("more_body"):
+                return
+            await self._begin(self._page)
+            message, self._page = {**message, "body": self._page}, None
+        await self._send(message)
+
+    async def _begin(self, page: bytes) -> None:
+        header = (b"content-security-policy", policy(page).encode())
+        await self._send({**self._start, "headers": [*self._start.get("headers", []), header]})
+
+
+def policy(page: bytes = b"") -> str:
+    """The policy of a page: of its inline scripts, only those that it has now may run."""
+    digests = [sha256(script).digest() for script in INLINE_SCRIPT.findall(page)]
+    return POLICY.replace(
+        "SCRIPTS", "".join(f"'sha256-{b64encode(digest).decode()}' " for digest in digests)
+    )
+
+
+class Arrivals:
+    """Notes when a request came."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        scope.setdefault("state", {})["arrived_at"] = time.monotonic()
+        await self.app(scope, receive, send)
+
+
+def arrival(request: Any) -> float:
+    """The time.monotonic() at which a request came. request: gradio's, of an event."""
+    return request.state.arrived_at
+
+
+class Logins:
+    """Refuses a POST without the password, and delays guesses at it.
+
+    Each wrong password doubles the delay of the next guess from the same address. Guesses that
+    come at once wait for each other.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        # {address: (number of wrong passwords, time of the next guess)}, the latest last
+        self.guesses: dict[str, tuple[int, float]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+        elif scope["path"].rstrip("/").endswith("/login"):
+            await self._log_in(scope, receive, send)
+        elif is_logged_in(scope):  # gradio would let everyone end an answer
+            await self.app(scope, receive, send)
+        else:
+            await answer(send, 401, "Log in first.")
+
+    async def _log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        address, now = (scope.get("client") or ("",))[0], time.monotonic()
+        number, free_at = self.guesses.pop(address, (0, now))
+        if now > free_at + FORGET_SECONDS:
+            number = 0
+        free_at = max(now, free_at)
+        is_patient = free_at - now <= LONGEST_DELAY
+        if is_patient:
+            # Wrong until it proves right, so that guesses that come at once wait, too.
+            delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(number, 30))
+            self.guesses[address] = number + 1, free_at + delay
+        else:
+            self.guesses[address] = number, free_at
+        while len(self.guesses) > MAX_ADDRESSES:
+            self.guesses.pop(next(iter(self.guesses)))
+        if not is_patient:
+            return await answer(send, 429, "Too many wrong passwords. Try again in a minute.")
+        await asyncio.sleep(free_at - now)
+
+        async def send_and_see(message: Message) -> None:
+            """Send a part of the response; forget the guesses of a visitor who is let in."""
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                self.guesses.pop(address, None)
+            await send(message)
+
+        await self.app(scope, receive, send_and_see)
+
+
+def is_logged_in(scope: Scope) -> bool:
+    """True if a request has the cookie that gradio gives to a visitor who knows the password."""
+    from starlette.requests import HTTPConnection
+
+    gradio_app, cookies = scope["app"], HTTPConnection(scope).cookies
+    names = ("access-token", "access-token-unsecure")
+    return any(cookies.get(f"{name}-{gradio_app.cookie_id}") in gradio_app.tokens for name in names)
+
+
+async def answer(send: Send, status: int, text: str) -> None:
+    """Send a short text as the response."""
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": text.encode()})
