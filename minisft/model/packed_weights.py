@@ -113,7 +113,7 @@ class Int8Linear(QuantizedLinear):
         """(..., out_features) from x (..., in_features)."""
         if not takes_kernel(x):
             return super().forward(x)
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()
         y = torch._weight_int8pack_mm(rows, self.steps, self.row_scales)
         return with_bias(y.view(*x.shape[:-1], self.out_features), self.bias)
 
@@ -155,7 +155,9 @@ class Int4Linear(QuantizedLinear):
         return self._multiply(torch.eye(self.in_features, dtype=torch.bfloat16)).T.to(dtype)
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, BLOCK, self.factors)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows.contiguous(), self.packed, BLOCK, self.factors
+        )
 
 
 class Int4PairLinear(QuantizedLinear):

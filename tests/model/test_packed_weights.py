@@ -55,8 +55,11 @@ def check_product(layer, weight, bias, num_rows):
     with torch.inference_mode():
         found = layer(x)
         together = layer(x[None])
+        wide = torch.randn(num_rows, 3, weight.shape[1]).bfloat16()
+        wide[:, -1] = x
+        last = layer(wide[:, -1])  # as the states of a batch's last tokens: not contiguous
     assert found.dtype == torch.bfloat16 and found.shape == (num_rows, len(weight))
-    assert torch.equal(together[0], found)
+    assert torch.equal(together[0], found) and torch.equal(last, found)
     expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     largest = (x.float().abs() @ weight.float().abs().T).amax() if num_rows else 0
     assert ((found.float() - expected).abs() <= ROUNDING * largest).all()
