@@ -33,7 +33,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from demo import exact_match  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from scipy.stats import t  # noqa: E402
 
@@ -41,6 +40,7 @@ from bench.measure import flags, output_of  # noqa: E402
 from minisft.common.hashes import sha256  # noqa: E402
 from minisft.data.dataset import load_rows  # noqa: E402
 from minisft.generation.assistant import Assistant  # noqa: E402
+from minisft.generation.sampling import Sampling  # noqa: E402
 
 BASE, DATA = ROOT / "examples/base", ROOT / "examples/data"
 RECIPE, DOCS = ROOT / "examples/demo.toml", ROOT / "docs"
@@ -180,8 +180,15 @@ class Cells:
 def evaluate(adapter: str) -> None:
     """Print the share of held-out questions that an adapter answers exactly."""
     held_out = load_rows(DATA / "heldout.json")
-    share, _ = exact_match(Assistant(BASE, adapter=adapter, template=TEMPLATE), held_out)
-    print(json.dumps({"exact_match": share, "questions": len(held_out)}))
+    assistant = Assistant(BASE, adapter=adapter, template=TEMPLATE)
+    questions = [{"messages": row.messages[:-1]} for row in held_out]
+    sampling = Sampling(max_new_tokens=48, greedy=True)
+    answers, _ = assistant.inference(questions, sampling, batch_size=64)
+    right = sum(
+        answer.strip() == row.messages[-1]["content"]
+        for answer, row in zip(answers, held_out, strict=True)
+    )
+    print(json.dumps({"exact_match": right / len(held_out), "questions": len(held_out)}))
 
 
 def identity(options: Namespace) -> dict[str, Any]:
