@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from template_checkpoints import build_checkpoint
 
@@ -159,6 +159,7 @@ def test_any_mixture(templates, data):
     halves += [token[n:] for token in tokens for n in (1, len(token) - 2, len(token) - 1)]
     pieces = st.sampled_from([*tokens, *halves, " ", "\n", "a", '"', "\\", "</think>", "<think>"])
     text = "".join(data.draw(st.lists(pieces, min_size=1, max_size=6)))
+    assume(text.strip())  # some templates leave out a system prompt of white space
     check(template, data.draw(st.sampled_from((*PLAIN_SLOTS, *TOOL_SLOTS))), text)
 
 
