@@ -35,7 +35,7 @@ from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.model_flags import dtype_option, template_settings
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
-from minisft.model.packed_weights import pack_weights, packs_weights
+from minisft.model.packed_weights import can_pack_weights, pack_weights
 from minisft.text.template_choice import CHAT_TEMPLATE, settings_without_effect
 
 # The KV caches that the web page keeps for the next turns of conversations. With --compile every
@@ -122,7 +122,7 @@ def load_assistants(options: Namespace) -> list[Assistant]:
         assistants[-1].template.name = trained.name
     elif options.compare_with:
         assistants.append(load(options.compare_with, options.template, options.enable_thinking))
-    if base_model and not options.compile and packs_weights(dtype, device):
+    if base_model and not options.compile and can_pack_weights(dtype, device):
         pack_weights(*[assistant.model for assistant in assistants])
     for assistant in assistants:
         assistant.turns = assistants[0].turns  # they share a device

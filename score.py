@@ -45,7 +45,7 @@ from minisft.common.outputs import check_output_file
 from minisft.common.single_writer import single_writer
 from minisft.model.config import ModelConfig
 from minisft.model.lora import merge_lora
-from minisft.model.packed_weights import pack_weights, packs_weights
+from minisft.model.packed_weights import can_pack_weights, pack_weights
 from minisft.model.quantized import convert_parameters
 from minisft.model.reward import Model
 from minisft.selection.ifd import IfdScorer
@@ -166,7 +166,7 @@ def build_model(
     device: torch.device,
 ) -> Model:
     """The model with its adapter, in evaluation mode."""
-    packs, bits = packs_weights(dtype, device), options.quantization_bit
+    packs, bits = can_pack_weights(dtype, device), options.quantization_bit
     if options.mode == "reward":
         model = load_reward_model(model_dir, dtype, device, bits)
     else:

@@ -39,6 +39,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         """Reads 1e-4 as a number, which YAML 1.1 takes for text. Refuses keys that appear twice."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            """As in the base class, after a look at the keys."""
             keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             names = [key.value for key in keys]
             for number, key in enumerate(keys):

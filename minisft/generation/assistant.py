@@ -37,7 +37,7 @@ from minisft.generation.sharing import Caches, Turns, share_weights
 from minisft.generation.thoughts import AnswerDecoder, decode_answer
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
-from minisft.model.packed_weights import pack_weights, packs_weights
+from minisft.model.packed_weights import can_pack_weights, pack_weights
 from minisft.model.quantized import convert_parameters
 from minisft.text.messages import without_thoughts
 from minisft.text.template_choice import trained_template
@@ -88,7 +88,7 @@ class Assistant:
             template_kwargs=template_kwargs,
             enable_thinking=enable_thinking,
         )
-        pack = pack and packs_weights(self.dtype, self.device)
+        pack = pack and can_pack_weights(self.dtype, self.device)
         if base_model is None:
             model = folders.load_model(
                 model_dir,

@@ -118,9 +118,9 @@ def add_lora(model: Model, config: LoraConfig) -> None:
     ]
     unknown = set(wanted) - {name.split(".")[-1] for name in targets}
     if unknown or not targets:
+        called = f"is called {', '.join(sorted(unknown))}" if unknown else "is named"
         raise UserError(
-            f"--lora_target: no linear layer is called {', '.join(sorted(unknown)) or 'nothing'}. "
-            f"Choose from all, {', '.join(names)}."
+            f"--lora_target: no linear layer {called}. Choose from all, {', '.join(names)}."
         )
     if both := set(targets) & set(config.modules_to_save):
         raise UserError(f"{min(both)} is in --lora_target and in --modules_to_save. Choose one.")

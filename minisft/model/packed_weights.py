@@ -1,7 +1,7 @@
 """Weights in the order in which the fastest kernel of a CPU reads them.
 
     model = load_model(folder, torch.bfloat16)
-    if packs_weights(torch.bfloat16, "cpu"):
+    if can_pack_weights(torch.bfloat16, "cpu"):
         pack_weights(model)     # in place, for use and not for training
 
 A decoding step multiplies every matrix with one row, so its time is that of reading the weights.
@@ -29,11 +29,12 @@ from minisft.model.quantized import QuantizedLinear
 
 BLOCK = 32  # weights of a row that share a scale in GGUF's Q4_0 and Q4_1
 ROWS_TOGETHER = 16  # the kernel for 4 bits needs a multiple of it
-# Above so many rows, F.linear with the dequantised weight is faster.
-MANY_ROWS = 128
+# Above so many rows, multiplying with the dequantised weight is faster. Dequantising 4 bits is
+# itself a product, with as many rows as the weight has columns.
+INT8_ROWS, INT4_ROWS_PER_COLUMN = 32, 2
 
 
-def packs_weights(dtype: torch.dtype, device: torch.device | str) -> bool:
+def can_pack_weights(dtype: torch.dtype, device: torch.device | str) -> bool:
     """True if there are kernels for packed weights: bfloat16 on a CPU that multiplies it."""
     return (
         torch.device(device).type == "cpu"
@@ -45,7 +46,7 @@ def packs_weights(dtype: torch.dtype, device: torch.device | str) -> bool:
 
 @torch.no_grad()
 def pack_weights(*models: nn.Module) -> None:
-    """Pack the linear layers of models where packs_weights is true. In place.
+    """Pack the linear layers of models where can_pack_weights is true. In place.
 
     Models that share weights share them afterwards, too. One layer after the other is packed, so
     memory holds the weights once.
@@ -111,7 +112,7 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out_features) from x (..., in_features)."""
-        if not takes_kernel(x):
+        if not suits_kernel(x, INT8_ROWS):
             return super().forward(x)
         rows = x.reshape(-1, self.in_features).contiguous()
         y = torch._weight_int8pack_mm(rows, self.steps, self.row_scales)
@@ -145,7 +146,7 @@ class Int4Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out_features) from x (..., in_features)."""
-        if not takes_kernel(x):
+        if not suits_kernel(x, INT4_ROWS_PER_COLUMN * self.in_features):
             return super().forward(x)
         y = self._multiply(x.reshape(-1, self.in_features))
         return with_bias(y.view(*x.shape[:-1], self.out_features), self.bias)
@@ -174,7 +175,7 @@ class Int4PairLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out_features) from x (..., in_features)."""
-        if not takes_kernel(x):
+        if not suits_kernel(x, INT4_ROWS_PER_COLUMN * self.in_features):
             return super().forward(x)
         return with_bias(self.high(x) + self.low(x), self.bias)
 
@@ -198,10 +199,11 @@ class StoredEmbedding(nn.Module):
         return self.read_rows(tokens.flatten()).to(self.dtype).view(*tokens.shape, -1)
 
 
-def takes_kernel(x: Tensor) -> bool:
-    """True for bfloat16 x (..., in) of a few rows, without a gradient."""
+def suits_kernel(x: Tensor, max_rows: int) -> bool:
+    """True for bfloat16 x (..., in) of at most `max_rows` rows, without a gradient."""
     num_rows = x.numel() // x.shape[-1]
-    return 0 < num_rows <= MANY_ROWS and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    is_right_size = 0 < num_rows <= max_rows
+    return is_right_size and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
 
 def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -47,30 +47,45 @@ def new_checkpoint(
     """A folder to fill, which becomes `checkpoint-STEP`. Every rank enters it.
 
     Afterwards all checkpoints but the newest `keep` (0: the newest) and that of step `best` are
-    removed. If the
-    disk is full or fails, the partial folder is removed, older checkpoints stay, and UserError is
-    raised.
+    removed. UserError if it cannot be written; older checkpoints stay.
     """
-    output_dir, is_rank0 = Path(output_dir), processes.rank() == 0
+    output_dir = Path(output_dir)
     final = output_dir / f"checkpoint-{step}"
     partial = output_dir / f"checkpoint-{step}.partial"
+
+    def publish() -> None:
+        _complete(partial, final, step)
+        _remove_old(output_dir, keep, {step, best})
+
+    with written_aside(partial, publish, f"{final} could not be written"):
+        yield partial
+
+
+@contextmanager
+def written_aside(
+    partial: Path, publish: Callable[[], None], problem: str
+) -> Generator[None, None, None]:
+    """A new folder `partial` while it is filled; then rank 0 calls `publish`. Every rank enters it.
+
+    If the disk is full or fails, UserError says the problem and how to go on. The folder is removed
+    in any case.
+    """
+    is_rank0 = processes.rank() == 0
     try:
         if is_rank0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         processes.barrier()
-        yield partial
+        yield
         processes.barrier()
         if is_rank0:
-            _complete(partial, final, step)
-            _remove_old(output_dir, keep, {step, best})
+            publish()
         processes.barrier()
     except (OSError, RuntimeError, UserError) as error:
+        raise UserError(f"{problem}: {error}. {how_to_go_on(partial.parent)}") from error
+    finally:
         if is_rank0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"{final} could not be written: {error}. {how_to_go_on(output_dir)}"
-        ) from error
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:

@@ -9,18 +9,15 @@ between two renames can leave files of an older result beside new ones.
 """
 
 import os
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minisft.checkpoints.folders import remove_other_weights
-from minisft.common import processes
-from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
 from minisft.text.tokenizer_files import FILES
-from minisft.training.checkpoint import MARKER, flush, how_to_go_on, seal
+from minisft.training.checkpoint import MARKER, flush, seal, written_aside
 
 
 @contextmanager
@@ -29,25 +26,14 @@ def new_result(output_dir: Path, record: dict[str, Any]) -> Generator[Path, None
 
     If the disk is full or fails, older files stay, and UserError says how to go on.
     """
-    is_rank0, partial = processes.rank() == 0, output_dir / "result.partial"
-    try:
-        if is_rank0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        processes.barrier()
+    partial = output_dir / "result.partial"
+
+    def publish() -> None:
+        seal(partial, record)
+        _publish(partial, output_dir)
+
+    with written_aside(partial, publish, f"{output_dir}: the result could not be written"):
         yield partial
-        processes.barrier()
-        if is_rank0:
-            seal(partial, record)
-            _publish(partial, output_dir)
-        processes.barrier()
-    except (OSError, RuntimeError, UserError) as error:
-        raise UserError(
-            f"{output_dir}: the result could not be written: {error}. {how_to_go_on(output_dir)}"
-        ) from error
-    finally:
-        if is_rank0:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_record(output_dir: Path) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def test_full_names_select_what_short_names_select():
 def test_mistakes_are_named(base_dir, tmp_path):
     with pytest.raises(UserError, match="wq"):
         add_lora(load_model(base_dir), LoraConfig(target_modules=("wq",)))
-    with pytest.raises(UserError, match="--lora_target: no linear layer is called nothing"):
+    with pytest.raises(UserError, match="--lora_target: no linear layer is named"):
         add_lora(load_model(base_dir), LoraConfig(target_modules=()))
     with pytest.raises(UserError, match="wte"):
         add_lora(load_model(base_dir), LoraConfig(modules_to_save=("wte",)))

@@ -28,13 +28,13 @@ from minisft.model.packed_weights import (
     Int8Linear,
     PackedLinear,
     StoredEmbedding,
+    can_pack_weights,
     pack_weights,
-    packs_weights,
 )
 from minisft.model.quantized import QuantizedLinear
 
 needs_kernels = pytest.mark.skipif(
-    not packs_weights(torch.bfloat16, "cpu"), reason="this processor does not multiply bfloat16"
+    not can_pack_weights(torch.bfloat16, "cpu"), reason="this processor does not multiply bfloat16"
 )
 ROUNDING = 2**-8  # of bfloat16
 
