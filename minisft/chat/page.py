@@ -23,10 +23,10 @@ from typing import Any
 from minisft.chat.markup import escape, unescape
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
-from minisft.data.formats import Message
 from minisft.generation.answer import Answer, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
+from minisft.text.messages import Message
 
 SECONDS_BETWEEN_VIEWS = 0.05
 MAX_SESSIONS = 1000  # conversations that survive a reload of the page; older ones are dropped

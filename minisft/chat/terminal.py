@@ -18,10 +18,10 @@ from typing import TextIO
 from minisft.chat.options import BYTE_ORDER_MARK
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
-from minisft.data.formats import Message
 from minisft.generation.answer import Answer
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
+from minisft.text.messages import Message
 
 FAILED = 2  # exit status after a refused message or command
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell: 128 + SIGINT

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisft.checkpoints.adapter_forms import PEFT_PREFIX, Adapter, read_adapter
+from minisft.checkpoints.adapter_forms import LORA_HEAD, PEFT_PREFIX, Adapter, read_adapter
 from minisft.checkpoints.folders import REWARD_MODEL_HINT, gather_tensors, remove_other_weights
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT
 from minisft.common import processes
@@ -109,7 +109,7 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
     model.requires_grad_(False)
     if "score" in config.modules_to_save and not hasattr(model, "score"):
         raise UserError(f"{adapter_dir}: {REWARD_MODEL_HINT}")
-    needs_head = {OUTPUT, "lm_head.lora_A.weight"} & stored.keys() or OUTPUT in adapter.changes
+    needs_head = {OUTPUT, LORA_HEAD} & stored.keys() or OUTPUT in adapter.changes
     if needs_head and isinstance(model, CausalLM) and model.config.tie_word_embeddings:
         untie(model)
     train_fully(model, config.modules_to_save)

@@ -21,12 +21,10 @@ import numpy as np
 from minisft.common.errors import UserError
 from minisft.common.lfs_pointers import refuse_pointer
 from minisft.data.formats import turns_column
-from minisft.data.objects import find_objects
+from minisft.data.objects import BLOCK_SIZE, NEWLINE, SPACE, find_objects
 from minisft.data.row_values import BadRow, parse_json
 from minisft.data.unpack import is_columnar, is_packed, unpack
 
-BLOCK_SIZE = 4 * 2**20  # bytes searched for line ends at a time
-NEWLINE, SPACE = 10, 32
 MAX_ROW_BYTES = 64 * 2**20  # parsing takes ten times as much memory
 # Suffixes of other kinds of file -> what to do with them.
 HINTS = {".csv": "; convert it, for instance with pandas: read_csv, then to_parquet"}

@@ -20,12 +20,13 @@ from minisft.common.sequences import batches_by_length
 from minisft.data.batching import collate
 from minisft.data.dataset import Row
 from minisft.data.encoding import encode_rows
-from minisft.data.formats import Message, Tools
+from minisft.data.formats import Tools
 from minisft.generation.assistant import Assistant
 from minisft.generation.generate import generate
 from minisft.generation.sampling import Sampling
 from minisft.generation.thoughts import decode_answer
 from minisft.model.loss import token_losses
+from minisft.text.messages import Message
 from minisft.text.tokenizer import check_vocabulary
 
 # The loss of a reference, summed over its tokens (nats), and the number of tokens.

@@ -3,7 +3,7 @@
 answer = assistant.stream(messages)
 for piece in answer:                    # while it is written
     print(piece, end="")
-print(answer.reasoning_content, answer.figures())
+print(answer.reasoning_content, answer.statistics())
 """
 
 import time

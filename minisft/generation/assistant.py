@@ -25,7 +25,7 @@ from minisft.checkpoints.adapter_forms import tokenizer_dir
 from minisft.common.devices import check_compile, dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
-from minisft.data.formats import Message, Tools
+from minisft.data.formats import Tools
 from minisft.generation.answer import Answer, Response
 from minisft.generation.compiled import CompiledDecoder
 from minisft.generation.context import Context
@@ -39,7 +39,7 @@ from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 from minisft.model.packed_weights import can_pack_weights, pack_weights
 from minisft.model.quantized import convert_parameters
-from minisft.text.messages import without_thoughts
+from minisft.text.messages import Message, without_thoughts
 from minisft.text.template_choice import trained_template
 from minisft.text.tokenizer import Tokenizer, check_vocabulary
 

@@ -36,8 +36,7 @@ class CompiledDecoder(nn.Module):
 
     def __init__(self, model: CausalLM, capacity: int):
         super().__init__()
-        scaling = model.config.rope_scaling
-        if scaling and scaling["rope_type"] == "dynamic":
+        if model.config.has_dynamic_rope:
             raise UserError(
                 "--compile: the rotary angles of this model (rope type dynamic) change with the "
                 "length of the conversation. Leave out --compile."

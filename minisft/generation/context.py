@@ -13,10 +13,11 @@ from bisect import bisect_left
 from typing import Any
 
 from minisft.common.errors import UserError
-from minisft.data.formats import Message, Tools
+from minisft.data.formats import Tools
 from minisft.data.long_rows import MAX_CHARACTERS_PER_TOKEN, count_characters
 from minisft.generation.messages import check_text
 from minisft.text.chat_template import ChatTemplate
+from minisft.text.messages import Message
 
 
 class Context:

@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 from minisft.common.errors import UserError
-from minisft.data.formats import Message, Tools
-from minisft.text.messages import standard_messages
+from minisft.data.formats import Tools
+from minisft.text.messages import Message, standard_messages
 
 # No keyboard types these, and no terminal should print them. Tab, line ends and form feed are text.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")

@@ -52,7 +52,7 @@ def check_architecture(config: ModelConfig) -> None:
 def known_differences(config: ModelConfig) -> list[str]:
     """Sentences that say where the computation of llama.cpp differs from the checkpoint's."""
     sentences = []
-    if (config.rope_scaling or {}).get("rope_type") == "dynamic":
+    if config.has_dynamic_rope:
         sentences.append(
             "llama.cpp does not know dynamic rotary scaling: answers differ beyond "
             f"{config.max_position_embeddings} tokens"

@@ -17,8 +17,8 @@ from minisft.model.config import ModelConfig
 
 def theta_for_length(config: ModelConfig, length: int) -> float:
     """theta for `length` positions: only the type `dynamic` changes it."""
-    scaling, theta = config.rope_scaling, config.rope_theta
-    if not scaling or scaling["rope_type"] != "dynamic" or length <= config.max_position_embeddings:
+    scaling, theta = config.rope_scaling or {}, config.rope_theta
+    if not config.has_dynamic_rope or length <= config.max_position_embeddings:
         return theta
     factor, width = scaling["factor"], config.head_dim
     stretch = factor * length / config.max_position_embeddings - (factor - 1)

@@ -24,7 +24,7 @@ from minisft.data.dataset import Rows
 from minisft.selection.ifd import IfdScorer
 from minisft.selection.reward_scores import RewardScorer
 from minisft.selection.score_files import ScorePaths
-from minisft.text.tokenizer import FILES as TOKENIZER_FILES
+from minisft.text.tokenizer_files import FILES as TOKENIZER_FILES
 
 
 def score_record(

@@ -138,6 +138,6 @@ def max_row_length(config: ModelConfig) -> int:
     With dynamic rotary scaling, beyond the trained positions the angles depend on the longest row
     of the batch, padding included. The score of such a row would depend on its batch.
     """
-    if (config.rope_scaling or {}).get("rope_type") == "dynamic":
+    if config.has_dynamic_rope:
         return config.max_position_embeddings // PAD_MULTIPLE * PAD_MULTIPLE
     return config.context_length

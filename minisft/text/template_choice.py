@@ -31,7 +31,6 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 JINJA_WORDS = ("true", "false", "none", "loop", "self", "super", "caller", "varargs", "kwargs")
 # Variables that every template gets: the conversation, and transformers' and Jinja's functions.
 ALREADY_SET = {"messages", "tools", "add_generation_prompt", *environment(Clock()).globals}
-BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the beginning of a file
 CHAT_TEMPLATE = "chat_template.jinja"  # the file in a folder that train.py writes
 
 
@@ -141,7 +140,7 @@ def template_text(name: str, tokenizer: Tokenizer) -> str:
     elif name in NAMES:
         text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = read_template_file(Path(name)).removeprefix(BYTE_ORDER_MARK)
+        text = read_template_file(Path(name))
     elif name.endswith(".jinja"):
         raise UserError(f"--template {name}: there is no such file")
     else:

@@ -97,9 +97,9 @@ def read_chat_template(model_dir: Path, config: dict[str, Any]) -> str | None:
 
 
 def read_template_file(path: Path) -> str:
-    """The text of a .jinja file."""
+    """The text of a .jinja file, without a byte order mark."""
     refuse_pointer(path)
-    return path.read_text(encoding="utf-8", errors="replace")
+    return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def with_tool_template(template: str, for_tools: str) -> str:
