@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.common.script import run_script
+from minisft.common.torchrun import announced_processes
 from minisft.evaluation.options import parse_options
 
 if __name__ == "__main__":
@@ -190,7 +191,7 @@ def answer_subjects(
 
 def compare(options: Namespace) -> None:
     """Ask all models the same questions, measure their answers, let a judge compare them."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if announced_processes() > 1:
         raise UserError("compare runs in a single process. Start it without torchrun.")
     models = parse_models(options.models)
     may_exist = options.overwrite_output_dir or options.resume

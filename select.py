@@ -23,7 +23,6 @@ if __name__ == "select":
             spec.loader.exec_module(sys.modules["select"])
             break
 else:
-    import os
     from argparse import Namespace
     from functools import partial
     from pathlib import Path
@@ -39,6 +38,7 @@ else:
 
     from minisft.common.model_flags import CUTOFF_LEN
     from minisft.common.outputs import check_output_file
+    from minisft.common.torchrun import announced_rank
     from minisft.data.dataset import CHECKED_BYTES, Rows
     from minisft.selection.choose import Candidates, Choice, choose, read_row_data
     from minisft.selection.limits import length_limits
@@ -58,7 +58,7 @@ else:
 
 def main(options: Namespace) -> None:
     """Choose rows with these options."""
-    if os.environ.get("RANK", "0") != "0":
+    if announced_rank() != 0:
         return  # under torchrun, rank 0 does all the work
 
     # Rows with several answers have rewards as their only scores.

@@ -1,5 +1,4 @@
-"""Measure a GPU in one short run: each figure, the peer's figure, their ratio, the share of the
-limit.
+"""Measure a GPU in one short run: each figure beside the peer's and the limit of the device.
 
     bash bench/gpu.sh results.json                     # six minutes at most on one H100
     bash bench/gpu.sh --dry_run results.json           # tiny models on the CPU: finds mistakes
@@ -9,9 +8,9 @@ GPU time is scarce, so a run wastes as little of it as possible:
 
 - Every line is printed and written to the JSON file as soon as it is measured.
 - Every stage is a process with a time limit. A crash, a hang or a lack of memory ends only that
-stage. When the minutes are used up, the remaining stages are skipped. - The process of the next
-stage imports its libraries while the current stage measures. - Weights are random, drawn on the GPU
-and shared with the peer. Nothing is written to disk.
+  stage. When the minutes are used up, the remaining stages are skipped.
+- The process of the next stage imports its libraries while the current stage measures.
+- Weights are random, drawn on the GPU and shared with the peer. They are not written to disk.
 
 The first two lines are the limits of the device: the speed of a large matrix product, and the
 bandwidth of a copy. Training and scoring are compared with the first, decoding with the second. The
@@ -39,7 +38,7 @@ from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.measure import ROOT  # noqa: E402
+from bench.measure import ROOT, reason_of  # noqa: E402
 
 Line = dict[str, Any]
 StageProcess = subprocess.Popen[str]
@@ -99,8 +98,7 @@ def run_in_own_process(name: str, dry_run: bool) -> None:
     except Exception as error:
         traceback.print_exc()  # goes to the log
         outcome = "skipped" if isinstance(error, ImportError) else "failed"
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        print(json.dumps({"name": name, outcome: reason}), file=output, flush=True)
+        print(json.dumps({"name": name, outcome: reason_of(error)}), file=output, flush=True)
 
 
 class Results:

@@ -24,7 +24,7 @@ import torch
 
 from bench import generate, score, train
 from bench.limits import bandwidth, forget_peak, matrix_speed, seconds_of
-from bench.measure import ROOT, flags
+from bench.measure import ROOT, flags, reason_of
 from bench.shapes import logit_difference, random_model, transformers_twin
 from minisft.data.dataset import open_rows
 from minisft.generation.compiled import CompiledDecoder
@@ -88,11 +88,6 @@ class Bench:
         if not self.limits.get(limit):
             return {}
         return {"share": per_second / self.limits[limit], "limit": limit}
-
-
-def reason_of(error: Exception) -> str:
-    """The class and the message of an error, on one line."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -8,12 +8,15 @@
 Memory is what the kernel reports (Linux only).
 """
 
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_GROWTH = 1.1  # of the memory of a process that runs long, as a factor
 
 
 def flags(**options: Any) -> list[str]:
@@ -46,6 +49,17 @@ def output_of(*words: object, **settings: Any) -> str:
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, **settings
     )
     return done.stdout
+
+
+def reason_of(error: Exception) -> str:
+    """The class and the message of an error, on one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
+def early_and_late(used: Sequence[int]) -> tuple[float, float]:
+    """The median memory in the second and in the last quarter of a long run."""
+    quarter = max(1, len(used) // 4)
+    return statistics.median(used[quarter : 2 * quarter]), statistics.median(used[-quarter:])
 
 
 def resident_memory(process_id: int | str = "self") -> int:

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.measure import ROOT, flags, resident_memory  # noqa: E402
+from bench.measure import MAX_GROWTH, ROOT, early_and_late, flags, resident_memory  # noqa: E402
 
 CALIBRATION_STEPS = 40
 MIN_STEPS, SAVE_STEPS = 60, 20
-MAX_GROWTH = 1.1  # of the memory from the second quarter of a long run to the last
 
 
 def parse_options() -> argparse.Namespace:
@@ -85,12 +83,6 @@ def losses(output_dir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def growth(used: list[int]) -> float:
-    """The memory in the last quarter of a run, as a multiple of that in the second quarter."""
-    quarter = max(1, len(used) // 4)
-    return statistics.median(used[-quarter:]) / statistics.median(used[quarter : 2 * quarter])
-
-
 def main() -> None:
     """Train undisturbed, train with kills, compare."""
     options = parse_options()
@@ -106,21 +98,22 @@ def main() -> None:
     max_steps = max(MIN_STEPS, int((60 * options.minutes - lost) / step_seconds))
     print(f"{max_steps:,} steps; {step_seconds:.3f} s a step, {start_seconds:.1f} s a start")
     _, used = train(folder / "undisturbed", max_steps)
-    print(f"undisturbed: memory x{growth(used):.3f} from the second quarter to the last")
-    is_flat = growth(used) <= MAX_GROWTH
+    early, late = early_and_late(used)
+    print(f"undisturbed: memory x{late / early:.3f} from the second quarter to the last")
+    is_flat = late <= MAX_GROWTH * early
 
     generator, killed, peaks = random.Random(options.seed), 0, []
     began, has_ended = time.monotonic(), False
     pause = 60 * options.minutes / (options.kills + 1)
     while not has_ended:
-        # Never, on average, before it has saved: then no run would end.
+        # On average, the kill comes after a checkpoint. Otherwise the run would never end.
         seconds = generator.uniform(start_seconds, 2 * pause - start_seconds)
         is_last = killed == options.kills
         has_ended, used = train(folder / "killed", max_steps, None if is_last else seconds)
         killed += not has_ended
         peaks.append(max(used))
     print(f"{killed} kills in {(time.monotonic() - began) / 60:.1f} minutes")
-    resumed = peaks[1:]  # which read a checkpoint first, and so need more than the first
+    resumed = peaks[1:]  # the first process read no checkpoint, so it needed less
     half = (len(resumed) + 1) // 2
     is_flat &= max(resumed[half:], default=0) <= MAX_GROWTH * max(resumed[:half], default=0)
     names = ("adapter_model.safetensors", "metrics.jsonl")

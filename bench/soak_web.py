@@ -18,7 +18,6 @@ import random
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,10 +28,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.measure import ROOT, flags, resident_memory  # noqa: E402
+from bench.measure import MAX_GROWTH, ROOT, early_and_late, flags, resident_memory  # noqa: E402
 
 CLIENTS = 8
-MAX_GROWTH = 1.1
 QUESTIONS = [f"What is {number} plus {number + 1}?" for number in range(20)]
 SETTINGS = (40, 1.0, 0, 1.0, 1.0, True, "")  # the fields of Sampling: greedy, 40 tokens
 STATISTICS = re.compile(r"tokens, the first after")
@@ -153,18 +151,13 @@ def main() -> None:
     finally:
         server.kill()
     counts = sum((client.counts for client in clients), collections.Counter())
-    quarter = max(1, len(used) // 4)
-    before, after = (
-        statistics.median(part) for part in (used[quarter : 2 * quarter], used[-quarter:])
-    )
+    early, late = early_and_late(used)
     tracebacks = log.read_text().count("Traceback")
     print(", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())))
-    print(
-        f"memory {before / 2**20:,.0f} MiB in the second quarter, {after / 2**20:,.0f} in the last"
-    )
+    print(f"memory {early / 2**20:,.0f} MiB in the second quarter, {late / 2**20:,.0f} in the last")
     print(f"{tracebacks} tracebacks in {log}; ended {end_seconds:.1f} s after Ctrl-C")
     alive = all(not client.is_alive() for client in clients)
-    is_flat = after <= MAX_GROWTH * before
+    is_flat = late <= MAX_GROWTH * early
     is_good = counts["answered"] and not (counts["LOST"] or counts["DIFFERENT"] or tracebacks)
     sys.exit(not (is_good and is_flat and alive and end_seconds < 2))
 

@@ -23,6 +23,7 @@ from typing import Any
 from minisft.chat.markup import escape, unescape
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
+from minisft.common.words import valid_text
 from minisft.generation.answer import Answer, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
@@ -195,7 +196,8 @@ class Page:
         question box. The box is cleared if the question is accepted.
         """
         sent_at = time.monotonic() if sent_at is None else sent_at
-        question, system = valid_text(question), valid_text(system)
+        # No response could carry a lone surrogate. An API call may leave out a text.
+        question, system = valid_text(question or ""), valid_text(system or "")
         refused, accepted = (question, "") if is_typed else (None, None)
         if session.busy:
             yield self.view(session, "An answer is in progress. Stop it first.", refused)
@@ -289,16 +291,11 @@ class Page:
         return " · ".join(parts)
 
 
-def valid_text(text: str | None) -> str:
-    """The text with "?" in place of half a surrogate pair, which no response could carry."""
-    return (text or "").encode("utf-8", "replace").decode()
-
-
 def parse_seed(text: str | None) -> int | None:
     """The seed in a visitor's text field, None for an empty field."""
     try:
         return int(text) if text and text.strip() else None
     except ValueError as error:
         raise UserError(
-            f"the seed must be a whole number or empty, not '{valid_text(text)}'"
+            f"the seed must be a whole number or empty, not '{valid_text(text or '')}'"
         ) from error

@@ -21,11 +21,12 @@ from minisft.common.json_files import write_json
 from minisft.common.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    shorten_list,
     write_safetensors,
 )
+from minisft.common.words import list_names
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LINEAR_TYPES, LoraConfig, LoRALinear, wrap_linear
+from minisft.model.lora import LINEAR_TYPES, LoraConfig, wrap_linear
+from minisft.model.lora_tools import adapted_modules, plain_name
 from minisft.model.modules_to_save import saved_modules, train_fully, untie
 from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model
@@ -46,7 +47,7 @@ def save_adapter(
     tensors = {
         PEFT_PREFIX + name: tensor
         for name, tensor in model.state_dict().items()
-        if ".lora_" in name or _plain(name).removesuffix(".weight") in complete
+        if ".lora_" in name or plain_name(name).removesuffix(".weight") in complete
     }
     tensors = gather_tensors(tensors, dtype)
     if processes.rank() != 0:
@@ -55,9 +56,7 @@ def save_adapter(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_safetensors(tensors, output_dir / ADAPTER_WEIGHTS)
     remove_other_weights(output_dir, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
-    adapted = {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
+    adapted = adapted_modules(model)
     ranks = {name: module.lora_A.out_features for name, module in adapted.items()}
     alphas = {
         name: module.scaling * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
@@ -132,7 +131,7 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         module_config = replace(adapter.module_config(module_name, rank), dropout=dropout)
         wrap_linear(model, module_name, module_config)
 
-    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in stored.items():
         if name not in parameters:
             raise UserError(f"{path}: the model has no parameter {name}. {OTHER_BASE}")
@@ -144,7 +143,7 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
     ]
     if missing:
         raise UserError(
-            f"{path}: tensors are missing: {shorten_list(missing)}. Copy the adapter again."
+            f"{path}: tensors are missing: {list_names(missing)}. Copy the adapter again."
         )
     device = model.model.embed_tokens.weight.device
     for name, tensor in stored.items():
@@ -154,11 +153,6 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         parameter.data = tensor.read().to(dtype).to(device)
     _apply_changes(model, adapter)
     return config
-
-
-def _plain(name: str) -> str:
-    """The name of a parameter without the LoRALinear around its module."""
-    return name.replace(".base_layer.", ".")
 
 
 def _fit_vocabulary(model: Model, adapter: Adapter) -> None:

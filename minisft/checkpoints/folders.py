@@ -27,10 +27,10 @@ from minisft.common.tensor_files import (
     USE_ORIGINAL,
     WEIGHTS,
     StoredTensor,
-    shorten_list,
     tensor_files,
     write_safetensors,
 )
+from minisft.common.words import list_names
 from minisft.gguf import unpack
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
@@ -135,9 +135,9 @@ def _check_fit(path: str | Path, model: Model, stored: Mapping[str, StoredTensor
             )
         problems = [f"{path}: the weights do not fit config.json"]
         if missing:
-            problems.append(f"missing: {shorten_list(missing)}")
+            problems.append(f"missing: {list_names(missing)}")
         if unexpected:
-            problems.append(f"unexpected: {shorten_list(unexpected)}")
+            problems.append(f"unexpected: {list_names(unexpected)}")
         if "score.weight" in unexpected:
             problems.append(REWARD_MODEL_HINT)
         raise UserError("; ".join(problems))

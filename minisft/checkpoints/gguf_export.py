@@ -50,7 +50,7 @@ from minisft.gguf.tensor_types import QUANTIZATIONS, tensor_type
 from minisft.gguf.vocabulary import vocabulary_fields
 from minisft.gguf.writer import Tensor, write_gguf
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LoRALinear
+from minisft.model.lora_tools import adapted_modules, plain_name
 from minisft.text.saved_form import saved_form
 from minisft.text.tokenizer import Tokenizer
 
@@ -115,16 +115,12 @@ def model_tensors(
     changes: {name: another change of its rows by the adapter}, see adapter_forms.py.
     """
     config, architecture = model.config, ARCHITECTURES[model.config.model_type]
-    scalings = {
-        name: module.scaling
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-    }
+    scalings = {name: module.scaling for name, module in adapted_modules(model).items()}
     tensors = []
     for parameter_name, parameter in model.named_parameters():
         if ".lora_" in parameter_name:
             continue
-        name = parameter_name.replace(".base_layer.", ".")
+        name = plain_name(parameter_name)
         # An adapter can replace a module. If it has untied lm_head from the embedding without
         # training it, lm_head still equals the embedding.
         source = adapter.get(name) or stored.get(name) or stored["model.embed_tokens.weight"]

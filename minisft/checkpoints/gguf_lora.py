@@ -21,7 +21,7 @@ from minisft.gguf.mapping import ARCHITECTURES, gguf_name, is_interleaved, tenso
 from minisft.gguf.tensor_types import QUANTIZATIONS
 from minisft.gguf.writer import Tensor, write_gguf
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LoRALinear
+from minisft.model.lora_tools import adapted_modules
 
 
 def export_adapter(
@@ -47,9 +47,7 @@ def export_adapter(
     architecture = ARCHITECTURES[model.config.model_type]
     file_type, type = QUANTIZATIONS[quantization]
     tensors = []
-    for name, module in model.named_modules():
-        if not isinstance(module, LoRALinear):
-            continue
+    for name, module in adapted_modules(model).items():
         A, B = (adapter[f"{name}.lora_{factor}.weight"] for factor in "AB")
         # llama.cpp multiplies by alpha / rank, also for rsLoRA, so B is scaled by the ratio.
         factor = module.scaling * A.shape[0] / lora.alpha

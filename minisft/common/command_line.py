@@ -32,6 +32,7 @@ from minisft.common.option_types import (
 )
 from minisft.common.recipes import read_recipe
 from minisft.common.toml_files import is_record
+from minisft.common.torchrun import announced_rank
 
 # Choices of a flag. --help shows them without loading the modules that implement them.
 QUANTIZATIONS = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
@@ -209,7 +210,7 @@ class OptionParser(argparse.ArgumentParser):
                 refused.append(f"{flag} ({reasons.popitem()[1]})")
             else:
                 accepted.append(flag)
-        if accepted and os.environ.get("RANK", "0") == "0":
+        if accepted and announced_rank() == 0:
             print(f"no effect in minisft: {', '.join(accepted)}", file=sys.stderr)
         return unknown, refused
 

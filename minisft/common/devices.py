@@ -6,13 +6,13 @@ dtype = resolve_dtype("auto", device)
 mps is the GPU of a Mac. It has no float64, and bfloat16 only since macOS 14.
 """
 
-import os
 import re
 
 import torch
 from torch import Tensor
 
 from minisft.common.errors import UserError
+from minisft.common.torchrun import announced_processes
 
 
 def resolve_device(name: str | torch.device = "auto", must_exist: bool = True) -> torch.device:
@@ -23,8 +23,7 @@ def resolve_device(name: str | torch.device = "auto", must_exist: bool = True) -
     name = str(name)
     if name == "auto":
         # Several processes cannot share the GPU of a Mac.
-        is_single = os.environ.get("WORLD_SIZE", "1") == "1"
-        has_mps = torch.backends.mps.is_available() and is_single
+        has_mps = torch.backends.mps.is_available() and announced_processes() == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     # torch would read cuda:200 as device -56.
     if not re.fullmatch(r"(cpu|mps)(:0)?|cuda(:(0|[1-9][0-9]?))?", name):

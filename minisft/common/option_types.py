@@ -2,12 +2,13 @@
 
 import json
 import math
-import os
 import re
 import sys
 from argparse import ArgumentTypeError
 from datetime import datetime
 from typing import NoReturn
+
+from minisft.common.torchrun import announced_rank
 
 
 def boolean(text: str) -> bool:
@@ -86,7 +87,7 @@ def with_line_breaks(text: str, name: str) -> str:
     """
     if "\n" in text or "\\n" not in text:
         return text
-    if os.environ.get("RANK", "0") == "0":
+    if announced_rank() == 0:
         line = rf"{name}: the text is one line; each \n in it becomes a line break"
         print(line, file=sys.stderr)
     return text.replace("\\n", "\n")

@@ -6,9 +6,11 @@ with atomic_write("runs/a/metrics.json") as file:
 save_options(options, "runs/a/options.toml")
 """
 
+import atexit
 import json
 import os
 import shutil
+import tempfile
 from argparse import Namespace
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -53,6 +55,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Generator[IO[Any], None, 
             yield file
             file.flush()
             os.fsync(file.fileno())
+
+
+def temporary_folder() -> Path:
+    """A new folder, which is removed when the program ends."""
+    folder = Path(tempfile.mkdtemp(prefix="minisft-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def check_not_an_input(flag: str, output: str | Path, inputs: Iterable[str | Path | None]) -> None:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minisft.common import failure
 from minisft.common.errors import UserError
+from minisft.common.torchrun import announced_processes
 
 # How long ranks wait for each other: while rank 0 writes a large checkpoint, for instance.
 TIMEOUT = timedelta(hours=2)
@@ -36,7 +37,7 @@ def start(device: torch.device, kind: str = "ddp") -> torch.device:
     From here on, all ranks end when one fails. UserError if this rank has no GPU or shares that of
     a Mac, or if there is only one rank and kind is "fsdp".
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if announced_processes() == 1:
         if kind == "fsdp":
             raise UserError(
                 "--parallel fsdp shards the model over several processes, but there is only one. "

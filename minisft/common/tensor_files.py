@@ -29,6 +29,7 @@ from minisft.common.errors import UserError
 from minisft.common.json_files import is_integer, read_json
 from minisft.common.lfs_pointers import refuse_pointer
 from minisft.common.outputs import atomic_path
+from minisft.common.words import list_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -252,19 +253,13 @@ def _read_shards(model_dir: Path, index_path: Path) -> dict[str, StoredTensor]:
             tensors[name] = tensor
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
-        raise UserError(f"{index_path}: tensors not in any shard: {shorten_list(missing)}{AGAIN}")
+        raise UserError(f"{index_path}: tensors not in any shard: {list_names(missing)}{AGAIN}")
     moved = sorted(name for name, shard in weight_map.items() if tensors[name].path.name != shard)
     if moved:
         raise UserError(
-            f"{index_path}: tensors not in the shard it names: {shorten_list(moved)}{AGAIN}"
+            f"{index_path}: tensors not in the shard it names: {list_names(moved)}{AGAIN}"
         )
     return tensors
-
-
-def shorten_list(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names and the number of further names, for a message."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:

@@ -1,4 +1,8 @@
-"""Quantities in words."""
+"""Words for messages and files: a duration, a list of names, text that UTF-8 can express."""
+
+from collections.abc import Sequence
+
+MAX_NAMES = 5
 
 
 def duration(seconds: float) -> str:
@@ -10,3 +14,14 @@ def duration(seconds: float) -> str:
     if seconds < 96 * 3600:
         return f"{seconds / 3600:,.1f} hours"
     return f"{seconds / 86400:,.1f} days"
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first few names and the number of further names."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
+
+
+def valid_text(text: str) -> str:
+    """The text with "?" in place of each lone surrogate, which UTF-8 cannot express."""
+    return text.encode("utf-8", "replace").decode()

@@ -17,8 +17,8 @@ import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.common.option_types import parse_replacements
+from minisft.common.words import list_names
 from minisft.data.dataset_info import FILE_NAME, Description
-from minisft.data.file_names import list_names
 from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
 from minisft.data.placeholders import PlaceholderNote, fill_in
 from minisft.data.preferences import has_several_answers, parse_preferences

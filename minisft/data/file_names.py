@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from minisft.common.errors import UserError
+from minisft.common.words import list_names
 
 KINDS = {
     ".json": "json",
@@ -71,11 +72,6 @@ def training_files(place: str, names: Sequence[str]) -> list[str]:
     """
     splits = [s for s in SPLIT_WORDS if any(_in_split(_words(name), s) for name in names)]
     return choose_files(place, names) if "train" in splits or len(splits) > 1 else list(names)
-
-
-def list_names(names: Sequence[str]) -> str:
-    """The first names, for messages."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _words(name: str) -> set[str]:

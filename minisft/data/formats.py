@@ -32,13 +32,13 @@ from minisft.data.row_values import (
 )
 from minisft.data.turn_order import standard_order
 from minisft.text.messages import (
-    THOUGHTS,
     Message,
     calls_of,
     check_refusal,
     content_text,
     is_learned,
     standard_call,
+    thoughts_of,
 )
 
 Messages = list[Message]
@@ -239,11 +239,9 @@ def _content(turn: dict[str, Any], role: str) -> str:
 def _kept_fields(turn: dict[str, Any], role: str) -> Message:
     """The fields of a turn besides its role, text and calls."""
     kept = {name: turn[name] for name in KEPT_FIELDS if turn.get(name) is not None}
-    if thoughts := next((turn[name] for name in THOUGHTS if turn.get(name)), None):
-        if role != "assistant" or not isinstance(thoughts, str):
-            raise BadRow("reasoning_content must be the text of an assistant's thoughts")
-        kept["reasoning_content"] = thoughts
     try:
+        if thoughts := thoughts_of(turn, role):
+            kept["reasoning_content"] = thoughts
         is_learned({**kept, "role": role})
     except UserError as error:
         raise BadRow(str(error)) from error

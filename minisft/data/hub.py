@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from minisft.common.downloads import CARD, dataset_repository, download
 from minisft.common.errors import UserError
-from minisft.data.file_names import choose_files, file_kind, list_names
+from minisft.common.words import list_names
+from minisft.data.file_names import choose_files, file_kind
 from minisft.data.unpack import require_pyarrow
 
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?::([\w.-]+))?")

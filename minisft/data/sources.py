@@ -14,6 +14,7 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
+from minisft.common.words import list_names
 from minisft.data.dataset_info import (
     FILE_NAME,
     Description,
@@ -21,7 +22,7 @@ from minisft.data.dataset_info import (
     parse_description,
     read_entries,
 )
-from minisft.data.file_names import choose_files, file_kind, list_names, training_files
+from minisft.data.file_names import choose_files, file_kind, training_files
 from minisft.data.hub import HubName, hub_files, parse_hub_name
 
 STATE = "state.json"  # lists the files of a split that `datasets` saved

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from minisft.common.errors import UserError
+from minisft.common.words import valid_text
 from minisft.evaluation.judge import MAX_NEW_TOKENS
 
 NUM_WORKERS = 4  # requests at a time
@@ -104,8 +105,8 @@ class RemoteJudge:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         with urllib.request.urlopen(request, timeout=self.timeout) as reply:
             text = json.load(reply)["choices"][0]["message"]["content"]
-        # JSON may hold half a surrogate pair, which cannot be written to a file.
-        return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
+        # JSON may spell a lone surrogate, which cannot be written to a file.
+        return valid_text(text) if isinstance(text, str) else ""
 
 
 def _explanation(error: urllib.error.HTTPError) -> str:

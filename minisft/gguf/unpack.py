@@ -9,10 +9,7 @@ which is removed when the program ends. Tensors are read from the GGUF file itse
 with their rows in the checkpoint's order.
 """
 
-import atexit
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from gguf import GGMLQuantizationType as Type
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import write_json
+from minisft.common.outputs import temporary_folder
 from minisft.common.tensor_files import StoredTensor
 from minisft.gguf.mapping import (
     FUSED,
@@ -61,9 +59,7 @@ def unpack(path: str | Path) -> Path:
         contents = tokenizer_files(file.metadata, config["vocab_size"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    parent = tempfile.mkdtemp(prefix="minisft-")
-    atexit.register(shutil.rmtree, parent, ignore_errors=True)
-    folder = Path(parent) / path.name  # so that messages name the file
+    folder = temporary_folder() / path.name  # so that messages name the file
     folder.mkdir()
     write_json(config, folder / "config.json")
     for name, content in contents.items():

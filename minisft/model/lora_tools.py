@@ -1,4 +1,4 @@
-"""Operations on models that have an adapter: train it further, keep a frozen copy."""
+"""Operations on models that have an adapter: find its modules, train it further, copy it frozen."""
 
 import copy
 from itertools import chain
@@ -11,6 +11,18 @@ from minisft.model.modules_to_save import train_fully
 from minisft.model.reward import Model
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def adapted_modules(model: nn.Module) -> dict[str, LoRALinear]:
+    """{name: module} of the linear modules that have an adapter."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
+
+
+def plain_name(parameter_name: str) -> str:
+    """The name that a parameter has without the LoRALinear around its module."""
+    return parameter_name.replace(".base_layer.", ".")
 
 
 def resume_lora(model: Model, config: LoraConfig) -> None:
@@ -33,7 +45,7 @@ def frozen_copy(model: M) -> M:
     # deepcopy takes an object from this table instead of copying it.
     shared = {id(tensor): tensor for tensor in frozen}
     copied = copy.deepcopy(model, shared).requires_grad_(False).eval()
-    for name, module in list(copied.named_modules()):
-        if isinstance(module, LoRALinear) and not module.lora_B.weight.any():
+    for name, module in adapted_modules(copied).items():
+        if not module.lora_B.weight.any():
             copied.set_submodule(name, module.base_layer)
     return copied

@@ -119,16 +119,21 @@ def _standard(message: Any) -> Message:
     check_json(message)
     standard: Message = {"role": role, "content": content_text(message.get("content"), role)}
     standard |= {name: value for name, value in message.items() if name not in CONSUMED}
-    thoughts = next((message[name] for name in THOUGHTS if message.get(name)), None)
-    if thoughts is not None:
-        if role != "assistant" or not isinstance(thoughts, str):
-            raise UserError("reasoning_content must be the text of an assistant's thoughts")
+    if thoughts := thoughts_of(message, role):
         standard["reasoning_content"] = standard["thinking"] = thoughts
     if calls := calls_of(message):
         if role != "assistant":
             raise UserError("only the assistant calls tools")
         standard["tool_calls"] = [standard_call(call) for call in calls]
     return standard
+
+
+def thoughts_of(message: Message, role: str) -> str | None:
+    """The thoughts of a message, in any spelling. UserError unless they are an assistant's text."""
+    thoughts = next((message[name] for name in THOUGHTS if message.get(name)), None)
+    if thoughts and (role != "assistant" or not isinstance(thoughts, str)):
+        raise UserError("reasoning_content must be the text of an assistant's thoughts")
+    return thoughts
 
 
 def calls_of(message: Message) -> list[Any]:

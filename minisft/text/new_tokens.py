@@ -9,15 +9,14 @@ transformers and llama.cpp give them the same ids. tokenizer.model alone cannot 
 files beside it list the new tokens, which must be special ones.
 """
 
-import atexit
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, write_json
+from minisft.common.outputs import temporary_folder
 from minisft.text.tokenizer import Tokenizer
 
 # Files that other modules look for beside a tokenizer: ids of BOS and EOS, the recorded template.
@@ -48,8 +47,7 @@ def with_new_tokens(
         _entry(first + index, text, is_special=index < len(special))
         for index, text in enumerate((*special, *ordinary))
     ]
-    folder = Path(tempfile.mkdtemp(prefix="minisft-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = temporary_folder()
     tokenizer.save(folder)
     for name in NEIGHBOURS:
         if (tokenizer.model_dir / name).is_file():

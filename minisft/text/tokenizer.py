@@ -25,6 +25,7 @@ from pathlib import Path
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
 from minisft.common.outputs import atomic_path
+from minisft.common.words import valid_text
 from minisft.text.engines import SentencePieceEngine, TokenizersEngine
 from minisft.text.long_texts import parts_of
 from minisft.text.tokenizer_files import (
@@ -94,7 +95,7 @@ class Tokenizer:
         """
         if not text:
             return []
-        text, ids = _valid_unicode(text), []
+        text, ids = valid_text(text), []  # the engines accept no lone surrogate
         for part in split_turn_tokens(text) if self.turn_ids else [text]:
             for piece in parts_of(part):
                 ids += self.engine.encode(piece, continuation)
@@ -156,7 +157,7 @@ class Tokenizer:
         return special_token_id(
             self.model_dir,
             name,
-            token_id=lambda token: self.token_id(_valid_unicode(token)),
+            token_id=lambda token: self.token_id(valid_text(token)),
             default=self.engine.default_ids.get(name),
         )
 
@@ -198,8 +199,3 @@ def check_vocabulary(ids: Sequence[int], vocab_size: int | None) -> None:
             f"the tokenizer gives id {max(ids)}, but the model's vocabulary has {vocab_size}; "
             "is it the tokenizer of this checkpoint? If it is, train.py --resize_vocab adds rows."
         )
-
-
-def _valid_unicode(text: str) -> str:
-    """Replace lone surrogates, which the engines do not accept, by "?"."""
-    return text.encode("utf-8", "replace").decode()

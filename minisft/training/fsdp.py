@@ -37,6 +37,7 @@ from minisft.common import processes
 from minisft.common.errors import UserError, first_line
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, LoRALinear
+from minisft.model.lora_tools import adapted_modules, plain_name
 from minisft.model.reward import Model, RewardModel, new_head
 from minisft.model.vocabulary import read_with_new_rows
 from minisft.training.low_memory_adamw import LowMemoryAdamW
@@ -101,11 +102,11 @@ def _load_shards(model: Model, model_dir: Path, adapter: str | None, new_rows: r
         adapted = read_adapter(resolve_adapter(adapter), config.tie_word_embeddings).tensors
     loaded = set()
     for name, parameter in model.named_parameters():
-        plain_name = name.replace(".base_layer.", ".")
-        source = adapted.get(plain_name) or stored.get(plain_name)
+        stored_name = plain_name(name)
+        source = adapted.get(stored_name) or stored.get(stored_name)
         if source:
             read = source.read
-            if new_rows and plain_name in (EMBEDDING, OUTPUT):
+            if new_rows and stored_name in (EMBEDDING, OUTPUT):
                 read = read_with_new_rows(read, source.shape[0], new_rows)
             processes.copy_shard(parameter, read)
             loaded.add(name)
@@ -114,13 +115,10 @@ def _load_shards(model: Model, model_dir: Path, adapter: str | None, new_rows: r
 
 def _initialize_lora(model: Model, lora_config: LoraConfig) -> None:
     """Draw the factors of a new adapter. Every rank draws all of them, as `add_lora` does."""
-    adapted = {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
-    for name in sorted(adapted):
-        drawn = LoRALinear(adapted[name].base_layer, lora_config, device="cpu")
-        processes.copy_shard(adapted[name].lora_A.weight, _reader(drawn.lora_A.weight))
-        processes.copy_shard(adapted[name].lora_B.weight, _reader(drawn.lora_B.weight))
+    for _, module in sorted(adapted_modules(model).items()):
+        drawn = LoRALinear(module.base_layer, lora_config, device="cpu")
+        processes.copy_shard(module.lora_A.weight, _reader(drawn.lora_A.weight))
+        processes.copy_shard(module.lora_B.weight, _reader(drawn.lora_B.weight))
 
 
 def _reader(tensor: Tensor) -> Callable[[int, int], Tensor]:

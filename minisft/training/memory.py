@@ -24,7 +24,7 @@ from torch import nn
 
 from minisft.model.alibi import ALIBI_WIDTH
 from minisft.model.baichuan import NormHead
-from minisft.model.lora import LoRALinear
+from minisft.model.lora_tools import adapted_modules
 from minisft.model.loss import chunk_size
 from minisft.model.quantized import PIECE, QuantizedLinear
 from minisft.model.reward import Model, RewardModel
@@ -269,8 +269,7 @@ def layer_bytes_per_token(model: Model, step: Step) -> int:
     if dropout_of(attention.o_proj) or config.alibi:  # o_proj cannot share the result
         width = config.num_attention_heads * config.head_dim
         kept.append(input_bytes((attention.o_proj,), width, itemsize, step))
-    adapters = [module for module in layer.modules() if isinstance(module, LoRALinear)]
-    ranks = sum(adapter.lora_A.out_features for adapter in adapters)
+    ranks = sum(module.lora_A.out_features for module in adapted_modules(layer).values())
     return sum(kept) + ranks * itemsize
 
 

@@ -20,6 +20,7 @@ from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.tensor_files import parse_size
+from minisft.common.torchrun import announced_processes, announced_rank
 from minisft.common.words import duration
 from minisft.model.config import ModelConfig
 from minisft.model.quantized import count_parameters
@@ -40,7 +41,7 @@ USUAL_SHARES = 0.15, 0.8
 
 def show(options: Namespace) -> None:
     """Print the plan of a run with the options of train.py."""
-    if int(os.environ.get("RANK", 0)):  # under torchrun rank 0 prints it
+    if announced_rank() != 0:
         return
     model_dir = local_folder(options.model_name_or_path)
     config = ModelConfig.load(model_dir)
@@ -51,7 +52,7 @@ def show(options: Namespace) -> None:
     is_absent = device.type == "cuda" and not torch.cuda.is_available()
     dtype = resolve_dtype(dtype_option(options), device, torch.bfloat16 if is_absent else None)
     available = device_memory(options, device)
-    num_processes = options.num_processes or int(os.environ.get("WORLD_SIZE", 1))
+    num_processes = options.num_processes or announced_processes()
     if num_processes == 1 and options.parallel == "fsdp":
         raise UserError(
             "--parallel fsdp shards the model over processes. Give --num_processes above 1, or "
