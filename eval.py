@@ -140,21 +140,8 @@ def answer_benchmark(name: str, options: Namespace) -> None:
     answer_subjects(options, assistant.model, builder, unfinished, rows_dir)
     processes.barrier()
     if processes.rank() == 0:
-        predictions = {
-            subject.key: read_finished(rows_dir / f"{subject.key}.csv", subject, options.n_times)
-            for subject in subjects
-        }
         protocol = choice_protocol(benchmark, options, assistant.dtype, template)
-        summary = {"protocol": protocol} | summarize(subjects, predictions, options.num_fewshot)
-        if baseline:
-            summary["baseline"] = compare_with_baseline(baseline, predictions)
-        if "macro" not in summary:
-            path = output_dir / "submission.json"
-            write_json(submission(subjects, predictions), path)
-            print(f"the answers of this split are secret: wrote {path}, to be submitted")
-        print("\n".join([*summary_lines(summary), protocol]))
-        write_json(summary, output_dir / "summary.json")
-        print(f"wrote {output_dir / 'summary.json'}")
+        write_summary(options, protocol, subjects, rows_dir, baseline)
     processes.stop()
 
 
@@ -187,6 +174,31 @@ def answer_subjects(
                     bar.update,
                 )
             write_predictions(rows_dir / f"{subject.key}.csv", rows)
+
+
+def write_summary(
+    options: Namespace,
+    protocol: str,
+    subjects: list[Subject],
+    rows_dir: Path,
+    baseline: dict[str, Any] | None,
+) -> None:
+    """Print and write the accuracy of the predictions in rows_dir, or the file to submit."""
+    predictions = {
+        subject.key: read_finished(rows_dir / f"{subject.key}.csv", subject, options.n_times)
+        for subject in subjects
+    }
+    summary = {"protocol": protocol} | summarize(subjects, predictions, options.num_fewshot)
+    if baseline:
+        summary["baseline"] = compare_with_baseline(baseline, predictions)
+    if "macro" not in summary:
+        path = rows_dir.parent / "submission.json"
+        write_json(submission(subjects, predictions), path)
+        print(f"the answers of this split are secret: wrote {path}, to be submitted")
+    print("\n".join([*summary_lines(summary), protocol]))
+    path = rows_dir.parent / "summary.json"
+    write_json(summary, path)
+    print(f"wrote {path}")
 
 
 def compare(options: Namespace) -> None:

@@ -16,6 +16,7 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from bench import generate, score, train
 from bench.limits import bandwidth, forget_peak, matrix_speed, seconds_of
 from bench.measure import ROOT, flags, reason_of
+from bench.peer_trainer import EncodedRow, train_with_trainer
 from bench.shapes import logit_difference, random_model, transformers_twin
 from minisft.data.dataset import open_rows
 from minisft.generation.compiled import CompiledDecoder
@@ -38,9 +40,9 @@ Line = dict[str, Any]
 # Operations and bytes per second of healthy cards of these models.
 EXPECTED = {"H100": (790e12, 3.3e12), "H200": (790e12, 4.3e12)}
 MATMUL, COPY = "matrix product", "memory copy"
-# rows, length: of a step, 4,096 tokens in total. steps: of an epoch; the second epoch is measured.
-# capacity: of a compiled cache. few_layers: layers of a model that both sides compile, to save
-# time. scored, reference: rows that minisft and the reference score.
+# A step has `rows` of `length` tokens. An epoch has `steps`; the second one is measured. A compiled
+# cache has `capacity`. Both sides compile only `few_layers`, to save time. minisft scores `scored`
+# rows, the reference scores `reference` of them.
 SIZES = {
     "tinyllama": "tinyllama",
     "llama3-8b": "llama3-8b",
@@ -137,48 +139,28 @@ def limits(bench: Bench) -> Iterator[Line]:
 
 def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
     """Padded and packed, LoRA also compiled, against transformers' Trainer (with peft)."""
-    shape, rows = bench.sizes[size], bench.sizes["rows"]
-    is_full, length = finetuning_type == "full", bench.sizes["length"]
-    # The rows of a step have similar lengths, as after sorting: 4,096 tokens a step in total.
-    lengths = np.linspace(0.88 * length, 1.12 * length, rows * bench.sizes["steps"]).astype(int)
-    data = train.synthetic_rows(shape, lengths.tolist())
+    shape, length = bench.sizes[size], bench.sizes["length"]
+    is_full, rows = finetuning_type == "full", training_rows(bench, shape)
     # On both sides trained weights are float32, frozen weights and products bfloat16.
     model = random_model(shape, None, torch.float32 if is_full else bench.dtype, bench.device)
-
-    def side_options(side: str, **more: Any) -> Namespace:
-        """The options of bench/train.py for a side."""
-        words = flags(
-            side=side,
-            folder=folder,
-            batch_size=rows,
-            dtype="bfloat16",
-            device=bench.device.type,
-            finetuning_type=finetuning_type,
-            **more,
-        )
-        forget_peak(bench.device)
-        return train.parse_options(words)
-
-    def trainer() -> tuple[float, int, float]:
-        """(tokens per second, peak memory, padding) of the peer, after a check of its logits."""
-        twin = transformers_twin(model, shape)
-        checked["attention"] = twin.config._attn_implementation
-        checked["difference"] = logit_difference(model, twin)
-        # Over many layers, the rounding errors of bfloat16 add up to a few hundredths.
-        if not checked["difference"] < (1e-3 if is_full else 0.1):
-            raise ValueError(f"the logits differ: {checked}")
-        options = side_options("best")
-        twin.requires_grad_(is_full)
-        return train.second_epoch(train.train_with_trainer(options, twin, data))
-
-    def ours(side: str, **more: Any) -> tuple[float, int, float]:
-        """(tokens per second, peak memory, padding) of minisft."""
-        options = side_options(side, **more)
-        return train.second_epoch(train.train_minisft(options, model, lora_config, data))
-
     with tempfile.TemporaryDirectory() as folder:
+
+        def side_options(side: str, **more: Any) -> Namespace:
+            """The options of bench/train.py for a side."""
+            words = flags(
+                side=side,
+                folder=folder,
+                batch_size=bench.sizes["rows"],
+                dtype="bfloat16",
+                device=bench.device.type,
+                finetuning_type=finetuning_type,
+                **more,
+            )
+            return train.parse_options(words)
+
         checked: dict[str, Any] = {}
-        peer, reason = attempt(trainer)
+        best = side_options("best")
+        peer, reason = attempt(partial(train_peer, best, model, shape, rows, checked))
         peer_speed, peer_peak, _ = peer or (None, None, None)
         peer_name = "Trainer" if is_full else "Trainer + peft"
         peer_name += f" ({checked['attention']})" if checked else ""
@@ -189,16 +171,13 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
             lora_config = LoraConfig()
             add_lora(model, lora_config)
         per_token = training_operations(model, length)
-        variants: dict[str, Callable[[], Any]] = {
-            "padded": lambda: ours("minisft"),
-            "packed": lambda: ours("packed"),
-        }
+        variants = {"padded": side_options("minisft"), "packed": side_options("packed")}
         if not is_full:
-            variants["packed, compiled"] = lambda: ours("packed", compile=True)
-        for variant, run in variants.items():
+            variants["packed, compiled"] = side_options("packed", compile=True)
+        for variant, options in variants.items():
             name = f"{size} {finetuning_type}, {variant}"
             began = time.monotonic()
-            result, failure = attempt(run)
+            result, failure = attempt(partial(train_ours, options, model, lora_config, rows))
             if result is None:
                 yield {"name": name, "failed": failure}
                 continue
@@ -217,6 +196,47 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
                 took=time.monotonic() - began,
                 **bench.share(speed * per_token, MATMUL),
             )
+
+
+def training_rows(bench: Bench, shape: str) -> list[EncodedRow]:
+    """Rows of random tokens. Those of a step have similar lengths, as after sorting."""
+    length, num_rows = bench.sizes["length"], bench.sizes["rows"] * bench.sizes["steps"]
+    lengths = np.linspace(0.88 * length, 1.12 * length, num_rows).astype(int)
+    return train.synthetic_rows(shape, lengths.tolist())
+
+
+def train_peer(
+    options: Namespace,
+    model: CausalLM,
+    shape: str,
+    rows: list[EncodedRow],
+    checked: dict[str, Any],
+) -> tuple[float, int, float]:
+    """(tokens per second, peak memory, padding) of the peer, after a check of its logits.
+
+    checked: receives the attention of the peer and the difference of the logits.
+    """
+    forget_peak(torch.device(options.device))
+    is_full = options.finetuning_type == "full"
+    twin = transformers_twin(model, shape)
+    checked["attention"] = twin.config._attn_implementation
+    checked["difference"] = logit_difference(model, twin)
+    # Over many layers, the rounding errors of bfloat16 add up to a few hundredths.
+    if not checked["difference"] < (1e-3 if is_full else 0.1):
+        raise ValueError(f"the logits differ: {checked}")
+    twin.requires_grad_(is_full)
+    return train.second_epoch(train_with_trainer(options, twin, rows))
+
+
+def train_ours(
+    options: Namespace,
+    model: CausalLM,
+    lora_config: LoraConfig | None,
+    rows: list[EncodedRow],
+) -> tuple[float, int, float]:
+    """(tokens per second, peak memory, padding) of minisft."""
+    forget_peak(torch.device(options.device))
+    return train.second_epoch(train.train_minisft(options, model, lora_config, rows))
 
 
 def tokens_per_second(bench: Bench, generate_tokens: generate.Side, num_tokens: int) -> float:

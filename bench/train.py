@@ -27,7 +27,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from bench.limits import forget_peak, matrix_speed, peak_memory, wait  # noqa: E402
+from bench.limits import forget_peak, matrix_speed, peak_memory  # noqa: E402
 from bench.measure import flags, output_of  # noqa: E402
+from bench.peer_trainer import EncodedRow, Result, train_with_trainer  # noqa: E402
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from bench.training_run import new_run  # noqa: E402
 from minisft.data.batching import Batches  # noqa: E402
@@ -59,10 +59,6 @@ from minisft.training.options import parse_options as parse_training_options  # 
 from train import train  # noqa: E402
 
 MINISFT_SIDES = ("minisft", "packed", "rotary")
-# Token ids of a row, and which of them are supervised.
-EncodedRow = tuple[list[int], list[bool]]
-# For every step: "seconds", "tokens", "padding"; for the process: "peak".
-Result = dict[str, Any]
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
@@ -183,93 +179,6 @@ def train_minisft(
         "seconds": seconds.tolist(),
         "tokens": tokens.tolist(),
         "padding": (computed - tokens).tolist(),
-        "peak": peak_memory(device),
-    }
-
-
-def train_with_trainer(options: Namespace, model: Any, rows: Sequence[EncodedRow]) -> Result:
-    """Train two epochs of the rows with transformers' Trainer. model: transformers' own."""
-    # Imported here, because gpu_stages.py also uses this module without a peer.
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    is_best, device = options.side == "best", torch.device(options.device)
-    model.config.use_cache = False
-    if options.finetuning_type == "lora":
-        config = PeftConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear")
-        model = get_peft_model(model, config)
-        if options.gradient_checkpointing:
-            model.enable_input_require_grads()
-    times: list[float] = []
-    tokens: list[int] = []
-    padding: list[int] = []
-
-    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad the rows on the right, to a multiple of 8."""
-        lengths = [len(row["input_ids"]) for row in batch]
-        width = -(-max(lengths) // 8) * 8
-        tokens.append(sum(lengths))
-        padding.append(width * len(batch) - sum(lengths))
-
-        def padded(name: str, value: int) -> torch.Tensor:
-            """A column of the rows, filled up with a value."""
-            return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in batch])
-
-        mask = [[1] * length + [0] * (width - length) for length in lengths]
-        return {
-            "input_ids": padded("input_ids", 0),
-            "labels": padded("labels", -100),
-            "attention_mask": torch.tensor(mask),
-        }
-
-    class Clock(TrainerCallback):
-        """Notes when each step begins."""
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            """Note the time."""
-            wait(device)
-            times.append(time.perf_counter())
-
-        on_train_end = on_step_begin
-
-    dataset: Any = [
-        {
-            "input_ids": ids,
-            "length": len(ids),
-            "labels": [
-                token if is_target else -100
-                for token, is_target in zip(ids, supervised, strict=True)
-            ],
-        }
-        for ids, supervised in rows
-    ]
-    arguments = TrainingArguments(
-        options.folder + "/trainer",
-        per_device_train_batch_size=options.batch_size,
-        num_train_epochs=2,
-        learning_rate=1e-4,
-        lr_scheduler_type="cosine",
-        report_to=[],
-        bf16=is_best and options.dtype == "bfloat16",
-        use_cpu=options.device == "cpu",
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        gradient_checkpointing=options.gradient_checkpointing,
-        torch_compile=options.compile and is_best,
-        train_sampling_strategy="group_by_length" if is_best else "random",
-    )
-    trainer = Trainer(
-        model, arguments, train_dataset=dataset, data_collator=collate, callbacks=[Clock()]
-    )
-    trainer.train()
-    num_steps = len(times) - 1
-    return {
-        "seconds": np.diff(times).tolist(),
-        "tokens": tokens[:num_steps],
-        "padding": padding[:num_steps],
         "peak": peak_memory(device),
     }
 

@@ -41,46 +41,63 @@ def main() -> None:
     model = unpack_model()
 
     folder.mkdir(parents=True, exist_ok=True)
-    orders, held_out = folder / "orders.json", folder / "heldout.json"
     held_out_rows = draw_rows(NUM_HELD_OUT, seed=1, held_out=True)
-    orders.write_text(json.dumps(draw_rows(NUM_ROWS, seed=0), indent=1), encoding="utf-8")
-    held_out.write_text(json.dumps(held_out_rows, indent=1), encoding="utf-8")
+    orders = write_rows(draw_rows(NUM_ROWS, seed=0), folder / "orders.json")
+    held_out = write_rows(held_out_rows, folder / "heldout.json")
 
     base = ["--model_name_or_path", model]
-    scores, chosen = folder / "scores.jsonl", folder / "chosen.json"
-    adapter, comparison, exported = (
-        folder / "lora",
-        folder / "compare",
-        folder / "orders-q4_k_m.gguf",
-    )
-    run("score.py", *base, "--dataset", orders, "--output", scores, "--overwrite")
-    words = ["--dataset", orders, "--scores", scores, "--output", chosen, "--overwrite"]
-    run("select.py", *words, "--strategy", "ifd", "--sample_number", NUM_CHOSEN)
+    chosen = choose_rows(base, orders, folder)
+    adapter = folder / "lora"
     words = ["--dataset", chosen, "--eval_dataset", held_out, "--output_dir", adapter]
     run("train.py", *base, *words, "--overwrite_output_dir")
-    words = [
-        "--dataset",
-        held_out,
-        "--temperature",
-        0,
-        "--max_new_tokens",
-        MAX_NEW_TOKENS,
-        "--batch_size",
-        30,
-    ]
-    words += ["--output_dir", comparison, "--overwrite_output_dir"]
-    run("eval.py", "compare", "--models", f"base={model}", f"tuned={model}+{adapter}", *words)
+    comparison = compare_models(model, adapter, held_out, folder / "compare")
+    exported = folder / "orders-q4_k_m.gguf"
     words = ["--adapter", adapter, "--format", "gguf", "--quantization", "q4_k_m"]
     run("export.py", *base, *words, "--output", exported, "--overwrite_output_dir")
     run("chat.py", "--model_name_or_path", exported, "--greedy", "--prompt", QUESTION)
+    print_answers(comparison, exported, held_out_rows)
+    print(f"""
+Done in {(time.monotonic() - began) / 60:.1f} minutes. {NAME} was trained on {NUM_CHOSEN} of
+{NUM_ROWS} scored rows, compared with its base, and exported:
+    model           {model}
+    adapter         {adapter}
+    comparison      {comparison / "report.html"}
+    for llama.cpp   {exported}
+Chat with it: python chat.py --model_name_or_path {exported}""")
 
+
+def write_rows(rows: list[dict[str, str]], path: Path) -> Path:
+    """Write rows to a JSON file; returns its path."""
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return path
+
+
+def choose_rows(base: list[object], orders: Path, folder: Path) -> Path:
+    """Score the rows with the base model and choose those with the highest IFD."""
+    scores, chosen = folder / "scores.jsonl", folder / "chosen.json"
+    run("score.py", *base, "--dataset", orders, "--output", scores, "--overwrite")
+    words = ["--dataset", orders, "--scores", scores, "--output", chosen, "--overwrite"]
+    run("select.py", *words, "--strategy", "ifd", "--sample_number", NUM_CHOSEN)
+    return chosen
+
+
+def compare_models(model: Path, adapter: Path, held_out: Path, comparison: Path) -> Path:
+    """Ask both models the held-out questions; returns the folder of their answers."""
+    words = ["--models", f"base={model}", f"tuned={model}+{adapter}", "--dataset", held_out]
+    words += ["--temperature", 0, "--max_new_tokens", MAX_NEW_TOKENS, "--batch_size", 30]
+    run("eval.py", "compare", *words, "--output_dir", comparison, "--overwrite_output_dir")
+    return comparison
+
+
+def print_answers(comparison: Path, exported: Path, rows: list[dict[str, str]]) -> None:
+    """Print answers of the base, the tuned and the exported model, and how many are right."""
     # Imported here, so that --help answers at once.
     from minisft.generation.assistant import Assistant
     from minisft.generation.sampling import Sampling
 
     prompts = [
         {"messages": [{"role": "user", "content": f"{row['instruction']}\n{row['input']}"}]}
-        for row in held_out_rows
+        for row in rows
     ]
     greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, greedy=True)
     results = read_json(comparison / "results.json")
@@ -91,21 +108,13 @@ def main() -> None:
     answers["exported"] = Assistant(exported).inference(prompts, greedy, batch_size=30)[0]
     print("\nThree of the held-out messages:")
     for number in range(3):
-        print(f"\n> {held_out_rows[number]['input']}")
+        print(f"\n> {rows[number]['input']}")
         for name, texts in answers.items():
             print(f"{name:>9}: {' '.join(texts[number].split())}")
-    print(f"\nRight answers to {NUM_HELD_OUT} held-out messages:")
+    print(f"\nRight answers to {len(rows)} held-out messages:")
     for name, texts in answers.items():
-        num_right = sum(map(is_right, texts, held_out_rows))
-        print(f"{name:>9}: {num_right / NUM_HELD_OUT:6.1%}")
-    print(f"""
-Done in {(time.monotonic() - began) / 60:.1f} minutes. {NAME} was trained on {NUM_CHOSEN} of
-{NUM_ROWS} scored rows, compared with its base, and exported:
-    model           {model}
-    adapter         {adapter}
-    comparison      {comparison / "report.html"}
-    for llama.cpp   {exported}
-Chat with it: python chat.py --model_name_or_path {exported}""")
+        num_right = sum(map(is_right, texts, rows))
+        print(f"{name:>9}: {num_right / len(rows):6.1%}")
 
 
 def find_model() -> Path:

@@ -214,26 +214,8 @@ class Page:
             session.system = system
             session.number = session.number or self.transcript.new_conversation()
             self.transcript.log_question(session.number, system, question)
-            with ExitStack() as stack:
-                pieces = [
-                    stack.enter_context(
-                        closing(
-                            self.transcript.log_answer(session.number, answer, model=assistant.name)
-                        )
-                    )
-                    for assistant, answer in zip(self.assistants, answers, strict=True)
-                ]
-                yield self.view(session, " ".join(notes), accepted)
-                last_view = 0.0
-                for _ in zip_longest(*pieces):  # one token of each answer in turn
-                    turn.answers = [answer.text for answer in answers]
-                    turn.thoughts = [answer.reasoning_content for answer in answers]
-                    if self._is_stopped(session, sent_at) or session.turns is not turns:
-                        notes.append("Stopped.")
-                        break
-                    if time.monotonic() - last_view > SECONDS_BETWEEN_VIEWS:
-                        yield self.view(session, " ".join(notes))
-                        last_view = time.monotonic()
+            yield self.view(session, " ".join(notes), accepted)
+            yield from self._grow(session, answers, notes, sent_at)
             notes.append(self._statistics(answers))
         except UserError as error:
             notes.append(f"**{escape(str(error))}**")
@@ -247,6 +229,30 @@ class Page:
             if is_empty and session.turns is turns:  # unless the visitor has cleared it meanwhile
                 session.turns = previous
         yield self.view(session, " ".join(notes), refused if is_empty else None)
+
+    def _grow(
+        self, session: Session, answers: list[Answer], notes: list[str], sent_at: float
+    ) -> Iterator[View]:
+        """Generate the answers of the last turn, a token of each at a time, and show them."""
+        turns, turn, last_view = session.turns, session.turns[-1], 0.0
+        with ExitStack() as stack:
+            pieces = [
+                stack.enter_context(
+                    closing(
+                        self.transcript.log_answer(session.number, answer, model=assistant.name)
+                    )
+                )
+                for assistant, answer in zip(self.assistants, answers, strict=True)
+            ]
+            for _ in zip_longest(*pieces):
+                turn.answers = [answer.text for answer in answers]
+                turn.thoughts = [answer.reasoning_content for answer in answers]
+                if self._is_stopped(session, sent_at) or session.turns is not turns:
+                    notes.append("Stopped.")
+                    break
+                if time.monotonic() - last_view > SECONDS_BETWEEN_VIEWS:
+                    yield self.view(session, " ".join(notes))
+                    last_view = time.monotonic()
 
     def _is_stopped(self, session: Session, sent_at: float) -> bool:
         """True if the visitor or the end of the page has stopped a question sent at that time."""

@@ -104,11 +104,10 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
     """
     adapter = read_adapter(adapter_dir, model.config.tie_word_embeddings)
     config = replace(adapter.config, dropout=dropout)
-    path, stored = adapter.path, adapter.tensors
     model.requires_grad_(False)
     if "score" in config.modules_to_save and not hasattr(model, "score"):
         raise UserError(f"{adapter_dir}: {REWARD_MODEL_HINT}")
-    needs_head = {OUTPUT, LORA_HEAD} & stored.keys() or OUTPUT in adapter.changes
+    needs_head = {OUTPUT, LORA_HEAD} & adapter.tensors.keys() or OUTPUT in adapter.changes
     if needs_head and isinstance(model, CausalLM) and model.config.tie_word_embeddings:
         untie(model)
     train_fully(model, config.modules_to_save)
@@ -117,9 +116,24 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         name for name in adapter.replaced_modules() if name not in trained
     )
     _fit_vocabulary(model, adapter)
+    _wrap_modules(model, adapter, dropout)
 
-    modules = dict(model.named_modules())
-    for name, tensor in stored.items():
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    _check_parameters(parameters, adapter)
+    device = model.model.embed_tokens.weight.device
+    for name, tensor in adapter.tensors.items():
+        parameter = parameters[name]
+        is_trained = parameter.requires_grad or ".lora_" in name
+        dtype = torch.float32 if is_trained else parameter.dtype
+        parameter.data = tensor.read().to(dtype).to(device)
+    _apply_changes(model, adapter)
+    return config
+
+
+def _wrap_modules(model: Model, adapter: Adapter, dropout: float) -> None:
+    """Wrap the linear modules for which the adapter holds factors. In place."""
+    path, modules = adapter.path, dict(model.named_modules())
+    for name, tensor in adapter.tensors.items():
         if not name.endswith(".lora_A.weight"):
             continue
         module_name = name.removesuffix(".lora_A.weight")
@@ -131,7 +145,10 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         module_config = replace(adapter.module_config(module_name, rank), dropout=dropout)
         wrap_linear(model, module_name, module_config)
 
-    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+def _check_parameters(parameters: Mapping[str, nn.Parameter], adapter: Adapter) -> None:
+    """UserError if the adapter's tensors are not the trained parameters of the wrapped model."""
+    path, stored = adapter.path, adapter.tensors
     for name, tensor in stored.items():
         if name not in parameters:
             raise UserError(f"{path}: the model has no parameter {name}. {OTHER_BASE}")
@@ -145,14 +162,6 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
         raise UserError(
             f"{path}: tensors are missing: {list_names(missing)}. Copy the adapter again."
         )
-    device = model.model.embed_tokens.weight.device
-    for name, tensor in stored.items():
-        parameter = parameters[name]
-        is_trained = parameter.requires_grad or ".lora_" in name
-        dtype = torch.float32 if is_trained else parameter.dtype
-        parameter.data = tensor.read().to(dtype).to(device)
-    _apply_changes(model, adapter)
-    return config
 
 
 def _fit_vocabulary(model: Model, adapter: Adapter) -> None:

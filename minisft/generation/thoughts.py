@@ -16,7 +16,8 @@ Models that think write their thoughts first, between marks that are known from 
 from collections.abc import Sequence
 
 from minisft.text.chat_template import ChatTemplate
-from minisft.text.template_facts import ANSWER, ThoughtMarks
+from minisft.text.template_facts import ANSWER
+from minisft.text.thoughts import ThoughtMarks
 from minisft.text.tokenizer import StreamDecoder
 
 # The number of tokens at the end of a prompt that may hold the mark that opens thoughts.

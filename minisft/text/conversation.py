@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.text.call_form import with_call_form
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.marks import check_no_marks, texts_of
 from minisft.text.messages import (
@@ -18,7 +19,7 @@ from minisft.text.messages import (
     standard_tools,
     with_thoughts_apart,
 )
-from minisft.text.template_facts import TemplateFacts, with_call_form
+from minisft.text.template_facts import TemplateFacts
 from minisft.text.tool_texts import calls_as_text, offer_tools
 
 

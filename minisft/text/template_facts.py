@@ -10,11 +10,11 @@ A template is a program, so we do not read it; we look at what it writes.
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
+from minisft.text.call_form import CallForm, with_call_form
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.rendering import TemplateError
 from minisft.text.thoughts import (
@@ -43,15 +43,6 @@ TOOL_OFFER = {
 
 # render(messages, tools, **variables) -> text
 Render = Callable[..., str]
-
-
-@dataclass(frozen=True)
-class CallForm:
-    """The form in which a template expects tool calls. arguments_as_text: as JSON text instead of
-    an object. with_ids: every call and its result need an id."""
-
-    arguments_as_text: bool
-    with_ids: bool
 
 
 class TemplateFacts:
@@ -299,27 +290,3 @@ class TemplateFacts:
             return word in self._render(messages, tools, **variables)
         except TemplateError:
             return False
-
-
-def with_call_form(messages: list[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:
-    """Messages whose tool calls have the form that a template expects."""
-    changed, open_ids, number = [], [], 0
-    for message in messages:
-        if calls := message.get("tool_calls"):
-            new_calls = []
-            for call in calls:
-                function = call["function"]
-                if form.arguments_as_text:
-                    text = json.dumps(function["arguments"], ensure_ascii=False)
-                    function = {**function, "arguments": text}
-                call = {**call, "function": function}
-                if form.with_ids:
-                    call.setdefault("id", f"call{number:05}")
-                    open_ids.append(call["id"])
-                number += 1
-                new_calls.append(call)
-            message = {**message, "tool_calls": new_calls}
-        elif form.with_ids and message["role"] == "tool" and open_ids:
-            message = {"tool_call_id": open_ids.pop(0), **message}
-        changed.append(message)
-    return changed

@@ -73,7 +73,7 @@ class Phase:
 
 def phases(model: Model, step: Step) -> list[Phase]:
     """The points of a step where the most memory can be in use."""
-    layers, head, embedding = model.model.layers, output_module(model), model.model.embed_tokens
+    layers, head = model.model.layers, output_module(model)
     held = partial(memory_held, model, step)
 
     # Activations
@@ -86,32 +86,19 @@ def phases(model: Model, step: Step) -> list[Phase]:
     at_loss = kept + loss_bytes(model, step)
     backward = recomputed + backward_bytes(model, step)
 
-    # Logits
-    chunk = chunk_size(model.config.vocab_size)
-    logits = min(step.num_supervised, chunk) * model.config.vocab_size * FLOAT32
-
     # Copies of weights in the type of the products
     of_layer, of_head = cast_bytes(layers[-1], step), cast_bytes(head, step)
     of_layers = 0 if step.checkpointing else len(layers) * of_layer
 
-    # Gradients
+    # Gradients and logits
     all_gradients, head_gradient = gradient_bytes(model), gradient_bytes(head)
-    embedding_gradient = gradient_bytes(embedding)
     largest = max(gradient_bytes(module) for module in layers[-1].modules() if is_leaf(module))
+    chunk = chunk_size(model.config.vocab_size)
+    logits = min(step.num_supervised, chunk) * model.config.vocab_size * FLOAT32
     # Every chunk of logits adds to the gradient of the output matrix.
     from_chunks = head_gradient if step.num_supervised > chunk else 0
     # The gradient of a row's length needs the scores before and after, and a product of both.
     scaled = 1 if isinstance(head, NormHead) and head_gradient else 0
-    is_tied = head is embedding
-    before_first_layer = all_gradients - gradient_bytes(layers[-1])
-    if not is_tied:
-        before_first_layer -= embedding_gradient
-    # The gradient of a tied embedding is the sum of two. It is added to a kept gradient.
-    of_embedding = embedding_gradient * (2 * is_tied + step.keeps_gradients)
-    # AdamW's fused kernel needs no memory.
-    updating = 0
-    if step.eight_bit or step.pure_bf16:
-        updating = max(update_bytes(one, step.eight_bit) for one in trained_parameters(model))
 
     points = {
         "the loss": held(
@@ -128,14 +115,16 @@ def phases(model: Model, step: Step) -> list[Phase]:
         ),
         "the first layer, backward": held(
             activations=first + backward,
-            finished=before_first_layer,
+            finished=gradients_before_first_layer(model),
             computing=largest,
             casts=of_layer,
         ),
         "the gradient of the embedding": held(
-            activations=stream, finished=all_gradients, computing=of_embedding
+            activations=stream,
+            finished=all_gradients,
+            computing=embedding_gradient_bytes(model, step),
         ),
-        "the update": held(activations=0, finished=all_gradients, updating=updating),
+        "the update": held(finished=all_gradients, updating=optimizer_bytes(model, step)),
     }
     if head_gradient:
         points["the gradient of the output matrix"] = held(
@@ -151,8 +140,8 @@ def phases(model: Model, step: Step) -> list[Phase]:
 def memory_held(
     model: Model,
     step: Step,
-    activations: int,
     finished: int,
+    activations: int = 0,
     computing: int = 0,
     logits: int = 0,
     casts: int = 0,
@@ -197,6 +186,26 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
 def gradient_bytes(module: nn.Module) -> int:
     """Gradients of all trained parameters, in their type."""
     return sum(parameter.nbytes for parameter in trained_parameters(module))
+
+
+def gradients_before_first_layer(model: Model) -> int:
+    """Gradients that are finished when the backward pass reaches the first layer."""
+    embedding, layer = model.model.embed_tokens, model.model.layers[-1]
+    finished = gradient_bytes(model) - gradient_bytes(layer)
+    return finished - (0 if output_module(model) is embedding else gradient_bytes(embedding))
+
+
+def embedding_gradient_bytes(model: Model, step: Step) -> int:
+    """Memory to compute it: a tied one is the sum of two, and is added to a kept gradient."""
+    is_tied = output_module(model) is model.model.embed_tokens
+    return gradient_bytes(model.model.embed_tokens) * (2 * is_tied + step.keeps_gradients)
+
+
+def optimizer_bytes(model: Model, step: Step) -> int:
+    """Temporary memory of AdamW's update. The fused kernel needs none."""
+    if not (step.eight_bit or step.pure_bf16):
+        return 0
+    return max(update_bytes(matrix, step.eight_bit) for matrix in trained_parameters(model))
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from minisft.generation.thoughts import AnswerDecoder, ThoughtSplitter
 from minisft.text.control_tokens import ControlTokens
 from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.template_choice import get_template
-from minisft.text.template_facts import ThoughtMarks
+from minisft.text.thoughts import ThoughtMarks
 from minisft.text.tokenizer import Tokenizer
 
 GREEDY = Sampling(max_new_tokens=60, greedy=True)
