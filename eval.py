@@ -303,7 +303,7 @@ def load_judge(options: Namespace) -> Judge:
 
 
 def judge_answers(options: Namespace, results: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The judge's verdicts on every model against the first. path: of the file to keep them in."""
+    """The judge's verdicts on every model against the first, which are kept in the file `path`."""
     judge = load_judge(options)
     comparisons = comparisons_with_first(results)
     every = [comparison for of_model in comparisons.values() for comparison in of_model]

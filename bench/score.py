@@ -60,7 +60,7 @@ class Comparison:
 
     speeds: dict[str, list[np.ndarray]]
     num_rows: int
-    tokens_per_row: float  # of both passes, on average
+    tokens_per_row: float  # average over both passes
     difference: float  # the largest relative difference of a score
 
 
@@ -206,7 +206,7 @@ def score_peak(options: Namespace, path: Path) -> int:
         output=path.with_suffix(".scores.jsonl"),
     )
     process, peak_path = start("score.py", *words), path.with_suffix(".peak")
-    peak = int(peak_path.read_text()) if peak_path.exists() else 0  # of a run that was stopped
+    peak = int(peak_path.read_text()) if peak_path.exists() else 0  # a stopped run leaves it
     while process.poll() is None:
         peak = max(peak, peak_memory(process.pid))
         peak_path.write_text(str(peak))

@@ -45,8 +45,8 @@ class Setting:
     """A model, a batch, and flags of train.py."""
 
     config: dict[str, Any]  # fields of config.json
-    num_rows: int = 8  # of a micro-batch
-    length: int = 256  # of a row, or of each of its two answers
+    num_rows: int = 8  # in a micro-batch
+    length: int = 256  # tokens of a row, or of each of its two answers
     num_micro_batches: int = 1
     dtype: str = "float32"
     flags: tuple[str, ...] = ()

@@ -1,10 +1,10 @@
-"""What a request passes on its way to gradio, as ASGI middleware.
+"""ASGI middleware that every request passes on its way to gradio.
 
     app_kwargs = {"middleware": [Middleware(Policy), Middleware(Arrivals), Middleware(Logins)]}
 
-Policy      what the browser may load and run; large requests are refused
-Arrivals    when a request came, which the queue would hide
-Logins      each wrong password delays the next guess; every POST needs the password
+Policy      limits what the browser loads and runs; refuses large requests
+Arrivals    notes when a request came; the queue would hide it
+Logins      asks for the password of every POST; each wrong one delays the next guess
 """
 
 import asyncio
@@ -34,7 +34,7 @@ INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DO
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds after a wrong password; each doubles the delay
 FORGET_SECONDS = 600
-MAX_ADDRESSES = 10_000  # of which wrong passwords are remembered
+MAX_ADDRESSES = 10_000  # addresses whose wrong passwords are remembered
 
 
 class Policy:
@@ -88,7 +88,7 @@ class _ResponseWithPolicy:
 
 
 def policy(page: bytes = b"") -> str:
-    """The policy of a page: of its inline scripts, only those that it has now may run."""
+    """The policy of a page. Only the inline scripts that the page has now may run."""
     digests = [sha256(script).digest() for script in INLINE_SCRIPT.findall(page)]
     return POLICY.replace(
         "SCRIPTS", "".join(f"'sha256-{b64encode(digest).decode()}' " for digest in digests)
@@ -143,7 +143,7 @@ class Logins:
         free_at = max(now, free_at)
         is_patient = free_at - now <= LONGEST_DELAY
         if is_patient:
-            # Wrong until it proves right, so that guesses that come at once wait, too.
+            # Assume a wrong guess before the check, so that guesses sent at once wait too.
             delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(number, 30))
             self.guesses[address] = number + 1, free_at + delay
         else:

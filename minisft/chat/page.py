@@ -122,7 +122,8 @@ class Page:
     ) -> Iterator[View]:
         """Replace the question in message `index` of a chat and drop everything after it.
 
-        question: as edited in the browser, with the joiners of `escape`. place: of the chat.
+        question: as edited in the browser, with the joiners of `escape`. place: the number of the
+        chat on the page.
         """
         before = self.view(session, "")[0][place][:index]
         earlier = session.turns[: sum(message["role"] == "user" for message in before)]

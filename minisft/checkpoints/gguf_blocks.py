@@ -29,7 +29,8 @@ from minisft.model.quantized import plain_linear
 def place_blocks(model: CausalLM, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
     """Replace the layers of a model on the meta device whose weights are stored in blocks.
 
-    dtype: of a tied output matrix that is not. A tied embedding becomes two modules.
+    dtype: the type of a tied output matrix that is not stored in blocks. A tied embedding becomes
+    two modules.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and (weight := stored.get(f"{name}.weight")):

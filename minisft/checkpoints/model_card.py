@@ -125,7 +125,7 @@ def metrics_table(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def shown_name(path: str | Path) -> str:
-    """The name of a model or a data set; of a folder elsewhere only the last part."""
+    """The name of a model or a data set. An absolute path is reduced to its last part."""
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 

@@ -183,7 +183,7 @@ def translate(
     """
     options: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    key_of: dict[str, str] = {}  # of a flag
+    key_of: dict[str, str] = {}  # {flag: the key that set it}
     recipe = dict(recipe)
     _set_steps(recipe)
     for key, value in recipe.items():

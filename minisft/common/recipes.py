@@ -23,7 +23,7 @@ def read_recipe(path: str, flags: Collection[str]) -> tuple[dict[str, Any], dict
     for key, value in (read_yaml if is_yaml else read_toml)(path).items():
         name = key.replace("-", "_")
         if name in recipe:
-            raise UserError(f"{path}: {name} is there twice. Keep one of them.")
+            raise UserError(f"{path}: {name} appears twice. Keep one of them.")
         recipe[name] = value
     return translate(recipe, flags) if is_yaml else (recipe, {})
 
@@ -45,7 +45,7 @@ def read_yaml(path: str) -> dict[str, Any]:
             for number, key in enumerate(keys):
                 if key.value in names[:number]:
                     line = key.start_mark.line + 1
-                    raise UserError(f"{path}, line {line}: {key.value} is there twice. Keep one.")
+                    raise UserError(f"{path}, line {line}: {key.value} appears twice. Keep one.")
             return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")

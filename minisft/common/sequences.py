@@ -22,7 +22,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
 
 
 def true_spans(flags: Sequence[bool]) -> list[tuple[int, int]]:
-    """(start, end) of every run of True. For the flags of supervised tokens: of every answer."""
+    """(start, end) of every run of True: with the flags of supervised tokens, of every answer."""
     spans, start = [], None
     for index, flag in enumerate([*flags, False]):
         if flag and start is None:

@@ -25,7 +25,7 @@ class EncodeReport:
     num_tools_as_text: int = 0  # the template does not support their tools or calls
     num_too_long: int = 0  # left out, because they may not be truncated
     num_equal: int = 0  # preference rows whose answers are all the same
-    long_rows: list[int] = field(default_factory=list)  # tokens of rows above the limit, uncut
+    long_rows: list[int] = field(default_factory=list)  # lengths before truncation, in tokens
     broken: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)  # remark on prompts: number of rows
 

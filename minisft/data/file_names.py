@@ -68,7 +68,7 @@ def choose_files(
 def training_files(place: str, names: Sequence[str]) -> list[str]:
     """The names of the split "train" in a folder; all names if they do not mention several splits.
 
-    So a folder of test files may be named on purpose, for instance for --eval_dataset.
+    A folder that holds only test files is meant to be read, for instance by --eval_dataset.
     """
     splits = [s for s in SPLIT_WORDS if any(_in_split(_words(name), s) for name in names)]
     return choose_files(place, names) if "train" in splits or len(splits) > 1 else list(names)

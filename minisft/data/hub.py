@@ -4,7 +4,7 @@
     paths = hub_files(name.repo_id, name.subset, name.split)
 
 The card of a data set (README.md) may list the files of each subset and split; otherwise words in
-the file names show them. Of several copies of the rows, the parquet files are preferred.
+the file names show them. If the rows exist in several forms, the parquet files are preferred.
 """
 
 import glob

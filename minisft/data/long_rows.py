@@ -4,8 +4,8 @@
 
 A row may be a whole book, or hold a million tool calls. Encoding it would take minutes and
 gigabytes, to keep `num_tokens` tokens. Characters bound tokens: no token has more than
-MAX_CHARACTERS_PER_TOKEN, and every message has at least one. So the rest is cut off before the row
-is rendered. Rows of at most KEPT_CHARACTERS and KEPT_MESSAGES are never cut.
+MAX_CHARACTERS_PER_TOKEN, and every message has at least one. So the rest is removed before the row
+is rendered. Rows of at most KEPT_CHARACTERS and KEPT_MESSAGES stay whole.
 """
 
 from typing import Any
@@ -22,14 +22,15 @@ NOTE = (
     f"more than {KEPT_CHARACTERS:,} characters or {KEPT_MESSAGES:,} messages. Only their beginning "
     "is read, so they are longer than reported"
 )
-# Of every message between the last one with room and the next answer, which ends the conversation.
+# Beyond the limit, a conversation still goes on to its next answer. This is how many characters are
+# kept of each message before that answer.
 REST = 100
 
 
 def beginning(
     messages: list[Message], tools: list[Any] | None, num_tokens: int
 ) -> tuple[list[Message], str]:
-    """(the messages that the first `num_tokens` tokens can come from, a note if some are cut off).
+    """(the messages that the first `num_tokens` tokens can come from, a note if it drops some).
 
     The result ends with an answer, as the conversation does. UserError if its tools alone are too
     long, or if it has too many messages.

@@ -142,7 +142,7 @@ def is_saved(folder: Path) -> bool:
 def data_files(folder: Path, plain_text: bool, split: str) -> list[Path]:
     """The files of rows in a folder and its subfolders, sorted by name.
 
-    Of a folder that `datasets` has saved, the files of the split, in its order.
+    A folder that `datasets` has saved gives the files of the split, in its order.
     """
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split).is_dir():

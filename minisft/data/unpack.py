@@ -162,7 +162,7 @@ def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _text_columns(path: Path, schema: Any, pyarrow: Any) -> list[str]:
-    """The names of the columns; UserError if one holds bytes, such as images, or is there twice."""
+    """The names of the columns. UserError if one holds bytes, such as images, or appears twice."""
     for number, name in enumerate(schema.names):
         if name in schema.names[:number]:
             raise UserError(f"{path}: two columns are called {name}. Rename or remove one.")

@@ -24,7 +24,7 @@ class Window:
 
     first_step: int
     num_steps: int
-    numbers: np.ndarray  # of its rows
+    numbers: np.ndarray  # row numbers
     seed: list[int]
 
 

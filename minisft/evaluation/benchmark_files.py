@@ -1,4 +1,4 @@
-"""Reading C-Eval, CMMLU and MMLU as their authors publish them: a folder or a zip of CSV files.
+"""Read C-Eval, CMMLU and MMLU as their authors publish them: a folder or a zip of CSV files.
 
     subjects = read_subjects(BENCHMARKS["ceval"], "ceval-exam.zip", split="val", num_fewshot=5)
     print(subjects[0].name, len(subjects[0].questions))

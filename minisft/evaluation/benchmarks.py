@@ -25,7 +25,7 @@ class Question:
 class Subject:
     """The questions of a subject.
 
-    key: the name of its file. name: its name in the prompt. group: of subjects, for averages.
+    key: the name of its file. name: its name in the prompt. group: its field, for averages.
     """
 
     key: str

@@ -132,7 +132,7 @@ def collect_verdicts(
 
 
 def _read_verdicts(path: Path) -> dict[str, Verdict]:
-    """key -> verdict. A last line that was cut off is removed from the file."""
+    """key -> verdict. An incomplete last line is removed from the file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     # Not splitlines: a judge may write other line ends, which JSON does not escape.
     *lines, cut_off = text.split("\n")
@@ -191,7 +191,7 @@ def tally(verdicts: Sequence[Verdicts]) -> dict[str, Any]:
 
 
 def judge_report(name: str, verdicts: dict[str, list[Verdicts]]) -> dict[str, Any]:
-    """The entry "judge" of results.json. verdicts: of every model but the first."""
+    """The entry "judge" of results.json. verdicts: {model: verdicts}, without the first model."""
     return {
         "name": name,
         "outcomes": {

@@ -91,7 +91,7 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """log p(option | prompt) of every option of every prompt, with the natural logarithm."""
     scores: list[list[float]] = [[] for _ in prompts]
-    # Prompts with the same demonstrations share a long prefix; prompts that were cut share none.
+    # Prompts with the same demonstrations share a long prefix; truncated prompts share none.
     kinds = [(prompt.num_fewshot, prompt.is_cut) for prompt in prompts]
     for kind in sorted(set(kinds)):
         places = [place for place, other in enumerate(kinds) if other == kind]

@@ -104,7 +104,7 @@ def unfinished_subjects(subjects: Sequence[Subject], folder: Path, num_runs: int
 def read_baseline(subjects: Sequence[Subject], folder: str | Path) -> Baseline:
     """Which questions an earlier run answered right, in its first repetition.
 
-    folder: of the CSV files of that run. UserError if there is nothing to compare with.
+    folder: holds the CSV files of that run. UserError if there is nothing to compare with.
     """
     baseline: Baseline = {}
     num_common = 0

@@ -17,7 +17,7 @@ MEASURES = {
 }
 # Counts of failures.
 PROBLEMS = {
-    "answers_cut": "answers were cut at --max_new_tokens",
+    "answers_cut": "answers were truncated at --max_new_tokens",
     "questions_without_room": "questions left no room for an answer; the answer counts as empty",
     "references_without_room": "references did not fit and do not count in the perplexity",
 }
@@ -96,6 +96,6 @@ def compare_protocol(options: Namespace, num_questions: int) -> str:
         f"{num_questions} questions of {options.dataset}, template {options.template}, answers of "
         f"at most {options.max_new_tokens} tokens written {sampling}; {models}; BLEU by sacrebleu "
         "(zh), ROUGE F by rouge-score, both by character in Chinese; perplexity over the last "
-        "answer of each row, never cut (train.py: over all answers, cut at --cutoff_len); 95 % "
-        "intervals, normal for means, Wilson's for shares"
+        "answer of each row, never truncated (train.py: over all answers, truncated at "
+        "--cutoff_len); 95 % intervals, normal for means, Wilson's for shares"
     )

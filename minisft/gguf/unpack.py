@@ -142,8 +142,8 @@ def _check_types(file: GGUFFile) -> None:
 class BlockRows:
     """Unpacks rows of a tensor.
 
-    type: of the numbers. row_shape: of one row. head_dim: set if the rows of each head were
-    reordered when they were written.
+    type: how the numbers are stored. row_shape: the shape of a row. head_dim: given if the writer
+    reordered the rows of each head.
     """
 
     type: Type

@@ -53,8 +53,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, D) from x (B, T, D).
 
-        factors: of the T positions, here rotary cos and sin. attend: computes the attention from
-        q, k and v. layer: the number of this layer in the cache.
+        factors: the position factors of the T tokens, here rotary cos and sin. attend: computes
+        the attention from q, k and v. layer: the number of this layer in the cache.
         """
         q, k, v = self.project(x)
         if self.is_rotary:

@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         return position_factors(self.config, positions, dtype)
 
     def compile_layers(self, **options: Any) -> None:
-        """Compile every layer; options: of torch.compile."""
+        """Compile every layer. options: the arguments of torch.compile."""
         self.layers_are_compiled = True
         for layer in self.layers:
             layer.compile(**options)
@@ -162,8 +162,8 @@ class CausalLM(nn.Module):
         mask: True where a query may see a key, broadcastable to (B, 1, T, S); by default causal.
             Rows padded on the right need no mask: a token does not see what comes after it.
         cache: read and extended.
-        lengths: of the rows of a pack, which are concatenated in tokens (1, T). A token sees only
-            its own row, and every row begins at position 0. Without mask and cache.
+        lengths: the lengths of the rows of a pack, which tokens (1, T) concatenates. A token sees
+            only its own row, and every row begins at position 0. Without mask and cache.
         """
         return self.model(tokens, positions, mask, cache, lengths)
 

@@ -98,7 +98,7 @@ class LoRALinear(nn.Module):
     def merged(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain layer with the weight W + scaling * B A, summed in float32 and cast once.
 
-        dtype: of the new weight, by default that of W.
+        dtype: the type of the new weight, by default that of W.
         """
         weight = self.base_layer.weight
         update = self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
@@ -156,7 +156,8 @@ def trainable_in_float32(model: nn.Module) -> None:
 def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace every LoRALinear and every QuantizedLinear by a plain layer. In place.
 
-    dtype: of the new weights, by default that of the base; float32 for a quantised base.
+    dtype: the type of the new weights, by default that of the base, or float32 if the base is
+    quantised.
     """
     for kind in (LoRALinear, QuantizedLinear):  # the first pass removes adapted quantised layers
         for name, module in list(model.named_modules()):

@@ -38,8 +38,8 @@ def next_token_loss(
 
     tokens: ids (B, T). supervised: bool (B, T), True for tokens that the model should learn to
     write. The state at t predicts the token at t + 1, so the first token of a row is never a
-    target. lengths: of the rows of a packed batch. logits: `logits` of the model, if `model` is a
-    wrapper without it, such as DDP.
+    target. lengths: the lengths of the rows of a packed batch. logits: the model's method
+    `logits`, if `model` is a wrapper without it, such as DDP.
     """
     if logits is None:
         assert isinstance(model, CausalLM)

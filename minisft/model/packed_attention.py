@@ -64,7 +64,7 @@ def attend_by_row(
 ) -> Tensor:
     """(1, H, T, d) from q (1, H, T, d), k and v (1, K, T, d).
 
-    masks: of each row, None where the causal mask is enough.
+    masks: one for each row, None where the causal mask is enough.
     """
     rows = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), masks, strict=True)
     return torch.cat([attend(*row) for row in rows], dim=2)

@@ -54,16 +54,16 @@ def no_numbers() -> np.ndarray:
 class RowData:
     """Data about the rows, by row number; empty where the user gave no file."""
 
-    lengths: np.ndarray  # of the answers
+    lengths: np.ndarray  # answer lengths, in length_unit
     length_unit: str = "characters"
     scores: dict[str, np.ndarray] = field(default_factory=dict)  # from read_scores
     embeddings: np.ndarray = field(default_factory=no_numbers)  # (rows, D)
-    perplexity: np.ndarray = field(default_factory=no_numbers)  # of the prompts
+    perplexity: np.ndarray = field(default_factory=no_numbers)  # prompt perplexities
     match: np.ndarray = field(default_factory=no_numbers)  # row numbers of another selection
     tasks: list[np.ndarray] = field(default_factory=list)  # embeddings (n, D) of target rows
     sources: np.ndarray = field(default_factory=no_numbers)  # the number of each row's source
     max_length: int | None = None  # longer rows got no score
-    hashes: dict[str, str] = field(default_factory=dict)  # of the files
+    hashes: dict[str, str] = field(default_factory=dict)  # {flag: the hash of its file}
 
 
 class Candidates:
@@ -103,8 +103,7 @@ def read_row_data(
     """Read --scores, --embeddings, --target and --match.
 
     UserError if they belong to another data set, or targets and rows to different models.
-
-    dataset: the result of `dataset_record` for the rows. lengths: of the answers, in characters.
+    dataset: the result of `dataset_record` for the rows. lengths: answer lengths in characters.
     """
     data, paths = RowData(lengths), {}
     if options.scores:

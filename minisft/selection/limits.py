@@ -42,8 +42,8 @@ def length_limits(
 ) -> list[str]:
     """Warnings about chosen rows that scoring could not see, or that training will truncate.
 
-    num_tokens: of all rows (rows,), NaN if unknown. max_length: of score.py. cutoff_len: the usual
-    one of train.py.
+    num_tokens: the lengths of all rows (rows,), NaN if unknown. max_length: that of score.py.
+    cutoff_len: the default of train.py.
     """
     lengths, notes = num_tokens[chosen], []
     if max_length and (count := int((lengths > max_length).sum())):

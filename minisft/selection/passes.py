@@ -29,7 +29,7 @@ class Pass:
 
 @dataclass(eq=False)
 class Plan:
-    """The passes that row `index` needs. num_tokens: of the row. reason: why it gets no score."""
+    """The passes that row `index` of `num_tokens` needs. reason: why the row gets no score."""
 
     index: int
     num_answer_tokens: int = 0
@@ -46,7 +46,7 @@ class Score:
     index: int
     record: dict[str, Any]
     embedding: np.ndarray | None = None
-    perplexity: float = math.inf  # of the prompt
+    perplexity: float = math.inf  # that of the prompt
 
 
 def answer_spans(

@@ -67,7 +67,7 @@ def answer_length(rows: Rows, number: int) -> int | None:
 def draw_readable(
     rows: Rows, numbers: np.ndarray, number: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random rows, of which only the drawn ones are read: for files of millions of rows.
+    """Draw random rows and read only these: for files of millions of rows.
 
     Broken rows are drawn again. numbers: the rows to draw from. Returns (the chosen rows, sorted;
     the broken ones among those read; characters of the answers (all rows,), 0 for other rows).
@@ -84,9 +84,10 @@ def draw_readable(
 
 
 def row_sources(rows: Rows) -> np.ndarray:
-    """The number of each row's source (rows,): its file, or of a single file its column `source`.
+    """The number of each row's source (rows,).
 
-    `dataset` is another name of that column. UserError if the file has neither.
+    A source is a file, or a value of the column `source` or `dataset` if there is only one file.
+    UserError if that file has neither column.
     """
     if len(rows.files) > 1:
         return np.repeat(np.arange(len(rows.files)), [len(file.records) for file in rows.files])

@@ -65,7 +65,7 @@ def read_scores(
             record = parse_line(path, line, num_rows)
             index = record["index"]
             modes.add("ifd" if "ifd" in record else "reward")
-            fault = f"row {index + 1} is there twice" if is_present[index] else None
+            fault = f"row {index + 1} appears twice" if is_present[index] else None
             if len(modes) > 1:
                 fault = "it has lines of --mode ifd and of --mode reward"
             if fault:

@@ -29,7 +29,7 @@ class ScoreWriter:
 
     record: the data and the model of the scores, from provenance.py. UserError if existing files
     have another record, unless `overwrite`. parts: "ifd" or "reward" for scores, "embed" for
-    embeddings of `width`. pooling: of the embeddings; scores do not depend on it.
+    embeddings of `width`. pooling: that of the embeddings; scores do not depend on it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ScoreWriter:
         self.writes_scores = "ifd" in parts or "reward" in parts
         self.writes_embeddings = "embed" in parts
         self.has_begun = False
-        self.valid_bytes = 0  # of the scores, up to the end of the last complete line
+        self.valid_bytes = 0  # the scores up to the end of the last complete line
         # Rows that need no computation.
         self.is_scored = np.full(num_rows, not self.writes_scores)
         self.is_embedded = np.full(num_rows, not self.writes_embeddings)

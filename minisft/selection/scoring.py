@@ -82,8 +82,8 @@ def score_rows(
     numbers: the rows to score, perhaps only those that an interrupted run has left. All rows decide
     how rows are batched, because a low precision rounds differently in another batch: a continued
     run has the batches, and so the scores, of an undisturbed one. Every rank scores a share of the
-    rows. model: a CausalLM for IfdScorer, a RewardModel for
-    RewardScorer. batch_tokens: limit of a batch, padding included.
+    rows. model: a CausalLM for IfdScorer, a RewardModel for RewardScorer. batch_tokens: limit of a
+    batch, padding included.
     """
     own_scores = _score_own_rows(model, reader, numbers, batch_tokens, num_workers)
     while True:

@@ -200,7 +200,7 @@ class ChatTemplate:
     def _tokenize(
         self, text: str, regions: list[tuple[int, int, bool]], message_spans: Sequence[Span]
     ) -> TokenizedText:
-        """The ids of a text that is cut at the regions (start, end, learned), in their order."""
+        """The ids of a text that is split at the regions (start, end, learned), in their order."""
         cuts = [place for region in regions for place in region[:2]]
         matches = self.tokens.find(text, message_spans, cuts)
         result, place = TokenizedText([], []), 0

@@ -3,9 +3,9 @@
     ids = [id for part in parts_of(text) for id in encode(part)]
 
 Tokenizers need a few hundred bytes of memory per character, so they get one part after the other.
-Before a single space, and after a single line end, every tokenizer that we read
-begins a new token: byte-level ones by their pattern, SentencePiece because its pieces do not
-continue after a space. A test compares the ids with those of the text in one piece.
+Before a single space, and after a single line end, every tokenizer that we read begins a new token:
+byte-level ones by their pattern, SentencePiece because its pieces do not continue after a space. A
+test compares the ids with those of the text in one piece.
 """
 
 import re

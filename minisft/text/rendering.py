@@ -149,7 +149,7 @@ class RenderProcess:
 
     def __init__(self, template: str, max_seconds: float) -> None:
         self.owner, self.waiting = os.getpid(), deque[bytes]()
-        self._answers: dict[bytes, dict[str, Any]] = {}  # of requests that `ask` passed over
+        self._answers: dict[bytes, dict[str, Any]] = {}  # to requests that `ask` passed over
         self.popen = subprocess.Popen(
             [sys.executable, "-I", render_process.__file__, str(max_seconds)],
             stdin=subprocess.PIPE,

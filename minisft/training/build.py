@@ -81,7 +81,7 @@ def load_trainable(
 
 
 def weight_dtype(options: Namespace, dtype: torch.dtype) -> torch.dtype:
-    """The type of the weights of the base. dtype: of matrix products.
+    """The type of the weights of the base. dtype: that of matrix products.
 
     Weights that are trained have float32, in which small updates do not vanish, or bfloat16 and
     stochastic rounding.

@@ -44,7 +44,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 def new_checkpoint(
     output_dir: str | Path, step: int, keep: int | None = None, best: int | None = None
 ) -> Generator[Path, None, None]:
-    """A folder to fill, which becomes `checkpoint-STEP`. Every rank enters it.
+    """Yield a folder to be filled, which becomes `checkpoint-STEP`. Every rank enters it.
 
     Afterwards all checkpoints but the newest `keep` (0: the newest) and that of step `best` are
     removed. UserError if it cannot be written; older checkpoints stay.
@@ -65,10 +65,10 @@ def new_checkpoint(
 def written_aside(
     partial: Path, publish: Callable[[], None], problem: str
 ) -> Generator[None, None, None]:
-    """A new folder `partial` while it is filled; then rank 0 calls `publish`. Every rank enters it.
+    """Create the folder `partial`, which the body fills; then rank 0 calls `publish`.
 
-    If the disk is full or fails, UserError says the problem and how to go on. The folder is removed
-    in any case.
+    Every rank enters it. If the disk is full or fails, UserError says what to do. The
+    folder is removed in any case.
     """
     is_rank0 = processes.rank() == 0
     try:

@@ -165,8 +165,8 @@ def length_limit(options: Namespace, config: ModelConfig) -> int:
 
 
 def evaluation_note(options: Namespace, config: ModelConfig) -> str:
-    """The tokens that evaluation figures cover, in words. eval.py compare does not cut rows."""
-    return f" (rows cut at {length_limit(options, config)} tokens)"
+    """The tokens that evaluation figures cover, in words. eval.py compare truncates no rows."""
+    return f" (rows truncated at {length_limit(options, config)} tokens)"
 
 
 class BrokenRow(UserError):

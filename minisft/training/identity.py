@@ -1,7 +1,7 @@
 """Which options make two runs the same, and whether such a run has finished already.
 
 is_finished_run(options)        # True: --resume_from_checkpoint auto has nothing to do
-result_record(options, step)    # what a finished run leaves for that question
+result_record(options, step)    # the record that a finished run leaves for is_finished_run
 """
 
 import json

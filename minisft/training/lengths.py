@@ -53,7 +53,7 @@ class Data:
     origin: str  # where the lengths come from, in words
     largest: tuple[int, int]  # (tokens with padding, supervised) of any rank's largest micro-batch
     epoch: Epoch | None = None  # None without the rows
-    spread: str = ""  # of the lengths, in words
+    spread: str = ""  # how the lengths vary, in words
     report: EncodeReport = field(default_factory=EncodeReport)  # on the rows that were encoded
 
 
@@ -134,8 +134,8 @@ def estimate_lengths(
 ) -> tuple[list[Example], EncodeReport, str]:
     """(examples that have lengths but no content, a report, a note on how they were estimated).
 
-    Of many rows, only an evenly spread part is encoded. The length of another row is estimated from
-    its bytes, and divided into texts as in the encoded row of the nearest size.
+    If there are many rows, only an evenly spread part is encoded. The length of another row is
+    estimated from its bytes, and divided into texts as in the encoded row of the nearest size.
     """
     assert isinstance(batches.rows, Rows)
     sizes = batches.rows.sizes()

@@ -49,7 +49,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         eight_bit: bool,
         seed: int,
     ):
-        """params: groups with "params" and "weight_decay". seed: of stochastic rounding."""
+        """params: groups with "params" and "weight_decay". seed: for stochastic rounding."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
         self.eight_bit, self.seed = eight_bit, seed
         device = self.param_groups[0]["params"][0].device

@@ -24,7 +24,7 @@ from minisft.common.outputs import atomic_write
 from minisft.common.words import duration
 from minisft.training.reports import Reports
 
-# Without a terminal, a line of progress at most this often.
+# Without a terminal, a line of progress comes at most this often.
 SECONDS_BETWEEN_LINES = 30
 
 
@@ -53,8 +53,8 @@ class Progress:
         self._bar = tqdm(disable=True)
         # Where this process began: a resumed run does not begin at step 0.
         self.first_step, self.first_tokens, self.started = 0, 0, time.monotonic()
-        self.evaluation_note = evaluation_note  # on which tokens, after the figures
-        self._next_line = -math.inf  # when a line is due, where there is no bar
+        self.evaluation_note = evaluation_note  # printed after the figures: which tokens they cover
+        self._next_line = -math.inf  # when the next line is due, if there is no bar
         self._begin_interval()
 
     def state(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Service(Protocol):
     run_id: str | None  # to continue the run later
 
     def __init__(self, options: Namespace, step: int, run_id: str | None) -> None:
-        """Open the run. step: the last step before it. run_id: of the run to continue."""
+        """Open a run, or continue the run `run_id`. step: the last step before it."""
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Send the scalars of a step."""
@@ -150,7 +150,7 @@ class Trackio:
         self.run.finish()
 
 
-# By the name of the package, which --report_to names too.
+# {name of the package, as in --report_to: its class}
 SERVICES: dict[str, type[Service]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,

@@ -30,14 +30,14 @@ from minisft.training.schedules import build_rate
 class Schedule:
     """The optimizer steps of a run: their rows, their number, when to evaluate and save."""
 
-    num_rows: int  # of an epoch
+    num_rows: int  # in an epoch
     rows_per_step: int  # over all micro-batches and ranks
     steps_per_epoch: int  # the last of them may have fewer rows
     total_steps: int
     warmup_steps: int
     eval_steps: int | None  # steps between evaluations; None: only at the end
     save_steps: int  # steps between checkpoints
-    learning_rate: Callable[[int], float]  # of a step, counted from 0
+    learning_rate: Callable[[int], float]  # step, counted from 0 -> rate
 
 
 def count_rows_per_step(options: Namespace, num_processes: int) -> int:
@@ -117,7 +117,7 @@ class Run:
     progress: Progress
     wrapped: nn.Module  # the model, or the DDP module around it
     best: Best = field(default_factory=Best)
-    num_bytes: int = 0  # of the training rows, to notice on resume that they have changed
+    num_bytes: int = 0  # size of the training rows; a change is noticed on resume
     tokenizer: Tokenizer | None = None  # with its new tokens, for the checkpoints
     # Disk space for the result and a checkpoint; taken when training begins.
     reserve: ReservedSpace = field(default_factory=lambda: ReservedSpace(Path(), 0))

@@ -1,4 +1,4 @@
-"""The lines at the end of a run: what it did, how fast, and how to try the result.
+"""The lines at the end of a run: its steps and losses, its speed, how to try the result.
 
 print(run_summary(run))
 """

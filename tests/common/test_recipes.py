@@ -173,9 +173,9 @@ def test_false_is_refused_where_it_asks_for_something(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora_rank: 8\ncutoff_len: 9\nlora_rank: 16\n", "yaml, line 6: lora_rank is there twice"),
-        ("lora_rank: 8\nlora-rank: 8\n", "yaml: lora_rank is there twice"),
-        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", "line 6: min_lr is there twice"),
+        ("lora_rank: 8\ncutoff_len: 9\nlora_rank: 16\n", "yaml, line 6: lora_rank appears twice"),
+        ("lora_rank: 8\nlora-rank: 8\n", "yaml: lora_rank appears twice"),
+        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", "line 6: min_lr appears twice"),
         ("validation_split: 0.2\nval_size: 0.1\n", "val_size .validation_split gives another"),
         ("val_size: 0.1\nvalidation_split: 0.2\n", "validation_split .val_size gives another"),
         ("neat_packing: true\npacking: false\n", "packing .neat_packing gives another value"),
@@ -206,7 +206,7 @@ def test_keys_that_agree(tmp_path):
 
 def test_a_name_with_two_spellings_in_toml(tmp_path):
     path = write(tmp_path, "lora_rank = 8\nlora-rank = 16\n", "recipe.toml")
-    with pytest.raises(UserError, match="recipe.toml: lora_rank is there twice"):
+    with pytest.raises(UserError, match="recipe.toml: lora_rank appears twice"):
         parse_options(["--config", path])
 
 

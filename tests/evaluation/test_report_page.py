@@ -83,7 +83,7 @@ def test_lines_report_what_went_wrong():
     }
     lines = measure_lines(results)
     assert sum("of 12" in one for one in lines) == 2
-    assert any(one.startswith("tuned: 3 of 12 answers were cut") for one in lines)
+    assert any(one.startswith("tuned: 3 of 12 answers were truncated") for one in lines)
     assert any(one.startswith("tuned: 1 of 12 references did not fit") for one in lines)
     assert any(one.startswith("tuned: ") and one.endswith("perplexity unknown") for one in lines)
     (told,) = [one for one in lines if one.startswith("tuned minus base: ")]

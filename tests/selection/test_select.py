@@ -593,7 +593,7 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     scores.write_text("".join(lines[:40]))
     refused("has 40 of 60 rows. Run score.py again", *by_ifd, *few)
     scores.write_text("".join([*lines, lines[7]]))
-    refused("row 8 is there twice: two runs of score.py wrote to it", *by_ifd, *few)
+    refused("row 8 appears twice: two runs of score.py wrote to it", *by_ifd, *few)
     rewards = [line.replace('"ifd": ', '"reward": ') for line in lines[30:]]
     scores.write_text("".join([*lines[:30], *rewards]))
     refused("it has lines of --mode ifd and of --mode reward", *by_ifd, *few)
