@@ -93,7 +93,7 @@ def load_assistants(options: Namespace) -> list[Assistant]:
     device = resolve_device(options.device)
     dtype = resolve_dtype(dtype_option(options), device)
     path, bits = options.model_name_or_path, options.quantization_bit
-    base_model = load_model(resolve(path), dtype, device, bits) if options.compare_with else None
+    shared = load_model(resolve(path), dtype, device, bits) if options.compare_with else None
 
     def load(adapter: str | None, template: str, enable_thinking: bool | None) -> Assistant:
         """The model with an adapter."""
@@ -105,8 +105,8 @@ def load_assistants(options: Namespace) -> list[Assistant]:
             dtype,
             options.max_length,
             bits,
-            base_model,
-            pack=not options.compile and not base_model,
+            shared,
+            pack=not options.compile and not shared,
             template_kwargs=template_settings(options)["template_kwargs"],
             enable_thinking=enable_thinking,
         )
@@ -122,7 +122,7 @@ def load_assistants(options: Namespace) -> list[Assistant]:
         assistants[-1].template.name = trained.name
     elif options.compare_with:
         assistants.append(load(options.compare_with, options.template, options.enable_thinking))
-    if base_model and not options.compile and can_pack_weights(dtype, device):
+    if shared and not options.compile and can_pack_weights(dtype, device):
         pack_weights(*[assistant.model for assistant in assistants])
     for assistant in assistants:
         assistant.turns = assistants[0].turns  # they share a device

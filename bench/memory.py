@@ -28,6 +28,7 @@ from bench.measure import forget_peak_memory, output_of, peak_memory  # noqa: E4
 from bench.shapes import write_checkpoint  # noqa: E402
 from bench.tables import update  # noqa: E402
 from bench.training_run import CHECKPOINTING, FULL, SUPERVISED, Setting, prepare  # noqa: E402
+from minisft.training.build import trained_parameters
 from train import train_step  # noqa: E402
 
 SHAPE = {
@@ -85,7 +86,7 @@ def train_with_peft(folder: Path, setting: Setting) -> None:
     model.config.use_cache = False
     if "--gradient_checkpointing" in setting.flags:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = trained_parameters(model)
     if "adamw_8bit" in setting.flags:
         from bitsandbytes.optim import AdamW8bit  # not in the process of the other side
 

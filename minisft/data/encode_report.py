@@ -18,7 +18,7 @@ class EncodeReport:
 
     num_rows: int = 0
     num_truncated: int = 0
-    num_dropped: int = 0  # truncated so far that no answer is left
+    num_dropped: int = 0  # truncation left no answer
     num_unlearned: int = 0  # all answers are marked as not supervised
     num_split: int = 0  # each answer is a separate example ...
     num_from_split: int = 0  # ... and how many examples these rows make

@@ -119,9 +119,10 @@ def _names_of_card(
             f"{repo_id} has no split '{split}'; choose one of {list_names(list(splits))}: "
             f"{repo_id}:{next(iter(splits))}"
         )
-    chosen = [name for name in names if any(_matches(name, one) for one in splits[split])]
+    patterns = splits[split]
+    chosen = [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
     if not chosen:
-        raise UserError(f"{repo_id}: no file matches {list_names(splits[split])}")
+        raise UserError(f"{repo_id}: no file matches {list_names(patterns)}")
     return chosen
 
 

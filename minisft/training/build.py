@@ -135,9 +135,14 @@ def model_on_meta(
     return model
 
 
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def num_trainable(module: nn.Module) -> int:
-    """The number of trainable parameters."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    """The number of trained values."""
+    return sum(parameter.numel() for parameter in trained_parameters(module))
 
 
 def quantize_layers(model: Model, bits: int) -> None:

@@ -144,7 +144,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
 
         torch's own method would convert the moments to the type of the weights.
         """
-        parameters = [one for group in self.param_groups for one in group["params"]]
+        parameters = [matrix for group in self.param_groups for matrix in group["params"]]
         for index, values in state_dict["state"].items():
             state = self.prepare(parameters[index])
             for name, value in values.items():

@@ -28,7 +28,7 @@ from minisft.model.lora_tools import adapted_modules
 from minisft.model.loss import chunk_size
 from minisft.model.quantized import PIECE, QuantizedLinear
 from minisft.model.reward import Model, RewardModel
-from minisft.training.build import num_trainable
+from minisft.training.build import num_trainable, trained_parameters
 from minisft.training.low_memory_adamw import moment_bytes, update_bytes
 
 FLOAT32, INT64, BOOL = 4, 8, 1
@@ -176,11 +176,6 @@ def memory_held(
 def stored_bytes(module: nn.Module) -> int:
     """All parameters and buffers, as the model holds them."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are trained."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def gradient_bytes(module: nn.Module) -> int:

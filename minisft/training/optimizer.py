@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from minisft.common.devices import has_fused_adamw
+from minisft.training.build import trained_parameters
 from minisft.training.low_memory_adamw import LowMemoryAdamW
 
 
 def build_optimizer(model: nn.Module, options: Namespace) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) on the trainable parameters; norms and biases have no decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = trained_parameters(model)
     matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
     vectors = [parameter for parameter in trainable if parameter.ndim < 2]
     groups = [

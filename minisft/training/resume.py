@@ -29,6 +29,7 @@ from minisft.data.dataset import Rows
 from minisft.data.workers import WorkerKilled
 from minisft.text.tokenizer_files import FILES, has_tokenizer
 from minisft.training import checkpoint, fsdp
+from minisft.training.build import trained_parameters
 from minisft.training.data import BrokenRow
 from minisft.training.identity import IDENTITY, SILENT, is_finished_run
 from minisft.training.low_memory_adamw import moment_bytes
@@ -278,11 +279,12 @@ def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
 
 def output_bytes(run: Run) -> int:
     """The bytes of the result and a checkpoint: weights, moments of AdamW, small files."""
-    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    tensors = trainable if run.lora_config else run.model.state_dict().values()
+    trained = trained_parameters(run.model)
+    tensors = trained if run.lora_config else run.model.state_dict().values()
     # The result may be in float32, whatever the type of the weights in training.
     weights = sum(tensor.numel() * (tensor.element_size() + 4) for tensor in tensors)
-    moments = sum(moment_bytes(one, run.options.optim == "adamw_8bit") for one in trainable)
+    eight_bit = run.options.optim == "adamw_8bit"
+    moments = sum(moment_bytes(parameter, eight_bit) for parameter in trained)
     paths = [run.tokenizer.model_dir / name for name in FILES] if run.tokenizer else []
     files = sum(path.stat().st_size for path in paths if path.is_file())
     return weights + moments + 2 * files + SMALL_FILES

@@ -21,7 +21,7 @@ from minisft.text.new_tokens import first_free_id, with_new_tokens
 from minisft.text.tokenizer import Tokenizer
 from minisft.text.tokenizer_files import has_tokenizer
 
-SEARCHED_ROWS = 128  # in which spelled special tokens are looked for
+SEARCHED_ROWS = 128  # rows that are searched for spelled special tokens
 
 
 def load_vocabulary(
@@ -32,7 +32,8 @@ def load_vocabulary(
 ) -> tuple[Tokenizer, ModelConfig, range]:
     """(tokenizer with its new tokens, config with rows for all tokens, ids of the new rows).
 
-    adapter_dir: of --adapter, which may have new tokens itself. UserError if a token exists.
+    adapter_dir: the folder of --adapter, which may have new tokens itself. UserError if a token
+    exists.
     """
     tokenizer = Tokenizer.load(tokenizer_dir(model_dir, adapter_dir))
     config = ModelConfig.load(model_dir)
@@ -50,7 +51,7 @@ def load_vocabulary(
 
 
 def planned_rows(options: Namespace, config: ModelConfig, model_dir: Path) -> range:
-    """The new rows of a run that is planned. Without a tokenizer, as if no row were to spare."""
+    """The new rows of a planned run. Without a tokenizer, every new token gets a new row."""
     names = split_names(options.new_special_tokens) + split_names(options.add_tokens)
     if has_tokenizer(model_dir) and (names or options.resize_vocab):
         return load_vocabulary(options, model_dir, None, print)[2]
