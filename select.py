@@ -40,7 +40,7 @@ else:
     from minisft.common.outputs import check_output_file
     from minisft.common.torchrun import announced_rank
     from minisft.data.dataset import CHECKED_BYTES, Rows
-    from minisft.selection.choose import Candidates, Choice, choose, read_row_data
+    from minisft.selection.choose import Candidates, Choice, RowData, choose, read_row_data
     from minisft.selection.limits import length_limits
     from minisft.selection.near_duplicates import near_duplicates
     from minisft.selection.plot import draw
@@ -81,13 +81,7 @@ def main(options: Namespace) -> None:
     if options.balance == "source":
         data.sources = row_sources(rows)
 
-    candidates = Candidates(len(rows))
-    candidates.drop(is_broken, "broken")
-    candidates.drop(~is_drawn, "left out by num_samples or --max_samples")
-    if options.min_tokens:
-        candidates.drop(data.lengths < options.min_tokens, f"under {options.min_tokens} tokens")
-    if options.max_tokens:
-        candidates.drop(data.lengths > options.max_tokens, f"over {options.max_tokens} tokens")
+    candidates = usable_rows(options, data.lengths, is_broken, is_drawn)
     usable = candidates.rows
     if options.dedup:
         is_duplicate = np.zeros(len(rows), bool)
@@ -109,31 +103,59 @@ def main(options: Namespace) -> None:
         num_tokens = np.fmax(data.scores["num_tokens"], data.lengths)
         notes = notes + length_limits(num_tokens, choice.rows, data.max_length, CUTOFF_LEN)
 
-    manifest = {
-        "strategy": options.strategy,
-        "seed": options.seed,
-        "options": vars(options),
-        "dataset": dataset,
-        "inputs": data.hashes,
-        "rows": len(rows),
-        "dropped": candidates.dropped,
-        "not_chosen": len(candidates.rows) - len(choice.rows),
-        "num_chosen": len(choice.rows),
-        "answer_length": {
-            "unit": data.length_unit,
-            "mean_chosen": float(data.lengths[choice.rows].mean()),
-            "mean_all": None if draws_unread else float(data.lengths[usable].mean()),
-        },
-        **choice.details,
-        "notes": notes,
-        "chosen": choice.rows.tolist(),
-    }
+    mean_all = None if draws_unread else float(data.lengths[usable].mean())
+    manifest = manifest_of(options, dataset, data, candidates, choice, notes, mean_all)
     write_selection(rows, choice.rows, manifest, output)
     print_summary(manifest)
     if any(file.description for file in rows.files):
         print("The columns keep their names. Give the file an entry in dataset_info.json.")
     if options.plot:
         print(f"drew {draw(data, usable, choice, options.strategy, output)}")
+
+
+def usable_rows(
+    options: Namespace, lengths: np.ndarray, is_broken: np.ndarray, is_drawn: np.ndarray
+) -> Candidates:
+    """The rows that may be chosen. lengths, is_broken and is_drawn: (rows,)."""
+    candidates = Candidates(len(lengths))
+    candidates.drop(is_broken, "broken")
+    candidates.drop(~is_drawn, "left out by num_samples or --max_samples")
+    if options.min_tokens:
+        candidates.drop(lengths < options.min_tokens, f"under {options.min_tokens} tokens")
+    if options.max_tokens:
+        candidates.drop(lengths > options.max_tokens, f"over {options.max_tokens} tokens")
+    return candidates
+
+
+def manifest_of(
+    options: Namespace,
+    dataset: list[dict[str, Any]],
+    data: RowData,
+    candidates: Candidates,
+    choice: Choice,
+    notes: list[str],
+    mean_all: float | None,
+) -> dict[str, Any]:
+    """The record of a selection. mean_all: the mean answer length, None if not all were read."""
+    return {
+        "strategy": options.strategy,
+        "seed": options.seed,
+        "options": vars(options),
+        "dataset": dataset,
+        "inputs": data.hashes,
+        "rows": len(data.lengths),
+        "dropped": candidates.dropped,
+        "not_chosen": len(candidates.rows) - len(choice.rows),
+        "num_chosen": len(choice.rows),
+        "answer_length": {
+            "unit": data.length_unit,
+            "mean_chosen": float(data.lengths[choice.rows].mean()),
+            "mean_all": mean_all,
+        },
+        **choice.details,
+        "notes": notes,
+        "chosen": choice.rows.tolist(),
+    }
 
 
 def is_plain_draw(options: Namespace) -> bool:
