@@ -74,5 +74,5 @@ class ReservedSpace:
         self.release()
         yield
         if was_taken:
-            with suppress(UserError):  # what the body has saved is safe
+            with suppress(UserError):  # the body has saved its files already
                 self.take()

@@ -42,7 +42,7 @@ class Row:
     source: str = ""
     index: int = 0  # in its file, from 0, broken rows included
     rejected: list[Messages] = field(default_factory=list)  # the other answers, best first
-    changes: list[str] = field(default_factory=list)  # what parsing changed, as "have ..."
+    changes: list[str] = field(default_factory=list)  # notes on changes by the parser: "have ..."
 
 
 @dataclass

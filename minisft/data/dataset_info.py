@@ -124,7 +124,7 @@ class Description:
         return {"text": record[column]} if isinstance(record, dict) and column in record else record
 
     def ignored(self, columns: Iterable[str]) -> list[str]:
-        """Columns of the file that formats.py could read but the entry does not name, in words."""
+        """Columns of the file that formats.py could read but the entry does not name, as text."""
         return [
             f"'{known}' (as {role})"
             for role, known in COLUMNS.items()

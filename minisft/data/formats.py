@@ -77,7 +77,7 @@ SHAREGPT_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "t
 def parse_conversation(record: Any, changes: list[str] | None = None) -> tuple[Messages, Tools]:
     """The messages and tools of a row. BadRow says what is wrong with it.
 
-    changes: collects what turn_order.py does to the turns.
+    changes: receives a note on each change that turn_order.py makes.
     """
     record = object_of(record)
     if record.keys() >= PREFERENCE_COLUMNS and not has_single_answer(record):

@@ -49,7 +49,7 @@ class PlaceholderNote:
         self.first, self.num_rows, self.found = "", 0, Counter[str]()
 
     def add(self, messages: Messages, place: str) -> None:
-        """Count a row with placeholders in its answers. place: its file and number, in words."""
+        """Count a row with placeholders in its answers. place: its file and number, as text."""
         answers = [message for message in messages if message["role"] == "assistant"]
         if found := find_placeholders(answers):
             self.first = self.first or place

@@ -39,7 +39,7 @@ def parse_preferences(
     """The conversations with each answer, best first, and the tools.
 
     The conversations begin with the same question. BadRow says what is wrong with the row.
-    changes: collects what turn_order.py does to the turns.
+    changes: receives a note on each change that turn_order.py makes.
     """
     changes = [] if changes is None else changes
     record = object_of(record)

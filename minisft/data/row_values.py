@@ -91,6 +91,6 @@ def check_encodable(value: Any) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a JSON value, in words."""
+    """The type of a JSON value, as text."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
     return names.get(type(value), "null" if value is None else "a number")

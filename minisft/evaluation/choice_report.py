@@ -165,7 +165,7 @@ def _table_line(name: str, count: int, entry: dict[str, Any]) -> str:
 def choice_protocol(
     benchmark: Benchmark, options: Namespace, dtype: torch.dtype, template: ChatTemplate | None
 ) -> str:
-    """How the figures were measured, in words. Only figures of equal protocols are comparable.
+    """How the figures were measured, as text. Only figures of equal protocols are comparable.
 
     template: None for a prompt of plain text.
     """

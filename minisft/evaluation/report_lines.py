@@ -82,7 +82,7 @@ def reliability(report: dict[str, Any]) -> str:
 
 
 def compare_protocol(options: Namespace, num_questions: int) -> str:
-    """How the answers were made and measured, in words."""
+    """How the answers were made and measured, as text."""
     sampling = "greedily"
     if options.temperature > 0:
         sampling = (

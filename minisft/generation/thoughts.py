@@ -83,7 +83,7 @@ def decode_answer(
 def end_with_words(template: ChatTemplate) -> str:
     """What the template writes after an answer, if it has words between control tokens.
 
-    Kimi K3 closes the answer with `<|close|>response<|sep|>`; the words are no part of the answer.
+    Kimi K3 closes the answer with `<|close|>response<|sep|>`; the words are not part of the answer.
     Without the last token, at which generation may stop. "" if there are no such words.
     """
     after = (template.facts.answer or "").rpartition(ANSWER)[2]

@@ -137,8 +137,8 @@ class TemplateFacts:
         if self.end or self.answer is None:
             return None
         return (
-            f"the template ends an answer with {self.answer.rpartition(ANSWER)[2]!r}, which is no "
-            "token of this tokenizer; generation stops only at the EOS of the checkpoint"
+            f"the template ends an answer with {self.answer.rpartition(ANSWER)[2]!r}, which is not "
+            "a token of this tokenizer; generation stops only at the EOS of the checkpoint"
         )
 
     @cached_property

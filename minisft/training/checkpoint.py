@@ -215,7 +215,7 @@ def find_checkpoint(output_dir: str | Path, which: str, say: Callable[[str], Non
 
 
 def damage(path: Path) -> str | None:
-    """The fault of a checkpoint folder, in words; None if it is complete and unchanged."""
+    """The fault of a checkpoint folder, as text; None if it is complete and unchanged."""
     if not path.is_dir():
         return "there is no such folder"
     try:

@@ -165,7 +165,7 @@ def length_limit(options: Namespace, config: ModelConfig) -> int:
 
 
 def evaluation_note(options: Namespace, config: ModelConfig) -> str:
-    """The tokens that evaluation figures cover, in words. eval.py compare truncates no rows."""
+    """The tokens that evaluation figures cover, as text. eval.py compare truncates no rows."""
     return f" (rows truncated at {length_limit(options, config)} tokens)"
 
 

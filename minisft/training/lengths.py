@@ -50,10 +50,10 @@ class Epoch:
 class Data:
     """Sizes of the data of a run."""
 
-    origin: str  # where the lengths come from, in words
+    origin: str  # where the lengths come from, as text
     largest: tuple[int, int]  # (tokens with padding, supervised) of any rank's largest micro-batch
     epoch: Epoch | None = None  # None without the rows
-    spread: str = ""  # how the lengths vary, in words
+    spread: str = ""  # how the lengths vary, as text
     report: EncodeReport = field(default_factory=EncodeReport)  # on the rows that were encoded
 
 

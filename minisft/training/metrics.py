@@ -132,7 +132,7 @@ class Progress:
         self._begin_interval()
 
     def _time_left(self) -> str:
-        """The time of the steps to come, at the mean speed so far, in words."""
+        """The time of the steps to come, at the mean speed so far, as text."""
         seconds_per_step = (time.monotonic() - self.started) / (self.step - self.first_step)
         return duration((self.total_steps - self.step) * seconds_per_step)
 

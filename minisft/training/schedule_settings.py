@@ -41,7 +41,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
         place = f'--lr_scheduler_kwargs: "{key}"'
         if key not in known:
             hint = f"It has {', '.join(known)}." if known else "It has none."
-            raise UserError(f"{place} is no setting of the schedule {name}. {hint}")
+            raise UserError(f"{place} is not a setting of the schedule {name}. {hint}")
         if key in ("warmup_type", "decay_type"):
             if value not in RAMPS:
                 raise UserError(f"{place} must be one of {', '.join(RAMPS)}, not {value!r}")

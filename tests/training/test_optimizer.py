@@ -81,7 +81,7 @@ def test_rate_of_a_run():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("cosine", '{"min_lr": 1}', '"min_lr" is no setting of the schedule cosine. It has num_c'),
+        ("cosine", '{"min_lr": 1}', '"min_lr" is not a setting of the schedule cosine. It has num'),
         ("linear", '{"power": 1}', "It has none"),
         ("polynomial", '{"power": "2"}', "must be a number of at least 0, not '2'"),
         ("polynomial", '{"power": NaN}', "NaN is not a number in JSON"),
