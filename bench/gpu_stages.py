@@ -1,4 +1,4 @@
-"""The stages of bench/gpu.py: functions that yield lines, dicts that go to the results unchanged.
+"""The stages of bench/gpu.py. Each yields lines: dicts that go to the results unchanged.
 
     for line in training(Bench(dry_run=True, limits={}), "tinyllama", "lora"):
         print(line["name"], line["figure"], line["unit"], line["ratio"])
@@ -93,7 +93,7 @@ class Bench:
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(function(), None), or (None, the reason of its failure), so a failure ends only one line."""
+    """(function(), None), or (None, the reason of its failure). A failure costs only its own line."""
     try:
         return function(), None
     except Exception as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_GROWTH = 1.1  # of the memory of a process that runs long, as a factor
+MAX_GROWTH = 1.1  # the factor by which the memory of a long run may grow
 
 
 def flags(**options: Any) -> list[str]:
