@@ -228,7 +228,7 @@ def every(num_steps: int | None, step: int) -> bool:
 class StepResult:
     """Result of an optimizer step. The mean of a metric is its sum over all ranks / count."""
 
-    sums: dict[str, Tensor]  # of this rank's micro-batches
+    sums: dict[str, Tensor]  # over this rank's micro-batches
     count: float  # supervised tokens, or rows if answers are compared, of all ranks
     grad_norm: float  # before clipping
 

@@ -93,7 +93,7 @@ class Bench:
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(function(), None), or (None, the reason of its failure). A failure costs only its own line."""
+    """(function(), None), or (None, the reason of its failure), which costs only its own line."""
     try:
         return function(), None
     except Exception as error:

@@ -24,10 +24,10 @@ class Prediction:
     """The letter that a model chose for a question, and why."""
 
     run: int  # number of the repetition
-    id: str  # of the question
+    id: str  # the question
     answer: str | None  # the right letter; None if it is secret
     prediction: str  # the letter with the highest log-likelihood
-    log_likelihoods: list[float]  # of A, B, C, D
+    log_likelihoods: list[float]  # for A, B, C, D
     num_fewshot: int  # demonstrations in the prompt
     is_cut: bool  # whether the question lost its beginning
 
