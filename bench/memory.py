@@ -4,8 +4,8 @@
     python bench/memory.py --only "LoRA, vocabulary of 32k"
 
 Each side takes three steps in its own process, with AdamW, the same random weights and the same
-rows of random tokens, three quarters of them supervised. Weights are stored in bfloat16 and trained in
-float32 (with pure_bf16 in bfloat16). adamw_8bit is bitsandbytes' AdamW8bit on their side.
+rows of random tokens, three quarters of them supervised. Weights are stored in bfloat16 and trained
+in float32 (with pure_bf16 in bfloat16). adamw_8bit is bitsandbytes' AdamW8bit on their side.
 transformers computes its own loss (`model(..., labels=...)`) and its attention by sdpa, as in
 Trainer. The figure is the growth of the resident memory at its peak, from before the model is
 loaded. Each side trains a tiny model first, so that imports and kernels do not count. Widths are
