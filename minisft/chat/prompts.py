@@ -81,26 +81,8 @@ def answer_file(
     with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
         # The longest first: if they do not fit into memory, the run fails at its start.
         order = sorted(range(len(prompts)), key=lambda row: lengths[row], reverse=True)
-        is_silent, num_done = not sys.stderr.isatty(), len(answers.rows)
         try:
-            with tqdm(
-                total=len(prompts), initial=num_done, unit="prompt", disable=is_silent
-            ) as bar:
-                for start in range(0, len(order), batch_size):
-                    # A low precision rounds differently in another batch. A batch of which some
-                    # rows are missing is therefore answered again as it was.
-                    rows = order[start : start + batch_size]
-                    missing = [row for row in rows if row not in answers.rows]
-                    if not missing:
-                        continue
-                    batch = [prompts[row] for row in rows]
-                    # Prompts.lengths has printed the warnings.
-                    responses = assistant.answer(
-                        batch, sampling, batch_size, rows, say=lambda text: None
-                    )
-                    response_of = dict(zip(rows, responses, strict=True))
-                    answers.add(missing, [response_of[row] for row in missing])
-                    bar.update(len(missing))
+            _answer_missing(assistant, prompts, answers, order, sampling, batch_size)
         except KeyboardInterrupt:
             print(
                 f"{len(answers.rows)} of {len(prompts)} answers are in {answers.path}; the same "
@@ -253,6 +235,31 @@ class Answers:
                 f"{self.path}: could not be written: {error.strerror}. Make room; the same command "
                 "continues from there."
             ) from error
+
+
+def _answer_missing(
+    assistant: Assistant,
+    prompts: Prompts,
+    answers: Answers,
+    order: list[int],
+    sampling: Sampling,
+    batch_size: int,
+) -> None:
+    """Answer the rows in this order, in batches. Skips batches that an earlier run has answered."""
+    is_silent, num_done = not sys.stderr.isatty(), len(answers.rows)
+    with tqdm(total=len(prompts), initial=num_done, unit="prompt", disable=is_silent) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            missing = [row for row in rows if row not in answers.rows]
+            if not missing:
+                continue
+            # Answer the whole batch: a low precision rounds differently in another batch.
+            batch = [prompts[row] for row in rows]
+            # Prompts.lengths has printed the warnings.
+            responses = assistant.answer(batch, sampling, batch_size, rows, say=lambda text: None)
+            response_of = dict(zip(rows, responses, strict=True))
+            answers.add(missing, [response_of[row] for row in missing])
+            bar.update(len(missing))
 
 
 def parse_prompt(record: Any) -> tuple[Messages, Tools]:
