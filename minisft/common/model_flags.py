@@ -1,4 +1,4 @@
-"""The flags of every script that loads a model."""
+"""The flags that several scripts share: model, device, data, chat template."""
 
 import json
 from argparse import Namespace
@@ -28,6 +28,13 @@ def add_model_flags(
     add("--model_name_or_path", required=True, unless=unless, help=model)
     add_device_flags(add, switch, auto_dtype)
     return add, switch
+
+
+def add_dataset_flags(add: Callable[..., Any], required: bool = False) -> None:
+    """Add the flags that name the data to a section."""
+    names = "files, folders, names in dataset_info.json or on the hub, separated by commas"
+    add("--dataset", required=required, help=names)
+    add("--dataset_dir", default="data", help="folder of dataset_info.json")
 
 
 def add_device_flags(

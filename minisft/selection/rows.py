@@ -102,7 +102,7 @@ def row_sources(rows: Rows) -> np.ndarray:
     if not any(names):
         raise UserError(
             f"--balance source: {rows.files[0].records.path} is one file without a column "
-            "`source`. Give several files by commas, or use --balance cluster."
+            "`source`. Give several files, or use --balance cluster."
         )
     return np.unique(names, return_inverse=True)[1]
 

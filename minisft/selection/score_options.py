@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from minisft.common.command_line import OptionParser, non_negative_int, positive_int
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_model_flags, add_template_flags
+from minisft.common.model_flags import add_dataset_flags, add_model_flags, add_template_flags
 
 EXAMPLES = """\
   python score.py --model_name_or_path M --dataset rows.json --output scores.jsonl
@@ -56,9 +56,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--adapter", help="LoRA adapter to score with, such as the pre-experience")
 
     add, switch = parser.section("data")
-    dataset = "files, folders, names in dataset_info.json or on the hub; by commas"
-    add("--dataset", required=True, help=dataset)
-    add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    add_dataset_flags(add, required=True)
     first = "score only the first N rows of each data set"
     add("--max_samples", type=positive_int, help=first)
     switch("--skip_bad_rows", "give broken rows a reason instead of stopping")

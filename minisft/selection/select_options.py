@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from minisft.common.command_line import OptionParser, non_negative_int, positive_float, positive_int
 from minisft.common.errors import UserError
+from minisft.common.model_flags import add_dataset_flags
 
 # The inputs that each strategy needs.
 STRATEGIES = {
@@ -60,7 +61,7 @@ Strategies:
   ifd_ppl+facility
                   the same, but only of the --top_rate best rows by ifd_ppl (Superfiltering.D)
   rds             RDS+: the rows of --target take turns, each picks its nearest row, by cosine.
-                  Several files, by commas, are several tasks: then the tasks take turns
+                  Several files, separated by commas, are several tasks, which take turns
   longest         the longest answers: in tokens with --scores, else in characters
   random          the baseline; with --balance, the same number from each source or cluster
   random_matched  random rows with answers as long as those of the selection --match: a control,
@@ -81,9 +82,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     common = "dataset scores strategy sample_rate sample_number output"
     parser = OptionParser(EXAMPLES, common, description=description)
     add, switch = parser.section("data")
-    dataset = "files, folders, names in dataset_info.json or on the hub; by commas"
-    add("--dataset", required=True, help=dataset)
-    add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    add_dataset_flags(add, required=True)
     first = "choose among the first N rows of each data set, as in score.py"
     add("--max_samples", type=positive_int, help=first)
     switch("--skip_bad_rows", "never choose broken rows, instead of stopping")
@@ -93,7 +92,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
         "--target",
         metavar="F.embeddings.npy",
         help="rds: a few rows of the task, embedded with the same flags as --embeddings; "
-        "several tasks by commas",
+        "several tasks are separated by commas",
     )
     add("--min_tokens", type=positive_int, help="drop rows with a shorter answer (needs --scores)")
     add("--max_tokens", type=positive_int, help="drop rows with a longer answer (needs --scores)")

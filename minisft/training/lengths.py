@@ -10,6 +10,7 @@ without the rows, every row is assumed to be as long as the limit. Batches are m
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from minisft.checkpoints.hub import resolve_adapter
 from minisft.common.errors import UserError
 from minisft.data import batching
-from minisft.data.build_batches import BYTES_PER_TOKEN
+from minisft.data.build_batches import BYTES_PER_TOKEN, check_learnable
 from minisft.data.dataset import Rows
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Example, read_and_encode
@@ -144,13 +145,12 @@ def estimate_lengths(
     known: dict[int, list[Example]] = {}  # the examples of a row
     report = EncodeReport()
     for row in encoded:
-        of_row, of_report = read_and_encode(batches.rows, batches.encode, [row])
-        report.add(of_report)
-        if of_row:
-            known[row] = of_row
-    if not known:
-        raise UserError("no row has an answer left after truncation; raise --cutoff_len")
-    all_known = [example for of_row in known.values() for example in of_row]
+        examples_of_row, report_of_row = read_and_encode(batches.rows, batches.encode, [row])
+        report.add(report_of_row)
+        if examples_of_row:
+            known[row] = examples_of_row
+    all_known = list(chain.from_iterable(known.values()))
+    check_learnable(all_known, report)
     num_tokens = sum(len(example.ids) for example in all_known)
     tokens_per_byte = num_tokens / sizes[encoded].sum()
     supervised_share = sum(example.supervised.sum() for example in all_known) / num_tokens

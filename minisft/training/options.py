@@ -22,6 +22,7 @@ from minisft.common.errors import UserError
 from minisft.common.model_flags import (
     CUTOFF_LEN,
     TEMPLATE_FLAGS,
+    add_dataset_flags,
     add_model_flags,
     add_template_flags,
     dtype_option,
@@ -82,8 +83,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
 def _add_data_flags(add: Add, switch: Add) -> None:
     stages = "sft: answers of conversations; pt: plain text; rm: a reward model; dpo: preferences"
     add("--stage", choices=["sft", "pt", "rm", "dpo"], default="sft", help=stages)
-    add("--dataset", help="files, folders, names in dataset_info.json or on the hub; by commas")
-    add("--dataset_dir", default="data", help="folder of dataset_info.json")
+    add_dataset_flags(add)
     add("--train_dir", help="folder of files, instead of --dataset")
     mix = "add general data as this share of all rows (0.15 to 0.3 is usual)"
     add("--mix", metavar="FILE:RATIO", help=mix)
