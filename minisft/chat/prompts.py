@@ -223,15 +223,14 @@ class Answers:
         """Write all answers in the order of the prompts, and remove the partial file."""
         try:
             self._write_in_order(output_path, prompts)
-        except (OSError, UserError) as error:
-            reason = str(error).removesuffix(".")
-            raise UserError(f"{reason}. Make room; the same command continues.") from error
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise  # the prompts have changed
+            raise UserError(f"{error}. Make room; the same command continues.") from error
         self.path.unlink()
 
     def _write_in_order(self, output_path: str | Path, prompts: Prompts) -> None:
-        # Not atomic_write(output_path): its temporary file has the name of our partial file.
-        complete = Path(f"{self.path}.complete")
-        with atomic_write(complete) as file:
+        with atomic_write(output_path, suffix=".complete") as file:
             for row in sorted(self.rows):
                 prompt, response = prompts[row], self.rows[row]
                 message = answer_message(response.text, response.reasoning_content)
@@ -240,7 +239,6 @@ class Answers:
                 if prompt["tools"]:
                     line["tools"] = prompt["tools"]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(complete, output_path)
 
     def _append(self, values: Sequence[Any]) -> None:
         try:

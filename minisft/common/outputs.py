@@ -24,14 +24,16 @@ UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Generator[Path, None, None]:
+def atomic_path(path: str | Path, suffix: str = ".partial") -> Generator[Path, None, None]:
     """Yield the path `path`.partial to write to. On success the file is renamed to `path`.
+
+    suffix: of the other name, if .partial is taken.
 
     If the body fails, `path` keeps its old content and the partial file is removed. A full or
     failing disk raises UserError.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + suffix)
     try:
         yield partial
         os.replace(partial, path)
@@ -42,13 +44,15 @@ def atomic_path(path: str | Path) -> Generator[Path, None, None]:
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Generator[IO[Any], None, None]:
+def atomic_write(
+    path: str | Path, mode: str = "w", suffix: str = ".partial"
+) -> Generator[IO[Any], None, None]:
     """Open `path` for writing: see atomic_path. The content is on the disk before the rename.
 
     mode: "w" for UTF-8 text, "wb" for bytes.
     """
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    with atomic_path(path) as partial:
+    with atomic_path(path, suffix) as partial:
         with open(partial, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
