@@ -77,7 +77,6 @@ def answer_file(
     identity = {"system": system, **asdict(sampling), **(settings or {}), "sha256": sha256(path)}
     if max_samples:
         identity["max_samples"] = max_samples
-    Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
         # The longest first: if they do not fit into memory, the run fails at its start.
         order = sorted(range(len(prompts)), key=lambda row: lengths[row], reverse=True)

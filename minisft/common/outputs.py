@@ -30,7 +30,7 @@ def atomic_path(path: str | Path, suffix: str = ".partial") -> Generator[Path, N
     suffix: of the other name, if .partial is taken.
 
     If the body fails, `path` keeps its old content and the partial file is removed. A full or
-    failing disk raises UserError.
+    failing disk raises UserError, and so does text that UTF-8 cannot express.
     """
     path = Path(path)
     partial = path.with_name(path.name + suffix)
@@ -39,6 +39,11 @@ def atomic_path(path: str | Path, suffix: str = ".partial") -> Generator[Path, N
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+    except UnicodeEncodeError as error:  # a file name from the command line, for instance
+        name = error.object[max(0, error.start - 60) : error.end]
+        raise UserError(
+            f"{path}: could not be written: {name!a} is not UTF-8 text. Rename the file."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

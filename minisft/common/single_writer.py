@@ -32,13 +32,16 @@ def single_writer(output: str | Path, is_folder: bool = False) -> Generator[None
     A folder that is created for the lock is removed again if it stays empty.
     """
     output = Path(output)
-    path = output / FOLDER_LOCK if is_folder else output.with_name(output.name + ".lock")
+    target = output.resolve()  # a file that links lead to has one lock
+    path = output / FOLDER_LOCK if is_folder else target.with_name(target.name + ".lock")
     created = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = _acquire(path, output)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{output}: a part of this path is a file. Choose another.") from error
     except OSError as error:
-        raise UserError(f"{path}: could not be written: {error.strerror}") from error
+        raise UserError(f"{output}: could not be written: {error.strerror}") from error
     try:
         yield
     finally:

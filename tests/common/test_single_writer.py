@@ -95,3 +95,17 @@ def test_another_file_with_the_name_of_a_lock_is_kept(tmp_path):
     os.mkfifo(tmp_path / "fifo.lock")
     with pytest.raises(UserError, match="is not a lock file"), single_writer(tmp_path / "fifo"):
         pass
+
+
+def test_a_link_and_its_target_have_one_lock(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "scores.jsonl")
+    with single_writer(tmp_path / "link.jsonl"):
+        assert (tmp_path / "scores.jsonl.lock").exists()
+
+
+def test_a_path_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in ("file/out", "file/more/out"):
+        with pytest.raises(UserError, match="out: a part of this path is a file"):
+            with single_writer(tmp_path / output):
+                pass

@@ -1,4 +1,4 @@
-"""Two commands with one output: the second is refused; the lock of a killed one is not in the way."""
+"""Two commands with one output: the second is refused. A killed one is not in the way."""
 
 import json
 import multiprocessing
