@@ -69,10 +69,11 @@ def check_not_an_input(flag: str, output: str | Path, inputs: Iterable[str | Pat
 
     Weights may be memory-mapped from an input; writing over it would destroy both.
     """
-    output = Path(output)
+    # Not Path.resolve(), which fails for links that lead to each other.
+    target = Path(os.path.realpath(output))
     for source in inputs:
         if source and Path(source).exists():
-            if Path(source).resolve().is_relative_to(output.resolve()):
+            if Path(source).resolve().is_relative_to(target):
                 raise UserError(f"{flag} {output}: {source} is an input; choose another place")
 
 
@@ -130,7 +131,7 @@ def recorded_options(folder: str | Path) -> dict[str, Any]:
 
     For a checkpoint, the options of the run that contains it.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "options.toml"
     return read_toml(path) if path.is_file() else {}
 

@@ -32,7 +32,7 @@ def single_writer(output: str | Path, is_folder: bool = False) -> Generator[None
     A folder that is created for the lock is removed again if it stays empty.
     """
     output = Path(output)
-    target = output.resolve()  # a file that links lead to has one lock
+    target = Path(os.path.realpath(output))  # a file that links lead to has one lock
     path = output / FOLDER_LOCK if is_folder else target.with_name(target.name + ".lock")
     created = [folder for folder in path.parents if not folder.exists()]
     try:

@@ -109,3 +109,10 @@ def test_a_path_below_a_file(tmp_path):
         with pytest.raises(UserError, match="out: a part of this path is a file"):
             with single_writer(tmp_path / output):
                 pass
+
+
+def test_links_that_lead_to_each_other(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    check_output_dir(tmp_path / "loop", False, tmp_path)
+    with pytest.raises(UserError, match="loop: "), single_writer(tmp_path / "loop", True):
+        pass
