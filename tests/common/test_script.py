@@ -47,6 +47,6 @@ def test_an_encoding_that_lacks_characters(tmp_path):
 
 
 def test_full_standard_output_is_named(tmp_path):
-    done = run(tmp_path / "file", "> /dev/full")
+    done = run(tmp_path / "file", "> /dev/full", PYTHONUNBUFFERED="")
     assert done.returncode == 2
     assert done.stderr == "error: standard output: No space left on device\n"
