@@ -33,7 +33,7 @@ def single_writer(output: str | Path, is_folder: bool = False) -> Generator[None
     """
     output = Path(output)
     target = Path(os.path.realpath(output))  # a file that links lead to has one lock
-    path = output / FOLDER_LOCK if is_folder else target.with_name(target.name + ".lock")
+    path = output / FOLDER_LOCK if is_folder else target.parent / f"{target.name}.lock"
     created = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
