@@ -523,7 +523,6 @@ def start_page(script, model_dir, port, *more, **environment):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
