@@ -35,7 +35,7 @@ def _open_standard_streams() -> None:
     os.close(descriptor)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="replace"))
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -44,7 +44,7 @@ def _print_reason(error: BaseException) -> int:
     """Print why the script ends to standard error; returns the exit status."""
     if isinstance(error, BrokenPipeError):
         # The reader of a pipe (`| head`) has exited, so a message would have no reader.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
@@ -55,7 +55,13 @@ def _print_reason(error: BaseException) -> int:
     if message is None:
         return 1
     print(f"error: {message}", file=sys.stderr)
+    if _output_fails():
+        _discard_output()  # Python would try again, and change the status
     return 2
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _output_fails() -> bool:
