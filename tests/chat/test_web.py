@@ -605,14 +605,20 @@ def visit(browser, served):
             document.addEventListener("securitypolicyviolation",
                                       event => window.refused.push(event.effectiveDirective));
         """)
-        tab.goto(served[1])
-        tab.locator("#box textarea").wait_for()
+        open_page(tab, served[1])
         return tab
 
     yield visit
     for context in contexts:
         context.close()
     assert hosts == {served[1].split("/")[2]}
+
+
+def open_page(tab, address):
+    """Load the page. Its box listens to keys once the event of loading has run."""
+    tab.goto(address)
+    tab.locator("#box textarea").wait_for()
+    tab.wait_for_function("() => sessionStorage.visitor", timeout=1000 * HANG_SECONDS)
 
 
 def say(tab, question):
@@ -668,7 +674,7 @@ def test_browser_ctrl_c_ends_even_an_answer_that_never_returns(
     try:
         tab = context.new_page()
         tab.set_default_timeout(1000 * HANG_SECONDS)
-        tab.goto(process.stderr.readline().split()[0])
+        open_page(tab, process.stderr.readline().split()[0])
         say(tab, "the cat")
         assert process.stderr.readline() == "stuck\n"
         process.send_signal(signal.SIGINT)
