@@ -34,11 +34,11 @@ from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, write_json
 from minisft.common.model_flags import dtype_option, template_settings
-from minisft.common.outputs import check_output_dir
+from minisft.common.single_writer import single_writer
 from minisft.data.dataset import open_rows
 from minisft.evaluation import resume
 from minisft.evaluation.benchmark_files import read_subjects
-from minisft.evaluation.benchmarks import BENCHMARKS, Subject
+from minisft.evaluation.benchmarks import BENCHMARKS, Benchmark, Subject
 from minisft.evaluation.choice_prompts import PromptBuilder
 from minisft.evaluation.choice_report import (
     choice_protocol,
@@ -68,6 +68,7 @@ from minisft.evaluation.measures import differences, measure
 from minisft.evaluation.models import NamedModel, check_model, parse_models, split_adapter
 from minisft.evaluation.multiple_choice import answer_subject
 from minisft.evaluation.predictions import (
+    Baseline,
     read_baseline,
     read_finished,
     unfinished_subjects,
@@ -95,14 +96,11 @@ def main(command: tuple[str, Namespace] | None = None) -> None:
 
 
 def answer_benchmark(name: str, options: Namespace) -> None:
-    """Answer the questions of a benchmark, subject by subject, and report the accuracy."""
+    """Check the options and read the questions of a benchmark, then answer them."""
     benchmark = BENCHMARKS[name]
     options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
-    may_exist = options.overwrite_output_dir or options.resume
-    output_dir = check_output_dir(
-        options.output_dir, may_exist, options.model_name_or_path, options.adapter
-    )
-    resume.check_same_options(options, resume.CHOICE_OPTIONS)
+    inputs = [options.model_name_or_path, options.adapter]
+    output_dir = resume.check_output(options, inputs, resume.CHOICE_OPTIONS)
     subjects = read_subjects(
         benchmark,
         options.data_dir,
@@ -117,6 +115,21 @@ def answer_benchmark(name: str, options: Namespace) -> None:
         baseline = read_baseline(subjects, Path(options.baseline_dir) / rows_dir.name)
 
     device = processes.start(resolve_device(options.device))
+    with processes.on_rank0(single_writer(output_dir, is_folder=True)):
+        measure_accuracy(options, benchmark, subjects, baseline, rows_dir, device)
+    processes.stop()
+
+
+def measure_accuracy(
+    options: Namespace,
+    benchmark: Benchmark,
+    subjects: list[Subject],
+    baseline: Baseline | None,
+    rows_dir: Path,
+    device: torch.device,
+) -> None:
+    """Answer the questions, subject by subject, and report the accuracy."""
+    output_dir = rows_dir.parent
     # Plain text needs no template, but an Assistant has one. This one fits every tokenizer.
     template_name = "plain" if options.template == "none" else options.template
     assistant = load_assistant(
@@ -142,7 +155,6 @@ def answer_benchmark(name: str, options: Namespace) -> None:
     if processes.rank() == 0:
         protocol = choice_protocol(benchmark, options, assistant.dtype, template)
         write_summary(options, protocol, subjects, rows_dir, baseline)
-    processes.stop()
 
 
 def answer_subjects(
@@ -202,14 +214,12 @@ def write_summary(
 
 
 def compare(options: Namespace) -> None:
-    """Ask all models the same questions, measure their answers, let a judge compare them."""
+    """Check the options and read the questions; then ask all models, and let a judge compare."""
     if announced_processes() > 1:
         raise UserError("compare runs in a single process. Start it without torchrun.")
     models = parse_models(options.models)
-    may_exist = options.overwrite_output_dir or options.resume
     inputs = [path for model in models for path in (model.path, model.adapter)]
-    output_dir = check_output_dir(options.output_dir, may_exist, *inputs)
-    resume.check_same_options(options, resume.ANSWER_OPTIONS)
+    output_dir = resume.check_output(options, inputs, resume.ANSWER_OPTIONS)
     scorers()  # reports a missing package before anything is computed
     check_judge(options)
     sampling = Sampling(
@@ -219,6 +229,18 @@ def compare(options: Namespace) -> None:
         options.dataset, dataset_dir=options.dataset_dir, max_samples=options.max_samples
     )
     items = read_items(rows)
+    with single_writer(output_dir, is_folder=True):
+        compare_answers(options, models, items, sampling, output_dir)
+
+
+def compare_answers(
+    options: Namespace,
+    models: list[NamedModel],
+    items: list[Item],
+    sampling: Sampling,
+    output_dir: Path,
+) -> None:
+    """Answer the questions, measure the answers, and write the report."""
     answers_dir = output_dir / "answers"
     files = "answers/*.json", "verdicts.jsonl", "results.json", "report.html", "report.png"
     resume.start_output_dir(options, output_dir, files)

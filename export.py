@@ -43,11 +43,8 @@ from minisft.checkpoints.reward_models import choose_padding, has_head, load_rew
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option, template_options
-from minisft.common.outputs import (
-    check_output_dir,
-    check_output_file,
-    recorded_options,
-)
+from minisft.common.outputs import check_output_dir, check_output_file, recorded_options
+from minisft.common.single_writer import single_writer
 from minisft.common.tensor_files import parse_size
 from minisft.gguf.reader import is_gguf
 from minisft.model.lora import merge_lora
@@ -60,16 +57,17 @@ def main(options: Namespace | None = None) -> None:
     """Export with these options; by default those of the command line."""
     options = options or parse_options()
     options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
-    output = check_output(options)
+    output, is_file = check_output(options), options.format in FILE_FORMATS
     max_shard_size = parse_size(options.max_shard_size)
     model_dir = resolve(options.model_name_or_path)
     adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
     if adapter_dir and (note := quantization_note(options, adapter_dir)):
         print(f"note: {note}")
-    if options.format in FILE_FORMATS:
-        write_file(options, model_dir, adapter_dir, output)
-    else:
-        write_folder(options, model_dir, adapter_dir, output, max_shard_size)
+    with single_writer(output, is_folder=not is_file):
+        if is_file:
+            write_file(options, model_dir, adapter_dir, output)
+        else:
+            write_folder(options, model_dir, adapter_dir, output, max_shard_size)
 
 
 def check_output(options: Namespace) -> Path:

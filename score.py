@@ -16,7 +16,6 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def main(options: Namespace | None = None) -> None:
     options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
     device = processes.start(resolve_device(options.device))
     output = ScorePaths(options.output).scores
-    with single_writer(output) if processes.rank() == 0 else nullcontext():
+    with processes.on_rank0(single_writer(output)):
         score_data_set(options, device)
     processes.stop()
 

@@ -38,6 +38,7 @@ else:
 
     from minisft.common.model_flags import CUTOFF_LEN
     from minisft.common.outputs import check_output_file
+    from minisft.common.single_writer import single_writer
     from minisft.common.torchrun import announced_rank
     from minisft.data.dataset import CHECKED_BYTES, Rows
     from minisft.selection.choose import Candidates, Choice, RowData, choose, read_row_data
@@ -60,7 +61,12 @@ def main(options: Namespace) -> None:
     """Choose rows with these options."""
     if announced_rank() != 0:
         return  # under torchrun, rank 0 does all the work
+    with single_writer(options.output):
+        select_rows(options)
 
+
+def select_rows(options: Namespace) -> None:
+    """The job in order, from the rows of the data set to the file of the chosen ones."""
     # Rows with several answers have rewards as their only scores.
     with_rankings = options.strategy in ("reward", "margin")
     rows, is_drawn = open_every_row(

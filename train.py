@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +90,7 @@ def main(options: Namespace | None = None) -> None:
     if is_finished_run(options):
         say(f"{output_dir} holds the finished run. Nothing to do; raise --max_steps to go on.")
     else:
-        with single_writer(output_dir, True) if processes.rank() == 0 else nullcontext():
+        with processes.on_rank0(single_writer(output_dir, is_folder=True)):
             fine_tune(options, output_dir, device)
     processes.stop()
 

@@ -77,7 +77,6 @@ def answer_file(
     identity = {"system": system, **asdict(sampling), **(settings or {}), "sha256": sha256(path)}
     if max_samples:
         identity["max_samples"] = max_samples
-    Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
         # The longest first: if they do not fit into memory, the run fails at its start.
         order = sorted(range(len(prompts)), key=lambda row: lengths[row], reverse=True)
@@ -205,15 +204,14 @@ class Answers:
         """Write all answers in the order of the prompts, and remove the partial file."""
         try:
             self._write_in_order(output_path, prompts)
-        except (OSError, UserError) as error:
-            reason = str(error).removesuffix(".")
-            raise UserError(f"{reason}. Make room; the same command continues.") from error
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise  # the prompts have changed
+            raise UserError(f"{error}. Make room; the same command continues.") from error
         self.path.unlink()
 
     def _write_in_order(self, output_path: str | Path, prompts: Prompts) -> None:
-        # Not atomic_write(output_path): its temporary file has the name of our partial file.
-        complete = Path(f"{self.path}.complete")
-        with atomic_write(complete) as file:
+        with atomic_write(output_path, suffix=".complete") as file:
             for row in sorted(self.rows):
                 prompt, response = prompts[row], self.rows[row]
                 message = answer_message(response.text, response.reasoning_content)
@@ -222,7 +220,6 @@ class Answers:
                 if prompt["tools"]:
                     line["tools"] = prompt["tools"]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(complete, output_path)
 
     def _append(self, values: Sequence[Any]) -> None:
         try:

@@ -37,15 +37,12 @@ Ctrl-C stops an answer."""
 
 
 def open_standard_streams() -> None:
-    """Make standard input and output UTF-8 in every locale; replace closed streams.
+    """Make standard input and output UTF-8 in every locale.
 
     UserError if standard output is closed: the answers would be lost.
     """
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
+    if sys.__stdout__ is None:  # run_script has replaced sys.stdout
         raise UserError("standard output is closed, so answers cannot be written. Open it.")
-    sys.stdin = sys.stdin or open(os.devnull)
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -40,8 +40,8 @@ class Transcript:
                 # A crash may have truncated the last line. End it before the next line.
                 self._file.seek(-1, 2)
                 self._file.write(b"" if self._file.read() == b"\n" else b"\n")
-        except OSError as error:
-            raise UserError(f"--log {path}: {error.strerror}") from error
+        except OSError as error:  # a pipe has no strerror
+            raise UserError(f"--log {path}: {error.strerror or error}") from error
 
     def new_conversation(self) -> int:
         """The number of a new conversation, from 1."""

@@ -50,6 +50,11 @@ MERGE_WITH_PEFT = (
 LORA_HEAD = "lm_head.lora_A.weight"
 MAGNITUDE, TOKENS, LORA_BIAS = ".lora_magnitude_vector", ".trainable_tokens_delta", ".lora_B.bias"
 
+MAX_PATTERNS = 10_000  # of alpha_pattern; every module is matched with each
+# Regular expressions that a hostile file could use to keep us busy: a repeated group, or more than
+# three repetitions.
+ENDLESS = re.compile(r"\)[*+{]|(?:[*+{].*){4}", re.DOTALL)
+
 Change = Callable[[Tensor, int], Tensor]
 
 
@@ -67,7 +72,7 @@ class Adapter:
     config: LoraConfig
     tensors: dict[str, StoredTensor]
     changes: dict[str, Change]
-    alphas: dict[str, float]
+    alphas: dict[re.Pattern[str], float]
     untrainable: list[str]
     last_token: int = -1
 
@@ -75,7 +80,7 @@ class Adapter:
         """The LoraConfig of one module. The first matching pattern decides, as in PEFT."""
         alpha = self.config.alpha
         for pattern, value in self.alphas.items():
-            if re.match(rf"(.*\.)?({pattern})$", module_name):
+            if pattern.match(module_name):
                 alpha = value
                 break
         return replace(self.config, rank=rank, alpha=alpha)
@@ -99,8 +104,7 @@ def read_adapter(adapter_dir: str | Path, is_tied: bool) -> Adapter:
     content = read_json(path)
     config = _read_config(path, content)
     tensors = adapter_tensors(adapter_dir)
-    alphas = content.get("alpha_pattern") or {}
-    _check_alphas(path, alphas)
+    alphas = _read_alphas(path, content.get("alpha_pattern") or {})
     untrainable = [
         name for name in ("use_dora", "lora_bias", "trainable_token_indices") if content.get(name)
     ]
@@ -283,16 +287,21 @@ def _replace_rows(indices: Tensor, new: StoredTensor, rows: Tensor, begin: int) 
     return rows
 
 
-def _check_alphas(path: Path, alphas: Any) -> None:
-    if not isinstance(alphas, dict) or not all(
-        is_number(value, above=-1e12) for value in alphas.values()
-    ):
-        raise UserError(f"{path}: alpha_pattern must map names of modules to numbers")
-    for pattern in alphas:
+def _read_alphas(path: Path, alphas: Any) -> dict[re.Pattern[str], float]:
+    is_valid = isinstance(alphas, dict) and len(alphas) <= MAX_PATTERNS
+    if not is_valid or not all(is_number(value, above=-1e12) for value in alphas.values()):
+        raise UserError(
+            f"{path}: alpha_pattern must map up to {MAX_PATTERNS:,} names of modules to numbers"
+        )
+    compiled = {}
+    for pattern, alpha in alphas.items():
         try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except re.error as error:
+            if ENDLESS.search(pattern):
+                raise re.error("so many repetitions may never end; name the modules")
+            compiled[re.compile(rf"(.*\.)?({pattern})$")] = alpha
+        except (re.error, RecursionError, OverflowError) as error:
             raise UserError(f"{path}: alpha_pattern {pattern!r}: {error}") from error
+    return compiled
 
 
 def _read_config(path: Path, content: dict[str, Any]) -> LoraConfig:

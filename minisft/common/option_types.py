@@ -69,7 +69,7 @@ def json_object(text: str) -> str:
     """The text of a JSON object."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentTypeError(f"'{text}' is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"'{text}' is not a JSON object like {{\"name\": value}}")

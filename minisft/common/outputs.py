@@ -26,31 +26,40 @@ UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Generator[Path, None, None]:
+def atomic_path(path: str | Path, suffix: str = ".partial") -> Generator[Path, None, None]:
     """Yield the path `path`.partial to write to. On success the file is renamed to `path`.
 
+    suffix: of the other name, if .partial is taken.
+
     If the body fails, `path` keeps its old content and the partial file is removed. A full or
-    failing disk raises UserError.
+    failing disk raises UserError, and so does text that UTF-8 cannot express.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + suffix)
     try:
         yield partial
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+    except UnicodeEncodeError as error:  # a file name from the command line, for instance
+        name = error.object[max(0, error.start - 60) : error.end]
+        raise UserError(
+            f"{path}: could not be written: {name!a} is not UTF-8 text. Rename the file."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Generator[IO[Any], None, None]:
+def atomic_write(
+    path: str | Path, mode: str = "w", suffix: str = ".partial"
+) -> Generator[IO[Any], None, None]:
     """Open `path` for writing: see atomic_path. The content is on the disk before the rename.
 
     mode: "w" for UTF-8 text, "wb" for bytes.
     """
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    with atomic_path(path) as partial:
+    with atomic_path(path, suffix) as partial:
         with open(partial, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
@@ -69,10 +78,11 @@ def check_not_an_input(flag: str, output: str | Path, inputs: Iterable[str | Pat
 
     Weights may be memory-mapped from an input; writing over it would destroy both.
     """
-    output = Path(output)
+    # Not Path.resolve(), which fails for links that lead to each other.
+    target = Path(os.path.realpath(output))
     for source in inputs:
         if source and Path(source).exists():
-            if Path(source).resolve().is_relative_to(output.resolve()):
+            if Path(source).resolve().is_relative_to(target):
                 raise UserError(f"{flag} {output}: {source} is an input; choose another place")
 
 
@@ -130,7 +140,7 @@ def recorded_options(folder: str | Path) -> dict[str, Any]:
 
     For a checkpoint, the options of the run that contains it.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "options.toml"
     return read_toml(path) if path.is_file() else {}
 

@@ -87,6 +87,11 @@ def print_rank0(text: str) -> None:
         print(text, flush=True)
 
 
+def on_rank0(context: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
+    """The context manager on rank 0; one that does nothing on the other ranks."""
+    return context if rank() == 0 else contextlib.nullcontext()
+
+
 def launch_command() -> str:
     """The start of a command line, up to the script, that launches this many processes again."""
     if world_size() == 1:

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import TypeVar
 
 from minisft.common import failure
@@ -17,6 +18,7 @@ def run_script(main: Callable[[], Result]) -> Result:
 
     `--debug` adds the traceback. Under torchrun the first process to fail prints the reason.
     """
+    _open_standard_streams()
     try:
         return main()
     except SystemExit:
@@ -26,11 +28,23 @@ def run_script(main: Callable[[], Result]) -> Result:
         failure.fail(lambda: _print_reason(error))
 
 
+def _open_standard_streams() -> None:
+    """Replace closed streams, and let standard output escape what its encoding lacks."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a file opened later would get the number of a closed stream, and its output
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="replace"))
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _print_reason(error: BaseException) -> int:
     """Print why the script ends to standard error; returns the exit status."""
     if isinstance(error, BrokenPipeError):
         # The reader of a pipe (`| head`) has exited, so a message would have no reader.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
@@ -41,7 +55,22 @@ def _print_reason(error: BaseException) -> int:
     if message is None:
         return 1
     print(f"error: {message}", file=sys.stderr)
+    if _output_fails():
+        _discard_output()  # Python would try again, and change the status
     return 2
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _output_fails() -> bool:
+    """True if standard output has text that cannot be written: its disk is full, for instance."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def _message(error: BaseException) -> str | None:
@@ -49,7 +78,8 @@ def _message(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        place = error.filename or ("standard output" if _output_fails() else None)
+        return f"{place}: {error.strerror}" if place else error.strerror
     # Compare by name, because torch may not be loaded.
     is_torch_error = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(
         error

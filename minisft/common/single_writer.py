@@ -1,17 +1,20 @@
 """One program at a time writes an output.
 
-    with single_writer("runs/demo"):       # a folder: runs/demo/.lock
+    with single_writer("runs/demo", is_folder=True):    # runs/demo/.lock
         train()
-    with single_writer("scores.jsonl"):    # a file: scores.jsonl.lock
+    with single_writer("scores.jsonl"):                 # scores.jsonl.lock
         score()
 
 The lock file names the host and the process that hold it. The operating system releases the lock
-when that process ends, however it ends, so a killed program blocks nobody.
+when that process ends, however it ends, so a killed program blocks nobody on its host. Another host
+cannot tell whether it is alive, and refuses.
 """
 
 import fcntl
 import os
+import re
 import socket
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +22,7 @@ from pathlib import Path
 from minisft.common.errors import UserError
 
 FOLDER_LOCK = ".lock"
+OWNER = re.compile(r"process (\d+) on (\S*)")
 
 
 @contextmanager
@@ -28,17 +32,21 @@ def single_writer(output: str | Path, is_folder: bool = False) -> Generator[None
     A folder that is created for the lock is removed again if it stays empty.
     """
     output = Path(output)
-    path = output / FOLDER_LOCK if is_folder else output.with_name(output.name + ".lock")
+    target = Path(os.path.realpath(output))  # a file that links lead to has one lock
+    path = output / FOLDER_LOCK if is_folder else target.parent / f"{target.name}.lock"
     created = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = _acquire(path, output)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{output}: a part of this path is a file. Choose another.") from error
     except OSError as error:
-        raise UserError(f"{path}: could not be written: {error.strerror}") from error
+        raise UserError(f"{output}: could not be written: {error.strerror}") from error
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is gone, or whose rights have changed
+            path.unlink(missing_ok=True)
         os.close(handle)
         with suppress(OSError):  # a folder with content stays
             for folder in created:
@@ -48,23 +56,57 @@ def single_writer(output: str | Path, is_folder: bool = False) -> Generator[None
 def _acquire(path: Path, output: Path) -> int:
     """The open lock file `path`, locked by this process."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
         try:
-            # Not flock: child processes would inherit it and keep it after a kill of this process.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            owner = os.read(handle, 1000).decode(errors="replace").strip() or "another process"
+            _lock(handle, path, output)
+            # The last owner may have removed the file between our open and our lock.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, f"process {os.getpid()} on {_host()}\n".encode(), 0)
+                    return handle
+        except BaseException:
             os.close(handle)
-            raise UserError(
-                f"{output}: {owner} is writing to it. Wait until it has finished, or choose "
-                "another output."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        # The last owner may have removed the file between our open and our lock.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                os.ftruncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return handle
+            raise
         os.close(handle)
+
+
+def _lock(handle: int, path: Path, output: Path) -> None:
+    """Lock an open file. UserError if it has an owner who may be alive, or is no lock file."""
+    is_file = stat.S_ISREG(os.fstat(handle).st_mode)
+    text = os.pread(handle, 1000, 0).decode(errors="replace").strip() if is_file else ""
+    owner = OWNER.fullmatch(text)
+    if not is_file or text and not owner:
+        raise UserError(f"{path} is not a lock file of minisft. Move it, or choose another output.")
+    is_held = has_locks = True
+    try:
+        # Not flock: child processes would inherit it and keep it after a kill of this process.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_held = False
+    except (BlockingIOError, PermissionError):
+        pass
+    except OSError:
+        is_held = has_locks = False  # a file system without locks
+    advice = "Wait until it has finished, or choose another output."
+    if owner and owner[2] != _host():
+        is_held = True
+        advice = f"If that process has ended, remove {path}."
+    elif owner and not has_locks:
+        is_held = _is_alive(int(owner[1]))
+    if is_held:
+        raise UserError(f"{output}: {text or 'another process'} is writing to it. {advice}")
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _is_alive(process_id: int) -> bool:
+    """True if this host has another process of this number."""
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return process_id != os.getpid()

@@ -14,6 +14,7 @@ from minisft.common.json_files import write_rows
 from minisft.common.option_types import replacements
 from minisft.common.outputs import check_not_an_input, check_output_file
 from minisft.common.script import run_script
+from minisft.common.single_writer import single_writer
 from minisft.data.dataset import Rows, open_rows, read
 from minisft.data.dataset_info import FILE_NAME
 from minisft.data.formats import to_sharegpt
@@ -36,7 +37,8 @@ def convert(
     rows = open_rows(dataset, skipped=skipped, **options)
     check_not_an_input("output", output_path, [file.records.path for file in rows.files])
     is_array = output_path.suffix != ".jsonl"
-    return write_rows(_sharegpt_lines(rows, skipped), output_path, is_array)
+    with single_writer(output_path):
+        return write_rows(_sharegpt_lines(rows, skipped), output_path, is_array)
 
 
 def _sharegpt_lines(rows: Rows, skipped: list[str] | None) -> Iterator[str]:

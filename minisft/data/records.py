@@ -12,6 +12,7 @@ searches for line ends. A JSON array is parsed at once.
 import codecs
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,10 @@ def open_records(path: str | Path, plain_text: bool = False) -> Records:
     """
     path = Path(path)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # /dev/stdin, or bash's <(...)
+            raise UserError(
+                f"{path} is not a file, and rows are read in any order. Write them to a file first."
+            )
         unpacked = unpack(path) if is_packed(path) else path
         if unpacked != path and is_columnar(path):
             if not unpacked.stat().st_size:

@@ -72,8 +72,11 @@ def unpack(path: Path) -> Path:
 
 
 def cache_dir() -> Path:
-    """The folder of unpacked files."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisft"
+    """The folder of unpacked files. UserError for a user without a home, as in some containers."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):
+        raise UserError("this user has no home folder: set XDG_CACHE_HOME to a folder for caches")
+    return Path(cache) / "minisft"
 
 
 def _write(path: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ class WindowReader:
 def read_ahead(reader: Any, tasks: Iterable[Any], num_workers: int) -> Iterator[Any]:
     """Yield `reader[task]` for every task, in order. Workers read tasks ahead.
 
-    reader: anything with __getitem__ that can be sent to a worker process.
+    reader: anything with __getitem__ that can be sent to a worker process, and never returns None.
+    WorkerKilled if the system has killed a worker, as it does when memory runs out.
     """
     if num_workers == 0:
         for task in tasks:
@@ -68,14 +70,45 @@ def read_ahead(reader: Any, tasks: Iterable[Any], num_workers: int) -> Iterator[
         generator=torch.Generator(),
     )
     try:
-        yield from loader
+        yield from _until_a_worker_dies(loader)
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
         raise WorkerKilled(
-            f"a data worker was killed ({first_line(error)}). The memory has probably run out: "
-            "lower --dataloader_num_workers."
+            f"a data worker was killed ({first_line(error).rstrip('. ')}). The memory has probably "
+            "run out: lower --dataloader_num_workers."
         ) from error
+
+
+def _until_a_worker_dies(loader: DataLoader) -> Iterator[Any]:
+    """Yield the items of a loader. RuntimeError between two items if a worker has been killed.
+
+    torch raises this error in its handler of SIGCHLD, wherever the main thread is then: an
+    optimizer step would end with some weights updated and others not.
+    """
+    items = iter(loader)  # sets torch's handler
+    raise_if_killed = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(raise_if_killed):
+        yield from items
+        return
+    is_waiting = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if is_waiting:
+            raise_if_killed(number, frame)
+
+    signal.signal(signal.SIGCHLD, handle)
+    try:
+        while True:
+            is_waiting = True
+            raise_if_killed(signal.SIGCHLD, None)  # during the last item
+            item = next(items, None)
+            is_waiting = False
+            if item is None:
+                return
+            yield item
+    finally:
+        signal.signal(signal.SIGCHLD, raise_if_killed)
 
 
 def _unchanged(item: Any) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minisft.common.errors import UserError
-from minisft.common.outputs import recorded_options, save_options
+from minisft.common.outputs import check_output_dir, recorded_options, save_options
 
 # Options on which the predictions of a benchmark depend.
 CHOICE_OPTIONS = (
@@ -46,8 +46,13 @@ ANSWER_OPTIONS = (
 )
 
 
-def check_same_options(options: Namespace, names: Sequence[str]) -> None:
-    """UserError if --resume would mix the results of runs that differ in these options."""
+def check_output(options: Namespace, inputs: Sequence[str | None], names: Sequence[str]) -> Path:
+    """The folder to write to. UserError if it is an input, or not empty without --resume.
+
+    names: of options. UserError if --resume would mix the results of runs that differ in them.
+    """
+    may_exist = options.overwrite_output_dir or options.resume
+    output_dir = check_output_dir(options.output_dir, may_exist, *inputs)
     recorded = recorded_options(options.output_dir) if options.resume else {}
     for name in names if recorded else ():
         if recorded.get(name) != getattr(options, name):
@@ -55,6 +60,7 @@ def check_same_options(options: Namespace, names: Sequence[str]) -> None:
                 f"--resume: {options.output_dir} is from a run with {name} {recorded.get(name)}, "
                 f"not {getattr(options, name)}. Use the same options, or another --output_dir."
             )
+    return output_dir
 
 
 def start_output_dir(options: Namespace, output_dir: Path, results: Sequence[str]) -> None:

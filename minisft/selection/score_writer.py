@@ -170,6 +170,8 @@ class ScoreWriter:
         try:
             yield
         except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
             raise UserError(f"{error}. {go_on}") from error
         except OSError as error:
             path = error.filename or self.paths.scores

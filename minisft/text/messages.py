@@ -193,7 +193,7 @@ def standard_call(call: Any) -> dict[str, Any]:
     if isinstance(arguments, str) and arguments.strip():
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the arguments of {function['name']} are not JSON: {error}") from error
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}

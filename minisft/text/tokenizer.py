@@ -18,13 +18,12 @@ The tour explains it: docs/tour/03_tokens.md.
 """
 
 import codecs
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
-from minisft.common.outputs import atomic_path
+from minisft.common.outputs import atomic_write
 from minisft.common.words import valid_text
 from minisft.text.engines import SentencePieceEngine, TokenizersEngine
 from minisft.text.long_texts import parts_of
@@ -53,6 +52,9 @@ class Tokenizer:
         self.model_dir = self.source = Path(model_dir)
         self.config = read_json(self.model_dir / "tokenizer_config.json", missing={})
         self.engine = self._open_engine()
+        # For `save`: the folder may be gone at the end of a long training.
+        paths = {name: self.model_dir / name for name in FILES}
+        self._files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
         # Special tokens that only the files beside the engine's file list.
         self._added = {
             id: text
@@ -122,7 +124,7 @@ class Tokenizer:
         return self.engine.token_bytes(id)
 
     def save(self, output_dir: str | Path, chat_template: str | None = None) -> None:
-        """Copy the tokenizer's files to a folder, in place of any other tokenizer's.
+        """Write the tokenizer's files to a folder, in place of any other tokenizer's.
 
         chat_template: written in place of the tokenizer's own.
         """
@@ -132,10 +134,10 @@ class Tokenizer:
             return
         for name in FILES:
             (output_dir / name).unlink(missing_ok=True)
-            if (self.model_dir / name).is_file():
+            if name in self._files:
                 (output_dir / name).parent.mkdir(exist_ok=True)
-                with atomic_path(output_dir / name) as partial:
-                    shutil.copyfile(self.model_dir / name, partial)
+                with atomic_write(output_dir / name, "wb") as file:
+                    file.write(self._files[name])
         texts = {name: self.token_text(id) for name, id in self.named_ids.items()}
         config = state_special_tokens(output_dir, self.config, texts)
         if chat_template is not None and chat_template != self._stored_template:

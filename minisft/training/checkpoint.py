@@ -103,7 +103,8 @@ def how_to_go_on(output_dir: str | Path) -> str:
     """What to do after a failed save, which depends on the checkpoints that exist."""
     for step, path in _checkpoints(Path(output_dir)):
         if damage(path) is None:
-            return f"Make room; --resume_from_checkpoint auto continues from step {step}."
+            advice = "Make room, or restore what is missing"
+            return f"{advice}; --resume_from_checkpoint auto continues from step {step}."
     return "There is no checkpoint to continue from: make room and start again."
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import ROOT, as_flags, command
-from forks import Forked
+from forks import Forked, run_script
 from standing import lines_in, standing_still, wait_until
 
 from minisft.chat import prompts
@@ -131,6 +131,68 @@ def test_a_killed_run_keeps_its_answers(tiny_chat_model_dir, tmp_path):
     _, *answers = read(tmp_path / "out.partial")
     assert len({row for row, *_ in answers}) == 3 == len(answers)
     assert not (tmp_path / "out").exists()
+
+
+def flags_of(model_dir, prompts_file, output, dtype):
+    """Sampled answers in batches of four, where rounding decides some tokens."""
+    return as_flags(
+        model_name_or_path=model_dir,
+        file=prompts_file,
+        output=output,
+        batch_size=4,
+        max_new_tokens=12,
+        temperature=1.3,
+        seed=5,
+        device="cpu",
+        dtype=dtype,
+    )
+
+
+def test_killed_runs_in_bfloat16_equal_an_undisturbed_one(
+    tiny_chat_model_dir, prompts_file, tmp_path
+):
+    """In a low precision other batches would give other answers and scores."""
+    whole, output, told = tmp_path / "whole.jsonl", tmp_path / "out.jsonl", tmp_path / "told"
+    flags = flags_of(tiny_chat_model_dir, prompts_file, whole, "bfloat16")
+    assert command(*flags, script="chat.py").returncode == 0
+    flags = flags_of(tiny_chat_model_dir, prompts_file, output, "bfloat16")
+    partial = tmp_path / "out.jsonl.partial"
+    for num_kills in (1, 2):
+        words = standing_still("minisft.chat.prompts:Answers.add", [2], told)[1:]
+        process = Forked("tests/standing.py", [*words, ROOT / "chat.py", *flags])
+        wait_until(lambda times=num_kills: lines_in(told) == times, process)
+        process.kill()
+        process.communicate()
+        partial.write_bytes(partial.read_bytes()[:-4])  # as if killed while it was writing
+    assert len(read_complete(partial)) == 1 + 3
+    done = command(*flags, script="chat.py")
+    assert done.returncode == 0 and output.read_bytes() == whole.read_bytes()
+
+
+def read_complete(path):
+    """The complete lines of a file whose last line is cut."""
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def test_a_full_disk(tiny_chat_model_dir, prompts_file, tmp_path):
+    """While answers are written, and when they are put in order. No answer is lost."""
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    flags = flags_of(tiny_chat_model_dir, prompts_file, whole, "float32")
+    assert command(*flags, script="chat.py").returncode == 0
+    flags = flags_of(tiny_chat_model_dir, prompts_file, output, "float32")
+    partial, num_answers = tmp_path / "out.jsonl.partial", []
+    size = whole.stat().st_size
+    for limit, name in ((1000, "out.jsonl.partial"), (size - 1, "out.jsonl")):
+        done = run_script("tests/full_disk.py", [limit, "chat.py", *flags])
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert f"error: {tmp_path / name}: could not be written: File too large" in done.stderr
+        assert "Make room; the same command continues" in done.stderr
+        assert sorted(tmp_path.glob("out*")) == [partial]
+        num_answers.append(partial.read_bytes().count(b"\n") - 1)
+    assert 0 < num_answers[0] < num_answers[1] == 11
+    done = command(*flags, script="chat.py")
+    assert done.returncode == 0 and output.read_bytes() == whole.read_bytes()
+    assert sorted(tmp_path.glob("out*")) == [output]
 
 
 def test_rows_of_every_format(assistant, tmp_path):

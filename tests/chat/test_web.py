@@ -515,26 +515,22 @@ def test_missing_gradio_is_reported(monkeypatch):
         web.check_gradio()
 
 
-def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat_model_dir):
-    port = free_port()
-    words = [
-        sys.executable,
-        ROOT / "chat.py",
-        "--model_name_or_path",
-        tiny_chat_model_dir,
-        "--web",
-        "--server_port",
-        str(port),
-        "--compare_with",
-        "none",
-        "--device",
-        "cpu",
-    ]
-    process = subprocess.Popen(
-        words,
+def start_page(script, model_dir, port, *more, **environment):
+    """A process that serves the page."""
+    words = ["--model_name_or_path", model_dir, "--web", "--server_port", str(port), *more]
+    return subprocess.Popen(
+        [sys.executable, script, *words, "--device", "cpu"],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "MINISFT_PASSWORD": "geheim"},
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat_model_dir):
+    port = free_port()
+    more = ["--compare_with", "none"]
+    process = start_page(
+        ROOT / "chat.py", tiny_chat_model_dir, port, *more, MINISFT_PASSWORD="geheim"
     )
     try:
         line = process.stderr.readline()
@@ -609,14 +605,20 @@ def visit(browser, served):
             document.addEventListener("securitypolicyviolation",
                                       event => window.refused.push(event.effectiveDirective));
         """)
-        tab.goto(served[1])
-        tab.locator("#box textarea").wait_for()
+        open_page(tab, served[1])
         return tab
 
     yield visit
     for context in contexts:
         context.close()
     assert hosts == {served[1].split("/")[2]}
+
+
+def open_page(tab, address):
+    """Load the page. Its box listens to keys once the event of loading has run."""
+    tab.goto(address)
+    tab.locator("#box textarea").wait_for()
+    tab.wait_for_function("() => sessionStorage.visitor", timeout=1000 * HANG_SECONDS)
 
 
 def say(tab, question):
@@ -636,6 +638,52 @@ def wait_for(tab, text, within="#notice"):
         arg=[within, text],
         timeout=1000 * HANG_SECONDS,
     )
+
+
+STUCK = """
+import sys, threading
+sys.path.insert(0, {root!r})
+import chat
+from minisft.model.decoder import CausalLM
+
+logits, calls = CausalLM.logits, []
+
+def stuck(model, hidden):
+    calls.append(1)
+    if len(calls) == 5:
+        print("stuck", file=sys.stderr, flush=True)
+        threading.Event().wait()
+    return logits(model, hidden)
+
+CausalLM.logits = stuck
+chat.run_script(chat.main)
+"""
+
+
+def test_browser_ctrl_c_ends_even_an_answer_that_never_returns(
+    browser, tiny_chat_model_dir, tmp_path
+):
+    """Within END_SECONDS, with a browser that waits for the answer.
+
+    No clock is read, since a busy machine may stop all processes for long. The answer and the
+    connection never end, so only the timer of Ctrl-C can end the process.
+    """
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK.format(root=str(ROOT)))
+    process, context = start_page(script, tiny_chat_model_dir, free_port()), browser.new_context()
+    try:
+        tab = context.new_page()
+        tab.set_default_timeout(1000 * HANG_SECONDS)
+        open_page(tab, process.stderr.readline().split()[0])
+        say(tab, "the cat")
+        assert process.stderr.readline() == "stuck\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=HANG_SECONDS)
+        assert process.returncode == 0 and said == ""
+        assert web.END_SECONDS <= 1
+    finally:
+        process.kill()
+        context.close()
 
 
 def test_browser_two_turns_stop_and_download(served, visit, monkeypatch):

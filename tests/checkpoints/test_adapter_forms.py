@@ -316,3 +316,23 @@ def test_the_tokenizer_of_a_resized_adapter_is_used(peft_adapter, tmp_path):
     assert merged.convert_tokens_to_ids("<new>") == tokenizer.convert_tokens_to_ids("<new>")
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 303
     assert_same(logits(load_model(tmp_path / "out"), tokens), expected)
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        ({"(a|a)*b": 1}, "so many repetitions may never end"),
+        ({".*.*.*.*q_proj": 1}, "so many repetitions may never end"),
+        ({"(q_proj": 1}, "missing \\)"),
+        ({"(" * 9999 + ")" * 9999: 1}, "alpha_pattern"),
+        ({f"q_proj{number}": 1 for number in range(10_001)}, "up to 10,000 names"),
+        ({"q_proj": "8"}, "names of modules to numbers"),
+    ],
+    ids=["repeated group", "many repetitions", "no expression", "deep", "many", "text"],
+)
+def test_patterns_that_could_keep_us_busy(pattern, message, peft_adapter):
+    base, adapter, *_ = peft_adapter(*FORMS["alpha_pattern"])
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": pattern}))
+    with pytest.raises(UserError, match=message):
+        load_adapter(load_model(base), adapter)

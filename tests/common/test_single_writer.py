@@ -1,5 +1,6 @@
 """Two writers on one output: the second is refused, a dead one is not in the way."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -52,3 +53,66 @@ def test_nothing_stays(tmp_path):
     with pytest.raises(KeyError), single_writer(tmp_path / "a/b/scores.jsonl"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_another_host_is_respected(tmp_path):
+    """Nobody here can know whether its process is alive."""
+    lock = tmp_path / "scores.jsonl.lock"
+    lock.write_text("process 12 on node-7\n")
+    message = f"scores.jsonl: process 12 on node-7 is writing to it. .* has ended, remove {lock}"
+    with pytest.raises(UserError, match=message), single_writer(tmp_path / "scores.jsonl"):
+        pass
+    assert lock.read_text() == "process 12 on node-7\n"
+    lock.unlink()
+    with single_writer(tmp_path / "scores.jsonl"):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """The process of the lock file decides."""
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    lock, host = tmp_path / "scores.jsonl.lock", os.uname().nodename
+    lock.write_text(f"process {os.getppid()} on {host}\n")
+    with pytest.raises(UserError, match="Wait until"), single_writer(tmp_path / "scores.jsonl"):
+        pass
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lock.write_text(f"process {dead.pid} on {host}\n")
+    with single_writer(tmp_path / "scores.jsonl"):
+        assert lock.read_text() == f"process {os.getpid()} on {host}\n"
+
+
+def test_another_file_with_the_name_of_a_lock_is_kept(tmp_path):
+    lock = tmp_path / "poetry.lock"
+    lock.write_text("[[package]]\n")
+    with pytest.raises(UserError, match="is not a lock file"), single_writer(tmp_path / "poetry"):
+        pass
+    assert lock.read_text() == "[[package]]\n"
+    os.mkfifo(tmp_path / "fifo.lock")
+    with pytest.raises(UserError, match="is not a lock file"), single_writer(tmp_path / "fifo"):
+        pass
+
+
+def test_a_link_and_its_target_have_one_lock(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "scores.jsonl")
+    with single_writer(tmp_path / "link.jsonl"):
+        assert (tmp_path / "scores.jsonl.lock").exists()
+
+
+def test_a_path_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in ("file/out", "file/more/out"):
+        with pytest.raises(UserError, match="out: a part of this path is a file"):
+            with single_writer(tmp_path / output):
+                pass
+
+
+def test_links_that_lead_to_each_other(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    check_output_dir(tmp_path / "loop", False, tmp_path)
+    with pytest.raises(UserError, match="loop: "), single_writer(tmp_path / "loop", True):
+        pass

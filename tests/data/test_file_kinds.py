@@ -251,6 +251,16 @@ class TestCompressed:
         with pytest.raises(UserError, match="could not be unpacked to .*XDG_CACHE_HOME chooses"):
             open_rows(path)
 
+    def test_a_user_without_a_home(self, tmp_path, monkeypatch):
+        """As in containers that run under any number."""
+        path = tmp_path / "rows.jsonl.gz"
+        path.write_bytes(gzip.compress(b"{}"))
+        for name in ("XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+        with pytest.raises(UserError, match="no home folder: set XDG_CACHE_HOME"):
+            open_rows(path)
+
 
 CALL = {"name": "f", "arguments": {"at": "noon"}}
 TALKS = [

@@ -1,6 +1,7 @@
 """Rows read by offset equal those of the complete file, for files of any size."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -10,6 +11,7 @@ from test_dataset import GOOD, write
 from minisft.common.errors import UserError
 from minisft.data import dataset
 from minisft.data.dataset import load_rows, open_rows
+from minisft.data.records import open_records
 
 
 class TestRows:
@@ -83,6 +85,12 @@ class TestRows:
         lines[3] = "{}"
         with pytest.raises(UserError, match="row 4"):  # among the first, so before training
             open_rows(write(path, "\n".join(lines)))
+
+    def test_a_pipe_is_refused(self, tmp_path):
+        """As bash writes for <(...): every reader would take a part of it."""
+        os.mkfifo(tmp_path / "pipe.jsonl")
+        with pytest.raises(UserError, match="pipe.jsonl is not a file, and rows are read in any"):
+            open_records(tmp_path / "pipe.jsonl")
 
     def test_not_utf8_names_the_row(self, tmp_path):
         path = tmp_path / "latin.jsonl"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command
-from forks import Forked
+from forks import Forked, run_script
 from standing import lines_in, standing_still, wait_until
 
 import score as script
@@ -231,6 +231,35 @@ def test_a_killed_run_continues(function, calls, checkpoint, many, tmp_path, mon
         np.testing.assert_array_equal(ours, theirs)
     score_here(monkeypatch, checkpoint, many, output, *words)
     assert "400 rows, 0 to do" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["ifd", "all"])
+def test_a_full_disk(mode, checkpoint, many, tmp_path, monkeypatch):
+    """One line names the file; the same command continues; what was written stays."""
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "s.jsonl"
+    words = ["--skip_bad_rows", "--batch_tokens", 512]
+    score_here(monkeypatch, checkpoint, many, whole, *words, "--mode", mode)
+    if mode == "all":  # scores of an earlier run, without embeddings
+        score_here(monkeypatch, checkpoint, many, output, *words)
+    before = output.read_bytes() if output.exists() else b""
+    # 400 embeddings of 32 numbers take 51,328 bytes, the scores more.
+    file = {"ifd": "s.jsonl", "all": "s.embeddings.npy"}[mode]
+    flags = words_of(checkpoint, many, output, *words, "--mode", mode)
+    done = run_script("tests/full_disk.py", ["score.py", *flags])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: {tmp_path / file}: could not be written: File too large")
+    assert "Make room; the same command continues where it stopped." in done.stderr
+    assert {path.name for path in tmp_path.glob("s.*")} == {"s.jsonl", "s.record.json"}
+    left = output.read_bytes()
+    assert left == before if before else left.count(b"\n") > 20
+    done = command(*flags, script="score.py")
+    num_missing = 400 if before else 400 - left.count(b"\n")
+    assert done.returncode == 0 and f"400 rows, {num_missing} to do" in done.stdout, done.stderr
+    assert output.read_bytes() == whole.read_bytes()
+    if mode == "all":
+        for name in ("embeddings", "perplexity"):
+            ours, theirs = (tmp_path / f"{stem}.{name}.npy" for stem in ("s", "whole"))
+            assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_scores_of_another_day_keep_the_date(checkpoint, rows_file, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from minisft.data.row_values import BadRow
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
+DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 TOOL = {"name": "add", "parameters": {"type": "object", "properties": {}}}
 
 
@@ -122,6 +123,7 @@ def test_thoughts(template):
         ({"content": [{"type": "image_url"}]}, "a part of type image_url; only text"),
         ({"content": 5}, "neither text nor"),
         ({"content": "", "tool_calls": [{"name": "f", "arguments": "{"}]}, "of f are not JSON"),
+        ({"content": "", "tool_calls": [{"name": "f", "arguments": DEEP}]}, "f are not JSON: max"),
         ({"content": "", "tool_calls": [{"name": "f", "arguments": "[1]"}]}, "must be a JSON obj"),
         ({"content": "", "tool_calls": ["f"]}, "a tool call needs a name"),
         ({"content": "x", "reasoning_content": 5}, "reasoning_content must be"),

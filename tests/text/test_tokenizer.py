@@ -218,6 +218,16 @@ def test_tokens_listed_beside_a_model_file(shared_data, tmp_path):
     assert tokenizer.decode([15043, 32001], skip_special_tokens=False) == "Hello<|im_end|>"
 
 
+def test_saving_does_not_need_the_folder_any_more(tiny_tokenizer_dir, tmp_path):
+    """It may be removed, or get another tokenizer, while a model is trained."""
+    source = shutil.copytree(tiny_tokenizer_dir, tmp_path / "source")
+    tokenizer = Tokenizer.load(source)
+    shutil.rmtree(source)
+    tokenizer.save(tmp_path / "saved")
+    for path in tiny_tokenizer_dir.iterdir():
+        assert (tmp_path / "saved" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_saving_copies_the_files_byte_for_byte(tiny_tokenizer_dir, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "chat_template.jinja").write_text("another model's")

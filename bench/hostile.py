@@ -1,0 +1,159 @@
+"""Do time and memory grow in proportion to the size of a hostile or huge input?
+
+    python bench/hostile.py                     # about three minutes on one core
+    python bench/hostile.py "one word" turns    # only these
+
+Reads every kind of input twice, the second time four times as large, each in a process of its own.
+Prints processor seconds and memory above those of a small input, and their ratio. A ratio of 4 or
+less is linear. What is above a stated limit is refused; then both figures are about zero.
+"""
+
+import argparse
+import json
+import os
+import resource
+import struct
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import measure  # noqa: E402
+from minisft.common.errors import UserError  # noqa: E402
+from minisft.common.tensor_files import read_header  # noqa: E402
+from minisft.data.build_batches import batches_of_rows  # noqa: E402
+from minisft.data.dataset import open_rows  # noqa: E402
+from minisft.gguf.reader import read_gguf  # noqa: E402
+from minisft.text.template_choice import get_template  # noqa: E402
+from minisft.text.tokenizer import Tokenizer  # noqa: E402
+
+FACTOR = 4  # between the two sizes
+BASE = measure.ROOT / "examples" / "base"
+
+
+def instruction(output: str) -> str:
+    """A row with this answer."""
+    return json.dumps({"instruction": "go", "output": output})
+
+
+def conversation(messages: list[dict], **more: object) -> str:
+    """A row with these messages."""
+    return json.dumps({"messages": messages, **more})
+
+
+def turn(role: str, content: str = "ok", **more: object) -> dict:
+    """A message."""
+    return {"role": role, "content": content, **more}
+
+
+def call(number: int) -> dict:
+    """A tool call."""
+    return {"name": "add", "arguments": {"a": number}}
+
+
+# name: (a size, the row of that size)
+ROWS: dict[str, tuple[int, Callable[[int], str]]] = {
+    "words": (12 * 10**6, lambda size: instruction("word " * (size // 5))),
+    "one word": (12 * 10**6, lambda size: instruction("w" * size)),
+    "question": (12 * 10**6, lambda size: json.dumps({"instruction": "w" * size, "output": "a"})),
+    "turns": (10**5, lambda size: conversation([turn("user"), turn("assistant")] * (size // 2))),
+    "tool calls": (
+        25 * 10**4,
+        lambda size: conversation(
+            [turn("user"), turn("assistant", "", tool_calls=[call(n) for n in range(size)])]
+        ),
+    ),
+    "tools": (
+        10**5,
+        lambda size: conversation(
+            [turn("user"), turn("assistant")], tools=[{"name": f"f{n}"} for n in range(size)]
+        ),
+    ),
+}
+
+
+def read_row(path: Path, text: str) -> object:
+    """Encode the row in a file, as train.py does before the first step."""
+    path.write_text(f"{instruction('ok')}\n{text}\n")
+    template = get_template("chatml", Tokenizer.load(BASE))
+    return batches_of_rows(open_rows(path), template, cutoff_len=1024)
+
+
+def read_safetensors(path: Path, size: int) -> object:
+    """Read a header with many names."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{number}": entry for number in range(size)}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    return read_header(path)
+
+
+def read_gguf_keys(path: Path, size: int) -> object:
+    """Read a GGUF file with many keys."""
+    names = [f"k{number}".encode() for number in range(size)]
+    keys = [struct.pack("<Q", len(name)) + name + struct.pack("<IB", 7, 1) for name in names]
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, size) + b"".join(keys))
+    return read_gguf(path)
+
+
+def read_dataset_info(path: Path, size: int) -> object:
+    """Look for a data set among many."""
+    entries = {f"d{number}": {"file_name": path.name} for number in range(size)}
+    path.write_text(instruction("ok") + "\n")
+    (path.parent / "dataset_info.json").write_text(json.dumps(entries))
+    return open_rows(f"d{size}x", dataset_dir=path.parent)
+
+
+FILES: dict[str, tuple[int, Callable[[Path, int], object]]] = {
+    "names in safetensors": (25_000, read_safetensors),
+    "names in safetensors, refused": (10**6, read_safetensors),
+    "keys in GGUF": (25 * 10**4, read_gguf_keys),
+    "names in dataset_info.json": (10**5, read_dataset_info),
+}
+
+
+def measure_one(name: str, size: int) -> None:
+    """Read an input of this size, and print the processor seconds and the bytes that it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "input.jsonl"
+        text = ROWS[name][1](size) if name in ROWS else ""
+        measure.forget_peak_memory()
+        before, began = measure.peak_memory(), os.times()
+        try:
+            read_row(path, text) if name in ROWS else FILES[name][1](path, size)
+            outcome = "read"
+        except UserError as error:
+            outcome = str(error).rpartition(": ")[2][:60]
+        ended = os.times()
+    seconds = sum(ended[:4]) - sum(began[:4])
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(json.dumps([seconds, measure.peak_memory() - before, children, outcome]))
+
+
+def main() -> None:
+    """Measure all kinds of input, or those of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join([*ROWS, *FILES])}")
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.size is not None:
+        return measure_one(options.names[0], options.size)
+    print(f"{'input':30} {'size':>11} {'seconds':>8} {'MB':>6}  outcome")
+    for name, (size, _) in {**ROWS, **FILES}.items():
+        if options.names and name not in options.names:
+            continue
+        figures = []
+        for number in (0, size, FACTOR * size):
+            said = measure.output_of("bench/hostile.py", name, "--size", number)
+            figures.append(json.loads(said.splitlines()[-1]))
+        empty, *measured = figures
+        for number, (seconds, memory, _, outcome) in zip(
+            (size, FACTOR * size), measured, strict=True
+        ):
+            seconds, memory = seconds - empty[0], (memory - empty[1]) / 1e6
+            print(f"{name:30} {number:11,} {seconds:8.2f} {memory:6.0f}  {outcome}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
