@@ -11,6 +11,7 @@ from pathlib import Path
 
 import marks
 import pytest
+import render_forks
 import tokenizers
 import torch
 from forks import run_script
@@ -26,6 +27,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 runpy.run_path(str(STARTUP / "sitecustomize.py"))
+RENDER_FORKS = render_forks.begin()
 CONFIG = {  # a tiny Llama
     "model_type": "llama",
     "vocab_size": 128,

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (as sharding does; it and what follows for the children)
+import render_forks  # noqa: E402
 from forks import meeting  # noqa: E402
 
 import minisft.text.tokenizer  # noqa: E402, F401
@@ -86,6 +87,7 @@ def train_with(processes, arguments, signalled=None):
 
 
 def main():
+    render_forks.install()
     for run_of in json.loads(Path(sys.argv[1]).read_text()):
         if not train_with(*run_of):
             sys.exit(1)

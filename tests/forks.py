@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
 
+import render_forks
 from standing import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,4 +155,5 @@ def _run(words, environment, said, given=os.devnull):
     sys.argv = words
     faulthandler.enable()
     multiprocessing.set_start_method(None, force=True)  # as in a fresh process
+    render_forks.install()
     runpy.run_path(words[0], run_name="__main__")

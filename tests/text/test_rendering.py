@@ -10,8 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import render_forks
 from standing import HANG_SECONDS, state_of, wait_until
 
+from minisft.text import rendering
 from minisft.text.rendering import Renderer, RenderProcess, TemplateError, TemplateTimeout
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
@@ -19,6 +21,12 @@ from minisft.text.tokenizer import Tokenizer
 NOW = "2026-01-02T03:04:05"
 HELLO = [{"role": "user", "content": "Hello"}]
 GOOD = "{{ messages[0]['content'] }}"
+
+
+@pytest.fixture(autouse=True)
+def real_processes(monkeypatch):
+    """Those that users have, not forked ones."""
+    monkeypatch.setattr(rendering, "start_process", render_forks.REAL)
 
 
 def render(renderer: Renderer, **variables) -> str:
