@@ -63,7 +63,7 @@ def guarded(template: str) -> str:
     ],
 )
 def test_endless_templates_end(template):
-    check_refused(guarded(template), "needs more than 0.5 seconds", max_seconds=0.5)
+    check_refused(guarded(template), "needs more than 0.2 seconds", max_seconds=0.2)
 
 
 @pytest.mark.parametrize(
