@@ -1,7 +1,6 @@
 """Sources of a template's text: names, files, settings, and the template of a training."""
 
 import json
-import shutil
 
 import pytest
 import transformers
