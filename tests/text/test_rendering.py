@@ -187,8 +187,13 @@ def test_what_transformers_gives_to_templates():
     assert render(Renderer(text)) == '{"é<": [1]}02 Jan 202601'
 
 
-def test_a_process_that_is_gone_is_replaced():
-    renderer = Renderer(GOOD)
+@pytest.mark.parametrize("start", [render_forks.REAL, render_forks.Forked])
+def test_a_process_that_is_gone_is_replaced(start, monkeypatch):
+    """Those that other tests fork do the same."""
+    monkeypatch.setattr(rendering, "start_process", start)
+    renderer = Renderer("{% if slow %}" + COUNT + "{% endif %}" + GOOD, max_seconds=0.2)
+    with pytest.raises(TemplateTimeout, match="more than 0.2 seconds"):
+        render(renderer, slow=True, count=SLOW)
     assert render(renderer) == "Hello"
     os.kill(renderer.process_id, signal.SIGKILL)
     with pytest.raises(TemplateError, match="ended the process"):
