@@ -12,6 +12,7 @@ from pathlib import Path
 
 import marks
 import pytest
+import render_forks
 import tokenizers
 import torch
 from forks import run_script
@@ -30,6 +31,7 @@ runpy.run_path(str(STARTUP / "sitecustomize.py"))
 # nohup ignores the one, a shell's background job the other, and children inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+RENDER_FORKS = render_forks.begin()
 CONFIG = {  # a tiny Llama
     "model_type": "llama",
     "vocab_size": 128,

@@ -20,13 +20,15 @@ from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
 
+import render_forks
 from standing import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-# torch._dynamo comes with the first optimizer, and the scripts with most of minisft. None of them
-# may ask for a GPU when it is imported: a process that has used CUDA can fork no other that does.
-PRELOADED = ["torch", "torch._dynamo", "safetensors.torch", "tokenizers"]
+# torch._dynamo comes with the first optimizer, numpy.ma with the first np.unique, the scripts with
+# most of minisft. None of them may ask for a GPU when it is imported: a process that has used CUDA
+# can fork no other that does.
+PRELOADED = ["torch", "torch._dynamo", "safetensors.torch", "tokenizers", "numpy.ma"]
 PRELOADED += ["train", "score", "eval", "export", "chat"]
 SERVER.set_forkserver_preload(PRELOADED)
 
@@ -154,4 +156,5 @@ def _run(words, environment, said, given=os.devnull):
     sys.argv = words
     faulthandler.enable()
     multiprocessing.set_start_method(None, force=True)  # as in a fresh process
+    render_forks.install()
     runpy.run_path(words[0], run_name="__main__")

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import render_forks  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  (which comes with the first optimizer)
 
@@ -78,6 +79,7 @@ def kill_in_saving(number):
 
 
 def main():
+    render_forks.install()
     kills, seed, output_dir = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     arguments = [*sys.argv[4:], "--output_dir", str(output_dir), "--resume_from_checkpoint", "auto"]
     generator, in_saving = random.Random(seed), 0

@@ -2,6 +2,8 @@
 
 import functools
 
+import transformers
+
 from minisft.text.tokenizer import Tokenizer
 
 TINYLLAMA = "tokenizers/TinyLlama-1.1B-Chat-v0.6"
@@ -15,6 +17,12 @@ BAICHUAN2 = "tokenizers/Baichuan2"
 def load_tokenizer(folder):
     """The tokenizer in a folder, loaded once."""
     return Tokenizer.load(folder)
+
+
+@functools.cache
+def transformers_tokenizer(folder):
+    """transformers' tokenizer of a folder, loaded once."""
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def fitting(shared_data, name):

@@ -8,6 +8,7 @@ Neither the server nor the browser contacts another machine.
 
 import hmac
 import os
+import socket
 import sys
 import threading
 import traceback
@@ -283,6 +284,9 @@ def launch(
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts))
     blocks = build(page).queue(max_size=QUEUE_SIZE)
     try:
+        # gradio would wait five seconds for a server that cannot start.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
         blocks.launch(
             server_name=host,
             server_port=port,

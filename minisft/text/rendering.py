@@ -132,6 +132,15 @@ class Renderer:
                 raise
 
 
+def start_process(max_seconds: float) -> subprocess.Popen[bytes]:
+    """Start render_process.py."""
+    return subprocess.Popen(
+        [sys.executable, "-I", render_process.__file__, str(max_seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
 class ProcessEnded(Exception):
     """The process that renders has ended during a request. status: as of Popen.returncode."""
 
@@ -150,11 +159,7 @@ class RenderProcess:
     def __init__(self, template: str, max_seconds: float) -> None:
         self.owner, self.waiting = os.getpid(), deque[bytes]()
         self._answers: dict[bytes, dict[str, Any]] = {}  # to requests that `ask` passed over
-        self.popen = subprocess.Popen(
-            [sys.executable, "-I", render_process.__file__, str(max_seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        self.popen = start_process(max_seconds)
         self._write(json.dumps(template).encode() + b"\n")
 
     def send(self, request: bytes) -> None:

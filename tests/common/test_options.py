@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 import torch
-from conftest import command
+from conftest import ROOT, command
 
 import score
 import train
@@ -254,22 +254,18 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
 
 
 @pytest.mark.parametrize(
-    "before",
-    [[], ["-u"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]],
-    ids=["forked", "started", "torchrun"],
+    "before", [[], ["-m", "torch.distributed.run"]], ids=["forked", "torchrun"]
 )
-def test_the_suite_computes_in_float32(before, checkpoint, rows_file):
+def test_the_suite_computes_in_float32(before, tmp_path):
     """Python imports tests/startup/sitecustomize.py first, however a script is started."""
-    done = command(
-        model_name_or_path=checkpoint,
-        dataset=rows_file,
-        template="plain",
-        device="cpu",
-        output_dir="-",
-        dry_run=True,
-        before=before,
+    script = tmp_path / "type.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch; from minisft.common.devices import resolve_dtype\n"
+        "print(resolve_dtype('auto', torch.device('cpu')))\n"
     )
-    assert "float32 on 1 x cpu" in done.stdout, done.stdout + done.stderr
+    done = command(script=script, before=before)
+    assert done.stdout == "torch.float32\n", done.stdout + done.stderr
 
 
 def test_types_and_devices(monkeypatch):

@@ -120,7 +120,7 @@ def test_turns_are_dropped_half_the_room_at_a_time(template, system, tiny_chat_m
     length = lambda *turns: len(assistant.template.encode_prompt([system, *turns]))  # noqa: E731
     half = (450 - length(user("x"))) // 2
     turns, starts, longest = [], [0], 0
-    for number in range(40):
+    for number in range(24):
         question = user(f"question {number} " + "cat " * (5 * number % 7))
         kept = assistant.context.fit([system, *turns, question], max_new_tokens=50)
         start = len(turns) + 2 - len(kept)

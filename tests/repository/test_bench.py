@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 
+import torch
 from conftest import ROOT
 from forks import PRELOADED
 
-from bench import gpu
+from bench import gpu, gpu_stages
 
 QUICK = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHON": sys.executable}
 
@@ -25,13 +26,32 @@ def dry_run(path, *flags):
     return done, json.loads(path.read_text())["lines"]
 
 
-def test_a_dry_run_fills_every_line(tmp_path):
-    done, lines = dry_run(tmp_path / "results.json", "--minutes", "10")
+def test_a_dry_run_of_a_few_stages(tmp_path):
+    """Each in its own process; the last gets the limits that the first has measured."""
+    few = ["tests", "k-means", "decoding compiled, all layers"]
+    done, lines = dry_run(tmp_path / "results.json", "--only", *few, "--minutes", "10")
     assert done.returncode == 0, done.stdout + (tmp_path / "results.json.log").read_text()
     assert [line["name"] for line in lines] == [
         "matrix product",
         "memory copy",
         "tests/repository/test_cuda.py",
+        "k-means",
+        "llama3-8b decoding, batch 1, compiled",
+    ]
+    assert lines[2]["figure"] == 0 and "skipped" in lines[2]["note"]
+    assert lines[-1]["share"] > 0
+
+
+@torch.compiler.set_stance("force_eager")
+def test_every_stage_fills_its_lines(tmp_path):
+    """In this process, which has loaded the peers already."""
+    bench = gpu_stages.Bench(True, {gpu_stages.MATMUL: 1e9, gpu_stages.COPY: 1e9})
+    results = gpu.Results(tmp_path / "results.json", {})
+    for name, stage in gpu.STAGES.items():
+        if stage.function and name not in ("limits", "decoding compiled, all layers"):
+            for line in getattr(gpu_stages, stage.function)(bench, *stage.arguments):
+                results.add(line)
+    assert [line["name"] for line in results.lines] == [
         *(
             f"{shape} lora, {way}"
             for shape in ("tinyllama", "llama3-8b")
@@ -43,10 +63,8 @@ def test_a_dry_run_fills_every_line(tmp_path):
         "llama3-8b decoding, batch 8",
         "llama3-8b, 1 layers, decoding, batch 1, compiled",
         "tinyllama scoring",
-        "k-means",
-        "llama3-8b decoding, batch 1, compiled",
     ]
-    for line in lines[3:-2]:
+    for line in results.lines:
         assert line["ratio"] == line["figure"] / line["peer"] and line["share"] > 0, line
 
 

@@ -20,7 +20,7 @@ from standing import lines_in, standing_still, wait_until
 import score as script
 from minisft.common.errors import UserError
 
-NUM_ROWS = 300
+NUM_ROWS = 120
 PROMPT = (
     "Below is an instruction that describes a task{}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{}\n\n{}### Response:"
@@ -34,7 +34,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def real(shared_data, tmp_path_factory):
-    """(model folder, 300 rows of cherry_alpaca that have an answer, a file of them)."""
+    """(model folder, 120 rows of cherry_alpaca that have an answer, a file of them)."""
     content = (shared_data / "instruct/cherry_alpaca.json").read_text(encoding="utf-8")
     rows = [row for row in json.loads(content) if row["output"].strip()][:NUM_ROWS]
     path = tmp_path_factory.mktemp("cherry") / "rows.json"
@@ -141,7 +141,7 @@ def score_here(monkeypatch, *words):
 def test_equals_transformers_row_by_row(real, tmp_path):
     model, _, path = real
     expected = row_by_row(model, path)
-    assert sum(one is not None for one in expected) > 150
+    assert sum(one is not None for one in expected) > 60
     done = score(model, path, tmp_path / "s.jsonl", "--mode", "all")
     assert done.returncode == 0, done.stderr
     check(read(tmp_path / "s.jsonl"), expected)

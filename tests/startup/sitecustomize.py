@@ -4,8 +4,12 @@ Python imports a module of this name when it starts, and conftest.py puts this f
 scripts that tests start, the processes that torchrun starts and the fork server all get it. When
 minisft.common.devices is loaded, it says that no processor is fast at bfloat16. A test about
 precision gives --dtype, or replaces the function once more.
+
+Nothing waits for the disk: the system keeps what a killed process has written, and no test cuts the
+power.
 """
 
+import os
 import sys
 from importlib.machinery import PathFinder
 
@@ -32,3 +36,4 @@ def replace(load, module):
 
 
 sys.meta_path.insert(0, Float32)
+os.fsync = lambda descriptor: None

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_tokenizers import fitting, load_tokenizer
+from real_tokenizers import fitting, load_tokenizer, transformers_tokenizer
 
 from minisft.common.errors import UserError
 from minisft.text.template_choice import NAMES, get_template
@@ -94,9 +94,8 @@ def test_a_template_that_changes_its_messages(tiny_tokenizer_dir):
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_equal_transformers_where_nothing_is_spelled(shared_data, name):
     """The ids of the rendered text, cut where an answer begins."""
-    transformers = pytest.importorskip("transformers")
     for tokenizer in fitting(shared_data, name):
-        oracle = transformers.AutoTokenizer.from_pretrained(tokenizer.model_dir)
+        oracle = transformers_tokenizer(tokenizer.model_dir)
         template = get_template(name, tokenizer)
         for text in ("Name a colour.", "  你好\t👋  ", "\nTwo\n\nlines", "a<b>c [x]"):
             messages = conversation(text, "Red.")

@@ -10,8 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import render_forks
 from standing import HANG_SECONDS, state_of, wait_until
 
+from minisft.text import rendering
 from minisft.text.rendering import Renderer, RenderProcess, TemplateError, TemplateTimeout
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
@@ -19,6 +21,12 @@ from minisft.text.tokenizer import Tokenizer
 NOW = "2026-01-02T03:04:05"
 HELLO = [{"role": "user", "content": "Hello"}]
 GOOD = "{{ messages[0]['content'] }}"
+
+
+@pytest.fixture(autouse=True)
+def real_processes(monkeypatch):
+    """Those that users have, not forked ones."""
+    monkeypatch.setattr(rendering, "start_process", render_forks.REAL)
 
 
 def render(renderer: Renderer, **variables) -> str:
@@ -55,7 +63,7 @@ def guarded(template: str) -> str:
     ],
 )
 def test_endless_templates_end(template):
-    check_refused(guarded(template), "needs more than 0.5 seconds", max_seconds=0.5)
+    check_refused(guarded(template), "needs more than 0.2 seconds", max_seconds=0.2)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +187,13 @@ def test_what_transformers_gives_to_templates():
     assert render(Renderer(text)) == '{"é<": [1]}02 Jan 202601'
 
 
-def test_a_process_that_is_gone_is_replaced():
-    renderer = Renderer(GOOD)
+@pytest.mark.parametrize("start", [render_forks.REAL, render_forks.Forked])
+def test_a_process_that_is_gone_is_replaced(start, monkeypatch):
+    """Those that other tests fork do the same."""
+    monkeypatch.setattr(rendering, "start_process", start)
+    renderer = Renderer("{% if slow %}" + COUNT + "{% endif %}" + GOOD, max_seconds=0.2)
+    with pytest.raises(TemplateTimeout, match="more than 0.2 seconds"):
+        render(renderer, slow=True, count=SLOW)
     assert render(renderer) == "Hello"
     os.kill(renderer.process_id, signal.SIGKILL)
     with pytest.raises(TemplateError, match="ended the process"):

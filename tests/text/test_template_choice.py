@@ -1,10 +1,10 @@
 """Sources of a template's text: names, files, settings, and the template of a training."""
 
 import json
-import shutil
 
 import pytest
 import transformers
+from conftest import without_bos
 from real_tokenizers import LLAMA3, MISTRAL, QWEN, TINYLLAMA, load_tokenizer
 from template_checkpoints import build_checkpoint
 
@@ -17,7 +17,7 @@ SYSTEM = {"role": "system", "content": "Be brief.\nBe kind."}
 QUESTION = [{"role": "user", "content": "Hi"}]
 
 
-def test_default_system_prompt(shared_data, tmp_path):
+def test_default_system_prompt(shared_data, tiny_tokenizer_dir, tmp_path):
     """The system prompt is written into the text, so that other programs render it as well."""
     question, tail = QUESTION, "<|im_start|>user\nHi<|im_end|>\n"
     qwen = load_tokenizer(shared_data / QWEN)
@@ -25,17 +25,17 @@ def test_default_system_prompt(shared_data, tmp_path):
     assert get_template("auto", qwen, default_system="").render(question).endswith(tail)
     assert get_template("chatml", qwen).render(question) == tail
     text = 'Say "你好" \\o/,\n\tthen {{ go }} {% on %}.'
-    shutil.copytree(shared_data / QWEN, tmp_path / "saved")
-    for name in ("auto", "chatml", "qwen3"):
-        template = get_template(name, qwen, default_system=text)
+    small = Tokenizer.load(without_bos(tiny_tokenizer_dir, tmp_path / "small"))
+    for name, tokenizer in (("auto", qwen), ("chatml", small), ("qwen3", small)):
+        template = get_template(name, tokenizer, default_system=text)
         expected = f"<|im_start|>system\n{text}<|im_end|>\n{tail}"
         assert template.render(question) == expected
         assert template.render([SYSTEM, *question]) != expected
-        qwen.save(tmp_path / "saved", template.text)
-        hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+        tokenizer.save(tmp_path / name, template.text)
+        hf = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
         assert hf.apply_chat_template(question, tokenize=False) == expected
         # A second time, and read back: the lines are written once.
-        again = get_template("auto", Tokenizer.load(tmp_path / "saved"), default_system=text)
+        again = get_template("auto", Tokenizer.load(tmp_path / name), default_system=text)
         assert again.text == template.text
     with pytest.raises(UserError, match="--default_system contains '<.im_end.>', a control"):
         get_template("chatml", qwen, default_system="a <|im_end|>")

@@ -71,14 +71,14 @@ def test_resumed_equals_undisturbed(finetuning_type, flags, tmp_path):
         assert_equal_runs(whole, parts)
 
 
-def test_killed_eight_times(flags, tmp_path):
-    """After 8 SIGKILLs at random moments, also while saving, the result is the same."""
-    flags = [*flags, "--max_steps", 120, "--save_steps", 2]
+def test_killed_four_times(flags, tmp_path):
+    """After 4 SIGKILLs at random moments, also while saving, the result is the same."""
+    flags = [*flags, "--max_steps", 80, "--save_steps", 2]
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
-    words = [sys.executable, ROOT / "tests/kill_and_resume.py", 8, 1, tmp_path / "killed", *flags]
+    words = [sys.executable, ROOT / "tests/kill_and_resume.py", 4, 1, tmp_path / "killed", *flags]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stdout.startswith("8 killed")
+    assert done.stdout.startswith("4 killed")
     assert int(done.stdout.split()[2]) >= 1, "no kill fell into saving"
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
@@ -98,8 +98,7 @@ def test_signals_save_and_print_how_to_continue(flags, tmp_path):
         assert_equal_runs(tmp_path / "whole", stopped)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_to_torchrun(number, flags, tmp_path):
+def test_a_signal_to_torchrun(flags, tmp_path):
     flags, told = [*flags, "--max_steps", 9], tmp_path / "told"
     assert command(*flags, "--output_dir", tmp_path / "whole", processes=2).returncode == 0
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -109,7 +108,7 @@ def test_signals_to_torchrun(number, flags, tmp_path):
         list(map(str, words)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     wait_until(lambda: lines_in(told) == 2, process)  # both of them in the fourth step
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=HANG_SECONDS)
     continue_as_told(output, ["torchrun", *torchrun[2:]], 2)
     assert_equal_runs(tmp_path / "whole", tmp_path / "it was stopped")

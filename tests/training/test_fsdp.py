@@ -60,7 +60,6 @@ SHORT = {
         *("--model_name_or_path", "baichuan-7B", "--finetuning_type", "full"),
         "--gradient_checkpointing",
     ],
-    "baichuan 7B, lora": ["--model_name_or_path", "baichuan-7B", "--modules_to_save", "lm_head"],
     "baichuan 13B": [
         *("--model_name_or_path", "baichuan-13B", "--finetuning_type", "full", "--packing"),
     ],
@@ -71,7 +70,6 @@ SHORT = {
         *("--add_tokens", ",".join(NEW)),
     ],
     "packed": ["--model_name_or_path", "plain", "--packing"],
-    "bfloat16": ["--model_name_or_path", "plain", "--dtype", "bfloat16"],
     "float16": ["--model_name_or_path", "plain", "--dtype", "float16"],
 }
 

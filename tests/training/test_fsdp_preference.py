@@ -76,7 +76,6 @@ SHORT = {
     "dpo bfloat16": as_flags(
         model_name_or_path="plain", stage="dpo", finetuning_type="full", dtype="bfloat16"
     ),
-    "rm bfloat16": as_flags(model_name_or_path="plain", stage="rm", dtype="bfloat16"),
 }
 
 
