@@ -87,6 +87,8 @@ def draw(parts: Sequence[Sequence[Summary]], path: Path) -> None:
         cost.barh(places, training, height, left=choosing, color=color, alpha=0.4)
     bad.axvline(100 * BAD_SHARE, color="black", linewidth=0.8, linestyle=":")
     draw_sources(sources, shown[0], labels)
+    for panel, name, scale in ((loss, "loss_difference", 1), (checks, "checks_difference", 100)):
+        limit_to_selections(panel, shown, name, scale)
     titles = {
         bad: "bad rows taken\n% (dotted: of the pool)",
         length: "answer\ntokens",
@@ -117,6 +119,28 @@ def draw_differences(
             axes.plot(scale * value.mean, place, "o", color=color, markersize=5)
 
 
+def limit_to_selections(
+    axes: Axes, parts: Sequence[Sequence[Summary]], name: str, scale: int
+) -> None:
+    """Limit a panel to the strategies that select: all rows may be far away, and are then named."""
+    lines = [line for part in parts for line in part if line.strategy != "all"]
+    values = [value for line in lines if (value := getattr(line, name))]
+    if not values:
+        return
+    most = 1.1 * scale * max(max(abs(value.low), abs(value.high)) for value in values)
+    most = max(most, 1e-3)
+    axes.set_xlim(-most, most)
+    last = len({line.label for part in parts for line in part}) - 1
+    all_rows = [line for part in parts for line in part if line.strategy == "all"]
+    means = [scale * value.mean for line in all_rows if (value := getattr(line, name))]
+    for mean in means[:1]:
+        if abs(mean) > most:
+            side, place = ("left", 0.02) if mean < 0 else ("right", 0.98)
+            where = axes.get_yaxis_transform()
+            text = f"{mean:+.2f}, beyond"
+            axes.text(place, last, text, ha=side, va="center", fontsize=7, transform=where)
+
+
 def draw_sources(axes: Axes, part: Sequence[Summary], labels: Sequence[str]) -> None:
     """A coloured cell for each strategy and source: green is a lower loss than random's."""
     compared = [line for line in part if line.source_differences]
@@ -131,6 +155,7 @@ def draw_sources(axes: Axes, part: Sequence[Summary], labels: Sequence[str]) -> 
     axes.imshow(table, cmap="PiYG_r", vmin=-limit, vmax=limit, aspect="auto")
     for row, column in np.argwhere(~np.isnan(table)):
         text = f"{table[row, column]:+.2f}".replace("+0.", "+.").replace("-0.", "-.")
-        axes.text(column, row, text, ha="center", va="center", fontsize=7)
+        color = "white" if abs(table[row, column]) > 0.7 * limit else "black"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axes.grid(False)
