@@ -298,6 +298,15 @@ def test_costs(study):
     assert math.isfinite(selection.estimate(parse_options(["--data_dir", "d"]), [], []))
 
 
+def test_the_places_of_the_tables_are_in_the_pages():
+    for name, marks in (
+        ("selection.md", (selection_report.BEGIN, selection_report.END)),
+        ("training.md", ("<!-- preference -->\n", "<!-- /preference -->")),
+    ):
+        text = (selection_report.DOCS / name).read_text(encoding="utf-8")
+        assert [text.count(mark) for mark in marks] == [1, 1]
+
+
 def test_budgets_of_the_command_line():
     options = parse_options(["--data_dir", "d", "--budgets", "20t", "5"])
     assert [Budget.parse(text) for text in options.budgets] == [Budget(20, True), Budget(5)]
