@@ -3,8 +3,8 @@
     python bench/plan.py                             # some minutes
     python bench/plan.py --only LoRA --max_steps 5
 
-The rows are the orders of examples/orders.py. The plan's memory is that of tensors. The run's is the
-peak of its process, less that of a process that has only imported what training imports.
+The rows are the orders of examples/orders.py. The plan counts the memory of tensors. The run shows
+the peak of its process, less what the process has before it begins: Python and torch.
 """
 
 import argparse

@@ -176,7 +176,7 @@ def run_theirs(settings: Namespace, model_dir: Path, folder: Path) -> dict[str, 
     save_adapter(start, folder / "start", lora_config, model_dir)
     del start
 
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    their_tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_dir)
     their_tokenizer.pad_token = their_tokenizer.pad_token or their_tokenizer.eos_token
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, folder / "start", is_trainable=True)
