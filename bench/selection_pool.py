@@ -123,7 +123,7 @@ def make_data(
         num_held_out = min(held_out, len(records) // 3)
         num_targets = min(NUM_TARGETS, len(records) // 6) if name in TARGET_SOURCES else 0
         data.held_out += records[:num_held_out]
-        if num_targets:
+        if name in TARGET_SOURCES:
             data.targets[name] = records[num_held_out : num_held_out + num_targets]
         data.pool += records[num_held_out + num_targets :]
     make_bad(data.pool, fits, generator)
