@@ -1,387 +1,189 @@
-"""What does selection gain? The recipe against all rows and against controls, over several seeds.
+"""Which rows should one train on? Strategies against random rows, on a real model and real data.
 
-    python bench/selection.py --jobs 2                       # everything; hours on two cores
-    python bench/selection.py --methods recipe random --rates 0.05 --seeds 0      # a few cells
-    python bench/selection.py --write_docs                   # only the table and the picture
+    python bench/selection.py --data_dir DATA --runs 0                      # only the estimate
+    python bench/selection.py --data_dir DATA --jobs 2                      # run what is missing
+    python bench/selection.py --data_dir DATA --budgets 300 --minutes 120   # no new run after that
+    python bench/selection.py --report --write_docs      # tables and figure; docs/selection.md too
 
-A cell is a method, a share of the rows and a seed: choose the rows, train the base model of
-examples/ on them as in examples/demo.toml, answer the held-out questions. Its result is appended to
-results.jsonl in the output folder, so an interrupted command continues where it stopped.
+SmolLM2-135M-Instruct learns, by LoRA, rows that a strategy has chosen from a pool in which 15 % of
+the rows are bad (selection_pool.py lists the sources). Measured are the loss on held-out rows of
+every source, and the right answers to 200 prompts that a program checks (selection_checks.py). Each
+run, a strategy, a budget and a seed, is a line of results.jsonl in --output_dir. An interrupted
+command continues there; tables and figure come from the lines that exist.
 
-The data has rows that are known to be bad. The benchmark counts their share of the chosen rows;
-training never sees the mark. A selection is trained for the epochs of the recipe, and for at least
---min_steps optimizer steps: 5 % of the rows would be only fifty steps. `all, same steps` trains all
-rows for that many steps, the same amount of computation.
+With a budget of rows all strategies take the same number of steps; with one of answer tokens
+(300t), the same number of epochs.
 """
 
-import argparse
 import json
-import math
 import os
-import statistics
-import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from matplotlib.figure import Figure  # noqa: E402
-from scipy.stats import t  # noqa: E402
+from bench.selection_options import Budget, parse_options  # noqa: E402
+from minisft.common.script import run_script  # noqa: E402
 
-from bench.measure import flags, output_of  # noqa: E402
+if __name__ == "__main__":
+    # Before the heavy modules, so that --help and a mistyped flag answer at once.
+    command_line = run_script(parse_options)
+else:
+    command_line = None
+
+import torch  # noqa: E402
+from real import unpack_model  # noqa: E402
+
+from bench.selection_checks import KINDS, MAX_NEW_TOKENS  # noqa: E402
+from bench.selection_pool import SOURCES, check_files  # noqa: E402
+from bench.selection_report import write_report  # noqa: E402
+from bench.selection_run import Result, Run, operations, prepare, run_one  # noqa: E402
+from minisft.common.errors import UserError  # noqa: E402
 from minisft.common.hashes import sha256  # noqa: E402
-from minisft.data.dataset import load_rows  # noqa: E402
-from minisft.generation.assistant import Assistant  # noqa: E402
-from minisft.generation.sampling import Sampling  # noqa: E402
+from minisft.common.json_files import read_json, write_json  # noqa: E402
+from minisft.common.outputs import atomic_write  # noqa: E402
+from minisft.common.words import duration  # noqa: E402
+from minisft.training.metrics import read_metrics  # noqa: E402
 
-BASE, DATA = ROOT / "examples/base", ROOT / "examples/data"
-RECIPE, DOCS = ROOT / "examples/demo.toml", ROOT / "docs"
-TEMPLATE, BATCH_SIZE = "plain", 16
-METHODS = {
-    "recipe": "ifd after pre-experience",
-    "ifd": "ifd without pre-experience",
-    "longest": "the longest answers",
-    "random": "random",
-    "random_matched": "random, lengths of the recipe",
-    "all": "all rows",
-    "all_same_steps": "all rows, same steps",
-}
-ALL_ROWS = ("all", "all_same_steps")  # methods that select nothing
-BEGIN, END = "<!-- begin: bench/selection.py --write_docs -->", "<!-- end -->"
+# For the estimate before the first run. Tokens a second of two cores in bfloat16: of training, of
+# forward passes, and of answers; mean tokens of a row; rows of the pool.
+TRAINED, READ, ANSWERED, MEAN_TOKENS, NUM_ROWS = 500, 1600, 130, 265, 5500
+RANDOM_SEEDS = 5  # every other strategy is compared with random
+# The settings that all runs share.
+SHARED = """model_name_or_path template cutoff_len held_out per_kind epochs lora_rank learning_rate
+    dtype clusters pre_rows max_rows""".split()
 
 
-# The result of a cell, a line of results.jsonl.
-Result = dict[str, Any]
-
-
-def call(script: str, *words: object, log: Path) -> None:
-    """Run a script; its output goes to the file `log`."""
-    command = [sys.executable, str(ROOT / script), *map(str, words)]
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(command)}\n")
-        file.flush()
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-    if done.returncode:
-        sys.exit(f"{script} failed; see {log}")
-
-
-class Cells:
-    """Runs cells in a folder. Files that exist are not made again."""
-
-    def __init__(self, options: Namespace):
-        self.options, self.folder = options, Path(options.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.train_file = DATA / "train.json"
-
-    def prepare(self, seed: int) -> None:
-        """For a seed: embeddings and scores of the base, pre-experience, scores after it."""
-        before, adapter = self.folder / "before.jsonl", self.folder / f"pre-{seed}"
-        log, chosen = self.folder / f"prepare-{seed}.log", adapter.with_suffix(".json")
-        shared = flags(
-            model_name_or_path=BASE, template=TEMPLATE, dtype="float32", dataset=self.train_file
-        )
-        score = partial(call, "score.py", *shared, log=log)
-        score("--mode", "all", "--output", before)
-        if not (adapter / "adapter_model.safetensors").exists():
-            words = flags(
-                embeddings=before.with_name("before.embeddings.npy"),
-                clusters=self.options.clusters,
-                per_cluster=self.options.per_cluster,
-            )
-            self.select("cluster", chosen, seed, log, *words)
-            # Small batches, so that an epoch of a few hundred rows has more than a few steps.
-            words = flags(num_train_epochs=1, per_device_train_batch_size=8)
-            self.train(chosen, adapter, seed, log, *words)
-        score("--adapter", adapter, "--output", self.folder / f"scores-{seed}.jsonl")
-        for rate in self.options.rates:  # two methods need it, perhaps at the same time
-            self.chosen_file("recipe", rate, seed, log)
-
-    def select(self, strategy: str, output: Path, seed: int, log: Path, *more: object) -> None:
-        """Choose rows with select.py, unless the output exists."""
-        if not Path(f"{output}.manifest").exists():
-            words = flags(
-                dataset=self.train_file,
-                strategy=strategy,
-                seed=seed,
-                output=output,
-                overwrite=True,
-            )
-            call("select.py", *words, *more, log=log)
-
-    def train(self, dataset: Path, output_dir: Path, seed: int, log: Path, *more: object) -> None:
-        """Train an adapter with the recipe."""
-        words = flags(
-            config=RECIPE,
-            dataset=dataset,
-            seed=seed,
-            output_dir=output_dir,
-            overwrite_output_dir=True,
-        )
-        call("train.py", *words, *more, log=log)
-
-    def chosen_file(self, method: str, rate: float, seed: int, log: Path) -> Path:
-        """The file of the rows that a cell trains on."""
-        if method in ALL_ROWS:
-            return self.train_file
-        output = self.folder / f"{method}-{rate}-{seed}.json"
-        size = flags(sample_rate=rate)
-        after = flags(scores=self.folder / f"scores-{seed}.jsonl")
-        before = flags(scores=self.folder / "before.jsonl")
-        if method == "recipe":
-            self.select("ifd", output, seed, log, *after, *size)
-        elif method == "random_matched":
-            match = flags(match=self.chosen_file("recipe", rate, seed, log))
-            self.select("random_matched", output, seed, log, *after, *match)
-        elif method == "random":
-            self.select(method, output, seed, log, *size)
-        else:
-            self.select(method, output, seed, log, *before, *size)
-        return output
-
-    def run(self, method: str, rate: float, seed: int) -> Result:
-        """Choose, train and evaluate one cell."""
+def main(options: Namespace | None = None) -> None:
+    """Prepare, run what is missing, report."""
+    options = options or parse_options()
+    folder = Path(options.output_dir)
+    runs, results = wanted_runs(options), read_metrics(folder / "results.jsonl")
+    if not options.report:
+        check_files(Path(options.data_dir))
+        missing = missing_runs(runs, results)
+        seconds = estimate(options, missing, results)
+        print(f"{len(runs)} runs, {len(missing)} to do: about {duration(seconds)}", flush=True)
+        missing = missing[: options.runs]
+        if not missing:
+            return
         began = time.monotonic()
-        name = f"{method}-{rate}-{seed}"
-        log, adapter = self.folder / f"{name}.log", self.folder / f"{name}-model"
-        dataset = self.chosen_file(method, rate, seed, log)
-        rows = json.loads(dataset.read_text(encoding="utf-8"))
-        steps = self.options.min_steps
-        if method != "all_same_steps":
-            steps = max(steps, self.options.epochs * math.ceil(len(rows) / BATCH_SIZE))
-        words = flags(
-            max_steps=steps,
-            per_device_train_batch_size=BATCH_SIZE,
-            dataloader_num_workers=0,
-            save_steps=10**6,
-        )
-        self.train(dataset, adapter, seed, log, *words)
-        answer = json.loads(output_of(__file__, "--evaluate", adapter))
-        return {
-            "method": method,
-            "rate": rate,
-            "seed": seed,
-            "num_rows": len(rows),
-            "steps": steps,
-            "exact_match": answer["exact_match"],
-            "bad_share": sum(row["quality"] != "good" for row in rows) / len(rows),
-            "mean_answer_characters": statistics.mean(len(row["output"]) for row in rows),
-            "seconds": round(time.monotonic() - began, 1),
-        }
-
-
-def evaluate(adapter: str) -> None:
-    """Print the share of held-out questions that an adapter answers exactly."""
-    held_out = load_rows(DATA / "heldout.json")
-    assistant = Assistant(BASE, adapter=adapter, template=TEMPLATE)
-    questions = [{"messages": row.messages[:-1]} for row in held_out]
-    sampling = Sampling(max_new_tokens=48, greedy=True)
-    answers, _ = assistant.inference(questions, sampling, batch_size=64)
-    right = sum(
-        answer.strip() == row.messages[-1]["content"]
-        for answer, row in zip(answers, held_out, strict=True)
-    )
-    print(json.dumps({"exact_match": right / len(held_out), "questions": len(held_out)}))
-
-
-def identity(options: Namespace) -> dict[str, Any]:
-    """The settings that all results of a table must share."""
-    files = [BASE / "model.safetensors", DATA / "train.json", DATA / "heldout.json", RECIPE]
-    return {
-        "files": [sha256(path) for path in files],
-        "min_steps": options.min_steps,
-        "epochs": options.epochs,
-        "clusters": options.clusters,
-        "per_cluster": options.per_cluster,
-    }
-
-
-def read_results(path: Path, record: dict[str, Any]) -> list[Result]:
-    """The results so far. Exits if they belong to another base, data set or setting."""
-    if not path.exists():
-        path.write_text(json.dumps(record) + "\n")
-    first, *results = map(json.loads, path.read_text().splitlines())
-    if first != record:
-        sys.exit(
-            f"{path} has results of another base, data set, recipe or setting. Give another "
-            "--output_dir."
-        )
-    return results
-
-
-def run_missing(options: Namespace, path: Path, results: list[Result]) -> None:
-    """Run the cells without a result, --jobs at a time, and append each result."""
-    cells = Cells(options)
-    done = {(result["method"], result["rate"], result["seed"]) for result in results}
-    wanted = [
-        (method, 1.0 if method in ALL_ROWS else rate, seed)
-        for seed in options.seeds
-        for method in options.methods
-        for rate in (options.rates[:1] if method in ALL_ROWS else options.rates)
-    ]
-    missing = [cell for cell in wanted if cell not in done]
-    print(f"{len(wanted)} cells, {len(missing)} to do", flush=True)
-    for seed in sorted({seed for method, _, seed in missing if method not in ALL_ROWS}):
-        cells.prepare(seed)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for job in as_completed([pool.submit(cells.run, *cell) for cell in missing]):
-            result = job.result()
-            with open(path, "a") as file:
+        options.model_name_or_path = options.model_name_or_path or str(unpack_model())
+        folder.mkdir(parents=True, exist_ok=True)
+        check_settings(options, folder)
+        # Without a line that a crash has left incomplete.
+        with atomic_write(folder / "results.jsonl") as file:
+            file.writelines(json.dumps(result) + "\n" for result in results)
+        prepare(options, folder)
+        write_json(operations(options), folder / "operations.json")
+        end = began + 60 * options.minutes if options.minutes else None
+        for result in run_all(options, missing, end):
+            with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-            results.append(result)
-            print(
-                "{method:15} {rate:5.0%} seed {seed}: {num_rows:5,} rows, {steps:5,} steps, "
-                "exact match {exact_match:6.1%}, bad {bad_share:5.1%}, {seconds:,.0f} s".format(
-                    **result
-                ),
-                flush=True,
-            )
+            took = duration(sum(result["seconds"].values()))
+            print(f"{result['strategy']} {result['budget']} seed {result['seed']}: {took}")
+    wanted = [(run.strategy, run.budget, run.seed) for run in runs]
+    write_report(folder, wanted, options.write_docs)
 
 
-@dataclass
-class Summary:
-    """A method at a rate: means over its runs."""
-
-    method: str
-    rate: float
-    exact_match: float
-    interval: float | None  # half of the 95 % interval of exact_match; None for a single run
-    bad_share: float
-    mean_answer_characters: float
-    num_rows: int
-    steps: int
-    num_runs: int
-
-
-def summarize(results: list[Result]) -> list[Summary]:
-    """A Summary of each method and rate. Intervals are by Student's t, over seeds."""
-    summaries = []
-    for method in METHODS:
-        for rate in sorted({result["rate"] for result in results if result["method"] == method}):
-            runs = [run for run in results if (run["method"], run["rate"]) == (method, rate)]
-            values, interval = [run["exact_match"] for run in runs], None
-            if len(runs) > 1:
-                error = statistics.stdev(values) / len(runs) ** 0.5
-                interval = float(t.ppf(0.975, len(runs) - 1)) * error
-            summaries.append(
-                Summary(
-                    method,
-                    rate,
-                    statistics.mean(values),
-                    interval,
-                    statistics.mean(run["bad_share"] for run in runs),
-                    statistics.mean(run["mean_answer_characters"] for run in runs),
-                    runs[0]["num_rows"],
-                    runs[0]["steps"],
-                    len(runs),
-                )
-            )
-    return summaries
+def wanted_runs(options: Namespace) -> list[Run]:
+    """All runs of the study, one budget after the other: each budget is a result by itself."""
+    runs = [Run("base", "none", 0)]
+    for budget in [*options.budgets, "all"]:
+        for name in options.strategies:
+            num_seeds = options.seeds
+            if name == "random" and not options.smoke:
+                num_seeds = max(num_seeds, RANDOM_SEEDS)
+            if (name == "all") != (budget == "all") or (
+                name == "all_same_steps" and budget.endswith("t")
+            ):
+                continue
+            runs += [Run(name, budget, seed) for seed in range(num_seeds)]
+    return runs
 
 
-def table(summaries: Iterable[Summary]) -> str:
-    """The summaries as a Markdown table."""
-    lines = [
-        "| rows trained on | share | rows | steps | exact match | bad rows let through | "
-        "characters of an answer | runs |",
-        "|---|---|---|---|---|---|---|---|",
+def missing_runs(runs: Sequence[Run], results: Sequence[Result]) -> list[Run]:
+    """The runs without a result."""
+    done = {(result["strategy"], result["budget"], result["seed"]) for result in results}
+    return [run for run in runs if (run.strategy, run.budget, run.seed) not in done]
+
+
+def estimate(options: Namespace, missing: Sequence[Run], results: Sequence[Result]) -> float:
+    """Seconds that the missing runs take: at the speed of the runs so far, else of two cores."""
+    num_tokens = MEAN_TOKENS * sum(rows_seen(options, run) for run in missing)
+    timed = [result for result in results if result["trained_tokens"]]
+    if timed:
+        training = sum(result["seconds"]["train"] for result in timed)
+        speed = sum(result["trained_tokens"] for result in timed) / training
+        measuring = sum(result["seconds"]["measure"] for result in timed) / len(timed)
+        return (num_tokens / speed + len(missing) * measuring) / options.jobs
+    losses = len(SOURCES) * options.held_out * MEAN_TOKENS / READ
+    answers = len(KINDS) * options.per_kind * MAX_NEW_TOKENS / ANSWERED
+    num_rows = min(NUM_ROWS, len(SOURCES) * (options.max_rows or NUM_ROWS))
+    preparing = 4.5 * num_rows * MEAN_TOKENS / READ  # IFD twice, embeddings twice
+    return num_tokens / TRAINED + len(missing) * (losses + answers) + preparing
+
+
+def rows_seen(options: Namespace, run: Run) -> int:
+    """About how many rows a run trains on, repetitions included."""
+    if run.strategy == "base":
+        return 0
+    if run.strategy == "all":
+        return NUM_ROWS
+    return options.epochs * Budget.parse(run.budget).num_rows
+
+
+def check_settings(options: Namespace, folder: Path) -> None:
+    """Record the settings that all runs share. UserError if the folder has runs with others."""
+    settings = {name: getattr(options, name) for name in SHARED}
+    settings["files"] = [
+        sha256(path)
+        for source in SOURCES.values()
+        if (path := Path(options.data_dir) / source.file_name).is_file()
     ]
-    for line in summaries:
-        interval = f" ± {line.interval:.1%}" if line.interval is not None else ""
-        lines.append(
-            f"| {METHODS[line.method]} | {line.rate:.0%} | {line.num_rows:,} | {line.steps:,} | "
-            f"{line.exact_match:.1%}{interval} | {line.bad_share:.1%} | "
-            f"{line.mean_answer_characters:.1f} | {line.num_runs} |"
-        )
-    return "\n".join(lines)
-
-
-def draw(summaries: list[Summary], path: Path) -> None:
-    """Draw exact match over the share of rows, a line for each method, with its intervals."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="share of the rows trained on", ylabel="exact match")
-    for number, method in enumerate(METHODS):
-        points = [summary for summary in summaries if summary.method == method]
-        if points and method in ALL_ROWS:
-            style = "--" if method == "all" else ":"
-            label = METHODS[method]
-            axes.axhline(points[0].exact_match, linestyle=style, color="black", label=label)
-        elif points:
-            axes.errorbar(
-                # Shifted a little, so that intervals do not hide each other.
-                [point.rate * (1 + 0.03 * (number - 2)) for point in points],
-                [point.exact_match for point in points],
-                [point.interval or 0 for point in points],
-                marker="o",
-                capsize=3,
-                label=METHODS[method],
+    path = folder / "settings.json"
+    recorded = read_json(path, missing=settings)
+    for name, value in settings.items():
+        if recorded.get(name) != value:
+            raise UserError(
+                f"--output_dir {folder} has runs with {name} {recorded.get(name)}, not {value}. "
+                "Give another folder, or the same setting."
             )
-    axes.set_xticks(sorted({line.rate for line in summaries if line.method not in ALL_ROWS}))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize="small", loc="outside right upper")
-    figure.savefig(path, dpi=120)
+    write_json(settings, path)
 
 
-def write_docs(text: str) -> None:
-    """Put the table and the picture between the marks in docs/selection.md."""
-    page = DOCS / "selection.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(
-        f"{before}{BEGIN}\n\n{text}\n\n![exact match](selection.png)\n\n{END}{after}",
-        encoding="utf-8",
-    )
+def run_all(options: Namespace, missing: Sequence[Run], end: float | None) -> Iterator[Result]:
+    """The results of the runs, --jobs at a time; no run begins after the time `end`."""
+    waiting = iter(missing)
 
+    def next_run() -> Run | None:
+        is_over = end is not None and time.monotonic() > end
+        return None if is_over else next(waiting, None)
 
-def main() -> None:
-    """Run the missing cells, then write the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.05, 0.1, 0.2])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--epochs", type=int, default=6, help="epochs, as in examples/demo.toml")
-    parser.add_argument("--min_steps", type=int, default=240, help="minimum of optimizer steps")
-    parser.add_argument("--clusters", type=int, default=30, help="clusters of the pre-experience")
-    parser.add_argument("--per_cluster", type=int, default=10)
-    parser.add_argument("--jobs", type=int, default=1, help="cells that run at the same time")
-    parser.add_argument("--output_dir", default=str(ROOT / "runs/selection"))
-    parser.add_argument(
-        "--write_docs",
-        action="store_true",
-        help="run nothing; write the table and the picture of docs/selection.md",
-    )
-    parser.add_argument("--evaluate", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if options.evaluate:
-        evaluate(options.evaluate)
+    if options.jobs == 1:
+        while run := next_run():
+            yield run_one(options, run)
         return
-
-    path = Path(options.output_dir) / "results.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = read_results(path, identity(options))
-    if not options.write_docs:
-        run_missing(options, path, results)
-    if not results:
-        sys.exit(f"{path}: there are no results yet")
-    summaries = summarize(results)
-    draw(
-        summaries, DOCS / "selection.png" if options.write_docs else path.with_name("selection.png")
-    )
-    if options.write_docs:
-        write_docs(table(summaries))
-    print(table(summaries))
+    num_threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with ProcessPoolExecutor(
+        options.jobs, get_context("spawn"), torch.set_num_threads, (num_threads,)
+    ) as pool:
+        running = set[Future[Result]]()
+        while True:
+            while len(running) < options.jobs and (run := next_run()):
+                running.add(pool.submit(run_one, options, run))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for job in done:
+                yield job.result()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(lambda: main(command_line))

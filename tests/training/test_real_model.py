@@ -11,10 +11,13 @@ from run_builder import new_run, training_options
 from test_train import TrainerOnOurBatches, already_encoded, metrics_of
 
 import train
+from bench import peak
+from bench.training_run import Setting
 from minisft.checkpoints import hub
 from minisft.checkpoints.adapters import save_adapter
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.checkpoints.gguf_export import export_model
+from minisft.common.json_files import read_json
 from minisft.data.batching import collate, micro_batches
 from minisft.data.dataset import Row
 from minisft.data.encoding import encode_row
@@ -142,6 +145,14 @@ def test_number_types_of_gguf_cost_little(folder, template, ours, tmp_path):
         losses[name] = loss(load_model(hub.resolve(path), torch.float32)) - expected
     assert abs(losses["f16"]) < 1e-3 and abs(losses["q8_0"]) < 5e-3
     assert losses["q4_k_m"] < 0.05 and losses["q4_0"] < 0.2
+
+
+def test_planned_memory_is_that_of_a_step(folder, tmp_path):
+    """Within a tenth of the peak of torch's allocator, in a step of LoRA."""
+    (tmp_path / "model").symlink_to(folder)
+    setting = Setting(read_json(folder / "config.json"), num_rows=2, length=64)
+    found = peak.measure(tmp_path, setting)
+    assert found["planned"] == pytest.approx(found["tensors"], rel=0.1), found
 
 
 def test_losses_of_lora_are_those_of_trainer_and_peft(folder, template, ours, theirs, tmp_path):

@@ -1,0 +1,227 @@
+"""Tables and the figure of the selection study, from the runs that are done.
+
+    write_report(Path("runs/selection"), wanted=[("random", "300", 0), ...], write_docs=False)
+
+A difference to random is the mean over sources (or kinds of prompt) of the mean over their rows, so
+neither a long answer nor a large source counts more. Its 95 % interval covers both chances: which
+rows were held out, and which seeds were drawn. Rows are paired, seeds are not.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t
+
+from bench.measure import ROOT
+from bench.selection_figure import Estimate, Summary, draw
+from bench.selection_options import STRATEGIES, Budget
+from minisft.common.errors import UserError
+from minisft.common.json_files import read_json
+from minisft.common.outputs import atomic_write
+from minisft.training.metrics import read_metrics
+
+Result = dict[str, Any]  # a line of results.jsonl
+# The values of a run: {source or kind of prompt: one for each row}; None if a row was too long.
+Values = Mapping[str, Sequence[float | None]]
+DOCS = ROOT / "docs"
+BEGIN, END = "<!-- begin: bench/selection.py --report --write_docs -->", "<!-- end: study -->"
+
+
+def difference(ours: Sequence[Values], theirs: Sequence[Values]) -> Estimate:
+    """How much larger our values are than theirs: a mean and its t interval.
+
+    ours, theirs: the runs of each, one for each seed. The variance is the sum of those of the
+    paired differences over the rows of each group, and of those of the means over seeds on both
+    sides; its degrees of freedom are Welch and Satterthwaite's.
+    """
+    parts: list[tuple[float, int]] = []  # (variance, degrees of freedom)
+    groups, means = list(ours[0]), []
+    for group in groups:
+        # (rows,): the mean over seeds on either side
+        first, second = (mean_over_seeds(runs, group) for runs in (ours, theirs))
+        change = first - second
+        change = change[~np.isnan(change)]
+        means.append(float(change.mean()))
+        if len(change) > 1:
+            variance = float(change.var(ddof=1)) / len(change) / len(groups) ** 2
+            parts.append((variance, len(change) - 1))
+    for runs in (ours, theirs):
+        if len(runs) > 1:
+            by_seed = [overall_mean(run) for run in runs]
+            parts.append((statistics.variance(by_seed) / len(runs), len(runs) - 1))
+    mean, variance = statistics.mean(means), sum(variance for variance, _ in parts)
+    if variance == 0:
+        return Estimate(mean, mean, mean)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def mean_over_seeds(runs: Sequence[Values], group: str) -> np.ndarray:
+    """The values of a group's rows (rows,), each a mean over the runs; NaN for None."""
+    return np.array([run[group] for run in runs], float).mean(0)
+
+
+def overall_mean(run: Values) -> float:
+    """The mean over groups of the mean over their rows."""
+    return statistics.mean(float(np.nanmean(np.array(rows, float))) for rows in run.values())
+
+
+def summarize(
+    results: Sequence[Result],
+    budget: str,
+    operations: Mapping[str, float],
+    step_seconds: Mapping[str, float],
+) -> list[Summary]:
+    """A Summary of each strategy that has runs with this budget, and of `base` and `all`.
+
+    operations: of the steps of the preparation, and of training on a token ("token").
+    """
+
+    def runs_of(strategy: str) -> list[Result]:
+        budgets = {"base": "none", "all": "all"}
+        wanted = strategy, budgets.get(strategy, budget)
+        return [run for run in results if (run["strategy"], run["budget"]) == wanted]
+
+    summaries, random = [], runs_of("random")
+    for strategy in ("base", *STRATEGIES):
+        runs = runs_of(strategy)
+        if not runs:
+            continue
+
+        def mean_of(name: str, runs: list[Result] = runs) -> float:
+            return statistics.mean(run[name] for run in runs)
+
+        losses, checks = ([run[name] for run in runs] for name in ("loss", "checks"))
+        loss_change = checks_change = None
+        by_source: dict[str, Estimate] = {}
+        if random and strategy != "random":
+            loss_change = difference(losses, [run["loss"] for run in random])
+            checks_change = difference(checks, [run["checks"] for run in random])
+            for name in losses[0]:
+                one, other = (
+                    [{name: run["loss"][name]} for run in side] for side in (runs, random)
+                )
+                by_source[name] = difference(one, other)
+        num_rows = mean_of("num_rows")
+        num_good = statistics.mean(run.get("quality", {}).get("good", 0) for run in runs)
+        needs = STRATEGIES[strategy].needs if strategy in STRATEGIES else ()
+        seconds = [run["seconds"]["choose"] + run["seconds"]["train"] for run in runs]
+        summaries.append(
+            Summary(
+                strategy=strategy,
+                label=STRATEGIES[strategy].label if strategy in STRATEGIES else "no training",
+                budget=budget,
+                num_runs=len(runs),
+                num_rows=num_rows,
+                answer_length=mean_of("answer_tokens") / num_rows if num_rows else 0.0,
+                steps=mean_of("steps"),
+                trained_tokens=mean_of("trained_tokens"),
+                bad_share=1 - num_good / num_rows if num_rows else 0.0,
+                loss=statistics.mean(map(overall_mean, losses)),
+                checks=statistics.mean(map(overall_mean, checks)),
+                loss_difference=loss_change,
+                checks_difference=checks_change,
+                source_differences=by_source,
+                choosing=sum(operations.get(step, 0.0) for step in needs),
+                training=mean_of("trained_tokens") * operations.get("token", 0.0),
+                minutes=(
+                    sum(step_seconds.get(step, 0.0) for step in needs) + statistics.mean(seconds)
+                )
+                / 60,
+            )
+        )
+    return summaries
+
+
+def main_table(summaries: Sequence[Summary]) -> list[str]:
+    """What was chosen, what it cost and what came of it, as Markdown."""
+    lines = [
+        "| rows chosen by | rows | bad | tokens of an answer | steps | tokens trained on | loss | "
+        "less random's | checks right | less random's | operations: choosing + training | minutes "
+        "| runs |",
+        "|---" * 13 + "|",
+    ]
+    for line in summaries:
+        loss, checks = line.loss_difference, line.checks_difference
+        lines.append(
+            f"| {line.label} | {line.num_rows:,.0f} | {line.bad_share:.0%} | "
+            f"{line.answer_length:,.0f} | {line.steps:,.0f} | {line.trained_tokens:,.0f} | "
+            f"{line.loss:.3f} | {in_words(loss, '+.3f')} | {line.checks:.1%} | "
+            f"{in_words(checks, '+.1%')} | {line.choosing:.1e} + {line.training:.1e} | "
+            f"{line.minutes:,.1f} | {line.num_runs} |"
+        )
+    return lines
+
+
+def source_table(summaries: Sequence[Summary]) -> list[str]:
+    """Held-out loss of each source, less random's, as Markdown."""
+    compared = [line for line in summaries if line.source_differences]
+    if not compared:
+        return []
+    sources = list(compared[0].source_differences)
+    lines = [f"| rows chosen by | {' | '.join(sources)} |", "|---" * (len(sources) + 1) + "|"]
+    for line in compared:
+        cells = [in_words(line.source_differences[name], "+.3f") for name in sources]
+        lines.append(f"| {line.label} | {' | '.join(cells)} |")
+    return lines
+
+
+def in_words(estimate: Estimate | None, form: str) -> str:
+    """A difference and its interval; nothing for None."""
+    if estimate is None:
+        return ""
+    return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
+
+
+def missing_line(results: Sequence[Result], wanted: Sequence[tuple[str, str, int]]) -> str:
+    """How many runs are missing, and which."""
+    done = {(result["strategy"], result["budget"], result["seed"]) for result in results}
+    missing = Counter(run[:2] for run in wanted if run not in done)
+    if not missing:
+        return f"All {len(wanted)} runs are done."
+    parts = [f"{strategy} {budget} ({count})" for (strategy, budget), count in missing.items()]
+    return f"{missing.total()} of {len(wanted)} runs are missing: {', '.join(parts)}."
+
+
+def write_report(folder: Path, wanted: Sequence[tuple[str, str, int]], write_docs: bool) -> None:
+    """Write report.md and selection.png into the folder, and print the report.
+
+    write_docs: into docs/ too. UserError if no run is done.
+    """
+    results = read_metrics(folder / "results.jsonl")
+    if not results:
+        raise UserError(f"{folder}/results.jsonl: no run is done. Run the study without --report.")
+    operations = read_json(folder / "operations.json", missing={})
+    step_seconds: dict[str, float] = {}
+    for record in read_metrics(folder / "steps.jsonl"):
+        step = record["step"]
+        step_seconds[step] = step_seconds.get(step, 0.0) + record["seconds"]
+    budgets = dict.fromkeys(budget for _, budget, _ in wanted if budget not in ("none", "all"))
+    parts, lines = [], [missing_line(results, wanted)]
+    for budget in budgets:
+        summaries = summarize(results, budget, operations, step_seconds)
+        if any(summary.strategy not in ("base", "all") for summary in summaries):
+            parts.append(summaries)
+            lines += ["", f"**{Budget.parse(budget).label}**", "", *main_table(summaries)]
+            if by_source := source_table(summaries):
+                lines += ["", "Loss less random's, by source:", "", *by_source]
+    text = "\n".join(lines)
+    with atomic_write(folder / "report.md") as file:
+        file.write(text + "\n")
+    print(text)
+    if parts:
+        draw(parts, folder / "selection.png")
+        print(f"\ndrew {folder / 'selection.png'}")
+    if write_docs:
+        page = DOCS / "selection.md"
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        picture = "![the study](selection_study.png)"
+        draw(parts, DOCS / "selection_study.png")
+        with atomic_write(page) as file:
+            file.write(f"{before}{BEGIN}\n\n{text}\n\n{picture}\n\n{END}{rest.split(END)[1]}")

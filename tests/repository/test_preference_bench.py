@@ -1,0 +1,42 @@
+"""bench/preference.py: train.py and trl learn the same pairs in the same order."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bench import preference
+
+
+def test_both_sides_learn_the_same(tiny_chat_model_dir, tmp_path, capsys):
+    """The figures of the two sides on ragged pairs: losses of the steps, held-out pairs."""
+    words, generator, rows = "the cat sat on a mat and rat".split(), np.random.default_rng(0), []
+    for number in range(16):
+        texts = [
+            " ".join(generator.choice(words, int(generator.integers(2, 12)))) for _ in range(3)
+        ]
+        rows.append(
+            {
+                "conversations": [{"from": "human", "value": f"{number} {texts[0]}"}],
+                "chosen": {"from": "gpt", "value": f"{texts[1]} yes"},
+                "rejected": {"from": "gpt", "value": f"{texts[2]} no"},
+            }
+        )
+    (tmp_path / preference.FILE_NAME).write_text(json.dumps(rows))
+    results = preference.main(
+        ["--data_dir", str(tmp_path), "--model_name_or_path", str(tiny_chat_model_dir)]
+        + ["--num_held_out", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2"]
+    )
+    ours, theirs = results[preference.MINISFT], results[preference.TRL]
+    assert len(ours["losses"]) == 3  # the learning rate of the first step is 0
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=0, atol=1e-3)
+    for name in ("accuracy", "margin", "loss"):
+        assert ours[name] == pytest.approx(theirs[name], abs=2e-3), name
+    assert abs(ours["margin"]) > 0.005  # it learned
+    assert "3 steps; the largest difference" in capsys.readouterr().out
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        preference.main(["--data_dir", str(tmp_path)])
+    assert "there is no" in capsys.readouterr().err

@@ -1,0 +1,315 @@
+"""bench/selection.py: its data, checks, choices, intervals; a study that stops and goes on."""
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from bench import selection, selection_choice, selection_report, selection_run
+from bench.selection_checks import KINDS, make_prompts
+from bench.selection_options import SMOKE, STRATEGIES, Budget, parse_options
+from bench.selection_pool import BAD_KINDS, SOURCES, TALK, language_of, make_data
+from minisft.common.errors import UserError
+from minisft.text.template_choice import get_template
+from minisft.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.xdist_group("selection_study")  # the study is made once
+WORDS = "red blue cat hat sun sea tree road lamp song bread stone river cloud".split()
+SIGNS = "红蓝猫帽日海树路灯歌饼石河云"
+TOOLS = json.dumps([{"name": "look", "description": "look", "parameters": {"type": "object"}}])
+
+
+def text(language, generator, count):
+    """Words without meaning."""
+    places = generator.integers(len(WORDS), size=count)
+    if language == "zh":
+        return "".join(SIGNS[place] for place in places)
+    return " ".join(WORDS[place] for place in places)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Files with the names and the columns of the public data sets."""
+    folder, generator = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
+    for name, source in SOURCES.items():
+        rows = []
+        for number in range(24):
+            question = f"{name} {number} {text(source.language, generator, 4)}"
+            answer = text(source.language, generator, int(generator.integers(6, 24)))
+            row = {"instruction": question, "input": "", "output": answer}
+            if name in ("lima", "oaast_zh") and number % 3 == 0:
+                row["history"] = [["one", text(source.language, generator, 5)]]
+            if name == "cherry":
+                row["input"] = "more"
+            if name == "tools":
+                said = ["human", question], ["function_call", '{"name": "look", "arguments": {}}']
+                said = *said, ["observation", "{}"], ["gpt", answer]
+                turns = [{"from": who, "value": value} for who, value in said]
+                row = {"conversations": turns, "tools": TOOLS}
+            rows.append(row)
+        (folder / source.file_name).write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def template(tiny_chat_model_dir):
+    return get_template("auto", Tokenizer.load(tiny_chat_model_dir))
+
+
+@pytest.fixture(scope="module")
+def words(data_dir, tiny_chat_model_dir, tmp_path_factory):
+    """The command line of a small study."""
+    folder = tmp_path_factory.mktemp("study") / "runs"
+    return [
+        *("--smoke", "--data_dir", str(data_dir), "--output_dir", str(folder)),
+        *("--model_name_or_path", str(tiny_chat_model_dir), "--cutoff_len", "2000"),
+        *("--dtype", "float32"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def study(words):
+    """The folder of a study with all scores and two runs, of the base and of random rows."""
+    options = parse_options([*words, "--runs", "2"])
+    selection.main(options)
+    return selection.Path(options.output_dir)
+
+
+def test_data_is_the_same_each_time_and_apart(data_dir, template):
+    first, second = (make_data(data_dir, template, 2000, 5, seed=3) for _ in range(2))
+    assert first == second
+    assert first != make_data(data_dir, template, 2000, 5, seed=4)
+    assert Counter(row["source"] for row in first.held_out) == dict.fromkeys(SOURCES, 5)
+    assert {name: len(rows) for name, rows in first.targets.items()} == {"tools": 4, "alpaca_zh": 4}
+    parts = [first.pool, first.held_out, *first.targets.values()]
+    questions = [str(row["messages"][:-1]) for part in parts for row in part]
+    assert len(questions) == len(set(questions)) == 6 * 24
+    assert {row["quality"] for part in parts[1:] for row in part} == {"good"}
+
+
+def test_bad_rows_are_what_their_mark_says(data_dir, template):
+    rows = make_data(data_dir, template, 2000, 1, seed=0).pool
+    originals = {}
+    for name, source in SOURCES.items():
+        for row in selection_run.load_rows(str(data_dir / source.file_name)):
+            originals[row.messages[-2]["content"].split("\n")[0]] = row.messages[-1]["content"]
+            if name == "tools":
+                originals[row.messages[0]["content"]] = row.messages[-1]["content"]
+    kinds = Counter(row["quality"] for row in rows)
+    num_bad = round(0.15 * len(rows))
+    assert len(rows) - kinds.pop("good") == num_bad
+    assert set(kinds) == set(BAD_KINDS) and max(kinds.values()) - min(kinds.values()) <= 1
+    answers = {answer: question.split()[0] for question, answer in originals.items()}
+    for row in rows:
+        question = row["messages"][0 if row["source"] == "tools" else -2]["content"].split("\n")[0]
+        good, answer = originals[question], row["messages"][-1]["content"]
+        language = SOURCES[row["source"]].language
+        assert (answer == good) == (row["quality"] == "good")
+        if row["quality"] == "swapped":
+            assert answers[answer] == row["source"]
+        elif row["quality"] == "cut":
+            assert good.startswith(answer) and len(answer) <= 0.6 * len(good)
+        elif row["quality"] == "language":
+            assert language_of(answer) != language and language_of(good) == language
+        elif row["quality"] == "talk":
+            assert any(answer.startswith(opening) for opening in TALK[language][0])
+
+
+def test_missing_sources_are_named(tmp_path, data_dir):
+    (tmp_path / "lima.json").write_text("[]")
+    with pytest.raises(UserError, match=r"no alpaca_en_demo.json \(github.com/hiyouga"):
+        selection.main(parse_options(["--data_dir", str(tmp_path), "--runs", "0"]))
+    with pytest.raises(UserError, match="--data_dir is missing"):
+        parse_options([])
+
+
+RIGHT_AND_WRONG = {
+    "JSON array": (
+        ['["a", "b"]', '```json\n["a", "b"]\n```'],
+        ['["a"]', '["a", 1]', '{"a": "b"}', 'Here: ["a", "b"]', '["a", ""]'],
+    ),
+    "numbered list": (
+        ["1. a\n2. b\n3. c", "1) a\n\n2) b\n3) c\n"],
+        ["1. a\n2. b", "a\nb\nc", "Sure:\n1. a\n2. b\n3. c", "1. a\n3. b\n2. c"],
+    ),
+    "bullet points": (["- a\n- b", "* a\n* b"], ["- a", "a\nb", "- a\n- b\n- c", "-a\n-b"]),
+    "length": (
+        ["Bread is a warm and simple food."],
+        ["Bread.", "It is food. It is warm.", "Bread is a food that " + "very " * 20 + "old."],
+    ),
+    "Chinese": (
+        ["树叶因为天气变冷而落下。"],
+        ["Leaves fall.", "树", "", "Leaves fall (落下) because"],
+    ),
+    "capital letters": (["BREAD IS GOOD FOOD."], ["Bread is good.", "", "12345678"]),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT_AND_WRONG)
+def test_checks_accept_and_refuse(kind):
+    class Least:
+        """Draws the first of all values."""
+
+        integers = staticmethod(lambda low, high=None: 0 if high is None else low)
+        random = staticmethod(lambda: 0.0)
+
+    question, is_right = KINDS[kind](Least)
+    right, wrong = RIGHT_AND_WRONG[kind]
+    for answer in right:
+        assert is_right(answer), (question, answer)
+    for answer in wrong:
+        assert not is_right(answer), (question, answer)
+
+
+def test_checks_of_fields_and_facts():
+    prompts = make_prompts(per_kind=25)
+    assert len(prompts) == 200 and len({prompt.question for prompt in prompts}) == 200
+    assert [p.question for p in prompts] == [p.question for p in make_prompts(25)]
+    fields = prompts[0]
+    name, age = fields.question.split()[0], int(fields.question.split()[2])
+    city = fields.question.split("lives in ")[1].split(".")[0]
+    right = {"name": name, "age": age, "city": city}
+    assert fields.is_right(json.dumps(right))
+    for change in ({"age": str(age)}, {"more": 1}, {"name": "X"}):
+        assert not fields.is_right(json.dumps(right | change))
+    for prompt in prompts:
+        if prompt.kind == "yes or no":
+            assert prompt.is_right("Yes.") != prompt.is_right("no")
+            assert not prompt.is_right("Yes, it is")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_return_the_budget(strategy, study):
+    lengths = selection_choice.scored(study / "ifd.jsonl")["num_answer_tokens"]
+
+    def chosen(budget, seed=0):
+        return selection_choice.choose_rows(study, strategy, Budget.parse(budget), seed, 2)
+
+    rows = chosen("6")
+    if strategy in ("all", "all_same_steps"):
+        assert rows.tolist() == list(range(len(lengths)))
+        return
+    assert len(rows) == len(set(rows)) == 6 and sorted(rows) == rows.tolist()
+    assert np.array_equal(rows, chosen("6"))
+    if strategy.startswith("random"):
+        assert not np.array_equal(rows, chosen("6", seed=1))
+    tokens, limit = lengths[chosen("6t")].sum(), 6 * lengths.mean()
+    longest = lengths.max()
+    assert limit - 2 * longest < tokens <= limit or strategy in ("random_matched", "kmeans")
+
+
+def test_strategies_choose_what_they_name(study):
+    scores = selection_choice.scored(study / "ifd.jsonl")
+    lengths, ifd = scores["num_answer_tokens"], scores["ifd"]
+
+    def chosen(strategy):
+        return selection_choice.choose_rows(study, strategy, Budget(6), 0, 2)
+
+    below_1 = np.sort(ifd[ifd < 1])
+    assert np.array_equal(np.sort(ifd[chosen("ifd")]), below_1[-6:])
+    assert np.array_equal(np.sort(ifd[chosen("ifd_lowest")]), below_1[:6])
+    assert lengths[chosen("longest")].min() >= np.sort(lengths)[-6]
+    matched, reference = (np.sort(lengths[chosen(name)]) for name in ("random_matched", "ifd"))
+    assert np.abs(matched - reference).max() <= np.diff(np.sort(lengths)).max() + 6
+    pool = selection_run.read_records(study / "pool.json")
+    near = [pool[row]["source"] for row in chosen("rds_tools")]
+    assert near.count("tools") > 3
+
+
+def test_intervals_are_those_of_scipy():
+    generator = np.random.default_rng(0)
+    rows, others = generator.normal(size=(2, 30))
+    # One seed: the paired t-test over rows.
+    ours = selection_report.difference([{"a": rows}], [{"a": others}])
+    expected = scipy.stats.ttest_rel(rows, others).confidence_interval()
+    assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
+    assert ours.mean == pytest.approx((rows - others).mean())
+    # Rows that do not differ: Welch's test over seeds.
+    seeds, more = generator.normal(size=3), generator.normal(1, 3, size=5)
+    ours = selection_report.difference(
+        [{"a": [value] * 4} for value in seeds], [{"a": [value] * 4} for value in more]
+    )
+    expected = scipy.stats.ttest_ind(seeds, more, equal_var=False).confidence_interval()
+    assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
+    # Groups count the same, however many rows they have; rows without a value are left out.
+    ours = selection_report.difference(
+        [{"a": [1.0, None], "b": [3.0] * 9}], [{"a": [0.0, 5.0], "b": [0.0] * 9}]
+    )
+    assert ours.mean == 2.0
+    # Both: near the bootstrap over rows.
+    first, second = generator.normal(0, 1, (2, 200)), generator.normal(0.2, 1, (2, 200))
+    ours = selection_report.difference([{"a": first[0]}], [{"a": second[0]}])
+    drawn = scipy.stats.bootstrap(
+        (first[0] - second[0],), np.mean, method="percentile", rng=generator
+    ).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((drawn.low, drawn.high), abs=0.03)
+
+
+def test_a_study_goes_on_where_it_stopped(study, words, capsys):
+    path = study / "results.jsonl"
+    before = path.read_text()
+    assert [json.loads(line)["strategy"] for line in before.splitlines()] == ["base", "random"]
+    report = (study / "report.md").read_text()
+    assert "25 of 27 runs are missing: random_matched 6 (1), ifd 6 (1)" in report
+    assert "| random | 6 |" in report and (study / "selection.png").exists()
+    path.write_text(before + '{"strategy": "random_mat')  # a crash
+    made = {name: (study / name).stat().st_mtime_ns for name in ("pool.json", "pre_ifd.jsonl")}
+    chosen = ["--strategies", "random", "ifd", "all_same_steps", "--budgets", "6"]
+    selection.main(parse_options([*words, *chosen]))
+    said = capsys.readouterr().out
+    assert "4 runs, 2 to do" in said and "All 4 runs are done." in said
+    assert made == {name: (study / name).stat().st_mtime_ns for name in made}
+    assert path.read_text().startswith(before)
+    results = {row["strategy"]: row for row in map(json.loads, path.read_text().splitlines())}
+    assert list(results) == ["base", "random", "ifd", "all_same_steps"]
+    assert {results[name]["steps"] for name in ("random", "ifd", "all_same_steps")} == {2}
+    for result in results.values():
+        assert {name: len(rows) for name, rows in result["loss"].items()} == dict.fromkeys(
+            SOURCES, SMOKE["held_out"]
+        )
+        assert {name: len(rows) for name, rows in result["checks"].items()} == dict.fromkeys(
+            KINDS, 1
+        )
+    assert results["ifd"]["loss"] != results["base"]["loss"]
+    assert results["random"]["trained_tokens"] > results["random"]["answer_tokens"] > 0
+    assert not list(study.glob("ifd-6-0*"))  # no adapters are left
+    with pytest.raises(UserError, match="has runs with lora_rank 16, not 4"):
+        selection.main(parse_options([*words, "--lora_rank", "4"]))
+    selection.main(parse_options([*words, "--runs", "0"]))
+    assert "27 runs, 23 to do: about " in capsys.readouterr().out
+
+
+def test_two_runs_at_a_time_and_an_end(study, words):
+    options = parse_options([*words, "--jobs", "1"])
+    waiting = selection.wanted_runs(options)
+    assert list(selection.run_all(options, waiting, end=0.0)) == []  # it is over
+
+
+def test_costs(study):
+    operations = json.loads((study / "operations.json").read_text())
+    assert set(operations) == {step for s in STRATEGIES.values() for step in s.needs} | {"token"}
+    assert all(value > 0 for value in operations.values())
+    assert operations["ifd"] == operations["pre_ifd"] > operations["weighted"] > operations["embed"]
+    done = [json.loads(line) for line in (study / "steps.jsonl").read_text().splitlines()]
+    assert all(step["done"] and step["seconds"] > 0 for step in done)
+    assert math.isfinite(selection.estimate(parse_options(["--data_dir", "d"]), [], []))
+
+
+def test_the_places_of_the_tables_are_in_the_pages():
+    for name, marks in (
+        ("selection.md", (selection_report.BEGIN, selection_report.END)),
+        ("training.md", ("<!-- preference -->\n", "<!-- /preference -->")),
+    ):
+        text = (selection_report.DOCS / name).read_text(encoding="utf-8")
+        assert [text.count(mark) for mark in marks] == [1, 1]
+
+
+def test_budgets_of_the_command_line():
+    options = parse_options(["--data_dir", "d", "--budgets", "20t", "5"])
+    assert [Budget.parse(text) for text in options.budgets] == [Budget(20, True), Budget(5)]
+    for text in ("3x", "0", "t"):
+        with pytest.raises(UserError, match="give a number of rows"):
+            parse_options(["--data_dir", "d", "--budgets", text])
