@@ -1,6 +1,7 @@
-"""Chapter 12: the rounding error of each GGUF type in the tensors of a layer of the embedded model.
+"""Chapter 12: the rounding error of each GGUF type in each tensor of a layer, and in an embedding.
 
-SmolLM2 cannot be used here: its package has weights that are rounded already.
+The layer is the last one of the embedded model, the embedding that of SmolLM2. The package of
+SmolLM2 has its other tensors in Q4_1, so they are rounded already; its embedding is in Q8_0.
 """
 
 import gguf
@@ -9,13 +10,15 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from matplotlib.figure import Figure
 
+from docs.figures import smollm2
 from docs.figures.style import Colors, save
 from docs.tour.lab import BASE
 from minisft import load_model
 from minisft.gguf.mapping import LAYER_MODULES
 from minisft.gguf.writer import Tensor
 
-LAYER = 2
+LAYER = 3
+NUM_ROWS = 4096  # of SmolLM2's embedding
 TYPES = (Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q5_0, Type.Q5_1, Type.Q6_K, Type.Q8_0)
 
 
@@ -36,8 +39,11 @@ def data() -> tuple[list[str], np.ndarray]:
         for path, parameter in model.model.layers[LAYER].named_parameters()
         if path == f"{module}.weight" and parameter.ndim == 2
     }
+    weights["SmolLM2 token_embd"] = smollm2.load()[0].model.embed_tokens.weight.detach()[:NUM_ROWS]
     errors = [[relative_error(weight, type) for weight in weights.values()] for type in TYPES]
-    return list(weights), np.array(errors)
+    result = np.array(errors)
+    result[TYPES.index(Type.Q8_0), -1] = np.nan  # stored in this type, and so exact
+    return list(weights), result
 
 
 def draw(colors: Colors, data: tuple[list[str], np.ndarray]) -> Figure:
@@ -49,9 +55,10 @@ def draw(colors: Colors, data: tuple[list[str], np.ndarray]) -> Figure:
     for type in TYPES:
         block, block_bytes = gguf.GGML_QUANT_SIZES[type]
         labels.append(f"{type.name}\n{8 * block_bytes / block:.4g} bits")
-    marks = "osD^v<>"
+    marks = "osD^v<>*"
+    families = {"attn": colors.supervised, "ffn": colors.second}
     for number, tensor in enumerate(tensors):
-        color = colors.supervised if tensor.startswith("attn") else colors.second
+        color = families.get(tensor.partition("_")[0], colors.text)
         axes.plot(labels, errors[:, number], marks[number], color=color, alpha=0.8, label=tensor)
     axes.set(yscale="log", ylabel="relative error")
     axes.set_yticks([0.005, 0.01, 0.02, 0.05, 0.1], ["0.5 %", "1 %", "2 %", "5 %", "10 %"])

@@ -42,7 +42,7 @@ def draw(colors: Colors, data: tuple[list[float], list[float], list[float]]) -> 
     axes.plot(steps, fresh, color=colors.trap, label="with a fresh optimizer")
     axes.axvline(STOP - 0.5, color=colors.faint, linestyle="--")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=3)
     return figure
 
 

@@ -112,10 +112,11 @@ def train_steps(
     examples: Sequence[Example],
     first_step: int,
     last_step: int,
+    rows_per_step: int = 32,
 ) -> list[float]:
-    """Take the steps first_step..last_step-1 of a run of 32 rows each; their losses."""
+    """Take the steps first_step..last_step-1 of a run; their losses."""
     batches, losses = Batches(examples, lambda rows: (list(rows), EncodeReport()), 0), []
-    for rows in batches.steps(32, first_step, last_step):
+    for rows in batches.steps(rows_per_step, first_step, last_step):
         loss = step_of_tokens(model, [collate(rows)])
         loss.backward()
         optimizer.step()

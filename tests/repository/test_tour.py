@@ -62,7 +62,7 @@ def test_a_chapter_has_its_parts(page):
     text = page.read_text(encoding="utf-8")
     assert has_headings(text, HEADINGS["English"])
     included = [block[5] for block in tour_pages.INCLUDE.finditer(text)]
-    assert 10 <= sum(code.count("\n") for code in included) <= 90
+    assert 10 <= sum(code.count("\n") for code in included) <= 35
     assert tour_pages.FIGURE.search(text) and tour_pages.EQUATION.search(text)
     trap = text[text.index("\n## The trap") : text.index("\n## The test")]
     assert any(re.search(r"\d", block[3] or "") for block in tour_pages.SNIPPET.finditer(trap))
@@ -80,8 +80,29 @@ def test_a_chinese_chapter_has_its_parts(page):
     assert shown and all(re.search("[\u4e00-\u9fff]", alt or summary) for alt, summary in shown)
 
 
+@pytest.mark.parametrize(
+    "page", [*PAGES, *tour_pages.pages(chinese=True)], ids=lambda page: page.stem
+)
+def test_formulas_are_written_as_github_reads_them(page):
+    """Between $ and $ alone, Markdown would take _ and * for itself; GitHub refuses some macros."""
+    text = page.read_text(encoding="utf-8")
+    blocks = [block.removeprefix("```math") for block in tour_pages.EQUATION.findall(text)]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    inline = re.findall(r"\$`(.+?)`\$", prose)
+    assert "$" not in re.sub(r"\$`.+?`\$", "", prose)
+    for formula in [*(block.removesuffix("```\n") for block in blocks), *inline]:
+        assert not re.search(r"[$`]|\\operatorname|\\(re)?newcommand|\\def\b", formula), formula
+        assert not re.search(r"\\text\{[^}]*[\\_%#&]", formula), formula
+        braces = formula.replace(r"\{", "").replace(r"\}", "")
+        assert braces.count("{") == braces.count("}"), formula
+        assert formula.count(r"\left") - formula.count(r"\leftarrow") == formula.count(r"\right")
+
+
 def test_heart_files_name_their_chapter():
-    """The docstring of each file of the README's reading list says where the tour explains it."""
+    """The docstring of each file of the README's reading list says where the tour explains it.
+
+    The first of these chapters links the file, in both languages.
+    """
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     heart = re.findall(r"^\| \[([\w/]+\.py)\]\(", readme, re.M)
     assert len(heart) >= 25
@@ -90,6 +111,10 @@ def test_heart_files_name_their_chapter():
         chapters = re.findall(r"docs/(tour/[\w.]+\.md)", "".join(docstring))
         assert chapters or path.relative_to(ROOT).as_posix() not in heart, path
         assert all((ROOT / "docs" / page).is_file() for page in chapters), path
+        if path.relative_to(ROOT).as_posix() in heart:
+            for page in (chapters[0], chapters[0].replace(".md", ".zh.md")):
+                link = f"](../../{path.relative_to(ROOT).as_posix()})"
+                assert link in (ROOT / "docs" / page).read_text(encoding="utf-8"), (path, page)
 
 
 def test_a_snippet_that_prints_something_else_is_reported(tour):
