@@ -6,9 +6,8 @@
     print(peak.name, peak.parts)
 
 A step holds weights, gradients, AdamW's moments, activations (what autograd keeps of the forward
-pass) and logits. They are not largest at the same time: at the loss all activations and the logits
-are in memory; in the backward pass gradients replace activations. `phases` adds up what is held at
-the points where the sum can be largest.
+pass) and logits. At the loss all activations and the logits are in memory; in the backward pass
+gradients replace activations. `phases` adds up what is held where the sum can be largest.
 
 D is the width of the model, Q and K are the widths of all queries and of all keys. Sizes are in
 bytes.
@@ -26,6 +25,7 @@ from minisft.model.alibi import ALIBI_WIDTH
 from minisft.model.baichuan import NormHead
 from minisft.model.lora import LoRALinear
 from minisft.model.loss import chunk_size
+from minisft.model.memory_saving_loss import rows_of_piece
 from minisft.model.quantized import PIECE, QuantizedLinear
 from minisft.model.reward import Model, RewardModel
 from minisft.training.build import num_trainable
@@ -88,7 +88,7 @@ def phases(model: Model, step: Step) -> list[Phase]:
 
     # Logits
     chunk = chunk_size(model.config.vocab_size)
-    logits = min(step.num_supervised, chunk) * model.config.vocab_size * FLOAT32
+    num_logits = min(step.num_supervised, chunk) * model.config.vocab_size
 
     # Copies of weights in the type of the products
     of_layer, of_head = cast_bytes(layers[-1], step), cast_bytes(head, step)
@@ -117,7 +117,7 @@ def phases(model: Model, step: Step) -> list[Phase]:
         "the loss": held(
             activations=at_loss,
             finished=from_chunks,
-            logits=(2 + 2 * scaled) * logits,
+            logits=logit_bytes(num_logits, model, step) + 2 * scaled * num_logits * FLOAT32,
             casts=of_layers + of_head,
         ),
         "the last layer, backward": held(
@@ -142,10 +142,19 @@ def phases(model: Model, step: Step) -> list[Phase]:
             activations=at_loss,
             finished=from_chunks,
             computing=(1 + scaled) * head_gradient,
-            logits=(1 + scaled) * logits,
+            logits=(1 + scaled) * num_logits * FLOAT32,
             casts=of_layers + of_head,
         )
     return [Phase(name, parts) for name, parts in points.items()]
+
+
+def logit_bytes(num_logits: int, model: Model, step: Step) -> int:
+    """Logits, and a piece of them in float32 with its softmax; all of that for a trained head."""
+    head, vocab_size = output_module(model), model.config.vocab_size
+    itemsize = FLOAT32 if isinstance(head, NormHead) else step.dtype.itemsize
+    piece = min(num_logits, rows_of_piece(vocab_size, step.device == "cpu") * vocab_size)
+    kept = num_logits if num_trainable(head) else 0
+    return num_logits * itemsize + (kept + 2 * piece) * FLOAT32
 
 
 def memory_held(
