@@ -43,6 +43,7 @@ from minisft.common.model_flags import dtype_option, template_options, template_
 from minisft.common.outputs import check_output_file
 from minisft.common.single_writer import single_writer
 from minisft.model.config import ModelConfig
+from minisft.model.joined_layers import join_layers
 from minisft.model.lora import merge_lora
 from minisft.model.packed_weights import can_pack_weights, pack_weights
 from minisft.model.quantized import convert_parameters
@@ -178,6 +179,7 @@ def build_model(
             merge_lora(model)
         convert_parameters(model.eval(), dtype)
     if packs:
+        join_layers(model)
         pack_weights(model)
     return model
 

@@ -1,13 +1,16 @@
-"""Tokens per second of greedy generation, against transformers' generate, both in one process.
+"""Tokens per second of greedy generation, against transformers' generate and llama.cpp.
 
-    python bench/generate.py --model_name_or_path stories260K --batch_size 1 8
+    python bench/generate.py --model_name_or_path SmolLM2 --dtype bfloat16 --llama_cpp
+    python bench/generate.py --model_name_or_path SmolLM2.Q4_1.gguf --dtype bfloat16 --llama_cpp
     python bench/generate.py --shape tinyllama --num_layers 2
     python bench/generate.py --shape llama3-8b --device cuda --dtype bfloat16 --batch_size 1 \
         --compile
 
-With a shape instead of a folder, the weights are random. The sides take turns; the ratio is the
-median over the turns. --compile compiles both at batch size 1: minisft as in chat.py --compile,
-transformers with its static cache, which it compiles on a GPU.
+With a shape instead of a folder, the weights are random. minisft loads the model as chat.py does.
+The sides take turns; a ratio is the median over the turns. --compile compiles both at batch size 1:
+minisft as in chat.py --compile, transformers with its static cache, which it compiles on a GPU.
+--llama_cpp adds llama.cpp with the same weights: the file itself, or an export as F16, or as Q8_0
+for --quantization_bit 8. transformers takes no part with a GGUF file or quantised weights.
 
 At batch size 1 memory bandwidth is the limit, because every token reads all weights and the cache.
 The share of the bandwidth (measured by a copy) is printed, and the time to the first token of a
@@ -19,7 +22,7 @@ import statistics
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from bench.limits import bandwidth, seconds_of  # noqa: E402
+from bench.llama_cpp_side import LlamaCpp  # noqa: E402
 from bench.shapes import SHAPES, count_parameters, write_checkpoint  # noqa: E402
 from minisft.checkpoints.folders import load_model  # noqa: E402
+from minisft.checkpoints.gguf_export import export_model  # noqa: E402
+from minisft.checkpoints.hub import resolve  # noqa: E402
 from minisft.generation.compiled import CompiledDecoder  # noqa: E402
 from minisft.generation.generate import Sampling, generate, stream  # noqa: E402
 from minisft.model.cache import KeyValueCache  # noqa: E402
 from minisft.model.config import ModelConfig  # noqa: E402
 from minisft.model.decoder import CausalLM  # noqa: E402
+from minisft.model.joined_layers import join_layers  # noqa: E402
+from minisft.model.packed_weights import can_pack_weights, pack_weights  # noqa: E402
 
 Side = Callable[[], list[list[int]]]
 
@@ -51,8 +59,7 @@ def both_sides(
 
     reference: transformers' model. decoder: for a single prompt, or None.
     """
-    generator, shape = torch.Generator().manual_seed(0), (batch_size, options.prompt_length)
-    prompts = torch.randint(3, model.config.vocab_size, shape, generator=generator)
+    prompts = random_prompts(model.config.vocab_size, batch_size, options)
     sampling = Sampling(max_new_tokens=options.max_new_tokens, greedy=True)
     settings = {"cache_implementation": "static"} if decoder else {}
     cache = decoder.new_cache() if decoder else None
@@ -79,18 +86,28 @@ def both_sides(
     return ours, theirs
 
 
-def compare(
-    ours: Side, theirs: Side, num_tokens: int, repeats: int, device: torch.device
-) -> tuple[float, float, float, bool]:
-    """(tokens per second of minisft, of transformers, ratio, True if the answers are equal).
+def random_prompts(vocab_size: int, batch_size: int, options: Namespace) -> torch.Tensor:
+    """Ids (batch_size, prompt_length)."""
+    generator, shape = torch.Generator().manual_seed(0), (batch_size, options.prompt_length)
+    return torch.randint(3, vocab_size, shape, generator=generator)
 
-    All are medians over the turns. num_tokens: new tokens of a call.
+
+def compare(
+    sides: Mapping[str, Side], num_tokens: int, repeats: int, device: torch.device
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(tokens per second of each side, its time as a multiple of the first side's).
+
+    Both are medians over the turns. num_tokens: new tokens of a call.
     """
-    is_equal = ours() == theirs()  # also the warm-up
-    turns = [(seconds_of(ours, device), seconds_of(theirs, device)) for _ in range(repeats)]
-    ours_median, theirs_median = (statistics.median(side) for side in zip(*turns, strict=True))
-    ratio = statistics.median(their_time / our_time for our_time, their_time in turns)
-    return num_tokens / ours_median, num_tokens / theirs_median, ratio, is_equal
+    for side in sides.values():
+        side()  # the warm-up
+    turns = [
+        {name: seconds_of(side, device) for name, side in sides.items()} for _ in range(repeats)
+    ]
+    first = next(iter(sides))
+    speeds = {name: num_tokens / statistics.median(turn[name] for turn in turns) for name in sides}
+    ratios = {name: statistics.median(turn[name] / turn[first] for turn in turns) for name in sides}
+    return speeds, ratios
 
 
 def bytes_per_step(
@@ -99,6 +116,22 @@ def bytes_per_step(
     """Bytes that a decoding step reads: the weights once, and the cache of each row."""
     keys = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * num_positions
     return (count_parameters(config)[0] + batch_size * 2 * keys) * dtype.itemsize
+
+
+def bytes_read(model: CausalLM, num_positions: int) -> int:
+    """Bytes that a decoding step of one row reads: all weights but the embedding, and the cache."""
+    tied = model.config.tie_word_embeddings
+    tensors = [
+        tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tied or not name.startswith("model.embed_tokens.")
+    ]
+    config, weights = (
+        model.config,
+        sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    )
+    keys = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * num_positions
+    return weights + 2 * keys * model.model.norm.weight.element_size()
 
 
 def next_turn(model: CausalLM, history_length: int, device: torch.device) -> tuple[float, float]:
@@ -127,12 +160,14 @@ def next_turn(model: CausalLM, history_length: int, device: torch.device) -> tup
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """The options; by default from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model_name_or_path", help="folder of a checkpoint")
+    parser.add_argument("--model_name_or_path", help="folder of a checkpoint, or GGUF file")
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
     parser.add_argument("--num_layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_length", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--quantization_bit", type=int, choices=(4, 8))
+    parser.add_argument("--llama_cpp", action="store_true", help="compare with llama.cpp, too")
     parser.add_argument("--compile", action="store_true", help="compile both at batch size 1")
     parser.add_argument("--max_length", type=int, default=1024, help="size of the compiled cache")
     parser.add_argument("--history", type=int, default=400, help="tokens of the earlier turns")
@@ -142,55 +177,102 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Compare both sides at each batch size."""
-    options = parse_options()
+def load(options: Namespace, source: str, device: torch.device, dtype: torch.dtype) -> CausalLM:
+    """The model as chat.py loads it."""
+    packs = can_pack_weights(dtype, device) and not options.compile
+    bits = options.quantization_bit
+    model = load_model(source, dtype, device, bits, keep_blocks=packs and bits is None)
+    if packs:
+        join_layers(model)
+        pack_weights(model)
+    return model
+
+
+def load_transformers(source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model in transformers."""
     # Imported here, because gpu_stages.py also uses this module without a peer.
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+    # Mapped files stay readable after the folder is removed.
+    reference.generation_config.eos_token_id = None  # as for ours, no token ends an answer
+    return reference
+
+
+def llama_cpp_file(options: Namespace, source: str, folder: str) -> str:
+    """A GGUF file with the weights of the model: the given one, or an export."""
+    if options.model_name_or_path.endswith(".gguf"):
+        return options.model_name_or_path
+    path = str(Path(folder) / "model.gguf")
+    export_model(source, path, "q8_0" if options.quantization_bit else "f16")
+    return path
+
+
+def main() -> None:
+    """Compare the sides at each batch size."""
+    options = parse_options()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    is_gguf = (options.model_name_or_path or "").endswith(".gguf")
     with tempfile.TemporaryDirectory() as folder:
         source = options.model_name_or_path or folder
         if not options.model_name_or_path:
             write_checkpoint(folder, options.shape, options.num_layers)
-        model = load_model(source, dtype, device)
-        reference = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
-    # Mapped files stay readable after the folder is removed.
-    reference.generation_config.eos_token_id = None  # as for ours, no token ends an answer
-    print(
-        f"{options.model_name_or_path or options.shape}, {device}, {options.dtype}, "
-        f"{torch.get_num_threads()} threads, {options.max_new_tokens} new tokens"
-    )
-    for batch_size in options.batch_size:
-        decoder = None
-        if options.compile and batch_size == 1:
-            decoder = CompiledDecoder(model, options.max_length)
-        sides = both_sides(model, reference, batch_size, options, device, decoder)
-        num_tokens = options.max_new_tokens * batch_size
-        ours, theirs, ratio, is_equal = compare(*sides, num_tokens, options.repeats, device)
+        source = str(resolve(source))
+        model, reference = load(options, source, device, dtype), None
+        if not is_gguf and not options.quantization_bit:
+            reference = load_transformers(source, device, dtype)
+        name = options.model_name_or_path or options.shape
+        bits = f" in {options.quantization_bit} bits" if options.quantization_bit else ""
         print(
-            f"batch {batch_size:3}: minisft {ours:9,.1f} tokens/s, transformers "
-            f"{theirs:9,.1f}, ratio {ratio:.2f}, "
-            f"{'the same' if is_equal else 'different'} tokens"
-            f"{', both compiled' if decoder else ''}"
+            f"{Path(name).name}, {device}, {options.dtype}{bits}, {torch.get_num_threads()} "
+            f"threads, {options.max_new_tokens} new tokens"
         )
-        if batch_size == 1:
-            num_positions = options.prompt_length + options.max_new_tokens // 2  # on average
-            if decoder:
-                num_positions = options.max_length
-            read = bytes_per_step(model.config, num_positions, dtype) * ours
-            print(
-                f"           reads {read / 1e9:.1f} GB/s of weights and cache, "
-                f"{read / bandwidth(device):.0%} of the memory bandwidth"
-            )
+        gguf_path = llama_cpp_file(options, source, folder) if options.llama_cpp else None
+        for batch_size in options.batch_size:
+            compare_batch(options, model, reference, gguf_path, batch_size)
     with_cache, without = next_turn(model, options.history, device)
     print(
         f"next turn after {options.history} tokens: first token in {with_cache * 1e3:.1f} ms "
         f"with the history cached, {without * 1e3:.1f} ms without"
     )
+
+
+def compare_batch(
+    options: Namespace, model: CausalLM, reference: Any, gguf_path: str | None, batch_size: int
+) -> None:
+    """Print the speeds at a batch size. reference: transformers' model, or None."""
+    device = torch.device(options.device)
+    decoder = None
+    if options.compile and batch_size == 1:
+        decoder = CompiledDecoder(model, options.max_length)
+    ours, theirs = both_sides(model, reference, batch_size, options, device, decoder)
+    sides = {"minisft": ours}
+    if reference is not None:
+        sides["transformers"] = theirs
+    if gguf_path is not None:
+        prompts = random_prompts(model.config.vocab_size, batch_size, options).tolist()
+        llama_cpp = LlamaCpp(gguf_path, torch.get_num_threads(), batch_size)
+        sides["llama.cpp"] = lambda: llama_cpp.answers(prompts, options.max_new_tokens)
+    speeds, ratios = compare(sides, options.max_new_tokens * batch_size, options.repeats, device)
+    columns = [
+        f"{name} {speeds[name]:,.1f} tokens/s" + (f" (ratio {ratios[name]:.2f})" if index else "")
+        for index, name in enumerate(sides)
+    ]
+    print(f"batch {batch_size:3}: {', '.join(columns)}{', both compiled' if decoder else ''}")
+    if reference is not None:
+        print(f"           {'the same' if ours() == theirs() else 'different'} tokens")
+    if batch_size == 1:
+        num_positions = options.prompt_length + options.max_new_tokens // 2  # on average
+        if decoder:
+            num_positions = options.max_length
+        read = bytes_read(model, num_positions) * speeds["minisft"]
+        print(
+            f"           reads {read / 1e9:.1f} GB/s of weights and cache, "
+            f"{read / bandwidth(device):.0%} of the memory bandwidth"
+        )
 
 
 if __name__ == "__main__":

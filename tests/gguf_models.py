@@ -66,9 +66,9 @@ def save(folder, tokenizer_dir, content):
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             parameter.data += 0.3 * torch.randn_like(parameter)
-    folders.save_model(model, folder)
     for path in tokenizer_dir.iterdir():
         shutil.copyfile(path, folder / path.name)
+    folders.save_model(model, folder)  # last: tokenizer_dir may hold another model
     return folder
 
 

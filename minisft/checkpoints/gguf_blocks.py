@@ -52,9 +52,10 @@ def block_layer(weight: StoredTensor, bias: nn.Parameter | None) -> nn.Module | 
     blocks = read_blocks(weight) if weight.shape[0] % ROWS_TOGETHER == 0 else []
     if not blocks:
         return None
-    return (
-        Int4Linear(*blocks, bias=bias) if len(blocks) == 1 else Int4PairLinear(*blocks, bias=bias)
-    )
+    if len(blocks) == 1:
+        return Int4Linear.from_blocks(blocks[0], bias)
+    high, low = (Int4Linear.from_blocks(part) for part in blocks)
+    return Int4PairLinear(high, low, bias)
 
 
 def read_rows(embedding: StoredTensor, ids: torch.Tensor) -> torch.Tensor:

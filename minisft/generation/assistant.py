@@ -37,6 +37,7 @@ from minisft.generation.sharing import Caches, Turns, share_weights
 from minisft.generation.thoughts import AnswerDecoder, decode_answer
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
+from minisft.model.joined_layers import has_joined_layers, join_layers
 from minisft.model.packed_weights import can_pack_weights, pack_weights
 from minisft.model.quantized import convert_parameters
 from minisft.text.messages import Message, without_thoughts
@@ -100,10 +101,14 @@ class Assistant:
         else:
             model = share_weights(base_model)
         if adapter_dir:
+            if has_joined_layers(model):
+                raise UserError("Assistant: to share base_model, load it with pack=False.")
             adapters.load_adapter(model, adapter_dir)
             # Adapters are stored in float32. Convert once, not for every token.
             convert_parameters(model.eval(), self.dtype)
         if pack:
+            if base_model is None:  # else others have the weights, too
+                join_layers(model)
             pack_weights(model)
         self.model, self.is_packed = model, pack
         self.stop_ids = self.template.stop_token_ids(

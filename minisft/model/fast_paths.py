@@ -15,12 +15,14 @@ from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
+PRODUCT_TYPES = torch.float32, torch.bfloat16  # of rms_norm_by_product
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: (..., out) from x (..., in), W (out, in) and b (out,)."""
     # With small matrices, the call takes longer than the multiplication.
-    if weight.numel() >= 2**18 and HAS_ONEDNN and _is_decoding_on_cpu(x, weight):
+    is_float32 = x.dtype == weight.dtype == torch.float32
+    if is_float32 and weight.numel() >= 2**18 and HAS_ONEDNN and _is_decoding_on_cpu(x):
         return linear_by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -35,16 +37,21 @@ def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the type of x."""
-    if x.dim() == 3 and x.shape[1] == 1 and _is_decoding_on_cpu(x, weight):
+    is_known_type = x.dtype == weight.dtype and x.dtype in PRODUCT_TYPES
+    if is_known_type and x.dim() == 3 and x.shape[1] == 1 and _is_decoding_on_cpu(x):
         return rms_norm_by_product(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def rms_norm_by_product(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm for x (B, 1, D) without gradients: four operations instead of eleven."""
+    """F.rms_norm for x (B, 1, D) without gradients: four operations instead of eleven.
+
+    It computes in float32, as F.rms_norm does.
+    """
     # eps + x x^T / D: the mean square as a matrix product.
-    mean_square = torch.baddbmm(_constant(eps), x, x.mT, alpha=1 / x.shape[-1])  # (B, 1, 1)
-    return (x * mean_square.rsqrt_()).mul_(weight)
+    x32 = x.float()
+    mean_square = torch.baddbmm(_constant(eps), x32, x32.mT, alpha=1 / x.shape[-1])  # (B, 1, 1)
+    return (x32 * mean_square.rsqrt_()).mul_(weight).to(x.dtype)
 
 
 def attend_with_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -79,12 +86,11 @@ def next_factors(
     return first[:, :, past : past + T], second[:, :, past : past + T]
 
 
-def _is_decoding_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """True if x (..., in) has at most 64 rows in float32 on a CPU, and needs no gradient."""
+def _is_decoding_on_cpu(x: Tensor) -> bool:
+    """True if x (..., in) has at most 64 rows on a CPU, and needs no gradient."""
     return (
         x.numel() <= 64 * x.shape[-1]
         and x.is_cpu
-        and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # the compiler chooses its own kernels

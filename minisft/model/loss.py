@@ -10,6 +10,8 @@ more weight.
 The tour explains it: docs/tour/06_loss.md.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from minisft.model.decoder import CausalLM
 from minisft.model.memory_saving_loss import (
     CrossEntropy,
     Logits,
+    by_rows,
     cross_entropy_in_place,
     token_losses_frozen_head,
 )
@@ -64,7 +67,9 @@ def token_losses(logits: Logits, states: Tensor, targets: Tensor) -> Tensor:
     no_logits = logits(states[:0].detach())  # (0, V)
     size = chunk_size(no_logits.shape[-1])
     if not torch.is_grad_enabled():
-        return token_losses_in_chunks(logits, states, targets, size, cross_entropy)
+        return token_losses_in_chunks(
+            logits, states, targets, size, partial(by_rows, cross_entropy)
+        )
     if no_logits.requires_grad:
         return token_losses_in_chunks(logits, states, targets, size, cross_entropy_in_place)
     return token_losses_frozen_head(logits, states, targets, size)
@@ -77,8 +82,7 @@ def token_losses_in_chunks(
 
     def losses(states: Tensor, targets: Tensor) -> Tensor:
         """The losses of a chunk."""
-        # float32 so that a sum over 100,000 tokens keeps its digits
-        return cross_entropy(logits(states).float(), targets)
+        return cross_entropy(logits(states), targets)
 
     if len(states) <= size:
         return losses(states, targets)
@@ -87,8 +91,9 @@ def token_losses_in_chunks(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target] of logits (N, V) and targets (N,): (N,)."""
-    return F.cross_entropy(logits, targets, reduction="none")
+    """-log softmax(logits)[target] of logits (N, V) and targets (N,): (N,) in float32."""
+    # float32 so that a sum over 100,000 tokens keeps its digits
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def chunk_size(vocab_size: int) -> int:

@@ -8,7 +8,7 @@ bfloat16, so that the sum of 5,000 losses was 0.3 % wrong. It also needs the wei
 matrix, which an adapter may change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,27 @@ from torch import Tensor
 
 # Hidden states (N, D) -> scores (N, V).
 Logits = Callable[[Tensor], Tensor]
-# Logits (N, V) in float32 and targets (N,) -> losses (N,).
+# Logits (N, V) and targets (N,) -> losses (N,) in float32.
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+# Logits that are in float32 at a time. On a CPU, more do not fit into its cache, and their memory
+# has to come from the operating system each time, which takes longer than the computation.
+PIECE_ON_CPU, PIECE_ON_GPU = 2**19, 2**24
+
+
+def by_rows(cross_entropy: CrossEntropy, logits: Tensor, targets: Tensor) -> Tensor:
+    """cross_entropy(logits, targets), a few rows at a time. For losses without a gradient."""
+    return torch.cat([cross_entropy(*rows) for rows in in_pieces(logits, targets)])
+
+
+def in_pieces(logits: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """logits (N, V) and another tensor (N, ...), a few rows at a time."""
+    size = rows_of_piece(logits.shape[-1], logits.is_cpu)
+    return zip(logits.split(size), other.split(size), strict=True)
+
+
+def rows_of_piece(vocab_size: int, is_cpu: bool) -> int:
+    """The number of rows that are in float32 at a time."""
+    return max(1, (PIECE_ON_CPU if is_cpu else PIECE_ON_GPU) // vocab_size)
 
 
 def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
@@ -29,8 +48,11 @@ def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """The losses (N,); keeps the log-probabilities (N, V)."""
-        log_probs = F.log_softmax(logits, dim=-1)
+        """The losses (N,); keeps the log-probabilities (N, V), in float32."""
+        log_probs = torch.empty_like(logits, dtype=torch.float32)
+        for rows, target in in_pieces(logits, log_probs):
+            target.copy_(F.log_softmax(rows.float(), dim=-1))
+        ctx.dtype = logits.dtype
         ctx.save_for_backward(log_probs, targets)
         return -log_probs.gather(-1, targets[:, None])[:, 0]
 
@@ -38,9 +60,15 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """The gradient of the logits (N, V), in the memory of the log-probabilities."""
         log_probs, targets = ctx.saved_tensors
-        gradient = log_probs.exp_()  # softmax(logits), minus 1 for the target
-        gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
-        return gradient.mul_(gradients[0][:, None]), None
+        gradient = gradient_in_place(log_probs, targets).mul_(gradients[0][:, None])
+        return gradient.to(ctx.dtype), None
+
+
+def gradient_in_place(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the logits (N, V), in the memory of their log-probabilities."""
+    gradient = log_probs.exp_()  # softmax(logits), minus 1 for the target
+    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return gradient
 
 
 def token_losses_frozen_head(logits: Logits, states: Tensor, targets: Tensor, size: int) -> Tensor:
@@ -52,19 +80,30 @@ def token_losses_frozen_head(logits: Logits, states: Tensor, targets: Tensor, si
     return _FrozenHead.apply(states, logits, targets, size)
 
 
+def losses_and_gradient(logits: Logits, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses (N,) of states (N, D), and the gradient of each with respect to its state."""
+    losses = []
+    with torch.enable_grad():
+        states = states.detach().requires_grad_()
+        scores = logits(states)
+    gradient = scores.detach()  # in the memory of the scores
+    for rows, row_targets in in_pieces(gradient, targets):
+        log_probs = F.log_softmax(rows.float(), dim=-1)
+        losses.append(-log_probs.gather(-1, row_targets[:, None])[:, 0])
+        rows.copy_(gradient_in_place(log_probs, row_targets))
+    return torch.cat(losses), torch.autograd.grad(scores, states, gradient)[0]
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor, size: int) -> Tensor:
         """The losses (N,); keeps the gradient of each with respect to its state (N, D)."""
-        losses, gradient = [], torch.empty_like(states)
-        for start in range(0, len(states), size):
-            chunk = slice(start, start + size)
-            with torch.enable_grad():
-                chunk_states = states[chunk].detach().requires_grad_()
-                chunk_losses = cross_entropy_in_place(logits(chunk_states).float(), targets[chunk])
-                (gradient[chunk],) = torch.autograd.grad(chunk_losses.sum(), chunk_states)
-            losses.append(chunk_losses.detach())
-        ctx.save_for_backward(gradient)
+        losses, gradients = [], []
+        for chunk in zip(states.split(size), targets.split(size), strict=True):
+            chunk_losses, gradient = losses_and_gradient(logits, *chunk)
+            losses.append(chunk_losses)
+            gradients.append(gradient)
+        ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
     @staticmethod

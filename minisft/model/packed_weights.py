@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from minisft.model.basic_layers import Linear
-from minisft.model.quantized import QuantizedLinear
+from minisft.model.decoder import CausalLM
+from minisft.model.quantized import QuantizedLinear, plain_linear
 
 BLOCK = 32  # weights of a row that share a scale in GGUF's Q4_0 and Q4_1
 ROWS_TOGETHER = 16  # the kernel for 4 bits needs a multiple of it
@@ -49,8 +50,11 @@ def pack_weights(*models: nn.Module) -> None:
     """Pack the linear layers of models where can_pack_weights is true. In place.
 
     Models that share weights share them afterwards, too. One layer after the other is packed, so
-    memory holds the weights once.
+    memory holds the weights once; a tied output matrix twice, because the embedding needs its rows
+    as they are.
     """
+    for model in models:
+        separate_head(model)
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # by the address of the weight
     for model in models:
         for name, module in model.named_modules():
@@ -64,6 +68,13 @@ def pack_weights(*models: nn.Module) -> None:
         packed = Int8Linear(module) if is_quantized else PackedLinear(module)
         for model, name in same:
             model.set_submodule(name, packed)
+
+
+def separate_head(model: nn.Module) -> None:
+    """Make a layer of a tied output matrix, on the same weight. In place."""
+    if isinstance(model, CausalLM) and model.config.tie_word_embeddings:
+        model.add_module("lm_head", plain_linear(model.model.embed_tokens.weight, None))
+        model.config.tie_word_embeddings = False
 
 
 def packable_weight(name: str, module: nn.Module) -> Tensor | None:
@@ -133,16 +144,22 @@ class Int4Linear(QuantizedLinear):
     factors: Tensor
     packed: Tensor
 
-    def __init__(self, blocks: Blocks, bias: nn.Parameter | None = None):
-        steps, scales, minimums = blocks
+    def __init__(self, packed: Tensor, factors: Tensor, bias: nn.Parameter | None = None):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = steps.shape
+        num_blocks, self.out_features, _ = factors.shape
+        self.in_features = num_blocks * BLOCK
         self.bits, self.bias = 4, bias
+        self.register_buffer("packed", packed)  # the steps, in the kernel's order
+        self.register_buffer("factors", factors)  # (in / 32, out, 2): scale and middle of a block
+
+    @classmethod
+    def from_blocks(cls, blocks: Blocks, bias: nn.Parameter | None = None) -> "Int4Linear":
+        """The layer with these blocks."""
+        steps, scales, minimums = blocks
         # The kernel's steps are from -8 to 7.
         factors = torch.stack((scales, minimums + 8 * scales), dim=-1).transpose(0, 1)
-        self.register_buffer("factors", factors.bfloat16().contiguous())  # (in / 32, out, 2)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, 1)
-        self.register_buffer("packed", packed)
+        return cls(packed, factors.bfloat16().contiguous(), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out_features) from x (..., in_features)."""
@@ -167,11 +184,11 @@ class Int4PairLinear(QuantizedLinear):
     torch's product for 8 bits has a scale for a row, not for a block.
     """
 
-    def __init__(self, high: Blocks, low: Blocks, bias: nn.Parameter | None = None):
+    def __init__(self, high: Int4Linear, low: Int4Linear, bias: nn.Parameter | None = None):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = high.steps.shape
+        self.out_features, self.in_features = high.out_features, high.in_features
         self.bits, self.bias = 8, bias
-        self.high, self.low = Int4Linear(high), Int4Linear(low)
+        self.high, self.low = high, low
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out_features) from x (..., in_features)."""

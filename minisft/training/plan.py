@@ -25,10 +25,11 @@ from minisft.common.words import duration
 from minisft.model.config import ModelConfig
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import Model
+from minisft.training.activation_memory import Step
 from minisft.training.build import model_on_meta, num_trainable
 from minisft.training.defaults import choose_learning_rate
 from minisft.training.lengths import Data, Epoch, inspect_data
-from minisft.training.memory import PARTS, Phase, Step, phases
+from minisft.training.memory import PARTS, Phase, phases
 from minisft.training.operations import forward_operations, measure_speed, training_operations
 from minisft.training.run import build_schedule, count_rows_per_step
 from minisft.training.vocabulary import planned_rows

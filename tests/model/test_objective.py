@@ -138,6 +138,7 @@ def test_memory_saving_losses_equal_the_plain_ones(frozen_head, dtype, size):
     states, weights = (torch.randn(*shape, generator=generator) for shape in ((30, 32), (30,)))
     targets = torch.randint(0, 96, (30,), generator=generator)
     head = torch.nn.Linear(32, 96, bias=False).to(dtype).requires_grad_(not frozen_head)
+
     plain = partial(token_losses_in_chunks, cross_entropy=cross_entropy)
     fast = partial(token_losses_in_chunks, cross_entropy=cross_entropy_in_place)
     results = []

@@ -44,7 +44,8 @@ def random_blocks(type, out_features, in_features):
     weight = np.random.default_rng(0).normal(0, 0.1, (out_features, in_features))
     data = gguf.quants.quantize(weight.astype(np.float32), type)
     blocks = BlockRows(type, (in_features,), None).blocks(torch.from_numpy(data.reshape(-1)))
-    layer = Int4Linear(*blocks) if len(blocks) == 1 else Int4PairLinear(*blocks)
+    parts = [Int4Linear.from_blocks(part) for part in blocks]
+    layer = parts[0] if len(parts) == 1 else Int4PairLinear(*parts)
     return layer, torch.from_numpy(gguf.quants.dequantize(data, type))
 
 
