@@ -27,7 +27,7 @@ else:
 import torch
 from tqdm import tqdm
 
-from minisft.checkpoints.hub import base_model
+from minisft.checkpoints.hub import model_or_base
 from minisft.common import processes
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
@@ -96,7 +96,7 @@ def main(command: tuple[str, Namespace] | None = None) -> None:
 def answer_benchmark(name: str, options: Namespace) -> None:
     """Answer the questions of a benchmark, subject by subject, and report the accuracy."""
     benchmark = BENCHMARKS[name]
-    options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
+    options.model_name_or_path = model_or_base(options.model_name_or_path, options.adapter)
     may_exist = options.overwrite_output_dir or options.resume
     output_dir = check_output_dir(
         options.output_dir, may_exist, options.model_name_or_path, options.adapter

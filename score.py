@@ -36,7 +36,7 @@ from tqdm import tqdm
 from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import load_model
-from minisft.checkpoints.hub import base_model, resolve, resolve_adapter
+from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
 from minisft.checkpoints.reward_models import check_head, load_reward_model
 from minisft.common import processes
 from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
@@ -65,7 +65,7 @@ say = processes.print_rank0
 def main(options: Namespace | None = None) -> None:
     """Score the rows with these options; by default those of the command line."""
     options = options or parse_options()
-    options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
+    options.model_name_or_path = model_or_base(options.model_name_or_path, options.adapter)
     device = processes.start(resolve_device(options.device))
     output = ScorePaths(options.output).scores
     with single_writer(output) if processes.rank() == 0 else nullcontext():

@@ -29,7 +29,7 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
         description="Chat with a model: in the terminal, with one question, with a file of "
         "prompts, or on a web page.",
     )
-    add_model_flags(parser, unless="adapter")
+    add_model_flags(parser)
     add, _ = parser.section("conversation")
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter; it is not merged")
     add_template_flags(add, auto="as in training", system="system")

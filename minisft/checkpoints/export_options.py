@@ -24,7 +24,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     description = "Write a trained model for other programs, in the format that they read."
     common = "model_name_or_path adapter format output_dir output quantization"
     parser = OptionParser(EXAMPLES, common, description=description)
-    add, switch = add_model_flags(parser, "the checkpoint's; float32 for peft", unless="adapter")
+    add, switch = add_model_flags(parser, "the checkpoint's; float32 for peft")
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
     formats = ["hf", "peft", *FILE_FORMATS]

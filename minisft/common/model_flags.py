@@ -17,15 +17,12 @@ AUTO_DTYPE = "bfloat16 where the processor has instructions for it, else float32
 
 
 def add_model_flags(
-    parser: OptionParser, auto_dtype: str = AUTO_DTYPE, unless: str = ""
+    parser: OptionParser, auto_dtype: str = AUTO_DTYPE
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Add the section "model"; returns its (add, switch) for more flags.
-
-    unless: "adapter" in scripts that find the base of an adapter in its folder.
-    """
+    """Add the section "model"; returns its (add, switch) for more flags, --adapter among them."""
     add, switch = parser.section("model")
     model = "folder of a checkpoint, GGUF file, or hub id"
-    add("--model_name_or_path", required=True, unless=unless, help=model)
+    add("--model_name_or_path", required=True, unless="adapter", help=model)
     add_device_flags(add, switch, auto_dtype)
     return add, switch
 

@@ -52,7 +52,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
         description="Score every row of a data set by Instruction-Following Difficulty, or by a "
         "reward model.",
     )
-    add, switch = add_model_flags(parser, unless="adapter")
+    add, switch = add_model_flags(parser)
     add("--adapter", help="LoRA adapter to score with, such as the pre-experience")
 
     add, switch = parser.section("data")
