@@ -115,7 +115,7 @@ def fine_tune(options: Namespace, output_dir: Path, device: torch.device) -> Non
     torch.manual_seed(options.seed + processes.rank())  # dropout differs between ranks
     if template and isinstance(model, RewardModel):
         choose_padding(model, tokenizer, template.stop_token_ids(model.config.eos_token_ids))
-    say(describe_training(options, model, dtype, device, num_rows=len(batches.rows)))
+    say(describe_training(options, model, dtype, device, num_rows=batches.num_examples))
 
     saved = resume.load_saved_run(options, batches, say)  # None for a new run
     rows_per_step = (

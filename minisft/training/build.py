@@ -152,9 +152,9 @@ def quantize_layers(model: Model, bits: int) -> None:
 def describe_training(
     options: Namespace, model: Model, dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> str:
-    """A line for the log: rows, parameters, device, number type."""
+    """A line for the log: rows or blocks of text, parameters, device, number type."""
     text = (
-        f"{num_rows:,} rows; training {num_trainable(model):,} of "
+        f"{num_rows:,} {'blocks' if options.stage == 'pt' else 'rows'}; training {num_trainable(model):,} of "
         f"{count_parameters(model):,} parameters "
         f"({options.finetuning_type}) on {device}, {dtype_name(dtype)}, "
         f"{processes.world_size()} process(es)"

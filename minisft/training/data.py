@@ -101,19 +101,13 @@ def load_data(
 
 def learned_note(batches: Batches, num_rows: int) -> str | None:
     """How many of the rows an epoch has, if nothing is learned from some; else None."""
-    sample = batches.sample_report
-    if isinstance(batches.rows, Rows) and len(batches.rows) < num_rows:
-        return (
-            f"{len(batches.rows):,} of {num_rows:,} rows have something to learn; epochs, steps "
-            "and progress count these"
-        )
-    if sample.num_left_out:
-        share = sample.num_left_out / sample.num_rows
-        return (
-            f"about {share:.0%} of the {num_rows:,} rows have nothing to learn; epochs and steps "
-            "count them too"
-        )
-    return None
+    if not batches.sample_report.num_left_out:
+        return None
+    about = "about " if len(batches.rows) > batches.num_examples else ""
+    return (
+        f"{about}{batches.num_examples:,} of {num_rows:,} rows have something to learn; epochs, "
+        "steps and progress count these"
+    )
 
 
 def load_template(

@@ -16,7 +16,7 @@ from bench import peak
 from bench.training_run import CHECKPOINTING, FULL, Setting, prepare
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.common.errors import UserError
-from minisft.data import batching
+from minisft.data import batching, build_batches
 from minisft.model import loss
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
@@ -296,6 +296,12 @@ def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch
             if row["output"]
         ]
         rows += [{"output": ["lonely"]}] * 100
+    else:  # in every tenth row the prompt is too long, so no answer is left
+        rows = [
+            one
+            for number, row in enumerate(rows)
+            for one in (row, {"instruction": " it" * 300, "output": "no"})[: 1 + (number % 9 == 4)]
+        ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     words = as_flags(
         model_name_or_path=checkpoint,
@@ -304,15 +310,26 @@ def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch
         skip_bad_rows=True,
         output_dir="o",
         device="cpu",
+        cutoff_len=200,
         stage=stage,
     )
-    patterns = (r"([\d,]+) tokens, ([\d.]+)% padding", r"with ([\d,]+) tokens in the largest")
+    patterns = (
+        r"an epoch    ([\d,]+) rows",
+        r"([\d,]+) tokens, ([\d.]+)% padding",
+        r"with ([\d,]+) tokens in the largest",
+    )
     every = here(train, "--dry_run", *words)
+    monkeypatch.setattr(build_batches, "MAX_COUNTED", 250)
     monkeypatch.setattr(lengths, "MAX_ENCODED", 90)
     monkeypatch.setattr(lengths, "MAX_BATCHED", 450)
     part = here(train, "--dry_run", *words)
-    assert "; 90 of 800 rows, the others by their size" in part and "; " not in every.split("\n")[2]
-    for pattern, tolerance in zip(patterns, (0.1, 0.2), strict=True):
+    count = {"sft": 900, "dpo": 800}[stage]
+    assert f"; 90 of {count} rows, the others by their size" in part
+    assert "others by their size" not in every
+    if stage == "sft":
+        assert "\n800 of 900 rows have something to learn; epochs, steps" in every
+        assert re.search(r"\nabout \d\d\d of 900 rows have something to learn; epochs", part)
+    for pattern, tolerance in zip(patterns, (0.05, 0.1, 0.2), strict=True):
         assert numbers(pattern, part) == pytest.approx(
             numbers(pattern, every), rel=tolerance, abs=3
         )
