@@ -46,7 +46,7 @@ def physical_cores(system: Path = SYSTEM) -> int:
 
 
 def cpu_quota(system: Path = SYSTEM) -> float:
-    """The cores' time that the container may use, as a number of cores; infinite without a limit."""
+    """The number of cores whose time the container may use; infinite without a limit."""
     try:
         quota, period = (system / "fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):

@@ -153,10 +153,11 @@ def describe_training(
     options: Namespace, model: Model, dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> str:
     """A line for the log: rows or blocks of text, parameters, device, number type."""
+    kind = "blocks" if options.stage == "pt" else "rows"
     num_threads = torch.get_num_threads()
     threads = f", {num_threads} thread(s) each" if device.type == "cpu" else ""
     text = (
-        f"{num_rows:,} {'blocks' if options.stage == 'pt' else 'rows'}; training {num_trainable(model):,} of "
+        f"{num_rows:,} {kind}; training {num_trainable(model):,} of "
         f"{count_parameters(model):,} parameters "
         f"({options.finetuning_type}) on {device}, {dtype_name(dtype)}, "
         f"{processes.world_size()} process(es){threads}"

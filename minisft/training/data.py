@@ -22,7 +22,6 @@ from minisft.data.build_batches import (
     first_examples,
     held_out_examples,
 )
-from minisft.data.dataset import Rows
 from minisft.data.encode_preferences import encode_preferences
 from minisft.data.encoding import Example, encode_rows
 from minisft.data.workers import WorkerKilled
