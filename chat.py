@@ -68,7 +68,7 @@ def main(options: Namespace | None = None) -> None:
     report_unused(options, assistants)
     for assistant in assistants:
         if system:
-            name = f"--identity {options.identity}" if options.identity else "--system"
+            name = f"--identity {options.identity}" if options.identity else "--default_system"
             assistant.context.check_system(system, sampling.max_new_tokens, name)
         if options.compile:
             assistant.compile()

@@ -74,14 +74,13 @@ def main(options: Namespace | None = None) -> None:
 
 def check_output(options: Namespace) -> Path:
     """The file or folder to write; UserError if it is an input, or exists."""
-    inputs, overwrite = (options.model_name_or_path, options.adapter), options.overwrite_output_dir
+    inputs = options.model_name_or_path, options.adapter
     if options.format in FILE_FORMATS:
-        flag = "--overwrite_output_dir"
-        path = check_output_file("--output", options.output, inputs, overwrite, flag)
+        path = check_output_file("--output", options.output, inputs, options.overwrite)
         if path.is_file() and not is_gguf(path):
             raise UserError(f"--output {path} exists and is not a GGUF file. Choose another name.")
         return path
-    return check_output_dir(options.output_dir, overwrite, *inputs)
+    return check_output_dir(options.output_dir, options.overwrite_output_dir, *inputs)
 
 
 def quantization_note(options: Namespace, adapter_dir: Path) -> str | None:

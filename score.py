@@ -149,13 +149,13 @@ def build_scorer(
     )
     for line in settings_without_effect(template, **template_settings(options)):
         say(line)
-    max_length = min(options.max_length, max_row_length(config))
-    if max_length < options.max_length:
-        say(f"--max_length {max_length}: this model cannot score longer rows")
+    cutoff_len = min(options.cutoff_len, max_row_length(config))
+    if cutoff_len < options.cutoff_len:
+        say(f"--cutoff_len {cutoff_len}: this model cannot score longer rows")
     if options.mode == "reward":
-        return RewardScorer(template, max_length, config.vocab_size)
+        return RewardScorer(template, cutoff_len, config.vocab_size)
     parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
-    return IfdScorer(template, max_length, config.vocab_size, parts, options.pooling)
+    return IfdScorer(template, cutoff_len, config.vocab_size, parts, options.pooling)
 
 
 def build_model(

@@ -71,7 +71,7 @@ def main() -> None:
     words += ["--output_dir", comparison, "--overwrite_output_dir"]
     run("eval.py", "compare", "--models", f"base={model}", f"tuned={model}+{adapter}", *words)
     words = ["--adapter", adapter, "--format", "gguf", "--quantization", "q4_k_m"]
-    run("export.py", *base, *words, "--output", exported, "--overwrite_output_dir")
+    run("export.py", *base, *words, "--output", exported, "--overwrite")
     run("chat.py", "--model_name_or_path", exported, "--greedy", "--prompt", QUESTION)
 
     # Imported here, so that --help answers at once.

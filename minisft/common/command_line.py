@@ -107,6 +107,7 @@ class OptionParser(argparse.ArgumentParser):
         arguments: the words of the command line, by default those of this process. UserError
         names every unknown flag and key of the recipe, or every required flag that is missing.
         """
+        assert self._common <= self._flags.keys(), "a flag to mark in --help does not exist"
         words = sys.argv[1:] if arguments is None else arguments
         options, rest = self._parse([_normalized(word) for word in words])
         path = "" if options.config is _UNSET else options.config

@@ -47,12 +47,12 @@ def add_device_flags(
 TEMPLATE_FLAGS = ("template", "default_system", "template_kwargs", "enable_thinking")
 
 
-def add_template_flags(add: Callable[..., Any], auto: str, system: str = "default_system") -> None:
+def add_template_flags(add: Callable[..., Any], auto: str) -> None:
     """Add the flags of chat templates to a section. auto: what --template auto means."""
     name = f"chat template: a name, a .jinja file, or auto ({auto})"
     add("--template", default="auto", help=name)
-    as_text = partial(with_line_breaks, name=f"--{system}")
-    add(f"--{system}", type=as_text, help="system prompt of conversations that have none")
+    as_text = partial(with_line_breaks, name="--default_system")
+    add("--default_system", type=as_text, help="system prompt of conversations that have none")
     add_template_settings(add)
 
 

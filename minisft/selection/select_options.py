@@ -78,7 +78,7 @@ EXAMPLES = """\
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """The options of select.py, checked; by default from the command line."""
     description = "Choose the rows to train on, by the scores and embeddings of score.py."
-    common = "dataset scores strategy sample_rate num_samples output"
+    common = "dataset scores strategy sample_rate sample_number output"
     parser = OptionParser(EXAMPLES, common, description=description)
     add, switch = parser.section("data")
     dataset = "files, folders, names in dataset_info.json or on the hub; by commas"

@@ -134,7 +134,7 @@ def test_a_killed_run_keeps_its_answers(tiny_chat_model_dir, tmp_path):
 
 
 def test_rows_of_every_format(assistant, tmp_path):
-    """The answer of a row is not used; its system prompt wins over that of --system."""
+    """The answer of a row is not used; its system prompt wins over that of --default_system."""
     rows = [
         "only text",
         {"prompt": "p"},

@@ -100,6 +100,24 @@ def test_names_of_other_tools_lead_to_existing_flags():
     assert "num_epochs" in theirs and not {"lora_rank", "seed"} & set(theirs)
 
 
+def test_a_quantity_has_one_name_in_all_scripts():
+    """Flags with the same help are the same flag."""
+    names: dict[str, set[str]] = {}
+    calls = [[f"{name}.py"] for name in ("train", "score", "select", "export", "chat")]
+    calls += [["eval.py", "ceval"], ["eval.py", "compare"]]
+    flag = re.compile(
+        r"^  --(\w+)(?: (?:\{[^}]*\}|\S+))? *\n? {3,}(.*(?:\n {20,}.*)*)", re.MULTILINE
+    )
+    for script, *words in calls:
+        found = flag.findall(command(*words, "--help", script=script).stdout)
+        assert len(found) > 15, script
+        for name, text in found:
+            meaning = " ".join(re.sub(r"\((default|required).*", "", text, flags=re.DOTALL).split())
+            names.setdefault(meaning.removeprefix("* "), set()).add(name)
+    assert {"default_system"} in names.values() and {"seed"} in names.values()
+    assert [others for others in names.values() if len(others) > 1] == []
+
+
 def test_given_flags_are_known_also_at_their_default(tmp_path):
     parser, recipe = new_parser(), tmp_path / "recipe.toml"
     recipe.write_text('model_name_or_path = "m"\nnames = "a"\nplot_loss = true\n')
