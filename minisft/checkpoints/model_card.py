@@ -58,6 +58,9 @@ def write_model_card(
         lines += ["", "## Training", "", *settings_table(options)]
     if rows := metrics_table(metrics):
         lines += ["", "## Metrics", "", *rows]
+        limit = options.get("block_size" if stage == "pt" else "cutoff_len")
+        if limit and any("eval_loss" in row for row in metrics):
+            lines += ["", f"The evaluation covers at most the first {limit} tokens of a row."]
     flag = "--adapter" if is_adapter else "--model_name_or_path"
     if stage != "rm":
         lines += [

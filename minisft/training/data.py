@@ -159,7 +159,10 @@ def length_limit(options: Namespace, config: ModelConfig) -> int:
 
 def evaluation_note(options: Namespace, config: ModelConfig) -> str:
     """The tokens that evaluation figures cover, in words. eval.py compare does not cut rows."""
-    return f" (rows cut at {length_limit(options, config)} tokens)"
+    limit = length_limit(options, config)
+    if options.stage == "rm":  # a reward belongs to a complete conversation
+        return f" (rows of at most {limit} tokens)"
+    return f" (rows cut at {limit} tokens)"
 
 
 class BrokenRow(UserError):
