@@ -34,7 +34,7 @@ else:
 import torch
 from torch import Tensor
 
-from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import choose_padding
 from minisft.common import processes
 from minisft.common.devices import resolve_device, resolve_dtype
@@ -57,6 +57,7 @@ from minisft.training.data import (
     training_steps,
 )
 from minisft.training.defaults import choose_learning_rate
+from minisft.training.further import complete_options
 from minisft.training.identity import is_finished_run
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
@@ -82,7 +83,7 @@ say = processes.print_rank0
 def main(options: Namespace | None = None) -> None:
     """Train with these options; by default those of the command line."""
     options = options or parse_options()
-    options.model_name_or_path = model_or_base(options.model_name_or_path, options.adapter)
+    complete_options(options)
     if options.dry_run:
         return plan.show(options)
     may_exist = options.overwrite_output_dir or resume.can_resume(options)

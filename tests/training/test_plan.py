@@ -22,11 +22,11 @@ from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.quantized import count_parameters
-from minisft.training import lengths, memory, plan
+from minisft.training import lengths, memory, plan, speed
 from minisft.training.build import model_on_meta
 from minisft.training.metrics import read_metrics
 from minisft.training.objective import NextToken
-from minisft.training.operations import training_operations
+from minisft.training.operations import layer_operations, training_operations
 from minisft.training.options import parse_options
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.toml"))
@@ -220,6 +220,29 @@ def test_operations_are_those_that_torch_counts(flags, tmp_path):
     planned = training_operations(run.model, 16, "--gradient_checkpointing" in flags)
     # Not counted by torch here: attention, 2 per cent of it.
     assert 0.93 < counter.get_total_flops() / (64 * planned) < 1.0
+
+
+@pytest.mark.parametrize("flags", [(), FULL, CHECKPOINTING, ("--quantization_bit", "4")])
+def test_the_speed_is_that_of_training_one_layer(flags, monkeypatch):
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
+    options = parse_options(["--model_name_or_path", "m", "--dry_run", "--dataset", "d", *flags])
+    options.learning_rate = 1e-4
+    small, large = (
+        model_on_meta(
+            options,
+            ModelConfig.from_dict({**SHAPE, "num_hidden_layers": num_layers}),
+            torch.float32,
+        )
+        for num_layers in (2, 5)
+    )
+    checkpointing = flags == CHECKPOINTING
+    three = training_operations(large, 9, checkpointing) - training_operations(
+        small, 9, checkpointing
+    )
+    assert three == pytest.approx(3 * layer_operations(small, 9, checkpointing))
+    found = speed.measure_speed(small, options, torch.float32, num_rows=3, length=9)
+    assert 0 < found.operations < 1e15 and 0 < found.seconds_to_update < 1
+    assert all(parameter.is_meta for parameter in small.parameters())
 
 
 def numbers(pattern, text):
