@@ -106,8 +106,10 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
             options.pooling,
         )
     pending = processes.broadcast_from_rank0(lambda: writer and writer.pending())
+    num_rows, num_to_do = int(is_drawn.sum()), int(is_drawn[pending].sum())
+    of_all = f" of {len(rows):,}" if num_rows < len(rows) else ""
     say(
-        f"{len(rows):,} rows, {len(pending):,} to do; template {scorer.template.name}, {device}, "
+        f"{num_rows:,}{of_all} rows, {num_to_do:,} to do; template {scorer.template.name}, {device}, "
         f"{dtype_name(dtype)}, {processes.world_size()} process(es)"
     )
 
@@ -121,7 +123,7 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
         model = build_model(options, model_dir, adapter_dir, dtype, device)
         began = time.monotonic()
         reasons = score(options, model, reader, pending, writer)
-        speed = len(pending) / (time.monotonic() - began)
+        speed = num_to_do / (time.monotonic() - began)
     if writer:
         written = ", ".join(map(str, writer.finish()))
         if len(pending) > 0:
