@@ -109,8 +109,8 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
     num_rows, num_to_do = int(is_drawn.sum()), int(is_drawn[pending].sum())
     of_all = f" of {len(rows):,}" if num_rows < len(rows) else ""
     say(
-        f"{num_rows:,}{of_all} rows, {num_to_do:,} to do; template {scorer.template.name}, {device}, "
-        f"{dtype_name(dtype)}, {processes.world_size()} process(es)"
+        f"{num_rows:,}{of_all} rows, {num_to_do:,} to do; template {scorer.template.name}, "
+        f"{device}, {dtype_name(dtype)}, {processes.world_size()} process(es)"
     )
 
     reader = RowReader(rows, scorer, is_drawn)
