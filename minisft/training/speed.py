@@ -79,10 +79,9 @@ def measure_speed(
 
 def _fastest(function: Callable[[], object], seconds: float = SECONDS) -> float:
     """The seconds of the fastest call; the others waited for other work. At least two calls."""
-    fastest, end = math.inf, time.perf_counter() + seconds
-    for number in itertools.count():
+    fastest, num_calls, end = math.inf, 0, time.perf_counter() + seconds
+    while num_calls < 2 or time.perf_counter() < end:
         began = time.perf_counter()
         function()
-        fastest = min(fastest, time.perf_counter() - began)
-        if number and time.perf_counter() > end:
-            return fastest
+        fastest, num_calls = min(fastest, time.perf_counter() - began), num_calls + 1
+    return fastest

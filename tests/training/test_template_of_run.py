@@ -233,7 +233,12 @@ def test_an_adapter_alone_is_trained_further_as_before(checkpoint, rows_file, tm
     template.unlink()
     said = shown_text(here(train, *flags, "--adapter", first, "--dry_run", "--show_samples", 1))
     assert "<system>Be brief.</system>" in said
-    here(train, *flags, "--adapter", first, "--output_dir", second)
+    card = (first / "README.md").read_text()
+    assert "# first\n" in card and "--adapter first\n" in card and "dpo_beta" not in card
+    second.mkdir()
+    (second / "README.md").write_text("mine")
+    here(train, *flags, "--adapter", first, "--output_dir", second, "--overwrite_output_dir")
+    assert (second / "README.md").read_text() == "mine"
     recorded = recorded_options(second)
     assert recorded["model_name_or_path"] == str(checkpoint)
     assert (recorded["adapter"], recorded["default_system"]) == (str(first), "Be brief.")
