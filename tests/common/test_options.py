@@ -54,12 +54,11 @@ def test_recipe_and_command_line(tmp_path):
     assert options.names == "x,y" and options.model_name_or_path == "m"
 
 
-@pytest.mark.parametrize("flag", ["system", "default_system"])
-def test_line_breaks_of_a_system_prompt(flag, capsys, monkeypatch, tmp_path):
-    r"""A spelled \\n is a line break, on every command line and in recipes; rank 0 says so."""
-    parser = OptionParser()
+def test_line_breaks_of_a_system_prompt(capsys, monkeypatch, tmp_path):
+    r"""A spelled \\n is a line break, on the command line and in recipes; rank 0 says so."""
+    parser, flag = OptionParser(), "default_system"
     add, _ = parser.section("template")
-    add_template_flags(add, auto="the model's", system=flag)
+    add_template_flags(add, auto="the model's")
     (tmp_path / "recipe.toml").write_text(f"{flag} = 'Be\\nkind.'\n")
     note = rf"--{flag}: the text is one line; each \n in it becomes a line break"
     for words in ([f"--{flag}", r"Be\nkind."], ["--config", str(tmp_path / "recipe.toml")]):
