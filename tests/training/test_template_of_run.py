@@ -163,7 +163,7 @@ def test_tools_that_the_template_does_not_support_are_reported_once(checkpoint, 
     rows = [{"messages": WITH_CALL}, offered, {"messages": TURNS[:2]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = as_flags(model_name_or_path=checkpoint)
-    data = ["--dataset", path, "--max_length", 512]
+    data = ["--dataset", path, "--cutoff_len", 512]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join(json.dumps({"messages": row["messages"][:-1]}) + "\n" for row in rows)
