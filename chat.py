@@ -30,7 +30,7 @@ from minisft.chat.page import Page
 from minisft.chat.terminal import INTERRUPTED, Conversation, converse, open_standard_streams
 from minisft.chat.transcript import Transcript
 from minisft.checkpoints.folders import load_model
-from minisft.checkpoints.hub import base_model, resolve, resolve_adapter
+from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.model_flags import dtype_option, template_settings
 from minisft.generation.assistant import Assistant
@@ -46,7 +46,7 @@ NUM_CACHES, NUM_COMPILED_CACHES = 8, 2
 def main(options: Namespace | None = None) -> None:
     """Chat with these options; by default those of the command line."""
     options = options or parse_options()
-    options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
+    options.model_name_or_path = model_or_base(options.model_name_or_path, options.adapter)
     open_standard_streams()
     question, system = read_question(options), read_system(options)
     sampling = Sampling(
@@ -68,7 +68,7 @@ def main(options: Namespace | None = None) -> None:
     report_unused(options, assistants)
     for assistant in assistants:
         if system:
-            name = f"--identity {options.identity}" if options.identity else "--system"
+            name = f"--identity {options.identity}" if options.identity else "--default_system"
             assistant.context.check_system(system, sampling.max_new_tokens, name)
         if options.compile:
             assistant.compile()

@@ -28,7 +28,7 @@ else:
 import torch
 from tqdm import tqdm
 
-from minisft.checkpoints.hub import base_model
+from minisft.checkpoints.hub import model_or_base
 from minisft.common import processes
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
@@ -98,7 +98,7 @@ def main(command: tuple[str, Namespace] | None = None) -> None:
 def answer_benchmark(name: str, options: Namespace) -> None:
     """Check the options and read the questions of a benchmark, then answer them."""
     benchmark = BENCHMARKS[name]
-    options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
+    options.model_name_or_path = model_or_base(options.model_name_or_path, options.adapter)
     inputs = [options.model_name_or_path, options.adapter]
     output_dir = resume.check_output(options, inputs, resume.CHOICE_OPTIONS)
     subjects = read_subjects(

@@ -37,7 +37,7 @@ from minisft.checkpoints.adapter_forms import (
 from minisft.checkpoints.code_files import copy_code_files
 from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
-from minisft.checkpoints.hub import base_model, resolve, resolve_adapter
+from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
 from minisft.checkpoints.model_card import write_model_card
 from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
 from minisft.common.devices import resolve_device, resolve_dtype
@@ -56,7 +56,7 @@ from minisft.training.metrics import read_metrics
 def main(options: Namespace | None = None) -> None:
     """Export with these options; by default those of the command line."""
     options = options or parse_options()
-    options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
+    options.model_name_or_path = model_or_base(options.model_name_or_path, options.adapter)
     output, is_file = check_output(options), options.format in FILE_FORMATS
     max_shard_size = parse_size(options.max_shard_size)
     model_dir = resolve(options.model_name_or_path)
@@ -72,14 +72,13 @@ def main(options: Namespace | None = None) -> None:
 
 def check_output(options: Namespace) -> Path:
     """The file or folder to write; UserError if it is an input, or exists."""
-    inputs, overwrite = (options.model_name_or_path, options.adapter), options.overwrite_output_dir
+    inputs = options.model_name_or_path, options.adapter
     if options.format in FILE_FORMATS:
-        flag = "--overwrite_output_dir"
-        path = check_output_file("--output", options.output, inputs, overwrite, flag)
+        path = check_output_file("--output", options.output, inputs, options.overwrite)
         if path.is_file() and not is_gguf(path):
             raise UserError(f"--output {path} exists and is not a GGUF file. Choose another name.")
         return path
-    return check_output_dir(options.output_dir, overwrite, *inputs)
+    return check_output_dir(options.output_dir, options.overwrite_output_dir, *inputs)
 
 
 def quantization_note(options: Namespace, adapter_dir: Path) -> str | None:

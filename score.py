@@ -35,7 +35,7 @@ from tqdm import tqdm
 from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import load_model
-from minisft.checkpoints.hub import base_model, resolve, resolve_adapter
+from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
 from minisft.checkpoints.reward_models import check_head, load_reward_model
 from minisft.common import processes
 from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
@@ -65,7 +65,7 @@ say = processes.print_rank0
 def main(options: Namespace | None = None) -> None:
     """Score the rows with these options; by default those of the command line."""
     options = options or parse_options()
-    options.model_name_or_path = options.model_name_or_path or base_model(options.adapter)
+    options.model_name_or_path = model_or_base(options.model_name_or_path, options.adapter)
     device = processes.start(resolve_device(options.device))
     output = ScorePaths(options.output).scores
     with processes.on_rank0(single_writer(output)):
@@ -106,9 +106,11 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
             options.pooling,
         )
     pending = processes.broadcast_from_rank0(lambda: writer and writer.pending())
+    num_rows, num_to_do = int(is_drawn.sum()), int(is_drawn[pending].sum())
+    of_all = f" of {len(rows):,}" if num_rows < len(rows) else ""
     say(
-        f"{len(rows):,} rows, {len(pending):,} to do; template {scorer.template.name}, {device}, "
-        f"{dtype_name(dtype)}, {processes.world_size()} process(es)"
+        f"{num_rows:,}{of_all} rows, {num_to_do:,} to do; template {scorer.template.name}, "
+        f"{device}, {dtype_name(dtype)}, {processes.world_size()} process(es)"
     )
 
     reader = RowReader(rows, scorer, is_drawn)
@@ -121,7 +123,7 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
         model = build_model(options, model_dir, adapter_dir, dtype, device)
         began = time.monotonic()
         reasons = score(options, model, reader, pending, writer)
-        speed = len(pending) / (time.monotonic() - began)
+        speed = num_to_do / (time.monotonic() - began)
     if writer:
         written = ", ".join(map(str, writer.finish()))
         if len(pending) > 0:
@@ -149,13 +151,13 @@ def build_scorer(
     )
     for line in settings_without_effect(template, **template_settings(options)):
         say(line)
-    max_length = min(options.max_length, max_row_length(config))
-    if max_length < options.max_length:
-        say(f"--max_length {max_length}: this model cannot score longer rows")
+    cutoff_len = min(options.cutoff_len, max_row_length(config))
+    if cutoff_len < options.cutoff_len:
+        say(f"--cutoff_len {cutoff_len}: this model cannot score longer rows")
     if options.mode == "reward":
-        return RewardScorer(template, max_length, config.vocab_size)
+        return RewardScorer(template, cutoff_len, config.vocab_size)
     parts = ("ifd", "embed") if options.mode == "all" else (options.mode,)
-    return IfdScorer(template, max_length, config.vocab_size, parts, options.pooling)
+    return IfdScorer(template, cutoff_len, config.vocab_size, parts, options.pooling)
 
 
 def build_model(

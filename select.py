@@ -107,7 +107,7 @@ def select_rows(options: Namespace) -> None:
     notes = choice.notes
     if options.scores:
         num_tokens = np.fmax(data.scores["num_tokens"], data.lengths)
-        notes = notes + length_limits(num_tokens, choice.rows, data.max_length, CUTOFF_LEN)
+        notes = notes + length_limits(num_tokens, choice.rows, data.cutoff_len, CUTOFF_LEN)
 
     mean_all = None if draws_unread else float(data.lengths[usable].mean())
     manifest = manifest_of(options, dataset, data, candidates, choice, notes, mean_all)

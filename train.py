@@ -56,6 +56,7 @@ from minisft.training.data import (
     training_steps,
 )
 from minisft.training.defaults import choose_learning_rate
+from minisft.training.further import complete_options
 from minisft.training.identity import is_finished_run
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
@@ -81,6 +82,7 @@ say = processes.print_rank0
 def main(options: Namespace | None = None) -> None:
     """Train with these options; by default those of the command line."""
     options = options or parse_options()
+    complete_options(options)
     if options.dry_run:
         return plan.show(options)
     may_exist = options.overwrite_output_dir or resume.can_resume(options)
@@ -113,7 +115,7 @@ def fine_tune(options: Namespace, output_dir: Path, device: torch.device) -> Non
     torch.manual_seed(options.seed + processes.rank())  # dropout differs between ranks
     if template and isinstance(model, RewardModel):
         choose_padding(model, tokenizer, template.stop_token_ids(model.config.eos_token_ids))
-    say(describe_training(options, model, dtype, device, num_rows=len(batches.rows)))
+    say(describe_training(options, model, dtype, device, num_rows=batches.num_examples))
 
     saved = resume.load_saved_run(options, batches, say)  # None for a new run
     rows_per_step = (

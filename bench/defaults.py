@@ -59,7 +59,7 @@ def main() -> None:
     def losses(name: str, *words: object) -> dict[str, float]:
         """Losses of a model on the held-out rows and on the base's own answers."""
         scores = folder / f"{name}.scores.jsonl"
-        measured = flags(dataset=measure_file, output=scores, overwrite=True, max_length=1024)
+        measured = flags(dataset=measure_file, output=scores, overwrite=True, cutoff_len=1024)
         output_of("score.py", *words, *shared, *measured)
         rows = [json.loads(line) for line in scores.read_text().splitlines()]
         parts = {"learned": rows[:num_held_out], "kept": rows[num_held_out:]}

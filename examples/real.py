@@ -53,7 +53,7 @@ def main() -> None:
     comparison = compare_models(model, adapter, held_out, folder / "compare")
     exported = folder / "orders-q4_k_m.gguf"
     words = ["--adapter", adapter, "--format", "gguf", "--quantization", "q4_k_m"]
-    run("export.py", *base, *words, "--output", exported, "--overwrite_output_dir")
+    run("export.py", *base, *words, "--output", exported, "--overwrite")
     run("chat.py", "--model_name_or_path", exported, "--greedy", "--prompt", QUESTION)
     print_answers(comparison, exported, held_out_rows)
     print(f"""

@@ -1,6 +1,6 @@
 """The flags of `chat.py`, and the texts of the prompts that they name.
 
-options = parse_options(["--model_name_or_path", "examples/base", "--system", "Be brief."])
+options = parse_options(["--model_name_or_path", "examples/base", "--default_system", "Be brief."])
 read_system(options)                                # "Be brief."
 """
 
@@ -29,10 +29,10 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
         description="Chat with a model: in the terminal, with one question, with a file of "
         "prompts, or on a web page.",
     )
-    add_model_flags(parser, unless="adapter")
+    add_model_flags(parser)
     add, _ = parser.section("conversation")
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter; it is not merged")
-    add_template_flags(add, auto="as in training", system="system")
+    add_template_flags(add, auto="as in training")
     add("--identity", metavar="FILE", help="text file with the system prompt: a persona or a task")
     add("--prompt", help="ask one question and exit; - reads it from standard input")
     add(
@@ -93,7 +93,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         raise UserError(f"--server_port must be at most 65535, not {options.server_port}")
     if options.password == "":
         raise UserError("--password is empty. For a page without a password, leave it out.")
-    for exclusive in (("prompt", "file", "web"), ("system", "identity")):
+    for exclusive in (("prompt", "file", "web"), ("default_system", "identity")):
         flags = [f"--{name}" for name in exclusive if name in given]
         if len(flags) > 1:
             raise UserError(f"{' and '.join(flags)} exclude each other. Give one of them.")
@@ -126,10 +126,10 @@ def read_question(options: Namespace) -> str | None:
 
 
 def read_system(options: Namespace) -> str | None:
-    """The system prompt: the text of --system, or of the file --identity."""
+    """The system prompt: the text of --default_system, or of the file --identity."""
     path = options.identity
     if not path:
-        return _decode(options.system)
+        return _decode(options.default_system)
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read().strip()

@@ -24,7 +24,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     description = "Write a trained model for other programs, in the format that they read."
     common = "model_name_or_path adapter format output_dir output quantization"
     parser = OptionParser(EXAMPLES, common, description=description)
-    add, switch = add_model_flags(parser, "the checkpoint's; float32 for peft", unless="adapter")
+    add, switch = add_model_flags(parser, "the checkpoint's; float32 for peft")
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
     formats = ["hf", "peft", *FILE_FORMATS]
@@ -32,7 +32,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--output_dir", help="folder to write: hf, peft")
     add("--output", help="file to write: gguf, gguf-lora")
     add("--quantization", choices=QUANTIZATIONS, default="f16", help="number type in a GGUF file")
-    switch("--overwrite_output_dir", "write into a folder that is not empty, or over a file")
+    switch("--overwrite_output_dir", "write into a folder that is not empty")
+    switch("--overwrite", "replace the file if there is one")
     add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")
     add, switch = parser.section("prompts of the exported model")
     add_template_flags(add, auto="that of the training, else the checkpoint's own")
@@ -50,13 +51,20 @@ def check_options(options: Namespace, given: set[str]) -> None:
     if format in ("peft", "gguf-lora") and not options.adapter:
         raise UserError(f"--format {format} needs --adapter")
     unused = {
-        "hf": {"output", "quantization"},
-        "peft": {"output", "quantization", "max_shard_size", "quantization_bit"},
-        "gguf": {"output_dir", "max_shard_size", "quantization_bit"},
-        "gguf-lora": {"output_dir", "max_shard_size", "quantization_bit", *TEMPLATE_FLAGS},
+        "hf": {"quantization"},
+        "peft": {"quantization", "max_shard_size", "quantization_bit"},
+        "gguf": {"max_shard_size", "quantization_bit"},
+        "gguf-lora": {"max_shard_size", "quantization_bit", *TEMPLATE_FLAGS},
     }[format]
     if format in FILE_FORMATS:
-        unused |= {"dtype", "bf16", "fp16", "device"}
+        unused |= {"output_dir", "overwrite_output_dir", "dtype", "bf16", "fp16", "device"}
+    else:
+        unused |= {"output", "overwrite"}
     if unused & given:
-        hint = "; --quantization sets the number type" if format in FILE_FORMATS else ""
-        raise UserError(f"--format {format} does not use --{min(unused & given)}{hint}")
+        flag = min(unused & given)
+        hint = {
+            "dtype": "; --quantization sets the number type",
+            "overwrite": "; a folder needs --overwrite_output_dir",
+            "overwrite_output_dir": "; a file needs --overwrite",
+        }
+        raise UserError(f"--format {format} does not use --{flag}{hint.get(flag, '')}")

@@ -41,6 +41,11 @@ def resolve_adapter(name_or_path: str | Path) -> Path:
     return resolve(name_or_path, ADAPTER_CONFIG)
 
 
+def model_or_base(model_name_or_path: str | None, adapter: str | None) -> str:
+    """The model that the flags name; with --adapter alone, the base of the adapter."""
+    return model_name_or_path or base_model(adapter or "")
+
+
 def base_model(adapter: str | Path) -> str:
     """The name of the model that an adapter was trained on, from its adapter_config.json.
 

@@ -34,17 +34,23 @@ SETTINGS = (
 ).split()
 
 
+# Settings that only one stage reads.
+ONE_STAGE = {"pt": "block_size", "dpo": "dpo_beta dpo_label_smoothing dpo_ftx"}
+
+
 def write_model_card(
     output_dir: str | Path,
     options: Mapping[str, Any],
     base: str | Path,
     metrics: Sequence[Mapping[str, Any]] = (),
     is_adapter: bool = False,
+    written_to: str | Path | None = None,
 ) -> None:
-    """Write README.md, unless somebody else has written one.
+    """Write README.md of the folder `output_dir`, unless somebody else has written one there.
 
     options: those of the training; empty if they are not known. base: the model it began with.
     metrics: the lines of metrics.jsonl. is_adapter: False for a complete model.
+    written_to: the folder that holds the file until it moves to `output_dir`.
     """
     path = Path(output_dir) / CARD
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
@@ -58,6 +64,9 @@ def write_model_card(
         lines += ["", "## Training", "", *settings_table(options)]
     if rows := metrics_table(metrics):
         lines += ["", "## Metrics", "", *rows]
+        limit = options.get("block_size" if stage == "pt" else "cutoff_len")
+        if limit and any("eval_loss" in row for row in metrics):
+            lines += ["", f"The evaluation covers at most the first {limit} tokens of a row."]
     flag = "--adapter" if is_adapter else "--model_name_or_path"
     if stage != "rm":
         lines += [
@@ -68,7 +77,7 @@ def write_model_card(
             f"python chat.py {flag} {Path(output_dir).resolve().name}",
             "```",
         ]
-    with atomic_write(path) as file:
+    with atomic_write(Path(written_to or output_dir) / CARD) as file:
         file.write("\n".join(lines) + "\n")
 
 
@@ -102,7 +111,11 @@ def settings_table(options: Mapping[str, Any]) -> list[str]:
     values: dict[str, Any] = {"data": ", ".join(map(shown_name, data_names(options)))}
     values["template"] = shown_name(options.get("template") or "")
     values["system prompt"] = options.get("default_system")
-    values |= {name: options.get(name) for name in SETTINGS}
+    others = set(ONE_STAGE) - {options.get("stage", "sft")}
+    unused = {name for stage in others for name in ONE_STAGE[stage].split()}
+    if options.get("stage") == "pt":
+        unused.add("cutoff_len")
+    values |= {name: options.get(name) for name in SETTINGS if name not in unused}
     rows = [
         f"| {name} | {_cell(value)} |"
         for name, value in values.items()

@@ -19,7 +19,6 @@ OTHER_NAMES = {
     "max_length": "cutoff_len max_seq_length max_seq_len model_max_length sequence_len",
     "cutoff_len": "max_length max_seq_length max_seq_len model_max_length sequence_len",
     "default_system": "system system_prompt",
-    "system": "system_prompt default_system",
     "template": "chat_template prompt_template conv_template",
     "lora_rank": "lora_r r lora_dim",
     "lora_target": "target_modules lora_target_modules lora_modules",

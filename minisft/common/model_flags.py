@@ -17,15 +17,12 @@ AUTO_DTYPE = "bfloat16 where the processor has instructions for it, else float32
 
 
 def add_model_flags(
-    parser: OptionParser, auto_dtype: str = AUTO_DTYPE, unless: str = ""
+    parser: OptionParser, auto_dtype: str = AUTO_DTYPE
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Add the section "model"; returns its (add, switch) for more flags.
-
-    unless: "adapter" in scripts that find the base of an adapter in its folder.
-    """
+    """Add the section "model"; returns its (add, switch) for more flags, --adapter among them."""
     add, switch = parser.section("model")
     model = "folder of a checkpoint, GGUF file, or hub id"
-    add("--model_name_or_path", required=True, unless=unless, help=model)
+    add("--model_name_or_path", required=True, unless="adapter", help=model)
     add_device_flags(add, switch, auto_dtype)
     return add, switch
 
@@ -57,12 +54,12 @@ def add_device_flags(
 TEMPLATE_FLAGS = ("template", "default_system", "template_kwargs", "enable_thinking")
 
 
-def add_template_flags(add: Callable[..., Any], auto: str, system: str = "default_system") -> None:
+def add_template_flags(add: Callable[..., Any], auto: str) -> None:
     """Add the flags of chat templates to a section. auto: what --template auto means."""
     name = f"chat template: a name, a .jinja file, or auto ({auto})"
     add("--template", default="auto", help=name)
-    as_text = partial(with_line_breaks, name=f"--{system}")
-    add(f"--{system}", type=as_text, help="system prompt of conversations that have none")
+    as_text = partial(with_line_breaks, name="--default_system")
+    add("--default_system", type=as_text, help="system prompt of conversations that have none")
     add_template_settings(add)
 
 

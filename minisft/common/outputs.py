@@ -91,7 +91,6 @@ def check_output_file(
     path: str | Path,
     inputs: Iterable[str | Path | None] = (),
     overwrite: bool = True,
-    overwrite_flag: str = "--overwrite",
 ) -> Path:
     """The file to write. UserError if it is a folder, a device or an input, or exists.
 
@@ -102,7 +101,7 @@ def check_output_file(
         raise UserError(f"{flag} {path} is a folder or a device. Give the name of a file.")
     check_not_an_input(flag, path, inputs)
     if path.exists() and not overwrite:
-        raise UserError(f"{flag} {path} exists. Choose another name, or add {overwrite_flag}.")
+        raise UserError(f"{flag} {path} exists. Choose another name, or add --overwrite.")
     return path
 
 

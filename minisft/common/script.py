@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from minisft.common import failure
 from minisft.common.errors import UserError, first_line
+from minisft.common.threads import share_cores
 
 Result = TypeVar("Result")
 
@@ -17,7 +18,9 @@ def run_script(main: Callable[[], Result]) -> Result:
     """Call `main()` and return its result. A user mistake prints one line; the status is 2.
 
     `--debug` adds the traceback. Under torchrun the first process to fail prints the reason.
+    Scripts call it before they import torch, so that torch has its share of the cores.
     """
+    share_cores()
     _open_standard_streams()
     try:
         return main()

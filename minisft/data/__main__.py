@@ -4,6 +4,7 @@ python -m minisft.data convert firefly.jsonl sharegpt.json
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,19 @@ def _sharegpt_lines(rows: Rows, skipped: list[str] | None) -> Iterator[str]:
                 skipped.append(message)
 
 
+# What a model reads depends on the options of the training, so train.py shows it.
+LOOK = "python train.py --model_name_or_path M --dataset INPUT --dry_run --show_samples 3"
+
+
 def main() -> None:
     """Run the command `convert`."""
+    if sys.argv[1:2] == ["show"]:
+        raise UserError(f"train.py shows rows as the model reads them: {LOOK}")
     parser = OptionParser(
         prog="python -m minisft.data",
         usage="%(prog)s convert INPUT OUTPUT [--flag value ...]",
-        description="convert instruction data to the ShareGPT format",
+        description="convert instruction data to the ShareGPT format; to look at rows as a model "
+        f"reads them:\n  {LOOK}",
     )
     parser.add_argument("command", choices=["convert"], help="what to do")
     parser.add_argument("input", help="what --dataset of train.py names: file, folder, data set")

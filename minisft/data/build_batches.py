@@ -17,7 +17,7 @@ from minisft.data.dataset import Rows
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encode_texts import encode_texts
 from minisft.data.encoding import Example, encode_rows, read_and_encode
-from minisft.data.order import ShuffledRuns
+from minisft.data.order import ShuffledRows, ShuffledRuns
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ from minisft.text.tokenizer import Tokenizer
 RUN_BLOCKS = 4
 # Encoded before training: rows, to check them; bytes of text, to estimate the number of tokens.
 SAMPLE_ROWS, SAMPLE_BYTES = 128, 2**20
-# Up to this many rows, rows that nothing is learned from are left out of the count of an epoch.
+# Encoded before training to count the rows that nothing is learned from; of more rows, their share.
 MAX_COUNTED = 20_000
 # A rough estimate for any language and tokenizer.
 BYTES_PER_TOKEN = 4
@@ -43,25 +43,29 @@ def batches_of_rows(
     """The Batches of conversations. Its sample_report covers rows spread over the data set.
 
     encode: encode_rows or encode_preferences. UserError if no row of the sample has supervised
-    tokens. If the sample has rows that nothing is learned from, all rows are encoded once to leave
-    them out, so that epochs, steps and progress count the rows that are learned.
+    tokens. Epochs, steps and progress count the rows that are learned: if the sample has others,
+    more rows are encoded to leave them out, or above MAX_COUNTED to know their share.
     """
     encode = partial(encode, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
-    sample = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_ROWS).astype(int))
-    examples, report = read_and_encode(rows, encode, sample)
+    examples, report = read_and_encode(rows, encode, evenly_spread(len(rows), SAMPLE_ROWS))
     check_learnable(examples, report)
-    if report.num_left_out and len(rows) <= MAX_COUNTED:
-        rows = rows.select(learned_rows(rows, encode))
-    batches = Batches(rows, encode, seed, num_workers, total_bytes=int(rows.sizes().sum()))
+    order = None
+    if report.num_left_out:
+        counted = evenly_spread(len(rows), MAX_COUNTED)
+        learned = [number for number in counted if read_and_encode(rows, encode, [number])[0]]
+        if len(counted) == len(rows):
+            rows = rows.select(learned)
+        else:
+            num_learned = max(1, round(len(rows) * len(learned) / len(counted)))
+            order = ShuffledRows(len(rows), seed, num_learned)
+    batches = Batches(rows, encode, seed, num_workers, int(rows.sizes().sum()), order)
     batches.sample_report = report
     return batches
 
 
-def learned_rows(
-    rows: Rows, encode: Callable[..., tuple[list[Example], EncodeReport]]
-) -> list[int]:
-    """The numbers of the rows that have something to learn."""
-    return [number for number in range(len(rows)) if read_and_encode(rows, encode, [number])[0]]
+def evenly_spread(count: int, most: int) -> np.ndarray:
+    """At most `most` numbers from 0 to `count` - 1, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int))
 
 
 def batches_of_texts(
@@ -91,8 +95,7 @@ def batches_of_texts(
     run_sizes = np.add.reduceat(sizes, starts)
     order = ShuffledRuns(np.append(starts, len(texts)), run_sizes, 1, seed)
 
-    num_sampled = max(4, SAMPLE_BYTES // run_bytes)
-    sample = np.unique(np.linspace(0, len(starts) - 1, num_sampled).astype(int))
+    sample = evenly_spread(len(starts), max(4, SAMPLE_BYTES // run_bytes))
     examples, report = read_and_encode(texts, encode, order.rows_of(sample))
     check_learnable(examples, report)
     num_tokens = sum(len(example.ids) for example in examples)

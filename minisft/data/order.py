@@ -13,18 +13,31 @@ RowsBetween = Callable[[int, int], np.ndarray]
 
 
 class ShuffledRows:
-    """Every row once, in an order that depends on seed and epoch."""
+    """Every row once, in an order that depends on seed and epoch.
 
-    def __init__(self, num_rows: int, seed: int) -> None:
-        self.num_examples, self.seed = num_rows, seed
+    num_examples: about how many of the rows have something to learn; by default all. The positions
+    of an epoch count these, so the rows are spread evenly over them.
+    """
+
+    def __init__(self, num_rows: int, seed: int, num_examples: int | None = None) -> None:
+        self.num_rows, self.seed = num_rows, seed
+        self.num_examples = num_examples or num_rows
 
     def of_epoch(self, epoch: int) -> RowsBetween:
         """The order of one epoch."""
         # Half the memory for data sets of up to four billion rows.
-        dtype = np.uint32 if self.num_examples < 2**32 else np.int64
-        order = np.arange(self.num_examples, dtype=dtype)
+        dtype = np.uint32 if self.num_rows < 2**32 else np.int64
+        order = np.arange(self.num_rows, dtype=dtype)
         np.random.default_rng([self.seed, epoch]).shuffle(order)
-        return lambda start, end: order[start:end]
+
+        def rows_between(start: int, end: int) -> np.ndarray:
+            """The rows at the positions in [start, end)."""
+            first, last = (
+                position * self.num_rows // self.num_examples for position in (start, end)
+            )
+            return order[first:last]
+
+        return rows_between
 
 
 class ShuffledRuns:

@@ -62,7 +62,7 @@ def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
         prog=f"eval.py {name}",
         description="Answer multiple-choice questions and measure the accuracy.",
     )
-    add, _ = add_model_flags(parser, unless="adapter")
+    add, _ = add_model_flags(parser)
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter, used without merging")
     add, _ = parser.section("questions")
     add("--data_dir", required=True, help="folder or zip with the CSV files of the benchmark")

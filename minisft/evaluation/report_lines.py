@@ -30,7 +30,7 @@ def measure_lines(results: dict[str, Any]) -> list[str]:
         figures = ", ".join(
             f"{label} {100 * report['mean'][key]['mean']:.1f}" for key, label in MEASURES.items()
         )
-        perplexity = report["perplexity"] and f"{report['perplexity']:,.2f}"
+        perplexity = report["perplexity"] and f"{report['perplexity']:,.2f} (rows never cut)"
         lines.append(f"{name}: {figures}, perplexity {perplexity or 'unknown'}")
         for key, problem in PROBLEMS.items():
             if report[key]:

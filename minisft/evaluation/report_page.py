@@ -19,7 +19,7 @@ from minisft.evaluation.report_lines import MEASURES, difference_lines, reliabil
 TEMPLATE = "report.html.jinja"
 # The other figures in the table.
 COUNTS = {
-    "perplexity": "perplexity of the reference, per token",
+    "perplexity": "perplexity of the reference, never cut, per token",
     "bits_per_character": "bits per character of the reference",
     "answer_characters": "answer length, characters",
     "answers_cut": "answers cut for length",

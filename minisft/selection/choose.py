@@ -62,7 +62,7 @@ class RowData:
     match: np.ndarray = field(default_factory=no_numbers)  # row numbers of another selection
     tasks: list[np.ndarray] = field(default_factory=list)  # embeddings (n, D) of target rows
     sources: np.ndarray = field(default_factory=no_numbers)  # the number of each row's source
-    max_length: int | None = None  # longer rows got no score
+    cutoff_len: int | None = None  # longer rows got no score
     hashes: dict[str, str] = field(default_factory=dict)  # {flag: the hash of its file}
 
 
@@ -110,7 +110,7 @@ def read_row_data(
         check_computed_from(options.scores, dataset)
         data.scores = read_scores(options.scores, num_rows, SCORE_OF.get(options.strategy))
         data.lengths, data.length_unit = data.scores["num_answer_tokens"], "tokens"
-        data.max_length = read_json(ScorePaths(options.scores).record).get("max_length")
+        data.cutoff_len = read_json(ScorePaths(options.scores).record).get("cutoff_len")
         paths["scores"] = options.scores
     if options.embeddings:
         check_computed_from(options.embeddings, dataset)

@@ -57,19 +57,19 @@ class PassResult:
 class IfdScorer:
     """Scores rows by IFD, embeds them, or both: `parts` is "ifd", "embed".
 
-    A row of more than `max_length` tokens gets no IFD: a truncated answer has another loss.
+    A row of more than `cutoff_len` tokens gets no IFD: a truncated answer has another loss.
     pooling: "mean" or "weighted", see above.
     """
 
     def __init__(
         self,
         template: ChatTemplate,
-        max_length: int = 512,
+        cutoff_len: int = 512,
         vocab_size: int | None = None,
         parts: Collection[str] = ("ifd",),
         pooling: str = "mean",
     ) -> None:
-        self.template, self.max_length, self.vocab_size = template, max_length, vocab_size
+        self.template, self.cutoff_len, self.vocab_size = template, cutoff_len, vocab_size
         self.parts, self.pooling, self.marker = parts, pooling, template.encode_marker()
         if "ifd" in parts and not self.marker:
             # Nothing predicts the first token of a sequence, so an answer needs a marker before it.
@@ -80,20 +80,20 @@ class IfdScorer:
 
     def plan(self, index: int, row: Row) -> Plan:
         """The passes of a row: the conditioned ones, then a direct one for each answer."""
-        texts = encode_row(row, self.template, self.max_length, self.vocab_size)
+        texts = encode_row(row, self.template, self.cutoff_len, self.vocab_size)
         if not texts:
             return Plan(index, reason="none of its answers is supervised")
         answers = [answer_spans(self.template, text.ids, text.supervised) for text in texts]
         longest = max(texts, key=lambda text: len(text.ids))
-        reason = too_long(longest.ids, self.max_length)
+        reason = too_long(longest.ids, self.cutoff_len)
         plan = Plan(index, sum(map(num_tokens, answers)), reason, len(longest.ids))
         if plan.num_answer_tokens == 0:
             plan.reason = plan.reason or "the answer has no tokens"
         last_ids, (last_start, last_end) = texts[-1].ids, answers[-1][-1]
         prompt_length = embedded_length = 0
         if "embed" in self.parts:
-            prompt_length = min(last_start, self.max_length)
-            embedded_length = min(last_end, self.max_length)
+            prompt_length = min(last_start, self.cutoff_len)
+            embedded_length = min(last_end, self.cutoff_len)
             if self.pooling == "mean":
                 embedded_length = prompt_length
         if "ifd" in self.parts and not plan.reason:

@@ -38,22 +38,22 @@ def cluster_limits(assignment: np.ndarray, is_chosen: np.ndarray, options: Names
 
 
 def length_limits(
-    num_tokens: np.ndarray, chosen: np.ndarray, max_length: int | None, cutoff_len: int
+    num_tokens: np.ndarray, chosen: np.ndarray, scored: int | None, trained: int
 ) -> list[str]:
     """Warnings about chosen rows that scoring could not see, or that training will truncate.
 
-    num_tokens: the lengths of all rows (rows,), NaN if unknown. max_length: that of score.py.
-    cutoff_len: the default of train.py.
+    num_tokens: the lengths of all rows (rows,), NaN if unknown. scored: --cutoff_len of score.py.
+    trained: the default --cutoff_len of train.py.
     """
     lengths, notes = num_tokens[chosen], []
-    if max_length and (count := int((lengths > max_length).sum())):
+    if scored and (count := int((lengths > scored).sum())):
         notes.append(
-            f"Warning: {count:,} of {len(chosen):,} chosen rows are longer than {max_length:,} "
-            "tokens, the --max_length of the scores, and have none."
+            f"Warning: {count:,} of {len(chosen):,} chosen rows are longer than {scored:,} "
+            "tokens, the --cutoff_len of the scores, and have none."
         )
-    if count := int((lengths > cutoff_len).sum()):
+    if count := int((lengths > trained).sum()):
         notes.append(
-            f"Warning: {count:,} of {len(chosen):,} chosen rows are longer than {cutoff_len:,} "
+            f"Warning: {count:,} of {len(chosen):,} chosen rows are longer than {trained:,} "
             "tokens, and train.py truncates them by default. "
             f"--cutoff_len {int(np.nanmax(lengths))} keeps all of them whole."
         )

@@ -63,11 +63,11 @@ def num_tokens(spans: Sequence[tuple[int, int]]) -> int:
     return sum(end - start for start, end in spans)
 
 
-def too_long(ids: np.ndarray, max_length: int) -> str | None:
+def too_long(ids: np.ndarray, cutoff_len: int) -> str | None:
     """The reason why a row is too long to score; None if it is short enough."""
-    if len(ids) <= max_length:
+    if len(ids) <= cutoff_len:
         return None
-    return f"longer than max_length: {len(ids)} tokens, the limit is {max_length}"
+    return f"longer than cutoff_len: {len(ids)} tokens, the limit is {cutoff_len}"
 
 
 def make_batches(passes: Sequence[Pass], batch_tokens: int) -> Iterator[list[Pass]]:

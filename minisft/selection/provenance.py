@@ -43,7 +43,7 @@ def score_record(
         "template": scorer.template.name,
         "template_text": hashlib.sha256(scorer.template.text.encode()).hexdigest(),
         "template_date": scorer.template.now,
-        "max_length": scorer.max_length,
+        "cutoff_len": scorer.cutoff_len,
         "dtype": dtype_name(dtype),
         "quantization_bit": options.quantization_bit,
         "kind of scores": "rewards" if options.mode == "reward" else "losses",

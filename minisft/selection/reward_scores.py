@@ -38,16 +38,16 @@ class RewardScorer:
     parts = ("reward",)
 
     def __init__(
-        self, template: ChatTemplate, max_length: int = 512, vocab_size: int | None = None
+        self, template: ChatTemplate, cutoff_len: int = 512, vocab_size: int | None = None
     ) -> None:
-        self.template, self.max_length, self.vocab_size = template, max_length, vocab_size
+        self.template, self.cutoff_len, self.vocab_size = template, cutoff_len, vocab_size
 
     def plan(self, index: int, row: Row) -> Plan:
         """A pass for every answer, the best first. As in training, repeated answers count once."""
         conversations = [replace(row, messages=messages) for messages in row.rejected]
         encoded = []
         for conversation in [row, *conversations]:
-            texts = encode_row(conversation, self.template, self.max_length, self.vocab_size)
+            texts = encode_row(conversation, self.template, self.cutoff_len, self.vocab_size)
             if not texts:
                 return Plan(index, reason="none of its answers is supervised")
             encoded.append(texts[-1])  # the complete conversation
@@ -56,7 +56,7 @@ class RewardScorer:
         plan = Plan(index, num_tokens(answers))
         texts = unique_texts(encoded)
         plan.num_tokens = max(len(text.ids) for text in texts)
-        reasons = [too_long(text.ids, self.max_length) for text in texts]
+        reasons = [too_long(text.ids, self.cutoff_len) for text in texts]
         if row.rejected and len(texts) == 1:
             reasons.append("the answers are the same")
         plan.reason = next(filter(None, reasons), None)

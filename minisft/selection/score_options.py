@@ -48,11 +48,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """The options of score.py; by default from the command line."""
     parser = OptionParser(
         EXAMPLES,
-        "model_name_or_path adapter dataset mode output max_length",
+        "model_name_or_path adapter dataset mode output cutoff_len",
         description="Score every row of a data set by Instruction-Following Difficulty, or by a "
         "reward model.",
     )
-    add, switch = add_model_flags(parser, unless="adapter")
+    add, switch = add_model_flags(parser)
     add("--adapter", help="LoRA adapter to score with, such as the pre-experience")
 
     add, switch = parser.section("data")
@@ -61,7 +61,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--max_samples", type=positive_int, help=first)
     switch("--skip_bad_rows", "give broken rows a reason instead of stopping")
     add_template_flags(add, auto="that of the training")
-    add("--max_length", type=positive_int, default=512, help="longer rows get no score")
+    add("--cutoff_len", type=positive_int, default=512, help="longer rows get no score")
     add(
         "--dataloader_num_workers",
         type=non_negative_int,

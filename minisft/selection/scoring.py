@@ -1,6 +1,6 @@
 """Score many rows: ranks share them, worker processes read and plan them, passes run in batches.
 
-    reader = RowReader(rows, IfdScorer(template, max_length=512))
+    reader = RowReader(rows, IfdScorer(template, cutoff_len=512))
     for scores in score_rows(model, reader, numbers=np.arange(len(rows)), batch_tokens=2048):
         print(scores[0].record)
 

@@ -157,12 +157,15 @@ def quantize_layers(model: Model, bits: int) -> None:
 def describe_training(
     options: Namespace, model: Model, dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> str:
-    """A line for the log: rows, parameters, device, number type."""
+    """A line for the log: rows or blocks of text, parameters, device, number type."""
+    kind = "blocks" if options.stage == "pt" else "rows"
+    num_threads = torch.get_num_threads()
+    threads = f", {num_threads} thread(s) each" if device.type == "cpu" else ""
     text = (
-        f"{num_rows:,} rows; training {num_trainable(model):,} of "
+        f"{num_rows:,} {kind}; training {num_trainable(model):,} of "
         f"{count_parameters(model):,} parameters "
         f"({options.finetuning_type}) on {device}, {dtype_name(dtype)}, "
-        f"{processes.world_size()} process(es)"
+        f"{processes.world_size()} process(es){threads}"
     )
     is_known = device.type != "mps"  # its speed is not measured
     if dtype == torch.bfloat16 and is_known and not has_fast_bfloat16(device):

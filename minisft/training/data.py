@@ -22,7 +22,6 @@ from minisft.data.build_batches import (
     first_examples,
     held_out_examples,
 )
-from minisft.data.dataset import Rows
 from minisft.data.encode_preferences import encode_preferences
 from minisft.data.encoding import Example, encode_rows
 from minisft.data.workers import WorkerKilled
@@ -101,19 +100,13 @@ def load_data(
 
 def learned_note(batches: Batches, num_rows: int) -> str | None:
     """How many of the rows an epoch has, if nothing is learned from some; else None."""
-    sample = batches.sample_report
-    if isinstance(batches.rows, Rows) and len(batches.rows) < num_rows:
-        return (
-            f"{len(batches.rows):,} of {num_rows:,} rows have something to learn; epochs, steps "
-            "and progress count these"
-        )
-    if sample.num_left_out:
-        share = sample.num_left_out / sample.num_rows
-        return (
-            f"about {share:.0%} of the {num_rows:,} rows have nothing to learn; epochs and steps "
-            "count them too"
-        )
-    return None
+    if not batches.sample_report.num_left_out:
+        return None
+    about = "about " if len(batches.rows) > batches.num_examples else ""
+    return (
+        f"{about}{batches.num_examples:,} of {num_rows:,} rows have something to learn; epochs, "
+        "steps and progress count these"
+    )
 
 
 def load_template(
@@ -166,7 +159,10 @@ def length_limit(options: Namespace, config: ModelConfig) -> int:
 
 def evaluation_note(options: Namespace, config: ModelConfig) -> str:
     """The tokens that evaluation figures cover, as text. eval.py compare truncates no rows."""
-    return f" (rows truncated at {length_limit(options, config)} tokens)"
+    limit = length_limit(options, config)
+    if options.stage == "rm":  # a reward belongs to a complete conversation
+        return f" (rows of at most {limit} tokens)"
+    return f" (rows truncated at {limit} tokens)"
 
 
 class BrokenRow(UserError):

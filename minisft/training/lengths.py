@@ -20,7 +20,7 @@ import numpy as np
 from minisft.checkpoints.hub import resolve_adapter
 from minisft.common.errors import UserError
 from minisft.data import batching
-from minisft.data.build_batches import BYTES_PER_TOKEN, check_learnable
+from minisft.data.build_batches import BYTES_PER_TOKEN, check_learnable, evenly_spread
 from minisft.data.dataset import Rows
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Example, read_and_encode
@@ -83,11 +83,11 @@ def inspect_data(
     if plain_text:  # blocks, all of them full but the last
         num_blocks = batches.num_examples
         return Data(origin, longest, Epoch(num_blocks, num_blocks * limit, num_blocks, 0.0))
-    examples, report, note = estimate_lengths(batches, limit)
-    largest, epoch = measure_batches(examples, batches, options, num_processes)
+    rows, report, note = estimate_lengths(batches, limit)
+    largest, epoch = measure_batches(rows, batches, options, num_processes)
     if report.same_counts(batches.sample_report):  # load_data has printed that one
         report = EncodeReport()
-    return Data(origin + note, largest, epoch, spread_of_lengths(examples), report)
+    return Data(origin + note, largest, epoch, spread_of_lengths(rows), report)
 
 
 def find_tokenizer(options: Namespace, model_dir: Path) -> tuple[Any, Any, str]:
@@ -132,11 +132,12 @@ class ByteTokenizer:
 
 def estimate_lengths(
     batches: batching.Batches, limit: int
-) -> tuple[list[Example], EncodeReport, str]:
-    """(examples that have lengths but no content, a report, a note on how they were estimated).
+) -> tuple[list[list[Example]], EncodeReport, str]:
+    """(the examples of each row that is learned, a report, a note on how they were estimated).
 
-    If there are many rows, only an evenly spread part is encoded. The length of another row is
-    estimated from its bytes, and divided into texts as in the encoded row of the nearest size.
+    The examples have lengths but no content. Of many rows, only an evenly spread part is encoded.
+    The length of another row is estimated from its bytes, and divided into texts as in the encoded
+    row of the nearest size. If nothing is learned from that row, the other is left out as well.
     """
     assert isinstance(batches.rows, Rows)
     sizes = batches.rows.sizes()
@@ -145,42 +146,37 @@ def estimate_lengths(
     known: dict[int, list[Example]] = {}  # the examples of a row
     report = EncodeReport()
     for row in encoded:
-        examples_of_row, report_of_row = read_and_encode(batches.rows, batches.encode, [row])
+        known[row], report_of_row = read_and_encode(batches.rows, batches.encode, [row])
         report.add(report_of_row)
-        if examples_of_row:
-            known[row] = examples_of_row
     all_known = list(chain.from_iterable(known.values()))
     check_learnable(all_known, report)
     num_tokens = sum(len(example.ids) for example in all_known)
-    tokens_per_byte = num_tokens / sizes[encoded].sum()
+    tokens_per_byte = num_tokens / sizes[[row for row in known if known[row]]].sum()
     supervised_share = sum(example.supervised.sum() for example in all_known) / num_tokens
-    examples = [
-        without_content(text_lengths(example), int(example.supervised.sum()))
-        for example in all_known
+    rows = [
+        [without_content(text_lengths(text), int(text.supervised.sum())) for text in of_row]
+        for of_row in known.values()
     ]
     by_size = sorted(known, key=lambda row: sizes[row])
     others = np.setdiff1d(selected, encoded)
     places = np.searchsorted(sizes[by_size], sizes[others]).clip(max=len(by_size) - 1)
     for row, place in zip(others, places, strict=True):
         similar = known[by_size[place]]
-        scale = sizes[row] * tokens_per_byte / sum(len(example.ids) for example in similar)
+        examples = []
         for example in similar:
+            scale = sizes[row] * tokens_per_byte / sum(len(text.ids) for text in similar)
             lengths = [min(limit, max(2, round(n * scale))) for n in text_lengths(example)]
             examples.append(without_content(lengths, round(sum(lengths) * supervised_share)))
+        rows.append(examples)
     note = f"; {len(encoded):,} of {len(sizes):,} rows, the others by their size"
-    return examples, report, note if len(encoded) < len(sizes) else ""
+    return list(filter(None, rows)), report, note if len(encoded) < len(sizes) else ""
 
 
-def spread_of_lengths(examples: list[Example]) -> str:
+def spread_of_lengths(rows: list[list[Example]]) -> str:
     """The shortest, the usual and the longest texts, in tokens after truncation."""
-    lengths = [length for example in examples for length in text_lengths(example)]
+    lengths = [length for of_row in rows for text in of_row for length in text_lengths(text)]
     shortest, median, most, longest = np.percentile(lengths, [0, 50, 95, 100]).astype(int)
     return f"{shortest:,} to {longest:,} tokens; median {median:,}, 95 % have at most {most:,}"
-
-
-def evenly_spread(count: int, most: int) -> np.ndarray:
-    """At most `most` numbers from 0 to `count` - 1, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, most).astype(int))
 
 
 def text_lengths(example: Example) -> list[int]:
@@ -195,29 +191,29 @@ def without_content(lengths: list[int], num_supervised: int) -> Example:
 
 
 def measure_batches(
-    examples: list[Example], batches: batching.Batches, options: Namespace, num_processes: int
+    rows: list[list[Example]], batches: batching.Batches, options: Namespace, num_processes: int
 ) -> tuple[tuple[int, int], Epoch]:
     """(tokens and supervised tokens of the largest micro-batch, the epoch), batched as in training.
 
-    batches: the batches of all rows; the examples may be a part of these rows.
+    rows: the examples of each row; they may be a part of the rows of `batches`.
     """
+    examples = list(chain.from_iterable(rows))
     dealt = batching.Batches(
         examples, already_encoded, options.seed, total_bytes=batches.example_bytes * len(examples)
     )
     rows_per_step = count_rows_per_step(options, num_processes)
     num_computed, largest = 0, (0, 0)
-    for rows in dealt.steps(rows_per_step, 0, dealt.steps_per_epoch(rows_per_step)):
+    for of_step in dealt.steps(rows_per_step, 0, dealt.steps_per_epoch(rows_per_step)):
         for rank in range(num_processes):
             for part in batching.micro_batches(
-                rows, options.per_device_train_batch_size, rank, num_processes
+                of_step, options.per_device_train_batch_size, rank, num_processes
             ):
                 size = batch_size(part, options)
                 num_computed += size
                 largest = max(largest, (size, sum(len(row.supervised) for row in part)))
     num_tokens = sum(len(example.ids) for example in examples)
     num_texts = sum(len(text_lengths(example)) for example in examples)
-    selected = len(evenly_spread(batches.num_examples, MAX_BATCHED))
-    factor = batches.num_examples / selected
+    factor = batches.num_examples / len(rows)
     return largest, Epoch(
         batches.num_examples,
         round(num_tokens * factor),

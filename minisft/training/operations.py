@@ -5,11 +5,6 @@ The backward pass needs 2 more for the gradient of the input, and 2 for that of 
 trained. Checkpointing repeats the forward pass. Attention adds its own.
 """
 
-import math
-import time
-
-import torch
-
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import Model
 from minisft.training.build import num_trainable
@@ -17,12 +12,25 @@ from minisft.training.build import num_trainable
 
 def training_operations(model: Model, length: float, checkpointing: bool = False) -> float:
     """Operations to train on a token of a row of this length."""
-    forward = forward_operations(model, length)
-    to_inputs = forward + attention_operations(model, length)  # attention has two inputs
-    to_weights = 2 * num_trainable(model)
+    num_trained = num_trainable(model)
     if model.model.embed_tokens.weight.requires_grad:
-        to_weights -= 2 * num_looked_up(model)
-    return forward * (2 if checkpointing else 1) + to_inputs + to_weights
+        num_trained -= num_looked_up(model)
+    num_weights = count_parameters(model) - num_looked_up(model)
+    attention = attention_operations(model, length)
+    return _operations(num_weights, num_trained, attention, checkpointing)
+
+
+def layer_operations(model: Model, length: float, checkpointing: bool = False) -> float:
+    """The part of the first decoder layer in training_operations."""
+    layer = model.model.layers[0]
+    attention = attention_operations(model, length) / model.config.num_hidden_layers
+    return _operations(count_parameters(layer), num_trainable(layer), attention, checkpointing)
+
+
+def _operations(num_weights: int, num_trained: int, attention: float, checkpointing: bool) -> float:
+    forward = 2 * num_weights + attention
+    to_inputs = forward + attention  # attention has two inputs
+    return forward * (2 if checkpointing else 1) + to_inputs + 2 * num_trained
 
 
 def forward_operations(model: Model, length: float) -> float:
@@ -35,23 +43,6 @@ def attention_operations(model: Model, length: float) -> float:
     """Products of queries, keys and values: a token sees half of its row on average."""
     config = model.config
     return 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-
-
-def measure_speed(width: int, inner_width: int, dtype: torch.dtype) -> float:
-    """Operations a second of this CPU, in products of the size of an MLP. Takes about 0.3 seconds.
-
-    The fastest of them counts: the others waited for other work.
-    """
-    inputs, weight = (
-        torch.ones(256, width, dtype=dtype),
-        torch.ones(width, inner_width, dtype=dtype),
-    )
-    fastest, end = math.inf, time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        inputs @ weight
-        fastest = min(fastest, time.perf_counter() - began)
-    return 2 * inputs.numel() * inner_width / fastest
 
 
 def num_looked_up(model: Model) -> int:

@@ -30,14 +30,17 @@ from minisft.training.build import model_on_meta, num_trainable
 from minisft.training.defaults import choose_learning_rate
 from minisft.training.lengths import Data, Epoch, inspect_data
 from minisft.training.memory import PARTS, Phase, phases
-from minisft.training.operations import forward_operations, measure_speed, training_operations
+from minisft.training.operations import forward_operations, training_operations
 from minisft.training.run import build_schedule, count_rows_per_step
+from minisft.training.speed import measure_speed
 from minisft.training.vocabulary import planned_rows
 
 # Above this share of a device's memory, kernels and fragmentation may not fit.
 COMFORTABLE = 0.9
-# Shares of the speed of a matrix product that training on a CPU reaches, little and much.
-USUAL_SHARES = 0.15, 0.8
+# Above this, a layer is too large to be trained for a moment.
+MAX_LAYER = 300_000_000
+# A run takes this much of the time that the speed of a layer promises, at least and at most.
+USUAL_SHARES = 0.8, 1.4
 
 
 def show(options: Namespace) -> None:
@@ -209,7 +212,7 @@ def print_memory(points: list[Phase], step: Step, available: int | None) -> None
 def print_time(options: Namespace, model: Model, epoch: Epoch, num_steps: int, step: Step) -> None:
     """Print the operations of the run, and its time at the speed that the options state.
 
-    Without one, the speed of this CPU is measured, and the time is a guess.
+    Without one, the speed of this CPU is measured.
     """
     num_processes = step.num_processes
     rows_per_step = count_rows_per_step(options, num_processes)
@@ -228,16 +231,17 @@ def print_time(options: Namespace, model: Model, epoch: Epoch, num_steps: int, s
     elif options.device_tflops:
         seconds = operations / (options.device_tflops * 1e12 * num_processes)
         speed = f"{num_processes} x {options.device_tflops:,g} x 10^12 operations"
-    elif step.device == "cpu":
-        config = model.config
-        speed = measure_speed(config.hidden_size, config.intermediate_size, step.dtype)
+    elif step.device == "cpu" and count_parameters(model.model.layers[0]) < MAX_LAYER:
+        num_rows = options.per_device_train_batch_size * (2 if options.stage == "dpo" else 1)
+        padded = round(length / (1 - epoch.padding))
+        layer = measure_speed(model, options, step.dtype, num_rows, padded)
         # Processes on one machine share its cores.
-        most, least = (operations / (speed * share) for share in USUAL_SHARES)
+        seconds = operations / layer.operations
+        seconds += num_steps * num_trainable(model) * layer.seconds_to_update
+        least, most = (duration(seconds * share) for share in USUAL_SHARES)
         print(
-            f"time        {duration(least)} to {duration(most)}, a guess: products reach "
-            f"{speed / 1e9:,.3g} x 10^9 operations a second here now, and training "
-            f"{USUAL_SHARES[0]:.0%} to {USUAL_SHARES[1]:.0%} of it. For a better one give "
-            "--tokens_per_second of a short run."
+            f"time        {least} to {most}: one layer trains at {layer.operations / 1e9:,.3g} x "
+            "10^9 operations a second here now. --tokens_per_second of a short run tells it better."
         )
         return
     else:

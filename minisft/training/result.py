@@ -49,7 +49,8 @@ def save_result(
             copy_code_files(model_dir, folder)
             metrics = read_metrics(run.progress.path)
             base = options.model_name_or_path
-            write_model_card(folder, vars(options), base, metrics, bool(run.lora_config))
+            is_adapter = bool(run.lora_config)
+            write_model_card(output_dir, vars(options), base, metrics, is_adapter, folder)
     if options.save_total_limit == 0 and processes.rank() == 0:
         checkpoint.remove_others(output_dir, None, 0)
     say(f"saved to {output_dir}")

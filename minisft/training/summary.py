@@ -34,7 +34,8 @@ def loss_parts(run: Run) -> list[str]:
     """The first and the last loss, and the best evaluation, from metrics.jsonl."""
     rows = read_metrics(run.progress.path)
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
-    parts = [f"loss {losses[0]:.2f} -> {losses[-1]:.2f}"] if losses else []
+    first = f"{losses[0]:.2f} -> " if len(losses) > 1 else ""  # of a short run, one mean is known
+    parts = [f"loss {first}{losses[-1]:.2f}"] if losses else []
     evaluated = [row for row in rows if row.get("eval_loss") is not None]
     if evaluated:
         best = min(evaluated, key=lambda row: row["eval_loss"])

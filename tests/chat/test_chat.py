@@ -69,7 +69,7 @@ def user(text):
 
 
 def test_one_question_prints_the_answer_only(tiny_chat_model_dir, oracle):
-    flags = [*GREEDY, "--max-new-tokens", "20", "--system", "简洁"]
+    flags = [*GREEDY, "--max-new-tokens", "20", "--default_system", "简洁"]
     expected = oracle([{"role": "system", "content": "简洁"}, user("the cat 你好")])
     status, answer, _ = chat(tiny_chat_model_dir, *flags, "--prompt", "the cat 你好", input="no")
     assert (status, answer) == (0, expected + "\n")
@@ -196,7 +196,15 @@ def test_standard_output_or_error_that_is_closed(tiny_chat_model_dir, closed):
 
 
 def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_model_dir, oracle):
-    flags = [*GREEDY, "--max_new_tokens", "20", "--max_length", "150", "--system", "be brief"]
+    flags = [
+        *GREEDY,
+        "--max_new_tokens",
+        "20",
+        "--max_length",
+        "150",
+        "--default_system",
+        "be brief",
+    ]
     lines = ["first question", "second question", "x" * 400, "third question", "fourth question"]
     status, printed, said = chat(tiny_chat_model_dir, *flags, input="\n".join(lines) + "\n")
     messages, first, answers = [{"role": "system", "content": "be brief"}], 0, []
@@ -222,7 +230,10 @@ def test_long_conversation_drops_turns_and_a_long_message_is_refused(tiny_chat_m
         (["--prompt", "x", "--top_p", "0"], "--top_p must be above 0"),
         (["--prompt", "a\x1b[2J"], "the message has the control character U+001B (character 2)"),
         (["--prompt", "x", "--web"], "--prompt and --web exclude each other"),
-        (["--prompt", "x", "--system", "y", "--identity", "z"], "--system and --identity exclude"),
+        (
+            ["--prompt", "x", "--default_system", "y", "--identity", "z"],
+            "--default_system and --identity exclude",
+        ),
         (["--prompt", "x", "--identity", "/nowhere"], "--identity /nowhere: No such file"),
         (["--prompt", "x", "--identity", "/dev/null"], "--identity /dev/null: the file is empty"),
         (["--prompt", "x", "--log", "/nowhere/log"], "--log /nowhere/log: No such file"),
@@ -281,7 +292,7 @@ def test_line_breaks_that_are_spelled_out(is_file, tiny_chat_model_dir, oracle, 
         ("Write\nC:\\new", "Write\nC:\\new"),
     ):
         path.write_text(text + "\n", encoding="utf-8")
-        flags = ["--identity", path] if is_file else ["--system", text]
+        flags = ["--identity", path] if is_file else ["--default_system", text]
         flags += [*GREEDY, "--max_new_tokens", "20", "--prompt", "the cat"]
         status, printed, said = chat(tiny_chat_model_dir, *flags)
         answer = oracle([{"role": "system", "content": meant}, user("the cat")])

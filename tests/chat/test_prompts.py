@@ -196,7 +196,7 @@ def test_a_full_disk(tiny_chat_model_dir, prompts_file, tmp_path):
 
 
 def test_rows_of_every_format(assistant, tmp_path):
-    """The answer of a row is not used; its system prompt wins over that of --system."""
+    """The answer of a row is not used; its system prompt wins over that of --default_system."""
     rows = [
         "only text",
         {"prompt": "p"},

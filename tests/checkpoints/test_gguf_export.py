@@ -330,7 +330,7 @@ def test_command(checkpoint, adapter, tmp_path):
     fields, _ = read(path)
     assert fields["general.name"] == "checkpoint + adapter"
     assert [one.name for one in path.parent.iterdir()] == ["model.gguf"]
-    done = export(*words, "--format", "gguf-lora", "--overwrite_output_dir")
+    done = export(*words, "--format", "gguf-lora", "--overwrite")
     assert done.returncode == 0, done.stderr
     fields, tensors = read(path)
     assert fields["adapter.type"] == "lora" and len(tensors) == 2 * 2 * 7
@@ -345,12 +345,13 @@ def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):
         (["--format", "gguf", "--output", out, "--output_dir", "x"], "does not use --output_dir"),
         (["--format", "gguf", "--output", out, "--dtype", "float16"], "--quantization sets"),
         (["--format", "hf", "--output_dir", "x", "--quantization", "q8_0"], "--quantization"),
+        (["--format", "hf", "--output_dir", "x", "--overwrite"], "needs --overwrite_output_dir"),
         (["--format", "gguf-lora", "--output", out], "needs --adapter"),
         (
             as_flags(format="gguf-lora", output=out, adapter=adapter, template="alpaca"),
             "does not use --template",
         ),
-        (["--format", "gguf", "--output", taken, "--overwrite_output_dir"], "is not a GGUF file"),
+        (["--format", "gguf", "--output", taken, "--overwrite"], "is not a GGUF file"),
         (["--format", "gguf", "--output", taken], "exists"),
         (["--format", "gguf", "--output", tmp_path], "is a folder"),
         (["--format", "gguf", "--output", taken / "x.gguf"], str(taken)),

@@ -17,6 +17,7 @@ OPTIONS = {
     "default_system": "Be\nbrief | kind.",
     "learning_rate": 1e-4,
     "packing": False,
+    "cutoff_len": 512,
 }
 METRICS = [{"step": 1, "loss": 2.5}, {"step": 9, "loss": 1.5}, {"step": 9, "eval_loss": 1.7}]
 
@@ -33,6 +34,7 @@ def test_the_card_is_what_the_hub_reads(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "| system prompt | Be brief \\| kind. |" in text and "packing" not in text
     assert "| loss | 1.5 | 9 |" in text and "| eval_loss | 1.7 | 9 |" in text
+    assert "The evaluation covers at most the first 512 tokens of a row." in text
     assert "chat.py --adapter" in text
 
 

@@ -54,12 +54,11 @@ def test_recipe_and_command_line(tmp_path):
     assert options.names == "x,y" and options.model_name_or_path == "m"
 
 
-@pytest.mark.parametrize("flag", ["system", "default_system"])
-def test_line_breaks_of_a_system_prompt(flag, capsys, monkeypatch, tmp_path):
-    r"""A spelled \\n is a line break, on every command line and in recipes; rank 0 says so."""
-    parser = OptionParser()
+def test_line_breaks_of_a_system_prompt(capsys, monkeypatch, tmp_path):
+    r"""A spelled \\n is a line break, on the command line and in recipes; rank 0 says so."""
+    parser, flag = OptionParser(), "default_system"
     add, _ = parser.section("template")
-    add_template_flags(add, auto="the model's", system=flag)
+    add_template_flags(add, auto="the model's")
     (tmp_path / "recipe.toml").write_text(f"{flag} = 'Be\\nkind.'\n")
     note = rf"--{flag}: the text is one line; each \n in it becomes a line break"
     for words in ([f"--{flag}", r"Be\nkind."], ["--config", str(tmp_path / "recipe.toml")]):
@@ -98,6 +97,24 @@ def test_names_of_other_tools_lead_to_existing_flags():
     assert set(OTHER_NAMES) <= flags
     theirs = [name for names in OTHER_NAMES.values() for name in names.split()]
     assert "num_epochs" in theirs and not {"lora_rank", "seed"} & set(theirs)
+
+
+def test_a_quantity_has_one_name_in_all_scripts():
+    """Flags with the same help are the same flag."""
+    names: dict[str, set[str]] = {}
+    calls = [[f"{name}.py"] for name in ("train", "score", "select", "export", "chat")]
+    calls += [["eval.py", "ceval"], ["eval.py", "compare"]]
+    flag = re.compile(
+        r"^  --(\w+)(?: (?:\{[^}]*\}|\S+))? *\n? {3,}(.*(?:\n {20,}.*)*)", re.MULTILINE
+    )
+    for script, *words in calls:
+        found = flag.findall(command(*words, "--help", script=script).stdout)
+        assert len(found) > 15, script
+        for name, text in found:
+            meaning = " ".join(re.sub(r"\((default|required).*", "", text, flags=re.DOTALL).split())
+            names.setdefault(meaning.removeprefix("* "), set()).add(name)
+    assert {"default_system"} in names.values() and {"seed"} in names.values()
+    assert [others for others in names.values() if len(others) > 1] == []
 
 
 def test_given_flags_are_known_also_at_their_default(tmp_path):

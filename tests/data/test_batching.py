@@ -13,6 +13,7 @@ from conftest import ROOT
 from standing import state_of, wait_until
 
 from minisft.common.errors import UserError
+from minisft.data import build_batches
 from minisft.data.batching import WINDOW_STEPS, Batches, collate, micro_batches, pack
 from minisft.data.build_batches import batches_of_rows, batches_of_texts, first_examples
 from minisft.data.dataset import Row, open_rows
@@ -318,6 +319,25 @@ def test_the_first_examples_have_supervised_tokens(tmp_path):
     batches = batches_of_rows(open_rows(tmp_path / "rows.json"), Letters(), cutoff_len=6)
     assert [len(example.ids) for example in first_examples(batches, 2)] == [4, 5]
     assert len(first_examples(batches, 9)) == 3
+
+
+def test_an_epoch_of_many_rows_counts_those_that_are_learned(tmp_path, monkeypatch):
+    """Not all are encoded before training: the share of a part decides the number of steps."""
+    monkeypatch.setattr(build_batches, "MAX_COUNTED", 200)
+    lines = [
+        {"instruction": chr(1000 + number), "output": "b"}
+        | ({"instruction": "long question"} if number % 3 == 0 else {})
+        for number in range(1000)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(lines))
+    batches = batches_of_rows(open_rows(tmp_path / "rows.json"), Letters(), cutoff_len=8)
+    assert len(batches.rows) == 1000 and batches.num_examples == pytest.approx(666, rel=0.02)
+    assert batches.num_examples != 666  # an estimate, not a count
+    for epoch in range(2):
+        steps = rows_of(epoch_of(batches, 16, epoch))
+        assert len(steps) == -(-batches.num_examples // 16)
+        assert sorted(flat(steps)) == [1000 + number for number in range(1000) if number % 3]
+        assert {len(step) for step in steps} <= {15, 16, 17}
 
 
 def test_nothing_to_learn(tmp_path):

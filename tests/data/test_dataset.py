@@ -532,6 +532,8 @@ class TestConvert:
         done = self.run(bad, output, "--skip_bad_rows")
         assert "1 rows; 1 broken rows left out, the first: " in done.stdout
         assert "ShareGPT" in self.run("--help").stdout
+        done = command("show", bad, before=["-m", "minisft.data"], script=None)
+        assert done.returncode == 2 and "--dry_run --show_samples 3" in done.stderr
 
     def test_a_row_that_sharegpt_cannot_express_is_broken(self, tmp_path):
         call = assistant("Well,", tool_calls=[{"name": "f", "arguments": {}}])

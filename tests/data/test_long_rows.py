@@ -87,8 +87,8 @@ def test_usual_rows_are_never_cut():
 
 
 def test_scores_of_a_huge_row(template, small_limits):
-    plan = IfdScorer(template, max_length=16).plan(0, Row(HUGE["answer"]))
-    assert plan.reason.startswith("longer than max_length") and not plan.passes
+    plan = IfdScorer(template, cutoff_len=16).plan(0, Row(HUGE["answer"]))
+    assert plan.reason.startswith("longer than cutoff_len") and not plan.passes
 
 
 def test_preferences_of_huge_answers_are_truncated(template, small_limits):

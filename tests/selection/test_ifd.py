@@ -75,9 +75,9 @@ def rows_of(*conversations):
     )
 
 
-def run(model, rows, template, batch_tokens=512, parts=("ifd", "embed"), max_length=400):
+def run(model, rows, template, batch_tokens=512, parts=("ifd", "embed"), cutoff_len=400):
     """The scores of all rows, in order."""
-    reader = RowReader(rows, IfdScorer(template, max_length, None, parts))
+    reader = RowReader(rows, IfdScorer(template, cutoff_len, None, parts))
     numbers = np.arange(len(rows))
     scores = [score for part in score_rows(model, reader, numbers, batch_tokens) for score in part]
     assert sorted(score.index for score in scores) == list(range(len(rows)))
@@ -257,17 +257,17 @@ def test_a_marker_without_tokens(tmp_path):
 
 def test_rows_without_a_score_have_a_reason(alpaca):
     rows = rows_of(("the cat", "sat " * 500), ("the " * 500, "sat"), ("the cat", "sat"))
-    long_answer, long_prompt, good = run(Urn(300), rows, alpaca, max_length=200)
+    long_answer, long_prompt, good = run(Urn(300), rows, alpaca, cutoff_len=200)
     for score in (long_answer, long_prompt):
         values = score.record
-        assert values["reason"].startswith("longer than max_length: ")
+        assert values["reason"].startswith("longer than cutoff_len: ")
         assert values["ifd"] is values["ifd_ppl"] is values["loss_direct"] is None
         assert score.embedding is not None and math.isfinite(score.perplexity)
     assert good.record["ifd"] > 0
-    scorer = IfdScorer(alpaca, 200, None, ("embed",))  # the prompt is truncated to max_length
+    scorer = IfdScorer(alpaca, 200, None, ("embed",))  # the prompt is truncated to cutoff_len
     assert len(scorer.plan(0, rows[0]).passes[0].ids) < 200
     assert len(scorer.plan(0, rows[1]).passes[0].ids) == 200
-    assert run(Urn(300), rows, alpaca, parts=("ifd",), max_length=200)[0].embedding is None
+    assert run(Urn(300), rows, alpaca, parts=("ifd",), cutoff_len=200)[0].embedding is None
 
 
 def test_losses_that_give_no_ratio(alpaca):

@@ -36,15 +36,15 @@ def test_weighted_pooling_by_hand(tiny_tokenizer_dir):
     mean = run(Urn(300), rows_of(CHAT), template)[0]
     assert {score.perplexity for score in scores} == {mean.perplexity}  # of the prompt
     assert scores[1].record == mean.record
-    # A row that is too long is embedded up to max_length.
+    # A row that is too long is embedded up to cutoff_len.
     ids, weights = ids[:50], weights[:50]
     short = (weights[:, None] * states[:50]).sum(0) / weights.sum()
-    cut = run_weighted(template, row, ("embed",), max_length=50)
+    cut = run_weighted(template, row, ("embed",), cutoff_len=50)
     np.testing.assert_allclose(cut.embedding, short, rtol=1e-5)
 
 
-def run_weighted(template, row, parts, max_length=400):
-    scorer = IfdScorer(template, max_length, None, parts, "weighted")
+def run_weighted(template, row, parts, cutoff_len=400):
+    scorer = IfdScorer(template, cutoff_len, None, parts, "weighted")
     plan = scorer.plan(0, row)
     return scorer.score(plan, scorer.compute(Urn(300), plan.passes))
 

@@ -133,7 +133,7 @@ def check(lines, judge):
         assert line["reason"] is None
     same, long, broken = lines[25:]
     assert same["reason"] == "the answers are the same"
-    assert long["reason"].startswith("longer than max_length: ")
+    assert long["reason"].startswith("longer than cutoff_len: ")
     assert all(line[name] is None for line in (same, long) for name in FIGURES)
     assert broken["reason"].startswith("broken: ") and broken["reward"] is None
 

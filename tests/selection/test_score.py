@@ -96,7 +96,7 @@ def check(scores, expected):
     assert [one["index"] for one in scores] == list(range(len(expected)))
     for one, reference in zip(scores, expected, strict=True):
         if reference is None:
-            assert one["reason"].startswith("longer than max_length") and one["ifd"] is None
+            assert one["reason"].startswith("longer than cutoff_len") and one["ifd"] is None
             continue
         assert one["reason"] is None
         assert one["num_answer_tokens"] == reference["num_answer_tokens"]
@@ -302,7 +302,7 @@ def test_scores_are_never_mixed(checkpoint, rows_file, tmp_path, monkeypatch):
         (other, rows_file, [], f"another model ({checkpoint}, not {other})"),
         (checkpoint, changed, [], f"another dataset ({rows_file}, not {changed})"),
         (checkpoint, rows_file, ["--template", "plain"], "another template (alpaca, not plain)"),
-        (checkpoint, rows_file, ["--max_length", 64], "another max_length (512, not 64)"),
+        (checkpoint, rows_file, ["--cutoff_len", 64], "another cutoff_len (512, not 64)"),
         (checkpoint, rows_file, ["--dtype", "bfloat16"], "another dtype (float32, not bfloat16)"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
@@ -431,10 +431,10 @@ def test_a_run_that_fails_early_leaves_nothing(checkpoint, rows_file, tmp_path, 
     with pytest.raises(UserError, match="missing: model.norm.weight"):
         score_here(monkeypatch, broken, rows_file, output, *words, "--overwrite")
     assert before == {path: path.read_bytes() for path in tmp_path.glob("s.*")}
-    score_here(monkeypatch, checkpoint, rows_file, output, "--overwrite", "--max_length", 64)
+    score_here(monkeypatch, checkpoint, rows_file, output, "--overwrite", "--cutoff_len", 64)
     assert {path.name for path in tmp_path.glob("s.*")} == {"s.jsonl", "s.record.json"}
     assert len(read(output)) == 24
-    assert json.loads((tmp_path / "s.record.json").read_text())["max_length"] == 64
+    assert json.loads((tmp_path / "s.record.json").read_text())["cutoff_len"] == 64
 
 
 def test_dynamic_rotary_scaling(checkpoint, many, tmp_path, monkeypatch):

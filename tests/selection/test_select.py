@@ -142,7 +142,7 @@ def data(tmp_path):
         for n in range(NUM_ROWS)
     ]
     lines[5] |= dict.fromkeys(("loss_conditioned", "loss_direct", "ifd", "ifd_ppl"))
-    lines[5]["reason"] = "longer than max_length: 600 tokens, of 512"
+    lines[5]["reason"] = "longer than cutoff_len: 600 tokens, of 512"
     output.write_text("".join(json.dumps(line) + "\n" for line in lines))
     where = ScorePaths(output)
     np.save(where.embeddings, generator.standard_normal((NUM_ROWS, 8)).astype(np.float32))
@@ -199,7 +199,7 @@ def test_through_the_command_line(data, tmp_path):
     assert manifest["inputs"] == {"scores": fingerprint(scores)}
     assert manifest["dataset"] == [{"sha256": fingerprint(path), "rows": 60, "opened": 60}]
     assert manifest["dropped"] == {
-        "longer than max_length": 1,
+        "longer than cutoff_len": 1,
         "ifd of 1 or more": 60 - 1 - len(below),
     }
     assert (manifest["num_chosen"], manifest["strategy"], manifest["seed"]) == (6, "ifd", 42)
@@ -415,12 +415,12 @@ def test_long_rows_are_warned_about(choose, data, capsys):
         line["num_tokens"] = 1000 + line["index"]  # 35 rows have more than 1,024
     scores.write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = ScorePaths(scores).record
-    record.write_text(json.dumps({**read_json(record), "max_length": 1050}))
+    record.write_text(json.dumps({**read_json(record), "cutoff_len": 1050}))
     choose("--strategy", "random", "--scores", scores, "--sample_rate", 1)
     said = capsys.readouterr().out
     assert "Warning: 35 of 60 chosen rows are longer than 1,024 tokens" in said
     assert "--cutoff_len 1059 keeps all of them whole" in said
-    assert "Warning: 9 of 60 chosen rows are longer than 1,050 tokens, the --max_length" in said
+    assert "Warning: 9 of 60 chosen rows are longer than 1,050 tokens, the --cutoff_len" in said
 
 
 def test_random_matched_with_a_budget(choose, tmp_path):

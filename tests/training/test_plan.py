@@ -16,17 +16,17 @@ from bench import peak
 from bench.training_run import CHECKPOINTING, FULL, Setting, prepare
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.common.errors import UserError
-from minisft.data import batching
+from minisft.data import batching, build_batches
 from minisft.model import loss
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.quantized import count_parameters
-from minisft.training import lengths, memory, plan
+from minisft.training import lengths, memory, plan, speed
 from minisft.training.build import model_on_meta
 from minisft.training.metrics import read_metrics
 from minisft.training.objective import NextToken
-from minisft.training.operations import training_operations
+from minisft.training.operations import layer_operations, training_operations
 from minisft.training.options import parse_options
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.toml"))
@@ -222,6 +222,29 @@ def test_operations_are_those_that_torch_counts(flags, tmp_path):
     assert 0.93 < counter.get_total_flops() / (64 * planned) < 1.0
 
 
+@pytest.mark.parametrize("flags", [(), FULL, CHECKPOINTING, ("--quantization_bit", "4")])
+def test_the_speed_is_that_of_training_one_layer(flags, monkeypatch):
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
+    options = parse_options(["--model_name_or_path", "m", "--dry_run", "--dataset", "d", *flags])
+    options.learning_rate = 1e-4
+    small, large = (
+        model_on_meta(
+            options,
+            ModelConfig.from_dict({**SHAPE, "num_hidden_layers": num_layers}),
+            torch.float32,
+        )
+        for num_layers in (2, 5)
+    )
+    checkpointing = flags == CHECKPOINTING
+    three = training_operations(large, 9, checkpointing) - training_operations(
+        small, 9, checkpointing
+    )
+    assert three == pytest.approx(3 * layer_operations(small, 9, checkpointing))
+    found = speed.measure_speed(small, options, torch.float32, num_rows=3, length=9)
+    assert 0 < found.operations < 1e15 and 0 < found.seconds_to_update < 1
+    assert all(parameter.is_meta for parameter in small.parameters())
+
+
 def numbers(pattern, text):
     return [float(one.replace(",", "")) for one in re.search(pattern, text).groups()]
 
@@ -296,6 +319,12 @@ def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch
             if row["output"]
         ]
         rows += [{"output": ["lonely"]}] * 100
+    else:  # in every tenth row the prompt is too long, so no answer is left
+        rows = [
+            one
+            for number, row in enumerate(rows)
+            for one in (row, {"instruction": " it" * 300, "output": "no"})[: 1 + (number % 9 == 4)]
+        ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     words = as_flags(
         model_name_or_path=checkpoint,
@@ -304,15 +333,26 @@ def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch
         skip_bad_rows=True,
         output_dir="o",
         device="cpu",
+        cutoff_len=200,
         stage=stage,
     )
-    patterns = (r"([\d,]+) tokens, ([\d.]+)% padding", r"with ([\d,]+) tokens in the largest")
+    patterns = (
+        r"an epoch    ([\d,]+) rows",
+        r"([\d,]+) tokens, ([\d.]+)% padding",
+        r"with ([\d,]+) tokens in the largest",
+    )
     every = here(train, "--dry_run", *words)
+    monkeypatch.setattr(build_batches, "MAX_COUNTED", 250)
     monkeypatch.setattr(lengths, "MAX_ENCODED", 90)
     monkeypatch.setattr(lengths, "MAX_BATCHED", 450)
     part = here(train, "--dry_run", *words)
-    assert "; 90 of 800 rows, the others by their size" in part and "; " not in every.split("\n")[2]
-    for pattern, tolerance in zip(patterns, (0.1, 0.2), strict=True):
+    count = {"sft": 900, "dpo": 800}[stage]
+    assert f"; 90 of {count} rows, the others by their size" in part
+    assert "others by their size" not in every
+    if stage == "sft":
+        assert "\n800 of 900 rows have something to learn; epochs, steps" in every
+        assert re.search(r"\nabout \d\d\d of 900 rows have something to learn; epochs", part)
+    for pattern, tolerance in zip(patterns, (0.05, 0.1, 0.2), strict=True):
         assert numbers(pattern, part) == pytest.approx(
             numbers(pattern, every), rel=tolerance, abs=3
         )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import as_flags, command
 
+import train
 from minisft.common.outputs import recorded_options
 from minisft.data.dataset import open_rows
 from minisft.data.encoding import encode_rows
@@ -19,6 +20,8 @@ DATED = """{{ strftime_now('%d %b %Y') }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+TAGS = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 TURNS = [
     {"role": role, "content": f"{role} {number}"}
     for number in range(3)
@@ -160,7 +163,7 @@ def test_tools_that_the_template_does_not_support_are_reported_once(checkpoint, 
     rows = [{"messages": WITH_CALL}, offered, {"messages": TURNS[:2]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = as_flags(model_name_or_path=checkpoint)
-    data = ["--dataset", path, "--max_length", 512]
+    data = ["--dataset", path, "--cutoff_len", 512]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join(json.dumps({"messages": row["messages"][:-1]}) + "\n" for row in rows)
@@ -216,3 +219,29 @@ def test_every_script_reports_settings_that_the_template_does_not_read(
         *model, "--format", "gguf", "--output", tmp_path / "m.gguf", *settings, script="export.py"
     )
     assert gguf.stdout.count("has no effect") == 2, gguf.stdout
+
+
+def test_an_adapter_alone_is_trained_further_as_before(checkpoint, rows_file, tmp_path, here):
+    """The base, the template and the system prompt are those of its training."""
+    template = tmp_path / "mine.jinja"
+    template.write_text(TAGS)
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = ["--dataset", rows_file, "--device", "cpu", *as_flags(max_steps=1)]
+    flags += as_flags(dataloader_num_workers=0)
+    words = ["--model_name_or_path", checkpoint, "--template", template, "--output_dir", first]
+    here(train, *flags, *words, "--default_system", "Be brief.")
+    template.unlink()
+    said = shown_text(here(train, *flags, "--adapter", first, "--dry_run", "--show_samples", 1))
+    assert "<system>Be brief.</system>" in said
+    card = (first / "README.md").read_text()
+    assert "# first\n" in card and "--adapter first\n" in card and "dpo_beta" not in card
+    second.mkdir()
+    (second / "README.md").write_text("mine")
+    here(train, *flags, "--adapter", first, "--output_dir", second, "--overwrite_output_dir")
+    assert (second / "README.md").read_text() == "mine"
+    recorded = recorded_options(second)
+    assert recorded["model_name_or_path"] == str(checkpoint)
+    assert (recorded["adapter"], recorded["default_system"]) == (str(first), "Be brief.")
+    other = ["--adapter", second, "--template", "plain", "--default_system", "Be kind."]
+    said = shown_text(here(train, *flags, *other, "--dry_run", "--show_samples", 1))
+    assert "<system>" not in said and "Be kind." in said

@@ -1,0 +1,29 @@
+"""Train an adapter further: `--adapter` alone says which base and which template.
+
+complete_options(options)           # model_name_or_path, template, default_system, ...
+"""
+
+from argparse import Namespace
+
+from minisft.checkpoints.hub import model_or_base, resolve_adapter
+from minisft.common.model_flags import TEMPLATE_FLAGS
+from minisft.common.outputs import recorded_options
+from minisft.text.template_choice import CHAT_TEMPLATE
+
+
+def complete_options(options: Namespace) -> None:
+    """Set the base of --adapter, and the template flags of its training that are not given.
+
+    Without --adapter nothing changes.
+    """
+    options.model_name_or_path = model_or_base(options.model_name_or_path, options.adapter)
+    if not options.adapter or options.stage == "pt":
+        return
+    adapter_dir = resolve_adapter(options.adapter)
+    recorded = recorded_options(adapter_dir)
+    saved = adapter_dir / CHAT_TEMPLATE
+    if str(recorded.get("template")).endswith(".jinja") and saved.is_file():
+        recorded["template"] = str(saved)  # the file that it was read from may have changed
+    for name in TEMPLATE_FLAGS:
+        if getattr(options, name) in (None, "auto"):
+            setattr(options, name, recorded.get(name, getattr(options, name)))
