@@ -40,13 +40,7 @@ from minisft.evaluation import resume
 from minisft.evaluation.benchmark_files import read_subjects
 from minisft.evaluation.benchmarks import BENCHMARKS, Benchmark, Subject
 from minisft.evaluation.choice_prompts import PromptBuilder
-from minisft.evaluation.choice_report import (
-    choice_protocol,
-    compare_with_baseline,
-    submission,
-    summarize,
-    summary_lines,
-)
+from minisft.evaluation.choice_report import choice_protocol, write_summary
 from minisft.evaluation.compare import (
     Answer,
     Item,
@@ -70,7 +64,6 @@ from minisft.evaluation.multiple_choice import answer_subject
 from minisft.evaluation.predictions import (
     Baseline,
     read_baseline,
-    read_finished,
     unfinished_subjects,
     write_predictions,
 )
@@ -186,31 +179,6 @@ def answer_subjects(
                     bar.update,
                 )
             write_predictions(rows_dir / f"{subject.key}.csv", rows)
-
-
-def write_summary(
-    options: Namespace,
-    protocol: str,
-    subjects: list[Subject],
-    rows_dir: Path,
-    baseline: dict[str, Any] | None,
-) -> None:
-    """Print and write the accuracy of the predictions in rows_dir, or the file to submit."""
-    predictions = {
-        subject.key: read_finished(rows_dir / f"{subject.key}.csv", subject, options.n_times)
-        for subject in subjects
-    }
-    summary = {"protocol": protocol} | summarize(subjects, predictions, options.num_fewshot)
-    if baseline:
-        summary["baseline"] = compare_with_baseline(baseline, predictions)
-    if "macro" not in summary:
-        path = rows_dir.parent / "submission.json"
-        write_json(submission(subjects, predictions), path)
-        print(f"the answers of this split are secret: wrote {path}, to be submitted")
-    print("\n".join([*summary_lines(summary), protocol]))
-    path = rows_dir.parent / "summary.json"
-    write_json(summary, path)
-    print(f"wrote {path}")
 
 
 def compare(options: Namespace) -> None:

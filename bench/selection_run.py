@@ -78,7 +78,7 @@ def prepare(options: Namespace, folder: Path) -> None:
     def score_file(dataset: str, output: str, **more: Any) -> None:
         """The scores of a file, by score.py, which continues an interrupted call."""
         words = [*shared_flags(options), *flags(dataset=folder / dataset, **more)]
-        words += flags(output=folder / f"{output}.jsonl", max_length=options.cutoff_len)
+        words += flags(output=folder / f"{output}.jsonl", cutoff_len=options.cutoff_len)
         words += flags(dataloader_num_workers=0)
         logged(folder / f"{output}.log", lambda: score.main(score_options(words)))
 

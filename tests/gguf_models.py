@@ -66,8 +66,7 @@ def save(folder, tokenizer_dir, content):
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             parameter.data += 0.3 * torch.randn_like(parameter)
-    for path in tokenizer_dir.iterdir():
-        shutil.copyfile(path, folder / path.name)
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
     folders.save_model(model, folder)  # last: tokenizer_dir may hold another model
     return folder
 

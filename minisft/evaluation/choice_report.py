@@ -8,13 +8,15 @@ Accuracies are between 0 and 1, intervals 95 %.
 
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from minisft.common.json_files import write_json
 from minisft.evaluation.benchmarks import Benchmark, Subject
 from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
-from minisft.evaluation.predictions import Baseline, Prediction
+from minisft.evaluation.predictions import Baseline, Prediction, read_finished
 from minisft.text.chat_template import ChatTemplate
 
 # Subject -> its predictions, all repetitions.
@@ -194,3 +196,28 @@ def choice_protocol(
         "95 % intervals, Wilson's for questions, normal over subjects",
     ]
     return "; ".join(parts)
+
+
+def write_summary(
+    options: Namespace,
+    protocol: str,
+    subjects: list[Subject],
+    rows_dir: Path,
+    baseline: dict[str, Any] | None,
+) -> None:
+    """Print and write the accuracy of the predictions in rows_dir, or the file to submit."""
+    predictions = {
+        subject.key: read_finished(rows_dir / f"{subject.key}.csv", subject, options.n_times)
+        for subject in subjects
+    }
+    summary = {"protocol": protocol} | summarize(subjects, predictions, options.num_fewshot)
+    if baseline:
+        summary["baseline"] = compare_with_baseline(baseline, predictions)
+    if "macro" not in summary:
+        path = rows_dir.parent / "submission.json"
+        write_json(submission(subjects, predictions), path)
+        print(f"the answers of this split are secret: wrote {path}, to be submitted")
+    print("\n".join([*summary_lines(summary), protocol]))
+    path = rows_dir.parent / "summary.json"
+    write_json(summary, path)
+    print(f"wrote {path}")

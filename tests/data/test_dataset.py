@@ -515,7 +515,6 @@ class TestConvert:
             ((good, folder, "--overwrite"), "folder is a folder or a device"),
             ((good, device, "--overwrite"), "device is a folder or a device"),
             ((good, good, "--overwrite"), "is an input"),
-            ((good, tmp_path / "no" / "out.json"), "No such file"),
             ((tmp_path / "none.json", output), "no such file"),
         ):
             done = self.run(*words)

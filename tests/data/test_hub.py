@@ -269,6 +269,7 @@ def test_the_variable_names_the_hub(the_hub, tmp_path, monkeypatch):
     the_hub.put("org/name", **{"rows.parquet": parquet("a", "b")})
     monkeypatch.setenv("HF_ENDPOINT", the_hub.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # lm_eval_oracle.py sets it
     done = command(
         "convert", "org/name", tmp_path / "out.jsonl", before=["-m", "minisft.data"], script=None
     )
