@@ -7,8 +7,8 @@
 
 Its tensors say that they are on cuda:0; their values are on the CPU, which computes everything. So
 all code takes the way it takes on a GPU, with the same numbers. The CPU waits for a GPU where it
-needs a value (`.item()`), where a shape depends on values (`nonzero`, a mask as an index), and where
-it copies between the two, unless the copy is to the GPU, from pinned memory, and non_blocking.
+needs a value (`.item()`), where a shape depends on values (`nonzero`, a mask as an index), and
+where it copies between the two, unless it copies pinned memory to the GPU with non_blocking.
 """
 
 import traceback
@@ -54,8 +54,7 @@ class GpuTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, on_cpu):
-        # A tensor without values. torch's C++ code sees the device meta, for which it needs no driver,
-        # and autocast the one that it is for.
+        # A tensor without values. torch's C++ code sees the device meta, which needs no driver.
         with _disable_current_modes():
             size, stride = on_cpu.shape, on_cpu.stride()
             like = torch.empty_strided(size, stride, dtype=on_cpu.dtype, device="meta")
@@ -77,7 +76,7 @@ class GpuTensor(torch.Tensor):
 
 
 class PretendGpu(TorchDispatchMode):
-    """waits: "file:line operation" of each wait. kernels: how often each operation ran on the GPU."""
+    """waits: "file:line operation" of each. kernels: how often each operation ran on the GPU."""
 
     def __init__(self):
         super().__init__()

@@ -34,8 +34,8 @@ COMPILED_PAD_MULTIPLE = 128
 # A window has at most this many steps, and fewer if their rows would be larger than this.
 WINDOW_STEPS, WINDOW_BYTES = 128, 2 * 2**20
 
-# tokens (B, T), supervised (B, T), and the lengths of the rows if they are packed into one. Only the
-# tokens go to the device: the mask says how many targets there are, which the CPU needs to know.
+# tokens (B, T), supervised (B, T), and the lengths of the rows if they are packed into one. Only
+# the tokens go to the device: the CPU needs the mask to know how many targets there are.
 Batch = tuple[Tensor, Tensor, list[int] | None]
 
 

@@ -24,8 +24,8 @@ from minisft.model.quantized import (
     dequantize_nf4,
     dequantize_rows,
     dynamic_levels,
-    nf4_pairs,
     in_blocks,
+    nf4_pairs,
     quantize_nf4,
     quantize_rows,
 )
