@@ -73,7 +73,9 @@ def test_a_training_layer_is_one_graph(fields, checkpointing, to_batch):
     model.model.compile_layers(fullgraph=True, backend=backend)
     for name, gradient in gradients(model, batch).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
-    assert len(graphs) == 1  # for all layers: the lengths of a pack are no part of it
+    # One for all layers: the lengths of a pack are no part of it. With LoRA the input of the first
+    # layer has no gradient, so that layer has a graph of its own.
+    assert len(graphs) == (2 if "lora" in fields else 1)
 
 
 @torch.inference_mode()

@@ -41,8 +41,10 @@ def test_a_dry_run_fills_every_line(tmp_path):
         "tinyllama full, packed",
         "llama3-8b decoding, batch 1",
         "llama3-8b decoding, batch 8",
+        "llama3-8b decoding, batch 32",
         "llama3-8b, 1 layers, decoding, batch 1, compiled",
         "tinyllama scoring",
+        "llama3-8b scoring",
         "k-means",
         "llama3-8b decoding, batch 1, compiled",
     ]
