@@ -7,9 +7,9 @@ It compares processor time, which other programs on the machine hardly change; t
 renders the template works at the same time and is not counted. The aim is a ratio of 1.5.
 
 The second part writes JSON lines of that size and trains LoRA on them with train.py; for
-comparison, on ten rows without workers. Memory is the largest sum of proportional set sizes (PSS) over the processes: the
-private memory of each, and its share of shared memory. The aim for 1 GB is a first step within 10
-seconds.
+comparison, on ten rows without workers. Memory is the largest sum of proportional set sizes (PSS)
+over the processes: the private memory of each, and its share of shared memory. The aim for 1
+GB is a first step within 10 seconds.
 """
 
 import argparse
