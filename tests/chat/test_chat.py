@@ -337,7 +337,6 @@ def test_ctrl_c_ends_a_conversation_through_a_pipe(tiny_chat_model_dir, tmp_path
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         process.stdin.write("the cat 你好\nthe mat\n".encode())
         process.stdin.flush()
@@ -413,8 +412,6 @@ class Terminal:
     def __init__(self, *arguments, output=None, standing=()):
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
-            # If the tests were started in the background, Ctrl-C is ignored.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
             if output:
                 os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
             words = [sys.executable, *standing, SCRIPT, *arguments]

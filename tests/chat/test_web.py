@@ -535,7 +535,6 @@ def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "MINISFT_PASSWORD": "geheim"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         line = process.stderr.readline()

@@ -17,7 +17,6 @@ INTERRUPTED = """
 import os, runpy, signal, sys
 from minisft.gguf.writer import Tensor
 convert = Tensor.convert
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background takes away
 
 def interrupt(self, begin, end):
     if self.name == "output_norm.weight":

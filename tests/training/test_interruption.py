@@ -80,9 +80,6 @@ def test_the_first_signal_is_kept_and_the_handlers_come_back(number):
 
 
 def test_a_second_ctrl_c_interrupts():
-    # A shell starts programs in the background with SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), Interruption():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
