@@ -131,8 +131,8 @@ def reference_losses(
     for places in batches_by_length([len(example.ids) for example in examples], batch_size):
         batch = [examples[place] for place in places]
         tokens, supervised, _ = collate(batch, assistant.device)  # (B, T), (B, T)
-        places = send(target_places(supervised), tokens.device)  # (N,)
-        states, targets = model(tokens).flatten(0, 1)[places - 1], tokens.flatten()[places]
+        target_at = send(target_places(supervised), tokens.device)  # (N,), in the flattened batch
+        states, targets = model(tokens).flatten(0, 1)[target_at - 1], tokens.flatten()[target_at]
         values = token_losses(model.logits, states, targets).cpu()  # (N,)
         parts = values.split(supervised[:, 1:].sum(1).tolist())
         for place, part in zip(places, parts, strict=True):
