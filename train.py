@@ -37,7 +37,6 @@ from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.checkpoints.reward_models import choose_padding
 from minisft.common import processes
 from minisft.common.devices import resolve_device, resolve_dtype
-from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.outputs import check_output_dir
 from minisft.common.single_writer import single_writer
@@ -199,11 +198,12 @@ def train(
             result = train_step(run, [run.collate(part) for part in parts])
             num_tokens = sum(len(example.ids) for example in examples)
             progress.add(result.sums, result.count, num_tokens)
+            progress.add_gradient(result.grad_norm, result.failed)
 
             step = progress.step
             is_last, epoch = step == schedule.total_steps, step / schedule.steps_per_epoch
             if is_last or every(options.logging_steps, step):
-                progress.record(epoch, learning_rate, result.grad_norm)
+                progress.record(epoch, learning_rate)
             if is_last or every(schedule.steps_per_epoch, step):
                 if report := batches.changed_report():
                     progress.say(f"epoch {math.ceil(epoch)}: {report}")
@@ -231,7 +231,8 @@ class StepResult:
 
     sums: dict[str, Tensor]  # over this rank's micro-batches
     count: float  # supervised tokens, or rows if answers are compared, of all ranks
-    grad_norm: float  # before clipping
+    grad_norm: Tensor  # (), before clipping
+    failed: Tensor  # (), True if training cannot go on with it
 
 
 def train_step(run: Run, batches: list[Any]) -> StepResult:
@@ -257,19 +258,15 @@ def train_step(run: Run, batches: list[Any]) -> StepResult:
         parameter for group in run.optimizer.param_groups for parameter in group["params"]
     ]
     max_norm = run.options.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    grad_norm = processes.full_tensor(norm).item()
+    grad_norm = processes.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     # In float16 the loss scale starts too high on purpose: steps that overflow are skipped, and
     # the scale is halved.
-    if not math.isfinite(grad_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
-        raise UserError(
-            f"step {run.progress.step + 1}: the gradient norm is {grad_norm}. The weights are "
-            "unchanged. Lower --learning_rate, or use --dtype float32."
-        )
+    failed = ~grad_norm.isfinite() & (scaler.get_scale() <= 1)
     scaler.step(run.optimizer)
     scaler.update()
     run.optimizer.zero_grad()
-    return StepResult(sums, count, grad_norm)
+    # Nothing here reads a number from the GPU, so the CPU can prepare the next step meanwhile.
+    return StepResult(sums, count, grad_norm, failed)
 
 
 def evaluate(run: Run, examples: list[Example], template: ChatTemplate | None) -> None:

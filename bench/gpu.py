@@ -70,6 +70,7 @@ STAGES = {  # in the order of the run
     "decoding": Stage("decoding", 60, PEER, ("llama3-8b",)),
     "decoding compiled": Stage("compiled_decoding_of_few_layers", 75, PEER, ("llama3-8b",)),
     "scoring": Stage("scoring", 45, PEER, ("tinyllama",)),
+    "scoring 8b": Stage("scoring", 60, PEER, ("llama3-8b",)),
     "k-means": Stage("", 0),
     "decoding compiled, all layers": Stage("compiled_decoding", 90, OURS, ("llama3-8b",)),
 }
@@ -142,6 +143,10 @@ def in_words(line: Line) -> str:
     if "peak_gib" in line:
         peer = line.get("peer_peak_gib")
         words.append(f"peak {line['peak_gib']:.1f} GiB" + (f" (peer {peer:.1f})" if peer else ""))
+    if line.get("waits") is not None:
+        words.append(f"{line['waits']} waits in a step")
+    if "minutes_of_alpaca" in line:
+        words.append(f"52,000 rows in {line['minutes_of_alpaca']:.1f} min")
     if "took" in line:
         words.append(f"took {line['took']:.0f} s")
     return " | ".join([*words, *filter(None, [line.get("note")])])
@@ -248,6 +253,7 @@ def run_stages(options: Namespace, results: Results, log: IO[str]) -> None:
             if next_name and next_name not in running and STAGES[next_name].function:
                 running[next_name] = start(next_name, options.dry_run, log)
             seconds = min(time_left, STAGES[name].seconds)
+            print(f"{results.seconds():5.0f} s  {name}: at most {seconds:.0f} s", flush=True)
             if name == "tests":
                 lines = run_tests(running[name], seconds, log)
             else:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from bench import generate, score, train
+from bench.gpu_waits import waits_of_a_step
 from bench.limits import bandwidth, forget_peak, matrix_speed, seconds_of
 from bench.measure import ROOT, flags, reason_of
 from bench.peer_trainer import EncodedRow, train_with_trainer
@@ -39,6 +40,7 @@ from minisft.training.operations import forward_operations, training_operations
 Line = dict[str, Any]
 # Operations and bytes per second of healthy cards of these models.
 EXPECTED = {"H100": (790e12, 3.3e12), "H200": (790e12, 4.3e12)}
+ALPACA_ROWS = 52_000
 MATMUL, COPY = "matrix product", "memory copy"
 # A step has `rows` of `length` tokens. An epoch has `steps`; the second one is measured. A compiled
 # cache has `capacity`. Both sides compile only `few_layers`, to save time. minisft scores `scored`
@@ -182,6 +184,10 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
                 yield {"name": name, "failed": failure}
                 continue
             speed, peak, padding = result
+            more: Line = {}
+            if variant == "packed":
+                arguments = side_options("packed"), model, lora_config, rows
+                more["waits"], more["waits_failed"] = attempt(partial(waits_of_a_step, *arguments))
             yield line_with_peer(
                 name,
                 speed,
@@ -194,6 +200,7 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
                 padding=padding,
                 difference=checked.get("difference"),
                 took=time.monotonic() - began,
+                **more,
                 **bench.share(speed * per_token, MATMUL),
             )
 
@@ -248,11 +255,11 @@ def tokens_per_second(bench: Bench, generate_tokens: generate.Side, num_tokens: 
 
 
 def decoding(bench: Bench, size: str) -> Iterator[Line]:
-    """Greedy tokens per second at batch size 1 and 8, against transformers."""
+    """Greedy tokens per second at batch size 1, 8 and 32, against transformers."""
     shape = bench.sizes[size]
     model = random_model(shape, None, bench.dtype, bench.device)
     twin, reason = attempt(lambda: transformers_twin(model, shape))
-    for batch_size in (1, 8):
+    for batch_size in (1, 8, 32):
         name = f"{size} decoding, batch {batch_size}"
         yield from decoding_lines(bench, name, model, twin, reason, batch_size)
 
@@ -345,6 +352,7 @@ def scoring(bench: Bench, size: str) -> Iterator[Line]:
         theirs,
         None,
         tokens_per_row=num_tokens,
+        minutes_of_alpaca=ALPACA_ROWS / ours / 60,
         difference=result.difference,
         **bench.share(ours * per_row, MATMUL),
     )

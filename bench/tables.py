@@ -19,11 +19,12 @@ def update(
     rows: Iterable[Sequence[object]],
     order: Iterable[str],
     note: str = "",
+    title: str = "",
 ) -> None:
     """Write rows into the table between the marks of a file in docs/.
 
     A row replaces the row with the same first cell; other rows stay. order: the first cells of all
-    rows. note: a line below the table.
+    rows. note, title: lines below and above the table.
     """
     path = DOCS / file_name
     before, begin, rest = path.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
@@ -34,6 +35,7 @@ def update(
     by_name = {line[0]: line for line in cells[2:]} if cells[:1] == [list(head)] else {}
     by_name |= {str(row[0]): [str(cell) for cell in row] for row in rows}
     lines = [list(head), ["---"] * len(head), *(by_name[name] for name in order if name in by_name)]
-    table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    table = f"{title}\n\n" if title else ""
+    table += "".join("| " + " | ".join(line) + " |\n" for line in lines)
     table += f"\n{note}\n" if note else ""
     path.write_text(before + begin + table + end + after, encoding="utf-8")

@@ -93,6 +93,16 @@ def in_float64(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor from the CPU to the device. The CPU does not wait for a GPU.
+
+    A GPU reads pinned memory by itself; from other memory the CPU would have to copy.
+    """
+    if torch.device(device).type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def move(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on the device; float64 becomes float32 where there is none."""
     is_mac = torch.device(device).type == "mps"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisft.common.devices import send
 from minisft.common.errors import UserError
 from minisft.data.dataset import Rows
 from minisft.data.encode_report import EncodeReport
@@ -33,7 +34,8 @@ COMPILED_PAD_MULTIPLE = 128
 # A window has at most this many steps, and fewer if their rows would be larger than this.
 WINDOW_STEPS, WINDOW_BYTES = 128, 2 * 2**20
 
-# tokens (B, T), supervised (B, T), and the lengths of the rows if they are packed into one.
+# tokens (B, T), supervised (B, T), and the lengths of the rows if they are packed into one. Only
+# the tokens go to the device: the CPU needs the mask to know how many targets there are.
 Batch = tuple[Tensor, Tensor, list[int] | None]
 
 
@@ -145,7 +147,7 @@ def collate(
     device: torch.device | str = "cpu",
     pad_multiple: int = PAD_MULTIPLE,
 ) -> Batch:
-    """Pad examples on the right: tokens (B, T) int64, supervised (B, T) bool, None.
+    """Pad examples on the right: tokens (B, T) int64, supervised (B, T) bool on the CPU, None.
 
     A causal model never sees the tokens to the right, so padding needs no mask and may have any id.
     Without examples: one row of padding, nothing supervised.
@@ -157,11 +159,11 @@ def collate(
     for row, example in enumerate(examples):
         tokens[row, : len(example.ids)] = torch.from_numpy(example.ids)
         supervised[row, : len(example.ids)] = torch.from_numpy(example.supervised)
-    return tokens.to(device, non_blocking=True), supervised.to(device, non_blocking=True), None
+    return send(tokens, device), supervised, None
 
 
 def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Concatenate examples: tokens (1, T), supervised (1, T), the lengths of the rows.
+    """Concatenate examples: tokens (1, T), supervised (1, T) on the CPU, the lengths of the rows.
 
     The first token of a row is never a target: the token before it belongs to another row.
     """
@@ -171,5 +173,5 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Bat
     ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
     supervised = np.concatenate([example.supervised for example in examples])
     supervised[np.cumsum([0, *lengths[:-1]])] = False
-    tokens = torch.from_numpy(ids)[None].to(device)
-    return tokens, torch.from_numpy(supervised)[None].to(device), lengths
+    tokens = send(torch.from_numpy(ids)[None], device)
+    return tokens, torch.from_numpy(supervised)[None], lengths

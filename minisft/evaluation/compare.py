@@ -16,6 +16,7 @@ from typing import TypedDict
 
 import torch
 
+from minisft.common.devices import send
 from minisft.common.sequences import batches_by_length
 from minisft.data.batching import collate
 from minisft.data.dataset import Row
@@ -25,7 +26,7 @@ from minisft.generation.assistant import Assistant
 from minisft.generation.generate import generate
 from minisft.generation.sampling import Sampling
 from minisft.generation.thoughts import decode_answer
-from minisft.model.loss import token_losses
+from minisft.model.loss import target_places, token_losses
 from minisft.text.messages import Message
 from minisft.text.tokenizer import check_vocabulary
 
@@ -131,10 +132,10 @@ def reference_losses(
     for places in batches_by_length([len(example.ids) for example in examples], batch_size):
         batch = [examples[place] for place in places]
         tokens, supervised, _ = collate(batch, assistant.device)  # (B, T), (B, T)
-        is_target = supervised[:, 1:]
-        states, targets = model(tokens)[:, :-1][is_target], tokens[:, 1:][is_target]
-        values = token_losses(model.logits, states, targets)  # (N,)
-        parts = values.split(is_target.sum(1).tolist())
+        target_at = send(target_places(supervised), tokens.device)  # (N,), in the flattened batch
+        states, targets = model(tokens).flatten(0, 1)[target_at - 1], tokens.flatten()[target_at]
+        values = token_losses(model.logits, states, targets).cpu()  # (N,)
+        parts = values.split(supervised[:, 1:].sum(1).tolist())
         for place, part in zip(places, parts, strict=True):
             losses[numbers[place]] = (float(part.sum()), len(part))
     return losses

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minisft.common.devices import send
 from minisft.common.errors import UserError
 from minisft.evaluation.benchmarks import LETTERS, Subject
 from minisft.evaluation.choice_prompts import (
@@ -162,16 +163,17 @@ def _scores_of_row(
 ) -> list[list[float]]:
     """For every segment the log-likelihoods of its options. All segments form one row of tokens."""
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(segment.ids) for segment in segments], device=device)
-    owner = torch.arange(len(segments), device=device).repeat_interleave(lengths)  # (T,)
+    lengths = torch.tensor([len(segment.ids) for segment in segments])
+    owner = torch.arange(len(segments)).repeat_interleave(lengths)  # (T,)
     starts = lengths.cumsum(0) - lengths
-    place = torch.arange(len(owner), device=device)
-    positions = place - starts[owner] + cache.length
+    place = torch.arange(len(owner))
+    positions = send(place - starts[owner] + cache.length, device)
+    owner, place = send(owner, device), send(place, device)
     # (T, S): a token sees the prefix, and what comes before it in its own segment.
     own = (owner[:, None] == owner) & (place[:, None] >= place)
     mask = torch.cat((own.new_ones(len(owner), cache.length), own), dim=1)
-    tokens = torch.tensor([[id for segment in segments for id in segment.ids]], device=device)
-    hidden = model(tokens, positions, mask, cache)[0]  # (T, D)
+    tokens = torch.tensor([[id for segment in segments for id in segment.ids]])
+    hidden = model(send(tokens, device), positions, mask, cache)[0]  # (T, D)
 
     # The state before each token of each option predicts it.
     rows, targets, counts = [], [], []
@@ -180,11 +182,12 @@ def _scores_of_row(
             rows += range(first + segment.start, first + segment.start + len(ids))
             targets += ids
             counts.append(len(ids))
-    values = -token_losses(model.logits, hidden[rows], torch.tensor(targets, device=device))  # (N,)
+    states = hidden[send(torch.tensor(rows), device)]  # (N, D)
+    values = -token_losses(model.logits, states, send(torch.tensor(targets), device)).cpu()  # (N,)
     if not values.isfinite().all():
         raise UserError(
             "the scores of the model are not finite: its weights are damaged, or too large for "
             "this number type. Try --dtype float32."
         )
-    totals = iter([float(part.sum()) for part in values.cpu().split(counts)])
+    totals = iter([float(part.sum()) for part in values.split(counts)])
     return [[next(totals) for _ in segment.targets] for segment in segments]

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minisft.common.devices import send
 from minisft.generation.checks import check_logits, check_prompts
 from minisft.generation.language_model import LanguageModel
 from minisft.generation.sampling import Sampling, choose_tokens, random_generator, seen_tokens
@@ -115,7 +116,7 @@ def generate_steps(
         if len(kept) < len(active):
             active = [active[place] for place in kept]
             generators = [generators[place] for place in kept]
-            places = torch.tensor(kept, device=device)
+            places = send(torch.tensor(kept), device)
             cache.select(places)
             chosen = chosen[places]
             padding = None if padding is None else padding[places]
@@ -131,8 +132,8 @@ def pad_left(
     """(tokens (B, T), number of padded columns (B,) or None without padding)."""
     T = max(map(len, prompts))
     rows = [[0] * (T - len(ids)) + list(ids) for ids in prompts]
-    padding = torch.tensor([T - len(ids) for ids in prompts], device=device)
-    return torch.tensor(rows, device=device), padding if padding.any() else None
+    padding = torch.tensor([T - len(ids) for ids in prompts])
+    return send(torch.tensor(rows), device), send(padding, device) if padding.any() else None
 
 
 def positions_and_mask(

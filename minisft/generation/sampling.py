@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from minisft.common.devices import in_float64
+from minisft.common.devices import in_float64, send
 from minisft.generation.checks import check_sampling
 
 
@@ -70,7 +70,7 @@ def choose_tokens(
     # Draw by inverting the cumulative distribution, in float64 for the sake of large vocabularies.
     cumulative = in_float64(probabilities).cumsum(-1)
     numbers = [[generator.random()] for generator in generators]
-    drawn = torch.tensor(numbers, dtype=cumulative.dtype).to(cumulative.device)
+    drawn = send(torch.tensor(numbers, dtype=cumulative.dtype), cumulative.device)
     drawn = drawn * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, drawn, right=True)
     place = place.clamp(max=candidates.shape[-1] - 1)  # rounding may leave nothing above `drawn`
@@ -108,7 +108,7 @@ def random_generator(seed: int | None, row: int) -> random.Random:
 
 def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
     """(B, V), True for the tokens that occur in each prompt."""
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, ids in enumerate(prompts):
-        seen[row, torch.tensor(ids, device=device)] = True
-    return seen
+        seen[row, torch.tensor(ids)] = True
+    return send(seen, device)

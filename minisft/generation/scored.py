@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from minisft.common.devices import send
 from minisft.generation.generate import generate_steps
 from minisft.generation.language_model import LanguageModel
 from minisft.generation.sampling import Sampling
@@ -31,7 +32,7 @@ def generate_scored(
     answers: list[list[int]] = [[] for _ in prompts]
     log_probabilities: list[list[float]] = [[] for _ in prompts]
     for step in generate_steps(model, prompts, sampling, stop_ids, rows):
-        chosen = torch.tensor(step.tokens, device=step.logits.device)[:, None]  # (B, 1)
+        chosen = send(torch.tensor(step.tokens), step.logits.device)[:, None]  # (B, 1)
         values = step.logits.float().log_softmax(-1).gather(-1, chosen)[:, 0].tolist()
         for row, token, value in zip(step.rows, step.tokens, values, strict=True):
             if len(log_probabilities[row]) < limits[row]:

@@ -64,6 +64,7 @@ class Caches:
         self.new_cache, self.limit = new_cache, limit
         self._kept: list[tuple[Sequence[int], KeyValueCache]] = []  # the latest used last
         self._num_in_use = 0
+        self._returned: deque[tuple[Sequence[int], KeyValueCache]] = deque()
         self._lock = Lock()
 
     def take(self, ids: Sequence[int]) -> KeyValueCache:
@@ -71,17 +72,32 @@ class Caches:
 
         The last id has to be computed again, because its hidden state predicts the next token.
         """
+        self._keep_returned()
         with self._lock:
             cache = self._best_cache(ids[:-1])
             self._num_in_use += 1
+        self._keep_returned()  # those that came back meanwhile
         return cache
 
     def give_back(self, ids: Sequence[int], cache: KeyValueCache) -> None:
-        """Keep a cache that holds `ids`; beyond the limit, the least recently used is dropped."""
-        with self._lock:
-            self._num_in_use -= 1
-            if cache.length:
-                self._kept = [*self._kept, (ids, cache)][-self.limit :]
+        """Keep a cache that holds `ids`; beyond the limit, the least recently used is dropped.
+
+        It never waits for the lock. Python closes an answer that was left in the middle whenever it
+        collects garbage, even while the same thread is in `take`.
+        """
+        self._returned.append((ids, cache))
+        self._keep_returned()
+
+    def _keep_returned(self) -> None:
+        """Keep what was given back, unless the lock is taken; its owner does it afterwards."""
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                ids, cache = self._returned.popleft()
+                self._num_in_use -= 1
+                if cache.length:
+                    self._kept = [*self._kept, (ids, cache)][-self.limit :]
+            finally:
+                self._lock.release()
 
     def _best_cache(self, ids: Sequence[int]) -> KeyValueCache:
         if not self._kept:

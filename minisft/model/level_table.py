@@ -25,7 +25,7 @@ class LevelTable:
         ends = torch.where(upper < 0, upper | (2**16 - 1), upper).view(torch.float32)
         self.starts = nearest(ends.to(levels.device), levels).int()
         middles = (levels[:-1] + levels[1:]) / 2
-        self.middles = torch.cat([middles, middles.new_tensor([torch.inf])])
+        self.middles = torch.cat([middles, middles.new_full((1,), torch.inf)])
 
     def nearest(self, values: Tensor) -> Tensor:
         """The index (n,) uint8 of the level nearest to each value; the lower level at a tie."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minisft.common.devices import send
 from minisft.model.decoder import CausalLM
 from minisft.model.memory_saving_loss import (
     CrossEntropy,
@@ -40,20 +41,30 @@ def next_token_loss(
     """The sum of -log p(token) over the supervised tokens (float32), and their number.
 
     tokens: ids (B, T). supervised: bool (B, T), True for tokens that the model should learn to
-    write. The state at t predicts the token at t + 1, so the first token of a row is never a
-    target. lengths: the lengths of the rows of a packed batch. logits: the model's method
+    write; on the CPU. The state at t predicts the token at t + 1, so the first token of a row is
+    never a target. lengths: the lengths of the rows of a packed batch. logits: the model's method
     `logits`, if `model` is a wrapper without it, such as DDP.
     """
     if logits is None:
         assert isinstance(model, CausalLM)
         logits = model.logits
-    hidden = model(tokens, lengths=lengths)  # (B, T, D)
-    is_target = supervised[:, 1:]  # (B, T - 1)
-    states, targets = hidden[:, :-1][is_target], tokens[:, 1:][is_target]  # (N, D), (N,)
-    if len(targets) == 0:
+    hidden = model(tokens, lengths=lengths).flatten(0, 1)  # (B * T, D)
+    places = send(target_places(supervised), tokens.device)  # (N,)
+    if len(places) == 0:
         # Zero, but connected to all parameters: DDP waits for a gradient of each.
-        return (logits(hidden[:, :1]).float() * 0.0).sum(), 0
-    return token_losses(logits, states, targets).sum(), len(targets)
+        return (logits(hidden[:1]).float() * 0.0).sum(), 0
+    states, targets = hidden[places - 1], tokens.flatten()[places]  # (N, D), (N,)
+    return token_losses(logits, states, targets).sum(), len(places)
+
+
+def target_places(supervised: Tensor) -> Tensor:
+    """Where the targets are in the flattened batch: (N,), from `supervised` (B, T).
+
+    Both are on the CPU. On a GPU, the CPU would wait until it knows the number N.
+    """
+    is_target = supervised.clone()
+    is_target[:, 0] = False
+    return is_target.flatten().nonzero()[:, 0]
 
 
 def token_losses(logits: Logits, states: Tensor, targets: Tensor) -> Tensor:

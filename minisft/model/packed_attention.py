@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisft.common.devices import send
 from minisft.model.attention import Attend, attend, causal_mask
 
 
@@ -31,7 +32,7 @@ def packed_attention(
     their device and type.
     """
     if has_kernel(x):
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
+        bounds = send(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), x.device)
         arguments = {"kernel": varlen_kernel(), "bounds": bounds, "longest": max(lengths)}
         return partial(attend_by_kernel, **arguments, window=window)
     if layers_are_compiled:
@@ -50,12 +51,13 @@ def packed_attention(
 
 def packed_positions(lengths: list[int], device: torch.device) -> Tensor:
     """(T,): the position of each token in its row."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths])
+    return send(torch.cat([torch.arange(length) for length in lengths]), device)
 
 
 def packed_mask(lengths: list[int], window: int | None, device: torch.device) -> Tensor:
     """(T, T), True where query and key are in the same row and `causal_mask` is True."""
-    row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)  # (T,)
+    row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    row = send(row, device)  # (T,)
     return causal_mask(len(row), len(row), device, window) & (row == row[:, None])
 
 

@@ -57,6 +57,12 @@ def dynamic_levels(signed: bool = True) -> Tensor:
     return torch.tensor(sorted(levels))
 
 
+def nf4_pairs() -> Tensor:
+    """(256, 2) float32: the two levels that each byte of `packed` stands for."""
+    levels = torch.tensor(NF4_LEVELS)
+    return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
+
+
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """The index (uint8) of the level nearest to each value; the lower level at a tie."""
     middles = (levels[:-1] + levels[1:]) / 2
@@ -114,16 +120,16 @@ def dequantize_nf4(
     scales: Tensor,
     nested_scales: Tensor,
     mean: Tensor,
+    pairs: Tensor,
+    scale_levels: Tensor,
     shape: torch.Size,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight, with this shape and type, from the result of quantize_nf4."""
-    levels = torch.tensor(NF4_LEVELS, device=packed.device)
-    # Both halves of a byte in one look-up: 256 pairs of levels.
-    pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
-    largest = mean + dequantize_blocks(
-        scales, nested_scales, dynamic_levels().to(packed.device), NESTED_BLOCK_SIZE
-    )
+    """The weight, with this shape and type, from the result of quantize_nf4.
+
+    pairs, scale_levels: nf4_pairs() and dynamic_levels(), on the device of the others.
+    """
+    largest = mean + dequantize_blocks(scales, nested_scales, scale_levels, NESTED_BLOCK_SIZE)
     weight = torch.empty(shape.numel(), dtype=dtype, device=packed.device)
     pieces = zip(
         weight.split(PIECE),
@@ -175,6 +181,8 @@ class QuantizedLinear(nn.Module):
     scales: Tensor
     nested_scales: Tensor
     mean: Tensor
+    pairs: Tensor  # the tables of dequantize_nf4, kept because copies to a GPU would make it wait
+    scale_levels: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, bias: nn.Parameter | None = None
@@ -195,6 +203,8 @@ class QuantizedLinear(nn.Module):
                 "scales": torch.empty(num_blocks, dtype=torch.uint8),
                 "nested_scales": torch.empty(-(-num_blocks // NESTED_BLOCK_SIZE)),
                 "mean": torch.empty(()),
+                "pairs": torch.empty(256, 2),
+                "scale_levels": torch.empty(256),
             }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
@@ -206,7 +216,11 @@ class QuantizedLinear(nn.Module):
         """Quantise a weight (out, in) of any floating-point type, on its device."""
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, bits, bias)
-        buffers = quantize_rows(weight) if bits == 8 else quantize_nf4(weight)
+        if bits == 8:
+            buffers: tuple[Tensor, ...] = quantize_rows(weight)
+        else:
+            tables = (table.to(weight.device) for table in (nf4_pairs(), dynamic_levels()))
+            buffers = (*quantize_nf4(weight), *tables)
         for name, buffer in zip(dict(layer.named_buffers()), buffers, strict=True):
             setattr(layer, name, buffer)
         return layer
@@ -224,8 +238,16 @@ class QuantizedLinear(nn.Module):
         """The weight (out, in) as `dtype`."""
         if self.bits == 8:
             return dequantize_rows(self.steps, self.largest, dtype)
-        shape = torch.Size((self.out_features, self.in_features))
-        return dequantize_nf4(self.packed, self.scales, self.nested_scales, self.mean, shape, dtype)
+        return dequantize_nf4(
+            self.packed,
+            self.scales,
+            self.nested_scales,
+            self.mean,
+            self.pairs,
+            self.scale_levels,
+            torch.Size((self.out_features, self.in_features)),
+            dtype,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out) from x (..., in), multiplied in the type of x, or that of autocast."""

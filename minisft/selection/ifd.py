@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisft.common.devices import in_float64
+from minisft.common.devices import send
 from minisft.common.errors import UserError
 from minisft.data.batching import collate
 from minisft.data.dataset import Row
 from minisft.data.encoding import Example, encode_row
 from minisft.model.decoder import CausalLM
-from minisft.model.loss import token_losses
+from minisft.model.loss import target_places, token_losses
 from minisft.selection.passes import Pass, Plan, Score, answer_spans, num_tokens, rounded, too_long
 from minisft.selection.score_files import IFD_FIELDS
 from minisft.selection.shared_prefix import hidden_states
@@ -117,22 +117,27 @@ class IfdScorer:
         """Run a batch of passes. Logits are computed only where the next token's loss counts."""
         device = next(model.parameters()).device
         examples = [Example(item.ids, item.is_answer) for item in passes]
-        tokens, is_answer, *_ = collate(examples, device)  # both (B, T)
-        lengths = torch.tensor(
-            [(item.prompt_length, item.embedded_length) for item in passes], device=device
-        )
-        places = torch.arange(1, tokens.shape[1] + 1, device=device)  # (T,)
+        tokens, is_answer, *_ = collate(examples)  # both (B, T), on the CPU
+        lengths = torch.tensor([(item.prompt_length, item.embedded_length) for item in passes])
+        places = torch.arange(1, tokens.shape[1] + 1)  # (T,)
         is_prompt, is_embedded = (places <= ends[:, None] for ends in lengths.T)  # both (B, T)
 
         hidden = hidden_states(model, tokens)  # (B, T, D)
-        counts = (is_answer | is_prompt)[:, 1:]  # the state at t predicts the token at t + 1
-        losses = torch.zeros(counts.shape, device=device)
-        losses[counts] = token_losses(model.logits, hidden[:, :-1][counts], tokens[:, 1:][counts])
-        answer_losses = in_float64(losses * is_answer[:, 1:]).sum(1)
-        prompt_losses = in_float64(losses * is_prompt[:, 1:]).sum(1)
+        counts = target_places(is_answer | is_prompt)  # (N,)
+        states = hidden.flatten(0, 1)[send(counts - 1, device)]  # the state before each token
+        values = token_losses(model.logits, states, send(tokens.flatten()[counts], device))
         weights = (is_embedded * places if self.pooling == "weighted" else is_embedded).float()
+        weights = send(weights, device)
         sums = (weights[:, None] @ hidden.float()).squeeze(1)  # (B, D)
-        embeddings = (sums / weights.sum(1).clamp(min=1)[:, None]).cpu().numpy()
+        embeddings = sums / weights.sum(1).clamp(min=1)[:, None]
+        # All results in one copy: each would wait for the GPU.
+        values, embeddings = (
+            torch.cat((values, embeddings.flatten())).cpu().split((len(values), embeddings.numel()))
+        )
+        embeddings = embeddings.view(len(passes), -1).numpy()
+        losses = torch.zeros(is_answer.numel()).index_copy_(0, counts, values).view_as(is_answer)
+        answer_losses = (losses * is_answer).double().sum(1)
+        prompt_losses = (losses * is_prompt).double().sum(1)
 
         results = zip(answer_losses.tolist(), prompt_losses.tolist(), embeddings, strict=True)
         return [PassResult(*result) for result in results]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from minisft.common.devices import send
 from minisft.data.batching import collate
 from minisft.data.dataset import Row
 from minisft.data.encode_preferences import unique_texts
@@ -68,10 +69,8 @@ class RewardScorer:
     def compute(self, model: RewardModel, passes: Sequence[Pass]) -> list[float]:
         """Run a batch of conversations; returns their rewards."""
         device = model.score.weight.device
-        tokens, *_ = collate(
-            [Example(item.ids, item.is_answer) for item in passes], device
-        )  # (B, T)
-        last = torch.tensor([len(item.ids) - 1 for item in passes], device=device)
+        tokens, *_ = collate([Example(item.ids, item.is_answer) for item in passes])  # (B, T)
+        last = send(torch.tensor([len(item.ids) - 1 for item in passes]), device)
         hidden = hidden_states(model, tokens)  # (B, T, D)
         return model.rewards(hidden[torch.arange(len(passes), device=device), last]).tolist()
 

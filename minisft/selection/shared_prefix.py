@@ -2,7 +2,7 @@
 
     for group in group_by_prefix(passes):          # lists that begin with the same tokens
         ...
-    hidden = hidden_states(model, tokens)          # the same as model(tokens), up to rounding
+    hidden = hidden_states(model, tokens)          # model(tokens), up to rounding
 
 In many templates a fixed text comes before every instruction ("Below is an instruction that ...").
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minisft.common.devices import send
 from minisft.model.cache import KeyValueCache
 from minisft.model.reward import Model
 from minisft.selection.passes import Pass
@@ -34,10 +35,14 @@ def group_by_prefix(passes: Sequence[Pass]) -> list[list[Pass]]:
 
 
 def hidden_states(model: Model, tokens: Tensor) -> Tensor:
-    """Hidden states (B, T, D) of tokens (B, T), computed in the faster way."""
+    """Hidden states (B, T, D) on the model's device of tokens (B, T), in the faster way.
+
+    tokens: on the CPU, which needs the length of the prefix without waiting for a GPU.
+    """
     is_equal = (tokens == tokens[:1]).all(0)  # (T,)
     prefix_length = int(is_equal.int().cumprod(0).sum())
     prefix_length = min(prefix_length, tokens.shape[1] - 1)
+    tokens = send(tokens, next(model.parameters()).device)
     if len(tokens) == 1 or prefix_length < MIN_PREFIX_TOKENS:
         return model(tokens)
     return _after_shared_prefix(model, tokens, prefix_length)
@@ -47,6 +52,6 @@ def _after_shared_prefix(model: Model, tokens: Tensor, prefix_length: int) -> Te
     """Run the prefix once, then the rest of every row with the prefix in its cache."""
     cache = KeyValueCache(model.config)
     prefix = model(tokens[:1, :prefix_length], cache=cache)  # (1, prefix_length, D)
-    cache.select([0] * len(tokens))
+    cache.select(tokens.new_zeros(len(tokens)))
     rest = model(tokens[:, prefix_length:], cache=cache)
     return torch.cat([prefix.expand(len(tokens), -1, -1), rest], 1)

@@ -22,6 +22,7 @@ Prompt and answer are tokenised separately, so a prompt has the same ids in trai
 The tour explains it: docs/tour/02_template.md.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -76,6 +77,8 @@ class ChatTemplate:
         now = now or datetime.now().isoformat(timespec="seconds")
         self.jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
         self.facts, self.now = self.jinja.facts, now
+        # Messages and tools that `begin` got last, and the conversations that they became.
+        self._begun = deque[tuple[list[Message], list | None, Conversation]](maxlen=2)
 
     @property
     def thinking(self) -> dict[str, Any]:
@@ -87,7 +90,8 @@ class ChatTemplate:
 
         UserError if the template cannot express the conversation.
         """
-        conversation = self._prepare(messages, tools)
+        begun = [item[2] for item in self._begun if item[0] is messages and item[1] is tools]
+        conversation = begun[0] if begun else self._prepare(messages, tools)
         check_answers(conversation)
         examples = []
         for chain in chains(find_turns(conversation, self.jinja)):
@@ -98,11 +102,15 @@ class ChatTemplate:
         return examples
 
     def begin(self, messages: list[Message], tools: list | None = None) -> None:
-        """Start rendering, in the background, the conversation that `encode` gets next."""
+        """Start rendering, in the background, the conversation that `encode` gets next.
+
+        Until then, messages and tools must not change.
+        """
         try:
             conversation = self._prepare(messages, tools)
         except UserError:
             return  # encode raises the error
+        self._begun.append((messages, tools, conversation))
         self.jinja.begin(conversation.messages, conversation.tools, renders_of(conversation))
 
     def encode_prompt(self, messages: list[Message], tools: list | None = None) -> list[int]:

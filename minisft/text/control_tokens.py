@@ -86,14 +86,17 @@ class ControlTokens:
         place = 0
         while found := self.pattern.search(text, place):
             start, end = found.span()
-            spelled = found[0] if found[0] in self.ids else found[0].strip()
-            token_start = found[0].index(spelled) + start
+            spelled, token_start = found[0], start
+            if spelled not in self.ids:
+                spelled = spelled.strip()
+                token_start += found[0].index(spelled)
             token_end = token_start + len(spelled)
-            if any(a < token_end and token_start < b for a, b in message_spans):
+            if message_spans and any(a < token_end and token_start < b for a, b in message_spans):
                 place = token_start + 1
             else:
-                start = max([start, *(cut for cut in cuts if cut <= token_start)])
-                end = min([end, *(cut for cut in cuts if cut >= token_end)])
+                if found[0] != spelled:  # white space around it
+                    start = max([start, *(cut for cut in cuts if cut <= token_start)])
+                    end = min([end, *(cut for cut in cuts if cut >= token_end)])
                 matches.append(Match(start, end, self.ids[spelled]))
                 place = end
         return matches

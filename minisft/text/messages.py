@@ -88,6 +88,8 @@ def check_json(value: Any) -> None:
     waiting = [value]
     while waiting:
         item = waiting.pop()
+        if isinstance(item, str):
+            continue
         if isinstance(item, dict):
             for key in item:
                 if not isinstance(key, str):
@@ -95,7 +97,7 @@ def check_json(value: Any) -> None:
             waiting.extend(item.values())
         elif isinstance(item, list):
             waiting.extend(item)
-        elif not isinstance(item, str | int | float | None):
+        elif not isinstance(item, int | float | None):
             raise UserError(f"a value of type {type(item).__name__} is not JSON")
 
 

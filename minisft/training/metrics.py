@@ -3,7 +3,8 @@
 progress = Progress(total_steps=100, path="runs/cherry/metrics.jsonl")
 progress.start()
 progress.add({"loss": 12.5}, count=10, num_tokens=40)
-progress.record(epoch=0.1, learning_rate=1e-4, grad_norm=0.7)
+progress.add_gradient(torch.tensor(0.7), failed=torch.tensor(False))
+progress.record(epoch=0.1, learning_rate=1e-4)
 plot_loss("runs/cherry")          # runs/cherry/loss.png
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisft.common import processes
+from minisft.common.errors import UserError
 from minisft.common.outputs import atomic_write
 from minisft.common.words import duration
 from minisft.training.reports import Reports
@@ -55,10 +57,13 @@ class Progress:
         self.first_step, self.first_tokens, self.started = 0, 0, time.monotonic()
         self.evaluation_note = evaluation_note  # printed after the figures: which tokens they cover
         self._next_line = -math.inf  # when the next line is due, if there is no bar
+        self._gradients: list[tuple[int, Tensor, Tensor]] = []  # step, norm, failed?
+        self._grad_norm = math.nan  # of the last step that was checked
         self._begin_interval()
 
     def state(self) -> dict[str, Any]:
-        """The state for `restore`. Every rank calls it."""
+        """The state for `restore`. Every rank calls it. UserError if a step has failed."""
+        self.check_gradients()
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -110,8 +115,34 @@ class Progress:
         self._interval_tokens += num_tokens
         self._bar.update()
 
-    def record(self, epoch: float, learning_rate: float, grad_norm: float) -> None:
+    def add_gradient(self, norm: Tensor, failed: Tensor) -> None:
+        """Keep the gradient norm of the step for the log. UserError if the step has failed.
+
+        failed: True if training cannot go on with this gradient. On a GPU it is read later, in
+        check_gradients, because the CPU would have to wait for it.
+        """
+        self._gradients.append((self.step, norm, failed))
+        if failed.is_cpu:
+            self.check_gradients()
+
+    def check_gradients(self) -> None:
+        """UserError if a step has failed. Comes before all that is written, so nothing bad is."""
+        if not self._gradients:
+            return
+        steps, norms, failed = zip(*self._gradients, strict=True)
+        values = torch.stack([torch.stack(norms), torch.stack(failed).to(norms[0])]).tolist()
+        for step, norm, is_bad in zip(steps, *values, strict=True):
+            if is_bad:
+                raise UserError(
+                    f"step {step}: the gradient norm is {norm}. No later step is saved. "
+                    "Lower --learning_rate, or use --dtype float32."
+                )
+            self._grad_norm = norm
+        self._gradients.clear()
+
+    def record(self, epoch: float, learning_rate: float) -> None:
         """Write the means and the speed since the last record. Every rank calls it."""
+        self.check_gradients()
         sums = self._sums_of_all_ranks()
         means = {name: value / max(1, self._count) for name, value in sums.items()}
         speed = self._interval_tokens / max(1e-9, time.monotonic() - self._began)
@@ -120,7 +151,7 @@ class Progress:
             epoch=epoch,
             **means,
             learning_rate=learning_rate,
-            grad_norm=grad_norm,
+            grad_norm=self._grad_norm,
             tokens=self.tokens,
             tokens_per_second=speed,
         )
@@ -138,6 +169,7 @@ class Progress:
 
     def record_evaluation(self, metrics: Mapping[str, float], seconds: float) -> None:
         """Write the means of an evaluation. Its time does not count as training time."""
+        self.check_gradients()
         self._write(step=self.step, **{f"eval_{name}": value for name, value in metrics.items()})
         self.say(f"step {self.step}: evaluation {in_words(metrics)}{self.evaluation_note}")
         self._began += seconds

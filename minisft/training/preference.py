@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.common import processes
+from minisft.common.devices import send
 from minisft.data import batching
 from minisft.data.encoding import Example
 from minisft.model.decoder import CausalLM
-from minisft.model.loss import token_losses
+from minisft.model.loss import target_places, token_losses
 from minisft.model.reward import RewardModel
 
 
@@ -37,7 +38,7 @@ class Answers:
 
     examples: Sequence[Example]
     tokens: Tensor  # (B, T) int64, padded on the right
-    supervised: Tensor  # (B, T) bool, True for the tokens of the answer
+    supervised: Tensor  # (B, T) bool on the CPU, True for the tokens of the answer
     last: Tensor  # (B,) position of the last token of each text
     best: Tensor  # (R,) index of the best answer of each row
     chosen: Tensor  # (P,) index of the better answer of each pair
@@ -64,11 +65,11 @@ def collate(
     tokens, supervised, _ = batching.collate(texts, device, pad_multiple)
     last = [len(text.ids) - 1 for text in texts] or [0]
     indices = [
-        torch.tensor(numbers, dtype=torch.int64, device=device)
+        send(torch.tensor(numbers, dtype=torch.int64), device)
         for numbers in (last, best, chosen, rejected)
     ]
     return Answers(
-        examples, tokens, supervised, *indices, weights=torch.tensor(weights, device=device)
+        examples, tokens, supervised, *indices, weights=send(torch.tensor(weights), device)
     )
 
 
@@ -99,13 +100,14 @@ def answer_log_probs(
     model: tokens (B, T) -> hidden states (B, T, D). logits: hidden states -> vocabulary scores,
     computed for the tokens of the answers only, a chunk at a time.
     """
-    is_target = batch.supervised[:, 1:]  # (B, T-1)
-    states = model(batch.tokens)[:, :-1][is_target]  # (N, D)
+    num_texts, T = batch.tokens.shape
+    places = send(target_places(batch.supervised), batch.tokens.device)  # (N,)
+    states = model(batch.tokens).flatten(0, 1)[places - 1]  # (N, D)
     if len(states) == 0:  # zero, but connected to every parameter, as DDP needs
-        return logits(states).float().sum() * batch.last.new_zeros(len(is_target))
-    losses = token_losses(logits, states, batch.tokens[:, 1:][is_target])  # (N,)
-    answers = is_target.nonzero()[:, 0]  # (N,) which answer a token belongs to
-    return losses.new_zeros(len(is_target)).index_add(0, answers, -losses)
+        return logits(states).float().sum() * batch.last.new_zeros(num_texts)
+    losses = token_losses(logits, states, batch.tokens.flatten()[places])  # (N,)
+    answers = places // T  # (N,) which answer a token belongs to
+    return losses.new_zeros(num_texts).index_add(0, answers, -losses)
 
 
 class Reward:
@@ -157,7 +159,8 @@ class DirectPreference:
         num_rows = num_tokens = 0
         for batch in batches:
             num_rows += len(batch.best)
-            num_tokens += int(batch.supervised[batch.best, 1:].sum())
+            best = [example.texts()[0].supervised for example in batch.examples]
+            num_tokens += sum(int(supervised[1:].sum()) for supervised in best)
         if self.sft_weight:
             device = self.model.model.embed_tokens.weight.device
             all_rows, all_tokens = processes.sum_over_ranks([num_rows, num_tokens], device)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from minisft.common import processes
+from minisft.common.devices import send
 from minisft.data.batching import Batches, micro_batches
 from minisft.data.encoding import Example
 from minisft.model.decoder import CausalLM
@@ -65,7 +66,7 @@ class PrecomputedReference:
         """log p(answer | prompt) of the answers (B,)."""
         rows = [self.log_probs[fingerprint(example)] for example in batch.examples]
         values = list(chain.from_iterable(rows)) or [0.0]  # without rows there is one padding text
-        return torch.tensor(values, device=batch.tokens.device)
+        return send(torch.tensor(values), batch.tokens.device)
 
 
 def build_reference(

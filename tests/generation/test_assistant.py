@@ -526,6 +526,27 @@ def test_caches_keep_the_latest_and_return_the_longest_prefix():
     assert caches.take([6]).length == 0 and len(made) == 3  # more at the same time than are kept
 
 
+def test_an_answer_is_closed_while_its_thread_looks_for_a_cache():
+    """Python closes a forgotten answer when it collects garbage, in whatever it does just then."""
+    caches = Caches(partial(KeyValueCache, ModelConfig.from_dict(CONFIG)), limit=2)
+    forgotten, found = caches.take([1]), []
+
+    class Ids(list):
+        def __len__(self):  # `take` asks for it
+            if forgotten.length == 0:
+                forgotten.length = 1
+                caches.give_back([1], forgotten)
+            return super().__len__()
+
+    thread = threading.Thread(target=lambda: found.append(caches.take(Ids([1, 2]))), daemon=True)
+    kept = caches.take([5])
+    kept.length = 1
+    caches.give_back(Ids([5]), kept)
+    thread.start()
+    thread.join(HANG_SECONDS)
+    assert found and caches._num_in_use == 1  # the thread's own
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 def test_adapter_and_base_share_weights(bits, tiny_chat_model_dir, tmp_path):
     model = load_model(tiny_chat_model_dir)

@@ -25,6 +25,7 @@ from minisft.model.quantized import (
     dequantize_rows,
     dynamic_levels,
     in_blocks,
+    nf4_pairs,
     quantize_nf4,
     quantize_rows,
 )
@@ -71,7 +72,8 @@ def test_packed_bytes_and_values_equal_bitsandbytes(shape, dtype):
     assert torch.equal(nested_scales, state.state2.absmax) and mean == state.offset
     their_scales = state.absmax.flatten()
     # With their scales the values are theirs bit for bit.
-    values = dequantize_nf4(packed, their_scales, nested_scales, mean, weight.shape, dtype)
+    tables = nf4_pairs(), dynamic_levels()
+    values = dequantize_nf4(packed, their_scales, nested_scales, mean, *tables, weight.shape, dtype)
     expected = reference(theirs, state, weight.shape, dtype)
     assert torch.equal(values, expected)
     if shape[1] % 64 == 0:  # where their kernel is right on every processor

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 from forks import PRELOADED
 
-from bench import gpu, gpu_stages
+from bench import gpu, gpu_stages, machines, tables
 
 QUICK = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHON": sys.executable}
 
@@ -61,8 +62,10 @@ def test_every_stage_fills_its_lines(tmp_path):
         "tinyllama full, packed",
         "llama3-8b decoding, batch 1",
         "llama3-8b decoding, batch 8",
+        "llama3-8b decoding, batch 32",
         "llama3-8b, 1 layers, decoding, batch 1, compiled",
         "tinyllama scoring",
+        "llama3-8b scoring",
     ]
     for line in results.lines:
         assert line["ratio"] == line["figure"] / line["peer"] and line["share"] > 0, line
@@ -72,6 +75,34 @@ def test_without_time_stages_are_skipped(tmp_path):
     done, lines = dry_run(tmp_path / "results.json", "--minutes", "0.01")
     assert done.returncode == 0 and len(lines) == len(gpu.STAGES)
     assert all(line["skipped"] == "no time is left" for line in lines)
+
+
+def test_results_become_the_table_of_the_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "DOCS", tmp_path)
+    (tmp_path / "benchmarks.md").write_text("a\n<!-- H100 -->\n<!-- /H100 -->\nb\n")
+    speed = {"figure": 12345.6, "unit": "tokens/s", "share": 0.456, "limit": "matrix product"}
+    lines = [
+        {"name": "matrix product", "figure": 790, "unit": "TFLOP/s", "device": "NVIDIA H100 80GB"},
+        {"name": "tests", "figure": 9, "unit": "passed"},
+        {"name": "lora", **speed, "peer_name": "peft", "peer": 6000, "ratio": 2.06, "waits": 0},
+        {"name": "full", "failed": "out of memory"},
+        {"name": "scoring", "figure": 300, "unit": "rows/s", "minutes_of_alpaca": 2.9},
+    ]
+    about = {"torch": "2.13.0", "transformers": "5.23.0", "peft": None, "date": "2026-12-01"}
+    machines.write_table({**about, "dry_run": False, "lines": lines})
+    assert (tmp_path / "benchmarks.md").read_text() == (
+        "a\n<!-- H100 -->\n"
+        "**NVIDIA H100 80GB** (2026-12-01): torch 2.13.0, transformers 5.23.0.\n\n"
+        "| what | minisft | compared with | ratio | share of the limit |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| matrix product | 790.0 TFLOP/s |  |  |  |\n"
+        "| lora | 12,345.6 tokens/s, 0 waits in a step | peft: 6,000.0 | 2.06 "
+        "| 46% of the matrix product |\n"
+        "| scoring | 300.0 rows/s, 52,000 rows in 2.9 min |  |  |  |\n"
+        "<!-- /H100 -->\nb\n"
+    )
+    with pytest.raises(SystemExit, match="no table for NVIDIA H100 80GB"):
+        machines.write_table({**about, "dry_run": True, "lines": lines})
 
 
 def process_of(code):

@@ -198,7 +198,7 @@ def two_steps(options, folder, device):
     run = start(options, folder, device)
     tokens = torch.arange(24, device=device).view(2, 12)
     steps = [train.train_step(run, [(tokens, tokens > 3, None)]) for _ in range(2)]
-    return run, [(float(step.sums["loss"]), step.grad_norm) for step in steps]
+    return run, [(float(step.sums["loss"]), float(step.grad_norm)) for step in steps]
 
 
 @pytest.mark.parametrize(

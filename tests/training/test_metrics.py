@@ -20,7 +20,7 @@ def test_a_pipe_gets_a_line_now_and_then(tmp_path, capsys):
     progress.start()
     for _ in range(3):
         progress.add({"loss": 8.0}, count=4, num_tokens=10)
-        progress.record(epoch=0.1, learning_rate=1e-4, grad_norm=1.0)
+        progress.record(epoch=0.1, learning_rate=1e-4)
     progress.close()
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"metrics: {tmp_path / 'metrics.jsonl'}"

@@ -221,7 +221,7 @@ def test_a_service_that_fails_is_named_once(when, tmp_path, monkeypatch, capsys)
     progress.start()
     for _ in range(3):
         progress.add({"loss": torch.tensor(math.nan)}, 1, 1)
-        progress.record(0.1, 1e-4, 1.0)
+        progress.record(0.1, 1e-4)
     progress.close()
     progress.reports.finish()
     said = capsys.readouterr().out
