@@ -86,33 +86,43 @@ def serve(path):
     signal.set_wakeup_fd(wake)
     # Jinja's lexer is made once.
     render_process.environment(render_process.Clock()).from_string("{{ 1 }}")
-    running = {}  # connection: process id, None after its end
+    new, running = set(), {}  # connections; of those that run, the process id, None after its end
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(100)
         print(flush=True)
         while True:
-            ready, _, _ = select.select([0, ended, listener, *running], [], [])
+            ready, _, _ = select.select([0, ended, listener, *new, *running], [], [])
             if 0 in ready:  # nobody can ask any more
                 return
             if listener in ready:
-                connection, _ = listener.accept()
-                running[connection] = fork(connection)
-                connection.send(NUMBER.pack(running[connection]))
+                # The other side may collect garbage now, and so wait for the end of another
+                # process, before it says what it wants.
+                new.add(listener.accept()[0])
             for connection in running.keys() & set(ready):
                 if connection.recv(1) != KILL:  # the other side is gone, and with it their stdin
                     connection.close()
                     del running[connection]
                 elif running[connection]:
                     os.kill(running[connection], signal.SIGKILL)
+            for connection in new & set(ready):
+                new.remove(connection)
+                if (process := fork(connection)) is None:
+                    connection.close()
+                    continue
+                running[connection] = process
+                with contextlib.suppress(BrokenPipeError):
+                    connection.send(NUMBER.pack(process))
             if ended in ready:
                 os.read(ended, 1000)
                 report(running)
 
 
 def fork(connection):
-    """Fork a process that renders; returns its id."""
+    """Fork a process that renders; returns its id, or None if the other side is gone."""
     words, descriptors, _, _ = socket.recv_fds(connection, 100, 2)
+    if not words:
+        return None
     child = os.fork()
     if child:
         for descriptor in descriptors:
