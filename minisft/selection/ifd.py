@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisft.common.devices import send
+from minisft.common.devices import in_float64, send
 from minisft.common.errors import UserError
 from minisft.data.batching import collate
 from minisft.data.dataset import Row
@@ -136,8 +136,8 @@ class IfdScorer:
         )
         embeddings = embeddings.view(len(passes), -1).numpy()
         losses = torch.zeros(is_answer.numel()).index_copy_(0, counts, values).view_as(is_answer)
-        answer_losses = (losses * is_answer).double().sum(1)
-        prompt_losses = (losses * is_prompt).double().sum(1)
+        answer_losses = in_float64(losses * is_answer).sum(1)
+        prompt_losses = in_float64(losses * is_prompt).sum(1)
 
         results = zip(answer_losses.tolist(), prompt_losses.tolist(), embeddings, strict=True)
         return [PassResult(*result) for result in results]
