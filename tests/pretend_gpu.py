@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -44,6 +45,8 @@ NEEDS_VALUES = {
     aten.unique_consecutive,
     aten.unique_dim,
 }
+# torch with CUDA has kernels for these on a GPU only, so the CPU computes them in parts.
+IN_PARTS = get_decompositions([aten._fused_rms_norm, aten._fused_rms_norm_backward])
 # Operations that only describe a tensor anew.
 NO_KERNEL = {aten.detach, aten.empty_like, aten.empty, aten.new_empty, aten.empty_strided}
 CUDA = torch.device("cuda", 0)
@@ -93,6 +96,9 @@ class PretendGpu(TorchDispatchMode):
         # Checkpointing saves the random state of the GPU.
         self._patched.setattr(torch.utils.checkpoint, "get_device_states", lambda *_: ([], []))
         self._patched.setattr(packed_attention, "varlen_kernel", lambda: varlen_attn)
+        # An optimizer asks a real GPU whether it captures a graph.
+        check = "_accelerator_graph_capture_health_check"
+        self._patched.setattr(torch.optim.Optimizer, check, lambda _: None, raising=False)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") becomes a copy
         return super().__enter__()
 
@@ -148,10 +154,10 @@ class PretendGpu(TorchDispatchMode):
         if packet is aten.is_pinned:
             return id(args[0]) in self.pinned
         # In inference mode, torch shows composite operations before it divides them.
-        if func._can_decompose():
+        if func in IN_PARTS or func._can_decompose():
             _push_mode(self)
             try:
-                return func.decompose(*args, **kwargs)
+                return IN_PARTS.get(func, func.decompose)(*args, **kwargs)
             finally:
                 _pop_mode()
         device = kwargs.get("device")

@@ -16,6 +16,8 @@ from minisft.common.outputs import atomic_write
 
 # Three times the size of the largest JSON files in use: tokenizer.json with 250,000 tokens.
 MAX_JSON_BYTES = 100 * 2**20
+MAX_DEPTH = 200  # of objects and lists in rows, tools and calls
+TOO_DEEP = f"are nested more than {MAX_DEPTH} levels deep"
 
 
 def read_json(path: str | Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -86,3 +88,20 @@ def token_ids(value: object, source: str | Path, name: str) -> list[int]:
     if not all(is_integer(id, most=2**31 - 1) for id in ids):
         raise UserError(f"{source}: {name} must be a token id or a list of them, not {value!r}")
     return ids
+
+
+def is_too_deep(value: Any) -> bool:
+    """True if objects and lists are nested more than MAX_DEPTH levels deep.
+
+    Functions that call themselves read such values. Newer versions of Python parse JSON that is far
+    deeper than such a function can follow.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        parts = [part for part in level if isinstance(part, dict | list)]
+        level = [
+            item for part in parts for item in (part.values() if isinstance(part, dict) else part)
+        ]
+        if not level:
+            return False
+    return True

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.common.json_files import MAX_DEPTH, TOO_DEEP, is_too_deep
 from minisft.text.messages import MEDIA
 
 NOT_FINITE = (
@@ -19,12 +20,16 @@ class BadRow(UserError):
 def parse_json(text: str, first_line: int = 1) -> Any:
     """`json.loads`; an error becomes a BadRow with line and column."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise BadRow(f"line {line} column {error.colno}: not valid JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:
         raise BadRow(f"line {first_line}: JSON that cannot be read: {error}") from error
+    # Brackets are quicker to count than levels, and few rows have so many.
+    if text.count("[") + text.count("{") > MAX_DEPTH and is_too_deep(value):
+        raise BadRow(f"line {first_line}: its values {TOO_DEEP}")
+    return value
 
 
 def parse_json_or_none(text: str) -> Any:
@@ -83,7 +88,7 @@ def check_encodable(value: Any) -> None:
     except ValueError as error:
         raise BadRow(NOT_FINITE) from error
     except RecursionError as error:
-        raise BadRow("it is nested too deeply") from error
+        raise BadRow(f"its values {TOO_DEEP}") from error
     try:
         text.encode()
     except UnicodeEncodeError as error:

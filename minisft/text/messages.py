@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.common.json_files import TOO_DEEP, is_too_deep
 
 Message = dict[str, Any]
 
@@ -195,12 +196,16 @@ def standard_call(call: Any) -> dict[str, Any]:
     if isinstance(arguments, str) and arguments.strip():
         try:
             arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"the arguments of {function['name']} are not JSON: {error}") from error
+        except RecursionError as error:
+            raise UserError(f"the arguments of {function['name']} {TOO_DEEP}") from error
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
     if not isinstance(arguments, dict):
         raise UserError(f"the arguments of {function['name']} must be a JSON object")
+    if is_too_deep(arguments):
+        raise UserError(f"the arguments of {function['name']} {TOO_DEEP}")
     standard = {
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},

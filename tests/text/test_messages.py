@@ -123,7 +123,10 @@ def test_thoughts(template):
         ({"content": [{"type": "image_url"}]}, "a part of type image_url; only text"),
         ({"content": 5}, "neither text nor"),
         ({"content": "", "tool_calls": [{"name": "f", "arguments": "{"}]}, "of f are not JSON"),
-        ({"content": "", "tool_calls": [{"name": "f", "arguments": DEEP}]}, "f are not JSON: max"),
+        (
+            {"content": "", "tool_calls": [{"name": "f", "arguments": DEEP}]},
+            "f are nested more than",
+        ),
         ({"content": "", "tool_calls": [{"name": "f", "arguments": "[1]"}]}, "must be a JSON obj"),
         ({"content": "", "tool_calls": ["f"]}, "a tool call needs a name"),
         ({"content": "x", "reasoning_content": 5}, "reasoning_content must be"),
