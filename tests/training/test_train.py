@@ -314,7 +314,7 @@ def test_half_precision(dtype, checkpoint, rows_file, tmp_path):
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
-def test_non_finite_gradient_stops_before_the_step(checkpoint, rows_file, tmp_path):
+def test_a_non_finite_gradient_ends_the_run_and_nothing_is_saved(checkpoint, rows_file, tmp_path):
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
