@@ -46,6 +46,7 @@ from minisft.evaluation.exact_match import exact_match
 from minisft.model.reward import Model, RewardModel
 from minisft.text.chat_template import ChatTemplate
 from minisft.training import plan, resume
+from minisft.training.adapter_options import complete_options
 from minisft.training.build import build_model, describe_training
 from minisft.training.data import (
     evaluation_note,
@@ -55,7 +56,6 @@ from minisft.training.data import (
     training_steps,
 )
 from minisft.training.defaults import choose_learning_rate
-from minisft.training.further import complete_options
 from minisft.training.identity import is_finished_run
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
@@ -265,7 +265,8 @@ def train_step(run: Run, batches: list[Any]) -> StepResult:
     scaler.step(run.optimizer)
     scaler.update()
     run.optimizer.zero_grad()
-    # Nothing here reads a number from the GPU, so the CPU can prepare the next step meanwhile.
+    # With one process, nothing here reads a number from the GPU. So the CPU prepares the next step
+    # meanwhile.
     return StepResult(sums, count, grad_norm, failed)
 
 
