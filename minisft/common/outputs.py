@@ -7,6 +7,7 @@ save_options(options, "runs/a/options.toml")
 """
 
 import atexit
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,9 @@ from minisft.common.toml_files import RECORD_HEADER, read_toml
 
 # Options of a single invocation, which --config does not repeat.
 UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
+
+# The errors of a disk, a quota or a size limit that has no room for more.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -64,6 +68,19 @@ def atomic_write(
             yield file
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextmanager
+def despite_full_disk() -> Generator[None, None, None]:
+    """Print in the body. Output that a full disk refuses does not end a long run.
+
+    Python keeps some of it, and writes it with later output when there is room.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
 
 
 def temporary_folder() -> Path:

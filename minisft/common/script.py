@@ -23,7 +23,9 @@ def run_script(main: Callable[[], Result]) -> Result:
     share_cores()
     _open_standard_streams()
     try:
-        return main()
+        result = main()
+        sys.stdout.flush()  # a full disk shows here
+        return result
     except SystemExit:
         raise
     except BaseException as exception:

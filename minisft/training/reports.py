@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from minisft.common import processes
 from minisft.common.errors import UserError, first_line
 from minisft.common.json_files import read_json
 from minisft.common.option_types import split_names
@@ -225,9 +226,8 @@ class Reports:
             yield
         except Exception as error:
             self.services.pop(name, None)
-            print(
-                f"--report_to {name}: {first_line(error)}; training continues without it",
-                flush=True,
+            processes.print_rank0(
+                f"--report_to {name}: {first_line(error)}; training continues without it"
             )
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from minisft.common.words import duration
-from minisft.training.metrics import read_metrics
 from minisft.training.run import Run
 
 
@@ -31,8 +30,8 @@ def run_summary(run: Run) -> str:
 
 
 def loss_parts(run: Run) -> list[str]:
-    """The first and the last loss, and the best evaluation, from metrics.jsonl."""
-    rows = read_metrics(run.progress.path)
+    """The first and the last loss, and the best evaluation, from the log."""
+    rows = run.progress.rows()
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     first = f"{losses[0]:.2f} -> " if len(losses) > 1 else ""  # of a short run, one mean is known
     parts = [f"loss {first}{losses[-1]:.2f}"] if losses else []

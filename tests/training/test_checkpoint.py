@@ -1,7 +1,7 @@
 """Resuming is exact after any interruption; damaged checkpoints are named and skipped."""
 
 import json
-import resource
+import re
 import shlex
 import signal
 import subprocess
@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, as_flags, command
 from forks import Forked, run_script
+from full_disk import file_size_limit
 from safetensors.torch import load_file
 from standing import HANG_SECONDS, lines_in, standing_still, wait_until
 
@@ -290,15 +291,8 @@ def test_damaged_checkpoints_are_named_and_skipped(message, tmp_path):
 def test_full_disk_leaves_what_was_there(tmp_path):
     """On a full disk there is one line of error, and the previous checkpoint is intact."""
     write(tmp_path, b"2")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
-    try:
-        with pytest.raises(UserError, match="could not be written"):
-            write(tmp_path, b"3")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+    with file_size_limit(500), pytest.raises(UserError, match="checkpoint-3 is not saved: "):
+        write(tmp_path, b"3")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert checkpoint.damage(tmp_path / "checkpoint-2") is None
 
@@ -315,6 +309,23 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
     assert "could not be written" in done.stderr and "--resume_from_checkpoint" in done.stderr
     assert checkpoint.find_checkpoint(tmp_path / "out", "auto", print) == newest
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_full_disk_in_the_log(flags, tmp_path):
+    """The run goes on without its last rows of metrics.jsonl. The model card has them."""
+    flags = [*flags, "--output_dir", tmp_path / "out", "--max_steps"]
+    assert command(*flags, 4).returncode == 0
+    limit, log = 300_000, tmp_path / "out/metrics.jsonl"
+    rest = limit - log.stat().st_size - len('{"step": 4, "": ""}\n') - 10
+    log.write_text(f'{log.read_text()}{{"step": 4, "": "{rest * "x"}"}}\n')  # of an earlier part
+    flags += [12, "--resume_from_checkpoint", "auto"]
+    done = run_script("tests/full_disk.py", [limit, "train.py", *flags])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("metrics.jsonl: File too large; training goes on without") == 1
+    assert "metrics.jsonl lacks its last rows: File too large" in done.stdout
+    assert [row["step"] for row in read_metrics(log)] == [2, 4, 4]
+    assert re.search(r"\| loss \| .* \| 12 \|", (tmp_path / "out/README.md").read_text())
+    assert json.loads((tmp_path / "out/complete.json").read_text())["step"] == 12
 
 
 def test_state_is_plain_data(tmp_path):
