@@ -56,7 +56,7 @@ from minisft.training.data import (
     training_steps,
 )
 from minisft.training.defaults import choose_learning_rate
-from minisft.training.identity import is_finished_run
+from minisft.training.identity import finished_note, is_finished_run
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
 from minisft.training.objective import NextToken, Objective, mean_metrics, perplexity
@@ -89,7 +89,7 @@ def main(options: Namespace | None = None) -> None:
     output_dir = check_output_dir(options.output_dir, may_exist, *inputs)
     device = processes.start(resolve_device(options.device), options.parallel)
     if is_finished_run(options):
-        say(f"{output_dir} holds the finished run. Nothing to do; raise --max_steps to go on.")
+        say(finished_note(options))
     else:
         with processes.on_rank0(single_writer(output_dir, is_folder=True)):
             fine_tune(options, output_dir, device)

@@ -25,6 +25,8 @@ from minisft.common.toml_files import RECORD_HEADER, read_toml
 # Options of a single invocation, which --config does not repeat.
 UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
 
+# The folder in an output folder that a result is written to before its files are renamed.
+RESULT_PARTIAL = "result.partial"
 # The errors of a disk, a quota or a size limit that has no room for more.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -68,6 +70,15 @@ def atomic_write(
             yield file
             file.flush()
             os.fsync(file.fileno())
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -131,9 +142,9 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, *inputs: str | Pat
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file. Give a folder.")
     check_not_an_input("--output_dir", path, inputs)
-    # A program that was killed at its start leaves its lock.
-    content = {file.name for file in path.iterdir()} - {FOLDER_LOCK} if path.is_dir() else set()
-    if content and not overwrite:
+    # A program that was killed leaves its lock, and perhaps a part of its result.
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    if names - {FOLDER_LOCK, RESULT_PARTIAL} and not overwrite:
         raise UserError(
             f"--output_dir {path} is not empty. Choose another folder, or add "
             "--overwrite_output_dir."

@@ -28,9 +28,11 @@ import torch
 from torch import nn
 
 from minisft.checkpoints.adapter_forms import PEFT_PREFIX
+from minisft.checkpoints.new_folder import written_aside
 from minisft.common import processes
 from minisft.common.errors import UserError, first_line
 from minisft.common.hashes import sha256
+from minisft.common.outputs import flush
 from minisft.common.tensor_files import ADAPTER_WEIGHTS, read_header, tensor_files
 
 STATE, MARKER = "trainer_state.pt", "complete.json"
@@ -57,35 +59,9 @@ def new_checkpoint(
         _complete(partial, final, step)
         _remove_old(output_dir, keep, {step, best})
 
-    with written_aside(partial, publish, f"{final} could not be written"):
+    problem = f"{final} is not saved"
+    with written_aside(partial, publish, problem, lambda: how_to_go_on(output_dir)):
         yield partial
-
-
-@contextmanager
-def written_aside(
-    partial: Path, publish: Callable[[], None], problem: str
-) -> Generator[None, None, None]:
-    """Create the folder `partial`, which the body fills; then rank 0 calls `publish`.
-
-    Every rank enters it. If the disk is full or fails, UserError says what to do. The
-    folder is removed in any case.
-    """
-    is_rank0 = processes.rank() == 0
-    try:
-        if is_rank0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        processes.barrier()
-        yield
-        processes.barrier()
-        if is_rank0:
-            publish()
-        processes.barrier()
-    except (OSError, RuntimeError, UserError) as error:
-        raise UserError(f"{problem}: {error}. {how_to_go_on(partial.parent)}") from error
-    finally:
-        if is_rank0:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:
@@ -105,7 +81,10 @@ def how_to_go_on(output_dir: str | Path) -> str:
         if damage(path) is None:
             advice = "Make room, or restore what is missing"
             return f"{advice}; --resume_from_checkpoint auto continues from step {step}."
-    return "There is no checkpoint to continue from: make room and start again."
+    return (
+        "There is no checkpoint to continue from: make room and start again with "
+        "--overwrite_output_dir."
+    )
 
 
 def seal(folder: Path, record: dict[str, Any]) -> None:
@@ -133,15 +112,6 @@ def _complete(partial: Path, final: Path, step: int) -> None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # Remove

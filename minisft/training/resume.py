@@ -33,7 +33,7 @@ from minisft.training.build import trained_parameters
 from minisft.training.data import BrokenRow
 from minisft.training.identity import IDENTITY, SILENT, is_finished_run
 from minisft.training.low_memory_adamw import moment_bytes
-from minisft.training.new_result import remove_record
+from minisft.training.new_result import read_record, remove_record
 from minisft.training.reference import LogProbs, saved_log_probs
 from minisft.training.run import Best, Run, count_rows_per_step
 
@@ -62,13 +62,16 @@ class SavedRun:
 
 
 def can_resume(options: Namespace) -> bool:
-    """True if --resume_from_checkpoint is given and --output_dir holds a run.
+    """True if --resume_from_checkpoint continues the run in --output_dir.
 
     UserError if it holds a result but no checkpoint: the run would start again and overwrite it.
     """
-    if not options.resume_from_checkpoint:
+    which, output_dir = options.resume_from_checkpoint, Path(options.output_dir)
+    if not which:
         return False
-    output_dir = Path(options.output_dir)
+    if which != "auto":  # from another run, or before the end of a finished one: it overwrites
+        is_same_run = Path(which).resolve().parent == output_dir.resolve()
+        return is_same_run and not read_record(output_dir)
     is_finished = has_tokenizer(output_dir) and not is_finished_run(options)
     if is_finished and not any(output_dir.glob("checkpoint-*")):
         raise UserError(

@@ -115,6 +115,7 @@ def test_resumes_exactly(checkpoint, rows_file, here, tmp_path):
         2,
         "--resume_from_checkpoint",
         tmp_path / "parts/checkpoint-3",
+        "--overwrite_output_dir",
     )
     assert done.returncode == 0, done.stderr
     parts = adapter(tmp_path / "parts")

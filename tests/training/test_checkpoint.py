@@ -67,7 +67,8 @@ def test_resumed_equals_undisturbed(finetuning_type, flags, tmp_path):
     assert command(*flags).returncode == 0
     for step in (10, 5):
         (parts / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
-        done = command(*flags, "--resume_from_checkpoint", parts / f"checkpoint-{step}")
+        from_step = ["--resume_from_checkpoint", parts / f"checkpoint-{step}"]
+        done = command(*flags, *from_step, "--overwrite_output_dir")
         assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
         assert_equal_runs(whole, parts)
 
@@ -306,7 +307,8 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
     flags += as_flags(save_steps=save_steps, resume_from_checkpoint="auto", max_steps=20)
     done = run_script("tests/full_disk.py", ["train.py", *flags])
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "could not be written" in done.stderr and "--resume_from_checkpoint" in done.stderr
+    assert done.stderr.count("could not be written") == 1, done.stderr
+    assert " is not saved: " in done.stderr and "--resume_from_checkpoint" in done.stderr
     assert checkpoint.find_checkpoint(tmp_path / "out", "auto", print) == newest
     assert not list((tmp_path / "out").glob("*.partial"))
 
@@ -435,7 +437,16 @@ def test_a_finished_run_goes_on_only_with_more_steps(flags, tmp_path):
     assert command(*flags, 7, "--save_steps", 2).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     done = command(*flags, 7, "--resume_from_checkpoint", "auto")
-    assert done.returncode == 0 and "holds the finished run. Nothing to do" in done.stdout
+    nothing = "holds the finished run. Nothing to do; raise --max_steps or --num_train_epochs to go"
+    assert done.returncode == 0 and nothing in done.stdout and "other options" not in done.stdout
+    more = as_flags(resume_from_checkpoint="auto", learning_rate=1e-3, eval_dataset="new.json")
+    done = command(*flags, 7, *more)
+    assert done.returncode == 0 and nothing in done.stdout, done.stderr
+    assert done.stdout.endswith(
+        "choose another --output_dir:\n  --eval_dataset: not given in that run, new.json now\n"
+        "  --learning_rate: 0.005 in that run, 0.001 now\n"
+        "  --save_steps: 2 in that run, 500 now\n"
+    )
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert sorted(path.name for path in out.glob("checkpoint-*")) == [
         "checkpoint-6",
@@ -457,6 +468,23 @@ def test_a_finished_run_without_checkpoints_is_not_restarted(flags, tmp_path):
     assert done.returncode == 0 and read_metrics(tmp_path / "out/metrics.jsonl")[-1]["step"] == 4
 
 
+def test_a_checkpoint_of_another_run_does_not_overwrite(flags, tmp_path):
+    """A finished run, or an unfinished one, in --output_dir."""
+    flags = [*flags, "--save_steps", 2, "--max_steps"]
+    for name in ("one", "two"):
+        assert command(*flags, 4, "--output_dir", tmp_path / name).returncode == 0
+    flags = [*flags, 5, "--output_dir", tmp_path / "one", "--resume_from_checkpoint"]
+    before = final(tmp_path / "one")
+    for name in ("one", "two"):
+        done = command(*flags, tmp_path / name / "checkpoint-2")
+        assert done.returncode == 2 and "one is not empty. Choose another folder" in done.stderr
+    assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "one").items())
+    (tmp_path / "one/complete.json").unlink()  # unfinished
+    assert command(*flags, tmp_path / "two/checkpoint-2").returncode == 2
+    done = command(*flags, tmp_path / "one/checkpoint-2")
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
+
+
 def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
     """That checkpoint would be saved as the result and replace a later one."""
     flags = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 4, "--max_steps"]
@@ -467,7 +495,8 @@ def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
         done.stderr
     )
     assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
-    done = command(*flags, 4, "--resume_from_checkpoint", tmp_path / "out/checkpoint-4")
+    flags += [4, "--resume_from_checkpoint", tmp_path / "out/checkpoint-4"]
+    done = command(*flags, "--overwrite_output_dir")
     assert done.returncode == 0, done.stderr  # only the result is left to write
 
 

@@ -106,7 +106,9 @@ def test_every_point_of_the_last_save(has_old, for_good, run, checkpoint, tmp_pa
         if message:
             messages.add(message.rpartition(". ")[2])
             assert ("continues from step 5" in message) == (found is not None), message
-            assert ("start again" in message) == (found is None), message
+            assert ("start again with --overwrite_output_dir." in message) == (found is None), (
+                message
+            )
             resume.can_resume(options_to_resume(run)) if not has_old or found else None
         else:
             assert record["step"] == 5
