@@ -2,10 +2,11 @@
 
     python bench/hostile.py                     # about three minutes on one core
     python bench/hostile.py "one word" turns    # only these
+    python bench/hostile.py --write_docs        # also the table of docs/benchmarks.md
 
 Reads every kind of input twice, the second time four times as large, each in a process of its own.
-Prints processor seconds and memory above those of a small input, and their ratio. A ratio of 4 or
-less is linear. What is above a stated limit is refused; then both figures are about zero.
+Prints processor seconds and memory above those of a small input. Four times as much for four times
+the size is linear. What is above a stated limit is refused; then both figures are about zero.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import measure  # noqa: E402
+from bench.tables import markdown, update  # noqa: E402
 from minisft.common.errors import UserError  # noqa: E402
 from minisft.common.tensor_files import read_header  # noqa: E402
 from minisft.data.build_batches import batches_of_rows  # noqa: E402
@@ -30,6 +32,7 @@ from minisft.text.template_choice import get_template  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
 
 FACTOR = 4  # between the two sizes
+HEAD = ["input", "size", "seconds", "MB", "4 times the size: seconds", "and MB", "outcome"]
 BASE = measure.ROOT / "examples" / "base"
 
 
@@ -136,23 +139,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join([*ROWS, *FILES])}")
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--write_docs", action="store_true", help="the table of docs/benchmarks.md")
     options = parser.parse_args()
     if options.size is not None:
         return measure_one(options.names[0], options.size)
-    print(f"{'input':30} {'size':>11} {'seconds':>8} {'MB':>6}  outcome")
-    for name, (size, _) in {**ROWS, **FILES}.items():
-        if options.names and name not in options.names:
-            continue
-        figures = []
-        for number in (0, size, FACTOR * size):
-            said = measure.output_of("bench/hostile.py", name, "--size", number)
-            figures.append(json.loads(said.splitlines()[-1]))
-        empty, *measured = figures
-        for number, (seconds, memory, _, outcome) in zip(
-            (size, FACTOR * size), measured, strict=True
-        ):
-            seconds, memory = seconds - empty[0], (memory - empty[1]) / 1e6
-            print(f"{name:30} {number:11,} {seconds:8.2f} {memory:6.0f}  {outcome}", flush=True)
+    known, rows = {**ROWS, **FILES}, []
+    if unknown := set(options.names) - known.keys():
+        parser.error(f"no such input: {', '.join(sorted(unknown))}")
+    for name in options.names or known:
+        size, _ = known[name]
+        empty, small, large = (measured(name, size) for size in (0, size, FACTOR * size))
+        row = [name, f"{size:,}"]
+        for seconds, memory, _, _ in (small, large):
+            row += [f"{seconds - empty[0]:.2f}", f"{(memory - empty[1]) / 1e6:.0f}"]
+        rows.append([*row, large[3]])
+        print(*rows[-1], sep=" | ", flush=True)
+    print(f"\n{markdown(HEAD, rows)}")
+    if options.write_docs:
+        update("benchmarks.md", "hostile", HEAD, rows, order=known)
+
+
+def measured(name: str, size: int) -> tuple[float, int, int, str]:
+    """What measure_one prints, from a process of its own."""
+    said = measure.output_of("bench/hostile.py", name, "--size", size)
+    return json.loads(said.splitlines()[-1])
 
 
 if __name__ == "__main__":

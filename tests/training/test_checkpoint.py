@@ -436,14 +436,14 @@ def test_a_finished_run_goes_on_only_with_more_steps(flags, tmp_path):
     flags = [*flags, "--output_dir", out, "--max_steps"]
     assert command(*flags, 7, "--save_steps", 2).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    done = command(*flags, 7, "--resume_from_checkpoint", "auto")
+    done = command(*flags, 7, "--save_steps", 2, "--resume_from_checkpoint", "auto")
     nothing = "holds the finished run. Nothing to do; raise --max_steps or --num_train_epochs to go"
     assert done.returncode == 0 and nothing in done.stdout and "other options" not in done.stdout
-    more = as_flags(resume_from_checkpoint="auto", learning_rate=1e-3, eval_dataset="new.json")
+    more = as_flags(resume_from_checkpoint="auto", learning_rate=1e-3, eval_dataset="a.json")
     done = command(*flags, 7, *more)
     assert done.returncode == 0 and nothing in done.stdout, done.stderr
     assert done.stdout.endswith(
-        "choose another --output_dir:\n  --eval_dataset: not given in that run, new.json now\n"
+        "choose another --output_dir:\n  --eval_dataset: not given in that run, a.json now\n"
         "  --learning_rate: 0.005 in that run, 0.001 now\n"
         "  --save_steps: 2 in that run, 500 now\n"
     )
