@@ -37,8 +37,9 @@ from minisft.training.new_result import read_record, remove_record
 from minisft.training.reference import LogProbs, saved_log_probs
 from minisft.training.run import Best, Run, count_rows_per_step
 
-# Bytes of configs, random states and the log, about.
-SMALL_FILES = 2**16
+# Bytes of about 20 small files, in blocks of their own; of a tensor's entries in file headers and in
+# the optimizer state; of a row's log-probabilities; of a rank's random state.
+SMALL_FILES, TENSOR_ENTRIES, ROW_ENTRY, RANDOM_STATE = 2**17, 2**12, 2**7, 2**13
 # Folder in the checkpoint of a sharded model: the optimizer state, written by all ranks.
 OPTIMIZER = "optimizer"
 
@@ -283,14 +284,16 @@ def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
 def output_bytes(run: Run) -> int:
     """The bytes of the result and a checkpoint: weights, moments of AdamW, small files."""
     trained = trained_parameters(run.model)
-    tensors = trained if run.lora_config else run.model.state_dict().values()
+    tensors = trained if run.lora_config else list(run.model.state_dict().values())
     # The result may be in float32, whatever the type of the weights in training.
     weights = sum(tensor.numel() * (tensor.element_size() + 4) for tensor in tensors)
     eight_bit = run.options.optim == "adamw_8bit"
     moments = sum(moment_bytes(parameter, eight_bit) for parameter in trained)
     paths = [run.tokenizer.model_dir / name for name in FILES] if run.tokenizer else []
     files = sum(path.stat().st_size for path in paths if path.is_file())
-    return weights + moments + 2 * files + SMALL_FILES
+    entries = TENSOR_ENTRIES * len(tensors) + RANDOM_STATE * processes.world_size()
+    entries += ROW_ENTRY * len(saved_log_probs(run.objective))
+    return weights + moments + 2 * files + entries + SMALL_FILES
 
 
 # Stop early
