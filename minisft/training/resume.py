@@ -37,8 +37,8 @@ from minisft.training.new_result import read_record, remove_record
 from minisft.training.reference import LogProbs, saved_log_probs
 from minisft.training.run import Best, Run, count_rows_per_step
 
-# Bytes of about 20 small files, in blocks of their own; of a tensor's entries in file headers and in
-# the optimizer state; of a row's log-probabilities; of a rank's random state.
+# Bytes of about 20 small files, in blocks of their own; of a tensor's entries in file headers and
+# in the optimizer state; of a row's log-probabilities; of a rank's random state.
 SMALL_FILES, TENSOR_ENTRIES, ROW_ENTRY, RANDOM_STATE = 2**17, 2**12, 2**7, 2**13
 # Folder in the checkpoint of a sharded model: the optimizer state, written by all ranks.
 OPTIMIZER = "optimizer"
