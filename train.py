@@ -213,10 +213,11 @@ def train(
                     return None
             is_best = options.load_best_model_at_end and run.best.step == step
             interrupted_by = processes.max_over_ranks(interruption.signal, run.device)
-            if interrupted_by or is_best or (every(schedule.save_steps, step) and not is_last):
-                resume.save_checkpoint(run)
             if interrupted_by:
+                resume.save_checkpoint(run)
                 return interrupted_by
+            if is_best or (every(schedule.save_steps, step) and not is_last):
+                resume.save_if_room(run)
     return None
 
 

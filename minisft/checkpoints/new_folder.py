@@ -24,6 +24,10 @@ from minisft.text.tokenizer_files import FILES
 REPLACED = ("config.json", "generation_config.json", *FILES)
 
 
+class NotSaved(UserError):
+    """A folder could not be written. The reason is its __cause__."""
+
+
 @contextmanager
 def new_folder(output_dir: Path, marker: str, advice: str) -> Generator[Path, None, None]:
     """A folder to fill, whose files then move to `output_dir`. Every rank enters it.
@@ -44,7 +48,7 @@ def written_aside(
 ) -> Generator[None, None, None]:
     """Create the folder `partial`, which the body fills; then rank 0 calls `publish`.
 
-    Every rank enters it. If the disk is full or fails, UserError says the problem, its reason and
+    Every rank enters it. If the disk is full or fails, NotSaved says the problem, its reason and
     the advice. The folder is removed in any case.
     """
     is_rank0 = processes.rank() == 0
@@ -59,7 +63,7 @@ def written_aside(
             publish()
         processes.barrier()
     except (OSError, RuntimeError, UserError) as error:
-        raise UserError(f"{problem}: {error}. {advice()}") from error
+        raise NotSaved(f"{problem}: {error}. {advice()}") from error
     finally:
         if is_rank0:
             shutil.rmtree(partial, ignore_errors=True)

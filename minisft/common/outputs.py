@@ -21,6 +21,7 @@ from typing import IO, Any
 from minisft.common.errors import UserError
 from minisft.common.single_writer import FOLDER_LOCK
 from minisft.common.toml_files import RECORD_HEADER, read_toml
+from minisft.common.words import file_size
 
 # Options of a single invocation, which --config does not repeat.
 UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
@@ -70,6 +71,12 @@ def atomic_write(
             yield file
             file.flush()
             os.fsync(file.fileno())
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Draw a figure of matplotlib to a PNG file: see atomic_path."""
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def flush(path: Path) -> None:
@@ -182,6 +189,6 @@ def check_free_space(folder: str | Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise UserError(
-            f"{folder}: the files need {num_bytes / 1e9:,.1f} GB, and the disk has "
-            f"{free / 1e9:,.1f} GB free"
+            f"{folder}: the files need {file_size(num_bytes)}, and the disk has {file_size(free)} "
+            "free. Make room, or choose another disk."
         )

@@ -19,6 +19,7 @@ from typing import IO
 
 from minisft.common.errors import UserError
 from minisft.common.outputs import check_free_space
+from minisft.common.words import file_size
 
 
 def allocate(handle: int, num_bytes: int) -> None:
@@ -54,8 +55,8 @@ class ReservedSpace:
             self._take(self.num_bytes)
         except OSError as error:
             raise UserError(
-                f"{self.folder}: the files need {self.num_bytes / 1e9:,.3f} GB: {error.strerror}. "
-                "Make room."
+                f"{self.folder}: the files need {file_size(self.num_bytes)}: {error.strerror}. "
+                "Make room, or choose another disk."
             ) from error
 
     def _take(self, num_bytes: int) -> None:
@@ -80,10 +81,16 @@ class ReservedSpace:
         """Give the space back for the body, and take it again afterwards, or what is left of it."""
         was_taken = self._file is not None
         self.release()
-        yield
-        if was_taken:  # the body has saved its files already, so a full disk is no error
-            try:
-                self._take(self.num_bytes)
-            except OSError:
-                with suppress(OSError):
-                    self._take(min(self.num_bytes, shutil.disk_usage(self.folder).free))
+        try:
+            yield
+        finally:
+            if was_taken:
+                self._take_again()
+
+    def _take_again(self) -> None:
+        """Take the space, or as much as there is."""
+        try:
+            self._take(self.num_bytes)
+        except OSError:
+            with suppress(OSError):
+                self._take(min(self.num_bytes, shutil.disk_usage(self.folder).free))

@@ -34,6 +34,7 @@ from minisft.common.errors import UserError, first_line
 from minisft.common.hashes import sha256
 from minisft.common.outputs import flush
 from minisft.common.tensor_files import ADAPTER_WEIGHTS, read_header, tensor_files
+from minisft.common.words import file_size
 
 STATE, MARKER = "trainer_state.pt", "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -69,10 +70,8 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
     try:
         torch.save(state, folder / STATE)
     except RuntimeError as error:  # torch hides the reason: "unexpected pos 64 vs 0"
-        free = shutil.disk_usage(folder).free
-        raise UserError(
-            f"{folder / STATE}: the disk is full or failing; {free / 1e9:,.3f} GB are free"
-        ) from error
+        free = file_size(shutil.disk_usage(folder).free)
+        raise UserError(f"{folder / STATE}: the disk is full or failing; {free} free") from error
 
 
 def how_to_go_on(output_dir: str | Path) -> str:

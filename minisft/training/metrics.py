@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minisft.common import processes
 from minisft.common.errors import UserError
-from minisft.common.outputs import atomic_path, despite_full_disk
+from minisft.common.outputs import despite_full_disk, save_figure
 from minisft.common.words import duration
 from minisft.training.metrics_log import MetricsLog, read_metrics
 from minisft.training.reports import Reports
@@ -95,8 +95,10 @@ class Progress:
         self.say(f"metrics: {self.path}")
 
     def close(self) -> None:
-        """Finish the bar."""
+        """Finish the bar, and the log if the disk has room."""
         self._bar.close()
+        if self._log:
+            self._log.write_waiting()
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the log so far, on the disk or not. For rank 0."""
@@ -258,6 +260,5 @@ def plot_loss(run_dir: str | Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(run_dir) / "loss.png"
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    save_figure(figure, path)
     return path

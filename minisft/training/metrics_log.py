@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minisft.common.errors import first_line
 from minisft.common.outputs import atomic_write
 
 
@@ -40,7 +41,7 @@ class MetricsLog:
                 file.flush()
                 self._size = file.tell()
         except OSError as error:
-            return error.strerror
+            return error.strerror or first_line(error)
         self._waiting.clear()
         return None
 

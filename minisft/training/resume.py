@@ -20,6 +20,7 @@ import torch
 
 from minisft.checkpoints.adapters import save_adapter
 from minisft.checkpoints.folders import save_model
+from minisft.checkpoints.new_folder import NotSaved
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options, save_options
@@ -88,19 +89,23 @@ def can_resume(options: Namespace) -> bool:
 def save_last_checkpoint(run: Run) -> None:
     """Save the state at the end of a run, unless it is saved already. Every rank calls it.
 
-    On a full disk the result, which is smaller, may still fit: one process goes on without.
+    On a full disk the result, which is smaller, may still fit.
     """
     run.reserve.release()
     path = Path(run.options.output_dir) / f"checkpoint-{run.progress.step}"
-    if processes.broadcast_from_rank0(path.is_dir):
-        return
+    if not processes.broadcast_from_rank0(path.is_dir):
+        save_if_room(run)
+
+
+def save_if_room(run: Run) -> None:
+    """Save a checkpoint; on a full disk, one process goes on without. Every rank calls it."""
     try:
         save_checkpoint(run)
-    except UserError as error:
+    except NotSaved as error:
         if processes.world_size() > 1:  # the other ranks wait for this one
             raise
-        processes.print_rank0(f"no checkpoint of the last step: {error.__cause__}")
-    run.reserve.release()
+        step = run.progress.step
+        run.progress.say(f"no checkpoint of step {step}: {error.__cause__}; the run goes on")
 
 
 def save_checkpoint(run: Run) -> None:

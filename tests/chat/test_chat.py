@@ -16,10 +16,13 @@ import pytest
 import torch
 from conftest import ROOT, command
 from forks import Forked, run_script
+from full_disk import file_size_limit
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
-from minisft.chat.terminal import converse
+from minisft.chat.terminal import Conversation, converse
+from minisft.common.errors import UserError
 from minisft.generation.context import Context
+from minisft.generation.sampling import Sampling
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -128,6 +131,19 @@ def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
     ):
         assert part in said
     assert "\033" not in said
+
+
+def test_a_full_disk_leaves_the_saved_conversation(tmp_path):
+    conversation = Conversation(None, Sampling())
+    conversation.turns = [user("the cat"), {"role": "assistant", "content": "sat"}]
+    conversation.save(str(tmp_path / "a.json"))
+    before = (tmp_path / "a.json").read_bytes()
+    for name in ("a.json", "b.json"):
+        with file_size_limit(20), pytest.raises(UserError, match=f"{name}: could not be written"):
+            conversation.save(str(tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == before
+    conversation.save(str(tmp_path / "b.json"))
 
 
 def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):

@@ -313,6 +313,19 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
+def test_full_disk_in_a_checkpoint(flags, tmp_path):
+    """A run goes on without a checkpoint. Its result is smaller, and does fit."""
+    flags = [*flags, "--max_steps", 3, "--save_steps", 1, "--output_dir"]
+    done = run_script("tests/full_disk.py", [60_000, "train.py", *flags, tmp_path / "full"])
+    assert done.returncode == 0, done.stderr
+    for step in (1, 2, 3):
+        assert f"no checkpoint of step {step}: " in done.stdout
+    assert done.stdout.count("trainer_state.pt: the disk is full or failing; ") == 3
+    assert not list((tmp_path / "full").glob("checkpoint-*"))
+    assert command(*flags, tmp_path / "whole").returncode == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "full")
+
+
 def test_full_disk_in_the_log(flags, tmp_path):
     """The run goes on without its last rows of metrics.jsonl. The model card has them."""
     flags = [*flags, "--output_dir", tmp_path / "out", "--max_steps"]
