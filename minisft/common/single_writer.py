@@ -57,7 +57,9 @@ def _open_lock(path: Path, output: Path) -> int:
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{output}: a part of this path is a file. Choose another.") from error
     except OSError as error:
-        raise UserError(f"{output}: could not be written: {error.strerror}") from error
+        raise UserError(
+            f"{output}: could not be written: {error.strerror}. Make room, or choose another."
+        ) from error
 
 
 def _acquire(path: Path, output: Path) -> int:

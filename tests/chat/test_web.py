@@ -553,7 +553,7 @@ def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat
         ]
         assert listening == [f"0100007F:{port:04X}"]  # 127.0.0.1 only
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0 and "Traceback" not in said
 
