@@ -4,10 +4,10 @@ the advice is true."""
 import errno
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CONFIG
 from run_builder import new_run, training_options
 
 from minisft.checkpoints.folders import load_model
@@ -15,6 +15,7 @@ from minisft.common import reserved_space, tensor_files
 from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.reserved_space import ReservedSpace
+from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.text.tokenizer import Tokenizer
@@ -121,11 +122,11 @@ def test_every_point_of_the_last_save(has_old, for_good, run, checkpoint, tmp_pa
 @pytest.mark.parametrize("num_layers", [2, 40])
 def test_the_reserved_space_is_enough(num_layers, run, checkpoint, tmp_path):
     """For the result and a checkpoint of few and of many tensors, in blocks of 4096 bytes."""
-    if num_layers > 2:
-        config = replace(run.model.config, num_hidden_layers=num_layers)
-        run.model = CausalLM(config)
-        add_lora(run.model, run.lora_config)
-        run.optimizer = build_optimizer(run.model, run.options)
+    config = {**CONFIG, "vocab_size": 300, "num_hidden_layers": num_layers}
+    run.model = CausalLM(ModelConfig.from_dict(config))
+    run.model.requires_grad_(False)
+    add_lora(run.model, run.lora_config)
+    run.optimizer = build_optimizer(run.model, run.options)
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     run.optimizer.step()
