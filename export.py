@@ -51,7 +51,7 @@ from minisft.gguf.reader import is_gguf
 from minisft.model.lora import merge_lora
 from minisft.text.saved_form import saved_form
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 
 def main(options: Namespace | None = None) -> None:

@@ -19,7 +19,8 @@ from minisft.selection.passes import Plan
 from minisft.selection.reward_scores import RewardScorer, preference_fields
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import in_words, read_metrics
+from minisft.training.metrics import in_words
+from minisft.training.metrics_log import read_metrics
 
 FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected")
 

@@ -17,7 +17,7 @@ from standing import HANG_SECONDS, lines_in, standing_still, wait_until
 
 from minisft.common.errors import UserError
 from minisft.training import checkpoint
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 # Dropout, accumulation, an epoch that does not divide into steps, and steps that do not divide
 # into saves: an inexact resume would fail here.

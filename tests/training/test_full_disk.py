@@ -124,7 +124,6 @@ def test_the_reserved_space_is_enough(num_layers, run, checkpoint, tmp_path):
     """For the result and a checkpoint of few and of many tensors, in blocks of 4096 bytes."""
     config = {**CONFIG, "vocab_size": 300, "num_hidden_layers": num_layers}
     run.model = CausalLM(ModelConfig.from_dict(config))
-    run.model.requires_grad_(False)
     add_lora(run.model, run.lora_config)
     run.optimizer = build_optimizer(run.model, run.options)
     for parameter in run.model.parameters():

@@ -24,7 +24,7 @@ from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.quantized import count_parameters
 from minisft.training import lengths, memory, plan, speed
 from minisft.training.build import model_on_meta
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 from minisft.training.objective import NextToken
 from minisft.training.operations import layer_operations, training_operations
 from minisft.training.options import parse_options

@@ -13,7 +13,7 @@ from minisft.data.dataset import open_rows
 from minisft.data.encoding import encode_rows
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 DATED = """{{ strftime_now('%d %b %Y') }}
 {% for m in messages %}<|im_start|>{{ m.role }}
