@@ -108,7 +108,8 @@ def answer_benchmark(name: str, options: Namespace) -> None:
         baseline = read_baseline(subjects, Path(options.baseline_dir) / rows_dir.name)
 
     device = processes.start(resolve_device(options.device))
-    with processes.on_rank0(single_writer(output_dir, is_folder=True)):
+    lock = processes.on_rank0(single_writer(output_dir, is_folder=True))
+    with lock, resume.saying_how_to_go_on():
         measure_accuracy(options, benchmark, subjects, baseline, rows_dir, device)
     processes.stop()
 
@@ -197,7 +198,7 @@ def compare(options: Namespace) -> None:
         options.dataset, dataset_dir=options.dataset_dir, max_samples=options.max_samples
     )
     items = read_items(rows)
-    with single_writer(output_dir, is_folder=True):
+    with single_writer(output_dir, is_folder=True), resume.saying_how_to_go_on():
         compare_answers(options, models, items, sampling, output_dir)
 
 

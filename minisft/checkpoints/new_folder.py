@@ -63,7 +63,7 @@ def written_aside(
             publish()
         processes.barrier()
     except (OSError, RuntimeError, UserError) as error:
-        raise NotSaved(f"{problem}: {error}. {advice()}") from error
+        raise NotSaved(f"{problem}: {str(error).removesuffix('.')}. {advice()}") from error
     finally:
         if is_rank0:
             shutil.rmtree(partial, ignore_errors=True)

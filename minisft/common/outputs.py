@@ -90,10 +90,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def despite_full_disk() -> Generator[None, None, None]:
-    """Print in the body. Output that a full disk refuses does not end a long run.
-
-    Python keeps some of it, and writes it with later output when there is room.
-    """
+    """Print in the body. A line that a full disk refuses is lost; it does not end a long run."""
     try:
         yield
     except OSError as error:
@@ -190,5 +187,5 @@ def check_free_space(folder: str | Path, num_bytes: int) -> None:
     if num_bytes > free:
         raise UserError(
             f"{folder}: the files need {file_size(num_bytes)}, and the disk has {file_size(free)} "
-            "free. Make room, or choose another disk."
+            "free"
         )

@@ -56,7 +56,7 @@ class ReservedSpace:
         except OSError as error:
             raise UserError(
                 f"{self.folder}: the files need {file_size(self.num_bytes)}: {error.strerror}. "
-                "Make room, or choose another disk."
+                "Make room."
             ) from error
 
     def _take(self, num_bytes: int) -> None:

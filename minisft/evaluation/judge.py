@@ -134,10 +134,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(
-            f"{path}: could not be written: {error.strerror}. Make room; the same command with "
-            "--resume continues from there."
-        ) from error
+        raise UserError(f"{path}: could not be written: {error.strerror}") from error
 
 
 def _read_verdicts(path: Path) -> dict[str, Verdict]:

@@ -22,6 +22,7 @@ from minisft.evaluation.judge import (
     tally,
 )
 from minisft.evaluation.remote_judge import RemoteJudge
+from minisft.evaluation.resume import saying_how_to_go_on
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
 
@@ -158,8 +159,9 @@ def test_a_full_disk_keeps_the_verdicts_before(stub, tmp_path):
     verdicts = collect_verdicts(remote(stub), comparisons, path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0])
-    message = "verdicts.jsonl: could not be written: File too large. .* with --resume"
-    with file_size_limit(len(lines[0]) + 9), pytest.raises(UserError, match=message):
+    message = "verdicts.jsonl: could not be written: File too large. Make room; .* with --resume"
+    full = file_size_limit(len(lines[0]) + 9)
+    with full, pytest.raises(UserError, match=message), saying_how_to_go_on():
         collect_verdicts(remote(stub), comparisons, path)
     assert collect_verdicts(remote(stub), comparisons, path) == verdicts
     assert path.read_bytes() == b"".join(lines)
