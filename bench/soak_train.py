@@ -69,11 +69,11 @@ def train(output_dir: Path, max_steps: int, seconds: float | None = None) -> tup
             env=os.environ | {"OMP_NUM_THREADS": "1"},  # the same sums on a busy machine, too
         )
     while process.poll() is None:
+        used.append(resident_memory(process.pid))
         if seconds is not None and time.monotonic() - began > seconds:
             process.send_signal(signal.SIGKILL)
             process.wait()
             return False, used
-        used.append(resident_memory(process.pid))
         time.sleep(0.05)
     if process.returncode != 0:
         sys.exit(f"train.py ended with {process.returncode}; see {output_dir.with_suffix('.log')}")
@@ -109,7 +109,7 @@ def main() -> None:
 
     generator, killed, peaks = random.Random(options.seed), 0, []
     began, has_ended = time.monotonic(), False
-    pause = 60 * options.minutes / (options.kills + 1)
+    pause = max(60 * options.minutes / (options.kills + 1), 1.5 * start_seconds)
     while not has_ended:
         # On average, the kill comes after a checkpoint. Otherwise the run would never end.
         seconds = generator.uniform(start_seconds, 2 * pause - start_seconds)

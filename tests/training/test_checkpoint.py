@@ -131,7 +131,8 @@ def test_another_number_of_processes(flags, tmp_path):
     flags += ["--output_dir", tmp_path / "two"]
     assert command(*flags, "--save_steps", 7).returncode == 0
     middle = tmp_path / "two/checkpoint-7"
-    done = command(*flags, "--resume_from_checkpoint", middle, processes=2)
+    flags += ["--resume_from_checkpoint", middle, "--overwrite_output_dir"]
+    done = command(*flags, processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 processes instead of 1" in done.stdout
     assert "every step still has" in done.stdout
