@@ -525,7 +525,7 @@ def start_page(script, model_dir, port, *more, **environment):
     )
 
 
-def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat_model_dir):
+def test_the_command_serves_locally_with_a_password_and_ends_by_sigterm(tiny_chat_model_dir):
     port = free_port()
     more = ["--compare_with", "none"]
     process = start_page(
