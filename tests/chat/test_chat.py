@@ -172,7 +172,8 @@ def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
     assert (status, printed) == (2, f"{messages[-1]['content']}\n{answer}\n")
     for name in ("对话.json", "chat.json"):
         assert json.loads((tmp_path / name).read_text("utf-8")) == [{"messages": messages}]
-    assert f"error: {tmp_path}/no/x: No such file or directory; choose another name\n" in said
+    reason = "could not be written: No such file or directory; choose another name"
+    assert f"error: {tmp_path}/no/x: {reason}\n" in said
     assert "error: there is nothing to save yet" in said and "/SAVE is not a command" in said
 
 
