@@ -91,9 +91,10 @@ def run_in_own_process(name: str, dry_run: bool) -> None:
     if not measured:  # the run has ended
         return
     try:
-        from bench import gpu_stages  # a failure to import it is reported as well
+        # A failure to import them is reported as well.
+        from bench import gpu_lines, gpu_stages
 
-        bench = gpu_stages.Bench(dry_run, json.loads(measured))
+        bench = gpu_lines.Bench(dry_run, json.loads(measured))
         for line in getattr(gpu_stages, stage.function)(bench, *stage.arguments):
             print(json.dumps(line), file=output, flush=True)
     except Exception as error:
