@@ -28,8 +28,8 @@ SERVER = multiprocessing.get_context("forkserver")
 # torch._dynamo comes with the first optimizer, numpy.ma with the first np.unique, the scripts with
 # most of minisft. None of them may ask for a GPU when it is imported: a process that has used CUDA
 # can fork no other that does.
-PRELOADED = ["torch", "torch._dynamo", "safetensors.torch", "tokenizers", "numpy.ma"]
-PRELOADED += ["train", "score", "eval", "export", "chat"]
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.run", "safetensors.torch", "tokenizers"]
+PRELOADED += ["numpy.ma", "train", "score", "eval", "export", "chat"]
 SERVER.set_forkserver_preload(PRELOADED)
 
 
@@ -65,11 +65,15 @@ def run_script(script, arguments, processes=1, input=None, newline=None):
 
 
 class Forked:
-    """A script in a forked process, with the methods of subprocess.Popen that tests use."""
+    """A script in a forked process, with the methods of subprocess.Popen that tests use.
+
+    errors: the file of what it has printed on standard error so far.
+    """
 
     def __init__(self, script, arguments):
         self._folder = tempfile.TemporaryDirectory()
         self._said = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        self.errors = self._said[1]
         words = [str(ROOT / script), *map(str, arguments)]
         self._process = SERVER.Process(target=_run, args=(words, dict(os.environ), self._said))
         self._process.start()

@@ -4,11 +4,8 @@ import contextlib
 import http.client
 import itertools
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -18,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from standing import HANG_SECONDS, wait_until
+from forks import Forked
+from standing import HANG_SECONDS, lines_in, wait_until
 
 from minisft.chat import guards, transcript, web
 from minisft.chat.markup import JOINER, escape
@@ -27,6 +25,9 @@ from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
 from minisft.generation.assistant import Assistant
 from minisft.generation.generate import Sampling
+
+# The page and the browser cost much, so one worker gets all tests.
+pytestmark = pytest.mark.xdist_group("web")
 
 CHROMIUM = Path("/usr/bin/chromium")
 GREEDY = Sampling(max_new_tokens=20, greedy=True)
@@ -514,27 +515,23 @@ def test_missing_gradio_is_reported(monkeypatch):
         web.check_gradio()
 
 
-def start_page(script, model_dir, port, *more, **environment):
+def start_page(script, model_dir, port, *more):
     """A process that serves the page."""
-    words = ["--model_name_or_path", model_dir, "--web", "--server_port", str(port), *more]
-    return subprocess.Popen(
-        [sys.executable, script, *words, "--device", "cpu"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    words = ["--model_name_or_path", model_dir, "--web", "--server_port", port, *more]
+    process = Forked(script, [*words, "--device", "cpu"])
+    wait_until(lambda: lines_in(process.errors), process)  # then the page is open
+    return process
 
 
-def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat_model_dir):
+def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(
+    tiny_chat_model_dir, monkeypatch
+):
+    monkeypatch.setenv("MINISFT_PASSWORD", "geheim")
     port = free_port()
-    more = ["--compare_with", "none"]
-    process = start_page(
-        ROOT / "chat.py", tiny_chat_model_dir, port, *more, MINISFT_PASSWORD="geheim"
-    )
+    process = start_page("chat.py", tiny_chat_model_dir, port, "--compare_with", "none")
     try:
-        line = process.stderr.readline()
         address = f"http://127.0.0.1:{port}/"
-        assert line.startswith(address)
+        assert process.errors.read_text().startswith(address)
         assert request(address, "config")[0] == 401
         form = {"Content_Type": "application/x-www-form-urlencoded"}
         assert request(address, "login", "username=ann&password=falsch", **form)[0] == 400
@@ -554,7 +551,7 @@ def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat
         assert listening == [f"0100007F:{port:04X}"]  # 127.0.0.1 only
     finally:
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=HANG_SECONDS)
+        _, said = process.communicate()
     assert process.returncode == 0 and "Traceback" not in said
 
 
@@ -669,12 +666,12 @@ def test_browser_ctrl_c_ends_even_an_answer_that_never_returns(
     try:
         tab = context.new_page()
         tab.set_default_timeout(1000 * HANG_SECONDS)
-        open_page(tab, process.stderr.readline().split()[0])
+        open_page(tab, process.errors.read_text().split()[0])
         say(tab, "the cat")
-        assert process.stderr.readline() == "stuck\n"
+        wait_until(lambda: lines_in(process.errors) == 2, process)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=HANG_SECONDS)
-        assert process.returncode == 0 and said == ""
+        _, said = process.communicate()
+        assert process.returncode == 0 and said.splitlines()[1:] == ["stuck"]
         assert web.END_SECONDS <= 1
     finally:
         process.kill()
