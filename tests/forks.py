@@ -65,15 +65,11 @@ def run_script(script, arguments, processes=1, input=None, newline=None):
 
 
 class Forked:
-    """A script in a forked process, with the methods of subprocess.Popen that tests use.
-
-    errors: the file of what it has printed on standard error so far.
-    """
+    """A script in a forked process, with the methods of subprocess.Popen that tests use."""
 
     def __init__(self, script, arguments):
         self._folder = tempfile.TemporaryDirectory()
         self._said = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        self.errors = self._said[1]
         words = [str(ROOT / script), *map(str, arguments)]
         self._process = SERVER.Process(target=_run, args=(words, dict(os.environ), self._said))
         self._process.start()
