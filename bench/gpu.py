@@ -39,8 +39,8 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import ROOT, reason_of  # noqa: E402
+from bench.results import Line  # noqa: E402
 
-Line = dict[str, Any]
 StageProcess = subprocess.Popen[str]
 
 

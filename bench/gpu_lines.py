@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from bench.measure import reason_of
+from bench.results import Line
 
-Line = dict[str, Any]
 MATMUL, COPY = "matrix product", "memory copy"
 # A step has `rows` of `length` tokens. An epoch has `steps`; the second one is measured. A compiled
 # cache has `capacity`. Both sides compile only `few_layers`, to save time. minisft scores `scored`
