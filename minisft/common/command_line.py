@@ -51,6 +51,16 @@ METAVARS: dict[object, str] = {
 _UNSET = object()
 
 
+def check_rules(rules: Iterable[tuple[set[str], Any, str]], given: set[str]) -> None:
+    """UserError for a flag that was given, but is wrong here.
+
+    rules: (names of flags, true if they are wrong here, why). given: from OptionParser.given.
+    """
+    for flags, is_wrong, reason in rules:
+        if is_wrong and flags & given:
+            raise UserError(f"--{min(flags & given)} {reason}")
+
+
 class OptionParser(argparse.ArgumentParser):
     """argparse with hyphens, recipes, and errors that suggest the right flag."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from minisft.common.command_line import (
     OptionParser,
+    check_rules,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -179,7 +180,6 @@ def check_options(options: Namespace, given: set[str]) -> None:
     given: names of the flags that were given.
     """
     _check_resume(options)
-    # (flags, when they are wrong, why)
     rules: list[tuple[set[str], Any, str]] = [
         (SAMPLING, options.temperature == 0, "needs --temperature above 0"),
         (JUDGE, not options.judge_model, "needs --judge_model"),
@@ -190,6 +190,4 @@ def check_options(options: Namespace, given: set[str]) -> None:
             "belongs to a judge on this machine; behind --judge_url the server has its own",
         ),
     ]
-    for flags, is_wrong, reason in rules:
-        if is_wrong and flags & given:
-            raise UserError(f"--{min(flags & given)} {reason}")
+    check_rules(rules, given)

@@ -12,6 +12,7 @@ from typing import Any
 
 from minisft.common.command_line import (
     OptionParser,
+    check_rules,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -256,7 +257,6 @@ def check_options(options: Namespace, given: set[str]) -> None:
     # With --adapter, the adapter decides whether embedding and output matrix are trained.
     trains_matrices = is_full or options.modules_to_save or special or ordinary or options.adapter
     has_eval_rows = options.eval_dataset or options.valid_dir or options.validation_split
-    # (flags, when they are wrong, why)
     rules: list[tuple[set[str], Any, str]] = [
         (LORA, is_full, "belongs to --finetuning_type lora"),
         ({"train_from_scratch"}, not is_full, "needs --finetuning_type full"),
@@ -318,9 +318,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         (PLAN, not options.dry_run, "belongs to --dry_run"),
         ({"device_tflops"}, options.tokens_per_second, "contradicts --tokens_per_second"),
     ]
-    for flags, is_wrong, reason in rules:
-        if is_wrong and flags & given:
-            raise UserError(f"--{min(flags & given)} {reason}")
+    check_rules(rules, given)
     for token in set(special) & set(ordinary):
         raise UserError(f"{token} is in --new_special_tokens and in --add_tokens. Choose one.")
     chosen_services(options)

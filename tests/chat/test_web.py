@@ -28,6 +28,9 @@ from minisft.common.errors import UserError
 from minisft.generation.assistant import Assistant
 from minisft.generation.generate import Sampling
 
+# The page and the browser cost much, so one worker gets all tests.
+pytestmark = pytest.mark.xdist_group("web")
+
 CHROMIUM = Path("/usr/bin/chromium")
 GREEDY = Sampling(max_new_tokens=20, greedy=True)
 VALUES = (20, 1.0, 0, 1.0, 1.0, True, None)  # the same, as the page's controls have it

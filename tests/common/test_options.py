@@ -270,10 +270,8 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
     assert assistant.dtype == assistant.model.model.norm.weight.dtype == getattr(torch, dtype)
 
 
-@pytest.mark.parametrize(
-    "before", [[], ["-m", "torch.distributed.run"]], ids=["forked", "torchrun"]
-)
-def test_the_suite_computes_in_float32(before, tmp_path):
+@pytest.mark.parametrize("torchrun", [None, 1], ids=["forked", "torchrun"])
+def test_the_suite_computes_in_float32(torchrun, tmp_path):
     """Python imports tests/startup/sitecustomize.py first, however a script is started."""
     script = tmp_path / "type.py"
     script.write_text(
@@ -281,7 +279,7 @@ def test_the_suite_computes_in_float32(before, tmp_path):
         "import torch; from minisft.common.devices import resolve_dtype\n"
         "print(resolve_dtype('auto', torch.device('cpu')))\n"
     )
-    done = command(script=script, before=before)
+    done = command(script=script, torchrun=torchrun)
     assert done.stdout == "torch.float32\n", done.stdout + done.stderr
 
 

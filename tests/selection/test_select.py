@@ -217,7 +217,7 @@ def test_several_processes_write_one_file(data, tmp_path):
         sample_number=7,
         output=tmp_path / "out.json",
         script="select.py",
-        before=["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+        torchrun=2,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("7 of 60 rows") == 1

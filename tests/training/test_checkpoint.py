@@ -4,16 +4,14 @@ import json
 import re
 import shlex
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, as_flags, command
+from conftest import ROOT, TORCHRUN, as_flags, command
 from forks import Forked, run_script
 from full_disk import file_size_limit
 from safetensors.torch import load_file
-from standing import HANG_SECONDS, lines_in, standing_still, wait_until
+from standing import lines_in, standing_still, wait_until
 
 from minisft.common.errors import UserError
 from minisft.training import checkpoint
@@ -77,8 +75,7 @@ def test_killed_four_times(flags, tmp_path):
     """After 4 SIGKILLs at random moments, also while saving, the result is the same."""
     flags = [*flags, "--max_steps", 80, "--save_steps", 2]
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
-    words = [sys.executable, ROOT / "tests/kill_and_resume.py", 4, 1, tmp_path / "killed", *flags]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=ROOT)
+    done = run_script("tests/kill_and_resume.py", [4, 1, tmp_path / "killed", *flags])
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout.startswith("4 killed")
     assert int(done.stdout.split()[2]) >= 1, "no kill fell into saving"
@@ -103,16 +100,13 @@ def test_signals_save_and_print_how_to_continue(flags, tmp_path):
 def test_a_signal_to_torchrun(flags, tmp_path):
     flags, told = [*flags, "--max_steps", 9], tmp_path / "told"
     assert command(*flags, "--output_dir", tmp_path / "whole", processes=2).returncode == 0
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    words = [sys.executable, *torchrun, *standing_still("train:train_step", [4], told)]
-    words += [ROOT / "train.py", *flags, "--output_dir", tmp_path / "it was stopped"]
-    process = subprocess.Popen(
-        list(map(str, words)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    torchrun = ["--nproc_per_node", "2"]
+    words = [*torchrun, *standing_still("train:train_step", [4], told), ROOT / "train.py", *flags]
+    process = Forked(TORCHRUN, [*words, "--output_dir", tmp_path / "it was stopped"])
     wait_until(lambda: lines_in(told) == 2, process)  # both of them in the fourth step
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=HANG_SECONDS)
-    continue_as_told(output, ["torchrun", *torchrun[2:]], 2)
+    output, _ = process.communicate()
+    continue_as_told(output, ["torchrun", *torchrun], 2)
     assert_equal_runs(tmp_path / "whole", tmp_path / "it was stopped")
 
 
