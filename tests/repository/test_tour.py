@@ -123,7 +123,7 @@ def test_a_snippet_that_prints_something_else_is_reported(tour):
     assert tour_pages.run(page) == (PAGE.replace("0.333", "0.3333333333333333"), [])
     page.write_text(PAGE.replace("1 + 1", "1 + 2"), encoding="utf-8")
     recorded, [difference] = tour_pages.run(page)
-    assert difference.startswith("01_page.md, line 9: ") and "two 3" in recorded
+    assert difference.startswith("01_page.md, line 10: ") and "two 3" in recorded
 
 
 def test_code_that_has_changed_is_reported(tour):
