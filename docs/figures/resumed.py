@@ -42,7 +42,7 @@ def draw(colors: Colors, data: tuple[list[float], list[float], list[float]]) -> 
     axes.plot(steps, fresh, color=colors.trap, label="with a fresh optimizer")
     axes.axvline(STOP - 0.5, color=colors.faint, linestyle="--")
     axes.set(xlabel="step", ylabel="loss")
-    log_ticks(axes, [0.5, 1, 2])
+    log_ticks(axes, [0.1, 0.2, 0.5, 1, 2])
     figure.legend(loc="outside upper right", ncols=3)
     return figure
 
