@@ -136,6 +136,8 @@ def test_code_that_has_changed_is_reported(tour):
         for line in tour_pages.problems()
     ]
     assert tour_pages.with_code(changed) == PAGE
+    unnamed = PAGE.replace("# minisft/model/rotary.py: rotate\n", "")
+    assert unnamed != PAGE and tour_pages.with_code(unnamed) == PAGE
 
 
 @pytest.mark.parametrize(
