@@ -100,12 +100,11 @@ def seal(folder: Path, record: dict[str, Any]) -> None:
 def _complete(partial: Path, final: Path, step: int) -> None:
     """Seal the folder and rename it."""
     seal(partial, {"step": step})
-    if final.exists():  # an earlier one of this step stays until the new one is complete
-        old = final.rename(f"{final}.old")
-        os.rename(partial, final)
+    # An earlier one of this step stays until the new one is complete.
+    old = final.rename(f"{final}.old") if final.exists() else None
+    os.rename(partial, final)
+    if old:
         _remove(old)
-    else:
-        os.rename(partial, final)
     flush(final.parent)
 
 
