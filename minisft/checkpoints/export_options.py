@@ -28,10 +28,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
     formats = ["hf", "peft", *FILE_FORMATS]
-    add("--format", choices=formats, default="hf", help="the model, or the adapter alone")
+    kinds = "the model, or the adapter alone"
+    add("--format", type=str.lower, choices=formats, default="hf", help=kinds)
     add("--output_dir", help="folder to write: hf, peft")
     add("--output", help="file to write: gguf, gguf-lora")
-    add("--quantization", choices=QUANTIZATIONS, default="f16", help="number type in a GGUF file")
+    number_type = "number type in a GGUF file"
+    add("--quantization", type=str.lower, choices=QUANTIZATIONS, default="f16", help=number_type)
     switch("--overwrite_output_dir", "write into a folder that is not empty")
     switch("--overwrite", "replace the file if there is one")
     add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")
@@ -47,7 +49,12 @@ def check_options(options: Namespace, given: set[str]) -> None:
     format = options.format
     needed = "output" if format in FILE_FORMATS else "output_dir"
     if needed not in given:
-        raise UserError(f"--format {format} needs --{needed}")
+        hint = ""
+        if format in FILE_FORMATS and options.output_dir:
+            hint = f": a file, not a folder. Give --output {options.output_dir}.gguf instead"
+        elif options.output:
+            hint = ": a folder, not a file. A GGUF file is --format gguf"
+        raise UserError(f"--format {format} needs --{needed}{hint}")
     if format in ("peft", "gguf-lora") and not options.adapter:
         raise UserError(f"--format {format} needs --adapter")
     unused = {
