@@ -176,9 +176,8 @@ def commands_in(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             text = re.sub(r"\\\n\s*", " ", node.value)
-            for script, words in re.findall(
-                r"^ *python (\w+)\.py (--.*|\w+ --.*)", text, re.MULTILINE
-            ):
+            command = r"^ *python (\w+)\.py ((?:\w+ )?--[^<|\n]*)"  # up to a pipe
+            for script, words in re.findall(command, text, re.MULTILINE):
                 yield script, shlex.split(words)
 
 
