@@ -28,12 +28,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")
     formats = ["hf", "peft", *FILE_FORMATS]
-    kinds = "the model, or the adapter alone"
-    add("--format", type=str.lower, choices=formats, default="hf", help=kinds)
+    add("--format", choices=formats, default="hf", help="the model, or the adapter alone")
     add("--output_dir", help="folder to write: hf, peft")
     add("--output", help="file to write: gguf, gguf-lora")
-    number_type = "number type in a GGUF file"
-    add("--quantization", type=str.lower, choices=QUANTIZATIONS, default="f16", help=number_type)
+    add("--quantization", choices=QUANTIZATIONS, default="f16", help="number type in a GGUF file")
     switch("--overwrite_output_dir", "write into a folder that is not empty")
     switch("--overwrite", "replace the file if there is one")
     add("--max_shard_size", default="5GB", help="split the weights into files of at most this size")

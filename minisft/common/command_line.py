@@ -115,6 +115,8 @@ class OptionParser(argparse.ArgumentParser):
                 settings["help"] += " (default: %(default)s)"
             if not settings.keys() & {"choices", "metavar", "action"}:
                 settings["metavar"] = METAVARS.get(settings.get("type"), "TEXT")
+            if "choices" in settings:
+                settings.setdefault("type", str.lower)  # names such as Q4_K_M have no case
             if flag.removeprefix("--") in self._common:
                 settings["help"] = "* " + settings["help"]
             action = group.add_argument(flag, **settings)

@@ -83,7 +83,7 @@ def main() -> None:
         "       %(prog)s show INPUT --model_name_or_path M [--flag of train.py ...]",
         description="convert: write instruction data in the ShareGPT format\n"
         "show: print rows as a model reads them, their lengths and the plan of a run; the same as\n"
-        "      python train.py --dry_run --show_samples 3 --dataset INPUT",
+        "      python train.py --model_name_or_path M --dataset INPUT --dry_run --show_samples 3",
     )
     parser.add_argument("command", choices=["convert", "show"], help="what to do")
     parser.add_argument("input", help="what --dataset of train.py names: file, folder, data set")

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from collections import Counter
 
 import pytest
 from conftest import ROOT
@@ -145,10 +146,11 @@ def test_values_that_change_nothing_in_a_script(tmp_path, capsys):
         PARSERS["eval"]([*COMPARE, *models, "--config", str(recipe)])
 
 
-def test_names_of_number_types_in_any_case():
+def test_choices_in_any_case():
     words = [*MODEL, "--format", "GGUF", "--output", "o.gguf", "--quantization", "Q4_K_M"]
     options = PARSERS["export"](words)
     assert (options.format, options.quantization) == ("gguf", "q4_k_m")
+    assert train_options([*NEEDED, "--finetuning_type", "LoRA"]).finetuning_type == "lora"
     for name, dtype in (("BF16", "bfloat16"), ("fp16", "float16"), ("Float32", "float32")):
         assert train_options([*NEEDED, "--dtype", name]).dtype == dtype
 
@@ -171,26 +173,41 @@ def test_resuming_as_transformers_says_it():
         assert train_options([*NEEDED, *words]).resume_from_checkpoint == which
 
 
+def texts_of(path):
+    """A page; or the strings of a Python file, without f-strings, which have parts of commands."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return [text]
+    nodes = list(ast.walk(ast.parse(text)))
+    parts = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    constants = [node for node in nodes if isinstance(node, ast.Constant) and node not in parts]
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
 def commands_in(path):
-    """The commands of our scripts in the texts of a Python file: [(script, words), ...]."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            text = re.sub(r"\\\n\s*", " ", node.value)
-            command = r"^ *python (\w+)\.py ((?:\w+ )?--[^<|\n]*)"  # up to a pipe
-            for script, words in re.findall(command, text, re.MULTILINE):
+    """The commands of our scripts in the texts of a file, up to a pipe: [(script, words), ...]."""
+    for text in texts_of(path):
+        joined = re.sub(r"\\\n\s*", " ", text)
+        command = r"python (\w+)\.py ((?:\w+ )?--[^<|`#\n]*)"
+        for script, words in re.findall(command, joined):
+            if script in PARSERS and not re.search(r"\.\.\.|--help", words):
                 yield script, shlex.split(words)
 
 
-def test_every_command_of_the_help_can_be_given(tmp_path, monkeypatch):
-    """The examples of --help, the epilogues and the docstrings of the scripts."""
+def test_every_command_that_we_write_can_be_given(tmp_path, monkeypatch):
+    """The examples of --help, the epilogues, the docstrings, README.md and docs/."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "runs" / "a").mkdir(parents=True)
-    record = 'model_name_or_path = "m"\ndataset = "d"\noutput_dir = "runs/a"\n'
-    (tmp_path / "runs" / "a" / "options.toml").write_text(record)
-    count = dict.fromkeys(PARSERS, 0)
-    for path in [*ROOT.glob("*.py"), *(ROOT / "minisft").rglob("*.py")]:
-        for script, words in commands_in(path):
+    needed = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
+    for name, equals in (("runs/a/options.toml", " = "), ("qwen3_lora_sft.yaml", ": ")):
+        lines = [f'{key}{equals}"{value}"\n' for key, value in needed.items()]
+        (tmp_path / name).write_text("".join(lines))
+    code = [*ROOT.glob("*.py"), *(ROOT / "minisft").rglob("*.py")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("examples/*.md")]
+    for paths, least in ((code, 4), (pages, 3)):
+        commands = [command for path in paths for command in commands_in(path)]
+        for script, words in commands:
             PARSERS[script](words)
-            count[script] += 1
-    assert min(count.values()) >= 3 and count["eval"] >= 6, count
+        count = Counter(script for script, _ in commands)
+        assert min(count[script] for script in PARSERS) >= least, count
