@@ -23,8 +23,8 @@ def add_model_flags(
     """Add the section "model"; returns its (add, switch) for more flags, --adapter among them."""
     add, switch = parser.section("model")
     model = "folder of a checkpoint, GGUF file, or hub id"
-    alone = "--adapter alone is enough"
-    add("--model_name_or_path", required=True, unless="adapter", remark=alone, help=model)
+    names = "an adapter, given with --adapter, names its model"
+    add("--model_name_or_path", required=True, unless="adapter", remark=names, help=model)
     add_device_flags(add, switch, auto_dtype)
     return add, switch
 

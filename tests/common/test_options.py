@@ -210,7 +210,7 @@ def test_looking_needs_no_output_folder():
     look = "--output_dir must be given; to look at the data only, add --dry_run"
     with pytest.raises(UserError, match=look):
         train_options([*words, "--show_samples", "3"])
-    with pytest.raises(UserError, match="--model_name_or_path .*must be given; --adapter alone is"):
+    with pytest.raises(UserError, match="must be given; an adapter, given with --adapter, names"):
         train_options(words[2:])
 
 
