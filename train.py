@@ -107,7 +107,7 @@ def fine_tune(options: Namespace, output_dir: Path, device: torch.device) -> Non
     options.template_date = resume.template_date(options)
     template = load_template(options, tokenizer, say)  # None with --stage pt
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
-    show_samples(batches, template, options.show_samples, say, options.show_ids)
+    show_samples(options, batches, tokenizer, say)
 
     torch.manual_seed(options.seed)  # every rank draws the same adapter
     model, lora_config = build_model(options, model_dir, dtype, device, new_rows)

@@ -28,6 +28,11 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
         "model_name_or_path adapter prompt file output web max_new_tokens temperature greedy",
         description="Chat with a model: in the terminal, with one question, with a file of "
         "prompts, or on a web page.",
+        neighbours={
+            "do_sample": ((True,), "use --greedy"),
+            "stream": ((True,), "an answer appears while it is written; --file collects answers"),
+            "num_beams": ((1,), "minisft samples, or takes the most probable token with --greedy"),
+        },
     )
     add_model_flags(parser)
     add, _ = parser.section("conversation")

@@ -35,6 +35,11 @@ def steps_or_none(text: str) -> int | None:
     return None if text == "-1" else _integer(text, least=1)
 
 
+def checkpoint_name(text: str) -> str | None:
+    """A folder, or auto; transformers calls that True, and no checkpoint False."""
+    return {"true": "auto", "false": None, "none": None}.get(text.lower(), text)
+
+
 def non_negative_int(text: str) -> int:
     """A whole number of at least 0."""
     return _integer(text, least=0)

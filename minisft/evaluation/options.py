@@ -57,11 +57,16 @@ def parse_options(usage: str, arguments: Sequence[str] | None = None) -> tuple[s
 
 def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
     """The options of `eval.py ceval`, `cmmlu` and `mmlu`, checked."""
+    language = "en" if name == "mmlu" else "zh"
     parser = OptionParser(
         CHOICE_EXAMPLES.replace("ceval", name),
         "model_name_or_path adapter data_dir split output_dir max_samples num_fewshot",
         prog=f"eval.py {name}",
         description="Answer multiple-choice questions and measure the accuracy.",
+        neighbours={
+            "task": ((name,), f"the first word names the benchmark: eval.py {name}; see --split"),
+            "lang": ((language,), f"the questions and prompts of {name} have one language"),
+        },
     )
     add, _ = add_model_flags(parser)
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter, used without merging")
@@ -109,6 +114,11 @@ def parse_compare_options(arguments: Sequence[str]) -> Namespace:
         "models dataset output_dir max_samples max_new_tokens judge_model",
         prog="eval.py compare",
         description="Ask several models the same questions. Measure and judge their answers.",
+        neighbours={
+            "model_name_or_path": ((), "use --models NAME=MODEL"),
+            "adapter": ((), "use --models NAME=MODEL+ADAPTER"),
+            "do_sample": ((False,), "use --temperature above 0"),
+        },
     )
     add, switch = parser.section("models")
     models = "models and their names; the others are compared with the first"

@@ -20,7 +20,7 @@ from minisft.common.json_files import is_integer, read_json
 from minisft.selection import strategies
 from minisft.selection.facility_location import facility_location
 from minisft.selection.kmeans import ArrayRows, Clusters, kmeans
-from minisft.selection.limits import cluster_limits
+from minisft.selection.limits import band_limits, cluster_limits
 from minisft.selection.provenance import check_computed_from, check_same_model
 from minisft.selection.rds import nearest_to_targets, similarity_to_targets
 from minisft.selection.score_files import (
@@ -41,6 +41,8 @@ SCORE_OF = {
     "ifd+kcenter": "ifd",
     "ifd_ppl+facility": "ifd_ppl",
 }
+# k-means makes this many clusters, if there are rows for them.
+NUM_CLUSTERS = 100
 # Strategies that look at the embeddings of the rows.
 BY_EMBEDDING = ("cluster", "kcenter", "ifd+kcenter", "facility", "ifd_ppl+facility", "rds")
 
@@ -239,21 +241,23 @@ def choose_matched(
 
 def choose_balanced(options: Namespace, data: RowData, rows: np.ndarray, number: int) -> Choice:
     """Random rows, the same number from each source or cluster."""
-    generator, clusters = np.random.default_rng(options.seed), None
+    generator, clusters, notes = np.random.default_rng(options.seed), None, []
     if options.balance == "source":
         groups = data.sources[rows]
     else:
+        notes = choose_num_clusters(options, rows, number)
         groups = cluster(options, data, rows).assignment
         clusters = rows, groups
     chosen = np.sort(strategies.balanced(groups, rows, number, generator))
     sizes = np.bincount(groups[np.isin(rows, chosen)], minlength=groups.max() + 1).tolist()
-    return Choice(chosen, {"balance": {"chosen": sizes}}, [], clusters)
+    return Choice(chosen, {"balance": {"chosen": sizes}}, notes, clusters)
 
 
 def choose_by_cluster(
     options: Namespace, data: RowData, rows: np.ndarray, number: int | None
 ) -> Choice:
     """k-means of the embeddings, then some rows of each cluster, together `number` if given."""
+    notes = choose_num_clusters(options, rows, number)
     result = cluster(options, data, rows)
 
     def spread(per_cluster: int) -> np.ndarray:
@@ -265,7 +269,7 @@ def choose_by_cluster(
     sizes = np.bincount(result.assignment, minlength=options.clusters)
     if number is None:
         chosen = spread(options.per_cluster)
-        notes = cluster_limits(result.assignment, np.isin(rows, chosen), options)
+        notes += cluster_limits(result.assignment, np.isin(rows, chosen), options)
     else:
         strategies.check_enough(rows, number)
         # The smallest number per cluster that gives enough rows; then the clusters take turns.
@@ -274,11 +278,30 @@ def choose_by_cluster(
         chosen = np.sort(spread(level))
         groups = result.assignment[np.searchsorted(rows, chosen)]
         generator = np.random.default_rng(options.seed)
-        chosen, notes = strategies.balanced(groups, chosen, number, generator), []
+        chosen = strategies.balanced(groups, chosen, number, generator)
     if len(chosen) == 0:
         raise UserError("no row is in the --band of any cluster. Widen the band.")
+    is_chosen = np.isin(rows, chosen)
+    notes += band_limits(result.assignment, data.perplexity[rows], is_chosen, options)
     details = {"inertia": result.inertia, "steps": result.num_steps, "sizes": sizes.tolist()}
     return Choice(np.sort(chosen), {"clusters": details}, notes, (rows, result.assignment))
+
+
+def choose_num_clusters(options: Namespace, rows: np.ndarray, number: int | None) -> list[str]:
+    """Set --clusters, if it is not given: no more clusters than rows to choose. Returns notes.
+
+    number: the rows to choose; None if all `rows` may be chosen.
+    """
+    if options.clusters is not None:
+        return []
+    most = min(len(rows), number or len(rows))
+    options.clusters = min(NUM_CLUSTERS, most)
+    if options.clusters == NUM_CLUSTERS:
+        return []
+    return [
+        f"{most} clusters, not {NUM_CLUSTERS}: there are only {most} rows to choose. --clusters "
+        "sets another number."
+    ]
 
 
 def cluster(options: Namespace, data: RowData, rows: np.ndarray) -> Clusters:

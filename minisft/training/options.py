@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minisft.common.command_line import (
+    Neighbour,
     OptionParser,
     check_rules,
     fraction,
@@ -29,6 +30,7 @@ from minisft.common.model_flags import (
     dtype_option,
 )
 from minisft.common.option_types import (
+    checkpoint_name,
     iso_date,
     json_object,
     replacements,
@@ -49,6 +51,11 @@ COMMON = (
     "lora_rank num_train_epochs learning_rate per_device_train_batch_size output_dir "
     "validation_split resume_from_checkpoint"
 )
+# Flags of LLaMA-Factory; a recipe may have them.
+NEIGHBOURS: dict[str, Neighbour] = {
+    "disable_gradient_checkpointing": ((True,), "use --gradient_checkpointing"),
+    "use_swanlab": ((False,), "use --report_to swanlab"),
+}
 Add = Callable[..., Any]
 # The name of an optimizer in transformers, or ours -> ours.
 OPTIMIZERS = {
@@ -63,7 +70,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     arguments: the words of the command line; by default those of this process.
     """
     description = "Fine-tune (or pre-train) a Llama-family model."
-    parser = OptionParser(EXAMPLES, COMMON, description=description)
+    parser = OptionParser(EXAMPLES, COMMON, NEIGHBOURS, description=description)
     add, switch = add_model_flags(parser)
     add("--adapter", help="LoRA adapter to train further")
     switch(
@@ -106,7 +113,9 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     cutoff = "truncate longer rows to N tokens"
     add("--cutoff_len", type=positive_int, default=CUTOFF_LEN, help=cutoff)
     add("--block_size", type=positive_int, default=512, help="tokens of a block with --stage pt")
-    samples = "print the first N rows, supervised tokens in green; --dry_run ends after them"
+    samples = (
+        "print the first N rows or blocks, supervised tokens in green; --dry_run ends after them"
+    )
     add("--show_samples", type=non_negative_int, default=0, help=samples)
     switch("--show_ids", "print the token ids of these rows too")
 
@@ -183,7 +192,8 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
 
 def _add_output_flags(add: Add, switch: Add) -> None:
     output = "folder for the adapter or model, log and options"
-    add("--output_dir", required=True, unless="dry_run", help=output)
+    look = "to look at the data only, add --dry_run"
+    add("--output_dir", required=True, unless="dry_run", remark=look, help=output)
     switch("--overwrite_output_dir", "write into a folder that is not empty")
     logging = "steps between lines of metrics.jsonl"
     add("--logging_steps", type=positive_int, default=10, help=logging)
@@ -197,7 +207,8 @@ def _add_output_flags(add: Add, switch: Add) -> None:
     limit = "newest checkpoints to keep, besides the best (0: none after the end of the run)"
     add("--save_total_limit", type=non_negative_int, default=2, help=limit)
     resume = "continue from a checkpoint (auto: the newest complete one, if any)"
-    add("--resume_from_checkpoint", metavar="auto|DIR", help=resume)
+    resuming: dict[str, Any] = dict(nargs="?", const="auto", metavar="auto|DIR")
+    add("--resume_from_checkpoint", type=checkpoint_name, help=resume, **resuming)
     switch("--load_best_model_at_end", "save the weights with the lowest evaluation loss")
     patience = "stop after N evaluations without improvement"
     add("--early_stopping_patience", type=positive_int, help=patience)
@@ -241,7 +252,7 @@ def scheduler_settings(options: Namespace) -> dict[str, Any]:
 ADAPTER_SHAPE = {"lora_rank", "lora_alpha", "lora_target", "use_rslora", "modules_to_save"}
 LORA = ADAPTER_SHAPE | {"adapter", "lora_dropout", "quantization_bit"}
 TOKENS = {"new_special_tokens", "add_tokens", "resize_vocab"}
-CONVERSATIONS = {"cutoff_len", "show_samples", "show_ids", *TEMPLATE_FLAGS}
+CONVERSATIONS = {"cutoff_len", *TEMPLATE_FLAGS}
 DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 PLAN = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
 ALONG_THE_WAY = {"load_best_model_at_end", "early_stopping_patience"}
