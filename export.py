@@ -153,10 +153,15 @@ def write_folder(
         folders.save_generation_config(model_dir, output, model.config, form.stop_ids)
     tokenizer.save(output, form.chat_template)
     copy_code_files(model_dir, output)
-    metrics = read_metrics(trained_dir / "metrics.jsonl")
-    is_adapter = options.format == "peft"
-    trained = recorded_options(trained_dir)
-    write_model_card(output, trained, options.model_name_or_path, metrics, is_adapter)
+    write_model_card(
+        output,
+        recorded_options(trained_dir),
+        options.model_name_or_path,
+        read_metrics(trained_dir / "metrics.jsonl"),
+        is_adapter=options.format == "peft",
+        context_length=model.config.context_length,
+        is_reward_model=is_reward_model,
+    )
     print(f"wrote {output}")
 
 
