@@ -1,8 +1,13 @@
 """The output of a run while it trains."""
 
 import io
+from types import SimpleNamespace
+
+import pytest
+from run_builder import training_options
 
 from minisft.training.metrics import Progress
+from minisft.training.summary import next_command
 
 
 def test_lines_are_written_to_a_file_at_once(tmp_path, monkeypatch):
@@ -26,3 +31,19 @@ def test_a_pipe_gets_a_line_now_and_then(tmp_path, capsys):
     assert first == f"metrics: {tmp_path / 'metrics.jsonl'}"
     assert len(lines) == 1 and lines[0].startswith("step 1 of 9: loss 2.0000, lr 1.00e-04, ")
     assert lines[0].endswith("seconds left")
+
+
+@pytest.mark.parametrize(
+    "words, command",
+    [
+        ([], "--dataset rows.json --output"),
+        (["--dataset_dir", "my data"], "--dataset rows.json --dataset_dir 'my data' --output"),
+        (["--skip_bad_rows", "--replace", "name=A B"], "--replace 'name=A B' --skip_bad_rows"),
+    ],
+)
+def test_the_command_after_a_reward_model_finds_its_data(words, command):
+    """score.py reads the same rows: all flags that say how are repeated."""
+    options = training_options("--stage", "rm", "--dataset", "rows.json", *words)
+    options.output_dir = "runs/rm"
+    line = next_command(SimpleNamespace(options=options, lora_config=object()))
+    assert line.startswith("python score.py --mode reward --adapter runs/rm ") and command in line
