@@ -119,7 +119,7 @@ def test_the_advice_is_what_the_script_has(tmp_path):
     assert "placeholder called role" in said[-1]
 
 
-def test_scores_and_comparisons_have_the_flag(tiny_chat_model_dir, tmp_path, here):
+def test_scores_have_the_flag(tiny_chat_model_dir, tmp_path, here):
     path, output = write_rows(tmp_path / "rows.json", "I am {{name}}."), tmp_path / "s.jsonl"
     words = ["--model_name_or_path", tiny_chat_model_dir, "--dataset", path, "--output", output]
     words += ["--dataloader_num_workers", 0]
@@ -132,18 +132,20 @@ def test_scores_and_comparisons_have_the_flag(tiny_chat_model_dir, tmp_path, her
     with pytest.raises(UserError, match="computed with another replace"):
         here(score, *words)
 
+
+def test_comparisons_have_the_flag(tiny_chat_model_dir, tmp_path, here):
     pytest.importorskip("sacrebleu", reason="the extra eval is missing")
-    words = [
-        "compare",
-        "--models",
-        f"a={tiny_chat_model_dir}",
-        "--dataset",
-        path,
-        "--device",
-        "cpu",
-    ]
-    words += ["--max_new_tokens", 2, "--output_dir", tmp_path / "o", "--replace", "name=Pebble"]
-    assert "literally" not in here(evaluate, *words)
+    path = write_rows(tmp_path / "rows.json", "I am {{name}}.")
+    said = here(
+        evaluate,
+        *("compare", "--models", f"a={tiny_chat_model_dir}"),
+        dataset=path,
+        device="cpu",
+        max_new_tokens=2,
+        output_dir=tmp_path / "o",
+        replace="name=Pebble",
+    )
+    assert "literally" not in said
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert results["questions"] == [
         {"question": "Who are you? Pebble", "reference": "I am Pebble."}

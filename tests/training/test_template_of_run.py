@@ -224,7 +224,8 @@ def test_every_script_reports_settings_that_the_template_does_not_read(
 def test_an_adapter_alone_is_trained_further_as_before(checkpoint, rows_file, tmp_path, here):
     """The base, the template and the system prompt are those of its training."""
     config = checkpoint / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 256}))
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "max_position_embeddings": 256}))
     template = tmp_path / "mine.jinja"
     template.write_text(TAGS)
     first, second = tmp_path / "first", tmp_path / "second"
