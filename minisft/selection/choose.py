@@ -165,7 +165,7 @@ def read_target(path: str, embeddings: str) -> np.ndarray:
 def read_match(path: str, num_rows: int, dataset: list[dict[str, Any]]) -> np.ndarray:
     """The row numbers in the manifest of another selection."""
     manifest = read_json(Path(f"{path}.manifest"))
-    chosen_from = manifest.get("dataset")
+    chosen_from = manifest.get("dataset", [])
     if chosen_from != dataset and is_other_limit(chosen_from, dataset):
         limit = max_samples_of(chosen_from)
         change = f"give --max_samples {limit}" if limit else "leave out --max_samples"

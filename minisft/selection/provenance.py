@@ -154,7 +154,7 @@ def check_computed_from(path: str | Path, dataset: list[dict[str, Any]]) -> None
             "data the scores belong to."
         )
     record = read_json(record_path)
-    scored = record.get("dataset")
+    scored = record.get("dataset", [])
     if scored != dataset and is_other_limit(scored, dataset):
         limit, wanted = max_samples_of(scored), max_samples_of(dataset)
         kind = "scores" if path.suffix == ".jsonl" else "embeddings"
@@ -181,7 +181,7 @@ def max_samples_of(dataset: list[dict[str, Any]]) -> int | None:
 
 def covered_rows(max_samples: int | None) -> str:
     """The rows that --max_samples leaves, in words."""
-    return f"the first {max_samples:,} rows" if max_samples else "all rows"
+    return f"the first {max_samples} rows" if max_samples else "all rows"
 
 
 def is_other_limit(old: Any, new: list[dict[str, Any]]) -> bool:
