@@ -119,7 +119,9 @@ def used_settings(options: Mapping[str, Any], context_length: int | None) -> dic
     for flag, meaning in (("bf16", "bfloat16"), ("fp16", "float16")):
         if options.get(flag):
             used["dtype"] = meaning
-    unused = [name for name in ("template", "dtype") if used.get(name) == "auto"]
+    if used.get("template") == "auto":
+        used["template"] = "the base's own"
+    unused = ["dtype"] if used.get("dtype") == "auto" else []
     for other in ONE_STAGE.keys() - {stage}:
         unused += ONE_STAGE[other].split()
     if stage == "pt":

@@ -100,8 +100,9 @@ def draw_readable(
     while missing := number - len(chosen):
         if missing > len(numbers):
             raise UserError(
-                f"cannot choose {number:,} rows: {len(broken):,} rows are broken, and "
-                f"{len(chosen) + len(numbers):,} are left. Lower --sample_number or --sample_rate."
+                f"cannot choose {number:,} rows: at least {len(broken):,} rows are broken, and at "
+                f"most {len(chosen) + len(numbers):,} are left. Lower --sample_number or "
+                "--sample_rate."
             )
         drawn = at_random(numbers, missing, generator)
         numbers = np.setdiff1d(numbers, drawn)

@@ -52,7 +52,7 @@ def save_result(
             copy_code_files(model_dir, folder)
             write_model_card(
                 output_dir,
-                used_options(run, template),
+                used_options(run),
                 options.model_name_or_path,
                 read_metrics(run.progress.path),
                 is_adapter=bool(run.lora_config),
@@ -73,11 +73,10 @@ def save_result(
             )
 
 
-def used_options(run: Run, template: ChatTemplate | None) -> dict[str, Any]:
-    """The options, with what `auto` has become."""
+def used_options(run: Run) -> dict[str, Any]:
+    """The options, with what --dtype auto has become."""
     dtype = resolve_dtype(dtype_option(run.options), run.device)
-    used = vars(run.options) | {"dtype": dtype_name(dtype)}
-    return used | {"template": template.name} if template else used
+    return vars(run.options) | {"dtype": dtype_name(dtype)}
 
 
 def load_best(run: Run) -> None:
