@@ -57,14 +57,16 @@ def write_model_card(
     path = Path(output_dir) / CARD
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
-    stage = options.get("stage", "sft")
+    stage = str(options.get("stage", "sft"))  # options.toml may come from anybody
     is_reward_model = is_reward_model or stage == "rm"
     used = used_settings(options, context_length) if options else {}
     front = front_matter(options, str(base), is_adapter, is_reward_model)
     lines = ["---", *front, "---", "", MARK, ""]
     lines += [f"# {Path(output_dir).resolve().name}", ""]
     kind = "A LoRA adapter for" if is_adapter else "Made from"
-    lines += [f"{kind} {shown_name(base)}" + (f": {METHODS[stage]}." if options else ".")]
+    lines += [
+        f"{kind} {shown_name(base)}" + (f": {METHODS.get(stage, stage)}." if options else ".")
+    ]
     if options:
         lines += ["", "## Training", "", *settings_table(used)]
     if rows := metrics_table(metrics):
@@ -97,7 +99,7 @@ def front_matter(
         lines.append(f"# base_model: the hub's name of {shown_name(base)}")
     lines.append(f"library_name: {'peft' if is_adapter else 'transformers'}")
     task = "text-classification" if is_reward_model else "text-generation"
-    tags = ["minisft", options.get("stage", "sft")] if options else ["minisft"]
+    tags = ["minisft", str(options.get("stage", "sft"))] if options else ["minisft"]
     lines += [f"pipeline_tag: {task}", f"tags: {json.dumps(tags)}"]
     if names := [name for name in data_names(options) if HUB_ID.fullmatch(name)]:
         if hub_names := [name for name in names if not Path(name).exists()]:
@@ -115,7 +117,7 @@ def data_names(options: Mapping[str, Any]) -> list[str]:
 
 def used_settings(options: Mapping[str, Any], context_length: int | None) -> dict[str, Any]:
     """The options of a training without those that had no effect, with the values that had."""
-    used, stage = dict(options), options.get("stage", "sft")
+    used, stage = dict(options), str(options.get("stage", "sft"))
     for flag, meaning in (("bf16", "bfloat16"), ("fp16", "float16")):
         if options.get(flag):
             used["dtype"] = meaning
@@ -137,7 +139,7 @@ def used_settings(options: Mapping[str, Any], context_length: int | None) -> dic
     elif options.get("warmup_steps") is not None:
         unused.append("warmup_ratio")
     for name in ("cutoff_len", "block_size"):
-        if context_length and used.get(name):
+        if context_length and isinstance(used.get(name), int):
             used[name] = min(used[name], context_length)
     return {name: value for name, value in used.items() if name not in unused}
 

@@ -55,6 +55,7 @@ def settings(folder):
     [
         ({"cutoff_len": 1024}, {"cutoff_len": "512"}, ["block_size"]),
         ({"cutoff_len": 64}, {"cutoff_len": "64"}, []),
+        ({"cutoff_len": "x", "stage": ["y"]}, {"cutoff_len": "x"}, []),  # edited by hand
         ({"dtype": "auto", "template": "auto"}, {"template": "the base's own"}, ["dtype"]),
         ({"dtype": "auto", "bf16": True}, {"dtype": "bfloat16"}, []),
         ({"num_train_epochs": 3.0}, {"num_train_epochs": "3.0"}, ["max_steps"]),
