@@ -40,6 +40,8 @@ from minisft.text.turns import Turn, check_blocks, find_turns, renders_of
 # Control characters, which would change the terminal, are shown as text.
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
+MAX_BEGUN = 16  # conversations that may be rendered ahead
+
 
 @dataclass
 class TokenizedText:
@@ -78,7 +80,7 @@ class ChatTemplate:
         self.jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
         self.facts, self.now = self.jinja.facts, now
         # Messages and tools that `begin` got last, and the conversations that they became.
-        self._begun = deque[tuple[list[Message], list | None, Conversation]](maxlen=2)
+        self._begun = deque[tuple[list[Message], list | None, Conversation]](maxlen=MAX_BEGUN)
 
     @property
     def thinking(self) -> dict[str, Any]:
@@ -102,9 +104,10 @@ class ChatTemplate:
         return examples
 
     def begin(self, messages: list[Message], tools: list | None = None) -> None:
-        """Start rendering, in the background, the conversation that `encode` gets next.
+        """Start rendering, in the background, a conversation that `encode` gets later.
 
-        Until then, messages and tools must not change.
+        Until then, messages and tools must not change. Conversations that are begun together cost
+        less than one by one.
         """
         try:
             conversation = self._prepare(messages, tools)
