@@ -35,7 +35,7 @@ from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, write_json
 from minisft.common.model_flags import dtype_option, template_settings
 from minisft.common.single_writer import single_writer
-from minisft.data.dataset import open_rows
+from minisft.data.dataset import open_rows, unused_values
 from minisft.evaluation import resume
 from minisft.evaluation.benchmark_files import read_subjects
 from minisft.evaluation.benchmarks import BENCHMARKS, Benchmark, Subject
@@ -195,8 +195,13 @@ def compare(options: Namespace) -> None:
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed=options.seed
     )
     rows = open_rows(
-        options.dataset, dataset_dir=options.dataset_dir, max_samples=options.max_samples
+        options.dataset,
+        dataset_dir=options.dataset_dir,
+        max_samples=options.max_samples,
+        replace=options.replace,
     )
+    if note := unused_values(rows.files):
+        print(note)
     items = read_items(rows)
     with single_writer(output_dir, is_folder=True), resume.saying_how_to_go_on():
         compare_answers(options, models, items, sampling, output_dir)

@@ -159,9 +159,16 @@ def write_folder(
             folders.save_generation_config(model_dir, folder, model.config, form.stop_ids)
         tokenizer.save(folder, form.chat_template)
         copy_code_files(model_dir, folder)
-        metrics = read_metrics(trained_dir / "metrics.jsonl")
-        trained = recorded_options(trained_dir)
-        write_model_card(output, trained, base, metrics, is_adapter, written_to=folder)
+        write_model_card(
+            output,
+            recorded_options(trained_dir),
+            base,
+            read_metrics(trained_dir / "metrics.jsonl"),
+            is_adapter,
+            written_to=folder,
+            context_length=model.config.context_length,
+            is_reward_model=is_reward_model,
+        )
     print(f"wrote {output}")
 
 

@@ -25,14 +25,15 @@ from minisft.text.messages import Message
 
 FAILED = 2  # exit status after a refused message or command
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell: 128 + SIGINT
-LEAVING_WORDS = ("exit", "quit", "bye")  # alone on a line, on a terminal
+# After a slash they leave everywhere; alone on a line, on a terminal only.
+LEAVING_WORDS = ("exit", "quit", "bye")
 HELP = """\
 /reset          clear the conversation; the system prompt stays
 /system TEXT    set the system prompt; without TEXT, restore the initial one
 /save FILE      write the conversation as JSON that train.py reads
 /stats          length and speed of the last answer
 /help           list the commands
-/quit           leave (or Ctrl-D; or exit, quit, bye alone on a line)
+/quit           leave (or /exit, /bye, Ctrl-D; or exit, quit, bye alone on a line)
 Ctrl-C stops an answer."""
 
 
@@ -151,7 +152,7 @@ def converse(conversation: Conversation) -> int:
             if line is None:
                 return status
             name, argument = split_command(line)
-            if name == "/quit":
+            if name[1:] in LEAVING_WORDS:
                 return status
             if is_terminal and line.rstrip().lower() in LEAVING_WORDS:
                 notice(f'(left; begin the line with a space to say "{line.rstrip()}" to the model)')

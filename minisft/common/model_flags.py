@@ -8,7 +8,7 @@ from typing import Any
 
 from minisft.common.command_line import OptionParser
 from minisft.common.errors import UserError
-from minisft.common.option_types import boolean, json_object, with_line_breaks
+from minisft.common.option_types import boolean, json_object, replacements, with_line_breaks
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
@@ -34,6 +34,12 @@ def add_dataset_flags(add: Callable[..., Any], required: bool = False) -> None:
     names = "files, folders, names in dataset_info.json or on the hub, separated by commas"
     add("--dataset", required=required, help=names)
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
+
+
+def add_replace_flag(add: Callable[..., Any]) -> None:
+    """Add --replace to a section."""
+    values = "fill in {{name}} and <your name> in the rows: name=Pebble,author=the Riverside Lab"
+    add("--replace", type=replacements, metavar="NAME=VALUE,...", help=values)
 
 
 def add_device_flags(

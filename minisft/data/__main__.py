@@ -14,11 +14,11 @@ from typing import Any
 from minisft.common.command_line import OptionParser, positive_int
 from minisft.common.errors import UserError
 from minisft.common.json_files import write_rows
-from minisft.common.option_types import replacements
+from minisft.common.model_flags import add_replace_flag
 from minisft.common.outputs import check_not_an_input, check_output_file
 from minisft.common.script import run_script
 from minisft.common.single_writer import single_writer
-from minisft.data.dataset import Rows, open_rows, read
+from minisft.data.dataset import Rows, open_rows, read, unused_values
 from minisft.data.dataset_info import FILE_NAME
 from minisft.data.formats import to_sharegpt
 from minisft.data.row_values import BadRow
@@ -39,6 +39,8 @@ def convert(
     output_path = check_output_file("output", output_path, overwrite=overwrite)
     rows = open_rows(dataset, skipped=skipped, **options)
     check_not_an_input("output", output_path, [file.records.path for file in rows.files])
+    if note := unused_values(rows.files):
+        print(note)
     is_array = output_path.suffix != ".jsonl"
     with single_writer(output_path):
         return write_rows(_sharegpt_lines(rows, skipped), output_path, is_array)
@@ -92,8 +94,7 @@ def main() -> None:
     add("--dataset_dir", default="data", help=f"folder of {FILE_NAME}")
     add("--max_samples", type=positive_int, help="only the first N rows of each data set")
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
-    values = "fill in {{name}} and <your name> in the rows: name=Pebble,author=the Riverside Lab"
-    add("--replace", type=replacements, metavar="NAME=VALUE,...", help=values)
+    add_replace_flag(add)
     switch("--overwrite", "replace the output file if there is one")
     options = parser.parse_options()
     skipped = [] if options.skip_bad_rows else None

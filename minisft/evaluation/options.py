@@ -19,7 +19,12 @@ from minisft.common.command_line import (
     positive_int,
 )
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_device_flags, add_model_flags, add_template_settings
+from minisft.common.model_flags import (
+    add_device_flags,
+    add_model_flags,
+    add_replace_flag,
+    add_template_settings,
+)
 from minisft.evaluation.benchmarks import BENCHMARKS
 
 CHOICE_EXAMPLES = """\
@@ -133,6 +138,7 @@ def parse_compare_options(arguments: Sequence[str]) -> Namespace:
     add("--dataset", required=True, help=dataset)
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
     add("--max_samples", type=positive_int, help="only the first N rows of each data set")
+    add_replace_flag(add)
     add("--max_new_tokens", type=positive_int, default=512, help="longest answer in tokens")
     temperature = "0: always the most probable token; above: the higher, the more varied"
     add("--temperature", type=non_negative_float, default=0.0, help=temperature)

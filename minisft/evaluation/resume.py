@@ -39,6 +39,7 @@ ANSWER_OPTIONS = (
     "enable_thinking",
     "dataset",
     "max_samples",
+    "replace",
     "max_new_tokens",
     "temperature",
     "top_k",

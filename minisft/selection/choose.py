@@ -21,7 +21,13 @@ from minisft.selection import strategies
 from minisft.selection.facility_location import facility_location
 from minisft.selection.kmeans import ArrayRows, Clusters, kmeans
 from minisft.selection.limits import band_limits, cluster_limits
-from minisft.selection.provenance import check_computed_from, check_same_model
+from minisft.selection.provenance import (
+    check_computed_from,
+    check_same_model,
+    covered_rows,
+    is_other_limit,
+    max_samples_of,
+)
 from minisft.selection.rds import nearest_to_targets, similarity_to_targets
 from minisft.selection.score_files import (
     ScorePaths,
@@ -72,7 +78,7 @@ class Candidates:
     """The rows that may still be chosen, and the number of dropped rows by reason."""
 
     def __init__(self, num_rows: int) -> None:
-        self.rows = np.arange(num_rows)
+        self.num_rows, self.rows = num_rows, np.arange(num_rows)
         self.dropped: dict[str, int] = {}
 
     def drop(self, mask: np.ndarray, reason: str) -> None:
@@ -87,6 +93,21 @@ class Candidates:
         kinds = np.array([reason and reason.split(":")[0] for reason in reasons], object)
         for kind in sorted(set(kinds) - {None}):
             self.drop(kinds == kind, kind)
+
+    def check_enough(self, number: int) -> None:
+        """UserError if there are fewer than `number` rows; it says what became of the others."""
+        if number <= len(self.rows):
+            return
+        if not self.dropped:
+            raise UserError(
+                f"cannot choose {number:,} rows: the data set has only {self.num_rows:,}. Lower "
+                "--sample_number."
+            )
+        dropped = "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
+        raise UserError(
+            f"cannot choose {number:,} rows: only {len(self.rows):,} of {self.num_rows:,} are left "
+            f"(dropped {dropped}). Lower --sample_number or --sample_rate."
+        )
 
 
 @dataclass
@@ -146,7 +167,12 @@ def read_target(path: str, embeddings: str) -> np.ndarray:
 def read_match(path: str, num_rows: int, dataset: list[dict[str, Any]]) -> np.ndarray:
     """The row numbers in the manifest of another selection."""
     manifest = read_json(Path(f"{path}.manifest"))
-    if manifest.get("dataset") != dataset:
+    chosen_from = manifest.get("dataset", [])
+    if chosen_from != dataset and is_other_limit(chosen_from, dataset):
+        limit = max_samples_of(chosen_from)
+        change = f"give --max_samples {limit}" if limit else "leave out --max_samples"
+        raise UserError(f"--match {path}: was chosen among {covered_rows(limit)}: {change}.")
+    if chosen_from != dataset:
         raise UserError(
             f"--match {path}: was chosen from another file than --dataset. Give --dataset the "
             "file that it was chosen from."
@@ -171,6 +197,8 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     strategy, scores = options.strategy, data.scores
     pool_size = round(options.top_rate * len(candidates.rows))
     drop_unusable(options, data, candidates)
+    if number is not None:
+        candidates.check_enough(number)
     rows = candidates.rows
     generator = np.random.default_rng(options.seed)
     if strategy == "random_matched":
@@ -194,7 +222,6 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     elif strategy == "facility":
         chosen = facility_location(data.embeddings, rows, number)
     elif strategy == "ifd_ppl+facility":
-        strategies.check_enough(rows, number)
         if pool_size < number:
             raise UserError(
                 f"--top_rate {options.top_rate:g} leaves {pool_size:,} rows, fewer than the "
@@ -205,7 +232,6 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     elif strategy == "kcenter":
         chosen = strategies.k_center(data.embeddings, rows, number)
     else:  # ifd+kcenter
-        strategies.check_enough(rows, number)
         pool_size = min(len(rows), round(options.pool * number))
         pool = strategies.highest(scores["ifd"], rows, pool_size)
         chosen = strategies.k_center(data.embeddings, np.sort(pool), number)
@@ -271,7 +297,6 @@ def choose_by_cluster(
         chosen = spread(options.per_cluster)
         notes += cluster_limits(result.assignment, np.isin(rows, chosen), options)
     else:
-        strategies.check_enough(rows, number)
         # The smallest number per cluster that gives enough rows; then the clusters take turns.
         levels = range(1, sizes.max() + 1)
         level = levels[bisect_left(levels, number, key=lambda level: len(spread(level)))]

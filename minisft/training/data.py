@@ -72,6 +72,8 @@ def load_data(
         rows = dataset.mix(rows, options.mix, **reading)
     if note := note_on_spelled_tokens(rows, options):
         say(f"note: {note}")
+    if note := dataset.unused_values(rows.files + (eval_rows.files if eval_rows else [])):
+        say(note)
     if skipped:
         say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
 

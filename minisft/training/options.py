@@ -26,6 +26,7 @@ from minisft.common.model_flags import (
     TEMPLATE_FLAGS,
     add_dataset_flags,
     add_model_flags,
+    add_replace_flag,
     add_template_flags,
     dtype_option,
 )
@@ -33,7 +34,6 @@ from minisft.common.option_types import (
     checkpoint_name,
     iso_date,
     json_object,
-    replacements,
     split_names,
     steps_or_none,
     token_list,
@@ -101,8 +101,7 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     add("--validation_split", type=positive_float, help=split)
     first = "use only the first N rows of each data set, for a quick try"
     add("--max_samples", type=positive_int, help=first)
-    values = "fill in {{name}} and <your name> in the rows: name=Pebble,author=the Riverside Lab"
-    add("--replace", type=replacements, metavar="NAME=VALUE,...", help=values)
+    add_replace_flag(add)
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
     workers = "processes that read and encode rows ahead of training (0: none)"
     add("--dataloader_num_workers", type=non_negative_int, default=2, help=workers)

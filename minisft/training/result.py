@@ -1,6 +1,7 @@
 """The result of a run: an adapter or a model folder that chat.py, eval.py and export.py read."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,9 @@ from minisft.checkpoints.folders import (
 )
 from minisft.checkpoints.model_card import write_model_card
 from minisft.common import processes
+from minisft.common.devices import dtype_name, resolve_dtype
 from minisft.common.errors import UserError
+from minisft.common.model_flags import dtype_option
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.saved_form import saved_text
 from minisft.text.tokenizer import Tokenizer
@@ -48,9 +51,15 @@ def save_result(
         if processes.rank() == 0:
             tokenizer.save(folder, saved_text(template) if template else None)
             copy_code_files(model_dir, folder)
-            metrics, base = run.progress.rows(), options.model_name_or_path
-            is_adapter = bool(run.lora_config)
-            write_model_card(output_dir, vars(options), base, metrics, is_adapter, folder)
+            write_model_card(
+                output_dir,
+                used_options(run),
+                options.model_name_or_path,
+                run.progress.rows(),
+                is_adapter=bool(run.lora_config),
+                written_to=folder,
+                context_length=run.model.config.context_length,
+            )
     if options.save_total_limit == 0 and processes.rank() == 0:
         checkpoint.remove_others(output_dir, None, 0)
     run.progress.finish_log()
@@ -66,6 +75,12 @@ def save_result(
             )
         except UserError as error:  # the disk is full; the result is saved
             say(f"no plot: {error}")
+
+
+def used_options(run: Run) -> dict[str, Any]:
+    """The options, with what --dtype auto has become."""
+    dtype = resolve_dtype(dtype_option(run.options), run.device)
+    return vars(run.options) | {"dtype": dtype_name(dtype)}
 
 
 def load_best(run: Run) -> None:

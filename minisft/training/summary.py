@@ -56,7 +56,13 @@ def next_command(run: Run) -> str:
     flag = "--adapter" if run.lora_config else "--model_name_or_path"
     model = f"{flag} {shlex.quote(str(Path(options.output_dir)))}"
     if options.stage == "rm":
-        dataset = shlex.quote(str(options.dataset or options.train_dir))
-        return f"python score.py --mode reward {model} --dataset {dataset} --output scores.jsonl"
+        words = ["--dataset", str(options.dataset or options.train_dir)]
+        if options.dataset_dir != "data":
+            words += ["--dataset_dir", str(options.dataset_dir)]
+        if options.replace:
+            words += ["--replace", options.replace]
+        if options.skip_bad_rows:
+            words.append("--skip_bad_rows")
+        return f"python score.py --mode reward {model} {shlex.join(words)} --output scores.jsonl"
     template = "" if options.stage != "pt" else " --template plain"
     return f"python chat.py {model}{template}"

@@ -597,6 +597,18 @@ class Recorder:
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("command", ["/quit", "/exit", "/bye"])
+def test_commands_that_leave(command, is_terminal, monkeypatch, capsys):
+    """In a terminal and through a pipe, as in other chats."""
+    lines = iter(["/exit/now", command, "more"])
+    monkeypatch.setattr("minisft.chat.terminal.read_line", lambda: next(lines))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: is_terminal))
+    conversation = Recorder()
+    assert converse(conversation) == 0 and conversation.questions == ["/exit/now"]
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
 def test_words_that_leave_a_terminal(is_terminal, monkeypatch, capsys):
     """Alone on a line. After a space, in a sentence and through a pipe they are messages."""
     lines = [" exit", "bye now", "Quit", "more", None]

@@ -333,7 +333,7 @@ def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
     assert lines[5]["reason"].startswith("broken: ")
     assert {one["reason"] for one in lines} >= {
         None,
-        "not drawn: num_samples or --max_samples",
+        "left out by num_samples",
     }
     for words, count in (
         (["--strategy", "random", "--sample_number", 10], 10),

@@ -320,7 +320,7 @@ def test_budgets_of_clusters(choose, data, bundles, capsys):
         _, manifest = choose(*words, "--per_cluster", per_cluster)
         said = capsys.readouterr().out
         assert (note in said and note in manifest["notes"][0]) if note else not manifest["notes"]
-    with pytest.raises(UserError, match="cannot choose 61 rows: only 60"):
+    with pytest.raises(UserError, match="61 rows: the data set has only 60. Lower --sample_number"):
         choose(*words, "--sample_number", 61)
 
 
@@ -408,8 +408,10 @@ def test_random_rows_of_a_large_file_are_drawn_before_they_are_read(tmp_path, mo
     chosen = output.read_text().splitlines()
     assert len(chosen) == 20 and not set(chosen) - set(good) and manifest["dropped"]["broken"] > 3
     assert [good.index(line) for line in chosen] == manifest["chosen"]
-    with pytest.raises(UserError, match="cannot choose"):
+    with pytest.raises(UserError, match=r"at least \d+ rows are broken, and at most 2"):
         select_here(monkeypatch, *words, "--skip_bad_rows", "--sample_number", 250)
+    with pytest.raises(UserError, match="the data set has only 400"):
+        select_here(monkeypatch, *words, "--sample_number", 401)
     with pytest.raises(UserError, match=r"row \d+ .*skip_bad_rows leaves such rows out"):
         select_here(monkeypatch, *words, "--sample_number", 300)
 
@@ -594,7 +596,8 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("--sample_rate 1.5: must be from 0 to 1", *by_ifd, "--sample_rate", 1.5)
     refused("--dedup 0.2: must be", *by_ifd, *few, "--dedup", 0.2)
     refused("'75,25' is not two percentiles", *by_cluster, "--band", "75,25")
-    refused("cannot choose 59 rows: only", *by_ifd, "--sample_number", 59)
+    left = r"cannot choose 59 rows: only \d+ of 60 are left \(dropped 1: longer .*; \d+: ifd of 1"
+    refused(left, *by_ifd, "--sample_number", 59)
     refused("61 clusters of 60 rows", *by_cluster, "--clusters", 61)
     refused("--output .* is an input", *by_ifd, *few, "--output", scores)
     refused("is a folder", *by_ifd, *few, "--output", tmp_path)

@@ -2,13 +2,16 @@
 
 import io
 import os
+from types import SimpleNamespace
 
 import pytest
 from full_disk import file_size_limit
+from run_builder import training_options
 
 from minisft.common.processes import print_rank0
 from minisft.training.metrics import Progress
 from minisft.training.metrics_log import read_metrics
+from minisft.training.summary import next_command
 
 
 def test_lines_are_written_to_a_file_at_once(tmp_path, monkeypatch):
@@ -73,3 +76,19 @@ def test_a_full_disk_behind_standard_output(tmp_path, monkeypatch):
             progress.say("step 3")
         os.dup2(os.open(os.devnull, os.O_WRONLY), write)
     progress.close()
+
+
+@pytest.mark.parametrize(
+    "words, command",
+    [
+        ([], "--dataset rows.json --output"),
+        (["--dataset_dir", "my data"], "--dataset rows.json --dataset_dir 'my data' --output"),
+        (["--skip_bad_rows", "--replace", "name=A B"], "--replace 'name=A B' --skip_bad_rows"),
+    ],
+)
+def test_the_command_after_a_reward_model_finds_its_data(words, command):
+    """score.py reads the same rows: all flags that say how are repeated."""
+    options = training_options("--stage", "rm", "--dataset", "rows.json", *words)
+    options.output_dir = "runs/rm"
+    line = next_command(SimpleNamespace(options=options, lora_config=object()))
+    assert line.startswith("python score.py --mode reward --adapter runs/rm ") and command in line
