@@ -78,7 +78,7 @@ def local_folder(name: str) -> Path:
     """The folder of a model on this machine. UserError instead of a download."""
     if Path(name).expanduser().exists() or name.count("/") != 1:
         return resolve(name)
-    from huggingface_hub import try_to_load_from_cache  # optional
+    from huggingface_hub import try_to_load_from_cache  # slow to import
 
     path = try_to_load_from_cache(name, "config.json")
     if isinstance(path, str):

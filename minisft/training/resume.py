@@ -69,8 +69,8 @@ def can_resume(options: Namespace) -> bool:
     if not options.resume_from_checkpoint:
         return False
     output_dir = Path(options.output_dir)
-    is_finished = has_tokenizer(output_dir) and not is_finished_run(options)
-    if is_finished and not any(output_dir.glob("checkpoint-*")):
+    has_other_result = has_tokenizer(output_dir) and not is_finished_run(options)
+    if has_other_result and not any(output_dir.glob("checkpoint-*")):
         raise UserError(
             f"--output_dir {output_dir} holds a finished run without a checkpoint to resume from. "
             "Choose another folder, or add --overwrite_output_dir to start again."
@@ -151,8 +151,13 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 # Resume
 
 
-def template_date(options: Namespace) -> str:
-    """The date that the chat template sees: the date of the resumed run, or now for a new run."""
+def template_date(options: Namespace) -> str | None:
+    """The date that the chat template sees: the date of the resumed run, or now for a new run.
+
+    None with --stage pt, which has no template.
+    """
+    if options.stage == "pt":
+        return None
 
     def find() -> str:
         """The date for all ranks, read on rank 0."""

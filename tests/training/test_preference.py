@@ -858,7 +858,7 @@ def test_equal_answers_are_left_out(stage, checkpoint):
         ]
         and nothing == []
     )
-    with pytest.raises(UserError, match="no row is usable: 2 of 2 rows left out: their answers"):
+    with pytest.raises(UserError, match="no training row is usable: 2 of 2 rows left out: their"):
         loaded(checkpoint, [["yes", "yes"], ["no", "no"]], stage)
 
 
