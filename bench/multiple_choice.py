@@ -29,6 +29,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from minisft.checkpoints.folders import load_model  # noqa: E402
+from minisft.common.words import counted  # noqa: E402
 from minisft.evaluation.benchmark_files import read_subjects  # noqa: E402
 from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS  # noqa: E402
 from minisft.evaluation.choice_prompts import PromptBuilder  # noqa: E402
@@ -111,7 +112,7 @@ def compare(options: Namespace, model_dir: Path) -> None:
     )
     print(
         f"{num_questions} questions of {mean_length:.0f} tokens on average, "
-        f"{options.num_fewshot}-shot, {torch.get_num_threads()} thread(s)"
+        f"{options.num_fewshot}-shot, {counted(torch.get_num_threads(), 'thread')}"
     )
     for index, name in enumerate(("minisft", "lm-evaluation-harness")):
         speed = num_questions / statistics.median(turn[index] for turn in seconds)

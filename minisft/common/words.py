@@ -1,4 +1,4 @@
-"""Words for messages and files: a duration, a list of names, text that UTF-8 can express."""
+"""Words for messages and files: durations, counts, lists of names, text that UTF-8 can express."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,17 @@ MAX_NAMES = 5
 def duration(seconds: float) -> str:
     """A duration in words."""
     if seconds < 120:
-        return f"{seconds:.0f} second{'' if round(seconds) == 1 else 's'}"
+        return counted(round(seconds), "second")
     if seconds < 2 * 3600:
         return f"{seconds / 60:.0f} minutes"
     if seconds < 96 * 3600:
         return f"{seconds / 3600:,.1f} hours"
     return f"{seconds / 86400:,.1f} days"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 step`, `2 steps`. plural: of a noun that does not just take an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def list_names(names: Sequence[str]) -> str:

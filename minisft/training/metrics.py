@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from minisft.common import processes
 from minisft.common.errors import UserError
+from minisft.common.metric_lines import in_words, read_metrics
 from minisft.common.outputs import atomic_write
 from minisft.common.words import duration
 from minisft.training.reports import Reports
@@ -200,32 +201,11 @@ class Progress:
                 self.reports.log(values)
 
 
-def in_words(metrics: Mapping[str, float]) -> str:
-    """{"loss": 0.5, "accuracy": 0.75} -> "loss 0.5000, accuracy 75.0 %"."""
-    parts = []
-    for name, value in metrics.items():
-        if name in ("accuracy", "exact_match"):
-            text = f"{100 * value:.1f} %"
-        elif name == "perplexity":
-            text = f"{value:.2f}"
-        else:
-            text = f"{value:.4f}"
-        parts.append(f"{name.replace('_', ' ')} {text}")
-    return ", ".join(parts)
-
-
 def _rounded(value: float) -> float | None:
     """Six significant digits; None for infinity and NaN, which JSON does not have."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last one that is still being written."""
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_loss(run_dir: str | Path) -> Path:

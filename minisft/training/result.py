@@ -14,12 +14,13 @@ from minisft.checkpoints.folders import (
 )
 from minisft.checkpoints.model_card import write_model_card
 from minisft.common import processes
+from minisft.common.metric_lines import read_metrics
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.saved_form import saved_text
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import checkpoint, resume
 from minisft.training.identity import result_record
-from minisft.training.metrics import plot_loss, read_metrics
+from minisft.training.metrics import plot_loss
 from minisft.training.new_result import new_result
 from minisft.training.run import Run
 from minisft.training.summary import run_summary

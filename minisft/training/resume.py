@@ -24,6 +24,7 @@ from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options, save_options
 from minisft.common.reserved_space import ReservedSpace
+from minisft.common.words import counted
 from minisft.data.batching import Batches
 from minisft.data.dataset import Rows
 from minisft.data.workers import WorkerKilled
@@ -254,8 +255,8 @@ def _restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.d
     """states: one for each rank of the run that saved them."""
     if len(states) != processes.world_size():
         processes.print_rank0(
-            f"{processes.world_size()} processes instead of {len(states)}: dropout draws new "
-            "random numbers"
+            f"{counted(processes.world_size(), 'process', 'processes')} instead of {len(states)}: "
+            "dropout draws new random numbers"
         )
         return
     state = states[processes.rank()]

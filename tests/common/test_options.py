@@ -314,8 +314,8 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
         output_dir=tmp_path / "out",
         dataloader_num_workers=0,
     )
-    assert f" cpu, {dtype}, 1 process(es)" in printed
-    assert f" cpu, {dtype}, 1 process(es)" in here(
+    assert f" cpu, {dtype}, 1 process" in printed
+    assert f" cpu, {dtype}, 1 process" in here(
         score, *model, "--template", "alpaca", "--output", tmp_path / "scores.jsonl"
     )
     assistant = Assistant(checkpoint, template="plain", device="cpu")

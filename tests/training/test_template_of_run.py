@@ -8,12 +8,12 @@ import pytest
 from conftest import as_flags, command
 
 import train
+from minisft.common.metric_lines import read_metrics
 from minisft.common.outputs import recorded_options
 from minisft.data.dataset import open_rows
 from minisft.data.encoding import encode_rows
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import read_metrics
 
 DATED = """{{ strftime_now('%d %b %Y') }}
 {% for m in messages %}<|im_start|>{{ m.role }}
