@@ -266,7 +266,7 @@ def train_step(run: Run, batches: list[Any]) -> StepResult:
     scaler.update()
     run.optimizer.zero_grad()
     # With one process, nothing here reads a number from the GPU, so the CPU prepares the next step
-    # meanwhile. Float16 is an exception: the loss scale is read, and whether the gradient overflowed.
+    # meanwhile. With float16, the scaler reads its scale and whether the gradient overflowed.
     return StepResult(sums, count, grad_norm, failed)
 
 

@@ -18,6 +18,7 @@ from minisft.common.flag_names import OTHER_NAMES
 from minisft.common.model_flags import add_model_flags, add_template_flags, dtype_option
 from minisft.common.outputs import check_output_dir, save_options
 from minisft.common.script import run_script
+from minisft.common.words import counted, duration
 from minisft.evaluation.options import parse_choice_options as choice_options
 from minisft.generation.assistant import Assistant
 from minisft.selection.select_options import parse_options as select_options
@@ -180,6 +181,31 @@ def test_flags_without_effect_are_named(parse, words, lines, capsys):
     parse([*base, *words.split()])
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" has no effect: ")[0] for line in said] == [f"--{n}" for n in lines]
+
+
+def test_the_first_token_that_is_given_twice_is_named():
+    """Always the first: sets of strings have another order in every process."""
+    names = [f"<{name}>" for name in "hgfedcba"]
+    tokens = ["--new_special_tokens", ",".join(names), "--add_tokens", ",".join(reversed(names))]
+    with pytest.raises(UserError, match="^<h> is in --new_special_tokens and in --add_tokens"):
+        train_options([*TRAIN, *tokens])
+
+
+def test_counts_and_durations_in_words():
+    assert [counted(number, "step") for number in (0, 1, 1200)] == [
+        "0 steps",
+        "1 step",
+        "1,200 steps",
+    ]
+    assert [counted(number, "process", "processes") for number in (1, 2)] == [
+        "1 process",
+        "2 processes",
+    ]
+    assert [duration(seconds) for seconds in (0.6, 119, 120)] == [
+        "1 second",
+        "119 seconds",
+        "2 minutes",
+    ]
 
 
 def test_a_record_has_given_only_what_is_not_a_default(tmp_path):
