@@ -43,6 +43,7 @@ from minisft.checkpoints.new_folder import new_folder
 from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
+from minisft.common.metric_lines import read_metrics
 from minisft.common.model_flags import dtype_option, template_options
 from minisft.common.outputs import check_output_dir, check_output_file, recorded_options
 from minisft.common.single_writer import single_writer
@@ -51,7 +52,6 @@ from minisft.gguf.reader import is_gguf
 from minisft.model.lora import merge_lora
 from minisft.text.saved_form import saved_form
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics_log import read_metrics
 
 
 def main(options: Namespace | None = None) -> None:

@@ -39,9 +39,11 @@ from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
 from minisft.checkpoints.reward_models import check_head, load_reward_model
 from minisft.common import processes
 from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
+from minisft.common.metric_lines import in_words
 from minisft.common.model_flags import dtype_option, template_options, template_settings
 from minisft.common.outputs import check_output_file
 from minisft.common.single_writer import single_writer
+from minisft.common.words import counted
 from minisft.model.config import ModelConfig
 from minisft.model.joined_layers import join_layers
 from minisft.model.lora import merge_lora
@@ -57,7 +59,6 @@ from minisft.selection.score_writer import ScoreWriter
 from minisft.selection.scoring import RowReader, Scorer, max_row_length, score_rows
 from minisft.text.template_choice import settings_without_effect, trained_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import in_words
 
 say = processes.print_rank0
 
@@ -111,7 +112,7 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
     of_all = f" of {len(rows):,}" if num_rows < len(rows) else ""
     say(
         f"{num_rows:,}{of_all} rows, {num_to_do:,} to do; template {scorer.template.name}, "
-        f"{device}, {dtype_name(dtype)}, {processes.world_size()} process(es)"
+        f"{device}, {dtype_name(dtype)}, {counted(processes.world_size(), 'process', 'processes')}"
     )
 
     left_out = left_out_by(options.dataset, options.dataset_dir, options.max_samples)

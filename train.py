@@ -1,7 +1,7 @@
 """Fine-tune (or pre-train) a Llama-family model.
 
     python train.py --model_name_or_path examples/base --dataset examples/data/train.json \
-        --template alpaca --finetuning_type lora --output_dir runs/demo
+        --template plain --finetuning_type lora --output_dir runs/demo
 
     torchrun --nproc_per_node 2 train.py ...     # the same on two GPUs or processes
 
@@ -266,8 +266,8 @@ def train_step(run: Run, batches: list[Any]) -> StepResult:
     scaler.step(run.optimizer)
     scaler.update()
     run.optimizer.zero_grad()
-    # With one process, nothing here reads a number from the GPU. So the CPU prepares the next step
-    # meanwhile.
+    # With one process, nothing here reads a number from the GPU, so the CPU prepares the next step
+    # meanwhile. With float16, the scaler reads its scale and whether the gradient overflowed.
     return StepResult(sums, count, grad_norm, failed)
 
 

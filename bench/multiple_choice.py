@@ -31,6 +31,7 @@ from bench.limits import matrix_speed  # noqa: E402
 from bench.results import add_figure, add_results_option  # noqa: E402
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from minisft.checkpoints.folders import load_model  # noqa: E402
+from minisft.common.words import counted  # noqa: E402
 from minisft.evaluation.benchmark_files import read_subjects  # noqa: E402
 from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS  # noqa: E402
 from minisft.evaluation.choice_prompts import PromptBuilder  # noqa: E402
@@ -114,7 +115,7 @@ def compare(options: Namespace, model_dir: Path) -> None:
     )
     print(
         f"{num_questions} questions of {mean_length:.0f} tokens on average, "
-        f"{options.num_fewshot}-shot, {torch.get_num_threads()} thread(s)"
+        f"{options.num_fewshot}-shot, {counted(torch.get_num_threads(), 'thread')}"
     )
     names = "minisft", "lm-evaluation-harness"
     speeds = [num_questions / statistics.median(column) for column in zip(*seconds, strict=True)]

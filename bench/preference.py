@@ -34,6 +34,7 @@ import train  # noqa: E402
 from bench.measure import flags  # noqa: E402
 from bench.tables import update  # noqa: E402
 from minisft.checkpoints.adapters import save_adapter  # noqa: E402
+from minisft.common.metric_lines import read_metrics  # noqa: E402
 from minisft.common.sequences import true_spans  # noqa: E402
 from minisft.data.batching import micro_batches  # noqa: E402
 from minisft.data.encoding import Example  # noqa: E402
@@ -41,7 +42,6 @@ from minisft.model.config import ModelConfig  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
 from minisft.training.build import load_trainable  # noqa: E402
 from minisft.training.data import load_data, load_template  # noqa: E402
-from minisft.training.metrics_log import read_metrics  # noqa: E402
 from minisft.training.options import parse_options  # noqa: E402
 from minisft.training.run import build_schedule, count_rows_per_step  # noqa: E402
 

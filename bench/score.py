@@ -35,6 +35,7 @@ from bench.results import add_figure, add_results_option  # noqa: E402
 from bench.shapes import write_checkpoint  # noqa: E402
 from minisft.checkpoints.folders import load_model  # noqa: E402
 from minisft.common.json_files import read_json  # noqa: E402
+from minisft.common.words import counted  # noqa: E402
 from minisft.data.dataset import Rows, open_rows  # noqa: E402
 from minisft.model.decoder import CausalLM  # noqa: E402
 from minisft.selection.ifd import IfdScorer  # noqa: E402
@@ -159,7 +160,7 @@ def load_and_compare(options: Namespace, model_dir: Path) -> None:
     result = compare(options, ours, theirs.to(device).eval(), rows, template)
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     print(
-        f"{result.num_rows} rows, {device}, {options.dtype}, {threads} thread(s), "
+        f"{result.num_rows} rows, {device}, {options.dtype}, {counted(threads, 'thread')}, "
         f"{options.rounds} rounds in turns; largest relative difference of a score "
         f"{result.difference:.1e}"
     )

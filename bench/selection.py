@@ -47,9 +47,9 @@ from bench.selection_run import Result, Run, operations, prepare, run_one  # noq
 from minisft.common.errors import UserError  # noqa: E402
 from minisft.common.hashes import sha256  # noqa: E402
 from minisft.common.json_files import read_json, write_json  # noqa: E402
+from minisft.common.metric_lines import read_metrics  # noqa: E402
 from minisft.common.outputs import atomic_write  # noqa: E402
 from minisft.common.words import duration  # noqa: E402
-from minisft.training.metrics_log import read_metrics  # noqa: E402
 
 # For the estimate before the first run. Tokens a second of two cores in bfloat16: of training, of
 # forward passes, and of answers; mean tokens of a row; rows of the pool.
@@ -70,26 +70,33 @@ def main(options: Namespace | None = None) -> None:
         missing = missing_runs(runs, results)
         seconds = estimate(options, missing, results)
         print(f"{len(runs)} runs, {len(missing)} to do: about {duration(seconds)}", flush=True)
-        missing = missing[: options.runs]
-        if not missing:
+        if options.runs == 0:
             return
-        began = time.monotonic()
-        options.model_name_or_path = options.model_name_or_path or str(unpack_model())
-        folder.mkdir(parents=True, exist_ok=True)
-        check_settings(options, folder)
-        # Without a line that a crash has left incomplete.
-        with atomic_write(folder / "results.jsonl") as file:
-            file.writelines(json.dumps(result) + "\n" for result in results)
-        prepare(options, folder)
-        write_json(operations(options), folder / "operations.json")
-        end = began + 60 * options.minutes if options.minutes else None
-        for result in run_all(options, missing, end):
-            with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            took = duration(sum(result["seconds"].values()))
-            print(f"{result['strategy']} {result['budget']} seed {result['seed']}: {took}")
+        if missing:
+            run_missing(options, folder, missing[: options.runs], results)
     wanted = [(run.strategy, run.budget, run.seed) for run in runs]
     write_report(folder, wanted, options.write_docs)
+
+
+def run_missing(
+    options: Namespace, folder: Path, missing: Sequence[Run], results: Sequence[Result]
+) -> None:
+    """Run these and add their lines to the results."""
+    began = time.monotonic()
+    options.model_name_or_path = options.model_name_or_path or str(unpack_model())
+    folder.mkdir(parents=True, exist_ok=True)
+    check_settings(options, folder)
+    # Without a line that a crash has left incomplete.
+    with atomic_write(folder / "results.jsonl") as file:
+        file.writelines(json.dumps(result) + "\n" for result in results)
+    prepare(options, folder)
+    write_json(operations(options), folder / "operations.json")
+    end = began + 60 * options.minutes if options.minutes else None
+    for result in run_all(options, missing, end):
+        with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        took = duration(sum(result["seconds"].values()))
+        print(f"{result['strategy']} {result['budget']} seed {result['seed']}: {took}")
 
 
 def wanted_runs(options: Namespace) -> list[Run]:

@@ -3,8 +3,8 @@
     prompts = make_prompts(per_kind=25, seed=0)
     prompts[0].question, prompts[0].is_right("...")
 
-Eight kinds. A check accepts what a reader would accept and nothing else decides: a long answer
-gains nothing. The prompts are in no source of the pool.
+Eight kinds. A check looks at form and facts only, so a long answer gains nothing. The prompts are
+in no source of the pool.
 """
 
 import json
@@ -28,10 +28,11 @@ TOPICS = """bread rain bicycles libraries honey glass bridges sleep salt trains 
 ENGLISH = """Why do leaves fall in autumn?|How is cheese made?|What does a judge do?|
     Why is the sea salty?|How do bees make honey?|What is a bank for?|Why do we sleep?|
     How does a lift work?|What is a comet?|Why do people dance?|What does a baker do?|
-    How do magnets work?|Why do cats purr?""".replace("\n", "").split("|")
+    How do magnets work?|Why do cats purr?"""
 CHINESE = """为什么天会下雨？|怎样泡一杯好茶？|什么是友谊？|图书馆有什么用？|为什么要早睡？|
     怎样学好英语？|什么是春节？|为什么要吃蔬菜？|怎样保护环境？|老师的工作是什么？|
-    什么是互联网？|为什么要运动？|怎样写一封信？""".replace("\n", "").split("|")
+    什么是互联网？|为什么要运动？|怎样写一封信？"""
+ENGLISH, CHINESE = (re.split(r"\|\s*", questions) for questions in (ENGLISH, CHINESE))
 FACTS = [  # a question and whether its answer is yes
     ("Is Paris in France?", True),
     ("Is the sun cold?", False),
@@ -152,9 +153,9 @@ def yes_or_no(generator: np.random.Generator) -> tuple[str, Check]:
 def chinese(generator: np.random.Generator) -> tuple[str, Check]:
     """An answer in Chinese, to a Chinese or an English question."""
     if generator.random() < 0.5:
-        question = f"{pick(generator, CHINESE).strip()}请用一两句话回答。"
+        question = f"{pick(generator, CHINESE)}请用一两句话回答。"
     else:
-        question = f"{pick(generator, ENGLISH).strip()} Answer in Chinese, in one sentence."
+        question = f"{pick(generator, ENGLISH)} Answer in Chinese, in one sentence."
     return question, lambda answer: len(answer.strip()) >= 4 and language_of(answer) == "zh"
 
 

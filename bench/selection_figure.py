@@ -133,12 +133,11 @@ def limit_to_selections(
     last = len({line.label for part in parts for line in part}) - 1
     all_rows = [line for part in parts for line in part if line.strategy == "all"]
     means = [scale * value.mean for line in all_rows if (value := getattr(line, name))]
-    for mean in means[:1]:
-        if abs(mean) > most:
-            side, place = ("left", 0.02) if mean < 0 else ("right", 0.98)
-            where = axes.get_yaxis_transform()
-            text = f"{mean:+.2f}, beyond"
-            axes.text(place, last, text, ha=side, va="center", fontsize=7, transform=where)
+    if means and abs(means[0]) > most:
+        side, place = ("left", 0.02) if means[0] < 0 else ("right", 0.98)
+        where = axes.get_yaxis_transform()
+        text = f"{means[0]:+.2f}, beyond"
+        axes.text(place, last, text, ha=side, va="center", fontsize=7, transform=where)
 
 
 def draw_sources(axes: Axes, part: Sequence[Summary], labels: Sequence[str]) -> None:

@@ -205,9 +205,9 @@ def other_language(
 ) -> str:
     """The answer of a row in the other language."""
     donor = int(generator.integers(len(pool)))
-    languages = [SOURCES[pool[place]["source"]].language for place in (number, donor)]
-    is_other = languages[0] != languages[1] and language_of(answers[donor]["content"])
-    return answers[donor]["content"] if is_other == languages[1] else ""
+    own, other = (SOURCES[pool[place]["source"]].language for place in (number, donor))
+    answer = answers[donor]["content"]
+    return answer if own != other and language_of(answer) == other else ""
 
 
 def talk(

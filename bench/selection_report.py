@@ -22,8 +22,8 @@ from bench.selection_figure import Estimate, Summary, draw
 from bench.selection_options import STRATEGIES, Budget
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
+from minisft.common.metric_lines import read_metrics
 from minisft.common.outputs import atomic_write
-from minisft.training.metrics_log import read_metrics
 
 Result = dict[str, Any]  # a line of results.jsonl
 # The values of a run: {source or kind of prompt: one for each row}; None if a row was too long.

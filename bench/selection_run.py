@@ -30,6 +30,7 @@ from bench.selection_pool import TARGET_SOURCES, Record, make_data
 from minisft.checkpoints import hub
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.json_files import write_rows
+from minisft.common.metric_lines import read_metrics
 from minisft.data.dataset import load_rows
 from minisft.evaluation.compare import Item, answer_items, read_items, reference_losses
 from minisft.generation.assistant import Assistant
@@ -39,7 +40,6 @@ from minisft.selection.score_options import parse_options as score_options
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.build import model_on_meta
-from minisft.training.metrics_log import read_metrics
 from minisft.training.operations import forward_operations, training_operations
 from minisft.training.options import parse_options as train_options
 

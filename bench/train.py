@@ -43,6 +43,7 @@ from bench.peer_trainer import EncodedRow, Result, train_with_trainer  # noqa: E
 from bench.results import add_figure, add_results_option  # noqa: E402
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from bench.training_run import new_run  # noqa: E402
+from minisft.common.metric_lines import read_metrics  # noqa: E402
 from minisft.data.batching import Batches  # noqa: E402
 from minisft.data.dataset import load_rows  # noqa: E402
 from minisft.data.encoding import Example  # noqa: E402
@@ -53,7 +54,6 @@ from minisft.text.template_choice import get_template  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
 from minisft.training.build import load_trainable, model_on_meta  # noqa: E402
 from minisft.training.lengths import already_encoded  # noqa: E402
-from minisft.training.metrics_log import read_metrics  # noqa: E402
 from minisft.training.objective import NextToken  # noqa: E402
 from minisft.training.operations import training_operations  # noqa: E402
 from minisft.training.options import parse_options as parse_training_options  # noqa: E402

@@ -43,10 +43,10 @@ def main() -> None:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
     # Imported here, so that train.py starts at once.
+    from minisft.common.metric_lines import read_metrics
     from minisft.data.dataset import load_rows
     from minisft.generation.assistant import Assistant
     from minisft.generation.sampling import Sampling
-    from minisft.training.metrics_log import read_metrics
 
     held_out = load_rows(DATA / "heldout.json")
     prompts = [{"messages": row.messages[:-1]} for row in held_out]

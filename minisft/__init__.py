@@ -12,6 +12,8 @@ The names in PUBLIC stay; everything else may move. Each is imported at its firs
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.2.0"
+
 # The modules that define the public names.
 PUBLIC = {
     "Assistant": "minisft.generation.assistant",

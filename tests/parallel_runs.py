@@ -16,9 +16,9 @@ from forks import run_script
 from safetensors.torch import load_file
 
 from minisft.checkpoints.folders import save_model
+from minisft.common.metric_lines import read_metrics
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.training.metrics_log import read_metrics
 
 # Processes -> batch size and accumulation; a step has eight rows.
 BATCHES = {1: (8, 1), 2: (2, 2), 4: (1, 2)}

@@ -179,7 +179,10 @@ class PretendGpu(TorchDispatchMode):
             if not is_free:
                 self._wait(func)
         elif packet is aten.copy_ and inputs_on_gpu[0] != inputs_on_gpu[1]:
-            is_free = inputs_on_gpu[0] and (kwargs.get("non_blocking") or args[1].dim() == 0)
+            # A number goes to the GPU as an argument of the kernel.
+            non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
+            is_asynchronous = non_blocking and id(args[1]) in self.pinned
+            is_free = inputs_on_gpu[0] and (is_asynchronous or args[1].dim() == 0)
             if not is_free:
                 self._wait(func)
         elif packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):

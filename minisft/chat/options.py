@@ -8,7 +8,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable
 
-from minisft.common.command_line import OptionParser, check_rules, optional_int, positive_int
+from minisft.common.command_line import (
+    OptionParser,
+    check_rules,
+    optional_int,
+    positive_int,
+    report_without_effect,
+)
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, add_template_flags
 from minisft.common.option_types import with_line_breaks
@@ -117,6 +123,10 @@ def check_options(options: Namespace, given: set[str]) -> None:
         raise UserError("--compile is for conversations. --file is answered in batches.")
     if options.compile and options.quantization_bit == 4:
         raise UserError("--compile contradicts --quantization_bit 4. Use --quantization_bit 8.")
+    if not options.web:  # the page has a switch for greedy answers
+        reason = "--greedy takes the most probable token"
+        ignored = {"temperature", "top_k", "top_p", "seed"}
+        report_without_effect(given, [(ignored, options.greedy, reason)])
 
 
 def read_question(options: Namespace) -> str | None:

@@ -7,7 +7,8 @@
         print(piece, end="")
 
 Every line is JSON: {"time", "conversation", "role", "content"}, and "reasoning_content" for
-thoughts. A slow answer takes several lines; the last of them has "end": "complete" or "stopped".
+thoughts. A slow answer takes several lines; the last of them has "end": "complete", "truncated" if
+the answer reached its maximum length, or "stopped".
 """
 
 import json
@@ -74,7 +75,7 @@ class Transcript:
                     num_written, num_thoughts = len(answer.text), len(answer.reasoning_content)
                     written = time.monotonic()
                 yield piece
-            end = "complete"
+            end = "truncated" if answer.is_truncated else "complete"
         finally:
             write(**more, end=end)
 

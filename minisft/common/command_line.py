@@ -176,7 +176,12 @@ class OptionParser(argparse.ArgumentParser):
         A flag that was set to its default is given too. A switch that was set to false is not,
         because it changes nothing.
         """
-        return {name for name in self._given if vars(options)[name] not in (None, False)}
+        values = vars(options)
+        return {
+            name
+            for name in self._given
+            if values[name] is not None and values[name] is not False  # 0 was given
+        }
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for a wrong command line: raise UserError."""
@@ -316,3 +321,15 @@ class OptionParser(argparse.ArgumentParser):
         name = unknown.removeprefix("--")
         near = nearest_flag(name.replace("-", "_"), self._flags)
         return unknown + (f" (did you mean {unknown.replace(name, near)}?)" if near else "")
+
+
+def report_without_effect(given: set[str], rules: Sequence[tuple[set[str], Any, str]]) -> None:
+    """Print a line for each given flag without effect, on rank 0.
+
+    These are flags that people pass together out of habit; others are errors. rules: (flags, when
+    they have no effect, why).
+    """
+    for flags, is_unused, reason in rules:
+        if is_unused and announced_rank() == 0:
+            for name in sorted(flags & given):
+                print(f"--{name} has no effect: {reason}", file=sys.stderr)

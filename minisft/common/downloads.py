@@ -28,7 +28,7 @@ def download(
 
     repo_type: "model" or "dataset". offline: take them from the cache. UserError if that fails.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # slow to import, as in the functions below
 
     try:
         folder = snapshot_download(

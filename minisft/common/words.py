@@ -1,4 +1,4 @@
-"""Words for messages: a duration, a size, a list of names, text that UTF-8 can express."""
+"""Words for messages and files: durations, sizes, counts, lists of names, text for UTF-8."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ MAX_NAMES = 5
 def duration(seconds: float) -> str:
     """A duration in words."""
     if seconds < 120:
-        return f"{seconds:.0f} second{'' if round(seconds) == 1 else 's'}"
+        return counted(round(seconds), "second")
     if seconds < 2 * 3600:
         return f"{seconds / 60:.0f} minutes"
     if seconds < 96 * 3600:
@@ -22,6 +22,11 @@ def file_size(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:,.1f} {unit}"
     return f"{num_bytes / 1000:.1f} KB"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 step`, `2 steps`. plural: of a noun that does not just take an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def list_names(names: Sequence[str]) -> str:

@@ -48,7 +48,7 @@ def batches_of_rows(
     """
     encode = partial(encode, template=template, cutoff_len=cutoff_len, vocab_size=vocab_size)
     examples, report = read_and_encode(rows, encode, evenly_spread(len(rows), SAMPLE_ROWS))
-    check_learnable(examples, report)
+    check_learnable(examples, report, "training")
     order = None
     if report.num_left_out:
         counted = evenly_spread(len(rows), MAX_COUNTED)
@@ -97,7 +97,7 @@ def batches_of_texts(
 
     sample = evenly_spread(len(starts), max(4, SAMPLE_BYTES // run_bytes))
     examples, report = read_and_encode(texts, encode, order.rows_of(sample))
-    check_learnable(examples, report)
+    check_learnable(examples, report, "training")
     num_tokens = sum(len(example.ids) for example in examples)
     total_tokens = num_tokens * run_sizes.sum() / run_sizes[sample].sum()
     order.num_examples = max(1, math.ceil(total_tokens / block_size))
@@ -111,7 +111,7 @@ def held_out_examples(
     examples, report = read_and_encode(rows, batches.encode)
     if report:
         print_line(f"evaluation: {report}")
-    check_learnable(examples, report)
+    check_learnable(examples, report, "evaluation")
     return examples
 
 
@@ -136,10 +136,10 @@ def first_blocks(batches: Batches, count: int) -> list[Example]:
         num_texts *= 2
 
 
-def check_learnable(examples: list[Example], report: EncodeReport) -> None:
-    """Raise UserError if there are no examples."""
+def check_learnable(examples: list[Example], report: EncodeReport, purpose: str) -> None:
+    """Raise UserError if there are no examples. purpose: of the rows, training or evaluation."""
     if examples:
         return
-    if 0 < report.num_equal == report.num_rows:
-        raise UserError(f"no row is usable: {report}")
-    raise UserError("no row has an answer left after truncation; raise --cutoff_len")
+    if report.num_truncated:
+        raise UserError(f"no {purpose} row has an answer left after truncation; raise --cutoff_len")
+    raise UserError(f"no {purpose} row is usable{f': {report}' if report else ''}")

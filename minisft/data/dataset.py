@@ -264,7 +264,8 @@ def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine, replace_f
     records, rows, good, broken = file.records, Rows([file], None, skipped is not None), [], []
     changes, placeholders = Counter[str](), PlaceholderNote()
     is_small = records.size <= CHECKED_BYTES
-    for number in range(len(rows) if is_small else min(len(rows), CHECKED_ROWS)):
+    num_checked = len(rows) if is_small else min(len(rows), CHECKED_ROWS)
+    for number in range(num_checked):
         try:
             row = rows[number]
         except BadRow as error:
@@ -283,7 +284,7 @@ def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine, replace_f
     if broken and skipped is None:
         share = f"{len(broken)} of {len(good) + len(broken)} rows broken"
         raise UserError(f"{broken[0]} ({share}; --skip_bad_rows leaves them out)")
-    num_rows = f"{len(good)} rows" if is_small else f"the first {CHECKED_ROWS:,} rows"
+    num_rows = f"{len(good)} rows" if is_small else f"the first {num_checked:,} rows"
     for change, count in changes.items():
         say(f"{records.path}: {count} of {num_rows} {change}")
     if note := placeholders.line(num_rows, replace_flag):

@@ -56,8 +56,8 @@ class Turns:
 class Caches:
     """The KV caches of the latest conversations. Threads may use it at the same time.
 
-    new_cache: creates an empty KeyValueCache. limit: how many caches exist, kept or in use, unless
-    more are in use at the same time.
+    new_cache: creates an empty KeyValueCache. limit: the number of caches; more exist only while
+    more conversations are answered at once.
     """
 
     def __init__(self, new_cache: Callable[[], KeyValueCache], limit: int = 1):

@@ -36,6 +36,9 @@ ARCHITECTURES = {
     "baichuan": "baichuan",
 }
 INTERLEAVED = ("llama", "smollm3", "baichuan")
+# The files of these have vocab_size and rope.dimension_count, too, as llama.cpp's converter writes
+# them for Llama models. For the others, llama.cpp derives both from the rest of the file.
+WITH_SIZES = ("llama", "smollm3", "baichuan")
 # A matrix of Baichuan2 that the file holds as three, and what other families call them.
 FUSED, PARTS = "W_pack", ("q_proj", "k_proj", "v_proj")
 MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -133,7 +136,7 @@ def architecture_fields(config: ModelConfig) -> dict[str, Any]:
         fields["rope.scaling.factor"] = float(scaling["factor"])
     if scaling.get("rope_type") == "yarn":
         fields |= _yarn_fields(config, scaling)
-    if architecture in INTERLEAVED:
+    if architecture in WITH_SIZES:
         fields |= {"vocab_size": config.vocab_size, "rope.dimension_count": config.head_dim}
     return {f"{architecture}.{name}": value for name, value in fields.items()}
 

@@ -43,7 +43,7 @@ def alibi_factors(
 ) -> tuple[Tensor, Tensor]:
     """The numbers to append to queries (1, H, T, 8) and to keys (B or 1, 1, T, 8).
 
-    positions: (T,) or (B, T), up to 65,535: at 65,536, the multiple of 256 needs a ninth bit.
+    positions: (T,) or (B, T), up to 65,791: the next is 257 * 256, and 257 has nine bits.
     """
     # Attention divides by the root of the width, that of these dimensions included.
     rest = alibi_slopes(config.num_attention_heads) * math.sqrt(config.head_dim + ALIBI_WIDTH)

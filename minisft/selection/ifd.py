@@ -55,7 +55,7 @@ class PassResult:
 
 
 class IfdScorer:
-    """Scores rows by IFD, embeds them, or both: `parts` is "ifd", "embed".
+    """Scores rows by IFD, embeds them, or both. `parts` holds "ifd", "embed" or both.
 
     A row of more than `cutoff_len` tokens gets no IFD: a truncated answer has another loss.
     pooling: "mean" or "weighted", see above.

@@ -1,6 +1,6 @@
 """RDS+: choose the rows that are nearest to a few rows of the target task.
 
-    similarities = similarity_to_targets(embeddings, rows, [targets])     # (targets, rows), cosine
+    similarities = similarity_to_targets(embeddings, rows, [targets])     # (turns, len(rows))
     chosen = nearest_to_targets(similarities, rows, number=100)
 
 Representation-based data selection, "Large-Scale Data Selection for Instruction Tuning" (arXiv
@@ -22,8 +22,8 @@ def similarity_to_targets(
 ) -> np.ndarray:
     """(turns, len(rows)): how near each row is to the target rows, by cosine.
 
-    tasks: target rows (n, D) of each task. One task: a turn is one target row. Several tasks: a
-    turn is a task, and its nearest target row counts.
+    tasks: target rows (n, D) of each task. A turn is a target row or, with several tasks, a task,
+    of which the nearest target row counts.
     """
     units = UnitRows(embeddings, rows)
     targets = np.concatenate([UnitRows(task, np.arange(len(task)))[:] for task in tasks])
@@ -42,7 +42,7 @@ def similarity_to_targets(
 def nearest_to_targets(similarities: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
     """The targets take turns: each picks its nearest row that is not taken (rds; 2503.01807).
 
-    similarities: (targets, len(rows)).
+    similarities: (turns, len(rows)); a turn is a target row or, with several tasks, a task.
     """
     check_enough(rows, number)
     # When a target has its turn, at least one of its first `number` rows is free.

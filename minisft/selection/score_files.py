@@ -53,8 +53,8 @@ def read_scores(
 ) -> dict[str, np.ndarray]:
     """{name: array (rows,)} of a complete file of scores: NUMBERS, NaN for null, and `reason`.
 
-    UserError if a row is missing or there twice, if the file has the lines of several modes, or if
-    a scored row lacks the score `needed`.
+    UserError if a row is missing or appears twice, if the file has the lines of several modes, or
+    if a scored row lacks the score `needed`.
     """
     modes: set[str] = set()
     columns = {name: np.full(num_rows, np.nan) for name in NUMBERS}

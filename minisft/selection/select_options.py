@@ -9,7 +9,13 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from minisft.common.command_line import OptionParser, non_negative_int, positive_float, positive_int
+from minisft.common.command_line import (
+    OptionParser,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    report_without_effect,
+)
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_dataset_flags
 
@@ -30,6 +36,7 @@ STRATEGIES = {
     "ifd_ppl+facility": ("scores", "embeddings"),
     "rds": ("embeddings", "target"),
 }
+RANDOM = ("random", "random_matched", "cluster")  # their choice depends on --seed
 # Other names of strategies.
 ALIASES = {
     **dict.fromkeys(("kmeans", "k-means", "k_means"), "cluster"),
@@ -211,6 +218,8 @@ def check_options(options: Namespace, given: set[str]) -> None:
         raise UserError(
             f"--embeddings {options.embeddings}: give the file that ends in .embeddings.npy"
         )
+    reason = f"--strategy {strategy} draws nothing at random"
+    report_without_effect(given, [({"seed"}, strategy not in RANDOM, reason)])
     for flag, low, high in (
         ("sample_rate", 0, 1),
         ("top_rate", 0, 1),

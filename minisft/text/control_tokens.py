@@ -63,9 +63,9 @@ class ControlTokens:
         A string may contain the token, or begin or end with a part of it.
         """
         for string in written:
-            for match in self.find(string)[:1]:
-                return self.spellings[match.id]
-        for token in {self.spellings[match.id] for match in self.find(text)}:
+            if matches := self.find(string):
+                return self.spellings[matches[0].id]
+        for token in dict.fromkeys(self.spellings[match.id] for match in self.find(text)):
             parts = range(1, len(token))
             heads, tails = tuple(token[:n] for n in parts), tuple(token[n:] for n in parts)
             for string in map(str.strip, written):

@@ -69,10 +69,10 @@ def get_template(
             f"template {name} needs the tokens {', '.join(TURN_TOKENS)} of Baichuan2, which the "
             f"tokenizer of {tokenizer.source} does not have; choose another --template"
         )
-    for match in template.tokens.find(default_system or "")[:1]:
+    if matches := template.tokens.find(default_system or ""):
+        token = template.tokens.spellings[matches[0].id]
         raise UserError(
-            f"--default_system contains {template.tokens.spellings[match.id]!r}, a control token "
-            "of this tokenizer; remove it"
+            f"--default_system contains {token!r}, a control token of this tokenizer; remove it"
         )
     if default_system and not template.facts.knows_system:
         raise UserError(f"--default_system: the template {name} supports no system prompt")

@@ -1,4 +1,6 @@
-"""Train an adapter further: `--adapter` alone says which base and which template.
+"""The options that an adapter's training recorded.
+
+With --adapter alone, they give base and template:
 
 complete_options(options)           # model_name_or_path, template, default_system, ...
 """
@@ -12,8 +14,9 @@ from minisft.text.template_choice import CHAT_TEMPLATE
 
 
 def complete_options(options: Namespace) -> None:
-    """Set the base of --adapter, and the template flags of its training that are not given.
+    """Set the base of --adapter, and the template flags of its training.
 
+    A template flag that is given stays, except --template auto, which means that of the training.
     Without --adapter nothing changes.
     """
     options.model_name_or_path = model_or_base(

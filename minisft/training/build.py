@@ -20,6 +20,7 @@ from minisft.checkpoints.hub import resolve_adapter
 from minisft.checkpoints.reward_models import load_reward_model
 from minisft.common import processes
 from minisft.common.devices import check_compile, dtype_name, has_fast_bfloat16
+from minisft.common.words import counted
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
@@ -158,14 +159,14 @@ def describe_training(
     options: Namespace, model: Model, dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> str:
     """A line for the log: rows or blocks of text, parameters, device, number type."""
-    kind = "blocks" if options.stage == "pt" else "rows"
-    num_threads = torch.get_num_threads()
-    threads = f", {num_threads} thread(s) each" if device.type == "cpu" else ""
+    rows = counted(num_rows, "block" if options.stage == "pt" else "row")
+    threads = counted(torch.get_num_threads(), "thread")
+    each = f", {threads} each" if device.type == "cpu" else ""
     text = (
-        f"{num_rows:,} {kind}; training {num_trainable(model):,} of "
+        f"{rows}; training {num_trainable(model):,} of "
         f"{count_parameters(model):,} parameters "
         f"({options.finetuning_type}) on {device}, {dtype_name(dtype)}, "
-        f"{processes.world_size()} process(es){threads}"
+        f"{counted(processes.world_size(), 'process', 'processes')}{each}"
     )
     is_known = device.type != "mps"  # its speed is not measured
     if dtype == torch.bfloat16 and is_known and not has_fast_bfloat16(device):

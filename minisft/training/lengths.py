@@ -149,7 +149,7 @@ def estimate_lengths(
         known[row], report_of_row = read_and_encode(batches.rows, batches.encode, [row])
         report.add(report_of_row)
     all_known = list(chain.from_iterable(known.values()))
-    check_learnable(all_known, report)
+    check_learnable(all_known, report, "training")
     num_tokens = sum(len(example.ids) for example in all_known)
     tokens_per_byte = num_tokens / sizes[[row for row in known if known[row]]].sum()
     supervised_share = sum(example.supervised.sum() for example in all_known) / num_tokens

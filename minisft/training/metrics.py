@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from minisft.common import processes
 from minisft.common.errors import UserError
+from minisft.common.metric_lines import in_words, read_metrics
 from minisft.common.outputs import despite_full_disk, save_figure
 from minisft.common.words import duration
-from minisft.training.metrics_log import MetricsLog, read_metrics
+from minisft.training.metrics_log import MetricsLog
 from minisft.training.reports import Reports
 
 # Without a terminal, a line of progress comes at most this often.
@@ -211,20 +212,6 @@ class Progress:
                 )
             if self.reports:
                 self.reports.log(values)
-
-
-def in_words(metrics: Mapping[str, float]) -> str:
-    """{"loss": 0.5, "accuracy": 0.75} -> "loss 0.5000, accuracy 75.0 %"."""
-    parts = []
-    for name, value in metrics.items():
-        if name in ("accuracy", "exact_match"):
-            text = f"{100 * value:.1f} %"
-        elif name == "perplexity":
-            text = f"{value:.2f}"
-        else:
-            text = f"{value:.4f}"
-        parts.append(f"{name.replace('_', ' ')} {text}")
-    return ", ".join(parts)
 
 
 def _rounded(value: float) -> float | None:

@@ -2,9 +2,7 @@
 
     loss of a step = - sum of log p(token | tokens before it) over its N supervised tokens / N
 
-An objective returns sums, not means. The mean of an optimizer step is known only after all of its
-micro-batches, on all ranks, have counted their tokens; averaging the means of micro-batches would
-give tokens in short batches more weight.
+An objective returns sums, not means; model/loss.py says why.
 
 The tour explains it: docs/tour/06_loss.md.
 """

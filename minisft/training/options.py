@@ -40,6 +40,7 @@ from minisft.common.option_types import (
 )
 from minisft.training.reports import chosen_services, service_names
 from minisft.training.schedule_settings import SETTINGS, check_settings
+from minisft.training.unused_options import note_unused
 
 EXAMPLES = """\
   python train.py --model_name_or_path M --dataset rows.json --dry_run --show_samples 3
@@ -84,6 +85,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     _add_plan_flags(*parser.section("plan"))
     options = parser.parse_options(arguments)
     check_options(options, parser.given(options))
+    note_unused(options, parser.given(options))
     _set_dependent_defaults(options)
     return options
 
@@ -308,7 +310,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         ),
         ({"lr_end"}, options.lr_scheduler_type != "polynomial", "needs a polynomial schedule"),
         (
-            {"warmup_ratio", "warmup_steps"},
+            {name for name in ("warmup_ratio", "warmup_steps") if getattr(options, name)},
             options.lr_scheduler_type == "constant",
             "contradicts --lr_scheduler_type constant; constant_with_warmup has a warm-up",
         ),
@@ -329,8 +331,8 @@ def check_options(options: Namespace, given: set[str]) -> None:
         ({"device_tflops"}, options.tokens_per_second, "contradicts --tokens_per_second"),
     ]
     check_rules(rules, given)
-    for token in set(special) & set(ordinary):
-        raise UserError(f"{token} is in --new_special_tokens and in --add_tokens. Choose one.")
+    if twice := [token for token in special if token in ordinary]:
+        raise UserError(f"{twice[0]} is in --new_special_tokens and in --add_tokens. Choose one.")
     chosen_services(options)
     check_settings(options.lr_scheduler_type, scheduler_settings(options))
     if not (options.dataset or options.train_dir):

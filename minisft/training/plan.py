@@ -21,7 +21,7 @@ from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.tensor_files import parse_size
 from minisft.common.torchrun import announced_processes, announced_rank
-from minisft.common.words import duration
+from minisft.common.words import counted, duration
 from minisft.model.config import ModelConfig
 from minisft.model.quantized import count_parameters
 from minisft.model.reward import Model
@@ -78,7 +78,7 @@ def local_folder(name: str) -> Path:
     """The folder of a model on this machine. UserError instead of a download."""
     if Path(name).expanduser().exists() or name.count("/") != 1:
         return resolve(name)
-    from huggingface_hub import try_to_load_from_cache  # optional
+    from huggingface_hub import try_to_load_from_cache  # slow to import
 
     path = try_to_load_from_cache(name, "config.json")
     if isinstance(path, str):
@@ -167,8 +167,8 @@ def print_data(options: Namespace, data: Data, num_processes: int) -> int | None
     """Print rows, tokens, padding and steps; returns the number of steps, None if not known."""
     rows_per_step, epoch = count_rows_per_step(options, num_processes), data.epoch
     each = (
-        f"{rows_per_step:,} rows each ({options.per_device_train_batch_size} x "
-        f"{options.gradient_accumulation_steps} x {num_processes} processes)"
+        f"{counted(rows_per_step, 'row')} each ({options.per_device_train_batch_size} x "
+        f"{options.gradient_accumulation_steps} x {counted(num_processes, 'process', 'processes')})"
     )
     print(f"lengths     {': '.join(filter(None, [data.origin, data.spread]))}")
     if data.report:

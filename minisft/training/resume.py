@@ -25,6 +25,7 @@ from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options, save_options
 from minisft.common.reserved_space import ReservedSpace
+from minisft.common.words import counted
 from minisft.data.batching import Batches
 from minisft.data.dataset import Rows
 from minisft.data.workers import WorkerKilled
@@ -74,8 +75,8 @@ def can_resume(options: Namespace) -> bool:
     if which != "auto":  # from another run, or before the end of a finished one: it overwrites
         is_same_run = Path(which).resolve().parent == output_dir.resolve()
         return is_same_run and not read_record(output_dir)
-    is_finished = has_tokenizer(output_dir) and not is_finished_run(options)
-    if is_finished and not any(output_dir.glob("checkpoint-*")):
+    has_other_result = has_tokenizer(output_dir) and not is_finished_run(options)
+    if has_other_result and not any(output_dir.glob("checkpoint-*")):
         raise UserError(
             f"--output_dir {output_dir} holds a finished run without a checkpoint to resume from. "
             "Choose another folder, or add --overwrite_output_dir to start again."
@@ -160,8 +161,13 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 # Resume
 
 
-def template_date(options: Namespace) -> str:
-    """The date that the chat template sees: the date of the resumed run, or now for a new run."""
+def template_date(options: Namespace) -> str | None:
+    """The date that the chat template sees: the date of the resumed run, or now for a new run.
+
+    None with --stage pt, which has no template.
+    """
+    if options.stage == "pt":
+        return None
 
     def find() -> str:
         """The date for all ranks, read on rank 0."""
@@ -258,8 +264,8 @@ def _restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.d
     """states: one for each rank of the run that saved them."""
     if len(states) != processes.world_size():
         processes.print_rank0(
-            f"{processes.world_size()} processes instead of {len(states)}: dropout draws new "
-            "random numbers"
+            f"{counted(processes.world_size(), 'process', 'processes')} instead of {len(states)}: "
+            "dropout draws new random numbers"
         )
         return
     state = states[processes.rank()]

@@ -1,6 +1,6 @@
 """The state of a training run, handed from step to step.
 
-`main` in train.py fills a Run; resume.py saves and restores it.
+`fine_tune` in train.py fills a Run; resume.py saves and restores it.
 """
 
 import math

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minisft.common.words import duration
+from minisft.common.words import counted, duration
 from minisft.training.run import Run
 
 
@@ -19,7 +19,7 @@ def run_summary(run: Run) -> str:
     """Steps, time, losses, speed, memory, and the command that uses the result. For rank 0."""
     progress = run.progress
     seconds = max(1e-9, time.monotonic() - progress.started)
-    parts = [f"{progress.step} steps"]
+    parts = [counted(progress.step, "step")]
     if progress.first_step:
         parts[0] += f", {progress.step - progress.first_step} of them since the checkpoint,"
     parts[0] += f" in {duration(seconds)}"

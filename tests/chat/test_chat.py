@@ -20,7 +20,9 @@ from full_disk import file_size_limit
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
 from minisft.chat.terminal import Conversation, converse
+from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
+from minisft.generation.answer import Answer
 from minisft.generation.context import Context
 from minisft.generation.sampling import Sampling
 from minisft.text.template_choice import get_template
@@ -411,7 +413,22 @@ def test_log_stats_and_refused_turns(tiny_chat_model_dir, oracle, tmp_path):
             joined.append({"role": row["role"], "content": row["content"]})
     assert joined == told
     assert [row["conversation"] for row in rows if row["role"] == "user"] == [1, 2, 2]
-    assert [row["end"] for row in rows if "end" in row] == ["complete"] * 3
+    assert [row["end"] for row in rows if "end" in row] == ["truncated"] * 3
+
+
+@pytest.mark.parametrize("end", ["complete", "truncated", "stopped"])
+def test_the_last_line_of_an_answer_says_how_it_ended(end, tmp_path):
+    answer = Answer(started=0.0, num_prompt_tokens=1, is_truncated=end == "truncated")
+    answer.pieces = (piece for piece in ["the ", "cat"])
+    transcript = Transcript(tmp_path / "log.jsonl")
+    pieces = transcript.log_answer(1, answer)
+    next(pieces)
+    if end == "stopped":
+        pieces.close()
+    else:
+        list(pieces)
+    (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (line["content"], line["end"]) == ("the " + "cat" * (end != "stopped"), end)
 
 
 def test_a_crash_loses_nothing_of_the_transcript(tiny_chat_model_dir, oracle, tmp_path):

@@ -345,14 +345,15 @@ def served(tiny_chat_model_dir):
 def request(address, path, body=None, **headers):
     """(status, headers, text) of a request: a GET, or a POST of a body."""
     connection = http.client.HTTPConnection(address.split("/")[2], timeout=HANG_SECONDS)
-    connection.request(
-        "GET" if body is None else "POST",
-        f"/{path}",
-        body,
-        {name.replace("_", "-"): value for name, value in headers.items()},
-    )
-    response = connection.getresponse()
-    return response.status, response.headers, response.read().decode()
+    with contextlib.closing(connection):
+        connection.request(
+            "GET" if body is None else "POST",
+            f"/{path}",
+            body,
+            {name.replace("_", "-"): value for name, value in headers.items()},
+        )
+        response = connection.getresponse()
+        return response.status, response.headers, response.read().decode()
 
 
 def ask_over_http(address, question, session, **headers):

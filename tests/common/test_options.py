@@ -9,6 +9,7 @@ from conftest import ROOT, command
 
 import score
 import train
+from minisft.chat.options import parse_options as chat_options
 from minisft.common import devices
 from minisft.common.command_line import OptionParser
 from minisft.common.devices import resolve_device, resolve_dtype
@@ -17,7 +18,10 @@ from minisft.common.flag_names import OTHER_NAMES
 from minisft.common.model_flags import add_model_flags, add_template_flags, dtype_option
 from minisft.common.outputs import check_output_dir, save_options
 from minisft.common.script import run_script
+from minisft.common.words import counted, duration
+from minisft.evaluation.options import parse_choice_options as choice_options
 from minisft.generation.assistant import Assistant
+from minisft.selection.select_options import parse_options as select_options
 from minisft.training.options import parse_options as train_options
 
 
@@ -129,6 +133,80 @@ def test_given_flags_are_known_also_at_their_default(tmp_path):
     assert parser.given(options) == {"config", "model_name_or_path", "names", "plot_loss"}
     options = parser.parse_options(["--config", str(recipe), "--plot_loss", "false"])
     assert "plot_loss" not in parser.given(options)
+    options = parser.parse_options([*MODEL, "--lora_rank", "0", "--learning_rate", "0"])
+    assert parser.given(options) == {"model_name_or_path", "lora_rank", "learning_rate"}
+
+
+def test_a_flag_of_zero_that_has_no_effect_is_refused():
+    words = [*MODEL, "--dataset", "d", "--output_dir", "o"]
+    with pytest.raises(UserError, match="--lora_dropout belongs to --finetuning_type lora"):
+        train_options([*words, "--finetuning_type", "full", "--lora_dropout", "0"])
+    with pytest.raises(UserError, match="--seed .* needs --n_times"):
+        choice_options("ceval", [*MODEL, "--data_dir", "d", "--output_dir", "o", "--seed", "0"])
+    # No warm-up is what a constant schedule has.
+    train_options([*words, "--lr_scheduler_type", "constant", "--warmup_steps", "0"])
+
+
+TRAIN = [*MODEL, "--dataset", "d", "--output_dir", "o"]
+SELECT = ["--dataset", "d", "--output", "o.json", "--sample_rate", "0.5", "--seed", "3"]
+
+
+@pytest.mark.parametrize(
+    "parse, words, lines",
+    [
+        (train_options, "--max_steps 5 --num_train_epochs 3", ["num_train_epochs"]),
+        (train_options, "--max_steps -1 --num_train_epochs 3", []),
+        (train_options, "--warmup_ratio 0.1 --warmup_steps 0", ["warmup_ratio"]),
+        (train_options, "--warmup_ratio 0.1", []),
+        (train_options, "--run_name a", ["run_name"]),
+        (train_options, "--run_name a --report_to tensorboard", []),
+        (train_options, "--per_device_eval_batch_size 4", ["per_device_eval_batch_size"]),
+        (train_options, "--per_device_eval_batch_size 4 --validation_split 0.1", []),
+        (train_options, "--stage pt --template_date 2026-07-26", ["template_date"]),
+        (train_options, "--template_date 2026-07-26", []),
+        (
+            train_options,
+            "--dry_run --plot_loss --report_to tensorboard",
+            ["plot_loss", "report_to"],
+        ),
+        (chat_options, "--greedy --temperature 0.3 --seed 4", ["seed", "temperature"]),
+        (chat_options, "--temperature 0.3 --seed 4", []),
+        (chat_options, "--web --greedy --temperature 0.3", []),
+        (select_options, "--strategy ifd --scores s.jsonl", ["seed"]),
+        (select_options, "--strategy random", []),
+        (select_options, "--strategy cluster --embeddings e.embeddings.npy", []),
+    ],
+)
+def test_flags_without_effect_are_named(parse, words, lines, capsys):
+    base = {train_options: TRAIN, chat_options: MODEL, select_options: SELECT}[parse]
+    parse([*base, *words.split()])
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" has no effect: ")[0] for line in said] == [f"--{n}" for n in lines]
+
+
+def test_the_first_token_that_is_given_twice_is_named():
+    """Always the first: sets of strings have another order in every process."""
+    names = [f"<{name}>" for name in "hgfedcba"]
+    tokens = ["--new_special_tokens", ",".join(names), "--add_tokens", ",".join(reversed(names))]
+    with pytest.raises(UserError, match="^<h> is in --new_special_tokens and in --add_tokens"):
+        train_options([*TRAIN, *tokens])
+
+
+def test_counts_and_durations_in_words():
+    assert [counted(number, "step") for number in (0, 1, 1200)] == [
+        "0 steps",
+        "1 step",
+        "1,200 steps",
+    ]
+    assert [counted(number, "process", "processes") for number in (1, 2)] == [
+        "1 process",
+        "2 processes",
+    ]
+    assert [duration(seconds) for seconds in (0.6, 119, 120)] == [
+        "1 second",
+        "119 seconds",
+        "2 minutes",
+    ]
 
 
 def test_a_record_has_given_only_what_is_not_a_default(tmp_path):
@@ -259,8 +337,8 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
         output_dir=tmp_path / "out",
         dataloader_num_workers=0,
     )
-    assert f" cpu, {dtype}, 1 process(es)" in printed
-    assert f" cpu, {dtype}, 1 process(es)" in here(
+    assert f" cpu, {dtype}, 1 process" in printed
+    assert f" cpu, {dtype}, 1 process" in here(
         score, *model, "--template", "alpaca", "--output", tmp_path / "scores.jsonl"
     )
     assistant = Assistant(checkpoint, template="plain", device="cpu")

@@ -4,6 +4,7 @@ import builtins
 import re
 
 import pytest
+from conftest import ROOT
 
 import train
 from minisft.common.errors import UserError
@@ -229,7 +230,7 @@ def test_a_name_with_two_spellings_in_toml(tmp_path):
 
 
 def test_reasons_name_flags_that_exist():
-    parser_help = open("minisft/training/options.py").read() + "--bf16 --help"
+    parser_help = (ROOT / "minisft/training/options.py").read_text() + "--bf16 --help"
     for reason in REASONS.values():
         for flag in re.findall(r"--(\w+)", reason):
             assert f"--{flag}" in parser_help

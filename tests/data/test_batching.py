@@ -15,7 +15,12 @@ from standing import state_of, wait_until
 from minisft.common.errors import UserError
 from minisft.data import build_batches
 from minisft.data.batching import WINDOW_STEPS, Batches, collate, micro_batches, pack
-from minisft.data.build_batches import batches_of_rows, batches_of_texts, first_examples
+from minisft.data.build_batches import (
+    batches_of_rows,
+    batches_of_texts,
+    first_examples,
+    held_out_examples,
+)
 from minisft.data.dataset import Row, open_rows
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encode_texts import encode_texts
@@ -343,8 +348,30 @@ def test_an_epoch_of_many_rows_counts_those_that_are_learned(tmp_path, monkeypat
 def test_nothing_to_learn(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"instruction": "long question", "output": "a"}]))
-    with pytest.raises(UserError, match="raise --cutoff_len"):
+    with pytest.raises(UserError, match="no training row .* after truncation; raise --cutoff_len"):
         batches_of_rows(open_rows(path), Letters(), cutoff_len=5)
+    good, message = tmp_path / "good.json", "no evaluation row .* raise --cutoff_len"
+    good.write_text(json.dumps([{"instruction": "a", "output": "b"}]))
+    batches = batches_of_rows(open_rows(good), Letters(), cutoff_len=5)
+    with pytest.raises(UserError, match=message):
+        held_out_examples(batches, open_rows(path), print)
+
+
+def test_nothing_supervised(checkpoint, tmp_path):
+    """No row was truncated, so no error advises a longer limit."""
+    template = get_template("plain", Tokenizer.load(checkpoint))
+    rows = {}
+    for name, train in (("good", True), ("bad", False)):
+        answer = {"role": "assistant", "content": "b", "train": train}
+        messages = [{"role": "user", "content": "a"}, answer]
+        rows[name] = tmp_path / f"{name}.json"
+        rows[name].write_text(json.dumps([{"messages": messages}]))
+    reason = "row is usable: 1 of 1 rows left out: none of their answers is supervised$"
+    with pytest.raises(UserError, match=f"^no training {reason}"):
+        batches_of_rows(open_rows(rows["bad"]), template, cutoff_len=50)
+    batches = batches_of_rows(open_rows(rows["good"]), template, cutoff_len=50)
+    with pytest.raises(UserError, match=f"^no evaluation {reason}"):
+        held_out_examples(batches, open_rows(rows["bad"]), print)
 
 
 class TestTexts:

@@ -349,6 +349,10 @@ def test_large_files_say_how_many_rows_were_read(tmp_path, monkeypatch):
     path, said = write(tmp_path / "rows.jsonl", "\n".join(lines)), []
     assert open_rows(path, say=said.append)[19].messages[-1]["content"] == "19"
     assert len(said) == 1 and "5 of the first 5 rows have a number" in said[0]
+    said.clear()
+    monkeypatch.setattr("minisft.data.dataset.CHECKED_ROWS", 1000)
+    open_rows(path, say=said.append)
+    assert "20 of the first 20 rows have a number" in said[0]
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import transformers
 from conftest import command
 
 from minisft.checkpoints.folders import load_model
+from minisft.common.metric_lines import read_metrics
 from minisft.data.encoding import Example
 from minisft.evaluation.exact_match import exact_match, split_last_answer
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics_log import read_metrics
 
 
 def example_of(template, messages):

@@ -119,6 +119,9 @@ def test_factors_are_exact_in_bfloat16():
     products = (queries.double() @ keys.double().mT)[0, :, 0]  # (H, T)
     expected = alibi_slopes(40)[:, None] * positions * (128 + 8) ** 0.5
     torch.testing.assert_close(products, expected, rtol=2e-7, atol=0)
+    positions = torch.arange(257 * 256 + 1)
+    keys = alibi_factors(config, positions, torch.bfloat16)[1][0, 0].double()  # (T, 8)
+    assert (keys[:, :2].sum(1) != positions).nonzero().flatten().tolist() == [257 * 256]
 
 
 @torch.no_grad()

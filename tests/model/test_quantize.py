@@ -16,6 +16,7 @@ import export
 import score
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model
+from minisft.common.metric_lines import read_metrics
 from minisft.model.lora import LoraConfig, add_lora, merge_lora
 from minisft.model.loss import next_token_loss
 from minisft.model.quantized import (
@@ -29,7 +30,6 @@ from minisft.model.quantized import (
     quantize_nf4,
     quantize_rows,
 )
-from minisft.training.metrics_log import read_metrics
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 128), (256, 2048), (7, 96), (100, 64), (9, 15)]

@@ -16,6 +16,7 @@ from conftest import CONFIG, as_flags, command
 from safetensors.torch import load_file
 
 import train
+from minisft.common.metric_lines import read_metrics
 from minisft.data.batching import collate, pack
 from minisft.data.encoding import Example
 from minisft.generation.compiled import CompiledDecoder
@@ -24,7 +25,6 @@ from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.loss import next_token_loss
-from minisft.training.metrics_log import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 

@@ -186,6 +186,19 @@ def test_an_optimizer_step_never_waits(way, tmp_path, monkeypatch):
         assert losses[1] == pytest.approx(losses[0], rel=2e-2 if options.bf16 else 1e-4)
 
 
+@pytest.mark.parametrize("is_pinned", [False, True])
+@pytest.mark.parametrize("non_blocking", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_pinned_memory_is_copied_without_a_wait(is_pinned, non_blocking, in_place):
+    with PretendGpu() as gpu:
+        source = torch.ones(3).pin_memory() if is_pinned else torch.ones(3)
+        if in_place:
+            torch.empty(3, device=CUDA).copy_(source, non_blocking=non_blocking)
+        else:
+            source.to(CUDA, non_blocking=non_blocking)
+    assert (gpu.waits == []) == (is_pinned and non_blocking)
+
+
 def test_a_failed_step_is_found_before_anything_is_written(tmp_path):
     with PretendGpu():
         progress = Progress(9, tmp_path / "metrics.jsonl", CUDA)

@@ -59,7 +59,7 @@ def test_scores_and_the_selection_from_them(checkpoint, two_files, tmp_path, her
     output = tmp_path / "s.jsonl"
     words = dict(model_name_or_path=checkpoint, dataset=two_files, template="alpaca")
     here(score, output=output, max_samples=5, dataloader_num_workers=0, **words)
-    lines = [json.loads(line) for line in open(output)]
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(32))
     scored = [line["index"] for line in lines if line["ifd"] is not None]
     assert scored == [*range(5), *range(24, 29)]

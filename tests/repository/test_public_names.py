@@ -1,7 +1,10 @@
 """`import minisft`: fast, with every public name of DESIGN.md."""
 
+import re
+
 import pytest
-from conftest import command
+from conftest import ROOT, command
+from setuptools.config.pyprojecttoml import read_configuration
 
 import minisft
 
@@ -25,6 +28,13 @@ def test_import_loads_no_torch_and_a_name_is_imported_on_first_use():
     )
     done = command("-c", code, script=None)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_that_of_the_package_and_the_changelog():
+    settings = read_configuration(ROOT / "pyproject.toml")
+    assert settings["project"]["version"] == minisft.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## ([\d.]+)", changelog, re.MULTILINE)[1] == minisft.__version__
 
 
 def test_every_public_name_can_be_imported_and_has_a_docstring():

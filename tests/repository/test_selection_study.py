@@ -279,7 +279,20 @@ def test_a_study_goes_on_where_it_stopped(study, words, capsys):
     with pytest.raises(UserError, match="has runs with lora_rank 16, not 4"):
         selection.main(parse_options([*words, "--lora_rank", "4"]))
     selection.main(parse_options([*words, "--runs", "0"]))
-    assert "27 runs, 23 to do: about " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "27 runs, 23 to do: about " in said and "runs are missing" not in said
+
+
+def test_a_finished_study_is_reported(monkeypatch, tmp_path):
+    """Also without --report: --write_docs has its effect."""
+    asked = []
+    monkeypatch.setattr(selection, "check_files", lambda folder: None)
+    monkeypatch.setattr(selection, "missing_runs", lambda runs, results: [])
+    monkeypatch.setattr(selection, "write_report", lambda folder, runs, docs: asked.append(docs))
+    words = ["--data_dir", "d", "--output_dir", str(tmp_path)]
+    selection.main(parse_options([*words, "--write_docs"]))
+    selection.main(parse_options([*words, "--write_docs", "--runs", "0"]))
+    assert asked == [True]
 
 
 def test_two_runs_at_a_time_and_an_end(study, words):

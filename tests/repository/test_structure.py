@@ -9,6 +9,8 @@ import tomllib
 import pytest
 from conftest import ROOT
 
+from minisft import PUBLIC
+
 # Imports between folders only go down this list.
 ORDER = (
     "chat",
@@ -40,12 +42,41 @@ MODULES = sorted((ROOT / "minisft").rglob("*.py"))
 
 def imported(path):
     """The modules of minisft that a file imports, anywhere in it, with dots."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minisft."):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            yield node.module
+    return imported_by(path.read_text(encoding="utf-8"), path.relative_to(ROOT).parts[:-1])
+
+
+def imported_by(code, folders):
+    """The same for code in these folders. Public names count as the modules that define them."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            # One dot is the folder of the file, two are the folder above.
+            base = list(folders[: len(folders) + 1 - node.level]) if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            if module.split(".")[0] == "minisft":
+                names = [f"{module}.{alias.name}" for alias in node.names]
+                yield from (PUBLIC.get(name.removeprefix("minisft."), name) for name in names)
+                yield module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("minisft."))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import minisft.chat.web",
+        "from minisft.chat import web",
+        "from minisft import chat",
+        "from .. import chat",
+        "from ..chat import web",
+        "def f():\n    from ..chat.web import serve",
+        "from minisft import Assistant",
+        "from .. import Assistant",
+    ],
+)
+def test_every_way_to_import_is_seen(code):
+    folders = {name.split(".")[1] for name in imported_by(code, ("minisft", "data")) if "." in name}
+    assert folders == ({"generation"} if "Assistant" in code else {"chat"})
+    assert "minisft.data.order" in imported_by("from .order import x", ("minisft", "data"))
 
 
 def folder_of(path):
@@ -61,21 +92,26 @@ def test_imports_between_folders_go_down():
     wrong = []
     for path in MODULES:
         home = folder_of(path)
-        for name in imported(path):
+        for name in set(imported(path)) - {"minisft"}:
             other = name.split(".")[1]
             if home and (ORDER.index(other) < ORDER.index(home) or {home, other} in APART):
                 wrong.append(f"{path.relative_to(ROOT)}: {name}")
     assert not wrong
 
 
-# The packages of requirements.txt and the extras, and two that come with tokenizers and gradio.
-RUNTIME = [ROOT / "requirements.txt"]
-RUNTIME += [ROOT / "requirements" / f"{extra}.txt" for extra in ("plot", "eval", "web", "data")]
-LIBRARIES = {"huggingface_hub", "starlette", "yaml"} | {
-    name.replace("-", "_")
-    for path in RUNTIME
-    for name in re.findall(r"^[\w-]+", path.read_text(encoding="utf-8"), re.MULTILINE)
-}
+def packages(*files):
+    """The modules of the packages in requirements files."""
+    text = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+    names = re.findall(r"^[\w-]+", text, re.MULTILINE)
+    return {MODULE_NAMES.get(name, name.replace("-", "_")) for name in names}
+
+
+MODULE_NAMES = {"pyyaml": "yaml"}
+# starlette comes with gradio, huggingface_hub with tokenizers.
+EXTRAS = {"starlette"} | packages(
+    *(f"requirements/{extra}.txt" for extra in ("plot", "eval", "web", "data", "yaml"))
+)
+LIBRARIES = {"huggingface_hub"} | packages("requirements.txt") | EXTRAS
 
 
 def test_only_required_libraries_are_imported():
@@ -90,11 +126,48 @@ def test_only_required_libraries_are_imported():
             assert {name.split(".")[0] for name in names} <= allowed, path
 
 
+# Imports in functions besides the optional extras.
+IN_FUNCTIONS = {
+    "huggingface_hub": "slow to import, and only names on the hub need it",
+    "readline": "not on every system",
+    "resource": "not on every system",
+    "torch.nn.attention.varlen": "imports torch's compiler, which takes seconds",
+    "torch.utils.tensorboard": "needs tensorboard, an optional package",
+}
+
+
+def imports_in_functions(tree):
+    """The modules that functions import."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import):
+                    yield from (alias.name for alias in node.names)
+                elif isinstance(node, ast.ImportFrom):
+                    yield "." * node.level + (node.module or "")
+
+
+def test_functions_import_only_optional_extras():
+    allowed, seen = EXTRAS | IN_FUNCTIONS.keys(), set()
+    for path in [*SCRIPTS, *MODULES]:
+        for name in imports_in_functions(parsed(path)):
+            reasons = {name, name.split(".")[0]} & allowed
+            assert reasons, f"{path.relative_to(ROOT)} imports {name} in a function"
+            seen |= reasons
+    assert seen >= IN_FUNCTIONS.keys()  # the list has no exception that nothing needs
+
+
 def flags_of(help_text):
     return set(re.findall(r"^  (?:-\w, )?--(\w+)", help_text, re.MULTILINE)) - {"help"}
 
 
-PARSING = ("parse_options", "check_options", "parse_choice_options", "parse_compare_options")
+PARSING = (
+    "parse_options",
+    "check_options",
+    "note_unused",
+    "parse_choice_options",
+    "parse_compare_options",
+)
 
 
 def used_options(trees):

@@ -13,14 +13,13 @@ import score
 import train
 from minisft.checkpoints.folders import save_model
 from minisft.common.errors import UserError
+from minisft.common.metric_lines import in_words, read_metrics
 from minisft.model.config import ModelConfig
 from minisft.model.reward import RewardModel
 from minisft.selection.passes import Plan
 from minisft.selection.reward_scores import RewardScorer, preference_fields
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import in_words
-from minisft.training.metrics_log import read_metrics
 
 FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected")
 
@@ -154,7 +153,7 @@ def test_preferences_equal_transformers(judge, pairs, tmp_path, here):
         script="score.py",
         processes=2,
     )
-    assert done.returncode == 0 and "2 process(es)" in done.stdout, done.stderr
+    assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
     check(read(tmp_path / "two.jsonl"), judge)
     assert said[-1].partition(",")[0] in done.stdout
 

@@ -164,7 +164,7 @@ def test_batch_order_and_processes_make_no_difference(real, tmp_path):
     shuffled.write_text("".join(json.dumps(rows[number]) + "\n" for number in order))
     done = score(model, shuffled, tmp_path / "s.jsonl", "--batch_tokens", 700, torchrun=2)
     assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
+    assert "2 processes" in done.stdout
     expected = row_by_row(model, path)
     check(read(tmp_path / "s.jsonl"), [expected[number] for number in order])
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -419,7 +420,8 @@ def test_random_rows_of_a_large_file_are_drawn_before_they_are_read(tmp_path, mo
 def test_bands_of_tokens(choose, data):
     """Every strategy chooses only among the answers within the band, both ends included."""
     _, scores, embeddings = data
-    tokens = np.array([json.loads(line)["num_answer_tokens"] for line in open(scores)])
+    lines = Path(scores).read_text().splitlines()
+    tokens = np.array([json.loads(line)["num_answer_tokens"] for line in lines])
     inside = np.flatnonzero((tokens >= 5) & (tokens <= 14))
     words = ["--scores", scores, "--min_tokens", 5, "--max_tokens", 14, "--sample_number"]
     chosen, manifest = choose("--strategy", "random", *words, len(inside))

@@ -65,6 +65,17 @@ def test_any_message(chatml, question, answer):
     assert control_ids(chatml, conversation(*texts)) == control_ids(chatml, conversation("q", "a"))
 
 
+def test_the_first_control_token_is_named(chatml):
+    """Always the first that a part may belong to: sets have another order in every process."""
+    tokens = list(chatml.tokens.ids)
+    assert len(tokens) > 3 and all(token.startswith("<") for token in tokens)
+    for first in tokens:
+        text = "".join([first, *(token for token in tokens if token != first)])
+        assert chatml.tokens.spelled_by(["x <"], text) == first
+    assert chatml.tokens.spelled_by([f"x{tokens[1]}{tokens[0]}"], "") == tokens[1]
+    assert chatml.tokens.spelled_by(["x"], "".join(tokens)) is None
+
+
 def test_tools_that_spell_control_tokens(tiny_tokenizer_dir):
     template = get_template("qwen3", Tokenizer.load(tiny_tokenizer_dir))
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from standing import lines_in, standing_still, wait_until
 
 from minisft.common.errors import UserError
+from minisft.common.metric_lines import read_metrics
 from minisft.training import checkpoint
-from minisft.training.metrics_log import read_metrics
 
 # Dropout, accumulation, an epoch that does not divide into steps, and steps that do not divide
 # into saves: an inexact resume would fail here.

@@ -21,6 +21,7 @@ from run_builder import training_options
 from safetensors.torch import load_file
 
 from minisft.common.errors import UserError
+from minisft.common.metric_lines import read_metrics
 from minisft.model.level_table import LevelTable
 from minisft.model.quantized import dynamic_levels, nearest
 from minisft.training import checkpoint
@@ -31,7 +32,6 @@ from minisft.training.low_memory_adamw import (
     quantize_rows,
     round_stochastically,
 )
-from minisft.training.metrics_log import read_metrics
 
 # The fixture costs much, so one worker gets all tests.
 pytestmark = pytest.mark.xdist_group("low_memory")

@@ -8,9 +8,9 @@ import pytest
 from full_disk import file_size_limit
 from run_builder import training_options
 
+from minisft.common.metric_lines import read_metrics
 from minisft.common.processes import print_rank0
 from minisft.training.metrics import Progress
-from minisft.training.metrics_log import read_metrics
 from minisft.training.summary import next_command
 
 

@@ -16,6 +16,7 @@ from bench import peak
 from bench.training_run import CHECKPOINTING, FULL, Setting, prepare
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.common.errors import UserError
+from minisft.common.metric_lines import read_metrics
 from minisft.data import batching, build_batches
 from minisft.model import loss
 from minisft.model.config import ModelConfig
@@ -25,7 +26,6 @@ from minisft.model.quantized import count_parameters
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import lengths, memory, plan, speed
 from minisft.training.build import model_on_meta
-from minisft.training.metrics_log import read_metrics
 from minisft.training.objective import NextToken
 from minisft.training.operations import layer_operations, training_operations
 from minisft.training.options import parse_options

@@ -23,6 +23,7 @@ from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model, save_model
 from minisft.checkpoints.reward_models import choose_padding, load_reward_model
 from minisft.common.errors import UserError
+from minisft.common.metric_lines import read_metrics
 from minisft.data import batching, encoding
 from minisft.data.build_batches import first_examples
 from minisft.data.encode_report import EncodeReport
@@ -36,7 +37,6 @@ from minisft.text.tokenizer import Tokenizer
 from minisft.training import preference, reference
 from minisft.training.build import load_trainable
 from minisft.training.data import load_data
-from minisft.training.metrics_log import read_metrics
 from minisft.training.objective import mean_metrics
 from minisft.training.reference import FrozenReference
 
@@ -858,7 +858,7 @@ def test_equal_answers_are_left_out(stage, checkpoint):
         ]
         and nothing == []
     )
-    with pytest.raises(UserError, match="no row is usable: 2 of 2 rows left out: their answers"):
+    with pytest.raises(UserError, match="no training row is usable: 2 of 2 rows left out: their"):
         loaded(checkpoint, [["yes", "yes"], ["no", "no"]], stage)
 
 

@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 import train
 from minisft.common.errors import UserError
+from minisft.common.metric_lines import read_metrics
 from minisft.training import reports
 from minisft.training.metrics import Progress
 from minisft.training.reports import SERVICES, Reports, scalar_name
@@ -175,7 +176,7 @@ def test_a_run_of_train_py(checkpoint, rows_file, tmp_path, here):
     here(train, **flags, max_steps=2)
     here(train, **flags, max_steps=4, overwrite_output_dir=True)
     scalars, texts = read_tensorboard(tmp_path / "out")
-    lines = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
+    lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
     for line in lines:
         for name, value in line.items():
             if name != "step":

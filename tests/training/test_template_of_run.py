@@ -6,14 +6,16 @@ import re
 import numpy as np
 import pytest
 from conftest import as_flags, command
+from run_builder import training_options
 
 import train
+from minisft.common.metric_lines import read_metrics
 from minisft.common.outputs import recorded_options
 from minisft.data.dataset import open_rows
 from minisft.data.encoding import encode_rows
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics_log import read_metrics
+from minisft.training.resume import template_date
 
 DATED = """{{ strftime_now('%d %b %Y') }}
 {% for m in messages %}<|im_start|>{{ m.role }}
@@ -70,6 +72,11 @@ def test_a_run_keeps_its_date_on_resume(checkpoint, rows_file, tmp_path):
 def qwen3(checkpoint, shared_data):
     path = shared_data / "chat_templates" / "Qwen-Qwen3-0.6B.jinja"
     return with_template(checkpoint, path.read_text())
+
+
+def test_a_run_without_template_has_no_date(tmp_path):
+    assert template_date(training_options(stage="pt", output_dir=tmp_path)) is None
+    assert template_date(training_options(output_dir=tmp_path)) is not None
 
 
 def test_a_row_whose_answers_have_prompts_of_their_own(qwen3, tmp_path):

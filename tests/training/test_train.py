@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 import train
 from minisft.checkpoints.adapters import save_adapter
 from minisft.checkpoints.folders import load_model, save_model
+from minisft.common.metric_lines import read_metrics
 from minisft.data import batching, encoding
 from minisft.data.encode_report import EncodeReport
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.training.build import load_trainable
-from minisft.training.metrics_log import read_metrics
 
 STEPS, BATCH_SIZE, ACCUMULATION = 30, 3, 2
 
