@@ -61,7 +61,7 @@ test: lint types tests
 
 tests: $(TESTING)
 	@$(PYTHON) $(CHECK_VERSION)
-	$(PYTHON) tests/kernels.py
+	$(PYTHON) tests/cpu_kernels.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadgroup
 
 # tests/marks.py marks the slow tests.
@@ -74,7 +74,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 # A separate cache of compiled code: a process limited to AVX2 would reuse code that torch.compile
 # cached for AVX-512, and compute NaN.
 test-avx2: $(TESTING)
-	$(AVX2) $(PYTHON) tests/kernels.py avx2
+	$(AVX2) $(PYTHON) tests/cpu_kernels.py avx2
 	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
 		$(AVX2) TORCHINDUCTOR_CACHE_DIR="$$cache" $(PYTHON) -m pytest -q -n 2 --dist loadgroup -m numerical
 

@@ -18,12 +18,13 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import ROOT, flags, start  # noqa: E402
+from bench.results import add_figure, add_results_option  # noqa: E402
 from minisft.data.dataset import Row  # noqa: E402
 from minisft.data.encoding import encode_rows  # noqa: E402
 from minisft.text.template_choice import get_template  # noqa: E402
@@ -112,18 +113,33 @@ def measure(dataset: Path, model: str, folder: Path, num_workers: int) -> tuple[
     return first, time.monotonic() - began, peak
 
 
-def main() -> None:
-    """Measure both files and print a table."""
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; by default from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_name_or_path", default=ROOT / "examples" / "base")
     parser.add_argument("--template", default="chatml")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="0: only encode")
     parser.add_argument("--dataloader_num_workers", type=int, default=2)
-    options = parser.parse_args()
+    add_results_option(parser)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure both files and print a table."""
+    options = parse_options()
     model = options.model_name_or_path
     print(f"{'tokens a row':>12} {'rows/s':>10} {'time / bare tokenizer':>22}")
     for num_tokens, speed, ratio in encoding_ratios(model, options.template):
         print(f"{num_tokens:>12,.0f} {speed:>10,.0f} {ratio:>22.2f}")
+        add_figure(
+            options.results,
+            f"encoding, rows of {num_tokens:.0f} tokens",
+            speed,
+            "rows/s of processor time",
+            peer_name="the tokenizer alone",
+            peer=speed * ratio,
+            ratio=1 / ratio,
+        )
     if not options.gigabytes:
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -136,6 +152,8 @@ def main() -> None:
     print(f"{'rows':>12} {'first step':>12} {f'{NUM_STEPS} steps':>12} {'peak memory':>14}")
     for num_rows, (first, last, peak) in ((10, few), (count, many)):
         print(f"{num_rows:>12,} {first:>10.1f} s {last:>10.1f} s {peak / 2**20:>11,.0f} MiB")
+    name = f"first step of {options.gigabytes:g} GB of rows"
+    add_figure(options.results, name, many[0], "s", peer_name="of ten rows", peer=few[0])
     print(f"the file costs {(many[2] - few[2]) / 2**20:,.0f} MiB and {many[0] - few[0]:.1f} s")
 
 

@@ -32,6 +32,7 @@ import torch  # noqa: E402
 
 from bench.limits import bandwidth, seconds_of  # noqa: E402
 from bench.llama_cpp_side import LlamaCpp  # noqa: E402
+from bench.results import add_figure, add_results_option  # noqa: E402
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from minisft.checkpoints.gguf_export import export_model  # noqa: E402
 from minisft.checkpoints.hub import resolve  # noqa: E402
@@ -162,6 +163,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    add_results_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -245,6 +247,7 @@ def compare_batch(
         for index, name in enumerate(sides)
     ]
     print(f"batch {batch_size:3}: {', '.join(columns)}{', both compiled' if decoder else ''}")
+    share = {}
     if reference is not None:
         print(f"           {'the same' if ours() == theirs() else 'different'} tokens")
     if batch_size == 1:
@@ -252,10 +255,25 @@ def compare_batch(
         if decoder:
             num_positions = options.max_length
         read = bytes_per_step(model, num_positions) * speeds["minisft"]
+        share = {"share": read / bandwidth(device), "limit": "memory copy"}
         print(
             f"           reads {read / 1e9:.1f} GB/s of weights and cache, "
-            f"{read / bandwidth(device):.0%} of the memory bandwidth"
+            f"{share['share']:.0%} of the memory bandwidth"
         )
+    name = f"decoding, {weights_name(options)}, batch {batch_size}{', compiled' * bool(decoder)}"
+    for peer in list(sides)[1:]:
+        more = {"peer_name": peer, "peer": speeds[peer], "ratio": ratios[peer], **share}
+        title = f"{name}, next to {peer}" if len(sides) > 2 else name
+        add_figure(options.results, title, speeds["minisft"], "tokens/s", **more)
+    if len(sides) == 1:
+        add_figure(options.results, name, speeds["minisft"], "tokens/s", **share)
+
+
+def weights_name(options: Namespace) -> str:
+    """How the weights are stored, in words."""
+    if (options.model_name_or_path or "").endswith(".gguf"):
+        return Path(options.model_name_or_path).stem
+    return f"{options.quantization_bit} bits" if options.quantization_bit else options.dtype
 
 
 if __name__ == "__main__":

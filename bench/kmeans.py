@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 
 from bench.measure import output_of, peak_memory  # noqa: E402
+from bench.results import add_figure, add_results_option  # noqa: E402
 
 KINDS = {
     "blobs": "100 blobs that touch",
@@ -74,8 +76,8 @@ def measure(side: str, path: str, clusters: int, starts: int, seed: int) -> dict
     }
 
 
-def main() -> None:
-    """Take turns on each kind of points and print a table."""
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; by default from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--width", type=int, default=2_048)
@@ -83,8 +85,14 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    add_results_option(parser)
     parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Take turns on each kind of points and print a table."""
+    options = parse_options()
     if options.side:
         side, path, *numbers = options.side
         print(json.dumps(measure(side, path, *map(int, numbers))))
@@ -105,11 +113,11 @@ def main() -> None:
                 for side, runs in results.items():
                     words = [side, path, options.clusters, options.starts, seed]
                     runs.append(json.loads(output_of(__file__, "--side", *words)))
-        print_row(kind, results)
+        print_row(options.results, kind, results)
 
 
-def print_row(kind: str, results: dict[str, list[dict[str, Any]]]) -> None:
-    """Print the medians of both sides and their ratios."""
+def print_row(path: Path | None, kind: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the medians of both sides and their ratios; append them to the file of results."""
     medians = {
         side: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         for side, runs in results.items()
@@ -128,6 +136,11 @@ def print_row(kind: str, results: dict[str, list[dict[str, Any]]]) -> None:
         f"  (worst round {worst:.4f}; {KINDS[kind]})",
         flush=True,
     )
+    (ours, our_memory), (theirs, their_memory) = (
+        (medians[side]["seconds"], medians[side]["memory"]) for side in ("ours", "theirs")
+    )
+    more = {"peer_name": "scikit-learn", "peer": theirs, "ratio": theirs / ours}
+    add_figure(path, f"k-means, {kind}", ours, "s", memory_ratio=our_memory / their_memory, **more)
 
 
 if __name__ == "__main__":

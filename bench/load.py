@@ -13,13 +13,16 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from bench.limits import bandwidth  # noqa: E402
 from bench.measure import flags, forget_peak_memory, output_of, peak_memory  # noqa: E402
+from bench.results import add_figure, add_results_option  # noqa: E402
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 
 
@@ -47,17 +50,18 @@ def load_once(side: str, folder: str, dtype: torch.dtype) -> tuple[float, int, i
     return seconds, peak_memory() - before, size
 
 
-def parse_options() -> argparse.Namespace:
-    """The options of the command line."""
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; by default from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
     parser.add_argument("--num_layers", type=int, help="fewer layers than the shape has")
     dtype = "number type in memory; the files are in bfloat16"
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help=dtype)
     parser.add_argument("--repeats", type=int, default=5)
+    add_results_option(parser)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
@@ -84,8 +88,14 @@ def main() -> None:
             f"{side:>14} {seconds:8.2f} s {growth / 2**20:10,.0f} MiB "
             f"({growth / size:.2f} x the parameters)"
         )
-    (ours, our_peak, _), (theirs, their_peak, _) = medians.values()
+    (ours, our_peak, size), (theirs, their_peak, _) = medians.values()
     print(f"{'ratio':>14} {ours / theirs:8.2f}   {our_peak / their_peak:10.2f}")
+    more = {"peer_name": "transformers", "peer": theirs, "ratio": theirs / ours}
+    if options.dtype == "float32":  # each weight is read in 2 bytes and written in 4
+        limit = 1.5 * size / bandwidth(torch.device("cpu"))
+        more |= {"share": limit / ours, "limit": "memory copy"}
+    name, memory = f"loading {options.shape} in {options.dtype}", our_peak / their_peak
+    add_figure(options.results, name, ours, "s", memory_ratio=memory, **more)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ import torch  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
+from bench.limits import matrix_speed  # noqa: E402
+from bench.results import add_figure, add_results_option  # noqa: E402
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from minisft.checkpoints.folders import load_model  # noqa: E402
 from minisft.evaluation.benchmark_files import read_subjects  # noqa: E402
@@ -34,6 +36,7 @@ from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS  # noqa: E402
 from minisft.evaluation.choice_prompts import PromptBuilder  # noqa: E402
 from minisft.evaluation.multiple_choice import answer_subject  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
+from minisft.training.operations import forward_operations  # noqa: E402
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -113,17 +116,28 @@ def compare(options: Namespace, model_dir: Path) -> None:
         f"{num_questions} questions of {mean_length:.0f} tokens on average, "
         f"{options.num_fewshot}-shot, {torch.get_num_threads()} thread(s)"
     )
-    for index, name in enumerate(("minisft", "lm-evaluation-harness")):
-        speed = num_questions / statistics.median(turn[index] for turn in seconds)
+    names = "minisft", "lm-evaluation-harness"
+    speeds = [num_questions / statistics.median(column) for column in zip(*seconds, strict=True)]
+    for name, speed in zip(names, speeds, strict=True):
         print(f"{name:<24} {speed:>8.2f} questions/s")
-    print(
-        f"ratio {statistics.median(turn[1] / turn[0] for turn in seconds):.1f}, largest "
-        f"difference of a log-likelihood {difference:.1e}"
+    ratio = statistics.median(turn[1] / turn[0] for turn in seconds)
+    print(f"ratio {ratio:.1f}, largest difference of a log-likelihood {difference:.1e}")
+    operations = speeds[0] * mean_length * forward_operations(model, mean_length)
+    add_figure(
+        options.results,
+        f"multiple choice, {options.num_fewshot}-shot, in float32",
+        speeds[0],
+        "questions/s",
+        peer_name=names[1],
+        peer=speeds[1],
+        ratio=ratio,
+        share=operations / matrix_speed(torch.device("cpu"), torch.float32),
+        limit="matrix product",
     )
 
 
-def main() -> None:
-    """Compare on a checkpoint, or on random weights."""
+def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
+    """The options; by default from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--benchmark", choices=list(BENCHMARKS), default="ceval")
     parser.add_argument("--data_dir", required=True)
@@ -138,12 +152,19 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=4096)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
+    add_results_option(parser)
+    options = parser.parse_args(arguments)
+    if not (options.model_name_or_path or options.tokenizer_dir):
+        parser.error("give --model_name_or_path, or --tokenizer_dir for random weights")
+    return options
+
+
+def main() -> None:
+    """Compare on a checkpoint, or on random weights."""
+    options = parse_options()
     if options.model_name_or_path:
         compare(options, options.model_name_or_path)
         return
-    if not options.tokenizer_dir:
-        parser.error("give --model_name_or_path, or --tokenizer_dir for random weights")
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(
             folder, options.shape, options.num_layers, tokenizer_dir=options.tokenizer_dir

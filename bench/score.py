@@ -29,7 +29,9 @@ import torch  # noqa: E402
 from torch.nn import NLLLoss  # noqa: E402
 from torch.nn.functional import log_softmax  # noqa: E402
 
+from bench.limits import matrix_speed  # noqa: E402
 from bench.measure import ROOT, flags, peak_memory, start  # noqa: E402
+from bench.results import add_figure, add_results_option  # noqa: E402
 from bench.shapes import write_checkpoint  # noqa: E402
 from minisft.checkpoints.folders import load_model  # noqa: E402
 from minisft.common.json_files import read_json  # noqa: E402
@@ -41,6 +43,7 @@ from minisft.selection.scoring import RowReader, score_rows  # noqa: E402
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.template_choice import get_template  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
+from minisft.training.operations import forward_operations  # noqa: E402
 
 
 @dataclass
@@ -165,10 +168,24 @@ def load_and_compare(options: Namespace, model_dir: Path) -> None:
             statistics.median(speed[clock] for speed in result.speeds[side])
             for side in ("ours", "theirs")
         )
+        ratio = ours_median / theirs_median
         print(
-            f"{name:20} ours {ours_median:>9,.2f}   theirs {theirs_median:>9,.2f}   "
-            f"= {ours_median / theirs_median:.1f} x"
+            f"{name:20} ours {ours_median:>9,.2f}   theirs {theirs_median:>9,.2f}   = {ratio:.1f} x"
         )
+        if clock == 0:
+            length = result.tokens_per_row
+            operations = ours_median * length * forward_operations(ours, length / 2)
+            add_figure(
+                options.results,
+                f"scoring by IFD in {options.dtype}",
+                ours_median,
+                "rows/s",
+                peer_name="a row at a time",
+                peer=theirs_median,
+                ratio=ratio,
+                share=operations / matrix_speed(torch.device(device), dtype),
+                limit="matrix product",
+            )
 
 
 def print_memory(options: Namespace) -> None:
@@ -232,6 +249,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--batch_tokens", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    add_results_option(parser)
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
     parser.add_argument("--row_counts", type=int, nargs="+", default=[2_000, 20_000, 200_000])
     parser.add_argument("--mode", default="all", help="--mode of score.py, for --memory")

@@ -17,23 +17,28 @@ def update(
     mark: str,
     head: Sequence[str],
     rows: Iterable[Sequence[object]],
-    order: Iterable[str],
+    order: Iterable[str] | None = None,
     note: str = "",
     title: str = "",
 ) -> None:
     """Write rows into the table between the marks of a file in docs/.
 
     A row replaces the row with the same first cell; other rows stay. order: the first cells of all
-    rows. note, title: lines below and above the table.
+    rows; by default the old rows come first. note, title: lines below and above the table.
     """
     path = DOCS / file_name
     before, begin, rest = path.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
     old, end, after = rest.partition(f"<!-- /{mark} -->")
     if not end:
         raise SystemExit(f"{path}: there is no <!-- {mark} --> ... <!-- /{mark} -->")
-    cells = [line.strip("| ").split(" | ") for line in old.splitlines() if line.startswith("|")]
+    cells = [
+        line.removeprefix("| ").removesuffix(" |").split(" | ")
+        for line in old.splitlines()
+        if line.startswith("|")
+    ]
     by_name = {line[0]: line for line in cells[2:]} if cells[:1] == [list(head)] else {}
     by_name |= {str(row[0]): [str(cell) for cell in row] for row in rows}
+    order = by_name if order is None else order
     lines = [list(head), ["---"] * len(head), *(by_name[name] for name in order if name in by_name)]
     table = f"{title}\n\n" if title else ""
     table += "".join("| " + " | ".join(line) + " |\n" for line in lines)

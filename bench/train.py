@@ -40,6 +40,7 @@ import torch  # noqa: E402
 from bench.limits import forget_peak, matrix_speed, peak_memory  # noqa: E402
 from bench.measure import flags, output_of  # noqa: E402
 from bench.peer_trainer import EncodedRow, Result, train_with_trainer  # noqa: E402
+from bench.results import add_figure, add_results_option  # noqa: E402
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from bench.training_run import new_run  # noqa: E402
 from minisft.data.batching import Batches  # noqa: E402
@@ -84,6 +85,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     default = ["minisft", "best", "defaults"]
     parser.add_argument("--sides", nargs="+", default=default, choices=sides)
     parser.add_argument("--repeats", type=int, default=3)
+    add_results_option(parser)
     options = parser.parse_args(arguments)
     if "rotary" in options.sides and not SHAPES[options.shape].get("alibi"):
         parser.error("--sides rotary needs a --shape with ALiBi, such as baichuan2-13b")
@@ -225,8 +227,12 @@ def report(options: Namespace, results: dict[str, list[Any]], rows: Sequence[Enc
         f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads"
     )
     ours = results.get("minisft", [(math.nan,)] * options.repeats)
+    medians = {
+        side: [statistics.median(column) for column in zip(*runs, strict=True)]
+        for side, runs in results.items()
+    }
     for side, runs in results.items():
-        speed, peak, padding = (statistics.median(column) for column in zip(*runs, strict=True))
+        speed, peak, padding = medians[side]
         ratio = statistics.median(
             our_run[0] / run[0] for our_run, run in zip(ours, runs, strict=True)
         )
@@ -235,6 +241,16 @@ def report(options: Namespace, results: dict[str, list[Any]], rows: Sequence[Enc
             f"{padding:5.1%} padding, "
             f"{speed * operations / fastest:4.0%} of the device, minisft / it {ratio:5.2f}"
         )
+    best = medians.get("best")
+    for side in set(results) & {"minisft", "packed"}:
+        speed, peak, _ = medians[side]
+        more = {"share": speed * operations / fastest, "limit": "matrix product"}
+        if best:
+            more |= {"peer_name": "Trainer + peft", "peer": best[0], "ratio": speed / best[0]}
+            more |= {"memory_ratio": peak / best[1]}
+        way = "packed" if side == "packed" else "padded"
+        name = f"{options.finetuning_type} training in {options.dtype}, {way}"
+        add_figure(options.results, name, speed, "tokens/s", **more)
 
 
 def main() -> None:

@@ -48,7 +48,14 @@ NEEDS_VALUES = {
 # torch with CUDA has kernels for these on a GPU only, so the CPU computes them in parts.
 IN_PARTS = get_decompositions([aten._fused_rms_norm, aten._fused_rms_norm_backward])
 # Operations that only describe a tensor anew.
-NO_KERNEL = {aten.detach, aten.empty_like, aten.empty, aten.new_empty, aten.empty_strided}
+NO_KERNEL = {
+    aten._unsafe_view,
+    aten.detach,
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+}
 CUDA = torch.device("cuda", 0)
 
 
@@ -96,6 +103,8 @@ class PretendGpu(TorchDispatchMode):
         # Checkpointing saves the random state of the GPU.
         self._patched.setattr(torch.utils.checkpoint, "get_device_states", lambda *_: ([], []))
         self._patched.setattr(packed_attention, "varlen_kernel", lambda: varlen_attn)
+        # Lists of plain tensors on a GPU take one kernel (torch._foreach_...).
+        self._patched.setattr(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True)
         # An optimizer asks a real GPU whether it captures a graph.
         check = "_accelerator_graph_capture_health_check"
         self._patched.setattr(torch.optim.Optimizer, check, lambda _: None, raising=False)

@@ -71,7 +71,9 @@ def nearest(values: Tensor, levels: Tensor) -> Tensor:
 
 def in_blocks(values: Tensor, block_size: int) -> Tensor:
     """(n,) -> (blocks, block_size); the last block is filled up with zeros."""
-    return F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)
+    missing = -len(values) % block_size
+    padded = F.pad(values, (0, missing)) if missing else values  # F.pad would copy them
+    return padded.view(-1, block_size)
 
 
 def scale_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,21 @@ import torch
 from conftest import ROOT
 from forks import PRELOADED
 
-from bench import gpu, gpu_stages, machines, tables
+from bench import (
+    cpu,
+    data,
+    generate,
+    gpu,
+    gpu_stages,
+    kmeans,
+    load,
+    machines,
+    multiple_choice,
+    score,
+    tables,
+    train,
+)
+from bench import results as bench_results
 
 ALIKE = {"llama3-8b lora": "tinyllama lora", "scoring 8b": "scoring"}
 QUICK = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHON": sys.executable}
@@ -102,6 +116,52 @@ def test_results_become_the_table_of_the_card(tmp_path, monkeypatch):
     )
     with pytest.raises(SystemExit, match="no table for NVIDIA H100 80GB"):
         machines.write_table({**about, "dry_run": True, "lines": lines})
+
+
+def test_a_later_run_of_a_cpu_replaces_its_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "DOCS", tmp_path)
+    (tmp_path / "benchmarks.md").write_text("<!-- AVX-512 -->\n<!-- /AVX-512 -->\n")
+    path, about = (
+        tmp_path / "lines.jsonl",
+        {"dry_run": False, "date": "2026-12-01", "torch": "2.13.0"},
+    )
+    device = {"device": "2 cores of an AMD EPYC with AVX-512 and its bfloat16"}
+    for speeds in ({"a": 1.0, "b": 2.0}, {"b": 30.0}):
+        for name, speed in speeds.items():
+            more = {"peer_name": "peft", "peer": 4.0, "ratio": speed / 4, "memory_ratio": 0.5}
+            bench_results.add_figure(path, name, speed, "tokens/s", **more, **device)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        machines.write_table({**about, "lines": lines})
+        path.unlink()
+    assert (tmp_path / "benchmarks.md").read_text().splitlines()[1:-1] == [
+        "**2 cores of an AMD EPYC with AVX-512 and its bfloat16** (2026-12-01): torch 2.13.0.",
+        "",
+        "| what | minisft | compared with | ratio | share of the limit |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 1.00 tokens/s | peft: 4.00 | 0.25, 0.50 of the memory |  |",
+        "| b | 30.0 tokens/s | peft: 4.00 | 7.50, 0.50 of the memory |  |",
+    ]
+
+
+def test_the_run_on_a_cpu_gives_flags_that_its_benchmarks_know(tmp_path, monkeypatch):
+    scripts = {
+        "load": load,
+        "train": train,
+        "generate": generate,
+        "score": score,
+        "kmeans": kmeans,
+        "multiple_choice": multiple_choice,
+        "data": data,
+    }
+    monkeypatch.setattr(cpu, "export_model", lambda *_: None)
+    arguments = ["results.json", "--dataset", "rows.json", "--ceval_dir", "ceval"]
+    monkeypatch.setattr(sys, "argv", ["cpu.py", *arguments])
+    seen = set()
+    for script, words in cpu.benchmarks(cpu.parse_options(), tmp_path, tmp_path):
+        options = scripts[script].parse_options([*words, "--results", "lines.jsonl"])
+        assert options.results.name == "lines.jsonl"
+        seen.add(script)
+    assert seen == set(scripts)
 
 
 def process_of(code):

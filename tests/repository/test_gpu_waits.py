@@ -1,25 +1,32 @@
 """How often the CPU waits for a GPU: never in an optimizer step, once a token, once a scored batch.
 
 A wait leaves the GPU without work until the CPU has prepared more. No GPU is needed, see
-pretend_gpu.py.
+pretend_gpu.py. It also counts the kernels that the CPU launches.
 """
+
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import CONFIG
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from pretend_gpu import CUDA, PretendGpu
 from run_builder import new_run, training_options
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
 from minisft.common.errors import UserError
+from minisft.data.batching import collate
 from minisft.data.encoding import Example
 from minisft.generation.generate import generate, generate_steps
 from minisft.generation.sampling import Sampling
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.loss import next_token_loss
 from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import RewardModel
 from minisft.selection.ifd import IfdScorer
@@ -75,6 +82,67 @@ WAYS = {
     "dpo": {"stage": "dpo", "dpo_ftx": 0.5},
     "rm": {"stage": "rm"},
 }
+
+
+def kernels_of_a_layer(kernels_of):
+    """The operations on the GPU that a second decoder layer adds, as a Counter."""
+    counts = kernels_of(2)
+    counts.subtract(kernels_of(1))
+    return counts
+
+
+# docs/benchmarks.md states these numbers.
+KERNELS = {"lora": 244, "full": 169, "qlora": 370, "checkpointed": 337}
+
+
+@pytest.mark.parametrize("way", KERNELS)
+def test_a_layer_takes_no_more_kernels_than_the_docs_say(way, tmp_path):
+    def kernels_of(num_layers):
+        flags = {**WAYS[way], "bf16": True, "packing": True}
+        options = training_options(output_dir=tmp_path, per_device_train_batch_size=3, **flags)
+        is_full = options.finetuning_type == "full"
+        dtype = torch.float32 if is_full else torch.bfloat16
+        model = new_model(dtype, num_hidden_layers=num_layers)
+        if options.quantization_bit:
+            quantize(model)
+        if not is_full:
+            add_lora(model, LoraConfig(rank=2))
+        with PretendGpu() as gpu:
+            run = new_run(options, gpu.move(model), objective=NextToken(model), device=CUDA)
+            for _ in range(2):  # the first allocates moments
+                gpu.kernels.clear()
+                train.train_step(run, [run.collate(rows(3))])
+            return Counter(gpu.kernels)
+
+    counts = kernels_of_a_layer(kernels_of)
+    assert 0.9 * KERNELS[way] < sum(counts.values()) <= KERNELS[way], counts
+
+
+def test_a_layer_takes_fewer_kernels_than_transformers_and_peft():
+    """Forward and backward of a padded batch, the same for both."""
+    batch = collate(rows(3))
+
+    def ours(num_layers):
+        model = new_model(torch.bfloat16, num_hidden_layers=num_layers)
+        add_lora(model, LoraConfig(rank=2))
+        with PretendGpu() as gpu:
+            gpu.move(model.train())
+            tensors = [value.to(CUDA) if torch.is_tensor(value) else value for value in batch]
+            next_token_loss(model, *tensors)[0].backward()
+            return Counter(gpu.kernels)
+
+    def theirs(num_layers):
+        config = LlamaConfig(**{**CONFIG, "num_hidden_layers": num_layers})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = get_peft_model(model, PeftConfig(r=2, target_modules="all-linear"))
+        with PretendGpu() as gpu:
+            gpu.move(model.train())
+            tokens = batch[0].to(CUDA)
+            model(tokens, attention_mask=tokens != 0, labels=tokens)[0].backward()
+            return Counter(gpu.kernels)
+
+    counts = [sum(kernels_of_a_layer(side).values()) for side in (ours, theirs)]
+    assert counts[0] < counts[1] < 1.2 * counts[0], counts
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,7 +1,7 @@
 """Print which instructions the numerical libraries report to use.
 
-    python tests/kernels.py          # one line
-    python tests/kernels.py avx2     # and fail where one of them uses AVX-512 or AMX
+    python tests/cpu_kernels.py          # one line
+    python tests/cpu_kernels.py avx2     # and fail where one of them uses AVX-512 or AMX
 
 Each is asked in a process that computes with it, because that is when it chooses. `make test-avx2`
 begins with this, which fails if a library no longer reads its variable.
