@@ -52,7 +52,7 @@ def add_frozen_adapter(
     if merge:
         merge_lora(model)
     # Adapters are stored in float32. Convert once, not for every token.
-    convert_parameters(model.eval(), dtype)
+    convert_parameters(model.eval().requires_grad_(False), dtype)
 
 
 def join_and_pack(model: Model, dtype: torch.dtype, device: torch.device) -> None:
