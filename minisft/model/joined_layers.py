@@ -27,9 +27,8 @@ INT4_ROWS = 64  # the kernel for 4 bits orders so many rows of a matrix at a tim
 def join_layers(model: nn.Module) -> None:
     """Join the products in every Attention and MLP where that is possible. In place."""
     # Names, because a list of modules would keep the replaced ones in memory until the end.
-    for name in [
-        name for name, module in model.named_modules() if type(module) in (Attention, MLP)
-    ]:
+    kinds = Attention, MLP
+    for name in [name for name, module in model.named_modules() if type(module) in kinds]:
         module = model.get_submodule(name)
         if type(module) is Attention and module.q_norm is None:
             if (joined := join((module.q_proj, module.k_proj, module.v_proj))) is not None:
