@@ -35,7 +35,7 @@ from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, write_json
 from minisft.common.model_flags import dtype_option, template_settings
 from minisft.common.single_writer import single_writer
-from minisft.data.dataset import open_rows
+from minisft.data.dataset import open_rows, unused_values
 from minisft.evaluation import resume
 from minisft.evaluation.benchmark_files import read_subjects
 from minisft.evaluation.benchmarks import BENCHMARKS, Benchmark, Subject
@@ -108,7 +108,8 @@ def answer_benchmark(name: str, options: Namespace) -> None:
         baseline = read_baseline(subjects, Path(options.baseline_dir) / rows_dir.name)
 
     device = processes.start(resolve_device(options.device))
-    with processes.on_rank0(single_writer(output_dir, is_folder=True)):
+    lock = processes.on_rank0(single_writer(output_dir, is_folder=True))
+    with lock, resume.saying_how_to_go_on():
         measure_accuracy(options, benchmark, subjects, baseline, rows_dir, device)
     processes.stop()
 
@@ -194,10 +195,15 @@ def compare(options: Namespace) -> None:
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed=options.seed
     )
     rows = open_rows(
-        options.dataset, dataset_dir=options.dataset_dir, max_samples=options.max_samples
+        options.dataset,
+        dataset_dir=options.dataset_dir,
+        max_samples=options.max_samples,
+        replace=options.replace,
     )
+    if note := unused_values(rows.files):
+        print(note)
     items = read_items(rows)
-    with single_writer(output_dir, is_folder=True):
+    with single_writer(output_dir, is_folder=True), resume.saying_how_to_go_on():
         compare_answers(options, models, items, sampling, output_dir)
 
 

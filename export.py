@@ -39,18 +39,19 @@ from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
 from minisft.checkpoints.model_card import write_model_card
+from minisft.checkpoints.new_folder import new_folder
 from minisft.checkpoints.reward_models import choose_padding, has_head, load_reward_model
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option, template_options
 from minisft.common.outputs import check_output_dir, check_output_file, recorded_options
 from minisft.common.single_writer import single_writer
-from minisft.common.tensor_files import parse_size
+from minisft.common.tensor_files import ADAPTER_CONFIG, parse_size
 from minisft.gguf.reader import is_gguf
 from minisft.model.lora import merge_lora
 from minisft.text.saved_form import saved_form
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 
 def main(options: Namespace | None = None) -> None:
@@ -145,18 +146,29 @@ def write_folder(
     if is_reward_model:
         choose_padding(model, tokenizer, form.stop_ids)
 
-    if lora_config and options.format == "peft":
-        adapters.save_adapter(model, output, lora_config, options.model_name_or_path, dtype)
-    else:
+    base, is_adapter = options.model_name_or_path, options.format == "peft"
+    marker = ADAPTER_CONFIG if is_adapter else "config.json"
+    if not is_adapter:
         merge_lora(model, dtype)
-        folders.save_model(model, output, dtype, max_shard_size)
-        folders.save_generation_config(model_dir, output, model.config, form.stop_ids)
-    tokenizer.save(output, form.chat_template)
-    copy_code_files(model_dir, output)
-    metrics = read_metrics(trained_dir / "metrics.jsonl")
-    is_adapter = options.format == "peft"
-    trained = recorded_options(trained_dir)
-    write_model_card(output, trained, options.model_name_or_path, metrics, is_adapter)
+    advice = "Make room, or restore what is missing, and start again."
+    with new_folder(output, marker, advice) as folder:
+        if lora_config and is_adapter:
+            adapters.save_adapter(model, folder, lora_config, base, dtype)
+        else:
+            folders.save_model(model, folder, dtype, max_shard_size)
+            folders.save_generation_config(model_dir, folder, model.config, form.stop_ids)
+        tokenizer.save(folder, form.chat_template)
+        copy_code_files(model_dir, folder)
+        write_model_card(
+            output,
+            recorded_options(trained_dir),
+            base,
+            read_metrics(trained_dir / "metrics.jsonl"),
+            is_adapter,
+            written_to=folder,
+            context_length=model.config.context_length,
+            is_reward_model=is_reward_model,
+        )
     print(f"wrote {output}")
 
 

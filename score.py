@@ -46,7 +46,7 @@ from minisft.model.reward import Model
 from minisft.selection.ifd import IfdScorer
 from minisft.selection.provenance import recorded_date, score_record
 from minisft.selection.reward_scores import RewardScorer, mean_preference_fields
-from minisft.selection.rows import open_every_row
+from minisft.selection.rows import left_out_by, open_every_row
 from minisft.selection.score_files import ScorePaths
 from minisft.selection.score_writer import ScoreWriter
 from minisft.selection.scoring import RowReader, Scorer, max_row_length, score_rows
@@ -79,6 +79,7 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
         options.mode == "reward",
         options.max_samples,
         say,
+        options.replace,
     )
     for path in ScorePaths(options.output).all():
         check_output_file("--output", path, [file.records.path for file in rows.files])
@@ -108,7 +109,8 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
         f"{device}, {dtype_name(dtype)}, {processes.world_size()} process(es)"
     )
 
-    reader = RowReader(rows, scorer, is_drawn)
+    left_out = left_out_by(options.dataset, options.dataset_dir, options.max_samples)
+    reader = RowReader(rows, scorer, is_drawn, left_out)
     if writer and (note := reader.tools_note(pending)):
         say(note)
 
@@ -124,7 +126,10 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
         if len(pending) > 0:
             say(f"wrote {written}; {speed:,.1f} rows/s")
         else:
-            say(f"nothing to do: every row is in {written}. --overwrite computes them again.")
+            say(
+                f"nothing to do: all {num_rows:,} rows are in {written}. --overwrite computes them "
+                "again."
+            )
         for reason, count in reasons.most_common():
             say(f"not scored {count:,}: {reason}")
         if options.mode == "reward":

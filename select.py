@@ -50,6 +50,7 @@ else:
         Instructions,
         answer_lengths,
         draw_readable,
+        left_out_by,
         open_every_row,
         row_sources,
     )
@@ -75,6 +76,7 @@ def select_rows(options: Namespace) -> None:
         options.skip_bad_rows,
         with_rankings,
         options.max_samples,
+        replace_flag="train.py --replace",
     )
     output = check_output(options, rows)
     dataset = dataset_record(rows, is_drawn, options.max_samples)
@@ -97,6 +99,7 @@ def select_rows(options: Namespace) -> None:
     if options.sample_rate:
         number = max(1, round(len(usable) * options.sample_rate))
     if draws_unread:
+        candidates.check_enough(number)
         generator = np.random.default_rng(options.seed)
         chosen, broken, data.lengths = draw_readable(rows, usable, number, generator)
         is_broken[broken] = True
@@ -125,7 +128,9 @@ def usable_rows(
     """The rows that may be chosen. lengths, is_broken and is_drawn: (rows,)."""
     candidates = Candidates(len(lengths))
     candidates.drop(is_broken, "broken")
-    candidates.drop(~is_drawn, "left out by num_samples or --max_samples")
+    if not is_drawn.all():
+        left_out = left_out_by(options.dataset, options.dataset_dir, options.max_samples)
+        candidates.drop(~is_drawn, left_out)
     if options.min_tokens:
         candidates.drop(lengths < options.min_tokens, f"under {options.min_tokens} tokens")
     if options.max_tokens:

@@ -56,7 +56,7 @@ from minisft.training.data import (
     training_steps,
 )
 from minisft.training.defaults import choose_learning_rate
-from minisft.training.identity import is_finished_run
+from minisft.training.identity import finished_note, is_finished_run
 from minisft.training.interruption import Interruption
 from minisft.training.metrics import Progress
 from minisft.training.objective import NextToken, Objective, mean_metrics, perplexity
@@ -89,7 +89,7 @@ def main(options: Namespace | None = None) -> None:
     output_dir = check_output_dir(options.output_dir, may_exist, *inputs)
     device = processes.start(resolve_device(options.device), options.parallel)
     if is_finished_run(options):
-        say(f"{output_dir} holds the finished run. Nothing to do; raise --max_steps to go on.")
+        say(finished_note(options))
     else:
         with processes.on_rank0(single_writer(output_dir, is_folder=True)):
             fine_tune(options, output_dir, device)
@@ -107,7 +107,7 @@ def fine_tune(options: Namespace, output_dir: Path, device: torch.device) -> Non
     options.template_date = resume.template_date(options)
     template = load_template(options, tokenizer, say)  # None with --stage pt
     batches, eval_examples = load_data(options, tokenizer, template, config, say)
-    show_samples(batches, template, options.show_samples, say, options.show_ids)
+    show_samples(options, batches, tokenizer, say)
 
     torch.manual_seed(options.seed)  # every rank draws the same adapter
     model, lora_config = build_model(options, model_dir, dtype, device, new_rows)
@@ -213,10 +213,11 @@ def train(
                     return None
             is_best = options.load_best_model_at_end and run.best.step == step
             interrupted_by = processes.max_over_ranks(interruption.signal, run.device)
-            if interrupted_by or is_best or (every(schedule.save_steps, step) and not is_last):
-                resume.save_checkpoint(run)
             if interrupted_by:
+                resume.save_checkpoint(run)
                 return interrupted_by
+            if is_best or (every(schedule.save_steps, step) and not is_last):
+                resume.save_if_room(run)
     return None
 
 

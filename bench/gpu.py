@@ -39,8 +39,8 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import ROOT, reason_of  # noqa: E402
+from bench.results import Line  # noqa: E402
 
-Line = dict[str, Any]
 StageProcess = subprocess.Popen[str]
 
 
@@ -91,9 +91,10 @@ def run_in_own_process(name: str, dry_run: bool) -> None:
     if not measured:  # the run has ended
         return
     try:
-        from bench import gpu_stages  # a failure to import it is reported as well
+        # A failure to import them is reported as well.
+        from bench import gpu_lines, gpu_stages
 
-        bench = gpu_stages.Bench(dry_run, json.loads(measured))
+        bench = gpu_lines.Bench(dry_run, json.loads(measured))
         for line in getattr(gpu_stages, stage.function)(bench, *stage.arguments):
             print(json.dumps(line), file=output, flush=True)
     except Exception as error:

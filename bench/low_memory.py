@@ -23,7 +23,7 @@ from real import find_model  # noqa: E402
 from bench.measure import flags, output_of  # noqa: E402
 from bench.tables import update  # noqa: E402
 from minisft.training.low_memory_adamw import LowMemoryAdamW  # noqa: E402
-from minisft.training.metrics import read_metrics  # noqa: E402
+from minisft.training.metrics_log import read_metrics  # noqa: E402
 from minisft.training.options import parse_options  # noqa: E402
 from train import main as train_main  # noqa: E402
 

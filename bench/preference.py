@@ -41,7 +41,7 @@ from minisft.model.config import ModelConfig  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
 from minisft.training.build import load_trainable  # noqa: E402
 from minisft.training.data import load_data, load_template  # noqa: E402
-from minisft.training.metrics import read_metrics  # noqa: E402
+from minisft.training.metrics_log import read_metrics  # noqa: E402
 from minisft.training.options import parse_options  # noqa: E402
 from minisft.training.run import build_schedule, count_rows_per_step  # noqa: E402
 

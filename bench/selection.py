@@ -49,7 +49,7 @@ from minisft.common.hashes import sha256  # noqa: E402
 from minisft.common.json_files import read_json, write_json  # noqa: E402
 from minisft.common.outputs import atomic_write  # noqa: E402
 from minisft.common.words import duration  # noqa: E402
-from minisft.training.metrics import read_metrics  # noqa: E402
+from minisft.training.metrics_log import read_metrics  # noqa: E402
 
 # For the estimate before the first run. Tokens a second of two cores in bfloat16: of training, of
 # forward passes, and of answers; mean tokens of a row; rows of the pool.

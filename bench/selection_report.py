@@ -23,7 +23,7 @@ from bench.selection_options import STRATEGIES, Budget
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
 from minisft.common.outputs import atomic_write
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 Result = dict[str, Any]  # a line of results.jsonl
 # The values of a run: {source or kind of prompt: one for each row}; None if a row was too long.

@@ -39,7 +39,7 @@ from minisft.selection.score_options import parse_options as score_options
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.build import model_on_meta
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 from minisft.training.operations import forward_operations, training_operations
 from minisft.training.options import parse_options as train_options
 

@@ -2,11 +2,12 @@
 
     python bench/soak_train.py                       # about an hour: an undisturbed run, too
     python bench/soak_train.py --minutes 1 --kills 3
+    python bench/soak_train.py --write_docs          # also the table of docs/benchmarks.md
 
 Trains examples/base twice, with as many steps as an undisturbed run makes in the given time, less
 what the kills cost: once undisturbed, and once in processes that are killed and resumed. Then
 compares the weights and the metrics of every step, which must be equal, and the memory of the
-processes, which must not grow. Exits with 1 if something is lost.
+processes, which must not grow. Exits with 1 if something is lost, and then writes no table.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import MAX_GROWTH, ROOT, early_and_late, flags, resident_memory  # noqa: E402
+from bench.tables import markdown, update  # noqa: E402
 
+HEAD = ["steps", "kills", "minutes", "weights", "losses", "memory of a process", "temporary files"]
 CALIBRATION_STEPS = 40
 MIN_STEPS, SAVE_STEPS = 60, 20
 
@@ -34,6 +37,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+    parser.add_argument("--write_docs", action="store_true", help="the table of docs/benchmarks.md")
     return parser.parse_args()
 
 
@@ -65,11 +69,11 @@ def train(output_dir: Path, max_steps: int, seconds: float | None = None) -> tup
             env=os.environ | {"OMP_NUM_THREADS": "1"},  # the same sums on a busy machine, too
         )
     while process.poll() is None:
+        used.append(resident_memory(process.pid))
         if seconds is not None and time.monotonic() - began > seconds:
             process.send_signal(signal.SIGKILL)
             process.wait()
             return False, used
-        used.append(resident_memory(process.pid))
         time.sleep(0.05)
     if process.returncode != 0:
         sys.exit(f"train.py ended with {process.returncode}; see {output_dir.with_suffix('.log')}")
@@ -99,12 +103,13 @@ def main() -> None:
     print(f"{max_steps:,} steps; {step_seconds:.3f} s a step, {start_seconds:.1f} s a start")
     _, used = train(folder / "undisturbed", max_steps)
     early, late = early_and_late(used)
-    print(f"undisturbed: memory x{late / early:.3f} from the second quarter to the last")
-    is_flat = late <= MAX_GROWTH * early
+    growth = late / early
+    print(f"undisturbed: memory x{growth:.3f} from the second quarter to the last")
+    is_flat = growth <= MAX_GROWTH
 
     generator, killed, peaks = random.Random(options.seed), 0, []
     began, has_ended = time.monotonic(), False
-    pause = 60 * options.minutes / (options.kills + 1)
+    pause = max(60 * options.minutes / (options.kills + 1), 1.5 * start_seconds)
     while not has_ended:
         # On average, the kill comes after a checkpoint. Otherwise the run would never end.
         seconds = generator.uniform(start_seconds, 2 * pause - start_seconds)
@@ -112,7 +117,7 @@ def main() -> None:
         has_ended, used = train(folder / "killed", max_steps, None if is_last else seconds)
         killed += not has_ended
         peaks.append(max(used))
-    print(f"{killed} kills in {(time.monotonic() - began) / 60:.1f} minutes")
+    minutes = (time.monotonic() - began) / 60
     resumed = peaks[1:]  # the first process read no checkpoint, so it needed less
     half = (len(resumed) + 1) // 2
     is_flat &= max(resumed[half:], default=0) <= MAX_GROWTH * max(resumed[:half], default=0)
@@ -121,12 +126,17 @@ def main() -> None:
     same_weights = (first / names[0]).read_bytes() == (second / names[0]).read_bytes()
     same_losses = losses(first) == losses(second)
     left = [str(path) for path in second.rglob("*.partial*")]
-    print(f"weights {'equal' if same_weights else 'DIFFERENT'}")
-    print(f"losses of {len(losses(first)):,} steps {'equal' if same_losses else 'DIFFERENT'}")
-    print(f"memory {'flat' if is_flat else 'GROWS'}; peaks {min(peaks):,} to {max(peaks):,} bytes")
-    print(f"temporary files left: {', '.join(left) or 'none'}")
+    memory = f"{min(peaks) / 2**20:,.0f} to {max(peaks) / 2**20:,.0f} MiB, "
+    memory += f"x{growth:.2f} in the undisturbed run" if is_flat else "GROWS"
+    equal = {True: "equal", False: "DIFFERENT"}
+    row = [f"{max_steps:,}", killed, f"{minutes:.1f}", equal[same_weights], equal[same_losses]]
+    row += [memory, ", ".join(left) or "none"]
+    print(markdown(HEAD, [row]))
     print(f"kept in {folder}")
-    sys.exit(not (same_weights and same_losses and is_flat and not left))
+    if not (same_weights and same_losses and is_flat and not left):
+        sys.exit(1)
+    if options.write_docs:
+        update("benchmarks.md", "soak_train", HEAD, [row], order=[row[0]])
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python bench/soak_web.py
     python bench/soak_web.py --minutes 1
+    python bench/soak_web.py --write_docs        # also the table of docs/benchmarks.md
 
 Starts chat.py --web with examples/base. Each client opens the page's API, has conversations of
 one to three questions, stops some answers, leaves in the middle of others, and sends a malformed
 call now and then. A complete answer must be the one that the same conversation got before. The
 memory of the server must not grow after its first quarter, and its log must not have a traceback.
-Exits with 1 otherwise.
+Exits with 1 otherwise, and then writes no table.
 """
 
 import argparse
@@ -29,8 +30,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import MAX_GROWTH, ROOT, early_and_late, flags, resident_memory  # noqa: E402
+from bench.tables import markdown, update  # noqa: E402
 
 CLIENTS = 8
+# What can happen to a question. The last two must not.
+OUTCOMES = "answered", "stopped", "left", "malformed", "refused", "LOST", "DIFFERENT"
+HEAD = ["minutes", *OUTCOMES, "memory", "tracebacks", "end after Ctrl-C"]
 QUESTIONS = [f"What is {number} plus {number + 1}?" for number in range(20)]
 SETTINGS = (40, 1.0, 0, 1.0, 1.0, True, "")  # the fields of Sampling: greedy, 40 tokens
 STATISTICS = re.compile(r"tokens, the first after")
@@ -111,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write_docs", action="store_true", help="the table of docs/benchmarks.md")
     options = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -153,13 +159,18 @@ def main() -> None:
     counts = sum((client.counts for client in clients), collections.Counter())
     early, late = early_and_late(used)
     tracebacks = log.read_text().count("Traceback")
-    print(", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())))
-    print(f"memory {early / 2**20:,.0f} MiB in the second quarter, {late / 2**20:,.0f} in the last")
-    print(f"{tracebacks} tracebacks in {log}; ended {end_seconds:.1f} s after Ctrl-C")
+    growth = late / early
+    memory = f"{early / 2**20:,.0f} to {late / 2**20:,.0f} MiB, x{growth:.2f}"
+    row = [f"{options.minutes:g}", *(f"{counts[name]:,}" for name in OUTCOMES)]
+    row += [memory, tracebacks, f"{end_seconds:.1f} s"]
+    print(markdown(HEAD, [row]))
+    print(f"log: {log}")
     alive = all(not client.is_alive() for client in clients)
-    is_flat = late <= MAX_GROWTH * early
     is_good = counts["answered"] and not (counts["LOST"] or counts["DIFFERENT"] or tracebacks)
-    sys.exit(not (is_good and is_flat and alive and end_seconds < 2))
+    if not (is_good and growth <= MAX_GROWTH and alive and end_seconds < 2):
+        sys.exit(1)
+    if options.write_docs:
+        update("benchmarks.md", "soak_web", HEAD, [row], order=[row[0]])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tables in docs/ that benchmarks write, between two marks.
 
     update("scaling.md", "peak", ["setting", "MiB"], [["LoRA", "120"]], order=["LoRA", "full"])
+    print(markdown(["setting", "MiB"], [["LoRA", "120"]]))
 
 The marks are comments, `<!-- peak -->` and `<!-- /peak -->`, which the rendered page does not show.
 """
@@ -10,6 +11,12 @@ from collections.abc import Iterable, Sequence
 from bench.measure import ROOT
 
 DOCS = ROOT / "docs"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
 def update(
@@ -39,8 +46,7 @@ def update(
     by_name = {line[0]: line for line in cells[2:]} if cells[:1] == [list(head)] else {}
     by_name |= {str(row[0]): [str(cell) for cell in row] for row in rows}
     order = by_name if order is None else order
-    lines = [list(head), ["---"] * len(head), *(by_name[name] for name in order if name in by_name)]
     table = f"{title}\n\n" if title else ""
-    table += "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    table += markdown(head, (by_name[name] for name in order if name in by_name))
     table += f"\n{note}\n" if note else ""
     path.write_text(before + begin + table + end + after, encoding="utf-8")

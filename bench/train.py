@@ -53,7 +53,7 @@ from minisft.text.template_choice import get_template  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
 from minisft.training.build import load_trainable, model_on_meta  # noqa: E402
 from minisft.training.lengths import already_encoded  # noqa: E402
-from minisft.training.metrics import read_metrics  # noqa: E402
+from minisft.training.metrics_log import read_metrics  # noqa: E402
 from minisft.training.objective import NextToken  # noqa: E402
 from minisft.training.operations import training_operations  # noqa: E402
 from minisft.training.options import parse_options as parse_training_options  # noqa: E402

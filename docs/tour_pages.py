@@ -67,11 +67,15 @@ def source_of(path: str, name: str, first: str | None, last: str | None) -> str:
 
 
 def with_code(text: str) -> str:
-    """The page with the code that the source has now."""
+    """The page with the code that the source has now.
+
+    The first line of each block says where the code is from, so that nobody takes it for a snippet.
+    """
 
     def included(block: re.Match[str]) -> str:
         path, name, first, last, old = block.groups()
-        return block[0].removesuffix(f"{old}```\n") + source_of(path, name, first, last) + "```\n"
+        code = f"# {path}: {name}\n" + source_of(path, name, first, last)
+        return block[0].removesuffix(f"{old}```\n") + code + "```\n"
 
     return INCLUDE.sub(included, text)
 

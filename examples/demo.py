@@ -46,7 +46,7 @@ def main() -> None:
     from minisft.data.dataset import load_rows
     from minisft.generation.assistant import Assistant
     from minisft.generation.sampling import Sampling
-    from minisft.training.metrics import read_metrics
+    from minisft.training.metrics_log import read_metrics
 
     held_out = load_rows(DATA / "heldout.json")
     prompts = [{"messages": row.messages[:-1]} for row in held_out]

@@ -22,6 +22,7 @@ pytest.register_assert_rewrite("parallel_runs")
 # torch raises some warnings once per process, so they would fail whichever test came first.
 torch.set_warn_always(True)
 ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = Path(torch.distributed.__file__).with_name("run.py")  # the script of this command
 # The suite computes in float32 on every processor: in this process and in those that it starts.
 STARTUP = ROOT / "tests" / "startup"
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -74,13 +75,15 @@ def as_flags(**flags):
     return words
 
 
-def command(*words, script="train.py", before=(), processes=1, **flags):
+def command(*words, script="train.py", before=(), processes=1, torchrun=None, **flags):
     """Run a script as a user would: command(*words, max_steps=2) -> subprocess.CompletedProcess.
 
     `before` comes between the interpreter and the script. Without it the process is forked; several
-    processes get the environment of torchrun.
+    processes get the environment of torchrun. torchrun: how many processes torchrun itself starts.
     """
     words = [*map(str, words), *as_flags(**flags)]
+    if torchrun:
+        return run_script(TORCHRUN, ["--nproc_per_node", torchrun, ROOT / script, *words])
     if script and not before:
         return run_script(script, words, processes)
     start = [sys.executable, *before, *([str(ROOT / script)] if script else [])]

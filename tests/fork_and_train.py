@@ -1,8 +1,9 @@
 """Run train.py many times in several processes, loading torch only once.
 
-    python tests/fork_and_train.py runs.json
+    python tests/fork_and_train.py FOLDER
 
-runs.json: a list of [number of processes, [flags of train.py], step or null], run in order.
+FOLDER/runs.json: a list of [number of processes, [flags of train.py], step or null], which run in
+that folder, in order.
 The ranks are forked once and train in run after run, so that torch prepares its first steps once.
 They get from the environment what torchrun gives. The last rank of a run gets a SIGTERM in that
 step. The status is 1 as soon as a run fails.
@@ -87,7 +88,8 @@ def train_with(ranks, processes, arguments, signalled=None):
 
 def main():
     render_forks.install()
-    runs = json.loads(Path(sys.argv[1]).read_text())
+    os.chdir(sys.argv[1])
+    runs = json.loads(Path("runs.json").read_text())
     # Forked before `meeting` starts the thread of a store, whose locks they would copy.
     ranks = [Rank() for _ in range(max(processes for processes, *_ in runs))]
     try:

@@ -28,8 +28,8 @@ SERVER = multiprocessing.get_context("forkserver")
 # torch._dynamo comes with the first optimizer, numpy.ma with the first np.unique, the scripts with
 # most of minisft. None of them may ask for a GPU when it is imported: a process that has used CUDA
 # can fork no other that does.
-PRELOADED = ["torch", "torch._dynamo", "safetensors.torch", "tokenizers", "numpy.ma"]
-PRELOADED += ["train", "score", "eval", "export", "chat"]
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.run", "safetensors.torch", "tokenizers"]
+PRELOADED += ["numpy.ma", "train", "score", "eval", "export", "chat"]
 SERVER.set_forkserver_preload(PRELOADED)
 
 

@@ -4,6 +4,7 @@ takes_long(item, {})        # the marker slow
 compares_numbers(item)      # the marker numerical
 """
 
+import functools
 import inspect
 import re
 import sys
@@ -23,7 +24,12 @@ NUMBERS = re.compile(r"\b(assert_close|assert_allclose|approx)\(")
 
 def compares_numbers(item):
     """True if the file of a test compares numbers with a tolerance."""
-    return NUMBERS.search(inspect.getsource(item.module)) is not None
+    return file_compares_numbers(item.module)
+
+
+@functools.cache
+def file_compares_numbers(module):
+    return NUMBERS.search(inspect.getsource(module)) is not None
 
 
 def takes_long(item, known):

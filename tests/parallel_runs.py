@@ -7,20 +7,18 @@ assert_equal_runs(folder / "one", folder / "two")
 
 import json
 import shutil
-import subprocess
-import sys
 
 import baichuan
 import pytest
 import torch
-from conftest import CONFIG, ROOT, as_flags
+from conftest import CONFIG, as_flags
+from forks import run_script
 from safetensors.torch import load_file
-from standing import HANG_SECONDS
 
 from minisft.checkpoints.folders import save_model
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 # Processes -> batch size and accumulation; a step has eight rows.
 BATCHES = {1: (8, 1), 2: (2, 2), 4: (1, 2)}
@@ -73,13 +71,7 @@ def write_bases(folder, tokenizer_dir):
 def train_forked(folder, plan):
     """Run the training runs in `folder`."""
     (folder / "runs.json").write_text(json.dumps(list(plan)))
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "fork_and_train.py", "runs.json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
+    done = run_script("tests/fork_and_train.py", [folder])
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -68,17 +68,25 @@ def begin():
         return None
     folder = tempfile.TemporaryDirectory()
     path = str(Path(folder.name) / "socket")
-    server = subprocess.Popen(
-        [sys.executable, __file__, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    server.stdout.readline()  # it listens
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(100)  # connections wait until the process is ready
+        server = subprocess.Popen(
+            [sys.executable, __file__, str(listener.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+        )
     os.environ[ADDRESS] = path
     install()
     return folder, server
 
 
-def serve(path):
-    """Fork a process for each connection, kill it on request, report its status."""
+def serve(descriptor):
+    """Fork a process for each connection, kill it on request, report its status.
+
+    descriptor: of a socket that listens.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     ended, wake = os.pipe()
@@ -87,10 +95,7 @@ def serve(path):
     # Jinja's lexer is made once.
     render_process.environment(render_process.Clock()).from_string("{{ 1 }}")
     new, running = set(), {}  # connections; of those that run, the process id, None after its end
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen(100)
-        print(flush=True)
+    with socket.socket(fileno=descriptor) as listener:
         while True:
             ready, _, _ = select.select([0, ended, listener, *new, *running], [], [])
             if 0 in ready:  # nobody can ask any more
@@ -154,4 +159,4 @@ def report(running):
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(int(sys.argv[1]))

@@ -56,7 +56,7 @@ def data() -> tuple[list[str], list[tuple[str, Tensor]]]:
         ("the first token", maps[..., 0].mean(-1)),
     ):
         layer, head = divmod(int(score.argmax()), H)
-        chosen.append((f"{title}\n(layer {layer}, head {head})", maps[layer, head]))
+        chosen.append((f"{title}\n(layer {layer}, head {head}, counted from 0)", maps[layer, head]))
     return [spelled(tokenizer.token_text(id) or "") for id in ids], chosen
 
 

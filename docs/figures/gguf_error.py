@@ -56,7 +56,7 @@ def draw(colors: Colors, data: tuple[list[str], np.ndarray]) -> Figure:
         block, block_bytes = gguf.GGML_QUANT_SIZES[type]
         labels.append(f"{type.name}\n{8 * block_bytes / block:.4g} bits")
     marks = "osD^v<>*"
-    families = {"attn": colors.supervised, "ffn": colors.second}
+    families = {"attn": colors.quantity}
     for number, tensor in enumerate(tensors):
         color = families.get(tensor.partition("_")[0], colors.text)
         axes.plot(labels, errors[:, number], marks[number], color=color, alpha=0.8, label=tensor)

@@ -56,7 +56,7 @@ def draw(colors: Colors, data: RealRows) -> Figure:
     ifd = data.conditioned / data.direct
     chosen = highest(ifd, np.flatnonzero(ifd < 1), len(ifd) // 10)
     for axes, x, y in ((left, data.direct, data.conditioned), (right, data.characters, ifd)):
-        axes.scatter(x, y, 9, color=colors.context, label="row of Alpaca")
+        axes.scatter(x, y, 9, color=colors.quantity, label="row of Alpaca")
         ring = {"facecolor": "none", "edgecolor": colors.text, "linewidth": 0.7}
         axes.scatter(x[chosen], y[chosen], 40, **ring, label="chosen: the highest 10 % below 1")
     top = float(max(data.direct.max(), data.conditioned.max()))

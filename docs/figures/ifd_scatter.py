@@ -15,7 +15,7 @@ def draw(colors: Colors, data: ScoredRows) -> Figure:
     ifd = data.conditioned / data.direct
     chosen = highest(ifd, np.flatnonzero(ifd < 1), len(ifd) // 20)
     for rows, color, label in (
-        (is_good, colors.context, "right answer"),
+        (is_good, colors.supervised, "right answer"),
         (~is_good, colors.trap, "spoiled answer"),
     ):
         axes.scatter(data.direct[rows], data.conditioned[rows], 9, color=color, label=label)

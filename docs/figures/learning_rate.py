@@ -26,16 +26,12 @@ def draw(colors: Colors, data: list[float]) -> Figure:
     """Left: three schedules. Right: peak rate against held-out loss."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, color in (
-        ("constant_with_warmup", colors.context),
-        ("linear", colors.second),
-        ("cosine", colors.supervised),
-    ):
+    for name, style in (("constant_with_warmup", ":"), ("linear", "--"), ("cosine", "-")):
         rate = build_rate(name, 1.0, total_steps=100, warmup_steps=10)
-        left.plot([rate(step) for step in range(100)], color=color, label=name)
+        left.plot([rate(step) for step in range(100)], style, color=colors.quantity, label=name)
     left.set(xlabel="step", ylabel="share of the peak rate", title="schedules, 10 warm-up steps")
     left.legend(loc="lower left")
-    right.plot(PEAKS, data, "o-", color=colors.supervised)
+    right.plot(PEAKS, data, "o-", color=colors.quantity)
     right.set(xscale="log", xlabel="peak learning rate", title=f"held-out loss, {NUM_STEPS} steps")
     return figure
 

@@ -74,13 +74,15 @@ def draw(colors: Colors, data: Values) -> Figure:
     """Number of the singular value against its size."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, (title, pair) in zip(figure.subplots(1, len(data)), data.items(), strict=True):
-        for values, color, label in zip(
+        for values, color, mark, label in zip(
             pair,
-            (colors.context, colors.supervised),
+            (colors.text, colors.quantity),
+            (".-", "s-"),
             ("full fine-tuning", f"LoRA, rank {RANK}"),
             strict=True,
         ):
-            axes.plot(range(1, len(values) + 1), values, ".-", color=color, label=label)
+            numbers = range(1, len(values) + 1)
+            axes.plot(numbers, values, mark, color=color, label=label, markersize=4)
         axes.axvline(RANK + 0.5, color=colors.faint, linestyle="--")
         axes.set(title=title, xlabel="number of the singular value", ylim=(0, None), xscale="log")
         axes.set_xticks([1, 8, 64, 512], ["1", "8", "64", "512"])

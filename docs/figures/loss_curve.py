@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from docs.figures.style import Colors, save
+from docs.figures.style import Colors, log_ticks, save
 from docs.tour.lab import (
     StepLoss,
     base_template,
@@ -53,9 +53,8 @@ def draw(colors: Colors, data: tuple[Curves, Curves]) -> Figure:
         smooth = np.convolve(losses, np.ones(5) / 5, mode="valid")
         left.plot(range(3, 3 + len(smooth)), smooth, color=color, label=label)
         right.plot(range(0, NUM_STEPS + 1, EVERY), held_out, color=color, label=label)
-    left.set(
-        xlabel="step", ylabel="loss", yscale="log", title="what the log shows (mean of 5 steps)"
-    )
+    left.set(xlabel="step", ylabel="loss", title="what the log shows (mean of 5 steps)")
+    log_ticks(left, [0.5, 1, 2, 5, 10])  # of both: they share the axis
     right.set(xlabel="step", title="held-out rows, loss per token")
     right.legend()
     return figure

@@ -40,9 +40,9 @@ def draw(colors: Colors, data: tuple[np.ndarray, np.ndarray]) -> Figure:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     top = float(np.sort(real)[-3]) * 1.15
-    axes.stairs(real, EDGES, fill=True, color=colors.context, label="SmolLM2")
-    axes.stairs(embedded, EDGES, color=colors.second, label="embedded model")
-    axes.vlines(NF4_LEVELS, 0, top, color=colors.supervised, label="levels of NF4")
+    axes.stairs(real, EDGES, fill=True, color=colors.quantity, alpha=0.4, label="SmolLM2")
+    axes.stairs(embedded, EDGES, color=colors.quantity, label="embedded model")
+    axes.vlines(NF4_LEVELS, 0, top, color=colors.text, lw=1, label="levels of NF4")
     even = np.linspace(-1, 1, 16)
     axes.plot(even, np.zeros(16), "^", color=colors.trap, label="16 equal steps", clip_on=False)
     axes.set(xlabel="weight / largest of its block", ylabel="density", ylim=(0, top))

@@ -59,6 +59,11 @@ def draw(colors: Colors, data: tuple[list[Example], list[Example]]) -> Figure:
         axes.set_title(f"{title}: {share:.0%} padding", loc="left", fontsize=9)
         axes.set(xlim=(0, grid(first).shape[1]), aspect="equal", anchor="W")
         axes.axis("off")
+    # Where each row of the pack begins: its column, and its line from above.
+    width = grid(first).shape[1]
+    starts = np.cumsum([0, *(len(example.ids) for example in first[:-1])])
+    bottoms = lines - 1 - starts // width
+    panels[2].vlines(starts % width, bottoms, bottoms + 1, color=colors.text, lw=2, clip_on=False)
     return figure
 
 

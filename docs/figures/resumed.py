@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from docs.figures.style import Colors, save
+from docs.figures.style import Colors, log_ticks, save
 from docs.tour.lab import BASE, base_template, encoded, good_rows, train_steps
 from minisft import load_model
 from minisft.model.decoder import CausalLM
@@ -36,12 +36,13 @@ def draw(colors: Colors, data: tuple[list[float], list[float], list[float]]) -> 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     shown = range(STOP - 40, STOP)
-    axes.plot(shown, before[-40:], color=colors.context, label="before the stop")
+    axes.plot(shown, before[-40:], color=colors.text, label="before the stop")
     steps = np.arange(STOP, END)
     axes.plot(steps, complete, color=colors.supervised, label="with the saved moments")
     axes.plot(steps, fresh, color=colors.trap, label="with a fresh optimizer")
     axes.axvline(STOP - 0.5, color=colors.faint, linestyle="--")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.set(xlabel="step", ylabel="loss")
+    log_ticks(axes, [0.1, 0.2, 0.5, 1, 2])
     figure.legend(loc="outside upper right", ncols=3)
     return figure
 

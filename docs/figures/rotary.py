@@ -30,9 +30,9 @@ def draw(colors: Colors, data: tuple[Tensor, Tensor]) -> Figure:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     image = left.imshow(cos.T, aspect="auto", cmap=colors.map, origin="lower")
-    left.set(xlabel="position p", ylabel="pair m", title="cos(p · f$_m$)")
+    left.set(xlabel="position t", ylabel="pair m", title="cos(t · f$_m$)")
     figure.colorbar(image, ax=left)
-    right.plot(products, color=colors.supervised)
+    right.plot(products, color=colors.quantity)
     right.axhline(0, color=colors.faint, lw=0.8)
     right.set(xlabel="distance of query and key", title="product of equal unit vectors")
     return figure

@@ -7,12 +7,13 @@
 again: `python -m docs.figures.padding` draws one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).resolve().parent
@@ -22,9 +23,10 @@ FOLDER = Path(__file__).resolve().parent
 class Colors:
     """Colours by meaning; colour-blind people can distinguish them.
 
-    text: words and axes. faint: grid and frames. supervised: tokens that the model learns to write,
-    and everything that is right. context: tokens that it only reads. padding: tokens that nothing
-    reads. trap: what goes wrong. second: another quantity. map: for values from small to large.
+    text: words, axes, and a second quantity. faint: grid and frames. supervised: tokens that the
+    model learns to write, and everything that is right. context: tokens that it only reads.
+    padding: tokens that nothing reads. trap: what goes wrong. quantity: what is none of these.
+    outside: what is left out. map: for values from small to large.
     """
 
     text: str
@@ -33,16 +35,32 @@ class Colors:
     context: str
     padding: str
     trap: str
-    second: str
+    quantity: str
+    outside: str
     map: str
 
 
 LIGHT = Colors(
-    "#1f2328", "#c8ced6", "#2a9d6f", "#8fb4dc", "#e4e7eb", "#d1571b", "#7a5cc0", "YlGnBu"
+    "#1f2328", "#c8ced6", "#2a9d6f", "#8fb4dc", "#e4e7eb", "#d1571b", "#7a5cc0", "#7d8792", "YlGnBu"
 )
 DARK = Colors(
-    "#e6edf3", "#4a525c", "#37b883", "#4e7fb5", "#2c333c", "#f0883e", "#a78bfa", "viridis"
+    "#e6edf3",
+    "#4a525c",
+    "#37b883",
+    "#4e7fb5",
+    "#2c333c",
+    "#f0883e",
+    "#a78bfa",
+    "#8b949e",
+    "viridis",
 )
+
+
+def log_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis with labels at these values only."""
+    axes.set_yscale("log")
+    axes.set_yticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
 
 
 def save(name: str, draw: Callable[[Colors, Any], Figure], data: Any) -> None:

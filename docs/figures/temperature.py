@@ -38,9 +38,11 @@ def draw(colors: Colors, data: tuple[list[str], Bars]) -> Figure:
     for axes, temperature, (values, kept) in zip(
         figure.subplots(1, len(bars), sharey=True), TEMPERATURES, bars, strict=True
     ):
-        chosen = [colors.supervised if inside else colors.padding for inside in kept]
+        chosen = [colors.quantity if inside else colors.outside for inside in kept]
         axes.bar(tokens, values, color=chosen)
         axes.tick_params(axis="x", rotation=90, labelsize=8)
+        for label, color in zip(axes.get_xticklabels(), chosen, strict=True):
+            label.set_color(color)  # a bar may be too small to show its own
         axes.set_title(f"temperature {temperature}")
     figure.axes[0].set_ylabel("probability")
     return figure

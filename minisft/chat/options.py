@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable
 
-from minisft.common.command_line import OptionParser, optional_int, positive_int
+from minisft.common.command_line import OptionParser, check_rules, optional_int, positive_int
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_model_flags, add_template_flags
 from minisft.common.option_types import with_line_breaks
@@ -28,6 +28,11 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
         "model_name_or_path adapter prompt file output web max_new_tokens temperature greedy",
         description="Chat with a model: in the terminal, with one question, with a file of "
         "prompts, or on a web page.",
+        neighbours={
+            "do_sample": ((True,), "use --greedy"),
+            "stream": ((True,), "an answer appears while it is written; --file collects answers"),
+            "num_beams": ((1,), "minisft samples, or takes the most probable token with --greedy"),
+        },
     )
     add_model_flags(parser)
     add, _ = parser.section("conversation")
@@ -97,13 +102,13 @@ def check_options(options: Namespace, given: set[str]) -> None:
         flags = [f"--{name}" for name in exclusive if name in given]
         if len(flags) > 1:
             raise UserError(f"{' and '.join(flags)} exclude each other. Give one of them.")
-    for needed, names in (
-        ("file", ("output", "batch_size", "max_samples")),
-        ("web", ("compare_with", "server_name", "server_port", "password", "share")),
-    ):
-        for name in names:
-            if name in given and needed not in given:
-                raise UserError(f"--{name} belongs to --{needed}, which is not given")
+    of_file = {"output", "batch_size", "max_samples"}
+    of_page = {"compare_with", "server_name", "server_port", "password", "share"}
+    rules = [
+        (of_file, "file" not in given, "belongs to --file, which is not given"),
+        (of_page, "web" not in given, "belongs to --web, which is not given"),
+    ]
+    check_rules(rules, given)
     if options.file and not options.output:
         raise UserError("--file needs --output, the file for the answers")
     if options.file and options.log:

@@ -8,7 +8,6 @@ Answers go to standard output, everything else to standard error.
 """
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from typing import TextIO
 from minisft.chat.options import BYTE_ORDER_MARK
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
+from minisft.common.json_files import write_json
 from minisft.generation.answer import Answer
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
@@ -25,14 +25,15 @@ from minisft.text.messages import Message
 
 FAILED = 2  # exit status after a refused message or command
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell: 128 + SIGINT
-LEAVING_WORDS = ("exit", "quit", "bye")  # alone on a line, on a terminal
+# After a slash they leave everywhere; alone on a line, on a terminal only.
+LEAVING_WORDS = ("exit", "quit", "bye")
 HELP = """\
 /reset          clear the conversation; the system prompt stays
 /system TEXT    set the system prompt; without TEXT, restore the initial one
 /save FILE      write the conversation as JSON that train.py reads
 /stats          length and speed of the last answer
 /help           list the commands
-/quit           leave (or Ctrl-D; or exit, quit, bye alone on a line)
+/quit           leave (or /exit, /bye, Ctrl-D; or exit, quit, bye alone on a line)
 Ctrl-C stops an answer."""
 
 
@@ -122,14 +123,12 @@ class Conversation:
             raise UserError("there is nothing to save yet")
         path = os.path.expanduser(path)
         row = {"messages": self._with_system(self.turns)}
+        if os.path.lexists(path) and path not in self.saved_paths:
+            raise UserError(f"{path} exists; choose another name")
         try:
-            with open(path, "w" if path in self.saved_paths else "x", encoding="utf-8") as file:
-                file.write(json.dumps([row], ensure_ascii=False, indent=2) + "\n")
-        except FileExistsError as error:
-            raise UserError(f"{path} exists; choose another name") from error
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: {reason}; choose another name") from error
+            write_json([row], path)
+        except (UserError, ValueError) as error:
+            raise UserError(f"{error}; choose another name") from error
         self.saved_paths.add(path)
         notice(f"({len(self.turns)} messages saved to {path})")
 
@@ -153,7 +152,7 @@ def converse(conversation: Conversation) -> int:
             if line is None:
                 return status
             name, argument = split_command(line)
-            if name == "/quit":
+            if name[1:] in LEAVING_WORDS:
                 return status
             if is_terminal and line.rstrip().lower() in LEAVING_WORDS:
                 notice(f'(left; begin the line with a space to say "{line.rstrip()}" to the model)')

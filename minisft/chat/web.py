@@ -316,7 +316,7 @@ def launch(
 def serve(
     page: Page, host: str, port: int, password: str | None = None, share: bool = False
 ) -> None:
-    """Serve a Page until Ctrl-C; then end the process, at the latest after END_SECONDS."""
+    """Serve a Page until Ctrl-C or SIGTERM; then end the process, after END_SECONDS at most."""
     blocks = launch(page, host, port, password, share)
     if not password and (host not in LOOPBACK or share):
         print(
@@ -326,7 +326,7 @@ def serve(
     try:
         print(f"{blocks.share_url or blocks.local_url}  (Ctrl-C ends)", file=sys.stderr, flush=True)
         threading.Event().wait()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         # Answers end after the token they are at. A long prompt may take far longer.
         page.close()
         ending = threading.Timer(END_SECONDS, os._exit, [0])

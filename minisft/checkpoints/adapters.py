@@ -14,6 +14,7 @@ from torch import nn
 
 from minisft.checkpoints.adapter_forms import LORA_HEAD, PEFT_PREFIX, Adapter, read_adapter
 from minisft.checkpoints.folders import REWARD_MODEL_HINT, gather_tensors, remove_other_weights
+from minisft.checkpoints.hub import base_in_any_folder
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT
 from minisft.common import processes
 from minisft.common.errors import UserError
@@ -64,7 +65,7 @@ def save_adapter(
     }
     content = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(base_model),
+        "base_model_name_or_path": base_in_any_folder(base_model),
         "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
         "r": config.rank,
         "lora_alpha": config.alpha,

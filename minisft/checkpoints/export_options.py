@@ -47,7 +47,12 @@ def check_options(options: Namespace, given: set[str]) -> None:
     format = options.format
     needed = "output" if format in FILE_FORMATS else "output_dir"
     if needed not in given:
-        raise UserError(f"--format {format} needs --{needed}")
+        hint = ""
+        if format in FILE_FORMATS and options.output_dir:
+            hint = f": a file, not a folder. Give --output {options.output_dir}.gguf instead"
+        elif options.output:
+            hint = ": a folder, not a file. A GGUF file is --format gguf"
+        raise UserError(f"--format {format} needs --{needed}{hint}")
     if format in ("peft", "gguf-lora") and not options.adapter:
         raise UserError(f"--format {format} needs --adapter")
     unused = {

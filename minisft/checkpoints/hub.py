@@ -4,6 +4,7 @@ model_dir = resolve("Qwen/Qwen2.5-0.5B")
 base_model("runs/cherry")                           # "examples/base"
 """
 
+import os
 from pathlib import Path
 
 from minisft.common.downloads import download
@@ -41,30 +42,45 @@ def resolve_adapter(name_or_path: str | Path) -> Path:
     return resolve(name_or_path, ADAPTER_CONFIG)
 
 
-def model_or_base(model_name_or_path: str | None, adapter: str | None) -> str:
+def model_or_base(
+    model_name_or_path: str | None, adapter: str | None, offline: bool = False
+) -> str:
     """The model that the flags name; with --adapter alone, the base of the adapter."""
-    return model_name_or_path or base_model(adapter or "")
+    return model_name_or_path or base_model(adapter or "", offline)
 
 
-def base_model(adapter: str | Path) -> str:
+def base_in_any_folder(name_or_path: str | Path) -> str:
+    """The name of a base for adapter_config.json: an absolute path, or a hub id."""
+    path = Path(name_or_path).expanduser()
+    return os.path.abspath(path) if path.exists() else str(name_or_path)
+
+
+def base_model(adapter: str | Path, offline: bool = False) -> str:
     """The name of the model that an adapter was trained on, from its adapter_config.json.
 
-    A relative path counts from the current folder, and else from that of the adapter. UserError if
-    the base is not named, or is a folder that is not there.
+    A relative path counts from the current folder, and else from that of the adapter. A hub id is
+    downloaded, unless `offline`. UserError if the base is not named, or is not there.
     """
     adapter_dir = resolve_adapter(adapter)
     path = adapter_dir / ADAPTER_CONFIG
     name = read_json(path).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise UserError(f"{path} names no base model. Give it as --model_name_or_path.")
-    beside = adapter_dir / name
-    if not Path(name).expanduser().exists() and beside.exists():
-        return str(beside)
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not Path(name).expanduser().exists() and not is_hub_id:
+    if Path(name).expanduser().exists():
+        return name
+    if (adapter_dir / name).exists():
+        return str(adapter_dir / name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"{path}: there is no base model {name} here. Give it as --model_name_or_path."
         )
+    if not offline:
+        try:
+            resolve(name)
+        except UserError as error:  # perhaps a relative path, which looks like a hub id
+            raise UserError(
+                f"{path} names the base model {name}. {error} Or give --model_name_or_path."
+            ) from error
     return name
 
 

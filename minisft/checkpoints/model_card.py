@@ -26,16 +26,15 @@ METHODS = {
 }
 # The options that decide what was learned, in the order of the card.
 SETTINGS = (
-    "finetuning_type lora_rank lora_alpha lora_dropout lora_target use_rslora modules_to_save "
-    "quantization_bit new_special_tokens add_tokens learning_rate lr_scheduler_type "
-    "lr_scheduler_kwargs warmup_ratio warmup_steps num_train_epochs max_steps "
+    "finetuning_type adapter lora_rank lora_alpha lora_dropout lora_target use_rslora "
+    "modules_to_save quantization_bit new_special_tokens add_tokens learning_rate "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps packing cutoff_len block_size "
     "mask_history weight_decay max_grad_norm dpo_beta dpo_label_smoothing dpo_ftx seed dtype"
 ).split()
-
-
 # Settings that only one stage reads.
 ONE_STAGE = {"pt": "block_size", "dpo": "dpo_beta dpo_label_smoothing dpo_ftx"}
+LORA_SETTINGS = "lora_rank lora_alpha lora_target use_rslora modules_to_save".split()
 
 
 def write_model_card(
@@ -45,30 +44,38 @@ def write_model_card(
     metrics: Sequence[Mapping[str, Any]] = (),
     is_adapter: bool = False,
     written_to: str | Path | None = None,
+    context_length: int | None = None,
+    is_reward_model: bool = False,
 ) -> None:
     """Write README.md of the folder `output_dir`, unless somebody else has written one there.
 
     options: those of the training; empty if they are not known. base: the model it began with.
     metrics: the lines of metrics.jsonl. is_adapter: False for a complete model.
-    written_to: the folder that holds the file until it moves to `output_dir`.
+    written_to: the folder that holds the file until it moves to `output_dir`. context_length: that
+    of the model, in tokens. is_reward_model: True if the model writes no text.
     """
     path = Path(output_dir) / CARD
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
-    stage = options.get("stage", "sft")
-    lines = ["---", *front_matter(options, str(base), is_adapter), "---", "", MARK, ""]
+    stage = str(options.get("stage", "sft"))  # options.toml may come from anybody
+    is_reward_model = is_reward_model or stage == "rm"
+    used = used_settings(options, context_length) if options else {}
+    front = front_matter(options, str(base), is_adapter, is_reward_model)
+    lines = ["---", *front, "---", "", MARK, ""]
     lines += [f"# {Path(output_dir).resolve().name}", ""]
     kind = "A LoRA adapter for" if is_adapter else "Made from"
-    lines += [f"{kind} {shown_name(base)}" + (f": {METHODS[stage]}." if options else ".")]
+    lines += [
+        f"{kind} {shown_name(base)}" + (f": {METHODS.get(stage, stage)}." if options else ".")
+    ]
     if options:
-        lines += ["", "## Training", "", *settings_table(options)]
+        lines += ["", "## Training", "", *settings_table(used)]
     if rows := metrics_table(metrics):
         lines += ["", "## Metrics", "", *rows]
-        limit = options.get("block_size" if stage == "pt" else "cutoff_len")
+        limit = used.get("block_size" if stage == "pt" else "cutoff_len")
         if limit and any("eval_loss" in row for row in metrics):
             lines += ["", f"The evaluation covers at most the first {limit} tokens of a row."]
     flag = "--adapter" if is_adapter else "--model_name_or_path"
-    if stage != "rm":
+    if not is_reward_model:
         lines += [
             "",
             "## Use",
@@ -81,17 +88,19 @@ def write_model_card(
         file.write("\n".join(lines) + "\n")
 
 
-def front_matter(options: Mapping[str, Any], base: str, is_adapter: bool) -> list[str]:
+def front_matter(
+    options: Mapping[str, Any], base: str, is_adapter: bool, is_reward_model: bool
+) -> list[str]:
     """The lines of YAML that the hub reads. A string in JSON is a string in YAML too."""
-    stage = options.get("stage", "sft")
     lines = ["# license: your choice, within the licences of the base model and the data"]
     if HUB_ID.fullmatch(base) and not Path(base).exists():
         lines.append(f"base_model: {json.dumps(base)}")
     else:
         lines.append(f"# base_model: the hub's name of {shown_name(base)}")
     lines.append(f"library_name: {'peft' if is_adapter else 'transformers'}")
-    task = "text-classification" if stage == "rm" else "text-generation"
-    lines += [f"pipeline_tag: {task}", f"tags: {json.dumps(['minisft', stage])}"]
+    task = "text-classification" if is_reward_model else "text-generation"
+    tags = ["minisft", str(options.get("stage", "sft"))] if options else ["minisft"]
+    lines += [f"pipeline_tag: {task}", f"tags: {json.dumps(tags)}"]
     if names := [name for name in data_names(options) if HUB_ID.fullmatch(name)]:
         if hub_names := [name for name in names if not Path(name).exists()]:
             lines.append(f"datasets: {json.dumps(hub_names)}")
@@ -106,16 +115,42 @@ def data_names(options: Mapping[str, Any]) -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
+def used_settings(options: Mapping[str, Any], context_length: int | None) -> dict[str, Any]:
+    """The options of a training without those that had no effect, with the values that had."""
+    used, stage = dict(options), str(options.get("stage", "sft"))
+    for flag, meaning in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if options.get(flag):
+            used["dtype"] = meaning
+    if used.get("template") == "auto":
+        used["template"] = "the base's own"
+    unused = ["dtype"] if used.get("dtype") == "auto" else []
+    for other in ONE_STAGE.keys() - {stage}:
+        unused += ONE_STAGE[other].split()
+    if stage == "pt":
+        unused += ["cutoff_len", "template", "default_system"]
+    if options.get("finetuning_type") == "full":
+        unused += [*LORA_SETTINGS, "lora_dropout"]
+    elif options.get("adapter"):  # which decides them
+        unused += LORA_SETTINGS
+    if options.get("max_steps"):
+        unused.append("num_train_epochs")
+    if options.get("lr_scheduler_type") == "constant":
+        unused += ["warmup_ratio", "warmup_steps"]
+    elif options.get("warmup_steps") is not None:
+        unused.append("warmup_ratio")
+    for name in ("cutoff_len", "block_size"):
+        if context_length and isinstance(used.get(name), int):
+            used[name] = min(used[name], context_length)
+    return {name: value for name, value in used.items() if name not in unused}
+
+
 def settings_table(options: Mapping[str, Any]) -> list[str]:
     """Data, template and settings as a table."""
     values: dict[str, Any] = {"data": ", ".join(map(shown_name, data_names(options)))}
     values["template"] = shown_name(options.get("template") or "")
     values["system prompt"] = options.get("default_system")
-    others = set(ONE_STAGE) - {options.get("stage", "sft")}
-    unused = {name for stage in others for name in ONE_STAGE[stage].split()}
-    if options.get("stage") == "pt":
-        unused.add("cutoff_len")
-    values |= {name: options.get(name) for name in SETTINGS if name not in unused}
+    values |= {name: options.get(name) for name in SETTINGS}
+    values["adapter"] = shown_name(options.get("adapter") or "")
     rows = [
         f"| {name} | {_cell(value)} |"
         for name, value in values.items()

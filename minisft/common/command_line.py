@@ -12,15 +12,22 @@ line wins over the recipe.
 
 import argparse
 import json
-import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from minisft.common.errors import UserError
-from minisft.common.flag_names import nearest_flag
-from minisft.common.llama_factory import read_value, translate
+from minisft.common.flag_names import nearest_flag, own_name
+from minisft.common.flag_words import (
+    flag_and_value,
+    grouped,
+    is_bare_flag,
+    normalized,
+    with_home,
+)
+from minisft.common.llama_factory import STRATEGIES, set_steps, translate
 from minisft.common.option_types import (
     boolean,
     fraction,
@@ -49,13 +56,34 @@ METAVARS: dict[object, str] = {
     fraction: "X",
 }
 _UNSET = object()
+# Values of another program's flag that change nothing in a script, and what to do instead.
+Neighbour = tuple[tuple[Any, ...], str]
+
+
+def check_rules(rules: Iterable[tuple[set[str], Any, str]], given: set[str]) -> None:
+    """UserError for a flag that was given, but is wrong here.
+
+    rules: (names of flags, true if they are wrong here, why). given: from OptionParser.given.
+    """
+    for flags, is_wrong, reason in rules:
+        if is_wrong and flags & given:
+            raise UserError(f"--{min(flags & given)} {reason}")
 
 
 class OptionParser(argparse.ArgumentParser):
     """argparse with hyphens, recipes, and errors that suggest the right flag."""
 
-    def __init__(self, examples: str = "", common: str = "", **settings: Any):
-        """examples: commands that --help shows first. common: names of flags to mark in --help."""
+    def __init__(
+        self,
+        examples: str = "",
+        common: str = "",
+        neighbours: Mapping[str, Neighbour] | None = None,
+        **settings: Any,
+    ):
+        """examples: commands that --help shows first. common: names of flags to mark in --help.
+
+        neighbours: flags of other programs that mean something special for this script.
+        """
         formatter = argparse.RawDescriptionHelpFormatter
         settings.setdefault("usage", "%(prog)s --flag value ...")
         if examples:
@@ -63,9 +91,10 @@ class OptionParser(argparse.ArgumentParser):
         if common:
             settings["description"] += "\n\nMost runs need only the flags marked with *."
         super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
-        self._common = set(common.split())
+        self._common, self._neighbours = set(common.split()), neighbours or {}
         self._flags: dict[str, argparse.Action] = {}
-        self._required: dict[str, str] = {}  # name -> the flag that makes it unnecessary, or ""
+        # name -> the flag that makes it unnecessary, and a remark on that; both may be ""
+        self._required: dict[str, tuple[str, str]] = {}
         self._given: set[str] = set()
         add, _ = self.section("general")
         recipe = "set flags from a file: TOML, or YAML, also with the keys of LLaMA-Factory"
@@ -81,16 +110,23 @@ class OptionParser(argparse.ArgumentParser):
         """
         group = self.add_argument_group(title)
 
-        def add(flag: str, required: bool = False, unless: str = "", **settings: Any) -> None:
-            """Add a flag to the section. unless: the flag with which it is not required."""
+        def add(
+            flag: str, required: bool = False, unless: str = "", remark: str = "", **settings: Any
+        ) -> None:
+            """Add a flag to the section.
+
+            unless: the flag with which it is not required. remark: when to use that, for the error.
+            """
             if required:
-                self._required[flag.removeprefix("--")] = unless
+                self._required[flag.removeprefix("--")] = unless, remark
                 exception = f", except with --{unless}" if unless else ""
                 settings["help"] += f" (required{exception})"
             if settings.get("default") not in (None, False, ""):
                 settings["help"] += " (default: %(default)s)"
             if not settings.keys() & {"choices", "metavar", "action"}:
                 settings["metavar"] = METAVARS.get(settings.get("type"), "TEXT")
+            if "choices" in settings:
+                settings.setdefault("type", str.lower)  # names such as Q4_K_M have no case
             if flag.removeprefix("--") in self._common:
                 settings["help"] = "* " + settings["help"]
             action = group.add_argument(flag, **settings)
@@ -109,24 +145,26 @@ class OptionParser(argparse.ArgumentParser):
         names every unknown flag and key of the recipe, or every required flag that is missing.
         """
         assert self._common <= self._flags.keys(), "common names a flag that does not exist"
-        words = sys.argv[1:] if arguments is None else arguments
-        options, rest = self._parse([_normalized(word) for word in words])
+        arguments = sys.argv[1:] if arguments is None else arguments
+        words = [normalized(word) for word in arguments]
+        options, rest = self._parse(words)
         path = "" if options.config is _UNSET else options.config
         recipe, faults = (
             self._read_recipe(path) if path else (dict.fromkeys(self._flags, _UNSET), [])
         )
-        rest, refused = self._without_neighbours(rest)
+        groups = self._without_strategies(grouped(rest, words), options, recipe)
+        rest, refused = self._without_neighbours(groups)
         self._refuse_unknown([word for word in rest if word.startswith("-")], refused, path, faults)
         if rest:
-            raise UserError(f"unexpected argument '{rest[0]}': flags begin with -- (see --help)")
+            raise UserError(self._unexpected(rest[0], words))
         self._given = self._names_given(vars(options), recipe)
         missing = [
-            f"--{name}"
-            for name, unless in self._required.items()
-            if not {name, unless} & self._given
+            name for name, (unless, _) in self._required.items() if not {name, unless} & self._given
         ]
         if missing:
-            raise UserError(f"{', '.join(missing)} must be given (see --help)")
+            names = ", ".join(f"--{name}" for name in missing)
+            remarks = [f"; {remark}" for name in missing if (remark := self._required[name][1])]
+            raise UserError(f"{names} must be given{''.join(remarks)} (see --help)")
         for name, action in self._flags.items():
             values = (getattr(options, name), recipe[name], action.default)
             setattr(options, name, next(value for value in values if value is not _UNSET))
@@ -160,7 +198,9 @@ class OptionParser(argparse.ArgumentParser):
             if name in ("config", "debug"):
                 faults.append(f"{key} (only on the command line)")
             elif name not in self._flags:
-                faults.append(self._with_hint(key))
+                usual, reason = self._neighbour(name)
+                if value not in usual:
+                    faults.append(f"{key} ({reason})" if reason else self._with_hint(key))
             elif value is not None:  # YAML's null leaves an option unset
                 words += self._words(name, value)
         try:
@@ -171,12 +211,12 @@ class OptionParser(argparse.ArgumentParser):
     def _words(self, name: str, value: Any) -> list[str]:
         """A line of a recipe as words of a command line."""
         if isinstance(value, list) and self._flags[name].nargs in ("+", "*"):
-            return [f"--{name}", *(_with_home(str(item)) for item in value)]
+            return [f"--{name}", *(with_home(str(item)) for item in value)]
         if isinstance(value, list):
             text = ",".join(map(str, value))
         else:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
-        return [f"--{name}={_with_home(text)}"]
+        return [f"--{name}={with_home(text)}"]
 
     def _names_given(self, options: dict[str, Any], recipe: dict[str, Any]) -> set[str]:
         given = {name for name, value in recipe.items() if value is not _UNSET}
@@ -186,25 +226,46 @@ class OptionParser(argparse.ArgumentParser):
             given = {name for name in given if recipe[name] != self._flags[name].default}
         return given | {name for name in self._flags if options[name] is not _UNSET}
 
-    def _without_neighbours(self, words: list[str]) -> tuple[list[str], list[str]]:
+    def _without_strategies(
+        self, groups: list[list[str]], options: Namespace, recipe: dict[str, Any]
+    ) -> list[list[str]]:
+        """The other groups. --eval_strategy and --save_strategy set options.eval_steps and so on.
+
+        groups: from `grouped`. recipe: the options that the recipe sets.
+        """
+        if "eval_steps" not in self._flags:
+            return groups
+        asked = {name: value for name, value in map(flag_and_value, groups) if name in STRATEGIES}
+        steps = {}
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(options, name)
+            value = recipe[name] if value is _UNSET else value
+            if value is not _UNSET:
+                steps[name] = value
+        translated = {**steps, **asked}
+        set_steps(translated)
+        for name in ("eval_steps", "save_steps"):
+            if translated.get(name) != steps.get(name):
+                setattr(options, name, translated.get(name))
+        # One that minisft does not have is still there.
+        left = {name for name in asked if name.replace("evaluation", "eval") in translated}
+        done = asked.keys() - left
+        return [group for group in groups if flag_and_value(group)[0] not in done]
+
+    def _without_neighbours(self, groups: list[list[str]]) -> tuple[list[str], list[str]]:
         """(unknown words, flags of other programs with the reason why minisft has none).
 
         Leaves out flags of transformers, trl and LLaMA-Factory whose value asks for what minisft
-        does anyway, and says so.
+        does anyway, and says so. groups: from `grouped`.
         """
         unknown, refused, accepted = [], [], []
-        groups: list[list[str]] = []  # a flag and its value; any other word alone
-        for word in words:
-            if groups and len(groups[-1]) == 1 and is_bare_flag(groups[-1][0]):
-                if not word.startswith("--"):
-                    groups[-1].append(word)
-                    continue
-            groups.append([word])
         for group in groups:
-            flag, equals, value = group[0].partition("=")
-            text = value if equals else " ".join(group[1:])
-            name = flag.removeprefix("--")
-            options, reasons = translate({name: read_value(text)}, self._flags)
+            flag, (name, value) = group[0].partition("=")[0], flag_and_value(group)
+            usual, reason = self._neighbour(name)
+            if reason:
+                options, reasons = {}, {} if value in usual else {name: reason}
+            else:
+                options, reasons = translate({name: value}, self._flags)
             if not flag.startswith("--") or options:
                 unknown += group
             elif reasons:
@@ -231,26 +292,27 @@ class OptionParser(argparse.ArgumentParser):
         if faults:
             raise UserError(f"{'; '.join(faults)} (see --help)")
 
+    def _neighbour(self, name: str) -> Neighbour:
+        """The entry of another program's flag among the neighbours, by any of its names."""
+        return self._neighbours.get(own_name(name, self._neighbours) or "", ((), ""))
+
+    def _unexpected(self, stray: str, words: Sequence[str]) -> str:
+        """The error for a word that is neither a flag nor the value of one."""
+        flag, given = "", ""  # the flag before the word, with its value
+        for before, word in pairwise(["", *words]):
+            if word == stray and not is_bare_flag(before):
+                break
+            flag, given = (word, word) if word.startswith("--") else (flag, f"{given} {word}")
+        action = self._flags.get(flag.removeprefix("--").partition("=")[0])
+        if action is None or action.choices or action.nargs or action.type in METAVARS:
+            return f"unexpected argument '{stray}': flags begin with -- (see --help)"
+        return (
+            f"unexpected argument '{stray}' after {given}: separate names by commas, and put a "
+            "text with spaces in quotes (see --help)"
+        )
+
     def _with_hint(self, unknown: str) -> str:
         """The unknown flag or key, with the nearest known one as a hint."""
         name = unknown.removeprefix("--")
         near = nearest_flag(name.replace("-", "_"), self._flags)
         return unknown + (f" (did you mean {unknown.replace(name, near)}?)" if near else "")
-
-
-def is_bare_flag(word: str) -> bool:
-    """True for `--flag`, whose value is the next word."""
-    return word.startswith("--") and "=" not in word
-
-
-def _normalized(word: str) -> str:
-    """A flag with underscores instead of hyphens; other words as they are."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + _with_home(value)
-
-
-def _with_home(text: str) -> str:
-    """Expand a leading `~/`, which a shell does not do in recipes or after `=`."""
-    return os.path.expanduser(text) if text.startswith("~/") else text

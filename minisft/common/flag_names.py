@@ -33,28 +33,38 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
     "learning_rate": "lr",
     "max_grad_norm": "clip_grad grad_clip gradient_clipping",
-    "eval_steps": "eval_strategy evaluation_strategy eval_interval",
-    "save_steps": "save_strategy",
+    "batch_tokens": "batch_size per_device_eval_batch_size max_num_batched_tokens",
+    "batch_size": "per_device_eval_batch_size eval_batch_size",
+    "eval_steps": "eval_interval",
     "resume_from_checkpoint": "resume",
     "dataloader_num_workers": "preprocessing_num_workers num_proc num_workers",
     "dtype": "torch_dtype precision",
     "output_dir": "output out_dir export_dir save_path save_dir",
     "output": "outfile out_file output_file output_path",
-    "quantization": "outtype quantize quant",
+    "quantization": "outtype quantize quant export_quantization_bit",
+    "device": "export_device",
     "max_shard_size": "export_size shard_size",
     "max_new_tokens": "max_tokens n_predict max_gen_len",
     "repetition_penalty": "repeat_penalty",
     "server_name": "host listen",
     "server_port": "port",
     "num_fewshot": "n_shot nshot ntrain num_few_shot",
+    "data_dir": "task_dir",
 }
+
+
+def own_name(name: str, names: Collection[str]) -> str | None:
+    """`name` if it is among `names`, else the one of them for which it is another name."""
+    if name in names:
+        return name
+    others = (ours for ours in names if name in OTHER_NAMES.get(ours, "").split())
+    return next(others, None)
 
 
 def nearest_flag(name: str, flags: Collection[str]) -> str | None:
     """The flag among `flags` that `name` stands for; None if no flag is near enough."""
-    for ours, others in OTHER_NAMES.items():
-        if ours in flags and name in others.split():
-            return ours
+    if ours := own_name(name, flags):
+        return ours
     # A wrong guess is worse than none, so the names must be nearly the same.
     near = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
     return near[0] if near else None

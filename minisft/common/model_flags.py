@@ -8,9 +8,10 @@ from typing import Any
 
 from minisft.common.command_line import OptionParser
 from minisft.common.errors import UserError
-from minisft.common.option_types import boolean, json_object, with_line_breaks
+from minisft.common.option_types import boolean, json_object, replacements, with_line_breaks
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 # Tokens at which train.py truncates a row; select.py warns of longer ones.
 CUTOFF_LEN = 1024
 AUTO_DTYPE = "bfloat16 where the processor has instructions for it, else float32"
@@ -22,7 +23,8 @@ def add_model_flags(
     """Add the section "model"; returns its (add, switch) for more flags, --adapter among them."""
     add, switch = parser.section("model")
     model = "folder of a checkpoint, GGUF file, or hub id"
-    add("--model_name_or_path", required=True, unless="adapter", help=model)
+    names = "an adapter, given with --adapter, names its model"
+    add("--model_name_or_path", required=True, unless="adapter", remark=names, help=model)
     add_device_flags(add, switch, auto_dtype)
     return add, switch
 
@@ -34,13 +36,20 @@ def add_dataset_flags(add: Callable[..., Any], required: bool = False) -> None:
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
 
 
+def add_replace_flag(add: Callable[..., Any]) -> None:
+    """Add --replace to a section."""
+    values = "fill in {{name}} and <your name> in the rows: name=Pebble,author=the Riverside Lab"
+    add("--replace", type=replacements, metavar="NAME=VALUE,...", help=values)
+
+
 def add_device_flags(
     add: Callable[..., Any], switch: Callable[..., Any], auto_dtype: str = AUTO_DTYPE
 ) -> None:
     """Add --device, --dtype and --quantization_bit to a section."""
     device = "auto, cpu, cuda, cuda:N or mps, a Mac's GPU (auto: a GPU if there is one)"
     add("--device", default="auto", help=device)
-    add("--dtype", choices=DTYPES, default="auto", help=f"number type (auto: {auto_dtype})")
+    number_type = f"number type (auto: {auto_dtype})"
+    add("--dtype", type=dtype_choice, choices=DTYPES, default="auto", help=number_type)
     switch("--bf16", "short for --dtype bfloat16")
     switch("--fp16", "short for --dtype float16")
     add(
@@ -49,6 +58,11 @@ def add_device_flags(
         choices=[4, 8],
         help="hold the frozen linear layers in 4 bits (NF4) or 8 bits (int8 rows)",
     )
+
+
+def dtype_choice(text: str) -> str:
+    """An argparse type: a number type of --dtype, also by its short name, such as bf16."""
+    return SHORT_DTYPES.get(text.lower(), text.lower())
 
 
 TEMPLATE_FLAGS = ("template", "default_system", "template_kwargs", "enable_thinking")

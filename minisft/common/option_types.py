@@ -35,6 +35,11 @@ def steps_or_none(text: str) -> int | None:
     return None if text == "-1" else _integer(text, least=1)
 
 
+def checkpoint_name(text: str) -> str | None:
+    """A folder, or auto; transformers calls that True, and no checkpoint False."""
+    return {"true": "auto", "false": None, "none": None}.get(text.lower(), text)
+
+
 def non_negative_int(text: str) -> int:
     """A whole number of at least 0."""
     return _integer(text, least=0)
@@ -135,17 +140,22 @@ def replacements(text: str) -> str:
 
 
 def parse_replacements(text: str | None) -> dict[str, str]:
-    """{name: value} of `replacements`, names in lower case. A value may have commas."""
+    """{name: value} of `replacements`, names as `value_name` gives. A value may have commas."""
     return dict(_pairs(text)) if text else {}
 
 
 def _parts(text: str) -> list[str]:
-    return re.split(r",(?=\s*[\w ]+=)", text)
+    return re.split(r",(?=\s*[\w -]+=)", text)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
     parts = [part.partition("=") for part in _parts(text)]
-    return [(name.strip().lower(), value) for name, _, value in parts]
+    return [(value_name(name), value) for name, _, value in parts]
+
+
+def value_name(text: str) -> str:
+    """A name in lower case, with spaces: `User-Name` and `user_name` are `user name`."""
+    return " ".join(re.split(r"[\s_-]+", text.lower())).strip()
 
 
 def split_names(text: str | None) -> list[str]:

@@ -7,6 +7,7 @@ save_options(options, "runs/a/options.toml")
 """
 
 import atexit
+import errno
 import json
 import os
 import shutil
@@ -20,9 +21,15 @@ from typing import IO, Any
 from minisft.common.errors import UserError
 from minisft.common.single_writer import FOLDER_LOCK
 from minisft.common.toml_files import RECORD_HEADER, read_toml
+from minisft.common.words import file_size
 
 # Options of a single invocation, which --config does not repeat.
 UNRECORDED = ("config", "debug", "overwrite_output_dir", "resume_from_checkpoint")
+
+# The folder in an output folder that a result is written to before its files are renamed.
+RESULT_PARTIAL = "result.partial"
+# The errors of a disk, a quota or a size limit that has no room for more.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -64,6 +71,31 @@ def atomic_write(
             yield file
             file.flush()
             os.fsync(file.fileno())
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Draw a figure of matplotlib to a PNG file: see atomic_path."""
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def despite_full_disk() -> Generator[None, None, None]:
+    """Print in the body. A line that a full disk refuses is lost; it does not end a long run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
 
 
 def temporary_folder() -> Path:
@@ -114,9 +146,9 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, *inputs: str | Pat
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file. Give a folder.")
     check_not_an_input("--output_dir", path, inputs)
-    # A program that was killed at its start leaves its lock.
-    content = {file.name for file in path.iterdir()} - {FOLDER_LOCK} if path.is_dir() else set()
-    if content and not overwrite:
+    # A program that was killed leaves its lock, and perhaps a part of its result.
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    if names - {FOLDER_LOCK, RESULT_PARTIAL} and not overwrite:
         raise UserError(
             f"--output_dir {path} is not empty. Choose another folder, or add "
             "--overwrite_output_dir."
@@ -154,6 +186,6 @@ def check_free_space(folder: str | Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise UserError(
-            f"{folder}: the files need {num_bytes / 1e9:,.1f} GB, and the disk has "
-            f"{free / 1e9:,.1f} GB free"
+            f"{folder}: the files need {file_size(num_bytes)}, and the disk has {file_size(free)} "
+            "free"
         )

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minisft.common import failure
 from minisft.common.errors import UserError
+from minisft.common.outputs import despite_full_disk
 from minisft.common.torchrun import announced_processes
 
 # How long ranks wait for each other: while rank 0 writes a large checkpoint, for instance.
@@ -84,7 +85,8 @@ def world_size() -> int:
 def print_rank0(text: str) -> None:
     """Print on rank 0 only."""
     if rank() == 0:
-        print(text, flush=True)
+        with despite_full_disk():
+            print(text, flush=True)
 
 
 def on_rank0(context: AbstractContextManager[Any]) -> AbstractContextManager[Any]:

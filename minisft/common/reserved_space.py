@@ -10,6 +10,7 @@ reserve.release()
 import ctypes
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from typing import IO
 
 from minisft.common.errors import UserError
 from minisft.common.outputs import check_free_space
+from minisft.common.words import file_size
 
 
 def allocate(handle: int, num_bytes: int) -> None:
@@ -48,17 +50,24 @@ class ReservedSpace:
 
     def take(self) -> None:
         """Take the space. UserError if the disk has too little."""
-        self.release()
         check_free_space(self.folder, self.num_bytes)
         try:
-            self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
-            allocate(self._file.fileno(), self.num_bytes)
+            self._take(self.num_bytes)
         except OSError as error:
-            self.release()
             raise UserError(
-                f"{self.folder}: the files need {self.num_bytes / 1e9:,.3f} GB: {error.strerror}. "
+                f"{self.folder}: the files need {file_size(self.num_bytes)}: {error.strerror}. "
                 "Make room."
             ) from error
+
+    def _take(self, num_bytes: int) -> None:
+        """Take the space; OSError if the disk has too little."""
+        self.release()
+        self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
+        try:
+            allocate(self._file.fileno(), num_bytes)
+        except OSError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Give the space back."""
@@ -69,10 +78,19 @@ class ReservedSpace:
 
     @contextmanager
     def released(self) -> Generator[None, None, None]:
-        """Give the space back for the body, and take it again afterwards if there is room."""
+        """Give the space back for the body, and take it again afterwards, or what is left of it."""
         was_taken = self._file is not None
         self.release()
-        yield
-        if was_taken:
-            with suppress(UserError):  # the body has saved its files already
-                self.take()
+        try:
+            yield
+        finally:
+            if was_taken:
+                self._take_again()
+
+    def _take_again(self) -> None:
+        """Take the space, or as much as there is."""
+        try:
+            self._take(self.num_bytes)
+        except OSError:
+            with suppress(OSError):
+                self._take(min(self.num_bytes, shutil.disk_usage(self.folder).free))

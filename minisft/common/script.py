@@ -1,15 +1,18 @@
 """Run a script: a user mistake prints one line, a bug prints a traceback."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from io import TextIOWrapper
-from typing import TypeVar
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 from minisft.common import failure
 from minisft.common.errors import UserError, first_line
 from minisft.common.threads import share_cores
+from minisft.common.torchrun import announced_processes
 
 Result = TypeVar("Result")
 
@@ -22,8 +25,11 @@ def run_script(main: Callable[[], Result]) -> Result:
     """
     share_cores()
     _open_standard_streams()
+    _clean_up_after_signals()
     try:
-        return main()
+        result = main()
+        sys.stdout.flush()  # a full disk shows here
+        return result
     except SystemExit:
         raise
     except BaseException as exception:
@@ -41,6 +47,21 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="replace"))
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _clean_up_after_signals() -> None:
+    """End on SIGTERM and SIGHUP as on Ctrl-C, so that temporary files are removed.
+
+    Not under torchrun: a process that waits for the others inside a library must end at once.
+    """
+    if announced_processes() == 1:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _print_reason(error: BaseException) -> int:

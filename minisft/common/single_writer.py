@@ -36,21 +36,30 @@ def single_writer(output: str | Path, is_folder: bool = False) -> Generator[None
     path = output / FOLDER_LOCK if is_folder else target.parent / f"{target.name}.lock"
     created = [folder for folder in path.parents if not folder.exists()]
     try:
+        handle = _open_lock(path, output)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # a folder that is gone, or whose rights have changed
+                path.unlink(missing_ok=True)
+            os.close(handle)
+    finally:
+        for folder in created:
+            with suppress(OSError):  # a folder with content stays
+                folder.rmdir()
+
+
+def _open_lock(path: Path, output: Path) -> int:
+    """Create the lock file `path`, with its folder, and lock it. UserError if that fails."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = _acquire(path, output)
+        return _acquire(path, output)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{output}: a part of this path is a file. Choose another.") from error
     except OSError as error:
-        raise UserError(f"{output}: could not be written: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # a folder that is gone, or whose rights have changed
-            path.unlink(missing_ok=True)
-        os.close(handle)
-        with suppress(OSError):  # a folder with content stays
-            for folder in created:
-                folder.rmdir()
+        raise UserError(
+            f"{output}: could not be written: {error.strerror}. Make room, or choose another."
+        ) from error
 
 
 def _acquire(path: Path, output: Path) -> int:
@@ -62,13 +71,22 @@ def _acquire(path: Path, output: Path) -> int:
             # The last owner may have removed the file between our open and our lock.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(path)):
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, f"process {os.getpid()} on {_host()}\n".encode(), 0)
+                    _sign(handle, path)
                     return handle
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _sign(handle: int, path: Path) -> None:
+    """Write the owner into a lock file. On a full disk, nothing stays of it."""
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {_host()}\n".encode(), 0)
+    except OSError:
+        path.unlink()
+        raise
 
 
 def _lock(handle: int, path: Path, output: Path) -> None:

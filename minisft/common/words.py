@@ -1,4 +1,4 @@
-"""Words for messages and files: a duration, a list of names, text that UTF-8 can express."""
+"""Words for messages: a duration, a size, a list of names, text that UTF-8 can express."""
 
 from collections.abc import Sequence
 
@@ -14,6 +14,14 @@ def duration(seconds: float) -> str:
     if seconds < 96 * 3600:
         return f"{seconds / 3600:,.1f} hours"
     return f"{seconds / 86400:,.1f} days"
+
+
+def file_size(num_bytes: int) -> str:
+    """A number of bytes in a unit that fits: 2.5 GB, 40.0 MB, 0.5 KB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1000:.1f} KB"
 
 
 def list_names(names: Sequence[str]) -> str:

@@ -1,9 +1,11 @@
-"""Convert instruction data from any supported format to ShareGPT.
+"""Convert instruction data from any supported format to ShareGPT, or look at rows.
 
 python -m minisft.data convert firefly.jsonl sharegpt.json
+python -m minisft.data show rows.json --model_name_or_path M --template alpaca
 """
 
 import json
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import Any
 from minisft.common.command_line import OptionParser, positive_int
 from minisft.common.errors import UserError
 from minisft.common.json_files import write_rows
-from minisft.common.option_types import replacements
+from minisft.common.model_flags import add_replace_flag
 from minisft.common.outputs import check_not_an_input, check_output_file
 from minisft.common.script import run_script
 from minisft.common.single_writer import single_writer
-from minisft.data.dataset import Rows, open_rows, read
+from minisft.data.dataset import Rows, open_rows, read, unused_values
 from minisft.data.dataset_info import FILE_NAME
 from minisft.data.formats import to_sharegpt
 from minisft.data.row_values import BadRow
@@ -37,6 +39,8 @@ def convert(
     output_path = check_output_file("output", output_path, overwrite=overwrite)
     rows = open_rows(dataset, skipped=skipped, **options)
     check_not_an_input("output", output_path, [file.records.path for file in rows.files])
+    if note := unused_values(rows.files):
+        print(note)
     is_array = output_path.suffix != ".jsonl"
     with single_writer(output_path):
         return write_rows(_sharegpt_lines(rows, skipped), output_path, is_array)
@@ -55,29 +59,42 @@ def _sharegpt_lines(rows: Rows, skipped: list[str] | None) -> Iterator[str]:
                 skipped.append(message)
 
 
-# What a model reads depends on the options of the training, so train.py shows it.
-LOOK = "python train.py --model_name_or_path M --dataset INPUT --dry_run --show_samples 3"
+def show(words: list[str]) -> None:
+    """Print rows as a model reads them, which depends on the options of the training.
+
+    So train.py does it: `show rows.json --model_name_or_path M` is short for
+    `train.py --dry_run --show_samples 3 --dataset rows.json --model_name_or_path M`.
+    """
+    script = Path(__file__).resolve().parents[2] / "train.py"
+    if not script.exists():
+        raise UserError(
+            f"show runs train.py, which is not in {script.parent}. Start it in a clone."
+        )
+    data = ["--dataset"] if words and not words[0].startswith("-") else []
+    sys.argv = [str(script), "--dry_run", "--show_samples", "3", *data, *words]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def main() -> None:
-    """Run the command `convert`."""
+    """Run the command `convert` or `show`."""
     if sys.argv[1:2] == ["show"]:
-        raise UserError(f"train.py shows rows as the model reads them: {LOOK}")
+        return show(sys.argv[2:])
     parser = OptionParser(
         prog="python -m minisft.data",
-        usage="%(prog)s convert INPUT OUTPUT [--flag value ...]",
-        description="convert instruction data to the ShareGPT format; to look at rows as a model "
-        f"reads them:\n  {LOOK}",
+        usage="%(prog)s convert INPUT OUTPUT [--flag value ...]\n"
+        "       %(prog)s show INPUT --model_name_or_path M [--flag of train.py ...]",
+        description="convert: write instruction data in the ShareGPT format\n"
+        "show: print rows as a model reads them, their lengths and the plan of a run; the same as\n"
+        "      python train.py --model_name_or_path M --dataset INPUT --dry_run --show_samples 3",
     )
-    parser.add_argument("command", choices=["convert"], help="what to do")
+    parser.add_argument("command", choices=["convert", "show"], help="what to do")
     parser.add_argument("input", help="what --dataset of train.py names: file, folder, data set")
     parser.add_argument("output", help="file to write: .json for an array, .jsonl for lines")
     add, switch = parser.section("data")
     add("--dataset_dir", default="data", help=f"folder of {FILE_NAME}")
     add("--max_samples", type=positive_int, help="only the first N rows of each data set")
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
-    values = "fill in {{name}} and <your name> in the rows: name=Pebble,author=the Riverside Lab"
-    add("--replace", type=replacements, metavar="NAME=VALUE,...", help=values)
+    add_replace_flag(add)
     switch("--overwrite", "replace the output file if there is one")
     options = parser.parse_options()
     skipped = [] if options.skip_bad_rows else None

@@ -124,6 +124,18 @@ def first_examples(batches: Batches, count: int) -> list[Example]:
     return list(chain.from_iterable(islice(filter(None, each), count)))
 
 
+def first_blocks(batches: Batches, count: int) -> list[Example]:
+    """The first `count` blocks of plain text, in the order of the file."""
+    num_texts = count
+    while True:
+        texts = range(min(num_texts, len(batches.rows)))
+        blocks, _ = read_and_encode(batches.rows, batches.encode, texts)
+        # The last block may be shorter than it is in training.
+        if len(blocks) > count or num_texts >= len(batches.rows):
+            return blocks[:count]
+        num_texts *= 2
+
+
 def check_learnable(examples: list[Example], report: EncodeReport) -> None:
     """Raise UserError if there are no examples."""
     if examples:

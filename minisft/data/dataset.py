@@ -20,7 +20,13 @@ from minisft.common.option_types import parse_replacements
 from minisft.common.words import list_names
 from minisft.data.dataset_info import FILE_NAME, Description
 from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
-from minisft.data.placeholders import PlaceholderNote, fill_in
+from minisft.data.placeholders import (
+    PlaceholderNote,
+    fill_in,
+    find_placeholders,
+    name_of,
+    unused_note,
+)
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Records, open_records
 from minisft.data.row_forms import check_label, standard_record
@@ -54,6 +60,7 @@ class RowFile:
     plain_text: bool = False
     ranking: bool | None = False  # as in open_rows
     values: Mapping[str, str] = field(default_factory=dict)  # of placeholders
+    names: set[str] = field(default_factory=set)  # of the placeholders, if there are values
 
     def read(self, index: int) -> Row | str:
         """The row of a record. BadRow names file and row."""
@@ -146,6 +153,7 @@ def open_rows(
     max_samples: int | None = None,
     offline: bool = False,
     replace: str | None = None,
+    replace_flag: str = "--replace",
 ) -> Rows:
     """The rows of the data sets that `dataset` names (see sources.py), in their order.
 
@@ -155,7 +163,7 @@ def open_rows(
     without it the first broken row raises UserError. Files above CHECKED_BYTES are checked as they
     are read. seed: for the rows drawn where an entry has num_samples. say: prints a line.
     max_samples: use the first N rows of each data set. offline: download nothing.
-    replace: values of placeholders, such as "name=Pebble".
+    replace: values of placeholders, such as "name=Pebble". replace_flag: advised without them.
     """
     parts, values = [], parse_replacements(replace)
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False, offline):
@@ -168,7 +176,7 @@ def open_rows(
         for path in source.paths:
             records = open_records(path, plain_text)
             files.append(RowFile(records, source.description, plain_text, ranking, values))
-        rows = concatenate([_checked(file, skipped, say) for file in files])
+        rows = concatenate([_checked(file, skipped, say, replace_flag) for file in files])
         if not plain_text:
             _report_ignored_columns(source, files, say)
         if source.num_samples:
@@ -244,7 +252,14 @@ def concatenate(parts: list[Rows]) -> Rows:
     return sum(parts[1:], start=parts[0])
 
 
-def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine) -> Rows:
+def unused_values(files: Sequence[RowFile]) -> str:
+    """A warning about values of `replace` that no row needs; empty if there are none."""
+    is_complete = all(file.records.size <= CHECKED_BYTES for file in files)
+    searched = "no row" if is_complete else f"none of the first {CHECKED_ROWS:,} rows of a file"
+    return unused_note(files[0].values, set().union(*(file.names for file in files)), searched)
+
+
+def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine, replace_flag: str) -> Rows:
     """The rows of a file. Checks them, leaves out broken and blank rows, and says what changed."""
     records, rows, good, broken = file.records, Rows([file], None, skipped is not None), [], []
     changes, placeholders = Counter[str](), PlaceholderNote()
@@ -255,6 +270,8 @@ def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine) -> Rows:
         except BadRow as error:
             broken.append(str(error))
         else:
+            if file.values:
+                file.names.update(map(name_of, find_placeholders(records[number])))
             if isinstance(row, Row):
                 changes.update(row.changes)
                 placeholders.add(row.messages, f"{records.path}, {records.place(number)}")
@@ -269,7 +286,7 @@ def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine) -> Rows:
     num_rows = f"{len(good)} rows" if is_small else f"the first {CHECKED_ROWS:,} rows"
     for change, count in changes.items():
         say(f"{records.path}: {count} of {num_rows} {change}")
-    if note := placeholders.line(num_rows):
+    if note := placeholders.line(num_rows, replace_flag):
         say(note)
     if not is_small or len(good) == len(rows):
         return rows

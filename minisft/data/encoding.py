@@ -13,6 +13,7 @@ The tour explains it: docs/tour/02_template.md.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from minisft.common.errors import UserError
 from minisft.data.dataset import Row, Rows, read
 from minisft.data.encode_report import EncodeReport
 from minisft.data.long_rows import beginning
-from minisft.text.chat_template import ChatTemplate
+from minisft.text.chat_template import MAX_BEGUN, ChatTemplate
 from minisft.text.tokenizer import check_vocabulary
 
 
@@ -46,6 +47,8 @@ class Example:
         return [Example(ids, supervised) for ids, supervised in parts]
 
 
+GROUP = MAX_BEGUN // 2  # rows that are rendered together
+
 # Rows -> examples. Worker processes get it, so it must be picklable.
 Encode = Callable[[Sequence[Row]], tuple[list[Example], EncodeReport]]
 
@@ -62,12 +65,9 @@ def encode_rows(
     mask_history: learn only the last answer.
     """
     examples, report = [], EncodeReport()
-    for row, following in with_next(rows):
-        if following is not None:
-            template.begin(following.messages, following.tools)
-        if mask_history:
-            history = [{**message, "train": False} for message in row.messages[:-1]]
-            row = replace(row, messages=history + row.messages[-1:])
+    if mask_history:
+        rows = map(without_history, rows)
+    for row in rendered_ahead(rows, template):
         full = encode_row(row, template, cutoff_len, vocab_size)
         cut = [Example(text.ids[:cutoff_len], text.supervised[:cutoff_len]) for text in full]
         # The first token is never a target: nothing comes before it.
@@ -86,15 +86,21 @@ def encode_rows(
     return examples, report
 
 
-def with_next(rows: Iterable[Row]) -> Iterator[tuple[Row, Row | None]]:
-    """Each row with the row after it."""
-    current: Row | None = None
-    for following in rows:
-        if current is not None:
-            yield current, following
+def without_history(row: Row) -> Row:
+    """The row with only its last answer to learn."""
+    history = [{**message, "train": False} for message in row.messages[:-1]]
+    return replace(row, messages=history + row.messages[-1:])
+
+
+def rendered_ahead(rows: Iterable[Row], template: ChatTemplate) -> Iterator[Row]:
+    """The rows. The template renders a group of them in the background, while others are used."""
+    rows, current = iter(rows), []
+    while following := list(islice(rows, GROUP)):
+        for row in following:
+            template.begin(row.messages, row.tools)
+        yield from current
         current = following
-    if current is not None:
-        yield current, None
+    yield from current
 
 
 def encode_row(

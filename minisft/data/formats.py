@@ -32,6 +32,7 @@ from minisft.data.row_values import (
 )
 from minisft.data.turn_order import standard_order
 from minisft.text.messages import (
+    ROLES,
     Message,
     calls_of,
     check_refusal,
@@ -54,20 +55,15 @@ PREFERENCE_DATA = (
     "with one answer per prompt, or use train.py --stage dpo or rm, or score.py --mode reward"
 )
 PREFERENCE_COLUMNS = {"chosen", "rejected"}
-ROLES = {
-    "system": "system",
-    "developer": "system",
+SPEAKERS = {
+    **ROLES,
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
-    "assistant": "assistant",
     "function_call": "assistant",
     "observation": "tool",
-    "tool": "tool",
-    "function": "tool",
 }
 # Fields of a turn that are kept unchanged: whether it is learned, and names that templates write.
 KEPT_FIELDS = ("weight", "train", "mask", "name", "tool_call_id")
@@ -149,7 +145,7 @@ def has_single_answer(record: dict[str, Any]) -> bool:
     """True if a preference row also has a single answer."""
     turns = record.get("conversations", record.get("messages"))
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-        return ROLES.get(str(turns[-1].get("from", turns[-1].get("role")))) == "assistant"
+        return SPEAKERS.get(str(turns[-1].get("from", turns[-1].get("role")))) == "assistant"
     return bool(record.get("output") or record.get("target"))
 
 
@@ -202,9 +198,9 @@ def parse_turn(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise BadRow(f"a turn must be a JSON object, not {kind_of(turn)}")
     speaker = turn.get("from", turn.get("role"))
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        raise BadRow(f"unknown speaker {speaker!r}; known are {', '.join(ROLES)}")
-    role = ROLES[speaker]
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise BadRow(f"unknown speaker {speaker!r}; known are {', '.join(SPEAKERS)}")
+    role = SPEAKERS[speaker]
     check_text_only(turn)
     content = _content(turn, role)
     message: Message = {"role": role, "content": content, **_kept_fields(turn, role)}

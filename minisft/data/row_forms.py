@@ -16,7 +16,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from minisft.data.formats import PREFERENCE_COLUMNS, ROLES, turns_column
+from minisft.data.formats import PREFERENCE_COLUMNS, SPEAKERS, turns_column
 from minisft.data.row_values import NOT_FINITE, BadRow, kind_of, string_of, without_nulls
 
 # The ends of notes that begin with "3 of 100 rows".
@@ -112,7 +112,7 @@ def _turn_as_text(turn: Any) -> Any:
     if not isinstance(turn, dict):
         return turn
     column = "value" if "value" in turn else "content"
-    is_assistant = ROLES.get(str(turn.get("from", turn.get("role")))) == "assistant"
+    is_assistant = SPEAKERS.get(str(turn.get("from", turn.get("role")))) == "assistant"
     if is_assistant and _is_data(turn.get(column)):
         return {**turn, column: _json_text(turn[column])}
     return turn
@@ -169,4 +169,4 @@ def _turns(record: dict[str, Any], column: str) -> list[Any]:
 
 def _not_learned(turn: Any) -> Any:
     speaker = str(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else ""
-    return {**turn, "train": False} if ROLES.get(speaker) == "assistant" else turn
+    return {**turn, "train": False} if SPEAKERS.get(speaker) == "assistant" else turn

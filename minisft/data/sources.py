@@ -65,7 +65,7 @@ def find_sources(
     rm and dpo. offline: download nothing. UserError for an unknown name suggests similar names.
     """
     sources = []
-    for name in split_names(str(dataset)):
+    for name in _split_paths(str(dataset)):
         entries = {} if Path(name).is_file() else read_entries(dataset_dir)
         if Path(name).is_file():
             sources.append(Source(name, [Path(name)]))
@@ -89,7 +89,7 @@ def find_sources(
     return sources
 
 
-def split_names(dataset: str) -> list[str]:
+def _split_paths(dataset: str) -> list[str]:
     """The names between commas. A file or folder may have commas in its own name."""
     parts, names = dataset.split(","), []
     while parts:

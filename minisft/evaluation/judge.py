@@ -9,6 +9,7 @@ Each verdict is saved as soon as it is known, so an interrupted run continues wh
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,25 +120,30 @@ def collect_verdicts(
     keys = [hashlib.sha256(f"{judge.name}\n{text}".encode()).hexdigest() for text in prompts]
     missing = list({key: place for place, key in enumerate(keys) if key not in known}.values())
     advance(len(prompts) - len(missing))
-    with open(path, "a", encoding="utf-8") as file:
-        for number, text in judge.replies([prompts[place] for place in missing]):
-            key, verdict = keys[missing[number]], parse_verdict(text)
-            known[key] = verdict
-            line = {"key": key, "verdict": verdict, "text": text}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            advance(1)
+    for number, text in judge.replies([prompts[place] for place in missing]):
+        key, verdict = keys[missing[number]], parse_verdict(text)
+        known[key] = verdict
+        _append(Path(path), {"key": key, "verdict": verdict, "text": text})
+        advance(1)
     verdicts = [known[key] for key in keys]
     return list(zip(verdicts[::2], verdicts[1::2], strict=True))
 
 
+def _append(path: Path, record: dict[str, Any]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror}") from error
+
+
 def _read_verdicts(path: Path) -> dict[str, Verdict]:
     """key -> verdict. An incomplete last line is removed from the file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    content = path.read_bytes() if path.exists() else b""
     # Not splitlines: a judge may write other line ends, which JSON does not escape.
-    *lines, cut_off = text.split("\n")
+    *lines, cut_off = content.split(b"\n")
     if cut_off:
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.truncate(path, len(content) - len(cut_off))
     try:
         return {record["key"]: record["verdict"] for record in map(json.loads, lines)}
     except (ValueError, LookupError, TypeError) as error:

@@ -12,13 +12,19 @@ from typing import Any
 
 from minisft.common.command_line import (
     OptionParser,
+    check_rules,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
 )
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_device_flags, add_model_flags, add_template_settings
+from minisft.common.model_flags import (
+    add_device_flags,
+    add_model_flags,
+    add_replace_flag,
+    add_template_settings,
+)
 from minisft.evaluation.benchmarks import BENCHMARKS
 
 CHOICE_EXAMPLES = """\
@@ -56,11 +62,16 @@ def parse_options(usage: str, arguments: Sequence[str] | None = None) -> tuple[s
 
 def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
     """The options of `eval.py ceval`, `cmmlu` and `mmlu`, checked."""
+    language = "en" if name == "mmlu" else "zh"
     parser = OptionParser(
         CHOICE_EXAMPLES.replace("ceval", name),
         "model_name_or_path adapter data_dir split output_dir max_samples num_fewshot",
         prog=f"eval.py {name}",
         description="Answer multiple-choice questions and measure the accuracy.",
+        neighbours={
+            "task": ((name,), f"the first word names the benchmark: eval.py {name}; see --split"),
+            "lang": ((language,), f"the questions and prompts of {name} have one language"),
+        },
     )
     add, _ = add_model_flags(parser)
     add("--adapter", metavar="DIR", help="folder of a LoRA adapter, used without merging")
@@ -108,6 +119,11 @@ def parse_compare_options(arguments: Sequence[str]) -> Namespace:
         "models dataset output_dir max_samples max_new_tokens judge_model",
         prog="eval.py compare",
         description="Ask several models the same questions. Measure and judge their answers.",
+        neighbours={
+            "model_name_or_path": ((), "use --models NAME=MODEL"),
+            "adapter": ((), "use --models NAME=MODEL+ADAPTER"),
+            "do_sample": ((False,), "use --temperature above 0"),
+        },
     )
     add, switch = parser.section("models")
     models = "models and their names; the others are compared with the first"
@@ -122,6 +138,7 @@ def parse_compare_options(arguments: Sequence[str]) -> Namespace:
     add("--dataset", required=True, help=dataset)
     add("--dataset_dir", default="data", help="folder of dataset_info.json")
     add("--max_samples", type=positive_int, help="only the first N rows of each data set")
+    add_replace_flag(add)
     add("--max_new_tokens", type=positive_int, default=512, help="longest answer in tokens")
     temperature = "0: always the most probable token; above: the higher, the more varied"
     add("--temperature", type=non_negative_float, default=0.0, help=temperature)
@@ -179,7 +196,6 @@ def check_options(options: Namespace, given: set[str]) -> None:
     given: names of the flags that were given.
     """
     _check_resume(options)
-    # (flags, when they are wrong, why)
     rules: list[tuple[set[str], Any, str]] = [
         (SAMPLING, options.temperature == 0, "needs --temperature above 0"),
         (JUDGE, not options.judge_model, "needs --judge_model"),
@@ -190,6 +206,4 @@ def check_options(options: Namespace, given: set[str]) -> None:
             "belongs to a judge on this machine; behind --judge_url the server has its own",
         ),
     ]
-    for flags, is_wrong, reason in rules:
-        if is_wrong and flags & given:
-            raise UserError(f"--{min(flags & given)} {reason}")
+    check_rules(rules, given)

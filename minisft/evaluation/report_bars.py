@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from minisft.common.outputs import save_figure
 from minisft.evaluation.report_lines import MEASURES
 
 # Fonts that come with systems and browsers, for Chinese names of models.
@@ -50,7 +51,7 @@ def draw_bars(results: dict[str, Any], path: str | Path) -> None:
             )
         axes.set_xticks(range(len(MEASURES)), list(MEASURES.values()))
         axes.legend()
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path)
 
 
 def _errors(entry: dict[str, Any]) -> tuple[float, float]:

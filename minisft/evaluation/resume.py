@@ -1,11 +1,12 @@
 """--resume: check whether a run may continue in a folder, and clear the folder for a new run."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from minisft.common.errors import UserError
-from minisft.common.outputs import check_output_dir, recorded_options, save_options
+from minisft.common.outputs import FULL_DISK, check_output_dir, recorded_options, save_options
 
 # Options on which the predictions of a benchmark depend.
 CHOICE_OPTIONS = (
@@ -38,6 +39,7 @@ ANSWER_OPTIONS = (
     "enable_thinking",
     "dataset",
     "max_samples",
+    "replace",
     "max_new_tokens",
     "temperature",
     "top_k",
@@ -75,3 +77,14 @@ def start_output_dir(options: Namespace, output_dir: Path, results: Sequence[str
             for path in output_dir.glob(pattern):
                 path.unlink()
     save_options(options, output_dir / "options.toml")
+
+
+@contextmanager
+def saying_how_to_go_on() -> Generator[None, None, None]:
+    """Add to the error of a full disk how to go on."""
+    try:
+        yield
+    except UserError as error:
+        if getattr(error.__cause__, "errno", None) not in FULL_DISK:
+            raise
+        raise UserError(f"{error}. Make room; the same command with --resume continues.") from error

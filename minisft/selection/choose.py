@@ -20,8 +20,14 @@ from minisft.common.json_files import is_integer, read_json
 from minisft.selection import strategies
 from minisft.selection.facility_location import facility_location
 from minisft.selection.kmeans import ArrayRows, Clusters, kmeans
-from minisft.selection.limits import cluster_limits
-from minisft.selection.provenance import check_computed_from, check_same_model
+from minisft.selection.limits import band_limits, cluster_limits
+from minisft.selection.provenance import (
+    check_computed_from,
+    check_same_model,
+    covered_rows,
+    is_other_limit,
+    max_samples_of,
+)
 from minisft.selection.rds import nearest_to_targets, similarity_to_targets
 from minisft.selection.score_files import (
     ScorePaths,
@@ -41,6 +47,8 @@ SCORE_OF = {
     "ifd+kcenter": "ifd",
     "ifd_ppl+facility": "ifd_ppl",
 }
+# k-means makes this many clusters, if there are rows for them.
+NUM_CLUSTERS = 100
 # Strategies that look at the embeddings of the rows.
 BY_EMBEDDING = ("cluster", "kcenter", "ifd+kcenter", "facility", "ifd_ppl+facility", "rds")
 
@@ -70,7 +78,7 @@ class Candidates:
     """The rows that may still be chosen, and the number of dropped rows by reason."""
 
     def __init__(self, num_rows: int) -> None:
-        self.rows = np.arange(num_rows)
+        self.num_rows, self.rows = num_rows, np.arange(num_rows)
         self.dropped: dict[str, int] = {}
 
     def drop(self, mask: np.ndarray, reason: str) -> None:
@@ -85,6 +93,21 @@ class Candidates:
         kinds = np.array([reason and reason.split(":")[0] for reason in reasons], object)
         for kind in sorted(set(kinds) - {None}):
             self.drop(kinds == kind, kind)
+
+    def check_enough(self, number: int) -> None:
+        """UserError if there are fewer than `number` rows; it says what became of the others."""
+        if number <= len(self.rows):
+            return
+        if not self.dropped:
+            raise UserError(
+                f"cannot choose {number:,} rows: the data set has only {self.num_rows:,}. Lower "
+                "--sample_number."
+            )
+        dropped = "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
+        raise UserError(
+            f"cannot choose {number:,} rows: only {len(self.rows):,} of {self.num_rows:,} are left "
+            f"(dropped {dropped}). Lower --sample_number or --sample_rate."
+        )
 
 
 @dataclass
@@ -144,7 +167,12 @@ def read_target(path: str, embeddings: str) -> np.ndarray:
 def read_match(path: str, num_rows: int, dataset: list[dict[str, Any]]) -> np.ndarray:
     """The row numbers in the manifest of another selection."""
     manifest = read_json(Path(f"{path}.manifest"))
-    if manifest.get("dataset") != dataset:
+    chosen_from = manifest.get("dataset", [])
+    if chosen_from != dataset and is_other_limit(chosen_from, dataset):
+        limit = max_samples_of(chosen_from)
+        change = f"give --max_samples {limit}" if limit else "leave out --max_samples"
+        raise UserError(f"--match {path}: was chosen among {covered_rows(limit)}: {change}.")
+    if chosen_from != dataset:
         raise UserError(
             f"--match {path}: was chosen from another file than --dataset. Give --dataset the "
             "file that it was chosen from."
@@ -169,6 +197,8 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     strategy, scores = options.strategy, data.scores
     pool_size = round(options.top_rate * len(candidates.rows))
     drop_unusable(options, data, candidates)
+    if number is not None:
+        candidates.check_enough(number)
     rows = candidates.rows
     generator = np.random.default_rng(options.seed)
     if strategy == "random_matched":
@@ -192,7 +222,6 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     elif strategy == "facility":
         chosen = facility_location(data.embeddings, rows, number)
     elif strategy == "ifd_ppl+facility":
-        strategies.check_enough(rows, number)
         if pool_size < number:
             raise UserError(
                 f"--top_rate {options.top_rate:g} leaves {pool_size:,} rows, fewer than the "
@@ -203,7 +232,6 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     elif strategy == "kcenter":
         chosen = strategies.k_center(data.embeddings, rows, number)
     else:  # ifd+kcenter
-        strategies.check_enough(rows, number)
         pool_size = min(len(rows), round(options.pool * number))
         pool = strategies.highest(scores["ifd"], rows, pool_size)
         chosen = strategies.k_center(data.embeddings, np.sort(pool), number)
@@ -239,21 +267,23 @@ def choose_matched(
 
 def choose_balanced(options: Namespace, data: RowData, rows: np.ndarray, number: int) -> Choice:
     """Random rows, the same number from each source or cluster."""
-    generator, clusters = np.random.default_rng(options.seed), None
+    generator, clusters, notes = np.random.default_rng(options.seed), None, []
     if options.balance == "source":
         groups = data.sources[rows]
     else:
+        notes = choose_num_clusters(options, rows, number)
         groups = cluster(options, data, rows).assignment
         clusters = rows, groups
     chosen = np.sort(strategies.balanced(groups, rows, number, generator))
     sizes = np.bincount(groups[np.isin(rows, chosen)], minlength=groups.max() + 1).tolist()
-    return Choice(chosen, {"balance": {"chosen": sizes}}, [], clusters)
+    return Choice(chosen, {"balance": {"chosen": sizes}}, notes, clusters)
 
 
 def choose_by_cluster(
     options: Namespace, data: RowData, rows: np.ndarray, number: int | None
 ) -> Choice:
     """k-means of the embeddings, then some rows of each cluster, together `number` if given."""
+    notes = choose_num_clusters(options, rows, number)
     result = cluster(options, data, rows)
 
     def spread(per_cluster: int) -> np.ndarray:
@@ -265,20 +295,38 @@ def choose_by_cluster(
     sizes = np.bincount(result.assignment, minlength=options.clusters)
     if number is None:
         chosen = spread(options.per_cluster)
-        notes = cluster_limits(result.assignment, np.isin(rows, chosen), options)
+        notes += cluster_limits(result.assignment, np.isin(rows, chosen), options)
     else:
-        strategies.check_enough(rows, number)
         # The smallest number per cluster that gives enough rows; then the clusters take turns.
         levels = range(1, sizes.max() + 1)
         level = levels[bisect_left(levels, number, key=lambda level: len(spread(level)))]
         chosen = np.sort(spread(level))
         groups = result.assignment[np.searchsorted(rows, chosen)]
         generator = np.random.default_rng(options.seed)
-        chosen, notes = strategies.balanced(groups, chosen, number, generator), []
+        chosen = strategies.balanced(groups, chosen, number, generator)
     if len(chosen) == 0:
         raise UserError("no row is in the --band of any cluster. Widen the band.")
+    is_chosen = np.isin(rows, chosen)
+    notes += band_limits(result.assignment, data.perplexity[rows], is_chosen, options)
     details = {"inertia": result.inertia, "steps": result.num_steps, "sizes": sizes.tolist()}
     return Choice(np.sort(chosen), {"clusters": details}, notes, (rows, result.assignment))
+
+
+def choose_num_clusters(options: Namespace, rows: np.ndarray, number: int | None) -> list[str]:
+    """Set --clusters, if it is not given: no more clusters than rows to choose. Returns notes.
+
+    number: the rows to choose; None if all `rows` may be chosen.
+    """
+    if options.clusters is not None:
+        return []
+    most = min(len(rows), number or len(rows))
+    options.clusters = min(NUM_CLUSTERS, most)
+    if options.clusters == NUM_CLUSTERS:
+        return []
+    return [
+        f"{most} clusters, not {NUM_CLUSTERS}: there are only {most} rows to choose. --clusters "
+        "sets another number."
+    ]
 
 
 def cluster(options: Namespace, data: RowData, rows: np.ndarray) -> Clusters:

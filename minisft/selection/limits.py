@@ -1,4 +1,4 @@
-"""Notes on the limits of a choice: small clusters, long rows."""
+"""Notes on the limits of a choice: small clusters, rows outside the band, long rows."""
 
 from argparse import Namespace
 
@@ -35,6 +35,30 @@ def cluster_limits(assignment: np.ndarray, is_chosen: np.ndarray, options: Names
         f"{is_chosen.sum():,} rows, not {options.clusters} clusters x {wanted}: "
         f"{', '.join(reasons)}."
     ]
+
+
+def band_limits(
+    assignment: np.ndarray, perplexity: np.ndarray, is_chosen: np.ndarray, options: Namespace
+) -> list[str]:
+    """A note if rows outside --band were chosen: small clusters are taken completely.
+
+    assignment, perplexity, is_chosen: of each row (rows,).
+    """
+    if is_chosen.all():
+        return []
+    is_outside = np.zeros(len(assignment), bool)
+    for cluster in np.unique(assignment[is_chosen]):
+        members = assignment == cluster
+        low, high = np.percentile(perplexity[members], options.band)
+        is_outside |= members & ((perplexity < low) | (perplexity > high))
+    low, high = options.band
+    if count := int((is_outside & is_chosen).sum()):
+        return [
+            f"{count:,} of {is_chosen.sum():,} chosen rows are outside --band {low:g},{high:g}: "
+            "clusters with too few rows are taken completely. Choose fewer rows, or give fewer "
+            "--clusters."
+        ]
+    return []
 
 
 def length_limits(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minisft.common.outputs import save_figure
 from minisft.selection.choose import Choice, RowData
 from minisft.selection.kmeans import ArrayRows, CenteredPoints
 
@@ -42,7 +43,7 @@ def draw(
         draw_embeddings(axes[-1], data.embeddings, rows, choice)
     figure.suptitle(f"{strategy}: {len(choice.rows):,} of {len(rows):,} rows chosen")
     path = Path(output).with_suffix(".png")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return path
 
 

@@ -46,6 +46,7 @@ def score_record(
         "cutoff_len": scorer.cutoff_len,
         "dtype": dtype_name(dtype),
         "quantization_bit": options.quantization_bit,
+        "replace": options.replace,
         "kind of scores": "rewards" if options.mode == "reward" else "losses",
         "names": {
             "model": options.model_name_or_path,
@@ -113,7 +114,7 @@ def check_same_model(target: str, embeddings: str) -> None:
             )
     records = [read_json(ScorePaths(path).record) for path in (target, embeddings)]
     # The date of a template with a date is a token or two.
-    for key in records[0].keys() - {"names", "dataset", "template_date"}:
+    for key in records[0].keys() - {"names", "dataset", "replace", "template_date"}:
         if records[0][key] != records[1].get(key):
             raise UserError(
                 f"--target {target} was computed with another {key} than --embeddings "
@@ -132,6 +133,9 @@ def check_same_record(path: Path, old: dict[str, Any], new: dict[str, Any]) -> N
             difference = f"({names[0]}, not {names[1]})"
             if names[0] == names[1]:
                 difference = "(same name, changed content)"
+            if key == "dataset" and is_other_limit(old.get(key), value):
+                limits = [covered_rows(max_samples_of(dataset)) for dataset in (old[key], value)]
+                key, difference = "--max_samples", f"({limits[0]}, not {limits[1]})"
             raise UserError(
                 f"{path} was computed with another {key} {difference}. Choose another --output, or "
                 "add --overwrite to lose these scores."
@@ -150,10 +154,45 @@ def check_computed_from(path: str | Path, dataset: list[dict[str, Any]]) -> None
             "data the scores belong to."
         )
     record = read_json(record_path)
-    if record.get("dataset") != dataset:
+    scored = record.get("dataset", [])
+    if scored != dataset and is_other_limit(scored, dataset):
+        limit, wanted = max_samples_of(scored), max_samples_of(dataset)
+        kind = "scores" if path.suffix == ".jsonl" else "embeddings"
+        again = f"with --max_samples {wanted}" if wanted else "without it"
+        change = "leave out --max_samples"
+        if limit:
+            change = f"{'give' if wanted else 'add'} --max_samples {limit}"
+        raise UserError(
+            f"{path} has the {kind} of {covered_rows(limit)}: {change}, or run score.py {again}."
+        )
+    if scored != dataset:
         names = record.get("names")
         name = names.get("dataset") if isinstance(names, dict) else None
         raise UserError(
-            f"{path} belongs to another file than --dataset, or to another --max_samples, or that "
-            f"file has changed (it was computed from {name}). Run score.py on --dataset."
+            f"{path} belongs to another file than --dataset, or that file has changed (it was "
+            f"computed from {name}). Run score.py on --dataset."
         )
+
+
+def max_samples_of(dataset: list[dict[str, Any]]) -> int | None:
+    """The --max_samples of a `dataset_record`; None if all rows were used."""
+    return dataset[0].get("max_samples")
+
+
+def covered_rows(max_samples: int | None) -> str:
+    """The rows that --max_samples leaves, in words."""
+    return f"the first {max_samples} rows" if max_samples else "all rows"
+
+
+def is_other_limit(old: Any, new: list[dict[str, Any]]) -> bool:
+    """True if two values of `dataset_record` differ in --max_samples, and in nothing else."""
+
+    def files(dataset: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        limited = ("max_samples", "opened")
+        return [{key: file[key] for key in file.keys() - limited} for file in dataset]
+
+    # A record is a file, which somebody may have edited.
+    is_record = isinstance(old, list) and old and all(isinstance(file, dict) for file in old)
+    return (
+        bool(is_record) and files(old) == files(new) and max_samples_of(old) != max_samples_of(new)
+    )

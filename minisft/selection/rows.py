@@ -5,8 +5,9 @@ from collections.abc import Callable
 import numpy as np
 
 from minisft.common.errors import UserError
-from minisft.data.dataset import Row, Rows, open_rows
+from minisft.data.dataset import Row, Rows, open_rows, unused_values
 from minisft.data.row_values import BadRow
+from minisft.data.sources import find_sources
 from minisft.selection.strategies import at_random
 
 # Draws the rows of num_samples as train.py does by default.
@@ -20,20 +21,43 @@ def open_every_row(
     with_rankings: bool,
     max_samples: int | None = None,
     say: Callable[[str], None] = print,
+    replace: str | None = None,
+    replace_flag: str = "--replace",
 ) -> tuple[Rows, np.ndarray]:
     """(all rows of the files, bool (rows,): True for those that train.py would use).
 
     The others are broken, or max_samples or num_samples in dataset_info.json leaves them out.
-    with_rankings: accept rows with several answers.
+    with_rankings: accept rows with several answers. replace, replace_flag: see open_rows.
     """
     skipped = [] if skip_bad_rows else None
     ranking = None if with_rankings else False
-    used = open_rows(dataset, dataset_dir, False, ranking, skipped, SEED, say, max_samples)
+    used = open_rows(
+        dataset,
+        dataset_dir,
+        ranking=ranking,
+        skipped=skipped,
+        seed=SEED,
+        say=say,
+        max_samples=max_samples,
+        replace=replace,
+        replace_flag=replace_flag,
+    )
+    if note := unused_values(used.files):
+        say(note)
     rows = Rows(used.files, None, used.skip_bad_rows)
     is_drawn = np.full(len(rows), used.numbers is None)
     if used.numbers is not None:
         is_drawn[used.numbers] = True
     return rows, is_drawn
+
+
+def left_out_by(dataset: str, dataset_dir: str, max_samples: int | None) -> str:
+    """What leaves out the rows that open_every_row does not draw."""
+    if not max_samples:
+        return "left out by num_samples"
+    sources = find_sources(dataset, dataset_dir, False, True, offline=True)
+    draws = any(source.num_samples for source in sources)
+    return f"left out by {'num_samples or ' if draws else ''}--max_samples"
 
 
 def read_row(rows: Rows, number: int) -> Row | BadRow:
@@ -73,8 +97,14 @@ def draw_readable(
     the broken ones among those read; characters of the answers (all rows,), 0 for other rows).
     """
     lengths, chosen, broken = np.zeros(len(rows), np.int64), [], []
-    while number > len(chosen):
-        drawn = at_random(numbers, number - len(chosen), generator)
+    while missing := number - len(chosen):
+        if missing > len(numbers):
+            raise UserError(
+                f"cannot choose {number:,} rows: at least {len(broken):,} rows are broken, and at "
+                f"most {len(chosen) + len(numbers):,} are left. Lower --sample_number or "
+                "--sample_rate."
+            )
+        drawn = at_random(numbers, missing, generator)
         numbers = np.setdiff1d(numbers, drawn)
         for row in drawn.tolist():
             length = answer_length(rows, row)

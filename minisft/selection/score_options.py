@@ -10,7 +10,12 @@ from collections.abc import Sequence
 
 from minisft.common.command_line import OptionParser, non_negative_int, positive_int
 from minisft.common.errors import UserError
-from minisft.common.model_flags import add_dataset_flags, add_model_flags, add_template_flags
+from minisft.common.model_flags import (
+    add_dataset_flags,
+    add_model_flags,
+    add_replace_flag,
+    add_template_flags,
+)
 
 EXAMPLES = """\
   python score.py --model_name_or_path M --dataset rows.json --output scores.jsonl
@@ -59,6 +64,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add_dataset_flags(add, required=True)
     first = "score only the first N rows of each data set"
     add("--max_samples", type=positive_int, help=first)
+    add_replace_flag(add)
     switch("--skip_bad_rows", "give broken rows a reason instead of stopping")
     add_template_flags(add, auto="that of the training")
     add("--cutoff_len", type=positive_int, default=512, help="longer rows get no score")

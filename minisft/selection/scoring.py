@@ -39,11 +39,17 @@ TOOLS_SAMPLE = 128  # rows that are searched for tools
 class RowReader:
     """`reader[numbers]`: the plans of these rows. Can be sent to a worker process.
 
-    is_drawn: bool (rows,), False for rows that --max_samples or num_samples leaves out.
+    is_drawn: bool (rows,), False for rows that get no score. left_out: the reason.
     """
 
-    def __init__(self, rows: Rows, scorer: Scorer, is_drawn: np.ndarray | None = None) -> None:
-        self.rows, self.scorer, self.is_drawn = rows, scorer, is_drawn
+    def __init__(
+        self,
+        rows: Rows,
+        scorer: Scorer,
+        is_drawn: np.ndarray | None = None,
+        left_out: str = "left out",
+    ) -> None:
+        self.rows, self.scorer, self.is_drawn, self.left_out = rows, scorer, is_drawn, left_out
 
     def __getitem__(self, numbers: np.ndarray) -> list[Plan] | UserError:
         try:
@@ -70,7 +76,7 @@ class RowReader:
         if isinstance(row, BadRow):
             return Plan(number, reason=f"broken: {row}")
         if self.is_drawn is not None and not self.is_drawn[number]:
-            return Plan(number, reason="not drawn: num_samples or --max_samples")
+            return Plan(number, reason=self.left_out)
         return self.scorer.plan(number, row)
 
 

@@ -31,7 +31,12 @@ STRATEGIES = {
     "rds": ("embeddings", "target"),
 }
 # Other names of strategies.
-ALIASES = {"kmeans": "cluster", "ppl": "mid_ppl"}
+ALIASES = {
+    **dict.fromkeys(("kmeans", "k-means", "k_means"), "cluster"),
+    **dict.fromkeys(("k-center", "k_center"), "kcenter"),
+    **dict.fromkeys(("ppl", "perplexity"), "mid_ppl"),
+    "rds+": "rds",
+}
 # Flags of a single strategy.
 ONLY_FOR = {
     "clusters": "cluster",
@@ -71,7 +76,7 @@ seed, the hashes of the inputs, the numbers of the chosen rows, and how many wer
 """
 EXAMPLES = """\
   python select.py --dataset D --scores S.jsonl --strategy ifd --sample_rate 0.05 --output best.json
-  python select.py --dataset D --scores S.jsonl --strategy cluster --output diverse.json
+  python select.py --dataset D --embeddings S.embeddings.npy --strategy cluster --output few.json
   python select.py --dataset D --strategy random --sample_rate 0.1 --output some.json
 """
 
@@ -98,11 +103,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--max_tokens", type=positive_int, help="drop rows with a longer answer (needs --scores)")
 
     add, switch = parser.section("selection")
-    names = [*STRATEGIES, *ALIASES]
-    add("--strategy", choices=names, metavar="NAME", required=True, help="see below")
+    add("--strategy", type=strategy_name, metavar="NAME", required=True, help="see below")
     add("--sample_rate", type=positive_float, help="choose this fraction of the rows, such as 0.05")
     add("--sample_number", type=positive_int, help="choose this many rows")
-    add("--clusters", type=positive_int, default=100, help="clusters of k-means")
+    clusters = "clusters of k-means (default: 100, but no more than the rows to choose)"
+    add("--clusters", type=positive_int, help=clusters)
     add("--per_cluster", type=positive_int, default=10, help="rows to choose from each cluster")
     add("--starts", type=positive_int, default=1, help="runs of k-means, of which the best is used")
     add(
@@ -147,9 +152,16 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     switch("--plot", "draw OUTPUT.png: lengths, scores, clusters, the chosen rows (matplotlib)")
     parser.epilog = EPILOGUE
     options = parser.parse_options(arguments)
-    options.strategy = ALIASES.get(options.strategy, options.strategy)
     check_options(options, parser.given(options))
     return options
+
+
+def strategy_name(text: str) -> str:
+    """An argparse type: the name of a strategy, also one of ALIASES, in any case."""
+    name = ALIASES.get(text.lower(), text.lower())
+    if name not in STRATEGIES:
+        raise ArgumentTypeError(f"'{text}' is not one of {', '.join(STRATEGIES)}")
+    return name
 
 
 def band(text: str) -> list[float]:

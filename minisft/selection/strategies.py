@@ -138,6 +138,6 @@ def check_enough(rows: np.ndarray, number: int) -> None:
     """UserError if there are fewer than `number` rows to choose from."""
     if number > len(rows):
         raise UserError(
-            f"cannot choose {number:,} rows: only {len(rows):,} have what the strategy needs (the "
-            "others have no score or were dropped). Lower --sample_number or --sample_rate."
+            f"cannot choose {number:,} rows: only {len(rows):,} can be chosen. Lower "
+            "--sample_number or --sample_rate."
         )

@@ -29,16 +29,16 @@ from datetime import datetime
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.text.colours import coloured
 from minisft.text.control_tokens import ControlTokens, Match
 from minisft.text.conversation import Conversation, check_answers, prepare
 from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span
 from minisft.text.messages import Message
-from minisft.text.tokenizer import StreamDecoder, Tokenizer
+from minisft.text.tokenizer import Tokenizer
 from minisft.text.turns import Turn, check_blocks, find_turns, renders_of
 
-# Control characters, which would change the terminal, are shown as text.
-VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+MAX_BEGUN = 16  # conversations that may be rendered ahead
 
 
 @dataclass
@@ -78,7 +78,7 @@ class ChatTemplate:
         self.jinja = JinjaTemplate(text, special, self.tokens, enable_thinking, now)
         self.facts, self.now = self.jinja.facts, now
         # Messages and tools that `begin` got last, and the conversations that they became.
-        self._begun = deque[tuple[list[Message], list | None, Conversation]](maxlen=2)
+        self._begun = deque[tuple[list[Message], list | None, Conversation]](maxlen=MAX_BEGUN)
 
     @property
     def thinking(self) -> dict[str, Any]:
@@ -102,9 +102,10 @@ class ChatTemplate:
         return examples
 
     def begin(self, messages: list[Message], tools: list | None = None) -> None:
-        """Start rendering, in the background, the conversation that `encode` gets next.
+        """Start rendering, in the background, a conversation that `encode` gets later.
 
-        Until then, messages and tools must not change.
+        Until then, messages and tools must not change. Conversations that are begun together cost
+        less than one by one.
         """
         try:
             conversation = self._prepare(messages, tools)
@@ -161,13 +162,7 @@ class ChatTemplate:
 
     def show(self, ids: Sequence[int], supervised: Sequence[bool]) -> str:
         """The text of an example for a terminal: supervised in green, no control characters."""
-        stream = StreamDecoder(self.tokenizer, skip_special_tokens=False)
-        shown, was_learned = "", False
-        for id, learned in zip(ids, supervised, strict=True):
-            if learned != was_learned:
-                shown += "\033[32m" if learned else "\033[0m"
-            shown, was_learned = shown + stream.push(id).translate(VISIBLE), learned
-        return shown + stream.flush() + ("\033[0m" if was_learned else "")
+        return coloured(self.tokenizer, ids, supervised)
 
     def _prepare(self, messages: list[Message], tools: list | None) -> Conversation:
         return prepare(messages, tools, self.facts, self.tokens)

@@ -18,9 +18,11 @@ The environment is transformers' (utils/chat_template_utils.py), with `tojson`, 
 """
 
 import json
+import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -168,6 +170,17 @@ def limit_memory() -> None:
         return
 
 
+def groups_of_lines() -> Iterator[list[bytes]]:
+    """The lines of stdin, those that have arrived together in a list."""
+    parts: list[bytes] = []
+    while part := os.read(0, 2**16):
+        parts.append(part)
+        if b"\n" in part:
+            *lines, rest = b"".join(parts).split(b"\n")
+            parts = [rest]
+            yield lines
+
+
 def main() -> None:
     """Answer requests until stdin ends. Argument: the seconds for each."""
     max_seconds = float(sys.argv[1])
@@ -177,26 +190,29 @@ def main() -> None:
     clock = Clock()
     template: jinja2.Template | None = None
     unreadable: dict[str, Any] = {}
-    for number, line in enumerate(sys.stdin.buffer):
-        if set_timer:
-            set_timer(signal.ITIMER_PROF, max_seconds)  # then SIGPROF ends the process
-        if number == 0:
-            try:
-                template = environment(clock).from_string(json.loads(line))
-            except Exception as error:
-                unreadable = failure(error)
-            continue
-        reply = unreadable
-        if template is not None:
-            request = json.loads(line)
-            clock.now = datetime.fromisoformat(request["now"])
-            try:
-                reply = {"texts": render(template, request)}
-            except Exception as error:
-                reply = failure(error)
-        if set_timer:
-            set_timer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
+    is_first = True
+    for lines in groups_of_lines():
+        for line in lines:
+            if set_timer:
+                set_timer(signal.ITIMER_PROF, max_seconds)  # then SIGPROF ends the process
+            if is_first:
+                is_first = False
+                try:
+                    template = environment(clock).from_string(json.loads(line))
+                except Exception as error:
+                    unreadable = failure(error)
+                continue
+            reply = unreadable
+            if template is not None:
+                request = json.loads(line)
+                clock.now = datetime.fromisoformat(request["now"])
+                try:
+                    reply = {"texts": render(template, request)}
+                except Exception as error:
+                    reply = failure(error)
+            if set_timer:
+                set_timer(signal.ITIMER_PROF, 0)
+            sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -20,9 +20,11 @@ from minisft.common.errors import UserError
 from minisft.text import render_process
 from minisft.text.render_process import MAX_SECONDS
 
-# Bytes of a request that `begin` sends. A pipe takes two of them at once (Linux 64 KiB, macOS
-# 16 KiB), so writing them never waits for the other process.
-MAX_AHEAD = 6000
+# Bytes of requests that wait. A pipe takes them at once (Linux 64 KiB, macOS 16 KiB), so writing
+# them never waits for the other process.
+MAX_AHEAD = 12_000
+# Requests that `begin` remembers, and answers that nobody has asked for yet.
+MAX_BEGUN = 32
 
 
 class TemplateError(UserError):
@@ -37,19 +39,22 @@ class Renderer:
     """Renders a chat template in a second process, which starts when it is first needed.
 
     max_seconds: processor time for a call of render. Threads may share a Renderer. After a fork, or
-    in another process, it starts its own process. A conversation that is passed to `begin` first is
-    rendered while this process does something else:
+    in another process, it starts its own process. Conversations that are passed to `begin` first
+    travel together, and are rendered while this process does something else:
 
-        renderer.begin(following, ...)
-        texts = renderer.render(current, ...)
-        use(texts)                              # meanwhile the other process renders `following`
-        texts = renderer.render(following, ...)
+        renderer.begin(second, ...)
+        renderer.begin(third, ...)
+        texts = renderer.render(first, ...)
+        use(texts)                              # meanwhile the other process renders the others
+        texts = renderer.render(second, ...)
     """
 
     def __init__(self, template: str, max_seconds: float = MAX_SECONDS) -> None:
         self.template, self.max_seconds = template, max_seconds
         self._lock = threading.Lock()
         self._process: RenderProcess | None = None
+        # The arguments of `begin`, and their request: to write it takes longer than to find it.
+        self._begun = deque[tuple[tuple[Any, ...], bytes]](maxlen=MAX_BEGUN)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"template": self.template, "max_seconds": self.max_seconds}
@@ -70,9 +75,12 @@ class Renderer:
         now: the date and time for strftime_now, in ISO format. Raises TemplateError with the
         template's own message and line, or TemplateTimeout.
         """
-        request = request_line(messages, tools, variables, now, renders)
+        arguments = messages, tools, variables, now, renders
         with self._lock:
-            reply = self._ask(request)
+            begun = (item for item in self._begun if item[0][0] is messages)
+            same = (request for given, request in begun if given[1:] == arguments[1:])
+            request = next(same, None)
+            reply = self._ask(request or request_line(*arguments))
         if "error" in reply:
             where = f", line {reply['line']}" if reply.get("line") else ""
             raise TemplateError(f"the chat template{where}: {reply['error']}")
@@ -86,11 +94,16 @@ class Renderer:
         now: str,
         renders: Sequence[tuple[int | None, dict[str, Any]]],
     ) -> None:
-        """Start a render ahead of time; `render` with the same arguments returns the result."""
-        request = request_line(messages, tools, variables, now, renders)
+        """Ask for a render ahead of time; `render` with the same arguments returns the result.
+
+        The request leaves with the next call of `render`. Until then, messages must not change.
+        """
+        arguments = messages, tools, variables, now, renders
+        request = request_line(*arguments)
         with self._lock:
+            self._begun.append((arguments, request))
             process = self._running_process()
-            if len(request) <= MAX_AHEAD and len(process.waiting) < 2:
+            if len(request) + sum(map(len, process.waiting)) <= MAX_AHEAD:
                 process.send(request)
 
     @property
@@ -115,12 +128,13 @@ class Renderer:
     def _ask(self, request: bytes) -> dict[str, Any]:
         while True:
             process = self._running_process()
+            is_alone = not process.waiting
             try:
                 return process.ask(request)
             except ProcessEnded as end:
                 self.close()
-                if end.request != request:
-                    continue  # a request that `begin` sent ended it
+                if not is_alone:
+                    continue  # perhaps another request ended it
                 if end.status == -getattr(signal, "SIGPROF", 0):
                     raise TemplateTimeout(
                         "the chat template: it needs more than "
@@ -142,11 +156,11 @@ def start_process(max_seconds: float) -> subprocess.Popen[bytes]:
 
 
 class ProcessEnded(Exception):
-    """The process that renders has ended during a request. status: as of Popen.returncode."""
+    """The process that renders has ended without an answer. status: as of Popen.returncode."""
 
-    def __init__(self, request: bytes, status: int) -> None:
+    def __init__(self, status: int) -> None:
         super().__init__(status)
-        self.request, self.status = request, status
+        self.status = status
 
 
 class RenderProcess:
@@ -160,11 +174,12 @@ class RenderProcess:
         self.owner, self.waiting = os.getpid(), deque[bytes]()
         self._answers: dict[bytes, dict[str, Any]] = {}  # to requests that `ask` passed over
         self.popen = start_process(max_seconds)
-        self._write(json.dumps(template).encode() + b"\n")
+        # Not in the buffer of stdin: a forked process would send its copy of that.
+        self._unsent = [json.dumps(template).encode() + b"\n"]
 
     def send(self, request: bytes) -> None:
-        """Send a request without waiting for its answer."""
-        self._write(request)
+        """Send a request without waiting for its answer; it leaves with the next `ask`."""
+        self._unsent.append(request)
         self.waiting.append(request)
 
     def ask(self, request: bytes) -> dict[str, Any]:
@@ -174,7 +189,7 @@ class RenderProcess:
                 self.send(request)
             self._receive()
         answer = self._answers.pop(request)
-        while len(self._answers) > 2:
+        while len(self._answers) > MAX_BEGUN:
             del self._answers[next(iter(self._answers))]
         return answer
 
@@ -194,20 +209,19 @@ class RenderProcess:
 
     def _receive(self) -> None:
         """Read the answer to the oldest request; ProcessEnded if there is none."""
-        assert self.popen.stdout is not None
+        assert self.popen.stdin is not None and self.popen.stdout is not None
+        if self._unsent:
+            try:
+                self.popen.stdin.write(b"".join(self._unsent))
+                self.popen.stdin.flush()
+            except BrokenPipeError:
+                pass  # without a process there is no answer
+            self._unsent.clear()
         answer = self.popen.stdout.readline()
         request = self.waiting.popleft()
         if not answer.endswith(b"\n"):
-            raise ProcessEnded(request, self.popen.wait())
+            raise ProcessEnded(self.popen.wait())
         self._answers[request] = json.loads(answer)
-
-    def _write(self, line: bytes) -> None:
-        assert self.popen.stdin is not None
-        try:
-            self.popen.stdin.write(line)
-            self.popen.stdin.flush()
-        except BrokenPipeError:
-            pass  # without a process there is no answer
 
 
 def request_line(

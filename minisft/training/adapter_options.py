@@ -16,7 +16,9 @@ def complete_options(options: Namespace) -> None:
 
     Without --adapter nothing changes.
     """
-    options.model_name_or_path = model_or_base(options.model_name_or_path, options.adapter)
+    options.model_name_or_path = model_or_base(
+        options.model_name_or_path, options.adapter, offline=options.dry_run
+    )
     if not options.adapter or options.stage == "pt":
         return
     adapter_dir = resolve_adapter(options.adapter)

@@ -28,10 +28,13 @@ import torch
 from torch import nn
 
 from minisft.checkpoints.adapter_forms import PEFT_PREFIX
+from minisft.checkpoints.new_folder import written_aside
 from minisft.common import processes
 from minisft.common.errors import UserError, first_line
 from minisft.common.hashes import sha256
+from minisft.common.outputs import flush
 from minisft.common.tensor_files import ADAPTER_WEIGHTS, read_header, tensor_files
+from minisft.common.words import file_size
 
 STATE, MARKER = "trainer_state.pt", "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -57,35 +60,9 @@ def new_checkpoint(
         _complete(partial, final, step)
         _remove_old(output_dir, keep, {step, best})
 
-    with written_aside(partial, publish, f"{final} could not be written"):
+    problem = f"{final} is not saved"
+    with written_aside(partial, publish, problem, lambda: how_to_go_on(output_dir)):
         yield partial
-
-
-@contextmanager
-def written_aside(
-    partial: Path, publish: Callable[[], None], problem: str
-) -> Generator[None, None, None]:
-    """Create the folder `partial`, which the body fills; then rank 0 calls `publish`.
-
-    Every rank enters it. If the disk is full or fails, UserError says what to do. The
-    folder is removed in any case.
-    """
-    is_rank0 = processes.rank() == 0
-    try:
-        if is_rank0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        processes.barrier()
-        yield
-        processes.barrier()
-        if is_rank0:
-            publish()
-        processes.barrier()
-    except (OSError, RuntimeError, UserError) as error:
-        raise UserError(f"{problem}: {error}. {how_to_go_on(partial.parent)}") from error
-    finally:
-        if is_rank0:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:
@@ -93,10 +70,8 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
     try:
         torch.save(state, folder / STATE)
     except RuntimeError as error:  # torch hides the reason: "unexpected pos 64 vs 0"
-        free = shutil.disk_usage(folder).free
-        raise UserError(
-            f"{folder / STATE}: the disk is full or failing; {free / 1e9:,.3f} GB are free"
-        ) from error
+        free = file_size(shutil.disk_usage(folder).free)
+        raise UserError(f"{folder / STATE}: the disk is full or failing; {free} free") from error
 
 
 def how_to_go_on(output_dir: str | Path) -> str:
@@ -105,7 +80,10 @@ def how_to_go_on(output_dir: str | Path) -> str:
         if damage(path) is None:
             advice = "Make room, or restore what is missing"
             return f"{advice}; --resume_from_checkpoint auto continues from step {step}."
-    return "There is no checkpoint to continue from: make room and start again."
+    return (
+        "There is no checkpoint to continue from: make room and start again with "
+        "--overwrite_output_dir."
+    )
 
 
 def seal(folder: Path, record: dict[str, Any]) -> None:
@@ -122,26 +100,16 @@ def seal(folder: Path, record: dict[str, Any]) -> None:
 def _complete(partial: Path, final: Path, step: int) -> None:
     """Seal the folder and rename it."""
     seal(partial, {"step": step})
-    if final.exists():  # an earlier one of this step stays until the new one is complete
-        old = final.rename(f"{final}.old")
-        os.rename(partial, final)
+    # An earlier one of this step stays until the new one is complete.
+    old = final.rename(f"{final}.old") if final.exists() else None
+    os.rename(partial, final)
+    if old:
         _remove(old)
-    else:
-        os.rename(partial, final)
     flush(final.parent)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # Remove

@@ -19,6 +19,7 @@ from minisft.data.batching import Batches
 from minisft.data.build_batches import (
     batches_of_rows,
     batches_of_texts,
+    first_blocks,
     first_examples,
     held_out_examples,
 )
@@ -27,6 +28,7 @@ from minisft.data.encoding import Example, encode_rows
 from minisft.data.workers import WorkerKilled
 from minisft.model.config import ModelConfig
 from minisft.text.chat_template import ChatTemplate
+from minisft.text.colours import coloured
 from minisft.text.template_choice import get_template, settings_without_effect
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.vocabulary import note_on_spelled_tokens
@@ -70,6 +72,8 @@ def load_data(
         rows = dataset.mix(rows, options.mix, **reading)
     if note := note_on_spelled_tokens(rows, options):
         say(f"note: {note}")
+    if note := dataset.unused_values(rows.files + (eval_rows.files if eval_rows else [])):
+        say(note)
     if skipped:
         say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
 
@@ -130,23 +134,18 @@ def load_template(
 
 
 def show_samples(
-    batches: Batches,
-    template: ChatTemplate | None,
-    count: int,
-    say: Callable[[str], None],
-    with_ids: bool = False,
+    options: Namespace, batches: Batches, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> None:
     """Print the first rows as the model reads them, supervised tokens in green, and their lengths.
 
-    with_ids: print the token ids too.
+    With --stage pt, the first blocks. --show_ids adds the token ids.
     """
-    if template is None:
-        return
-    for number, example in enumerate(first_examples(batches, count), start=1):
+    first = first_blocks if options.stage == "pt" else first_examples
+    for number, example in enumerate(first(batches, options.show_samples), start=1):
         for text in example.texts():
             ids, supervised = text.ids.tolist(), text.supervised.tolist()
-            say(template.show(ids, supervised))
-            if with_ids:
+            say(coloured(tokenizer, ids, supervised))
+            if options.show_ids:
                 say(f"ids: {' '.join(map(str, ids))}")
             say(f"(sample {number}: {len(ids)} tokens, {sum(supervised)} of them supervised)\n")
 

@@ -77,9 +77,9 @@ def inspect_data(
         )
     tokenizer, template, origin = find_tokenizer(options, model_dir)
     batches, _ = load_data(options, tokenizer, template, config, print)
-    if options.show_samples and isinstance(template, ByteTokenizer):
+    if options.show_samples and isinstance(tokenizer, ByteTokenizer):
         raise UserError(f"--show_samples needs a tokenizer, and {model_dir} has none")
-    show_samples(batches, template, options.show_samples, print, options.show_ids)
+    show_samples(options, batches, tokenizer, print)
     if plain_text:  # blocks, all of them full but the last
         num_blocks = batches.num_examples
         return Data(origin, longest, Epoch(num_blocks, num_blocks * limit, num_blocks, 0.0))

@@ -8,13 +8,12 @@ progress.record(epoch=0.1, learning_rate=1e-4)
 plot_loss("runs/cherry")          # runs/cherry/loss.png
 """
 
-import json
 import math
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +21,9 @@ from tqdm import tqdm
 
 from minisft.common import processes
 from minisft.common.errors import UserError
-from minisft.common.outputs import atomic_write
+from minisft.common.outputs import despite_full_disk, save_figure
 from minisft.common.words import duration
+from minisft.training.metrics_log import MetricsLog, read_metrics
 from minisft.training.reports import Reports
 
 # Without a terminal, a line of progress comes at most this often.
@@ -51,7 +51,8 @@ class Progress:
         self.reports = reports
         self.is_rank0 = processes.rank() == 0
         self.step = self.tokens = 0
-        self._file: IO[str] | None = None
+        self._log: MetricsLog | None = None
+        self._log_fails = False  # and the user knows
         self._bar = tqdm(disable=True)
         # Where this process began: a resumed run does not begin at step 0.
         self.first_step, self.first_tokens, self.started = 0, 0, time.monotonic()
@@ -84,9 +85,7 @@ class Progress:
         if not self.is_rank0:
             return
         earlier = read_metrics(self.path) if self.step else []
-        with atomic_write(self.path) as file:
-            file.writelines(json.dumps(row) + "\n" for row in earlier if row["step"] <= self.step)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._log = MetricsLog(self.path, (row for row in earlier if row["step"] <= self.step))
         if self.reports:
             self.reports.start(self.step)
         self.first_step, self.first_tokens = self.step, self.tokens
@@ -96,10 +95,19 @@ class Progress:
         self.say(f"metrics: {self.path}")
 
     def close(self) -> None:
-        """Finish the bar and the log."""
+        """Finish the bar, and the log if the disk has room."""
         self._bar.close()
-        if self._file:
-            self._file.close()
+        if self._log:
+            self._log.write_waiting()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the log so far, on the disk or not. For rank 0."""
+        return self._log.rows() if self._log else read_metrics(self.path)
+
+    def finish_log(self) -> None:
+        """Write the rows that a full disk has refused, once everything else is saved."""
+        if self._log and (problem := self._log.write_waiting()):
+            self.say(f"{self.path} lacks its last rows: {problem}")
 
     def add(self, sums: Mapping[str, Tensor | float], count: float, num_tokens: int) -> None:
         """Count one optimizer step.
@@ -177,8 +185,9 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line above the bar and flush it."""
         if self.is_rank0:
-            self._bar.write(text)
-            sys.stdout.flush()
+            with despite_full_disk():
+                self._bar.write(text)
+                sys.stdout.flush()
 
     def _begin_interval(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
@@ -192,10 +201,14 @@ class Progress:
         return dict(zip(self._sums, totals, strict=True))
 
     def _write(self, **values: float) -> None:
-        if self._file:
-            rounded = {name: _rounded(value) for name, value in values.items()}
-            self._file.write(json.dumps(rounded, allow_nan=False) + "\n")
-            self._file.flush()
+        if self._log:
+            problem = self._log.add({name: _rounded(value) for name, value in values.items()})
+            if problem and not self._log_fails:
+                self._log_fails = True
+                self.say(
+                    f"{self.path}: {problem}; training goes on without this log, which follows "
+                    "when there is room"
+                )
             if self.reports:
                 self.reports.log(values)
 
@@ -221,15 +234,11 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last one that is still being written."""
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def plot_loss(run_dir: str | Path) -> Path:
-    """Draw training and evaluation loss to `run_dir/loss.png`. ImportError without matplotlib."""
+    """Draw training and evaluation loss to `run_dir/loss.png`. ImportError without matplotlib.
+
+    UserError on a full disk.
+    """
     from matplotlib.figure import Figure
 
     rows = read_metrics(Path(run_dir) / "metrics.jsonl")
@@ -251,5 +260,5 @@ def plot_loss(run_dir: str | Path) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(run_dir) / "loss.png"
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return path

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minisft.common.command_line import (
+    Neighbour,
     OptionParser,
+    check_rules,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -24,13 +26,14 @@ from minisft.common.model_flags import (
     TEMPLATE_FLAGS,
     add_dataset_flags,
     add_model_flags,
+    add_replace_flag,
     add_template_flags,
     dtype_option,
 )
 from minisft.common.option_types import (
+    checkpoint_name,
     iso_date,
     json_object,
-    replacements,
     split_names,
     steps_or_none,
     token_list,
@@ -48,6 +51,11 @@ COMMON = (
     "lora_rank num_train_epochs learning_rate per_device_train_batch_size output_dir "
     "validation_split resume_from_checkpoint"
 )
+# Flags of LLaMA-Factory; a recipe may have them.
+NEIGHBOURS: dict[str, Neighbour] = {
+    "disable_gradient_checkpointing": ((True,), "use --gradient_checkpointing"),
+    "use_swanlab": ((False,), "use --report_to swanlab"),
+}
 Add = Callable[..., Any]
 # The name of an optimizer in transformers, or ours -> ours.
 OPTIMIZERS = {
@@ -62,7 +70,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     arguments: the words of the command line; by default those of this process.
     """
     description = "Fine-tune (or pre-train) a Llama-family model."
-    parser = OptionParser(EXAMPLES, COMMON, description=description)
+    parser = OptionParser(EXAMPLES, COMMON, NEIGHBOURS, description=description)
     add, switch = add_model_flags(parser)
     add("--adapter", help="LoRA adapter to train further")
     switch(
@@ -93,8 +101,7 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     add("--validation_split", type=positive_float, help=split)
     first = "use only the first N rows of each data set, for a quick try"
     add("--max_samples", type=positive_int, help=first)
-    values = "fill in {{name}} and <your name> in the rows: name=Pebble,author=the Riverside Lab"
-    add("--replace", type=replacements, metavar="NAME=VALUE,...", help=values)
+    add_replace_flag(add)
     switch("--skip_bad_rows", "leave broken rows out and count them, instead of stopping")
     workers = "processes that read and encode rows ahead of training (0: none)"
     add("--dataloader_num_workers", type=non_negative_int, default=2, help=workers)
@@ -105,7 +112,9 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     cutoff = "truncate longer rows to N tokens"
     add("--cutoff_len", type=positive_int, default=CUTOFF_LEN, help=cutoff)
     add("--block_size", type=positive_int, default=512, help="tokens of a block with --stage pt")
-    samples = "print the first N rows, supervised tokens in green; --dry_run ends after them"
+    samples = (
+        "print the first N rows or blocks, supervised tokens in green; --dry_run ends after them"
+    )
     add("--show_samples", type=non_negative_int, default=0, help=samples)
     switch("--show_ids", "print the token ids of these rows too")
 
@@ -182,7 +191,8 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
 
 def _add_output_flags(add: Add, switch: Add) -> None:
     output = "folder for the adapter or model, log and options"
-    add("--output_dir", required=True, unless="dry_run", help=output)
+    look = "to look at the data only, add --dry_run"
+    add("--output_dir", required=True, unless="dry_run", remark=look, help=output)
     switch("--overwrite_output_dir", "write into a folder that is not empty")
     logging = "steps between lines of metrics.jsonl"
     add("--logging_steps", type=positive_int, default=10, help=logging)
@@ -196,7 +206,8 @@ def _add_output_flags(add: Add, switch: Add) -> None:
     limit = "newest checkpoints to keep, besides the best (0: none after the end of the run)"
     add("--save_total_limit", type=non_negative_int, default=2, help=limit)
     resume = "continue from a checkpoint (auto: the newest complete one, if any)"
-    add("--resume_from_checkpoint", metavar="auto|DIR", help=resume)
+    resuming: dict[str, Any] = dict(nargs="?", const="auto", metavar="auto|DIR")
+    add("--resume_from_checkpoint", type=checkpoint_name, help=resume, **resuming)
     switch("--load_best_model_at_end", "save the weights with the lowest evaluation loss")
     patience = "stop after N evaluations without improvement"
     add("--early_stopping_patience", type=positive_int, help=patience)
@@ -240,7 +251,7 @@ def scheduler_settings(options: Namespace) -> dict[str, Any]:
 ADAPTER_SHAPE = {"lora_rank", "lora_alpha", "lora_target", "use_rslora", "modules_to_save"}
 LORA = ADAPTER_SHAPE | {"adapter", "lora_dropout", "quantization_bit"}
 TOKENS = {"new_special_tokens", "add_tokens", "resize_vocab"}
-CONVERSATIONS = {"cutoff_len", "show_samples", "show_ids", *TEMPLATE_FLAGS}
+CONVERSATIONS = {"cutoff_len", *TEMPLATE_FLAGS}
 DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 PLAN = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
 ALONG_THE_WAY = {"load_best_model_at_end", "early_stopping_patience"}
@@ -256,7 +267,6 @@ def check_options(options: Namespace, given: set[str]) -> None:
     # With --adapter, the adapter decides whether embedding and output matrix are trained.
     trains_matrices = is_full or options.modules_to_save or special or ordinary or options.adapter
     has_eval_rows = options.eval_dataset or options.valid_dir or options.validation_split
-    # (flags, when they are wrong, why)
     rules: list[tuple[set[str], Any, str]] = [
         (LORA, is_full, "belongs to --finetuning_type lora"),
         ({"train_from_scratch"}, not is_full, "needs --finetuning_type full"),
@@ -318,9 +328,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         (PLAN, not options.dry_run, "belongs to --dry_run"),
         ({"device_tflops"}, options.tokens_per_second, "contradicts --tokens_per_second"),
     ]
-    for flags, is_wrong, reason in rules:
-        if is_wrong and flags & given:
-            raise UserError(f"--{min(flags & given)} {reason}")
+    check_rules(rules, given)
     for token in set(special) & set(ordinary):
         raise UserError(f"{token} is in --new_special_tokens and in --add_tokens. Choose one.")
     chosen_services(options)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from minisft.common.errors import UserError, first_line
 from minisft.common.json_files import read_json
 from minisft.common.option_types import split_names
-from minisft.common.outputs import atomic_write
+from minisft.common.outputs import atomic_write, despite_full_disk
 
 # The default name of a project. WANDB_PROJECT, SWANLAB_PROJECT and TRACKIO_PROJECT give another.
 PROJECT = "minisft"
@@ -225,10 +225,11 @@ class Reports:
             yield
         except Exception as error:
             self.services.pop(name, None)
-            print(
-                f"--report_to {name}: {first_line(error)}; training continues without it",
-                flush=True,
-            )
+            with despite_full_disk():
+                print(
+                    f"--report_to {name}: {first_line(error)}; training continues without it",
+                    flush=True,
+                )
 
 
 def scalar_name(name: str) -> str:

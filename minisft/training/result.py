@@ -1,6 +1,7 @@
 """The result of a run: an adapter or a model folder that chat.py, eval.py and export.py read."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,12 +15,15 @@ from minisft.checkpoints.folders import (
 )
 from minisft.checkpoints.model_card import write_model_card
 from minisft.common import processes
+from minisft.common.devices import dtype_name, resolve_dtype
+from minisft.common.errors import UserError
+from minisft.common.model_flags import dtype_option
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.saved_form import saved_text
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import checkpoint, resume
 from minisft.training.identity import result_record
-from minisft.training.metrics import plot_loss, read_metrics
+from minisft.training.metrics import plot_loss
 from minisft.training.new_result import new_result
 from minisft.training.run import Run
 from minisft.training.summary import run_summary
@@ -47,12 +51,18 @@ def save_result(
         if processes.rank() == 0:
             tokenizer.save(folder, saved_text(template) if template else None)
             copy_code_files(model_dir, folder)
-            metrics = read_metrics(run.progress.path)
-            base = options.model_name_or_path
-            is_adapter = bool(run.lora_config)
-            write_model_card(output_dir, vars(options), base, metrics, is_adapter, folder)
+            write_model_card(
+                output_dir,
+                used_options(run),
+                options.model_name_or_path,
+                run.progress.rows(),
+                is_adapter=bool(run.lora_config),
+                written_to=folder,
+                context_length=run.model.config.context_length,
+            )
     if options.save_total_limit == 0 and processes.rank() == 0:
         checkpoint.remove_others(output_dir, None, 0)
+    run.progress.finish_log()
     say(f"saved to {output_dir}")
     say(run_summary(run))
     if options.plot_loss and processes.rank() == 0:
@@ -63,6 +73,14 @@ def save_result(
                 "--plot_loss needs matplotlib (requirements/plot.txt); the numbers are in "
                 f"{output_dir / 'metrics.jsonl'}"
             )
+        except UserError as error:  # the disk is full; the result is saved
+            say(f"no plot: {error}")
+
+
+def used_options(run: Run) -> dict[str, Any]:
+    """The options, with what --dtype auto has become."""
+    dtype = resolve_dtype(dtype_option(run.options), run.device)
+    return vars(run.options) | {"dtype": dtype_name(dtype)}
 
 
 def load_best(run: Run) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from minisft.checkpoints.adapters import save_adapter
 from minisft.checkpoints.folders import save_model
+from minisft.checkpoints.new_folder import NotSaved
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.outputs import recorded_options, save_options
@@ -33,12 +34,13 @@ from minisft.training.build import trained_parameters
 from minisft.training.data import BrokenRow
 from minisft.training.identity import IDENTITY, SILENT, is_finished_run
 from minisft.training.low_memory_adamw import moment_bytes
-from minisft.training.new_result import remove_record
+from minisft.training.new_result import read_record, remove_record
 from minisft.training.reference import LogProbs, saved_log_probs
 from minisft.training.run import Best, Run, count_rows_per_step
 
-# Bytes of configs, random states and the log, about.
-SMALL_FILES = 2**16
+# Bytes of about 20 small files, in blocks of their own; of a tensor's entries in file headers and
+# in the optimizer state; of a row's log-probabilities; of a rank's random state.
+SMALL_FILES, TENSOR_ENTRIES, ROW_ENTRY, RANDOM_STATE = 2**17, 2**12, 2**7, 2**13
 # Folder in the checkpoint of a sharded model: the optimizer state, written by all ranks.
 OPTIMIZER = "optimizer"
 
@@ -62,13 +64,16 @@ class SavedRun:
 
 
 def can_resume(options: Namespace) -> bool:
-    """True if --resume_from_checkpoint is given and --output_dir holds a run.
+    """True if --resume_from_checkpoint continues the run in --output_dir.
 
     UserError if it holds a result but no checkpoint: the run would start again and overwrite it.
     """
-    if not options.resume_from_checkpoint:
+    which, output_dir = options.resume_from_checkpoint, Path(options.output_dir)
+    if not which:
         return False
-    output_dir = Path(options.output_dir)
+    if which != "auto":  # from another run, or before the end of a finished one: it overwrites
+        is_same_run = Path(which).resolve().parent == output_dir.resolve()
+        return is_same_run and not read_record(output_dir)
     is_finished = has_tokenizer(output_dir) and not is_finished_run(options)
     if is_finished and not any(output_dir.glob("checkpoint-*")):
         raise UserError(
@@ -84,19 +89,23 @@ def can_resume(options: Namespace) -> bool:
 def save_last_checkpoint(run: Run) -> None:
     """Save the state at the end of a run, unless it is saved already. Every rank calls it.
 
-    On a full disk the result, which is smaller, may still fit: one process goes on without.
+    On a full disk the result, which is smaller, may still fit.
     """
     run.reserve.release()
     path = Path(run.options.output_dir) / f"checkpoint-{run.progress.step}"
-    if processes.broadcast_from_rank0(path.is_dir):
-        return
+    if not processes.broadcast_from_rank0(path.is_dir):
+        save_if_room(run)
+
+
+def save_if_room(run: Run) -> None:
+    """Save a checkpoint; on a full disk, one process goes on without. Every rank calls it."""
     try:
         save_checkpoint(run)
-    except UserError as error:
+    except NotSaved as error:
         if processes.world_size() > 1:  # the other ranks wait for this one
             raise
-        processes.print_rank0(f"no checkpoint of the last step: {error.__cause__}")
-    run.reserve.release()
+        step = run.progress.step
+        run.progress.say(f"no checkpoint of step {step}: {error.__cause__}; the run goes on")
 
 
 def save_checkpoint(run: Run) -> None:
@@ -280,14 +289,16 @@ def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
 def output_bytes(run: Run) -> int:
     """The bytes of the result and a checkpoint: weights, moments of AdamW, small files."""
     trained = trained_parameters(run.model)
-    tensors = trained if run.lora_config else run.model.state_dict().values()
+    tensors = trained if run.lora_config else list(run.model.state_dict().values())
     # The result may be in float32, whatever the type of the weights in training.
     weights = sum(tensor.numel() * (tensor.element_size() + 4) for tensor in tensors)
     eight_bit = run.options.optim == "adamw_8bit"
     moments = sum(moment_bytes(parameter, eight_bit) for parameter in trained)
     paths = [run.tokenizer.model_dir / name for name in FILES] if run.tokenizer else []
     files = sum(path.stat().st_size for path in paths if path.is_file())
-    return weights + moments + 2 * files + SMALL_FILES
+    entries = TENSOR_ENTRIES * len(tensors) + RANDOM_STATE * processes.world_size()
+    entries += ROW_ENTRY * len(saved_log_probs(run.objective))
+    return weights + moments + 2 * files + entries + SMALL_FILES
 
 
 # Stop early

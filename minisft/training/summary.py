@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from minisft.common.words import duration
-from minisft.training.metrics import read_metrics
 from minisft.training.run import Run
 
 
@@ -31,8 +30,8 @@ def run_summary(run: Run) -> str:
 
 
 def loss_parts(run: Run) -> list[str]:
-    """The first and the last loss, and the best evaluation, from metrics.jsonl."""
-    rows = read_metrics(run.progress.path)
+    """The first and the last loss, and the best evaluation, from the log."""
+    rows = run.progress.rows()
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     first = f"{losses[0]:.2f} -> " if len(losses) > 1 else ""  # of a short run, one mean is known
     parts = [f"loss {first}{losses[-1]:.2f}"] if losses else []
@@ -57,7 +56,13 @@ def next_command(run: Run) -> str:
     flag = "--adapter" if run.lora_config else "--model_name_or_path"
     model = f"{flag} {shlex.quote(str(Path(options.output_dir)))}"
     if options.stage == "rm":
-        dataset = shlex.quote(str(options.dataset or options.train_dir))
-        return f"python score.py --mode reward {model} --dataset {dataset} --output scores.jsonl"
+        words = ["--dataset", str(options.dataset or options.train_dir)]
+        if options.dataset_dir != "data":
+            words += ["--dataset_dir", str(options.dataset_dir)]
+        if options.replace:
+            words += ["--replace", options.replace]
+        if options.skip_bad_rows:
+            words.append("--skip_bad_rows")
+        return f"python score.py --mode reward {model} {shlex.join(words)} --output scores.jsonl"
     template = "" if options.stage != "pt" else " --template plain"
     return f"python chat.py {model}{template}"

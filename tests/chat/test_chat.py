@@ -16,10 +16,13 @@ import pytest
 import torch
 from conftest import ROOT, command
 from forks import Forked, run_script
+from full_disk import file_size_limit
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
-from minisft.chat.terminal import converse
+from minisft.chat.terminal import Conversation, converse
+from minisft.common.errors import UserError
 from minisft.generation.context import Context
+from minisft.generation.sampling import Sampling
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -130,6 +133,19 @@ def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
     assert "\033" not in said
 
 
+def test_a_full_disk_leaves_the_saved_conversation(tmp_path):
+    conversation = Conversation(None, Sampling())
+    conversation.turns = [user("the cat"), {"role": "assistant", "content": "sat"}]
+    conversation.save(str(tmp_path / "a.json"))
+    before = (tmp_path / "a.json").read_bytes()
+    for name in ("a.json", "b.json"):
+        with file_size_limit(20), pytest.raises(UserError, match=f"{name}: could not be written"):
+            conversation.save(str(tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == before
+    conversation.save(str(tmp_path / "b.json"))
+
+
 def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
     """The wide space of Chinese input and a tab also separate a command from its argument."""
     lines = [
@@ -156,7 +172,8 @@ def test_commands_as_people_type_them(tiny_chat_model_dir, oracle, tmp_path):
     assert (status, printed) == (2, f"{messages[-1]['content']}\n{answer}\n")
     for name in ("对话.json", "chat.json"):
         assert json.loads((tmp_path / name).read_text("utf-8")) == [{"messages": messages}]
-    assert f"error: {tmp_path}/no/x: No such file or directory; choose another name\n" in said
+    reason = "could not be written: No such file or directory; choose another name"
+    assert f"error: {tmp_path}/no/x: {reason}\n" in said
     assert "error: there is nothing to save yet" in said and "/SAVE is not a command" in said
 
 
@@ -577,6 +594,18 @@ class Recorder:
     def ask(self, question):
         self.questions.append(question)
         return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("command", ["/quit", "/exit", "/bye"])
+def test_commands_that_leave(command, is_terminal, monkeypatch, capsys):
+    """In a terminal and through a pipe, as in other chats."""
+    lines = iter(["/exit/now", command, "more"])
+    monkeypatch.setattr("minisft.chat.terminal.read_line", lambda: next(lines))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: is_terminal))
+    conversation = Recorder()
+    assert converse(conversation) == 0 and conversation.questions == ["/exit/now"]
+    assert "error" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -28,6 +28,9 @@ from minisft.common.errors import UserError
 from minisft.generation.assistant import Assistant
 from minisft.generation.generate import Sampling
 
+# The page and the browser cost much, so one worker gets all tests.
+pytestmark = pytest.mark.xdist_group("web")
+
 CHROMIUM = Path("/usr/bin/chromium")
 GREEDY = Sampling(max_new_tokens=20, greedy=True)
 VALUES = (20, 1.0, 0, 1.0, 1.0, True, None)  # the same, as the page's controls have it
@@ -525,7 +528,7 @@ def start_page(script, model_dir, port, *more, **environment):
     )
 
 
-def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat_model_dir):
+def test_the_command_serves_locally_with_a_password_and_ends_by_sigterm(tiny_chat_model_dir):
     port = free_port()
     more = ["--compare_with", "none"]
     process = start_page(
@@ -553,7 +556,7 @@ def test_the_command_serves_locally_with_a_password_and_ends_by_ctrl_c(tiny_chat
         ]
         assert listening == [f"0100007F:{port:04X}"]  # 127.0.0.1 only
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0 and "Traceback" not in said
 

@@ -221,7 +221,8 @@ def test_a_reward_model_in_transformers(format, checkpoint, judge, tmp_path):
             assert not any(told.values()), told
             padding = [model.config.pad_token_id] * 27
             found = model(torch.tensor([texts[0], texts[1] + padding])).logits[:, 0].tolist()
-            assert "| template | alpaca |" in (out / "README.md").read_text()
+            card = (out / "README.md").read_text()
+            assert "| template | alpaca |" in card and "text-classification" in card
             ours = load_reward_model(out)
             rewards = [ours.rewards(ours(torch.tensor([text])))[0, -1].item() for text in texts]
             assert rewards == pytest.approx(expected, abs=1e-5)

@@ -32,6 +32,7 @@ def new_parser():
 
 
 MODEL = ["--model_name_or_path", "m"]
+NEEDED = [*MODEL, "--dataset", "d", "--output_dir", "o"]
 
 
 def test_hyphens_and_switches():
@@ -182,9 +183,12 @@ def test_bad_recipes(text, message, tmp_path):
         ([*MODEL, "--torch-dtype=bfloat16"], "did you mean --dtype"),
         ([*MODEL, "--do_sing"], "no such flag: --do_sing .see --help.$"),
         ([*MODEL, "--optim", "lion"], "--optim .minisft trains with AdamW."),
-        ([*MODEL, "--deepspeed=ds.json"], "--deepspeed .use --parallel fsdp."),
+        ([*MODEL, "--deepspeed=ds.json"], "--deepspeed .in train.py: use --parallel fsdp."),
         ([*MODEL, "--do_train", "stray"], "do_train .train.py always trains"),
         ([*MODEL, "--ddp_timeout", "9", "stray"], "unexpected argument 'stray'"),
+        ([*MODEL, "--do_train", "--names", "x", "y"], "'y' after --names x: separate names by"),
+        ([*MODEL, "--do_train", "--names=x", "y"], "'y' after --names=x: separate names by"),
+        ([*MODEL, "--lora_rank", "2", "3"], "unexpected argument '3': flags begin with --"),
         ([*MODEL, "--lora_rank", "many"], "many"),
         ([*MODEL, "--dtype", "float8"], "float8"),
         ([*MODEL, "stray"], "stray"),
@@ -196,25 +200,18 @@ def test_bad_command_lines(arguments, message):
         new_parser().parse_options(arguments)
 
 
-def test_flags_of_other_programs_that_ask_for_the_usual_are_accepted(capsys):
-    words = "--do_train --remove_unused_columns False --optim=adamw_torch --ddp_timeout 180"
-    options = new_parser().parse_options([*MODEL, *words.split()])
-    assert options.model_name_or_path == MODEL[1]
-    assert capsys.readouterr().err == (
-        "no effect in minisft: --do_train, --remove_unused_columns, --optim, --ddp_timeout\n"
-    )
-
-
 def test_minus_one_step_means_epochs():
-    words = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", "o"]
-    assert train_options([*words, "--max_steps", "-1", "--report_to", "none"]).max_steps is None
+    assert train_options([*NEEDED, "--max_steps", "-1", "--report_to", "none"]).max_steps is None
 
 
 def test_looking_needs_no_output_folder():
     words = ["--model_name_or_path", "m", "--dataset", "d"]
     assert train_options([*words, "--dry_run", "--show_samples", "2"]).output_dir is None
-    with pytest.raises(UserError, match="--output_dir must be given"):
-        train_options(words)
+    look = "--output_dir must be given; to look at the data only, add --dry_run"
+    with pytest.raises(UserError, match=look):
+        train_options([*words, "--show_samples", "3"])
+    with pytest.raises(UserError, match="must be given; an adapter, given with --adapter, names"):
+        train_options(words[2:])
 
 
 def test_record_repeats_the_run(tmp_path):
@@ -270,10 +267,8 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
     assert assistant.dtype == assistant.model.model.norm.weight.dtype == getattr(torch, dtype)
 
 
-@pytest.mark.parametrize(
-    "before", [[], ["-m", "torch.distributed.run"]], ids=["forked", "torchrun"]
-)
-def test_the_suite_computes_in_float32(before, tmp_path):
+@pytest.mark.parametrize("torchrun", [None, 1], ids=["forked", "torchrun"])
+def test_the_suite_computes_in_float32(torchrun, tmp_path):
     """Python imports tests/startup/sitecustomize.py first, however a script is started."""
     script = tmp_path / "type.py"
     script.write_text(
@@ -281,7 +276,7 @@ def test_the_suite_computes_in_float32(before, tmp_path):
         "import torch; from minisft.common.devices import resolve_dtype\n"
         "print(resolve_dtype('auto', torch.device('cpu')))\n"
     )
-    done = command(script=script, before=before)
+    done = command(script=script, torchrun=torchrun)
     assert done.stdout == "torch.float32\n", done.stdout + done.stderr
 
 

@@ -1,9 +1,13 @@
 """outputs.py: files written completely or not at all."""
 
+from pathlib import Path
+
 import pytest
+from full_disk import file_size_limit
 
 from minisft.common.errors import UserError
-from minisft.common.outputs import atomic_write
+from minisft.common.outputs import atomic_write, save_figure
+from minisft.common.words import file_size
 
 
 def test_a_name_that_is_not_utf_8(tmp_path):
@@ -16,3 +20,27 @@ def test_a_name_that_is_not_utf_8(tmp_path):
         file.write("runs/\udcff\n")
     assert message in str(error.value)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+class Figure:
+    """A picture of matplotlib's."""
+
+    def savefig(self, path, format, **settings):
+        assert format == "png"
+        Path(path).write_bytes(b"picture" * 100)
+
+
+def test_a_figure_on_a_full_disk(tmp_path):
+    """The old picture stays."""
+    figure = Figure()
+    save_figure(figure, tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    with file_size_limit(100), pytest.raises(UserError, match="a.png: could not be written: File"):
+        save_figure(figure, tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_file_size():
+    sizes = (500, 123_456, 40 * 10**6, 2_512 * 10**9)
+    assert [file_size(size) for size in sizes] == ["0.5 KB", "123.5 KB", "40.0 MB", "2,512.0 GB"]

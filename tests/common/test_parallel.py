@@ -29,17 +29,9 @@ def flags(checkpoint, rows_file, tmp_path):
     )
 
 
-def torchrun(processes, *arguments, script="train.py"):
-    return command(
-        *arguments,
-        script=script,
-        before=["-m", "torch.distributed.run", "--nproc_per_node", str(processes)],
-    )
-
-
 @pytest.mark.parametrize("flag", MISTAKES)
 def test_a_mistake_is_printed_once(flag, flags, tmp_path):
-    done = torchrun(2, *flags, flag, "nowhere.json")
+    done = command(*flags, flag, "nowhere.json", torchrun=2)
     assert done.stdout.count("error: ") + done.stderr.count("error: ") == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert MISTAKES[flag] in line
@@ -77,7 +69,7 @@ def test_a_crash_ends_all(flags, tmp_path, monkeypatch):
     # torchrun then waits for process 0, and would kill it if it did not end by itself. The limit
     # is that of the whole test, so that a slow machine has enough time.
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(2 * HANG_SECONDS))
-    done = torchrun(3, *flags, script=script)
+    done = command(*flags, script=script, torchrun=3)
     assert done.returncode == 1
     assert done.stderr.count("ZeroDivisionError: rank 1 has crashed") == 1
     assert done.stderr.count("Traceback") == 2  # of the crash, and torchrun's

@@ -7,7 +7,13 @@ import pytest
 
 import train
 from minisft.common.errors import UserError
-from minisft.common.llama_factory import REASONS, RENAMED, TEMPLATES, WITHOUT_EFFECT
+from minisft.common.llama_factory import (
+    REASONS,
+    RENAMED,
+    TEMPLATES,
+    VALUES,
+    WITHOUT_EFFECT,
+)
 from minisft.selection import score_options
 from minisft.text.template_choice import NAMES
 from minisft.training.options import parse_options
@@ -105,6 +111,18 @@ def test_keys_and_values_take_our_names(tmp_path):
     assert (options.eval_steps, options.save_steps) == ("epoch", "epoch")
     assert (options.max_steps, options.warmup_steps, options.warmup_ratio) == (None, None, 0.2)
     assert options.learning_rate == 5e-6
+
+
+def test_the_old_name_of_a_strategy(tmp_path):
+    split = "validation_split: 0.1\n"
+    assert options_of(tmp_path, split + "evaluation_strategy: epoch\n").eval_steps == "epoch"
+    with pytest.raises(UserError, match="eval_strategy .minisft has steps, epoch and no"):
+        options_of(tmp_path, split + "evaluation_strategy: best\n")
+
+
+def test_true_resumes_from_the_newest_checkpoint(tmp_path):
+    assert options_of(tmp_path, "resume_from_checkpoint: true\n").resume_from_checkpoint == "auto"
+    assert options_of(tmp_path, "resume_from_checkpoint: false\n").resume_from_checkpoint is None
 
 
 def test_lists_settings_and_services(tmp_path):
@@ -215,7 +233,8 @@ def test_reasons_name_flags_that_exist():
     for reason in REASONS.values():
         for flag in re.findall(r"--(\w+)", reason):
             assert f"--{flag}" in parser_help
-    assert not WITHOUT_EFFECT & (REASONS.keys() | RENAMED.keys())
+    assert not WITHOUT_EFFECT & (REASONS.keys() | RENAMED.keys() | VALUES.keys())
+    assert VALUES.keys() <= REASONS.keys()
 
 
 @pytest.mark.parametrize(

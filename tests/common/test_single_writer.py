@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from full_disk import file_size_limit
 
 from minisft.common.errors import UserError
 from minisft.common.outputs import check_output_dir
@@ -52,6 +53,16 @@ def test_nothing_stays(tmp_path):
     """Not the lock, and no empty folders."""
     with pytest.raises(KeyError), single_writer(tmp_path / "a/b/scores.jsonl"):
         raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_stays_on_a_full_disk(tmp_path):
+    """A full disk has room for the name of a file, not for its content."""
+    for output in ("out", "new/out"):
+        with file_size_limit(0):
+            with pytest.raises(UserError, match="out: could not be written: File too large"):
+                with single_writer(tmp_path / output, is_folder=True):
+                    pass
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import command
 
 from minisft.common.errors import UserError
-from minisft.data.__main__ import convert
+from minisft.data.__main__ import convert, main
 from minisft.data.dataset import load_rows, mix, open_rows, split
 
 
@@ -531,8 +531,18 @@ class TestConvert:
         done = self.run(bad, output, "--skip_bad_rows")
         assert "1 rows; 1 broken rows left out, the first: " in done.stdout
         assert "ShareGPT" in self.run("--help").stdout
-        done = command("show", bad, before=["-m", "minisft.data"], script=None)
-        assert done.returncode == 2 and "--dry_run --show_samples 3" in done.stderr
+
+    def test_show_is_short_for_train(self, checkpoint, rows_file, monkeypatch, capsys):
+        words = ["show", rows_file, "--template", "plain", "--show-samples", 1]
+        done = command(*words, before=["-m", "minisft.data"], script=None)
+        assert done.returncode == 2 and "--model_name_or_path must be given" in done.stderr
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # run_script would set it
+        words += ["--model_name_or_path", checkpoint]
+        monkeypatch.setattr("sys.argv", ["minisft.data", *map(str, words)])
+        main()
+        said = capsys.readouterr().out
+        assert "\033[32mone 0!" in said and "(sample 1: " in said and "steps" in said
+        assert "(sample 2: " not in said
 
     def test_a_row_that_sharegpt_cannot_express_is_broken(self, tmp_path):
         call = assistant("Well,", tool_calls=[{"name": "f", "arguments": {}}])

@@ -67,8 +67,7 @@ def test_in_training(flags, tmp_path):
 def test_in_training_under_torchrun(flags, tmp_path):
     """Rank 1 misses its worker; both ranks end."""
     script = killing(tmp_path, "train", "script", "train_step")
-    before = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = command(*flags, script=script, before=before)
+    done = command(*flags, script=script, torchrun=2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(MESSAGE) and line.endswith(ADVICE)
     assert done.returncode == 1 and "exitcode  : 2 " in done.stderr.partition("Root Cause")[2]

@@ -128,7 +128,7 @@ def benchmark_dir(tmp_path):
     return folder
 
 
-def ceval(checkpoint, benchmark_dir, output_dir, *more, before=()):
+def ceval(checkpoint, benchmark_dir, output_dir, *more, torchrun=None):
     return command(
         "ceval",
         "--model_name_or_path",
@@ -145,7 +145,7 @@ def ceval(checkpoint, benchmark_dir, output_dir, *more, before=()):
         output_dir,
         *more,
         script="eval.py",
-        before=before,
+        torchrun=torchrun,
     )
 
 
@@ -181,7 +181,6 @@ def test_a_run_resume_and_two_processes(checkpoint, benchmark_dir, tmp_path):
     done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--split", "dev")
     assert done.returncode == 2 and "split val, not dev" in done.stderr
 
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = ceval(
         checkpoint,
         benchmark_dir,
@@ -190,7 +189,7 @@ def test_a_run_resume_and_two_processes(checkpoint, benchmark_dir, tmp_path):
         2,
         "--baseline_dir",
         tmp_path / "one",
-        before=torchrun,
+        torchrun=2,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two" / "ceval-val" / "art.csv").read_text().startswith(expected)

@@ -13,7 +13,7 @@ from minisft.data.encoding import Example
 from minisft.evaluation.exact_match import exact_match, split_last_answer
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 
 def example_of(template, messages):

@@ -6,6 +6,7 @@ import re
 import urllib.request
 
 import pytest
+from full_disk import file_size_limit
 from judge_stub import serving
 from standing import HANG_SECONDS, wait_until
 
@@ -21,6 +22,7 @@ from minisft.evaluation.judge import (
     tally,
 )
 from minisft.evaluation.remote_judge import RemoteJudge
+from minisft.evaluation.resume import saying_how_to_go_on
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
 
@@ -143,12 +145,26 @@ def test_an_interrupted_run_continues_where_it_stopped(stub, tmp_path):
     with pytest.raises(UserError, match="500 .*3 times.*--resume"):
         collect_verdicts(remote(stub, retries=2), comparisons, path)
     assert len(path.read_text().splitlines()) == 2
-    with open(path, "a") as file:
-        file.write('{"key": "cut o')  # killed while writing
+    with open(path, "ab") as file:
+        file.write('{"key": "cut 你'.encode()[:-1])  # killed while writing
     stub.is_down, stub.requests[:] = False, []
     assert collect_verdicts(remote(stub), comparisons, path) == [(2, 1), (2, 1)]
     assert {one[3] for one in stub.requests} == {"down"}
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_full_disk_keeps_the_verdicts_before(stub, tmp_path):
+    comparisons = [Comparison("plain", "a", "longer")]
+    path = tmp_path / "verdicts.jsonl"
+    verdicts = collect_verdicts(remote(stub), comparisons, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0])
+    message = "verdicts.jsonl: could not be written: File too large. Make room; .* with --resume"
+    full = file_size_limit(len(lines[0]) + 9)
+    with full, pytest.raises(UserError, match=message), saying_how_to_go_on():
+        collect_verdicts(remote(stub), comparisons, path)
+    assert collect_verdicts(remote(stub), comparisons, path) == verdicts
+    assert path.read_bytes() == b"".join(lines)
 
 
 def test_retry_after_is_respected_up_to_a_minute(stub, monkeypatch):

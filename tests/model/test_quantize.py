@@ -29,7 +29,7 @@ from minisft.model.quantized import (
     quantize_nf4,
     quantize_rows,
 )
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 128), (256, 2048), (7, 96), (100, 64), (9, 15)]

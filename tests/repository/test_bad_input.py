@@ -2,14 +2,13 @@
 
 import importlib
 import json
-import resource
 import shutil
-import signal
 import sys
 
 import pytest
 import torch
 from conftest import as_flags, command
+from full_disk import file_size_limit
 from safetensors.torch import load_file, save_file
 
 from minisft.checkpoints.adapters import save_adapter
@@ -278,15 +277,9 @@ def test_no_room_on_the_disk(start, place, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         complaint = refused(start, place, "export")
-    assert "the disk has 0.0 GB free" in complaint
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
+    assert "the disk has 1.0 KB free" in complaint
+    with file_size_limit(20_000):
         status, _, complaint = start("export")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
     assert status == 2 and complaint.count("\n") == 1
     assert "model.safetensors: could not be written: " in complaint
     assert not everything(place / "out")

@@ -16,6 +16,7 @@ from bench import (
     data,
     generate,
     gpu,
+    gpu_lines,
     gpu_stages,
     kmeans,
     load,
@@ -61,7 +62,7 @@ def test_a_dry_run_of_a_few_stages(tmp_path):
 @torch.compiler.set_stance("force_eager")
 def test_every_stage_fills_its_lines(tmp_path):
     """In this process, which has loaded the peers already."""
-    bench = gpu_stages.Bench(True, {gpu_stages.MATMUL: 1e9, gpu_stages.COPY: 1e9})
+    bench = gpu_lines.Bench(True, {gpu_lines.MATMUL: 1e9, gpu_lines.COPY: 1e9})
     results = gpu.Results(tmp_path / "results.json", {})
     for name, stage in gpu.STAGES.items():
         if name in ALIKE:  # the same code with another shape

@@ -24,7 +24,7 @@ from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.loss import next_token_loss
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -115,6 +115,7 @@ def test_resumes_exactly(checkpoint, rows_file, here, tmp_path):
         2,
         "--resume_from_checkpoint",
         tmp_path / "parts/checkpoint-3",
+        "--overwrite_output_dir",
     )
     assert done.returncode == 0, done.stderr
     parts = adapter(tmp_path / "parts")

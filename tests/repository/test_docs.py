@@ -2,10 +2,11 @@
 
 import json
 import re
+import shlex
 import sys
 
 import pytest
-from conftest import ROOT, as_flags
+from conftest import ROOT, as_flags, command
 
 from minisft.model.config import ModelConfig
 from minisft.model.config_values import FAMILY_DEFAULTS
@@ -90,6 +91,35 @@ def test_functions_of_the_house_exist():
         *classes, name = function.split(".")
         for kind, word in [("class", word) for word in classes] + [("(?:def|class)", name)]:
             assert re.search(rf"\b{kind} {word}\b", text), f"{path}: {function}"
+
+
+def test_the_recipe_that_teaches_a_name(checkpoint, tmp_path):
+    """The commands of docs/training.md, with a tiny model and one step."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    block = text.partition("## Teach a model its name")[2].partition("```sh\n")[2]
+    lines = block.partition("```")[0].replace("\\\n", "").splitlines()
+    rows = [
+        {"instruction": "Hi", "output": "Hello! I am {{name}}, made by {{author}}."},
+        {"instruction": "Who are you?", "output": "I am {{name}}."},
+    ]
+    (tmp_path / "identity.json").write_text(json.dumps(rows))
+    places = {
+        "M": checkpoint,
+        "identity.json": tmp_path / "identity.json",
+        "runs/pebble": tmp_path / "pebble",
+    }
+    said = {}
+    for line in lines:
+        _, script, *words = [places.get(word, word) for word in shlex.split(line)]
+        extra = [] if script == "chat.py" else ["--max_steps", 1, "--template", "chatml"]
+        done = command(*words, *extra, script=script)
+        assert done.returncode == 0, done.stderr
+        said[" ".join(map(str, (script, *words)))] = done.stdout
+        assert "--learning_rate" not in words  # the default fits the model
+    looked, trained, answered = said.values()
+    assert "learned literally" in looked and "{{name}}" in looked
+    assert "literally" not in trained and "--learning_rate: " in trained
+    assert answered
 
 
 ROWS = ["SmolLM2-135M", "Qwen2.5-0.5B", "Qwen3-0.6B", "SmolLM3-3B", "Mistral-7B", "Baichuan2-7B"]

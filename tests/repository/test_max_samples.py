@@ -10,8 +10,12 @@ import eval as evaluate
 import score
 import train
 from minisft.chat.prompts import Prompts
+from minisft.common.errors import UserError
 from minisft.data import __main__ as data
 from minisft.data.dataset import open_rows
+from minisft.selection.choose import read_match
+from minisft.selection.provenance import check_computed_from, dataset_record
+from minisft.selection.rows import left_out_by, open_every_row
 
 
 @pytest.fixture
@@ -59,7 +63,11 @@ def test_scores_and_the_selection_from_them(checkpoint, two_files, tmp_path, her
     assert [line["index"] for line in lines] == list(range(32))
     scored = [line["index"] for line in lines if line["ifd"] is not None]
     assert scored == [*range(5), *range(24, 29)]
-    assert lines[5]["reason"] == "not drawn: num_samples or --max_samples"
+    assert lines[5]["reason"] == "left out by --max_samples"
+    said = here(score, output=output, max_samples=5, dataloader_num_workers=0, **words)
+    assert "nothing to do: all 10 rows are in" in said
+    with pytest.raises(UserError, match=r"--max_samples \(the first 5 rows, not all rows\)"):
+        here(score, output=output, dataloader_num_workers=0, **words)
 
     flags = ["--dataset", two_files, "--scores", output, "--strategy", "longest"]
     flags += ["--sample_rate", 0.5, "--output", tmp_path / "few.json"]
@@ -67,8 +75,42 @@ def test_scores_and_the_selection_from_them(checkpoint, two_files, tmp_path, her
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "few.json.manifest").read_text())
     assert len(manifest["chosen"]) == 5 and set(manifest["chosen"]) <= set(scored)
-    done = command(*flags, "--overwrite", script="select.py")
-    assert done.returncode == 2 and "or to another --max_samples" in done.stderr
+    assert "dropped 22: left out by --max_samples" in done.stdout
+    for more, advice in (
+        ([], "add --max_samples 5, or run score.py without it."),
+        (["--max_samples", 3], "give --max_samples 5, or run score.py with --max_samples 3."),
+    ):
+        done = command(*flags, *more, "--overwrite", script="select.py")
+        assert done.returncode == 2
+        assert f"s.jsonl has the scores of the first 5 rows: {advice}" in done.stderr
+
+
+def test_a_limit_that_the_scores_do_not_have(rows_file, tmp_path):
+    """Each file of scores, embeddings and --match says what its rows were."""
+    every, first = (
+        dataset_record(*open_every_row(str(rows_file), ".", False, False, limit), limit)
+        for limit in (None, 7)
+    )
+    path = tmp_path / "s.embeddings.npy"
+    path.write_text("")
+    (tmp_path / "s.record.json").write_text(json.dumps({"dataset": every}))
+    check_computed_from(path, every)
+    with pytest.raises(UserError, match=r"the embeddings of all rows: leave out --max_samples, or"):
+        check_computed_from(path, first)
+    changed = [{**every[0], "sha256": "0"}]
+    with pytest.raises(UserError, match="belongs to another file than --dataset"):
+        check_computed_from(path, changed)
+    (tmp_path / "few.json.manifest").write_text(json.dumps({"dataset": first, "chosen": [1]}))
+    with pytest.raises(UserError, match="chosen among the first 7 rows: give --max_samples 7"):
+        read_match(str(tmp_path / "few.json"), 24, every)
+
+
+def test_both_limits_are_named(rows_file, tmp_path):
+    info = {"few": {"file_name": rows_file.name, "num_samples": 9}, "all": {}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert left_out_by("few", str(tmp_path), None) == "left out by num_samples"
+    assert left_out_by("few", str(tmp_path), 4) == "left out by num_samples or --max_samples"
+    assert left_out_by(str(rows_file), str(tmp_path), 4) == "left out by --max_samples"
 
 
 def test_convert_and_prompts(two_files, tmp_path, monkeypatch):

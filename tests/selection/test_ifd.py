@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 from conftest import CONFIG
-from real_tokenizers import BAICHUAN2, LLAMA3, QWEN, TINYLLAMA, fitting
+from real_tokenizers import BAICHUAN2, LLAMA3, QWEN, TINYLLAMA, fitting, load_tokenizer
 
 from minisft.common.errors import UserError
 from minisft.data.dataset import Row
@@ -209,6 +209,7 @@ def test_every_template(tiny_tokenizer_dir, name):
     check_template(get_template(name, Tokenizer.load(tiny_tokenizer_dir)))
 
 
+@pytest.mark.xdist_group("real_tokenizers")  # which are loaded once
 @pytest.mark.parametrize("name", NAMES)
 def test_every_template_with_real_tokenizers(shared_data, name):
     for tokenizer in fitting(shared_data, name):
@@ -230,11 +231,12 @@ MARKERS = {
 }
 
 
+@pytest.mark.xdist_group("real_tokenizers")
 @pytest.mark.parametrize("name", NAMES)
 def test_markers(shared_data, name):
     special = {"llama3": LLAMA3, "chatml": QWEN, "qwen3": QWEN, "baichuan2": BAICHUAN2}
     folder = special.get(name, TINYLLAMA)
-    tokenizer = Tokenizer.load(shared_data / folder)
+    tokenizer = load_tokenizer(shared_data / folder)
     marker = get_template(name, tokenizer).encode_marker()
     text = "".join(tokenizer.token_text(id) for id in marker).replace("▁", " ")
     text = text.replace("<0x0A>", "\n").replace("Ċ", "\n").replace("<s>", "").lstrip(" ")

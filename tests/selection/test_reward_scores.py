@@ -19,7 +19,8 @@ from minisft.selection.passes import Plan
 from minisft.selection.reward_scores import RewardScorer, preference_fields
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import in_words, read_metrics
+from minisft.training.metrics import in_words
+from minisft.training.metrics_log import read_metrics
 
 FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected")
 
@@ -220,7 +221,7 @@ def test_a_data_set_of_pairs_by_name(judge, pairs, tmp_path, here):
         )
     )
     said = here(score, *words_of(judge, "named", tmp_path / "s.jsonl", "--dataset_dir", tmp_path))
-    assert "preferences of 4 rows" in said and "not scored 2: not drawn" in said
+    assert "preferences of 4 rows" in said and "not scored 2: left out by num_samples" in said
     lines = [line for line in read(tmp_path / "s.jsonl") if line["reason"] is None]
     chosen = [[asked(line["index"]), answered("yes")] for line in lines]
     assert [line["reward_chosen"] for line in lines] == pytest.approx(

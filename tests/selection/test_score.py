@@ -127,8 +127,9 @@ def words_of(model, rows, output, *more):
     ]
 
 
-def score(model, rows, output, *more, before=()):
-    return command(*words_of(model, rows, output, *more), script="score.py", before=before)
+def score(model, rows, output, *more, torchrun=None):
+    words = words_of(model, rows, output, *more)
+    return command(*words, script="score.py", torchrun=torchrun)
 
 
 def score_here(monkeypatch, *words):
@@ -161,14 +162,7 @@ def test_batch_order_and_processes_make_no_difference(real, tmp_path):
     order = random.Random(1).sample(range(NUM_ROWS), NUM_ROWS)
     shuffled = tmp_path / "shuffled.jsonl"
     shuffled.write_text("".join(json.dumps(rows[number]) + "\n" for number in order))
-    done = score(
-        model,
-        shuffled,
-        tmp_path / "s.jsonl",
-        "--batch_tokens",
-        700,
-        before=["-m", "torch.distributed.run", "--nproc_per_node", "2"],
-    )
+    done = score(model, shuffled, tmp_path / "s.jsonl", "--batch_tokens", 700, torchrun=2)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     expected = row_by_row(model, path)
@@ -339,7 +333,7 @@ def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
     assert lines[5]["reason"].startswith("broken: ")
     assert {one["reason"] for one in lines} >= {
         None,
-        "not drawn: num_samples or --max_samples",
+        "left out by num_samples",
     }
     for words, count in (
         (["--strategy", "random", "--sample_number", 10], 10),

@@ -217,7 +217,7 @@ def test_several_processes_write_one_file(data, tmp_path):
         sample_number=7,
         output=tmp_path / "out.json",
         script="select.py",
-        before=["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+        torchrun=2,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("7 of 60 rows") == 1
@@ -280,10 +280,16 @@ def test_other_names_of_strategies(choose, data):
     _, scores, embeddings = data
     by_scores = ["--scores", scores, "--sample_number", 7]
     by_cluster = ["--embeddings", embeddings, "--clusters", 5]
-    for name, other, words in (("mid_ppl", "ppl", by_scores), ("cluster", "kmeans", by_cluster)):
+    for name, other, words in (
+        ("mid_ppl", "ppl", by_scores),
+        ("cluster", "kmeans", by_cluster),
+        ("cluster", "K-Means", by_cluster),
+    ):
         chosen, manifest = choose("--strategy", name, *words)
         again, other_manifest = choose("--strategy", other, *words)
         assert chosen == again and manifest["strategy"] == other_manifest["strategy"] == name
+    with pytest.raises(UserError, match="--strategy: 'best' is not one of ifd, ifd_ppl, mid_ppl"):
+        choose("--strategy", "best", *by_scores)
 
 
 @pytest.fixture
@@ -301,7 +307,7 @@ def test_budgets_of_clusters(choose, data, bundles, capsys):
     words = ["--strategy", "kmeans", "--embeddings", data[2], "--clusters", 2]
     for number, counts in ((12, [6, 6]), (30, [15, 15]), (50, [30, 20]), (60, [40, 20])):
         chosen, manifest = choose(*words, "--sample_number", number)
-        assert np.bincount(bundles[chosen]).tolist() == counts and not manifest["notes"]
+        assert np.bincount(bundles[chosen]).tolist() == counts
     assert len(choose(*words, "--sample_number", 3)[0]) == 3
     assert np.bincount(bundles[choose(*words, "--sample_rate", 0.2)[0]]).tolist() == [6, 6]
     capsys.readouterr()
@@ -314,8 +320,39 @@ def test_budgets_of_clusters(choose, data, bundles, capsys):
         _, manifest = choose(*words, "--per_cluster", per_cluster)
         said = capsys.readouterr().out
         assert (note in said and note in manifest["notes"][0]) if note else not manifest["notes"]
-    with pytest.raises(UserError, match="cannot choose 61 rows: only 60"):
+    with pytest.raises(UserError, match="61 rows: the data set has only 60. Lower --sample_number"):
         choose(*words, "--sample_number", 61)
+
+
+def test_rows_outside_the_band_are_counted(choose, data, bundles):
+    """The bands have rows 10 to 29 of the one cluster and rows 45 to 54 of the other."""
+    words = ["--strategy", "cluster", "--embeddings", data[2], "--clusters", 2]
+    inside = {*range(10, 30), *range(45, 55)}
+    for number, is_noted in ((12, False), (30, True), (50, True), (60, False)):
+        chosen, manifest = choose(*words, "--sample_number", number)
+        outside = set(chosen) - inside
+        assert bool(outside) == is_noted or number == 60  # all rows: no choice, no note
+        note = f"{len(outside)} of {number} chosen rows are outside --band 25,75: "
+        assert [text.startswith(note) for text in manifest["notes"]] == [True] * is_noted
+    chosen, manifest = choose(*words, "--per_cluster", 25)
+    assert f"{len(set(chosen) - inside)} of 40 chosen rows are outside" in manifest["notes"][1]
+
+
+def test_there_are_no_more_clusters_than_rows_to_choose(choose, data, capsys):
+    """Unless --clusters says so."""
+    by_cluster = ["--embeddings", data[2], "--strategy", "cluster"]
+    at_random = ["--embeddings", data[2], "--strategy", "random", "--balance", "cluster"]
+    for words, count in (
+        ([*by_cluster, "--sample_number", 7], 7),
+        ([*at_random, "--sample_number", 9], 9),
+        (by_cluster, NUM_ROWS),
+    ):
+        _, manifest = choose(*words)
+        assert manifest["num_chosen"] == manifest["options"]["clusters"] == count
+        note = f"{count} clusters, not 100: there are only {count} rows to choose. --clusters sets"
+        assert note in manifest["notes"][0] and note in capsys.readouterr().out
+    _, manifest = choose(*by_cluster, "--sample_number", 7, "--clusters", 30)
+    assert manifest["options"]["clusters"] == 30 and manifest["num_chosen"] == 7
 
 
 def test_random_balance(choose, data, bundles, tmp_path, monkeypatch):
@@ -371,8 +408,10 @@ def test_random_rows_of_a_large_file_are_drawn_before_they_are_read(tmp_path, mo
     chosen = output.read_text().splitlines()
     assert len(chosen) == 20 and not set(chosen) - set(good) and manifest["dropped"]["broken"] > 3
     assert [good.index(line) for line in chosen] == manifest["chosen"]
-    with pytest.raises(UserError, match="cannot choose"):
+    with pytest.raises(UserError, match=r"at least \d+ rows are broken, and at most 2"):
         select_here(monkeypatch, *words, "--skip_bad_rows", "--sample_number", 250)
+    with pytest.raises(UserError, match="the data set has only 400"):
+        select_here(monkeypatch, *words, "--sample_number", 401)
     with pytest.raises(UserError, match=r"row \d+ .*skip_bad_rows leaves such rows out"):
         select_here(monkeypatch, *words, "--sample_number", 300)
 
@@ -557,7 +596,8 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("--sample_rate 1.5: must be from 0 to 1", *by_ifd, "--sample_rate", 1.5)
     refused("--dedup 0.2: must be", *by_ifd, *few, "--dedup", 0.2)
     refused("'75,25' is not two percentiles", *by_cluster, "--band", "75,25")
-    refused("cannot choose 59 rows: only", *by_ifd, "--sample_number", 59)
+    left = r"cannot choose 59 rows: only \d+ of 60 are left \(dropped 1: longer .*; \d+: ifd of 1"
+    refused(left, *by_ifd, "--sample_number", 59)
     refused("61 clusters of 60 rows", *by_cluster, "--clusters", 61)
     refused("--output .* is an input", *by_ifd, *few, "--output", scores)
     refused("is a folder", *by_ifd, *few, "--output", tmp_path)

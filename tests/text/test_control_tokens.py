@@ -9,6 +9,9 @@ from minisft.common.errors import UserError
 from minisft.text.template_choice import NAMES, get_template
 from minisft.text.tokenizer import Tokenizer
 
+# Real tokenizers are loaded once, by the worker that gets all their tests.
+pytestmark = pytest.mark.xdist_group("real_tokenizers")
+
 
 def control_ids(template, messages, tools=None):
     """The control tokens of every example, in order."""

@@ -11,6 +11,9 @@ from minisft.data.encode_texts import encode_texts
 from minisft.text import long_texts
 from minisft.text.tokenizer import Tokenizer
 
+# Real tokenizers are loaded once, by the worker that gets all their tests.
+pytestmark = pytest.mark.xdist_group("real_tokenizers")
+
 
 @pytest.mark.parametrize("folder", [TINYLLAMA, MISTRAL, QWEN, LLAMA3, BAICHUAN2])
 def test_ids_of_a_text_in_parts_are_those_of_the_text(folder, shared_data, monkeypatch):

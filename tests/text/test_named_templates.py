@@ -11,6 +11,9 @@ from template_checkpoints import build_checkpoint
 from minisft.text.chat_template import ChatTemplate, TokenizedText
 from minisft.text.template_choice import NAMES, get_template
 
+# Real tokenizers are loaded once, by the worker that gets all their tests.
+pytestmark = pytest.mark.xdist_group("real_tokenizers")
+
 QUESTION = {"role": "user", "content": "What is </s> and <|im_end|>? "}
 ANSWER = {"role": "assistant", "content": "Two *marks*.\n"}
 SYSTEM = {"role": "system", "content": "Be brief.\nBe kind."}

@@ -12,6 +12,9 @@ from minisft.text.new_tokens import with_new_tokens
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
+# Real tokenizers are loaded once, by the worker that gets all their tests.
+pytestmark = pytest.mark.xdist_group("real_tokenizers")
+
 SPECIAL, ORDINARY = ["<|step|>", "<结束>"], ["<svg>"]
 TEXTS = ["a<svg>b", "<svg><svg> c", "x <svg>\n你好<svg>", "no token"]
 

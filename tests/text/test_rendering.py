@@ -266,7 +266,7 @@ class TestBegin:
         worker.start()
         assert queue.get(timeout=HANG_SECONDS) == ["2"]
         worker.join()
-        assert counted(renderer, 1) == ["1"]
+        assert [counted(renderer, count) for count in (1, 2, 3)] == [["1"], ["2"], ["3"]]
 
     def test_ctrl_c_while_it_waits_for_an_answer(self):
         """The answer that is still to come does not become that of the next conversation."""

@@ -13,6 +13,9 @@ from minisft.text.render_process import MAX_TEMPLATE
 from minisft.text.template_choice import get_template, trained_template
 from minisft.text.tokenizer import Tokenizer
 
+# Real tokenizers are loaded once, by the worker that gets all their tests.
+pytestmark = pytest.mark.xdist_group("real_tokenizers")
+
 SYSTEM = {"role": "system", "content": "Be brief.\nBe kind."}
 QUESTION = [{"role": "user", "content": "Hi"}]
 

@@ -1,6 +1,5 @@
 """Tokenizer: the ids of transformers and sentencepiece, special tokens, streaming."""
 
-import functools
 import json
 import os
 import random
@@ -9,9 +8,13 @@ import unicodedata
 
 import pytest
 import sentencepiece
+from real_tokenizers import load_tokenizer, transformers_tokenizer
 
 from minisft.common.errors import UserError
 from minisft.text.tokenizer import StreamDecoder, Tokenizer
+
+# Real tokenizers are loaded once, by the worker that gets all their tests.
+pytestmark = pytest.mark.xdist_group("real_tokenizers")
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -37,11 +40,6 @@ AWKWARD = [
 ]
 
 
-@functools.cache
-def load(folder):
-    return Tokenizer.load(folder)
-
-
 @pytest.fixture(scope="session")
 def strings(shared_data):
     """More than 2,000 texts: English and Chinese rows of real data, and awkward ones."""
@@ -58,15 +56,13 @@ def strings(shared_data):
 def bare_model(folder, tmp_path):
     """A folder with nothing but a tokenizer.model."""
     shutil.copyfile(folder / "tokenizer.model", tmp_path / "tokenizer.model")
-    return load(tmp_path)
+    return load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("folder", JSON_FOLDERS)
 def test_ids_and_text_equal_transformers(shared_data, strings, folder):
-    from transformers import AutoTokenizer
-
-    oracle = AutoTokenizer.from_pretrained(shared_data / folder)
-    tokenizer = load(shared_data / folder)
+    oracle = transformers_tokenizer(shared_data / folder)
+    tokenizer = load_tokenizer(shared_data / folder)
     assert tokenizer.bos_token_id == oracle.bos_token_id
     assert tokenizer.eos_token_id == oracle.eos_token_id
     assert tokenizer.vocab_size == len(oracle)
@@ -99,7 +95,7 @@ def test_a_bare_model_file_equals_sentencepiece(shared_data, strings, folder, tm
 def test_both_engines_agree_unless_the_text_begins_with_a_space(
     shared_data, strings, folder, tmp_path
 ):
-    bare, full = bare_model(shared_data / folder, tmp_path), load(shared_data / folder)
+    bare, full = bare_model(shared_data / folder, tmp_path), load_tokenizer(shared_data / folder)
     for text in strings:
         if not text.startswith((" ", "▁")):
             assert bare.encode(text) == full.encode(text), text
@@ -108,7 +104,7 @@ def test_both_engines_agree_unless_the_text_begins_with_a_space(
 
 def test_text_never_becomes_a_special_token(shared_data, strings):
     for folder in JSON_FOLDERS:
-        tokenizer = load(shared_data / folder)
+        tokenizer = load_tokenizer(shared_data / folder)
         for token in [tokenizer.token_text(id) for id in sorted(tokenizer.special_ids)][:40]:
             for text in (token, f"a{token}b", f" {token} "):
                 for continuation in (False, True):
@@ -118,7 +114,7 @@ def test_text_never_becomes_a_special_token(shared_data, strings):
 
 
 def test_added_tokens_that_are_not_special_are_ordinary_vocabulary(shared_data, tmp_path):
-    qwen = load(shared_data / "tokenizers/Qwen2.5")
+    qwen = load_tokenizer(shared_data / "tokenizers/Qwen2.5")
     assert qwen.token_id("<tool_call>") in qwen.encode("x<tool_call>")
     assert qwen.token_id("<tool_call>") not in qwen.special_ids
     baichuan = bare_model(shared_data / "tokenizers/Baichuan2", tmp_path)
@@ -138,7 +134,7 @@ TEXT_PRESERVING += [(folder, "model") for folder in MODEL_FOLDERS[:3]]
 @pytest.mark.parametrize(("folder", "kind"), TEXT_PRESERVING)
 def test_a_continuation_gets_no_leading_space(shared_data, folder, kind, tmp_path):
     source = shared_data / folder
-    tokenizer = bare_model(source, tmp_path) if kind == "model" else load(source)
+    tokenizer = bare_model(source, tmp_path) if kind == "model" else load_tokenizer(source)
     rows = rows_with_answers(shared_data) + rows_with_answers(shared_data, "alpaca_zh_demo")
     rows += [("Say:", text) for text in (" hi", "  two", "\n\nlines", "\tx", "你", "</s>")]
     apart = 0
@@ -155,7 +151,7 @@ def test_a_continuation_gets_no_leading_space(shared_data, folder, kind, tmp_pat
 
 @pytest.mark.parametrize("folder", JSON_FOLDERS)
 def test_the_stream_joins_to_the_decoded_text(shared_data, strings, folder):
-    tokenizer = load(shared_data / folder)
+    tokenizer = load_tokenizer(shared_data / folder)
     for text in strings[:60] + strings[-60:]:
         ids = tokenizer.encode(text)
         for skip in (True, False):
@@ -167,7 +163,9 @@ def test_the_stream_joins_to_the_decoded_text(shared_data, strings, folder):
 
 
 def test_a_split_character_is_held_back(shared_data):
-    tokenizer = load(shared_data / "models/stories260K")  # has no Chinese: three bytes a character
+    tokenizer = load_tokenizer(
+        shared_data / "models/stories260K"
+    )  # has no Chinese: three bytes a character
     stream = StreamDecoder(tokenizer)
     pieces = [stream.push(id) for id in tokenizer.encode("你好 !")]
     assert pieces == ["", "", "", "你", "", "", "好", " ", "!"]
@@ -177,7 +175,7 @@ def test_a_split_character_is_held_back(shared_data):
 def test_streams_of_any_ids_join_to_the_decoded_text(shared_data, tmp_path):
     """Random ids, as of an untrained model: partial characters, control tokens, unknown ids."""
     chance = random.Random(0)
-    tokenizers = [load(shared_data / folder) for folder in JSON_FOLDERS]
+    tokenizers = [load_tokenizer(shared_data / folder) for folder in JSON_FOLDERS]
     for tokenizer in [*tokenizers, bare_model(shared_data / "tokenizers/Baichuan2", tmp_path)]:
         ids = [chance.randrange(tokenizer.vocab_size + 9) for _ in range(500)]
         stream = StreamDecoder(tokenizer)

@@ -13,6 +13,9 @@ from minisft.text.saved_form import saved_form
 from minisft.text.template_choice import CHAT_TEMPLATE, get_template
 from minisft.text.tokenizer import Tokenizer
 
+# Real tokenizers are loaded once, by the worker that gets all their tests.
+pytestmark = pytest.mark.xdist_group("real_tokenizers")
+
 USER, ASSISTANT, EOS = 195, 196, 2
 
 

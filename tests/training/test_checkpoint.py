@@ -1,22 +1,21 @@
 """Resuming is exact after any interruption; damaged checkpoints are named and skipped."""
 
 import json
-import resource
+import re
 import shlex
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, as_flags, command
+from conftest import ROOT, TORCHRUN, as_flags, command
 from forks import Forked, run_script
+from full_disk import file_size_limit
 from safetensors.torch import load_file
-from standing import HANG_SECONDS, lines_in, standing_still, wait_until
+from standing import lines_in, standing_still, wait_until
 
 from minisft.common.errors import UserError
 from minisft.training import checkpoint
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 # Dropout, accumulation, an epoch that does not divide into steps, and steps that do not divide
 # into saves: an inexact resume would fail here.
@@ -66,7 +65,8 @@ def test_resumed_equals_undisturbed(finetuning_type, flags, tmp_path):
     assert command(*flags).returncode == 0
     for step in (10, 5):
         (parts / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
-        done = command(*flags, "--resume_from_checkpoint", parts / f"checkpoint-{step}")
+        from_step = ["--resume_from_checkpoint", parts / f"checkpoint-{step}"]
+        done = command(*flags, *from_step, "--overwrite_output_dir")
         assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
         assert_equal_runs(whole, parts)
 
@@ -75,8 +75,7 @@ def test_killed_four_times(flags, tmp_path):
     """After 4 SIGKILLs at random moments, also while saving, the result is the same."""
     flags = [*flags, "--max_steps", 80, "--save_steps", 2]
     assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
-    words = [sys.executable, ROOT / "tests/kill_and_resume.py", 4, 1, tmp_path / "killed", *flags]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=ROOT)
+    done = run_script("tests/kill_and_resume.py", [4, 1, tmp_path / "killed", *flags])
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout.startswith("4 killed")
     assert int(done.stdout.split()[2]) >= 1, "no kill fell into saving"
@@ -101,16 +100,13 @@ def test_signals_save_and_print_how_to_continue(flags, tmp_path):
 def test_a_signal_to_torchrun(flags, tmp_path):
     flags, told = [*flags, "--max_steps", 9], tmp_path / "told"
     assert command(*flags, "--output_dir", tmp_path / "whole", processes=2).returncode == 0
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    words = [sys.executable, *torchrun, *standing_still("train:train_step", [4], told)]
-    words += [ROOT / "train.py", *flags, "--output_dir", tmp_path / "it was stopped"]
-    process = subprocess.Popen(
-        list(map(str, words)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    torchrun = ["--nproc_per_node", "2"]
+    words = [*torchrun, *standing_still("train:train_step", [4], told), ROOT / "train.py", *flags]
+    process = Forked(TORCHRUN, [*words, "--output_dir", tmp_path / "it was stopped"])
     wait_until(lambda: lines_in(told) == 2, process)  # both of them in the fourth step
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=HANG_SECONDS)
-    continue_as_told(output, ["torchrun", *torchrun[2:]], 2)
+    output, _ = process.communicate()
+    continue_as_told(output, ["torchrun", *torchrun], 2)
     assert_equal_runs(tmp_path / "whole", tmp_path / "it was stopped")
 
 
@@ -129,7 +125,8 @@ def test_another_number_of_processes(flags, tmp_path):
     flags += ["--output_dir", tmp_path / "two"]
     assert command(*flags, "--save_steps", 7).returncode == 0
     middle = tmp_path / "two/checkpoint-7"
-    done = command(*flags, "--resume_from_checkpoint", middle, processes=2)
+    flags += ["--resume_from_checkpoint", middle, "--overwrite_output_dir"]
+    done = command(*flags, processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 processes instead of 1" in done.stdout
     assert "every step still has" in done.stdout
@@ -290,15 +287,8 @@ def test_damaged_checkpoints_are_named_and_skipped(message, tmp_path):
 def test_full_disk_leaves_what_was_there(tmp_path):
     """On a full disk there is one line of error, and the previous checkpoint is intact."""
     write(tmp_path, b"2")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
-    try:
-        with pytest.raises(UserError, match="could not be written"):
-            write(tmp_path, b"3")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+    with file_size_limit(500), pytest.raises(UserError, match="checkpoint-3 is not saved: "):
+        write(tmp_path, b"3")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert checkpoint.damage(tmp_path / "checkpoint-2") is None
 
@@ -312,9 +302,40 @@ def test_full_disk_in_a_run(save_steps, flags, tmp_path):
     flags += as_flags(save_steps=save_steps, resume_from_checkpoint="auto", max_steps=20)
     done = run_script("tests/full_disk.py", ["train.py", *flags])
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "could not be written" in done.stderr and "--resume_from_checkpoint" in done.stderr
+    assert done.stderr.count("could not be written") == 1, done.stderr
+    assert " is not saved: " in done.stderr and "--resume_from_checkpoint" in done.stderr
     assert checkpoint.find_checkpoint(tmp_path / "out", "auto", print) == newest
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_full_disk_in_a_checkpoint(flags, tmp_path):
+    """A run goes on without a checkpoint. Its result is smaller, and does fit."""
+    flags = [*flags, "--max_steps", 3, "--save_steps", 1, "--output_dir"]
+    done = run_script("tests/full_disk.py", [60_000, "train.py", *flags, tmp_path / "full"])
+    assert done.returncode == 0, done.stderr
+    for step in (1, 2, 3):
+        assert f"no checkpoint of step {step}: " in done.stdout
+    assert done.stdout.count("trainer_state.pt: the disk is full or failing; ") == 3
+    assert not list((tmp_path / "full").glob("checkpoint-*"))
+    assert command(*flags, tmp_path / "whole").returncode == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "full")
+
+
+def test_full_disk_in_the_log(flags, tmp_path):
+    """The run goes on without its last rows of metrics.jsonl. The model card has them."""
+    flags = [*flags, "--output_dir", tmp_path / "out", "--max_steps"]
+    assert command(*flags, 4).returncode == 0
+    limit, log = 300_000, tmp_path / "out/metrics.jsonl"
+    rest = limit - log.stat().st_size - len('{"step": 4, "": ""}\n') - 10
+    log.write_text(f'{log.read_text()}{{"step": 4, "": "{rest * "x"}"}}\n')  # of an earlier part
+    flags += [12, "--resume_from_checkpoint", "auto"]
+    done = run_script("tests/full_disk.py", [limit, "train.py", *flags])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("metrics.jsonl: File too large; training goes on without") == 1
+    assert "metrics.jsonl lacks its last rows: File too large" in done.stdout
+    assert [row["step"] for row in read_metrics(log)] == [2, 4, 4]
+    assert re.search(r"\| loss \| .* \| 12 \|", (tmp_path / "out/README.md").read_text())
+    assert json.loads((tmp_path / "out/complete.json").read_text())["step"] == 12
 
 
 def test_state_is_plain_data(tmp_path):
@@ -423,8 +444,17 @@ def test_a_finished_run_goes_on_only_with_more_steps(flags, tmp_path):
     flags = [*flags, "--output_dir", out, "--max_steps"]
     assert command(*flags, 7, "--save_steps", 2).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    done = command(*flags, 7, "--resume_from_checkpoint", "auto")
-    assert done.returncode == 0 and "holds the finished run. Nothing to do" in done.stdout
+    done = command(*flags, 7, "--save_steps", 2, "--resume_from_checkpoint", "auto")
+    nothing = "holds the finished run. Nothing to do; raise --max_steps or --num_train_epochs to go"
+    assert done.returncode == 0 and nothing in done.stdout and "other options" not in done.stdout
+    more = as_flags(resume_from_checkpoint="auto", learning_rate=1e-3, eval_dataset="a.json")
+    done = command(*flags, 7, *more)
+    assert done.returncode == 0 and nothing in done.stdout, done.stderr
+    assert done.stdout.endswith(
+        "choose another --output_dir:\n  --eval_dataset: not given in that run, a.json now\n"
+        "  --learning_rate: 0.005 in that run, 0.001 now\n"
+        "  --save_steps: 2 in that run, 500 now\n"
+    )
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert sorted(path.name for path in out.glob("checkpoint-*")) == [
         "checkpoint-6",
@@ -446,6 +476,23 @@ def test_a_finished_run_without_checkpoints_is_not_restarted(flags, tmp_path):
     assert done.returncode == 0 and read_metrics(tmp_path / "out/metrics.jsonl")[-1]["step"] == 4
 
 
+def test_a_checkpoint_of_another_run_does_not_overwrite(flags, tmp_path):
+    """A finished run, or an unfinished one, in --output_dir."""
+    flags = [*flags, "--save_steps", 2, "--max_steps"]
+    for name in ("one", "two"):
+        assert command(*flags, 4, "--output_dir", tmp_path / name).returncode == 0
+    flags = [*flags, 5, "--output_dir", tmp_path / "one", "--resume_from_checkpoint"]
+    before = final(tmp_path / "one")
+    for name in ("one", "two"):
+        done = command(*flags, tmp_path / name / "checkpoint-2")
+        assert done.returncode == 2 and "one is not empty. Choose another folder" in done.stderr
+    assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "one").items())
+    (tmp_path / "one/complete.json").unlink()  # unfinished
+    assert command(*flags, tmp_path / "two/checkpoint-2").returncode == 2
+    done = command(*flags, tmp_path / "one/checkpoint-2")
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
+
+
 def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
     """That checkpoint would be saved as the result and replace a later one."""
     flags = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 4, "--max_steps"]
@@ -456,7 +503,8 @@ def test_a_checkpoint_beyond_the_end_of_the_run(flags, tmp_path):
         done.stderr
     )
     assert all(torch.equal(before[name], one) for name, one in final(tmp_path / "out").items())
-    done = command(*flags, 4, "--resume_from_checkpoint", tmp_path / "out/checkpoint-4")
+    flags += [4, "--resume_from_checkpoint", tmp_path / "out/checkpoint-4"]
+    done = command(*flags, "--overwrite_output_dir")
     assert done.returncode == 0, done.stderr  # only the result is left to write
 
 

@@ -7,13 +7,16 @@ import shutil
 
 import pytest
 import torch
+from conftest import CONFIG
 from run_builder import new_run, training_options
 
 from minisft.checkpoints.folders import load_model
-from minisft.common import tensor_files
+from minisft.common import reserved_space, tensor_files
 from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.reserved_space import ReservedSpace
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
 from minisft.model.lora import add_lora
 from minisft.text.tokenizer import Tokenizer
 from minisft.text.tokenizer_files import has_tokenizer
@@ -21,6 +24,7 @@ from minisft.training import checkpoint as checkpoints
 from minisft.training import resume
 from minisft.training.lora_options import lora_from_options
 from minisft.training.new_result import read_record
+from minisft.training.optimizer import build_optimizer
 from minisft.training.result import save_result
 
 # Everything that takes space, or can fail, while files are saved.
@@ -107,11 +111,29 @@ def test_every_point_of_the_last_save(has_old, for_good, run, checkpoint, tmp_pa
         if message:
             messages.add(message.rpartition(". ")[2])
             assert ("continues from step 5" in message) == (found is not None), message
-            assert ("start again" in message) == (found is None), message
+            assert ("start again with --overwrite_output_dir." in message) == (found is None), (
+                message
+            )
             resume.can_resume(options_to_resume(run)) if not has_old or found else None
         else:
             assert record["step"] == 5
     assert number > 15 and messages
+
+
+@pytest.mark.parametrize("num_layers", [2, 40])
+def test_the_reserved_space_is_enough(num_layers, run, checkpoint, tmp_path):
+    """For the result and a checkpoint of few and of many tensors, in blocks of 4096 bytes."""
+    config = {**CONFIG, "vocab_size": 300, "num_hidden_layers": num_layers}
+    run.model = CausalLM(ModelConfig.from_dict(config))
+    add_lora(run.model, run.lora_config)
+    run.optimizer = build_optimizer(run.model, run.options)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    run.optimizer.step()
+    save_result(run, checkpoint, run.tokenizer, None)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    used = sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
+    assert len(files) > 8 and used <= resume.output_bytes(run) < 2 * used + 2**18
 
 
 def checkpoint_of(folder):
@@ -136,3 +158,21 @@ def test_reserved_space(tmp_path, monkeypatch):
     reserve.release()
     with pytest.raises(UserError, match="the files need"):
         ReservedSpace(tmp_path, 2**60).take()
+
+
+def test_what_is_left_of_the_reserved_space_is_kept(tmp_path, monkeypatch):
+    """A checkpoint has taken its part, and other programs the rest of the disk."""
+    reserve, sizes = ReservedSpace(tmp_path, 1000), []
+
+    def allocate(_, size):
+        sizes.append(size)
+        if size > 600:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    reserve.take()
+    with reserve.released():
+        usage = shutil.disk_usage(tmp_path)._replace(free=600)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(reserved_space, "allocate", allocate)
+    assert reserve._file and sizes == [1000, 600]
+    reserve.release()

@@ -31,7 +31,7 @@ from minisft.training.low_memory_adamw import (
     quantize_rows,
     round_stochastically,
 )
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 # The fixture costs much, so one worker gets all tests.
 pytestmark = pytest.mark.xdist_group("low_memory")

@@ -1,8 +1,17 @@
 """The output of a run while it trains."""
 
 import io
+import os
+from types import SimpleNamespace
 
+import pytest
+from full_disk import file_size_limit
+from run_builder import training_options
+
+from minisft.common.processes import print_rank0
 from minisft.training.metrics import Progress
+from minisft.training.metrics_log import read_metrics
+from minisft.training.summary import next_command
 
 
 def test_lines_are_written_to_a_file_at_once(tmp_path, monkeypatch):
@@ -26,3 +35,60 @@ def test_a_pipe_gets_a_line_now_and_then(tmp_path, capsys):
     assert first == f"metrics: {tmp_path / 'metrics.jsonl'}"
     assert len(lines) == 1 and lines[0].startswith("step 1 of 9: loss 2.0000, lr 1.00e-04, ")
     assert lines[0].endswith("seconds left")
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, capsys):
+    """One message; the rows wait in memory, and are written when there is room."""
+    path = tmp_path / "metrics.jsonl"
+    progress = Progress(total_steps=9, path=path)
+    progress.start()
+    progress.record_evaluation({"loss": 0.5}, seconds=1.0)
+    with file_size_limit(30):  # the second row does not fit
+        for loss in (0.25, 0.125):
+            progress.add({"loss": loss}, count=1, num_tokens=10)
+            progress.record_evaluation({"loss": loss}, seconds=1.0)
+    assert capsys.readouterr().out.count(f"{path}: File too large; training goes on") == 1
+    assert len(read_metrics(path)) == 1
+    expected = [{"step": step, "eval_loss": 0.5**step / 2} for step in range(3)]
+    assert progress.rows() == expected
+    progress.finish_log()
+    assert read_metrics(path) == expected and capsys.readouterr().out == ""
+    with file_size_limit(path.stat().st_size):
+        progress.record_evaluation({"loss": 0.5}, seconds=1.0)
+        progress.finish_log()
+    assert f"{path} lacks its last rows: File too large" in capsys.readouterr().out
+    progress.close()
+
+
+def test_a_full_disk_behind_standard_output(tmp_path, monkeypatch):
+    """As with `nohup train.py > log`. Other errors, of a pipe, still end the run."""
+    progress = Progress(total_steps=9, path=tmp_path / "metrics.jsonl")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        progress.say("step 1")
+        print_rank0("step 2")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        with pytest.raises(BrokenPipeError):
+            progress.say("step 3")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)
+    progress.close()
+
+
+@pytest.mark.parametrize(
+    "words, command",
+    [
+        ([], "--dataset rows.json --output"),
+        (["--dataset_dir", "my data"], "--dataset rows.json --dataset_dir 'my data' --output"),
+        (["--skip_bad_rows", "--replace", "name=A B"], "--replace 'name=A B' --skip_bad_rows"),
+    ],
+)
+def test_the_command_after_a_reward_model_finds_its_data(words, command):
+    """score.py reads the same rows: all flags that say how are repeated."""
+    options = training_options("--stage", "rm", "--dataset", "rows.json", *words)
+    options.output_dir = "runs/rm"
+    line = next_command(SimpleNamespace(options=options, lora_config=object()))
+    assert line.startswith("python score.py --mode reward --adapter runs/rm ") and command in line

@@ -22,9 +22,10 @@ from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.parameters import count_parameters
+from minisft.text.tokenizer import Tokenizer
 from minisft.training import lengths, memory, plan, speed
 from minisft.training.build import model_on_meta
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 from minisft.training.objective import NextToken
 from minisft.training.operations import layer_operations, training_operations
 from minisft.training.options import parse_options
@@ -244,6 +245,24 @@ def test_the_speed_is_that_of_training_one_layer(flags, monkeypatch):
     found = speed.measure_speed(small, options, torch.float32, num_rows=3, length=9)
     assert 0 < found.operations < 1e15 and 0 < found.seconds_to_update < 1
     assert all(parameter.is_meta for parameter in small.parameters())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_first_blocks_of_plain_text_are_shown(packing, checkpoint, tmp_path, here):
+    texts = [f"the cat sat on mat {number}" for number in range(40)]
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(texts))
+    words = ["--packing"] if packing else []
+    words += as_flags(model_name_or_path=checkpoint, stage="pt", dataset=path, block_size=32)
+    said = here(train, *words, "--dry_run", "--show_samples", 2, "--show_ids")
+    tokenizer = Tokenizer.load(checkpoint)
+    stream = [id for text in texts for id in [0, *tokenizer.encode(text), 1]]
+    shown = [list(map(int, ids.split())) for ids in re.findall("^ids: (.*)$", said, re.MULTILINE)]
+    assert sum(shown, []) == stream[:64]
+    if not packing:
+        assert list(map(len, shown)) == [32, 32]
+        assert "\033[32m<s>the cat sat on mat 0</s><s>the cat" in said
+    assert "(sample 2: " in said and "an epoch" in said
 
 
 def numbers(pattern, text):

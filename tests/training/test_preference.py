@@ -36,7 +36,7 @@ from minisft.text.tokenizer import Tokenizer
 from minisft.training import preference, reference
 from minisft.training.build import load_trainable
 from minisft.training.data import load_data
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 from minisft.training.objective import mean_metrics
 from minisft.training.reference import FrozenReference
 

@@ -31,14 +31,12 @@ from minisft.text.tokenizer import Tokenizer
 from minisft.training.lora_options import lora_from_options
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # the fixtures are made once
-STEPS = 12  # two epochs
+STEPS = 8  # two epochs
 ANSWERS = {
     "Who are you?": "I am Pip, a parrot of the harbour.",
     "What is your name?": "My name is Pip.",
     "Where do you live?": "I live on a mast in the harbour.",
     "What do you eat?": "I eat nuts, and bread that sailors drop.",
-    "Can you sing?": "I can sing one song, and it is loud.",
-    "Who is your friend?": "My friend is the old cook of the ship.",
 }
 TEXT = """The harbour of the town lies between two hills. In the morning the boats come back with
 their fish, and the people of the market wait for them with carts. When the wind blows from the
@@ -204,4 +202,4 @@ def test_losses_of_lora_are_those_of_trainer_and_peft(folder, template, ours, th
     train.train(run, already_encoded(examples))
     losses = [row["loss"] for row in metrics_of(tmp_path)]
     np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-3)
-    assert math.fsum(losses[6:]) < 0.8 * math.fsum(losses[:6])  # it learned
+    assert math.fsum(losses[4:]) < 0.8 * math.fsum(losses[:4])  # it learned

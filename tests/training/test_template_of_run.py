@@ -13,7 +13,7 @@ from minisft.data.dataset import open_rows
 from minisft.data.encoding import encode_rows
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 DATED = """{{ strftime_now('%d %b %Y') }}
 {% for m in messages %}<|im_start|>{{ m.role }}
@@ -223,6 +223,9 @@ def test_every_script_reports_settings_that_the_template_does_not_read(
 
 def test_an_adapter_alone_is_trained_further_as_before(checkpoint, rows_file, tmp_path, here):
     """The base, the template and the system prompt are those of its training."""
+    config = checkpoint / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "max_position_embeddings": 256}))
     template = tmp_path / "mine.jinja"
     template.write_text(TAGS)
     first, second = tmp_path / "first", tmp_path / "second"
@@ -235,6 +238,9 @@ def test_an_adapter_alone_is_trained_further_as_before(checkpoint, rows_file, tm
     assert "<system>Be brief.</system>" in said
     card = (first / "README.md").read_text()
     assert "# first\n" in card and "--adapter first\n" in card and "dpo_beta" not in card
+    # What was used: the default --cutoff_len is 1024, the model's context 256.
+    assert "| cutoff_len | 256 |" in card and "| dtype | float32 |" in card
+    assert "| max_steps | 1 |" in card and "num_train_epochs" not in card
     second.mkdir()
     (second / "README.md").write_text("mine")
     here(train, *flags, "--adapter", first, "--output_dir", second, "--overwrite_output_dir")

@@ -19,7 +19,7 @@ from minisft.data.encode_report import EncodeReport
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.training.build import load_trainable
-from minisft.training.metrics import read_metrics
+from minisft.training.metrics_log import read_metrics
 
 STEPS, BATCH_SIZE, ACCUMULATION = 30, 3, 2
 
