@@ -33,9 +33,8 @@ import torch
 from tqdm import tqdm
 
 from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
-from minisft.checkpoints.adapters import load_adapter
-from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
+from minisft.checkpoints.inference import add_frozen_adapter, join_and_pack, load_for_inference
 from minisft.checkpoints.reward_models import check_head, load_reward_model
 from minisft.common import processes
 from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
@@ -45,10 +44,6 @@ from minisft.common.outputs import check_output_file
 from minisft.common.single_writer import single_writer
 from minisft.common.words import counted
 from minisft.model.config import ModelConfig
-from minisft.model.joined_layers import join_layers
-from minisft.model.lora import merge_lora
-from minisft.model.packed_weights import can_pack_weights, pack_weights
-from minisft.model.quantized import convert_parameters
 from minisft.model.reward import Model
 from minisft.selection.ifd import IfdScorer
 from minisft.selection.provenance import recorded_date, score_record
@@ -174,21 +169,13 @@ def build_model(
     device: torch.device,
 ) -> Model:
     """The model with its adapter, in evaluation mode."""
-    packs, bits = can_pack_weights(dtype, device), options.quantization_bit
-    if options.mode == "reward":
-        model = load_reward_model(model_dir, dtype, device, bits)
-    else:
-        keep_blocks = packs and adapter_dir is None and bits is None
-        model = load_model(model_dir, dtype, device, bits, keep_blocks)
-    if adapter_dir:
-        load_adapter(model, adapter_dir)
-        if dtype == torch.float32 and not options.quantization_bit:
-            # Fewer multiplications. Smaller types would round the merged weights.
-            merge_lora(model)
-        convert_parameters(model.eval(), dtype)
-    if packs:
-        join_layers(model)
-        pack_weights(model)
+    bits = options.quantization_bit
+    merge = dtype == torch.float32 and bits is None  # smaller types would round the merged weights
+    if options.mode != "reward":
+        return load_for_inference(model_dir, adapter_dir, dtype, device, bits, merge=merge)
+    model = load_reward_model(model_dir, dtype, device, bits)
+    add_frozen_adapter(model, adapter_dir, dtype, merge)
+    join_and_pack(model, dtype, device)
     return model
 
 

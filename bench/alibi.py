@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench.shapes import SHAPES  # noqa: E402
-from minisft.model.attention import attention_with_mask  # noqa: E402
+from minisft.model.attention import attend  # noqa: E402
 from minisft.model.config import ModelConfig  # noqa: E402
 from minisft.model.decoder import DecoderLayer  # noqa: E402
 from minisft.model.families import position_factors  # noqa: E402
@@ -29,7 +29,7 @@ def seconds(layer: DecoderLayer, config: ModelConfig, x: Tensor) -> float:
     x, T = x.clone().requires_grad_(), x.shape[1]
     began = time.perf_counter()
     factors = position_factors(config, torch.arange(T), x.dtype)
-    layer(x, factors, attention_with_mask(T, T, None, None, x.device), None, 0).sum().backward()
+    layer(x, factors, attend, None, 0).sum().backward()
     return time.perf_counter() - began
 
 

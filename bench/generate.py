@@ -33,17 +33,14 @@ import torch  # noqa: E402
 from bench.limits import bandwidth, seconds_of  # noqa: E402
 from bench.llama_cpp_side import LlamaCpp  # noqa: E402
 from bench.results import add_figure, add_results_option  # noqa: E402
-from bench.shapes import SHAPES, count_parameters, write_checkpoint  # noqa: E402
-from minisft.checkpoints.folders import load_model  # noqa: E402
+from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from minisft.checkpoints.gguf_export import export_model  # noqa: E402
 from minisft.checkpoints.hub import resolve  # noqa: E402
+from minisft.checkpoints.inference import load_for_inference  # noqa: E402
 from minisft.generation.compiled import CompiledDecoder  # noqa: E402
 from minisft.generation.generate import Sampling, generate, stream  # noqa: E402
 from minisft.model.cache import KeyValueCache  # noqa: E402
-from minisft.model.config import ModelConfig  # noqa: E402
 from minisft.model.decoder import CausalLM  # noqa: E402
-from minisft.model.joined_layers import join_layers  # noqa: E402
-from minisft.model.packed_weights import can_pack_weights, pack_weights  # noqa: E402
 
 Side = Callable[[], list[list[int]]]
 
@@ -111,28 +108,19 @@ def compare(
     return speeds, ratios
 
 
-def bytes_per_step(
-    config: ModelConfig, num_positions: int, dtype: torch.dtype, batch_size: int = 1
-) -> int:
-    """Bytes that a decoding step reads: the weights once, and the cache of each row."""
-    keys = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * num_positions
-    return (count_parameters(config)[0] + batch_size * 2 * keys) * dtype.itemsize
+def bytes_per_step(model: CausalLM, num_positions: int, batch_size: int = 1) -> int:
+    """Bytes that a decoding step reads: the weights once, and the cache of each row.
 
-
-def bytes_read(model: CausalLM, num_positions: int) -> int:
-    """Bytes that a decoding step of one row reads: all weights but the embedding, and the cache."""
-    tied = model.config.tie_word_embeddings
-    tensors = [
-        tensor
+    An embedding that is not the output matrix counts as nothing: a step reads a few rows of it.
+    """
+    config = model.config
+    weights = sum(
+        tensor.numel() * tensor.element_size()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if tied or not name.startswith("model.embed_tokens.")
-    ]
-    config, weights = (
-        model.config,
-        sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        if config.tie_word_embeddings or not name.startswith("model.embed_tokens.")
     )
     keys = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * num_positions
-    return weights + 2 * keys * model.model.norm.weight.element_size()
+    return weights + batch_size * 2 * keys * model.model.norm.weight.element_size()
 
 
 def next_turn(model: CausalLM, history_length: int, device: torch.device) -> tuple[float, float]:
@@ -181,13 +169,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
 
 def load(options: Namespace, source: str, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """The model as chat.py loads it."""
-    packs = can_pack_weights(dtype, device) and not options.compile
     bits = options.quantization_bit
-    model = load_model(source, dtype, device, bits, keep_blocks=packs and bits is None)
-    if packs:
-        join_layers(model)
-        pack_weights(model)
-    return model
+    return load_for_inference(source, None, dtype, device, bits, pack=not options.compile)
 
 
 def load_transformers(source: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -271,7 +254,7 @@ def compare_batch(
         num_positions = options.prompt_length + options.max_new_tokens // 2  # on average
         if decoder:
             num_positions = options.max_length
-        read = bytes_read(model, num_positions) * speeds["minisft"]
+        read = bytes_per_step(model, num_positions) * speeds["minisft"]
         share = {"share": read / bandwidth(device), "limit": "memory copy"}
         print(
             f"           reads {read / 1e9:.1f} GB/s of weights and cache, "

@@ -217,7 +217,7 @@ def decoding_lines(
     # The cache is read at its full capacity if compiled, else up to the current token.
     average = options.prompt_length + options.max_new_tokens // 2
     num_positions = capacity if decoder else average
-    read = generate.bytes_per_step(model.config, num_positions, bench.dtype, batch_size)
+    read = generate.bytes_per_step(model, num_positions, batch_size)
     more = {"took": time.monotonic() - began, **bench.share(speed / batch_size * read, COPY)}
     peer_name, peer = "generate, static cache" if decoder else "generate", None
     if twin and decoder:

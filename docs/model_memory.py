@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from minisft.model.config import ModelConfig  # noqa: E402
-from minisft.model.quantized import count_parameters  # noqa: E402
+from minisft.model.parameters import count_parameters  # noqa: E402
 from minisft.training.build import model_on_meta  # noqa: E402
 from minisft.training.memory import phases  # noqa: E402
 from minisft.training.options import parse_options  # noqa: E402

@@ -9,6 +9,7 @@ from docs.figures.style import Colors, save
 from docs.figures.token_boxes import spelled
 from minisft.model.attention import causal_mask
 from minisft.model.decoder import CausalLM
+from minisft.model.families import position_factors
 from minisft.model.rotary import rotate
 
 TEXT = "Anna met Tom in Paris. A week later Anna met Tom in Rome."
@@ -18,7 +19,7 @@ TEXT = "Anna met Tom in Paris. A week later Anna met Tom in Rome."
 def attention_weights(model: CausalLM, tokens: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) of all layers and heads (L, H, T, T)."""
     T, config, weights = tokens.shape[1], model.config, []
-    cos, sin = model.model.factors(torch.arange(T), torch.float32)
+    cos, sin = position_factors(config, torch.arange(T), torch.float32)
 
     def keep(layer, inputs):
         q, k, _ = layer.project(inputs[0])

@@ -34,6 +34,7 @@ from minisft.common.words import list_names
 from minisft.gguf import unpack
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
+from minisft.model.decoding_layers import use_decoding_layers
 from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model, RewardModel
 
@@ -164,7 +165,8 @@ def load_weights(
 ) -> None:
     """Load the weights of a model that is on the meta device. Arguments as in load_model.
 
-    Tensors are read and converted one after the other, so memory holds the weights once.
+    Tensors are read and converted one after the other, so memory holds the weights once. On a CPU
+    the model gets the layers that decode faster, see decoding_layers.py.
     """
     dtype = dtype or stored[EMBEDDING].dtype
     for name in [name for name, _ in model.named_parameters() if name in stored]:
@@ -178,6 +180,8 @@ def load_weights(
             model.set_submodule(module_name, quantized)
         else:
             setattr(module, kind, nn.Parameter(weight.to(dtype), requires_grad=False))
+    if torch.device(device).type == "cpu":
+        use_decoding_layers(model)
 
 
 # Saving

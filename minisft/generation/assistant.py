@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from minisft.checkpoints import adapters, folders, hub
+from minisft.checkpoints import folders, hub
 from minisft.checkpoints.adapter_forms import tokenizer_dir
+from minisft.checkpoints.inference import add_frozen_adapter, load_for_inference
 from minisft.common.devices import check_compile, dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
@@ -37,9 +38,8 @@ from minisft.generation.sharing import Caches, Turns, share_weights
 from minisft.generation.thoughts import AnswerDecoder, decode_answer
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
-from minisft.model.joined_layers import has_joined_layers, join_layers
+from minisft.model.joined_layers import has_joined_layers
 from minisft.model.packed_weights import can_pack_weights, pack_weights
-from minisft.model.quantized import convert_parameters
 from minisft.text.messages import Message, without_thoughts
 from minisft.text.template_choice import trained_template
 from minisft.text.tokenizer import Tokenizer, check_vocabulary
@@ -89,28 +89,19 @@ class Assistant:
             template_kwargs=template_kwargs,
             enable_thinking=enable_thinking,
         )
-        pack = pack and can_pack_weights(self.dtype, self.device)
+        self.is_packed = pack and can_pack_weights(self.dtype, self.device)
         if base_model is None:
-            model = folders.load_model(
-                model_dir,
-                self.dtype,
-                self.device,
-                quantization_bit,
-                keep_blocks=pack and adapter is None and quantization_bit is None,
+            model = load_for_inference(
+                model_dir, adapter_dir, self.dtype, self.device, quantization_bit, pack
             )
         else:
-            model = share_weights(base_model)
-        if adapter_dir:
-            if has_joined_layers(model):
+            if adapter_dir and has_joined_layers(base_model):
                 raise UserError("Assistant: to share base_model, load it with pack=False.")
-            adapters.load_adapter(model, adapter_dir)
-            # Adapters are stored in float32. Convert once, not for every token.
-            convert_parameters(model.eval(), self.dtype)
-        if pack:
-            if base_model is None:  # else others have the weights, too
-                join_layers(model)
-            pack_weights(model)
-        self.model, self.is_packed = model, pack
+            model = share_weights(base_model)
+            add_frozen_adapter(model, adapter_dir, self.dtype)
+            if self.is_packed:  # but not joined: others have the weights, too
+                pack_weights(model)
+        self.model = model
         self.stop_ids = self.template.stop_token_ids(
             folders.generation_eos(model_dir, model.config)
         )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minisft.common.errors import UserError, first_line
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
+from minisft.model.families import position_factors
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values (1, K, S, d) of every layer
 # A CUDA graph, the token (1, 1) and position (1,) that it reads, the logits (1, V) that it writes.
@@ -45,7 +46,8 @@ class CompiledDecoder(nn.Module):
         self.device = model.model.embed_tokens.weight.device
         # A table, since a compiler would compute a factor again wherever it is used.
         positions = torch.arange(capacity, device=self.device)
-        self.factors = model.model.factors(positions, model.model.embed_tokens.weight.dtype)
+        dtype = model.model.embed_tokens.weight.dtype
+        self.factors = position_factors(model.config, positions, dtype)
         # With this tuning, a matrix product with one row is fused with its neighbours instead of
         # left to cuBLAS. mode="reduce-overhead" would bind its graphs to the compiling thread.
         self.step = torch.compile(
@@ -134,7 +136,7 @@ def next_logits(
 ) -> Tensor:
     """Logits (1, V) after `token` (1, 1) at `position` (1,): CausalLM's step in fixed shapes.
 
-    factors: Decoder.factors of all S positions. pairs: the keys and values of the positions
+    factors: position_factors of all S positions. pairs: the keys and values of the positions
     before; the step adds its own. Later places may hold any finite numbers.
     """
     decoder, window = model.model, model.config.sliding_window

@@ -10,7 +10,6 @@ The tour explains it: docs/tour/05_model.md.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from minisft.model.basic_layers import Linear, RMSNorm
 from minisft.model.cache import Cache
 from minisft.model.config import ModelConfig
-from minisft.model.fast_paths import attend_with_one_query
 from minisft.model.rotary import rotate
 
 # (q, k, v) -> y. A layer calls this function; the mask is already filled in.
@@ -95,17 +93,15 @@ def causal_mask(T: int, S: int, device: torch.device, window: int | None = None)
     return mask if window is None else mask.triu(S - T - window + 1)
 
 
-def attention_with_mask(
+def visible_keys(
     T: int, S: int, mask: Tensor | None, window: int | None, device: torch.device
-) -> Attend:
-    """The attention of T queries to S keys.
+) -> Tensor | None:
+    """The mask for T queries and S keys; None where the causal mask, or a single query, needs none.
 
     mask: given by the caller for padded rows, else None. window: the number of keys that a query
     sees; None: all.
     """
     if window is not None and S > window:
         near = causal_mask(T, S, device, window)
-        mask = near if mask is None else mask & near
-    elif mask is None and 1 < T < S:
-        mask = causal_mask(T, S, device)
-    return partial(attend_with_one_query if T == 1 else attend, mask=mask)
+        return near if mask is None else mask & near
+    return causal_mask(T, S, device) if mask is None and 1 < T < S else mask

@@ -17,7 +17,7 @@ from minisft.model.attention import Attend, Attention
 from minisft.model.basic_layers import Linear
 from minisft.model.cache import Cache
 from minisft.model.config import ModelConfig
-from minisft.model.fast_paths import linear
+from minisft.model.decoding_layers import linear
 
 
 class FusedAttention(Attention):

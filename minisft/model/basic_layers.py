@@ -1,14 +1,27 @@
-"""The two layers that all others are made of: RMSNorm and Linear.
+"""The layers that all others are made of: Embedding, RMSNorm and Linear.
 
-The letters of the shapes are explained in decoder.py.
+The letters of the shapes are explained in decoder.py. decoding_layers.py has the same layers for
+decoding on a CPU.
 
 The tour explains it: docs/tour/05_model.md.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisft.model.fast_paths import linear, rms_norm
+
+class Embedding(nn.Embedding):
+    """A row of W (V, D) for each token. W can be the output matrix, too."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x W^T: scores (..., V) from hidden states x (..., D)."""
+        return F.linear(x, self.weight)
+
+    def reset_parameters(self) -> None:
+        """Draw uniform values."""
+        # Normal ones import torch's compiler on the meta device, which takes two seconds.
+        nn.init.uniform_(self.weight, -1, 1)
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm over the last dimension of x (..., width), in the type of x."""
-        return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Linear(nn.Linear):
@@ -29,4 +42,4 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., out_features) from (..., in_features)."""
-        return linear(input, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)

@@ -22,7 +22,7 @@ class KeyValueCache:
     It is an argument of `forward`. `length` is the number of tokens it holds. The tensors grow by
     doubling, so adding a token does not copy the others; places without a token hold zeros.
     capacity: the number of tokens before the tensors have to grow. `factors` is the table of
-    fast_paths.next_factors.
+    layer_arguments.next_factors.
     """
 
     def __init__(self, config: ModelConfig, capacity: int = 64):

@@ -27,14 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisft.model.attention import Attend, attention_with_mask
-from minisft.model.basic_layers import Linear, RMSNorm
+from minisft.model.attention import Attend
+from minisft.model.basic_layers import Embedding, Linear, RMSNorm
 from minisft.model.cache import Cache, KeyValueCache
 from minisft.model.config import ModelConfig
-from minisft.model.families import build_attention, build_head, position_factors
-from minisft.model.fast_paths import linear, next_factors
+from minisft.model.families import build_attention, build_head
 from minisft.model.gradient_checkpointing import recompute_in_backward
-from minisft.model.packed_attention import packed_attention, packed_positions
+from minisft.model.layer_arguments import choose_attention, choose_factors
 
 
 class MLP(nn.Module):
@@ -83,10 +82,7 @@ class Decoder(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.layers_are_compiled = False
-        # nn.Embedding(V, D) draws normal values. On the meta device that imports torch's compiler,
-        # which takes two seconds.
-        weight = nn.init.uniform_(torch.empty(config.vocab_size, config.hidden_size), -1, 1)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
@@ -101,22 +97,9 @@ class Decoder(nn.Module):
         lengths: list[int] | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) from tokens (B, T). For the arguments see CausalLM.forward."""
-        T = tokens.shape[1]
-        S = T if cache is None else T + cache.length
         x = self.embed_tokens(tokens)  # (B, T, D)
-        attend: dict[str, Attend] = {}  # for each layer type
-        for layer_type in set(self.config.layer_types):
-            window = self.config.sliding_window if layer_type == "sliding_attention" else None
-            if lengths is None:
-                attend[layer_type] = attention_with_mask(T, S, mask, window, x.device)
-            else:
-                attend[layer_type] = packed_attention(lengths, window, x, self.layers_are_compiled)
-        if lengths is not None:
-            positions = packed_positions(lengths, x.device)
-        if positions is None:
-            factors = next_factors(self.factors, self.config, T, x, cache)
-        else:
-            factors = self.factors(positions, x.dtype)
+        attend = choose_attention(self.config, x, mask, cache, lengths, self.layers_are_compiled)
+        factors = choose_factors(self.config, x, positions, cache, lengths)
         for index, layer in enumerate(self.layers):
             arguments = (x, factors, attend[self.config.layer_types[index]], cache, index)
             if self.gradient_checkpointing and self.training:
@@ -124,12 +107,8 @@ class Decoder(nn.Module):
             else:
                 x = layer(*arguments)
         if cache is not None:
-            cache.length += T
+            cache.length += tokens.shape[1]
         return self.norm(x)
-
-    def factors(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What every layer needs of positions (T,) or (B, T): rotary cos and sin, or ALiBi's."""
-        return position_factors(self.config, positions, dtype)
 
     def compile_layers(self, **options: Any) -> None:
         """Compile every layer. options: the arguments of torch.compile."""
@@ -170,7 +149,7 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., V) of the next token from hidden states (..., D)."""
         if self.config.tie_word_embeddings:
-            return linear(hidden, self.model.embed_tokens.weight)
+            return self.model.embed_tokens.logits(hidden)
         return self.lm_head(hidden)
 
     def initial_values(

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.model.attention import Attend, Attention
-from minisft.model.basic_layers import Linear
 from minisft.model.cache import Cache
 from minisft.model.decoder import MLP
 from minisft.model.packed_weights import Int4Linear, Int4PairLinear
@@ -27,7 +26,10 @@ INT4_ROWS = 64  # the kernel for 4 bits orders so many rows of a matrix at a tim
 
 def join_layers(model: nn.Module) -> None:
     """Join the products in every Attention and MLP where that is possible. In place."""
-    for name, module in list(model.named_modules()):
+    # Names, because a list of modules would keep the replaced ones in memory until the end.
+    kinds = Attention, MLP
+    for name in [name for name, module in model.named_modules() if type(module) in kinds]:
+        module = model.get_submodule(name)
         if type(module) is Attention and module.q_norm is None:
             if (joined := join((module.q_proj, module.k_proj, module.v_proj))) is not None:
                 model.set_submodule(name, JoinedAttention(module, joined))
@@ -88,7 +90,8 @@ class JoinedMLP(nn.Module):
 @torch.no_grad()
 def join(layers: Sequence[nn.Module]) -> nn.Module | None:
     """A frozen layer whose output is that of `layers`, side by side; None if they do not fit."""
-    kinds = {type(layer) for layer in layers}
+    # Merging leaves an nn.Linear where there was a Linear: all with plain weights are one kind.
+    kinds = {nn.Linear if isinstance(layer, nn.Linear) else type(layer) for layer in layers}
     function = JOINING.get(kinds.pop()) if len(kinds) == 1 else None
     return function(layers) if function else None
 
@@ -131,7 +134,6 @@ def join_int4_pairs(layers: Sequence[Int4PairLinear]) -> Int4PairLinear | None:
 
 JOINING: dict[type[nn.Module], Callable[[Any], nn.Module | None]] = {
     nn.Linear: join_plain,
-    Linear: join_plain,
     QuantizedLinear: join_quantized,
     Int4Linear: join_int4,
     Int4PairLinear: join_int4_pairs,

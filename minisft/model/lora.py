@@ -10,7 +10,6 @@ The tour explains it: docs/tour/07_lora.md.
 """
 
 import math
-from argparse import Namespace
 from dataclasses import dataclass
 from itertools import chain
 
@@ -18,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisft.common.errors import UserError
-from minisft.model.modules_to_save import short_names, train_fully
+from minisft.model.modules_to_save import train_fully
 from minisft.model.quantized import QuantizedLinear, plain_linear
 from minisft.model.reward import Model
 
@@ -44,27 +42,10 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
     stored_modules: tuple[str, ...] = ()
 
-    @classmethod
-    def from_options(cls, options: Namespace) -> "LoraConfig":
-        """The adapter that the flags of train.py describe."""
-        targets = _split_names(options.lora_target)
-        return cls(
-            rank=options.lora_rank,
-            alpha=options.lora_alpha,
-            dropout=options.lora_dropout,
-            target_modules=ALL if targets == ("all-linear",) else targets,
-            use_rslora=options.use_rslora,
-            modules_to_save=short_names(_split_names(options.modules_to_save)),
-        )
-
     @property
     def scaling(self) -> float:
         """The factor of B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-
-def _split_names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 class LoRALinear(nn.Module):
@@ -109,25 +90,20 @@ class LoRALinear(nn.Module):
 def add_lora(model: Model, config: LoraConfig) -> None:
     """Freeze the model, adapt its target modules, and train `modules_to_save`. In place."""
     model.requires_grad_(False)
-    names = linear_names(model)
-    wanted = names if config.target_modules == ALL else config.target_modules
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR_TYPES) and name.split(".")[-1] in wanted
-    ]
-    unknown = set(wanted) - {name.split(".")[-1] for name in targets}
-    if unknown or not targets:
-        called = f"is called {', '.join(sorted(unknown))}" if unknown else "is named"
-        raise UserError(
-            f"--lora_target: no linear layer {called}. Choose from all, {', '.join(names)}."
-        )
-    if both := set(targets) & set(config.modules_to_save):
-        raise UserError(f"{min(both)} is in --lora_target and in --modules_to_save. Choose one.")
-    for name in sorted(targets):
+    for name in target_names(model, config):
         wrap_linear(model, name, config)
     train_fully(model, config.modules_to_save)
     trainable_in_float32(model)
+
+
+def target_names(model: Model, config: LoraConfig) -> list[str]:
+    """The full names of the linear layers to adapt, sorted."""
+    wanted = linear_names(model) if config.target_modules == ALL else config.target_modules
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_TYPES) and name.split(".")[-1] in wanted
+    )
 
 
 def linear_names(model: Model) -> tuple[str, ...]:
@@ -160,6 +136,8 @@ def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     quantised.
     """
     for kind in (LoRALinear, QuantizedLinear):  # the first pass removes adapted quantised layers
-        for name, module in list(model.named_modules()):
-            if isinstance(module, kind):
-                model.set_submodule(name, module.merged(dtype))
+        # Names, because a list of modules would keep the replaced ones in memory until the end.
+        for name in [name for name, module in model.named_modules() if isinstance(module, kind)]:
+            module = model.get_submodule(name)
+            assert isinstance(module, kind)
+            model.set_submodule(name, module.merged(dtype))

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minisft.model.basic_layers import Linear
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import QuantizedLinear, plain_linear
 
@@ -81,9 +80,8 @@ def packable_weight(name: str, module: nn.Module) -> Tensor | None:
     """The weight of a layer that can be packed: 8 bits or bfloat16, and not a small one of LoRA."""
     if type(module) is QuantizedLinear and module.bits == 8:
         return module.steps
-    if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, Linear):
-        return None
-    return module.weight if module.weight.dtype == torch.bfloat16 and ".lora_" not in name else None
+    is_plain = isinstance(module, nn.Linear) and ".lora_" not in name
+    return module.weight if is_plain and module.weight.dtype == torch.bfloat16 else None
 
 
 class PackedLinear(QuantizedLinear):

@@ -265,19 +265,3 @@ def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.register_parameter("bias", bias)
     return linear
-
-
-def count_parameters(model: nn.Module) -> int:
-    """The number of parameters of a model, quantised ones included."""
-    quantized = sum(
-        module.in_features * module.out_features
-        for module in model.modules()
-        if isinstance(module, QuantizedLinear)
-    )
-    return quantized + sum(parameter.numel() for parameter in model.parameters())
-
-
-def convert_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert all parameters to `dtype`, but not the buffers of quantised layers. In place."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)

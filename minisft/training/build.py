@@ -25,10 +25,12 @@ from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.lora_tools import resume_lora
-from minisft.model.quantized import QuantizedLinear, convert_parameters, count_parameters
+from minisft.model.parameters import convert_parameters, count_parameters
+from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model, RewardModel
 from minisft.model.vocabulary import resize_vocabulary, start_at_mean
 from minisft.training import fsdp
+from minisft.training.lora_options import check_targets, lora_from_options
 
 NO_ROWS = range(0)
 
@@ -113,10 +115,11 @@ def make_trainable(
         config.modules_to_save = tuple(dict.fromkeys((*config.modules_to_save, *head)))
         resume_lora(model, config)
         return config
-    config = LoraConfig.from_options(options)
+    config = lora_from_options(options)
     if new_rows:
         head += ("embed_tokens", "lm_head") if isinstance(model, CausalLM) else ("embed_tokens",)
     config.modules_to_save = tuple(dict.fromkeys((*config.modules_to_save, *head)))
+    check_targets(model, config)
     add_lora(model, config)
     return config
 

@@ -5,7 +5,7 @@ The backward pass needs 2 more for the gradient of the input, and 2 for that of 
 trained. Checkpointing repeats the forward pass. Attention adds its own.
 """
 
-from minisft.model.quantized import count_parameters
+from minisft.model.parameters import count_parameters
 from minisft.model.reward import Model
 from minisft.training.build import num_trainable
 

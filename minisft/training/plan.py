@@ -23,7 +23,7 @@ from minisft.common.tensor_files import parse_size
 from minisft.common.torchrun import announced_processes, announced_rank
 from minisft.common.words import counted, duration
 from minisft.model.config import ModelConfig
-from minisft.model.quantized import count_parameters
+from minisft.model.parameters import count_parameters
 from minisft.model.reward import Model
 from minisft.training.activation_memory import Step
 from minisft.training.build import model_on_meta, num_trainable

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from minisft.model.attention import attention_with_mask
+from minisft.model.attention import attend
+from minisft.model.families import position_factors
 from minisft.model.gradient_checkpointing import recompute_in_backward
 from minisft.model.reward import Model
 from minisft.training.build import num_trainable
@@ -57,8 +58,7 @@ def measure_speed(
     num_rows = max(1, num_tokens // length)
     states = torch.randn(num_rows, length, config.hidden_size)
     states = states.to(decoder.embed_tokens.weight.dtype).requires_grad_()
-    factors = decoder.factors(torch.arange(length), states.dtype)
-    attend = attention_with_mask(length, length, None, None, states.device)
+    factors = position_factors(config, torch.arange(length), states.dtype)
     arguments = states, factors, attend, None, 0
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 

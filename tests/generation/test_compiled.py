@@ -15,6 +15,7 @@ from minisft.generation.sampling import Sampling
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
+from minisft.model.families import position_factors
 
 # The fixture costs much, so one worker gets all tests.
 pytestmark = pytest.mark.xdist_group("compiled")
@@ -50,7 +51,7 @@ def test_step_equals_the_logits_of_the_model(fields):
     fixed.truncate(0)
     for cache in (growing, fixed):
         model(tokens[:, :4], cache=cache)
-    factors = model.model.factors(torch.arange(32), torch.float32)
+    factors = position_factors(model.config, torch.arange(32), torch.float32)
     for place in range(4, 20):
         token = tokens[:, place : place + 1]
         expected = model.logits(model(token, cache=growing)[:, -1])

@@ -16,12 +16,15 @@ from minisft.common.errors import UserError
 from minisft.generation.compiled import next_logits
 from minisft.generation.generate import generate
 from minisft.generation.sampling import Sampling
+from minisft.model import layer_arguments
 from minisft.model.alibi import alibi_factors, alibi_slopes
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
+from minisft.model.families import position_factors
 from minisft.model.lora import LoraConfig, LoRALinear, add_lora, merge_lora
 from minisft.model.loss import next_token_loss
 from minisft.model.quantized import QuantizedLinear
+from minisft.training.lora_options import check_targets
 
 
 @pytest.fixture(params=SIZES)
@@ -56,7 +59,7 @@ def test_logits_equal_the_oracle(folder, shared_data):
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["head", "slopes"])
-def test_the_comparison_can_fail(part, shared_data, tmp_path):
+def test_the_comparison_can_fail(part, shared_data, tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "13B", "13B")
     theirs, ours = oracle(folder, shared_data), load_model(folder)
     if part == "head":
@@ -64,7 +67,8 @@ def test_the_comparison_can_fail(part, shared_data, tmp_path):
         ours.lm_head.weight = load_model(folder).lm_head.weight
     else:
         queries, keys = alibi_factors(ours.config, torch.arange(24), torch.float32)
-        ours.model.factors = lambda *_: (queries.flip(1), keys)
+        factors = queries.flip(1), keys
+        monkeypatch.setattr(layer_arguments, "position_factors", lambda *_: factors)
     tokens = random_tokens(1, 24)
     assert (logits(ours, tokens) - theirs(tokens).logits).abs().max() > 0.1
 
@@ -167,7 +171,7 @@ def test_the_step_that_is_compiled(folder):
     model, tokens = load_model(folder), random_tokens(1, 20)
     fixed, factors = (
         KeyValueCache(model.config, 32),
-        model.model.factors(torch.arange(32), torch.float32),
+        position_factors(model.config, torch.arange(32), torch.float32),
     )
     model(tokens[:, :4], cache=fixed)
     for place in range(4, 20):
@@ -187,7 +191,7 @@ def test_lora_adapts_the_fused_matrix(folder):
     assert adapted == {"W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"}
     for name in ("q_proj", "lm_head"):
         with pytest.raises(UserError, match="Choose from all, .*W_pack"):
-            add_lora(load_model(folder), LoraConfig(target_modules=(name,)))
+            check_targets(load_model(folder), LoraConfig(target_modules=(name,)))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from minisft.generation.compiled import next_logits
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
+from minisft.model.families import position_factors
 from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.loss import next_token_loss
 from minisft.model.quantized import QuantizedLinear
@@ -93,7 +94,7 @@ def test_a_decoding_step_is_one_graph():
     step = torch.compile(next_logits, fullgraph=True, dynamic=False, backend=backend)
     cache = KeyValueCache(model.config, 32)
     model(torch.tensor([[5, 6, 7]]), cache=cache)
-    factors = model.model.factors(torch.arange(32), torch.float32)
+    factors = position_factors(model.config, torch.arange(32), torch.float32)
     for place in (3, 4):
         arguments = torch.tensor([[9]]), torch.tensor([place]), factors, cache.pairs
         torch.testing.assert_close(step(model, *arguments), next_logits(model, *arguments))

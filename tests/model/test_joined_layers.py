@@ -1,5 +1,7 @@
 """joined_layers.py: one product for q, k and v, and one for gate and up, change no number."""
 
+from weakref import ref
+
 import pytest
 import torch
 from conftest import CONFIG
@@ -12,16 +14,19 @@ from minisft.checkpoints.gguf_export import export_model
 from minisft.common.errors import UserError
 from minisft.generation.assistant import Assistant
 from minisft.generation.sharing import share_weights
+from minisft.model import joined_layers
+from minisft.model.attention import Attention
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM
+from minisft.model.decoder import MLP, CausalLM
 from minisft.model.joined_layers import (
     JoinedAttention,
     JoinedMLP,
     has_joined_layers,
+    join,
     join_layers,
 )
-from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.lora import LoraConfig, add_lora, merge_lora
 from minisft.model.packed_weights import can_pack_weights, pack_weights
 
 needs_kernels = pytest.mark.skipif(
@@ -134,3 +139,28 @@ def test_a_joined_model_takes_no_adapter(tiny_chat_model_dir, tmp_path):
     shared = Assistant(tiny_chat_model_dir, base_model=plain.model, **arguments)
     load_adapter(share_weights(plain.model), tmp_path / "adapter")
     assert not has_joined_layers(shared.model)
+
+
+def test_a_merged_model_is_joined():
+    """merge_lora leaves nn.Linear beside Linear, and both have plain weights."""
+    model = CausalLM(ModelConfig.from_dict(CONFIG)).eval().requires_grad_(False)
+    add_lora(model, LoraConfig(rank=2, alpha=4, target_modules=("q_proj", "v_proj", "up_proj")))
+    merge_lora(model)
+    before = all_logits(model)
+    join_layers(model)
+    assert not {Attention, MLP} & kinds_of(model)
+    torch.testing.assert_close(all_logits(model), before, rtol=1e-5, atol=1e-6)
+
+
+def test_joining_frees_layer_after_layer(monkeypatch):
+    """While two are joined, all that came before have left the memory."""
+    model, num_alive = CausalLM(ModelConfig.from_dict(CONFIG)).requires_grad_(False), []
+    old = [ref(module) for module in model.modules() if type(module) in (Attention, MLP)]
+
+    def counting_join(layers):
+        num_alive.append(sum(module() is not None for module in old))
+        return join(layers)
+
+    monkeypatch.setattr(joined_layers, "join", counting_join)
+    join_layers(model)
+    assert num_alive == list(range(len(old), 0, -1)) and len(old) > 2

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from weakref import ref
 
 import peft
 import pytest
@@ -12,10 +13,13 @@ from run_builder import training_options
 
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model, save_model
+from minisft.checkpoints.reward_models import load_reward_model
 from minisft.common.errors import UserError
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import ALL, LoraConfig, LoRALinear, add_lora, merge_lora
+from minisft.model.quantized import QuantizedLinear
+from minisft.training.lora_options import check_targets, lora_from_options
 
 ADAPTERS = {
     "attention": LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
@@ -97,7 +101,7 @@ def test_targets_by_name_are_those_of_peft(target, base_dir):
     names = target.split(",") if "," in target else "all-linear"
     theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules=names, task_type="CAUSAL_LM"))
     ours = load_model(base_dir)
-    add_lora(ours, LoraConfig.from_options(training_options(lora_target=target)))
+    add_lora(ours, lora_from_options(training_options(lora_target=target)))
     adapted = [name for name, module in ours.named_modules() if isinstance(module, LoRALinear)]
     assert sorted(adapted) == sorted(theirs.base_model.targeted_module_names)
 
@@ -165,7 +169,7 @@ def test_initial_values_are_those_of_peft():
 
 def test_full_names_select_what_short_names_select():
     options = training_options(modules_to_save="model.embed_tokens,model.norm, lm_head")
-    config = LoraConfig.from_options(options)
+    config = lora_from_options(options)
     assert config.modules_to_save == ("embed_tokens", "model.norm", "lm_head")
     model = CausalLM(ModelConfig.from_dict({**CONFIG, "tie_word_embeddings": True}))
     add_lora(model, config)
@@ -176,9 +180,12 @@ def test_full_names_select_what_short_names_select():
 
 def test_mistakes_are_named(base_dir, tmp_path):
     with pytest.raises(UserError, match="wq"):
-        add_lora(load_model(base_dir), LoraConfig(target_modules=("wq",)))
+        check_targets(load_model(base_dir), LoraConfig(target_modules=("wq",)))
     with pytest.raises(UserError, match="--lora_target: no linear layer is named"):
-        add_lora(load_model(base_dir), LoraConfig(target_modules=()))
+        check_targets(load_model(base_dir), LoraConfig(target_modules=()))
+    both = LoraConfig(target_modules=("score",), modules_to_save=("score",))
+    with pytest.raises(UserError, match="score is in --lora_target and in --modules_to_save"):
+        check_targets(load_reward_model(base_dir), both)
     with pytest.raises(UserError, match="wte"):
         add_lora(load_model(base_dir), LoraConfig(modules_to_save=("wte",)))
     model = load_model(base_dir)
@@ -233,3 +240,26 @@ def test_adapters_that_change_the_base_are_refused(base_dir, tmp_path):
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="pissa"):
         load_adapter(load_model(base_dir), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_merging_frees_layer_after_layer(bits, base_dir, monkeypatch):
+    """While an adapter is merged, all that came before have left the memory."""
+    model, num_alive, kinds = load_model(base_dir, quantization_bit=bits), [], [LoRALinear]
+    add_lora(model, LoraConfig(target_modules=("q_proj", "v_proj")))
+    if bits:
+        kinds.append(QuantizedLinear)
+    old = [ref(module) for module in model.modules() if isinstance(module, tuple(kinds))]
+    for kind in kinds:
+
+        def counting_merged(self, dtype, merged=kind.merged):
+            num_alive.append(sum(module() is not None for module in old))
+            return merged(self, dtype)
+
+        monkeypatch.setattr(kind, "merged", counting_merged)
+    num_adapted = 2 * model.config.num_hidden_layers
+    merge_lora(model)
+    step = 2 if bits else 1  # a LoRALinear and the quantised layer in it
+    assert num_alive[:num_adapted] == list(range(len(old), len(old) - step * num_adapted, -step))
+    rest = len(old) - step * num_adapted
+    assert num_alive[num_adapted:] == list(range(rest, 0, -1))

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from minisft.data.batching import collate, micro_batches, pack
 from minisft.data.encode_texts import encode_texts
 from minisft.data.encoding import Example
-from minisft.model import loss
+from minisft.model import layer_arguments, loss
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
+from minisft.model.families import position_factors
 from minisft.model.loss import (
     cross_entropy,
     next_token_loss,
@@ -209,11 +210,12 @@ def test_texts_in_packed_blocks_have_the_losses_they_have_alone(monkeypatch):
     blocks, _ = encode_texts(texts, letters, block_size=24, packing=True)
     assert max(len(block.lengths) for block in blocks) > 2  # several texts
     assert any(block.lengths == [24] for block in blocks)  # the middle of a long one
-    factors = model.model.factors
     monkeypatch.setattr(
-        model.model,
-        "factors",
-        lambda positions, dtype: seen.append(positions) or factors(positions, dtype),
+        layer_arguments,
+        "position_factors",
+        lambda config, positions, dtype: (
+            seen.append(positions) or position_factors(config, positions, dtype)
+        ),
     )
     tokens, supervised, lengths = pack(blocks)
     states = model(tokens, lengths=lengths)[0, :-1][supervised[0, 1:]]

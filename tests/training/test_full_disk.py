@@ -17,11 +17,12 @@ from minisft.common.hashes import sha256
 from minisft.common.reserved_space import ReservedSpace
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
-from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.lora import add_lora
 from minisft.text.tokenizer import Tokenizer
 from minisft.text.tokenizer_files import has_tokenizer
 from minisft.training import checkpoint as checkpoints
 from minisft.training import resume
+from minisft.training.lora_options import lora_from_options
 from minisft.training.new_result import read_record
 from minisft.training.optimizer import build_optimizer
 from minisft.training.result import save_result
@@ -67,7 +68,7 @@ def run(checkpoint, tmp_path):
         model_name_or_path=checkpoint, output_dir=tmp_path / "out", max_steps=4
     )
     model = load_model(checkpoint)
-    config = LoraConfig.from_options(options)
+    config = lora_from_options(options)
     add_lora(model, config)
     run = new_run(options, model, config)
     run.progress.step = 4

@@ -22,7 +22,7 @@ from minisft.model import loss
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig, add_lora
-from minisft.model.quantized import count_parameters
+from minisft.model.parameters import count_parameters
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import lengths, memory, plan, speed
 from minisft.training.build import model_on_meta

@@ -23,11 +23,12 @@ from minisft.data.dataset import Row
 from minisft.data.encoding import encode_row
 from minisft.generation.generate import generate
 from minisft.generation.sampling import Sampling
-from minisft.model.lora import LoraConfig, add_lora
+from minisft.model.lora import add_lora
 from minisft.model.loss import next_token_loss
 from minisft.selection.ifd import IfdScorer
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
+from minisft.training.lora_options import lora_from_options
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # the fixtures are made once
 STEPS = 8  # two epochs
@@ -165,7 +166,7 @@ def test_losses_of_lora_are_those_of_trainer_and_peft(folder, template, ours, th
         logging_steps=1,
     )
     torch.manual_seed(0)
-    lora_config = LoraConfig.from_options(options)
+    lora_config = lora_from_options(options)
     add_lora(ours, lora_config)
     save_adapter(ours, tmp_path / "start", lora_config, folder)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True)

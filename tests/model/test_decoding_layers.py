@@ -1,23 +1,28 @@
-"""Fast paths of the model: each gives the numbers of the plain function next to it."""
+"""decoding_layers.py and layer_arguments.py: each fast way gives the numbers of the plain one."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONFIG
 
+from minisft.checkpoints.folders import load_model
 from minisft.model import packed_attention as packs
 from minisft.model.attention import attend, causal_mask
+from minisft.model.basic_layers import Embedding, Linear, RMSNorm
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
-from minisft.model.decoder import CausalLM, Linear
-from minisft.model.fast_paths import (
-    attend_with_one_query,
+from minisft.model.decoder import CausalLM
+from minisft.model.decoding_layers import (
+    DecodingEmbedding,
+    DecodingLinear,
+    DecodingRMSNorm,
     linear,
     linear_by_onednn,
-    next_factors,
-    rms_norm,
     rms_norm_by_product,
+    use_decoding_layers,
 )
+from minisft.model.families import position_factors
+from minisft.model.layer_arguments import attend_with_one_query, next_factors
 from minisft.model.packed_attention import (
     attend_by_kernel,
     attend_by_row,
@@ -43,7 +48,7 @@ def operations(function):
 def test_linear(rows, bias):
     """Equal in value and layout; only a few rows without gradients take the fast path."""
     torch.manual_seed(0)
-    layer, x = Linear(512, 768, bias=bias), torch.randn(*rows, 512)
+    layer, x = DecodingLinear(Linear(512, 768, bias=bias)), torch.randn(*rows, 512)
     expected = F.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
         actual = linear_by_onednn(x, layer.weight, layer.bias)
@@ -55,7 +60,7 @@ def test_linear(rows, bias):
 
 
 def test_linear_in_half_precision_and_autocast():
-    layer, x = Linear(512, 768), torch.randn(1, 512)
+    layer, x = DecodingLinear(Linear(512, 768)), torch.randn(1, 512)
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16
@@ -69,12 +74,15 @@ def test_linear_in_half_precision_and_autocast():
 def test_rms_norm(shape, dtype):
     torch.manual_seed(0)
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
+    plain = RMSNorm(shape[-1], 1e-5)
+    plain.weight = torch.nn.Parameter(weight)
+    layer = DecodingRMSNorm(plain)
     expected = F.rms_norm(x, weight.shape, weight, 1e-5)
     torch.testing.assert_close(rms_norm_by_product(x, weight, 1e-5), expected)
-    assert "aten::baddbmm" in operations(lambda: rms_norm(x, weight, 1e-5))
+    assert "aten::baddbmm" in operations(lambda: layer(x))
     for other in (x.expand(-1, 3, -1), x.half()):  # several positions, another type
-        assert "aten::baddbmm" not in operations(lambda other=other: rms_norm(other, weight, 1e-5))
-        assert rms_norm(other, weight, 1e-5).dtype == other.dtype
+        assert "aten::baddbmm" not in operations(lambda other=other: layer(other))
+        assert layer(other).dtype == other.dtype
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -89,16 +97,16 @@ def test_attention_with_one_query(masked):
 
 def test_factors_from_the_table_of_a_cache():
     """Rotary factors for any number of steps: the table grows, and earlier ones stay."""
-    model = CausalLM(ModelConfig.from_dict(CONFIG)).model
-    cache, x = KeyValueCache(model.config), torch.zeros(1, 1, 32)
+    config = ModelConfig.from_dict(CONFIG)
+    cache = KeyValueCache(config)
     for T in (5, 1, 1, 100, 1):
         positions = torch.arange(cache.length, cache.length + T)
-        expected = model.factors(positions, torch.float32)
-        torch.testing.assert_close(next_factors(model.factors, model.config, T, x, cache), expected)
+        expected = position_factors(config, positions, torch.float32)
+        torch.testing.assert_close(next_factors(config, torch.zeros(1, T, 32), cache), expected)
         cache.length += T
     torch.testing.assert_close(
-        next_factors(model.factors, model.config, 3, x, None),
-        model.factors(torch.arange(3), torch.float32),
+        next_factors(config, torch.zeros(1, 3, 32), None),
+        position_factors(config, torch.arange(3), torch.float32),
     )
 
 
@@ -143,3 +151,31 @@ def test_a_compiler_gets_the_plain_way():
     x, weight = torch.randn(1, 256), torch.randn(1024, 256)
     compiled = torch.compile(linear, fullgraph=True)
     torch.testing.assert_close(compiled(x, weight, None), linear(x, weight, None))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tied", [False, True])
+def test_exchanged_layers(tied):
+    """Every basic layer is exchanged, with its weights, and the model computes what it did."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8}
+    config = CONFIG | sizes | {"vocab_size": 600, "tie_word_embeddings": tied, "head_dim": 64}
+    model = CausalLM(ModelConfig.from_dict(config | {"attention_bias": True})).eval()
+    model.initialize()
+    model.model.norm.weight.normal_()
+    tokens, names = torch.tensor([[5, 6, 7, 8]]), dict(model.named_parameters())
+    expected = model.logits(model(tokens))
+    use_decoding_layers(model)
+    assert all(names[name] is value for name, value in model.named_parameters())
+    assert not {Embedding, Linear, RMSNorm} & {type(module) for module in model.modules()}
+    cache = KeyValueCache(model.config)
+    found = [model.logits(model(token, cache=cache)) for token in tokens.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
+    states = torch.randn(1, 512)
+    assert "mkldnn::_linear_pointwise" in operations(lambda: model.logits(states))  # tied or not
+
+
+def test_models_are_loaded_with_decoding_layers(checkpoint):
+    kinds = {type(module) for module in load_model(checkpoint).modules()}
+    assert {DecodingEmbedding, DecodingLinear, DecodingRMSNorm} <= kinds
+    assert not {Embedding, Linear, RMSNorm} & kinds
