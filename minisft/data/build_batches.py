@@ -126,7 +126,7 @@ def first_examples(batches: Batches, count: int) -> list[Example]:
 
 def first_blocks(batches: Batches, count: int) -> list[Example]:
     """The first `count` blocks of plain text, in the order of the file."""
-    num_texts = count
+    num_texts = max(1, count)
     while True:
         texts = range(min(num_texts, len(batches.rows)))
         blocks, _ = read_and_encode(batches.rows, batches.encode, texts)
