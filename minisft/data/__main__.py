@@ -18,6 +18,7 @@ from minisft.common.model_flags import add_replace_flag
 from minisft.common.outputs import check_not_an_input, check_output_file
 from minisft.common.script import run_script
 from minisft.common.single_writer import single_writer
+from minisft.common.words import counted
 from minisft.data.dataset import Rows, open_rows, read, unused_values
 from minisft.data.dataset_info import FILE_NAME
 from minisft.data.formats import to_sharegpt
@@ -107,8 +108,12 @@ def main() -> None:
         max_samples=options.max_samples,
         replace=options.replace,
     )
-    left_out = f"; {len(skipped)} broken rows left out, the first: {skipped[0]}" if skipped else ""
-    print(f"{options.output}: {count} rows{left_out}")
+    left_out = (
+        f"; {counted(len(skipped), 'broken row')} left out, the first: {skipped[0]}"
+        if skipped
+        else ""
+    )
+    print(f"{options.output}: {counted(count, 'row')}{left_out}")
 
 
 if __name__ == "__main__":

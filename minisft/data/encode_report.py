@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, fields
 
+from minisft.common.words import counted
 from minisft.text.tool_texts import TOOLS_AS_TEXT
 
 # A share that leaves out the few rows that are far longer than the others.
@@ -111,5 +112,7 @@ class EncodeReport:
                 f"{self.num_equal} of {self.num_rows} rows left out: their answers are the same"
             )
         if self.broken:
-            parts.append(f"{len(self.broken)} broken rows left out, the first: {self.broken[0]}")
+            parts.append(
+                f"{counted(len(self.broken), 'broken row')} left out, the first: {self.broken[0]}"
+            )
         return "; ".join(parts)

@@ -14,6 +14,7 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.common.model_flags import template_options, template_settings
+from minisft.common.words import counted
 from minisft.data import dataset
 from minisft.data.batching import Batches
 from minisft.data.build_batches import (
@@ -75,7 +76,7 @@ def load_data(
     if note := dataset.unused_values(rows.files + (eval_rows.files if eval_rows else [])):
         say(note)
     if skipped:
-        say(f"{len(skipped)} broken rows left out, the first: {skipped[0]}")
+        say(f"{counted(len(skipped), 'broken row')} left out, the first: {skipped[0]}")
 
     batching_options: dict[str, Any] = dict(
         vocab_size=config.vocab_size, seed=options.seed, num_workers=options.dataloader_num_workers

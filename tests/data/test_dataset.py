@@ -529,7 +529,7 @@ class TestConvert:
         assert device.is_fifo() and not list(folder.iterdir())
         assert json.loads(good.read_text()) == [GOOD]
         done = self.run(bad, output, "--skip_bad_rows")
-        assert "1 rows; 1 broken rows left out, the first: " in done.stdout
+        assert "1 row; 1 broken row left out, the first: " in done.stdout
         assert "ShareGPT" in self.run("--help").stdout
 
     def test_show_is_short_for_train(self, checkpoint, rows_file, monkeypatch, capsys):

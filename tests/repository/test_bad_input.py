@@ -202,7 +202,7 @@ def test_broken_rows_are_named_or_counted(name, start, place):
     complaint = refused(start, place, "train")
     assert message in complaint and "--skip_bad_rows" in complaint
     status, said, _ = start("train", "--skip_bad_rows")
-    assert status == 0 and "1 broken rows left out, the first: " in said and "1 rows; " in said
+    assert status == 0 and "1 broken row left out, the first: " in said and "1 row; " in said
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,7 @@ def test_a_failed_checkpoint_leaves_no_files(runs, tmp_path, monkeypatch):
 
         monkeypatch.setattr(processes, "barrier", wait)
         monkeypatch.setattr(processes, "all_gather", lambda value: [value, value])
-        with pytest.raises(UserError, match="could not be written"):
+        with pytest.raises(UserError, match="is not saved: the other process has ended"):
             resume.save_checkpoint(run)
     finally:
         dist.destroy_process_group()
