@@ -5,13 +5,13 @@
     python bench/soak_train.py --write_docs          # also the table of docs/benchmarks.md
 
 Trains examples/base twice, with as many steps as an undisturbed run makes in the given time, less
-what the kills cost: once undisturbed, and once in processes that are killed and resumed. Then
+what the kills cost: once undisturbed, and once in processes that are killed and resumed. A kill
+comes up to a second after a random step, so some hit a checkpoint that is being saved. Then
 compares the weights and the metrics of every step, which must be equal, and the memory of the
 processes, which must not grow. Exits with 1 if something is lost, and then writes no table.
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import MAX_GROWTH, ROOT, early_and_late, flags, resident_memory  # noqa: E402
 from bench.tables import markdown, update  # noqa: E402
+from minisft.common.metric_lines import read_metrics  # noqa: E402
 
 HEAD = ["steps", "kills", "minutes", "weights", "losses", "memory of a process", "temporary files"]
 CALIBRATION_STEPS = 40
-MIN_STEPS, SAVE_STEPS = 60, 20
+MIN_STEPS, SAVE_STEPS = 200, 20
 
 
 def parse_options() -> argparse.Namespace:
@@ -57,9 +58,14 @@ def command(output_dir: Path, max_steps: int) -> list[str]:
     return [sys.executable, "train.py", *words]
 
 
-def train(output_dir: Path, max_steps: int, seconds: float | None = None) -> tuple[bool, list[int]]:
-    """(True if the run ended by itself, its memory over time). seconds: kill it after these."""
-    began, used = time.monotonic(), []
+def train(
+    output_dir: Path, max_steps: int, kill: tuple[int, float] | None = None
+) -> tuple[bool, list[int]]:
+    """(True if the run ended by itself, its memory over time).
+
+    kill: a step, and how many seconds after it the process is killed.
+    """
+    killed_at, used = None, []
     with open(output_dir.with_suffix(".log"), "ab") as log:
         process = subprocess.Popen(
             command(output_dir, max_steps),
@@ -70,7 +76,9 @@ def train(output_dir: Path, max_steps: int, seconds: float | None = None) -> tup
         )
     while process.poll() is None:
         used.append(resident_memory(process.pid))
-        if seconds is not None and time.monotonic() - began > seconds:
+        if kill and killed_at is None and last_step(output_dir) >= kill[0]:
+            killed_at = time.monotonic() + kill[1]
+        if killed_at is not None and time.monotonic() >= killed_at:
             process.send_signal(signal.SIGKILL)
             process.wait()
             return False, used
@@ -80,10 +88,15 @@ def train(output_dir: Path, max_steps: int, seconds: float | None = None) -> tup
     return True, used
 
 
+def last_step(output_dir: Path) -> int:
+    """The last step that a run has logged, 0 before the first."""
+    rows = read_metrics(output_dir / "metrics.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
 def losses(output_dir: Path) -> dict[int, float]:
     """{step: loss} of a run."""
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_metrics(output_dir / "metrics.jsonl")
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
@@ -109,12 +122,12 @@ def main() -> None:
 
     generator, killed, peaks = random.Random(options.seed), 0, []
     began, has_ended = time.monotonic(), False
-    pause = max(60 * options.minutes / (options.kills + 1), 1.5 * start_seconds)
+    steps = sorted(
+        generator.choices(range(SAVE_STEPS, max_steps - 3 * SAVE_STEPS), k=options.kills)
+    )
     while not has_ended:
-        # On average, the kill comes after a checkpoint. Otherwise the run would never end.
-        seconds = generator.uniform(start_seconds, 2 * pause - start_seconds)
-        is_last = killed == options.kills
-        has_ended, used = train(folder / "killed", max_steps, None if is_last else seconds)
+        kill = (steps[killed], generator.random()) if killed < options.kills else None
+        has_ended, used = train(folder / "killed", max_steps, kill)
         killed += not has_ended
         peaks.append(max(used))
     minutes = (time.monotonic() - began) / 60
@@ -133,7 +146,7 @@ def main() -> None:
     row += [memory, ", ".join(left) or "none"]
     print(markdown(HEAD, [row]))
     print(f"kept in {folder}")
-    if not (same_weights and same_losses and is_flat and not left):
+    if not (same_weights and same_losses and is_flat and killed == options.kills and not left):
         sys.exit(1)
     if options.write_docs:
         update("benchmarks.md", "soak_train", HEAD, [row], order=[row[0]])
