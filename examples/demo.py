@@ -6,16 +6,16 @@ Runs `train.py` as a user would. Then the base and the fine-tuned model answer t
 questions, and the exact matches are counted.
 """
 
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from commands import run  # noqa: E402
 
 from minisft.common.command_line import OptionParser  # noqa: E402
 from minisft.common.script import run_script  # noqa: E402
@@ -36,11 +36,9 @@ def parse_options() -> Namespace:
 def main() -> None:
     """Train, measure before and after, and show a conversation."""
     options = parse_options()
-    command = ["train.py", "--config", options.recipe, "--output_dir", options.output_dir]
-    command += ["--overwrite_output_dir"]
-    print("$ python", shlex.join(command), flush=True)
+    words = ["--config", options.recipe, "--output_dir", options.output_dir]
     began = time.monotonic()
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    run("train.py", *words, "--overwrite_output_dir")
 
     # Imported here, so that train.py starts at once.
     from minisft.common.metric_lines import read_metrics

@@ -9,8 +9,6 @@ model does it for customers, things, cities and sentences that are not in its tr
 
 import importlib.util
 import json
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+from commands import run  # noqa: E402
 from orders import draw_rows, is_right  # noqa: E402
 
 from minisft.common.command_line import OptionParser  # noqa: E402
@@ -137,13 +136,6 @@ def unpack_model() -> Path:
         words = ["--format", "hf", "--dtype", "bfloat16", "--output_dir", folder]
         run("export.py", "--model_name_or_path", find_model(), *words, "--overwrite_output_dir")
     return folder
-
-
-def run(script: str, *words: object) -> None:
-    """Print a command and run it in the root of the repository."""
-    command = [script, *map(str, words)]
-    print("\n$ python", shlex.join(command), flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

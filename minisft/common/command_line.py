@@ -121,8 +121,12 @@ class OptionParser(argparse.ArgumentParser):
                 self._required[flag.removeprefix("--")] = unless, remark
                 exception = f", except with --{unless}" if unless else ""
                 settings["help"] += f" (required{exception})"
-            if settings.get("default") not in (None, False, ""):
-                settings["help"] += " (default: %(default)s)"
+            default = settings.get("default")
+            if isinstance(default, list):  # as a user writes it
+                words = [f"{word:g}" if isinstance(word, float) else str(word) for word in default]
+                default = (" " if "nargs" in settings else ",").join(words)
+            if default not in (None, False, ""):
+                settings["help"] += f" (default: {default})".replace("%", "%%")
             if not settings.keys() & {"choices", "metavar", "action"}:
                 settings["metavar"] = METAVARS.get(settings.get("type"), "TEXT")
             if "choices" in settings:

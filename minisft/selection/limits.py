@@ -72,12 +72,12 @@ def length_limits(
     lengths, notes = num_tokens[chosen], []
     if scored and (count := int((lengths > scored).sum())):
         notes.append(
-            f"Warning: {count:,} of {len(chosen):,} chosen rows are longer than {scored:,} "
-            "tokens, the --cutoff_len of the scores, and have none."
+            f"warning: {count:,} of {len(chosen):,} chosen rows are longer than {scored:,} "
+            "tokens, the --cutoff_len of the scores, and have no score."
         )
     if count := int((lengths > trained).sum()):
         notes.append(
-            f"Warning: {count:,} of {len(chosen):,} chosen rows are longer than {trained:,} "
+            f"warning: {count:,} of {len(chosen):,} chosen rows are longer than {trained:,} "
             "tokens, and train.py truncates them by default. "
             f"--cutoff_len {int(np.nanmax(lengths))} keeps all of them whole."
         )

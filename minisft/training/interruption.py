@@ -12,6 +12,9 @@ import stat
 import sys
 from types import FrameType
 
+from minisft.common.torchrun import announced_rank
+
+NOTICE = b"\nstopping after this step; Ctrl-C again stops at once, without saving\n"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -35,6 +38,8 @@ class Interruption:
         if self.signal is not None and number == signal.SIGINT:
             self.__exit__()
             signal.raise_signal(number)
+        if number == signal.SIGINT and announced_rank() == 0:
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE)
         if number == signal.SIGHUP:
             _leave_terminal()
         self.signal = self.signal or number

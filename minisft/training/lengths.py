@@ -70,6 +70,8 @@ def inspect_data(
         dataset = options.dataset or options.train_dir
         find_sources(dataset, options.dataset_dir, plain_text, ranking, offline=True)
     except UserError as error:
+        if options.show_samples:
+            raise
         text = "answer of two" if ranking else "row"
         return Data(
             f"assumed, {limit:,} tokens in every {text}: the rows are not available ({error})",

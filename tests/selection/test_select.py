@@ -459,9 +459,9 @@ def test_long_rows_are_warned_about(choose, data, capsys):
     record.write_text(json.dumps({**read_json(record), "cutoff_len": 1050}))
     choose("--strategy", "random", "--scores", scores, "--sample_rate", 1)
     said = capsys.readouterr().out
-    assert "Warning: 35 of 60 chosen rows are longer than 1,024 tokens" in said
+    assert "warning: 35 of 60 chosen rows are longer than 1,024 tokens" in said
     assert "--cutoff_len 1059 keeps all of them whole" in said
-    assert "Warning: 9 of 60 chosen rows are longer than 1,050 tokens, the --cutoff_len" in said
+    assert "warning: 9 of 60 chosen rows are longer than 1,050 tokens, the --cutoff_len" in said
 
 
 def test_random_matched_with_a_budget(choose, tmp_path):

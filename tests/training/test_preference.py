@@ -644,7 +644,7 @@ def test_skip_bad_rows(checkpoint, pairs_file, tmp_path, here):
     words = words_of(checkpoint, pairs_file, tmp_path / "out", "--stage", "rm", "--max_steps", 1)
     with pytest.raises(UserError, match=r"pairs.jsonl, row 25 \(line 25\): .*--skip_bad_rows"):
         here(train, *words)
-    assert "1 broken rows left out" in here(train, *words, "--skip_bad_rows")
+    assert "1 broken row left out" in here(train, *words, "--skip_bad_rows")
 
 
 @pytest.mark.parametrize(
