@@ -265,6 +265,12 @@ def test_the_first_blocks_of_plain_text_are_shown(packing, checkpoint, tmp_path,
     assert "(sample 2: " in said and "an epoch" in said
 
 
+def test_rows_that_are_not_there_cannot_be_shown(checkpoint, tmp_path):
+    words = as_flags(model_name_or_path=checkpoint, dataset=tmp_path / "no.json", template="plain")
+    done = command(*words, dry_run=True, show_samples=2)
+    assert done.returncode == 2 and "no.json: there is no such file" in done.stderr
+
+
 def numbers(pattern, text):
     return [float(one.replace(",", "")) for one in re.search(pattern, text).groups()]
 
