@@ -146,7 +146,7 @@ def measure_one(name: str, size: int) -> None:
             read(path)
             outcome = "read"
         except UserError as error:
-            outcome = str(error).rpartition(": ")[2][:60]
+            outcome = textwrap.shorten(str(error).rpartition(": ")[2], 60, placeholder=" …")
         ended = os.times()
     seconds = sum(ended[:4]) - sum(began[:4])
     print(json.dumps([seconds, measure.peak_memory() - before, outcome]))
