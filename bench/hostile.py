@@ -15,6 +15,7 @@ import os
 import struct
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
