@@ -91,7 +91,10 @@ class Client(threading.Thread):
             self.counts["stopped"] += 1
             return False
         answer = view[0][-1]["content"][0]["text"]
-        is_same = self.answers.setdefault(tuple(asked), answer) == answer
+        first = self.answers.setdefault(tuple(asked), answer)
+        is_same = answer == first
+        if not is_same:
+            print(f"{asked}: first {first!r}, now {answer!r}", flush=True)
         self.counts["answered" if is_same else "DIFFERENT"] += 1
         return True
 
@@ -118,6 +121,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write_docs", action="store_true", help="the table of docs/benchmarks.md")
     options = parser.parse_args()
+    # A shell's background commands ignore SIGINT, and so would the server.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
