@@ -10,6 +10,7 @@ import os
 import signal
 import stat
 import sys
+from contextlib import suppress
 from types import FrameType
 
 from minisft.common.torchrun import announced_rank
@@ -38,10 +39,12 @@ class Interruption:
         if self.signal is not None and number == signal.SIGINT:
             self.__exit__()
             signal.raise_signal(number)
-        if number == signal.SIGINT and announced_rank() == 0:
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE)
         if number == signal.SIGHUP:
             _leave_terminal()
+        if self.signal is None and number == signal.SIGINT and announced_rank() == 0:
+            # print is not safe in a handler. Behind `2>&1 | tee log`, Ctrl-C has ended tee, too.
+            with suppress(OSError):
+                os.write(2, NOTICE)
         self.signal = self.signal or number
 
     def __exit__(self, *_: object) -> None:

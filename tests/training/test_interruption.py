@@ -83,3 +83,25 @@ def test_a_second_ctrl_c_interrupts():
     with pytest.raises(KeyboardInterrupt), Interruption():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_behind_a_pipe_whose_reader_has_ended():
+    """As with `2>&1 | tee log`: Ctrl-C ends tee as well, and the step must still be finished."""
+    read, write = os.pipe()
+    os.close(read)
+    saved = os.dup(2)
+    os.dup2(write, 2)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(write)
+    assert interruption.signal == signal.SIGINT
+
+
+def test_the_first_ctrl_c_says_what_a_second_does(capfd):
+    with Interruption():
+        signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("stopping after this step; Ctrl-C again") == 1
