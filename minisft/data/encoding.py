@@ -21,7 +21,8 @@ from minisft.common.errors import UserError
 from minisft.data.dataset import Row, Rows, read
 from minisft.data.encode_report import EncodeReport
 from minisft.data.long_rows import beginning
-from minisft.text.chat_template import MAX_BEGUN, ChatTemplate
+from minisft.text.chat_template import ChatTemplate
+from minisft.text.rendering import MAX_BEGUN
 from minisft.text.tokenizer import check_vocabulary
 
 
@@ -47,7 +48,7 @@ class Example:
         return [Example(ids, supervised) for ids, supervised in parts]
 
 
-GROUP = MAX_BEGUN // 2  # rows that are rendered together
+GROUP = MAX_BEGUN // 2  # rows that are rendered together, while those before them are used
 
 # Rows -> examples. Worker processes get it, so it must be picklable.
 Encode = Callable[[Sequence[Row]], tuple[list[Example], EncodeReport]]

@@ -35,10 +35,9 @@ from minisft.text.conversation import Conversation, check_answers, prepare
 from minisft.text.jinja_template import JinjaTemplate
 from minisft.text.marks import Span
 from minisft.text.messages import Message
+from minisft.text.rendering import MAX_BEGUN
 from minisft.text.tokenizer import Tokenizer
 from minisft.text.turns import Turn, check_blocks, find_turns, renders_of
-
-MAX_BEGUN = 16  # conversations that may be rendered ahead
 
 
 @dataclass

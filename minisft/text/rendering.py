@@ -23,8 +23,8 @@ from minisft.text.render_process import MAX_SECONDS
 # Bytes of requests that wait. A pipe takes them at once (Linux 64 KiB, macOS 16 KiB), so writing
 # them never waits for the other process.
 MAX_AHEAD = 12_000
-# Requests that `begin` remembers, and answers that nobody has asked for yet.
-MAX_BEGUN = 32
+# Conversations that `begin` remembers, and answers that nobody has asked for yet.
+MAX_BEGUN = 16
 
 
 class TemplateError(UserError):
