@@ -26,6 +26,7 @@ else:
     command_line = None
 
 from minisft.chat import prompts, web
+from minisft.chat.model_thread import ModelThread
 from minisft.chat.page import Page
 from minisft.chat.terminal import INTERRUPTED, Conversation, converse, open_standard_streams
 from minisft.chat.transcript import Transcript
@@ -64,7 +65,8 @@ def main(options: Namespace | None = None) -> None:
         web.check_gradio()
     transcript = Transcript(options.log)
 
-    assistants = load_assistants(options)
+    thread = ModelThread() if options.web else None
+    assistants = thread.run(load_assistants, options) if thread else load_assistants(options)
     report_unused(options, assistants)
     for assistant in assistants:
         if system:
@@ -78,7 +80,7 @@ def main(options: Namespace | None = None) -> None:
     elif options.web:
         for assistant in assistants:
             assistant.caches.limit = NUM_COMPILED_CACHES if options.compile else NUM_CACHES
-        page = Page(assistants, sampling, system or "", transcript)
+        page = Page(assistants, sampling, system or "", transcript, thread)
         password = options.password or os.environ.get("MINISFT_PASSWORD")
         web.serve(page, options.server_name, options.server_port, password, options.share)
     else:

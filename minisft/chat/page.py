@@ -21,6 +21,7 @@ from itertools import zip_longest
 from typing import Any
 
 from minisft.chat.markup import escape, unescape
+from minisft.chat.model_thread import ModelThread
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
 from minisft.common.words import valid_text
@@ -57,7 +58,10 @@ class Session:
 
 
 class Page:
-    """One model, or two side by side. Methods that answer yield views, even for errors."""
+    """One model, or two side by side. Methods that answer yield views, even for errors.
+
+    thread: computes the answers; the one that has loaded the models is the fastest.
+    """
 
     def __init__(
         self,
@@ -65,9 +69,10 @@ class Page:
         sampling: Sampling,
         system: str = "",
         transcript: Transcript | None = None,
+        thread: ModelThread | None = None,
     ):
         self.assistants, self.sampling, self.system = assistants, sampling, system
-        self.transcript = transcript or Transcript()
+        self.transcript, self.thread = transcript or Transcript(), thread or ModelThread()
         self.sessions: dict[str, Session] = {}  # by visitor, the latest last
         self.closed_at = -math.inf
 
@@ -245,7 +250,7 @@ class Page:
                 )
                 for assistant, answer in zip(self.assistants, answers, strict=True)
             ]
-            for _ in zip_longest(*pieces):
+            for _ in self.thread.iterate(zip_longest(*pieces)):
                 turn.answers = [answer.text for answer in answers]
                 turn.thoughts = [answer.reasoning_content for answer in answers]
                 if self._is_stopped(session, sent_at) or session.turns is not turns:

@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT
 from standing import HANG_SECONDS, wait_until
 
+import chat
 from minisft.chat import guards, transcript, web
 from minisft.chat.markup import JOINER, escape
 from minisft.chat.page import Page, Session
@@ -392,6 +393,35 @@ def test_eight_clients_at_once_each_get_their_answers(served, alone):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask_twice, [address] * 8, range(8)))
     assert answers == [expected_of(alone, number) for number in range(8)]
+
+
+def test_one_thread_computes_all_answers(served, monkeypatch):
+    """Threads of their own would take OpenMP's helpers from each other; see model_thread.py."""
+    page, address = served
+    model, threads = page.assistants[0].model, set()
+
+    def logits(hidden, logits=model.logits):
+        threads.add(threading.get_ident())
+        return logits(hidden)
+
+    monkeypatch.setattr(model, "logits", logits)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(ask_twice, [address] * 3, range(3)))
+    assert threads == {page.thread.run(threading.get_ident)}
+
+
+def test_the_thread_that_answers_has_loaded_the_model(tiny_chat_model_dir, monkeypatch):
+    threads = []
+
+    def load_noticed(options):
+        threads.append(threading.get_ident())
+        return [load(tiny_chat_model_dir)]
+
+    monkeypatch.setattr(chat, "load_assistants", load_noticed)
+    served = []
+    monkeypatch.setattr(web, "serve", lambda page, *more: served.append(page))
+    chat.main(chat.parse_options(["--model_name_or_path", str(tiny_chat_model_dir), "--web"]))
+    assert threads == [served[0].thread.run(threading.get_ident)]
 
 
 def test_the_stop_button_reaches_a_question_in_the_queue(served):
