@@ -11,12 +11,11 @@ A refused line does not end the conversation, but the exit status is then 2. Ans
 output, everything else to standard error.
 """
 
-import os
 import sys
 from argparse import Namespace
 from functools import partial
 
-from minisft.chat.options import parse_options, read_question, read_system
+from minisft.chat.options import parse_options, read_password, read_question, read_system
 from minisft.common.script import run_script
 
 if __name__ == "__main__":
@@ -81,7 +80,7 @@ def main(options: Namespace | None = None) -> None:
         for assistant in assistants:
             assistant.caches.limit = NUM_COMPILED_CACHES if options.compile else NUM_CACHES
         page = Page(assistants, sampling, system or "", transcript, thread)
-        password = options.password or os.environ.get("MINISFT_PASSWORD")
+        password = read_password(options)
         web.serve(page, options.server_name, options.server_port, password, options.share)
     else:
         conversation = Conversation(assistants[0], sampling, system, transcript)

@@ -1,19 +1,26 @@
 """ASGI middleware that every request passes on its way to gradio.
 
-    app_kwargs = {"middleware": [Middleware(Policy), Middleware(Arrivals), Middleware(Logins)]}
+    layers = (Policy, Failures, Arrivals, Logins)
+    app_kwargs = {"middleware": [Middleware(layer) for layer in layers]}
 
 Policy      limits what the browser loads and runs; refuses large requests
+Failures    makes one line in the log of a request that gradio cannot handle
 Arrivals    notes when a request came; the queue would hide it
-Logins      asks for the password of every POST; each wrong one delays the next guess
+Logins      lets only visitors with the password use the API; a wrong one delays the next guess
 """
 
 import asyncio
 import re
+import sys
 import time
+import traceback
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
+
+from minisft.common.errors import first_line
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -32,6 +39,7 @@ POLICY = (
 )
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
 
+API = "/gradio_api/"
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds after a wrong password; each doubles the delay
 FORGET_SECONDS = 600
 MAX_ADDRESSES = 10_000  # addresses whose wrong passwords are remembered
@@ -95,6 +103,44 @@ def policy(page: bytes = b"") -> str:
     )
 
 
+class Failures:
+    """Makes one line in the log of a request that gradio cannot handle, and answers it."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        has_begun = False
+
+        async def send_and_see(message: Message) -> None:
+            """Send a part of the response."""
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_see)
+        except Exception as error:
+            reason = log_refusal(f"a request for {scope.get('path')}", error)
+            if not has_begun:
+                await answer(send, 500, reason)
+
+
+def log_refusal(call: str, error: Exception) -> str:
+    """Print one line about a call that failed; returns the reason."""
+    call, reason = (
+        "".join(filter(str.isprintable, text))[:200] for text in (call, first_line(error))
+    )
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    print(
+        f"refused {call}: {reason} ({type(error).__name__}, {Path(place.filename).name}, "
+        f"line {place.lineno})",
+        file=sys.stderr,
+    )
+    return reason
+
+
 class Arrivals:
     """Notes when a request came."""
 
@@ -113,10 +159,10 @@ def arrival(request: Any) -> float:
 
 
 class Logins:
-    """Refuses a POST without the password, and delays guesses at it.
+    """Lets only visitors with the password use the API, and delays guesses at it.
 
-    Each wrong password doubles the delay of the next guess from the same address. Guesses that
-    come at once wait for each other.
+    gradio lets everyone end an answer, or hold a connection. Each wrong password doubles the delay
+    of the next guess from the same address. Guesses that come at once wait for each other.
     """
 
     def __init__(self, app: App) -> None:
@@ -126,14 +172,13 @@ class Logins:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-        elif scope["path"].rstrip("/").endswith("/login"):
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        if is_post and scope["path"].rstrip("/") == "/login":
             await self._log_in(scope, receive, send)
-        elif is_logged_in(scope):  # gradio would let everyone end an answer
-            await self.app(scope, receive, send)
-        else:
+        elif (is_post or scope.get("path", "").startswith(API)) and not is_logged_in(scope):
             await answer(send, 401, "Log in first.")
+        else:
+            await self.app(scope, receive, send)
 
     async def _log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         address, now = (scope.get("client") or ("",))[0], time.monotonic()

@@ -4,6 +4,7 @@ options = parse_options(["--model_name_or_path", "examples/base", "--default_sys
 read_system(options)                                # "Be brief."
 """
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
@@ -102,8 +103,8 @@ def check_options(options: Namespace, given: set[str]) -> None:
         raise UserError(f"--max_length must be at least 2, not {options.max_length}")
     if options.server_port > 65535:
         raise UserError(f"--server_port must be at most 65535, not {options.server_port}")
-    if options.password == "":
-        raise UserError("--password is empty. For a page without a password, leave it out.")
+    if options.web:
+        read_password(options)
     for exclusive in (("prompt", "file", "web"), ("default_system", "identity")):
         flags = [f"--{name}" for name in exclusive if name in given]
         if len(flags) > 1:
@@ -127,6 +128,16 @@ def check_options(options: Namespace, given: set[str]) -> None:
         reason = "--greedy takes the most probable token"
         ignored = {"temperature", "top_k", "top_p", "seed"}
         report_without_effect(given, [(ignored, options.greedy, reason)])
+
+
+def read_password(options: Namespace) -> str | None:
+    """The password of the web page: --password, else the variable MINISFT_PASSWORD."""
+    name, password = "--password", options.password
+    if password is None:
+        name, password = "MINISFT_PASSWORD", os.environ.get("MINISFT_PASSWORD")
+    if password == "":  # in a script, from a variable that is not set
+        raise UserError(f"{name} is empty. For a page without a password, leave it out.")
+    return password
 
 
 def read_question(options: Namespace) -> str | None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from threading import Lock
 from typing import Any
 
 from minisft.chat.markup import escape, unescape
@@ -53,7 +54,7 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     number: int = 0  # in the transcript; 0 before the first question
     system: str = ""
-    busy: bool = False
+    answering: Turn | None = None  # the turn whose answer is in progress
     stopped_at: float = -math.inf  # by time.monotonic: questions sent before that are not answered
 
 
@@ -75,6 +76,7 @@ class Page:
         self.transcript, self.thread = transcript or Transcript(), thread or ModelThread()
         self.sessions: dict[str, Session] = {}  # by visitor, the latest last
         self.closed_at = -math.inf
+        self._claiming = Lock()
 
     def load_session(self, visitor: str) -> Session:
         """The session of a visitor who loads or reloads the page. Stops an answer in progress.
@@ -83,7 +85,7 @@ class Page:
         """
         session = self.sessions.pop(visitor, None) or Session()
         self.sessions[visitor] = session
-        session.busy = False
+        session.answering = None
         self.stop(session)
         while len(self.sessions) > MAX_SESSIONS:
             self.sessions.pop(next(iter(self.sessions)))
@@ -168,7 +170,7 @@ class Page:
                 messages.append({"role": "user", "content": escape(turn.question)})
                 if thoughts := turn.thoughts[place]:
                     # gradio shows a block with a title; it is closed once its status is "done".
-                    is_done = bool(turn.answers[place]) or not session.busy
+                    is_done = bool(turn.answers[place]) or session.answering is None
                     block = {"title": "Thoughts", "status": "done" if is_done else "pending"}
                     message = {"role": "assistant", "content": escape(thoughts), "metadata": block}
                     messages.append(message)
@@ -205,16 +207,15 @@ class Page:
         # No response could carry a lone surrogate. An API call may leave out a text.
         question, system = valid_text(question or ""), valid_text(system or "")
         refused, accepted = (question, "") if is_typed else (None, None)
-        if session.busy:
-            yield self.view(session, "An answer is in progress. Stop it first.", refused)
-            return
         if self._is_stopped(session, sent_at):
             yield self.view(session, "Stopped.", refused)
             return
-        previous, notes = session.turns, []
         turn = Turn(question, [""] * len(self.assistants), [""] * len(self.assistants))
+        if not self._claim(session, turn):
+            yield self.view(session, "An answer is in progress. Stop it first.", refused)
+            return
+        previous, notes = session.turns, []
         turns = session.turns = [*earlier, turn]
-        session.busy = True
         try:
             answers = self._begin(earlier, question, system, values, notes)
             session.system = system
@@ -230,11 +231,20 @@ class Page:
             reason = escape(str(error)) or type(error).__name__
             notes.append(f"**The model failed: {reason}** The conversation is kept. Try again.")
         finally:
-            session.busy = False
+            if session.answering is turn:  # a reload of the page may have let in another one
+                session.answering = None
             is_empty = not any(answer.strip() for answer in turn.answers)
             if is_empty and session.turns is turns:  # unless the visitor has cleared it meanwhile
                 session.turns = previous
         yield self.view(session, " ".join(notes), refused if is_empty else None)
+
+    def _claim(self, session: Session, turn: Turn) -> bool:
+        """Note that `turn` is being answered; False if another one is. Threads may call it."""
+        with self._claiming:
+            if session.answering:
+                return False
+            session.answering = turn
+            return True
 
     def _grow(
         self, session: Session, answers: list[Answer], notes: list[str], sent_at: float

@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.outputs import atomic_write, check_output_file
@@ -75,8 +76,8 @@ def answer_file(
     prompts = Prompts(path, system, max_samples)
     lengths = prompts.lengths(assistant, sampling)
     identity = {"system": system, **asdict(sampling), **(settings or {}), "sha256": sha256(path)}
-    if max_samples:
-        identity["max_samples"] = max_samples
+    # Both decide how answers are rounded: the rows of a batch, and its number type.
+    identity |= {"max_samples": max_samples, "dtype": dtype_name(assistant.dtype)}
     with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
         # The longest first: if they do not fit into memory, the run fails at its start.
         order = sorted(range(len(prompts)), key=lambda row: lengths[row], reverse=True)

@@ -6,18 +6,17 @@
 Neither the server nor the browser contacts another machine.
 """
 
+import atexit
 import hmac
 import os
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from minisft.chat.guards import Arrivals, Logins, Policy, arrival
+from minisft.chat.guards import Arrivals, Failures, Logins, Policy, arrival, log_refusal
 from minisft.chat.markup import JOINER
 from minisft.chat.page import MAX_SESSIONS, Page, Session, View
 from minisft.common.errors import UserError
@@ -26,6 +25,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_ANSWERS = 8  # answers in progress at a time; other visitors wait in the queue
 QUEUE_SIZE = 64
 END_SECONDS = 1.0
+MAX_VISITOR = 100  # characters of a visitor's name; VISITOR makes fewer
 # Download a text as a file.
 SAVE = """(text) => {
     if (!text) return;
@@ -101,7 +101,7 @@ class Interface:
                 show_label=False,
                 lines=1,
                 max_lines=12,
-                autofocus=True,
+                interactive=False,  # until the session is loaded
                 submit_btn=True,
                 elem_id="box",
             )
@@ -179,7 +179,7 @@ class Interface:
         self.blocks.load(
             self.load_session,
             visitor,
-            [self.session, *self.chats],
+            [self.session, self.box, *self.chats],
             js=VISITOR,
             queue=False,
             api_visibility="private",
@@ -200,9 +200,16 @@ class Interface:
         return text, self.gr.skip() if text else "There is nothing to download yet."
 
     def load_session(self, visitor: str) -> list[Any]:
-        """The session of a visitor who loads the page, and the messages of the chats."""
+        """The session of a visitor who loads the page, the open box, the messages of the chats.
+
+        A question that is sent before would belong to no session, or be stopped with the answer
+        that a reload stops.
+        """
+        if not visitor or len(visitor) > MAX_VISITOR:
+            raise self.gr.Error("not the name of a visitor", print_exception=False)
         session = self.page.load_session(visitor)
-        return [session, *self.page.view(session, "")[0]]
+        box = self.gr.Textbox(interactive=True, autofocus=True)
+        return [session, box, *self.page.view(session, "")[0]]
 
 
 def blocks_with_short_errors(gr: Any) -> Any:
@@ -216,14 +223,8 @@ def blocks_with_short_errors(gr: Any) -> Any:
             try:
                 return await super().process_api(block_fn, *arguments, **more)
             except Exception as error:
-                line = "".join(filter(str.isprintable, str(error).partition("\n")[0]))[:200]
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                print(
-                    f"refused a call of {block_fn.api_name}: {line} ({type(error).__name__}, "
-                    f"{Path(place.filename).name}, line {place.lineno})",
-                    file=sys.stderr,
-                )
-                raise gr.Error(line, print_exception=False) from None
+                reason = log_refusal(f"a call of {block_fn.api_name}", error)
+                raise gr.Error(reason, print_exception=False) from None
 
     return Blocks
 
@@ -273,16 +274,19 @@ def launch(
     def is_password(name: str, given: str) -> bool:
         """True if a visitor has given the password; the name does not matter."""
         # compare_digest takes the same time however much of it is right.
-        return hmac.compare_digest(given.encode(), (password or "").encode())
+        # A form can carry half of a surrogate pair, and so can a command line.
+        first, second = (text.encode(errors="surrogatepass") for text in (given, password or ""))
+        return hmac.compare_digest(first, second)
 
-    middleware = [Middleware(Policy), Middleware(Arrivals)]
+    middleware = [Middleware(Policy), Middleware(Failures), Middleware(Arrivals)]
     if password:
         middleware.append(Middleware(Logins))
     if host in LOOPBACK and not share:
         # Otherwise another site could point its domain name to this machine and read the page.
         hosts = [*LOOPBACK, "[::1]"]
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts))
-    blocks = build(page).queue(max_size=QUEUE_SIZE)
+    # Otherwise a call could skip the queue, and so the limit of answers at a time.
+    blocks = build(page).queue(max_size=QUEUE_SIZE, api_open=False)
     try:
         # gradio would wait five seconds for a server that cannot start.
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -316,7 +320,10 @@ def launch(
 def serve(
     page: Page, host: str, port: int, password: str | None = None, share: bool = False
 ) -> None:
-    """Serve a Page until Ctrl-C or SIGTERM; then end the process, after END_SECONDS at most."""
+    """Serve a Page until Ctrl-C or SIGTERM; then end the process.
+
+    Answers in progress and open connections have END_SECONDS to end.
+    """
     blocks = launch(page, host, port, password, share)
     if not password and (host not in LOOPBACK or share):
         print(
@@ -329,7 +336,9 @@ def serve(
     except (KeyboardInterrupt, SystemExit):
         # Answers end after the token they are at. A long prompt may take far longer.
         page.close()
-        ending = threading.Timer(END_SECONDS, os._exit, [0])
-        ending.daemon = True  # nothing waits for it
-        ending.start()
-        blocks.close(verbose=False)
+        closing = threading.Thread(target=blocks.close, args=(False,), daemon=True)
+        closing.start()
+        closing.join(END_SECONDS)
+        # The interpreter would wait for answers, then take apart torch and gradio.
+        atexit._run_exitfuncs()  # removes temporary files, and ends the tunnel of --share
+        os._exit(0)

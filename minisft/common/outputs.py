@@ -36,7 +36,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def atomic_path(path: str | Path, suffix: str = ".partial") -> Generator[Path, None, None]:
     """Yield the path `path`.partial to write to. On success the file is renamed to `path`.
 
-    suffix: of the other name, if .partial is taken.
+    suffix: for a caller that has a file of its own named `path`.partial.
 
     If the body fails, `path` keeps its old content and the partial file is removed. A full or
     failing disk raises UserError, and so does text that UTF-8 cannot express.

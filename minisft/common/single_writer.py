@@ -96,23 +96,28 @@ def _lock(handle: int, path: Path, output: Path) -> None:
     owner = OWNER.fullmatch(text)
     if not is_file or text and not owner:
         raise UserError(f"{path} is not a lock file of minisft. Move it, or choose another output.")
-    is_held = has_locks = True
+    is_locked = _try_lock(handle)
+    advice = "Wait until it has finished, or choose another output."
+    if owner and owner[2] != _host():
+        is_held, advice = True, f"If that process has ended, remove {path}."
+    elif is_locked is None:
+        is_held = owner is not None and _is_alive(int(owner[1]))
+    else:
+        is_held = not is_locked
+    if is_held:
+        raise UserError(f"{output}: {text or 'another process'} is writing to it. {advice}")
+
+
+def _try_lock(handle: int) -> bool | None:
+    """True if this process has the lock now; None on a file system without locks."""
     try:
         # Not flock: child processes would inherit it and keep it after a kill of this process.
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_held = False
     except (BlockingIOError, PermissionError):
-        pass
+        return False
     except OSError:
-        is_held = has_locks = False  # a file system without locks
-    advice = "Wait until it has finished, or choose another output."
-    if owner and owner[2] != _host():
-        is_held = True
-        advice = f"If that process has ended, remove {path}."
-    elif owner and not has_locks:
-        is_held = _is_alive(int(owner[1]))
-    if is_held:
-        raise UserError(f"{output}: {text or 'another process'} is writing to it. {advice}")
+        return None
+    return True
 
 
 def _host() -> str:

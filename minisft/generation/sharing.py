@@ -92,6 +92,8 @@ class Caches:
         """Keep what was given back, unless the lock is taken; its owner does it afterwards."""
         while self._returned and self._lock.acquire(blocking=False):
             try:
+                if not self._returned:  # the last owner of the lock has kept it
+                    return
                 ids, cache = self._returned.popleft()
                 self._num_in_use -= 1
                 if cache.length:

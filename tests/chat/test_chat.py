@@ -19,6 +19,7 @@ from forks import Forked, run_script
 from full_disk import file_size_limit
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
+from minisft.chat.options import parse_options, read_password
 from minisft.chat.terminal import Conversation, converse
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
@@ -273,6 +274,18 @@ def test_mistakes_are_one_line_and_status_2(tiny_chat_model_dir, flags, said):
     status, printed, complaint = chat(tiny_chat_model_dir, *flags)
     assert (status, printed) == (2, "")
     assert complaint.startswith("error: ") and said in complaint and complaint.count("\n") == 1
+
+
+def test_the_password_of_the_page(monkeypatch):
+    """An empty one, as a script gives from a variable that is not set, opens no page."""
+    read = lambda *flags: read_password(parse_options(["--web", *flags]))  # noqa: E731
+    assert read() is None and read("--password", "secret") == "secret"
+    monkeypatch.setenv("MINISFT_PASSWORD", "geheim")
+    assert read() == "geheim" and read("--password", "secret") == "secret"
+    monkeypatch.setenv("MINISFT_PASSWORD", "")
+    assert read("--password", "secret") == "secret"
+    with pytest.raises(UserError, match="MINISFT_PASSWORD is empty. For a page without a password"):
+        read()
 
 
 def test_identity_is_the_standing_instruction(tiny_chat_model_dir, oracle, tmp_path):

@@ -24,20 +24,20 @@ class Server:
     async def respond(self, scope, receive, send):
         await guards.answer(send, 200 if scope.get("password", "right") == "right" else 400, "")
 
-    def post(self, path, address="ann's", cookie=b"", **scope):
-        """(status, seconds that it was delayed) of a POST."""
+    def request(self, path, address="ann's", cookie=b"", method="POST", **scope):
+        """(status, seconds that it was delayed) of a request."""
         messages, self.slept = [], []
 
         async def send(message):
             messages.append(message)
 
-        scope |= {"type": "http", "method": "POST", "path": path, "client": (address, 1)}
+        scope |= {"type": "http", "method": method, "path": path, "client": (address, 1)}
         scope |= {"app": self, "headers": [(b"cookie", cookie)]}
         asyncio.run(self.guard(scope, None, send))
         return messages[0]["status"], sum(self.slept)
 
     def guess(self, password, address="ann's"):
-        return self.post("/login", address, password=password)
+        return self.request("/login", address, password=password)
 
 
 @pytest.fixture
@@ -80,11 +80,56 @@ def test_the_number_of_remembered_addresses_is_limited(server, monkeypatch):
     assert list(server.guard.guesses) == ["2", "3", "4"]
 
 
-def test_a_post_needs_the_cookie_of_a_visitor_who_has_logged_in(server):
-    for path in ("/gradio_api/cancel", "/gradio_api/reset/", "/gradio_api/queue/join"):
-        assert server.post(path) == (401, 0)
-        assert server.post(path, cookie=b"access-token-x=guessed") == (401, 0)
-        assert server.post(path, cookie=b"access-token-unsecure-x=known") == (200, 0)
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("POST", "/gradio_api/cancel"),
+        ("POST", "/gradio_api/reset/"),
+        ("POST", "/gradio_api/queue/join"),
+        ("POST", "/gradio_api/stream/login"),
+        ("POST", "/elsewhere"),
+        ("GET", "/gradio_api/heartbeat/ann"),
+        ("HEAD", "/gradio_api/file=x"),
+    ],
+)
+def test_the_api_needs_the_cookie_of_a_visitor_who_has_logged_in(server, method, path):
+    ask = lambda cookie: server.request(path, method=method, cookie=cookie)  # noqa: E731
+    assert ask(b"") == ask(b"access-token-x=guessed") == (401, 0)
+    assert ask(b"access-token-unsecure-x=known") == (200, 0)
+    assert server.request("/assets/index.js", method="GET") == (200, 0)
+    assert server.guess("wrong") == (400, 0)
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_request_that_gradio_cannot_handle_is_one_line_in_the_log(has_begun, capsys):
+    messages = []
+
+    async def fail(scope, receive, send):
+        if has_begun:
+            await send({"type": "http.response.start", "status": 200})
+        raise KeyError("no\x1b[2Jwhere\nand more")
+
+    async def send(message):
+        messages.append(message)
+
+    asyncio.run(guards.Failures(fail)({"path": "/a\n" + "b" * 1000}, None, send))
+    said = capsys.readouterr().err
+    assert said.startswith("refused a request for /ab") and len(said) < 500
+    assert "nowhere" in said.replace("\\x1b[2J", "") and said.count("\n") == 1
+    assert [message.get("status") for message in messages] == [200] if has_begun else [500, None]
+
+
+def test_an_error_without_words_has_the_name_of_its_class(capsys):
+    assert guards.log_refusal("a call", catch(ValueError())) == "ValueError"
+    assert guards.log_refusal("a call", catch(ValueError("a\x00b\u202ec"))) == "abc"
+    assert "test_guards.py, line " in capsys.readouterr().err
+
+
+def catch(error):
+    """The error with a traceback."""
+    with pytest.raises(type(error)) as caught:
+        raise error
+    return caught.value
 
 
 def test_the_policy_lists_the_inline_scripts_of_the_page():

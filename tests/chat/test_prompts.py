@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, as_flags, command
 from forks import Forked, run_script
 from standing import lines_in, standing_still, wait_until
@@ -167,6 +168,25 @@ def test_killed_runs_in_bfloat16_equal_an_undisturbed_one(
     assert len(read_complete(partial)) == 1 + 3
     done = command(*flags, script="chat.py")
     assert done.returncode == 0 and output.read_bytes() == whole.read_bytes()
+
+
+def test_an_interrupted_run_keeps_what_decides_its_rounding(assistant, prompts_file, tmp_path):
+    """The number type, and the rows, of which --max_samples would make other batches."""
+    output, answer = tmp_path / "out.jsonl", assistant.answer
+
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt
+
+    assistant.answer = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5)
+    with pytest.raises(UserError, match="belongs to a run with another max_samples. Remove it"):
+        prompts.answer_file(assistant, prompts_file, output, SAMPLED)
+    assistant.dtype = torch.bfloat16
+    with pytest.raises(UserError, match="belongs to a run with another dtype. Remove it, or"):
+        prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5)
+    assistant.dtype, assistant.answer = torch.float32, answer
+    assert prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5) == 5
 
 
 def read_complete(path):

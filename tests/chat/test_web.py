@@ -193,7 +193,7 @@ def test_stop_keeps_the_text_so_far_and_only_one_answer_runs(page, monkeypatch):
     assert talk.turns[0].answers[0].startswith("on and ")
     views = page.ask(talk, "go", "", *VALUES)
     next(views), views.close()  # a visitor who leaves
-    assert not talk.busy and len(talk.turns) == 1
+    assert not talk.answering and len(talk.turns) == 1
     views = page.ask(talk, "go", "", 15_000, *VALUES[1:])
     next(views), next(views), page.clear(talk)
     assert last(views)[0] == [[]] and talk.turns == []
@@ -210,7 +210,7 @@ def test_a_stop_reaches_a_question_that_waits_in_the_queue(page):
     ):
         chats, notice, box = last(waiting)
         assert notice == "Stopped." and len(chats[0]) == 2 and box in ("the mat", None)
-    assert [turn.question for turn in talk.turns] == ["the cat"] and not talk.busy
+    assert [turn.question for turn in talk.turns] == ["the cat"] and not talk.answering
     assert len(last(page.ask(talk, "the mat", "", *VALUES))[0][0]) == 4  # sent after the stop
 
 
@@ -318,10 +318,21 @@ def test_a_visitor_who_comes_back_finds_the_conversation(page, monkeypatch):
     assert page.load_session("ann") is ann and page.load_session("bob") is not bob
     before = page.ask(ann, "the cat", "", *VALUES)
     next(before), next(before)  # the rest of it is not requested
-    assert not page.load_session("ann").busy
+    assert not page.load_session("ann").answering
     chats, *_ = last(page.ask(ann, "the mat", "", *VALUES))
     assert len(chats[0]) == 4 and "Stopped" in last(before)[1]
     assert page.view(ann, "")[0][0][2:] == chats[0][2:]
+
+
+def test_an_answer_from_before_a_reload_does_not_let_a_third_question_in(page):
+    ann = page.load_session("ann")
+    before = page.ask(ann, "the cat", "", *VALUES)
+    next(before), next(before)
+    page.load_session("ann")
+    now = page.ask(ann, "the mat", "", *VALUES)
+    next(now), last(before)
+    assert "Stop it first" in last(page.ask(ann, "the hat", "", *VALUES))[1]
+    assert last(now)[0][0][-2]["content"] == "the mat" and not ann.answering
 
 
 # Served
@@ -468,6 +479,8 @@ def test_malformed_calls_are_one_line_in_the_log_each(served, capfd):
         (edit, {"data": values[1:]}),
         (edit, {"data": values[1:], "event_data": {"index": "x", "value": 3}}),
         (edit, {"data": values[1:], "event_data": {"index": [[1]]}}),
+        ("v2/nowhere", {"data": values}),
+        ("v2/ask", {"nothing": values}),
     ]
     for number, (name, body) in enumerate(calls):
         body = json.dumps({**body, "session_hash": f"malformed {number}"})
@@ -476,13 +489,36 @@ def test_malformed_calls_are_one_line_in_the_log_each(served, capfd):
         )
         if status == 200:
             request(address, f"gradio_api/call/{name}/{json.loads(text)['event_id']}")
+    # By number, because it is not for other programs.
+    loading = {"fn_index": number_of(address, "load_session"), "data": ["x" * 101]}
+    status, *_ = request(
+        address, "gradio_api/run/any", json.dumps(loading), Content_Type="application/json"
+    )
+    assert status == 500
     said = capfd.readouterr().err
-    assert "Traceback" not in said and len(said.splitlines()) <= len(calls)
+    assert "Traceback" not in said and len(said.splitlines()) <= len(calls) + 1
     session = "surrogate"
     (chat,) = ask_over_http(address, "the \ud83d cat", session)
     assert chat[0] == "the ? cat"
     (chat,) = ask_over_http(address, "and?", session)
     assert len(chat) == 4
+
+
+def number_of(address, name):
+    """gradio's number of an event."""
+    dependencies = json.loads(request(address, "config")[2])["dependencies"]
+    (number,) = (one["id"] for one in dependencies if one["api_name"] == name)
+    return number
+
+
+def test_no_call_skips_the_queue(served):
+    _, address = served
+    body = json.dumps({"data": [None, "the cat", "", *VALUES]})
+    for path in ("run/ask", "api/ask", "run/retry"):
+        status, *_ = request(
+            address, f"gradio_api/{path}", body, Content_Type="application/json"
+        )
+        assert status == 404
 
 
 def test_no_more_compiled_answers_are_written_at_once_than_are_kept(page):
@@ -571,7 +607,12 @@ def test_the_command_serves_locally_with_a_password_and_ends_by_sigterm(tiny_cha
         assert line.startswith(address)
         assert request(address, "config")[0] == 401
         form = {"Content_Type": "application/x-www-form-urlencoded"}
-        assert request(address, "login", "username=ann&password=falsch", **form)[0] == 400
+        # A wrong password: half of a surrogate pair, which is not text.
+        part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n{}\r\n'
+        body = part.format("username", "ann") + part.format("password", "+2AA-") + "--x--\r\n"
+        parts = {"Content_Type": "multipart/form-data; boundary=x; charset=utf-7"}
+        assert request(address, "login", body, **parts)[0] == 400
+        assert request(address, "gradio_api/heartbeat/ann")[0] == 401
         for path in ("cancel", "reset", "call/ask"):
             body = '{"session_hash": "ann", "fn_index": 0, "event_id": "x"}'
             json_form = {"Content_Type": "application/json"}
@@ -648,10 +689,9 @@ def visit(browser, served):
 
 
 def open_page(tab, address):
-    """Load the page. Its box listens to keys once the event of loading has run."""
+    """Load the page. Its box opens once the session is loaded."""
     tab.goto(address)
-    tab.locator("#box textarea").wait_for()
-    tab.wait_for_function("() => sessionStorage.visitor", timeout=1000 * HANG_SECONDS)
+    tab.locator("#box textarea:enabled").wait_for()
 
 
 def say(tab, question):
@@ -677,8 +717,10 @@ STUCK = """
 import sys, threading
 sys.path.insert(0, {root!r})
 import chat
+from minisft.common.outputs import temporary_folder
 from minisft.model.decoder import CausalLM
 
+temporary_folder()
 
 def stuck(model, hidden):
     print("stuck", file=sys.stderr, flush=True)
@@ -695,11 +737,12 @@ def test_browser_ctrl_c_ends_even_an_answer_that_never_returns(
     """Within END_SECONDS, with a browser that waits for the answer.
 
     No clock is read, since a busy machine may stop all processes for long. The answer and the
-    connection never end, so only the timer of Ctrl-C can end the process.
+    connection never end, so only the limit of the wait for them can end the process.
     """
     script = tmp_path / "stuck.py"
     script.write_text(STUCK.format(root=str(ROOT)))
-    process, context = start_page(script, tiny_chat_model_dir, free_port()), browser.new_context()
+    process = start_page(script, tiny_chat_model_dir, free_port(), TMPDIR=str(tmp_path))
+    context = browser.new_context()
     try:
         tab = context.new_page()
         tab.set_default_timeout(1000 * HANG_SECONDS)
@@ -709,10 +752,51 @@ def test_browser_ctrl_c_ends_even_an_answer_that_never_returns(
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0 and said == ""
-        assert web.END_SECONDS <= 1
+        assert web.END_SECONDS <= 1 and not list(tmp_path.glob("minisft-*"))
     finally:
         process.kill()
         context.close()
+
+
+def test_browser_the_box_opens_once_the_session_is_loaded(served, visit, monkeypatch):
+    """A question before would be stopped with the answer that a reload stops, or be forgotten."""
+    (page, _), tab, loaded = served, visit(), threading.Event()
+    load, asked = page.load_session, []
+
+    def load_later(visitor):
+        asked.append(visitor)
+        assert loaded.wait(HANG_SECONDS)
+        return load(visitor)
+
+    monkeypatch.setattr(page, "load_session", load_later)
+    try:
+        tab.reload()
+        wait_until(lambda: asked)
+        assert tab.locator("#box textarea").is_disabled()
+    finally:
+        loaded.set()
+    tab.locator("#box textarea:focus").wait_for()
+    tab.keyboard.type("the cat")
+    tab.keyboard.press("Enter")
+    wait_for_answer(tab, "the cat")
+
+
+def test_browser_a_visitor_logs_in(browser, tiny_chat_model_dir):
+    page, port = Page([load(tiny_chat_model_dir)], GREEDY), free_port()
+    blocks, context = web.launch(page, "127.0.0.1", port, "geheim"), browser.new_context()
+    try:
+        tab = context.new_page()
+        tab.set_default_timeout(1000 * HANG_SECONDS)
+        tab.goto(f"http://127.0.0.1:{port}/")
+        tab.get_by_label("username").fill("ann")
+        tab.get_by_label("password").fill("geheim")
+        tab.get_by_role("button", name="Login").click()
+        tab.locator("#box textarea:enabled").wait_for()
+        say(tab, "the cat")
+        wait_for_answer(tab, "the cat")
+    finally:
+        context.close()
+        blocks.close(verbose=False)
 
 
 def test_browser_two_turns_stop_and_download(served, visit, monkeypatch):

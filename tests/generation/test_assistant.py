@@ -547,6 +547,25 @@ def test_an_answer_is_closed_while_its_thread_looks_for_a_cache():
     assert found and caches._num_in_use == 1  # the thread's own
 
 
+def test_two_threads_give_back_caches_at_once():
+    """One of them keeps both, between the other one's look at the queue and at the lock."""
+    caches = Caches(partial(KeyValueCache, ModelConfig.from_dict(CONFIG)), limit=2)
+    taken = [caches.take([number]) for number in range(2)]
+    for cache in taken:
+        cache.length = 1
+
+    class Lock:
+        def acquire(self, blocking):
+            caches._lock = lock
+            caches.give_back([1], taken[1])
+            return lock.acquire(blocking)
+
+    lock, caches._lock = caches._lock, Lock()
+    caches.give_back([0], taken[0])
+    assert caches._num_in_use == 0 and {cache for _, cache in caches._kept} == set(taken)
+    assert not lock.locked()
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 def test_adapter_and_base_share_weights(bits, tiny_chat_model_dir, tmp_path):
     model = load_model(tiny_chat_model_dir)
