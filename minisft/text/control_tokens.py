@@ -45,13 +45,12 @@ class ControlTokens:
             strips_left, strips_right = tokenizer.engine.strips.get(self.ids[text], (False, False))
             patterns.append(r"\s*" * strips_left + re.escape(text) + r"\s*" * strips_right)
         self.pattern = re.compile("|".join(patterns)) if patterns else None
-        ends = {text[0] for text in self.ids} | {text[-1] for text in self.ids}
         self._all = "\0".join(self.ids)
-        self._edge = re.compile("[" + re.escape("".join(sorted(ends))) + "]") if ends else None
+        self._edges = {text[0] for text in self.ids} | {text[-1] for text in self.ids}
 
     def could_be_spelled(self, text: str) -> bool:
         """True if a text holds the first or the last character of a control token."""
-        return self._edge is not None and self._edge.search(text) is not None
+        return any(edge in text for edge in self._edges)
 
     def could_be_part(self, text: str) -> bool:
         """True if a text holds such a character, or is a middle part of a control token."""
