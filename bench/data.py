@@ -6,19 +6,23 @@ The first part encodes conversations by a chat template, and the same texts by t
 It compares processor time, which other programs on the machine hardly change; the process that
 renders the template works at the same time and is not counted. The aim is a ratio of 1.5.
 
-The second part writes JSON lines of that size and trains LoRA on them with train.py; for
-comparison, on ten rows without workers. Memory is the largest sum of proportional set sizes (PSS)
-over the processes: the private memory of each, and its share of shared memory. The aim for 1
-GB is a first step within 10 seconds.
+The second part writes JSON lines and a JSON array of that size and trains LoRA on them with
+train.py; for comparison, on ten rows without workers. The aim for 1 GB is a first step within 10
+seconds. The floor is the time to read the file and to parse all of its rows with json.loads, which
+train.py does not do. Processor time is that of all processes until the first step. Memory is the
+largest sum of proportional set sizes (PSS) over the processes: the private memory of each, and its
+share of shared memory.
 """
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,8 +39,12 @@ NUM_ROWS, ROUNDS = 400, 5  # of the first part
 
 
 def write_rows(path: Path, num_bytes: float) -> int:
-    """Write Alpaca rows of about 600 bytes until the file has `num_bytes`; returns their number."""
+    """Write Alpaca rows of about 600 bytes until the file has `num_bytes`; returns their number.
+
+    They are a JSON array in a file that ends in .json, else JSON lines.
+    """
     generator, count = random.Random(0), 0
+    begin, between, end = ("[", ", ", "]") if path.suffix == ".json" else ("", "\n", "\n")
     words = "the a red blue cat dog sat runs on under mat house quickly and then why how".split()
     texts = [" ".join(generator.choices(words, k=generator.randint(5, 200))) for _ in range(5000)]
     with open(path, "w", encoding="utf-8") as file:
@@ -44,9 +52,21 @@ def write_rows(path: Path, num_bytes: float) -> int:
             for _ in range(1000 if num_bytes > 10**6 else 10):
                 instruction = f"{count}: {generator.choice(texts)[:80]}"
                 row = {"instruction": instruction, "input": "", "output": generator.choice(texts)}
-                file.write(json.dumps(row) + "\n")
+                file.write((between if count else begin) + json.dumps(row))
                 count += 1
+        file.write(end)
     return count
+
+
+def time_to_parse(path: Path) -> tuple[float, float]:
+    """Seconds of processor time to read a file of write_rows, and then to parse all of it."""
+    began = time.process_time()
+    content = path.read_bytes()
+    parts = [content] if path.suffix == ".json" else content.splitlines()
+    read = time.process_time()
+    for part in parts:
+        json.loads(part)
+    return read - began, time.process_time() - read
 
 
 def encoding_ratios(model: str | Path, template_name: str) -> Iterator[tuple[float, float, float]]:
@@ -73,24 +93,40 @@ def encoding_ratios(model: str | Path, template_name: str) -> Iterator[tuple[flo
         yield num_tokens / len(rows), len(rows) / min(ours), min(ours) / min(bare)
 
 
-def proportional_memory(process_id: int) -> int:
-    """PSS in bytes of a process and its descendants; processes that have ended count as 0."""
-    total, pending = 0, [str(process_id)]
+def usage(process_id: int) -> tuple[int, float]:
+    """(PSS in bytes, seconds of processor time) of a process and its descendants.
+
+    Processes that have ended count as 0.
+    """
+    num_bytes, ticks, pending = 0, 0, [str(process_id)]
     while pending:
         folder = Path("/proc") / pending.pop()
         try:
             for line in (folder / "smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
+                    num_bytes += int(line.split()[1]) * 1024
+            after_name = (folder / "stat").read_text().rpartition(")")[2].split()
+            ticks += int(after_name[11]) + int(after_name[12])  # in user mode, in the kernel
             for thread in (folder / "task").iterdir():
                 pending += (thread / "children").read_text().split()
         except OSError:
             continue
-    return total
+    return num_bytes, ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(dataset: Path, model: str, folder: Path, num_workers: int) -> tuple[float, float, int]:
-    """Train a few steps: (seconds to the first step, seconds to the last, peak bytes)."""
+@dataclass
+class Training:
+    """Seconds from the start of a training to its first step, also of processor time, and to its
+    end; peak memory in bytes."""
+
+    first_step: float
+    first_step_processor: float
+    end: float
+    peak: int
+
+
+def measure(dataset: Path, model: str, folder: Path, num_workers: int) -> Training:
+    """Train a few steps."""
     words = flags(
         model_name_or_path=model,
         dataset=dataset,
@@ -101,16 +137,20 @@ def measure(dataset: Path, model: str, folder: Path, num_workers: int) -> tuple[
         dataloader_num_workers=num_workers,
         output_dir=folder,
     )
-    metrics, began, first, peak = folder / "metrics.jsonl", time.monotonic(), 0.0, 0
+    metrics, began = folder / "metrics.jsonl", time.monotonic()
+    result = Training(0.0, 0.0, 0.0, 0)
     process = start("train.py", *words)
     while process.poll() is None:
-        peak = max(peak, proportional_memory(process.pid))
-        if not first and metrics.exists() and metrics.stat().st_size:
-            first = time.monotonic() - began
-        time.sleep(0.2)
+        num_bytes, seconds = usage(process.pid)
+        result.peak = max(result.peak, num_bytes)
+        if not result.first_step and metrics.exists() and metrics.stat().st_size:
+            result.first_step = time.monotonic() - began
+            result.first_step_processor = seconds
+        time.sleep(0.1)
     if process.returncode:
         sys.exit(process.returncode)
-    return first, time.monotonic() - began, peak
+    result.end = time.monotonic() - began
+    return result
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -125,7 +165,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure both files and print a table."""
+    """Measure both parts and print a table for each."""
     options = parse_options()
     model = options.model_name_or_path
     print(f"{'tokens a row':>12} {'rows/s':>10} {'time / bare tokenizer':>22}")
@@ -142,20 +182,27 @@ def main() -> None:
         )
     if not options.gigabytes:
         return
+    columns = ("file", "rows", "read", "json.loads", "first step", "(processor)")
+    last = (f"{NUM_STEPS} steps", "peak memory")
+    print("".join(f"{column:>13}" for column in (*columns, *last)))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_rows(folder / "few.jsonl", 1)
-        count = write_rows(folder / "many.jsonl", options.gigabytes * 10**9)
-        few = measure(folder / "few.jsonl", model, folder / "a", 0)
-        num_workers = options.dataloader_num_workers
-        many = measure(folder / "many.jsonl", model, folder / "b", num_workers)
-    print(f"{'rows':>12} {'first step':>12} {f'{NUM_STEPS} steps':>12} {'peak memory':>14}")
-    for num_rows, (first, last, peak) in ((10, few), (count, many)):
-        print(f"{num_rows:>12,} {first:>10.1f} s {last:>10.1f} s {peak / 2**20:>11,.0f} MiB")
-    name = f"first step of {options.gigabytes:g} GB of rows"
-    seconds = {"peer_name": "of ten rows", "peer": few[0], "ratio": few[0] / many[0]}
-    add_figure(options.results, name, many[0], "s", **seconds)
-    print(f"the file costs {(many[2] - few[2]) / 2**20:,.0f} MiB and {many[0] - few[0]:.1f} s")
+        few: Training | None = None
+        for name in ("few.jsonl", "many.jsonl", "many.json"):
+            path = Path(temporary) / name
+            count = write_rows(path, options.gigabytes * 10**9 if few else 1)
+            read, parse = time_to_parse(path)
+            num_workers = options.dataloader_num_workers if few else 0
+            run = measure(path, model, Path(temporary) / f"run-{name}", num_workers)
+            path.unlink()
+            times = (read, parse, run.first_step, run.first_step_processor, run.end)
+            seconds = "".join(f"{time:>11.1f} s" for time in times)
+            print(f"{name:>13}{count:>13,}{seconds}{run.peak / 2**20:>9,.0f} MiB")
+            if few:
+                size = f"{options.gigabytes:g} GB of rows in {path.suffix}"
+                more = {"peer_name": "of ten rows", "peer": few.first_step}
+                more["ratio"] = few.first_step / run.first_step
+                add_figure(options.results, f"first step of {size}", run.first_step, "s", **more)
+            few = few or run
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     records[7], records.place(7)        # the eighth object, and "row 8 (line 8)"
 
 A file is a JSON array, JSON lines, JSON objects over several lines each, or lines of plain text;
-unpack.py adds compressed files, parquet and Arrow. Only the offsets are in memory, eight bytes per
-row; a record is read when it is needed. So a file may be larger than memory, and opening it only
-searches for line ends. A JSON array is parsed at once.
+unpack.py adds compressed files, parquet and Arrow. Only the offsets are in memory, eight or sixteen
+bytes per row; a record is read when it is needed. So a file may be larger than memory, and opening
+it only searches for line ends or brackets. An array of up to PARSED_BYTES is parsed at once.
 """
 
 import codecs
@@ -27,6 +27,7 @@ from minisft.data.row_values import BadRow, parse_json
 from minisft.data.unpack import is_columnar, is_packed, unpack
 
 MAX_ROW_BYTES = 64 * 2**20  # parsing takes ten times as much memory
+PARSED_BYTES = 64 * 2**20  # in a larger array, only the offsets of the rows are kept
 # Suffixes of other kinds of file -> what to do with them.
 HINTS = {".csv": "; convert it, for instance with pandas: read_csv, then to_parquet"}
 HINTS |= dict.fromkeys((".bz2", ".xz", ".zip"), "; unpack it first")
@@ -110,13 +111,13 @@ class Lines:
 
 
 class Objects:
-    """A file of JSON objects over several lines each, one after another; see Lines."""
+    """A file of JSON objects, one after another or in an array, over any lines; see Lines."""
 
     is_json = True
 
-    def __init__(self, path: Path, unpacked: Path | None = None) -> None:
+    def __init__(self, path: Path, unpacked: Path | None = None, in_array: bool = False) -> None:
         self.path, self.file = path, StoredBytes(unpacked or path)
-        self.starts, self.lines = find_objects(self.file.path)
+        self.starts, self.lines = find_objects(self.file.path, in_array)
         self.size = int(self.starts[-1])
 
     def __len__(self) -> int:
@@ -126,7 +127,8 @@ class Objects:
         """The parsed JSON of an object; BadRow if it is not JSON, or too long."""
         _check_size(self.starts, number)
         content = self.file.read(self.starts[number], self.starts[number + 1])
-        return parse_json(_text(content), int(self.lines[number]))
+        # After an object of an array there is a comma, after the last one a bracket.
+        return parse_json(_text(content).rstrip(",] \t\r\n"), int(self.lines[number]))
 
     def place(self, number: int) -> str:
         """Where a record is, for messages."""
@@ -175,16 +177,18 @@ def open_records(path: str | Path, plain_text: bool = False) -> Records:
             if not unpacked.stat().st_size:
                 raise UserError(f"{path}: the file has no rows")
             return Lines(path, is_json=True, unpacked=unpacked, has_lines=False)
-        start = _first_byte(unpacked)
-        if start in (b"\xff", b"\xfe"):  # the byte order mark of UTF-16
+        start = _first_bytes(unpacked)
+        if start.startswith((b"\xff", b"\xfe")):  # the byte order mark of UTF-16
             raise UserError(f"{path}: not UTF-8 text; convert the file")
         name = path.name if unpacked == path else path.stem
         if plain_text and name.lower().endswith(".txt"):
             refuse_pointer(path)
             return Lines(path, is_json=False, unpacked=unpacked)
-        if start == b"{":
+        if start.startswith(b"{"):
             return _open_objects(path, unpacked)
-        if start == b"[":
+        if start == b"[{" and unpacked.stat().st_size > PARSED_BYTES:
+            return Objects(path, unpacked, in_array=True)
+        if start.startswith(b"["):
             return Array(path, unpacked.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
@@ -296,13 +300,14 @@ def _text(content: bytes) -> str:
         raise BadRow("not UTF-8 text; convert the file") from error
 
 
-def _first_byte(path: Path) -> bytes:
-    """The first byte that is not white space, b"" if there is none."""
+def _first_bytes(path: Path) -> bytes:
+    """The first two bytes that are not white space, or fewer if there are fewer."""
+    first = b""
     with open(path, "rb") as file:
-        while block := file.read(BLOCK_SIZE):
-            if text := block.removeprefix(codecs.BOM_UTF8).strip():
-                return text[:1]
-    return b""
+        while len(first) < 2 and (block := file.read(BLOCK_SIZE)):
+            words = block.removeprefix(codecs.BOM_UTF8).split(maxsplit=2)
+            first += b"".join(word[:2] for word in words)
+    return first[:2]
 
 
 def _decode(path: Path, content: bytes) -> str:

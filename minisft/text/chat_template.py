@@ -130,7 +130,7 @@ class ChatTemplate:
                 break
             regions.append((turn.start, turn.answer, False))
             following = turn.text[: turn.start]
-        return self._tokenize(text, regions[::-1], spans).ids
+        return self._tokenize(text, regions[::-1], self.tokens.find(text, spans)).ids
 
     def render(
         self,
@@ -150,7 +150,8 @@ class ChatTemplate:
         if begin and prompt.startswith(f"{begin} "):
             begin += " "
         # SmolLM2's BOS is <|im_start|>, with which the opening begins as well.
-        return self._tokenize(begin + opening.removeprefix(begin), [], []).ids
+        text = begin + opening.removeprefix(begin)
+        return self.tokens.encode(text, 0, len(text), self.tokens.find(text))
 
     def stop_token_ids(self, generation_config_eos: list[int] | int | None = None) -> set[int]:
         """The tokens that end an answer: end of turn, EOS, and those of generation_config.json."""
@@ -184,7 +185,7 @@ class ChatTemplate:
             end = self._answer_end(turn, matches)
             check_blocks(turn, text, end)
             regions += [(turn.start, turn.answer, False), (turn.answer, end, turn.learned)]
-        result = self._tokenize(text, regions, spans)
+        result = self._tokenize(text, regions, matches)
         result.note = next((turn.note for turn in chain if turn.note), "")
         return result
 
@@ -200,11 +201,9 @@ class ChatTemplate:
         return len(turn.text.rstrip())
 
     def _tokenize(
-        self, text: str, regions: list[tuple[int, int, bool]], message_spans: Sequence[Span]
+        self, text: str, regions: list[tuple[int, int, bool]], matches: Sequence[Match]
     ) -> TokenizedText:
         """The ids of a text that is split at the regions (start, end, learned), in their order."""
-        cuts = [place for region in regions for place in region[:2]]
-        matches = self.tokens.find(text, message_spans, cuts)
         result, place = TokenizedText([], []), 0
         for start, end, learned in [*regions, (len(text), len(text), False)]:
             for begin, stop, supervised in ((place, start, False), (start, end, learned)):

@@ -10,7 +10,7 @@ spells stays text.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from minisft.text.marks import Span
 from minisft.text.tokenizer import Tokenizer
@@ -18,13 +18,17 @@ from minisft.text.tokenizer import Tokenizer
 MAX_WORDS, MAX_KEPT = 40, 1000  # characters and texts whose ids are kept
 
 
-@dataclass(frozen=True)
-class Match:
-    """A control token in a text. start and end include the white space that it swallows."""
+class Match(NamedTuple):
+    """A control token in a text.
+
+    start and end include the white space that it swallows, token_start and token_end do not.
+    """
 
     start: int
     end: int
     id: int
+    token_start: int
+    token_end: int
 
 
 class ControlTokens:
@@ -45,13 +49,12 @@ class ControlTokens:
             strips_left, strips_right = tokenizer.engine.strips.get(self.ids[text], (False, False))
             patterns.append(r"\s*" * strips_left + re.escape(text) + r"\s*" * strips_right)
         self.pattern = re.compile("|".join(patterns)) if patterns else None
-        ends = {text[0] for text in self.ids} | {text[-1] for text in self.ids}
         self._all = "\0".join(self.ids)
-        self._edge = re.compile("[" + re.escape("".join(sorted(ends))) + "]") if ends else None
+        self._edges = {text[0] for text in self.ids} | {text[-1] for text in self.ids}
 
     def could_be_spelled(self, text: str) -> bool:
         """True if a text holds the first or the last character of a control token."""
-        return self._edge is not None and self._edge.search(text) is not None
+        return any(edge in text for edge in self._edges)
 
     def could_be_part(self, text: str) -> bool:
         """True if a text holds such a character, or is a middle part of a control token."""
@@ -73,46 +76,39 @@ class ControlTokens:
                     return token
         return None
 
-    def find(
-        self, text: str, message_spans: Sequence[Span] = (), cuts: Sequence[int] = ()
-    ) -> list[Match]:
-        """The control tokens in a text that do not touch a message's text.
-
-        cuts: places in the text across which no token swallows white space.
-        """
+    def find(self, text: str, message_spans: Sequence[Span] = ()) -> list[Match]:
+        """The control tokens in a text that do not touch a message's text."""
         if self.pattern is None:
             return []
         matches: list[Match] = []
         place = 0
         while found := self.pattern.search(text, place):
-            start, end = found.span()
-            spelled, token_start = found[0], start
-            if spelled not in self.ids:
+            spelled, token_start = found[0], found.start()
+            if spelled not in self.ids:  # white space around it
                 spelled = spelled.strip()
                 token_start += found[0].index(spelled)
             token_end = token_start + len(spelled)
             if message_spans and any(a < token_end and token_start < b for a, b in message_spans):
                 place = token_start + 1
             else:
-                if found[0] != spelled:  # white space around it
-                    start = max([start, *(cut for cut in cuts if cut <= token_start)])
-                    end = min([end, *(cut for cut in cuts if cut >= token_end)])
-                matches.append(Match(start, end, self.ids[spelled]))
-                place = end
+                matches.append(Match(*found.span(), self.ids[spelled], token_start, token_end))
+                place = token_end
         return matches
 
     def encode(self, text: str, start: int, end: int, matches: Sequence[Match]) -> list[int]:
         """The ids of text[start:end], as they follow text[:start].
 
-        matches: the control tokens of the text, from `find`.
+        matches: the control tokens of the text, from `find`. They swallow no white space beyond
+        start and end.
         """
         ids, place = [], start
-        after_control = any(match.end == start for match in matches)
-        for match in [match for match in matches if start <= match.start and match.end <= end]:
-            if place < match.start:
-                ids += self._run(text, place, match.start, after_control)
-            ids.append(match.id)
-            place, after_control = match.end, True
+        after_control = any(match.token_end <= start <= match.end for match in matches)
+        for match in matches:
+            if start <= match.token_start and match.token_end <= end:
+                if place < match.start:
+                    ids += self._run(text, place, match.start, after_control)
+                ids.append(match.id)
+                place, after_control = match.end, True
         if place < end:
             ids += self._run(text, place, end, after_control)
         return ids

@@ -19,7 +19,8 @@ from minisft.text.render_process import GENERATION_END, GENERATION_START
 
 # Unicode noncharacters, reserved for uses such as this.
 START, END = "\ufdd2", "\ufdd3"
-MARK = re.compile(f"[{GENERATION_START}{GENERATION_END}{START}{END}]")
+MARKS = (GENERATION_START, GENERATION_END, START, END)
+MARK = re.compile(f"[{''.join(MARKS)}]")
 
 Span = tuple[int, int]
 
@@ -61,7 +62,7 @@ def without_marks(text: str) -> tuple[str, list[Span], list[Span]]:
 
     Marked texts may be nested, such as strings in a tool call's arguments, written as JSON.
     """
-    if not MARK.search(text):
+    if not any(mark in text for mark in MARKS):  # ten times as fast as the pattern
         return text, [], []
     spans: dict[str, list[Span]] = {START: [], GENERATION_START: []}
     opened: dict[str, list[int]] = {START: [], GENERATION_START: []}
@@ -104,5 +105,6 @@ def hold_written_texts(spans: list[Span], text: str, written: Iterable[str]) -> 
 
 def check_no_marks(texts: str) -> None:
     """UserError if the texts of messages contain a mark."""
-    if found := MARK.search(texts):
-        raise UserError(f"a message contains U+{ord(found[0]):X}, which is not a character")
+    for mark in MARKS:
+        if mark in texts:
+            raise UserError(f"a message contains U+{ord(mark):X}, which is not a character")

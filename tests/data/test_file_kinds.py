@@ -19,7 +19,7 @@ from conftest import ROOT, command
 from test_dataset import GOOD, assistant, user, write
 
 from minisft.common.errors import UserError
-from minisft.data import objects, unpack
+from minisft.data import objects, records, unpack
 from minisft.data.dataset import load_rows, open_rows
 from minisft.data.objects import find_objects
 from minisft.data.records import open_records
@@ -101,6 +101,7 @@ class TestObjects:
             (indented(RECORDS[:2])[:-1], "line 6: the object that begins here has no end"),
             (indented(RECORDS[:1]) + "\n}\n", "line 6: not valid JSON between two objects"),
             (indented(RECORDS[:1]) + ",\n{}", "line 5: not valid JSON between two objects"),
+            (indented(RECORDS[:1]) + "\nx\n{}", r"row 1 \(line 1\): line 6 .*: Extra data"),
         ):
             with pytest.raises(UserError, match=message):
                 open_rows(write(path, text))
@@ -109,6 +110,62 @@ class TestObjects:
         lines = [json.dumps(GOOD)[:-10], json.dumps(GOOD), json.dumps(GOOD)]
         path = write(tmp_path / "rows.jsonl", "\n".join(lines))
         assert len(open_rows(path, skipped=[])) == 2
+
+
+class TestLargeArrays:
+    """Rows of an array that is too large to be parsed at once."""
+
+    @pytest.fixture(autouse=True)
+    def small_limit(self, monkeypatch):
+        monkeypatch.setattr(records, "PARSED_BYTES", 5)
+
+    @pytest.mark.parametrize("block_size", [1, 2, 7, 2**22])
+    @pytest.mark.parametrize("options", [{}, {"indent": 2}, {"ensure_ascii": False}])
+    def test_rows_are_those_of_json(self, tmp_path, monkeypatch, block_size, options):
+        monkeypatch.setattr(objects, "BLOCK_SIZE", block_size)
+        text = "\ufeff\n" + json.dumps(RECORDS, **options) + " \n"
+        path = write(tmp_path / "rows.json", text)
+        assert answers(path) == ANSWERS
+        found = open_records(path)
+        assert [found[number] for number in range(len(found))] == RECORDS
+        is_first = "  {" if "indent" in options else "[{"
+        lines = [number for number, line in enumerate(text.split("\n"), 1) if is_first in line[:3]]
+        assert found.lines.tolist() == (lines * len(RECORDS))[: len(RECORDS)]
+        assert found.size == path.stat().st_size
+        assert len(pickle.dumps(found)) < 1000
+
+    def test_random_rows(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(objects, "BLOCK_SIZE", 50)
+        generator = np.random.default_rng(0)
+        alphabet = list('ab\\"{}[]:, \n\té颜')
+        for trial in range(30):
+            texts = ["".join(generator.choice(alphabet, 20)) for _ in range(20)]
+            expected = [{text: [text, {"b": [trial]}, []]} for text in texts]
+            path = write(tmp_path / "rows.json", json.dumps(expected, indent=trial % 2 or None))
+            assert list(open_records(path)) == expected
+
+    def test_mistakes(self, tmp_path):
+        row, path = json.dumps(GOOD), tmp_path / "rows.json"
+        for text, message in (
+            (f"[{row},\n{row[:-9]}", "line 2: the object that begins here has no end"),
+            (f"[{row},\n{row}", "the array has no end. Is the file complete?"),
+            (f"[{row},\n{row}\n]]", "line 3: not valid JSON between two objects"),
+            (f"[{row},\n{row}\n],", "line 3: not valid JSON between two objects"),
+            (f"[{row},\n1, {row}]", r"row 1 \(line 1\): line 2 column 1: .*: Extra data"),
+            (f"[{row}\n{row[:-1]}:}}]", r"row 2 \(line 2\): .*not valid JSON"),
+            (f"[{row}]\n{row}", r"row 1 \(line 1\): line 2 .*: Extra data"),
+        ):
+            with pytest.raises(UserError, match=message):
+                open_rows(write(path, text))
+        # What does not begin with an object is parsed at once.
+        for text, message in (("[]   ", "has no rows"), (f"[1,{row}]", "row 1: a row must be")):
+            with pytest.raises(UserError, match=message):
+                open_rows(write(path, text))
+
+    def test_compressed(self, tmp_path):
+        path = tmp_path / "rows.json.gz"
+        path.write_bytes(gzip.compress(json.dumps(RECORDS).encode()))
+        assert answers(path) == ANSWERS and open_records(path).path == path
 
 
 class TestWrapped:
