@@ -25,6 +25,7 @@ from minisft.common.flag_words import (
     grouped,
     is_bare_flag,
     normalized,
+    repeated_flags,
     with_home,
 )
 from minisft.common.llama_factory import STRATEGIES, set_steps, translate
@@ -172,6 +173,8 @@ class OptionParser(argparse.ArgumentParser):
         for name, action in self._flags.items():
             values = (getattr(options, name), recipe[name], action.default)
             setattr(options, name, next(value for value in values if value is not _UNSET))
+        if (twice := repeated_flags(words)) and announced_rank() == 0:
+            print(f"given twice, the last counts: --{', --'.join(twice)}", file=sys.stderr)
         return options
 
     def given(self, options: Namespace) -> set[str]:
@@ -208,7 +211,9 @@ class OptionParser(argparse.ArgumentParser):
                 faults.append(f"{key} (only on the command line)")
             elif name not in self._flags:
                 usual, reason = self._neighbour(name)
-                if value not in usual:
+                if isinstance(value, dict):  # [key] in TOML
+                    faults.append(f"{key} (a recipe has no sections)")
+                elif value not in usual:
                     faults.append(f"{key} ({reason})" if reason else self._with_hint(key))
             elif value is not None:  # YAML's null leaves an option unset
                 words += self._words(name, value)

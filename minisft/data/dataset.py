@@ -8,6 +8,7 @@ name. A broken row is an error that names file and row, unless the caller asks t
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -241,6 +242,11 @@ def mix(rows: Rows, mixture: str, seed: int = 0, say: PrintLine = print, **optio
         raise UserError(
             f"--mix {mixture}: give FILE:RATIO with a ratio between 0 and 1 that adds at least one "
             f"row to the {len(rows)}"
+        )
+    if re.search(r":[0-9.]+,", name):
+        names = re.sub(r":[0-9.]+,", ",", name)
+        raise UserError(
+            f"--mix {mixture}: there is one ratio, of all files together. Give {names}:RATIO."
         )
     general = open_rows(name, seed=seed, say=say, **options)
     say(f"mixed in {count} rows of {name} to {len(rows)}")

@@ -417,6 +417,10 @@ class TestMix:
         with pytest.raises(UserError, match="--mix .* FILE:RATIO"):
             mix(open_rows(files[0]), f"{files[1].name}{ratio}")
 
+    def test_a_ratio_for_each_file_is_refused(self, files):
+        with pytest.raises(UserError, match="there is one ratio.* Give a.json,b.json:RATIO"):
+            mix(open_rows(files[0]), "a.json:0.2,b.json:0.1")
+
 
 class TestRealFiles:
     @pytest.mark.parametrize(
