@@ -126,7 +126,7 @@ class OptionParser(argparse.ArgumentParser):
             if isinstance(default, list):  # as a user writes it
                 words = [f"{word:g}" if isinstance(word, float) else str(word) for word in default]
                 default = (" " if "nargs" in settings else ",").join(words)
-            if default not in (None, False, ""):
+            if default is not None and default is not False and default != "":  # 0 is shown
                 settings["help"] += f" (default: {default})".replace("%", "%%")
             if not settings.keys() & {"choices", "metavar", "action"}:
                 settings["metavar"] = METAVARS.get(settings.get("type"), "TEXT")

@@ -14,6 +14,7 @@ from llama_cpp import Server
 from minisft.checkpoints import adapters, folders, gguf_export
 from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.common.command_line import QUANTIZATIONS
 from minisft.common.errors import UserError
 from minisft.gguf import writer
@@ -341,6 +342,10 @@ def test_the_base_of_a_lora_file_gets_the_template_of_the_training(checkpoint, a
     """llama.cpp takes the template from the base's file; the note says how to write that."""
     lora, base, merged = (tmp_path / f"{name}.gguf" for name in ("lora", "base", "merged"))
     assert export_adapter(checkpoint, adapter, lora, "f32").notes == []
+    with pytest.raises(UserError, match="lora.gguf: this is a LoRA adapter for llama.cpp"):
+        resolve(lora)
+    with pytest.raises(UserError, match="lora.gguf is a GGUF file.* the adapter's folder"):
+        resolve_adapter(lora)
     tokenizer = Tokenizer.load(checkpoint)
     (adapter / CHAT_TEMPLATE).write_text(get_template("alpaca", tokenizer).text)
     (adapter / "options.toml").write_text('template = "alpaca"\n')

@@ -279,6 +279,15 @@ def test_bad_command_lines(arguments, message):
         new_parser().parse_options(arguments)
 
 
+def test_help_shows_defaults_of_zero():
+    parser = new_parser()
+    add, switch = parser.section("more")
+    add("--weight_decay", type=float, default=0.0, help="decay")
+    switch("--packing", "pack")
+    shown = parser.format_help()
+    assert "decay (default: 0.0)" in shown and "(default: False)" not in shown
+
+
 def test_a_flag_that_is_given_twice_is_named(capsys):
     """The last one counts, so a command line can be extended."""
     twice = ["--names", "x", "--lora-rank", "2", "--lora_rank=2", "--names=y", "--debug"]
