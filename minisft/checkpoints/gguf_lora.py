@@ -75,9 +75,7 @@ def export_adapter(
     return Report(summarize(output, tensors), prompt_notes(model.config, model_dir, adapter_dir))
 
 
-def prompt_notes(
-    config: ModelConfig, model_dir: str | Path, adapter_dir: str | Path
-) -> list[str]:
+def prompt_notes(config: ModelConfig, model_dir: str | Path, adapter_dir: str | Path) -> list[str]:
     """A note if the base's own chat template is not that of the training.
 
     llama.cpp prompts by the file of the base: an adapter's file has no template.

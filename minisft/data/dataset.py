@@ -240,8 +240,8 @@ def mix(rows: Rows, mixture: str, seed: int = 0, say: PrintLine = print, **optio
     count = round(len(rows) * share / (1 - share)) if 0 < share < 1 else 0
     if not name or not count:
         raise UserError(
-            f"--mix {mixture}: give FILE:RATIO, such as general.json:0.2, with a ratio between 0 and "
-            f"1 that adds at least one row to the {len(rows)}"
+            f"--mix {mixture}: give FILE:RATIO, such as general.json:0.2. The ratio is between 0 "
+            f"and 1, and must add at least one row to the {len(rows)}"
         )
     if re.search(r":[0-9.]+,", name):
         names = re.sub(r":[0-9.]+,", ",", name)

@@ -106,9 +106,7 @@ def _split_paths(dataset: str) -> list[str]:
     return [name for name in names if name]
 
 
-def _from_hub(
-    name: str, on_hub: HubName, hint: str, plain_text: bool, offline: bool
-) -> list[Path]:
+def _from_hub(name: str, on_hub: HubName, hint: str, plain_text: bool, offline: bool) -> list[Path]:
     try:
         return hub_files(*on_hub, plain_text=plain_text, offline=offline)
     except UserError as error:

@@ -332,7 +332,9 @@ class TestBrokenRows:
 
     def test_texts_without_text(self, tmp_path):
         path = write(tmp_path / "data.json", [{"text": "a"}, {"body": "b"}])
-        with pytest.raises(UserError, match=r'row 2: there is no column "text", only body; conv.*stage sft'):
+        with pytest.raises(
+            UserError, match=r'row 2: there is no column "text", only body; conv.*stage sft'
+        ):
             load_rows(path, plain_text=True)
         with pytest.raises(UserError, match="the file has no texts"):
             load_rows(write(tmp_path / "a.txt", "\n \n"), plain_text=True)
