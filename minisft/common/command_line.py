@@ -211,7 +211,7 @@ class OptionParser(argparse.ArgumentParser):
                 faults.append(f"{key} (only on the command line)")
             elif name not in self._flags:
                 usual, reason = self._neighbour(name)
-                if isinstance(value, dict):  # [key] in TOML
+                if isinstance(value, dict) and value.keys() & self._flags.keys():  # [key] in TOML
                     faults.append(f"{key} (a recipe has no sections)")
                 elif value not in usual:
                     faults.append(f"{key} ({reason})" if reason else self._with_hint(key))
