@@ -149,7 +149,9 @@ def show_samples(
             say(coloured(tokenizer, ids, supervised))
             if options.show_ids:
                 say(f"ids: {' '.join(map(str, ids))}")
-            answer = "" if len(texts) == 1 else f", answer {place} of {len(texts)}, the best first"
+            answer = f", answer {place} of {len(texts)}, the best first"
+            if options.stage not in ("rm", "dpo"):
+                answer = ""
             say(
                 f"(sample {number}{answer}: {len(ids)} tokens, {sum(supervised)} of them "
                 "supervised)\n"
