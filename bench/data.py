@@ -153,7 +153,8 @@ def main() -> None:
     for num_rows, (first, last, peak) in ((10, few), (count, many)):
         print(f"{num_rows:>12,} {first:>10.1f} s {last:>10.1f} s {peak / 2**20:>11,.0f} MiB")
     name = f"first step of {options.gigabytes:g} GB of rows"
-    add_figure(options.results, name, many[0], "s", peer_name="of ten rows", peer=few[0])
+    seconds = {"peer_name": "of ten rows", "peer": few[0], "ratio": few[0] / many[0]}
+    add_figure(options.results, name, many[0], "s", **seconds)
     print(f"the file costs {(many[2] - few[2]) / 2**20:,.0f} MiB and {many[0] - few[0]:.1f} s")
 
 

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +238,14 @@ def compare_batch(
     sides = {"minisft": ours}
     if reference is not None:
         sides["transformers"] = theirs
-    if gguf_path is not None:
-        prompts = random_prompts(model.config.vocab_size, batch_size, options).tolist()
-        llama_cpp = LlamaCpp(gguf_path, torch.get_num_threads(), batch_size)
-        sides["llama.cpp"] = lambda: llama_cpp.answers(prompts, options.max_new_tokens)
-    speeds, ratios = compare(sides, options.max_new_tokens * batch_size, options.repeats, device)
+    with ExitStack() as stack:
+        if gguf_path is not None:
+            prompts = random_prompts(model.config.vocab_size, batch_size, options).tolist()
+            threads = torch.get_num_threads()
+            llama_cpp = stack.enter_context(LlamaCpp(gguf_path, threads, batch_size))
+            sides["llama.cpp"] = lambda: llama_cpp.answers(prompts, options.max_new_tokens)
+        num_tokens = options.max_new_tokens * batch_size
+        speeds, ratios = compare(sides, num_tokens, options.repeats, device)
     columns = [
         f"{name} {speeds[name]:,.1f} tokens/s" + (f" (ratio {ratios[name]:.2f})" if index else "")
         for index, name in enumerate(sides)

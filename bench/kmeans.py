@@ -25,7 +25,6 @@ import numpy as np  # noqa: E402
 
 from bench.measure import output_of, peak_memory  # noqa: E402
 from bench.results import add_figure, add_results_option  # noqa: E402
-from minisft.common.words import counted  # noqa: E402
 
 KINDS = {
     "blobs": "100 blobs that touch",
@@ -102,7 +101,7 @@ def main() -> None:
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     print(
         f"{options.rows:,} x {options.width:,}, {options.clusters} clusters, best of "
-        f"{options.starts} starts, {options.rounds} rounds in turns, {counted(threads, 'thread')}"
+        f"{options.starts} starts, {options.rounds} rounds in turns, {threads} threads"
     )
     print(f"{'':10} {'seconds':>18} {'CPU seconds':>20} {'MiB with the data':>20} {'inertia':>9}")
     for kind in options.kinds:

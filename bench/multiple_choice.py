@@ -26,6 +26,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import torch  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from bench.limits import matrix_speed  # noqa: E402
 from bench.results import add_figure, add_results_option  # noqa: E402
@@ -37,7 +38,6 @@ from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS  # noqa: E402
 from minisft.evaluation.choice_prompts import PromptBuilder  # noqa: E402
 from minisft.evaluation.multiple_choice import answer_subject  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
-from minisft.training.operations import forward_operations  # noqa: E402
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -123,7 +123,9 @@ def compare(options: Namespace, model_dir: Path) -> None:
         print(f"{name:<24} {speed:>8.2f} questions/s")
     ratio = statistics.median(turn[1] / turn[0] for turn in seconds)
     print(f"ratio {ratio:.1f}, largest difference of a log-likelihood {difference:.1e}")
-    operations = speeds[0] * mean_length * forward_operations(model, mean_length)
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    operations = speeds[0] / num_questions * counter.get_total_flops()
     add_figure(
         options.results,
         f"multiple choice, {options.num_fewshot}-shot, in float32",

@@ -11,7 +11,6 @@ reads, encodes and writes them, while the reference gets token ids.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -158,9 +157,9 @@ def load_and_compare(options: Namespace, model_dir: Path) -> None:
     rows = open_rows(options.dataset, skipped=[])
     template = get_template(options.template, Tokenizer.load(model_dir))
     result = compare(options, ours, theirs.to(device).eval(), rows, template)
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
     print(
-        f"{result.num_rows} rows, {device}, {options.dtype}, {counted(threads, 'thread')}, "
+        f"{result.num_rows} rows, {device}, {options.dtype}, "
+        f"{counted(torch.get_num_threads(), 'thread')}, "
         f"{options.rounds} rounds in turns; largest relative difference of a score "
         f"{result.difference:.1e}"
     )
