@@ -37,7 +37,7 @@ from minisft.common.model_flags import dtype_option, template_settings
 from minisft.common.single_writer import single_writer
 from minisft.data.dataset import open_rows, unused_values
 from minisft.evaluation import resume
-from minisft.evaluation.benchmark_files import read_subjects
+from minisft.evaluation.benchmark_files import language_note, read_subjects
 from minisft.evaluation.benchmarks import BENCHMARKS, Benchmark, Subject
 from minisft.evaluation.choice_prompts import PromptBuilder
 from minisft.evaluation.choice_report import choice_protocol, write_summary
@@ -124,6 +124,8 @@ def measure_accuracy(
 ) -> None:
     """Answer the questions, subject by subject, and report the accuracy."""
     output_dir = rows_dir.parent
+    if note := language_note(benchmark, subjects):
+        processes.print_rank0(note)
     # Plain text needs no template, but an Assistant has one. This one fits every tokenizer.
     template_name = "plain" if options.template == "none" else options.template
     assistant = load_assistant(

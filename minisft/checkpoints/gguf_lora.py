@@ -3,6 +3,7 @@
 report = export_adapter("examples/base", "runs/cherry", "cherry.gguf", "f16")
 """
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from minisft.checkpoints.adapter_forms import read_adapter, refuse_untrainable
 from minisft.checkpoints.adapters import load_adapter
-from minisft.checkpoints.folders import open_model
+from minisft.checkpoints.folders import generation_eos, open_model
 from minisft.checkpoints.gguf_export import read_rows
 from minisft.checkpoints.gguf_report import Report, summarize
 from minisft.checkpoints.tied_weights import EMBEDDING, OUTPUT, equal_tensors
@@ -20,8 +21,12 @@ from minisft.common.tensor_files import StoredTensor
 from minisft.gguf.mapping import ARCHITECTURES, gguf_name, is_interleaved, tensor_parts
 from minisft.gguf.tensor_types import QUANTIZATIONS
 from minisft.gguf.writer import Tensor, write_gguf
+from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.lora_tools import adapted_modules
+from minisft.text.saved_form import saved_form
+from minisft.text.template_choice import CHAT_TEMPLATE
+from minisft.text.tokenizer import Tokenizer
 
 
 def export_adapter(
@@ -67,7 +72,28 @@ def export_adapter(
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
     write_gguf(output, architecture, metadata, tensors)
-    return Report(summarize(output, tensors))
+    return Report(summarize(output, tensors), prompt_notes(model.config, model_dir, adapter_dir))
+
+
+def prompt_notes(config: ModelConfig, model_dir: str | Path, adapter_dir: str | Path) -> list[str]:
+    """A note if the base's own chat template is not that of the training.
+
+    llama.cpp prompts by the file of the base: an adapter's file has no template.
+    """
+    saved = Path(adapter_dir) / CHAT_TEMPLATE
+    with suppress(UserError):  # a base without a tokenizer, for instance
+        tokenizer, listed_stops = Tokenizer.load(model_dir), generation_eos(model_dir, config)
+        base, trained = (
+            saved_form(tokenizer, "auto", folder, listed_stops).chat_template
+            for folder in (model_dir, adapter_dir)
+        )
+        if saved.is_file() and trained != base:
+            return [
+                "llama.cpp takes the chat template from the file of the base, and this adapter was "
+                f"trained with another one. Write the base with export.py --model_name_or_path "
+                f"{model_dir} --format gguf --template {saved} --output BASE.gguf"
+            ]
+    return []
 
 
 def _tensor(

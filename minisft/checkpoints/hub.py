@@ -32,6 +32,11 @@ def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:
         return path
     if path.is_file() and needed == CONFIG and (path.suffix.lower() == ".gguf" or is_gguf(path)):
         return unpack(path)
+    if path.is_file() and is_gguf(path):
+        raise UserError(
+            f"{path} is a GGUF file, which is for llama.cpp. Give the adapter's folder, with "
+            f"{needed}."
+        )
     if path.exists():
         raise UserError(f"{path} is a file. Give the folder that holds it.")
     return _download(str(name_or_path))

@@ -73,7 +73,9 @@ def write_model_card(
         lines += ["", "## Metrics", "", *rows]
         limit = used.get("block_size" if stage == "pt" else "cutoff_len")
         if limit and any("eval_loss" in row for row in metrics):
-            lines += ["", f"The evaluation covers at most the first {limit} tokens of a row."]
+            rows = "blocks of" if stage == "pt" else "at most the first"
+            of_row = "" if stage == "pt" else " of a row"
+            lines += ["", f"The evaluation covers {rows} {limit} tokens{of_row}."]
     flag = "--adapter" if is_adapter else "--model_name_or_path"
     if not is_reward_model:
         lines += [

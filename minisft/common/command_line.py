@@ -25,6 +25,7 @@ from minisft.common.flag_words import (
     grouped,
     is_bare_flag,
     normalized,
+    repeated_flags,
     with_home,
 )
 from minisft.common.llama_factory import STRATEGIES, set_steps, translate
@@ -125,7 +126,7 @@ class OptionParser(argparse.ArgumentParser):
             if isinstance(default, list):  # as a user writes it
                 words = [f"{word:g}" if isinstance(word, float) else str(word) for word in default]
                 default = (" " if "nargs" in settings else ",").join(words)
-            if default not in (None, False, ""):
+            if default is not None and default is not False and default != "":  # 0 is shown
                 settings["help"] += f" (default: {default})".replace("%", "%%")
             if not settings.keys() & {"choices", "metavar", "action"}:
                 settings["metavar"] = METAVARS.get(settings.get("type"), "TEXT")
@@ -172,6 +173,8 @@ class OptionParser(argparse.ArgumentParser):
         for name, action in self._flags.items():
             values = (getattr(options, name), recipe[name], action.default)
             setattr(options, name, next(value for value in values if value is not _UNSET))
+        if (twice := repeated_flags(words)) and announced_rank() == 0:
+            print(f"given twice, the last counts: --{', --'.join(twice)}", file=sys.stderr)
         return options
 
     def given(self, options: Namespace) -> set[str]:
@@ -208,7 +211,9 @@ class OptionParser(argparse.ArgumentParser):
                 faults.append(f"{key} (only on the command line)")
             elif name not in self._flags:
                 usual, reason = self._neighbour(name)
-                if value not in usual:
+                if isinstance(value, dict) and value.keys() & self._flags.keys():  # [key] in TOML
+                    faults.append(f"{key} (a recipe has no sections)")
+                elif value not in usual:
                     faults.append(f"{key} ({reason})" if reason else self._with_hint(key))
             elif value is not None:  # YAML's null leaves an option unset
                 words += self._words(name, value)

@@ -23,8 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-# Seconds to wait for the process that failed first, in case it hangs.
-PATIENCE = 60
+# Seconds to wait for the reason of the process that failed first, in case it hangs, and then for
+# torchrun to see its end.
+PATIENCE, SEEN_WITHIN = 60, 3
 
 
 def fail(print_reason: Callable[[], int]) -> NoReturn:
@@ -64,12 +65,18 @@ def _watch(shared: Path) -> None:
 
 
 def _exit_after_the_first(shared: Path) -> NoReturn:
+    _wait(lambda: shared.exists() and not shared.read_text(), PATIENCE)
     # torchrun reports the process that it sees end first as the root cause. It has seen the end
-    # once that process is gone.
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and shared.exists() and not _is_gone(shared.read_text()):
-        time.sleep(0.1)
+    # once that process is gone. After Ctrl-C it does not look: it waits for the ranks in order.
+    _wait(lambda: shared.exists() and not _is_gone(shared.read_text()), SEEN_WITHIN)
     _exit_now(1)
+
+
+def _wait(is_early: Callable[[], bool], seconds: float) -> None:
+    """Wait while `is_early()` is True, but at most so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and is_early():
+        time.sleep(0.1)
 
 
 def _is_gone(process_id: str) -> bool:

@@ -78,7 +78,7 @@ def show(words: list[str]) -> None:
 
 def main() -> None:
     """Run the command `convert` or `show`."""
-    if sys.argv[1:2] == ["show"]:
+    if sys.argv[1:2] == ["show"] and not {"-h", "--help"} & set(sys.argv):
         return show(sys.argv[2:])
     parser = OptionParser(
         prog="python -m minisft.data",

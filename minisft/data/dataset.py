@@ -8,6 +8,7 @@ name. A broken row is an error that names file and row, unless the caller asks t
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -239,8 +240,13 @@ def mix(rows: Rows, mixture: str, seed: int = 0, say: PrintLine = print, **optio
     count = round(len(rows) * share / (1 - share)) if 0 < share < 1 else 0
     if not name or not count:
         raise UserError(
-            f"--mix {mixture}: give FILE:RATIO with a ratio between 0 and 1 that adds at least one "
-            f"row to the {len(rows)}"
+            f"--mix {mixture}: give FILE:RATIO, such as general.json:0.2. The ratio is between 0 "
+            f"and 1, and must add at least one row to the {len(rows)}"
+        )
+    if re.search(r":[0-9.]+,", name):
+        names = re.sub(r":[0-9.]+,", ",", name)
+        raise UserError(
+            f"--mix {mixture}: there is one ratio, of all files together. Give {names}:RATIO."
         )
     general = open_rows(name, seed=seed, say=say, **options)
     say(f"mixed in {count} rows of {name} to {len(rows)}")

@@ -104,7 +104,10 @@ def parse_text(record: Any) -> str:
     """The column "text" of a row, for pre-training."""
     record = object_of(record)
     if "text" not in record:
-        raise BadRow(f'there is no column "text", only {", ".join(record) or "nothing"}')
+        raise BadRow(
+            f'there is no column "text", only {", ".join(record) or "nothing"}; conversations are '
+            "for --stage sft"
+        )
     check_encodable(record["text"])
     return string_of(record, "text")
 

@@ -35,6 +35,10 @@ UNREADABLE = {
 }
 
 
+class MissingData(UserError):
+    """A data set is not on this machine. train.py --dry_run plans without it."""
+
+
 @dataclass
 class Source:
     """A data set: its files, how to read their columns, how many rows to take (None: all).
@@ -81,9 +85,11 @@ def find_sources(
             folder, _, split = name.rpartition(":")
             sources.append(_from_folder(name, Path(folder), split, plain_text))
         elif on_hub := parse_hub_name(name):
-            sources.append(Source(name, _from_hub(name, on_hub, entries, plain_text, offline)))
+            hint = _suggestion(name, entries, dataset_dir)
+            sources.append(Source(name, _from_hub(name, on_hub, hint, plain_text, offline)))
         else:
-            raise UserError(f"{name}: there is no such file{_suggestion(name, entries)}")
+            hint = _suggestion(name, entries, dataset_dir)
+            raise MissingData(f"{name}: there is no such file{hint}")
     if not sources:
         raise UserError("--dataset is empty. Give files, folders or names, separated by commas.")
     return sources
@@ -100,19 +106,17 @@ def _split_paths(dataset: str) -> list[str]:
     return [name for name in names if name]
 
 
-def _from_hub(
-    name: str, on_hub: HubName, entries: Iterable[str], plain_text: bool, offline: bool
-) -> list[Path]:
+def _from_hub(name: str, on_hub: HubName, hint: str, plain_text: bool, offline: bool) -> list[Path]:
     try:
         return hub_files(*on_hub, plain_text=plain_text, offline=offline)
     except UserError as error:
-        raise UserError(
-            f"{name}: {error} (there is no such file{_suggestion(name, entries)})"
-        ) from error
+        raise MissingData(f"{name}: {error} (there is no such file{hint})") from error
 
 
-def _suggestion(name: str, entries: Iterable[str]) -> str:
-    files = [name + suffix for suffix in (".json", ".jsonl") if Path(name + suffix).is_file()]
+def _suggestion(name: str, entries: Iterable[str], dataset_dir: str | Path) -> str:
+    places = [f"{name}.json", f"{name}.jsonl"]
+    places += [str(Path(dataset_dir) / place) for place in (name, *places)]
+    files = [place for place in places if Path(place).is_file()]
     if files:
         return f" or folder; did you mean {' or '.join(files)}?"
     if close := difflib.get_close_matches(name, entries, n=3):
@@ -216,7 +220,7 @@ def _entry_files(
                 offline,
             )
         except UserError as error:
-            raise UserError(f"{place}: {error}, or give the files as file_name.") from error
+            raise MissingData(f"{place}: {error}, or give the files as file_name.") from error
     for key, reason in UNREADABLE.items():
         if key in entry:
             raise UserError(f"{place}: {reason}. Download the rows and give them as file_name.")
@@ -228,7 +232,7 @@ def _entry_files(
             raise UserError(f"{place}: a single file has no split '{entry['split']}'")
         return [path]
     if not path.is_dir():
-        raise UserError(f"{place}: there is no file {path}")
+        raise MissingData(f"{place}: there is no file {path}")
     return _files_of_split(place, path, entry, plain_text)
 
 

@@ -77,6 +77,24 @@ def read_subjects(
     return subjects
 
 
+def language_note(benchmark: Benchmark, subjects: Sequence[Subject]) -> str:
+    """A warning if the questions are not in the language of the prompt; else empty."""
+    questions = [question.text for subject in subjects for question in subject.questions]
+    expects_chinese = has_chinese(benchmark.heading)
+    if expects_chinese == any(map(has_chinese, questions)):
+        return ""
+    language = "Chinese" if expects_chinese else "English"
+    return (
+        f"warning: the prompt of {benchmark.title} is {language}, and the questions are not. Is "
+        f"--data_dir the folder of {benchmark.title}?"
+    )
+
+
+def has_chinese(text: str) -> bool:
+    """True if the text has a Chinese character."""
+    return any("\u4e00" <= character <= "\u9fff" for character in text)
+
+
 class Files:
     """The files of a benchmark in a folder or a zip, at any depth."""
 

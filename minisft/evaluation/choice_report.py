@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from minisft.common.json_files import write_json
+from minisft.common.outputs import recorded_options
 from minisft.evaluation.benchmarks import Benchmark, Subject
 from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
 from minisft.evaluation.predictions import Baseline, Prediction, read_finished
@@ -22,6 +23,8 @@ from minisft.text.chat_template import ChatTemplate
 # Subject -> its predictions, all repetitions.
 Predictions = dict[str, list[Prediction]]
 Summary = dict[str, Any]  # as in summary.json
+# Options that change the prompts: figures from different ones differ for that reason alone.
+PROTOCOL = ("num_fewshot", "template", "template_kwargs", "enable_thinking", "max_length")
 
 
 def summarize(subjects: Sequence[Subject], predictions: Predictions, num_fewshot: int) -> Summary:
@@ -124,6 +127,16 @@ def compare_with_baseline(baseline: Baseline, predictions: Predictions) -> dict[
     }
 
 
+def other_protocol(options: Namespace) -> dict[str, Any]:
+    """The options in PROTOCOL that the baseline's run had otherwise, with its values."""
+    recorded = recorded_options(options.baseline_dir)
+    return {
+        name: recorded.get(name)
+        for name in PROTOCOL
+        if recorded and recorded.get(name) != getattr(options, name)
+    }
+
+
 def summary_lines(summary: Summary) -> list[str]:
     """The summary for the terminal, in percent."""
     lines = []
@@ -143,6 +156,9 @@ def summary_lines(summary: Summary) -> list[str]:
             f"{100 * change['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
             f"McNemar's p = {change['p_value']:.3g}"
         )
+        if others := change.get("other_protocol"):
+            had = ", ".join(f"--{name} {value}" for name, value in others.items())
+            lines.append(f"the baseline had {had}: the difference is not that of the models alone")
     if summary["dropped_demonstrations"]:
         lines.append(
             f"{summary['questions_with_dropped_demonstrations']} questions had no room for all "
@@ -213,10 +229,13 @@ def write_summary(
     summary = {"protocol": protocol} | summarize(subjects, predictions, options.num_fewshot)
     if baseline:
         summary["baseline"] = compare_with_baseline(baseline, predictions)
+        summary["baseline"]["other_protocol"] = other_protocol(options)
     if "macro" not in summary:
         path = rows_dir.parent / "submission.json"
         write_json(submission(subjects, predictions), path)
-        print(f"the answers of this split are secret: wrote {path}, to be submitted")
+        is_part = options.max_samples or options.subjects
+        todo = "a part of what is submitted" if is_part else "to be submitted"
+        print(f"the answers of this split are secret: wrote {path}, {todo}")
     print("\n".join([*summary_lines(summary), protocol]))
     path = rows_dir.parent / "summary.json"
     write_json(summary, path)

@@ -68,6 +68,11 @@ def verdict_lines(results: dict[str, Any]) -> list[str]:
             f"{name} against {first}: {counts}, {report['unreadable']} unreadable; "
             f"{reliability(report)}"
         )
+    if any(report["unreadable"] for report in results["judge"]["against_first"].values()):
+        lines.append(
+            'unreadable: a text of the judge has no line such as "Verdict: 1"; verdicts.jsonl has '
+            "the texts. A larger model keeps to this form."
+        )
     return lines
 
 

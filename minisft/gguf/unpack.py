@@ -49,6 +49,11 @@ def unpack(path: str | Path) -> Path:
     path = Path(path).resolve()
     file = read_gguf(path)
     try:
+        if file.metadata.get("general.type") == "adapter":
+            raise UserError(
+                "this is a LoRA adapter for llama.cpp, not a model. Give the folder that it was "
+                "exported from as --adapter."
+            )
         num_parts = file.metadata.get("split.count")
         if type(num_parts) is int and num_parts > 1:
             raise UserError(

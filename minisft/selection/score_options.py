@@ -20,7 +20,7 @@ from minisft.common.model_flags import (
 EXAMPLES = """\
   python score.py --model_name_or_path M --dataset rows.json --output scores.jsonl
   python score.py --model_name_or_path M --dataset rows.json --mode embed --output scores.jsonl
-  python score.py --adapter judge --mode reward --dataset rows.json --output rewards.jsonl
+  python score.py --adapter runs/rm --mode reward --dataset rows.json --output rewards.jsonl
 """
 EPILOGUE = """\
 The output has a line of JSON for every row:

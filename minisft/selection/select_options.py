@@ -42,6 +42,7 @@ ALIASES = {
     **dict.fromkeys(("kmeans", "k-means", "k_means"), "cluster"),
     **dict.fromkeys(("k-center", "k_center"), "kcenter"),
     **dict.fromkeys(("ppl", "perplexity"), "mid_ppl"),
+    **dict.fromkeys(("facility_location", "facility-location"), "facility"),
     "rds+": "rds",
 }
 # Flags of a single strategy.
@@ -55,6 +56,13 @@ ONLY_FOR = {
     "balance": "random",
     "match": "random_matched",
     "target": "rds",
+}
+# How to make the inputs.
+MADE_BY = {
+    "scores": "score.py writes it",
+    "embeddings": "score.py --mode embed writes it",
+    "target": "score.py --mode embed --pooling weighted writes it, from a few rows of the task",
+    "match": "a selection that select.py has written",
 }
 EPILOGUE = """\
 Strategies:
@@ -111,7 +119,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
 
     add, switch = parser.section("selection")
     add("--strategy", type=strategy_name, metavar="NAME", required=True, help="see below")
-    add("--sample_rate", type=positive_float, help="choose this fraction of the rows, such as 0.05")
+    rate = "choose this fraction of the rows that the filters leave, such as 0.05"
+    add("--sample_rate", type=positive_float, help=rate)
     add("--sample_number", type=positive_int, help="choose this many rows")
     clusters = "clusters of k-means (default: 100, but no more than the rows to choose)"
     add("--clusters", type=positive_int, help=clusters)
@@ -201,7 +210,8 @@ def check_options(options: Namespace, given: set[str]) -> None:
         )
     missing = set(STRATEGIES[strategy]) - given
     if missing:
-        raise UserError(f"--strategy {strategy} needs --{min(missing)} (see --help)")
+        flag = min(missing)
+        raise UserError(f"--strategy {strategy} needs --{flag}: {MADE_BY[flag]} (see --help)")
 
     sizes = given & {"sample_rate", "sample_number"}
     if len(sizes) == 2:
@@ -214,10 +224,13 @@ def check_options(options: Namespace, given: set[str]) -> None:
     if not sizes and strategy not in ("cluster", "random_matched"):
         raise UserError("give --sample_rate or --sample_number: how many rows to choose")
 
-    if options.embeddings and not options.embeddings.endswith(".embeddings.npy"):
-        raise UserError(
-            f"--embeddings {options.embeddings}: give the file that ends in .embeddings.npy"
-        )
+    files = [("embeddings", options.embeddings)]
+    files += [("target", path) for path in (options.target or "").split(",")]
+    for flag, path in files:
+        if path and not path.endswith(".embeddings.npy"):
+            raise UserError(
+                f"--{flag} {path}: give the file that ends in .embeddings.npy; {MADE_BY[flag]}"
+            )
     reason = f"--strategy {strategy} draws nothing at random"
     report_without_effect(given, [({"seed"}, strategy not in RANDOM, reason)])
     for flag, low, high in (

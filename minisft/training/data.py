@@ -143,12 +143,19 @@ def show_samples(
     """
     first = first_blocks if options.stage == "pt" else first_examples
     for number, example in enumerate(first(batches, options.show_samples), start=1):
-        for text in example.texts():
+        texts = example.texts()
+        for place, text in enumerate(texts, start=1):
             ids, supervised = text.ids.tolist(), text.supervised.tolist()
             say(coloured(tokenizer, ids, supervised))
             if options.show_ids:
                 say(f"ids: {' '.join(map(str, ids))}")
-            say(f"(sample {number}: {len(ids)} tokens, {sum(supervised)} of them supervised)\n")
+            answer = f", answer {place} of {len(texts)}, the best first"
+            if options.stage not in ("rm", "dpo"):
+                answer = ""
+            say(
+                f"(sample {number}{answer}: {len(ids)} tokens, {sum(supervised)} of them "
+                "supervised)\n"
+            )
 
 
 def length_limit(options: Namespace, config: ModelConfig) -> int:
@@ -162,6 +169,8 @@ def evaluation_note(options: Namespace, config: ModelConfig) -> str:
     limit = length_limit(options, config)
     if options.stage == "rm":  # a reward belongs to a complete conversation
         return f" (rows of at most {limit} tokens)"
+    if options.stage == "pt":
+        return f" (blocks of {limit} tokens)"
     return f" (rows truncated at {limit} tokens)"
 
 

@@ -24,7 +24,7 @@ from minisft.data.build_batches import BYTES_PER_TOKEN, check_learnable, evenly_
 from minisft.data.dataset import Rows
 from minisft.data.encode_report import EncodeReport
 from minisft.data.encoding import Example, read_and_encode
-from minisft.data.sources import find_sources
+from minisft.data.sources import MissingData, find_sources
 from minisft.model.config import ModelConfig
 from minisft.text.chat_template import TokenizedText
 from minisft.text.tokenizer_files import has_tokenizer
@@ -69,7 +69,7 @@ def inspect_data(
     try:
         dataset = options.dataset or options.train_dir
         find_sources(dataset, options.dataset_dir, plain_text, ranking, offline=True)
-    except UserError as error:
+    except MissingData as error:
         if options.show_samples:
             raise
         text = "answer of two" if ranking else "row"

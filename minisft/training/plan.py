@@ -166,8 +166,9 @@ def print_model(options: Namespace, model: Model, step: Step) -> None:
 def print_data(options: Namespace, data: Data, num_processes: int) -> int | None:
     """Print rows, tokens, padding and steps; returns the number of steps, None if not known."""
     rows_per_step, epoch = count_rows_per_step(options, num_processes), data.epoch
+    unit = "block" if options.stage == "pt" else "row"
     each = (
-        f"{counted(rows_per_step, 'row')} each ({options.per_device_train_batch_size} x "
+        f"{counted(rows_per_step, unit)} each ({options.per_device_train_batch_size} x "
         f"{options.gradient_accumulation_steps} x {counted(num_processes, 'process', 'processes')})"
     )
     print(f"lengths     {': '.join(filter(None, [data.origin, data.spread]))}")
@@ -178,7 +179,7 @@ def print_data(options: Namespace, data: Data, num_processes: int) -> int | None
         return options.max_steps
     answers = f", {epoch.num_texts:,} answers" if options.stage in ("rm", "dpo") else ""
     print(
-        f"an epoch    {epoch.num_rows:,} rows{answers}, {epoch.num_tokens:,} tokens, "
+        f"an epoch    {counted(epoch.num_rows, unit)}{answers}, {epoch.num_tokens:,} tokens, "
         f"{epoch.padding:.1%} padding"
     )
     schedule = build_schedule(options, epoch.num_rows, rows_per_step)

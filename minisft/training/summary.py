@@ -55,6 +55,8 @@ def next_command(run: Run) -> str:
     options = run.options
     flag = "--adapter" if run.lora_config else "--model_name_or_path"
     model = f"{flag} {shlex.quote(str(Path(options.output_dir)))}"
+    if options.quantization_bit:  # the full base may not fit into memory
+        model += f" --quantization_bit {options.quantization_bit}"
     if options.stage == "rm":
         words = ["--dataset", str(options.dataset or options.train_dir)]
         if options.dataset_dir != "data":

@@ -14,6 +14,7 @@ from llama_cpp import Server
 from minisft.checkpoints import adapters, folders, gguf_export
 from minisft.checkpoints.gguf_export import export_model
 from minisft.checkpoints.gguf_lora import export_adapter
+from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.common.command_line import QUANTIZATIONS
 from minisft.common.errors import UserError
 from minisft.gguf import writer
@@ -21,6 +22,7 @@ from minisft.gguf.compatibility import check_architecture
 from minisft.gguf.tensor_types import tensor_type
 from minisft.model.config import ModelConfig
 from minisft.model.lora import LoraConfig, LoRALinear, add_lora
+from minisft.text.template_choice import CHAT_TEMPLATE, get_template
 from minisft.text.tokenizer import Tokenizer
 
 STOPS = [1, 2, 3, 6]  # EOS, config.json's eos_token_id, and two that llama.cpp knows by name
@@ -334,6 +336,28 @@ def test_command(checkpoint, adapter, tmp_path):
     assert done.returncode == 0, done.stderr
     fields, tensors = read(path)
     assert fields["adapter.type"] == "lora" and len(tensors) == 2 * 2 * 7
+
+
+def test_the_base_of_a_lora_file_gets_the_template_of_the_training(checkpoint, adapter, tmp_path):
+    """llama.cpp takes the template from the base's file; the note says how to write that."""
+    lora, base, merged = (tmp_path / f"{name}.gguf" for name in ("lora", "base", "merged"))
+    assert export_adapter(checkpoint, adapter, lora, "f32").notes == []
+    with pytest.raises(UserError, match="lora.gguf: this is a LoRA adapter for llama.cpp"):
+        resolve(lora)
+    with pytest.raises(UserError, match="lora.gguf is a GGUF file.* the adapter's folder"):
+        resolve_adapter(lora)
+    tokenizer = Tokenizer.load(checkpoint)
+    (adapter / CHAT_TEMPLATE).write_text(get_template("alpaca", tokenizer).text)
+    (adapter / "options.toml").write_text('template = "alpaca"\n')
+    [note] = export_adapter(checkpoint, adapter, lora, "f32").notes
+    words = note.partition("export.py ")[2].replace("BASE.gguf", str(base)).split()
+    export_model(checkpoint, merged, "f32", adapter)
+    done = export(*words)
+    assert done.returncode == 0, done.stderr
+    templates = [read(path)[0]["tokenizer.chat_template"] for path in (base, merged)]
+    assert templates[0] == templates[1] and "### Response:" in templates[0]
+    (tmp_path / "checkpoint" / "tokenizer.json").unlink()
+    assert export_adapter(checkpoint, adapter, lora, "f32").notes == []  # needs no tokenizer
 
 
 def test_mistakes_leave_no_file(checkpoint, adapter, tmp_path):

@@ -84,6 +84,9 @@ def test_the_card_states_what_was_used(options, expected, absent, tmp_path):
 def test_the_limit_of_the_evaluation_is_that_of_the_model(tmp_path):
     write_model_card(tmp_path, OPTIONS, "owner/base", METRICS, context_length=128)
     assert "at most the first 128 tokens of a row" in (tmp_path / "README.md").read_text()
+    options = {"stage": "pt", "dataset": "rows.txt", "block_size": 64}
+    write_model_card(tmp_path, options, "owner/base", METRICS, context_length=128)
+    assert "The evaluation covers blocks of 64 tokens." in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

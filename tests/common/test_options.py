@@ -244,6 +244,7 @@ def test_all_unknown_names_are_reported_at_once(tmp_path):
         ('dtype = "float8"', "float32"),
         ("plot_loss = 5", "true nor false"),
         ("lora_rank = ", "TOML"),
+        ("[method]\nlora_rank = 4", "no such option: method .a recipe has no sections."),
     ],
 )
 def test_bad_recipes(text, message, tmp_path):
@@ -276,6 +277,22 @@ def test_bad_recipes(text, message, tmp_path):
 def test_bad_command_lines(arguments, message):
     with pytest.raises(UserError, match=message):
         new_parser().parse_options(arguments)
+
+
+def test_help_shows_defaults_of_zero():
+    parser = new_parser()
+    add, switch = parser.section("more")
+    add("--weight_decay", type=float, default=0.0, help="decay")
+    switch("--packing", "pack")
+    shown = parser.format_help()
+    assert "decay (default: 0.0)" in shown and "(default: False)" not in shown
+
+
+def test_a_flag_that_is_given_twice_is_named(capsys):
+    """The last one counts, so a command line can be extended."""
+    twice = ["--names", "x", "--lora-rank", "2", "--lora_rank=2", "--names=y", "--debug"]
+    assert new_parser().parse_options([*MODEL, *twice]).names == "y"
+    assert capsys.readouterr().err == "given twice, the last counts: --names\n"
 
 
 def test_minus_one_step_means_epochs():

@@ -86,7 +86,9 @@ def status_of_failing(reason, printed):
 
 def test_only_the_first_process_to_fail_prints_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("os._exit", sys.exit)
-    monkeypatch.setattr(failure, "PATIENCE", 0)  # this process fails first, and continues
+    # This process fails first, and continues, as a rank that torchrun does not wait for yet.
+    monkeypatch.setattr(failure, "PATIENCE", 2 * HANG_SECONDS)
+    monkeypatch.setattr(failure, "SEEN_WITHIN", 0)
     printed = []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()

@@ -332,7 +332,9 @@ class TestBrokenRows:
 
     def test_texts_without_text(self, tmp_path):
         path = write(tmp_path / "data.json", [{"text": "a"}, {"body": "b"}])
-        with pytest.raises(UserError, match=r'row 2: there is no column "text", only body'):
+        with pytest.raises(
+            UserError, match=r'row 2: there is no column "text", only body; conv.*stage sft'
+        ):
             load_rows(path, plain_text=True)
         with pytest.raises(UserError, match="the file has no texts"):
             load_rows(write(tmp_path / "a.txt", "\n \n"), plain_text=True)
@@ -416,6 +418,10 @@ class TestMix:
     def test_invalid_ratios(self, files, ratio):
         with pytest.raises(UserError, match="--mix .* FILE:RATIO"):
             mix(open_rows(files[0]), f"{files[1].name}{ratio}")
+
+    def test_a_ratio_for_each_file_is_refused(self, files):
+        with pytest.raises(UserError, match="there is one ratio.* Give a.json,b.json:RATIO"):
+            mix(open_rows(files[0]), "a.json:0.2,b.json:0.1")
 
 
 class TestRealFiles:
@@ -530,7 +536,9 @@ class TestConvert:
         assert json.loads(good.read_text()) == [GOOD]
         done = self.run(bad, output, "--skip_bad_rows")
         assert "1 row; 1 broken row left out, the first: " in done.stdout
-        assert "ShareGPT" in self.run("--help").stdout
+        for words in (["--help"], ["show", "--help"]):
+            done = command(*words, before=["-m", "minisft.data"], script=None)
+            assert "show INPUT --model_name_or_path M" in done.stdout
 
     def test_show_is_short_for_train(self, checkpoint, rows_file, monkeypatch, capsys):
         words = ["show", rows_file, "--template", "plain", "--show-samples", 1]

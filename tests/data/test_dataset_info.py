@@ -83,6 +83,9 @@ class TestRealRegistry:
         (tmp_path / "rows.jsonl").write_text("{}")
         with pytest.raises(UserError, match=r"did you mean .*rows\.jsonl\?"):
             open_rows(str(tmp_path / "rows"), tmp_path)
+        for name in ("rows", "rows.jsonl"):  # files in --dataset_dir
+            with pytest.raises(UserError, match=rf"did you mean {tmp_path}/rows\.jsonl\?"):
+                open_rows(name, tmp_path)
 
 
 class TestColumns:

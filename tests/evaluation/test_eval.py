@@ -9,9 +9,16 @@ from conftest import command
 from scipy import stats
 
 from minisft.common.errors import UserError
+from minisft.common.outputs import save_options
 from minisft.evaluation.benchmarks import Question, Subject
-from minisft.evaluation.choice_report import compare_with_baseline, summarize, summary_lines
+from minisft.evaluation.choice_report import (
+    compare_with_baseline,
+    other_protocol,
+    summarize,
+    summary_lines,
+)
 from minisft.evaluation.confidence import macro_interval, mcnemar, mean_interval, wilson
+from minisft.evaluation.options import parse_options
 from minisft.evaluation.predictions import (
     Prediction,
     read_baseline,
@@ -192,8 +199,28 @@ def test_a_run_resume_and_two_processes(checkpoint, benchmark_dir, tmp_path):
         torchrun=2,
     )
     assert done.returncode == 0, done.stderr
+    assert "the baseline had" not in done.stdout
     assert (tmp_path / "two" / "ceval-val" / "art.csv").read_text().startswith(expected)
     assert done.stdout.count("mean over subjects") == 1 and "McNemar" in done.stdout
+
+
+def test_a_baseline_of_another_protocol_is_named(tmp_path):
+    """A difference between 5 shots and none says nothing about the models."""
+    words = ["ceval", "--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o"]
+    words += ["--baseline_dir", str(tmp_path)]
+    (_, before), (_, now) = (
+        parse_options("", [*words, *more])
+        for more in (["--num_fewshot", "2", "--max_samples", "9"], ["--template", "auto"])
+    )
+    assert other_protocol(now) == {}  # a folder without a record
+    save_options(before, tmp_path / "options.toml")
+    assert other_protocol(before) == {}
+    assert other_protocol(now) == {"num_fewshot": 2, "template": "none"}
+    change = compare_with_baseline({"law": {"0": True}}, {"law": [row("0", "A", "A")]})
+    change["other_protocol"] = other_protocol(now)
+    counts = dict.fromkeys(("dropped_demonstrations", "questions_cut"), 0)
+    line = summary_lines({"baseline": change, **counts})[-1]
+    assert line.startswith("the baseline had --num_fewshot 2, --template none: ")
 
 
 def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, tmp_path):
@@ -210,6 +237,7 @@ def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, t
     )
     assert done.returncode == 0, done.stderr
     handed_in = json.loads((tmp_path / "out" / "submission.json").read_text())
+    assert "submission.json, a part of what is submitted" in done.stdout  # law alone
     assert list(handed_in) == ["law"] and list(handed_in["law"]) == ["10", "11", "12"]
     assert list(handed_in["law"].values()) == predictions(
         tmp_path / "out" / "ceval-test" / "law.csv"

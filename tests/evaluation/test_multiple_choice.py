@@ -13,7 +13,7 @@ import transformers
 
 from minisft.checkpoints.folders import load_model
 from minisft.common.errors import UserError
-from minisft.evaluation.benchmark_files import read_subjects
+from minisft.evaluation.benchmark_files import language_note, read_subjects
 from minisft.evaluation.benchmarks import BENCHMARKS, LETTERS, Question, Subject
 from minisft.evaluation.choice_prompts import (
     PromptBuilder,
@@ -353,3 +353,11 @@ def test_missing_subjects_and_names_are_reported(tmp_path):
     assert read_subjects(BENCHMARKS["mmlu"], folder, "val", 0)[0].name == "law"
     with pytest.raises(UserError, match="neither a folder nor a zip"):
         read_subjects(ceval, folder / "val" / "law_val.csv", "val")
+
+
+def test_questions_of_another_benchmark_are_noticed(shared_data):
+    for name, split in (("ceval", "val"), ("cmmlu", "test"), ("mmlu", "val")):
+        subjects = read_subjects(BENCHMARKS[name], shared_data / "eval" / name, split)
+        noticed = {other for other in BENCHMARKS if language_note(BENCHMARKS[other], subjects)}
+        assert noticed == ({"ceval", "cmmlu"} if name == "mmlu" else {"mmlu"})
+    assert "the folder of C-Eval?" in language_note(BENCHMARKS["ceval"], subjects)

@@ -93,6 +93,8 @@ def test_lines_report_what_went_wrong():
         "the judge contradicted itself; it chose the answer shown first in 67 % of its choices",
         "第三 against base: 12 win, 0 tie, 0 loss, 0 unreadable; 0 of the ties because "
         "the judge contradicted itself; it chose the answer shown first in 50 % of its choices",
+        'unreadable: a text of the judge has no line such as "Verdict: 1"; verdicts.jsonl has the '
+        "texts. A larger model keeps to this form.",
     ]
 
 

@@ -581,7 +581,16 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
         assert (tmp_path / "out.json").read_bytes() == before
 
     refused("--strategy ifd needs --scores", "--strategy", "ifd", *few)
-    refused("needs --embeddings", "--strategy", "kcenter", *few)
+    written = "score.py --mode embed writes it"
+    refused(f"needs --embeddings: {written}", "--strategy", "k-center", *few)
+    refused(f"needs --embeddings: {written}", "--strategy", "facility_location", *few)
+    near = ["--strategy", "rds", "--embeddings", "p.embeddings.npy", *few]
+    refused(
+        "--target rows.json: give the file that ends in .embeddings.npy",
+        *near,
+        "--target",
+        "rows.json",
+    )
     refused("needs --match", "--strategy", "random_matched")
     refused("give --sample_rate or --sample_number", *by_ifd)
     refused("contradicts --sample_number", *by_ifd, *few, "--sample_rate", 0.1)

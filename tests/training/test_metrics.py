@@ -92,3 +92,11 @@ def test_the_command_after_a_reward_model_finds_its_data(words, command):
     options.output_dir = "runs/rm"
     line = next_command(SimpleNamespace(options=options, lora_config=object()))
     assert line.startswith("python score.py --mode reward --adapter runs/rm ") and command in line
+
+
+def test_the_command_after_qlora_quantises_the_base():
+    """The full base may not fit into the memory of the training."""
+    options = training_options("--dataset", "rows.json", "--quantization_bit", "4")
+    options.output_dir = "runs/a"
+    line = next_command(SimpleNamespace(options=options, lora_config=object()))
+    assert line == "python chat.py --adapter runs/a --quantization_bit 4"

@@ -265,6 +265,17 @@ def test_the_first_blocks_of_plain_text_are_shown(packing, checkpoint, tmp_path,
     assert "(sample 2: " in said and "an epoch" in said
 
 
+def test_rows_of_the_wrong_kind_end_the_plan(checkpoint, tmp_path, here):
+    """Only rows that are not there are assumed."""
+    entry = {"pairs": {"file_name": "pairs.json", "ranking": True}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entry))
+    words = ["--model_name_or_path", checkpoint, "--template", "plain", "--dataset_dir", tmp_path]
+    with pytest.raises(UserError, match="pairs: preference data"):
+        here(train, *words, "--dataset", "pairs", "--dry_run")
+    said = here(train, *words, "--dataset", "pairs", "--dry_run", "--stage", "dpo")
+    assert "the rows are not available" in said
+
+
 def test_rows_that_are_not_there_cannot_be_shown(checkpoint, tmp_path):
     words = as_flags(model_name_or_path=checkpoint, dataset=tmp_path / "no.json", template="plain")
     done = command(*words, dry_run=True, show_samples=2)
@@ -363,7 +374,7 @@ def test_of_many_rows_a_part_is_encoded(stage, checkpoint, tmp_path, monkeypatch
         stage=stage,
     )
     patterns = (
-        r"an epoch    ([\d,]+) rows",
+        r"an epoch    ([\d,]+) (?:row|block)s",
         r"([\d,]+) tokens, ([\d.]+)% padding",
         r"with ([\d,]+) tokens in the largest",
     )

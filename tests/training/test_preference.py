@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -636,6 +637,8 @@ def test_early_stopping_and_samples(checkpoint, pairs_file, tmp_path, here):
     assert metrics_of(tmp_path / "out")[-1]["step"] < 40
     shown = [part.split("\033[0m")[0] for part in said.split("\033[32m")[1:]]
     assert shown == ["yes 1yes 1</s>", "the cat sat " * 4 + "</s>"]  # row 0 is held out
+    places = re.findall(r"\(sample 1, answer (\d of \d), the best first: ", said)
+    assert places == ["1 of 2", "2 of 2"]
 
 
 def test_skip_bad_rows(checkpoint, pairs_file, tmp_path, here):
