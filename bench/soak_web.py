@@ -158,7 +158,9 @@ def judge_differing(clients: list[Client]) -> collections.Counter[str]:
     for chat, first in differing:
         margin = margin_where_they_part(assistant, chat, first)
         counts["near tie" if margin < NEAR_TIE else "DIFFERENT"] += 1
-        print(f"{chat}, first {first!r}: where they part, the two best logits differ by {margin:.1e}")
+        print(
+            f"{chat}, first {first!r}: where they part, the two best logits differ by {margin:.1e}"
+        )
     return counts
 
 

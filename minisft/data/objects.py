@@ -34,7 +34,7 @@ def find_objects(path: str | Path, in_array: bool = False) -> tuple[np.ndarray, 
             block = block.replace(rb"\\", b"  ")
             if block.endswith(b"\\"):
                 block += file.read(1)
-            finder.search(block.replace(rb'\"', b"  "))
+            finder.search(block.replace(rb"\"", b"  "))
     return finder.finish()
 
 

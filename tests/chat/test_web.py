@@ -515,9 +515,7 @@ def test_no_call_skips_the_queue(served):
     _, address = served
     body = json.dumps({"data": [None, "the cat", "", *VALUES]})
     for path in ("run/ask", "api/ask", "run/retry"):
-        status, *_ = request(
-            address, f"gradio_api/{path}", body, Content_Type="application/json"
-        )
+        status, *_ = request(address, f"gradio_api/{path}", body, Content_Type="application/json")
         assert status == 404
 
 
