@@ -255,10 +255,10 @@ class TestCompressed:
 
     def test_is_unpacked_once_and_again_when_it_changes(self, tmp_path, cache):
         path = tmp_path / "rows.jsonl.gz"
-        for number, records in enumerate((RECORDS, RECORDS, RECORDS[:3])):
-            path.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
+        for number, written in enumerate((RECORDS, RECORDS, RECORDS[:3])):
+            path.write_bytes(gzip.compress("\n".join(map(json.dumps, written)).encode()))
             os.utime(path, ns=(1, 1 + (number == 2)))
-            assert answers(path) == ANSWERS[: len(records)]
+            assert answers(path) == ANSWERS[: len(written)]
             assert len(list(cache.glob("*.jsonl"))) == 1 + (number == 2)
         assert "row 2 (line 2)" in open_records(path).place(1)
 
