@@ -40,6 +40,9 @@ POLICY = (
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
 
 API = "/gradio_api/"
+STARTUP = (
+    API + "startup-events"
+)  # gradio itself asks for it, without a password; it starts the queue
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds after a wrong password; each doubles the delay
 FORGET_SECONDS = 600
 MAX_ADDRESSES = 10_000  # addresses whose wrong passwords are remembered
@@ -173,9 +176,11 @@ class Logins:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        if is_post and scope["path"].rstrip("/") == "/login":
+        path = scope.get("path", "")
+        is_guarded = is_post or path.startswith(API) and path != STARTUP
+        if is_post and path.rstrip("/") == "/login":
             await self._log_in(scope, receive, send)
-        elif (is_post or scope.get("path", "").startswith(API)) and not is_logged_in(scope):
+        elif is_guarded and not is_logged_in(scope):
             await answer(send, 401, "Log in first.")
         else:
             await self.app(scope, receive, send)
