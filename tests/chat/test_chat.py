@@ -278,7 +278,8 @@ def test_mistakes_are_one_line_and_status_2(tiny_chat_model_dir, flags, said):
 
 def test_the_password_of_the_page(monkeypatch):
     """An empty one, as a script gives from a variable that is not set, opens no page."""
-    read = lambda *flags: read_password(parse_options(["--web", *flags]))  # noqa: E731
+    needed = ["--web", "--model_name_or_path", "M"]
+    read = lambda *flags: read_password(parse_options([*needed, *flags]))  # noqa: E731
     assert read() is None and read("--password", "secret") == "secret"
     monkeypatch.setenv("MINISFT_PASSWORD", "geheim")
     assert read() == "geheim" and read("--password", "secret") == "secret"
