@@ -25,7 +25,6 @@ from minisft.common.flag_words import (
     grouped,
     is_bare_flag,
     normalized,
-    repeated_flags,
     with_home,
 )
 from minisft.common.llama_factory import STRATEGIES, set_steps, translate
@@ -173,8 +172,6 @@ class OptionParser(argparse.ArgumentParser):
         for name, action in self._flags.items():
             values = (getattr(options, name), recipe[name], action.default)
             setattr(options, name, next(value for value in values if value is not _UNSET))
-        if (twice := repeated_flags(words)) and announced_rank() == 0:
-            print(f"given twice, the last counts: --{', --'.join(twice)}", file=sys.stderr)
         return options
 
     def given(self, options: Namespace) -> set[str]:

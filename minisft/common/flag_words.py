@@ -6,7 +6,6 @@ flag_and_value(["--lr", "3"])                                           # ("lr",
 
 import os
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 from typing import Any
 
 from minisft.common.llama_factory import read_value
@@ -33,17 +32,6 @@ def flag_and_value(group: Sequence[str]) -> tuple[str, Any]:
     """(name, value) of a flag in a group; a flag without a value is on."""
     flag, equals, value = group[0].partition("=")
     return flag.removeprefix("--"), read_value(value if equals else " ".join(group[1:]))
-
-
-def repeated_flags(words: Sequence[str]) -> list[str]:
-    """The names of flags that come again with another value."""
-    values: dict[str, set[str]] = {}
-    for place, word in enumerate(words):
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").partition("=")
-            rest = takewhile(lambda later: not later.startswith("--"), words[place + 1 :])
-            values.setdefault(name, set()).add(" ".join([value, *rest]).strip())
-    return [name for name in values if len(values[name]) > 1]
 
 
 def is_bare_flag(word: str) -> bool:

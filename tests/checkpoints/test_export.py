@@ -278,9 +278,7 @@ def test_mistakes_write_nothing(checkpoint, adapter, tmp_path):
         done = command(
             "--model_name_or_path", checkpoint, "--adapter", adapter, *words, script="export.py"
         )
-        *notes, complaint = done.stderr.splitlines()
-        assert done.returncode == 2 and complaint.startswith("error: ") and message in complaint
-        assert notes == ["given twice, the last counts: --adapter"] * ("--adapter" in words)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     done = command(
         model_name_or_path=checkpoint,
         format="peft",

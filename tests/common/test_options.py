@@ -288,13 +288,6 @@ def test_help_shows_defaults_of_zero():
     assert "decay (default: 0.0)" in shown and "(default: False)" not in shown
 
 
-def test_a_flag_that_is_given_twice_is_named(capsys):
-    """The last one counts, so a command line can be extended."""
-    twice = ["--names", "x", "--lora-rank", "2", "--lora_rank=2", "--names=y", "--debug"]
-    assert new_parser().parse_options([*MODEL, *twice]).names == "y"
-    assert capsys.readouterr().err == "given twice, the last counts: --names\n"
-
-
 def test_minus_one_step_means_epochs():
     assert train_options([*NEEDED, "--max_steps", "-1", "--report_to", "none"]).max_steps is None
 

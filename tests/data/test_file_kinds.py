@@ -151,9 +151,9 @@ class TestLargeArrays:
             (f"[{row},\n{row}", "the array has no end. Is the file complete?"),
             (f"[{row},\n{row}\n]]", "line 3: not valid JSON between two objects"),
             (f"[{row},\n{row}\n],", "line 3: not valid JSON between two objects"),
-            (f"[{row},\n1, {row}]", r"row 1 \(line 1\): line 2 column 1: .*: Extra data"),
+            (f"[{row},\n1, {row}]", r"row 1 \(line 1\): line 1 column .*: Extra data"),
             (f"[{row}\n{row[:-1]}:}}]", r"row 2 \(line 2\): .*not valid JSON"),
-            (f"[{row}]\n{row}", r"row 1 \(line 1\): line 2 .*: Extra data"),
+            (f"[{row}]\n{row}", r"row 1 \(line 1\): line 1 .*: Extra data"),
         ):
             with pytest.raises(UserError, match=message):
                 open_rows(write(path, text))
