@@ -40,9 +40,7 @@ POLICY = (
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
 
 API = "/gradio_api/"
-STARTUP = (
-    API + "startup-events"
-)  # gradio itself asks for it, without a password; it starts the queue
+STARTUP = API + "startup-events"  # gradio's launch asks for it, and has no password
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds after a wrong password; each doubles the delay
 FORGET_SECONDS = 600
 MAX_ADDRESSES = 10_000  # addresses whose wrong passwords are remembered

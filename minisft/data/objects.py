@@ -13,7 +13,7 @@ import numpy as np
 from minisft.common.errors import UserError
 
 BLOCK_SIZE = 4 * 2**20  # bytes searched at a time
-NEWLINE, SPACE, QUOTE, COMMA = map(ord, '\n ",')
+NEWLINE, QUOTE, COMMA = map(ord, '\n",')
 # Byte -> how it changes the number of open brackets; and the bytes that the search looks at.
 STEPS = np.zeros(256, np.int32)
 STEPS[[ord(bracket) for bracket in "{["]] = 1

@@ -22,11 +22,12 @@ import numpy as np
 from minisft.common.errors import UserError
 from minisft.common.lfs_pointers import refuse_pointer
 from minisft.data.formats import turns_column
-from minisft.data.objects import BLOCK_SIZE, NEWLINE, SPACE, find_objects
+from minisft.data.objects import BLOCK_SIZE, NEWLINE, find_objects
 from minisft.data.row_values import BadRow, parse_json
 from minisft.data.unpack import is_columnar, is_packed, unpack
 
 MAX_ROW_BYTES = 64 * 2**20  # parsing takes ten times as much memory
+SPACE = ord(" ")
 PARSED_BYTES = 64 * 2**20  # in a larger array, only the offsets of the rows are kept
 # Suffixes of other kinds of file -> what to do with them.
 HINTS = {".csv": "; convert it, for instance with pandas: read_csv, then to_parquet"}

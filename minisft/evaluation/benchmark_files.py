@@ -11,6 +11,7 @@ and its group.
 import csv
 import io
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any
 from minisft.common.errors import UserError
 from minisft.common.lfs_pointers import refuse_pointer
 from minisft.evaluation.benchmarks import LETTERS, Benchmark, Question, Subject
+from minisft.evaluation.text_metrics import CJK
 
 MAPPINGS = ("subject_mapping.json", "mapping.json")
 # The errors of zipfile for a file that is damaged, truncated, encrypted or compressed in a way
@@ -92,7 +94,7 @@ def language_note(benchmark: Benchmark, subjects: Sequence[Subject]) -> str:
 
 def has_chinese(text: str) -> bool:
     """True if the text has a Chinese character."""
-    return any("\u4e00" <= character <= "\u9fff" for character in text)
+    return re.search(f"[{CJK}]", text) is not None
 
 
 class Files:

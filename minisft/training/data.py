@@ -149,9 +149,9 @@ def show_samples(
             say(coloured(tokenizer, ids, supervised))
             if options.show_ids:
                 say(f"ids: {' '.join(map(str, ids))}")
-            answer = f", answer {place} of {len(texts)}, the best first"
-            if options.stage not in ("rm", "dpo"):
-                answer = ""
+            answer = ""
+            if options.stage in ("rm", "dpo"):
+                answer = f", answer {place} of {len(texts)}, the best first"
             say(
                 f"(sample {number}{answer}: {len(ids)} tokens, {sum(supervised)} of them "
                 "supervised)\n"

@@ -787,6 +787,7 @@ def test_browser_a_visitor_logs_in(browser, tiny_chat_model_dir):
         tab.set_default_timeout(1000 * HANG_SECONDS)
         tab.goto(f"http://127.0.0.1:{port}/")
         tab.get_by_label("username").fill("ann")
+        assert not tab.locator("#box").count()  # nothing of the page is there yet
         tab.get_by_label("password").fill("geheim")
         tab.get_by_role("button", name="Login").click()
         tab.locator("#box textarea:enabled").wait_for()
