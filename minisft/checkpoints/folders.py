@@ -65,7 +65,7 @@ def load_model(
 
     dtype: by default the type of the stored embedding. quantization_bit: 4 or 8, to hold the linear
     layers of the decoder in that many bits; the embedding and the output matrix keep `dtype`.
-    keep_blocks: keep those of a GGUF file, see gguf_blocks.py; for bfloat16 on a CPU.
+    keep_blocks: keep those of a GGUF file, see gguf_blocks.py; where can_pack_weights is true.
     UserError names tensors that are missing, unexpected or of the wrong shape.
     """
     model, stored = open_model(path, CausalLM)

@@ -14,6 +14,7 @@ from minisft.model.joined_layers import join_layers
 from minisft.model.lora import merge_lora
 from minisft.model.packed_weights import can_pack_weights, pack_weights
 from minisft.model.parameters import convert_parameters
+from minisft.model.quantized import QuantizedLinear
 from minisft.model.reward import Model
 
 
@@ -56,7 +57,12 @@ def add_frozen_adapter(
 
 
 def join_and_pack(model: Model, dtype: torch.dtype, device: torch.device) -> None:
-    """Join the layers and pack the weights, where there are kernels for it. In place."""
-    if can_pack_weights(dtype, device):
+    """Join the layers and pack the weights, where there are kernels for it. In place.
+
+    Plain weights in float32 stay as they are, mapped from their file: a product of one row takes
+    much longer than its call.
+    """
+    has_few_bits = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    if can_pack_weights(dtype, device) and (dtype == torch.bfloat16 or has_few_bits):
         join_layers(model)
         pack_weights(model)

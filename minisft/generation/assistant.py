@@ -39,7 +39,7 @@ from minisft.generation.thoughts import AnswerDecoder, decode_answer
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 from minisft.model.joined_layers import has_joined_layers
-from minisft.model.packed_weights import can_pack_weights, pack_weights
+from minisft.model.packed_weights import can_pack_weights, has_packed_weights, pack_weights
 from minisft.text.messages import Message, without_thoughts
 from minisft.text.template_choice import trained_template
 from minisft.text.tokenizer import Tokenizer, check_vocabulary
@@ -89,7 +89,6 @@ class Assistant:
             template_kwargs=template_kwargs,
             enable_thinking=enable_thinking,
         )
-        self.is_packed = pack and can_pack_weights(self.dtype, self.device)
         if base_model is None:
             model = load_for_inference(
                 model_dir, adapter_dir, self.dtype, self.device, quantization_bit, pack
@@ -99,7 +98,7 @@ class Assistant:
                 raise UserError("Assistant: to share base_model, load it with pack=False.")
             model = share_weights(base_model)
             add_frozen_adapter(model, adapter_dir, self.dtype)
-            if self.is_packed:  # but not joined: others have the weights, too
+            if pack and can_pack_weights(self.dtype, self.device):  # but not joined: others have the weights, too
                 pack_weights(model)
         self.model = model
         self.stop_ids = self.template.stop_token_ids(
@@ -121,7 +120,7 @@ class Assistant:
     def compile(self) -> None:
         """Compile the model for `stream`. Each cache then takes the memory of max_length tokens."""
         check_compile(self.device)
-        if self.is_packed:
+        if has_packed_weights(self.model):
             raise UserError("Assistant: to compile, load the model with pack=False.")
         self.decoder = CompiledDecoder(self.model, self.max_length)
         self.caches = Caches(self.decoder.new_cache, self.caches.limit)

@@ -6,7 +6,8 @@
 
 A decoding step multiplies every matrix with one row, so its time is that of reading the weights.
 F.linear in bfloat16 brings a matrix into oneDNN's order at every call, and that takes as long as
-the multiplication. For 8 and 4 bits torch has products that read the packed numbers:
+the multiplication. For 8 and 4 bits torch has products that read the packed numbers. They take and
+give bfloat16:
 
     layer              product                                              bytes a weight
     PackedLinear       oneDNN, with the weight in oneDNN's order            2
@@ -14,8 +15,9 @@ the multiplication. For 8 and 4 bits torch has products that read the packed num
     Int4Linear         _weight_int4pack_mm_for_cpu, for Blocks              0.63
     Int4PairLinear     the same twice: 8 bits in blocks                     1.25
 
-All compute in bfloat16. Other number types, and processors that do not multiply bfloat16, keep the
-layers that they have.
+On a processor that multiplies bfloat16, a model in that type has all of them. On one with AVX2
+only, a model in float32 has those of 8 and 4 bits: they round their input to bfloat16, and read a
+quarter and less of the bytes. Everything else keeps the layers that it has.
 """
 
 from collections.abc import Callable
@@ -35,13 +37,15 @@ INT8_ROWS, INT4_ROWS_PER_COLUMN = 32, 2
 
 
 def can_pack_weights(dtype: torch.dtype, device: torch.device | str) -> bool:
-    """True if there are kernels for packed weights: bfloat16 on a CPU that multiplies it."""
-    return (
-        torch.device(device).type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    """True if a model in this type can have packed weights: in the type that suits the CPU.
+
+    Where the CPU multiplies bfloat16, float32 is chosen for its accuracy, and stays exact.
+    """
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return dtype == torch.bfloat16
+    return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 @torch.no_grad()
@@ -70,10 +74,12 @@ def pack_weights(*models: nn.Module) -> None:
 
 
 def separate_head(model: nn.Module) -> None:
-    """Make a layer of a tied output matrix, on the same weight. In place."""
+    """Make a layer of a tied output matrix in bfloat16, on the same weight. In place."""
     if isinstance(model, CausalLM) and model.config.tie_word_embeddings:
-        model.add_module("lm_head", plain_linear(model.model.embed_tokens.weight, None))
-        model.config.tie_word_embeddings = False
+        weight = model.model.embed_tokens.weight
+        if weight.dtype == torch.bfloat16:
+            model.add_module("lm_head", plain_linear(weight, None))
+            model.config.tie_word_embeddings = False
 
 
 def packable_weight(name: str, module: nn.Module) -> Tensor | None:
@@ -124,7 +130,7 @@ class Int8Linear(QuantizedLinear):
         if not suits_kernel(x, INT8_ROWS):
             return super().forward(x)
         rows = x.reshape(-1, self.in_features).contiguous()
-        y = torch._weight_int8pack_mm(rows, self.steps, self.row_scales)
+        y = torch._weight_int8pack_mm(rows.bfloat16(), self.steps, self.row_scales).to(x.dtype)
         return with_bias(y.view(*x.shape[:-1], self.out_features), self.bias)
 
 
@@ -163,16 +169,16 @@ class Int4Linear(QuantizedLinear):
         """(..., out_features) from x (..., in_features)."""
         if not suits_kernel(x, INT4_ROWS_PER_COLUMN * self.in_features):
             return super().forward(x)
-        y = self._multiply(x.reshape(-1, self.in_features))
+        y = self._multiply(x.reshape(-1, self.in_features)).to(x.dtype)
         return with_bias(y.view(*x.shape[:-1], self.out_features), self.bias)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) as `dtype`."""
-        return self._multiply(torch.eye(self.in_features, dtype=torch.bfloat16)).T.to(dtype)
+        return self._multiply(torch.eye(self.in_features)).T.to(dtype)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows.contiguous(), self.packed, BLOCK, self.factors
+            rows.bfloat16().contiguous(), self.packed, BLOCK, self.factors
         )
 
 
@@ -214,11 +220,15 @@ class StoredEmbedding(nn.Module):
         return self.read_rows(tokens.flatten()).to(self.dtype).view(*tokens.shape, -1)
 
 
+def has_packed_weights(model: nn.Module) -> bool:
+    """True if a layer of the model is packed."""
+    kinds = PackedLinear | Int8Linear | Int4Linear
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
 def suits_kernel(x: Tensor, max_rows: int) -> bool:
-    """True for bfloat16 x (..., in) of at most `max_rows` rows, without a gradient."""
-    num_rows = x.numel() // x.shape[-1]
-    is_right_size = 0 < num_rows <= max_rows
-    return is_right_size and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    """True for x (..., in) of at most `max_rows` rows, without a gradient."""
+    return 0 < x.numel() <= max_rows * x.shape[-1] and not torch.is_grad_enabled()
 
 
 def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:

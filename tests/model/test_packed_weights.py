@@ -14,6 +14,7 @@ from minisft.checkpoints import hub
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.gguf_export import export_model
+from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
@@ -21,6 +22,7 @@ from minisft.generation.sharing import share_weights
 from minisft.gguf.unpack import BlockRows
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
+from minisft.model.decoding_layers import DecodingEmbedding, DecodingLinear
 from minisft.model.lora import LoraConfig, LoRALinear, add_lora
 from minisft.model.packed_weights import (
     Int4Linear,
@@ -29,13 +31,17 @@ from minisft.model.packed_weights import (
     PackedLinear,
     StoredEmbedding,
     can_pack_weights,
+    has_packed_weights,
     pack_weights,
 )
 from minisft.model.quantized import QuantizedLinear
 
-needs_kernels = pytest.mark.skipif(
-    not can_pack_weights(torch.bfloat16, "cpu"), reason="this processor does not multiply bfloat16"
+TYPES = [dtype for dtype in (torch.bfloat16, torch.float32) if can_pack_weights(dtype, "cpu")]
+needs_kernels = pytest.mark.skipif(not TYPES, reason="this processor has no kernels")
+needs_bfloat16 = pytest.mark.skipif(
+    torch.bfloat16 not in TYPES, reason="this processor does not multiply bfloat16"
 )
+BOTH = torch.bfloat16, torch.float32  # the kernels for 8 and 4 bits take both everywhere
 ROUNDING = 2**-8  # of bfloat16
 
 
@@ -49,17 +55,17 @@ def random_blocks(type, out_features, in_features):
     return layer, torch.from_numpy(gguf.quants.dequantize(data, type))
 
 
-def check_product(layer, weight, bias, num_rows):
+def check_product(layer, weight, bias, num_rows, dtype=torch.bfloat16):
     """The layer's product, for x of one and more dimensions, equals that of the weight."""
     torch.manual_seed(num_rows)
-    x = torch.randn(num_rows, weight.shape[1]).bfloat16()
+    x = torch.randn(num_rows, weight.shape[1]).to(dtype)
     with torch.inference_mode():
         found = layer(x)
         together = layer(x[None])
-        wide = torch.randn(num_rows, 3, weight.shape[1]).bfloat16()
+        wide = torch.randn(num_rows, 3, weight.shape[1]).to(dtype)
         wide[:, -1] = x
         last = layer(wide[:, -1])  # as the states of a batch's last tokens: not contiguous
-    assert found.dtype == torch.bfloat16 and found.shape == (num_rows, len(weight))
+    assert found.dtype == dtype and found.shape == (num_rows, len(weight))
     assert torch.equal(together[0], found) and torch.equal(last, found)
     expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     largest = (x.float().abs() @ weight.float().abs().T).amax() if num_rows else 0
@@ -72,25 +78,32 @@ def check_product(layer, weight, bias, num_rows):
 @needs_kernels
 @pytest.mark.parametrize("num_rows", [0, 1, 8, 200])
 @pytest.mark.parametrize("type", [Type.Q4_0, Type.Q4_1, Type.Q8_0], ids=lambda type: type.name)
-def test_blocks_are_multiplied_as_the_gguf_package_reads_them(type, num_rows):
+@pytest.mark.parametrize("dtype", BOTH)
+def test_blocks_are_multiplied_as_the_gguf_package_reads_them(dtype, type, num_rows):
     layer, weight = random_blocks(type, 48, 96)
-    check_product(layer, weight, None, num_rows)
-    layer.bias = nn.Parameter(torch.randn(48).bfloat16())
-    check_product(layer, weight, layer.bias, num_rows)
+    check_product(layer, weight, None, num_rows, dtype)
+    layer.bias = nn.Parameter(torch.randn(48).to(dtype))
+    check_product(layer, weight, layer.bias, num_rows, dtype)
     torch.testing.assert_close(layer.weight, weight, rtol=ROUNDING, atol=2 * ROUNDING * 0.1)
 
 
 @needs_kernels
 @pytest.mark.parametrize("num_rows", [0, 1, 8, 200])
-@pytest.mark.parametrize("bits", [8, 16])
-def test_rows_are_multiplied(bits, num_rows):
+@pytest.mark.parametrize("dtype", BOTH)
+def test_rows_of_8_bits_are_multiplied(dtype, num_rows):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40).to(dtype)
+    layer = Int8Linear(QuantizedLinear.from_weight(linear.weight, 8, linear.bias))
+    check_product(layer, layer.weight, linear.bias, num_rows, dtype)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("num_rows", [0, 1, 8, 200])
+def test_bfloat16_is_multiplied(num_rows):
     torch.manual_seed(0)
     linear = nn.Linear(96, 40).bfloat16()
-    if bits == 16:
-        layer = PackedLinear(linear)
-        assert torch.equal(layer.weight, linear.weight.float())
-    else:
-        layer = Int8Linear(QuantizedLinear.from_weight(linear.weight, 8, linear.bias))
+    layer = PackedLinear(linear)
+    assert torch.equal(layer.weight, linear.weight.float())
     check_product(layer, layer.weight, linear.bias, num_rows)
 
 
@@ -115,13 +128,15 @@ def test_a_gguf_file_is_used_in_its_blocks(
     save(folder, hub.resolve(str(tiny_chat_model_dir)), content)
     export_model(folder, tmp_path / "model.gguf", quantization)
     unpacked_folder = hub.resolve(str(tmp_path / "model.gguf"))
-    plain = load_model(unpacked_folder, torch.float32)
-    blocks = load_model(unpacked_folder, torch.bfloat16, keep_blocks=True)
+    plain, dtype = load_model(unpacked_folder, torch.float32), TYPES[0]
+    blocks = load_model(unpacked_folder, dtype, keep_blocks=True)
     pack_weights(blocks)
     kinds = {type(module) for module in blocks.modules()}
-    assert StoredEmbedding in kinds and not kinds & {nn.Embedding, nn.Linear}
     expected = {"q4_0": Int4Linear, "q4_1": Int4Linear, "q8_0": Int4PairLinear}
-    assert expected.get(quantization, PackedLinear) in kinds
+    other = PackedLinear if dtype == torch.bfloat16 else DecodingLinear
+    assert {StoredEmbedding, expected.get(quantization, other)} <= kinds
+    unpacked = {nn.Embedding, DecodingEmbedding, nn.Linear, DecodingLinear}
+    assert not kinds & (unpacked - {other})
     tokens = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = (
@@ -130,7 +145,7 @@ def test_a_gguf_file_is_used_in_its_blocks(
     assert (found - expected).abs().mean() < 0.05 * expected.std()
 
 
-@needs_kernels
+@needs_bfloat16
 def test_models_that_share_weights_share_the_packed_ones():
     torch.manual_seed(0)
     base = CausalLM(ModelConfig.from_dict(CONFIG)).bfloat16().eval()
@@ -150,7 +165,7 @@ def test_models_that_share_weights_share_the_packed_ones():
     assert not any(isinstance(module, nn.Linear) for module in base.modules())
 
 
-@needs_kernels
+@needs_bfloat16
 def test_an_adapter_fits_a_packed_base(tmp_path):
     torch.manual_seed(0)
     base = CausalLM(ModelConfig.from_dict(CONFIG)).eval()
@@ -171,7 +186,7 @@ def test_an_adapter_fits_a_packed_base(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
 
 
-@needs_kernels
+@needs_bfloat16
 def test_an_assistant_packs_unless_it_compiles(tiny_chat_model_dir):
     question = [{"role": "user", "content": "Hello there!"}]
     answers = []
@@ -186,3 +201,42 @@ def test_an_assistant_packs_unless_it_compiles(tiny_chat_model_dir):
     assert len(answers[0]) == len(answers[1])
     in_float32 = Assistant(tiny_chat_model_dir, dtype="float32")
     assert not any(type(module) is PackedLinear for module in in_float32.model.modules())
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_bits", [8, "q4_0"])
+def test_an_assistant_multiplies_few_bits_as_they_are(num_bits, tiny_chat_model_dir, tmp_path):
+    """In 8 bits and in the blocks of a file, with the CPU's own type, on every CPU with kernels."""
+    path, bits = str(tiny_chat_model_dir), None
+    if num_bits == 8:
+        bits = 8
+    else:
+        path = str(tmp_path / "model.gguf")
+        export_model(hub.resolve(str(tiny_chat_model_dir)), tmp_path / "model.gguf", num_bits)
+    dtype = dtype_name(TYPES[0])
+    assistants = [
+        Assistant(path, dtype=dtype, quantization_bit=bits, pack=pack) for pack in (True, False)
+    ]
+    packed, plain = (assistant.model for assistant in assistants)
+    assert has_packed_weights(packed) and not has_packed_weights(plain)
+    kinds = {type(module) for module in packed.modules()}
+    assert (Int8Linear if bits else Int4Linear) in kinds
+    tokens = torch.randint(3, 100, (1, 7), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found, expected = (
+            torch.log_softmax(model.logits(model(tokens)).float(), -1) for model in (packed, plain)
+        )
+    assert not torch.equal(found, expected)  # by another kernel
+    assert (found - expected).abs().mean() < 0.02 * expected.std()
+    with pytest.raises(UserError, match="pack=False"):
+        assistants[0].compile()
+
+
+def test_float32_stays_exact_where_bfloat16_is_multiplied(monkeypatch):
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        assert can_pack_weights(torch.bfloat16, "cpu") == has_bfloat16
+        assert can_pack_weights(torch.float32, "cpu") != has_bfloat16
+        assert not can_pack_weights(torch.float16, "cpu")
+        assert not can_pack_weights(torch.float32, "cuda")
