@@ -98,7 +98,8 @@ class Assistant:
                 raise UserError("Assistant: to share base_model, load it with pack=False.")
             model = share_weights(base_model)
             add_frozen_adapter(model, adapter_dir, self.dtype)
-            if pack and can_pack_weights(self.dtype, self.device):  # but not joined: others have the weights, too
+            # Not joined, because others have the weights, too.
+            if pack and can_pack_weights(self.dtype, self.device):
                 pack_weights(model)
         self.model = model
         self.stop_ids = self.template.stop_token_ids(

@@ -232,11 +232,11 @@ def test_an_assistant_multiplies_few_bits_as_they_are(num_bits, tiny_chat_model_
         assistants[0].compile()
 
 
-def test_float32_stays_exact_where_bfloat16_is_multiplied(monkeypatch):
-    for has_bfloat16 in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-        assert can_pack_weights(torch.bfloat16, "cpu") == has_bfloat16
-        assert can_pack_weights(torch.float32, "cpu") != has_bfloat16
-        assert not can_pack_weights(torch.float16, "cpu")
-        assert not can_pack_weights(torch.float32, "cuda")
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_float32_stays_exact_where_bfloat16_is_multiplied(has_bfloat16, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert can_pack_weights(torch.bfloat16, "cpu") == has_bfloat16
+    assert can_pack_weights(torch.float32, "cpu") != has_bfloat16
+    assert not can_pack_weights(torch.float16, "cpu")
+    assert not can_pack_weights(torch.float32, "cuda")
