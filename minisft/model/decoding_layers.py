@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from minisft.model.basic_layers import Embedding, Linear, RMSNorm
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-# With AVX2, oneDNN was faster than MKL for any number of rows: by 2 to 20 % for the layers of a
-# batch, 1.3 to 1.5 times for its logits (AMD EPYC). With AVX-512, it is for a few rows only.
+# With AVX2, oneDNN is faster than MKL for any number of rows: 2 to 18 % for the layers of a batch,
+# 1.3 to 1.5 times for its logits (AMD EPYC). With AVX-512, it is for a few rows only.
 HAS_AVX2_ONLY = torch.backends.cpu.get_cpu_capability() == "AVX2"
 FEW_ROWS = 64
 PRODUCT_TYPES = torch.float32, torch.bfloat16  # of rms_norm_by_product
