@@ -188,7 +188,7 @@ def score(
 ) -> Counter[str]:
     """Score the pending rows. Returns {reason for no score: number of rows} of all ranks."""
     is_on_gpu = next(model.parameters()).is_cuda
-    batch_tokens = options.batch_tokens or (8192 if is_on_gpu else 2048)
+    batch_tokens = options.batch_tokens or (8192 if is_on_gpu else 1024)
     num_rows, reasons = len(reader.rows), Counter()
     silent = writer is None or not sys.stderr.isatty()
     with tqdm(total=num_rows, initial=num_rows - len(pending), unit="row", disable=silent) as bar:

@@ -246,7 +246,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--num_rows", type=int, default=200)
     reference = "rows that the reference scores (default: all)"
     parser.add_argument("--reference_rows", type=int, help=reference)
-    parser.add_argument("--batch_tokens", type=int, default=2048)
+    parser.add_argument("--batch_tokens", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     add_results_option(parser)

@@ -10,6 +10,7 @@ import torch
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import load_model
 from minisft.model.decoder import CausalLM
+from minisft.model.decoding_layers import use_decoding_layers
 from minisft.model.joined_layers import join_layers
 from minisft.model.lora import merge_lora
 from minisft.model.packed_weights import can_pack_weights, pack_weights
@@ -52,6 +53,8 @@ def add_frozen_adapter(
     load_adapter(model, adapter_dir)
     if merge:
         merge_lora(model)
+        if next(model.parameters()).is_cpu:
+            use_decoding_layers(model)
     # Adapters are stored in float32. Convert once, not for every token.
     convert_parameters(model.eval().requires_grad_(False), dtype)
 

@@ -10,8 +10,6 @@ more weight.
 The tour explains it: docs/tour/06_loss.md.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,12 +20,12 @@ from minisft.model.decoder import CausalLM
 from minisft.model.memory_saving_loss import (
     CrossEntropy,
     Logits,
-    by_rows,
     cross_entropy_in_place,
     token_losses_frozen_head,
+    token_losses_without_gradient,
 )
 
-# Logits that are in memory at a time: 256 MB in float32.
+# Logits that are in memory at a time in training: 256 MB in float32.
 CHUNK_LOGITS = 2**26
 
 
@@ -73,14 +71,12 @@ def token_losses(logits: Logits, states: Tensor, targets: Tensor) -> Tensor:
     With a vocabulary of 128,000, the logits of a batch would take more memory than the model.
     Therefore only a chunk of them is in memory at a time.
     """
+    if not torch.is_grad_enabled():
+        return token_losses_without_gradient(logits, states, targets, cross_entropy)
     # Logits of zero states show the size of the vocabulary, and whether the output matrix is
     # trained.
     no_logits = logits(states[:0].detach())  # (0, V)
     size = chunk_size(no_logits.shape[-1])
-    if not torch.is_grad_enabled():
-        return token_losses_in_chunks(
-            logits, states, targets, size, partial(by_rows, cross_entropy)
-        )
     if no_logits.requires_grad:
         return token_losses_in_chunks(logits, states, targets, size, cross_entropy_in_place)
     return token_losses_frozen_head(logits, states, targets, size)

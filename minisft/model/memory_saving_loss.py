@@ -22,10 +22,23 @@ CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 # Logits that are in float32 at a time. On a CPU, more do not fit into its cache, and their memory
 # has to come from the operating system each time, which takes longer than the computation.
 PIECE_ON_CPU, PIECE_ON_GPU = 2**19, 2**24
+# States whose logits are in memory at a time if there is no gradient. On CPUs with AVX2 and with
+# AVX-512, 256 took 0.77 to 0.93 of the time of 1,365 to 2,048. 1,024 states and a vocabulary of
+# 128,000 are 256 MB in bfloat16.
+STATES_ON_CPU, STATES_ON_GPU = 256, 1024
+
+
+def token_losses_without_gradient(
+    logits: Logits, states: Tensor, targets: Tensor, cross_entropy: CrossEntropy
+) -> Tensor:
+    """loss.token_losses for scores: nothing is kept for a backward pass."""
+    size = STATES_ON_CPU if states.is_cpu else STATES_ON_GPU
+    chunks = zip(states.split(size), targets.split(size), strict=True)
+    return torch.cat([by_rows(cross_entropy, logits(chunk), tokens) for chunk, tokens in chunks])
 
 
 def by_rows(cross_entropy: CrossEntropy, logits: Tensor, targets: Tensor) -> Tensor:
-    """cross_entropy(logits, targets), a few rows at a time. For losses without a gradient."""
+    """cross_entropy(logits, targets), a few rows at a time."""
     return torch.cat([cross_entropy(*rows) for rows in in_pieces(logits, targets)])
 
 

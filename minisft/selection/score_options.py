@@ -93,7 +93,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add(
         "--batch_tokens",
         type=positive_int,
-        help="tokens of a batch, padding included (default: 2048 on a CPU, 8192 on a GPU)",
+        help="tokens of a batch, padding included (default: 1024 on a CPU, 8192 on a GPU)",
     )
     add(
         "--output",

@@ -1,7 +1,7 @@
 """Write the files of score.py result by result, and continue them after an interruption.
 
 writer = ScoreWriter("scores.jsonl", record, num_rows=300, parts=("ifd", "embed"), width=64)
-for scores in score_rows(model, reader, writer.pending(), batch_tokens=2048):
+for scores in score_rows(model, reader, writer.pending(), batch_tokens=1024):
     writer.add(scores)
 writer.finish()
 """

@@ -1,7 +1,7 @@
 """Score many rows: ranks share them, worker processes read and plan them, passes run in batches.
 
     reader = RowReader(rows, IfdScorer(template, cutoff_len=512))
-    for scores in score_rows(model, reader, numbers=np.arange(len(rows)), batch_tokens=2048):
+    for scores in score_rows(model, reader, numbers=np.arange(len(rows)), batch_tokens=1024):
         print(scores[0].record)
 
 Rows are planned a window at a time, so memory does not grow with the data.

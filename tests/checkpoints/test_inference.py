@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from minisft.checkpoints.adapters import load_adapter, save_adapter
 from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.inference import load_for_inference
+from minisft.model.decoding_layers import DecodingLinear
 from minisft.model.joined_layers import has_joined_layers
 from minisft.model.lora import LoraConfig, LoRALinear, add_lora
 from minisft.model.packed_weights import can_pack_weights
@@ -39,6 +41,9 @@ def test_an_adapter_is_added_or_merged(merge, checkpoint, adapter_dir):
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert merge != any(isinstance(module, LoRALinear) for module in model.modules())
     torch.testing.assert_close(logits(model), logits(expected.eval()), rtol=1e-4, atol=1e-5)
+    if merge:  # every merged layer is a fast one, too
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        assert {type(layer) for layer in layers} == {DecodingLinear}
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import CONFIG
 
 from minisft.checkpoints.folders import load_model
+from minisft.model import decoding_layers
 from minisft.model import packed_attention as packs
 from minisft.model.attention import attend, causal_mask
 from minisft.model.basic_layers import Embedding, Linear, RMSNorm
@@ -43,10 +44,12 @@ def operations(function):
 
 
 @needs_onednn
+@pytest.mark.parametrize("has_avx2_only", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (8, 1), (2, 40), (5, 40)])
-def test_linear(rows, bias):
-    """Equal in value and layout; only a few rows without gradients take the fast path."""
+def test_linear(rows, bias, has_avx2_only, monkeypatch):
+    """Equal in value and layout; without gradients a few rows are fast, with AVX2 any number."""
+    monkeypatch.setattr(decoding_layers, "HAS_AVX2_ONLY", has_avx2_only)
     torch.manual_seed(0)
     layer, x = DecodingLinear(Linear(512, 768, bias=bias)), torch.randn(*rows, 512)
     expected = F.linear(x, layer.weight, layer.bias)
@@ -55,8 +58,18 @@ def test_linear(rows, bias):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         assert actual.is_contiguous()
         is_fast = "mkldnn::_linear_pointwise" in operations(lambda: layer(x))
-    assert is_fast == (rows[0] * rows[1] <= 64)
+    assert is_fast == (has_avx2_only or rows[0] * rows[1] <= 64)
     assert "mkldnn::_linear_pointwise" not in operations(lambda: layer(x))  # with gradients
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_onednn_takes_states_with_gaps():
+    """As if only some positions of a batch were chosen, by a slice or transposed."""
+    weight, x = torch.randn(768, 512), torch.randn(6, 40, 512)
+    for states in (x[:, 3::2], x.transpose(0, 1), x[..., ::2].repeat(1, 1, 2)[:, -1]):
+        actual = linear_by_onednn(states, weight, None)
+        torch.testing.assert_close(actual, F.linear(states, weight), rtol=1e-5, atol=1e-4)
 
 
 def test_linear_in_half_precision_and_autocast():

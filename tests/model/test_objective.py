@@ -167,6 +167,25 @@ def test_losses_without_gradients_are_the_same():
     torch.testing.assert_close(token_losses(*arguments), plain)
 
 
+def test_losses_without_gradients_are_computed_in_chunks():
+    """Torch's numbers, and no product but those of the chunks: a packed head would dequantise."""
+    generator, sizes = torch.Generator().manual_seed(0), []
+    states = torch.randn(600, 32, generator=generator)
+    targets = torch.randint(0, 96, (600,), generator=generator)
+    head = torch.nn.Linear(32, 96, bias=False)
+
+    def logits(states):
+        """The head's logits; notes how many."""
+        sizes.append(len(states))
+        return head(states)
+
+    with torch.no_grad():
+        actual = token_losses(logits, states, targets)
+        expected = F.cross_entropy(head(states), targets, reduction="none")
+    torch.testing.assert_close(actual, expected)
+    assert sizes == [256, 256, 88]
+
+
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_no_logits_for_prompts_and_padding(frozen_head):
     model, seen = new_model(), []
