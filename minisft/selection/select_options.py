@@ -18,6 +18,7 @@ from minisft.common.command_line import (
 )
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_dataset_flags
+from minisft.common.option_types import rows_file
 
 # The inputs that each strategy needs.
 STRATEGIES = {
@@ -163,7 +164,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--seed", type=non_negative_int, default=42, help="seed of k-means and random choice")
 
     add, switch = parser.section("output")
-    add("--output", required=True, help="file to write: .jsonl for lines, .json for an array")
+    output = "file to write: .jsonl for lines, .json for an array"
+    add("--output", type=rows_file, required=True, help=output)
     switch("--overwrite", "replace the file, its manifest and its picture")
     switch("--plot", "draw OUTPUT.png: lengths, scores, clusters, the chosen rows (matplotlib)")
     parser.epilog = EPILOGUE
@@ -242,10 +244,5 @@ def check_options(options: Namespace, given: set[str]) -> None:
         value = getattr(options, flag)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{flag} {value}: must be from {low} to {high}")
-    if options.plot:
-        if not find_spec("matplotlib"):
-            raise UserError("--plot needs matplotlib (requirements/plot.txt)")
-        if options.output.endswith(".png"):
-            raise UserError(
-                f"--output {options.output}: --plot draws there. Give the rows another name."
-            )
+    if options.plot and not find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib (requirements/plot.txt)")

@@ -498,6 +498,13 @@ class TestConvert:
         assert originals[0]["target"][:10] in text  # as characters, not as escapes
         assert list(tmp_path.iterdir()) == [target]
 
+    def test_only_json_is_written(self, tmp_path):
+        done = self.run(write(tmp_path / "in.json", [GOOD]), tmp_path / "out.parquet")
+        assert (
+            done.returncode == 2
+            and "out.parquet' must end in .jsonl (JSON lines) or" in done.stderr
+        )
+
     def test_every_format_means_the_same_afterwards(self, shared_data, tmp_path):
         for name in ("glaive_toolcall_zh_demo", "oaast_sft_zh", "alpaca_zh_demo"):
             source, target = shared_data / "instruct" / f"{name}.json", tmp_path / f"{name}.json"
@@ -549,7 +556,7 @@ class TestConvert:
         monkeypatch.setattr("sys.argv", ["minisft.data", *map(str, words)])
         main()
         said = capsys.readouterr().out
-        assert "\033[32mone 0!" in said and "(sample 1: " in said and "steps" in said
+        assert "[[one 0!" in said and "(sample 1: " in said and "steps" in said
         assert "(sample 2: " not in said
 
     def test_a_row_that_sharegpt_cannot_express_is_broken(self, tmp_path):

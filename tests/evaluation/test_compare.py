@@ -24,6 +24,7 @@ from minisft.evaluation.compare import (
 )
 from minisft.evaluation.measures import differences, measure
 from minisft.evaluation.models import parse_model
+from minisft.evaluation.report_lines import difference_lines
 from minisft.evaluation.text_metrics import Splitter, corpus_bleu2, row_scores
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
@@ -218,6 +219,13 @@ def test_differences_are_paired():
     assert found["rouge_l"]["mean"] == pytest.approx(0.5)
     assert found["rouge_l"]["interval"] == pytest.approx((0.5, 0.5))  # the same gain in every row
     assert found["exact_match"]["p_value"] == 1.0
+    # Three equal rows do not prove that other rows are equal, too.
+    entries = {"b": differences(first, first)}
+    assert entries["b"]["exact_match"]["interval"] is None
+    assert difference_lines({"models": "ab", "differences_to_first": entries}) == [
+        "b minus a: ROUGE-L +0.0 points (no row differs), exact match +0.0 points (no row "
+        "differs), McNemar's p = 1"
+    ]
 
 
 def test_parse_model(tmp_path):
