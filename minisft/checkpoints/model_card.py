@@ -28,9 +28,9 @@ METHODS = {
 # The options that decide what was learned, in the order of the card.
 SETTINGS = (
     "replace validation_split finetuning_type adapter lora_rank lora_alpha lora_dropout "
-    "lora_target use_rslora modules_to_save quantization_bit new_special_tokens add_tokens"
-    " learning_rate "
-    "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps num_train_epochs max_steps "
+    "lora_target use_rslora modules_to_save quantization_bit new_special_tokens add_tokens "
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps "
+    "num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps packing cutoff_len block_size "
     "mask_history weight_decay max_grad_norm dpo_beta dpo_label_smoothing dpo_ftx seed dtype"
 ).split()

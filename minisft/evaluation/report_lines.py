@@ -30,10 +30,10 @@ def measure_lines(results: dict[str, Any]) -> list[str]:
         figures = ", ".join(
             f"{label} {100 * report['mean'][key]['mean']:.1f}" for key, label in MEASURES.items()
         )
-        perplexity = (
-            report["perplexity"] and f"{report['perplexity']:,.2f} (references never truncated)"
-        )
-        lines.append(f"{name}: {figures}, perplexity {perplexity or 'unknown'}")
+        perplexity = "unknown"
+        if report["perplexity"]:
+            perplexity = f"{report['perplexity']:,.2f} (references never truncated)"
+        lines.append(f"{name}: {figures}, perplexity {perplexity}")
         for key, problem in PROBLEMS.items():
             if report[key]:
                 lines.append(f"{name}: {report[key]} of {len(report['rows'])} {problem}")
