@@ -70,16 +70,6 @@ def fraction(text: str) -> float:
     return _float(text, 0, 1, "of at least 0 and below 1")
 
 
-def rows_file(text: str) -> str:
-    """The name of a file of rows to write, whose ending names its format."""
-    if not text.endswith((".json", ".jsonl")):
-        raise ArgumentTypeError(
-            f"'{text}' must end in .jsonl (JSON lines) or .json (an array): no other format is "
-            "written"
-        )
-    return text
-
-
 def json_object(text: str) -> str:
     """The text of a JSON object."""
     try:

@@ -15,7 +15,6 @@ from minisft.common.command_line import OptionParser, positive_int
 from minisft.common.errors import UserError
 from minisft.common.json_files import write_rows
 from minisft.common.model_flags import add_replace_flag
-from minisft.common.option_types import rows_file
 from minisft.common.outputs import check_not_an_input, check_output_file
 from minisft.common.script import run_script
 from minisft.common.single_writer import single_writer
@@ -91,8 +90,7 @@ def main() -> None:
     )
     parser.add_argument("command", choices=["convert", "show"], help="what to do")
     parser.add_argument("input", help="what --dataset of train.py names: file, folder, data set")
-    output = "file to write: .json for an array, .jsonl for lines"
-    parser.add_argument("output", type=rows_file, help=output)
+    parser.add_argument("output", help="file to write: .json for an array, .jsonl for lines")
     add, switch = parser.section("data")
     add("--dataset_dir", default="data", help=f"folder of {FILE_NAME}")
     add("--max_samples", type=positive_int, help="only the first N rows of each data set")

@@ -18,7 +18,6 @@ from minisft.common.command_line import (
 )
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_dataset_flags
-from minisft.common.option_types import rows_file
 
 # The inputs that each strategy needs.
 STRATEGIES = {
@@ -164,8 +163,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--seed", type=non_negative_int, default=42, help="seed of k-means and random choice")
 
     add, switch = parser.section("output")
-    output = "file to write: .jsonl for lines, .json for an array"
-    add("--output", type=rows_file, required=True, help=output)
+    add("--output", required=True, help="file to write: .jsonl for lines, .json for an array")
     switch("--overwrite", "replace the file, its manifest and its picture")
     switch("--plot", "draw OUTPUT.png: lengths, scores, clusters, the chosen rows (matplotlib)")
     parser.epilog = EPILOGUE
@@ -244,5 +242,10 @@ def check_options(options: Namespace, given: set[str]) -> None:
         value = getattr(options, flag)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{flag} {value}: must be from {low} to {high}")
-    if options.plot and not find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib (requirements/plot.txt)")
+    if options.plot:
+        if not find_spec("matplotlib"):
+            raise UserError("--plot needs matplotlib (requirements/plot.txt)")
+        if options.output.endswith(".png"):
+            raise UserError(
+                f"--output {options.output}: --plot draws there. Give the rows another name."
+            )

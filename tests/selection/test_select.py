@@ -542,6 +542,8 @@ def test_format_and_order_stay(kind, tmp_path, monkeypatch):
     [
         ("json", "jsonl", False),
         ("jsonl", "json", True),
+        ("json", "txt", True),
+        ("jsonl", "txt", False),
     ],
 )
 def test_the_name_says_lines_or_array(read, written, is_array, tmp_path, monkeypatch):
@@ -609,12 +611,11 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused(left, *by_ifd, "--sample_number", 59)
     refused("61 clusters of 60 rows", *by_cluster, "--clusters", 61)
     refused("--output .* is an input", *by_ifd, *few, "--output", scores)
-    for name in ("x.parquet", "x.csv", "x.txt", "x.png", "x.JSON", "x"):
-        refused(f"{name}' must end in .jsonl", *by_ifd, *few, "--output", tmp_path / name)
-    (tmp_path / "folder.json").mkdir()
-    refused("is a folder", *by_ifd, *few, "--output", tmp_path / "folder.json")
-    os.mkfifo(tmp_path / "device.json")
-    refused("or a device", *by_ifd, *few, "--output", tmp_path / "device.json", "--overwrite")
+    refused("is a folder", *by_ifd, *few, "--output", tmp_path)
+    os.mkfifo(tmp_path / "device")
+    refused("or a device", *by_ifd, *few, "--output", tmp_path / "device", "--overwrite")
+    refused("is an input", *by_cluster, "--output", ScorePaths(scores).perplexity)
+    refused("--plot draws there", *by_ifd, *few, "--plot", "--output", tmp_path / "x.png")
     refused("no row is in the --band", *by_cluster, "--clusters", 1, "--band", "49.99,50")
     refused(
         "give the file that ends in .embeddings.npy",
