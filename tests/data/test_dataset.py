@@ -498,13 +498,6 @@ class TestConvert:
         assert originals[0]["target"][:10] in text  # as characters, not as escapes
         assert list(tmp_path.iterdir()) == [target]
 
-    def test_only_json_is_written(self, tmp_path):
-        done = self.run(write(tmp_path / "in.json", [GOOD]), tmp_path / "out.parquet")
-        assert (
-            done.returncode == 2
-            and "out.parquet' must end in .jsonl (JSON lines) or" in done.stderr
-        )
-
     def test_every_format_means_the_same_afterwards(self, shared_data, tmp_path):
         for name in ("glaive_toolcall_zh_demo", "oaast_sft_zh", "alpaca_zh_demo"):
             source, target = shared_data / "instruct" / f"{name}.json", tmp_path / f"{name}.json"
