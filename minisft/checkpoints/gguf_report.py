@@ -45,13 +45,13 @@ def larger_types(tensors: Sequence[Tensor], quantization: str, config: ModelConf
     if not others:
         return []
     changes = ", ".join(
-        f"{counted(count, 'tensor')} {actual} instead of {wanted}"
+        f"{actual} instead of {wanted} in {counted(count, 'tensor')}"
         for (wanted, actual), count in others.items()
     )
     rows, of = (" or ".join(map(str, sorted(numbers))) for numbers in (sizes, blocks))
     return [
         f"more bits than {quantization} has in most models: rows of {rows} numbers cannot be cut "
-        f"into blocks of {of}. So {changes}"
+        f"into blocks of {of}, hence {changes}"
     ]
 
 

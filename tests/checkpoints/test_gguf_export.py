@@ -336,7 +336,7 @@ def test_command(checkpoint, adapter, tmp_path):
     done = export(*words, "--format", "gguf", "--quantization", "q4_k_m", "--overwrite")
     types = [type for type, _ in read(path)[1].values()]
     for type, wanted in (("Q5_0", "Q4_K"), ("Q8_0", "Q6_K")):
-        assert f"{types.count(type)} tensors {type} instead of {wanted}" in done.stdout
+        assert f"{type} instead of {wanted} in {types.count(type)} tensor" in done.stdout
     assert "more bits than q4_k_m" in done.stdout and "blocks of 256" in done.stdout
     done = export(*words, "--format", "gguf-lora", "--overwrite")
     assert done.returncode == 0, done.stderr
