@@ -9,9 +9,12 @@ from pathlib import Path
 from gguf import GGML_QUANT_SIZES
 
 from minisft.common.words import counted
-from minisft.gguf.tensor_types import wanted_type
+from minisft.gguf.tensor_types import tensor_type
 from minisft.gguf.writer import Tensor
 from minisft.model.config import ModelConfig
+
+# The numbers in a block of a K-quant. The blocks of other types are smaller and divide it.
+MAX_BLOCK = 256
 
 
 @dataclass
@@ -37,7 +40,9 @@ def larger_types(tensors: Sequence[Tensor], quantization: str, config: ModelConf
     """A note if rows do not fit in the blocks of their type, which makes the file larger."""
     others, sizes, blocks = Counter[tuple[str, str]](), set[int](), set[int]()
     for tensor in tensors:
-        wanted = wanted_type(tensor.name, tensor.shape, quantization, config)
+        # The type of a tensor of the same name with rows that every block size divides.
+        shape = (*tensor.shape[:-1], MAX_BLOCK)
+        wanted = tensor_type(tensor.name, shape, quantization, config)
         if tensor.type != wanted:
             others[wanted.name, tensor.type.name] += 1
             sizes.add(tensor.shape[-1])

@@ -39,11 +39,6 @@ FALLBACKS = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
 
 def tensor_type(name: str, shape: tuple[int, ...], quantization: str, config: ModelConfig) -> Type:
     """The type of a tensor, named as in the GGUF file."""
-    return type_for_rows(wanted_type(name, shape, quantization, config), shape[-1])
-
-
-def wanted_type(name: str, shape: tuple[int, ...], quantization: str, config: ModelConfig) -> Type:
-    """The type by the three rules, whether or not the rows can be cut into its blocks."""
     type = QUANTIZATIONS[quantization][1]
     if len(shape) == 1:
         return Type.F32
@@ -54,7 +49,7 @@ def wanted_type(name: str, shape: tuple[int, ...], quantization: str, config: Mo
     is_output = name == output and type != Type.Q8_0
     if is_output or (quantization == "q4_k_m" and _is_sensitive(name, config.num_hidden_layers)):
         type = Type.Q6_K
-    return type
+    return type_for_rows(type, shape[-1])
 
 
 def _is_sensitive(name: str, num_layers: int) -> bool:
