@@ -123,7 +123,11 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
         reasons = score(options, model, reader, pending, writer)
         speed = num_to_do / (time.monotonic() - began)
     if writer:
-        written = ", ".join(map(str, writer.finish()))
+        perplexity = writer.paths.perplexity
+        written = ", ".join(
+            f"{path} (of the prompts)" if path == perplexity else str(path)
+            for path in writer.finish()
+        )
         if len(pending) > 0:
             say(f"wrote {written}; {speed:,.1f} rows/s")
         else:

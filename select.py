@@ -197,12 +197,13 @@ def check_output(options: Namespace, rows: Rows) -> Path:
 
 def print_summary(manifest: dict[str, Any]) -> None:
     """Print how many rows were chosen, how many were dropped, and what limited the choice."""
-    lengths = manifest["answer_length"]
+    lengths, strategy = manifest["answer_length"], manifest["strategy"]
+    strategy = "cluster (k-means)" if strategy == "cluster" else strategy
     mean_all = lengths["mean_all"]  # None if the other rows were not read
     all_rows = "" if mean_all is None else f" (all rows: {mean_all:,.1f})"
     print(
         f"{manifest['options']['output']}: {manifest['num_chosen']:,} of {manifest['rows']:,} rows "
-        f"by {manifest['strategy']}; answers of {lengths['mean_chosen']:,.1f} {lengths['unit']} on "
+        f"by {strategy}; answers of {lengths['mean_chosen']:,.1f} {lengths['unit']} on "
         f"average{all_rows}"
     )
     for reason, count in manifest["dropped"].items():

@@ -16,6 +16,7 @@ from typing import TextIO
 
 from minisft.chat.options import BYTE_ORDER_MARK
 from minisft.chat.transcript import Transcript
+from minisft.common.colours import has_colours
 from minisft.common.errors import UserError
 from minisft.common.json_files import write_json
 from minisft.generation.answer import Answer
@@ -28,12 +29,12 @@ INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell: 128 + SIGINT
 # After a slash they leave everywhere; alone on a line, on a terminal only.
 LEAVING_WORDS = ("exit", "quit", "bye")
 HELP = """\
-/reset          clear the conversation; the system prompt stays
+/reset          clear the conversation (or /clear); the system prompt stays
 /system TEXT    set the system prompt; without TEXT, restore the initial one
 /save FILE      write the conversation as JSON that train.py reads
 /stats          length and speed of the last answer
-/help           list the commands
-/quit           leave (or /exit, /bye, Ctrl-D; or exit, quit, bye alone on a line)
+/help           list the commands (or /?)
+/quit           leave (or /exit, /bye, Ctrl-D; on a terminal also exit, quit, bye alone on a line)
 Ctrl-C stops an answer."""
 
 
@@ -99,9 +100,9 @@ class Conversation:
     def run_command(self, name: str, argument: str) -> None:
         """Run the command `/name argument`."""
         match name:
-            case "/help":
+            case "/help" | "/?":
                 notice(HELP)
-            case "/reset":
+            case "/reset" | "/clear":
                 self.turns, self.number = [], self.transcript.new_conversation()
                 notice("(conversation cleared)")
             case "/system":
@@ -154,9 +155,12 @@ def converse(conversation: Conversation) -> int:
             name, argument = split_command(line)
             if name[1:] in LEAVING_WORDS:
                 return status
-            if is_terminal and line.rstrip().lower() in LEAVING_WORDS:
-                notice(f'(left; begin the line with a space to say "{line.rstrip()}" to the model)')
-                return status
+            if line.rstrip().lower() in LEAVING_WORDS:
+                word = line.rstrip()
+                if is_terminal:
+                    notice(f'(left; begin the line with a space to say "{word}" to the model)')
+                    return status
+                notice(f'(through a pipe, "{word}" is a message to the model; /quit leaves)')
             if name:
                 conversation.run_command(name, argument)
             elif line.strip():
@@ -198,10 +202,10 @@ def read_line() -> str | None:
 def split_command(line: str) -> tuple[str, str]:
     """("/word", the rest of the line) for a command, ("", line) for a message.
 
-    Only ASCII letters make a command: `/etc/hosts is missing` and `/你好` are messages.
+    Only ASCII letters, and `/?`, make a command: `/etc/hosts is missing` and `/你好` are messages.
     """
     word, *rest = line.split(maxsplit=1) or [""]  # splits at the wide space of Chinese input too
-    if word.startswith("/") and word.isascii() and word[1:].isalpha():
+    if word == "/?" or (word.startswith("/") and word.isascii() and word[1:].isalpha()):
         return word, rest[0].strip() if rest else ""
     return "", line
 
@@ -235,8 +239,3 @@ def notice(text: str) -> None:
 def dimmed(text: str, stream: TextIO) -> str:
     """The text in the dim colour of a terminal."""
     return f"\033[2m{text}\033[0m" if has_colours(stream) else text
-
-
-def has_colours(stream: TextIO) -> bool:
-    """True for a terminal, unless NO_COLOR is set (no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from minisft.checkpoints.adapter_forms import Change, read_adapter, tokenizer_dir
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import generation_eos, open_model
-from minisft.checkpoints.gguf_report import Report, num_parameters, summarize
+from minisft.checkpoints.gguf_report import Report, larger_types, num_parameters, summarize
 from minisft.checkpoints.tied_weights import OUTPUT
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import StoredTensor
@@ -97,9 +97,8 @@ def export_model(
         **vocabulary_fields(tokenizer, config.vocab_size, form.stop_ids, prompts),
     }
     write_gguf(output, ARCHITECTURES[config.model_type], metadata, tensors)
-    return Report(
-        summarize(output, tensors), known_differences(config) + form.notes + prompts.notes
-    )
+    notes = larger_types(tensors, quantization, config) + known_differences(config)
+    return Report(summarize(output, tensors), notes + form.notes + prompts.notes)
 
 
 def model_tensors(

@@ -8,6 +8,7 @@ to the person who publishes the model.
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ METHODS = {
 }
 # The options that decide what was learned, in the order of the card.
 SETTINGS = (
-    "finetuning_type adapter lora_rank lora_alpha lora_dropout lora_target use_rslora "
-    "modules_to_save quantization_bit new_special_tokens add_tokens learning_rate "
-    "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps num_train_epochs max_steps "
+    "replace validation_split finetuning_type adapter lora_rank lora_alpha lora_dropout "
+    "lora_target use_rslora modules_to_save quantization_bit new_special_tokens add_tokens "
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps "
+    "num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps packing cutoff_len block_size "
     "mask_history weight_decay max_grad_norm dpo_beta dpo_label_smoothing dpo_ftx seed dtype"
 ).split()
@@ -83,7 +85,7 @@ def write_model_card(
             "## Use",
             "",
             "```sh",
-            f"python chat.py {flag} {Path(output_dir).resolve().name}",
+            f"python chat.py {flag} {shlex.quote(shown_path(output_dir))}",
             "```",
         ]
     with atomic_write(Path(written_to or output_dir) / CARD) as file:
@@ -134,6 +136,8 @@ def used_settings(options: Mapping[str, Any], context_length: int | None) -> dic
         unused += [*LORA_SETTINGS, "lora_dropout"]
     elif options.get("adapter"):  # which decides them
         unused += LORA_SETTINGS
+    if options.get("eval_dataset") or options.get("valid_dir"):
+        unused.append("validation_split")
     if options.get("max_steps"):
         unused.append("num_train_epochs")
     if options.get("lr_scheduler_type") == "constant":
@@ -177,6 +181,11 @@ def metrics_table(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 def shown_name(path: str | Path) -> str:
     """The name of a model or a data set. An absolute path is reduced to its last part."""
     return Path(path).name if Path(path).is_absolute() else str(path)
+
+
+def shown_path(folder: str | Path) -> str:
+    """A folder as a command names it. Of an absolute path, other people need the last part only."""
+    return f"path/to/{Path(folder).name}" if Path(folder).is_absolute() else str(folder)
 
 
 def _cell(value: Any) -> str:

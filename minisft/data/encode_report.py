@@ -84,9 +84,10 @@ class EncodeReport:
         if self.num_truncated:
             text = (
                 f"{self.num_truncated} of {self.num_rows} rows "
-                f"({self.num_truncated / self.num_rows:.0%}) truncated, {self.num_dropped} of "
-                "them dropped because no answer was left"
+                f"({self.num_truncated / self.num_rows:.0%}) truncated"
             )
+            if self.num_dropped:
+                text += f", {self.num_dropped} of them dropped because no answer was left"
             # Where they are not truncated to --cutoff_len, there are no lengths.
             parts.append(f"{text}; {self.remedy()}" if self.long_rows else text)
         if self.num_unlearned:

@@ -60,7 +60,8 @@ def _exp(value: float) -> float | None:
 def differences(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """How much higher `other` is than `first` in every measure, row by row, with intervals.
 
-    For exact match also the p-value of McNemar's test.
+    For exact match also the p-value of McNemar's test. The interval is None if no row differs: a
+    variance of 0 says nothing about other rows.
     """
     result: dict[str, dict[str, Any]] = {}
     for name in MEASURES:
@@ -69,7 +70,7 @@ def differences(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[
             for first_row, row in zip(first["rows"], other["rows"], strict=True)
         ]
         center, low, high = mean_interval(changes, -1, 1)
-        result[name] = {"mean": center, "interval": (low, high)}
+        result[name] = {"mean": center, "interval": (low, high) if any(changes) else None}
         if name == "exact_match":
             result[name]["p_value"] = mcnemar(changes.count(-1.0), changes.count(1.0))
     return result

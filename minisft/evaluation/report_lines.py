@@ -30,8 +30,10 @@ def measure_lines(results: dict[str, Any]) -> list[str]:
         figures = ", ".join(
             f"{label} {100 * report['mean'][key]['mean']:.1f}" for key, label in MEASURES.items()
         )
-        perplexity = report["perplexity"] and f"{report['perplexity']:,.2f} (rows never cut)"
-        lines.append(f"{name}: {figures}, perplexity {perplexity or 'unknown'}")
+        perplexity = "unknown"
+        if report["perplexity"]:
+            perplexity = f"{report['perplexity']:,.2f} (references never truncated)"
+        lines.append(f"{name}: {figures}, perplexity {perplexity}")
         for key, problem in PROBLEMS.items():
             if report[key]:
                 lines.append(f"{name}: {report[key]} of {len(report['rows'])} {problem}")
@@ -46,11 +48,10 @@ def difference_lines(results: dict[str, Any]) -> list[str]:
         entry = results["differences_to_first"][name]
         changes = []
         for key in ("rouge_l", "exact_match"):
-            low, high = entry[key]["interval"]
-            changes.append(
-                f"{MEASURES[key]} {100 * entry[key]['mean']:+.1f} points "
-                f"({100 * low:+.1f} to {100 * high:+.1f})"
-            )
+            interval, spread = entry[key]["interval"], "no row differs"
+            if interval:
+                spread = " to ".join(f"{100 * end:+.1f}" for end in interval)
+            changes.append(f"{MEASURES[key]} {100 * entry[key]['mean']:+.1f} points ({spread})")
         lines.append(
             f"{name} minus {first}: {', '.join(changes)}, McNemar's p = "
             f"{entry['exact_match']['p_value']:.3g}"

@@ -19,10 +19,10 @@ from minisft.evaluation.report_lines import MEASURES, difference_lines, reliabil
 TEMPLATE = "report.html.jinja"
 # The other figures in the table.
 COUNTS = {
-    "perplexity": "perplexity of the reference, never cut, per token",
+    "perplexity": "perplexity of the references, never truncated",
     "bits_per_character": "bits per character of the reference",
     "answer_characters": "answer length, characters",
-    "answers_cut": "answers cut for length",
+    "answers_cut": "answers truncated at --max_new_tokens",
     "questions_without_room": "questions too long for the context",
     "references_without_room": "references too long for the context",
 }

@@ -5,7 +5,7 @@
         {"role": "user", "content": "Name a colour."},
         {"role": "assistant", "content": "Red."},
     ])
-    print(template.show(example.ids, example.supervised))       # supervised text in green
+    print(template.show(example.ids, example.supervised))       # supervised text marked
 
 A chat template is Jinja text. Ids and mask follow from what it writes for the answer messages[k]:
 
@@ -22,6 +22,7 @@ Prompt and answer are tokenised separately, so a prompt has the same ids in trai
 The tour explains it: docs/tour/02_template.md.
 """
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,10 +30,10 @@ from datetime import datetime
 from typing import Any
 
 from minisft.common.errors import UserError
-from minisft.text.colours import coloured
 from minisft.text.control_tokens import ControlTokens, Match
 from minisft.text.conversation import Conversation, check_answers, prepare
 from minisft.text.jinja_template import JinjaTemplate
+from minisft.text.marked import marked, supervised_marks
 from minisft.text.marks import Span
 from minisft.text.messages import Message
 from minisft.text.rendering import MAX_BEGUN
@@ -161,8 +162,11 @@ class ChatTemplate:
         return {id for id in (end, self.tokenizer.eos_token_id, *listed) if id is not None}
 
     def show(self, ids: Sequence[int], supervised: Sequence[bool]) -> str:
-        """The text of an example for a terminal: supervised in green, no control characters."""
-        return coloured(self.tokenizer, ids, supervised)
+        """The text of an example for people, without control characters.
+
+        Supervised text is green on a terminal, and between [[ and ]] in a file.
+        """
+        return marked(self.tokenizer, ids, supervised, supervised_marks(sys.stdout))
 
     def _prepare(self, messages: list[Message], tools: list | None) -> Conversation:
         return prepare(messages, tools, self.facts, self.tokens)

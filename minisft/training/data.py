@@ -5,6 +5,7 @@ for examples in training_steps(batches, rows_per_step=32, start=0, stop=1000):
     ...
 """
 
+import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from minisft.data.encoding import Example, encode_rows
 from minisft.data.workers import WorkerKilled
 from minisft.model.config import ModelConfig
 from minisft.text.chat_template import ChatTemplate
-from minisft.text.colours import coloured
+from minisft.text.marked import marked, supervised_marks
 from minisft.text.template_choice import get_template, settings_without_effect
 from minisft.text.tokenizer import Tokenizer
 from minisft.training.vocabulary import note_on_spelled_tokens
@@ -137,16 +138,17 @@ def load_template(
 def show_samples(
     options: Namespace, batches: Batches, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> None:
-    """Print the first rows as the model reads them, supervised tokens in green, and their lengths.
+    """Print the first rows as the model reads them, supervised tokens marked, and their lengths.
 
     With --stage pt, the first blocks. --show_ids adds the token ids.
     """
+    marks = supervised_marks(sys.stdout)
     first = first_blocks if options.stage == "pt" else first_examples
     for number, example in enumerate(first(batches, options.show_samples), start=1):
         texts = example.texts()
         for place, text in enumerate(texts, start=1):
             ids, supervised = text.ids.tolist(), text.supervised.tolist()
-            say(coloured(tokenizer, ids, supervised))
+            say(marked(tokenizer, ids, supervised, marks))
             if options.show_ids:
                 say(f"ids: {' '.join(map(str, ids))}")
             answer = ""
@@ -154,7 +156,7 @@ def show_samples(
                 answer = f", answer {place} of {len(texts)}, the best first"
             say(
                 f"(sample {number}{answer}: {len(ids)} tokens, {sum(supervised)} of them "
-                "supervised)\n"
+                f"supervised, {marks.meaning})\n"
             )
 
 

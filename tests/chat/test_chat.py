@@ -97,13 +97,13 @@ def test_conversation_through_a_pipe(tiny_chat_model_dir, oracle, tmp_path):
         f"/save {other}",
         "/etc/hosts is missing",
         f"/save {saved}",
-        "/reset",
+        "/clear",
         "the cat",
         "/nonsense",
         "/save",
         f"/save {tmp_path}/no/folder",
         "/system",
-        "/help",
+        "/?",
         "the mat",
         "/quit",
         "never read",
@@ -649,4 +649,6 @@ def test_words_that_leave_a_terminal(is_terminal, monkeypatch, capsys):
     conversation = Recorder()
     assert converse(conversation) == 0
     assert conversation.questions == (lines[:2] if is_terminal else lines[:-1])
-    assert ('say "Quit" to the model' in capsys.readouterr().err) == is_terminal
+    said = capsys.readouterr().err
+    assert ('say "Quit" to the model' in said) == is_terminal
+    assert ('"Quit" is a message to the model; /quit leaves' in said) != is_terminal

@@ -329,9 +329,15 @@ def test_command(checkpoint, adapter, tmp_path):
     done = export(*words, "--format", "gguf", "--quantization", "q8_0")
     assert done.returncode == 0, done.stderr
     assert "8.58 bits per weight, 21 tensors (16 Q8_0, 5 F32)" in done.stdout
+    assert "instead of" not in done.stdout
     fields, _ = read(path)
     assert fields["general.name"] == "checkpoint + adapter"
     assert [one.name for one in path.parent.iterdir()] == ["model.gguf"]
+    done = export(*words, "--format", "gguf", "--quantization", "q4_k_m", "--overwrite")
+    types = [type for type, _ in read(path)[1].values()]
+    for type, wanted in (("Q5_0", "Q4_K"), ("Q8_0", "Q6_K")):
+        assert f"{type} instead of {wanted} in {types.count(type)} tensor" in done.stdout
+    assert "more bits than q4_k_m" in done.stdout and "blocks of 256" in done.stdout
     done = export(*words, "--format", "gguf-lora", "--overwrite")
     assert done.returncode == 0, done.stderr
     fields, tensors = read(path)

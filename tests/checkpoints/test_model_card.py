@@ -1,6 +1,7 @@
 """The model card, the base of an adapter, and hints for folders of the wrong kind."""
 
 import json
+import shlex
 
 import peft
 import pytest
@@ -40,7 +41,17 @@ def test_the_card_is_what_the_hub_reads(tmp_path):
     assert "| system prompt | Be brief \\| kind. |" in text and "packing" not in text
     assert "| loss | 1.5 | 9 |" in text and "| eval_loss | 1.7 | 9 |" in text
     assert "The evaluation covers at most the first 512 tokens of a row." in text
-    assert "chat.py --adapter" in text
+    assert f"chat.py --adapter path/to/{tmp_path.name}\n" in text  # no folder of this machine
+
+
+@pytest.mark.parametrize("folder", ["runs/a", "my runs/b"])
+def test_the_command_of_the_card_works_where_the_run_was_made(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
+    write_model_card(folder, OPTIONS, "owner/base", is_adapter=True)
+    command = (tmp_path / folder / "README.md").read_text().split("```")[1].splitlines()[1]
+    *_, flag, path = shlex.split(command)
+    assert flag == "--adapter" and (tmp_path / path / "README.md").is_file()
 
 
 def settings(folder):
@@ -58,6 +69,9 @@ def settings(folder):
         ({"cutoff_len": "x", "stage": ["y"]}, {"cutoff_len": "x"}, []),  # edited by hand
         ({"dtype": "auto", "template": "auto"}, {"template": "the base's own"}, ["dtype"]),
         ({"dtype": "auto", "bf16": True}, {"dtype": "bfloat16"}, []),
+        ({"replace": "name=A", "validation_split": 20}, {"replace": "name=A"}, []),
+        ({"validation_split": 20}, {"validation_split": "20"}, []),
+        ({"validation_split": 20, "eval_dataset": "x"}, {}, ["validation_split"]),
         ({"num_train_epochs": 3.0}, {"num_train_epochs": "3.0"}, ["max_steps"]),
         ({"num_train_epochs": 3.0, "max_steps": 7}, {"max_steps": "7"}, ["num_train_epochs"]),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, {"warmup_steps": "5"}, ["warmup_ratio"]),

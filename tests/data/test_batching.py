@@ -305,6 +305,8 @@ def test_long_rows_are_cut_and_counted():
         "2 of 3 rows (67%) truncated, 1 of them dropped because no answer was left; "
         "--cutoff_len 32 keeps 95% of the rows whole"
     )
+    report = encode_rows(rows[:2], Letters(), cutoff_len=8)[1]
+    assert str(report) == "1 of 2 rows (50%) truncated; --cutoff_len 23 keeps 95% of the rows whole"
     assert encode_rows(rows, Letters(), cutoff_len=32)[1].num_truncated == 0
     assert examples[0].ids[-1] == Letters.eos_token_id
     assert examples[1].ids.tolist() == [97, 97] + [98] * 6  # a cut answer has no end

@@ -549,7 +549,7 @@ class TestConvert:
         monkeypatch.setattr("sys.argv", ["minisft.data", *map(str, words)])
         main()
         said = capsys.readouterr().out
-        assert "\033[32mone 0!" in said and "(sample 1: " in said and "steps" in said
+        assert "[[one 0!" in said and "(sample 1: " in said and "steps" in said
         assert "(sample 2: " not in said
 
     def test_a_row_that_sharegpt_cannot_express_is_broken(self, tmp_path):

@@ -377,7 +377,7 @@ def test_multi_message_answers(tiny_tokenizer_dir, tmp_path):
     )
     (example,), _ = encode_preferences(open_rows(path, ranking=True), template, 10**6)
     shown = [template.show(text.ids.tolist(), text.supervised.tolist()) for text in example.texts()]
-    learned = [[part.split("\033[0m")[0] for part in one.split("\033[32m")[1:]] for one in shown]
+    learned = [[part.split("]]")[0] for part in one.split("[[")[1:]] for one in shown]
     assert learned == [["one</s>", "two</s>"], ["three</s>"]]
 
 

@@ -363,7 +363,7 @@ def tokenizer(tiny_tokenizer_dir):
 def learned_texts(row, template, tokenizer):
     (example,) = encode_row(row, template, 1024)
     shown = template.show(example.ids.tolist(), example.supervised.tolist())
-    return [part.split("\033[0m")[0] for part in shown.split("\033[32m")[1:]]
+    return [part.split("]]")[0] for part in shown.split("[[")[1:]]
 
 
 @pytest.mark.parametrize("name", ["alpaca", "chatml", "plain", "llama2", "llama3", "vicuna"])

@@ -24,6 +24,7 @@ from minisft.evaluation.compare import (
 )
 from minisft.evaluation.measures import differences, measure
 from minisft.evaluation.models import parse_model
+from minisft.evaluation.report_lines import difference_lines
 from minisft.evaluation.text_metrics import Splitter, corpus_bleu2, row_scores
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
@@ -218,6 +219,13 @@ def test_differences_are_paired():
     assert found["rouge_l"]["mean"] == pytest.approx(0.5)
     assert found["rouge_l"]["interval"] == pytest.approx((0.5, 0.5))  # the same gain in every row
     assert found["exact_match"]["p_value"] == 1.0
+    # Three equal rows do not prove that other rows are equal, too.
+    entries = {"b": differences(first, first)}
+    assert entries["b"]["exact_match"]["interval"] is None
+    assert difference_lines({"models": "ab", "differences_to_first": entries}) == [
+        "b minus a: ROUGE-L +0.0 points (no row differs), exact match +0.0 points (no row "
+        "differs), McNemar's p = 1"
+    ]
 
 
 def test_parse_model(tmp_path):
@@ -271,7 +279,7 @@ def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path, m
     done = command(*words, script="eval.py")
     assert done.returncode == 0, done.stderr
     assert "judging: 6 requests" in done.stdout and "0 win, 3 tie, 0 loss" in done.stdout
-    assert "same minus base: ROUGE-L +0.0 points (+0.0 to +0.0)" in done.stdout
+    assert "same minus base: ROUGE-L +0.0 points (no row differs)" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["models"]) == {"base", "same"}
     assert results["models"]["base"] == results["models"]["same"]

@@ -1,6 +1,7 @@
 """Our own templates: published texts, prompts that begin the training text, supervised spans."""
 
 import copy
+import io
 import json
 
 import pytest
@@ -297,7 +298,12 @@ def test_stop_tokens(shared_data):
     assert get_template("alpaca", load_tokenizer(shared_data / TINYLLAMA)).stop_token_ids(2) == {2}
 
 
-def test_show_colours_what_is_learned(tiny_tokenizer_dir):
+def test_show_marks_what_is_learned(tiny_tokenizer_dir, monkeypatch):
+    """In green on a terminal; with NO_COLOR, and in a file, between brackets."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.delenv("NO_COLOR", raising=False)
     template = get_template("chatml", load_tokenizer(tiny_tokenizer_dir))
     [example] = template.encode(turns("你", "猫 the cat"))
     assert template.show(example.ids, example.supervised) == (
@@ -308,3 +314,8 @@ def test_show_colours_what_is_learned(tiny_tokenizer_dir):
     shown = template.show(crooked.ids, crooked.supervised)
     assert r"\x1b[0m\x0d" in shown and "\n\t你\\x9b" in shown and r"\x00" in shown
     assert shown.count("\x1b") == 2
+    for no_colour, file in (("1", terminal), ("", io.StringIO())):
+        monkeypatch.setenv("NO_COLOR", no_colour)
+        monkeypatch.setattr("sys.stdout", file)
+        shown = template.show(example.ids, example.supervised)
+        assert shown.endswith("assistant\n[[猫 the cat<|im_end|>]]\n") and "\x1b" not in shown

@@ -261,8 +261,9 @@ def test_the_first_blocks_of_plain_text_are_shown(packing, checkpoint, tmp_path,
     assert sum(shown, []) == stream[:64]
     if not packing:
         assert list(map(len, shown)) == [32, 32]
-        assert "\033[32m<s>the cat sat on mat 0</s><s>the cat" in said
+        assert "[[<s>the cat sat on mat 0</s><s>the cat" in said
     assert "(sample 2: " in said and "an epoch" in said
+    assert "supervised, between [[ and ]])" in said and "\033" not in said
 
 
 def test_rows_of_the_wrong_kind_end_the_plan(checkpoint, tmp_path, here):
