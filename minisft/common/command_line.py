@@ -36,6 +36,10 @@ from minisft.common.option_types import (
     optional_int,
     positive_float,
     positive_int,
+    sample_number,
+    sample_rate,
+    share_of_warmup,
+    steps_of_warmup,
 )
 from minisft.common.recipes import read_recipe
 from minisft.common.toml_files import is_record
@@ -60,6 +64,10 @@ METAVARS: dict[object, str] = {
     positive_float: "X",
     non_negative_float: "X",
     fraction: "X",
+    sample_rate: "X",
+    sample_number: "N",
+    share_of_warmup: "X",
+    steps_of_warmup: "N",
 }
 _UNSET = object()
 # Values of another program's flag that change nothing in a script, and what to do instead.

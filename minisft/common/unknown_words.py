@@ -17,6 +17,7 @@ from minisft.common.flag_words import is_bare_flag, is_flag
 from minisft.common.refusals import WRONG_VALUES
 
 RECIPE = re.compile(r"\.(toml|ya?ml)$", re.IGNORECASE)
+NUMBERS = ("N", "X", "X|N", "N|epoch", "4|8")  # how --help shows values that are numbers
 ROWS = re.compile(r"\.(jsonl?|parquet|arrow|txt)(\.(gz|zst))?$", re.IGNORECASE)
 
 
@@ -49,7 +50,7 @@ def explain_stray(stray: str, words: Sequence[str], flags: Mapping[str, Action])
             break
         flag, given = (word, word) if is_flag(word) else (flag, f"{given} {word}")
     action = flags.get(flag.lstrip("-").partition("=")[0])
-    takes_text = action and not (action.choices or action.nargs or action.metavar in ("N", "X"))
+    takes_text = action and not (action.choices or action.nargs or action.metavar in NUMBERS)
     if takes_text and not RECIPE.search(stray):
         return (
             f"unexpected argument '{stray}' after {given}: separate names by commas, and put a "

@@ -183,7 +183,9 @@ def test_an_interrupted_run_keeps_what_decides_its_rounding(assistant, prompts_f
     with pytest.raises(UserError, match="belongs to a run with another max_samples. Remove it"):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED)
     assistant.dtype = torch.bfloat16
-    with pytest.raises(UserError, match="belongs to a run with another dtype. Remove it, or"):
+    with pytest.raises(
+        UserError, match="belongs to a run with another dtype. Add --overwrite to begin"
+    ):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5)
     assistant.dtype, assistant.answer = torch.float32, answer
     assert prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5) == 5
