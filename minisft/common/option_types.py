@@ -72,10 +72,8 @@ def sample_rate(text: str) -> float:
     """A fraction of rows, up to 1. A number of rows has a flag of its own."""
     number = _share(text)
     if number > 1:
-        raise ArgumentTypeError(
-            f"'{text}' is not a fraction: {number / 100:g} is {text} %, and --sample_number {text} "
-            f"chooses {text} rows"
-        )
+        rows = f", and --sample_number {text} chooses {text} rows" if text.isdecimal() else ""
+        raise ArgumentTypeError(f"'{text}' is not a fraction: {number / 100:g} is {text} %{rows}")
     return number
 
 
