@@ -103,7 +103,8 @@ def parse_line(path: str | Path, line: bytes, num_rows: int) -> dict[str, Any]:
         shown = line[:80].decode(errors="replace").rstrip()
         shown = repr(shown) if shown.isprintable() else "binary data"
         raise UserError(
-            f"{path}: not a line of score.py: {shown}. Give the .jsonl that it writes, or run it again."
+            f"{path}: not a line of score.py: {shown}. Give the .jsonl that it writes, or run it "
+            "again."
         )
     if not 0 <= record["index"] < num_rows:
         raise UserError(
