@@ -59,7 +59,7 @@ def main(options: Namespace | None = None) -> None:
         options.seed,
     )
     if options.file:
-        prompts.check_output(options.output, options.file)
+        prompts.check_output(options.output, options.file, options.overwrite)
     if options.web:
         web.check_gradio()
     transcript = Transcript(options.log)
@@ -159,6 +159,7 @@ def answer_file(
         system,
         settings,
         options.max_samples,
+        options.overwrite,
     )
     print(f"{options.output}: {number} answers", file=sys.stderr)
 

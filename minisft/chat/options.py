@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 
 from minisft.common.command_line import (
+    Neighbour,
     OptionParser,
     check_rules,
     optional_int,
@@ -25,6 +26,8 @@ EXAMPLES = """\
   python chat.py --model_name_or_path M --prompt "What is 2 + 2?" --greedy
   python chat.py --adapter runs/a --file prompts.jsonl --output answers.jsonl
 """
+# What chat.py does without --prompt, --file and --web.
+CONVERSES: Neighbour = ((True,), "use --prompt for one question")
 BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the beginning of a file
 
 
@@ -36,6 +39,7 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
         description="Chat with a model: in the terminal, with one question, with a file of "
         "prompts, or on a web page.",
         neighbours={
+            **dict.fromkeys(("interactive", "i", "conversation", "cnv", "chat"), CONVERSES),
             "do_sample": ((True,), "use --greedy"),
             "stream": ((True,), "an answer appears while it is written; --file collects answers"),
             "num_beams": ((1,), "minisft samples, or takes the most probable token with --greedy"),
@@ -72,13 +76,14 @@ def parse_options(arguments: Iterable[str] | None = None) -> Namespace:
     switch("--greedy", help="always take the most probable token")
     add("--seed", type=optional_int, help="make sampling repeatable")
     switch("--compile", help="compile the model: a minute at the start, then faster answers")
-    add, _ = parser.section("a file of prompts")
+    add, switch = parser.section("a file of prompts")
     add(
         "--file",
         metavar="FILE",
         help="answer the lines of a .txt file, or the rows of JSON or JSON lines",
     )
     add("--output", metavar="FILE", help="file for the answers, as JSON lines")
+    switch("--overwrite", "replace the file if there is one")
     add("--max_samples", type=positive_int, help="only the first N prompts of the file")
     add("--batch_size", type=positive_int, default=8, help="prompts answered at once")
     add, switch = parser.section("web page")
@@ -109,7 +114,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         flags = [f"--{name}" for name in exclusive if name in given]
         if len(flags) > 1:
             raise UserError(f"{' and '.join(flags)} exclude each other. Give one of them.")
-    of_file = {"output", "batch_size", "max_samples"}
+    of_file = {"output", "overwrite", "batch_size", "max_samples"}
     of_page = {"compare_with", "server_name", "server_port", "password", "share"}
     rules = [
         (of_file, "file" not in given, "belongs to --file, which is not given"),

@@ -65,20 +65,22 @@ def answer_file(
     system: str | None = None,
     settings: Mapping[str, Any] | None = None,
     max_samples: int | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Write the answers to the prompts in `path`; returns their number.
 
     system: the system prompt of rows that have none. settings: other options that the answers
-    depend on; a run continues only if they are unchanged. max_samples: only the first N. Before
-    the first answer, UserError lists all rows without a valid prompt.
+    depend on; a run continues only if they are unchanged. max_samples: only the first N.
+    overwrite: replace the output, and the part of a run with other settings. Before the first
+    answer, UserError lists all rows without a valid prompt.
     """
-    check_output(output_path, path)
+    check_output(output_path, path, overwrite)
     prompts = Prompts(path, system, max_samples)
     lengths = prompts.lengths(assistant, sampling)
     identity = {"system": system, **asdict(sampling), **(settings or {}), "sha256": sha256(path)}
     # Both decide how answers are rounded: the rows of a batch, and its number type.
     identity |= {"max_samples": max_samples, "dtype": dtype_name(assistant.dtype)}
-    with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
+    with contextlib.closing(Answers(f"{output_path}.partial", identity, overwrite)) as answers:
         # The longest first: if they do not fit into memory, the run fails at its start.
         order = sorted(range(len(prompts)), key=lambda row: lengths[row], reverse=True)
         try:
@@ -94,10 +96,12 @@ def answer_file(
     return len(prompts)
 
 
-def check_output(output_path: str | Path, path: str | Path) -> None:
-    """Raise UserError if the output exists already, or is the file of prompts."""
-    if check_output_file("--output", output_path, [path]).exists():
-        raise UserError(f"--output {output_path} exists. Choose another name.")
+def check_output(output_path: str | Path, path: str | Path, overwrite: bool = False) -> None:
+    """Raise UserError if the output is the file of prompts, or exists already.
+
+    overwrite: accept a file that exists.
+    """
+    check_output_file("--output", output_path, [path], overwrite)
 
 
 class Prompts:
@@ -158,10 +162,11 @@ class Answers:
     """The answers so far, in a file: `rows` is {row: Response}.
 
     The first line of the file is the identity of the run. UserError if another run wrote the file.
+    overwrite: begin anew then.
     """
 
-    def __init__(self, path: str | Path, identity: Mapping[str, Any]):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, identity: Mapping[str, Any], overwrite: bool = False):
+        self.path, self.overwrite = Path(path), overwrite
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(single_writer(path))
         try:
@@ -179,11 +184,15 @@ class Answers:
             self.rows = {row: Response(*response) for row, *response in answers}
             changed = [name for name in identity if recorded.get(name) != identity[name]]
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path} is damaged ({error}). Remove it.") from error
-        if changed:
+            if not self.overwrite:
+                raise UserError(f"{self.path} is damaged ({error}). Remove it.") from error
+            changed = ["content"]
+        if changed and self.overwrite:
+            content, self.rows = b"", {}
+        elif changed:
             raise UserError(
-                f"{self.path} belongs to a run with another {', '.join(changed)}. Remove it, or "
-                "choose another --output."
+                f"{self.path} belongs to a run with another {', '.join(changed)}. Add "
+                "--overwrite to begin anew, or choose another --output."
             )
         self._file = self._stack.enter_context(open(self.path, "ab"))
         self._file.truncate(len(content))

@@ -7,7 +7,7 @@ options.format                               # "hf", the default
 from argparse import Namespace
 from collections.abc import Sequence
 
-from minisft.common.command_line import QUANTIZATIONS, OptionParser
+from minisft.common.command_line import QUANTIZATIONS, Neighbour, OptionParser
 from minisft.common.errors import UserError
 from minisft.common.model_flags import TEMPLATE_FLAGS, add_model_flags, add_template_flags
 
@@ -17,13 +17,19 @@ EXAMPLES = """\
   python export.py --adapter runs/a --format gguf-lora --output adapter.gguf
 """
 FILE_FORMATS = ("gguf", "gguf-lora")
+MERGES: Neighbour = ((True,), "--format peft keeps the adapter apart; the other formats merge it")
+# Flags of other programs.
+NEIGHBOURS: dict[str, Neighbour] = {
+    "bits": ((16,), "use --format gguf --quantization q4_k_m, or another type of --help"),
+    **dict.fromkeys(("merge", "merge_lora", "merge_adapter", "merge_and_unload", "fuse"), MERGES),
+}
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     """The options of export.py, checked; by default from the command line."""
     description = "Write a trained model for other programs, in the format that they read."
     common = "model_name_or_path adapter format output_dir output quantization"
-    parser = OptionParser(EXAMPLES, common, description=description)
+    parser = OptionParser(EXAMPLES, common, NEIGHBOURS, description=description)
     add, switch = add_model_flags(parser, "the checkpoint's; float32 for peft")
     add("--adapter", help="LoRA adapter to merge (hf, gguf) or to write (peft, gguf-lora)")
     add, switch = parser.section("output")

@@ -5,12 +5,14 @@ base_model("runs/cherry")                           # "examples/base"
 """
 
 import os
+import sys
 from pathlib import Path
 
 from minisft.common.downloads import download
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from minisft.common.torchrun import announced_rank
 from minisft.gguf.reader import is_gguf
 from minisft.gguf.unpack import unpack
 
@@ -50,8 +52,32 @@ def resolve_adapter(name_or_path: str | Path) -> Path:
 def model_or_base(
     model_name_or_path: str | None, adapter: str | None, offline: bool = False
 ) -> str:
-    """The model that the flags name; with --adapter alone, the base of the adapter."""
-    return model_name_or_path or base_model(adapter or "", offline)
+    """The model that the flags name; with --adapter alone, the base of the adapter.
+
+    Prints a line if the adapter names another base.
+    """
+    if not model_name_or_path:
+        return base_model(adapter or "", offline)
+    if adapter and (note := other_base(model_name_or_path, adapter)) and announced_rank() == 0:
+        print(f"note: {note}", file=sys.stderr)
+    return model_name_or_path
+
+
+def other_base(model_name_or_path: str, adapter: str) -> str | None:
+    """A note if an adapter on this machine names another base; None if it names this one.
+
+    A model that was moved or downloaded keeps its last name, so only that is compared.
+    """
+    path = Path(adapter).expanduser() / ADAPTER_CONFIG
+    base = read_json(path).get("base_model_name_or_path") if path.is_file() else None
+    if not base or not isinstance(base, str):
+        return None
+    is_same = os.path.realpath(base) == os.path.realpath(Path(model_name_or_path).expanduser())
+    # The cache of the hub has folders such as models--Qwen--Qwen2.5-0.5B/snapshots/1234.
+    last = base.rstrip("/").rpartition("/")[2].lower()
+    if is_same or last in model_name_or_path.lower():
+        return None
+    return f"{adapter} was trained on {base}, and --model_name_or_path is {model_name_or_path}"
 
 
 def base_in_any_folder(name_or_path: str | Path) -> str:
@@ -106,8 +132,10 @@ def _hint(path: Path, needed: str) -> str:
     snapshots = sorted(path.glob(f"snapshots/*/{needed}"))  # the layout of the hub's cache
     if snapshots:
         return f"; did you mean {snapshots[-1].parent}?"
-    files = sorted(path.glob("*.gguf")) if needed == CONFIG else []
-    return f"; to read a GGUF file, give the file: {files[0]}" if files else ""
+    if files := sorted(path.glob("*.gguf")) if needed == CONFIG else []:
+        return f"; to read a GGUF file, give the file: {files[0]}"
+    below = sorted(file.parent for file in path.glob(f"*/{needed}"))
+    return f"; did you mean {' or '.join(map(str, below[:3]))}?" if below else ""
 
 
 def _download(name: str) -> Path:

@@ -15,15 +15,15 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from functools import partial
 from typing import Any, NoReturn
 
 from minisft.common.errors import UserError
-from minisft.common.flag_names import nearest_flag, own_name
+from minisft.common.flag_names import own_name
 from minisft.common.flag_words import (
     flag_and_value,
     grouped,
-    is_bare_flag,
+    is_flag,
     normalized,
     with_home,
 )
@@ -36,10 +36,20 @@ from minisft.common.option_types import (
     optional_int,
     positive_float,
     positive_int,
+    sample_number,
+    sample_rate,
+    share_of_warmup,
+    steps_of_warmup,
 )
 from minisft.common.recipes import read_recipe
 from minisft.common.toml_files import is_record
 from minisft.common.torchrun import announced_rank
+from minisft.common.unknown_words import (
+    checked,
+    example_with,
+    explain_stray,
+    with_hint,
+)
 
 # Choices of a flag. --help shows them without loading the modules that implement them.
 QUANTIZATIONS = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
@@ -54,6 +64,10 @@ METAVARS: dict[object, str] = {
     positive_float: "X",
     non_negative_float: "X",
     fraction: "X",
+    sample_rate: "X",
+    sample_number: "N",
+    share_of_warmup: "X",
+    steps_of_warmup: "N",
 }
 _UNSET = object()
 # Values of another program's flag that change nothing in a script, and what to do instead.
@@ -92,6 +106,7 @@ class OptionParser(argparse.ArgumentParser):
             settings["description"] += "\n\nMost runs need only the flags marked with *."
         super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
         self._common, self._neighbours = set(common.split()), neighbours or {}
+        self._examples = examples
         self._flags: dict[str, argparse.Action] = {}
         # name -> the flag that makes it unnecessary, and a remark on that; both may be ""
         self._required: dict[str, tuple[str, str]] = {}
@@ -130,7 +145,8 @@ class OptionParser(argparse.ArgumentParser):
             if not settings.keys() & {"choices", "metavar", "action"}:
                 settings["metavar"] = METAVARS.get(settings.get("type"), "TEXT")
             if "choices" in settings:
-                settings.setdefault("type", str.lower)  # names such as Q4_K_M have no case
+                type = settings.get("type", str.lower)  # names such as Q4_K_M have no case
+                settings["type"] = partial(checked, flag=flag.removeprefix("--"), type=type)
             if flag.removeprefix("--") in self._common:
                 settings["help"] = "* " + settings["help"]
             action = group.add_argument(flag, **settings)
@@ -160,15 +176,16 @@ class OptionParser(argparse.ArgumentParser):
         rest, refused = self._without_neighbours(groups)
         self._refuse_unknown([word for word in rest if word.startswith("-")], refused, path, faults)
         if rest:
-            raise UserError(self._unexpected(rest[0], words))
+            raise UserError(explain_stray(rest[0], words, self._flags))
         self._given = self._names_given(vars(options), recipe)
         missing = [
             name for name, (unless, _) in self._required.items() if not {name, unless} & self._given
         ]
         if missing:
             names = ", ".join(f"--{name}" for name in missing)
-            remarks = [f"; {remark}" for name in missing if (remark := self._required[name][1])]
-            raise UserError(f"{names} must be given{''.join(remarks)} (see --help)")
+            remark = f"; {self._required[missing[0]][1]}" if len(missing) == 1 else ""
+            example = example_with(missing, self._examples) if len(missing) > 1 else ""
+            raise UserError(f"{names} must be given{remark.rstrip('; ')}{example} (see --help)")
         for name, action in self._flags.items():
             values = (getattr(options, name), recipe[name], action.default)
             setattr(options, name, next(value for value in values if value is not _UNSET))
@@ -207,11 +224,11 @@ class OptionParser(argparse.ArgumentParser):
             if name in ("config", "debug"):
                 faults.append(f"{key} (only on the command line)")
             elif name not in self._flags:
-                usual, reason = self._neighbour(name)
+                reason = self._reason_against(name, value)
                 if isinstance(value, dict) and value.keys() & self._flags.keys():  # [key] in TOML
                     faults.append(f"{key} (a recipe has no sections)")
-                elif value not in usual:
-                    faults.append(f"{key} ({reason})" if reason else self._with_hint(key))
+                elif reason != "":
+                    faults.append(f"{key} ({reason})" if reason else with_hint(key, self._flags))
             elif value is not None:  # YAML's null leaves an option unset
                 words += self._words(name, value)
         try:
@@ -272,15 +289,11 @@ class OptionParser(argparse.ArgumentParser):
         unknown, refused, accepted = [], [], []
         for group in groups:
             flag, (name, value) = group[0].partition("=")[0], flag_and_value(group)
-            usual, reason = self._neighbour(name)
-            if reason:
-                options, reasons = {}, {} if value in usual else {name: reason}
-            else:
-                options, reasons = translate({name: value}, self._flags)
-            if not flag.startswith("--") or options:
+            reason = self._reason_against(name, value) if is_flag(flag) else None
+            if reason is None:
                 unknown += group
-            elif reasons:
-                refused.append(f"{flag} ({reasons.popitem()[1]})")
+            elif reason:
+                refused.append(f"{flag} ({reason})")
             else:
                 accepted.append(flag)
         if accepted and announced_rank() == 0:
@@ -294,7 +307,7 @@ class OptionParser(argparse.ArgumentParser):
 
         refused: flags with a reason. keys: with a hint or a reason.
         """
-        flags = [self._with_hint(word.partition("=")[0]) for word in words] + refused
+        flags = [with_hint(word.partition("=")[0], self._flags) for word in words] + refused
         faults = []
         if flags:
             faults.append(f"no such flag: {', '.join(flags)}")
@@ -303,30 +316,18 @@ class OptionParser(argparse.ArgumentParser):
         if faults:
             raise UserError(f"{'; '.join(faults)} (see --help)")
 
-    def _neighbour(self, name: str) -> Neighbour:
-        """The entry of another program's flag among the neighbours, by any of its names."""
-        return self._neighbours.get(own_name(name, self._neighbours) or "", ((), ""))
+    def _reason_against(self, name: str, value: Any) -> str | None:
+        """Why minisft does not have another program's flag with this value.
 
-    def _unexpected(self, stray: str, words: Sequence[str]) -> str:
-        """The error for a word that is neither a flag nor the value of one."""
-        flag, given = "", ""  # the flag before the word, with its value
-        for before, word in pairwise(["", *words]):
-            if word == stray and not is_bare_flag(before):
-                break
-            flag, given = (word, word) if word.startswith("--") else (flag, f"{given} {word}")
-        action = self._flags.get(flag.removeprefix("--").partition("=")[0])
-        if action is None or action.choices or action.nargs or action.type in METAVARS:
-            return f"unexpected argument '{stray}': flags begin with -- (see --help)"
-        return (
-            f"unexpected argument '{stray}' after {given}: separate names by commas, and put a "
-            "text with spaces in quotes (see --help)"
-        )
-
-    def _with_hint(self, unknown: str) -> str:
-        """The unknown flag or key, with the nearest known one as a hint."""
-        name = unknown.removeprefix("--")
-        near = nearest_flag(name.replace("-", "_"), self._flags)
-        return unknown + (f" (did you mean {unknown.replace(name, near)}?)" if near else "")
+        "" if the value asks for what minisft does anyway; None for a flag without an entry.
+        """
+        usual, reason = self._neighbours.get(own_name(name, self._neighbours) or "", ((), ""))
+        if reason:
+            return "" if value in usual else reason
+        options, reasons = translate({name: value}, self._flags)
+        if options and name in STRATEGIES:
+            return "belongs to train.py"
+        return None if options else next(iter(reasons.values()), "")
 
 
 def report_without_effect(given: set[str], rules: Sequence[tuple[set[str], Any, str]]) -> None:

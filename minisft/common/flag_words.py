@@ -5,6 +5,7 @@ flag_and_value(["--lr", "3"])                                           # ("lr",
 """
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,14 +15,14 @@ from minisft.common.llama_factory import read_value
 def grouped(rest: Iterable[str], words: Sequence[str]) -> list[list[str]]:
     """The unknown words of a command line in groups: a flag and its value, other words alone.
 
-    rest: the unknown words, in the order of all words.
+    rest: the unknown words, in the order of all words. `-1` is a value.
     """
     groups: list[list[str]] = []
     place = -1
     for word in rest:
         last, place = place, words.index(word, place + 1)
         is_value = groups and place == last + 1 and is_bare_flag(words[last])
-        if is_value and not word.startswith("--"):
+        if is_value and not is_flag(word):
             groups[-1].append(word)
         else:
             groups.append([word])
@@ -31,12 +32,17 @@ def grouped(rest: Iterable[str], words: Sequence[str]) -> list[list[str]]:
 def flag_and_value(group: Sequence[str]) -> tuple[str, Any]:
     """(name, value) of a flag in a group; a flag without a value is on."""
     flag, equals, value = group[0].partition("=")
-    return flag.removeprefix("--"), read_value(value if equals else " ".join(group[1:]))
+    return flag.lstrip("-"), read_value(value if equals else " ".join(group[1:]))
+
+
+def is_flag(word: str) -> bool:
+    """True for `--flag` and `-f`, also with =value."""
+    return re.match("--?[A-Za-z]", word) is not None or word.startswith("--")
 
 
 def is_bare_flag(word: str) -> bool:
     """True for `--flag`, whose value is the next word."""
-    return word.startswith("--") and "=" not in word
+    return is_flag(word) and "=" not in word
 
 
 def normalized(word: str) -> str:

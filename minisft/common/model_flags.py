@@ -8,7 +8,13 @@ from typing import Any
 
 from minisft.common.command_line import OptionParser
 from minisft.common.errors import UserError
-from minisft.common.option_types import boolean, json_object, replacements, with_line_breaks
+from minisft.common.option_types import (
+    boolean,
+    json_object,
+    quantization_bits,
+    replacements,
+    with_line_breaks,
+)
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
@@ -52,12 +58,8 @@ def add_device_flags(
     add("--dtype", type=dtype_choice, choices=DTYPES, default="auto", help=number_type)
     switch("--bf16", "short for --dtype bfloat16")
     switch("--fp16", "short for --dtype float16")
-    add(
-        "--quantization_bit",
-        type=int,
-        choices=[4, 8],
-        help="hold the frozen linear layers in 4 bits (NF4) or 8 bits (int8 rows)",
-    )
+    bits = "hold the frozen linear layers in 4 bits (NF4) or 8 bits (int8 rows)"
+    add("--quantization_bit", type=quantization_bits, metavar="4|8", help=bits)
 
 
 def dtype_choice(text: str) -> str:
@@ -104,6 +106,8 @@ def template_settings(options: Namespace) -> dict[str, Any]:
 def dtype_option(options: Namespace) -> str:
     """The number type of `--dtype`, `--bf16` or `--fp16`: auto, float32, bfloat16 or float16."""
     name = options.dtype
+    if options.bf16 and options.fp16:
+        raise UserError("--bf16 contradicts --fp16: give one of the two")
     for flag, meaning in (("bf16", "bfloat16"), ("fp16", "float16")):
         if getattr(options, flag):
             if name not in ("auto", meaning):

@@ -40,6 +40,65 @@ def checkpoint_name(text: str) -> str | None:
     return {"true": "auto", "false": None, "none": None}.get(text.lower(), text)
 
 
+def quantization_bits(text: str) -> int | None:
+    """The bits of quantised weights, 4 or 8; None for none, 16 or 32, which quantise nothing."""
+    names = {"4": 4, "8": 8, "none": None, "16": None, "32": None, "false": None}
+    if text.lower() not in names:
+        raise ArgumentTypeError(f"'{text}': give 4 (NF4) or 8 (int8)")
+    return names[text.lower()]
+
+
+def steps_of_warmup(text: str) -> int:
+    """A number of steps; a share of them has a flag of its own."""
+    if 0 < _number(text) < 1:
+        raise ArgumentTypeError(f"'{text}' is a share of the steps: use --warmup_ratio {text}")
+    return _integer(text, least=0)
+
+
+def share_of_warmup(text: str) -> float:
+    """A number of at least 0 and below 1; a number of steps has a flag of its own."""
+    if _number(text) >= 1:
+        raise ArgumentTypeError(f"'{text}' is a number of steps: use --warmup_steps {text}")
+    return fraction(text)
+
+
+def rows_or_fraction(text: str) -> int | float:
+    """A number of rows, or a fraction below 1; UserError for anything else names both."""
+    number = _share(text)
+    return int(number) if number >= 1 and number == int(number) else number
+
+
+def sample_rate(text: str) -> float:
+    """A fraction of rows, up to 1. A number of rows has a flag of its own."""
+    number = _share(text)
+    if number > 1:
+        rows = f", and --sample_number {text} chooses {text} rows" if text.isdecimal() else ""
+        raise ArgumentTypeError(f"'{text}' is not a fraction: {number / 100:g} is {text} %{rows}")
+    return number
+
+
+def sample_number(text: str) -> int:
+    """A number of rows. A fraction has a flag of its own."""
+    if 0 < _number(text) < 1:
+        raise ArgumentTypeError(f"'{text}' is a fraction: use --sample_rate {text}")
+    return _integer(text, least=1)
+
+
+def _share(text: str) -> float:
+    """A number above 0; for a percentage, the error gives the fraction."""
+    if text.endswith("%") and _number(text[:-1]) > 0:
+        raise ArgumentTypeError(f"'{text}': as a fraction this is {_number(text[:-1]) / 100:g}")
+    return positive_float(text)
+
+
+def _number(text: str) -> float:
+    """The number, or NaN, which fails every comparison."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def non_negative_int(text: str) -> int:
     """A whole number of at least 0."""
     return _integer(text, least=0)
@@ -107,10 +166,7 @@ def iso_date(text: str) -> str:
 
 
 def _float(text: str, least: float, below: float, bounds: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan  # fails every comparison
+    value = _number(text)
     if not least <= value < below:
         raise ArgumentTypeError(f"'{text}' is not a number {bounds}")
     return value

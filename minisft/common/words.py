@@ -29,10 +29,10 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def list_names(names: Sequence[str]) -> str:
-    """The first few names and the number of further names."""
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
+def list_names(names: Sequence[str], limit: int = MAX_NAMES) -> str:
+    """The first few names, up to `limit`, and the number of further names."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def valid_text(text: str) -> str:

@@ -218,7 +218,7 @@ def split(rows: Rows, validation: float, seed: int) -> tuple[Rows, Rows]:
     count = round(validation * len(rows)) if validation < 1 else validation
     if not 0 < count < len(rows) or count != int(count):
         raise UserError(
-            f"--validation_split {validation} of {len(rows)} rows: give a fraction below 1 or a "
+            f"--validation_split {validation:,} of {len(rows)} rows: give a fraction below 1 or a "
             "whole number that leaves rows on both sides"
         )
     chosen = sorted(random.Random(seed).sample(range(len(rows)), int(count)))

@@ -18,6 +18,7 @@ from typing import Any
 
 from minisft.common.errors import UserError
 from minisft.common.lfs_pointers import refuse_pointer
+from minisft.common.words import list_names
 from minisft.data.formats import KEPT_FIELDS, PREFERENCE_DATA
 from minisft.data.row_values import BadRow
 from minisft.text.messages import MEDIA, THOUGHTS
@@ -84,7 +85,7 @@ class Description:
         for role in ("prompt", "response", "messages", "chosen", "rejected"):
             column = self.columns.get(role)
             if column is not None and column not in record:
-                names = ", ".join(map(str, record)) or "none"
+                names = list_names([*map(str, record)], 10) or "none"
                 raise BadRow(
                     f"no column '{column}', which {FILE_NAME} names; the columns are {names}"
                 )
@@ -133,7 +134,12 @@ class Description:
 
 
 def read_entries(dataset_dir: str | Path) -> dict[str, Any]:
-    """The entries of `dataset_dir`/dataset_info.json; none if there is no such file."""
+    """The entries of `dataset_dir`/dataset_info.json; none if there is no such file.
+
+    UserError if dataset_dir is a file.
+    """
+    if Path(dataset_dir).is_file():
+        raise UserError(f"--dataset_dir {dataset_dir} is a file. Give {Path(dataset_dir).parent}/")
     path = Path(dataset_dir) / FILE_NAME
     if not path.is_file():
         return {}

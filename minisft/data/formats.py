@@ -20,6 +20,7 @@ import json
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.common.words import list_names
 from minisft.data.row_values import (
     BadRow,
     check_encodable,
@@ -88,7 +89,7 @@ def parse_conversation(record: Any, changes: list[str] | None = None) -> tuple[M
     elif "target" in record or {"kind", "input"} <= record.keys():
         messages = [question(string_of(record, "input")), answer(string_of(record, "target"))]
     else:
-        columns = ", ".join(map(str, record)) or "none"
+        columns = list_names([*map(str, record)], 10) or "none"
         hint = "; plain text is for --stage pt" if "text" in record else ""
         raise BadRow(
             f"no known format has the columns {columns}. Known are {KNOWN_FORMATS}{hint}; other "
@@ -104,9 +105,9 @@ def parse_text(record: Any) -> str:
     """The column "text" of a row, for pre-training."""
     record = object_of(record)
     if "text" not in record:
+        columns = list_names([*map(str, record)], 10) or "nothing"
         raise BadRow(
-            f'there is no column "text", only {", ".join(record) or "nothing"}; conversations are '
-            "for --stage sft"
+            f'there is no column "text", only {columns}; conversations are for --stage sft'
         )
     check_encodable(record["text"])
     return string_of(record, "text")

@@ -31,6 +31,8 @@ SPACE = ord(" ")
 PARSED_BYTES = 64 * 2**20  # in a larger array, only the offsets of the rows are kept
 # Suffixes of other kinds of file -> what to do with them.
 HINTS = {".csv": "; convert it, for instance with pandas: read_csv, then to_parquet"}
+HINTS |= dict.fromkeys((".md", ".html", ".text"), "; plain text is for --stage pt, in a .txt file")
+HINTS |= {".npy": "; the rows that score.py has scored are those of its --dataset"}
 HINTS |= dict.fromkeys((".bz2", ".xz", ".zip"), "; unpack it first")
 # The kinds of LMFlow's {"type": ..., "instances": [...]} that minisft reads.
 LMFLOW_TYPES = ("text_only", "text2text", "conversation")
@@ -196,9 +198,13 @@ def open_records(path: str | Path, plain_text: bool = False) -> Records:
     if not start:
         raise UserError(f"{path}: the file is empty")
     refuse_pointer(path)
+    if name.lower().endswith(".txt"):
+        raise UserError(
+            f"{path} is plain text, which train.py --stage pt reads. Conversations are a JSON "
+            "array or JSON lines; see docs/data.md."
+        )
     raise UserError(
-        f"{path}: neither a JSON array nor JSON lines (plain text is for --stage pt, in a .txt "
-        f"file){HINTS.get(path.suffix.lower(), '')}"
+        f"{path}: neither a JSON array nor JSON lines{HINTS.get(path.suffix.lower(), '')}"
     )
 
 

@@ -23,7 +23,9 @@ def parse_json(text: str, first_line: int = 1) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise BadRow(f"line {line} column {error.colno}: not valid JSON: {error.msg}") from error
+        hint = ": remove the comma after the row" if text[error.pos :].strip() == "," else ""
+        place = f"line {line} column {error.colno}"
+        raise BadRow(f"{place}: not valid JSON: {error.msg}{hint}") from error
     except (ValueError, RecursionError) as error:
         raise BadRow(f"line {first_line}: JSON that cannot be read: {error}") from error
     # Brackets are quicker to count than levels, and few rows have so many.

@@ -70,6 +70,8 @@ def find_sources(
     """
     sources = []
     for name in _split_paths(str(dataset)):
+        if Path(name).is_file() and Path(name).name == FILE_NAME:
+            raise UserError(_names_data_sets(Path(name)))
         entries = {} if Path(name).is_file() else read_entries(dataset_dir)
         if Path(name).is_file():
             sources.append(Source(name, [Path(name)]))
@@ -93,6 +95,13 @@ def find_sources(
     if not sources:
         raise UserError("--dataset is empty. Give files, folders or names, separated by commas.")
     return sources
+
+
+def _names_data_sets(path: Path) -> str:
+    """The error for a dataset_info.json in place of a data set."""
+    names = list_names(list(read_entries(path.parent)), 10)
+    flags = f"--dataset NAME --dataset_dir {path.parent}"
+    return f"{path} lists data sets: {names}. Name some of them: {flags}"
 
 
 def _split_paths(dataset: str) -> list[str]:

@@ -57,6 +57,6 @@ def split_adapter(place: str) -> tuple[str, str | None]:
 
 def check_model(path: str, adapter: str | None) -> None:
     """UserError if the model or the adapter does not exist."""
-    hub.resolve(path)
+    hub.resolve(hub.model_or_base(path, adapter))
     if adapter:
         hub.resolve(adapter, tensor_files.ADAPTER_CONFIG)

@@ -5,6 +5,7 @@ name, options = parse_options("", ["ceval", "--model_name_or_path", "examples/ba
 name, options.num_fewshot                    # ("ceval", 5)
 """
 
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -55,9 +56,14 @@ def parse_options(usage: str, arguments: Sequence[str] | None = None) -> tuple[s
         return name, parse_compare_options(rest)
     if name in BENCHMARKS:
         return name, parse_choice_options(name, rest)
-    raise UserError(
-        f"'{name}' is not something to measure. Begin with {', '.join(BENCHMARKS)} or compare."
-    )
+    begin = f"Begin with {', '.join(BENCHMARKS)} or compare"
+    if name.startswith("-"):
+        is_choice = any(re.match("--data[-_]dir", word) for word in words)
+        example = CHOICE_EXAMPLES if is_choice else COMPARE_EXAMPLES
+        raise UserError(
+            f"{name} comes too early. {begin}, as in: {example.splitlines()[0].strip()}"
+        )
+    raise UserError(f"'{name}' is not something to measure. {begin}.")
 
 
 def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
@@ -123,6 +129,7 @@ def parse_compare_options(arguments: Sequence[str]) -> Namespace:
             "model_name_or_path": ((), "use --models NAME=MODEL"),
             "adapter": ((), "use --models NAME=MODEL+ADAPTER"),
             "do_sample": ((False,), "use --temperature above 0"),
+            "greedy": ((True,), "use --temperature above 0"),
         },
     )
     add, switch = parser.section("models")
@@ -207,3 +214,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         ),
     ]
     check_rules(rules, given)
+    for text in options.models:
+        if re.search(r",[\w.-]+=", text):
+            separate = re.sub(r",([\w.-]+=)", r" \1", text)
+            raise UserError(f"--models {text}: write spaces between models: --models {separate}")

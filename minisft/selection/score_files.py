@@ -100,8 +100,12 @@ def parse_line(path: str | Path, line: bytes, num_rows: int) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         record, is_valid = {}, False
     if not is_valid:
-        shown = line[:80].decode(errors="replace")
-        raise UserError(f"{path}: not a line of score.py: {shown!r}. Run score.py again.")
+        shown = line[:80].decode(errors="replace").rstrip()
+        shown = repr(shown) if shown.isprintable() else "binary data"
+        raise UserError(
+            f"{path}: not a line of score.py: {shown}. Give the .jsonl that it writes, or run it "
+            "again."
+        )
     if not 0 <= record["index"] < num_rows:
         raise UserError(
             f"{path} has a score of row {record['index'] + 1}, but the data set has {num_rows} "

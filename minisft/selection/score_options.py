@@ -56,6 +56,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
         "model_name_or_path adapter dataset mode output cutoff_len",
         description="Score every row of a data set by Instruction-Following Difficulty, or by a "
         "reward model.",
+        neighbours={"batch_size": ((), "use --batch_tokens: it counts tokens, not rows")},
     )
     add, switch = add_model_flags(parser)
     add("--adapter", help="LoRA adapter to score with, such as the pre-experience")

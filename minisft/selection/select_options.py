@@ -18,6 +18,7 @@ from minisft.common.command_line import (
 )
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_dataset_flags
+from minisft.common.option_types import sample_number, sample_rate
 
 # The inputs that each strategy needs.
 STRATEGIES = {
@@ -120,8 +121,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add, switch = parser.section("selection")
     add("--strategy", type=strategy_name, metavar="NAME", required=True, help="see below")
     rate = "choose this fraction of the rows that the filters leave, such as 0.05"
-    add("--sample_rate", type=positive_float, help=rate)
-    add("--sample_number", type=positive_int, help="choose this many rows")
+    add("--sample_rate", type=sample_rate, help=rate)
+    add("--sample_number", type=sample_number, help="choose this many rows")
     clusters = "clusters of k-means (default: 100, but no more than the rows to choose)"
     add("--clusters", type=positive_int, help=clusters)
     add("--per_cluster", type=positive_int, default=10, help="rows to choose from each cluster")
@@ -224,6 +225,10 @@ def check_options(options: Namespace, given: set[str]) -> None:
     if not sizes and strategy not in ("cluster", "random_matched"):
         raise UserError("give --sample_rate or --sample_number: how many rows to choose")
 
+    if options.scores and not options.scores.endswith(".jsonl"):
+        raise UserError(
+            f"--scores {options.scores}: give the file that ends in .jsonl; {MADE_BY['scores']}"
+        )
     files = [("embeddings", options.embeddings)]
     files += [("target", path) for path in (options.target or "").split(",")]
     for flag, path in files:
@@ -234,14 +239,13 @@ def check_options(options: Namespace, given: set[str]) -> None:
     reason = f"--strategy {strategy} draws nothing at random"
     report_without_effect(given, [({"seed"}, strategy not in RANDOM, reason)])
     for flag, low, high in (
-        ("sample_rate", 0, 1),
         ("top_rate", 0, 1),
         ("pool", 1, float("inf")),
         ("dedup", 0.7, 1),
     ):
         value = getattr(options, flag)
         if value is not None and not low <= value <= high:
-            raise UserError(f"--{flag} {value}: must be from {low} to {high}")
+            raise UserError(f"--{flag} {value:g}: must be from {low} to {high}")
     if options.plot:
         if not find_spec("matplotlib"):
             raise UserError("--plot needs matplotlib (requirements/plot.txt)")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.common.llama_factory import TEMPLATES
 from minisft.common.outputs import recorded_options
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.render_process import MAX_TEMPLATE, Clock, environment
@@ -31,6 +32,12 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 JINJA_WORDS = ("true", "false", "none", "loop", "self", "super", "caller", "varargs", "kwargs")
 # Variables that every template gets: the conversation, and transformers' and Jinja's functions.
 ALREADY_SET = {"messages", "tools", "add_generation_prompt", *environment(Clock()).globals}
+# Families of models after which LLaMA-Factory names templates: their checkpoints have their own.
+FAMILIES = set(
+    "baichuan bailing chatglm codegeex cohere deepseek exaone falcon gemma glm gpt granite hunyuan "
+    "index intern internlm llama mimo minicpm ministral mistral openchat orion phi qwen qwq seed "
+    "smollm solar starchat telechat tulu xverse yi yuan".split()
+)
 CHAT_TEMPLATE = "chat_template.jinja"  # the file in a folder that train.py writes
 
 
@@ -145,12 +152,22 @@ def template_text(name: str, tokenizer: Tokenizer) -> str:
         raise UserError(f"--template {name}: there is no such file")
     else:
         raise UserError(
-            f"unknown template '{name}'; choose one of auto, {', '.join(NAMES)}, or name a .jinja "
-            "file"
+            f"unknown template '{name}'{_hint(name)}; choose one of auto, {', '.join(NAMES)}, or "
+            "name a .jinja file"
         )
     if len(text) > MAX_TEMPLATE:
         raise UserError(f"template {name}: {len(text):,} characters; {MAX_TEMPLATE:,} is the limit")
     return text
+
+
+def _hint(name: str) -> str:
+    """What the template of LLaMA-Factory with this name is called here; "" for any other name."""
+    ours, system = TEMPLATES.get(name.lower(), (None, None))
+    if not ours:
+        family = re.match("[a-z]+", name.lower())
+        return " (auto takes the checkpoint's own)" if family and family[0] in FAMILIES else ""
+    flags = f" --default_system '{system}'" if system else ""
+    return f" (LLaMA-Factory's {name} is --template {ours}{flags} here)"
 
 
 def trained_template(

@@ -34,7 +34,10 @@ from minisft.common.option_types import (
     checkpoint_name,
     iso_date,
     json_object,
+    rows_or_fraction,
+    share_of_warmup,
     split_names,
+    steps_of_warmup,
     steps_or_none,
     token_list,
 )
@@ -100,7 +103,7 @@ def _add_data_flags(add: Add, switch: Add) -> None:
     add("--eval_dataset", help="like --dataset, held out for evaluation")
     add("--valid_dir", help="folder of held-out files, instead of --eval_dataset")
     split = "hold out this fraction (below 1) or number of the rows of --dataset"
-    add("--validation_split", type=positive_float, help=split)
+    add("--validation_split", type=rows_or_fraction, metavar="X|N", help=split)
     first = "use only the first N rows of each data set, for a quick try"
     add("--max_samples", type=positive_int, help=first)
     add_replace_flag(add)
@@ -165,8 +168,8 @@ def _add_optimizer_flags(add: Add, switch: Add) -> None:
     add("--lr_scheduler_kwargs", type=json_object, metavar="JSON", help=settings)
     end = "final learning rate of the polynomial schedule"
     add("--lr_end", type=non_negative_float, default=0.0, help=end)
-    add("--warmup_ratio", type=fraction, default=0.03, help="share of the steps for warm-up")
-    add("--warmup_steps", type=non_negative_int, help="steps of warm-up, instead of a share")
+    add("--warmup_ratio", type=share_of_warmup, default=0.03, help="share of the steps for warm-up")
+    add("--warmup_steps", type=steps_of_warmup, help="steps of warm-up, instead of a share")
     add(
         "--weight_decay",
         type=non_negative_float,
@@ -256,6 +259,7 @@ TOKENS = {"new_special_tokens", "add_tokens", "resize_vocab"}
 CONVERSATIONS = {"cutoff_len", *TEMPLATE_FLAGS}
 DPO = {"dpo_beta", "dpo_label_smoothing", "dpo_ftx", "precompute_reference"}
 PLAN = {"num_processes", "device_memory", "tokens_per_second", "device_tflops"}
+NEEDS_EVAL_ROWS = "needs --eval_dataset, --valid_dir or --validation_split"
 ALONG_THE_WAY = {"load_best_model_at_end", "early_stopping_patience"}
 
 
@@ -315,11 +319,8 @@ def check_options(options: Namespace, given: set[str]) -> None:
             "contradicts --lr_scheduler_type constant; constant_with_warmup has a warm-up",
         ),
         (ALONG_THE_WAY, not options.eval_steps, "needs --eval_steps: evaluations along the way"),
-        (
-            {"eval_steps", "eval_exact_match"} | ALONG_THE_WAY,
-            not has_eval_rows,
-            "needs --eval_dataset, --valid_dir or --validation_split",
-        ),
+        ({"eval_steps"}, not has_eval_rows, f"(also by --eval_strategy) {NEEDS_EVAL_ROWS}"),
+        ({"eval_exact_match"} | ALONG_THE_WAY, not has_eval_rows, NEEDS_EVAL_ROWS),
         (
             {"validation_split"},
             options.eval_dataset or options.valid_dir,

@@ -1,6 +1,7 @@
 """Files of prompts through chat.py: in order, in batches, continued after a kill."""
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
     assert "6 of 11 answers are in" in capsys.readouterr().err
     assert len(read(partial)) == 1 + 6 and not output.exists()
     partial.write_bytes(partial.read_bytes()[:-4])  # cut in the last line
-    with pytest.raises(UserError, match="belongs to a run with another top_k. Remove it"):
+    with pytest.raises(UserError, match="belongs to a run with another top_k. Add --overwrite"):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, 2, settings={"top_k": 7})
     again = []
     assistant.answer = lambda given, *rest, **more: (
@@ -100,6 +101,27 @@ def test_interrupted_run_continues(assistant, prompts_file, tmp_path, capsys):
         assert row["messages"] == expected["messages"]
         assert row["score"] == pytest.approx(expected["score"], abs=1e-4)
     assert not partial.exists()
+
+
+def test_overwriting_replaces_the_output_and_what_another_run_left(
+    assistant, prompts_file, tmp_path
+):
+    output, greedy = tmp_path / "answers.jsonl", Sampling(4, greedy=True)
+    partial = tmp_path / "answers.jsonl.partial"
+    output.write_text("old")
+    prompts.Answers(partial, {"seed": 1}).close()
+    with pytest.raises(UserError, match="answers.jsonl exists.*or add --overwrite"):
+        prompts.answer_file(assistant, prompts_file, output, greedy)
+    assert prompts.answer_file(assistant, prompts_file, output, greedy, overwrite=True) == 11
+    assert len(read(output)) == 11 and not partial.exists()
+    # A run of the same settings goes on.
+    with closing(prompts.Answers(partial, {"seed": 1})) as answers:
+        answers.add([0], [Response("yes", "", -0.5)])
+    with closing(prompts.Answers(partial, {"seed": 1}, overwrite=True)) as answers:
+        assert list(answers.rows) == [0]
+    partial.write_text("no JSON\n")
+    with closing(prompts.Answers(partial, {"seed": 1}, overwrite=True)) as answers:
+        assert answers.rows == {}
 
 
 def test_cut_last_line_is_answered_again(tmp_path):
@@ -180,10 +202,12 @@ def test_an_interrupted_run_keeps_what_decides_its_rounding(assistant, prompts_f
     assistant.answer = interrupted
     with pytest.raises(KeyboardInterrupt):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5)
-    with pytest.raises(UserError, match="belongs to a run with another max_samples. Remove it"):
+    with pytest.raises(UserError, match="belongs to a run with another max_samples. Add"):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED)
     assistant.dtype = torch.bfloat16
-    with pytest.raises(UserError, match="belongs to a run with another dtype. Remove it, or"):
+    with pytest.raises(
+        UserError, match="belongs to a run with another dtype. Add --overwrite to begin"
+    ):
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5)
     assistant.dtype, assistant.answer = torch.float32, answer
     assert prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5) == 5

@@ -68,7 +68,9 @@ def test_strategies_and_recipes(tmp_path):
     [
         ("--eval_strategy best", "steps, epoch and no; see --eval_steps"),
         ("--evaluation_strategy", "steps, epoch and no; see --eval_steps"),
-        ("--save_strategy no", "use --save_steps N, or epoch"),
+        ("--save_strategy no", "--save_steps 1000000 saves only the result"),
+        ("--save_strategy best", "use --eval_steps N --load_best_model_at_end"),
+        ("--save_strategy hourly", "use --save_steps N, or epoch"),
         ("--dataset_text_field content", "name the columns in dataset_info.json"),
         ("--disable_tqdm True", "only a terminal has a bar"),
         ("--auto_find_batch_size", "use --per_device_train_batch_size"),

@@ -8,13 +8,9 @@ from conftest import ROOT
 
 import train
 from minisft.common.errors import UserError
-from minisft.common.llama_factory import (
-    REASONS,
-    RENAMED,
-    TEMPLATES,
-    VALUES,
-    WITHOUT_EFFECT,
-)
+from minisft.common.llama_factory import TEMPLATES
+from minisft.common.other_programs import RENAMED, VALUES, WITHOUT_EFFECT
+from minisft.common.refusals import REASONS, WRONG_VALUES
 from minisft.selection import score_options
 from minisft.text.template_choice import NAMES
 from minisft.training.options import parse_options
@@ -232,10 +228,13 @@ def test_a_name_with_two_spellings_in_toml(tmp_path):
 
 
 def test_reasons_name_flags_that_exist():
-    parser_help = (ROOT / "minisft/training/options.py").read_text() + "--bf16 --help"
-    for reason in REASONS.values():
-        for flag in re.findall(r"--(\w+)", reason):
-            assert f"--{flag}" in parser_help
+    """Flags of train.py, of chat.py or of export.py."""
+    folders = [ROOT / "minisft" / name for name in ("training", "chat", "checkpoints", "common")]
+    code = "".join(path.read_text() for folder in folders for path in folder.glob("*options.py"))
+    code += (ROOT / "minisft/common/model_flags.py").read_text() + "--strategy --mode"
+    for reason in [*REASONS.values(), *(why for v in WRONG_VALUES.values() for why in v.values())]:
+        for flag in set(re.findall(r"--(\w+)", reason)) - {"help", "nproc_per_node"}:
+            assert f"--{flag}" in code
     assert not WITHOUT_EFFECT & (REASONS.keys() | RENAMED.keys() | VALUES.keys())
     assert VALUES.keys() <= REASONS.keys()
 

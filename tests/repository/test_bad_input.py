@@ -229,7 +229,7 @@ def test_files_without_rows(content, message, start, place):
     [
         ("train", ["--seed", 10**20], "--seed: '100000000000000000000' is not a whole number"),
         ("train", ["--lora_rank", 10**15], "out of memory"),
-        ("train", ["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        ("train", ["--dtype", "int8"], "--dtype: 'int8': use --quantization_bit 8"),
         ("train", ["--template", "nonsense"], "unknown template 'nonsense'; choose one of auto"),
         ("train", ["--adapter", "ADAPTER", "--lora_rank", 3], "--lora_rank is fixed by --adapter"),
         ("train", ["--adapter", "ROWS"], "rows.json is a file. Give the folder that holds it"),
@@ -247,7 +247,7 @@ def test_files_without_rows(content, message, start, place):
         ("export", ["--device", "tpu"], "--device tpu: no such device"),
         ("export", ["--bf16", "--fp16"], "--fp16 contradicts --dtype bfloat16"),
         ("export", ["--max_shard_size", "-5"], "'-5' is not a size"),
-        ("export", ["--format", "onnx"], "--format: invalid choice: 'onnx'"),
+        ("export", ["--format", "onnx"], "--format: 'onnx': use --format gguf or hf"),
         ("export", ["--output_dir", "ADAPTER"], "is not empty"),
     ],
 )

@@ -604,7 +604,7 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("--min_tokens 9 is above --max_tokens 8", *by_ifd, *few, *band)
     refused("--top_rate needs --strategy ifd_ppl", *by_ifd, *few, "--top_rate", 0.5)
     refused("--clusters needs --strategy cluster", *by_ifd, *few, "--clusters", 3)
-    refused("--sample_rate 1.5: must be from 0 to 1", *by_ifd, "--sample_rate", 1.5)
+    refused("--sample_rate: '1.5' is not a fraction", *by_ifd, "--sample_rate", 1.5)
     refused("--dedup 0.2: must be", *by_ifd, *few, "--dedup", 0.2)
     refused("'75,25' is not two percentiles", *by_cluster, "--band", "75,25")
     left = r"cannot choose 59 rows: only \d+ of 60 are left \(dropped 1: longer .*; \d+: ifd of 1"
