@@ -12,7 +12,6 @@ beside it, to choose rows by cluster. --mode reward writes the reward that a rew
 it prefers the better one. An interrupted command continues when it is run again.
 """
 
-import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -30,7 +29,6 @@ else:
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
 from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
@@ -41,6 +39,7 @@ from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.metric_lines import in_words
 from minisft.common.model_flags import dtype_option, template_options, template_settings
 from minisft.common.outputs import check_output_file
+from minisft.common.progress import ProgressBar
 from minisft.common.single_writer import single_writer
 from minisft.common.words import counted
 from minisft.model.config import ModelConfig
@@ -190,8 +189,7 @@ def score(
     is_on_gpu = next(model.parameters()).is_cuda
     batch_tokens = options.batch_tokens or (8192 if is_on_gpu else 2048)
     num_rows, reasons = len(reader.rows), Counter()
-    silent = writer is None or not sys.stderr.isatty()
-    with tqdm(total=num_rows, initial=num_rows - len(pending), unit="row", disable=silent) as bar:
+    with ProgressBar(num_rows, "row", done=num_rows - len(pending)) as bar:
         for scores in score_rows(
             model, reader, pending, batch_tokens, options.dataloader_num_workers
         ):

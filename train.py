@@ -202,8 +202,9 @@ def train(
 
             step = progress.step
             is_last, epoch = step == schedule.total_steps, step / schedule.steps_per_epoch
-            if is_last or every(options.logging_steps, step):
+            if step == 1 or is_last or every(options.logging_steps, step):
                 progress.record(epoch, learning_rate)
+            progress.print_line()
             if is_last or every(schedule.steps_per_epoch, step):
                 if report := batches.changed_report():
                     progress.say(f"epoch {math.ceil(epoch)}: {report}")
