@@ -108,7 +108,7 @@ def answer_benchmark(name: str, options: Namespace) -> None:
 
     device = processes.start(resolve_device(options.device))
     lock = processes.on_rank0(single_writer(output_dir, is_folder=True))
-    with lock, resume.saying_how_to_go_on():
+    with lock, resume.saying_how_to_go_on(options, resume.CHOICE_OPTIONS):
         measure_accuracy(options, benchmark, subjects, baseline, rows_dir, device)
     processes.stop()
 
@@ -205,7 +205,8 @@ def compare(options: Namespace) -> None:
     if note := unused_values(rows.files):
         print(note)
     items = read_items(rows)
-    with single_writer(output_dir, is_folder=True), resume.saying_how_to_go_on():
+    going_on = resume.saying_how_to_go_on(options, resume.ANSWER_OPTIONS)
+    with single_writer(output_dir, is_folder=True), going_on:
         compare_answers(options, models, items, sampling, output_dir)
 
 

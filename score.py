@@ -18,7 +18,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from minisft.common.script import run_script
+from minisft.common.script import advice_after_ctrl_c, run_script
 from minisft.selection.score_options import parse_options
 
 if __name__ == "__main__":
@@ -189,7 +189,14 @@ def score(
     is_on_gpu = next(model.parameters()).is_cuda
     batch_tokens = options.batch_tokens or (8192 if is_on_gpu else 2048)
     num_rows, reasons = len(reader.rows), Counter()
-    with ProgressBar(num_rows, "row", done=num_rows - len(pending)) as bar:
+
+    def advice() -> str:
+        """How to go on after Ctrl-C."""
+        command = "the same command" + " without --overwrite" * options.overwrite
+        return f"{bar.done:,} of {num_rows:,} rows are done; {command} continues from there"
+
+    bar = ProgressBar(num_rows, "row", done=num_rows - len(pending))
+    with bar, advice_after_ctrl_c(advice):
         for scores in score_rows(
             model, reader, pending, batch_tokens, options.dataloader_num_workers
         ):

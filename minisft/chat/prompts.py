@@ -24,6 +24,7 @@ from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.outputs import atomic_write, check_output_file
 from minisft.common.progress import ProgressBar
+from minisft.common.script import advice_after_ctrl_c
 from minisft.common.single_writer import single_writer
 from minisft.data.formats import (
     Messages,
@@ -80,15 +81,16 @@ def answer_file(
     with contextlib.closing(Answers(f"{output_path}.partial", identity)) as answers:
         # The longest first: if they do not fit into memory, the run fails at its start.
         order = sorted(range(len(prompts)), key=lambda row: lengths[row], reverse=True)
-        try:
-            _answer_missing(assistant, prompts, answers, order, sampling, batch_size)
-        except KeyboardInterrupt:
-            print(
+
+        def advice() -> str:
+            """How to go on after Ctrl-C."""
+            return (
                 f"{len(answers.rows)} of {len(prompts)} answers are in {answers.path}; the same "
-                "command continues from there",
-                file=sys.stderr,
+                "command continues from there"
             )
-            raise
+
+        with advice_after_ctrl_c(advice):
+            _answer_missing(assistant, prompts, answers, order, sampling, batch_size)
         answers.finish(output_path, prompts)
     return len(prompts)
 

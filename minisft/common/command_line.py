@@ -37,7 +37,7 @@ from minisft.common.option_types import (
     positive_float,
     positive_int,
 )
-from minisft.common.recipes import read_recipe
+from minisft.common.recipes import read_recipe, record_to_resume
 from minisft.common.toml_files import is_record
 from minisft.common.torchrun import announced_rank
 
@@ -168,6 +168,8 @@ class OptionParser(argparse.ArgumentParser):
         if missing:
             names = ", ".join(f"--{name}" for name in missing)
             remarks = [f"; {remark}" for name in missing if (remark := self._required[name][1])]
+            if record := record_to_resume(options):
+                remarks = [f"; --config {record} has the options of that run"]
             raise UserError(f"{names} must be given{''.join(remarks)} (see --help)")
         for name, action in self._flags.items():
             values = (getattr(options, name), recipe[name], action.default)

@@ -154,7 +154,7 @@ def open_rows(
     max_samples: int | None = None,
     offline: bool = False,
     replace: str | None = None,
-    replace_flag: str = "--replace",
+    replace_flag: str | None = "--replace",
 ) -> Rows:
     """The rows of the data sets that `dataset` names (see sources.py), in their order.
 
@@ -164,7 +164,8 @@ def open_rows(
     without it the first broken row raises UserError. Files above CHECKED_BYTES are checked as they
     are read. seed: for the rows drawn where an entry has num_samples. say: prints a line.
     max_samples: use the first N rows of each data set. offline: download nothing.
-    replace: values of placeholders, such as "name=Pebble". replace_flag: advised without them.
+    replace: values of placeholders, such as "name=Pebble". replace_flag: advised without them; None
+    leaves the warning about placeholders to the caller.
     """
     parts, values = [], parse_replacements(replace)
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False, offline):
@@ -177,7 +178,11 @@ def open_rows(
         for path in source.paths:
             records = open_records(path, plain_text)
             files.append(RowFile(records, source.description, plain_text, ranking, values))
-        rows = concatenate([_checked(file, skipped, say, replace_flag) for file in files])
+        checked, limit = [], None if source.num_samples else max_samples
+        for file in files:
+            checked.append(_checked(file, skipped, say, replace_flag, limit))
+            limit = limit if limit is None else max(0, limit - len(checked[-1]))
+        rows = concatenate(checked)
         if not plain_text:
             _report_ignored_columns(source, files, say)
         if source.num_samples:
@@ -265,9 +270,20 @@ def unused_values(files: Sequence[RowFile]) -> str:
     return unused_note(files[0].values, set().union(*(file.names for file in files)), searched)
 
 
-def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine, replace_flag: str) -> Rows:
-    """The rows of a file. Checks them, leaves out broken and blank rows, and says what changed."""
+def _checked(
+    file: RowFile,
+    skipped: list[str] | None,
+    say: PrintLine,
+    replace_flag: str | None,
+    limit: int | None,
+) -> Rows:
+    """The rows of a file. Checks them, leaves out broken and blank rows, and says what changed.
+
+    limit: only the first of a small file; None for all.
+    """
     records, rows, good, broken = file.records, Rows([file], None, skipped is not None), [], []
+    if limit == 0:
+        return rows.select([])
     changes, placeholders = Counter[str](), PlaceholderNote()
     is_small = records.size <= CHECKED_BYTES
     num_checked = len(rows) if is_small else min(len(rows), CHECKED_ROWS)
@@ -284,16 +300,19 @@ def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine, replace_f
                 placeholders.add(row.messages, f"{records.path}, {records.place(number)}")
             if isinstance(row, Row) or row.strip():
                 good.append(number)
+        if len(good) == limit:
+            break
     if not good:
         what = "texts" if file.plain_text else "rows"
         raise UserError(broken[0] if broken else f"{records.path}: the file has no {what}")
     if broken and skipped is None:
         share = f"{len(broken)} of {len(good) + len(broken)} rows broken"
         raise UserError(f"{broken[0]} ({share}; --skip_bad_rows leaves them out)")
-    num_rows = f"{len(good)} rows" if is_small else f"the first {num_checked:,} rows"
+    num_read = len(good) + len(broken)
+    num_rows = f"{len(good)} rows" if is_small else f"the first {num_read:,} rows"
     for change, count in changes.items():
         say(f"{records.path}: {count} of {num_rows} {change}")
-    if note := placeholders.line(num_rows, replace_flag):
+    if replace_flag and (note := placeholders.line(num_rows, replace_flag)):
         say(note)
     if not is_small or len(good) == len(rows):
         return rows

@@ -159,14 +159,20 @@ def quantize_layers(model: Model, bits: int) -> None:
 
 
 def describe_training(
-    options: Namespace, model: Model, dtype: torch.dtype, device: torch.device, num_rows: int
+    options: Namespace,
+    model: Model,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_rows: int,
+    num_held_out: int = 0,
 ) -> str:
     """A line for the log: rows or blocks of text, parameters, device, number type."""
     rows = counted(num_rows, "block" if options.stage == "pt" else "row")
+    held_out = f", {num_held_out:,} held out" if num_held_out else ""
     threads = counted(torch.get_num_threads(), "thread")
     each = f", {threads} each" if device.type == "cpu" else ""
     text = (
-        f"{rows}; training {num_trainable(model):,} of "
+        f"{rows}{held_out}; training {num_trainable(model):,} of "
         f"{count_parameters(model):,} parameters "
         f"({options.finetuning_type}) on {device}, {dtype_name(dtype)}, "
         f"{counted(processes.world_size(), 'process', 'processes')}{each}"
