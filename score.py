@@ -41,10 +41,12 @@ from minisft.common.model_flags import dtype_option, template_options, template_
 from minisft.common.outputs import check_output_file
 from minisft.common.progress import ProgressBar
 from minisft.common.single_writer import single_writer
+from minisft.common.threads import busy_note
 from minisft.common.words import counted
 from minisft.model.config import ModelConfig
 from minisft.model.reward import Model
 from minisft.selection.ifd import IfdScorer
+from minisft.selection.next_command import select_command
 from minisft.selection.provenance import recorded_date, score_record
 from minisft.selection.reward_scores import RewardScorer, mean_preference_fields
 from minisft.selection.rows import left_out_by, open_every_row
@@ -109,6 +111,9 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
         f"{device}, {dtype_name(dtype)}, {counted(processes.world_size(), 'process', 'processes')}"
     )
 
+    if device.type == "cpu" and (note := busy_note(torch.get_num_threads())):
+        say(note)
+
     left_out = left_out_by(options.dataset, options.dataset_dir, options.max_samples)
     reader = RowReader(rows, scorer, is_drawn, left_out)
     if writer and (note := reader.tools_note(pending)):
@@ -132,8 +137,11 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
             )
         for reason, count in reasons.most_common():
             say(f"not scored {count:,}: {reason}")
+        num_preferences = 0
         if options.mode == "reward":
-            say_mean_preferences(writer.paths.scores)
+            num_preferences = say_mean_preferences(writer.paths.scores)
+        if command := select_command(options, num_preferences > 0):
+            say(f"Choose rows: {command}")
 
 
 def build_scorer(
@@ -209,11 +217,12 @@ def score(
     return reasons
 
 
-def say_mean_preferences(path: Path) -> None:
-    """Print the means over the rows with several answers, if there are any."""
+def say_mean_preferences(path: Path) -> int:
+    """Print the means over the rows with several answers, if there are any; returns their number."""
     num_preferences, means = mean_preference_fields(path)
     if num_preferences:
         say(f"preferences of {num_preferences:,} rows: {in_words(means)}")
+    return num_preferences
 
 
 if __name__ == "__main__":

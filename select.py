@@ -44,6 +44,7 @@ else:
     from minisft.selection.choose import Candidates, Choice, RowData, choose, read_row_data
     from minisft.selection.limits import length_limits
     from minisft.selection.near_duplicates import near_duplicates
+    from minisft.selection.next_command import train_command
     from minisft.selection.plot import draw
     from minisft.selection.provenance import dataset_record
     from minisft.selection.rows import (
@@ -123,6 +124,8 @@ def select_rows(options: Namespace) -> None:
     print_summary(manifest)
     if any(file.description for file in rows.files):
         print("The columns keep their names. Give the file an entry in dataset_info.json.")
+    else:
+        print(f"Train on them: {train_command(options)}")
     if options.plot:
         print(f"drew {draw(data, usable, choice, options.strategy, output)}")
 

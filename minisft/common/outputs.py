@@ -137,6 +137,19 @@ def check_output_file(
     return path
 
 
+def check_json_name(flag: str, path: str | Path) -> None:
+    """UserError unless the name of a file for rows ends in .json or .jsonl.
+
+    A folder or a device is left to check_output_file, which says so.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".jsonl") and (path.is_file() or not path.exists()):
+        raise UserError(
+            f"{flag} {path}: rows are written as JSON. Give a name that ends in .json, for an "
+            "array, or in .jsonl, for lines."
+        )
+
+
 def check_output_dir(
     output_dir: str | Path, overwrite: bool, *inputs: str | Path | None, hint: str = ""
 ) -> Path:

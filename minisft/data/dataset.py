@@ -19,8 +19,9 @@ import numpy as np
 from minisft.common.errors import UserError
 from minisft.common.option_types import parse_replacements
 from minisft.common.words import list_names
-from minisft.data.dataset_info import FILE_NAME, Description
-from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
+from minisft.data.dataset_info import Description
+from minisft.data.formats import Messages, Tools, parse_conversation, parse_text
+from minisft.data.ignored_columns import ignored_columns
 from minisft.data.placeholders import (
     PlaceholderNote,
     fill_in,
@@ -31,8 +32,8 @@ from minisft.data.placeholders import (
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Records, open_records
 from minisft.data.row_forms import check_label, standard_record
-from minisft.data.row_values import BadRow, without_nulls
-from minisft.data.sources import Source, find_sources
+from minisft.data.row_values import BadRow
+from minisft.data.sources import find_sources
 from minisft.text.long_texts import check_text
 
 # Files up to this size are checked completely before training, larger files in their first rows.
@@ -184,7 +185,9 @@ def open_rows(
             limit = limit if limit is None else max(0, limit - len(checked[-1]))
         rows = concatenate(checked)
         if not plain_text:
-            _report_ignored_columns(source, files, say)
+            for file in files:
+                if note := ignored_columns(source, file.records, file.ranking):
+                    say(note)
         if source.num_samples:
             rows = rows.select(_sample(source.name, len(rows), source.num_samples, seed, say))
         parts.append(rows[:max_samples])
@@ -328,25 +331,3 @@ def _sample(name: str, total: int, count: int, seed: int, say: PrintLine) -> np.
         say(f"{name} has only {total} rows; rows are repeated to make {count}")
     chosen = np.random.default_rng(seed).choice(total, rest, replace=False)
     return np.concatenate([np.tile(np.arange(total), rounds), np.sort(chosen)])
-
-
-def _report_ignored_columns(source: Source, files: list[RowFile], say: PrintLine) -> None:
-    """Report the columns of the first rows that nothing reads."""
-    for file in files:
-        records, columns = file.records, set()
-        for number in range(min(100, len(records))):
-            try:
-                record = records[number]
-            except BadRow:
-                continue
-            columns |= without_nulls(record).keys() if isinstance(record, dict) else set()
-        hint = "train.py --stage rm and dpo learn from chosen and rejected"
-        has_preferences = columns >= PREFERENCE_COLUMNS and file.ranking is False
-        ignored = source.description.ignored(columns) if source.description else []
-        if ignored:
-            say(
-                f"{source.name}: {records.path} has {', '.join(ignored)}. {FILE_NAME} does not "
-                f"name them, so they are ignored{f'; {hint}' if has_preferences else ''}"
-            )
-        elif has_preferences:
-            say(f"{records.path}: only the single answer of each row is read; {hint}")

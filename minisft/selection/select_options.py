@@ -18,6 +18,7 @@ from minisft.common.command_line import (
 )
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_dataset_flags
+from minisft.common.outputs import check_json_name
 
 # The inputs that each strategy needs.
 STRATEGIES = {
@@ -224,6 +225,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
     if not sizes and strategy not in ("cluster", "random_matched"):
         raise UserError("give --sample_rate or --sample_number: how many rows to choose")
 
+    check_json_name("--output", options.output)
     files = [("embeddings", options.embeddings)]
     files += [("target", path) for path in (options.target or "").split(",")]
     for flag, path in files:
@@ -245,7 +247,3 @@ def check_options(options: Namespace, given: set[str]) -> None:
     if options.plot:
         if not find_spec("matplotlib"):
             raise UserError("--plot needs matplotlib (requirements/plot.txt)")
-        if options.output.endswith(".png"):
-            raise UserError(
-                f"--output {options.output}: --plot draws there. Give the rows another name."
-            )

@@ -614,8 +614,8 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("is a folder", *by_ifd, *few, "--output", tmp_path)
     os.mkfifo(tmp_path / "device")
     refused("or a device", *by_ifd, *few, "--output", tmp_path / "device", "--overwrite")
-    refused("is an input", *by_cluster, "--output", ScorePaths(scores).perplexity)
-    refused("--plot draws there", *by_ifd, *few, "--plot", "--output", tmp_path / "x.png")
+    for name in ("x.png", "x.parquet", "x.csv", "x"):
+        refused("rows are written as JSON. Give", *by_ifd, *few, "--output", tmp_path / name)
     refused("no row is in the --band", *by_cluster, "--clusters", 1, "--band", "49.99,50")
     refused(
         "give the file that ends in .embeddings.npy",
