@@ -218,7 +218,7 @@ def score(
 
 
 def say_mean_preferences(path: Path) -> int:
-    """Print the means over the rows with several answers, if there are any; returns their number."""
+    """Print the means over the rows with several answers; returns the number of these rows."""
     num_preferences, means = mean_preference_fields(path)
     if num_preferences:
         say(f"preferences of {num_preferences:,} rows: {in_words(means)}")

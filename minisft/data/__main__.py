@@ -34,8 +34,8 @@ def convert(
 ) -> int:
     """Write rows of any format as ShareGPT; returns their number.
 
-    The output is a JSON array if its name ends in .json, and JSON lines with .jsonl. skipped: a list that
-    collects messages about broken rows; without it the first one raises UserError.
+    The output is a JSON array if its name ends in .json, and JSON lines with .jsonl. skipped: a
+    list that collects messages about broken rows; without it the first one raises UserError.
     """
     check_json_name("output", output_path)
     output_path = check_output_file("output", output_path, overwrite=overwrite)

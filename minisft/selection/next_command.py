@@ -1,7 +1,7 @@
 """The next command, which score.py and select.py print at the end.
 
 print(select_command(options))      # python select.py --dataset ... --scores scores.jsonl ...
-print(train_command(options))       # python train.py --model_name_or_path ... --dataset few.json ...
+print(train_command(options))       # python train.py --model_name_or_path ... --dataset few.json
 """
 
 import shlex

@@ -1,4 +1,4 @@
-"""What a run says when it ends early, and what a folder with such a run says to the next command."""
+"""What a run says when it ends early, and what the next command says about its folder."""
 
 from types import SimpleNamespace
 
