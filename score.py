@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 
 from minisft.common.script import advice_after_ctrl_c, run_script
+from minisft.data.early_checks import check_places
 from minisft.selection.score_options import parse_options
 
 if __name__ == "__main__":
-    # Before torch is imported, so that --help and a mistyped flag answer at once.
-    command_line = run_script(parse_options)
+    # Before torch is imported, so that --help and a mistyped flag or path answer at once.
+    command_line = run_script(lambda: check_places(parse_options()))
 else:
     command_line = None
 

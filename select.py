@@ -29,10 +29,11 @@ else:
     from typing import Any
 
     from minisft.common.script import run_script
+    from minisft.data.early_checks import check_places
     from minisft.selection.select_options import parse_options
 
-    # Before the heavy modules, so that --help and a mistyped flag answer at once.
-    command_line = run_script(parse_options)
+    # Before the heavy modules, so that --help and a mistyped flag or path answer at once.
+    command_line = run_script(lambda: check_places(parse_options()))
 
     import numpy as np
 

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from minisft.common.script import run_script
+from minisft.data.early_checks import check_places
 from minisft.training.options import parse_options
 
 if __name__ == "__main__":
-    # Before torch is imported, so that --help and a mistyped flag answer at once.
-    command_line = run_script(parse_options)
+    # Before torch is imported, so that --help and a mistyped flag or path answer at once.
+    command_line = run_script(lambda: check_places(parse_options()))
 else:
     command_line = None
 

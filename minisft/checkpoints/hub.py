@@ -10,6 +10,7 @@ from pathlib import Path
 from minisft.common.downloads import download
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
+from minisft.common.model_names import check_place, may_be_on_hub
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.gguf.reader import is_gguf
 from minisft.gguf.unpack import unpack
@@ -75,7 +76,7 @@ def base_model(adapter: str | Path, offline: bool = False) -> str:
         return name
     if (adapter_dir / name).exists():
         return str(adapter_dir / name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not may_be_on_hub(name):
         raise UserError(
             f"{path}: there is no base model {name} here. Give it as --model_name_or_path."
         )
@@ -111,9 +112,7 @@ def _hint(path: Path, needed: str) -> str:
 
 
 def _download(name: str, offline: bool = False) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        hint = "" if "/" in name else ", and models on the hub are called OWNER/NAME"
-        raise UserError(f"{name}: no such folder{hint}")
+    check_place(name)
     try:
         return download(name, HUB_PATTERNS, offline=offline)
     except UserError as error:
