@@ -52,7 +52,8 @@ def test_training_and_evaluation(checkpoint, two_files, rows_file, tmp_path, her
         output_dir=tmp_path / "out",
         dataloader_num_workers=0,
     )
-    assert "6 rows; training" in said and "evaluation loss" in said
+    assert "6 rows, 3 held out; training" in said and "evaluation loss" in said
+    assert "(3 rows, truncated at " in said
 
 
 def test_scores_and_the_selection_from_them(checkpoint, two_files, tmp_path, here):
