@@ -55,7 +55,9 @@ def check_output(options: Namespace, inputs: Sequence[str | None], names: Sequen
     names: of options. UserError if --resume would mix the results of runs that differ in them.
     """
     may_exist = options.overwrite_output_dir or options.resume
-    hint = "continue with --resume, which keeps its answers" if is_of(options, names) else ""
+    hint = ""
+    if not may_exist and is_of(options, names):
+        hint = "continue with --resume, which keeps its answers"
     output_dir = check_output_dir(options.output_dir, may_exist, *inputs, hint=hint)
     recorded = recorded_options(options.output_dir) if options.resume else {}
     for name in names if recorded else ():

@@ -73,7 +73,9 @@ def continue_command(output_dir: str) -> str:
 def unfinished_run_hint(options: Namespace) -> str:
     """What to do with an --output_dir that holds an interrupted run; "" for any other folder."""
     output_dir = Path(options.output_dir)
-    is_run = (output_dir / "options.toml").is_file() and not read_record(output_dir)
-    if options.resume_from_checkpoint or not (is_run and find_checkpoints(output_dir)):
+    is_run = (output_dir / "options.toml").is_file() and find_checkpoints(output_dir)
+    if options.overwrite_output_dir or options.resume_from_checkpoint or not is_run:
+        return ""
+    if read_record(output_dir):  # it has finished
         return ""
     return "continue the interrupted run in it with --resume_from_checkpoint auto"
