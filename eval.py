@@ -9,7 +9,6 @@ The first word says what to measure: ceval, cmmlu, mmlu or compare. Each has its
 """
 
 import os
-import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,6 @@ else:
     command_line = None
 
 import torch
-from tqdm import tqdm
 
 from minisft.checkpoints.hub import model_or_base
 from minisft.common import processes
@@ -34,6 +32,7 @@ from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, write_json
 from minisft.common.model_flags import dtype_option, template_settings
+from minisft.common.progress import ProgressBar
 from minisft.common.single_writer import single_writer
 from minisft.data.dataset import open_rows, unused_values
 from minisft.evaluation import resume
@@ -109,7 +108,7 @@ def answer_benchmark(name: str, options: Namespace) -> None:
 
     device = processes.start(resolve_device(options.device))
     lock = processes.on_rank0(single_writer(output_dir, is_folder=True))
-    with lock, resume.saying_how_to_go_on():
+    with lock, resume.saying_how_to_go_on(options, resume.CHOICE_OPTIONS):
         measure_accuracy(options, benchmark, subjects, baseline, rows_dir, device)
     processes.stop()
 
@@ -166,9 +165,10 @@ def answer_subjects(
     # The largest subjects first, so that no rank works on one alone at the end.
     subjects = sorted(subjects, key=lambda subject: -len(subject.questions))
     share = subjects[processes.rank() :: processes.world_size()]
-    with progress_bar(sum(len(one.questions) for one in share) * options.n_times) as bar:
+    num_questions = sum(len(subject.questions) for subject in share) * options.n_times
+    with ProgressBar(num_questions, "question") as bar:
         for subject in share:
-            bar.set_postfix_str(subject.key)
+            bar.show(subject.key)
             rows = []
             for run in range(options.n_times):
                 rows += answer_subject(
@@ -205,7 +205,8 @@ def compare(options: Namespace) -> None:
     if note := unused_values(rows.files):
         print(note)
     items = read_items(rows)
-    with single_writer(output_dir, is_folder=True), resume.saying_how_to_go_on():
+    going_on = resume.saying_how_to_go_on(options, resume.ANSWER_OPTIONS)
+    with single_writer(output_dir, is_folder=True), going_on:
         compare_answers(options, models, items, sampling, output_dir)
 
 
@@ -268,7 +269,7 @@ def answer_questions(
     facts = assistant.template.facts
     if changed := sum(facts.changes_tools(item.messages, item.tools) for item in items):
         print(f"{model.name}: {changed} of {len(items)} rows have {TOOLS_AS_TEXT}")
-    with progress_bar(len(items), model.name) as bar:
+    with ProgressBar(len(items), "question", model.name) as bar:
         answers = answer_items(assistant, items, sampling, options.batch_size, bar.update)
     if all(answer["is_skipped"] for answer in answers):
         raise UserError(
@@ -306,7 +307,7 @@ def judge_answers(options: Namespace, results: dict[str, Any], path: Path) -> di
     comparisons = comparisons_with_first(results)
     every = [comparison for of_model in comparisons.values() for comparison in of_model]
     print(cost_line(every, options.judge_price_in, options.judge_price_out), flush=True)
-    with progress_bar(2 * len(every), "judge") as bar:
+    with ProgressBar(2 * len(every), "question", "judge") as bar:
         verdicts = {
             name: collect_verdicts(judge, of_model, path, bar.update)
             for name, of_model in comparisons.items()
@@ -324,12 +325,6 @@ def load_assistant(
     for line in settings_without_effect(assistant.template, **settings):
         processes.print_rank0(f"{assistant.name}: {line}")
     return assistant
-
-
-def progress_bar(total: int, name: str | None = None) -> tqdm:
-    """A bar that counts questions, on rank 0 of a terminal."""
-    is_hidden = processes.rank() != 0 or not sys.stderr.isatty()
-    return tqdm(total=total, desc=name, unit="question", disable=is_hidden)
 
 
 if __name__ == "__main__":

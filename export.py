@@ -19,10 +19,11 @@ from pathlib import Path
 
 from minisft.checkpoints.export_options import FILE_FORMATS, parse_options
 from minisft.common.script import run_script
+from minisft.data.early_checks import check_places
 
 if __name__ == "__main__":
-    # Before torch is imported, so that --help and a mistyped flag answer at once.
-    command_line = run_script(parse_options)
+    # Before torch is imported, so that --help and a mistyped flag or path answer at once.
+    command_line = run_script(lambda: check_places(parse_options()))
 else:
     command_line = None
 

@@ -12,25 +12,24 @@ beside it, to choose rows by cluster. --mode reward writes the reward that a rew
 it prefers the better one. An interrupted command continues when it is run again.
 """
 
-import sys
 import time
 from argparse import Namespace
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from minisft.common.script import run_script
+from minisft.common.script import advice_after_ctrl_c, run_script
+from minisft.data.early_checks import check_places
 from minisft.selection.score_options import parse_options
 
 if __name__ == "__main__":
-    # Before torch is imported, so that --help and a mistyped flag answer at once.
-    command_line = run_script(parse_options)
+    # Before torch is imported, so that --help and a mistyped flag or path answer at once.
+    command_line = run_script(lambda: check_places(parse_options()))
 else:
     command_line = None
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minisft.checkpoints.adapter_forms import tokenizer_dir, vocabulary_size
 from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
@@ -41,11 +40,14 @@ from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.metric_lines import in_words
 from minisft.common.model_flags import dtype_option, template_options, template_settings
 from minisft.common.outputs import check_output_file
+from minisft.common.progress import ProgressBar
 from minisft.common.single_writer import single_writer
+from minisft.common.threads import busy_note
 from minisft.common.words import counted
 from minisft.model.config import ModelConfig
 from minisft.model.reward import Model
 from minisft.selection.ifd import IfdScorer
+from minisft.selection.next_command import select_command
 from minisft.selection.provenance import recorded_date, score_record
 from minisft.selection.reward_scores import RewardScorer, mean_preference_fields
 from minisft.selection.rows import left_out_by, open_every_row
@@ -110,6 +112,9 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
         f"{device}, {dtype_name(dtype)}, {counted(processes.world_size(), 'process', 'processes')}"
     )
 
+    if device.type == "cpu" and (note := busy_note(torch.get_num_threads())):
+        say(note)
+
     left_out = left_out_by(options.dataset, options.dataset_dir, options.max_samples)
     reader = RowReader(rows, scorer, is_drawn, left_out)
     if writer and (note := reader.tools_note(pending)):
@@ -137,8 +142,11 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
             )
         for reason, count in reasons.most_common():
             say(f"not scored {count:,}: {reason}")
+        num_preferences = 0
         if options.mode == "reward":
-            say_mean_preferences(writer.paths.scores)
+            num_preferences = say_mean_preferences(writer.paths.scores)
+        if command := select_command(options, num_preferences > 0):
+            say(f"Choose rows: {command}")
 
 
 def build_scorer(
@@ -194,8 +202,14 @@ def score(
     is_on_gpu = next(model.parameters()).is_cuda
     batch_tokens = options.batch_tokens or (8192 if is_on_gpu else 1024)
     num_rows, reasons = len(reader.rows), Counter()
-    silent = writer is None or not sys.stderr.isatty()
-    with tqdm(total=num_rows, initial=num_rows - len(pending), unit="row", disable=silent) as bar:
+
+    def advice() -> str:
+        """How to go on after Ctrl-C."""
+        command = "the same command" + " without --overwrite" * options.overwrite
+        return f"{bar.done:,} of {num_rows:,} rows are done; {command} continues from there"
+
+    bar = ProgressBar(num_rows, "row", done=num_rows - len(pending))
+    with bar, advice_after_ctrl_c(advice):
         for scores in score_rows(
             model, reader, pending, batch_tokens, options.dataloader_num_workers
         ):
@@ -208,11 +222,12 @@ def score(
     return reasons
 
 
-def say_mean_preferences(path: Path) -> None:
-    """Print the means over the rows with several answers, if there are any."""
+def say_mean_preferences(path: Path) -> int:
+    """Print the means over the rows with several answers; returns the number of these rows."""
     num_preferences, means = mean_preference_fields(path)
     if num_preferences:
         say(f"preferences of {num_preferences:,} rows: {in_words(means)}")
+    return num_preferences
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ else:
     from typing import Any
 
     from minisft.common.script import run_script
+    from minisft.data.early_checks import check_places
     from minisft.selection.select_options import parse_options
 
-    # Before the heavy modules, so that --help and a mistyped flag answer at once.
-    command_line = run_script(parse_options)
+    # Before the heavy modules, so that --help and a mistyped flag or path answer at once.
+    command_line = run_script(lambda: check_places(parse_options()))
 
     import numpy as np
 
@@ -44,14 +45,17 @@ else:
     from minisft.selection.choose import Candidates, Choice, RowData, choose, read_row_data
     from minisft.selection.limits import length_limits
     from minisft.selection.near_duplicates import near_duplicates
+    from minisft.selection.next_command import train_command
     from minisft.selection.plot import draw
     from minisft.selection.provenance import dataset_record
     from minisft.selection.rows import (
+        LEFT_OUT,
         Instructions,
         answer_lengths,
         draw_readable,
         left_out_by,
         open_every_row,
+        placeholder_note,
         row_sources,
     )
     from minisft.selection.score_files import ScorePaths
@@ -76,7 +80,7 @@ def select_rows(options: Namespace) -> None:
         options.skip_bad_rows,
         with_rankings,
         options.max_samples,
-        replace_flag="train.py --replace",
+        replace_flag=None,  # only the chosen rows matter
     )
     output = check_output(options, rows)
     dataset = dataset_record(rows, is_drawn, options.max_samples)
@@ -112,12 +116,17 @@ def select_rows(options: Namespace) -> None:
         num_tokens = np.fmax(data.scores["num_tokens"], data.lengths)
         notes = notes + length_limits(num_tokens, choice.rows, data.cutoff_len, CUTOFF_LEN)
 
+    if note := placeholder_note(rows, choice.rows):
+        notes = [*notes, note]
+
     mean_all = None if draws_unread else float(data.lengths[usable].mean())
     manifest = manifest_of(options, dataset, data, candidates, choice, notes, mean_all)
     write_selection(rows, choice.rows, manifest, output)
     print_summary(manifest)
     if any(file.description for file in rows.files):
         print("The columns keep their names. Give the file an entry in dataset_info.json.")
+    else:
+        print(f"Train on them: {train_command(options)}")
     if options.plot:
         print(f"drew {draw(data, usable, choice, options.strategy, output)}")
 
@@ -201,13 +210,21 @@ def print_summary(manifest: dict[str, Any]) -> None:
     strategy = "cluster (k-means)" if strategy == "cluster" else strategy
     mean_all = lengths["mean_all"]  # None if the other rows were not read
     all_rows = "" if mean_all is None else f" (all rows: {mean_all:,.1f})"
+    left_out = {
+        reason: count
+        for reason, count in manifest["dropped"].items()
+        if reason.startswith(LEFT_OUT)
+    }
+    num_rows = manifest["rows"] - sum(left_out.values())
+    more = "".join(f" ({count:,} more are {reason})" for reason, count in left_out.items())
     print(
-        f"{manifest['options']['output']}: {manifest['num_chosen']:,} of {manifest['rows']:,} rows "
+        f"{manifest['options']['output']}: {manifest['num_chosen']:,} of {num_rows:,} rows{more} "
         f"by {strategy}; answers of {lengths['mean_chosen']:,.1f} {lengths['unit']} on "
         f"average{all_rows}"
     )
     for reason, count in manifest["dropped"].items():
-        print(f"dropped {count:,}: {reason}")
+        if reason not in left_out:
+            print(f"dropped {count:,}: {reason}")
     for note in manifest["notes"]:
         print(note)
 

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from minisft.common.script import run_script
+from minisft.data.early_checks import check_places
 from minisft.training.options import parse_options
 
 if __name__ == "__main__":
-    # Before torch is imported, so that --help and a mistyped flag answer at once.
-    command_line = run_script(parse_options)
+    # Before torch is imported, so that --help and a mistyped flag or path answer at once.
+    command_line = run_script(lambda: check_places(parse_options()))
 else:
     command_line = None
 
@@ -45,7 +46,7 @@ from minisft.data.encoding import Example
 from minisft.evaluation.exact_match import exact_match
 from minisft.model.reward import Model, RewardModel
 from minisft.text.chat_template import ChatTemplate
-from minisft.training import plan, resume
+from minisft.training import early_end, plan, resume
 from minisft.training.adapter_options import complete_options
 from minisft.training.build import build_model, describe_training
 from minisft.training.data import (
@@ -86,7 +87,8 @@ def main(options: Namespace | None = None) -> None:
         return plan.show(options)
     may_exist = options.overwrite_output_dir or resume.can_resume(options)
     inputs = options.model_name_or_path, options.adapter
-    output_dir = check_output_dir(options.output_dir, may_exist, *inputs)
+    hint = early_end.unfinished_run_hint(options)
+    output_dir = check_output_dir(options.output_dir, may_exist, *inputs, hint=hint)
     device = processes.start(resolve_device(options.device), options.parallel)
     if is_finished_run(options):
         say(finished_note(options))
@@ -114,7 +116,8 @@ def fine_tune(options: Namespace, output_dir: Path, device: torch.device) -> Non
     torch.manual_seed(options.seed + processes.rank())  # dropout differs between ranks
     if template and isinstance(model, RewardModel):
         choose_padding(model, tokenizer, template.stop_token_ids(model.config.eos_token_ids))
-    say(describe_training(options, model, dtype, device, num_rows=batches.num_examples))
+    num_held_out = len(eval_examples or [])
+    say(describe_training(options, model, dtype, device, batches.num_examples, num_held_out))
 
     saved = resume.load_saved_run(options, batches, say)  # None for a new run
     rows_per_step = (
@@ -124,7 +127,7 @@ def fine_tune(options: Namespace, output_dir: Path, device: torch.device) -> Non
     precision = build_precision(options, dtype, device)
     # The reference of DPO is the model as it is here, before the weights of a checkpoint.
     objective = build_objective(options, model, batches, eval_examples, precision.autocast, saved)
-    reports, note = Reports(options), evaluation_note(options, model.config)
+    reports, note = Reports(options), evaluation_note(options, model.config, num_held_out)
     run = Run(
         options=options,
         model=model,
@@ -144,11 +147,11 @@ def fine_tune(options: Namespace, output_dir: Path, device: torch.device) -> Non
         resume.restore(run, saved)
     resume.claim_output_dir(run, saved)
 
-    with resume.save_before_broken_row(run):
+    with early_end.going_on_later(run):
         interrupted_by = train(run, batches, eval_examples, template)
     run.progress.close()
     if interrupted_by:
-        say(resume.how_to_continue(run))
+        say(early_end.how_to_continue(run))
     else:
         save_result(run, model_dir, tokenizer, template)
     reports.finish()
@@ -202,8 +205,9 @@ def train(
 
             step = progress.step
             is_last, epoch = step == schedule.total_steps, step / schedule.steps_per_epoch
-            if is_last or every(options.logging_steps, step):
+            if step == 1 or is_last or every(options.logging_steps, step):
                 progress.record(epoch, learning_rate)
+            progress.print_line()
             if is_last or every(schedule.steps_per_epoch, step):
                 if report := batches.changed_report():
                     progress.say(f"epoch {math.ceil(epoch)}: {report}")

@@ -19,12 +19,12 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.outputs import atomic_write, check_output_file
+from minisft.common.progress import ProgressBar
+from minisft.common.script import advice_after_ctrl_c
 from minisft.common.single_writer import single_writer
 from minisft.data.formats import (
     Messages,
@@ -83,15 +83,16 @@ def answer_file(
     with contextlib.closing(Answers(f"{output_path}.partial", identity, overwrite)) as answers:
         # The longest first: if they do not fit into memory, the run fails at its start.
         order = sorted(range(len(prompts)), key=lambda row: lengths[row], reverse=True)
-        try:
-            _answer_missing(assistant, prompts, answers, order, sampling, batch_size)
-        except KeyboardInterrupt:
-            print(
+
+        def advice() -> str:
+            """How to go on after Ctrl-C."""
+            return (
                 f"{len(answers.rows)} of {len(prompts)} answers are in {answers.path}; the same "
-                "command continues from there",
-                file=sys.stderr,
+                "command continues from there"
             )
-            raise
+
+        with advice_after_ctrl_c(advice):
+            _answer_missing(assistant, prompts, answers, order, sampling, batch_size)
         answers.finish(output_path, prompts)
     return len(prompts)
 
@@ -253,8 +254,7 @@ def _answer_missing(
     batch_size: int,
 ) -> None:
     """Answer the rows in this order, in batches. Skips batches that an earlier run has answered."""
-    is_silent, num_done = not sys.stderr.isatty(), len(answers.rows)
-    with tqdm(total=len(prompts), initial=num_done, unit="prompt", disable=is_silent) as bar:
+    with ProgressBar(len(prompts), "prompt", done=len(answers.rows)) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             missing = [row for row in rows if row not in answers.rows]

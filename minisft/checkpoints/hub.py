@@ -11,6 +11,7 @@ from pathlib import Path
 from minisft.common.downloads import download
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
+from minisft.common.model_names import check_place, may_be_on_hub
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.common.torchrun import announced_rank
 from minisft.gguf.reader import is_gguf
@@ -21,11 +22,11 @@ HUB_PATTERNS = "*.json *.txt *.jinja *.py tokenizer.model model*.safetensors".sp
 HUB_PATTERNS += [ADAPTER_WEIGHTS]
 
 
-def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:
+def resolve(name_or_path: str | Path, needed: str = CONFIG, offline: bool = False) -> Path:
     """The local folder of a checkpoint, or of an adapter (needed: adapter_config.json).
 
     A GGUF file is unpacked into a temporary folder. A hub id is downloaded, unless it is in the
-    cache. UserError if there is no such checkpoint.
+    cache, or `offline`. UserError if there is no such checkpoint.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -41,12 +42,12 @@ def resolve(name_or_path: str | Path, needed: str = CONFIG) -> Path:
         )
     if path.exists():
         raise UserError(f"{path} is a file. Give the folder that holds it.")
-    return _download(str(name_or_path))
+    return _download(str(name_or_path), offline)
 
 
-def resolve_adapter(name_or_path: str | Path) -> Path:
+def resolve_adapter(name_or_path: str | Path, offline: bool = False) -> Path:
     """The local folder of an adapter; see resolve."""
-    return resolve(name_or_path, ADAPTER_CONFIG)
+    return resolve(name_or_path, ADAPTER_CONFIG, offline)
 
 
 def model_or_base(
@@ -92,7 +93,7 @@ def base_model(adapter: str | Path, offline: bool = False) -> str:
     A relative path counts from the current folder, and else from that of the adapter. A hub id is
     downloaded, unless `offline`. UserError if the base is not named, or is not there.
     """
-    adapter_dir = resolve_adapter(adapter)
+    adapter_dir = resolve_adapter(adapter, offline)
     path = adapter_dir / ADAPTER_CONFIG
     name = read_json(path).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
@@ -101,7 +102,7 @@ def base_model(adapter: str | Path, offline: bool = False) -> str:
         return name
     if (adapter_dir / name).exists():
         return str(adapter_dir / name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not may_be_on_hub(name):
         raise UserError(
             f"{path}: there is no base model {name} here. Give it as --model_name_or_path."
         )
@@ -138,12 +139,10 @@ def _hint(path: Path, needed: str) -> str:
     return f"; did you mean {' or '.join(map(str, below[:3]))}?" if below else ""
 
 
-def _download(name: str) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        hint = "" if "/" in name else ", and models on the hub are called OWNER/NAME"
-        raise UserError(f"{name}: no such folder{hint}")
+def _download(name: str, offline: bool = False) -> Path:
+    check_place(name)
     try:
-        return download(name, HUB_PATTERNS)
+        return download(name, HUB_PATTERNS, offline=offline)
     except UserError as error:
         raise UserError(
             f"{name}: no such folder, and the {error}. Download it first and give its folder."

@@ -41,7 +41,7 @@ from minisft.common.option_types import (
     share_of_warmup,
     steps_of_warmup,
 )
-from minisft.common.recipes import read_recipe
+from minisft.common.recipes import read_recipe, record_to_resume
 from minisft.common.toml_files import is_record
 from minisft.common.torchrun import announced_rank
 from minisft.common.unknown_words import (
@@ -183,9 +183,12 @@ class OptionParser(argparse.ArgumentParser):
         ]
         if missing:
             names = ", ".join(f"--{name}" for name in missing)
-            remark = f"; {self._required[missing[0]][1]}" if len(missing) == 1 else ""
+            remark = self._required[missing[0]][1] if len(missing) == 1 else ""
             example = example_with(missing, self._examples) if len(missing) > 1 else ""
-            raise UserError(f"{names} must be given{remark.rstrip('; ')}{example} (see --help)")
+            if record := record_to_resume(options):
+                remark, example = f"--config {record} has the options of that run", ""
+            remark = f"; {remark}" if remark else ""
+            raise UserError(f"{names} must be given{remark}{example} (see --help)")
         for name, action in self._flags.items():
             values = (getattr(options, name), recipe[name], action.default)
             setattr(options, name, next(value for value in values if value is not _UNSET))

@@ -137,10 +137,25 @@ def check_output_file(
     return path
 
 
-def check_output_dir(output_dir: str | Path, overwrite: bool, *inputs: str | Path | None) -> Path:
+def check_json_name(flag: str, path: str | Path) -> None:
+    """UserError unless the name of a file for rows ends in .json or .jsonl.
+
+    A folder or a device is left to check_output_file, which says so.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".jsonl") and (path.is_file() or not path.exists()):
+        raise UserError(
+            f"{flag} {path}: rows are written as JSON. Give a name that ends in .json, for an "
+            "array, or in .jsonl, for lines."
+        )
+
+
+def check_output_dir(
+    output_dir: str | Path, overwrite: bool, *inputs: str | Path | None, hint: str = ""
+) -> Path:
     """The folder to write to. UserError if it is a file, an input, or not empty.
 
-    overwrite: accept a folder that is not empty.
+    overwrite: accept a folder that is not empty. hint: what else to do if it is not empty.
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
@@ -149,10 +164,9 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, *inputs: str | Pat
     # A program that was killed leaves its lock, and perhaps a part of its result.
     names = {file.name for file in path.iterdir()} if path.is_dir() else set()
     if names - {FOLDER_LOCK, RESULT_PARTIAL} and not overwrite:
-        raise UserError(
-            f"--output_dir {path} is not empty. Choose another folder, or add "
-            "--overwrite_output_dir."
-        )
+        ways = ["choose another folder", "add --overwrite_output_dir"]
+        ways = f"{hint}, {', or '.join(ways)}" if hint else ", or ".join(ways)
+        raise UserError(f"--output_dir {path} is not empty. {ways[0].upper()}{ways[1:]}.")
     return path
 
 

@@ -4,6 +4,7 @@ options, refused = read_recipe("qwen3_lora_sft.yaml", flags)
 """
 
 import re
+from argparse import Namespace
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,23 @@ def read_recipe(path: str, flags: Collection[str]) -> tuple[dict[str, Any], dict
             raise UserError(f"{path}: {name} appears twice. Keep one of them.")
         recipe[name] = value
     return translate(recipe, flags) if is_yaml else (recipe, {})
+
+
+def record_to_resume(options: Namespace) -> Path | None:
+    """The options.toml of the run that the options want to continue; None if there is none.
+
+    options: of which those that are not given have other types than str and bool.
+    """
+    which = getattr(options, "resume_from_checkpoint", None)
+    resumes = getattr(options, "resume", None) is True
+    output_dir = getattr(options, "output_dir", None)
+    folders = []
+    if isinstance(output_dir, str) and (isinstance(which, str) or resumes):
+        folders.append(Path(output_dir))
+    if isinstance(which, str):
+        folders.append(Path(which).parent)
+    paths = [folder / "options.toml" for folder in folders]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -12,7 +13,7 @@ from typing import NoReturn, TypeVar
 from minisft.common import failure
 from minisft.common.errors import UserError, first_line
 from minisft.common.threads import share_cores
-from minisft.common.torchrun import announced_processes
+from minisft.common.torchrun import announced_processes, announced_rank
 
 Result = TypeVar("Result")
 
@@ -35,6 +36,20 @@ def run_script(main: Callable[[], Result]) -> Result:
     except BaseException as exception:
         error = exception
         failure.fail(lambda: _print_reason(error))
+
+
+@contextmanager
+def advice_after_ctrl_c(advice: Callable[[], str]) -> Generator[None, None, None]:
+    """After Ctrl-C in the body, print `advice()` on rank 0, before run_script says "interrupted".
+
+    It says what is kept, and how to go on; "" prints nothing.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if announced_rank() == 0 and (text := advice()):
+            print(text, file=sys.stderr, flush=True)
+        raise
 
 
 def _open_standard_streams() -> None:

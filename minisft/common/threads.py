@@ -11,7 +11,11 @@ all of them wait for the slowest. OMP_NUM_THREADS wins if the user has set it.
 import os
 from pathlib import Path
 
+from minisft.common.words import counted
+
 SYSTEM = Path("/sys")
+# Load per core from which other programs compute. An earlier script alone makes it 1.
+BUSY = 1.5
 
 
 def share_cores(system: Path = SYSTEM) -> None:
@@ -43,6 +47,20 @@ def physical_cores(system: Path = SYSTEM) -> int:
     ]
     cores = {place.read_text() if place.is_file() else str(place) for place in places}
     return len(cores)
+
+
+def busy_note(num_threads: int, system: Path = SYSTEM) -> str:
+    """A note if other programs keep the cores busy and this one has several threads; else "".
+
+    To be called before this program computes. num_threads: of torch.
+    """
+    load, cores = os.getloadavg()[0], physical_cores(system)
+    if num_threads == 1 or load <= BUSY * cores:
+        return ""
+    return (
+        f"note: the load average is {load:.1f} on {counted(cores, 'core')}: other programs are "
+        "computing. OMP_NUM_THREADS=1 may be several times faster."
+    )
 
 
 def cpu_quota(system: Path = SYSTEM) -> float:

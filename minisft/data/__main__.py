@@ -15,7 +15,7 @@ from minisft.common.command_line import OptionParser, positive_int
 from minisft.common.errors import UserError
 from minisft.common.json_files import write_rows
 from minisft.common.model_flags import add_replace_flag
-from minisft.common.outputs import check_not_an_input, check_output_file
+from minisft.common.outputs import check_json_name, check_not_an_input, check_output_file
 from minisft.common.script import run_script
 from minisft.common.single_writer import single_writer
 from minisft.common.words import counted
@@ -34,9 +34,10 @@ def convert(
 ) -> int:
     """Write rows of any format as ShareGPT; returns their number.
 
-    The output is a JSON array, or JSON lines if its name ends in .jsonl. skipped: a list that
-    collects messages about broken rows; without it the first one raises UserError.
+    The output is a JSON array if its name ends in .json, and JSON lines with .jsonl. skipped: a
+    list that collects messages about broken rows; without it the first one raises UserError.
     """
+    check_json_name("output", output_path)
     output_path = check_output_file("output", output_path, overwrite=overwrite)
     rows = open_rows(dataset, skipped=skipped, **options)
     check_not_an_input("output", output_path, [file.records.path for file in rows.files])

@@ -19,8 +19,9 @@ import numpy as np
 from minisft.common.errors import UserError
 from minisft.common.option_types import parse_replacements
 from minisft.common.words import list_names
-from minisft.data.dataset_info import FILE_NAME, Description
-from minisft.data.formats import PREFERENCE_COLUMNS, Messages, Tools, parse_conversation, parse_text
+from minisft.data.dataset_info import Description
+from minisft.data.formats import Messages, Tools, parse_conversation, parse_text
+from minisft.data.ignored_columns import ignored_columns
 from minisft.data.placeholders import (
     PlaceholderNote,
     fill_in,
@@ -31,8 +32,8 @@ from minisft.data.placeholders import (
 from minisft.data.preferences import has_several_answers, parse_preferences
 from minisft.data.records import Records, open_records
 from minisft.data.row_forms import check_label, standard_record
-from minisft.data.row_values import BadRow, without_nulls
-from minisft.data.sources import Source, find_sources
+from minisft.data.row_values import BadRow
+from minisft.data.sources import find_sources
 from minisft.text.long_texts import check_text
 
 # Files up to this size are checked completely before training, larger files in their first rows.
@@ -154,7 +155,7 @@ def open_rows(
     max_samples: int | None = None,
     offline: bool = False,
     replace: str | None = None,
-    replace_flag: str = "--replace",
+    replace_flag: str | None = "--replace",
 ) -> Rows:
     """The rows of the data sets that `dataset` names (see sources.py), in their order.
 
@@ -164,7 +165,8 @@ def open_rows(
     without it the first broken row raises UserError. Files above CHECKED_BYTES are checked as they
     are read. seed: for the rows drawn where an entry has num_samples. say: prints a line.
     max_samples: use the first N rows of each data set. offline: download nothing.
-    replace: values of placeholders, such as "name=Pebble". replace_flag: advised without them.
+    replace: values of placeholders, such as "name=Pebble". replace_flag: advised without them; None
+    leaves the warning about placeholders to the caller.
     """
     parts, values = [], parse_replacements(replace)
     for source in find_sources(dataset, dataset_dir, plain_text, ranking is not False, offline):
@@ -177,9 +179,15 @@ def open_rows(
         for path in source.paths:
             records = open_records(path, plain_text)
             files.append(RowFile(records, source.description, plain_text, ranking, values))
-        rows = concatenate([_checked(file, skipped, say, replace_flag) for file in files])
+        checked, limit = [], None if source.num_samples else max_samples
+        for file in files:
+            checked.append(_checked(file, skipped, say, replace_flag, limit))
+            limit = limit if limit is None else max(0, limit - len(checked[-1]))
+        rows = concatenate(checked)
         if not plain_text:
-            _report_ignored_columns(source, files, say)
+            for file in files:
+                if note := ignored_columns(source, file.records, file.ranking):
+                    say(note)
         if source.num_samples:
             rows = rows.select(_sample(source.name, len(rows), source.num_samples, seed, say))
         parts.append(rows[:max_samples])
@@ -265,9 +273,20 @@ def unused_values(files: Sequence[RowFile]) -> str:
     return unused_note(files[0].values, set().union(*(file.names for file in files)), searched)
 
 
-def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine, replace_flag: str) -> Rows:
-    """The rows of a file. Checks them, leaves out broken and blank rows, and says what changed."""
+def _checked(
+    file: RowFile,
+    skipped: list[str] | None,
+    say: PrintLine,
+    replace_flag: str | None,
+    limit: int | None,
+) -> Rows:
+    """The rows of a file. Checks them, leaves out broken and blank rows, and says what changed.
+
+    limit: only the first of a small file; None for all.
+    """
     records, rows, good, broken = file.records, Rows([file], None, skipped is not None), [], []
+    if limit == 0:
+        return rows.select([])
     changes, placeholders = Counter[str](), PlaceholderNote()
     is_small = records.size <= CHECKED_BYTES
     num_checked = len(rows) if is_small else min(len(rows), CHECKED_ROWS)
@@ -284,16 +303,19 @@ def _checked(file: RowFile, skipped: list[str] | None, say: PrintLine, replace_f
                 placeholders.add(row.messages, f"{records.path}, {records.place(number)}")
             if isinstance(row, Row) or row.strip():
                 good.append(number)
+        if len(good) == limit:
+            break
     if not good:
         what = "texts" if file.plain_text else "rows"
         raise UserError(broken[0] if broken else f"{records.path}: the file has no {what}")
     if broken and skipped is None:
         share = f"{len(broken)} of {len(good) + len(broken)} rows broken"
         raise UserError(f"{broken[0]} ({share}; --skip_bad_rows leaves them out)")
-    num_rows = f"{len(good)} rows" if is_small else f"the first {num_checked:,} rows"
+    num_read = len(good) + len(broken)
+    num_rows = f"{len(good)} rows" if is_small else f"the first {num_read:,} rows"
     for change, count in changes.items():
         say(f"{records.path}: {count} of {num_rows} {change}")
-    if note := placeholders.line(num_rows, replace_flag):
+    if replace_flag and (note := placeholders.line(num_rows, replace_flag)):
         say(note)
     if not is_small or len(good) == len(rows):
         return rows
@@ -309,25 +331,3 @@ def _sample(name: str, total: int, count: int, seed: int, say: PrintLine) -> np.
         say(f"{name} has only {total} rows; rows are repeated to make {count}")
     chosen = np.random.default_rng(seed).choice(total, rest, replace=False)
     return np.concatenate([np.tile(np.arange(total), rounds), np.sort(chosen)])
-
-
-def _report_ignored_columns(source: Source, files: list[RowFile], say: PrintLine) -> None:
-    """Report the columns of the first rows that nothing reads."""
-    for file in files:
-        records, columns = file.records, set()
-        for number in range(min(100, len(records))):
-            try:
-                record = records[number]
-            except BadRow:
-                continue
-            columns |= without_nulls(record).keys() if isinstance(record, dict) else set()
-        hint = "train.py --stage rm and dpo learn from chosen and rejected"
-        has_preferences = columns >= PREFERENCE_COLUMNS and file.ranking is False
-        ignored = source.description.ignored(columns) if source.description else []
-        if ignored:
-            say(
-                f"{source.name}: {records.path} has {', '.join(ignored)}. {FILE_NAME} does not "
-                f"name them, so they are ignored{f'; {hint}' if has_preferences else ''}"
-            )
-        elif has_preferences:
-            say(f"{records.path}: only the single answer of each row is read; {hint}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minisft.common.errors import UserError
 from minisft.common.outputs import FULL_DISK, check_output_dir, recorded_options, save_options
+from minisft.common.script import advice_after_ctrl_c
 
 # Options on which the predictions of a benchmark depend.
 CHOICE_OPTIONS = (
@@ -54,7 +55,10 @@ def check_output(options: Namespace, inputs: Sequence[str | None], names: Sequen
     names: of options. UserError if --resume would mix the results of runs that differ in them.
     """
     may_exist = options.overwrite_output_dir or options.resume
-    output_dir = check_output_dir(options.output_dir, may_exist, *inputs)
+    hint = ""
+    if not may_exist and is_of(options, names):
+        hint = "continue with --resume, which keeps its answers"
+    output_dir = check_output_dir(options.output_dir, may_exist, *inputs, hint=hint)
     recorded = recorded_options(options.output_dir) if options.resume else {}
     for name in names if recorded else ():
         if recorded.get(name) != getattr(options, name):
@@ -63,6 +67,12 @@ def check_output(options: Namespace, inputs: Sequence[str | None], names: Sequen
                 f"not {getattr(options, name)}. Use the same options, or another --output_dir."
             )
     return output_dir
+
+
+def is_of(options: Namespace, names: Sequence[str]) -> bool:
+    """True if --output_dir holds a run that --resume continues with these options."""
+    recorded = recorded_options(options.output_dir)
+    return bool(recorded) and all(recorded.get(name) == getattr(options, name) for name in names)
 
 
 def start_output_dir(options: Namespace, output_dir: Path, results: Sequence[str]) -> None:
@@ -80,10 +90,18 @@ def start_output_dir(options: Namespace, output_dir: Path, results: Sequence[str
 
 
 @contextmanager
-def saying_how_to_go_on() -> Generator[None, None, None]:
-    """Add to the error of a full disk how to go on."""
+def saying_how_to_go_on(options: Namespace, names: Sequence[str]) -> Generator[None, None, None]:
+    """Say how to go on after Ctrl-C, and after a full disk. names: as in check_output."""
+
+    def advice() -> str:
+        """The way after Ctrl-C, once the folder belongs to this run."""
+        command = "the same command" + " with --resume" * (not options.resume)
+        way = f"what is finished is in {options.output_dir}; {command} continues from there"
+        return way if is_of(options, names) else ""
+
     try:
-        yield
+        with advice_after_ctrl_c(advice):
+            yield
     except UserError as error:
         if getattr(error.__cause__, "errno", None) not in FULL_DISK:
             raise

@@ -6,10 +6,13 @@ import numpy as np
 
 from minisft.common.errors import UserError
 from minisft.data.dataset import Row, Rows, open_rows, unused_values
+from minisft.data.placeholders import PlaceholderNote
 from minisft.data.row_values import BadRow
 from minisft.data.sources import find_sources
 from minisft.selection.strategies import at_random
 
+# How the reason begins why a row is not among those that train.py would use.
+LEFT_OUT = "left out by"
 # Draws the rows of num_samples as train.py does by default.
 SEED = 42
 
@@ -22,7 +25,7 @@ def open_every_row(
     max_samples: int | None = None,
     say: Callable[[str], None] = print,
     replace: str | None = None,
-    replace_flag: str = "--replace",
+    replace_flag: str | None = "--replace",
 ) -> tuple[Rows, np.ndarray]:
     """(all rows of the files, bool (rows,): True for those that train.py would use).
 
@@ -54,10 +57,23 @@ def open_every_row(
 def left_out_by(dataset: str, dataset_dir: str, max_samples: int | None) -> str:
     """What leaves out the rows that open_every_row does not draw."""
     if not max_samples:
-        return "left out by num_samples"
+        return f"{LEFT_OUT} num_samples"
     sources = find_sources(dataset, dataset_dir, False, True, offline=True)
     draws = any(source.num_samples for source in sources)
-    return f"left out by {'num_samples or ' if draws else ''}--max_samples"
+    return f"{LEFT_OUT} {'num_samples or ' if draws else ''}--max_samples"
+
+
+def placeholder_note(rows: Rows, numbers: np.ndarray) -> str:
+    """The warning about placeholders in the chosen rows; empty if they have none.
+
+    select.py copies rows as they are, so train.py fills them in.
+    """
+    note, files = PlaceholderNote(), {str(file.records.path): file for file in rows.files}
+    for number in numbers.tolist():
+        row = rows[number]
+        place = files[row.source].records.place(row.index)
+        note.add(row.messages, f"{row.source}, {place}")
+    return note.line(f"{len(numbers):,} chosen rows", "train.py --replace")
 
 
 def read_row(rows: Rows, number: int) -> Row | BadRow:

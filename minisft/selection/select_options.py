@@ -19,6 +19,7 @@ from minisft.common.command_line import (
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_dataset_flags
 from minisft.common.option_types import sample_number, sample_rate
+from minisft.common.outputs import check_json_name
 
 # The inputs that each strategy needs.
 STRATEGIES = {
@@ -229,6 +230,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
         raise UserError(
             f"--scores {options.scores}: give the file that ends in .jsonl; {MADE_BY['scores']}"
         )
+    check_json_name("--output", options.output)
     files = [("embeddings", options.embeddings)]
     files += [("target", path) for path in (options.target or "").split(",")]
     for flag, path in files:
@@ -249,7 +251,3 @@ def check_options(options: Namespace, given: set[str]) -> None:
     if options.plot:
         if not find_spec("matplotlib"):
             raise UserError("--plot needs matplotlib (requirements/plot.txt)")
-        if options.output.endswith(".png"):
-            raise UserError(
-                f"--output {options.output}: --plot draws there. Give the rows another name."
-            )

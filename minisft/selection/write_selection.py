@@ -16,12 +16,9 @@ from minisft.data.records import Lines
 def write_selection(rows: Rows, chosen: np.ndarray, manifest: dict[str, Any], output: Path) -> None:
     """Write the chosen records as they are in their files, and OUTPUT.manifest; both or none.
 
-    A .jsonl file gets JSON lines, a .json file an array, any other name the format of the input.
-    chosen: row numbers, sorted.
+    A .jsonl file gets JSON lines, a .json file an array. chosen: row numbers, sorted.
     """
-    is_array = not any(isinstance(file.records, Lines) for file in rows.files)
-    if output.suffix in (".json", ".jsonl"):
-        is_array = output.suffix == ".json"
+    is_array = output.suffix != ".jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(f"{output}.manifest") as manifest_file:
         manifest_file.write(json.dumps(manifest, ensure_ascii=False) + "\n")

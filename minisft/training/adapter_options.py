@@ -24,7 +24,7 @@ def complete_options(options: Namespace) -> None:
     )
     if not options.adapter or options.stage == "pt":
         return
-    adapter_dir = resolve_adapter(options.adapter)
+    adapter_dir = resolve_adapter(options.adapter, offline=options.dry_run)
     recorded = recorded_options(adapter_dir)
     saved = adapter_dir / CHAT_TEMPLATE
     if str(recorded.get("template")).endswith(".jinja") and saved.is_file():

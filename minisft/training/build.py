@@ -20,6 +20,7 @@ from minisft.checkpoints.hub import resolve_adapter
 from minisft.checkpoints.reward_models import load_reward_model
 from minisft.common import processes
 from minisft.common.devices import check_compile, dtype_name, has_fast_bfloat16
+from minisft.common.threads import busy_note
 from minisft.common.words import counted
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
@@ -108,7 +109,7 @@ def make_trainable(
         return None
     head = ("score",) if options.stage == "rm" else ()
     if options.adapter:
-        adapter_dir = resolve_adapter(options.adapter)
+        adapter_dir = resolve_adapter(options.adapter, offline=options.dry_run)
         adapter = read_adapter(adapter_dir, model.config.tie_word_embeddings)
         refuse_untrainable(adapter, "trained further")
         config = load_adapter(model, adapter_dir, options.lora_dropout)
@@ -159,18 +160,26 @@ def quantize_layers(model: Model, bits: int) -> None:
 
 
 def describe_training(
-    options: Namespace, model: Model, dtype: torch.dtype, device: torch.device, num_rows: int
+    options: Namespace,
+    model: Model,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_rows: int,
+    num_held_out: int = 0,
 ) -> str:
     """A line for the log: rows or blocks of text, parameters, device, number type."""
     rows = counted(num_rows, "block" if options.stage == "pt" else "row")
+    held_out = f", {num_held_out:,} held out" if num_held_out else ""
     threads = counted(torch.get_num_threads(), "thread")
     each = f", {threads} each" if device.type == "cpu" else ""
     text = (
-        f"{rows}; training {num_trainable(model):,} of "
+        f"{rows}{held_out}; training {num_trainable(model):,} of "
         f"{count_parameters(model):,} parameters "
         f"({options.finetuning_type}) on {device}, {dtype_name(dtype)}, "
         f"{counted(processes.world_size(), 'process', 'processes')}{each}"
     )
+    if device.type == "cpu" and (note := busy_note(torch.get_num_threads())):
+        text += f"\n{note}"
     is_known = device.type != "mps"  # its speed is not measured
     if dtype == torch.bfloat16 and is_known and not has_fast_bfloat16(device):
         text += (

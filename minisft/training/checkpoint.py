@@ -76,7 +76,7 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
 
 def how_to_go_on(output_dir: str | Path) -> str:
     """What to do after a failed save, which depends on the checkpoints that exist."""
-    for step, path in _checkpoints(Path(output_dir)):
+    for step, path in find_checkpoints(Path(output_dir)):
         if damage(path) is None:
             advice = "Make room, or restore what is missing"
             return f"{advice}; --resume_from_checkpoint auto continues from step {step}."
@@ -116,7 +116,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _remove_old(output_dir: Path, keep: int | None, wanted: set[int | None]) -> None:
-    for step, path in [] if keep is None else _checkpoints(output_dir)[max(keep, 1) :]:
+    for step, path in [] if keep is None else find_checkpoints(output_dir)[max(keep, 1) :]:
         if step not in wanted:
             _remove(path)
 
@@ -146,7 +146,7 @@ def _remove(path: Path) -> None:
 # Find and read
 
 
-def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+def find_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints, the newest first."""
     checkpoints = []
     for path in output_dir.glob("checkpoint-*"):
@@ -169,7 +169,7 @@ def find_checkpoint(output_dir: str | Path, which: str, say: Callable[[str], Non
                 "checkpoint, or auto for the newest one in --output_dir."
             )
         return Path(which)
-    checkpoints = _checkpoints(Path(output_dir))
+    checkpoints = find_checkpoints(Path(output_dir))
     for _, path in checkpoints:
         fault = damage(path)
         if fault is None:

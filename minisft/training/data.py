@@ -166,14 +166,14 @@ def length_limit(options: Namespace, config: ModelConfig) -> int:
     return min(wanted, config.context_length)
 
 
-def evaluation_note(options: Namespace, config: ModelConfig) -> str:
-    """The tokens that evaluation figures cover, as text. eval.py compare truncates no rows."""
+def evaluation_note(options: Namespace, config: ModelConfig, num_rows: int) -> str:
+    """The rows and tokens that evaluation figures cover. eval.py compare truncates no rows."""
     limit = length_limit(options, config)
     if options.stage == "rm":  # a reward belongs to a complete conversation
-        return f" (rows of at most {limit} tokens)"
+        return f" ({counted(num_rows, 'row')} of at most {limit} tokens)"
     if options.stage == "pt":
-        return f" (blocks of {limit} tokens)"
-    return f" (rows truncated at {limit} tokens)"
+        return f" ({counted(num_rows, 'block')} of {limit} tokens)"
+    return f" ({counted(num_rows, 'row')}, truncated at {limit} tokens)"
 
 
 class BrokenRow(UserError):

@@ -95,7 +95,7 @@ def inspect_data(
 def find_tokenizer(options: Namespace, model_dir: Path) -> tuple[Any, Any, str]:
     """(tokenizer, template, origin of the lengths); without a tokenizer, a ByteTokenizer."""
     if has_tokenizer(model_dir):
-        adapter_dir = resolve_adapter(options.adapter) if options.adapter else None
+        adapter_dir = resolve_adapter(options.adapter, offline=True) if options.adapter else None
         tokenizer, _, _ = load_vocabulary(options, model_dir, adapter_dir, say=lambda text: None)
         template = load_template(options, tokenizer, say=lambda text: None)
         return tokenizer, template, "counted by the tokenizer"

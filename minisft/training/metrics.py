@@ -5,6 +5,7 @@ progress.start()
 progress.add({"loss": 12.5}, count=10, num_tokens=40)
 progress.add_gradient(torch.tensor(0.7), failed=torch.tensor(False))
 progress.record(epoch=0.1, learning_rate=1e-4)
+progress.print_line()
 plot_loss("runs/cherry")          # runs/cherry/loss.png
 """
 
@@ -23,12 +24,9 @@ from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.common.metric_lines import in_words, read_metrics
 from minisft.common.outputs import despite_full_disk, save_figure
-from minisft.common.words import duration
+from minisft.common.progress import SECONDS_BETWEEN_LINES, time_left
 from minisft.training.metrics_log import MetricsLog
 from minisft.training.reports import Reports
-
-# Without a terminal, a line of progress comes at most this often.
-SECONDS_BETWEEN_LINES = 30
 
 
 class Progress:
@@ -59,6 +57,7 @@ class Progress:
         self.first_step, self.first_tokens, self.started = 0, 0, time.monotonic()
         self.evaluation_note = evaluation_note  # printed after the figures: which tokens they cover
         self._next_line = -math.inf  # when the next line is due, if there is no bar
+        self._figures = ""  # of a record that no line has shown yet
         self._gradients: list[tuple[int, Tensor, Tensor]] = []  # step, norm, failed?
         self._grad_norm = math.nan  # of the last step that was checked
         self._begin_interval()
@@ -166,15 +165,21 @@ class Progress:
         )
         text = f"{in_words(means)}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
         self._bar.set_postfix_str(text)
-        if self._bar.disable and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-            self.say(f"step {self.step} of {self.total_steps}: {text}, {self._time_left()} left")
+        self._figures = f"{text}, "
         self._begin_interval()
 
-    def _time_left(self) -> str:
-        """The time of the steps to come, at the mean speed so far, as text."""
-        seconds_per_step = (time.monotonic() - self.started) / (self.step - self.first_step)
-        return duration((self.total_steps - self.step) * seconds_per_step)
+    def print_line(self) -> None:
+        """Without a terminal, print step and time left if the last line is 30 seconds old.
+
+        The figures of a new record are in the line, too.
+        """
+        if not self._bar.disable or time.monotonic() < self._next_line:
+            return
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        num_done, num_left = self.step - self.first_step, self.total_steps - self.step
+        left = time_left(self.started, num_done, num_left)
+        self.say(f"step {self.step} of {self.total_steps}: {self._figures}{left} left")
+        self._figures = ""
 
     def record_evaluation(self, metrics: Mapping[str, float], seconds: float) -> None:
         """Write the means of an evaluation. Its time does not count as training time."""

@@ -199,7 +199,7 @@ def _add_output_flags(add: Add, switch: Add) -> None:
     look = "to look at the data only, add --dry_run"
     add("--output_dir", required=True, unless="dry_run", remark=look, help=output)
     switch("--overwrite_output_dir", "write into a folder that is not empty")
-    logging = "steps between lines of metrics.jsonl"
+    logging = "steps between lines of metrics.jsonl; step 1 has a line, too"
     add("--logging_steps", type=positive_int, default=10, help=logging)
     evaluation = "steps between evaluations (epoch: after each; default: at the end)"
     add("--eval_steps", type=count_or_epoch, metavar="N|epoch", help=evaluation)

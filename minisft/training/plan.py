@@ -84,7 +84,7 @@ def local_folder(name: str) -> Path:
     if isinstance(path, str):
         return Path(path).parent
     raise UserError(
-        f"{name} is not on this machine, and --dry_run downloads nothing. Put its config.json into "
+        f"{name}: no such folder, and --dry_run downloads nothing. Put its config.json into "
         "a folder (with tokenizer.json for exact lengths) and give that as --model_name_or_path."
     )
 

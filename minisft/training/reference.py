@@ -6,7 +6,6 @@ log_probs = reference(batch)                        # (B,), without gradient
 """
 
 import hashlib
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 
 from minisft.common import processes
 from minisft.common.devices import send
+from minisft.common.progress import ProgressBar
 from minisft.data.batching import Batches, micro_batches
 from minisft.data.encoding import Example
 from minisft.model.decoder import CausalLM
@@ -103,16 +102,16 @@ def precompute(
     """
     began, num_known = time.monotonic(), len(log_probs)
     rows_per_step = batch_size * processes.world_size()
-    epoch = batches.steps(rows_per_step, 0, batches.steps_per_epoch(rows_per_step))
-    silent = processes.rank() != 0 or not sys.stderr.isatty()
+    num_steps = batches.steps_per_epoch(rows_per_step)
+    epoch = batches.steps(rows_per_step, 0, num_steps)
     computed: LogProbs = {}
-    for examples in tqdm(
-        chain(epoch, [eval_examples or []]), "reference", unit="step", disable=silent
-    ):
-        new = [example for example in examples if fingerprint(example) not in log_probs]
-        if new:
-            with autocast:
-                computed |= compute_log_probs(model, new, batch_size)
+    with ProgressBar(num_steps + 1, "step", "reference") as bar:
+        for examples in chain(epoch, [eval_examples or []]):
+            new = [example for example in examples if fingerprint(example) not in log_probs]
+            if new:
+                with autocast:
+                    computed |= compute_log_probs(model, new, batch_size)
+            bar.update(1)
     if isinstance(model, FSDPModule):
         # The forward pass leaves the root group gathered, but the optimizer needs the shards.
         model.reshard()

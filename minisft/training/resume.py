@@ -7,10 +7,8 @@ restore(run, saved)
 The tour explains it: docs/tour/09_resume.md.
 """
 
-import shlex
 from argparse import Namespace
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,11 +26,9 @@ from minisft.common.reserved_space import ReservedSpace
 from minisft.common.words import counted
 from minisft.data.batching import Batches
 from minisft.data.dataset import Rows
-from minisft.data.workers import WorkerKilled
 from minisft.text.tokenizer_files import FILES, has_tokenizer
 from minisft.training import checkpoint, fsdp
 from minisft.training.build import trained_parameters
-from minisft.training.data import BrokenRow
 from minisft.training.identity import IDENTITY, SILENT, is_finished_run
 from minisft.training.low_memory_adamw import moment_bytes
 from minisft.training.new_result import read_record, remove_record
@@ -73,6 +69,8 @@ def can_resume(options: Namespace) -> bool:
     if not which:
         return False
     if which != "auto":  # from another run, or before the end of a finished one: it overwrites
+        if not Path(which).is_dir():
+            checkpoint.find_checkpoint(output_dir, which, print)  # says so
         is_same_run = Path(which).resolve().parent == output_dir.resolve()
         return is_same_run and not read_record(output_dir)
     has_other_result = has_tokenizer(output_dir) and not is_finished_run(options)
@@ -305,33 +303,3 @@ def output_bytes(run: Run) -> int:
     entries = TENSOR_ENTRIES * len(tensors) + RANDOM_STATE * processes.world_size()
     entries += ROW_ENTRY * len(saved_log_probs(run.objective))
     return weights + moments + 2 * files + entries + SMALL_FILES
-
-
-# Stop early
-
-
-@contextmanager
-def save_before_broken_row(run: Run) -> Generator[None, None, None]:
-    """If training stops for lack of rows, save a checkpoint of the steps before."""
-    first_step = run.progress.step
-    try:
-        yield
-    except (BrokenRow, WorkerKilled) as error:
-        is_row = isinstance(error, BrokenRow)  # all ranks read it; only one misses its worker
-        if run.progress.step == first_step or not (is_row or processes.world_size() == 1):
-            raise
-        save_checkpoint(run)
-        raise UserError(
-            f"{str(error).removesuffix('.')}. Saved at step {run.progress.step}: "
-            f"{'repair the row, then ' if is_row else ''}continue with "
-            "--resume_from_checkpoint auto."
-        ) from error
-
-
-def how_to_continue(run: Run) -> str:
-    """The message after an interruption: the step, and the command that continues."""
-    record = shlex.quote(str(Path(run.options.output_dir) / "options.toml"))
-    return (
-        f"stopped and saved at step {run.progress.step}; continue with\n"
-        f"  {processes.launch_command()} train.py --config {record} --resume_from_checkpoint auto"
-    )

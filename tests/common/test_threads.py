@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from minisft.common.threads import cpu_quota, physical_cores, share_cores
+from minisft.common.threads import busy_note, cpu_quota, physical_cores, share_cores
 
 
 @pytest.fixture
@@ -53,6 +53,16 @@ def test_the_choice_of_the_user_wins(system, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     share_cores(system)
     assert os.environ["OMP_NUM_THREADS"] == "3" and cpu_quota(system) == float("inf")
+
+
+def test_a_busy_machine_gets_a_note(system, monkeypatch):
+    """Other programs and two threads: every product waits for the slower thread."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (12.5, 0.0, 0.0))
+    line = busy_note(4, system)
+    assert "load average is 12.5 on 8 cores" in line and "OMP_NUM_THREADS=1" in line
+    assert busy_note(1, system) == ""
+    monkeypatch.setattr(os, "getloadavg", lambda: (8.0, 40.0, 40.0))
+    assert busy_note(4, system) == ""
 
 
 # As torchrun does it: set OMP_NUM_THREADS, then start a process.

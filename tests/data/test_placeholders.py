@@ -3,6 +3,7 @@
 import json
 from argparse import ArgumentTypeError
 
+import numpy as np
 import pytest
 
 import eval as evaluate
@@ -12,7 +13,7 @@ from minisft.common.option_types import parse_replacements, replacements
 from minisft.data import dataset
 from minisft.data.dataset import open_rows, unused_values
 from minisft.data.placeholders import fill_in, find_placeholders
-from minisft.selection.rows import open_every_row
+from minisft.selection.rows import open_every_row, placeholder_note
 
 ANSWER = "I am {{name}} of {{ author }}, <your role>."
 
@@ -117,6 +118,19 @@ def test_the_advice_is_what_the_script_has(tmp_path):
     )
     assert "I am Pebble of A" in rows[0].messages[1]["content"]
     assert "placeholder called role" in said[-1]
+
+
+def test_a_selection_warns_about_the_chosen_rows(tmp_path):
+    said, path = [], write_rows(tmp_path / "rows.json", "Hi.", ANSWER, ANSWER)
+    rows, _ = open_every_row(path, ".", False, False, say=said.append, replace_flag=None)
+    assert said == []
+    line = placeholder_note(rows, np.array([0, 2]))
+    assert line.startswith(f"warning: {path}, row 1: ") and "(2 of 2 chosen rows)" in line
+    assert "train.py --replace 'name=..." in line
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps([{"instruction": "a", "output": "b"}]))
+    rows, _ = open_every_row(str(plain), ".", False, False, say=said.append, replace_flag=None)
+    assert placeholder_note(rows, np.array([0])) == ""
 
 
 def test_scores_have_the_flag(tiny_chat_model_dir, tmp_path, here):

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import urllib.request
+from argparse import Namespace
 
 import pytest
 from full_disk import file_size_limit
@@ -161,7 +162,7 @@ def test_a_full_disk_keeps_the_verdicts_before(stub, tmp_path):
     path.write_bytes(lines[0])
     message = "verdicts.jsonl: could not be written: File too large. Make room; .* with --resume"
     full = file_size_limit(len(lines[0]) + 9)
-    with full, pytest.raises(UserError, match=message), saying_how_to_go_on():
+    with full, pytest.raises(UserError, match=message), saying_how_to_go_on(Namespace(), ()):
         collect_verdicts(remote(stub), comparisons, path)
     assert collect_verdicts(remote(stub), comparisons, path) == verdicts
     assert path.read_bytes() == b"".join(lines)

@@ -52,7 +52,8 @@ def test_training_and_evaluation(checkpoint, two_files, rows_file, tmp_path, her
         output_dir=tmp_path / "out",
         dataloader_num_workers=0,
     )
-    assert "6 rows; training" in said and "evaluation loss" in said
+    assert "6 rows, 3 held out; training" in said and "evaluation loss" in said
+    assert "(3 rows, truncated at " in said
 
 
 def test_scores_and_the_selection_from_them(checkpoint, two_files, tmp_path, here):
@@ -75,7 +76,9 @@ def test_scores_and_the_selection_from_them(checkpoint, two_files, tmp_path, her
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "few.json.manifest").read_text())
     assert len(manifest["chosen"]) == 5 and set(manifest["chosen"]) <= set(scored)
-    assert "dropped 22: left out by --max_samples" in done.stdout
+    said = done.stdout
+    assert "few.json: 5 of 10 rows (22 more are left out by --max_samples) by longest" in said
+    assert "dropped" not in said
     for more, advice in (
         ([], "add --max_samples 5, or run score.py without it."),
         (["--max_samples", 3], "give --max_samples 5, or run score.py with --max_samples 3."),
@@ -83,6 +86,25 @@ def test_scores_and_the_selection_from_them(checkpoint, two_files, tmp_path, her
         done = command(*flags, *more, "--overwrite", script="select.py")
         assert done.returncode == 2
         assert f"s.jsonl has the scores of the first 5 rows: {advice}" in done.stderr
+
+
+def test_only_the_rows_in_use_are_counted(tmp_path):
+    """Two files of one data set: the limit holds for both, and later rows are not even read."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = [{"instruction": "Who?", "output": "I am {{name}}."}] * 3
+    (folder / "a.json").write_text(json.dumps(rows))
+    (folder / "b.json").write_text(json.dumps([*rows, {"instruction": "broken"}]))
+    said = []
+    assert len(open_rows(str(folder), max_samples=2, say=said.append)) == 2
+    (line,) = said
+    assert "(2 of 2 rows)" in line
+    said.clear()
+    rows = open_rows(str(folder), max_samples=5, say=said.append)
+    assert [row.index for row in rows] == [0, 1, 2, 0, 1]
+    assert ["(3 of 3 rows)" in said[0], "(2 of 2 rows)" in said[1]] == [True, True]
+    with pytest.raises(UserError, match="b.json, row 4"):
+        open_rows(str(folder), say=said.append)
 
 
 def test_a_limit_that_the_scores_do_not_have(rows_file, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -24,17 +25,25 @@ def test_lines_are_written_to_a_file_at_once(tmp_path, monkeypatch):
     progress.close()
 
 
-def test_a_pipe_gets_a_line_now_and_then(tmp_path, capsys):
+@pytest.mark.parametrize("seconds, num_lines", [(3600, 1), (0, 3)])
+def test_a_pipe_gets_a_line_now_and_then(tmp_path, capsys, monkeypatch, seconds, num_lines):
+    """Also between two records: slow steps would be silent for many minutes."""
+    monkeypatch.setattr("minisft.training.metrics.SECONDS_BETWEEN_LINES", seconds)
     progress = Progress(total_steps=9, path=tmp_path / "metrics.jsonl")
     progress.start()
-    for _ in range(3):
+    for step in range(3):
         progress.add({"loss": 8.0}, count=4, num_tokens=10)
-        progress.record(epoch=0.1, learning_rate=1e-4)
+        if step != 1:
+            progress.record(epoch=0.1, learning_rate=1e-4)
+        progress.print_line()
     progress.close()
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"metrics: {tmp_path / 'metrics.jsonl'}"
-    assert len(lines) == 1 and lines[0].startswith("step 1 of 9: loss 2.0000, lr 1.00e-04, ")
-    assert lines[0].endswith("seconds left")
+    assert len(lines) == num_lines and all(line.endswith("seconds left") for line in lines)
+    assert lines[0].startswith("step 1 of 9: loss 2.0000, lr 1.00e-04, ")
+    if num_lines > 1:
+        assert re.fullmatch(r"step 2 of 9: \d+ seconds left", lines[1])
+        assert lines[2].startswith("step 3 of 9: loss 2.0000, lr 1.00e-04, ")
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, capsys):

@@ -25,6 +25,7 @@ from minisft.model.lora import LoraConfig, add_lora
 from minisft.model.parameters import count_parameters
 from minisft.text.tokenizer import Tokenizer
 from minisft.training import lengths, memory, plan, speed
+from minisft.training.adapter_options import complete_options
 from minisft.training.build import model_on_meta
 from minisft.training.objective import NextToken
 from minisft.training.operations import layer_operations, training_operations
@@ -281,6 +282,23 @@ def test_rows_that_are_not_there_cannot_be_shown(checkpoint, tmp_path):
     words = as_flags(model_name_or_path=checkpoint, dataset=tmp_path / "no.json", template="plain")
     done = command(*words, dry_run=True, show_samples=2)
     assert done.returncode == 2 and "no.json: there is no such file" in done.stderr
+
+
+def test_a_dry_run_asks_no_hub_for_an_adapter(monkeypatch):
+    asked = []
+
+    def download(name, patterns, offline=False):
+        asked.append((name, offline))
+        raise UserError("download failed")
+
+    monkeypatch.setattr("minisft.checkpoints.hub.download", download)
+    for model in ([], ["--model_name_or_path", "base"]):
+        words = ["--adapter", "owner/adapter", "--dataset", "rows.json", *model, "--dry_run"]
+        with pytest.raises(UserError, match="owner/adapter: no such folder, and the download"):
+            complete_options(parse_options(words))
+    assert asked == [("owner/adapter", True)] * 2
+    with pytest.raises(UserError, match="owner/nowhere: no such folder, and --dry_run downloads"):
+        plan.local_folder("owner/nowhere")
 
 
 def numbers(pattern, text):
