@@ -560,6 +560,19 @@ def test_requests_that_no_visitor_sends_are_refused(served, monkeypatch):
         assert request(address, f"gradio_api/file={path}")[0] == 403
 
 
+def test_a_visitor_cannot_name_another_address(served, monkeypatch):
+    """Each address has its own delay after wrong passwords."""
+    seen, call = [], guards.Arrivals.__call__
+
+    async def note(guard, scope, receive, send):
+        seen.append(scope["client"][0])
+        await call(guard, scope, receive, send)
+
+    monkeypatch.setattr(guards.Arrivals, "__call__", note)
+    request(served[1], "config", X_Forwarded_For="192.0.2.7")
+    assert seen == ["127.0.0.1"]
+
+
 def test_the_controls_accept_every_value_of_the_command_line(tiny_chat_model_dir):
     """A slider with a value outside its range would refuse every question."""
     import gradio
