@@ -483,7 +483,7 @@ def test_malformed_calls_are_one_line_in_the_log_each(served, capfd):
         ("v2/ask", {"nothing": values}),
     ]
     for number, (name, body) in enumerate(calls):
-        body = json.dumps({**body, "session_hash": f"malformed {number}"})
+        body = json.dumps({**body, "session_hash": f"malformed {number}\ud83d"})
         status, _, text = request(
             address, f"gradio_api/call/{name}", body, Content_Type="application/json"
         )
