@@ -184,7 +184,7 @@ class Answers:
             recorded, *answers = map(json.loads, content.splitlines() or [json.dumps(identity)])
             self.rows = {row: Response(*response) for row, *response in answers}
             changed = [name for name in identity if recorded.get(name) != identity[name]]
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if not self.overwrite:
                 raise UserError(f"{self.path} is damaged ({error}). Remove it.") from error
             changed = ["content"]

@@ -268,6 +268,10 @@ def launch(
     # Set before gradio is imported: otherwise gradio asks its makers' server for the newest
     # version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Its statistics of calls would fail for all after a session named by half a surrogate pair.
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**12)
+    # Otherwise each wrong password could come with another address. Name a proxy of your own here.
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 

@@ -81,7 +81,8 @@ class Lines:
     ) -> None:
         self.path, self.is_json, self.has_lines = path, is_json, has_lines
         self.file = StoredBytes(unpacked or path)
-        self.starts, self.blank = _find_lines(self.file.path)
+        self.starts, blank = _find_lines(self.file.path)
+        self.records_before_blank = blank - np.arange(len(blank))  # (blank lines,)
         self.size = int(self.starts[-1])
 
     def __len__(self) -> int:
@@ -101,8 +102,7 @@ class Lines:
 
     def line(self, number: int) -> int:
         """The line number of a record, from 1."""
-        records_before = self.blank - np.arange(len(self.blank))
-        return number + 1 + int(np.searchsorted(records_before, number, side="right"))
+        return number + 1 + int(np.searchsorted(self.records_before_blank, number, side="right"))
 
     def place(self, number: int) -> str:
         """Where a record is, for messages."""

@@ -95,9 +95,9 @@ def parse_line(path: str | Path, line: bytes, num_rows: int) -> dict[str, Any]:
         is_valid = (
             type(record["index"]) is int
             and isinstance(record["reason"], str | None)
-            and all(type(record.get(name)) in (int, float, type(None)) for name in NUMBERS)
+            and all(_is_number(record.get(name)) for name in NUMBERS)
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         record, is_valid = {}, False
     if not is_valid:
         shown = line[:80].decode(errors="replace").rstrip()
@@ -112,6 +112,11 @@ def parse_line(path: str | Path, line: bytes, num_rows: int) -> dict[str, Any]:
             "rows. Give the scores of this data set."
         )
     return record
+
+
+def _is_number(value: Any) -> bool:
+    """True for null, a float, and an integer that a float can hold."""
+    return value is None or type(value) is float or type(value) is int and abs(value) < 2**1023
 
 
 def read_embeddings(path: str | Path, num_rows: int) -> tuple[np.ndarray, np.ndarray]:

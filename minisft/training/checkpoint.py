@@ -198,7 +198,7 @@ def damage(path: Path) -> str | None:
                 return f"{name} has changed since it was saved"
     except FileNotFoundError:
         return f"{MARKER} is missing, so it is not complete"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MARKER} cannot be read: {error}"
     return None
 

@@ -39,7 +39,9 @@ def new_result(output_dir: Path, record: dict[str, Any]) -> Generator[Path, None
 def read_record(output_dir: Path) -> dict[str, Any]:
     """complete.json of a finished run; empty if the run has not finished, or files are missing."""
     record = read_json(output_dir / MARKER, missing={})
-    return record if all((output_dir / name).is_file() for name in record.get("files", {})) else {}
+    files = record.get("files", {})
+    is_complete = isinstance(files, dict) and all((output_dir / name).is_file() for name in files)
+    return record if is_complete else {}
 
 
 def remove_record(output_dir: Path) -> None:

@@ -135,6 +135,15 @@ def test_cut_last_line_is_answered_again(tmp_path):
         path.write_bytes(path.read_bytes() + b'[7, "n')
 
 
+@pytest.mark.parametrize("line", ["[", 100_000 * "[" + 100_000 * "]"], ids=["cut", "nested"])
+def test_damaged_answers_are_refused(line, tmp_path):
+    path = tmp_path / "out.partial"
+    path.write_text(f'{{"seed": 1}}\n{line}\n')
+    with pytest.raises(UserError, match="out.partial is damaged .* Remove it"):
+        prompts.Answers(path, {"seed": 1})
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_killed_run_keeps_its_answers(tiny_chat_model_dir, tmp_path):
     path, told = tmp_path / "many.txt", tmp_path / "told"
     path.write_text("the cat\n" * 9)

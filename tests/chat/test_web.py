@@ -483,7 +483,7 @@ def test_malformed_calls_are_one_line_in_the_log_each(served, capfd):
         ("v2/ask", {"nothing": values}),
     ]
     for number, (name, body) in enumerate(calls):
-        body = json.dumps({**body, "session_hash": f"malformed {number}"})
+        body = json.dumps({**body, "session_hash": f"malformed {number}\ud83d"})
         status, _, text = request(
             address, f"gradio_api/call/{name}", body, Content_Type="application/json"
         )
@@ -558,6 +558,19 @@ def test_requests_that_no_visitor_sends_are_refused(served, monkeypatch):
         assert got == status and headers["content-security-policy"] == guards.policy()
     for path in ("/etc/passwd", "../../etc/passwd", "README.md"):
         assert request(address, f"gradio_api/file={path}")[0] == 403
+
+
+def test_a_visitor_cannot_name_another_address(served, monkeypatch):
+    """Each address has its own delay after wrong passwords."""
+    seen, call = [], guards.Arrivals.__call__
+
+    async def note(guard, scope, receive, send):
+        seen.append(scope["client"][0])
+        await call(guard, scope, receive, send)
+
+    monkeypatch.setattr(guards.Arrivals, "__call__", note)
+    request(served[1], "config", X_Forwarded_For="192.0.2.7")
+    assert seen == ["127.0.0.1"]
 
 
 def test_the_controls_accept_every_value_of_the_command_line(tiny_chat_model_dir):

@@ -111,7 +111,7 @@ MMLU = ["mmlu", *MODEL, "--data_dir", "d", "--output_dir", "o"]
 @pytest.mark.parametrize(
     ("script", "words", "hint"),
     [
-        ("score", [*SCORE, "--batch_size=8"], "--batch_size .did you mean --batch_tokens"),
+        ("score", [*SCORE, "--batch_size=8"], "--batch_size .use --batch_tokens: it counts tokens"),
         ("score", [*SCORE, "--no_cuda"], "--no_cuda .use --device cpu"),
         ("eval", [*COMPARE, *MODEL], "--model_name_or_path .use --models NAME=MODEL."),
         ("eval", [*COMPARE, "--adapter", "a"], "--adapter .use --models NAME=MODEL.ADAPTER."),

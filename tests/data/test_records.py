@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +43,14 @@ class TestRows:
         assert rows[-1].index == 499 and rows.sizes().sum() == path.stat().st_size
         with pytest.raises(IndexError):
             rows[500]
+
+    def test_reading_one_does_not_pass_over_all_blank_lines(self, lines, monkeypatch):
+        """A file with as many blank lines as rows would take a time that grows with the square."""
+        records = open_records(lines[0])
+        monkeypatch.setattr(
+            "minisft.data.records.np", SimpleNamespace(searchsorted=np.searchsorted)
+        )
+        assert records[499] == lines[1][499]
 
     def test_hold_only_offsets(self, lines):
         rows = open_rows(lines[0])

@@ -642,6 +642,9 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("has a score of row 301, but the data set has 60", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"ifd": ', '"ifd": "x', 1))
     refused("not a line of score.py", *by_ifd, *few)
+    for value in ("1" + 400 * "0", 100_000 * "[" + 100_000 * "]"):
+        scores.write_text("".join(lines).replace('"ifd": ', f'"ifd": {value}, "x": ', 1))
+        refused("not a line of score.py", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"reason": null', '"reason": 5', 1))
     refused("not a line of score.py", *by_ifd, *few)
     scores.write_text("".join(lines))

@@ -267,6 +267,9 @@ DAMAGES = {
     "trainer_state.pt is missing": lambda path: (path / "trainer_state.pt").unlink(),
     "complete.json is missing": lambda path: (path / "complete.json").unlink(),
     "cannot be read": lambda path: (path / "complete.json").write_text('{"files"'),
+    "cannot be read: maximum recursion": lambda path: (path / "complete.json").write_text(
+        100_000 * "[" + 100_000 * "]"
+    ),
     "no file list": lambda path: (path / "complete.json").write_text("[]"),
 }
 

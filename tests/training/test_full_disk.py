@@ -136,6 +136,12 @@ def test_the_reserved_space_is_enough(num_layers, run, checkpoint, tmp_path):
     assert len(files) > 8 and used <= resume.output_bytes(run) < 2 * used + 2**18
 
 
+@pytest.mark.parametrize("files", ["null", "7", '["a"]', '{"missing": {}}'])
+def test_a_marker_without_its_files_marks_nothing(files, tmp_path):
+    (tmp_path / "complete.json").write_text(f'{{"step": 4, "files": {files}}}')
+    assert read_record(tmp_path) == {}
+
+
 def checkpoint_of(folder):
     return checkpoints.find_checkpoint(folder, "auto", print)
 
