@@ -19,6 +19,8 @@ class ShuffledRows:
     of an epoch count these, so the rows are spread evenly over them.
     """
 
+    longest_run = 0  # there are no runs
+
     def __init__(self, num_rows: int, seed: int, num_examples: int | None = None) -> None:
         self.num_rows, self.seed = num_rows, seed
         self.num_examples = num_examples or num_rows
@@ -51,6 +53,7 @@ class ShuffledRuns:
     def __init__(self, bounds: np.ndarray, sizes: np.ndarray, num_examples: int, seed: int) -> None:
         self.bounds, self.sizes = bounds, sizes
         self.num_examples, self.seed = num_examples, seed
+        self.longest_run = int(sizes.max())  # bytes
 
     def of_epoch(self, epoch: int) -> RowsBetween:
         """The order of one epoch. A run belongs to the positions where its middle lies."""

@@ -51,7 +51,7 @@ class DecodingEmbedding(Embedding):
 class DecodingLinear(Linear):
     """A Linear that takes the fast path."""
 
-    def __init__(self, layer: Linear):
+    def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
 

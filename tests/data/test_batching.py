@@ -450,3 +450,15 @@ class TestTexts:
                 later == earlier + 1 for earlier, later in zip(numbers, numbers[1:], strict=False)
             ]
         assert np.mean(followed) > 0.7
+
+    @pytest.mark.parametrize("lengths", [[40_000] * 12, [90_000], [100_000, *[500] * 200]])
+    def test_every_step_has_blocks_however_long_a_text_is(self, tmp_path, lengths):
+        """A run of texts is not divided: a window without one would be steps that learn nothing."""
+        path = tmp_path / "long.txt"
+        path.write_text("\n".join("x" * length for length in lengths))
+        batches = batches_of_texts(open_rows(path, plain_text=True), Letters(), 16)
+        per_epoch = batches.steps_per_epoch(2)
+        sizes = [len(step) for step in batches.steps(2, 0, per_epoch)]
+        assert len(sizes) == per_epoch > 20 * WINDOW_STEPS
+        assert sum(sizes) == pytest.approx(2 * per_epoch, rel=0.01)
+        assert min(sizes) >= 1 and max(sizes) <= 4
