@@ -245,7 +245,7 @@ def test_files_without_rows(content, message, start, place):
         ("train", ["--resume_from_checkpoint", "nowhere"], "nowhere: there is no such folder"),
         ("export", ["--device", "cuda:99"], "--device cuda:99: torch sees"),
         ("export", ["--device", "tpu"], "--device tpu: no such device"),
-        ("export", ["--bf16", "--fp16"], "--fp16 contradicts --dtype bfloat16"),
+        ("export", ["--bf16", "--fp16"], "--bf16 contradicts --fp16"),
         ("export", ["--max_shard_size", "-5"], "'-5' is not a size"),
         ("export", ["--format", "onnx"], "--format: 'onnx': use --format gguf or hf"),
         ("export", ["--output_dir", "ADAPTER"], "is not empty"),
