@@ -30,7 +30,7 @@ def use_decoding_layers(model: nn.Module) -> None:
         module = model.get_submodule(name)
         if type(module) is Embedding:
             model.set_submodule(name, DecodingEmbedding(module))
-        elif type(module) in (Linear, nn.Linear):  # merging LoRA leaves an nn.Linear
+        elif type(module) is Linear or type(module) is nn.Linear:  # merging leaves nn.Linear
             model.set_submodule(name, DecodingLinear(module))
         elif type(module) is RMSNorm:
             model.set_submodule(name, DecodingRMSNorm(module))
@@ -51,7 +51,7 @@ class DecodingEmbedding(Embedding):
 class DecodingLinear(Linear):
     """A Linear that takes the fast path."""
 
-    def __init__(self, layer: Linear):
+    def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
 
