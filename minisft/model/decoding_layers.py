@@ -30,7 +30,7 @@ def use_decoding_layers(model: nn.Module) -> None:
         module = model.get_submodule(name)
         if type(module) is Embedding:
             model.set_submodule(name, DecodingEmbedding(module))
-        elif isinstance(module, nn.Linear) and type(module) in (Linear, nn.Linear):  # after merging
+        elif type(module) is Linear or type(module) is nn.Linear:  # merging leaves nn.Linear
             model.set_submodule(name, DecodingLinear(module))
         elif type(module) is RMSNorm:
             model.set_submodule(name, DecodingRMSNorm(module))
