@@ -28,6 +28,8 @@ FAILED = 2  # exit status after a refused message or command
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell: 128 + SIGINT
 # After a slash they leave everywhere; alone on a line, on a terminal only.
 LEAVING_WORDS = ("exit", "quit", "bye")
+# Unicode's embeddings, overrides and isolates: what follows them may be shown backwards.
+DIRECTIONS = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 HELP = """\
 /reset          clear the conversation (or /clear); the system prompt stays
 /system TEXT    set the system prompt; without TEXT, restore the initial one
@@ -225,10 +227,17 @@ def show_pieces(pieces: Iterable[str], answer: Answer) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which a terminal would obey; unchanged for a file."""
+    """The text without characters that a terminal would obey; unchanged for a file.
+
+    These are the control characters, and those that turn the direction of the text around them.
+    """
     if not sys.stdout.isatty():
         return text
-    return "".join(char for char in text if char in "\n\t" or char.isprintable() or char > "\x9f")
+    return "".join(
+        char
+        for char in text
+        if char in "\n\t" or char.isprintable() or char > "\x9f" and char not in DIRECTIONS
+    )
 
 
 def notice(text: str) -> None:

@@ -56,6 +56,8 @@ def _open_lock(path: Path, output: Path) -> int:
         return _acquire(path, output)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{output}: a part of this path is a file. Choose another.") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder. Move it, or choose another output.") from error
     except OSError as error:
         raise UserError(
             f"{output}: could not be written: {error.strerror}. Make room, or choose another."

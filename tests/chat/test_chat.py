@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from full_disk import file_size_limit
 from standing import HANG_SECONDS, lines_in, standing_still, state_of, wait_until
 
 from minisft.chat.options import parse_options, read_password
-from minisft.chat.terminal import Conversation, converse
+from minisft.chat.terminal import Conversation, converse, printable
 from minisft.chat.transcript import Transcript
 from minisft.common.errors import UserError
 from minisft.generation.answer import Answer
@@ -652,3 +653,20 @@ def test_words_that_leave_a_terminal(is_terminal, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert ('say "Quit" to the model' in said) == is_terminal
     assert ('"Quit" is a message to the model; /quit leaves' in said) != is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_nothing_in_an_answer_moves_the_text_of_a_terminal(is_terminal, monkeypatch):
+    """Control characters and Unicode's overrides of direction; Arabic and emoji stay."""
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: is_terminal))
+    kept = "a\n\tb \u0633\u0644\u0627\u0645 \U0001f468\u200d\U0001f469 \u200f\u3000"
+    unsafe = "".join(
+        char
+        for char in map(chr, range(0x110000))
+        if unicodedata.category(char) == "Cc"
+        and char not in "\n\t"
+        or unicodedata.bidirectional(char)
+        in {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    )
+    text = kept + unsafe
+    assert printable(text) == (kept if is_terminal else text)

@@ -103,6 +103,10 @@ def test_another_file_with_the_name_of_a_lock_is_kept(tmp_path):
     with pytest.raises(UserError, match="is not a lock file"), single_writer(tmp_path / "poetry"):
         pass
     assert lock.read_text() == "[[package]]\n"
+    (tmp_path / "folder.lock").mkdir()
+    with pytest.raises(UserError, match="folder.lock is a folder"):
+        with single_writer(tmp_path / "folder"):
+            pass
     os.mkfifo(tmp_path / "fifo.lock")
     with pytest.raises(UserError, match="is not a lock file"), single_writer(tmp_path / "fifo"):
         pass
