@@ -1,5 +1,6 @@
 """Run a script: a user mistake prints one line, a bug prints a traceback."""
 
+import errno
 import os
 import signal
 import sys
@@ -103,10 +104,10 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _output_fails() -> bool:
-    """True if standard output has text that cannot be written: its disk is full, for instance."""
+def _output_fails(text: str = "") -> bool:
+    """True if standard output cannot be written, because its disk is full, for instance."""
     try:
-        sys.stdout.flush()
+        print(text, end="", flush=True)
     except (OSError, ValueError):
         return True
     return False
@@ -117,7 +118,9 @@ def _message(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        place = error.filename or ("standard output" if _output_fails() else None)
+        # print() has dropped the text that it could not flush: try a line break.
+        probe = "\n" if error.errno == errno.ENOSPC else ""
+        place = error.filename or ("standard output" if _output_fails(probe) else None)
         return f"{place}: {error.strerror}" if place else error.strerror
     # Compare by name, because torch may not be loaded.
     is_torch_error = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(

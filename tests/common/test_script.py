@@ -49,8 +49,9 @@ def test_an_encoding_that_lacks_characters(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("said \\u4f60\\u597d\n"), done.stderr
 
 
-def test_full_standard_output_is_named(tmp_path):
-    done = run(tmp_path / "file", "> /dev/full", PYTHONUNBUFFERED="")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_full_standard_output_is_named(unbuffered, tmp_path):
+    done = run(tmp_path / "file", "> /dev/full", PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 2
     assert done.stderr == "error: standard output: No space left on device\n"
 
