@@ -136,7 +136,7 @@ def test_a_card_of_somebody_else_is_kept(tmp_path):
 
 def test_the_base_of_an_adapter(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(hub, "download", lambda name, patterns: asked.append(name))
+    monkeypatch.setattr(hub, "download", lambda name, patterns, offline: asked.append(name))
     adapter, base = tmp_path / "adapter", tmp_path / "base"
     adapter.mkdir()
     base.mkdir()
@@ -156,7 +156,7 @@ def test_the_base_of_an_adapter(tmp_path, monkeypatch):
 def test_a_relative_base_is_not_taken_for_a_model_on_the_hub(tmp_path, monkeypatch):
     """Adapters of older versions and of PEFT have `examples/base`. The error names the file."""
 
-    def fail(name, patterns):
+    def fail(name, patterns, offline):
         raise UserError(f"download of {name} failed (it is not in the cache)")
 
     monkeypatch.setattr(hub, "download", fail)
