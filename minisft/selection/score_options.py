@@ -45,7 +45,7 @@ num_answer_tokens is that of the best and num_tokens that of the longest:
                      of the two answers; with more answers these four are means over all pairs of a
                      better and a worse answer, as in training
 Then choose the rows to train on:
-  python select.py --dataset F --scores scores.jsonl --strategy ifd --sample_rate 0.05 --output F2
+  python select.py --dataset F --scores S.jsonl --strategy ifd --sample_rate 0.05 --output F2.json
 """
 
 

@@ -82,7 +82,8 @@ def test_a_recipe_of_llama_factory_runs_unchanged(checkpoint, rows_file, tmp_pat
     output = tmp_path / "out"
     text = METHOD.format(model=checkpoint, rows=rows_file, output=output, template="qwen3_nothink")
     said = here(train, "--config", write(tmp_path, text))
-    assert "7 rows; training" in said and "template: chatml" in said and "bfloat16" in said
+    assert "7 rows, 2 held out; training" in said
+    assert "template: chatml" in said and "bfloat16" in said
     assert (output / "adapter_model.safetensors").exists()
     assert "step 2: evaluation" in said and "step 4: evaluation" in said
     # Everything is recorded under our names, and the record repeats the run.
