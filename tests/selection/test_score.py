@@ -350,7 +350,7 @@ def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
             script="select.py",
         )
         assert done.returncode == 0, done.stderr
-        assert "dropped 13: left out by num_samples" in done.stdout
+        assert "(13 more are left out by num_samples)" in done.stdout
         manifest = json.loads((tmp_path / "c.json.manifest").read_text())
         assert len(manifest["chosen"]) == count and set(manifest["chosen"]) <= set(taken)
         assert manifest["answer_length"]["mean_all"] == np.mean(
