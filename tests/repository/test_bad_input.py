@@ -32,7 +32,7 @@ def place(checkpoint, rows_file, tmp_path):
     """A folder with checkpoint, rows.json and adapter; the output goes to `out`."""
     model = load_model(checkpoint)
     add_lora(model, LoraConfig(rank=2))
-    save_adapter(model, tmp_path / "adapter", LoraConfig(rank=2), "base")
+    save_adapter(model, tmp_path / "adapter", LoraConfig(rank=2), checkpoint)
     return tmp_path
 
 
