@@ -450,11 +450,13 @@ def test_a_finished_run_goes_on_only_with_more_steps(flags, tmp_path):
     done = command(*flags, 7, "--save_steps", 2, "--resume_from_checkpoint", "auto")
     nothing = "holds the finished run. Nothing to do; raise --max_steps or --num_train_epochs to go"
     assert done.returncode == 0 and nothing in done.stdout and "other options" not in done.stdout
-    more = as_flags(resume_from_checkpoint="auto", learning_rate=1e-3, eval_dataset="a.json")
+    rows = tmp_path / "a.json"
+    rows.write_text("[]")
+    more = as_flags(resume_from_checkpoint="auto", learning_rate=1e-3, eval_dataset=rows)
     done = command(*flags, 7, *more)
     assert done.returncode == 0 and nothing in done.stdout, done.stderr
     assert done.stdout.endswith(
-        "choose another --output_dir:\n  --eval_dataset: not given in that run, a.json now\n"
+        f"choose another --output_dir:\n  --eval_dataset: not given in that run, {rows} now\n"
         "  --learning_rate: 0.005 in that run, 0.001 now\n"
         "  --save_steps: 2 in that run, 500 now\n"
     )

@@ -635,7 +635,7 @@ def test_early_stopping_and_samples(checkpoint, pairs_file, tmp_path, here):
     )
     assert "the last 2 evaluations were no better" in said and "loaded the weights of" in said
     assert metrics_of(tmp_path / "out")[-1]["step"] < 40
-    shown = [part.split("]]")[0] for part in said.split("[[")[1:]]
+    shown = re.findall(r"\[\[(?! and )(.*?)\]\]", said, re.DOTALL)
     assert shown == ["yes 1yes 1</s>", "the cat sat " * 4 + "</s>"]  # row 0 is held out
     places = re.findall(r"\(sample 1, answer (\d of \d), the best first: ", said)
     assert places == ["1 of 2", "2 of 2"]

@@ -102,7 +102,7 @@ def test_a_row_whose_answers_have_prompts_of_their_own(qwen3, tmp_path):
     assert "2 of 3 rows became 5 examples" in done.stdout
     assert done.stdout.count("have answers with thoughts") == 1  # not again after the epoch
     assert warning in done.stdout and "--enable_thinking true changes that" in done.stdout
-    learned = re.findall(r"\033\[32m(.*?)\033\[0m", done.stdout, re.DOTALL)
+    learned = re.findall(r"\[\[(?! and )(.*?)\]\]", done.stdout, re.DOTALL)
     answers = ["assistant 0", "assistant 1", "assistant 2", "assistant 0"]
     thought = "<think>\nHm.\n</think>\n\nassistant 1<|im_end|>"
     assert learned == [*(f"{answer}<|im_end|>" for answer in answers), thought]
@@ -244,7 +244,7 @@ def test_an_adapter_alone_is_trained_further_as_before(checkpoint, rows_file, tm
     said = shown_text(here(train, *flags, "--adapter", first, "--dry_run", "--show_samples", 1))
     assert "<system>Be brief.</system>" in said
     card = (first / "README.md").read_text()
-    assert "# first\n" in card and "--adapter first\n" in card and "dpo_beta" not in card
+    assert "# first\n" in card and "--adapter path/to/first\n" in card and "dpo_beta" not in card
     # What was used: the default --cutoff_len is 1024, the model's context 256.
     assert "| cutoff_len | 256 |" in card and "| dtype | float32 |" in card
     assert "| max_steps | 1 |" in card and "num_train_epochs" not in card
