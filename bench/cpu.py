@@ -31,6 +31,7 @@ from bench.gpu import Results, installed_versions  # noqa: E402
 from bench.limits import bandwidth, matrix_speed  # noqa: E402
 from bench.measure import flags  # noqa: E402
 from minisft.checkpoints.gguf_export import export_model  # noqa: E402
+from minisft.common.devices import has_fast_bfloat16  # noqa: E402
 
 CPU = torch.device("cpu")
 GGUF_TYPES = ("q4_0", "q8_0")
@@ -72,22 +73,24 @@ def benchmarks(
 ) -> Iterator[tuple[str, list[str]]]:
     """(name of the script, its flags) of each benchmark. folder: for files that they read."""
     has_llama_cpp = importlib.util.find_spec("xllamacpp") is not None
-    for dtype in ("bfloat16", "float32"):
+    # Where bfloat16 is emulated, nobody should use it.
+    dtypes = ["bfloat16", "float32"] if has_fast_bfloat16(CPU) else ["float32"]
+    for dtype in dtypes:
         yield "load", flags(dtype=dtype, repeats=3)
     model = {"shape": "smollm2-135m", "tokenizer_dir": model_dir, "dataset": options.dataset}
-    for dtype in ("bfloat16", "float32"):
+    for dtype in dtypes:
         sides = ["--sides", "minisft", "packed", "best"]
         yield "train", [*flags(dtype=dtype, repeats=1, **model), *sides]
     common = flags(model_name_or_path=model_dir, llama_cpp=has_llama_cpp)
-    yield "generate", [*common, *flags(dtype="bfloat16")]
-    yield "generate", flags(model_name_or_path=model_dir, dtype="float32")
-    yield "generate", [*common, *flags(dtype="bfloat16", quantization_bit=8)]
+    for dtype in dtypes:
+        yield "generate", [*common, *flags(dtype=dtype)]
+    yield "generate", [*common, *flags(dtype=dtypes[0], quantization_bit=8)]
     for number_type in GGUF_TYPES:
         path = folder / f"{number_type.upper()}.gguf"
         export_model(model_dir, path, number_type)
-        words = flags(model_name_or_path=path, dtype="bfloat16", llama_cpp=has_llama_cpp)
+        words = flags(model_name_or_path=path, dtype=dtypes[0], llama_cpp=has_llama_cpp)
         yield "generate", words
-    for dtype in ("bfloat16", "float32"):
+    for dtype in dtypes:
         words = flags(model_name_or_path=model_dir, dataset=options.dataset, dtype=dtype)
         yield "score", [*words, *flags(num_rows=60, rounds=2)]
     yield "kmeans", ["--kinds", "blobs", "spectrum", *flags(rounds=1)]
