@@ -79,13 +79,15 @@ def write_model_card(
             of_row = "" if stage == "pt" else " of a row"
             lines += ["", f"The evaluation covers {rows} {limit} tokens{of_row}."]
     flag = "--adapter" if is_adapter else "--model_name_or_path"
+    bits = options.get("quantization_bit")
+    more = f" --quantization_bit {bits}" if is_adapter and bits in (4, 8) else ""
     if not is_reward_model:
         lines += [
             "",
             "## Use",
             "",
             "```sh",
-            f"python chat.py {flag} {shlex.quote(shown_path(output_dir))}",
+            f"python chat.py {flag} {shlex.quote(shown_path(output_dir))}{more}",
             "```",
         ]
     with atomic_write(Path(written_to or output_dir) / CARD) as file:

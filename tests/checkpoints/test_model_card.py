@@ -54,6 +54,15 @@ def test_the_command_of_the_card_works_where_the_run_was_made(folder, tmp_path, 
     assert flag == "--adapter" and (tmp_path / path / "README.md").is_file()
 
 
+@pytest.mark.parametrize("is_adapter", [True, False])
+def test_a_base_that_was_quantised_is_quantised_again(is_adapter, tmp_path):
+    """The full base may not fit into memory. A complete model is no longer quantised."""
+    options = {**OPTIONS, "quantization_bit": 4}
+    write_model_card(tmp_path, options, "owner/base", is_adapter=is_adapter)
+    command = (tmp_path / "README.md").read_text().split("```")[1].splitlines()[1]
+    assert command.endswith(" --quantization_bit 4") == is_adapter
+
+
 def settings(folder):
     """The table of settings in a card, as a dict."""
     text = (folder / "README.md").read_text().partition("## Metrics")[0]
