@@ -33,9 +33,6 @@ PAD_MULTIPLE = 8
 COMPILED_PAD_MULTIPLE = 128
 # A window has at most this many steps, and fewer if their rows would be larger than this.
 WINDOW_STEPS, WINDOW_BYTES = 128, 2 * 2**20
-# A run of texts is not divided between windows. With so many of the longest, all windows have about
-# the same size.
-RUNS_IN_WINDOW = 8
 
 # tokens (B, T), supervised (B, T), and the lengths of the rows if they are packed into one. Only
 # the tokens go to the device: the CPU needs the mask to know how many targets there are.
@@ -90,10 +87,7 @@ class Batches:
         per_epoch = self.steps_per_epoch(rows_per_step)
         step_bytes = max(1, round(rows_per_step * self.example_bytes))
         per_window = min(WINDOW_STEPS, max(1, WINDOW_BYTES // step_bytes))
-        if longest := self.order.longest_run:
-            least = RUNS_IN_WINDOW * longest // step_bytes
-            num_windows = max(1, per_epoch // max(per_window, least))
-            per_window = math.ceil(per_epoch / num_windows)
+        per_window = self.order.window_steps(per_window, per_epoch, step_bytes)
         for epoch in range(start // per_epoch, math.ceil(stop / per_epoch)):
             rows_between = self.order.of_epoch(epoch)
             before = epoch * per_epoch

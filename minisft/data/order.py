@@ -4,12 +4,14 @@ rows_between = ShuffledRows(1000, seed=0).of_epoch(2)
 rows_between(0, 32)                  # numbers of the first 32 rows of epoch 2
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 # Two positions in an epoch -> the numbers of the rows between them.
 RowsBetween = Callable[[int, int], np.ndarray]
+RUNS_IN_WINDOW = 8
 
 
 class ShuffledRows:
@@ -18,8 +20,6 @@ class ShuffledRows:
     num_examples: about how many of the rows have something to learn; by default all. The positions
     of an epoch count these, so the rows are spread evenly over them.
     """
-
-    longest_run = 0  # there are no runs
 
     def __init__(self, num_rows: int, seed: int, num_examples: int | None = None) -> None:
         self.num_rows, self.seed = num_rows, seed
@@ -41,6 +41,10 @@ class ShuffledRows:
 
         return rows_between
 
+    def window_steps(self, wanted: int, per_epoch: int, step_bytes: int) -> int:
+        """The steps of a window of batching.py: as many as wanted."""
+        return wanted
+
 
 class ShuffledRuns:
     """Shuffled runs of consecutive rows; the rows of a run keep their order.
@@ -53,7 +57,6 @@ class ShuffledRuns:
     def __init__(self, bounds: np.ndarray, sizes: np.ndarray, num_examples: int, seed: int) -> None:
         self.bounds, self.sizes = bounds, sizes
         self.num_examples, self.seed = num_examples, seed
-        self.longest_run = int(sizes.max())  # bytes
 
     def of_epoch(self, epoch: int) -> RowsBetween:
         """The order of one epoch. A run belongs to the positions where its middle lies."""
@@ -67,6 +70,15 @@ class ShuffledRuns:
             return self.rows_of(order[first:last])
 
         return rows_between
+
+    def window_steps(self, wanted: int, per_epoch: int, step_bytes: int) -> int:
+        """The steps of a window: at least RUNS_IN_WINDOW of the longest run, and all about equal.
+
+        A run is not divided, so smaller windows might have none, and their steps no token.
+        """
+        least = RUNS_IN_WINDOW * int(self.sizes.max()) // step_bytes
+        num_windows = max(1, per_epoch // max(wanted, least))
+        return math.ceil(per_epoch / num_windows)
 
     def rows_of(self, runs: Iterable[int]) -> np.ndarray:
         """The numbers of the rows in these runs."""
