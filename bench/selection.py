@@ -51,9 +51,9 @@ from minisft.common.metric_lines import read_metrics  # noqa: E402
 from minisft.common.outputs import atomic_write  # noqa: E402
 from minisft.common.words import duration  # noqa: E402
 
-# For the estimate before the first run. Tokens a second of two cores in bfloat16: of training, of
+# For the estimate before the first run. Tokens a second of one core in bfloat16: of training, of
 # forward passes, and of answers; mean tokens of a row; rows of the pool.
-TRAINED, READ, ANSWERED, MEAN_TOKENS, NUM_ROWS = 500, 1600, 130, 265, 5500
+TRAINED, READ, ANSWERED, MEAN_TOKENS, NUM_ROWS = 250, 800, 65, 265, 5500
 RANDOM_SEEDS = 5  # every other strategy is compared with random
 # The settings that all runs share.
 SHARED = """model_name_or_path template cutoff_len held_out per_kind epochs lora_rank learning_rate
@@ -83,9 +83,9 @@ def run_missing(
 ) -> None:
     """Run these and add their lines to the results."""
     began = time.monotonic()
-    options.model_name_or_path = options.model_name_or_path or str(unpack_model())
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(options, folder)
+    options.model_name_or_path = options.model_name_or_path or str(unpack_model())
     # Without a line that a crash has left incomplete.
     with atomic_write(folder / "results.jsonl") as file:
         file.writelines(json.dumps(result) + "\n" for result in results)
@@ -122,19 +122,20 @@ def missing_runs(runs: Sequence[Run], results: Sequence[Result]) -> list[Run]:
 
 
 def estimate(options: Namespace, missing: Sequence[Run], results: Sequence[Result]) -> float:
-    """Seconds that the missing runs take: at the speed of the runs so far, else of two cores."""
+    """Seconds that the missing runs take: at the speed of the runs so far, else of EPYC cores."""
+    cores = 1 if torch.cuda.is_available() else torch.get_num_threads()
     num_tokens = MEAN_TOKENS * sum(rows_seen(options, run) for run in missing)
     timed = [result for result in results if result["trained_tokens"]]
     if timed:
         training = sum(result["seconds"]["train"] for result in timed)
         speed = sum(result["trained_tokens"] for result in timed) / training
         measuring = sum(result["seconds"]["measure"] for result in timed) / len(timed)
-        return (num_tokens / speed + len(missing) * measuring) / options.jobs
+        return (num_tokens / speed + len(missing) * measuring) / cores
     losses = len(SOURCES) * options.held_out * MEAN_TOKENS / READ
     answers = len(KINDS) * options.per_kind * MAX_NEW_TOKENS / ANSWERED
     num_rows = min(NUM_ROWS, len(SOURCES) * (options.max_rows or NUM_ROWS))
     preparing = 4.5 * num_rows * MEAN_TOKENS / READ  # IFD twice, embeddings twice
-    return num_tokens / TRAINED + len(missing) * (losses + answers) + preparing
+    return (num_tokens / TRAINED + len(missing) * (losses + answers) + preparing) / cores
 
 
 def rows_seen(options: Namespace, run: Run) -> int:

@@ -143,8 +143,8 @@ def main_table(summaries: Sequence[Summary]) -> list[str]:
     """What was chosen, what it cost and what came of it, as Markdown."""
     lines = [
         "| rows chosen by | rows | bad | tokens of an answer | steps | tokens trained on | loss | "
-        "less random's | checks right | less random's | operations: choosing + training | minutes "
-        "| runs |",
+        "less random's | checks right | less random's | operations: choosing + training | "
+        "core minutes | runs |",
         "|---" * 13 + "|",
     ]
     for line in summaries:

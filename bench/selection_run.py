@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import score
 import train
@@ -55,6 +56,11 @@ class Run:
     strategy: str
     budget: str
     seed: int
+
+
+def spent_seconds() -> float:
+    """A clock: processor time, which other programs hardly change; with a GPU, real time."""
+    return time.monotonic() if torch.cuda.is_available() else time.process_time()
 
 
 def prepare(options: Namespace, folder: Path) -> None:
@@ -112,12 +118,12 @@ def run_step(log: Path, step: str, action: Callable[[], None]) -> None:
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     if any(record["step"] == step and record["done"] for record in map(json.loads, lines)):
         return
-    began, done = time.monotonic(), False
+    began, done = spent_seconds(), False
     try:
         action()
         done = True
     finally:
-        record = {"step": step, "done": done, "seconds": time.monotonic() - began}
+        record = {"step": step, "done": done, "seconds": spent_seconds() - began}
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -132,21 +138,21 @@ def run_one(options: Namespace, run: Run) -> Result:
     seconds, adapter = {"choose": 0.0, "train": 0.0}, None
     result |= {"num_rows": 0, "answer_tokens": 0, "steps": 0, "trained_tokens": 0}
     if run.strategy != "base":
-        began = time.monotonic()
+        began = spent_seconds()
         budget = Budget.parse("1" if run.budget == "all" else run.budget)
         numbers = choose_rows(study, run.strategy, budget, run.seed, options.clusters)
         records = read_records(study / "pool.json", numbers)
         write_records(records, folder / "chosen.json")
-        seconds["choose"] = time.monotonic() - began
+        seconds["choose"] = spent_seconds() - began
 
-        began, adapter = time.monotonic(), folder / "adapter"
+        began, adapter = spent_seconds(), folder / "adapter"
         size: dict[str, Any] = {"num_train_epochs": options.epochs}
         if run.strategy == "all":
             size = {"num_train_epochs": 1}
         elif run.strategy == "all_same_steps":
             size = {"max_steps": options.epochs * -(-budget.num_rows // BATCH_SIZE)}
         train_adapter(options, folder / "chosen.json", adapter, run.seed, **size)
-        seconds["train"] = time.monotonic() - began
+        seconds["train"] = spent_seconds() - began
         [*_, last] = (row for row in read_metrics(adapter / "metrics.jsonl") if "tokens" in row)
         result |= {
             "num_rows": len(records),
@@ -156,9 +162,9 @@ def run_one(options: Namespace, run: Run) -> Result:
             "quality": dict(Counter(record["quality"] for record in records)),
             "sources": dict(Counter(record["source"] for record in records)),
         }
-    began = time.monotonic()
+    began = spent_seconds()
     result |= measure(options, adapter)
-    seconds["measure"] = time.monotonic() - began
+    seconds["measure"] = spent_seconds() - began
     shutil.rmtree(folder)
     return result | {"seconds": seconds}
 
