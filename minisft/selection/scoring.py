@@ -126,16 +126,18 @@ def _score_window(
     yield [scorer.score(plan, []) for plan in plans if not plan.passes]
     plan_of = {item: plan for plan in plans for item in plan.passes}
     results: dict[Pass, Any] = {}
-    for group in group_by_prefix(list(plan_of)):
-        for batch in make_batches(group, batch_tokens):
-            if not any(is_wanted[plan_of[item].index] for item in batch):
-                continue
-            results.update(zip(batch, scorer.compute(model, batch), strict=True))
-            finished = []
-            for plan in dict.fromkeys(plan_of[item] for item in batch):
-                if all(item in results for item in plan.passes):
-                    finished.append(scorer.score(plan, [results.pop(item) for item in plan.passes]))
-            yield finished
+    groups = group_by_prefix(list(plan_of))
+    batches = [batch for group in groups for batch in make_batches(group, batch_tokens)]
+    # By length, not group by group: rows are then finished, and saved, from the beginning.
+    for batch in sorted(batches, key=lambda batch: len(batch[-1].ids)):
+        if not any(is_wanted[plan_of[item].index] for item in batch):
+            continue
+        results.update(zip(batch, scorer.compute(model, batch), strict=True))
+        finished = []
+        for plan in dict.fromkeys(plan_of[item] for item in batch):
+            if all(item in results for item in plan.passes):
+                finished.append(scorer.score(plan, [results.pop(item) for item in plan.passes]))
+        yield finished
 
 
 def max_row_length(config: ModelConfig) -> int:

@@ -130,6 +130,15 @@ def test_by_hand(alpaca):
     np.testing.assert_allclose(score.embedding, np.mean(states, 0), rtol=1e-5)
 
 
+def test_rows_are_finished_from_the_beginning(alpaca):
+    # Both passes of a row are soon done, so a stopped run has lost little.
+    rows = rows_of(*[("the " * n + "rat", "sat on the hat " * n) for n in range(1, 33)])
+    reader = RowReader(rows, IfdScorer(alpaca, 10_000, None, ("ifd",)))
+    finished = [len(scores) for scores in score_rows(Urn(300), reader, np.arange(32), 300)]
+    assert sum(finished) == 32
+    assert sum(finished[: len(finished) // 2]) >= 32 / 4
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 200, 100_000])
 def test_batches_and_shared_prefixes_give_the_scores_of_single_rows(alpaca, batch_tokens):
     conversations = [("the " * n + "rat", "sat " * (m + 1)) for n in range(5) for m in range(6)]
