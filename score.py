@@ -48,6 +48,7 @@ from minisft.model.config import ModelConfig
 from minisft.model.reward import Model
 from minisft.selection.ifd import IfdScorer
 from minisft.selection.next_command import select_command
+from minisft.selection.passes import TOO_LONG
 from minisft.selection.provenance import recorded_date, score_record
 from minisft.selection.reward_scores import RewardScorer, mean_preference_fields
 from minisft.selection.rows import left_out_by, open_every_row
@@ -141,7 +142,8 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
                 "again."
             )
         for reason, count in reasons.most_common():
-            say(f"not scored {count:,}: {reason}")
+            flag = f" (now {options.cutoff_len}: raise --cutoff_len)" if reason == TOO_LONG else ""
+            say(f"not scored {count:,}: {reason}{flag}")
         num_preferences = 0
         if options.mode == "reward":
             num_preferences = say_mean_preferences(writer.paths.scores)

@@ -9,7 +9,6 @@ memory at once, so memory does not grow with the model.
 """
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +21,10 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
-from tqdm import tqdm
 
 from minisft.common.errors import UserError
 from minisft.common.outputs import atomic_path, check_free_space
+from minisft.common.progress import ProgressBar
 from minisft.gguf.kquants import quantize_q4_k, quantize_q6_k
 from minisft.gguf.tensor_types import TORCH_TYPES
 
@@ -128,13 +127,12 @@ def _write_header(
 
 def _write_data(file: BinaryIO, tensors: list[Tensor]) -> None:
     """Write the tensors in order, each from a multiple of the alignment."""
-    total = sum(tensor.nbytes for tensor in tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    with ProgressBar(len(tensors), "tensor") as bar:
         for is_first_piece, data in _converted_pieces(tensors):
             if is_first_piece:
                 _pad(file)
             file.write(data.data)
-            bar.update(data.nbytes)
+            bar.update(is_first_piece)
     _pad(file)
 
 

@@ -11,6 +11,8 @@ from minisft.common.sequences import true_spans
 from minisft.data.batching import PAD_MULTIPLE
 from minisft.text.chat_template import ChatTemplate
 
+TOO_LONG = "longer than cutoff_len"  # the beginning of a reason
+
 
 @dataclass(eq=False)
 class Pass:
@@ -67,7 +69,7 @@ def too_long(ids: np.ndarray, cutoff_len: int) -> str | None:
     """The reason why a row is too long to score; None if it is short enough."""
     if len(ids) <= cutoff_len:
         return None
-    return f"longer than cutoff_len: {len(ids)} tokens, the limit is {cutoff_len}"
+    return f"{TOO_LONG}: {len(ids)} tokens, the limit is {cutoff_len}"
 
 
 def make_batches(passes: Sequence[Pass], batch_tokens: int) -> Iterator[list[Pass]]:

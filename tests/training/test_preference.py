@@ -730,7 +730,7 @@ def test_a_reward_model_scores_a_file(finetuning_type, checkpoint, pairs_file, t
         place = ["--model_name_or_path", checkpoint, "--adapter", tmp_path / "rm"]
     shared = ["--dataset", tmp_path / "rows.json", "--output", tmp_path / "s.jsonl"]
     said = here(score, *place, *shared, mode="reward", dtype="float32", dataloader_num_workers=0)
-    assert "template plain" in said and "not scored 1: longer than cutoff_len" in said
+    assert "template plain" in said and "not scored 1: longer than cutoff_len (now " in said
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(20)) and lines[3]["reward"] is None
     template = get_template("plain", Tokenizer.load(checkpoint))
