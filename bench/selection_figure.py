@@ -2,8 +2,8 @@
 
     draw([summaries of the first budget, of the second, ...], Path("selection.png"))
 
-Rows are strategies, colours are budgets. Differences are to random rows of the same budget; an
-interval that does not reach the line in the middle is a difference.
+Rows are strategies, colours are budgets. Differences are to random rows of the same budget. Of so
+many intervals, one in twenty misses the line in the middle by chance.
 """
 
 from collections.abc import Sequence

@@ -254,6 +254,7 @@ def test_a_study_goes_on_where_it_stopped(study, words, capsys):
     assert [json.loads(line)["strategy"] for line in before.splitlines()] == ["base", "random"]
     report = (study / "report.md").read_text()
     assert "25 of 27 runs are missing: random_matched 6 (1), ifd 6 (1)" in report
+    assert "held-out rows, 8 prompts; 2 epochs of LoRA of rank 16" in report
     assert "| random | 6 |" in report and (study / "selection.png").exists()
     path.write_text(before + '{"strategy": "random_mat')  # a crash
     made = {name: (study / name).stat().st_mtime_ns for name in ("pool.json", "pre_ifd.jsonl")}
