@@ -28,10 +28,10 @@ from minisft.training.options import parse_options  # noqa: E402
 from train import main as train_main  # noqa: E402
 
 EIGHT_BITS, PURE_BF16, NEAREST = ["--optim", "adamw_8bit"], ["--pure_bf16"], ["--nearest"]
-# Name -> flags, and bytes of weight, gradient and moments of a parameter.
+# Name -> flags, and bytes of a parameter: weight, its bfloat16 copy, gradient and moments.
 RUNS = {
-    "float32": ([], 16),
-    "adamw_8bit": (EIGHT_BITS, 10),
+    "float32": ([], 18),
+    "adamw_8bit": (EIGHT_BITS, 12),
     "pure_bf16": (PURE_BF16, 12),
     "adamw_8bit, pure_bf16": (EIGHT_BITS + PURE_BF16, 6),
     "pure_bf16, rounded to the nearest": (PURE_BF16 + NEAREST, 12),

@@ -44,6 +44,7 @@ from bench.selection_checks import KINDS, MAX_NEW_TOKENS  # noqa: E402
 from bench.selection_pool import SOURCES, check_files  # noqa: E402
 from bench.selection_report import write_report  # noqa: E402
 from bench.selection_run import Result, Run, operations, prepare, run_one  # noqa: E402
+from minisft.common.devices import dtype_name, resolve_device, resolve_dtype  # noqa: E402
 from minisft.common.errors import UserError  # noqa: E402
 from minisft.common.hashes import sha256  # noqa: E402
 from minisft.common.json_files import read_json, write_json  # noqa: E402
@@ -150,6 +151,8 @@ def rows_seen(options: Namespace, run: Run) -> int:
 def check_settings(options: Namespace, folder: Path) -> None:
     """Record the settings that all runs share. UserError if the folder has runs with others."""
     settings = {name: getattr(options, name) for name in SHARED}
+    # "auto" may mean another type on another machine.
+    settings["dtype"] = dtype_name(resolve_dtype(options.dtype, resolve_device("auto")))
     settings["files"] = [
         sha256(path)
         for source in SOURCES.values()
@@ -182,15 +185,20 @@ def run_all(options: Namespace, missing: Sequence[Run], end: float | None) -> It
     with ProcessPoolExecutor(
         options.jobs, get_context("spawn"), torch.set_num_threads, (num_threads,)
     ) as pool:
-        running = set[Future[Result]]()
+        running, failed = set[Future[Result]](), None
         while True:
-            while len(running) < options.jobs and (run := next_run()):
+            while not failed and len(running) < options.jobs and (run := next_run()):
                 running.add(pool.submit(run_one, options, run))
             if not running:
-                return
+                break
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for job in done:
-                yield job.result()
+                if job.exception():
+                    failed = job
+                else:
+                    yield job.result()
+        if failed:  # after the results of the others
+            failed.result()
 
 
 if __name__ == "__main__":

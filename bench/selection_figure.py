@@ -2,8 +2,8 @@
 
     draw([summaries of the first budget, of the second, ...], Path("selection.png"))
 
-Rows are strategies, colours are budgets. Differences are to random rows of the same budget; an
-interval that does not reach the line in the middle is a difference.
+Rows are strategies, colours are budgets. Differences are to random rows of the same budget. Of so
+many intervals, one in twenty misses the line in the middle by chance.
 """
 
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ def draw(parts: Sequence[Sequence[Summary]], path: Path) -> None:
     bad.axvline(100 * BAD_SHARE, color="black", linewidth=0.8, linestyle=":")
     draw_sources(sources, shown[0], labels)
     for panel, name, scale in ((loss, "loss_difference", 1), (checks, "checks_difference", 100)):
-        limit_to_selections(panel, shown, name, scale)
+        limit_to_selections(panel, shown, labels, name, scale)
     titles = {
         bad: "bad rows taken\n% (dotted: of the pool)",
         length: "answer\ntokens",
@@ -120,7 +120,7 @@ def draw_differences(
 
 
 def limit_to_selections(
-    axes: Axes, parts: Sequence[Sequence[Summary]], name: str, scale: int
+    axes: Axes, parts: Sequence[Sequence[Summary]], labels: list[str], name: str, scale: int
 ) -> None:
     """Limit a panel to the strategies that select: all rows may be far away, and are then named."""
     lines = [line for part in parts for line in part if line.strategy != "all"]
@@ -130,14 +130,13 @@ def limit_to_selections(
     most = 1.1 * scale * max(max(abs(value.low), abs(value.high)) for value in values)
     most = max(most, 1e-3)
     axes.set_xlim(-most, most)
-    last = len({line.label for part in parts for line in part}) - 1
     all_rows = [line for part in parts for line in part if line.strategy == "all"]
     means = [scale * value.mean for line in all_rows if (value := getattr(line, name))]
     if means and abs(means[0]) > most:
-        side, place = ("left", 0.02) if means[0] < 0 else ("right", 0.98)
-        where = axes.get_yaxis_transform()
+        side, x = ("left", 0.02) if means[0] < 0 else ("right", 0.98)
+        where, y = axes.get_yaxis_transform(), labels.index(all_rows[0].label)
         text = f"{means[0]:+.2f}, beyond"
-        axes.text(place, last, text, ha=side, va="center", fontsize=7, transform=where)
+        axes.text(x, y, text, ha=side, va="center", fontsize=7, transform=where)
 
 
 def draw_sources(axes: Axes, part: Sequence[Summary], labels: Sequence[str]) -> None:

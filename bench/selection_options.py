@@ -8,6 +8,7 @@ from pathlib import Path
 from minisft.common.command_line import OptionParser, non_negative_int, positive_float, positive_int
 from minisft.common.errors import UserError
 
+MAX_PER_KIND = 26  # the kinds "yes or no" and "Chinese" have no more questions
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 # Small values for --smoke: a try of everything in a minute on a tiny model.
 SMOKE = {
@@ -125,6 +126,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
         given = parser.given(options)
         vars(options).update({name: SMOKE[name] for name in SMOKE if name not in given})
     options.strategies = options.strategies or list(STRATEGIES)
+    if options.per_kind > MAX_PER_KIND:
+        raise UserError(f"--per_kind: there are {MAX_PER_KIND} prompts of some kinds, not more")
     if not options.data_dir and not options.report:
         raise UserError("--data_dir is missing: the folder of the sources. See docs/selection.md.")
     return options

@@ -4,9 +4,11 @@
 
 A difference to random is the mean over sources (or kinds of prompt) of the mean over their rows, so
 neither a long answer nor a large source counts more. Its 95 % interval covers both chances: which
-rows were held out, and which seeds were drawn. Rows are paired, seeds are not.
+rows were held out, and which seeds were drawn. Rows are paired, seeds are not. With a single run of
+a strategy, the interval knows nothing of its seed and is too narrow.
 """
 
+import json
 import math
 import statistics
 from collections import Counter
@@ -143,7 +145,7 @@ def main_table(summaries: Sequence[Summary]) -> list[str]:
     """What was chosen, what it cost and what came of it, as Markdown."""
     lines = [
         "| rows chosen by | rows | bad | tokens of an answer | steps | tokens trained on | loss | "
-        "less random's | checks right | less random's | operations: choosing + training | "
+        "less random's | checks right | less random's, points | operations: choosing + training | "
         "core minutes | runs |",
         "|---" * 13 + "|",
     ]
@@ -153,7 +155,7 @@ def main_table(summaries: Sequence[Summary]) -> list[str]:
             f"| {line.label} | {line.num_rows:,.0f} | {line.bad_share:.0%} | "
             f"{line.answer_length:,.0f} | {line.steps:,.0f} | {line.trained_tokens:,.0f} | "
             f"{line.loss:.3f} | {in_words(loss, '+.3f')} | {line.checks:.1%} | "
-            f"{in_words(checks, '+.1%')} | {line.choosing:.1e} + {line.training:.1e} | "
+            f"{in_words(checks, '+.1f', 100)} | {line.choosing:.1e} + {line.training:.1e} | "
             f"{line.minutes:,.1f} | {line.num_runs} |"
         )
     return lines
@@ -172,11 +174,32 @@ def source_table(summaries: Sequence[Summary]) -> list[str]:
     return lines
 
 
-def in_words(estimate: Estimate | None, form: str) -> str:
-    """A difference and its interval; nothing for None."""
+def in_words(estimate: Estimate | None, form: str, scale: int = 1) -> str:
+    """A difference and its interval, times `scale`; nothing for None."""
     if estimate is None:
         return ""
-    return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
+    mean, low, high = (
+        f"{scale * value:{form}}" for value in (estimate.mean, estimate.low, estimate.high)
+    )
+    return f"{mean} ({low} to {high})"
+
+
+def settings_line(folder: Path, results: Sequence[Result]) -> str:
+    """The size of the study and what its runs share: the figures mean nothing without."""
+    settings = read_json(folder / "settings.json", missing={})
+    if not settings:
+        return ""
+    num_rows = len(json.loads((folder / "pool.json").read_text(encoding="utf-8")))
+    num_losses, num_checks = (
+        sum(map(len, results[0][name].values())) for name in ("loss", "checks")
+    )
+    return (
+        f"{num_rows:,} rows of at most {settings['cutoff_len']:,} tokens to choose from; "
+        f"{num_losses:,} held-out rows, {num_checks:,} prompts; {settings['epochs']} epochs of "
+        f"LoRA of rank {settings['lora_rank']}, learning rate {settings['learning_rate']:g}, "
+        f"{settings['dtype']}; {settings['clusters']} clusters, {settings['pre_rows']} rows of "
+        "pre-experience."
+    )
 
 
 def missing_line(results: Sequence[Result], wanted: Sequence[tuple[str, str, int]]) -> str:
@@ -203,7 +226,7 @@ def write_report(folder: Path, wanted: Sequence[tuple[str, str, int]], write_doc
         step = record["step"]
         step_seconds[step] = step_seconds.get(step, 0.0) + record["seconds"]
     budgets = dict.fromkeys(budget for _, budget, _ in wanted if budget not in ("none", "all"))
-    parts, lines = [], [missing_line(results, wanted)]
+    parts, lines = [], [settings_line(folder, results), "", missing_line(results, wanted)]
     for budget in budgets:
         summaries = summarize(results, budget, operations, step_seconds)
         if any(summary.strategy not in ("base", "all") for summary in summaries):

@@ -115,15 +115,18 @@ def reference_losses(
 ) -> list[ReferenceLoss | None]:
     """The loss of every reference as the answer; None if it does not fit in the context.
 
-    It is the sum over the tokens that training would supervise, so it includes the end-of-turn
-    token.
+    It is the sum over the tokens that training with --mask_history would supervise: those of the
+    last answer, with the end-of-turn token.
     """
     model = assistant.model
     examples, numbers = [], []
     for number, item in enumerate(items):
         messages = [*item.messages, {"role": "assistant", "content": item.reference}]
         encoded, report = encode_rows(
-            [Row(messages, item.tools)], assistant.template, assistant.max_length
+            [Row(messages, item.tools)],
+            assistant.template,
+            assistant.max_length,
+            mask_history=True,
         )
         if encoded and not report.num_truncated:
             examples += encoded[-1:]  # the last of several has the reference

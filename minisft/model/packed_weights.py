@@ -31,6 +31,8 @@ from minisft.model.quantized import QuantizedLinear, plain_linear
 
 BLOCK = 32  # weights of a row that share a scale in GGUF's Q4_0 and Q4_1
 ROWS_TOGETHER = 16  # the kernel for 4 bits needs a multiple of it
+# The kernel for 8 bits reads so many numbers of a row at a time (AVX2: 8), also beyond its end.
+COLUMNS_TOGETHER = 32
 # Above so many rows, multiplying with the dequantised weight is faster. Dequantising 4 bits is
 # itself a product, with as many rows as the weight has columns.
 INT8_ROWS, INT4_ROWS_PER_COLUMN = 32, 2
@@ -85,7 +87,7 @@ def separate_head(model: nn.Module) -> None:
 def packable_weight(name: str, module: nn.Module) -> Tensor | None:
     """The weight of a layer that can be packed: 8 bits or bfloat16, and not a small one of LoRA."""
     if type(module) is QuantizedLinear and module.bits == 8:
-        return module.steps
+        return module.steps if module.in_features % COLUMNS_TOGETHER == 0 else None
     is_plain = isinstance(module, nn.Linear) and ".lora_" not in name
     return module.weight if is_plain and module.weight.dtype == torch.bfloat16 else None
 

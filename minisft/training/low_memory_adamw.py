@@ -183,7 +183,9 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randint(
         2**16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
     )
-    return noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+    rounded = noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
+    # A GPU's NaN is 0x7fffffff: the sum overflows to -0.
+    return rounded.masked_fill_(values.isnan(), torch.nan).bfloat16()
 
 
 def moment_bytes(parameter: Tensor, eight_bit: bool) -> int:

@@ -199,6 +199,13 @@ def test_reference_losses_equal_transformers(assistant, tiny_chat_model_dir):
     assert report["mean"]["exact_match"]["interval"] == pytest.approx((0, 0.5615), abs=1e-4)
 
 
+def test_earlier_answers_are_no_part_of_the_reference(assistant):
+    question, answer = ITEMS[0].messages[-1], {"role": "assistant", "content": "Yes, yes, yes."}
+    after = Item([question, answer, question], ITEMS[0].reference)
+    (_, count), (_, expected) = reference_losses(assistant, [after, ITEMS[0]], 2)
+    assert count == expected
+
+
 def test_differences_are_paired():
     first, other = (
         {

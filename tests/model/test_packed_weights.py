@@ -97,6 +97,18 @@ def test_rows_of_8_bits_are_multiplied(dtype, num_rows):
     check_product(layer, layer.weight, linear.bias, num_rows, dtype)
 
 
+@needs_kernels
+def test_rows_that_the_kernel_would_leave_are_not_packed():
+    """Of 172 numbers, as in stories260K, it reads 176: the result is random, or a crash."""
+    model = nn.Sequential()
+    for in_features in (172, 192):
+        linear = nn.Linear(in_features, 40)
+        model.append(QuantizedLinear.from_weight(linear.weight, 8, linear.bias))
+    pack_weights(model)
+    assert [type(module) for module in model] == [QuantizedLinear, Int8Linear]
+    check_product(model[0], model[0].weight, model[0].bias, num_rows=3, dtype=torch.float32)
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("num_rows", [0, 1, 8, 200])
 def test_bfloat16_is_multiplied(num_rows):

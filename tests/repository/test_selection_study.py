@@ -254,6 +254,7 @@ def test_a_study_goes_on_where_it_stopped(study, words, capsys):
     assert [json.loads(line)["strategy"] for line in before.splitlines()] == ["base", "random"]
     report = (study / "report.md").read_text()
     assert "25 of 27 runs are missing: random_matched 6 (1), ifd 6 (1)" in report
+    assert "held-out rows, 8 prompts; 2 epochs of LoRA of rank 16" in report
     assert "| random | 6 |" in report and (study / "selection.png").exists()
     path.write_text(before + '{"strategy": "random_mat')  # a crash
     made = {name: (study / name).stat().st_mtime_ns for name in ("pool.json", "pre_ifd.jsonl")}
@@ -295,12 +296,6 @@ def test_a_finished_study_is_reported(monkeypatch, tmp_path):
     assert asked == [True]
 
 
-def test_two_runs_at_a_time_and_an_end(study, words):
-    options = parse_options([*words, "--jobs", "1"])
-    waiting = selection.wanted_runs(options)
-    assert list(selection.run_all(options, waiting, end=0.0)) == []  # it is over
-
-
 def test_costs(study):
     operations = json.loads((study / "operations.json").read_text())
     assert set(operations) == {step for s in STRATEGIES.values() for step in s.needs} | {"token"}
@@ -318,11 +313,3 @@ def test_the_places_of_the_tables_are_in_the_pages():
     ):
         text = (selection_report.DOCS / name).read_text(encoding="utf-8")
         assert [text.count(mark) for mark in marks] == [1, 1]
-
-
-def test_budgets_of_the_command_line():
-    options = parse_options(["--data_dir", "d", "--budgets", "20t", "5"])
-    assert [Budget.parse(text) for text in options.budgets] == [Budget(20, True), Budget(5)]
-    for text in ("3x", "0", "t"):
-        with pytest.raises(UserError, match="give a number of rows"):
-            parse_options(["--data_dir", "d", "--budgets", text])

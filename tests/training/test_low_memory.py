@@ -171,7 +171,7 @@ def test_a_small_mean_square_does_not_vanish():
 
 
 def test_stochastic_rounding_is_unbiased_and_repeats():
-    values = torch.cat([torch.full((40_000,), value) for value in (1.001, -1.001, 1.0, 3e-5)])
+    values = torch.cat([torch.full((40_000,), value) for value in (1.001, -1.001, 1.0, -1.17e-38)])
     draw = lambda seed: round_stochastically(values, torch.Generator().manual_seed(seed))  # noqa: E731
     rounded = draw(0)
     assert torch.equal(rounded, draw(0)) and not torch.equal(rounded, draw(1))
@@ -180,6 +180,8 @@ def test_stochastic_rounding_is_unbiased_and_repeats():
         assert ((part.float() - exact).abs() < step).all()
         assert (part.double().mean() - exact[0].double()).abs() < 0.01 * step
     assert torch.equal(rounded[80_000:120_000], values[80_000:120_000].bfloat16())
+    bits = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32)  # NaN of a GPU, and another
+    assert round_stochastically(bits.view(torch.float32), torch.Generator()).isnan().all()
 
 
 def test_small_updates_of_bfloat16_weights_add_up():
