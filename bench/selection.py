@@ -43,7 +43,15 @@ from real import unpack_model  # noqa: E402
 from bench.selection_checks import KINDS, MAX_NEW_TOKENS  # noqa: E402
 from bench.selection_pool import SOURCES, check_files  # noqa: E402
 from bench.selection_report import write_report  # noqa: E402
-from bench.selection_run import Result, Run, operations, prepare, run_one  # noqa: E402
+from bench.selection_run import (  # noqa: E402
+    BATCH_SIZE,
+    Result,
+    Run,
+    operations,
+    prepare,
+    read_records,
+    run_one,
+)
 from minisft.common.devices import dtype_name, resolve_device, resolve_dtype  # noqa: E402
 from minisft.common.errors import UserError  # noqa: E402
 from minisft.common.hashes import sha256  # noqa: E402
@@ -91,6 +99,9 @@ def run_missing(
     with atomic_write(folder / "results.jsonl") as file:
         file.writelines(json.dumps(result) + "\n" for result in results)
     prepare(options, folder)
+    settings = read_json(folder / "settings.json")
+    pool_rows = len(read_records(folder / "pool.json"))
+    write_json({**settings, "pool_rows": pool_rows}, folder / "settings.json")
     write_json(operations(options), folder / "operations.json")
     end = began + 60 * options.minutes if options.minutes else None
     for result in run_all(options, missing, end):
@@ -153,6 +164,7 @@ def check_settings(options: Namespace, folder: Path) -> None:
     settings = {name: getattr(options, name) for name in SHARED}
     # "auto" may mean another type on another machine.
     settings["dtype"] = dtype_name(resolve_dtype(options.dtype, resolve_device("auto")))
+    settings |= {"batch_size": BATCH_SIZE, "max_new_tokens": MAX_NEW_TOKENS}
     settings["files"] = [
         sha256(path)
         for source in SOURCES.values()
@@ -166,7 +178,7 @@ def check_settings(options: Namespace, folder: Path) -> None:
                 f"--output_dir {folder} has runs with {name} {recorded.get(name)}, not {value}. "
                 "Give another folder, or the same setting."
             )
-    write_json(settings, path)
+    write_json({**recorded, **settings}, path)
 
 
 def run_all(options: Namespace, missing: Sequence[Run], end: float | None) -> Iterator[Result]:

@@ -48,6 +48,11 @@ def choose_rows(
         rows = strategies.at_random_with_lengths(lengths, np.arange(num_rows), reference, generator)
         return np.sort(rows)
 
+    if strategy == "random" and budget.is_tokens:  # the first rows of one drawn order
+        order = np.random.default_rng(seed).permutation(num_rows)
+        limit = budget.num_rows * float(lengths.mean())
+        return within_tokens(lambda number: np.sort(order[:number]), lengths, limit, num_rows)
+
     def of_size(number: int) -> np.ndarray:
         if strategy == "ifd_lowest":
             below_1 = np.flatnonzero(scores["ifd"] < 1)

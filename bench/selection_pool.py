@@ -3,9 +3,9 @@
     data = make_data(Path("data"), template, max_length=768, held_out=200, seed=0)
     data.pool[0]       # {"messages": [...], "source": "lima", "quality": "good"}
 
-The sources are public data sets; SOURCES says which. Rows longer than `max_length` tokens and rows
-with a question that occurs before are left out, so nothing is truncated or known already. Then
-BAD_SHARE of the pool becomes bad, in equal parts:
+The sources are public data sets; SOURCES says which. Rows longer than `max_length` tokens are left
+out, so nothing is truncated; so are rows whose first question occurs before, so no held-out row
+continues a conversation of the pool. Then BAD_SHARE of the pool becomes bad, in equal parts:
 
     swapped     the answer of another row of the source
     cut         the answer ends in the middle
@@ -115,7 +115,9 @@ def make_data(
     for name, source in SOURCES.items():
         records = []
         for record in read_source(data_dir / source.file_name, name)[:max_rows]:
-            question = str(record["messages"][:-1])
+            question = next(
+                message["content"] for message in record["messages"] if message["role"] == "user"
+            )
             if question not in known and fits(record):
                 records.append(record)
             known.add(question)

@@ -8,7 +8,6 @@ rows were held out, and which seeds were drawn. Rows are paired, seeds are not. 
 a strategy, the interval knows nothing of its seed and is too narrow.
 """
 
-import json
 import math
 import statistics
 from collections import Counter
@@ -189,16 +188,15 @@ def settings_line(folder: Path, results: Sequence[Result]) -> str:
     settings = read_json(folder / "settings.json", missing={})
     if not settings:
         return ""
-    num_rows = len(json.loads((folder / "pool.json").read_text(encoding="utf-8")))
     num_losses, num_checks = (
         sum(map(len, results[0][name].values())) for name in ("loss", "checks")
     )
+    rank, rate = settings["lora_rank"], settings["learning_rate"]
     return (
-        f"{num_rows:,} rows of at most {settings['cutoff_len']:,} tokens to choose from; "
-        f"{num_losses:,} held-out rows, {num_checks:,} prompts; {settings['epochs']} epochs of "
-        f"LoRA of rank {settings['lora_rank']}, learning rate {settings['learning_rate']:g}, "
-        f"{settings['dtype']}; {settings['clusters']} clusters, {settings['pre_rows']} rows of "
-        "pre-experience."
+        f"{settings['pool_rows']:,} rows of at most {settings['cutoff_len']:,} tokens to choose "
+        f"from; {num_losses:,} held-out rows, {num_checks:,} prompts; {settings['epochs']} epochs "
+        f"of LoRA of rank {rank}, learning rate {rate:g}, {settings['dtype']}; "
+        f"{settings['clusters']} clusters, {settings['pre_rows']} rows of pre-experience."
     )
 
 

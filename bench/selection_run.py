@@ -163,14 +163,18 @@ def run_one(options: Namespace, run: Run) -> Result:
             "sources": dict(Counter(record["source"] for record in records)),
         }
     began = spent_seconds()
-    result |= measure(options, adapter)
+    measured, answers = measure(options, adapter)
     seconds["measure"] = spent_seconds() - began
+    write_records(answers, folder.with_suffix(".answers.json"))
     shutil.rmtree(folder)
-    return result | {"seconds": seconds}
+    return result | measured | {"seconds": seconds}
 
 
-def measure(options: Namespace, adapter: Path | None) -> dict[str, Any]:
-    """{"loss": {source: mean loss of each held-out row}, "checks": {kind: 1 for right answers}}."""
+def measure(options: Namespace, adapter: Path | None) -> tuple[dict[str, Any], list[Result]]:
+    """The losses, a mean for each held-out row, and the checks, 1 for a right answer; the answers.
+
+    ({"loss": {source: [...]}, "checks": {kind: [...]}}, [{"question": ..., "answer": ...}, ...])
+    """
     study = Path(options.output_dir)
     assistant = Assistant(
         options.model_name_or_path, adapter, options.template, dtype=options.dtype
@@ -187,10 +191,12 @@ def measure(options: Namespace, adapter: Path | None) -> dict[str, Any]:
     questions = [Item([{"role": "user", "content": prompt.question}], "") for prompt in prompts]
     greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS, greedy=True)
     checks: dict[str, list[int]] = {}
-    answers = answer_items(assistant, questions, greedy, batch_size=5 * EVAL_BATCH_SIZE)
-    for prompt, answer in zip(prompts, answers, strict=True):
+    answers = []
+    found = answer_items(assistant, questions, greedy, batch_size=5 * EVAL_BATCH_SIZE)
+    for prompt, answer in zip(prompts, found, strict=True):
         checks.setdefault(prompt.kind, []).append(int(prompt.is_right(answer["answer"])))
-    return {"loss": losses, "checks": checks}
+        answers.append({"question": prompt.question, "answer": answer["answer"]})
+    return {"loss": losses, "checks": checks}, answers
 
 
 def train_adapter(

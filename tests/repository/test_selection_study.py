@@ -41,7 +41,7 @@ def data_dir(tmp_path_factory):
             answer = text(source.language, generator, int(generator.integers(6, 24)))
             row = {"instruction": question, "input": "", "output": answer}
             if name in ("lima", "oaast_zh") and number % 3 == 0:
-                row["history"] = [["one", text(source.language, generator, 5)]]
+                row["history"] = [[f"one {number}", text(source.language, generator, 5)]]
             if name == "cherry":
                 row["input"] = "more"
             if name == "tools":
@@ -85,8 +85,10 @@ def test_data_is_the_same_each_time_and_apart(data_dir, template):
     assert Counter(row["source"] for row in first.held_out) == dict.fromkeys(SOURCES, 5)
     assert {name: len(rows) for name, rows in first.targets.items()} == {"tools": 4, "alpaca_zh": 4}
     parts = [first.pool, first.held_out, *first.targets.values()]
-    questions = [str(row["messages"][:-1]) for part in parts for row in part]
-    assert len(questions) == len(set(questions)) == 6 * 24
+    # Of the conversations that begin with the same question there is one: 8 of oaast_zh do as
+    # those of lima.
+    questions = [row["messages"][0]["content"] for part in parts for row in part]
+    assert len(questions) == len(set(questions)) == 6 * 24 - 8
     assert {row["quality"] for part in parts[1:] for row in part} == {"good"}
 
 
@@ -129,22 +131,37 @@ def test_missing_sources_are_named(tmp_path, data_dir):
 RIGHT_AND_WRONG = {
     "JSON array": (
         ['["a", "b"]', '```json\n["a", "b"]\n```'],
-        ['["a"]', '["a", 1]', '{"a": "b"}', 'Here: ["a", "b"]', '["a", ""]'],
+        ['["a"]', '["a", 1]', '{"a": "b"}', 'Here: ["a", "b"]', '["a", ""]', '["a", "A"]']
+        + ["[" * 100_000],
     ),
     "numbered list": (
         ["1. a\n2. b\n3. c", "1) a\n\n2) b\n3) c\n"],
-        ["1. a\n2. b", "a\nb\nc", "Sure:\n1. a\n2. b\n3. c", "1. a\n3. b\n2. c"],
+        ["1. a\n2. b", "a\nb\nc", "Sure:\n1. a\n2. b\n3. c", "1. a\n3. b\n2. c"]
+        + ["1. a\n2. b\n3. a"],
     ),
-    "bullet points": (["- a\n- b", "* a\n* b"], ["- a", "a\nb", "- a\n- b\n- c", "-a\n-b"]),
+    "bullet points": (
+        ["- a\n- b", "- a\n\n- b\n"],
+        ["- a", "a\nb", "- a\n- b\n- c", "-a\n-b", "* a\n* b", "- a\n- a"],
+    ),
     "length": (
-        ["Bread is a warm and simple food."],
-        ["Bread.", "It is food. It is warm.", "Bread is a food that " + "very " * 20 + "old."],
+        ["Bread is a warm and simple food.", "Bread is food, e.g. for us"],
+        ["Bread.", "It is food. It is warm.", "Bread is a food that " + "very " * 20 + "old."]
+        + ["Bread is food\nand good"],
     ),
     "Chinese": (
         ["树叶因为天气变冷而落下。"],
-        ["Leaves fall.", "树", "", "Leaves fall (落下) because"],
+        [
+            "Leaves fall.",
+            "树",
+            "",
+            "Leaves fall (落下) because",
+            "树叶落下来 because it is cold",
+        ],
     ),
-    "capital letters": (["BREAD IS GOOD FOOD."], ["Bread is good.", "", "12345678"]),
+    "capital letters": (
+        ["BREAD IS GOOD FOOD."],
+        ["Bread is good.", "", "12345678", "面包是很好的食物。", "A. B. C. D. E. F. G. H."],
+    ),
 }
 
 
@@ -276,7 +293,7 @@ def test_a_study_goes_on_where_it_stopped(study, words, capsys):
         )
     assert results["ifd"]["loss"] != results["base"]["loss"]
     assert results["random"]["trained_tokens"] > results["random"]["answer_tokens"] > 0
-    assert not list(study.glob("ifd-6-0*"))  # no adapters are left
+    assert [path.name for path in study.glob("ifd-6-0*")] == ["ifd-6-0.answers.json"]
     with pytest.raises(UserError, match="has runs with lora_rank 16, not 4"):
         selection.main(parse_options([*words, "--lora_rank", "4"]))
     selection.main(parse_options([*words, "--runs", "0"]))
