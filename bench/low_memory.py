@@ -1,18 +1,19 @@
 """What do moments in 8 bits and weights in bfloat16 cost? The held-out loss of full fine-tuning.
 
-    python bench/low_memory.py                    # SmolLM2; writes a table of docs/training.md
+    python bench/low_memory.py --write_docs       # SmolLM2; the table of docs/training.md
     python bench/low_memory.py --model_name_or_path examples/base --output_dir runs/small
 
-Every run trains the same rows in the same order with the same learning rate, and computes in
-bfloat16. They differ in weights and moments. "rounded to the nearest" is the warning: --pure_bf16
-without stochastic rounding, which train.py does not offer. An interrupted command continues where
-it stopped: finished runs are kept, and the others resume from their last checkpoint.
+With a seed, every run trains the same rows in the same order with the same learning rate, and
+computes in bfloat16. They differ in weights and moments. "rounded to the nearest" is the warning:
+--pure_bf16 without stochastic rounding, which train.py does not offer. An interrupted command
+continues where it stopped: finished runs are kept, and others resume from their last checkpoint.
 """
 
 import argparse
 import sys
 from argparse import Namespace
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -37,6 +38,7 @@ RUNS = {
     "pure_bf16, rounded to the nearest": (PURE_BF16 + NEAREST, 12),
 }
 HEAD = ["weights and moments", "bytes a parameter", "held-out loss", "compared with float32"]
+HEAD += ["of each seed"]
 
 
 def main() -> None:
@@ -46,17 +48,20 @@ def main() -> None:
         return
     options = parse_arguments()
     model = str(options.model_name_or_path or find_model())
-    losses = {}
+    float32: list[float] = []
     for name, (words, num_bytes) in RUNS.items():
-        losses[name] = run(options, model, name, words)
-        change = losses[name] / losses["float32"] - 1
-        row = [name, str(num_bytes), f"{losses[name]:.4f}", f"{change:+.2%}"]
+        losses = [run(options, model, name, seed, words) for seed in range(options.seeds)]
+        float32 = float32 or losses
+        changes = [ours / theirs - 1 for ours, theirs in zip(losses, float32, strict=True)]
+        row = [name, str(num_bytes), f"{mean(losses):.4f}", f"{mean(changes):+.2%}"]
+        row.append(", ".join(f"{change:+.2%}" for change in changes))
         print(*row, sep=" | ", flush=True)
         note = (
-            f"{Path(model).stem}, {options.max_steps} steps of {options.batch_size} rows, "
-            f"torch {torch.__version__}."
+            f"{Path(model).stem}, {options.max_steps} steps of {options.batch_size} rows, means of "
+            f"{options.seeds} seeds, torch {torch.__version__}."
         )
-        update("training.md", "low_memory", HEAD, [row], order=RUNS, note=note)
+        if options.write_docs:
+            update("training.md", "low_memory", HEAD, [row], order=RUNS, note=note)
 
 
 def parse_arguments() -> Namespace:
@@ -68,16 +73,18 @@ def parse_arguments() -> Namespace:
     add("--dataset", default=str(ROOT / "examples/data/train.json"), help="training rows")
     add("--eval_dataset", default=str(ROOT / "examples/data/heldout.json"), help="held-out rows")
     add("--learning_rate", help="default: that of train.py")
+    add("--seeds", type=int, default=3, help="runs of each kind")
     add("--max_steps", type=int, default=200)
     add("--batch_size", type=int, default=8)
     add("--device", default="auto")
     add("--output_dir", default=str(ROOT / "runs/low_memory"))
+    add("--write_docs", action="store_true", help="write the table into docs/training.md")
     return parser.parse_args()
 
 
-def run(options: Namespace, model: str, name: str, words: list[str]) -> float:
+def run(options: Namespace, model: str, name: str, seed: int, words: list[str]) -> float:
     """The held-out loss at the end of a run; trains what is missing."""
-    folder = Path(options.output_dir) / name.replace(", ", "-").replace(" ", "_")
+    folder = Path(options.output_dir) / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
     arguments = flags(
         model_name_or_path=model,
         template=options.template,
@@ -86,6 +93,7 @@ def run(options: Namespace, model: str, name: str, words: list[str]) -> float:
         finetuning_type="full",
         dtype="bfloat16",
         device=options.device,
+        seed=seed,
         learning_rate=options.learning_rate,
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
