@@ -364,6 +364,23 @@ def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
         score_here(monkeypatch, checkpoint, "few", output, *named)
 
 
+def test_a_broken_row_beyond_max_samples_is_not_read(checkpoint, rows_file, tmp_path, monkeypatch):
+    """As in train.py, which would not read it either."""
+    output = tmp_path / "s.jsonl"
+    rows = json.loads(rows_file.read_text())
+    rows[15]["output"] = ""
+    rows_file.write_text(json.dumps(rows))
+    score_here(monkeypatch, checkpoint, rows_file, output, "--max_samples", 10)
+    assert [row["index"] for row in read(output) if row["reason"] is None] == list(range(10))
+    words = ["--dataset", rows_file, "--max_samples", 10, "--strategy", "longest"]
+    words += ["--sample_number", 10, "--output", tmp_path / "c.json"]
+    done = command(*words, script="select.py")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "c.json").read_text()) == rows[:10]
+    with pytest.raises(UserError, match="row 16: there is no answer"):
+        score_here(monkeypatch, checkpoint, rows_file, output, "--overwrite")
+
+
 def test_mistakes(checkpoint, rows_file, many, tmp_path, monkeypatch):
     output = tmp_path / "out" / "s.jsonl"
     for words, message in (
