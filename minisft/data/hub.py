@@ -65,7 +65,8 @@ def hub_files(
             "convert them"
         )
     if configs := repository.card.get("configs"):
-        names = _names_of_card(repo_id, configs, repository.names, subset, split or "train")
+        files = repository.names
+        names = _names_of_card(repo_id, configs, files, subset, split or "train", plain_text)
         unknown = [name for name in names if not file_kind(name, plain_text)]
         if unknown:
             raise UserError(f"{repo_id}: minisft cannot read {list_names(unknown)}; convert them")
@@ -93,7 +94,12 @@ def _preferred(names: list[str]) -> list[str]:
 
 
 def _names_of_card(
-    repo_id: str, configs: Any, names: list[str], subset: str | None, split: str
+    repo_id: str,
+    configs: Any,
+    names: list[str],
+    subset: str | None,
+    split: str,
+    plain_text: bool,
 ) -> list[str]:
     """The names that the card gives to a subset and a split.
 
@@ -113,6 +119,13 @@ def _names_of_card(
         raise UserError(
             f"{repo_id} has the subsets {list_names(subsets)}; choose one: {repo_id}/{subsets[0]}"
         )
+    if not configs[0].get("data_files"):  # as in `datasets`, the file names show the splits
+        root = str(configs[0].get("data_dir") or "").strip("/")
+        inside = [name for name in names if PurePosixPath(name).is_relative_to(root)]
+        readable = [name for name in inside if file_kind(name, plain_text)]
+        if not readable:
+            raise UserError(f"{repo_id}: there is no parquet or JSON file in {root or 'it'}")
+        return choose_files(repo_id, _preferred(readable), None, split)
     splits = _patterns_of_splits(configs[0])
     if split not in splits:
         raise UserError(
@@ -130,7 +143,7 @@ def _patterns_of_splits(config: dict[str, Any]) -> dict[str, list[str]]:
     """{split: patterns of file names}"""
     root = str(config.get("data_dir") or "").strip("/")
     prefix = f"{root}/" if root else ""
-    files = config.get("data_files") or "**"
+    files = config["data_files"]
     if isinstance(files, dict):
         files = [{"split": split, "path": path} for split, path in files.items()]
     files = files if isinstance(files, list) else [files]

@@ -184,6 +184,22 @@ def test_a_card_names_the_files(the_hub):
     assert answers("org/name") == ["more/a", "more/b"]
 
 
+def test_a_card_that_names_no_files(the_hub):
+    """The file names show the splits, as in `datasets`. Test rows are no training rows."""
+    names = ("en/train-0", "en/test-0", "zh/train1", "zh/train2", "zh/test1")
+    files = {f"{name}.jsonl": lines(name) for name in names}
+    configs = [{"config_name": name, "data_dir": f"./{name}/"} for name in ("en", "zh")]
+    the_hub.put("org/name", json.dumps({"configs": configs}), **files)
+    assert answers("org/name/en") == ["en/train-0"]
+    assert answers("org/name/en:test") == ["en/test-0"]
+    assert answers("org/name/zh") == ["zh/train1", "zh/train2"]
+    configs = [{"config_name": "default"}, {"config_name": "empty", "data_dir": "none"}]
+    the_hub.put("org/more", json.dumps({"configs": configs}), **files)
+    assert answers("org/more") == ["en/train-0", "zh/train1", "zh/train2"]
+    with pytest.raises(UserError, match="no parquet or JSON file in none"):
+        open_rows("org/more/empty")
+
+
 def test_an_entry_of_dataset_info(the_hub, tmp_path):
     the_hub.put(
         "a/b", **{"en/train.jsonl": lines("a"), "en/test.jsonl": lines("b"), "zh.json": b""}
