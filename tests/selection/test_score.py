@@ -314,6 +314,15 @@ def test_scores_are_never_mixed(checkpoint, rows_file, tmp_path, monkeypatch):
     assert [one["index"] for one in read(output)] == list(range(24))
 
 
+def test_scores_of_another_thinking_are_not_mixed(checkpoint, rows_file, tmp_path, monkeypatch):
+    """The marker has an empty thought without --enable_thinking, so s(A) differs."""
+    words = [checkpoint, rows_file, tmp_path / "s.jsonl", "--template", "qwen3"]
+    score_here(monkeypatch, *words)
+    score_here(monkeypatch, *words, "--enable_thinking", "false")  # the default
+    with pytest.raises(UserError, match="another template_text .same name, changed content"):
+        score_here(monkeypatch, *words, "--enable_thinking", "true")
+
+
 def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
     """Only the rows that train.py would use are scored and chosen, by their number in the file."""
     from minisft.data.dataset import open_rows
