@@ -10,7 +10,6 @@ the file names show them. If the rows exist in several forms, the parquet files 
 import glob
 import importlib.util
 import re
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from minisft.data.file_names import choose_files, file_kind
 from minisft.data.unpack import require_pyarrow
 
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?::([\w.-]+))?")
+WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}  # as regular expressions
 SHARD = re.compile(r"-(\d+)-of-(\d+)")
 
 
@@ -64,7 +64,8 @@ def hub_files(
             f"{repo_id} has no parquet or JSON files, only {others or 'no files'}. Download and "
             "convert them"
         )
-    if configs := repository.card.get("configs"):
+    configs = repository.card.get("configs")
+    if configs and not folder:  # as in `datasets`, a folder is named instead of the card's files
         files = repository.names
         names = _names_of_card(repo_id, configs, files, subset, split or "train", plain_text)
         unknown = [name for name in names if not file_kind(name, plain_text)]
@@ -158,9 +159,14 @@ def _patterns_of_splits(config: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    # `*` stays inside a folder, `**` does not.
-    same_depth = name.count("/") == pattern.count("/")
-    return fnmatch(name, pattern) and (same_depth or "**" in pattern)
+    """True if a pattern of a card matches a name.
+
+    `*` stays inside a folder, `**` does not, and `**/` may be no folder at all.
+    """
+    parts = re.split(r"(\*\*/?|[*?]|\[[^]]+\])", pattern)
+    parts[::2] = map(re.escape, parts[::2])
+    parts[1::2] = [WILDCARDS.get(part, part.replace("[!", "[^")) for part in parts[1::2]]
+    return re.fullmatch("".join(parts), name) is not None
 
 
 def _check_shards(repo_id: str, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -210,6 +211,28 @@ def test_an_entry_of_dataset_info(the_hub, tmp_path):
     the_hub.put("a/c", **{"data.csv": b"a,b"})
     with pytest.raises(UserError, match="broken: a/c has no parquet or JSON files, only data.csv"):
         open_rows("broken", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["en/**/*.jsonl", "**/train*", "en/**", "**/en/**/t[!x]*1.jsonl"]
+)
+def test_two_stars_are_any_number_of_folders(pattern, the_hub):
+    """Even none, as in fsspec, which `datasets` uses."""
+    fsspec = pytest.importorskip("fsspec.utils")
+    names = [f"{name}.jsonl" for name in ("en/train1", "en/a/train2", "en/a/b/train3", "en/a/b/c")]
+    expected = [name for name in names if re.match(fsspec.glob_translate(pattern), name)]
+    configs = [{"config_name": "default", "data_files": pattern}]
+    the_hub.put("a/b", json.dumps({"configs": configs}), **{name: lines(name) for name in names})
+    assert sorted(answers("a/b")) == sorted(expected) and names[0] in expected
+
+
+def test_a_folder_in_place_of_the_files_of_the_card(the_hub, tmp_path):
+    files = {f"{name}.jsonl": lines(name) for name in ("en/train", "en/test", "zh/train")}
+    configs = [{"config_name": "default", "data_files": "zh/*.jsonl"}]
+    the_hub.put("a/b", json.dumps({"configs": configs}), **files)
+    write(tmp_path / "dataset_info.json", {"it": {"hf_hub_url": "a/b", "folder": "en"}})
+    assert answers("it", dataset_dir=tmp_path) == ["en/train"]
+    assert answers("a/b") == ["zh/train"]
 
 
 def test_offline_the_cache_has_the_same_rows(the_hub, tmp_path, monkeypatch):
