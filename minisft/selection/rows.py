@@ -10,6 +10,7 @@ from minisft.data.placeholders import PlaceholderNote
 from minisft.data.row_values import BadRow
 from minisft.data.sources import find_sources
 from minisft.selection.strategies import at_random
+from minisft.text.messages import is_learned
 
 # How the reason begins why a row is not among those that train.py would use.
 LEFT_OUT = "left out by"
@@ -102,12 +103,15 @@ def answer_lengths(rows: Rows, is_drawn: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def answer_length(rows: Rows, number: int, is_drawn: bool = True) -> int | None:
-    """The characters of a row's answers; None for a broken row. is_drawn: see read_row."""
+    """The characters of the answers to learn; None for a broken row. is_drawn: see read_row."""
     row = read_row(rows, number, is_drawn)
     if isinstance(row, BadRow):
         return None
-    answers = (message for message in row.messages if message["role"] == "assistant")
-    return sum(len(message["content"]) for message in answers)
+    return sum(
+        len(message["content"])
+        for message in row.messages
+        if message["role"] == "assistant" and is_learned(message)
+    )
 
 
 def draw_readable(
