@@ -88,7 +88,7 @@ def select_rows(options: Namespace) -> None:
     if draws_unread:
         lengths, is_broken = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
     else:
-        lengths, is_broken = answer_lengths(rows)
+        lengths, is_broken = answer_lengths(rows, is_drawn)
     data = read_row_data(options, len(rows), dataset, lengths)
     if options.balance == "source":
         data.sources = row_sources(rows)

@@ -82,7 +82,7 @@ def select(folder: Path, strategy: str, number: int, seed: int, clusters: int) -
     options = parse_options([*words, *STRATEGIES[strategy].flags])
     rows, is_drawn = open_every_row(options.dataset, options.dataset_dir, False, False)
     data = read_row_data(
-        options, len(rows), dataset_record(rows, is_drawn), answer_lengths(rows)[0]
+        options, len(rows), dataset_record(rows, is_drawn), answer_lengths(rows, is_drawn)[0]
     )
     return choose(options, data, Candidates(len(rows)), number).rows
 

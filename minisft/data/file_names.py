@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
+from string import digits
 
 from minisft.common.errors import UserError
 from minisft.common.words import list_names
@@ -79,4 +80,7 @@ def _words(name: str) -> set[str]:
 
 
 def _in_split(words: set[str], split: str) -> bool:
-    return bool(SPLIT_WORDS[split] & words) if split in SPLIT_WORDS else _words(split) <= words
+    if split not in SPLIT_WORDS:
+        return _words(split) <= words
+    # As in `datasets`, digits end a word: test1.json is a test file.
+    return bool(SPLIT_WORDS[split] & {word.strip(digits) for word in words})

@@ -10,7 +10,6 @@ the file names show them. If the rows exist in several forms, the parquet files 
 import glob
 import importlib.util
 import re
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from minisft.data.file_names import choose_files, file_kind
 from minisft.data.unpack import require_pyarrow
 
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?::([\w.-]+))?")
+WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}  # as regular expressions
 SHARD = re.compile(r"-(\d+)-of-(\d+)")
 
 
@@ -64,8 +64,10 @@ def hub_files(
             f"{repo_id} has no parquet or JSON files, only {others or 'no files'}. Download and "
             "convert them"
         )
-    if configs := repository.card.get("configs"):
-        names = _names_of_card(repo_id, configs, repository.names, subset, split or "train")
+    configs = repository.card.get("configs")
+    if configs and not folder:  # as in `datasets`, a folder is named instead of the card's files
+        files = repository.names
+        names = _names_of_card(repo_id, configs, files, subset, split or "train", plain_text)
         unknown = [name for name in names if not file_kind(name, plain_text)]
         if unknown:
             raise UserError(f"{repo_id}: minisft cannot read {list_names(unknown)}; convert them")
@@ -93,7 +95,12 @@ def _preferred(names: list[str]) -> list[str]:
 
 
 def _names_of_card(
-    repo_id: str, configs: Any, names: list[str], subset: str | None, split: str
+    repo_id: str,
+    configs: Any,
+    names: list[str],
+    subset: str | None,
+    split: str,
+    plain_text: bool,
 ) -> list[str]:
     """The names that the card gives to a subset and a split.
 
@@ -113,6 +120,13 @@ def _names_of_card(
         raise UserError(
             f"{repo_id} has the subsets {list_names(subsets)}; choose one: {repo_id}/{subsets[0]}"
         )
+    if not configs[0].get("data_files"):  # as in `datasets`, the file names show the splits
+        root = str(configs[0].get("data_dir") or "").strip("/")
+        inside = [name for name in names if PurePosixPath(name).is_relative_to(root)]
+        readable = [name for name in inside if file_kind(name, plain_text)]
+        if not readable:
+            raise UserError(f"{repo_id}: there is no parquet or JSON file in {root or 'it'}")
+        return choose_files(repo_id, _preferred(readable), None, split)
     splits = _patterns_of_splits(configs[0])
     if split not in splits:
         raise UserError(
@@ -130,7 +144,7 @@ def _patterns_of_splits(config: dict[str, Any]) -> dict[str, list[str]]:
     """{split: patterns of file names}"""
     root = str(config.get("data_dir") or "").strip("/")
     prefix = f"{root}/" if root else ""
-    files = config.get("data_files") or "**"
+    files = config["data_files"]
     if isinstance(files, dict):
         files = [{"split": split, "path": path} for split, path in files.items()]
     files = files if isinstance(files, list) else [files]
@@ -145,9 +159,14 @@ def _patterns_of_splits(config: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    # `*` stays inside a folder, `**` does not.
-    same_depth = name.count("/") == pattern.count("/")
-    return fnmatch(name, pattern) and (same_depth or "**" in pattern)
+    """True if a pattern of a card matches a name.
+
+    `*` stays inside a folder, `**` does not, and `**/` may be no folder at all.
+    """
+    parts = re.split(r"(\*\*/?|[*?]|\[[^]]+\])", pattern)
+    parts[::2] = map(re.escape, parts[::2])
+    parts[1::2] = [WILDCARDS.get(part, part.replace("[!", "[^")) for part in parts[1::2]]
+    return re.fullmatch("".join(parts), name) is not None
 
 
 def _check_shards(repo_id: str, names: list[str]) -> None:

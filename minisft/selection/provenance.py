@@ -24,6 +24,7 @@ from minisft.data.dataset import Rows
 from minisft.selection.ifd import IfdScorer
 from minisft.selection.reward_scores import RewardScorer
 from minisft.selection.score_files import ScorePaths
+from minisft.text.saved_form import saved_text
 from minisft.text.tokenizer_files import FILES as TOKENIZER_FILES
 
 
@@ -41,7 +42,8 @@ def score_record(
         **model_record(model_dir, adapter_dir),
         "dataset": dataset_record(rows, is_drawn, options.max_samples),
         "template": scorer.template.name,
-        "template_text": hashlib.sha256(scorer.template.text.encode()).hexdigest(),
+        # With --enable_thinking, which changes the prompts too.
+        "template_text": hashlib.sha256(saved_text(scorer.template).encode()).hexdigest(),
         "template_date": scorer.template.now,
         "cutoff_len": scorer.cutoff_len,
         "dtype": dtype_name(dtype),
@@ -52,6 +54,7 @@ def score_record(
             "model": options.model_name_or_path,
             "adapter": options.adapter,
             "dataset": options.dataset,
+            "template_text": scorer.template.name,
         },
     }
 

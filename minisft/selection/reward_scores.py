@@ -48,9 +48,8 @@ class RewardScorer:
         conversations = [replace(row, messages=messages) for messages in row.rejected]
         encoded = []
         for conversation in [row, *conversations]:
+            conversation = with_last_answer(conversation)
             texts = encode_row(conversation, self.template, self.cutoff_len, self.vocab_size)
-            if not texts:
-                return Plan(index, reason="none of its answers is supervised")
             encoded.append(texts[-1])  # the complete conversation
         best = encoded[0]
         answers = answer_spans(self.template, best.ids, best.supervised)
@@ -86,6 +85,14 @@ class RewardScorer:
             fields = preference_fields(rewards)
         counts = {"num_answer_tokens": plan.num_answer_tokens, "num_tokens": plan.num_tokens}
         return Score(plan.index, {"index": plan.index, **fields, **counts, "reason": reason})
+
+
+def with_last_answer(row: Row) -> Row:
+    """The row, with an end that is always learned: the text of a row ends with such an answer."""
+    *history, last = row.messages
+    flags = ("weight", "train", "mask")
+    last = {name: value for name, value in last.items() if name not in flags}
+    return replace(row, messages=[*history, last])
 
 
 def preference_fields(rewards: Sequence[float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from minisft.data.placeholders import PlaceholderNote
 from minisft.data.row_values import BadRow
 from minisft.data.sources import find_sources
 from minisft.selection.strategies import at_random
+from minisft.text.messages import is_learned
 
 # How the reason begins why a row is not among those that train.py would use.
 LEFT_OUT = "left out by"
@@ -76,32 +77,41 @@ def placeholder_note(rows: Rows, numbers: np.ndarray) -> str:
     return note.line(f"{len(numbers):,} chosen rows", "train.py --replace")
 
 
-def read_row(rows: Rows, number: int) -> Row | BadRow:
-    """The row, or why it is broken: as a BadRow if `rows` skip bad rows, else as UserError."""
+def read_row(rows: Rows, number: int, is_drawn: bool = True) -> Row | BadRow:
+    """The row, or why it is broken: as a BadRow if `rows` skip bad rows, else as UserError.
+
+    is_drawn: False for a row that train.py would not read, so that nobody minds if it is broken.
+    """
     try:
         return rows[number]
     except BadRow as error:
-        if not rows.skip_bad_rows:
+        if is_drawn and not rows.skip_bad_rows:
             raise UserError(f"{error} (--skip_bad_rows leaves such rows out)") from error
         return error
 
 
-def answer_lengths(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """(characters of the answers (rows,), bool (rows,): True for broken rows)."""
+def answer_lengths(rows: Rows, is_drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(characters of the answers (rows,), bool (rows,): True for broken rows).
+
+    is_drawn: bool (rows,), see read_row.
+    """
     lengths, is_broken = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
     for number in range(len(rows)):
-        length = answer_length(rows, number)
+        length = answer_length(rows, number, bool(is_drawn[number]))
         is_broken[number], lengths[number] = length is None, length or 0
     return lengths, is_broken
 
 
-def answer_length(rows: Rows, number: int) -> int | None:
-    """The characters of a row's answers; None for a broken row."""
-    row = read_row(rows, number)
+def answer_length(rows: Rows, number: int, is_drawn: bool = True) -> int | None:
+    """The characters of the answers to learn; None for a broken row. is_drawn: see read_row."""
+    row = read_row(rows, number, is_drawn)
     if isinstance(row, BadRow):
         return None
-    answers = (message for message in row.messages if message["role"] == "assistant")
-    return sum(len(message["content"]) for message in answers)
+    return sum(
+        len(message["content"])
+        for message in row.messages
+        if message["role"] == "assistant" and is_learned(message)
+    )
 
 
 def draw_readable(

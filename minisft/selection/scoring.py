@@ -15,7 +15,7 @@ import numpy as np
 from minisft.common import processes
 from minisft.common.errors import UserError
 from minisft.data.batching import PAD_MULTIPLE
-from minisft.data.dataset import Rows
+from minisft.data.dataset import Row, Rows
 from minisft.data.row_values import BadRow
 from minisft.data.workers import read_ahead
 from minisft.model.config import ModelConfig
@@ -60,7 +60,7 @@ class RowReader:
 
     def tools_note(self, numbers: np.ndarray) -> str | None:
         """A note for the user if some of the first rows have tools that become text."""
-        sample = [read_row(self.rows, int(number)) for number in numbers[:TOOLS_SAMPLE]]
+        sample = [self._read(int(number)) for number in numbers[:TOOLS_SAMPLE]]
         facts = self.scorer.template.facts
         changed = sum(
             facts.changes_tools(row.messages, row.tools)
@@ -72,12 +72,18 @@ class RowReader:
         )
 
     def _plan(self, number: int) -> Plan:
-        row = read_row(self.rows, number)
+        row = self._read(number)
         if isinstance(row, BadRow):
             return Plan(number, reason=f"broken: {row}")
-        if self.is_drawn is not None and not self.is_drawn[number]:
+        if not self._is_drawn(number):
             return Plan(number, reason=self.left_out)
         return self.scorer.plan(number, row)
+
+    def _read(self, number: int) -> Row | BadRow:
+        return read_row(self.rows, number, self._is_drawn(number))
+
+    def _is_drawn(self, number: int) -> bool:
+        return self.is_drawn is None or bool(self.is_drawn[number])
 
 
 def score_rows(

@@ -34,5 +34,15 @@ def record_texts(rows: Rows, chosen: np.ndarray) -> Iterator[str]:
             if isinstance(file.records, Lines):
                 yield file.records.raw(number - start).decode().strip()
             else:
-                yield json.dumps(file.records[number - start], ensure_ascii=False)
+                yield json_text(file.records[number - start])
         start = stop
+
+
+def json_text(record: Any) -> str:
+    """The JSON of a record. Half a surrogate pair, which UTF-8 cannot express, stays an escape."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return text

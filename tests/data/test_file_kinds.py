@@ -237,6 +237,12 @@ class TestNames:
         with pytest.raises(UserError, match="split 'train' among data/test-0.*Name .*folder:SPLIT"):
             open_rows(folder)
 
+    def test_numbered_files_of_a_split(self, tmp_path):
+        for name in ("train1.json", "train2.json", "test1.json"):
+            write(tmp_path / name, [{**GOOD, "output": name}])
+        assert answers(tmp_path) == ["train1.json", "train2.json"]
+        assert answers(f"{tmp_path}:test") == ["test1.json"]
+
     def test_all_kinds_in_a_folder(self, tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS[:1]), tmp_path / "b.parquet")
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(RECORDS[1]).encode()))

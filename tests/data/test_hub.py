@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -184,6 +185,22 @@ def test_a_card_names_the_files(the_hub):
     assert answers("org/name") == ["more/a", "more/b"]
 
 
+def test_a_card_that_names_no_files(the_hub):
+    """The file names show the splits, as in `datasets`. Test rows are no training rows."""
+    names = ("en/train-0", "en/test-0", "zh/train1", "zh/train2", "zh/test1")
+    files = {f"{name}.jsonl": lines(name) for name in names}
+    configs = [{"config_name": name, "data_dir": f"./{name}/"} for name in ("en", "zh")]
+    the_hub.put("org/name", json.dumps({"configs": configs}), **files)
+    assert answers("org/name/en") == ["en/train-0"]
+    assert answers("org/name/en:test") == ["en/test-0"]
+    assert answers("org/name/zh") == ["zh/train1", "zh/train2"]
+    configs = [{"config_name": "default"}, {"config_name": "empty", "data_dir": "none"}]
+    the_hub.put("org/more", json.dumps({"configs": configs}), **files)
+    assert answers("org/more") == ["en/train-0", "zh/train1", "zh/train2"]
+    with pytest.raises(UserError, match="no parquet or JSON file in none"):
+        open_rows("org/more/empty")
+
+
 def test_an_entry_of_dataset_info(the_hub, tmp_path):
     the_hub.put(
         "a/b", **{"en/train.jsonl": lines("a"), "en/test.jsonl": lines("b"), "zh.json": b""}
@@ -194,6 +211,28 @@ def test_an_entry_of_dataset_info(the_hub, tmp_path):
     the_hub.put("a/c", **{"data.csv": b"a,b"})
     with pytest.raises(UserError, match="broken: a/c has no parquet or JSON files, only data.csv"):
         open_rows("broken", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["en/**/*.jsonl", "**/train*", "en/**", "**/en/**/t[!x]*1.jsonl"]
+)
+def test_two_stars_are_any_number_of_folders(pattern, the_hub):
+    """Even none, as in fsspec, which `datasets` uses."""
+    fsspec = pytest.importorskip("fsspec.utils")
+    names = [f"{name}.jsonl" for name in ("en/train1", "en/a/train2", "en/a/b/train3", "en/a/b/c")]
+    expected = [name for name in names if re.match(fsspec.glob_translate(pattern), name)]
+    configs = [{"config_name": "default", "data_files": pattern}]
+    the_hub.put("a/b", json.dumps({"configs": configs}), **{name: lines(name) for name in names})
+    assert sorted(answers("a/b")) == sorted(expected) and names[0] in expected
+
+
+def test_a_folder_in_place_of_the_files_of_the_card(the_hub, tmp_path):
+    files = {f"{name}.jsonl": lines(name) for name in ("en/train", "en/test", "zh/train")}
+    configs = [{"config_name": "default", "data_files": "zh/*.jsonl"}]
+    the_hub.put("a/b", json.dumps({"configs": configs}), **files)
+    write(tmp_path / "dataset_info.json", {"it": {"hf_hub_url": "a/b", "folder": "en"}})
+    assert answers("it", dataset_dir=tmp_path) == ["en/train"]
+    assert answers("a/b") == ["zh/train"]
 
 
 def test_offline_the_cache_has_the_same_rows(the_hub, tmp_path, monkeypatch):

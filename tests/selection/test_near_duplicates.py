@@ -53,6 +53,13 @@ def test_near_duplicates():
     ]
 
 
+def test_operators_and_marks_count():
+    """Python's \\w has neither: texts that differ only in them were one."""
+    texts = [f"What is 12 {operator} 7?" for operator in "+-*/%^<>="]
+    texts += ["पानी क्या है", "पाना क्या है", "3 €", "3 $", "😀", "🚀", "3 €."]
+    assert np.flatnonzero(near_duplicates(texts, 1.0)).tolist() == [len(texts) - 1]
+
+
 def test_a_dropped_text_drops_no_other():
     """A text that is similar to a dropped text, but to no kept text, stays."""
     letters = np.random.default_rng(0).choice(list("abcdefghijklmno"), 200)

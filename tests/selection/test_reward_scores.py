@@ -14,6 +14,7 @@ import train
 from minisft.checkpoints.folders import save_model
 from minisft.common.errors import UserError
 from minisft.common.metric_lines import in_words, read_metrics
+from minisft.data.dataset import Row
 from minisft.model.config import ModelConfig
 from minisft.model.reward import RewardModel
 from minisft.selection.passes import Plan
@@ -251,6 +252,15 @@ def test_rows_are_chosen_by_margin(judge, pairs, tmp_path, here):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     with pytest.raises(UserError, match="preference data"):
         here(score, *words_of(judge, path, tmp_path / "t.jsonl", "--mode", "ifd"))
+
+
+def test_a_last_answer_that_is_not_learned_counts(judge):
+    """The reward is that of the complete conversation."""
+    scorer = RewardScorer(get_template("plain", Tokenizer.load(judge)))
+    messages = [asked(1), answered("yes"), asked(2), answered("no")]
+    unlearned = [*messages[:3], {**messages[3], "weight": 0}]
+    passes, same = (scorer.plan(0, Row(turns)).passes for turns in (messages, unlearned))
+    assert passes[0].ids.tolist() == same[0].ids.tolist()
 
 
 def test_a_reward_that_is_not_finite_is_a_reason(judge):

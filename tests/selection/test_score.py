@@ -314,6 +314,15 @@ def test_scores_are_never_mixed(checkpoint, rows_file, tmp_path, monkeypatch):
     assert [one["index"] for one in read(output)] == list(range(24))
 
 
+def test_scores_of_another_thinking_are_not_mixed(checkpoint, rows_file, tmp_path, monkeypatch):
+    """The marker has an empty thought without --enable_thinking, so s(A) differs."""
+    words = [checkpoint, rows_file, tmp_path / "s.jsonl", "--template", "qwen3"]
+    score_here(monkeypatch, *words)
+    score_here(monkeypatch, *words, "--enable_thinking", "false")  # the default
+    with pytest.raises(UserError, match="another template_text .same name, changed content"):
+        score_here(monkeypatch, *words, "--enable_thinking", "true")
+
+
 def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
     """Only the rows that train.py would use are scored and chosen, by their number in the file."""
     from minisft.data.dataset import open_rows
@@ -362,6 +371,23 @@ def test_num_samples(checkpoint, rows_file, tmp_path, monkeypatch):
     info.write_text(info.read_text().replace("10", "11"))
     with pytest.raises(UserError, match="another dataset"):
         score_here(monkeypatch, checkpoint, "few", output, *named)
+
+
+def test_a_broken_row_beyond_max_samples_is_not_read(checkpoint, rows_file, tmp_path, monkeypatch):
+    """As in train.py, which would not read it either."""
+    output = tmp_path / "s.jsonl"
+    rows = json.loads(rows_file.read_text())
+    rows[15]["output"] = ""
+    rows_file.write_text(json.dumps(rows))
+    score_here(monkeypatch, checkpoint, rows_file, output, "--max_samples", 10)
+    assert [row["index"] for row in read(output) if row["reason"] is None] == list(range(10))
+    words = ["--dataset", rows_file, "--max_samples", 10, "--strategy", "longest"]
+    words += ["--sample_number", 10, "--output", tmp_path / "c.json"]
+    done = command(*words, script="select.py")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "c.json").read_text()) == rows[:10]
+    with pytest.raises(UserError, match="row 16: there is no answer"):
+        score_here(monkeypatch, checkpoint, rows_file, output, "--overwrite")
 
 
 def test_mistakes(checkpoint, rows_file, many, tmp_path, monkeypatch):

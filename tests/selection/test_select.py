@@ -503,6 +503,30 @@ def test_dedup(choose, data):
     assert manifest["dropped"] == {"near-identical instruction": 9}
 
 
+def test_answers_that_are_not_learned_have_no_length(tmp_path, monkeypatch):
+    """As in the scores: trl's prompt may hold long answers, and only the completion is learned."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))]
+    context = [turns[0], {"role": "assistant", "content": "b" * 99}, turns[0]]
+    rows = [{"prompt": context, "completion": turns[1:]}]
+    rows += [{"prompt": "a", "completion": "b" * 9}]
+    source, output = tmp_path / "rows.json", tmp_path / "out.json"
+    source.write_text(json.dumps(rows))
+    words = ["--strategy", "longest", "--sample_number", 1, "--output", output]
+    select_here(monkeypatch, "--dataset", source, *words)
+    assert json.loads(output.read_text()) == rows[1:]
+    assert read_json(f"{output}.manifest")["answer_length"]["mean_all"] == 5
+
+
+def test_half_a_surrogate_pair_in_another_column(tmp_path, monkeypatch):
+    """train.py reads such rows: the column is none of theirs. JSON expresses it by an escape."""
+    rows = [{"instruction": "a", "output": "颜", "id": id} for id in ("\ud800", "颜")]
+    source, output = tmp_path / "rows.json", tmp_path / "out.json"
+    source.write_text(json.dumps(rows))
+    words = ["--strategy", "longest", "--sample_number", 2, "--output", output]
+    select_here(monkeypatch, "--dataset", source, *words)
+    assert json.loads(output.read_text("utf-8")) == rows
+
+
 @pytest.mark.parametrize("kind", ["lines", "folder"])
 def test_format_and_order_stay(kind, tmp_path, monkeypatch):
     lines = [

@@ -4,6 +4,8 @@ import json
 
 import pytest
 from real_tokenizers import BAICHUAN2, LLAMA3, MISTRAL, QWEN, TINYLLAMA, load_tokenizer
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from minisft.common.errors import UserError
 from minisft.data.dataset import load_rows
@@ -30,6 +32,23 @@ def test_ids_of_a_text_in_parts_are_those_of_the_text(folder, shared_data, monke
     monkeypatch.setattr(long_texts, "MAX_WORD", 8000)
     assert all(len(list(long_texts.parts_of(text))) > 50 for text in texts)
     assert [tokenizer.encode(text, more) for text in texts for more in (False, True)] == whole
+
+
+def test_words_of_mistral_nemo(monkeypatch):
+    """Its pattern takes line ends and slashes after punctuation into one word."""
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    pattern = (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*|\p{{N}}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    words_of = Split(Regex(pattern), "isolated").pre_tokenize_str
+    text = "/* a */\n//b;\n/c 12\n'd\n" * 99
+    monkeypatch.setattr(long_texts, "PART", 7)
+    monkeypatch.setattr(long_texts, "MAX_WORD", 100)
+    parts = list(long_texts.parts_of(text))
+    assert len(parts) > 50
+    words = [word for part in parts for word, _ in words_of(part)]
+    assert words == [word for word, _ in words_of(text)]
 
 
 def test_no_space_and_no_line_end_is_refused_by_row(tiny_tokenizer_dir, tmp_path, monkeypatch):
