@@ -187,19 +187,6 @@ def test_losses_without_gradients_are_computed_in_chunks():
 
 
 @pytest.mark.parametrize("frozen_head", [False, True])
-def test_the_weight_of_a_token_is_not_rounded(frozen_head):
-    """In bfloat16, 1 / 389 would be 0.3 % too small, and so would all gradients of a step."""
-    torch.manual_seed(0)
-    head = torch.nn.Linear(32, 96, bias=False).bfloat16().requires_grad_(not frozen_head)
-    states, targets = torch.randn(400, 32).bfloat16().requires_grad_(), torch.randint(96, (400,))
-    (token_losses(head, states, targets).sum() / 389).backward()
-    exact = states.detach().float().requires_grad_()
-    (cross_entropy(exact @ head.weight.detach().float().T, targets).sum() / 389).backward()
-    ratio = (states.grad.float() * exact.grad).sum() / exact.grad.square().sum()
-    assert abs(ratio - 1) < 5e-4
-
-
-@pytest.mark.parametrize("frozen_head", [False, True])
 def test_no_logits_for_prompts_and_padding(frozen_head):
     model, seen = new_model(), []
     model.lm_head.requires_grad_(not frozen_head)
@@ -290,7 +277,7 @@ def test_packs_of_any_shape_are_compiled_as_one(kernel, monkeypatch):
     batches = packs(8)
     expected, none = count_graphs(plain, batches)
     if kernel:
-        monkeypatch.setattr("minisft.model.packed_attention.has_kernel", lambda x: True)
+        monkeypatch.setattr("minisft.model.packed_attention.has_kernel", lambda *_: True)
         varlen_on_the_cpu()
     compiled.model.compile_layers(backend="aot_eager")
     actual, graphs = count_graphs(compiled, batches)
