@@ -96,6 +96,7 @@ class PretendGpu(TorchDispatchMode):
     def __enter__(self):
         self._patched.setattr(torch.cuda, "is_available", lambda: True)
         self._patched.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        self._patched.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         self._patched.setattr(torch.cuda, "_lazy_init", lambda: None)
         self._patched.setattr(torch.Tensor, "pin_memory", lambda tensor: self._pin(tensor))
         tolist = torch.Tensor.tolist  # which refuses tensors of a subclass

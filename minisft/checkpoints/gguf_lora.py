@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import torch
 
-from minisft.checkpoints.adapter_forms import read_adapter, refuse_untrainable
+from minisft.checkpoints.adapter_forms import LORA_HEAD, read_adapter, refuse_untrainable
 from minisft.checkpoints.adapters import load_adapter
 from minisft.checkpoints.folders import generation_eos, open_model
 from minisft.checkpoints.gguf_export import read_rows
@@ -34,9 +34,15 @@ def export_adapter(
 ) -> Report:
     """Write an adapter. Arguments and errors as in export_model."""
     model, base = open_model(model_dir, CausalLM)
-    forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
+    is_tied = model.config.tie_word_embeddings
+    forms = read_adapter(adapter_dir, is_tied)
     refuse_untrainable(forms, "written for --lora")
     lora, adapter = load_adapter(model, adapter_dir), forms.tensors
+    if is_tied and LORA_HEAD in adapter:  # the file of the base has no output matrix to change
+        raise UserError(
+            f"{adapter_dir}: changes lm_head, which is the embedding in this base. --lora cannot "
+            "express that; use --format gguf"
+        )
     base.setdefault(OUTPUT, base[EMBEDDING])  # tied
     complete = [
         name

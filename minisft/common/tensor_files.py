@@ -69,8 +69,8 @@ class StoredTensor:
     """A tensor in a file: type, shape, and which bytes of the file hold it.
 
     unpack: converts the bytes of some rows (uint8) to these rows, if the file holds them in another
-    form. parts: the tensors whose rows this one has, one after the other, if it has no bytes of its
-    own.
+    form. row_group: it needs whole groups of this many rows. parts: the tensors whose rows this one
+    has, one after the other, if it has no bytes of its own.
     """
 
     path: Path
@@ -80,6 +80,7 @@ class StoredTensor:
     start: int  # offset in the file
     nbytes: int
     unpack: Callable[[Tensor], Tensor] | None = None
+    row_group: int = 1
     parts: tuple["StoredTensor", ...] = ()
 
     def read(self, begin: int = 0, end: int | None = None) -> Tensor:
@@ -90,6 +91,10 @@ class StoredTensor:
         """
         if self.parts:
             return self._read_parts(begin, self.shape[0] if end is None else end)
+        if end is not None and (begin % self.row_group or end % self.row_group):
+            first = begin // self.row_group * self.row_group
+            last = -(-end // self.row_group) * self.row_group
+            return self.read(first, last)[begin - first : end - first]
         shape = self.shape if end is None else (end - begin, *self.shape[1:])
         row_bytes = self.nbytes // (self.shape or (1,))[0] if self.nbytes else 0
         start, nbytes = self.start + begin * row_bytes, (shape or (1,))[0] * row_bytes

@@ -97,6 +97,7 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
         if gguf_name == ROTARY_DIVISORS:  # part of config.json
             continue
         name, type = checkpoint_name(gguf_name), Type(placed.type)
+        group = head_dim if is_interleaved(name, architecture) else None
         tensors[name] = StoredTensor(
             file.path,
             name,
@@ -104,11 +105,8 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
             placed.shape,
             placed.start,
             placed.nbytes,
-            BlockRows(
-                type,
-                placed.shape[1:],
-                head_dim if is_interleaved(name, architecture) else None,
-            ),
+            BlockRows(type, placed.shape[1:], group),
+            row_group=group or 1,
         )
     return _fused(tensors) if architecture == "baichuan" else tensors
 

@@ -64,7 +64,10 @@ def _tokenizer_config(
     metadata: dict[str, Any], fields: dict[str, Any], tokens: list[str]
 ) -> dict[str, Any]:
     is_sentencepiece = fields["model"] == "llama"
-    add_bos = bool(fields.get(ADDS_BOS, fields.get("add_bos_token", is_sentencepiece)))
+    # If the file does not say whether BOS begins a text, llama.cpp decides by the pre-tokenizer.
+    name = str(fields.get("pre"))
+    by_default = is_sentencepiece or ALIASES.get(name, name) == "llama-bpe"
+    add_bos = bool(fields.get(ADDS_BOS, fields.get("add_bos_token", by_default)))
     ids = {name: fields.get(f"{theirs}_token_id") for name, theirs in SPECIAL_TOKENS.items()}
     if not add_bos and not fields.get("add_bos_token") and ids["bos"] in (ids["pad"], ids["eos"]):
         ids["bos"] = None  # a placeholder: this tokenizer has no BOS

@@ -38,7 +38,9 @@ def choose_attention(
     for layer_type in set(config.layer_types):
         window = config.sliding_window if layer_type == "sliding_attention" else None
         if lengths is not None:
-            functions[layer_type] = packed_attention(lengths, window, x, layers_are_compiled)
+            functions[layer_type] = packed_attention(
+                lengths, window, x, config.head_dim, layers_are_compiled
+            )
         else:
             function = attend_with_one_query if T == 1 else attend
             seen = visible_keys(T, S, mask, window, x.device)

@@ -123,4 +123,6 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient of the states (N, D)."""
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype)[:, None], None, None, None
+        # In float32: rounded to bfloat16, the weights of all tokens would be wrong by up to 0.4 %.
+        product = gradient * gradients[0][:, None]
+        return product.to(gradient.dtype), None, None, None

@@ -24,14 +24,14 @@ from minisft.model.attention import Attend, attend, causal_mask
 
 
 def packed_attention(
-    lengths: list[int], window: int | None, x: Tensor, layers_are_compiled: bool
+    lengths: list[int], window: int | None, x: Tensor, head_dim: int, layers_are_compiled: bool
 ) -> Attend:
     """The attention of a pack of rows with these lengths.
 
     window: the number of keys that a query sees; None: all. x (1, T, D): the embedded tokens, for
-    their device and type.
+    their device and type. head_dim: the width of a head.
     """
-    if has_kernel(x):
+    if has_kernel(x, head_dim):
         bounds = send(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), x.device)
         arguments = {"kernel": varlen_kernel(), "bounds": bounds, "longest": max(lengths)}
         return partial(attend_by_kernel, **arguments, window=window)
@@ -91,9 +91,11 @@ def attend_by_kernel(
     return y.transpose(0, 1)[None]
 
 
-def has_kernel(x: Tensor) -> bool:
-    """True if attend_by_kernel works on the device and with the type of x."""
-    return x.is_cuda and (torch.is_autocast_enabled("cuda") or x.dtype != torch.float32)
+def has_kernel(x: Tensor, head_dim: int) -> bool:
+    """True if attend_by_kernel works on the device, with the type of x and with such heads."""
+    is_half = torch.is_autocast_enabled("cuda") or x.dtype != torch.float32
+    fits = head_dim % 8 == 0 and head_dim <= 256
+    return x.is_cuda and is_half and fits and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def varlen_kernel() -> Callable[..., Any]:

@@ -89,7 +89,7 @@ class Progress:
         if self.reports:
             self.reports.start(self.step)
         self.first_step, self.first_tokens = self.step, self.tokens
-        self.started = time.monotonic()
+        self.started = self._began = time.monotonic()
         silent = not sys.stderr.isatty()
         self._bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=silent)
         self.say(f"metrics: {self.path}")

@@ -33,6 +33,7 @@ from minisft.training.identity import IDENTITY, SILENT, is_finished_run
 from minisft.training.low_memory_adamw import moment_bytes
 from minisft.training.new_result import read_record, remove_record
 from minisft.training.reference import LogProbs, saved_log_probs
+from minisft.training.reports import RUN_IDS
 from minisft.training.run import Best, Run, count_rows_per_step
 
 # Bytes of about 20 small files, in blocks of their own; of a tensor's entries in file headers and
@@ -275,7 +276,7 @@ def _restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.d
 
 
 def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
-    """Create --output_dir, record the options, and remove the checkpoints of other runs.
+    """Create --output_dir, record the options, and remove checkpoints and logs of other runs.
 
     Takes the disk space that the run will need. Call it last, when no check can fail any more.
     UserError if there is too little room.
@@ -287,6 +288,9 @@ def claim_output_dir(run: Run, saved: SavedRun | None) -> None:
         run.reserve.take()
         remove_record(output_dir)
         checkpoint.remove_others(output_dir, saved.path if saved else None, run.progress.step)
+        if not (saved and saved.path.parent.resolve() == output_dir.resolve()):
+            for name in (run.progress.path.name, RUN_IDS):  # of the run that was here before
+                (output_dir / name).unlink(missing_ok=True)
         save_options(run.options, output_dir / "options.toml")
 
 

@@ -240,10 +240,14 @@ def test_lora_on_the_embedding_is_refused_with_the_way_out(peft_adapter):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_gguf_lora(name, peft_adapter, tmp_path):
-    """--lora takes factors only: any other change by an adapter is refused."""
+    """--lora takes factors only: any other change by an adapter is refused.
+
+    llama.cpp also refuses factors of a matrix that the file of a tied base does not have.
+    """
     base, adapter, _, _ = peft_adapter(*FORMS[name])
     output = tmp_path / "adapter.gguf"
-    if name.startswith(("alpha_pattern", "output matrix", "embeddings stored")):
+    is_written = name.startswith(("alpha_pattern", "output matrix", "embeddings stored"))
+    if is_written and name != "output matrix, tied":
         export_adapter(base, adapter, output, "f32")
         written = sum(tensor.endswith("lora_a") for tensor in read_gguf(output).tensors)
         assert written == sum("lora_A" in key for key in load_file(adapter / ADAPTER_WEIGHTS))

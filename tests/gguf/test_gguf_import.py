@@ -69,6 +69,19 @@ def test_round_trip_is_exact(family, tmp_path, tiny_tokenizer_dir):
         assert getattr(tokenizers[0], name) == getattr(tokenizers[1], name)
 
 
+def test_rows_of_a_part_of_a_head(tmp_path, tiny_tokenizer_dir):
+    """The ranks of a sharded model read such rows. A head has 12 here, in another order."""
+    settings = {"hidden_size": 48, "num_attention_heads": 4, "attention_bias": True}
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, settings)
+    export_model(folder, tmp_path / "model.gguf", "f32")
+    stored = folders.stored_tensors(opened(tmp_path / "model.gguf"))
+    for kind in ("weight", "bias"):
+        for name in ("q_proj", "k_proj", "o_proj"):
+            tensor = stored[f"model.layers.0.self_attn.{name}.{kind}"]
+            for begin, end in ((0, 7), (7, 14), (12, 24), (14, 21), (5, 5)):
+                assert torch.equal(tensor.read(begin, end), tensor.read()[begin:end])
+
+
 @pytest.mark.parametrize("quantization", ["f16", "bf16", "q8_0", "q5_1", "q4_k_m"])
 def test_quantised_files_read_as_llama_cpp_reads_them(quantization, tmp_path, tiny_tokenizer_dir):
     wide = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}

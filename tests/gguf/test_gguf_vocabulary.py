@@ -12,7 +12,7 @@ from chat_templates import checkpoint_for, control_tokens, narrow_model, sentenc
 from conftest import CONVERSATIONS, without_bos
 from llama_cpp import Server
 
-from minisft.checkpoints import hub
+from minisft.checkpoints import gguf_export, hub
 from minisft.checkpoints.gguf_export import export_model
 from minisft.common.errors import UserError
 from minisft.gguf.prompts import WRITE_SPACE, ids_in_one_piece
@@ -416,6 +416,30 @@ def test_other_pre_tokenizers(pre, tiny_tokenizer_dir, strings, tmp_path):
     with Server(tmp_path / "model.gguf") as server:
         for text in strings:
             assert server.tokenize(text) == tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize(
+    "pre, adds_bos", [("llama-bpe", True), ("llama-v3", True), ("gpt-2", False)]
+)
+def test_files_that_do_not_say_whether_bos_begins_a_text(
+    pre, adds_bos, tiny_tokenizer_dir, tmp_path, monkeypatch
+):
+    """Such as Llama 3 from llama.cpp's own converter. The pre-tokenizer decides."""
+
+    def without_add_bos(*arguments):
+        fields = vocabulary_fields(*arguments) | {"tokenizer.ggml.pre": pre}
+        said = ("add_bos_token", "adds_bos")
+        return {name: value for name, value in fields.items() if not name.endswith(said)}
+
+    monkeypatch.setattr(gguf_export, "vocabulary_fields", without_add_bos)
+    folder = shutil.copytree(tiny_tokenizer_dir, tmp_path / "model")
+    narrow_model(folder, 300, "llama")
+    export_model(folder, tmp_path / "model.gguf", "f16")
+    tokenizer = Tokenizer.load(hub.resolve(str(tmp_path / "model.gguf")))
+    bos = [tokenizer.bos_token_id] if adds_bos else []
+    with Server(tmp_path / "model.gguf") as server:
+        assert server.tokenize("Hi", add_special=True) == bos + tokenizer.encode("Hi")
+    assert tokenizer.add_bos_token == adds_bos
 
 
 def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):

@@ -1,5 +1,7 @@
 """decoding_layers.py and layer_arguments.py: each fast way gives the numbers of the plain one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,9 +155,20 @@ def test_three_ways_through_a_pack(window, monkeypatch):
     torch.testing.assert_close(actual, expected)
 
     for layers_are_compiled, has_kernel in ((False, False), (True, False), (False, True)):
-        monkeypatch.setattr(packs, "has_kernel", lambda x, there=has_kernel: there)
-        chosen = packs.packed_attention(lengths, window, q, layers_are_compiled)
+        monkeypatch.setattr(packs, "has_kernel", lambda *_, there=has_kernel: there)
+        chosen = packs.packed_attention(lengths, window, q, 16, layers_are_compiled)
         torch.testing.assert_close(chosen(q, k, v), expected)
+
+
+@pytest.mark.parametrize(
+    "head_dim, capability, there",
+    [(128, (8, 0), True), (128, (9, 0), True), (128, (7, 5), False), (100, (9, 0), False)],
+)
+def test_what_the_kernel_for_packs_needs(head_dim, capability, there, monkeypatch):
+    """FlashAttention: an Ampere GPU or newer, and heads whose width is a multiple of 8."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = SimpleNamespace(is_cuda=True, dtype=torch.float16, device="cuda")
+    assert packs.has_kernel(x, head_dim) == there
 
 
 @torch.inference_mode()

@@ -277,7 +277,7 @@ def test_packs_of_any_shape_are_compiled_as_one(kernel, monkeypatch):
     batches = packs(8)
     expected, none = count_graphs(plain, batches)
     if kernel:
-        monkeypatch.setattr("minisft.model.packed_attention.has_kernel", lambda x: True)
+        monkeypatch.setattr("minisft.model.packed_attention.has_kernel", lambda *_: True)
         varlen_on_the_cpu()
     compiled.model.compile_layers(backend="aot_eager")
     actual, graphs = count_graphs(compiled, batches)

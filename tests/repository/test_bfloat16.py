@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import command
 from families import SMALL, VARIANTS, reference
@@ -19,7 +20,7 @@ from minisft.checkpoints.folders import load_model
 from minisft.generation.assistant import Assistant
 from minisft.generation.generate import Sampling
 from minisft.model.cache import KeyValueCache
-from minisft.model.loss import next_token_loss
+from minisft.model.loss import next_token_loss, token_losses
 
 # The fixture costs much, so one worker gets all tests.
 pytestmark = [pytest.mark.numerical, pytest.mark.xdist_group("bfloat16")]
@@ -195,3 +196,17 @@ def test_two_processes_nearly_equal_one(kind, name, runs):
     start = final(runs / "plain") if kind == "full" else {}
     found = differences(runs / kind / "1", runs / kind / name, start)
     assert 0 < max(found.values()) and all(found[figure] < NEAR[figure] for figure in found)
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_the_weight_of_a_token_is_not_rounded(frozen_head):
+    """In bfloat16, 1 / 389 would be 0.3 % too small, and so would all gradients of a step."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 96, bias=False).bfloat16().requires_grad_(not frozen_head)
+    states, targets = torch.randn(400, 32).bfloat16().requires_grad_(), torch.randint(96, (400,))
+    (token_losses(head, states, targets).sum() / 389).backward()
+    exact = states.detach().float().requires_grad_()
+    scores = exact @ head.weight.detach().float().T
+    (F.cross_entropy(scores, targets, reduction="sum") / 389).backward()
+    ratio = (states.grad.float() * exact.grad).sum() / exact.grad.square().sum()
+    assert abs(ratio - 1) < 5e-4

@@ -232,6 +232,19 @@ def test_best_of_another_folder(flags, tmp_path):
     assert (tmp_path / "b/adapter_model.safetensors").exists()
 
 
+def test_the_log_of_an_overwritten_run_is_not_continued(flags, tmp_path):
+    """A run goes on in a folder that held another run. The log begins after the checkpoint."""
+    flags = [*flags, "--max_steps", 3, "--logging_steps", 1]
+    assert command(*flags, "--output_dir", tmp_path / "a", "--save_steps", 2).returncode == 0
+    assert command(*flags, "--output_dir", tmp_path / "b", "--seed", 7).returncode == 0
+    (tmp_path / "b/reports.json").write_text('{"wandb": "the id of the other run"}')
+    onto = ["--output_dir", tmp_path / "b", "--overwrite_output_dir"]
+    done = command(*flags, *onto, "--resume_from_checkpoint", tmp_path / "a/checkpoint-2")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "b/metrics.jsonl")] == [3]
+    assert not (tmp_path / "b/reports.json").exists()
+
+
 def save(folder, step, state, **keeping):
     """A checkpoint that holds only this state."""
     with checkpoint.new_checkpoint(folder, step, **keeping) as path:

@@ -46,6 +46,20 @@ def test_a_pipe_gets_a_line_now_and_then(tmp_path, capsys, monkeypatch, seconds,
         assert lines[2].startswith("step 3 of 9: loss 2.0000, lr 1.00e-04, ")
 
 
+def test_the_first_speed_leaves_out_what_comes_before_the_first_step(tmp_path, monkeypatch):
+    """A service of --report_to may take a minute to open its run."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("minisft.training.metrics.time.monotonic", lambda: clock.now)
+    progress = Progress(total_steps=9, path=tmp_path / "metrics.jsonl")
+    clock.now = 60.0
+    progress.start()
+    clock.now = 62.0
+    progress.add({"loss": 8.0}, count=4, num_tokens=10)
+    progress.record(epoch=0.1, learning_rate=1e-4)
+    progress.close()
+    assert read_metrics(progress.path)[0]["tokens_per_second"] == 5.0
+
+
 def test_a_full_disk_does_not_end_the_run(tmp_path, capsys):
     """One message; the rows wait in memory, and are written when there is room."""
     path = tmp_path / "metrics.jsonl"
