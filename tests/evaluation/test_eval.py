@@ -185,8 +185,8 @@ def test_a_run_resume_and_two_processes(checkpoint, benchmark_dir, tmp_path):
     assert done.returncode == 0 and "2 questions in 1 subjects" in done.stdout
     assert (rows_dir / "law.csv").read_text() == kept
     assert (rows_dir / "art.csv").read_text() == expected
-    done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--split", "dev")
-    assert done.returncode == 2 and "split val, not dev" in done.stderr
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--split", "test")
+    assert done.returncode == 2 and "split val, not test" in done.stderr
 
     done = ceval(
         checkpoint,
@@ -221,6 +221,12 @@ def test_a_baseline_of_another_protocol_is_named(tmp_path):
     counts = dict.fromkeys(("dropped_demonstrations", "questions_cut"), 0)
     line = summary_lines({"baseline": change, **counts})[-1]
     assert line.startswith("the baseline had --num_fewshot 2, --template none: ")
+
+
+def test_questions_are_not_their_own_demonstrations():
+    words = ["mmlu", "--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o"]
+    with pytest.raises(UserError, match="--split dev: .*Add --num_fewshot 0"):
+        parse_options("", [*words, "--split", "dev"])
 
 
 def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, tmp_path):

@@ -268,7 +268,7 @@ def test_headers_mappings_and_zips(tmp_path, name, packed):
                 archive.write(path, "inside/" + path.relative_to(folder).as_posix())
             archive.writestr("__MACOSX/test/._law_test.csv", "junk")
         folder = tmp_path / "data.zip"
-    (subject,) = read_subjects(BENCHMARKS[name], folder, "test", num_fewshot=5)
+    (subject,) = read_subjects(BENCHMARKS[name], folder, "test", num_fewshot=1)
     number = "0" if name == "mmlu" else "3"
     assert subject.questions == [Question(number, "Q", ("a", "b", "c", "d"), "B")]
     assert (subject.name, subject.group) == ("法学", "Humanities")
@@ -338,6 +338,8 @@ def test_missing_subjects_and_names_are_reported(tmp_path):
     folder, ceval = data_folder(tmp_path, HEADERS["ceval"]), BENCHMARKS["ceval"]
     with pytest.raises(UserError, match="no CSV files in a folder 'train'.*dev, test, val"):
         read_subjects(ceval, folder, "train")
+    with pytest.raises(UserError, match="law has 1 demonstrations, not 5. Use --num_fewshot 1"):
+        read_subjects(ceval, folder, "val", 5)
     with pytest.raises(UserError, match="--subjects art.*law"):
         read_subjects(ceval, folder, "val", 0, ["art"])
     (folder / "dev" / "law_dev.csv").unlink()
