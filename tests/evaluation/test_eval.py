@@ -95,6 +95,9 @@ def test_predictions_are_read_back_and_compared_with_a_baseline(tmp_path):
     change = compare_with_baseline(baseline, {"law": [*rows, row("0", "A", "B", run=1)]})
     assert (change["only_baseline_right"], change["only_this_right"]) == (1, 2)
     assert (change["num_questions"], change["difference"], change["p_value"]) == (4, 0.25, 1.0)
+    assert change["interval"] == pytest.approx((-0.688, 1), abs=1e-3)
+    same = compare_with_baseline(baseline, {"law": read_predictions(tmp_path / "law.csv")})
+    assert same["interval"] is None  # not (0, 0)
     with pytest.raises(UserError, match="there is no .*art.csv"):
         read_baseline([subject_of("art", 1)], tmp_path)
     other = replace(subject_of("law", 1), questions=[Question("9", "Q", ("",) * 4, "A")])
@@ -221,6 +224,8 @@ def test_a_baseline_of_another_protocol_is_named(tmp_path):
     counts = dict.fromkeys(("dropped_demonstrations", "questions_cut"), 0)
     line = summary_lines({"baseline": change, **counts})[-1]
     assert line.startswith("the baseline had --num_fewshot 2, --template none: ")
+    before = summary_lines({"baseline": change, **counts})[-2]
+    assert before.endswith("over 1 questions: +0.0 points (no question differs), McNemar's p = 1")
 
 
 def test_questions_are_not_their_own_demonstrations():
