@@ -5,7 +5,8 @@
 Prompts are the lines of a .txt file, or the rows of a JSON or JSON-lines file: strings, rows with
 one of PROMPT_COLUMNS, or rows in a format of training data, without their last answer. The output
 is JSON lines that train.py reads: {"messages": [..., the answer], "score": the mean log-probability
-of the answer}. Thoughts are the field "reasoning_content" of the answer.
+of the answer}. Thoughts are the field "reasoning_content" of the answer. Alpaca's input follows its
+instruction on a new line.
 
 OUTPUT.partial holds the answers so far. An interrupted run continues from it.
 """
@@ -50,6 +51,7 @@ from minisft.data.turn_order import check_order, join_turns, with_opening_as_con
 from minisft.generation.answer import Response, answer_message
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
+from minisft.text.messages import Message
 from minisft.text.tool_texts import TOOLS_AS_TEXT
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "text")
@@ -226,7 +228,7 @@ class Answers:
             for row in sorted(self.rows):
                 prompt, response = prompts[row], self.rows[row]
                 message = answer_message(response.text, response.reasoning_content)
-                messages = [*prompt["messages"], message]
+                messages = [*map(without_input, prompt["messages"]), message]
                 line = {"messages": messages, "score": round(response.score, 6)}
                 if prompt["tools"]:
                     line["tools"] = prompt["tools"]
@@ -243,6 +245,12 @@ class Answers:
                 f"{self.path}: could not be written: {error.strerror}. Make room; the same command "
                 "continues from there."
             ) from error
+
+
+def without_input(message: Message) -> Message:
+    """The message with Alpaca's input after its text: `messages` of a file have no such field."""
+    rest = {name: value for name, value in message.items() if name != "input"}
+    return rest | {"content": "\n".join(filter(None, [message["content"], message.get("input")]))}
 
 
 def _answer_missing(

@@ -7,11 +7,13 @@
         print(piece, end="")
 
 Every line is JSON: {"time", "conversation", "role", "content"}, and "reasoning_content" for
-thoughts. A slow answer takes several lines; the last of them has "end": "complete", "truncated" if
+thoughts. Conversations in one file have different numbers, also those of several runs, one after
+another. A slow answer takes several lines; the last of them has "end": "complete", "truncated" if
 the answer reached its maximum length, or "stopped".
 """
 
 import json
+import re
 import time
 from collections.abc import Generator
 from datetime import UTC, datetime
@@ -23,6 +25,7 @@ from minisft.common.errors import UserError
 from minisft.generation.answer import Answer, answer_message
 
 SECONDS_BETWEEN_PARTS = 1.0
+NUMBER = re.compile(rb'\{"time": "[^"]*", "conversation": (\d+),')  # the beginning of a line
 
 
 class Transcript:
@@ -33,7 +36,7 @@ class Transcript:
 
     def __init__(self, path: str | Path | None = None):
         self.path = path
-        self._lock, self._numbers = Lock(), count(1)
+        self._lock, highest = Lock(), 0
         self._systems: dict[int, str] = {}  # the last one written, by conversation
         try:
             self._file = open(path, "ab+") if path else None
@@ -41,11 +44,15 @@ class Transcript:
                 # A crash may have truncated the last line. End it before the next line.
                 self._file.seek(-1, 2)
                 self._file.write(b"" if self._file.read() == b"\n" else b"\n")
+                self._file.seek(0)
+                matches = filter(None, map(NUMBER.match, self._file))
+                highest = max((int(match[1]) for match in matches), default=0)
         except OSError as error:  # a pipe has no strerror
             raise UserError(f"--log {path}: {error.strerror or error}") from error
+        self._numbers = count(highest + 1)
 
     def new_conversation(self) -> int:
-        """The number of a new conversation, from 1."""
+        """The number of a new conversation: from 1, or after those in the file."""
         return next(self._numbers)
 
     def log_question(self, conversation: int, system: str, question: str) -> None:

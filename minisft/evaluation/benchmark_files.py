@@ -42,7 +42,7 @@ def read_subjects(
 
     wanted: the names of the subjects to read; by default all. max_samples: questions of a subject,
     the first ones. Demonstrations come from the split `dev`. UserError names the file and row that
-    is broken, or the subject that is missing.
+    is broken, or the subject that is missing or has too few demonstrations.
     """
     files = Files(data_dir)
     paths = files.subjects(split)
@@ -74,6 +74,11 @@ def read_subjects(
             )
         name, group = names.get(key, (key.replace("_", " "), ""))
         shown = files.questions(demonstrations[key], need_answers=True) if num_fewshot else []
+        if len(shown) < num_fewshot:
+            raise UserError(
+                f"{data_dir}: the subject {key} has {len(shown)} demonstrations, not "
+                f"{num_fewshot}. Use --num_fewshot {len(shown)}."
+            )
         questions = files.questions(paths[key])[:max_samples]
         subjects.append(Subject(key, name, group, questions, shown))
     return subjects

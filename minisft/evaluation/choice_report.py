@@ -107,7 +107,8 @@ def submission(subjects: Sequence[Subject], predictions: Predictions) -> dict[st
 def compare_with_baseline(baseline: Baseline, predictions: Predictions) -> dict[str, Any]:
     """The difference in accuracy from an earlier run, over the questions that both answered.
 
-    If questions were repeated, the first repetition counts.
+    If questions were repeated, the first repetition counts. The interval is None if no question
+    differs: a variance of 0 says nothing about other questions.
     """
     pairs = [
         (was_right[row.id], row.is_right)
@@ -120,7 +121,7 @@ def compare_with_baseline(baseline: Baseline, predictions: Predictions) -> dict[
     return {
         "num_questions": len(pairs),
         "difference": difference,
-        "interval": (low, high),
+        "interval": (low, high) if lost + gained else None,
         "only_baseline_right": lost,
         "only_this_right": gained,
         "p_value": mcnemar(lost, gained),
@@ -150,10 +151,12 @@ def summary_lines(summary: Summary) -> list[str]:
         lines.append(_table_line("mean over questions", count, summary["weighted"]))
     if "baseline" in summary:
         change = summary["baseline"]
-        low, high = change["interval"]
+        spread = "no question differs"
+        if change["interval"]:
+            spread = " to ".join(f"{100 * end:+.1f}" for end in change["interval"])
         lines.append(
             f"against the baseline, over {change['num_questions']} questions: "
-            f"{100 * change['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), "
+            f"{100 * change['difference']:+.1f} points ({spread}), "
             f"McNemar's p = {change['p_value']:.3g}"
         )
         if others := change.get("other_protocol"):

@@ -17,6 +17,7 @@ from typing import TypedDict
 import torch
 
 from minisft.common.devices import send
+from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
 from minisft.data.batching import collate
 from minisft.data.dataset import Row
@@ -27,7 +28,8 @@ from minisft.generation.generate import generate
 from minisft.generation.sampling import Sampling
 from minisft.generation.thoughts import decode_answer
 from minisft.model.loss import target_places, token_losses
-from minisft.text.messages import Message
+from minisft.text.chat_template import ChatTemplate
+from minisft.text.messages import Message, with_thoughts_apart
 from minisft.text.tokenizer import check_vocabulary
 
 # The loss of a reference, summed over its tokens (nats), and the number of tokens.
@@ -45,10 +47,11 @@ class Item:
     @property
     def question(self) -> str:
         """The conversation as a single text, for people and judges."""
-        if len(self.messages) == 1:
-            message = self.messages[0]
-            return "\n".join(filter(None, [message["content"], message.get("input")]))
-        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+        texts = [_text_with_calls(message) for message in self.messages]
+        if len(texts) == 1:
+            return texts[0]
+        turns = zip(self.messages, texts, strict=True)
+        return "\n".join(f"{message['role']}: {text}" for message, text in turns)
 
 
 class Answer(TypedDict):
@@ -61,8 +64,28 @@ class Answer(TypedDict):
 
 
 def read_items(rows: Iterable[Row]) -> list[Item]:
-    """Rows of a data set as items. The last turn of a row is the reference."""
-    return [Item(row.messages[:-1], row.messages[-1]["content"], row.tools) for row in rows]
+    """Rows of a data set as items. The last turn of a row is the reference, without thoughts.
+
+    UserError for a row that ends with a tool call, which no measure can compare.
+    """
+    items = []
+    for row in rows:
+        *messages, last = row.messages
+        reference = with_thoughts_apart(last)["content"]
+        if last.get("tool_calls") or not reference.strip():
+            kind = "a tool call" if last.get("tool_calls") else "thoughts without an answer"
+            raise UserError(
+                f"{row.source}, row {row.index + 1}: ends with {kind}. compare needs the text of "
+                "an answer; leave the row out."
+            )
+        items.append(Item(messages, reference, row.tools))
+    return items
+
+
+def _text_with_calls(message: Message) -> str:
+    """The content of a message, with Alpaca's input and with tool calls as JSON."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or []]
+    return "\n".join(filter(None, [message["content"], message.get("input"), *calls]))
 
 
 def fingerprint(items: Sequence[Item]) -> str:
@@ -100,13 +123,19 @@ def answer_items(
         )
         for row, ids in zip(rows, answers, strict=True):
             results[row] = {
-                "answer": decode_answer(template, prompts[row], ids)[1].strip(),
+                "answer": answer_text(template, prompts[row], ids),
                 "num_tokens": len(ids),
                 "is_cut": len(ids) == sampling.max_new_tokens,
                 "is_skipped": False,
             }
         advance(len(rows))
     return results
+
+
+def answer_text(template: ChatTemplate, prompt: list[int], ids: list[int]) -> str:
+    """An answer without thoughts, also where the template does not know <think>."""
+    _, text = decode_answer(template, prompt, ids)
+    return with_thoughts_apart({"role": "assistant", "content": text})["content"].strip()
 
 
 @torch.inference_mode()

@@ -25,8 +25,8 @@ def exact_match(
 ) -> float:
     """Share of the examples whose last answer is generated exactly, greedily, over all ranks.
 
-    White space around an answer does not count. If an answer was truncated, the model must write
-    the part that is left.
+    White space around an answer does not count. If an answer was truncated, the model must begin
+    with the part that is left.
     """
     model.eval()
     stop_ids, decode = template.stop_token_ids(), template.tokenizer.decode
@@ -42,6 +42,8 @@ def exact_match(
         answers = generate(model, [prompts[row] for row in rows], sampling, stop_ids)
         for row, answer in zip(rows, answers, strict=True):
             reference = list(takewhile(lambda id: id not in stop_ids, references[row]))
+            if len(reference) == len(references[row]):  # truncated: it has no end
+                answer = answer[: len(reference)]
             num_right += decode(answer).strip() == decode(reference).strip()
     device = next(model.parameters()).device
     num_right, count = processes.sum_over_ranks([num_right, len(share)], device)

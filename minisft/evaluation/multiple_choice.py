@@ -111,11 +111,16 @@ def _scores_of_group(
         shared_prefix_length([prompt.ids for prompt in prompts]),
         min(len(prompt.ids) for prompt in prompts) - 1,
     )
+    if model.config.has_dynamic_rope:
+        # All angles depend on the length of the text, so a prompt goes through the model alone.
+        prefix_length, batch_size = 0, 1
     cache = KeyValueCache(model.config)
     device = next(model.parameters()).device
     if prefix_length:
         model(torch.tensor([prompts[0].ids[:prefix_length]], device=device), cache=cache)
-    longest = max(len(prompt.ids) - prefix_length + len(prompt.options[0]) for prompt in prompts)
+    longest = max(
+        len(prompt.ids) - prefix_length + max(map(len, prompt.options)) for prompt in prompts
+    )
     window = model.config.sliding_window
     if window and prefix_length + batch_size * longest > window:
         # A window counts the tokens of the row. For a single question they are its own.

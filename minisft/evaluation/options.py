@@ -107,6 +107,11 @@ def parse_choice_options(name: str, arguments: Sequence[str]) -> Namespace:
     add("--baseline_dir", metavar="DIR", help=baseline)
     options = parser.parse_options(arguments)
     _check_resume(options)
+    if options.split == "dev" and options.num_fewshot:
+        raise UserError(
+            "--split dev: its questions are the demonstrations, so a prompt would hold its own "
+            "answer. Add --num_fewshot 0."
+        )
     if options.n_times > 1 and not options.num_fewshot:
         raise UserError("--n_times changes the demonstrations; --num_fewshot 0 has none. Drop one.")
     if options.template == "none":

@@ -444,6 +444,19 @@ def test_the_last_line_of_an_answer_says_how_it_ended(end, tmp_path):
         list(pieces)
     (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert (line["content"], line["end"]) == ("the " + "cat" * (end != "stopped"), end)
+    assert (transcript.new_conversation(), transcript.new_conversation()) == (1, 2)
+
+
+def test_conversations_of_several_runs_have_different_numbers(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"of another program": 9}\n')
+    for first in (1, 3):
+        transcript = Transcript(log)
+        for number in (first, first + 1):
+            assert transcript.new_conversation() == number
+            transcript.log_question(number, "", "the cat")
+    lines = map(json.loads, log.read_text().splitlines()[1:])
+    assert [line["conversation"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_a_crash_loses_nothing_of_the_transcript(tiny_chat_model_dir, oracle, tmp_path):

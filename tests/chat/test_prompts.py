@@ -11,6 +11,7 @@ from standing import lines_in, standing_still, wait_until
 
 from minisft.chat import prompts
 from minisft.common.errors import UserError
+from minisft.data.dataset import load_rows
 from minisft.generation.answer import Response
 from minisft.generation.assistant import Assistant
 from minisft.generation.generate import Sampling
@@ -273,13 +274,14 @@ def test_rows_of_every_format(assistant, tmp_path):
         "only text",
         "p",
         "t",
-        "i",
+        "i\nx",
         "m",
         "h",
         "f",
         "u",
     ]
-    assert len(asked[3]) == 4 and asked[3][-1]["input"] == "x"
+    assert len(asked[3]) == 4
+    assert [row.messages for row in load_rows(str(output))] == [row["messages"] for row in answers]
     assert "secret" not in output.read_text()
     assert answers[-1]["tools"] == [{"name": "add"}]
     responses, _ = assistant.inference(

@@ -18,6 +18,7 @@ from minisft.data.dataset import Row, load_rows
 from minisft.evaluation.compare import (
     Item,
     answer_items,
+    answer_text,
     fingerprint,
     read_items,
     reference_losses,
@@ -152,6 +153,35 @@ def test_thoughts_are_no_part_of_an_answer(assistant, tmp_path):
     said = thinking.answer([{"messages": item.messages} for item in ITEMS], SAMPLING)
     assert [one["answer"] for one in answers] == [one.text.strip() for one in said]
     assert any(one.reasoning_content for one in said)
+
+
+def test_thoughts_are_no_part_of_a_reference(assistant):
+    """Neither in a field nor in the text; an answer loses them, too, if its template has none."""
+    question = {"role": "user", "content": "2 + 2?"}
+    answers = ({"content": "<think>\nTwo.\n</think>\n\n4"}, {"content": "4", "reasoning": "Two."})
+    rows = [Row([question, {"role": "assistant", **answer}]) for answer in answers]
+    assert [item.reference for item in read_items(rows)] == ["4", "4"]
+    written = assistant.tokenizer.encode("<think>Two.</think> the cat")
+    assert answer_text(assistant.template, [1], written) == "the cat"
+    for answer, said in (
+        ({"content": "<think>Two.</think>"}, "thoughts without an answer"),
+        ({"content": "", "tool_calls": [{"name": "add", "arguments": {}}]}, "a tool call"),
+    ):
+        row = Row([question, {"role": "assistant", **answer}], source="a.json", index=6)
+        with pytest.raises(UserError, match=f"a.json, row 7: ends with {said}"):
+            read_items([row])
+
+
+def test_a_question_is_complete():
+    """A judge needs the input after a system prompt, and the calls whose results it sees."""
+    system = {"role": "system", "content": "Be brief."}
+    question = {"role": "user", "content": "Translate.", "input": "Good morning"}
+    assert Item([question], "").question == "Translate.\nGood morning"
+    shown = Item([system, question], "").question
+    assert shown == "system: Be brief.\nuser: Translate.\nGood morning"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    shown = Item([question, call, {"role": "tool", "content": "7"}], "").question
+    assert shown.endswith('\nassistant: {"name": "f", "arguments": {}}\ntool: 7')
 
 
 def test_the_tools_of_a_row_are_in_the_prompt(assistant):

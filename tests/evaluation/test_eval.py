@@ -95,6 +95,9 @@ def test_predictions_are_read_back_and_compared_with_a_baseline(tmp_path):
     change = compare_with_baseline(baseline, {"law": [*rows, row("0", "A", "B", run=1)]})
     assert (change["only_baseline_right"], change["only_this_right"]) == (1, 2)
     assert (change["num_questions"], change["difference"], change["p_value"]) == (4, 0.25, 1.0)
+    assert change["interval"] == pytest.approx((-0.688, 1), abs=1e-3)
+    same = compare_with_baseline(baseline, {"law": read_predictions(tmp_path / "law.csv")})
+    assert same["interval"] is None  # not (0, 0)
     with pytest.raises(UserError, match="there is no .*art.csv"):
         read_baseline([subject_of("art", 1)], tmp_path)
     other = replace(subject_of("law", 1), questions=[Question("9", "Q", ("",) * 4, "A")])
@@ -185,8 +188,8 @@ def test_a_run_resume_and_two_processes(checkpoint, benchmark_dir, tmp_path):
     assert done.returncode == 0 and "2 questions in 1 subjects" in done.stdout
     assert (rows_dir / "law.csv").read_text() == kept
     assert (rows_dir / "art.csv").read_text() == expected
-    done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--split", "dev")
-    assert done.returncode == 2 and "split val, not dev" in done.stderr
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--split", "test")
+    assert done.returncode == 2 and "split val, not test" in done.stderr
 
     done = ceval(
         checkpoint,
@@ -221,6 +224,14 @@ def test_a_baseline_of_another_protocol_is_named(tmp_path):
     counts = dict.fromkeys(("dropped_demonstrations", "questions_cut"), 0)
     line = summary_lines({"baseline": change, **counts})[-1]
     assert line.startswith("the baseline had --num_fewshot 2, --template none: ")
+    before = summary_lines({"baseline": change, **counts})[-2]
+    assert before.endswith("over 1 questions: +0.0 points (no question differs), McNemar's p = 1")
+
+
+def test_questions_are_not_their_own_demonstrations():
+    words = ["mmlu", "--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o"]
+    with pytest.raises(UserError, match="--split dev: .*Add --num_fewshot 0"):
+        parse_options("", [*words, "--split", "dev"])
 
 
 def test_a_split_without_answers_gives_a_submission(checkpoint, benchmark_dir, tmp_path):

@@ -58,7 +58,7 @@ def test_answers_of_transformers_are_right(tiny_chat_model_dir, batch_size):
         [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "never said"}],
     )
     cut = Example(examples[0].ids[:-3], examples[0].supervised[:-3])
-    expected = len(examples) / (len(examples) + 2)
+    expected = (len(examples) + 1) / (len(examples) + 2)  # the model goes on after the cut
     assert exact_match(model, [wrong, *examples, cut], template, batch_size) == expected
 
 

@@ -1,5 +1,6 @@
 """Multiple choice: scores equal lm-evaluation-harness on real files; reading these files."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -127,8 +128,9 @@ def test_log_likelihoods_equal_lm_evaluation_harness(shared_data, llama2_dir, tm
 
 
 def alone(model, ids, option):
-    """log P(option | ids) by transformers, from a single pass over the text."""
-    logits = model(torch.tensor([ids + option])).logits[0].log_softmax(-1)
+    """log P(option | ids) by transformers, from a single pass over the text, without its end."""
+    # A copy, because dynamic angles stay those of the longest text that a model has seen.
+    logits = copy.deepcopy(model)(torch.tensor([(ids + option)[:-1]])).logits[0].log_softmax(-1)
     return sum(logits[len(ids) - 1 + place, id].item() for place, id in enumerate(option))
 
 
@@ -161,9 +163,18 @@ def test_a_row_of_questions_scores_each_as_if_alone(tmp_path, tiny_tokenizer_dir
         assert whole[: len(one.ids) + 1] == one.ids + one.options[2]
 
 
-def test_options_of_several_tokens_and_a_sliding_window(tmp_path, shared_data):
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 16.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"sliding_window": 96}, {"max_position_embeddings": 64, "rope_parameters": DYNAMIC}],
+)
+def test_options_of_several_tokens_in_a_window_or_with_dynamic_angles(
+    tmp_path, shared_data, fields
+):
     stories = shared_data / "models" / "stories260K"
-    folder = small_model(tmp_path / "model", stories, 512, sliding_window=96)
+    folder = small_model(tmp_path / "model", stories, 512, **fields)
     subject = first_questions(shared_data, "mmlu", 1, 3)
     builder = PromptBuilder(BENCHMARKS["mmlu"], Tokenizer.load(folder))
     made = [builder.build(subject, subject.demonstrations[:1], one) for one in subject.questions]
@@ -268,7 +279,7 @@ def test_headers_mappings_and_zips(tmp_path, name, packed):
                 archive.write(path, "inside/" + path.relative_to(folder).as_posix())
             archive.writestr("__MACOSX/test/._law_test.csv", "junk")
         folder = tmp_path / "data.zip"
-    (subject,) = read_subjects(BENCHMARKS[name], folder, "test", num_fewshot=5)
+    (subject,) = read_subjects(BENCHMARKS[name], folder, "test", num_fewshot=1)
     number = "0" if name == "mmlu" else "3"
     assert subject.questions == [Question(number, "Q", ("a", "b", "c", "d"), "B")]
     assert (subject.name, subject.group) == ("法学", "Humanities")
@@ -338,6 +349,8 @@ def test_missing_subjects_and_names_are_reported(tmp_path):
     folder, ceval = data_folder(tmp_path, HEADERS["ceval"]), BENCHMARKS["ceval"]
     with pytest.raises(UserError, match="no CSV files in a folder 'train'.*dev, test, val"):
         read_subjects(ceval, folder, "train")
+    with pytest.raises(UserError, match="law has 1 demonstrations, not 5. Use --num_fewshot 1"):
+        read_subjects(ceval, folder, "val", 5)
     with pytest.raises(UserError, match="--subjects art.*law"):
         read_subjects(ceval, folder, "val", 0, ["art"])
     (folder / "dev" / "law_dev.csv").unlink()
