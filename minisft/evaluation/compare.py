@@ -85,7 +85,8 @@ def read_items(rows: Iterable[Row]) -> list[Item]:
 def _text_with_calls(message: Message) -> str:
     """The content of a message, with Alpaca's input and with tool calls as JSON."""
     calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or []]
-    return "\n".join(filter(None, [message["content"], message.get("input") or "", *calls]))
+    parts: list[str] = [message["content"], message.get("input") or "", *calls]
+    return "\n".join(part for part in parts if part)
 
 
 def fingerprint(items: Sequence[Item]) -> str:
