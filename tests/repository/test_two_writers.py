@@ -45,7 +45,7 @@ COMMANDS = {
     "score": (dict(dataloader_num_workers=0, **MODEL), "out.jsonl", False),
     "select": (dict(strategy="random", sample_number=3), "out.json", False),
     "chat": (dict(max_new_tokens=2, max_samples=2, **MODEL), "out.jsonl.partial", False),
-    "eval mmlu": (MODEL, "out", True),
+    "eval mmlu": (dict(num_fewshot=2, **MODEL), "out", True),
     "eval compare": (dict(max_new_tokens=2, max_samples=2, **MODEL), "out", True),
     "export hf": (dict(format="hf"), "out", True),
     "export gguf": (dict(format="gguf"), "out.gguf", False),
