@@ -141,9 +141,13 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
                 f"nothing to do: all {num_rows:,} rows are in {written}. --overwrite computes them "
                 "again."
             )
+        # Where the model sets the limit, a larger flag changes nothing.
+        can_raise = scorer.cutoff_len == options.cutoff_len
         for reason, count in reasons.most_common():
-            flag = f" (now {options.cutoff_len}: raise --cutoff_len)" if reason == TOO_LONG else ""
-            say(f"not scored {count:,}: {reason}{flag}")
+            advice = ""
+            if reason == TOO_LONG and can_raise:
+                advice = f" (now {options.cutoff_len}: raise --cutoff_len)"
+            say(f"not scored {count:,}: {reason}{advice}")
         num_preferences = 0
         if options.mode == "reward":
             num_preferences = say_mean_preferences(writer.paths.scores)

@@ -88,7 +88,7 @@ class RewardScorer:
 
 
 def with_last_answer(row: Row) -> Row:
-    """The row, with an end that is always learned: the text of a row ends with such an answer."""
+    """The row with its last answer learned, because encode_row ends with the last such answer."""
     *history, last = row.messages
     flags = ("weight", "train", "mask")
     last = {name: value for name, value in last.items() if name not in flags}

@@ -80,7 +80,7 @@ def placeholder_note(rows: Rows, numbers: np.ndarray) -> str:
 def read_row(rows: Rows, number: int, is_drawn: bool = True) -> Row | BadRow:
     """The row, or why it is broken: as a BadRow if `rows` skip bad rows, else as UserError.
 
-    is_drawn: False for a row that train.py would not read, so that nobody minds if it is broken.
+    is_drawn: False for a row that train.py would not read. It may be broken.
     """
     try:
         return rows[number]
