@@ -32,7 +32,7 @@ from minisft.chat.terminal import INTERRUPTED, Conversation, converse, open_stan
 from minisft.chat.transcript import Transcript
 from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
-from minisft.common.devices import resolve_device, resolve_dtype
+from minisft.common.devices import resolve_device, resolve_dtype, type_for_answers
 from minisft.common.model_flags import dtype_option, template_settings
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
@@ -93,7 +93,7 @@ def main(options: Namespace | None = None) -> None:
 def load_assistants(options: Namespace) -> list[Assistant]:
     """The model to chat with, and with --compare_with a second one on the same base weights."""
     device = resolve_device(options.device)
-    dtype = resolve_dtype(dtype_option(options), device)
+    dtype = resolve_dtype(dtype_option(options), device, type_for_answers(device))
     path, bits = options.model_name_or_path, options.quantization_bit
     shared = load_model(resolve(path), dtype, device, bits) if options.compare_with else None
 

@@ -28,7 +28,7 @@ import torch
 
 from minisft.checkpoints.hub import model_or_base
 from minisft.common import processes
-from minisft.common.devices import resolve_device, resolve_dtype
+from minisft.common.devices import resolve_device, resolve_dtype, type_for_answers
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json, write_json
 from minisft.common.model_flags import dtype_option, template_settings
@@ -319,7 +319,7 @@ def load_assistant(
     options: Namespace, path: str, adapter: str | None, template: str, device: torch.device
 ) -> Assistant:
     """A model with its adapter and template, in the number type that the options name."""
-    dtype = resolve_dtype(dtype_option(options), device)
+    dtype = resolve_dtype(dtype_option(options), device, type_for_answers(device))
     settings, bits = template_settings(options), options.quantization_bit
     assistant = Assistant(path, adapter, template, device, dtype, quantization_bit=bits, **settings)
     for line in settings_without_effect(assistant.template, **settings):

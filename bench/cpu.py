@@ -31,7 +31,7 @@ from bench.gpu import Results, installed_versions  # noqa: E402
 from bench.limits import bandwidth, matrix_speed  # noqa: E402
 from bench.measure import flags  # noqa: E402
 from minisft.checkpoints.gguf_export import export_model  # noqa: E402
-from minisft.common.devices import has_fast_bfloat16  # noqa: E402
+from minisft.common.devices import type_for_answers  # noqa: E402
 
 CPU = torch.device("cpu")
 GGUF_TYPES = ("q4_0", "q8_0")
@@ -74,7 +74,8 @@ def benchmarks(
     """(name of the script, its flags) of each benchmark. folder: for files that they read."""
     has_llama_cpp = importlib.util.find_spec("xllamacpp") is not None
     # Where bfloat16 is emulated, nobody should use it.
-    dtypes = ["bfloat16", "float32"] if has_fast_bfloat16(CPU) else ["float32"]
+    is_native = type_for_answers(CPU) == torch.bfloat16
+    dtypes = ["bfloat16", "float32"] if is_native else ["float32"]
     for dtype in dtypes:
         yield "load", flags(dtype=dtype, repeats=3)
     model = {"shape": "smollm2-135m", "tokenizer_dir": model_dir, "dataset": options.dataset}

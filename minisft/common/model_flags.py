@@ -20,7 +20,7 @@ DTYPES = ["auto", "float32", "bfloat16", "float16"]
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 # Tokens at which train.py truncates a row; select.py warns of longer ones.
 CUTOFF_LEN = 1024
-AUTO_DTYPE = "bfloat16 where the processor has instructions for it, else float32"
+AUTO_DTYPE = "bfloat16 or float32, whichever is faster on this processor"
 
 
 def add_model_flags(

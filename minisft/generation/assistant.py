@@ -23,7 +23,13 @@ import torch
 from minisft.checkpoints import folders, hub
 from minisft.checkpoints.adapter_forms import tokenizer_dir
 from minisft.checkpoints.inference import add_frozen_adapter, load_for_inference
-from minisft.common.devices import check_compile, dtype_name, resolve_device, resolve_dtype
+from minisft.common.devices import (
+    check_compile,
+    dtype_name,
+    resolve_device,
+    resolve_dtype,
+    type_for_answers,
+)
 from minisft.common.errors import UserError
 from minisft.common.sequences import batches_by_length
 from minisft.data.formats import Tools
@@ -77,7 +83,7 @@ class Assistant:
         enable_thinking: bool | None = None,
     ):
         self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, self.device)
+        self.dtype = resolve_dtype(dtype, self.device, type_for_answers(self.device))
         # Load the small files first: their errors should not wait for the weights.
         model_dir = hub.resolve(path)
         adapter_dir = None if adapter is None else hub.resolve_adapter(adapter)

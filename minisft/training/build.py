@@ -183,7 +183,7 @@ def describe_training(
     is_known = device.type != "mps"  # its speed is not measured
     if dtype == torch.bfloat16 and is_known and not has_fast_bfloat16(device):
         text += (
-            "\nbfloat16 halves the memory of the base model, but this processor only emulates it: "
-            "--dtype float32 is faster here"
+            "\nbfloat16 halves the memory of the base model, but this processor is faster with "
+            "--dtype float32"
         )
     return text

@@ -20,7 +20,7 @@ from minisft.common.outputs import check_output_dir, save_options
 from minisft.common.script import run_script
 from minisft.common.words import counted, duration
 from minisft.evaluation.options import parse_choice_options as choice_options
-from minisft.generation.assistant import Assistant
+from minisft.generation import assistant
 from minisft.selection.select_options import parse_options as select_options
 from minisft.training.options import parse_options as train_options
 
@@ -312,19 +312,25 @@ def test_record_repeats_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "native"),
+    ("capabilities", "products", "answers"),
     [
-        ({"avx2": True}, False),
-        ({"avx512_f": True, "avx512_bf16": False}, False),
-        ({}, False),
-        ({"avx512_bf16": True}, True),
-        ({"amx_bf16": True}, True),
-        ({"bf16": True}, True),
+        ({"avx2": True}, False, False),
+        ({"avx512_f": True, "avx512_bf16": False}, False, False),
+        ({}, False, False),
+        ({"avx512_bf16": True}, True, True),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC 9755"}, True, True),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, False, True),
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True, True),
+        ({"bf16": True}, True, True),
     ],
 )
-def test_which_processors_multiply_bfloat16(capabilities, native, monkeypatch):
+def test_which_processors_are_faster_in_bfloat16(capabilities, products, answers, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert devices.has_fast_bfloat16.real(torch.device("cpu")) == native
+    monkeypatch.setattr(devices, "has_fast_bfloat16", devices.has_fast_bfloat16.real)
+    cpu = torch.device("cpu")
+    assert devices.has_fast_bfloat16(cpu) == products
+    found = devices.type_for_answers.real(cpu)
+    assert found == (torch.bfloat16 if answers else torch.float32)
 
 
 @pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True)])
@@ -333,11 +339,13 @@ def test_which_gpus_multiply_bfloat16(capability, native, monkeypatch):
     assert devices.has_fast_bfloat16.real(torch.device("cuda")) == native
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkeypatch):
-    """The choice in training, scoring and chat, on any processor."""
-    monkeypatch.setattr("minisft.common.devices.has_fast_bfloat16", lambda device: native)
-    dtype = "bfloat16" if native else "float32"
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("answers", ["float32", "bfloat16"])
+def test_what_auto_chooses(products, answers, checkpoint, rows_file, tmp_path, here, monkeypatch):
+    """The choice in training and scoring, and in chat, on any processor."""
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: products == "bfloat16")
+    for_answers = getattr(torch, answers)
+    monkeypatch.setattr(assistant, "type_for_answers", lambda device: for_answers)
     model = ["--model_name_or_path", checkpoint, "--device", "cpu", "--dataset", rows_file]
     printed = here(
         train,
@@ -347,12 +355,12 @@ def test_what_auto_chooses(native, checkpoint, rows_file, tmp_path, here, monkey
         output_dir=tmp_path / "out",
         dataloader_num_workers=0,
     )
-    assert f" cpu, {dtype}, 1 process" in printed
-    assert f" cpu, {dtype}, 1 process" in here(
+    assert f" cpu, {products}, 1 process" in printed
+    assert f" cpu, {products}, 1 process" in here(
         score, *model, "--template", "alpaca", "--output", tmp_path / "scores.jsonl"
     )
-    assistant = Assistant(checkpoint, template="plain", device="cpu")
-    assert assistant.dtype == assistant.model.model.norm.weight.dtype == getattr(torch, dtype)
+    loaded = assistant.Assistant(checkpoint, template="plain", device="cpu")
+    assert loaded.dtype == loaded.model.model.norm.weight.dtype == for_answers
 
 
 @pytest.mark.parametrize("torchrun", [None, 1], ids=["forked", "torchrun"])
