@@ -108,7 +108,8 @@ def load_assistants(options: Namespace) -> list[Assistant]:
             options.max_length,
             bits,
             shared,
-            pack=not options.compile and not shared,
+            pack=not shared,
+            compiles=options.compile,
             template_kwargs=template_settings(options)["template_kwargs"],
             enable_thinking=enable_thinking,
         )
@@ -124,8 +125,8 @@ def load_assistants(options: Namespace) -> list[Assistant]:
         assistants[-1].template.name = trained.name
     elif options.compare_with:
         assistants.append(load(options.compare_with, options.template, options.enable_thinking))
-    if shared and not options.compile and can_pack_weights(dtype, device):
-        pack_weights(*[assistant.model for assistant in assistants])
+    if shared and can_pack_weights(dtype, device):
+        pack_weights(*(assistant.model for assistant in assistants), few_bits_only=options.compile)
     for assistant in assistants:
         assistant.turns = assistants[0].turns  # they share a device
     return assistants

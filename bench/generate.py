@@ -171,7 +171,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
 def load(options: Namespace, source: str, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """The model as chat.py loads it."""
     bits = options.quantization_bit
-    return load_for_inference(source, None, dtype, device, bits, pack=not options.compile)
+    return load_for_inference(source, None, dtype, device, bits, compiles=options.compile)
 
 
 def load_transformers(source: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -27,17 +27,19 @@ def load_for_inference(
     quantization_bit: int | None = None,
     pack: bool = True,
     merge: bool = False,
+    compiles: bool = False,
 ) -> CausalLM:
     """The model in a checkpoint folder with its adapter, in evaluation mode. See the steps below.
 
     pack: where there are kernels for it; without an adapter, the blocks of a GGUF file stay.
+    compiles: torch.compile will compile the model.
     """
     keep_blocks = pack and adapter_dir is None and quantization_bit is None
     keep_blocks = keep_blocks and can_pack_weights(dtype, device)
     model = load_model(path, dtype, device, quantization_bit, keep_blocks)
     add_frozen_adapter(model, adapter_dir, dtype, merge)
     if pack:
-        join_and_pack(model, dtype, device)
+        join_and_pack(model, dtype, device, compiles)
     return model
 
 
@@ -59,7 +61,9 @@ def add_frozen_adapter(
     convert_parameters(model.eval().requires_grad_(False), dtype)
 
 
-def join_and_pack(model: Model, dtype: torch.dtype, device: torch.device) -> None:
+def join_and_pack(
+    model: Model, dtype: torch.dtype, device: torch.device, compiles: bool = False
+) -> None:
     """Join the layers and pack the weights, where there are kernels for it. In place.
 
     Plain weights in float32 stay as they are, mapped from their file: a product of one row takes
@@ -68,4 +72,4 @@ def join_and_pack(model: Model, dtype: torch.dtype, device: torch.device) -> Non
     has_few_bits = any(isinstance(module, QuantizedLinear) for module in model.modules())
     if can_pack_weights(dtype, device) and (dtype == torch.bfloat16 or has_few_bits):
         join_layers(model)
-        pack_weights(model)
+        pack_weights(model, few_bits_only=compiles)

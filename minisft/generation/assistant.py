@@ -45,7 +45,7 @@ from minisft.generation.thoughts import AnswerDecoder, decode_answer
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 from minisft.model.joined_layers import has_joined_layers
-from minisft.model.packed_weights import can_pack_weights, has_packed_weights, pack_weights
+from minisft.model.packed_weights import PackedLinear, can_pack_weights, pack_weights
 from minisft.text.messages import Message, without_thoughts
 from minisft.text.template_choice import trained_template
 from minisft.text.tokenizer import Tokenizer, check_vocabulary
@@ -79,6 +79,7 @@ class Assistant:
         quantization_bit: int | None = None,
         base_model: CausalLM | None = None,
         pack: bool = True,
+        compiles: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         enable_thinking: bool | None = None,
     ):
@@ -97,7 +98,13 @@ class Assistant:
         )
         if base_model is None:
             model = load_for_inference(
-                model_dir, adapter_dir, self.dtype, self.device, quantization_bit, pack
+                model_dir,
+                adapter_dir,
+                self.dtype,
+                self.device,
+                quantization_bit,
+                pack,
+                compiles=compiles,
             )
         else:
             if adapter_dir and has_joined_layers(base_model):
@@ -106,7 +113,7 @@ class Assistant:
             add_frozen_adapter(model, adapter_dir, self.dtype)
             # Not joined, because others have the weights, too.
             if pack and can_pack_weights(self.dtype, self.device):
-                pack_weights(model)
+                pack_weights(model, few_bits_only=compiles)
         self.model = model
         self.stop_ids = self.template.stop_token_ids(
             folders.generation_eos(model_dir, model.config)
@@ -125,10 +132,10 @@ class Assistant:
         self.caches = Caches(partial(KeyValueCache, model.config))
 
     def compile(self) -> None:
-        """Compile the model for `stream`. Each cache then takes the memory of max_length tokens."""
+        """Compile the model for `stream`. On a GPU a cache then takes max_length tokens' memory."""
         check_compile(self.device)
-        if has_packed_weights(self.model):
-            raise UserError("Assistant: to compile, load the model with pack=False.")
+        if any(type(module) is PackedLinear for module in self.model.modules()):
+            raise UserError("Assistant: to compile, load the model with compiles=True.")
         self.decoder = CompiledDecoder(self.model, self.max_length)
         self.caches = Caches(self.decoder.new_cache, self.caches.limit)
 

@@ -6,9 +6,9 @@
 
 At batch size 1 a token needs at least the time it takes to read the weights. Two other costs can be
 avoided: launching a thousand small kernels, which a CUDA graph launches at once, and storing their
-intermediate results, which the compiler avoids by fusing kernels. Both need fixed shapes and
-addresses. So the cache has its full capacity S from the start, and the position of the new token is
-a tensor.
+intermediate results, which the compiler avoids by fusing kernels. A graph needs fixed shapes and
+addresses. So on a GPU the cache has its full capacity S from the start. On a CPU it grows, and the
+compiled step is for any S. The position of the new token is a tensor.
 """
 
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minisft.common.errors import UserError, first_line
+from minisft.model.attention import attend
 from minisft.model.cache import KeyValueCache
 from minisft.model.decoder import CausalLM
 from minisft.model.families import position_factors
@@ -31,7 +32,7 @@ class CompiledDecoder(nn.Module):
     """A model whose decoding steps are compiled, to be used in its place by `stream`.
 
     It returns logits instead of hidden states, because one compiled function computes both.
-    capacity: the maximum length of a conversation; every step reads a cache of this length.
+    capacity: the maximum length of a conversation; on a GPU, a step reads a cache of this length.
     UserError if the model cannot be compiled.
     """
 
@@ -43,11 +44,11 @@ class CompiledDecoder(nn.Module):
                 "length of the conversation. Leave out --compile."
             )
         self.model, self.config, self.capacity = model, model.config, capacity
-        self.device = model.model.embed_tokens.weight.device
+        norm = model.model.norm.weight  # a GGUF file's embedding has no weight in memory
+        self.device = norm.device
         # A table, since a compiler would compute a factor again wherever it is used.
         positions = torch.arange(capacity, device=self.device)
-        dtype = model.model.embed_tokens.weight.dtype
-        self.factors = position_factors(model.config, positions, dtype)
+        self.factors = position_factors(model.config, positions, norm.dtype)
         # With this tuning, a matrix product with one row is fused with its neighbours instead of
         # left to cuBLAS. mode="reduce-overhead" would bind its graphs to the compiling thread.
         self.step = torch.compile(
@@ -66,10 +67,15 @@ class CompiledDecoder(nn.Module):
         """Take two steps now, so that no answer waits for the compiler."""
         token, cache = torch.zeros(1, 1, dtype=torch.int64, device=self.device), self.new_cache()
         self(token, cache=cache)
+        if token.is_cpu:
+            for store in (store for pair in cache.pairs if pair for store in pair):
+                torch._dynamo.mark_dynamic(store, 2)  # the length S
         self(token, cache=cache)
 
     def new_cache(self) -> KeyValueCache:
-        """An empty cache of the full capacity."""
+        """An empty cache, on a GPU of the full capacity."""
+        if self.device.type == "cpu":
+            return KeyValueCache(self.config)
         return KeyValueCache(self.config, self.capacity)
 
     def forward(
@@ -92,7 +98,8 @@ class CompiledDecoder(nn.Module):
         if tokens.is_cuda:
             logits = self._replay(tokens, cache)
         else:
-            logits = self._bind_step(tokens, torch.tensor([cache.length]), cache)()
+            cache.reserve(cache.length + 1)
+            logits = self._step(tokens, torch.tensor([cache.length]), cache)
         cache.length += 1
         return logits[:, None]
 
@@ -100,9 +107,10 @@ class CompiledDecoder(nn.Module):
         """Return the logits as they are: `forward` has already computed them."""
         return hidden
 
-    def _bind_step(self, token: Tensor, position: Tensor, cache: KeyValueCache) -> partial[Tensor]:
+    def _step(self, token: Tensor, position: Tensor, cache: KeyValueCache) -> Tensor:
+        x = self.model.model.embed_tokens(token)
         pairs = [pair for pair in cache.pairs if pair is not None]
-        return partial(self.step, self.model, token, position, self.factors, pairs)
+        return self.step(self.model, x, position, self.factors, pairs)
 
     def _replay(self, token: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits (1, V) by the CUDA graph of this cache, which is captured at first."""
@@ -118,7 +126,7 @@ class CompiledDecoder(nn.Module):
 
     def _capture(self, token: Tensor, cache: KeyValueCache) -> Graph:
         token, position = token.clone(), torch.tensor([cache.length], device=self.device)
-        step = self._bind_step(token, position, cache)
+        step = partial(self._step, token, position, cache)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -132,24 +140,27 @@ class CompiledDecoder(nn.Module):
 
 
 def next_logits(
-    model: CausalLM, token: Tensor, position: Tensor, factors: tuple[Tensor, Tensor], pairs: Pairs
+    model: CausalLM, x: Tensor, position: Tensor, factors: tuple[Tensor, Tensor], pairs: Pairs
 ) -> Tensor:
-    """Logits (1, V) after `token` (1, 1) at `position` (1,): CausalLM's step in fixed shapes.
+    """Logits (1, V) after a token at `position` (1,): CausalLM's step in fixed shapes.
 
-    factors: position_factors of all S positions. pairs: the keys and values of the positions
-    before; the step adds its own. Later places may hold any finite numbers.
+    x: the token's embedding (1, 1, D). factors: position_factors of all positions. pairs: the keys
+    and values of the S positions before; the step adds its own. Later places may hold any finite
+    numbers.
     """
     decoder, window = model.model, model.config.sliding_window
     first, second = (table.index_select(2, position) for table in factors)
-    distance = position - torch.arange(pairs[0][0].shape[2], device=token.device)  # (S,)
+    distance = position - torch.arange(pairs[0][0].shape[2], device=x.device)  # (S,)
     visible = {"full_attention": distance >= 0}
     if window is not None:
         visible["sliding_attention"] = (distance >= 0) & (distance < window)
-    attend = {name: partial(attend_to_visible, visible=keys) for name, keys in visible.items()}
+    if x.is_cpu:
+        attends = {name: partial(attend, mask=keys[None]) for name, keys in visible.items()}
+    else:
+        attends = {name: partial(attend_to_visible, visible=keys) for name, keys in visible.items()}
     cache = FixedCache(pairs, position)
-    x = decoder.embed_tokens(token)
     for index, layer in enumerate(decoder.layers):
-        x = layer(x, (first, second), attend[model.config.layer_types[index]], cache, index)
+        x = layer(x, (first, second), attends[model.config.layer_types[index]], cache, index)
     return model.logits(decoder.norm(x)[:, -1])
 
 

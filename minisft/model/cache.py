@@ -42,6 +42,13 @@ class KeyValueCache:
             store.narrow(2, self.length, new.shape[2]).copy_(new)
         return pair[0].narrow(2, 0, end), pair[1].narrow(2, 0, end)
 
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in the layers that have any."""
+        for layer, pair in enumerate(self.pairs):
+            if pair is not None and pair[0].shape[2] < length:
+                keys, values = (self._grown(store, store, length) for store in pair)
+                self.pairs[layer] = keys, values
+
     def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
         """A larger tensor with the content of the old one, and room for `end` tokens."""
         B, K, _, d = new.shape

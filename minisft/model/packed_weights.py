@@ -51,19 +51,21 @@ def can_pack_weights(dtype: torch.dtype, device: torch.device | str) -> bool:
 
 
 @torch.no_grad()
-def pack_weights(*models: nn.Module) -> None:
+def pack_weights(*models: nn.Module, few_bits_only: bool = False) -> None:
     """Pack the linear layers of models where can_pack_weights is true. In place.
 
+    few_bits_only: leave weights in bfloat16 as they are; torch.compile cannot read oneDNN's order.
     Models that share weights share them afterwards, too. One layer after the other is packed, so
     memory holds the weights once; a tied output matrix twice, because the embedding needs its rows
     as they are.
     """
-    for model in models:
+    for model in () if few_bits_only else models:
         separate_head(model)
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # by the address of the weight
     for model in models:
         for name, module in model.named_modules():
-            if (weight := packable_weight(name, module)) is not None:
+            weight = packable_weight(name, module)
+            if weight is not None and not (few_bits_only and weight.dtype == torch.bfloat16):
                 places.setdefault(weight.data_ptr(), []).append((model, name))
     for same in places.values():
         model, name = same[0]
@@ -220,12 +222,6 @@ class StoredEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T, D) from tokens (B, T)."""
         return self.read_rows(tokens.flatten()).to(self.dtype).view(*tokens.shape, -1)
-
-
-def has_packed_weights(model: nn.Module) -> bool:
-    """True if a layer of the model is packed."""
-    kinds = PackedLinear | Int8Linear | Int4Linear
-    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def suits_kernel(x: Tensor, max_rows: int) -> bool:

@@ -8,18 +8,23 @@ from conftest import CONFIG, as_flags, command
 from standing import HANG_SECONDS
 from torch._dynamo.utils import counters
 
+from minisft.checkpoints import hub
+from minisft.checkpoints.gguf_export import export_model
 from minisft.common.errors import UserError
 from minisft.generation.assistant import Assistant
 from minisft.generation.compiled import CompiledDecoder, next_logits
+from minisft.generation.generate import stream
 from minisft.generation.sampling import Sampling
 from minisft.model.cache import KeyValueCache
 from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.families import position_factors
+from minisft.model.packed_weights import Int4Linear, can_pack_weights
 
 # The fixture costs much, so one worker gets all tests.
 pytestmark = pytest.mark.xdist_group("compiled")
 CAPACITY = 128
+TYPES = [dtype for dtype in (torch.bfloat16, torch.float32) if can_pack_weights(dtype, "cpu")]
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -55,7 +60,8 @@ def test_step_equals_the_logits_of_the_model(fields):
     for place in range(4, 20):
         token = tokens[:, place : place + 1]
         expected = model.logits(model(token, cache=growing)[:, -1])
-        found = next_logits(model, token, torch.tensor([place]), factors, fixed.pairs)
+        x = model.model.embed_tokens(token)
+        found = next_logits(model, x, torch.tensor([place]), factors, fixed.pairs)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for theirs, ours in zip(growing.pairs, fixed.pairs, strict=True):
         for one, other in zip(theirs, ours, strict=True):
@@ -138,6 +144,44 @@ def test_caches_are_reused_beyond_the_limit(assistants, monkeypatch):
                 {"role": "user", "content": "and?"},
             ]
     assert len(made) == 2 and counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_growing_cache_compiles_nothing_again(assistants):
+    plain, compiled = assistants
+    graphs, sampling = counters["stats"]["unique_graphs"], Sampling(90, greedy=True)
+    caches = KeyValueCache(plain.model.config), compiled.decoder.new_cache()
+    models = plain.model, compiled.decoder
+    expected, found = (
+        list(stream(model, [5, 17, 3], sampling, cache=cache))
+        for model, cache in zip(models, caches, strict=True)
+    )
+    assert found == expected and len(found) == 90
+    assert caches[1].pairs[0][0].shape[2] == 128  # 64 at first
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.skipif(not TYPES, reason="this processor has no kernels")
+@torch.inference_mode()
+def test_packed_weights_stay_packed(tiny_chat_model_dir, tmp_path):
+    """The blocks of a GGUF file stay packed, and its embedding in the file."""
+    path = tmp_path / "model.gguf"
+    export_model(hub.resolve(str(tiny_chat_model_dir)), path, "q4_0")
+    exact = Assistant(path, device="cpu", dtype="float32", pack=False).model
+    plain = Assistant(path, device="cpu", dtype=TYPES[0]).model
+    compiled = Assistant(path, device="cpu", dtype=TYPES[0], max_length=CAPACITY, compiles=True)
+    compiled.compile()
+    assert any(type(module) is Int4Linear for module in compiled.model.modules())
+    models = exact, plain, compiled.decoder
+    caches = [KeyValueCache(exact.config) for _ in models]
+    differences = []
+    for token in torch.randint(3, 100, (70, 1, 1)):
+        expected, *found = (
+            model.logits(model(token, cache=cache)).float()
+            for model, cache in zip(models, caches, strict=True)
+        )
+        differences.append([(logits - expected).abs().mean() for logits in found])
+    of_plain, of_compiled = torch.tensor(differences).mean(0)
+    assert of_compiled < 1.2 * of_plain < 0.1 * expected.std(), (of_compiled, of_plain)
 
 
 def test_full_cache_raises(assistants):

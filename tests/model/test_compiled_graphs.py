@@ -96,6 +96,7 @@ def test_a_decoding_step_is_one_graph():
     model(torch.tensor([[5, 6, 7]]), cache=cache)
     factors = position_factors(model.config, torch.arange(32), torch.float32)
     for place in (3, 4):
-        arguments = torch.tensor([[9]]), torch.tensor([place]), factors, cache.pairs
+        x = model.model.embed_tokens(torch.tensor([[9]]))
+        arguments = x, torch.tensor([place]), factors, cache.pairs
         torch.testing.assert_close(step(model, *arguments), next_logits(model, *arguments))
     assert len(graphs) == 1
