@@ -9,9 +9,10 @@ import pytest
 from full_disk import file_size_limit
 from run_builder import training_options
 
-from minisft.common.metric_lines import read_metrics
+from minisft.common.metric_lines import in_words, read_metrics
 from minisft.common.processes import print_rank0
 from minisft.training.metrics import Progress
+from minisft.training.objective import perplexity
 from minisft.training.summary import next_command
 
 
@@ -23,6 +24,14 @@ def test_lines_are_written_to_a_file_at_once(tmp_path, monkeypatch):
     progress.record_evaluation({"loss": 0.5}, seconds=1.0)
     assert file.getvalue() == b"step 0: evaluation loss 0.5000\n"
     progress.close()
+
+
+@pytest.mark.parametrize(
+    "loss, said",
+    [(1.0, "2.72"), (701.0, "inf"), (float("inf"), "inf"), (float("nan"), "nan")],
+)
+def test_perplexity(loss, said):
+    assert in_words({"perplexity": perplexity(loss)}) == f"perplexity {said}"
 
 
 @pytest.mark.parametrize("seconds, num_lines", [(3600, 1), (0, 3)])
