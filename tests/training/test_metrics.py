@@ -48,11 +48,27 @@ def test_a_pipe_gets_a_line_now_and_then(tmp_path, capsys, monkeypatch, seconds,
     progress.close()
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"metrics: {tmp_path / 'metrics.jsonl'}"
-    assert len(lines) == num_lines and all(line.endswith("seconds left") for line in lines)
-    assert lines[0].startswith("step 1 of 9: loss 2.0000, lr 1.00e-04, ")
+    assert len(lines) == num_lines
+    assert re.fullmatch(r"step 1 of 9: loss 2.0000, lr 1.00e-04, [\d,]+ tokens/s", lines[0])
     if num_lines > 1:
         assert re.fullmatch(r"step 2 of 9: \d+ seconds left", lines[1])
-        assert lines[2].startswith("step 3 of 9: loss 2.0000, lr 1.00e-04, ")
+        assert re.fullmatch(r"step 3 of 9: loss 2.0000, lr 1.00e-04, .* seconds left", lines[2])
+
+
+def test_the_time_left_does_not_count_the_first_step(tmp_path, capsys, monkeypatch):
+    """It may take minutes: data is read, kernels are compiled. Here it takes 100 seconds."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("minisft.training.metrics.time.monotonic", lambda: clock.now)
+    progress = Progress(total_steps=30, path=tmp_path / "metrics.jsonl")
+    progress.step = 7  # resumed: no line of metrics.jsonl is due at step 8
+    progress.start()
+    for seconds in (100, 40, 20):
+        clock.now += seconds
+        progress.add({"loss": 8.0}, count=4, num_tokens=10)
+        progress.print_line()
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines == ["step 9 of 30: 14 minutes left"]  # 21 steps of 40 seconds; step 10 is too early
 
 
 def test_the_first_speed_leaves_out_what_comes_before_the_first_step(tmp_path, monkeypatch):
