@@ -58,6 +58,7 @@ class Progress:
         self._first_step_ended = self.started
         self.evaluation_note = evaluation_note  # printed after the figures: which tokens they cover
         self._next_line = -math.inf  # when the next line is due, if there is no bar
+        self._recorded_step: int | None = None
         self._figures = ""  # of a record that no line has shown yet
         self._gradients: list[tuple[int, Tensor, Tensor]] = []  # step, norm, failed?
         self._grad_norm = math.nan  # of the last step that was checked
@@ -150,7 +151,13 @@ class Progress:
         self._gradients.clear()
 
     def record(self, epoch: float, learning_rate: float) -> None:
-        """Write the means and the speed since the last record. Every rank calls it."""
+        """Write the means and the speed since the last record. Every rank calls it.
+
+        Does nothing if there was no step since then.
+        """
+        if self.step == self._recorded_step:
+            return
+        self._recorded_step = self.step
         self.check_gradients()
         sums = self._sums_of_all_ranks()
         means = {name: value / max(1, self._count) for name, value in sums.items()}
