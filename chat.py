@@ -112,6 +112,8 @@ def load_assistants(options: Namespace) -> list[Assistant]:
             compiles=options.compile,
             template_kwargs=template_settings(options)["template_kwargs"],
             enable_thinking=enable_thinking,
+            # Any other text becomes a message of the conversation.
+            default_system="" if options.default_system == "" else None,
         )
 
     assistants = [load(options.adapter, options.template, options.enable_thinking)]

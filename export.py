@@ -134,7 +134,7 @@ def write_folder(
     if adapter_dir and options.format == "peft":
         forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
         refuse_untrainable(forms, "written again")
-    lora_config = adapters.load_adapter(model, adapter_dir) if adapter_dir else None
+    lora_config = adapters.load_adapter(model, adapter_dir, dtype=dtype) if adapter_dir else None
 
     # Other programs must use the chat template of the training.
     trained_dir = adapter_dir or model_dir  # where train.py saved its options

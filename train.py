@@ -214,6 +214,7 @@ def train(
             if eval_examples and (is_last or every(schedule.eval_steps, step)):
                 evaluate(run, eval_examples, template)
                 if is_stalled(run):
+                    progress.record(epoch, learning_rate)  # the steps since the last record
                     return None
             is_best = options.load_best_model_at_end and run.best.step == step
             interrupted_by = processes.max_over_ranks(interruption.signal, run.device)

@@ -56,11 +56,13 @@ def call(number: int) -> dict:
     return {"name": "add", "arguments": {"a": number}}
 
 
-# name: (a size, the row of that size)
+# name: (a size, the row or rows of that size)
 ROWS: dict[str, tuple[int, Callable[[int], str]]] = {
     "words": (12 * 10**6, lambda size: instruction("word " * (size // 5))),
     "one word": (12 * 10**6, lambda size: instruction("w" * size)),
     "question": (12 * 10**6, lambda size: json.dumps({"instruction": "w" * size, "output": "a"})),
+    # Each row is followed by a blank line.
+    "blank lines": (10**4, lambda size: "\n\n".join([instruction("ok")] * size)),
     "turns": (10**5, lambda size: conversation([turn("user"), turn("assistant")] * (size // 2))),
     "tool calls": (
         25 * 10**4,

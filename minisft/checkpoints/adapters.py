@@ -97,11 +97,17 @@ def _target_modules(model: nn.Module, adapted: Mapping[str, int]) -> list[str]:
     return sorted(adapted if not_adapted else short_names)
 
 
-def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) -> LoraConfig:
+def load_adapter(
+    model: Model,
+    adapter_dir: str | Path,
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> LoraConfig:
     """Wrap a model with the adapter in a PEFT folder, in place and frozen.
 
     The tensors themselves say which modules are adapted, and with what rank. An adapter that has
-    resized the vocabulary resizes the model's. dropout: for training the adapter further.
+    resized the vocabulary resizes the model's. dropout: for training the adapter further. dtype:
+    of frozen weights that the adapter replaces or changes; by default that of the base's.
     """
     adapter = read_adapter(adapter_dir, model.config.tie_word_embeddings)
     config = replace(adapter.config, dropout=dropout)
@@ -125,9 +131,9 @@ def load_adapter(model: Model, adapter_dir: str | Path, dropout: float = 0.0) ->
     for name, tensor in adapter.tensors.items():
         parameter = parameters[name]
         is_trained = parameter.requires_grad or ".lora_" in name
-        dtype = torch.float32 if is_trained else parameter.dtype
-        parameter.data = tensor.read().to(dtype).to(device)
-    _apply_changes(model, adapter)
+        new_dtype = torch.float32 if is_trained else dtype or parameter.dtype
+        parameter.data = tensor.read().to(new_dtype).to(device)
+    _apply_changes(model, adapter, dtype)
     return config
 
 
@@ -195,7 +201,7 @@ def other_vocabulary(adapter: Adapter, num_tokens: int, model: Model) -> UserErr
 
 
 @torch.no_grad()
-def _apply_changes(model: Model, adapter: Adapter) -> None:
+def _apply_changes(model: Model, adapter: Adapter, dtype: torch.dtype | None) -> None:
     """Replace the weights that an adapter changes. In place; the old tensors stay as they are."""
     # named_modules lists a LoRALinear before its base_layer, so the base_layer keeps the name.
     modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
@@ -217,5 +223,5 @@ def _apply_changes(model: Model, adapter: Adapter) -> None:
                 "lora_bias."
             )
         if not old.is_meta:
-            new = change(old.float(), 0).to(old.dtype)
+            new = change(old.float(), 0).to(dtype or old.dtype)
             setattr(module, kind, nn.Parameter(new, requires_grad=False))

@@ -57,11 +57,12 @@ def export_adapter(
         )
     architecture = ARCHITECTURES[model.config.model_type]
     file_type, type = QUANTIZATIONS[quantization]
+    alpha = lora.alpha or 1.0  # llama.cpp multiplies by 1 if the file says 0
     tensors = []
     for name, module in adapted_modules(model).items():
         A, B = (adapter[f"{name}.lora_{factor}.weight"] for factor in "AB")
         # llama.cpp multiplies by alpha / rank, also for rsLoRA, so B is scaled by the ratio.
-        factor = module.scaling * A.shape[0] / lora.alpha
+        factor = module.scaling * A.shape[0] / alpha
         for part, first, last in tensor_parts(f"{name}.weight", B.shape[0]):
             # The rows of B are the outputs of the module, reordered like the rows of its weight.
             head_dim = model.config.head_dim if is_interleaved(part, architecture) else None
@@ -72,7 +73,7 @@ def export_adapter(
     metadata = {
         "general.type": "adapter",
         "adapter.type": "lora",
-        "adapter.lora.alpha": lora.alpha,
+        "adapter.lora.alpha": alpha,
         "general.name": Path(adapter_dir).resolve().name,
         "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,

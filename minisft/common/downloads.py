@@ -15,10 +15,14 @@ CARD = "README.md"
 
 @dataclass
 class Repository:
-    """The files of a data set on the hub, by name, and what its card says."""
+    """The files of a data set on the hub, by name, and what its card says.
+
+    is_complete: the hub has listed them, not a cache, which may have a part of them.
+    """
 
     names: list[str]
     card: dict[str, Any]
+    is_complete: bool
 
 
 def download(
@@ -79,6 +83,8 @@ def dataset_repository(repo_id: str, offline: bool = False) -> Repository:
             raise _failure(repo_id, error, offline) from error
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in files]
-        return Repository(names, (metadata_load(folder / CARD) if CARD in names else None) or {})
+        card = metadata_load(folder / CARD) if CARD in names else None
+        return Repository(names, card or {}, is_complete=False)
     names = sorted(file.rfilename for file in info.siblings or [])
-    return Repository(names, info.card_data.to_dict() if info.card_data else {})
+    card = info.card_data.to_dict() if info.card_data else {}
+    return Repository(names, card, is_complete=True)

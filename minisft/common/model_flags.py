@@ -75,7 +75,8 @@ def add_template_flags(add: Callable[..., Any], auto: str) -> None:
     name = f"chat template: a name, a .jinja file, or auto ({auto})"
     add("--template", default="auto", help=name)
     as_text = partial(with_line_breaks, name="--default_system")
-    add("--default_system", type=as_text, help="system prompt of conversations that have none")
+    system = "system prompt of conversations that have none; '' for no system prompt"
+    add("--default_system", type=as_text, help=system)
     add_template_settings(add)
 
 

@@ -4,6 +4,8 @@ REASONS["use_muon"]                             # "minisft trains with AdamW"
 WRONG_VALUES["finetuning_type"]["qlora"]        # "QLoRA is --finetuning_type lora ..."
 """
 
+LORA_ONLY = "minisft has LoRA, rsLoRA and QLoRA"
+STAGES = "minisft has sft, pt, rm and dpo"
 # Reason -> the flags. One that ends in * stands for every flag with this prefix.
 FLAGS_BY_REASON = {
     "use torchrun and --parallel": "accelerator_config parallelism_config",
@@ -60,7 +62,7 @@ FLAGS_BY_REASON = {
     "simpo_* use_weighting",
     "minisft has lora and full": "finetuning_type",
     "use --bf16": "fp8*",
-    "minisft has LoRA, rsLoRA and QLoRA": "freeze_extra_modules freeze_trainable_* loftq_config "
+    LORA_ONLY: "freeze_extra_modules freeze_trainable_* loftq_config "
     "loraplus_* module_dropout oft_* peft_type pissa_* use_dora use_llama_pro",
     "minisft has --temperature, --top_k, --top_p and --repetition_penalty": "frequency_penalty "
     "min_p presence_penalty repeat_last_n typical_p",
@@ -74,7 +76,7 @@ FLAGS_BY_REASON = {
     "the rows of new tokens start at the mean": "init_special_tokens",
     "minisft joins data sets; see --mix": "interleave_probs mix_strategy",
     "minisft has no ktransformers": "kt_* use_kt",
-    "minisft has sft, pt, rm and dpo": "kto_* ppo_* reward_model* stage",
+    STAGES: "kto_* ppo_* reward_model* stage",
     "--lora_target names the kinds of layer; all layers of a kind are adapted": "layers_pattern "
     "layers_to_transform num_layers",
     "use --quantization_bit 4": "load_in_4bit",
@@ -118,8 +120,6 @@ FLAGS_BY_REASON = {
     "set W&B's environment variables, such as WANDB_PROJECT": "wandb_*",
 }
 REASONS = {flag: reason for reason, flags in FLAGS_BY_REASON.items() for flag in flags.split()}
-LORA_ONLY = "minisft has LoRA, rsLoRA and QLoRA"
-STAGES = "minisft has sft, pt, rm and dpo"
 # Values that minisft does not have, in lower case, of its own flags and of VALUES -> what to do.
 WRONG_VALUES: dict[str, dict[str, str]] = {
     "dtype": {

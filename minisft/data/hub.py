@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from minisft.common.downloads import CARD, dataset_repository, download
 from minisft.common.errors import UserError
 from minisft.common.words import list_names
-from minisft.data.file_names import choose_files, file_kind
+from minisft.data.file_names import METADATA_FILES, choose_files, file_kind
 from minisft.data.unpack import require_pyarrow
 
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?::([\w.-]+))?")
@@ -64,17 +64,20 @@ def hub_files(
             f"{repo_id} has no parquet or JSON files, only {others or 'no files'}. Download and "
             "convert them"
         )
-    configs = repository.card.get("configs")
+    configs, spelled = repository.card.get("configs"), set[str]()
     if configs and not folder:  # as in `datasets`, a folder is named instead of the card's files
         files = repository.names
-        names = _names_of_card(repo_id, configs, files, subset, split or "train", plain_text)
+        names, spelled = _names_of_card(
+            repo_id, configs, files, subset, split or "train", plain_text
+        )
         unknown = [name for name in names if not file_kind(name, plain_text)]
         if unknown:
             raise UserError(f"{repo_id}: minisft cannot read {list_names(unknown)}; convert them")
     else:
         names = choose_files(repo_id, _preferred(names), subset, split)
     names = _preferred(names)
-    _check_shards(repo_id, names)
+    if not repository.is_complete:
+        _check_shards(repo_id, [name for name in names if name not in spelled])
     if any(file_kind(name) == "parquet" for name in names):
         require_pyarrow(f"{repo_id}, {names[0]}")
     patterns = [glob.escape(name) for name in names]
@@ -101,8 +104,8 @@ def _names_of_card(
     subset: str | None,
     split: str,
     plain_text: bool,
-) -> list[str]:
-    """The names that the card gives to a subset and a split.
+) -> tuple[list[str], set[str]]:
+    """The names that the card gives to a subset and a split, and those that it spells out.
 
     configs: [{"config_name", "data_files", "data_dir", "default"}]; see the hub's documentation of
     "Manual Configuration".
@@ -126,7 +129,7 @@ def _names_of_card(
         readable = [name for name in inside if file_kind(name, plain_text)]
         if not readable:
             raise UserError(f"{repo_id}: there is no parquet or JSON file in {root or 'it'}")
-        return choose_files(repo_id, _preferred(readable), None, split)
+        return choose_files(repo_id, _preferred(readable), None, split), set()
     splits = _patterns_of_splits(configs[0])
     if split not in splits:
         raise UserError(
@@ -134,10 +137,21 @@ def _names_of_card(
             f"{repo_id}:{next(iter(splits))}"
         )
     patterns = splits[split]
-    chosen = [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise UserError(f"{repo_id}: no file matches {list_names(patterns)}")
-    return chosen
+    spelled = {pattern for pattern in patterns if not glob.has_magic(pattern)}
+    rows = [name for name in names if name in spelled or not _is_beside_rows(name)]
+    chosen = [name for name in rows if any(_matches(name, pattern) for pattern in patterns)]
+    missing = sorted(spelled - set(names))
+    if missing or not chosen:
+        raise UserError(f"{repo_id}: no file matches {list_names(missing or patterns)}")
+    return chosen, spelled
+
+
+def _is_beside_rows(name: str) -> bool:
+    """True for a file that a pattern of a card does not mean, as in `datasets`."""
+    path = PurePosixPath(name)
+    is_hidden = any(part.startswith((".", "__")) for part in path.parts)
+    is_metadata = path.name in (*METADATA_FILES, "config.json")
+    return is_hidden or is_metadata or path.suffix in ("", ".md", ".py")
 
 
 def _patterns_of_splits(config: dict[str, Any]) -> dict[str, list[str]]:

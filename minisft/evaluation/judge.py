@@ -23,7 +23,22 @@ from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
 
 MAX_NEW_TOKENS = 512  # of a judgement
-VERDICT = re.compile(r"verdict\W*(?:answer\W*)?(1|2|tie)(?![0-9a-z])", re.IGNORECASE)
+# "1/2", "1 or 2" and "1.5" are no choice: they match without a group.
+VERDICT = re.compile(
+    r"""
+    verdict\W*(?:answer\W*)?
+    (?:
+        (1|2|tie)
+        (?![0-9a-z] | [.,:-][0-9])
+        (?!
+            [^\w\n]{0,9} (?:[/|&] | (?:or|and)\b | [或和与])
+            [^\w\n]{0,9} (?:answer\W{0,9})? (?:[0-9]|tie)
+        )
+        | [0-9] | tie
+    )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 INSTRUCTION = """\
 Two assistants answered the question below. Judge which answer is better: correct, to the point, \
 complete, in the language of the question. Neither their order nor their length counts. Give your \
@@ -151,11 +166,10 @@ def _read_verdicts(path: Path) -> dict[str, Verdict]:
 
 
 def parse_verdict(text: str) -> Verdict:
-    """The last verdict in a judge's text: 1, 2 or "tie"; None if there is none."""
+    """The last verdict in a judge's text: 1, 2 or "tie"; None if there is none, or no choice."""
     verdicts = VERDICT.findall(text)
-    if not verdicts:
-        return None
-    return "tie" if verdicts[-1].lower() == "tie" else int(verdicts[-1])
+    choice = verdicts[-1].lower() if verdicts else ""
+    return int(choice) if choice.isdigit() else choice or None
 
 
 def outcome(baseline_first: Verdict, other_first: Verdict) -> str | None:

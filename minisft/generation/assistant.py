@@ -58,7 +58,8 @@ class Assistant:
 
     template: a name, a .jinja file, or "auto" for the template that the adapter or the model was
     trained with, else the checkpoint's own. template_kwargs: variables for the template.
-    enable_thinking: ask for thoughts before answers. By default both are as in training.
+    enable_thinking: ask for thoughts before answers. default_system: the system prompt of
+    conversations that have none. By default these three are as in training.
     max_length: the maximum number of tokens of a conversation with its answer, by default the
     model's context length. quantization_bit: 4 or 8, to save memory. base_model: the model of this
     checkpoint, if it is already loaded; several Assistants can share it. pack: bring the weights
@@ -82,6 +83,7 @@ class Assistant:
         compiles: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         enable_thinking: bool | None = None,
+        default_system: str | None = None,
     ):
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, type_for_answers(self.device))
@@ -93,8 +95,9 @@ class Assistant:
             template,
             self.tokenizer,
             adapter_dir or model_dir,
-            template_kwargs=template_kwargs,
-            enable_thinking=enable_thinking,
+            default_system,
+            template_kwargs,
+            enable_thinking,
         )
         if base_model is None:
             model = load_for_inference(

@@ -45,16 +45,21 @@ def select_command(options: Namespace, has_preferences: bool = False) -> str:
 def train_command(options: Namespace) -> str:
     """The command that trains on the chosen rows: the model that scored them, else M.
 
-    options: of select.py. A reward model is not the model to train.
+    options: of select.py. A reward model is not the model to train, but read the same rows.
     """
     by_reward = options.strategy in ("reward", "margin")
     scores = options.scores or options.embeddings
-    record = read_json(ScorePaths(scores).record, missing={}) if scores and not by_reward else {}
+    record = read_json(ScorePaths(scores).record, missing={}) if scores else {}
     names = record.get("names")
-    model = names.get("model") if isinstance(names, dict) else None
-    words = ["--model_name_or_path", str(model or "M")]
-    if model and record.get("template", "auto") != "auto":
+    names = names if isinstance(names, dict) and not by_reward else {}
+    words = ["--model_name_or_path", str(names.get("model") or "M")]
+    if names and record.get("template", "auto") != "auto":
         words += ["--template", str(record["template"])]
+    for flag in ("default_system", "template_kwargs", "enable_thinking"):
+        if (value := names.get(flag)) is not None:
+            words += [f"--{flag}", str(value).lower() if isinstance(value, bool) else str(value)]
+    if record.get("replace"):
+        words += ["--replace", str(record["replace"])]
     if options.strategy == "margin":
         words += ["--stage", "dpo"]
     output_dir = str(Path("runs") / Path(options.output).stem)

@@ -19,6 +19,7 @@ from minisft.common.devices import dtype_name
 from minisft.common.errors import UserError
 from minisft.common.hashes import sha256
 from minisft.common.json_files import read_json
+from minisft.common.model_flags import TEMPLATE_FLAGS
 from minisft.common.tensor_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minisft.data.dataset import Rows
 from minisft.selection.ifd import IfdScorer
@@ -55,6 +56,7 @@ def score_record(
             "adapter": options.adapter,
             "dataset": options.dataset,
             "template_text": scorer.template.name,
+            **{name: getattr(options, name) for name in TEMPLATE_FLAGS if name != "template"},
         },
     }
 

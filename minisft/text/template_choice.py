@@ -51,7 +51,8 @@ def get_template(
 ) -> ChatTemplate:
     """The template `name`: "auto", one of NAMES, or the path of a Jinja file.
 
-    default_system: the system prompt of conversations without one; None for the template's own.
+    default_system: the system prompt of conversations without one; "" for none, None for the
+    template's own.
     template_kwargs: variables for the template. enable_thinking, now: see ChatTemplate. UserError
     for an unknown name, or if the template cannot express `default_system`.
     """
@@ -66,9 +67,16 @@ def get_template(
     for key, value in template_kwargs.items():
         settings |= variable_setting(key, value, tokenizer)
     if default_system is not None:
-        settings |= system_setting(default_system)
-    text = with_settings(text, settings)
-    template = ChatTemplate(text, tokenizer, name, enable_thinking, now)
+        settings |= system_setting(default_system) if default_system else {"messages": ""}
+
+    def build(settings: dict[str, str]) -> ChatTemplate:
+        return ChatTemplate(with_settings(text, settings), tokenizer, name, enable_thinking, now)
+
+    template = build(settings)
+    # An empty system message removes the template's own system prompt. A template without one
+    # would write an empty turn, or refuse the message.
+    if default_system == "" and template.facts.has_own_system:
+        template = build(settings | system_setting(""))
     if name in NAMES:
         check_end(template)
     if name == BAICHUAN2 and not TURN_TOKENS.keys() <= template.tokens.ids.keys():

@@ -148,6 +148,16 @@ class TemplateFacts:
         return self._writes(RESULT, [system, USER], self.empty_tools)
 
     @cached_property
+    def has_own_system(self) -> bool:
+        """True if the template writes less after an empty system message than after none."""
+        messages = [{"role": "system", "content": ""}, USER]
+        try:
+            emptied, text = (self._render(turns, self.empty_tools) for turns in (messages, [USER]))
+        except TemplateError:
+            return False
+        return len(emptied) < len(text)
+
+    @cached_property
     def knows_opening(self) -> bool:
         """True if the template writes a turn of the assistant before the first question."""
         return self._writes(ANSWER, [ASSISTANT, USER], self.empty_tools)

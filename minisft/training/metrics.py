@@ -55,8 +55,10 @@ class Progress:
         self._bar = tqdm(disable=True)
         # Where this process began: a resumed run does not begin at step 0.
         self.first_step, self.first_tokens, self.started = 0, 0, time.monotonic()
+        self._first_step_ended = self.started
         self.evaluation_note = evaluation_note  # printed after the figures: which tokens they cover
         self._next_line = -math.inf  # when the next line is due, if there is no bar
+        self._recorded_step: int | None = None
         self._figures = ""  # of a record that no line has shown yet
         self._gradients: list[tuple[int, Tensor, Tensor]] = []  # step, norm, failed?
         self._grad_norm = math.nan  # of the last step that was checked
@@ -149,7 +151,13 @@ class Progress:
         self._gradients.clear()
 
     def record(self, epoch: float, learning_rate: float) -> None:
-        """Write the means and the speed since the last record. Every rank calls it."""
+        """Write the means and the speed since the last record. Every rank calls it.
+
+        Does nothing if there was no step since then.
+        """
+        if self.step == self._recorded_step:
+            return
+        self._recorded_step = self.step
         self.check_gradients()
         sums = self._sums_of_all_ranks()
         means = {name: value / max(1, self._count) for name, value in sums.items()}
@@ -165,20 +173,27 @@ class Progress:
         )
         text = f"{in_words(means)}, lr {learning_rate:.2e}, {speed:,.0f} tokens/s"
         self._bar.set_postfix_str(text)
-        self._figures = f"{text}, "
+        self._figures = text
         self._begin_interval()
 
     def print_line(self) -> None:
         """Without a terminal, print step and time left if the last line is 30 seconds old.
 
-        The figures of a new record are in the line, too.
+        The figures of a new record are in the line, too. The time is that of the steps after the
+        first, which waits for data, compilation and memory.
         """
+        num_done, num_left = self.step - self.first_step - 1, self.total_steps - self.step
+        if num_done == 0:
+            self._first_step_ended = time.monotonic()
         if not self._bar.disable or time.monotonic() < self._next_line:
             return
+        parts = [self._figures] if self._figures else []
+        if num_done > 0:
+            parts.append(f"{time_left(self._first_step_ended, num_done, num_left)} left")
+        if not parts:
+            return
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-        num_done, num_left = self.step - self.first_step, self.total_steps - self.step
-        left = time_left(self.started, num_done, num_left)
-        self.say(f"step {self.step} of {self.total_steps}: {self._figures}{left} left")
+        self.say(f"step {self.step} of {self.total_steps}: {', '.join(parts)}")
         self._figures = ""
 
     def record_evaluation(self, metrics: Mapping[str, float], seconds: float) -> None:

@@ -85,5 +85,5 @@ def mean_metrics(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or infinity if that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), or infinity if that overflows. NaN stays NaN."""
+    return math.inf if loss > 700 else math.exp(loss)

@@ -41,6 +41,7 @@ from minisft.common.option_types import (
     steps_or_none,
     token_list,
 )
+from minisft.common.recipes import record_to_resume
 from minisft.training.reports import chosen_services, service_names
 from minisft.training.schedule_settings import SETTINGS, check_settings
 from minisft.training.unused_options import note_unused
@@ -337,12 +338,13 @@ def check_options(options: Namespace, given: set[str]) -> None:
     chosen_services(options)
     check_settings(options.lr_scheduler_type, scheduler_settings(options))
     if not (options.dataset or options.train_dir):
-        raise UserError("nothing to train on: give --dataset or --train_dir (see --help)")
+        record = record_to_resume(options)
+        remark = f"; --config {record} has the options of that run" if record else ""
+        raise UserError(f"nothing to train on: give --dataset or --train_dir{remark} (see --help)")
 
 
 def _set_dependent_defaults(options: Namespace) -> None:
-    is_full = options.finetuning_type == "full"
     if options.pure_bf16:
         options.dtype = "bfloat16"
-    if options.lora_alpha is None and not (is_full or options.adapter):
+    if options.lora_alpha is None and options.finetuning_type == "lora" and not options.adapter:
         options.lora_alpha = 2.0 * options.lora_rank

@@ -7,6 +7,7 @@ import pty
 import re
 import readline
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,6 +316,18 @@ def test_identity_is_the_standing_instruction(tiny_chat_model_dir, oracle, tmp_p
     flags = ["--prompt", "x", "--identity", tmp_path / "latin.txt"]
     status, _, said = chat(tiny_chat_model_dir, *flags)
     assert status == 2 and "latin.txt: not UTF-8 text" in said
+
+
+def test_an_empty_system_prompt_removes_that_of_the_training(tiny_chat_model_dir, oracle, tmp_path):
+    folder = tmp_path / "trained"
+    shutil.copytree(tiny_chat_model_dir, folder)
+    (folder / "options.toml").write_text('default_system = "Be brief."\n')
+    trained = {"role": "system", "content": "Be brief."}
+    kept, removed = oracle([trained, user("the cat")]), oracle([user("the cat")])
+    assert kept != removed
+    flags = [*GREEDY, "--max_new_tokens", "20", "--prompt", "the cat"]
+    assert chat(folder, *flags)[:2] == (0, kept + "\n")
+    assert chat(folder, *flags, "--default_system", "")[:2] == (0, removed + "\n")
 
 
 @pytest.mark.parametrize("is_file", [True, False])

@@ -151,6 +151,24 @@ def test_loaded_merged_and_exported(name, peft_adapter, tmp_path):
         assert_same(logits(load_model(unpack(tmp_path / "merged.gguf")), tokens), expected)
 
 
+@pytest.mark.parametrize("name", ["dora, tied, tokens", "resized"])
+def test_merged_into_a_type_wider_than_the_base(name, peft_adapter, tmp_path):
+    """--dtype float32 on a base in bfloat16: the logits are those of peft in float32."""
+    _, num_tokens, *_ = FORMS[name]
+    base, adapter, tokens, _ = peft_adapter(*FORMS[name])
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(base)
+    words = ["--model_name_or_path", base, "--adapter", adapter, "--output_dir", tmp_path / "out"]
+    done = command(*words, "--dtype", "float32", "--template", "chatml", script="export.py")
+    assert done.returncode == 0, done.stderr
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if num_tokens:
+        theirs.resize_token_embeddings(num_tokens)
+    theirs = peft.PeftModel.from_pretrained(theirs, adapter).eval()
+    with torch.no_grad():
+        assert_same(logits(load_model(tmp_path / "out"), tokens), theirs(tokens).logits)
+
+
 def test_tokens_that_the_base_does_not_have(peft_adapter):
     """The adapter holds rows for them, but not the embedding they belong to."""
     base, adapter, _, _ = peft_adapter(True, 303, {"trainable_token_indices": [300, 302]}, {})

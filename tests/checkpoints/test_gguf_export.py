@@ -169,6 +169,20 @@ def test_adapter_merged_and_as_lora(checkpoint, adapter, tmp_path):
         np.testing.assert_allclose(server.log_probabilities(ids, VOCAB), expected, atol=1e-4)
 
 
+def test_lora_alpha_of_zero(checkpoint, adapter, tmp_path):
+    """It turns off every module that alpha_pattern does not name, in llama.cpp, too."""
+    path = adapter / "adapter_config.json"
+    content = {"lora_alpha": 0, "alpha_pattern": {"q_proj": 60}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    export_model(checkpoint, tmp_path / "base.gguf", "f32")
+    export_adapter(checkpoint, adapter, tmp_path / "lora.gguf", "f32")
+    ids = prompts()[1]
+    expected = our_log_probabilities(checkpoint, ids, adapter)
+    assert np.abs(expected - our_log_probabilities(checkpoint, ids)).max() > 0.5
+    with Server(tmp_path / "base.gguf", lora=tmp_path / "lora.gguf") as server:
+        np.testing.assert_allclose(server.log_probabilities(ids, VOCAB), expected, atol=1e-4)
+
+
 def test_adapter_that_trained_a_tied_embedding(tmp_path, tiny_tokenizer_dir):
     """The output matrix keeps the old values, so the two are no longer tied."""
     folder = save(tmp_path / "model", tiny_tokenizer_dir, {"tie_word_embeddings": True})

@@ -226,6 +226,45 @@ def test_two_stars_are_any_number_of_folders(pattern, the_hub):
     assert sorted(answers("a/b")) == sorted(expected) and names[0] in expected
 
 
+@pytest.mark.parametrize("pattern", ["**", "*", "en/**", "**/*", "**/*.json*"])
+def test_files_beside_the_rows(pattern, the_hub, tmp_path):
+    """`datasets` finds the same files in a folder."""
+    load, data_files = map(pytest.importorskip, ("datasets.load", "datasets.data_files"))
+    names = ["a.jsonl", "en/b.jsonl", "en/config.json", "config.json", "dataset_infos.json"]
+    names += ["README.md", "LICENSE", "en/load.py", "en/notes.md", ".gitattributes", ".x/c.jsonl"]
+    names += ["__x__/d.jsonl", "en/.e.jsonl"]
+    files = {name: lines(name) for name in names}
+    for name, content in files.items():
+        (tmp_path / "local" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "local" / name).write_bytes(content)
+    paths = data_files.DataFilesList.from_local_or_remote(
+        [pattern], str(tmp_path / "local"), load._ALL_ALLOWED_EXTENSIONS
+    )
+    paths = paths.filter(extensions=load._MODULE_TO_EXTENSIONS["json"])
+    expected = sorted(path.partition("/local/")[2] for path in paths)
+    card = json.dumps({"configs": [{"config_name": "default", "data_files": pattern}]})
+    del files["README.md"]  # `put` writes it
+    the_hub.put("a/b", card, **files)
+    assert sorted(answers("a/b")) == expected
+
+
+def test_a_card_that_names_a_shard(the_hub, monkeypatch):
+    """One of three, also from the cache. A name that is spelled out must exist."""
+    shards = [f"data/rows-0000{number}-of-00003.jsonl" for number in range(3)]
+    configs = [
+        {"config_name": "one", "data_files": shards[1]},
+        {"config_name": "some", "data_files": "data/rows-0000[12]-of-*.jsonl"},
+        {"config_name": "two", "data_files": [shards[0], "data/rows-3.jsonl"]},
+    ]
+    files = {name: lines(name) for name in shards}
+    the_hub.put("a/b", json.dumps({"configs": configs}), **files)
+    assert answers("a/b/one") == shards[1:2] and answers("a/b/some") == shards[1:]
+    with pytest.raises(UserError, match="a/b: no file matches data/rows-3.jsonl"):
+        open_rows("a/b/two")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert answers("a/b/one") == shards[1:2]
+
+
 def test_a_folder_in_place_of_the_files_of_the_card(the_hub, tmp_path):
     files = {f"{name}.jsonl": lines(name) for name in ("en/train", "en/test", "zh/train")}
     configs = [{"config_name": "default", "data_files": "zh/*.jsonl"}]

@@ -374,3 +374,6 @@ def test_questions_of_another_benchmark_are_noticed(shared_data):
         noticed = {other for other in BENCHMARKS if language_note(BENCHMARKS[other], subjects)}
         assert noticed == ({"ceval", "cmmlu"} if name == "mmlu" else {"mmlu"})
     assert "the folder of C-Eval?" in language_note(BENCHMARKS["ceval"], subjects)
+    word = replace(subjects[0].questions[0], text="What does 你好 mean?")
+    asks_about_a_word = replace(subjects[0], questions=[word, *subjects[0].questions])
+    assert language_note(BENCHMARKS["mmlu"], [asks_about_a_word, *subjects[1:]]) == ""

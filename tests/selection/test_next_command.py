@@ -4,7 +4,9 @@ import json
 import shlex
 
 import pytest
+from conftest import as_flags
 
+import score
 from minisft.selection import score_options, select_options
 from minisft.selection.next_command import select_command, train_command
 from minisft.training.options import parse_options as parse_training
@@ -55,3 +57,23 @@ def test_the_training_after_a_selection(tmp_path):
     assert (options.model_name_or_path, options.template) == ("my base", "alpaca")
     options = command("--strategy", "margin", "--scores", tmp_path / "s.jsonl")
     assert (options.model_name_or_path, options.stage) == ("M", "dpo")
+
+
+@pytest.mark.parametrize("strategy, by_this_model", [("ifd", True), ("reward", False)])
+def test_the_training_reads_the_rows_as_score_py_did(
+    strategy, by_this_model, checkpoint, rows_file, tmp_path, here
+):
+    """Its prompts only if the model is the one to train, not a reward model."""
+    flags = as_flags(
+        default_system="Be\nkind.", template_kwargs='{"mood": 1}', replace="name=Pebble"
+    )
+    flags += as_flags(enable_thinking="false", template="alpaca")
+    words = ["--model_name_or_path", checkpoint, "--dataset", rows_file, *flags]
+    here(score, *words, "--output", tmp_path / "s.jsonl", "--device", "cpu")
+    more = ["--strategy", strategy, "--scores", str(tmp_path / "s.jsonl")]
+    line = train_command(select_options.parse_options([*CHOOSING, *more]))
+    options = parse_training(shlex.split(line)[2:])
+    assert options.replace == "name=Pebble"
+    shown = [options.template, options.default_system, options.template_kwargs]
+    expected = ["alpaca", "Be\nkind.", '{"mood": 1}'] if by_this_model else ["auto", None, None]
+    assert shown == expected and options.enable_thinking is (False if by_this_model else None)

@@ -46,6 +46,33 @@ def test_default_system_prompt(shared_data, tiny_tokenizer_dir, tmp_path):
         get_template("auto", load_tokenizer(shared_data / MISTRAL), default_system="Be kind.")
 
 
+def test_an_empty_default_system(shared_data, tmp_path):
+    """It removes the system prompt of the template and that of the training, and writes no turn."""
+    question, qwen = QUESTION, load_tokenizer(shared_data / QWEN)
+    small = str(shared_data / "chat_templates/Mistral-Small-3.2-24B-Instruct-2506.jinja")
+    assert "You are Mistral" in get_template(small, qwen).render(question)
+    emptied = get_template(small, qwen, default_system="").render(question)
+    assert emptied.endswith("[SYSTEM_PROMPT][/SYSTEM_PROMPT][INST]Hi[/INST]")
+    # These have none. gemma and Mistral 7B refuse a system message.
+    for tokenizer, name in (
+        (qwen, str(shared_data / "chat_templates/Qwen-Qwen3-0.6B.jinja")),
+        (qwen, str(shared_data / "chat_templates/google-gemma-2-2b-it.jinja")),
+        (load_tokenizer(shared_data / MISTRAL), "auto"),
+    ):
+        emptied = get_template(name, tokenizer, default_system="").render(question)
+        assert emptied == get_template(name, tokenizer).render(question)
+    chatml = (shared_data / "chat_templates/classic-chatml.jinja").read_text(encoding="utf-8")
+    path = tmp_path / "chat_template.jinja"
+    path.write_text(chatml, encoding="utf-8")
+    own = get_template(str(path), qwen)
+    path.write_text(get_template(str(path), qwen, "Be kind.").text, encoding="utf-8")
+    (tmp_path / "options.toml").write_text('template = "x"\ndefault_system = "Be kind."\n')
+    assert "Be kind." in trained_template("auto", qwen, tmp_path).render(question)
+    emptied = trained_template("auto", qwen, tmp_path, default_system="")
+    assert emptied.render(question) == own.render(question)
+    assert "Be brief." in emptied.render([SYSTEM, *question])
+
+
 def test_template_kwargs_are_written_into_the_text(shared_data, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text(

@@ -145,18 +145,18 @@ def test_best_and_early_stopping(flags, tmp_path):
         max_steps=40,
         load_best_model_at_end=True,
         early_stopping_patience=3,
+        logging_steps=50,
         save_steps=1,
         save_total_limit=1,
         output_dir=tmp_path / "out",
     )
     assert done.returncode == 0, done.stderr
-    losses = [
-        row["eval_loss"]
-        for row in read_metrics(tmp_path / "out" / "metrics.jsonl")
-        if "eval_loss" in row
-    ]
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     best = losses.index(min(losses)) + 1
     assert len(losses) == best + 3 < 40
+    # The last record covers the steps after the first.
+    assert [row["step"] for row in rows if "loss" in row] == [1, best + 3]
     assert f"checkpoint-{best}," in done.stdout
     kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in final(tmp_path / "out").items())

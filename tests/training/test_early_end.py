@@ -71,18 +71,21 @@ def test_a_checkpoint_that_does_not_exist_is_said_first(run_dir):
         can_resume(options)
 
 
-def test_resuming_without_a_model_names_the_record(run_dir):
-    record = f"--config {run_dir / 'options.toml'} has the options of that run"
-    for words in (
-        ["--output_dir", str(run_dir), "--resume_from_checkpoint", "auto"],
-        ["--resume_from_checkpoint", str(run_dir / "checkpoint-4")],
+def test_resuming_without_a_model_or_rows_names_the_record(run_dir):
+    record = f"; --config {run_dir / 'options.toml'} has the options of that run (see --help)"
+    without_rows = ["--output_dir", str(run_dir), "--model_name_or_path", "M"]
+    for words, missing in (
+        (["--output_dir", str(run_dir), "--resume_from_checkpoint", "auto"], "--model_name_or_"),
+        (["--resume_from_checkpoint", str(run_dir / "checkpoint-4")], "--model_name_or_path"),
+        ([*without_rows, "--resume_from_checkpoint", "auto"], "give --dataset or --train_dir"),
     ):
         with pytest.raises(UserError) as refused:
             parse_options(words)
-        assert record in str(refused.value), refused.value
-    with pytest.raises(UserError) as refused:
-        parse_options(["--output_dir", str(run_dir)])
-    assert "--config" not in str(refused.value)
+        assert missing in str(refused.value) and str(refused.value).endswith(record)
+    for words in (["--output_dir", str(run_dir)], without_rows):
+        with pytest.raises(UserError) as refused:
+            parse_options(words)
+        assert "--config" not in str(refused.value)
 
 
 def evaluation(folder, **changes):

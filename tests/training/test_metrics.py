@@ -9,9 +9,10 @@ import pytest
 from full_disk import file_size_limit
 from run_builder import training_options
 
-from minisft.common.metric_lines import read_metrics
+from minisft.common.metric_lines import in_words, read_metrics
 from minisft.common.processes import print_rank0
 from minisft.training.metrics import Progress
+from minisft.training.objective import perplexity
 from minisft.training.summary import next_command
 
 
@@ -23,6 +24,14 @@ def test_lines_are_written_to_a_file_at_once(tmp_path, monkeypatch):
     progress.record_evaluation({"loss": 0.5}, seconds=1.0)
     assert file.getvalue() == b"step 0: evaluation loss 0.5000\n"
     progress.close()
+
+
+@pytest.mark.parametrize(
+    "loss, said",
+    [(1.0, "2.72"), (701.0, "inf"), (float("inf"), "inf"), (float("nan"), "nan")],
+)
+def test_perplexity(loss, said):
+    assert in_words({"perplexity": perplexity(loss)}) == f"perplexity {said}"
 
 
 @pytest.mark.parametrize("seconds, num_lines", [(3600, 1), (0, 3)])
@@ -39,11 +48,28 @@ def test_a_pipe_gets_a_line_now_and_then(tmp_path, capsys, monkeypatch, seconds,
     progress.close()
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"metrics: {tmp_path / 'metrics.jsonl'}"
-    assert len(lines) == num_lines and all(line.endswith("seconds left") for line in lines)
-    assert lines[0].startswith("step 1 of 9: loss 2.0000, lr 1.00e-04, ")
+    assert len(lines) == num_lines
+    assert re.fullmatch(r"step 1 of 9: loss 2.0000, lr 1.00e-04, [\d,]+ tokens/s", lines[0])
     if num_lines > 1:
         assert re.fullmatch(r"step 2 of 9: \d+ seconds left", lines[1])
-        assert lines[2].startswith("step 3 of 9: loss 2.0000, lr 1.00e-04, ")
+        assert re.fullmatch(r"step 3 of 9: loss 2.0000, lr 1.00e-04, .* seconds left", lines[2])
+
+
+def test_the_time_left_does_not_count_the_first_step(tmp_path, capsys, monkeypatch):
+    """It may take minutes: data is read, kernels are compiled. Here it takes 100 seconds."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("minisft.training.metrics.time.monotonic", lambda: clock.now)
+    progress = Progress(total_steps=30, path=tmp_path / "metrics.jsonl")
+    progress.step = 7  # resumed: no line of metrics.jsonl is due at step 8
+    progress.start()
+    for seconds in (100, 40, 20):
+        clock.now += seconds
+        progress.add({"loss": 8.0}, count=4, num_tokens=10)
+        progress.print_line()
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    # 21 steps of 40 seconds. Step 10 comes too early for another line.
+    assert lines == ["step 9 of 30: 14 minutes left"]
 
 
 def test_the_first_speed_leaves_out_what_comes_before_the_first_step(tmp_path, monkeypatch):
@@ -55,9 +81,10 @@ def test_the_first_speed_leaves_out_what_comes_before_the_first_step(tmp_path, m
     progress.start()
     clock.now = 62.0
     progress.add({"loss": 8.0}, count=4, num_tokens=10)
-    progress.record(epoch=0.1, learning_rate=1e-4)
+    for _ in range(2):  # the second time, there is nothing to record
+        progress.record(epoch=0.1, learning_rate=1e-4)
     progress.close()
-    assert read_metrics(progress.path)[0]["tokens_per_second"] == 5.0
+    assert [row["tokens_per_second"] for row in read_metrics(progress.path)] == [5.0]
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, capsys):
