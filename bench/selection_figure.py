@@ -36,7 +36,7 @@ class Summary:
 
     Differences are to random rows, None for these themselves. bad_share: None if no row was chosen.
     loss: of held-out rows, in nats. checks: share of right answers. choosing, training: operations.
-    minutes: of both.
+    minutes: of both, at the mean speeds of the study.
     """
 
     strategy: str

@@ -111,8 +111,17 @@ def summarize(
     """A Summary of each strategy that has runs with this budget, and of `base` and `all`.
 
     operations: of the steps of the preparation, and of training on a token ("token"). The cost is
-    NaN where they or step_seconds lack a step.
+    NaN where they lack a step. Minutes are at the mean speeds of all steps and of all trainings: a
+    busy machine or another one slows single ones.
     """
+    steps = step_seconds.keys() & operations.keys()
+    step_speed = ratio(
+        sum(operations[step] for step in steps), sum(step_seconds[step] for step in steps)
+    )
+    training_speed = ratio(
+        sum(run["trained_tokens"] for run in results),
+        sum(run["seconds"]["train"] for run in results),
+    )
 
     def runs_of(strategy: str) -> list[Result]:
         budgets = {"base": "none", "all": "all"}
@@ -144,7 +153,10 @@ def summarize(
             }
         num_rows = mean_of("num_rows")
         needs = STRATEGIES[strategy].needs if strategy in STRATEGIES else ()
-        seconds = [run["seconds"]["choose"] + run["seconds"]["train"] for run in runs]
+        choosing = sum(operations.get(step, math.nan) for step in needs)
+        seconds = statistics.mean(run["seconds"]["choose"] for run in runs)
+        seconds += choosing / step_speed if choosing else 0.0
+        seconds += mean_of("trained_tokens") / training_speed
         summaries.append(
             Summary(
                 strategy=strategy,
@@ -162,16 +174,17 @@ def summarize(
                 loss_difference=loss_change,
                 checks_difference=checks_change,
                 source_differences=by_source,
-                choosing=sum(operations.get(step, math.nan) for step in needs),
+                choosing=choosing,
                 training=mean_of("trained_tokens") * operations.get("token", math.nan),
-                minutes=(
-                    sum(step_seconds.get(step, math.nan) for step in needs)
-                    + statistics.mean(seconds)
-                )
-                / 60,
+                minutes=seconds / 60,
             )
         )
     return summaries
+
+
+def ratio(amount: float, seconds: float) -> float:
+    """The amount of work in a second; NaN if nothing was measured."""
+    return amount / seconds if seconds else math.nan
 
 
 def of_source(runs: Sequence[Values], name: str) -> list[Values]:

@@ -288,8 +288,10 @@ def test_tables_of_known_runs(tmp_path, capsys):
     checks = {"form": [1, 1], "length": [0, 0], "fact": [0, 1]}
     wrong = {**checks, "fact": [0, 0]}
     size = {"num_rows": 40, "answer_tokens": 4000, "steps": 10, "trained_tokens": 10_000}
+    untrained = {"choose": 0.0, "train": 0.0, "measure": 1.0}
+    slow = {"choose": 6.0, "train": 108.0, "measure": 1.0}  # the machine was busy
     results = [
-        run_of("base", "none", 0, {"a": [3.0, 5.0], "b": [1.0]}, wrong),
+        run_of("base", "none", 0, {"a": [3.0, 5.0], "b": [1.0]}, wrong, seconds=untrained),
         *(
             run_of(
                 *("random", "40", seed, {"a": [2.0, 4.0], "b": [1.0 + change]}, checks),
@@ -300,7 +302,7 @@ def test_tables_of_known_runs(tmp_path, capsys):
         *(
             run_of(
                 *("ifd", "40", seed, {"a": [2.5, 4.5], "b": [1.0]}, wrong),
-                **{**size, "quality": {"good": 38, "talk": 2}},
+                **{**size, "quality": {"good": 38, "talk": 2}, "seconds": slow},
             )
             for seed in range(2)
         ),
@@ -321,8 +323,8 @@ def test_tables_of_known_runs(tmp_path, capsys):
         for name, bad, rows in (("random", 24, 120), ("IFD by the base", 2, 40))
     }
     for name, choice, cost in (
-        ("random", "20", "0 + 1 | 1.0 | 3 |"),
-        ("IFD by the base", "5", "3 + 1 | 3.0 | 2 |"),
+        ("random", "20", "0 + 1 | 1.4 | 3 |"),
+        ("IFD by the base", "5", "3 + 1 | 3.4 | 2 |"),
     ):
         low, high = (f"{100 * end:.0f}" for end in (wilson[name].low, wilson[name].high))
         assert f"| {name} | 40 | {choice} ({low} to {high}) | 100 | 10 | 10,000 | {cost}" in said
@@ -336,7 +338,7 @@ def test_tables_of_known_runs(tmp_path, capsys):
     with pytest.raises(UserError, match="no run with --budgets 7 is done"):
         selection_report.write_report(tmp_path, [("random", "7", 0)], True)
     selection_report.write_report(tmp_path, [("random", "40", 0)], False)
-    assert "| 0 + nan | 1.0 | 3 |" in capsys.readouterr().out
+    assert "| 0 + nan | 1.4 | 3 |" in capsys.readouterr().out
 
 
 def test_a_study_goes_on_where_it_stopped(study, words, capsys):
