@@ -101,7 +101,7 @@ def select_rows(options: Namespace) -> None:
         candidates.drop(is_duplicate, "near-identical instruction")
     number = options.sample_number
     if options.sample_rate:
-        number = max(1, round(len(usable) * options.sample_rate))
+        number = max(1, round(len(candidates.rows) * options.sample_rate))
     if draws_unread:
         candidates.check_enough(number)
         generator = np.random.default_rng(options.seed)

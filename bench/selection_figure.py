@@ -34,8 +34,9 @@ class Estimate:
 class Summary:
     """A strategy with a budget: means over its runs.
 
-    Differences are to random rows, None for these themselves. loss: of held-out rows, in nats.
-    checks: share of right answers. choosing, training: operations. minutes: of both.
+    Differences are to random rows, None for these themselves. bad_share: None if no row was chosen.
+    loss: of held-out rows, in nats. checks: share of right answers. choosing, training: operations.
+    minutes: of both, at the mean speeds of the study.
     """
 
     strategy: str
@@ -46,11 +47,12 @@ class Summary:
     answer_length: float  # tokens
     steps: float
     trained_tokens: float
-    bad_share: float
-    loss: float
-    checks: float
+    bad_share: Estimate | None
+    loss: Estimate
+    checks: Estimate
     loss_difference: Estimate | None
     checks_difference: Estimate | None
+    source_losses: dict[str, Estimate]
     source_differences: dict[str, Estimate]
     choosing: float
     training: float
@@ -76,16 +78,18 @@ def draw(parts: Sequence[Sequence[Summary]], path: Path) -> None:
         places = [labels.index(line.label) + shift for line in part]
         color = COLORS[number % len(COLORS)]
         name = Budget.parse(part[0].budget).label
-        bad.plot([100 * line.bad_share for line in part], places, "o", color=color, label=name)
-        length.plot([line.answer_length for line in part], places, "o", color=color)
-        draw_differences(loss, [line.loss_difference for line in part], places, color, 1)
-        draw_differences(checks, [line.checks_difference for line in part], places, color, 100)
+        draw_estimates(bad, [line.bad_share for line in part], places, color, 100)
+        length.plot([line.answer_length for line in part], places, "o", color=color, label=name)
+        draw_estimates(loss, [line.loss_difference for line in part], places, color, 1)
+        draw_estimates(checks, [line.checks_difference for line in part], places, color, 100)
         height = 0.7 / max(1, len(shown))
         choosing = [line.choosing / 1e15 for line in part]
         training = [line.training / 1e15 for line in part]
         cost.barh(places, choosing, height, color=color)
         cost.barh(places, training, height, left=choosing, color=color, alpha=0.4)
     bad.axvline(100 * BAD_SHARE, color="black", linewidth=0.8, linestyle=":")
+    for panel in (loss, checks):
+        panel.axvline(0, color="black", linewidth=0.8)
     draw_sources(sources, shown[0], labels)
     for panel, name, scale in ((loss, "loss_difference", 1), (checks, "checks_difference", 100)):
         limit_to_selections(panel, shown, labels, name, scale)
@@ -107,11 +111,10 @@ def draw(parts: Sequence[Sequence[Summary]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_differences(
+def draw_estimates(
     axes: Axes, values: Sequence[Estimate | None], places: Sequence[float], color: str, scale: int
 ) -> None:
-    """Means with their intervals, and the line of no difference."""
-    axes.axvline(0, color="black", linewidth=0.8)
+    """Means with their intervals."""
     for value, place in zip(values, places, strict=True):
         if value:
             ends = [scale * value.low, scale * value.high]

@@ -4,10 +4,11 @@
 
 A difference to random is the mean over sources (or kinds of prompt) of the mean over their rows, so
 neither a long answer nor a large source counts more. Its 95 % interval covers both chances: which
-rows were held out, and which seeds were drawn. Rows are paired, seeds are not. With a single run of
-a strategy, the interval knows nothing of its seed and is too narrow.
+rows were held out, and which seeds were drawn. Rows are paired, seeds are not. A single run of a
+strategy cannot say how much seeds matter; they are then taken to matter as much as for random.
 """
 
+import json
 import math
 import statistics
 from collections import Counter
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import binomtest, t
 
 from bench.measure import ROOT
 from bench.selection_figure import Estimate, Summary, draw
-from bench.selection_options import STRATEGIES, Budget
+from bench.selection_options import ALL_ROWS, STRATEGIES, Budget
+from bench.selection_pool import TARGET_SOURCES
 from minisft.common.errors import UserError
 from minisft.common.json_files import read_json
 from minisft.common.metric_lines import read_metrics
@@ -38,7 +40,8 @@ def difference(ours: Sequence[Values], theirs: Sequence[Values]) -> Estimate:
 
     ours, theirs: the runs of each, one for each seed. The variance is the sum of those of the
     paired differences over the rows of each group, and of those of the means over seeds on both
-    sides; its degrees of freedom are Welch and Satterthwaite's.
+    sides; its degrees of freedom are Welch and Satterthwaite's. A side with one run is taken to
+    have the variance over seeds of the other.
     """
     parts: list[tuple[float, int]] = []  # (variance, degrees of freedom)
     groups, means = list(ours[0]), []
@@ -51,16 +54,42 @@ def difference(ours: Sequence[Values], theirs: Sequence[Values]) -> Estimate:
         if len(change) > 1:
             variance = float(change.var(ddof=1)) / len(change) / len(groups) ** 2
             parts.append((variance, len(change) - 1))
-    for runs in (ours, theirs):
-        if len(runs) > 1:
-            by_seed = [overall_mean(run) for run in runs]
-            parts.append((statistics.variance(by_seed) / len(runs), len(runs) - 1))
+    varied = [runs for runs in (ours, theirs) if len(runs) > 1]
+    for runs in varied:
+        weight = 1 / len(runs) + (len(varied) == 1)  # 1 for the single run of the other side
+        variance = statistics.variance(map(overall_mean, runs)) * weight
+        parts.append((variance, len(runs) - 1))
     mean, variance = statistics.mean(means), sum(variance for variance, _ in parts)
     if variance == 0:
         return Estimate(mean, mean, mean)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
     return Estimate(mean, mean - half, mean + half)
+
+
+def level(runs: Sequence[Values]) -> Estimate:
+    """The values themselves, as a difference to zero, which no seed changes."""
+    return difference(runs, [{group: [0.0] * len(rows) for group, rows in runs[0].items()}] * 2)
+
+
+def bad_rows(runs: Sequence[Result]) -> Estimate | None:
+    """The share of bad rows among those taken, with Wilson's interval; None if no row was taken.
+
+    Runs that take the same rows count once. All rows are no sample: their share is exact.
+    """
+    choices = {
+        (run["num_rows"], run["answer_tokens"], run["quality"].get("good", 0))
+        for run in runs
+        if run["num_rows"]
+    }
+    if not choices:
+        return None
+    num_rows, _, num_good = map(sum, zip(*choices, strict=True))
+    result = binomtest(num_rows - num_good, num_rows)
+    share = float(result.statistic)
+    if runs[0]["strategy"] in ALL_ROWS:
+        return Estimate(share, share, share)
+    return Estimate(share, *map(float, result.proportion_ci(method="wilson")))
 
 
 def mean_over_seeds(runs: Sequence[Values], group: str) -> np.ndarray:
@@ -81,8 +110,18 @@ def summarize(
 ) -> list[Summary]:
     """A Summary of each strategy that has runs with this budget, and of `base` and `all`.
 
-    operations: of the steps of the preparation, and of training on a token ("token").
+    operations: of the steps of the preparation, and of training on a token ("token"). The cost is
+    NaN where they lack a step. Minutes are at the mean speeds of all steps and of all trainings: a
+    busy machine or another one slows single ones.
     """
+    steps = step_seconds.keys() & operations.keys()
+    step_speed = ratio(
+        sum(operations[step] for step in steps), sum(step_seconds[step] for step in steps)
+    )
+    training_speed = ratio(
+        sum(run["trained_tokens"] for run in results),
+        sum(run["seconds"]["train"] for run in results),
+    )
 
     def runs_of(strategy: str) -> list[Result]:
         budgets = {"base": "none", "all": "all"}
@@ -98,21 +137,26 @@ def summarize(
         def mean_of(name: str, runs: list[Result] = runs) -> float:
             return statistics.mean(run[name] for run in runs)
 
-        losses, checks = ([run[name] for run in runs] for name in ("loss", "checks"))
+        # Without training there is no chance: two equal runs have no variance.
+        repeats = 2 if strategy == "base" else 1
+        losses, checks = ([run[name] for run in runs * repeats] for name in ("loss", "checks"))
         loss_change = checks_change = None
         by_source: dict[str, Estimate] = {}
         if random and strategy != "random":
             loss_change = difference(losses, [run["loss"] for run in random])
             checks_change = difference(checks, [run["checks"] for run in random])
-            for name in losses[0]:
-                one, other = (
-                    [{name: run["loss"][name]} for run in side] for side in (runs, random)
+            by_source = {
+                name: difference(
+                    of_source(losses, name), of_source([run["loss"] for run in random], name)
                 )
-                by_source[name] = difference(one, other)
+                for name in losses[0]
+            }
         num_rows = mean_of("num_rows")
-        num_good = statistics.mean(run.get("quality", {}).get("good", 0) for run in runs)
         needs = STRATEGIES[strategy].needs if strategy in STRATEGIES else ()
-        seconds = [run["seconds"]["choose"] + run["seconds"]["train"] for run in runs]
+        choosing = sum(operations.get(step, math.nan) for step in needs)
+        seconds = statistics.mean(run["seconds"]["choose"] for run in runs)
+        seconds += choosing / step_speed if choosing else 0.0
+        seconds += mean_of("trained_tokens") / training_speed
         summaries.append(
             Summary(
                 strategy=strategy,
@@ -123,50 +167,75 @@ def summarize(
                 answer_length=mean_of("answer_tokens") / num_rows if num_rows else 0.0,
                 steps=mean_of("steps"),
                 trained_tokens=mean_of("trained_tokens"),
-                bad_share=1 - num_good / num_rows if num_rows else 0.0,
-                loss=statistics.mean(map(overall_mean, losses)),
-                checks=statistics.mean(map(overall_mean, checks)),
+                bad_share=bad_rows(runs),
+                loss=level(losses),
+                checks=level(checks),
+                source_losses={name: level(of_source(losses, name)) for name in losses[0]},
                 loss_difference=loss_change,
                 checks_difference=checks_change,
                 source_differences=by_source,
-                choosing=sum(operations.get(step, 0.0) for step in needs),
-                training=mean_of("trained_tokens") * operations.get("token", 0.0),
-                minutes=(
-                    sum(step_seconds.get(step, 0.0) for step in needs) + statistics.mean(seconds)
-                )
-                / 60,
+                choosing=choosing,
+                training=mean_of("trained_tokens") * operations.get("token", math.nan),
+                minutes=seconds / 60,
             )
         )
     return summaries
 
 
-def main_table(summaries: Sequence[Summary]) -> list[str]:
-    """What was chosen, what it cost and what came of it, as Markdown."""
+def ratio(amount: float, seconds: float) -> float:
+    """The amount of work in a second; NaN if nothing was measured."""
+    return amount / seconds if seconds else math.nan
+
+
+def of_source(runs: Sequence[Values], name: str) -> list[Values]:
+    """The values of one source only."""
+    return [{name: run[name]} for run in runs]
+
+
+def choice_table(summaries: Sequence[Summary]) -> list[str]:
+    """What was chosen and what it cost, as Markdown."""
     lines = [
-        "| rows chosen by | rows | bad | tokens of an answer | steps | tokens trained on | loss | "
-        "less random's | checks right | less random's, points | operations: choosing + training | "
-        "core minutes | runs |",
-        "|---" * 13 + "|",
+        "| rows chosen by | rows | % bad | tokens of an answer | steps | tokens trained on | "
+        "10^12 operations: choosing + training | core minutes | runs |",
+        "|---" * 9 + "|",
     ]
     for line in summaries:
-        loss, checks = line.loss_difference, line.checks_difference
+        if line.num_rows:
+            lines.append(
+                f"| {line.label} | {line.num_rows:,.0f} | {in_words(line.bad_share, '.0f', 100)} | "
+                f"{line.answer_length:,.0f} | {line.steps:,.0f} | {line.trained_tokens:,.0f} | "
+                f"{line.choosing / 1e12:,.0f} + {line.training / 1e12:,.0f} | "
+                f"{line.minutes:,.1f} | {line.num_runs} |"
+            )
+    return lines
+
+
+def result_table(summaries: Sequence[Summary]) -> list[str]:
+    """What came of it, as Markdown."""
+    lines = [
+        "| rows chosen by | loss | less random's | % of checks right | less random's, points |",
+        "|---" * 5 + "|",
+    ]
+    for line in summaries:
         lines.append(
-            f"| {line.label} | {line.num_rows:,.0f} | {line.bad_share:.0%} | "
-            f"{line.answer_length:,.0f} | {line.steps:,.0f} | {line.trained_tokens:,.0f} | "
-            f"{line.loss:.3f} | {in_words(loss, '+.3f')} | {line.checks:.1%} | "
-            f"{in_words(checks, '+.1f', 100)} | {line.choosing:.1e} + {line.training:.1e} | "
-            f"{line.minutes:,.1f} | {line.num_runs} |"
+            f"| {line.label} | {in_words(line.loss, '.3f')} | "
+            f"{in_words(line.loss_difference, '+.3f')} | {in_words(line.checks, '.1f', 100)} | "
+            f"{in_words(line.checks_difference, '+.1f', 100)} |"
         )
     return lines
 
 
 def source_table(summaries: Sequence[Summary]) -> list[str]:
-    """Held-out loss of each source, less random's, as Markdown."""
+    """Held-out loss of each source, random's and the differences to it, as Markdown."""
     compared = [line for line in summaries if line.source_differences]
     if not compared:
         return []
     sources = list(compared[0].source_differences)
     lines = [f"| rows chosen by | {' | '.join(sources)} |", "|---" * (len(sources) + 1) + "|"]
+    for line in summaries:
+        if line.strategy == "random":
+            cells = [in_words(line.source_losses[name], ".3f") for name in sources]
+            lines.append(f"| random: the loss itself | {' | '.join(cells)} |")
     for line in compared:
         cells = [in_words(line.source_differences[name], "+.3f") for name in sources]
         lines.append(f"| {line.label} | {' | '.join(cells)} |")
@@ -174,9 +243,11 @@ def source_table(summaries: Sequence[Summary]) -> list[str]:
 
 
 def in_words(estimate: Estimate | None, form: str, scale: int = 1) -> str:
-    """A difference and its interval, times `scale`; nothing for None."""
+    """An estimate and its interval, if it has one, times `scale`; nothing for None."""
     if estimate is None:
         return ""
+    if estimate.low == estimate.high:
+        return f"{scale * estimate.mean:{form}}"
     mean, low, high = (
         f"{scale * value:{form}}" for value in (estimate.mean, estimate.low, estimate.high)
     )
@@ -198,6 +269,40 @@ def settings_line(folder: Path, results: Sequence[Result]) -> str:
         f"of LoRA of rank {rank}, learning rate {rate:g}, {settings['dtype']}; "
         f"{settings['clusters']} clusters, {settings['pre_rows']} rows of pre-experience."
     )
+
+
+def sources_line(folder: Path, results: Sequence[Result]) -> str:
+    """How many rows there are of each source: with --max_rows, some have very few."""
+    held_out = {name: len(rows) for name, rows in results[0]["loss"].items()}
+    parts = [f"Held-out rows: {counts_in_words(held_out)}."]
+    if (path := folder / "pool.json").exists():
+        pool = Counter(record["source"] for record in json.loads(path.read_text(encoding="utf-8")))
+        parts.insert(0, f"Rows to choose from: {counts_in_words(pool)}.")
+        targets = {
+            name: len(json.loads((folder / f"target_{name}.json").read_text(encoding="utf-8")))
+            for name in TARGET_SOURCES
+        }
+        parts.append(f"Target rows of RDS+: {counts_in_words(targets)}.")
+    return " ".join(parts)
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """{"lima": 112, "tools": 19} -> "lima 112, tools 19"."""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def equal_checks_line(results: Sequence[Result]) -> str:
+    """The kinds of prompts that all runs answer equally well: they distinguish no strategy."""
+    parts = []
+    for words, value in (("right", 1), ("wrong", 0)):
+        kinds = [
+            kind
+            for kind in results[0]["checks"]
+            if all(check == value for run in results for check in run["checks"][kind])
+        ]
+        if kinds:
+            parts.append(f"always {words} in every run: {', '.join(kinds)}")
+    return f"Prompts that distinguish nothing, {'; '.join(parts)}." if parts else ""
 
 
 def missing_line(results: Sequence[Result], wanted: Sequence[tuple[str, str, int]]) -> str:
@@ -224,14 +329,21 @@ def write_report(folder: Path, wanted: Sequence[tuple[str, str, int]], write_doc
         step = record["step"]
         step_seconds[step] = step_seconds.get(step, 0.0) + record["seconds"]
     budgets = dict.fromkeys(budget for _, budget, _ in wanted if budget not in ("none", "all"))
-    parts, lines = [], [settings_line(folder, results), "", missing_line(results, wanted)]
+    about = [settings_line(folder, results), sources_line(folder, results)]
+    about += [equal_checks_line(results), missing_line(results, wanted)]
+    parts, lines = [], ["\n\n".join(filter(None, about))]
     for budget in budgets:
         summaries = summarize(results, budget, operations, step_seconds)
         if any(summary.strategy not in ("base", "all") for summary in summaries):
             parts.append(summaries)
-            lines += ["", f"**{Budget.parse(budget).label}**", "", *main_table(summaries)]
+            lines += ["", f"**{Budget.parse(budget).label}**", "", *choice_table(summaries)]
+            lines += ["", *result_table(summaries)]
             if by_source := source_table(summaries):
                 lines += ["", "Loss less random's, by source:", "", *by_source]
+    if write_docs and not parts:
+        raise UserError(
+            f"{folder}/results.jsonl: no run with --budgets {' '.join(budgets)} is done."
+        )
     text = "\n".join(lines)
     with atomic_write(folder / "report.md") as file:
         file.write(text + "\n")

@@ -251,6 +251,18 @@ def test_intervals_are_those_of_scipy():
     )
     expected = scipy.stats.ttest_ind(seeds, more, equal_var=False).confidence_interval()
     assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
+    # A single run among those of the other side: a prediction interval.
+    ours = selection_report.difference([{"a": [2.0] * 4}], [{"a": [value] * 4} for value in more])
+    scale = more.std(ddof=1) * math.sqrt(1 + 1 / 5)
+    expected = scipy.stats.t.interval(0.95, 4, 2 - more.mean(), scale)
+    assert (ours.low, ours.high) == pytest.approx(expected)
+    # The values themselves.
+    ours = selection_report.level([{"a": rows}])
+    expected = scipy.stats.ttest_1samp(rows, 0).confidence_interval()
+    assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
+    ours = selection_report.level([{"a": [value] * 4} for value in more])
+    expected = scipy.stats.ttest_1samp(more, 0).confidence_interval()
+    assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
     # Groups count the same, however many rows they have; rows without a value are left out.
     ours = selection_report.difference(
         [{"a": [1.0, None], "b": [3.0] * 9}], [{"a": [0.0, 5.0], "b": [0.0] * 9}]
@@ -263,6 +275,70 @@ def test_intervals_are_those_of_scipy():
         (first[0] - second[0],), np.mean, method="percentile", rng=generator
     ).confidence_interval
     assert (ours.low, ours.high) == pytest.approx((drawn.low, drawn.high), abs=0.03)
+
+
+def run_of(strategy, budget, seed, loss, checks, **more):
+    """A line of results.jsonl."""
+    line = {"strategy": strategy, "budget": budget, "seed": seed, "loss": loss, "checks": checks}
+    line |= {"num_rows": 0, "answer_tokens": 0, "steps": 0, "trained_tokens": 0}
+    return {**line, "seconds": {"choose": 6.0, "train": 54.0, "measure": 1.0}, **more}
+
+
+def test_tables_of_known_runs(tmp_path, capsys):
+    checks = {"form": [1, 1], "length": [0, 0], "fact": [0, 1]}
+    wrong = {**checks, "fact": [0, 0]}
+    size = {"num_rows": 40, "answer_tokens": 4000, "steps": 10, "trained_tokens": 10_000}
+    untrained = {"choose": 0.0, "train": 0.0, "measure": 1.0}
+    slow = {"choose": 6.0, "train": 108.0, "measure": 1.0}  # the machine was busy
+    results = [
+        run_of("base", "none", 0, {"a": [3.0, 5.0], "b": [1.0]}, wrong, seconds=untrained),
+        *(
+            run_of(
+                *("random", "40", seed, {"a": [2.0, 4.0], "b": [1.0 + change]}, checks),
+                **{**size, "answer_tokens": 4000 + seed, "quality": {"good": 32, "cut": 8}},
+            )
+            for seed, change in enumerate((-0.5, 0, 0.5))
+        ),
+        *(
+            run_of(
+                *("ifd", "40", seed, {"a": [2.5, 4.5], "b": [1.0]}, wrong),
+                **{**size, "quality": {"good": 38, "talk": 2}, "seconds": slow},
+            )
+            for seed in range(2)
+        ),
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in results))
+    operations = {"ifd": 3e12, "token": 1e8}
+    (tmp_path / "operations.json").write_text(json.dumps(operations))
+    step = {"step": "ifd", "done": True, "seconds": 120.0}
+    (tmp_path / "steps.jsonl").write_text(json.dumps(step) + "\n")
+    selection_report.write_report(tmp_path, [("random", "40", 0), ("kcenter", "40", 0)], False)
+    said = capsys.readouterr().out
+    assert "1 of 2 runs are missing: kcenter 40 (1)." in said
+    assert "Held-out rows: a 2, b 1." in said
+    assert "always right in every run: form; always wrong in every run: length." in said
+    # 24 of 120 rows: the runs differ. 2 of 40 rows: both runs take the same.
+    wilson = {
+        name: scipy.stats.binomtest(bad, rows).proportion_ci(method="wilson")
+        for name, bad, rows in (("random", 24, 120), ("IFD by the base", 2, 40))
+    }
+    for name, choice, cost in (
+        ("random", "20", "0 + 1 | 1.4 | 3 |"),
+        ("IFD by the base", "5", "3 + 1 | 3.4 | 2 |"),
+    ):
+        low, high = (f"{100 * end:.0f}" for end in (wilson[name].low, wilson[name].high))
+        assert f"| {name} | 40 | {choice} ({low} to {high}) | 100 | 10 | 10,000 | {cost}" in said
+    seeds = scipy.stats.ttest_1samp([0.5, 0, -0.5], 0).confidence_interval()
+    assert f"| +0.500 | +0.000 ({seeds.low:+.3f} to {seeds.high:+.3f}) |" in said
+    assert "| IFD by the base | 2.250 (" in said and "| random | 2.000 (" in said
+    assert "| random: the loss itself | 3.000 (" in said
+    # The base has no seed: only those of random vary.
+    assert f"| no training | +1.000 | +0.000 ({seeds.low:+.3f} to {seeds.high:+.3f}) |" in said
+    (tmp_path / "operations.json").unlink()  # unknown is not nothing
+    with pytest.raises(UserError, match="no run with --budgets 7 is done"):
+        selection_report.write_report(tmp_path, [("random", "7", 0)], True)
+    selection_report.write_report(tmp_path, [("random", "40", 0)], False)
+    assert "| 0 + nan | 1.4 | 3 |" in capsys.readouterr().out
 
 
 def test_a_study_goes_on_where_it_stopped(study, words, capsys):

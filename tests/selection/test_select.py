@@ -501,6 +501,10 @@ def test_dedup(choose, data):
     chosen, manifest = choose("--strategy", "random", "--sample_number", 51, "--dedup", 1)
     assert chosen == [0, *range(10, 60)]
     assert manifest["dropped"] == {"near-identical instruction": 9}
+    # A share of the rows that it leaves.
+    words = "--strategy", "random", "--dedup", 1
+    assert choose(*words, "--sample_rate", 1)[0] == chosen
+    assert len(choose(*words, "--sample_rate", 0.49)[0]) == 25
 
 
 def test_answers_that_are_not_learned_have_no_length(tmp_path, monkeypatch):
