@@ -268,7 +268,9 @@ def train_step(run: Run, batches: list[Any]) -> StepResult:
     # In float16 the loss scale starts too high on purpose: steps that overflow are skipped, and
     # the scale is halved.
     failed = ~grad_norm.isfinite() & (scaler.get_scale() <= 1)
-    scaler.step(run.optimizer)
+    # Without a token to learn, the gradient is zero, and AdamW would repeat its last move.
+    if count:
+        scaler.step(run.optimizer)
     scaler.update()
     run.optimizer.zero_grad()
     # With one process, nothing here reads a number from the GPU, so the CPU prepares the next step

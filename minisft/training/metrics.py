@@ -160,7 +160,8 @@ class Progress:
         self._recorded_step = self.step
         self.check_gradients()
         sums = self._sums_of_all_ranks()
-        means = {name: value / max(1, self._count) for name, value in sums.items()}
+        # A step may have nothing to learn. NaN, because 0 would be a loss.
+        means = {name: value / (self._count or math.nan) for name, value in sums.items()}
         speed = self._interval_tokens / max(1e-9, time.monotonic() - self._began)
         self._write(
             step=self.step,

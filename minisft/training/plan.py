@@ -20,6 +20,7 @@ from minisft.common.devices import dtype_name, resolve_device, resolve_dtype
 from minisft.common.errors import UserError
 from minisft.common.model_flags import dtype_option
 from minisft.common.tensor_files import parse_size
+from minisft.common.threads import SYSTEM
 from minisft.common.torchrun import announced_processes, announced_rank
 from minisft.common.words import counted, duration
 from minisft.model.config import ModelConfig
@@ -55,8 +56,8 @@ def show(options: Namespace) -> None:
     # Assume that a GPU of another machine is fast at bfloat16.
     is_absent = device.type == "cuda" and not torch.cuda.is_available()
     dtype = resolve_dtype(dtype_option(options), device, torch.bfloat16 if is_absent else None)
-    available = device_memory(options, device)
     num_processes = options.num_processes or announced_processes()
+    available = device_memory(options, device, num_processes)
     if num_processes == 1 and options.parallel == "fsdp":
         raise UserError(
             "--parallel fsdp shards the model over processes. Give --num_processes above 1, or "
@@ -89,20 +90,32 @@ def local_folder(name: str) -> Path:
     )
 
 
-def device_memory(options: Namespace, device: torch.device) -> int | None:
-    """Bytes of --device_memory, or of this machine's device; None if neither is known."""
+def device_memory(options: Namespace, device: torch.device, num_processes: int) -> int | None:
+    """Bytes of --device_memory, or of this machine's device; None if neither is known.
+
+    Processes on a CPU share the memory of the machine.
+    """
     if options.device_memory:
         try:
             return parse_size(options.device_memory)
         except UserError as error:
             raise UserError(f"--device_memory: {error}") from error
     if device.type == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return main_memory() // num_processes
     if device.type == "mps" and torch.backends.mps.is_available():
         return torch.mps.recommended_max_memory()
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return None
+
+
+def main_memory(system: Path = SYSTEM) -> int:
+    """Bytes of this machine's memory, or of what its container may use."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(installed, int((system / "fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return installed
 
 
 def planned_step(

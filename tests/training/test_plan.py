@@ -558,6 +558,26 @@ def test_a_planned_device_need_not_be_present_but_must_be_valid(checkpoint, rows
         assert done.returncode == 0 and "bfloat16 on 1 x cuda" in done.stdout, done.stderr
 
 
+def test_processes_on_a_cpu_share_its_memory(checkpoint, rows_file, here, monkeypatch):
+    monkeypatch.setattr(plan, "main_memory", lambda: 8 * 10**9)
+    words = ("--dry_run", "--model_name_or_path", checkpoint, "--dataset", rows_file)
+    words += ("--output_dir", "o", "--template", "plain", "--device", "cpu")
+    words += ("--tokens_per_second", 100)
+    for more, share in (([], "8.0"), (["--num_processes", 4], "2.0")):
+        said = here(train, *words, *more)
+        assert re.search(rf"fits        yes: \d+% of {share} GB", said), said
+    stated = here(train, *words, "--num_processes", 4, "--device_memory", "8GB")
+    assert "of 8.0 GB" in stated
+
+
+def test_a_container_limits_the_memory(tmp_path):
+    installed = plan.main_memory(tmp_path)  # without a limit
+    (tmp_path / "fs/cgroup").mkdir(parents=True)
+    for text, limit in (("max", installed), ("1000000", 10**6), (str(2**62), installed)):
+        (tmp_path / "fs/cgroup/memory.max").write_text(f"{text}\n")
+        assert plan.main_memory(tmp_path) == limit
+
+
 def test_mistakes_of_planning(checkpoint, rows_file, capsys, here):
     common = ["--dataset", rows_file, "--output_dir", "o"]
     with pytest.raises(UserError, match="downloads nothing. Put its config.json"):

@@ -131,6 +131,29 @@ def test_losses_equal_trainer(finetuning_type, tmp_path):
             torch.testing.assert_close(parameter, final[name], rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_a_step_without_rows_changes_nothing(optim, tmp_path):
+    """Rows of which nothing is learned are left out, at times all rows of a step."""
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    model.initialize()
+    options = training_options(
+        finetuning_type="full", output_dir=tmp_path, optim=optim, weight_decay="0.1"
+    )
+    run = new_run(options, model)
+    rows = learnable_examples(4)
+    before = None
+    for examples in (rows, []):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        result = train.train_step(run, [run.collate(examples)])
+    assert result.count == 0 and all(map(torch.equal, before, model.parameters()))
+    run.progress.add(result.sums, result.count, num_tokens=0)
+    run.progress.start()
+    run.progress.record(epoch=0.1, learning_rate=1e-4)
+    assert metrics_of(tmp_path)[0]["loss"] is None
+    train.train_step(run, [run.collate(rows)])
+    assert not all(map(torch.equal, before, model.parameters()))
+
+
 def test_compiled_layers_compute_the_same(tmp_path):
     """--compile pads to other lengths and fuses operations; the losses stay the same."""
     losses = []
