@@ -58,7 +58,7 @@ def vocabulary_fields(
     """The metadata of a tokenizer, for an embedding with num_rows rows.
 
     stop_ids: the tokens that end an answer. prompts: by default those of a model without a chat
-    template. UserError if llama.cpp would produce other ids, or cannot store a stop token.
+    template. UserError if llama.cpp would cut texts in another way, or cannot store a stop token.
     """
     _check_size(tokenizer, num_rows)
     if tokenizer.engine.byte_level:

@@ -467,6 +467,29 @@ def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):
             vocabulary_fields(Tokenizer.load(folder), 32000)
 
 
+@pytest.mark.parametrize("normalizer", ["of the model file", "NFKC", None])
+def test_texts_that_only_the_tokenizer_changes(normalizer, small_sentencepiece, tmp_path):
+    """llama.cpp reads every text as it is, and a note says so."""
+    folder = small_sentencepiece(tokenizer_class="PreTrainedTokenizerFast")
+    path = folder / "tokenizer.json"
+    if normalizer == "of the model file":  # collapses repeated spaces
+        path.unlink()
+    elif normalizer:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**spec, "normalizer": {"type": normalizer}}))
+    notes = export_model(folder, tmp_path / "model.gguf", "f16", template="plain").notes
+    tokenizer = Tokenizer.load(folder)
+    with Server(tmp_path / "model.gguf") as server:
+        is_same = [
+            tokenizer.encode(text, continuation=True) == server.tokenize(text)
+            for text in ("a  b", "\ufb01", "a b")
+        ]
+    assert is_same == [normalizer != "of the model file", normalizer != "NFKC", True]
+    about = [note for note in notes if "this tokenizer reads" in note]
+    assert len(about) == (normalizer is not None)
+    assert all(("'a  b' as 'a b'" in note) == (normalizer != "NFKC") for note in about)
+
+
 # Mistral-Nemo's, which llama.cpp calls tekken: nearly that of Qwen 2.
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
