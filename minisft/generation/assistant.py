@@ -174,6 +174,7 @@ class Assistant:
         limit = self.context.answer_limit(ids, sampling.max_new_tokens)
         sampling = replace(sampling, max_new_tokens=limit)
         cache = self.caches.take(ids)
+        self._forget_stretched(cache, len(ids))
         answer.num_reused = cache.length
         decoder, chosen = AnswerDecoder(self.template, ids), []
         steps = stream(self.decoder or self.model, ids, sampling, self.stop_ids, cache)
@@ -193,7 +194,17 @@ class Assistant:
             yield piece
         finally:
             answer.is_truncated = answer.num_tokens == limit
+            self._forget_stretched(cache, cache.length)
             self.caches.give_back((ids + chosen)[: cache.length], cache)
+
+    def _forget_stretched(self, cache: KeyValueCache, length: int) -> None:
+        """Empty a cache for or of `length` tokens if dynamic scaling stretches their angles.
+
+        All angles change with the length there, those of the tokens in the cache, too.
+        """
+        config = self.model.config
+        if config.has_dynamic_rope and length > config.max_position_embeddings:
+            cache.truncate(0)
 
     def inference(
         self,

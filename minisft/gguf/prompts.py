@@ -42,6 +42,10 @@ PROBES = (
 )
 
 
+# What some SentencePiece models change: repeated spaces, and characters with another form.
+NORMALIZED = ("a  b", "\ufb01")
+
+
 @dataclass(frozen=True)
 class Prompts:
     """chat_template: Jinja, or None. add_bos, add_space: llama.cpp puts BOS, or a space, before a
@@ -56,13 +60,14 @@ class Prompts:
 def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
     """The settings of a GGUF file with which llama.cpp produces the ids of training."""
     template, add_space = form.template, tokenizer.leading_space
-    if template is None or form.chat_template is None:
+    text, notes = form.chat_template, normalization_notes(tokenizer)
+    if template is None or text is None:
         unknown = "the chat template cannot render a plain question, so its prompts are not checked"
-        notes = [] if form.chat_template is None else [unknown]
-        return Prompts(form.chat_template, tokenizer.add_bos_token, add_space, notes)
-    text, notes = form.chat_template, []
+        notes += [] if text is None else [unknown]
+        return Prompts(text, tokenizer.add_bos_token, add_space, notes)
     if form.is_trained:
-        text, notes = with_fixed_settings(text)
+        text, more = with_fixed_settings(text)
+        notes += more
     for name in ("bos_token", "eos_token"):
         if name not in tokenizer.named_ids and name in text:  # llama.cpp would insert some token
             text = with_settings(text, fixed_setting(name, setting(name, "")[name]))
@@ -88,6 +93,19 @@ def llama_cpp_prompts(form: SavedForm, tokenizer: Tokenizer) -> Prompts:
             "special token too; prompts without the chat template must begin with a space"
         )
     return Prompts(WRITE_SPACE * bool(written) + text, add_bos, space, notes)
+
+
+def normalization_notes(tokenizer: Tokenizer) -> list[str]:
+    """A note if the tokenizer changes texts first, which GGUF cannot express; else []."""
+    for text in NORMALIZED:
+        ids = tokenizer.encode(text, continuation=True)
+        read = tokenizer.decode(ids, skip_special_tokens=False)
+        if read != text and tokenizer.named_ids.get("unk_token") not in ids:
+            return [
+                f"this tokenizer reads {text!r} as {read!r}, and llama.cpp changes no text; where "
+                "a text has that, its tokens differ from those of training"
+            ]
+    return []
 
 
 def with_fixed_settings(text: str) -> tuple[str, list[str]]:

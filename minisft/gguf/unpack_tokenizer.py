@@ -17,6 +17,7 @@ from minisft.gguf.vocabulary import (
     NORMAL,
     PRE_TOKENIZERS,
     SPACE_AT_START,
+    STOPS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -48,8 +49,8 @@ def tokenizer_files(metadata: dict[str, Any], vocab_size: int) -> dict[str, Any]
             f"the tokenizer model '{model}' is not supported; supported are llama and gpt2"
         )
     config = _tokenizer_config(metadata, fields, tokens)
-    stop_ids = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    stop_ids = [id for id in stop_ids if id is not None]
+    stated = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    stop_ids = fields.get(STOPS) or [id for id in stated if id is not None]
     files = {"tokenizer_config.json": config, "generation_config.json": {"eos_token_id": stop_ids}}
     if model == "llama":
         return {**files, "tokenizer.model": _sentencepiece_model(fields, tokens, types)}

@@ -16,7 +16,7 @@ from typing import Any
 from minisft.common.outputs import recorded_options
 from minisft.text.chat_template import ChatTemplate
 from minisft.text.rendering import TemplateError
-from minisft.text.template_choice import CHAT_TEMPLATE, settings_without_effect, trained_template
+from minisft.text.template_choice import saved_template, settings_without_effect, trained_template
 from minisft.text.template_settings import setting, split_settings, with_settings
 from minisft.text.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def saved_form(
     chosen = name != "auto" or any(choice is not None for choice in choices.values())
     untouched = not chosen and (not trained or trained.get("stage") == "pt")
     if not chosen and not tokenizer.chat_template and trained.get("template", "auto") == "auto":
-        if untouched or not (Path(trained_dir) / CHAT_TEMPLATE).is_file():
+        if saved_template(trained_dir) is None:
             return SavedForm(None, None, listed_stops)
     template = trained_template(name, tokenizer, trained_dir, **choices)
     try:

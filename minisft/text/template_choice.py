@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.common.errors import UserError
+from minisft.common.json_files import read_json
 from minisft.common.llama_factory import TEMPLATES
 from minisft.common.outputs import recorded_options
 from minisft.text.chat_template import ChatTemplate
@@ -24,7 +25,7 @@ from minisft.text.rendering import TemplateError
 from minisft.text.template_facts import ANSWER
 from minisft.text.template_settings import setting, split_settings, system_setting, with_settings
 from minisft.text.tokenizer import Tokenizer
-from minisft.text.tokenizer_files import read_template_file
+from minisft.text.tokenizer_files import read_chat_template, read_template_file
 from minisft.text.turn_tokens import BAICHUAN2, TURN_TOKENS
 from minisft.text.turn_tokens import TEMPLATES as FOLDER
 
@@ -48,15 +49,19 @@ def get_template(
     template_kwargs: dict[str, Any] | None = None,
     enable_thinking: bool | None = None,
     now: str | None = None,
+    text: str | None = None,
 ) -> ChatTemplate:
     """The template `name`: "auto", one of NAMES, or the path of a Jinja file.
 
     default_system: the system prompt of conversations without one; "" for none, None for the
     template's own.
-    template_kwargs: variables for the template. enable_thinking, now: see ChatTemplate. UserError
-    for an unknown name, or if the template cannot express `default_system`.
+    template_kwargs: variables for the template. enable_thinking, now: see ChatTemplate. text: that
+    of the template, if it is known. UserError for an unknown name, or if the template cannot
+    express `default_system`.
     """
-    text = template_text(name, tokenizer)
+    text = template_text(name, tokenizer) if text is None else text
+    if len(text) > MAX_TEMPLATE:
+        raise UserError(f"template {name}: {len(text):,} characters; {MAX_TEMPLATE:,} is the limit")
     settings, template_kwargs = {}, template_kwargs or {}
     if enable_thinking is None:
         enable_thinking = template_kwargs.get("enable_thinking")
@@ -163,8 +168,6 @@ def template_text(name: str, tokenizer: Tokenizer) -> str:
             f"unknown template '{name}'{_hint(name)}; choose one of auto, {', '.join(NAMES)}, or "
             "name a .jinja file"
         )
-    if len(text) > MAX_TEMPLATE:
-        raise UserError(f"template {name}: {len(text):,} characters; {MAX_TEMPLATE:,} is the limit")
     return text
 
 
@@ -190,7 +193,8 @@ def trained_template(
     """The template `name`; "auto" is the one that the model was trained with.
 
     trained_dir: the folder of the adapter or the model, where train.py saved options.toml and the
-    text of its template. The other arguments by default are those of the training.
+    text of its template. A folder from the hub or of export.py has the text alone. The other
+    arguments by default are those of the training.
     """
     trained = recorded_options(trained_dir)
     if default_system is None:
@@ -199,11 +203,28 @@ def trained_template(
         template_kwargs = json.loads(recorded)
     if enable_thinking is None:
         enable_thinking = trained.get("enable_thinking")
-    shown_name = name
-    if name == "auto" and trained:
-        saved = Path(trained_dir) / CHAT_TEMPLATE
-        shown_name = trained.get("template", "auto")
-        name = str(saved) if saved.is_file() else shown_name
-    template = get_template(name, tokenizer, default_system, template_kwargs, enable_thinking, now)
+    shown_name, text = name, None
+    if name == "auto":
+        shown_name, text = trained.get("template", "auto"), saved_template(trained_dir)
+        name = shown_name if text is None else "auto"
+        if enable_thinking is None and "enable_thinking" not in (template_kwargs or {}):
+            enable_thinking = asks_for_thoughts(text or "")
+    template = get_template(
+        name, tokenizer, default_system, template_kwargs, enable_thinking, now, text
+    )
     template.name = shown_name
     return template
+
+
+def saved_template(folder: str | Path) -> str | None:
+    """The chat template in the files of a folder; None if there is none, or only its name."""
+    path = Path(folder)
+    if recorded_options(path) and not (path / CHAT_TEMPLATE).is_file():
+        return None
+    return read_chat_template(path, read_json(path / "tokenizer_config.json", missing={})) or None
+
+
+def asks_for_thoughts(text: str) -> bool | None:
+    """True if the first lines of a saved template ask for thoughts; None if they do not say so."""
+    line = split_settings(text)[0].get("enable_thinking")
+    return line in setting("enable_thinking", True).values() or None

@@ -27,8 +27,9 @@ def complete_options(options: Namespace) -> None:
     adapter_dir = resolve_adapter(options.adapter, offline=options.dry_run)
     recorded = recorded_options(adapter_dir)
     saved = adapter_dir / CHAT_TEMPLATE
-    if str(recorded.get("template")).endswith(".jinja") and saved.is_file():
-        recorded["template"] = str(saved)  # the file that it was read from may have changed
+    # Nothing is recorded in an adapter from the hub or of export.py. A file may have changed.
+    if saved.is_file() and (not recorded or str(recorded.get("template")).endswith(".jinja")):
+        recorded["template"] = str(saved)
     for name in TEMPLATE_FLAGS:
         if getattr(options, name) in (None, "auto"):
             setattr(options, name, recorded.get(name, getattr(options, name)))

@@ -90,7 +90,9 @@ def test_the_template_of_the_training_is_written(format, checkpoint, adapter, tm
         assert not (out / "options.toml").exists()  # the run's options are in the model card
         card = (out / "README.md").read_text(encoding="utf-8")
         assert f"| template | {expected[0]} |" in card
-        ours = trained_template("auto", Tokenizer.load(out), out)
+        # An adapter is used with the tokenizer of its base.
+        tokenizer = Tokenizer.load(checkpoint if format == "peft" else out)
+        ours = trained_template("auto", tokenizer, out)
         expected_text = get_template(expected[0], Tokenizer.load(checkpoint), expected[1]).text
         assert ours.text == expected_text
         # Other programs read it from the tokenizer's files.

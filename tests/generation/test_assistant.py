@@ -493,6 +493,26 @@ def test_alternating_conversations_compute_only_new_tokens(tiny_chat_model_dir):
     assert "prompt tokens were cached" in answer.statistics() and "tokens/s" in answer.statistics()
 
 
+def test_dynamic_rotary_scaling_computes_long_conversations_anew(tiny_chat_model_dir, tmp_path):
+    """Beyond the trained context all angles change, so the keys in a cache are of no use."""
+    shutil.copytree(tiny_chat_model_dir, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
+    config |= {"max_position_embeddings": 64, "rope_parameters": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sampling = Sampling(max_new_tokens=8, greedy=True)
+    assistant, messages, reused = Assistant(tmp_path, device="cpu", dtype="float32"), [], []
+    for _ in range(4):
+        messages.append(user("the cat sat on the mat"))
+        answer = assistant.stream(messages, sampling)
+        text = "".join(answer)
+        fresh = Assistant(tmp_path, device="cpu", dtype="float32")
+        assert text == answer_of(fresh, messages, sampling)
+        messages.append(answer.message)
+        reused.append((answer.num_prompt_tokens > 64, answer.num_reused > 0))
+    assert (False, True) in reused and reused[-1] == (True, False)
+
+
 @torch.inference_mode()
 def test_caches_keep_the_latest_and_return_the_longest_prefix():
     """A prefix that another conversation uses is copied. Numbers represent keys and values here."""

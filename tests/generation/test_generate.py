@@ -103,6 +103,19 @@ def test_greedy_equals_transformers(pair, penalty):
     assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
 
 
+def test_dynamic_rotary_scaling_follows_the_length_of_each_row(tmp_path):
+    """One prompt of the batch is longer than the trained context, and one grows beyond it."""
+    torch.manual_seed(7)
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    sizes = SIZES | {"max_position_embeddings": 16, "rope_scaling": scaling}
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    prompts = [[5, 17, 0, 3], PROMPTS[2] * 3, PROMPTS[2]]
+    answers = generate(load_model(tmp_path), prompts, Sampling(max_new_tokens=10, greedy=True))
+    expected = [transformers_generate(theirs, ids, max_new_tokens=10) for ids in prompts]
+    assert answers == expected
+
+
 def test_stop_ids_end_answers_as_in_transformers(pair):
     theirs, ours = pair
     sampling = Sampling(max_new_tokens=30, greedy=True)

@@ -13,11 +13,13 @@ from conftest import CONVERSATIONS, without_bos
 from llama_cpp import Server
 
 from minisft.checkpoints import gguf_export, hub
+from minisft.checkpoints.folders import generation_eos
 from minisft.checkpoints.gguf_export import export_model
 from minisft.common.errors import UserError
 from minisft.gguf.prompts import WRITE_SPACE, ids_in_one_piece
 from minisft.gguf.reader import read_gguf
 from minisft.gguf.vocabulary import WORDS, pre_tokenizer_name, vocabulary_fields
+from minisft.model.config import ModelConfig
 from minisft.text.template_choice import FOLDER, NAMES, get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -465,6 +467,46 @@ def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):
         path.write_text(json.dumps(spec), encoding="utf-8")
         with pytest.raises(UserError, match=message):
             vocabulary_fields(Tokenizer.load(folder), 32000)
+
+
+def test_stop_tokens_that_llama_cpp_knows_are_read_back(small_sentencepiece, tmp_path):
+    """The file has no standard field for them. Its second export has the same bytes."""
+    folder = small_sentencepiece(["<|end_of_text|>", "<|eom_id|>", "<|other|>"])
+    stops = [2, 513, 514]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    path, again = tmp_path / "model.gguf", tmp_path / "again.gguf"
+    export_model(folder, path, "f16", template="plain")
+    with Server(path) as server:
+        for id in range(510, 515):  # 512 is no stop token of this model, but of llama.cpp
+            ends = server.post("/completion", prompt=[1], n_predict=2, logit_bias=[[id, 1e6]])
+            assert (ends["stop_type"] == "eos") == (id >= 512)
+    back = hub.resolve(str(path))
+    assert generation_eos(back, ModelConfig.load(back)) == stops
+    export_model(back, again, "f16", name=folder.name)
+    assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("normalizer", ["of the model file", "NFKC", None])
+def test_texts_that_only_the_tokenizer_changes(normalizer, small_sentencepiece, tmp_path):
+    """llama.cpp reads every text as it is, and a note says so."""
+    folder = small_sentencepiece(tokenizer_class="PreTrainedTokenizerFast")
+    path = folder / "tokenizer.json"
+    if normalizer == "of the model file":  # collapses repeated spaces
+        path.unlink()
+    elif normalizer:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**spec, "normalizer": {"type": normalizer}}))
+    notes = export_model(folder, tmp_path / "model.gguf", "f16", template="plain").notes
+    tokenizer = Tokenizer.load(folder)
+    with Server(tmp_path / "model.gguf") as server:
+        is_same = [
+            tokenizer.encode(text, continuation=True) == server.tokenize(text)
+            for text in ("a  b", "\ufb01", "a b")
+        ]
+    assert is_same == [normalizer != "of the model file", normalizer != "NFKC", True]
+    about = [note for note in notes if "this tokenizer reads" in note]
+    assert len(about) == (normalizer is not None)
+    assert all(("'a  b' as 'a b'" in note) == (normalizer != "NFKC") for note in about)
 
 
 # Mistral-Nemo's, which llama.cpp calls tekken: nearly that of Qwen 2.

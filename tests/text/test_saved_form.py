@@ -9,7 +9,13 @@ from conftest import CONVERSATIONS, without_bos
 
 from minisft.common.errors import UserError
 from minisft.text.saved_form import saved_form, saved_text
-from minisft.text.template_choice import CHAT_TEMPLATE, FOLDER, NAMES, get_template
+from minisft.text.template_choice import (
+    CHAT_TEMPLATE,
+    FOLDER,
+    NAMES,
+    get_template,
+    trained_template,
+)
 from minisft.text.template_settings import (
     fixed_setting,
     setting,
@@ -86,6 +92,15 @@ def test_thinking_is_off_as_in_training(qwen3, tmp_path):
     assert ids_in_transformers(tmp_path / "saved", question, enable_thinking=True) == ids
     qwen3.save(tmp_path / "saved", saved_text(thinks))
     assert ids_in_transformers(tmp_path / "saved", question) == ids
+    # chat.py and another export read the same from the exported folder, which has no options.toml.
+    saved = Tokenizer.load(tmp_path / "saved")
+    again = trained_template("auto", saved, tmp_path / "saved")
+    assert again.encode_prompt(question) == ids
+    assert saved_form(saved, "auto", tmp_path / "saved", []).chat_template == saved_text(thinks)
+    off = {"template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}
+    for choices in off:
+        again = trained_template("auto", saved, tmp_path / "saved", **choices)
+        assert again.encode_prompt(question) == others
     # As a variable of the template, too.
     by_kwargs = get_template("auto", qwen3, template_kwargs={"enable_thinking": True})
     assert by_kwargs.encode_prompt(question) == ids
