@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from bench import selection, selection_choice, selection_report, selection_run
+from bench import selection, selection_choice, selection_estimates, selection_report, selection_run
 from bench.selection_checks import KINDS, make_prompts
 from bench.selection_options import SMOKE, STRATEGIES, Budget, parse_options
 from bench.selection_pool import BAD_KINDS, SOURCES, TALK, language_of, make_data
@@ -240,37 +240,39 @@ def test_intervals_are_those_of_scipy():
     generator = np.random.default_rng(0)
     rows, others = generator.normal(size=(2, 30))
     # One seed: the paired t-test over rows.
-    ours = selection_report.difference([{"a": rows}], [{"a": others}])
+    ours = selection_estimates.difference([{"a": rows}], [{"a": others}])
     expected = scipy.stats.ttest_rel(rows, others).confidence_interval()
     assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
     assert ours.mean == pytest.approx((rows - others).mean())
     # Rows that do not differ: Welch's test over seeds.
     seeds, more = generator.normal(size=3), generator.normal(1, 3, size=5)
-    ours = selection_report.difference(
+    ours = selection_estimates.difference(
         [{"a": [value] * 4} for value in seeds], [{"a": [value] * 4} for value in more]
     )
     expected = scipy.stats.ttest_ind(seeds, more, equal_var=False).confidence_interval()
     assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
     # A single run among those of the other side: a prediction interval.
-    ours = selection_report.difference([{"a": [2.0] * 4}], [{"a": [value] * 4} for value in more])
+    ours = selection_estimates.difference(
+        [{"a": [2.0] * 4}], [{"a": [value] * 4} for value in more]
+    )
     scale = more.std(ddof=1) * math.sqrt(1 + 1 / 5)
     expected = scipy.stats.t.interval(0.95, 4, 2 - more.mean(), scale)
     assert (ours.low, ours.high) == pytest.approx(expected)
     # The values themselves.
-    ours = selection_report.level([{"a": rows}])
+    ours = selection_estimates.level([{"a": rows}])
     expected = scipy.stats.ttest_1samp(rows, 0).confidence_interval()
     assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
-    ours = selection_report.level([{"a": [value] * 4} for value in more])
+    ours = selection_estimates.level([{"a": [value] * 4} for value in more])
     expected = scipy.stats.ttest_1samp(more, 0).confidence_interval()
     assert (ours.low, ours.high) == pytest.approx((expected.low, expected.high))
     # Groups count the same, however many rows they have; rows without a value are left out.
-    ours = selection_report.difference(
+    ours = selection_estimates.difference(
         [{"a": [1.0, None], "b": [3.0] * 9}], [{"a": [0.0, 5.0], "b": [0.0] * 9}]
     )
     assert ours.mean == 2.0
     # Both: near the bootstrap over rows.
     first, second = generator.normal(0, 1, (2, 200)), generator.normal(0.2, 1, (2, 200))
-    ours = selection_report.difference([{"a": first[0]}], [{"a": second[0]}])
+    ours = selection_estimates.difference([{"a": first[0]}], [{"a": second[0]}])
     drawn = scipy.stats.bootstrap(
         (first[0] - second[0],), np.mean, method="percentile", rng=generator
     ).confidence_interval
