@@ -43,6 +43,21 @@ def test_the_readme_fits_on_a_page():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def headings(page):
+    """The fragments of a page's headings, as GitHub writes them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings(page):
+    links = re.findall(r"\]\(([^)\s#]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link, fragment in links:
+        target = (page.parent / link).resolve() if link else page
+        if "://" not in link and target.suffix == ".md":
+            assert fragment in headings(target), f"{page}: {link}#{fragment}"
+
+
 def test_the_chinese_readme_has_the_same_links():
     own = {README, CHINESE}  # each links to the other
     english, chinese = (
