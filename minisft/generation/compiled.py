@@ -99,7 +99,7 @@ class CompiledDecoder(nn.Module):
             logits = self._replay(tokens, cache)
         else:
             cache.reserve(cache.length + 1)
-            logits = self._step(tokens, torch.tensor([cache.length]), cache)
+            logits = self._run_step(tokens, torch.tensor([cache.length]), cache)
         cache.length += 1
         return logits[:, None]
 
@@ -107,7 +107,7 @@ class CompiledDecoder(nn.Module):
         """Return the logits as they are: `forward` has already computed them."""
         return hidden
 
-    def _step(self, token: Tensor, position: Tensor, cache: KeyValueCache) -> Tensor:
+    def _run_step(self, token: Tensor, position: Tensor, cache: KeyValueCache) -> Tensor:
         x = self.model.model.embed_tokens(token)
         pairs = [pair for pair in cache.pairs if pair is not None]
         return self.step(self.model, x, position, self.factors, pairs)
@@ -126,7 +126,7 @@ class CompiledDecoder(nn.Module):
 
     def _capture(self, token: Tensor, cache: KeyValueCache) -> Graph:
         token, position = token.clone(), torch.tensor([cache.length], device=self.device)
-        step = partial(self._step, token, position, cache)
+        step = partial(self._run_step, token, position, cache)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
