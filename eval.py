@@ -34,6 +34,7 @@ from minisft.common.json_files import read_json, write_json
 from minisft.common.model_flags import dtype_option, template_settings
 from minisft.common.progress import ProgressBar
 from minisft.common.single_writer import single_writer
+from minisft.common.words import counted
 from minisft.data.dataset import open_rows, unused_values
 from minisft.evaluation import resume
 from minisft.evaluation.benchmark_files import language_note, read_subjects
@@ -161,7 +162,8 @@ def answer_subjects(
 ) -> None:
     """Write the predictions for this rank's share of the subjects, a file for each."""
     num_questions = sum(len(subject.questions) for subject in subjects)
-    processes.print_rank0(f"{num_questions:,} questions in {len(subjects)} subjects")
+    questions = counted(num_questions, "question")
+    processes.print_rank0(f"{questions} in {counted(len(subjects), 'subject')}")
     # The largest subjects first, so that no rank works on one alone at the end.
     subjects = sorted(subjects, key=lambda subject: -len(subject.questions))
     share = subjects[processes.rank() :: processes.world_size()]

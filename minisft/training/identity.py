@@ -39,6 +39,8 @@ IDENTITY = (
     "optim",
     "pure_bf16",
 )
+# Options that decide what the evaluation loss measures. After a change, old losses do not count.
+MEASURED = ("eval_dataset", "valid_dir", "dpo_beta", "dpo_label_smoothing", "dpo_ftx")
 # Options that may change on resume without a warning.
 SILENT = {
     "config",

@@ -29,7 +29,7 @@ from minisft.data.dataset import Rows
 from minisft.text.tokenizer_files import FILES, has_tokenizer
 from minisft.training import checkpoint, fsdp
 from minisft.training.build import trained_parameters
-from minisft.training.identity import IDENTITY, SILENT, is_finished_run
+from minisft.training.identity import IDENTITY, MEASURED, SILENT, is_finished_run
 from minisft.training.low_memory_adamw import moment_bytes
 from minisft.training.new_result import read_record, remove_record
 from minisft.training.reference import LogProbs, saved_log_probs
@@ -241,8 +241,11 @@ def restore(run: Run, saved: SavedRun) -> None:
     _restore_optimizer(run, state["optimizer"], path)
     if state["scaler"]:  # empty unless the run was in float16
         run.precision.scaler.load_state_dict(state["scaler"])
-    if path.parent.resolve() == Path(run.options.output_dir).resolve():
-        run.best = Best(**state["best"])  # the best checkpoint of another folder cannot be restored
+    # The best checkpoint of another folder cannot be restored, nor other losses compared.
+    is_same_folder = path.parent.resolve() == Path(run.options.output_dir).resolve()
+    before, now = state["options"], vars(run.options)
+    if is_same_folder and all(before[name] == now[name] for name in MEASURED):
+        run.best = Best(**state["best"])
     run.progress.restore(state["progress"])
     _restore_random_state(state["random"], run.device)
 

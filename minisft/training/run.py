@@ -52,7 +52,8 @@ def build_schedule(options: Namespace, num_rows: int, rows_per_step: int) -> Sch
     total_steps = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
     warmup_steps = options.warmup_steps
     if warmup_steps is None:
-        warmup_steps = math.ceil(total_steps * options.warmup_ratio)
+        # The first step of a warm-up has rate 0. A run of one step would learn nothing.
+        warmup_steps = min(math.ceil(total_steps * options.warmup_ratio), total_steps - 1)
     eval_steps, save_steps = (
         steps_per_epoch if steps == "epoch" else steps
         for steps in (options.eval_steps, options.save_steps)

@@ -185,7 +185,7 @@ def test_a_run_resume_and_two_processes(checkpoint, benchmark_dir, tmp_path):
     (rows_dir / "art.csv").unlink()
     assert ceval(checkpoint, benchmark_dir, tmp_path / "one").returncode == 2
     done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume")
-    assert done.returncode == 0 and "2 questions in 1 subjects" in done.stdout
+    assert done.returncode == 0 and "2 questions in 1 subject\n" in done.stdout
     assert (rows_dir / "law.csv").read_text() == kept
     assert (rows_dir / "art.csv").read_text() == expected
     done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--split", "test")

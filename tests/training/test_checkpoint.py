@@ -232,6 +232,25 @@ def test_best_of_another_folder(flags, tmp_path):
     assert (tmp_path / "b/adapter_model.safetensors").exists()
 
 
+def test_best_of_other_held_out_rows(flags, rows_file, tmp_path):
+    """A loss on other held-out rows cannot be compared: the best step so far does not count."""
+    hard = tmp_path / "hard.json"
+    hard.write_text(json.dumps([{"instruction": "?", "output": "zqxj kvwz " * 9}]))
+    flags = [*flags, "--output_dir", tmp_path / "out", "--load_best_model_at_end"]
+    flags += ["--eval_steps", 1, "--save_steps", 1]
+    assert command(*flags, "--max_steps", 4, "--eval_dataset", rows_file).returncode == 0
+    flags += ["--max_steps", 6, "--eval_dataset", hard, "--resume_from_checkpoint"]
+    done = command(*flags)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"loaded the weights of \S+checkpoint-[56],", done.stdout)
+    rows = read_metrics(tmp_path / "out/metrics.jsonl")
+    easy, hard = (
+        [row["eval_loss"] for row in rows if row.get("step") in steps and "eval_loss" in row]
+        for steps in ((1, 2, 3, 4), (5, 6))
+    )
+    assert max(easy) < min(hard)  # with the old best, no new evaluation would be better
+
+
 def test_the_log_of_an_overwritten_run_is_not_continued(flags, tmp_path):
     """A run goes on in a folder that held another run. The log begins after the checkpoint."""
     flags = [*flags, "--max_steps", 3, "--logging_steps", 1]

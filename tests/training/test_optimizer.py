@@ -61,6 +61,13 @@ def test_rates_equal_transformers(schedule, settings, warmup_steps):
         theirs.step()
 
 
+def test_a_run_of_one_step_has_no_warm_up():
+    """The first step of a warm-up has rate 0: a share of one step would leave nothing to learn."""
+    schedule = build_schedule(training_options(max_steps=1, learning_rate=1e-3), 10, 10)
+    assert schedule.learning_rate(0) == 1e-3
+    assert build_schedule(training_options(max_steps=2), 10, 10).warmup_steps == 1
+
+
 def test_every_schedule_is_compared():
     assert {name for name, _ in SCHEDULES} == set(SETTINGS)
     assert set(SETTINGS) < {kind.value for kind in transformers.SchedulerType}
