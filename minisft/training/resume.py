@@ -241,13 +241,17 @@ def restore(run: Run, saved: SavedRun) -> None:
     _restore_optimizer(run, state["optimizer"], path)
     if state["scaler"]:  # empty unless the run was in float16
         run.precision.scaler.load_state_dict(state["scaler"])
-    # The best checkpoint of another folder cannot be restored, nor other losses compared.
-    is_same_folder = path.parent.resolve() == Path(run.options.output_dir).resolve()
-    before, now = state["options"], vars(run.options)
-    if is_same_folder and all(before[name] == now[name] for name in MEASURED):
-        run.best = Best(**state["best"])
+    run.best = _best_so_far(run, saved)
     run.progress.restore(state["progress"])
     _restore_random_state(state["random"], run.device)
+
+
+def _best_so_far(run: Run, saved: SavedRun) -> Best:
+    """The best evaluation so far, if the run can restore it and its loss can be compared."""
+    before, now = saved.state["options"], vars(run.options)
+    is_same_folder = saved.path.parent.resolve() == Path(run.options.output_dir).resolve()
+    is_same_measure = all(before[name] == now[name] for name in MEASURED)
+    return Best(**saved.state["best"]) if is_same_folder and is_same_measure else Best()
 
 
 def _restore_optimizer(run: Run, state: dict[str, Any] | None, path: Path) -> None:
