@@ -112,9 +112,10 @@ def run_missing(
 
 
 def wanted_runs(options: Namespace) -> list[Run]:
-    """All runs of the study, one budget after the other: each budget is a result by itself."""
+    """All runs of the study. Each budget is a result by itself, and so is each seed within it."""
     runs = [Run("base", "none", 0)]
     for budget in [*options.budgets, "all"]:
+        of_budget = []
         for name in options.strategies:
             num_seeds = options.seeds
             if name == "random" and not options.smoke:
@@ -123,7 +124,8 @@ def wanted_runs(options: Namespace) -> list[Run]:
                 name == "all_same_steps" and budget.endswith("t")
             ):
                 continue
-            runs += [Run(name, budget, seed) for seed in range(num_seeds)]
+            of_budget += [Run(name, budget, seed) for seed in range(num_seeds)]
+        runs += sorted(of_budget, key=lambda run: run.seed)
     return runs
 
 
