@@ -32,6 +32,12 @@ def test_linked_files_exist(page):
     assert [path for path in linked_files(page) if not path.exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_has_the_marks_of_a_merge(page):
+    marks = re.compile(r"^(<{7}|={7}|>{7})( |$)", re.M)
+    assert not marks.search(page.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("readme", line_counts.READMES, ids=lambda page: page.name)
 def test_line_counts_are_those_of_the_files(readme):
     text = readme.read_text(encoding="utf-8")
