@@ -96,9 +96,9 @@ def draw(parts: Sequence[Sequence[Summary]], path: Path) -> None:
     titles = {
         bad: "bad rows taken\n% (dotted: of the pool)",
         length: "answer\ntokens",
-        loss: "held-out loss less random's\nnats; left is better",
+        loss: "held-out loss minus random's\nnats; left is better",
         sources: f"the same by source\n{Budget.parse(shown[0][0].budget).label}",
-        checks: "checks right less random's\npoints; right is better",
+        checks: "checks right minus random's\npoints; right is better",
         cost: "10^15 operations\ndark: choosing, light: training",
     }
     for panel, title in titles.items():

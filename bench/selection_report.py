@@ -130,7 +130,7 @@ def choice_table(summaries: Sequence[Summary]) -> list[str]:
 def result_table(summaries: Sequence[Summary]) -> list[str]:
     """What came of it, as Markdown."""
     lines = [
-        "| rows chosen by | loss | less random's | % of checks right | less random's, points |",
+        "| rows chosen by | loss | minus random's | % of checks right | minus random's, points |",
         "|---" * 5 + "|",
     ]
     for line in summaries:
@@ -256,7 +256,7 @@ def write_report(folder: Path, wanted: Sequence[tuple[str, str, int]], write_doc
             lines += ["", f"**{Budget.parse(budget).label}**", "", *choice_table(summaries)]
             lines += ["", *result_table(summaries)]
             if by_source := source_table(summaries):
-                lines += ["", "Loss less random's, by source:", "", *by_source]
+                lines += ["", "Loss minus random's, by source:", "", *by_source]
     if write_docs and not parts:
         raise UserError(
             f"{folder}/results.jsonl: no run with --budgets {' '.join(budgets)} is done."
