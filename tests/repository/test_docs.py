@@ -89,6 +89,13 @@ def test_a_chinese_page_of_the_tour_has_the_links_of_the_english_page(page):
     assert {path for path in links if path != in_chinese(path)} == {english}
 
 
+@pytest.mark.parametrize("page", [CHINESE, *TOUR], ids=lambda page: page.name)
+def test_a_chinese_paragraph_is_one_line(page):
+    """GitHub shows a line break as a space, which stands between two Chinese characters then."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not re.search(r"^[^|<\n-].*\n[^|<\n-]", prose, re.M)
+
+
 def test_tests_that_the_docs_name_exist():
     names = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*/test_*.py")}
     for page in PAGES:
