@@ -78,4 +78,6 @@ def check_options(options: Namespace, given: set[str]) -> None:
             "overwrite": "; a folder needs --overwrite_output_dir",
             "overwrite_output_dir": "; a file needs --overwrite",
         }
+        if format == "gguf":
+            hint["quantization_bit"] = "; merge by --format hf, then export that folder"
         raise UserError(f"--format {format} does not use --{flag}{hint.get(flag, '')}")

@@ -279,7 +279,7 @@ def test_export_merges_into_the_base_that_was_trained_on(
     done = command(
         *words, format="gguf", quantization_bit=4, output=tmp_path / "x.gguf", script="export.py"
     )
-    assert done.returncode == 2 and "does not use --quantization_bit" in done.stderr
+    assert done.returncode == 2 and "--quantization_bit; merge by --format hf" in done.stderr
 
 
 def test_chat_score_and_eval_in_four_bits(

@@ -91,6 +91,12 @@ def test_without_time_stages_are_skipped(tmp_path):
     assert all(line["skipped"] == "no time is left" for line in lines)
 
 
+def test_every_kind_of_machine_has_the_place_of_its_table():
+    page = (tables.DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    for kind in machines.MACHINES:
+        assert [page.count(mark) for mark in (f"<!-- {kind} -->\n", f"<!-- /{kind} -->")] == [1, 1]
+
+
 def test_results_become_the_table_of_the_card(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "DOCS", tmp_path)
     (tmp_path / "benchmarks.md").write_text("a\n<!-- H100 -->\n<!-- /H100 -->\nb\n")

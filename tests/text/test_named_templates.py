@@ -6,11 +6,13 @@ import json
 
 import pytest
 import transformers
+from conftest import ROOT
 from real_tokenizers import LLAMA3, MISTRAL, QWEN, TINYLLAMA, fitting, load_tokenizer
 from template_checkpoints import build_checkpoint
 
 from minisft.text.chat_template import ChatTemplate, TokenizedText
 from minisft.text.template_choice import NAMES, get_template
+from minisft.training.options import parse_options
 
 # Real tokenizers are loaded once, by the worker that gets all their tests.
 pytestmark = pytest.mark.xdist_group("real_tokenizers")
@@ -242,6 +244,18 @@ def standard(messages: list[dict]) -> list[dict]:
             functions = [call.get("function", call) for call in calls]
             message["tool_calls"] = [{"type": "function", "function": f} for f in functions]
     return messages
+
+
+def test_the_recipe_of_qwen_prompts_as_transformers_does(shared_data):
+    """A row without a system prompt gets the checkpoint's own, as the recipe says."""
+    recipe = ROOT / "examples" / "recipes" / "qwen25_chatml.toml"
+    options = parse_options(["--config", str(recipe)])
+    tokenizer = load_tokenizer(shared_data / QWEN)
+    template = get_template(options.template, tokenizer, options.default_system)
+    hf = transformers.AutoTokenizer.from_pretrained(shared_data / QWEN)
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert template.render(messages, None, True) == expected
 
 
 @pytest.mark.parametrize("lead", [[], [SYSTEM]])
