@@ -9,23 +9,35 @@ between 0 and 1.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from minisft.common.errors import UserError
 
-# A word is an ideograph, a kana, or a run of letters and digits of any other script.
+# Ideographs and kana.
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-WORDS = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
+# Scripts without spaces between words: also Thai, Lao, Burmese and Khmer.
+UNSPACED = CJK + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 
 
 class Splitter:
-    """A tokenizer for rouge-score."""
+    """A tokenizer for rouge-score.
+
+    A word is a letter of a script without spaces, or a run of letters and digits of another script.
+    """
+
+    def __init__(self) -> None:
+        # \w lacks marks, such as the vowels of Hindi. They belong to the letter before them.
+        every = map(chr, range(0x300, 0xFFFF))
+        marks = "".join(one for one in every if unicodedata.category(one)[0] == "M")
+        letter = rf"[^\W_{UNSPACED}]"
+        self.words = re.compile(rf"(?=\w)[{UNSPACED}][{marks}]*|(?:{letter}[{marks}]*)+")
 
     def tokenize(self, text: str) -> list[str]:
         """The lower-case words of a text; Chinese by character."""
-        return WORDS.findall(text.lower())
+        return self.words.findall(text.lower())
 
 
 @cache

@@ -57,6 +57,24 @@ def test_rouge_equals_the_library_character_by_character():
     )  # the reason for our own tokenizer
 
 
+def test_marks_belong_to_words():
+    """Python's \\w has no vowels of Hindi: दिन (day) and दान (gift) were one word."""
+    answer, reference = "वह दिन में पानी पीता है।", "वह दान में पाना पीता है।"
+    letters = {
+        word: f" {chr(97 + place)} "
+        for place, word in enumerate({*answer.split(), *reference.split()})
+    }
+    spelled = ["".join(map(letters.get, text.split())) for text in (reference, answer)]
+    expected = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"]).score(*spelled)
+    found = row_scores(answer, reference)
+    for ours, theirs in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
+        assert found[ours] == pytest.approx(expected[theirs].fmeasure)
+        assert found[ours] < 1
+    # As in Chinese, there are no spaces between words.
+    assert Splitter().tokenize("ง่ายมาก 2567") == ["ง่", "า", "ย", "ม", "า", "ก", "2567"]
+    assert Splitter().tokenize("カ・か\u3099 ❤\ufe0f") == ["カ", "か\u3099"]
+
+
 def spelled_out(text):
     """The text with ideographs as words that the tokenizer of rouge-score knows."""
     return "".join(f" u{ord(one):x} " if "\u4e00" <= one <= "\u9fff" else one for one in text)
