@@ -6,6 +6,8 @@
 benchmark_files.py reads the questions.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 
 LETTERS = ("A", "B", "C", "D")
@@ -19,6 +21,12 @@ class Question:
     text: str
     options: tuple[str, ...]
     answer: str | None
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything but the id, which another version of a benchmark may use again."""
+        content = json.dumps([self.text, self.options, self.answer])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

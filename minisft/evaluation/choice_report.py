@@ -111,10 +111,10 @@ def compare_with_baseline(baseline: Baseline, predictions: Predictions) -> dict[
     differs: a variance of 0 says nothing about other questions.
     """
     pairs = [
-        (was_right[row.id], row.is_right)
+        (was_right[row.id, row.question], row.is_right)
         for key, was_right in baseline.items()
         for row in predictions[key]
-        if row.run == 0 and row.id in was_right
+        if row.run == 0 and (row.id, row.question) in was_right
     ]
     difference, low, high = mean_interval([after - before for before, after in pairs], -1, 1)
     lost, gained = pairs.count((True, False)), pairs.count((False, True))

@@ -73,6 +73,7 @@ def answer_subject(
             Prediction(
                 run,
                 question.id,
+                question.digest,
                 question.answer,
                 letter,
                 values,

@@ -14,9 +14,9 @@ from minisft.common.errors import UserError
 from minisft.common.outputs import atomic_write
 from minisft.evaluation.benchmarks import LETTERS, Subject
 
-COLUMNS = ("run", "id", "answer", "prediction", *LETTERS, "num_fewshot", "is_cut")
-# Subject -> {id of a question: whether the baseline answered it right}.
-Baseline = dict[str, dict[str, bool]]
+COLUMNS = ("run", "id", "question", "answer", "prediction", *LETTERS, "num_fewshot", "is_cut")
+# Subject -> {(id, digest) of a question: whether the baseline answered it right}.
+Baseline = dict[str, dict[tuple[str, str], bool]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Prediction:
 
     run: int  # number of the repetition
     id: str  # the question
+    question: str  # its digest
     answer: str | None  # the right letter; None if it is secret
     prediction: str  # the letter with the highest log-likelihood
     log_likelihoods: list[float]  # for A, B, C, D
@@ -45,9 +46,8 @@ def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> No
     writer.writerow(COLUMNS)
     for row in predictions:
         scores = [f"{value:.6f}" for value in row.log_likelihoods]
-        writer.writerow(
-            [row.run, row.id, row.answer, row.prediction, *scores, row.num_fewshot, int(row.is_cut)]
-        )
+        begin = [row.run, row.id, row.question, row.answer, row.prediction]
+        writer.writerow([*begin, *scores, row.num_fewshot, int(row.is_cut)])
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.getvalue())
@@ -61,6 +61,7 @@ def read_predictions(path: str | Path) -> list[Prediction]:
                 Prediction(
                     int(row["run"]),
                     row["id"],
+                    row["question"],
                     row["answer"] or None,
                     row["prediction"],
                     [float(row[letter]) for letter in LETTERS],
@@ -77,11 +78,11 @@ def read_finished(path: str | Path, subject: Subject, num_runs: int) -> list[Pre
     """The predictions of a finished subject. UserError if its questions have changed since."""
     predictions = read_predictions(path)
     expected = [
-        (run, question.id, question.answer)
+        (run, question.id, question.digest)
         for run in range(num_runs)
         for question in subject.questions
     ]
-    if [(row.run, row.id, row.answer) for row in predictions] != expected:
+    if [(row.run, row.id, row.question) for row in predictions] != expected:
         raise UserError(
             f"{path}: its questions are not those that {subject.key} has now. Remove it, or "
             "give another --output_dir."
@@ -121,10 +122,11 @@ def read_baseline(subjects: Sequence[Subject], folder: str | Path) -> Baseline:
                 "cannot be compared"
             )
         rows = read_predictions(path)
-        baseline[subject.key] = {row.id: row.is_right for row in rows if row.run == 0}
-        num_common += len(
-            {question.id for question in subject.questions} & set(baseline[subject.key])
-        )
+        baseline[subject.key] = {
+            (row.id, row.question): row.is_right for row in rows if row.run == 0
+        }
+        known = baseline[subject.key]
+        num_common += sum((one.id, one.digest) in known for one in subject.questions)
     if not num_common:
         raise UserError(
             f"--baseline_dir {folder}: has no question in common with this run. Give the output "

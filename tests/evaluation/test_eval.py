@@ -28,14 +28,17 @@ from minisft.evaluation.predictions import (
 )
 
 
+def question_of(id, answer="A"):
+    return Question(id, "Q", ("a", "b", "c", "d"), answer)
+
+
 def row(id, answer, prediction, run=0, num_fewshot=1):
-    return Prediction(
-        run, id, answer, prediction, [-1.25, -2.0, -3.0, -4.5], num_fewshot, is_cut=False
-    )
+    scores, digest = [-1.25, -2.0, -3.0, -4.5], question_of(id, answer).digest
+    return Prediction(run, id, digest, answer, prediction, scores, num_fewshot, is_cut=False)
 
 
 def subject_of(key, count, group=""):
-    questions = [Question(str(number), "Q", ("a", "b", "c", "d"), "A") for number in range(count)]
+    questions = [question_of(str(number)) for number in range(count)]
     return Subject(key, key, group, questions, questions)
 
 
@@ -103,6 +106,10 @@ def test_predictions_are_read_back_and_compared_with_a_baseline(tmp_path):
     other = replace(subject_of("law", 1), questions=[Question("9", "Q", ("",) * 4, "A")])
     with pytest.raises(UserError, match="no question in common"):
         read_baseline([other], tmp_path)
+    # The same ids, but other questions: nothing can be paired.
+    other = [replace(one, text="Q?") for one in subject_of("law", 4).questions]
+    with pytest.raises(UserError, match="no question in common"):
+        read_baseline([replace(subject_of("law", 4), questions=other)], tmp_path)
     (tmp_path / "law.csv").write_text("run,id\n0,1\n")
     with pytest.raises(UserError, match="not the results of a subject"):
         read_predictions(tmp_path / "law.csv")
@@ -117,6 +124,10 @@ def test_a_run_with_other_questions_is_not_continued(tmp_path):
         write_predictions(path, wrong)
         with pytest.raises(UserError, match="law.csv: its questions are not those"):
             read_finished(path, law, 2)
+    write_predictions(path, rows)
+    corrected = [replace(law.questions[0], options=("a", "b", "c", "e")), law.questions[1]]
+    with pytest.raises(UserError, match="law.csv: its questions are not those"):
+        read_finished(path, replace(law, questions=corrected), 2)
 
 
 @pytest.fixture
@@ -219,7 +230,8 @@ def test_a_baseline_of_another_protocol_is_named(tmp_path):
     save_options(before, tmp_path / "options.toml")
     assert other_protocol(before) == {}
     assert other_protocol(now) == {"num_fewshot": 2, "template": "none"}
-    change = compare_with_baseline({"law": {"0": True}}, {"law": [row("0", "A", "A")]})
+    known = {("0", question_of("0").digest): True}
+    change = compare_with_baseline({"law": known}, {"law": [row("0", "A", "A")]})
     change["other_protocol"] = other_protocol(now)
     counts = dict.fromkeys(("dropped_demonstrations", "questions_cut"), 0)
     line = summary_lines({"baseline": change, **counts})[-1]
