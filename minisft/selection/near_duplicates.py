@@ -27,7 +27,7 @@ MAX_COMPARED, MAX_DEPTH = 32, 32
 def near_duplicates(texts: Sequence[str] | Instructions, similarity: float) -> np.ndarray:
     """bool (N,): True for texts with at least this similarity to an earlier text that is kept.
 
-    Case, punctuation and white space do not count; symbols and -*/% do. From a similarity of 0.7
+    Case, punctuation and white space do not count; symbols and -*/%#& do. From a similarity of 0.7
     practically all pairs are found, and equal sets always. A duplicate can be missed only if more
     than MAX_COMPARED kept texts are about as similar. Texts that are compared are read again.
     """
@@ -120,9 +120,9 @@ def shingles(text: str) -> np.ndarray:
 def counts(character: str) -> bool:
     """True for letters, digits, symbols, and marks such as the vowels of Hindi.
 
-    Operators that Unicode counts as punctuation are symbols here: 3 * 4 is not 3 - 4.
+    Operators that Unicode counts as punctuation are symbols here: 3 * 4 is not 3 - 4, nor C# C.
     """
-    return unicodedata.category(character)[0] in "LNMS" or character in "-*/%"
+    return unicodedata.category(character)[0] in "LNMS" or character in "-*/%#&"
 
 
 def jaccard(left: np.ndarray, right: np.ndarray) -> float:
