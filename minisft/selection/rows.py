@@ -103,14 +103,18 @@ def answer_lengths(rows: Rows, is_drawn: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def answer_length(rows: Rows, number: int, is_drawn: bool = True) -> int | None:
-    """The characters of the answers to learn; None for a broken row. is_drawn: see read_row."""
+    """The characters of the answers to learn, with thoughts and tool calls; None: a broken row.
+
+    is_drawn: see read_row.
+    """
     row = read_row(rows, number, is_drawn)
     if isinstance(row, BadRow):
         return None
     return sum(
-        len(message["content"])
+        len(str(message.get(part) or ""))
         for message in row.messages
         if message["role"] == "assistant" and is_learned(message)
+        for part in ("content", "reasoning_content", "tool_calls")
     )
 
 

@@ -521,6 +521,22 @@ def test_answers_that_are_not_learned_have_no_length(tmp_path, monkeypatch):
     assert read_json(f"{output}.manifest")["answer_length"]["mean_all"] == 5
 
 
+def test_thoughts_and_tool_calls_have_a_length(tmp_path, monkeypatch):
+    """They are learned, too."""
+    call = {"function": {"name": "weather", "arguments": {"city": "Porto", "day": "today"}}}
+    answers = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", "content": "b", "reasoning_content": "c" * 40},
+        {"role": "assistant", "content": "b" * 20},
+    ]
+    rows = [{"messages": [{"role": "user", "content": "a"}, answer]} for answer in answers]
+    source, output = tmp_path / "rows.json", tmp_path / "out.json"
+    source.write_text(json.dumps(rows))
+    words = ["--strategy", "longest", "--sample_number", 2, "--output", output]
+    select_here(monkeypatch, "--dataset", source, *words)
+    assert json.loads(output.read_text()) == rows[:2]
+
+
 def test_half_a_surrogate_pair_in_another_column(tmp_path, monkeypatch):
     """train.py reads such rows: the column is none of theirs. JSON expresses it by an escape."""
     rows = [{"instruction": "a", "output": "颜", "id": id} for id in ("\ud800", "颜")]
