@@ -9,7 +9,7 @@
     results = scorer.compute(model, plan.passes)   # as one batch
     scorer.score(plan, results).record["ifd"]
 
-Above 1 the instruction does not help. The highest IFD below 1 marks the rows that teach most.
+Above 1 the instruction does not help. The highest IFD below 1 should mark the rows that teach most.
 `ifd_ppl` is the ratio of the perplexities instead, exp(s(A|Q)) / exp(s(A)) (arXiv 2402.00530).
 
 A conversation has several answers. Conditioned passes score each given its history; each has its
