@@ -25,13 +25,22 @@ Result = dict[str, Any]  # a line of results.jsonl
 Values = Mapping[str, Sequence[float | None]]
 
 
-def difference(ours: Sequence[Values], theirs: Sequence[Values]) -> Estimate:
+# Two more rows that count in the variance of checks, which are right or wrong, 1 or 0: that a few
+# prompts are all right is not certain. Of a share: Laplace's rule; of a difference of shares: half
+# a row in each cell of their table (Agresti and Min 2005).
+SHARES, CHANGES = (0.0, 1.0), (-math.sqrt(0.5), math.sqrt(0.5))
+
+
+def difference(
+    ours: Sequence[Values], theirs: Sequence[Values], imagined: Sequence[float] = ()
+) -> Estimate:
     """How much larger our values are than theirs: a mean and its t interval.
 
     ours, theirs: the runs of each, one for each seed. The variance is the sum of those of the
     paired differences over the rows of each group, and of those of the means over seeds on both
     sides; its degrees of freedom are Welch and Satterthwaite's. A side with one run is taken to
-    have the variance over seeds of the other.
+    have the variance over seeds of the other. imagined: differences that count as more rows of each
+    group in its variance.
     """
     parts: list[tuple[float, int]] = []  # (variance, degrees of freedom)
     groups, means = list(ours[0]), []
@@ -42,7 +51,8 @@ def difference(ours: Sequence[Values], theirs: Sequence[Values]) -> Estimate:
         change = change[~np.isnan(change)]
         means.append(float(change.mean()))
         if len(change) > 1:
-            variance = float(change.var(ddof=1)) / len(change) / len(groups) ** 2
+            rows = np.append(change, imagined)
+            variance = float(rows.var(ddof=0 if imagined else 1)) / len(change) / len(groups) ** 2
             parts.append((variance, len(change) - 1))
     varied = [runs for runs in (ours, theirs) if len(runs) > 1]
     for runs in varied:
@@ -57,9 +67,10 @@ def difference(ours: Sequence[Values], theirs: Sequence[Values]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def level(runs: Sequence[Values]) -> Estimate:
-    """The values themselves, as a difference to zero, which no seed changes."""
-    return difference(runs, [{group: [0.0] * len(rows) for group, rows in runs[0].items()}] * 2)
+def level(runs: Sequence[Values], imagined: Sequence[float] = ()) -> Estimate:
+    """The values themselves, as a difference to zero, which no seed changes. Several runs."""
+    zeros = {group: [0.0] * len(rows) for group, rows in runs[0].items()}
+    return difference(runs, [zeros] * 2, imagined)
 
 
 def bad_rows(runs: Sequence[Result]) -> Estimate | None:

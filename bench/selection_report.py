@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.measure import ROOT
-from bench.selection_estimates import Result, bad_rows, difference, level, of_source
+from bench.selection_estimates import (
+    CHANGES,
+    SHARES,
+    Result,
+    bad_rows,
+    difference,
+    level,
+    of_source,
+)
 from bench.selection_figure import Estimate, Summary, draw
 from bench.selection_options import STRATEGIES, Budget
 from bench.selection_pool import TARGET_SOURCES
@@ -66,7 +74,7 @@ def summarize(
         by_source: dict[str, Estimate] = {}
         if random and strategy != "random":
             loss_change = difference(losses, [run["loss"] for run in random])
-            checks_change = difference(checks, [run["checks"] for run in random])
+            checks_change = difference(checks, [run["checks"] for run in random], CHANGES)
             by_source = {
                 name: difference(
                     of_source(losses, name), of_source([run["loss"] for run in random], name)
@@ -91,7 +99,7 @@ def summarize(
                 trained_tokens=mean_of("trained_tokens"),
                 bad_share=bad_rows(runs),
                 loss=level(losses),
-                checks=level(checks),
+                checks=level(checks, SHARES),
                 source_losses={name: level(of_source(losses, name)) for name in losses[0]},
                 loss_difference=loss_change,
                 checks_difference=checks_change,

@@ -13,6 +13,7 @@ from bench.selection_checks import KINDS, make_prompts
 from bench.selection_options import SMOKE, STRATEGIES, Budget, parse_options
 from bench.selection_pool import BAD_KINDS, SOURCES, TALK, language_of, make_data
 from minisft.common.errors import UserError
+from minisft.evaluation.confidence import macro_interval
 from minisft.text.template_choice import get_template
 from minisft.text.tokenizer import Tokenizer
 
@@ -277,6 +278,21 @@ def test_intervals_are_those_of_scipy():
         (first[0] - second[0],), np.mean, method="percentile", rng=generator
     ).confidence_interval
     assert (ours.low, ours.high) == pytest.approx((drawn.low, drawn.high), abs=0.03)
+
+
+def test_checks_that_are_all_right_are_not_certain():
+    runs = [{"a": [1.0] * 400, "b": [0.0, 1.0] * 200}] * 2  # enough rows for the normal interval
+    ours = selection_estimates.level(runs, selection_estimates.SHARES)
+    assert (ours.low, ours.high) == pytest.approx(
+        macro_interval([(1.0, 400), (0.5, 400)]), abs=2e-4
+    )
+    # Agresti and Min: 30 rows right only in the first, 10 only in the second, of 400.
+    theirs = [{"a": [0.0] * 30 + [1.0] * 370}] * 2
+    ours = [{"a": [1.0] * 390 + [0.0] * 10}] * 2
+    change = selection_estimates.difference(ours, theirs, selection_estimates.CHANGES)
+    half = 1.96 * math.sqrt(41 - 20**2 / 402) / 402
+    assert change.mean == pytest.approx(0.05)
+    assert (change.high - change.low) / 2 == pytest.approx(half, rel=0.01)
 
 
 def run_of(strategy, budget, seed, loss, checks, **more):
