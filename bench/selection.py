@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from bench.selection_options import Budget, parse_options  # noqa: E402
+from bench.selection_options import SAME_STEPS, Budget, parse_options  # noqa: E402
 from minisft.common.script import run_script  # noqa: E402
 
 if __name__ == "__main__":
@@ -121,7 +121,7 @@ def wanted_runs(options: Namespace) -> list[Run]:
             if name == "random" and not options.smoke:
                 num_seeds = max(num_seeds, RANDOM_SEEDS)
             if (name == "all") != (budget == "all") or (
-                name == "all_same_steps" and budget.endswith("t")
+                name in SAME_STEPS and budget.endswith("t")
             ):
                 continue
             of_budget += [Run(name, budget, seed) for seed in range(num_seeds)]

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import binomtest, t
 
 from bench.selection_figure import Estimate
-from bench.selection_options import ALL_ROWS
+from bench.selection_options import ALL_ROWS, SAME_STEPS
 
 Result = dict[str, Any]  # a line of results.jsonl
 # The values of a run: {source or kind of prompt: one for each row}; None if a row was too long.
@@ -76,7 +76,7 @@ def level(runs: Sequence[Values], imagined: Sequence[float] = ()) -> Estimate:
 def bad_rows(runs: Sequence[Result]) -> Estimate | None:
     """The share of bad rows among those taken, with Wilson's interval; None if no row was taken.
 
-    Runs that take the same rows count once. All rows are no sample: their share is exact.
+    Runs that take the same rows count once. What was not chosen is no sample: its share is exact.
     """
     choices = {
         (run["num_rows"], run["answer_tokens"], run["quality"].get("good", 0))
@@ -88,7 +88,7 @@ def bad_rows(runs: Sequence[Result]) -> Estimate | None:
     num_rows, _, num_good = map(sum, zip(*choices, strict=True))
     result = binomtest(num_rows - num_good, num_rows)
     share = float(result.statistic)
-    if runs[0]["strategy"] in ALL_ROWS:
+    if runs[0]["strategy"] in (*SAME_STEPS, *ALL_ROWS):
         return Estimate(share, share, share)
     return Estimate(share, *map(float, result.proportion_ci(method="wilson")))
 

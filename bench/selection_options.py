@@ -55,10 +55,15 @@ STRATEGIES = {
     "rds_alpaca_zh": Strategy(
         "RDS+, targets: alpaca_zh", ("weighted", "target_alpaca_zh"), ("--strategy", "rds")
     ),
+    "targets_tools": Strategy("only the targets: tools (control)"),
+    "targets_alpaca_zh": Strategy("only the targets: alpaca_zh (control)"),
     "all_same_steps": Strategy("all rows, same steps"),
     "all": Strategy("all rows"),
 }
-# Strategies that choose nothing.
+# Strategies that choose nothing: they take the target rows of a source, or all rows of the pool.
+# With a budget of rows they are trained for as many steps as a choice.
+TARGETS = {"targets_tools": "tools", "targets_alpaca_zh": "alpaca_zh"}
+SAME_STEPS = (*TARGETS, "all_same_steps")
 ALL_ROWS = ("all_same_steps", "all")
 
 

@@ -132,6 +132,13 @@ def make_data(
     return data
 
 
+def num_answer_tokens(record: Record, template: ChatTemplate) -> int:
+    """The tokens of a row's answers without those that end a turn, as score.py counts them."""
+    texts = encode_row(Row(record["messages"], record.get("tools")), template, 2**20)
+    num_turns = sum(message["role"] == "assistant" for message in record["messages"])
+    return sum(int(text.supervised.sum()) for text in texts) - num_turns
+
+
 def check_files(data_dir: Path) -> None:
     """UserError, in one line, if a source is missing."""
     missing = [

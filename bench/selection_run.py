@@ -26,8 +26,8 @@ import train
 from bench.measure import flags
 from bench.selection_checks import MAX_NEW_TOKENS, make_prompts
 from bench.selection_choice import choose_rows, scored
-from bench.selection_options import STRATEGIES, Budget
-from bench.selection_pool import TARGET_SOURCES, Record, make_data
+from bench.selection_options import SAME_STEPS, STRATEGIES, TARGETS, Budget
+from bench.selection_pool import TARGET_SOURCES, Record, make_data, num_answer_tokens
 from minisft.checkpoints import hub
 from minisft.common.devices import resolve_device, resolve_dtype
 from minisft.common.json_files import write_rows
@@ -141,8 +141,7 @@ def run_one(options: Namespace, run: Run) -> Result:
     if run.strategy != "base":
         began = spent_seconds()
         budget = Budget.parse("1" if run.budget == "all" else run.budget)
-        numbers = choose_rows(study, run.strategy, budget, run.seed, options.clusters)
-        records = read_records(study / "pool.json", numbers)
+        records, num_tokens = rows_of_run(options, run, budget)
         write_records(records, folder / "chosen.json")
         seconds["choose"] = spent_seconds() - began
 
@@ -150,14 +149,14 @@ def run_one(options: Namespace, run: Run) -> Result:
         size: dict[str, Any] = {"num_train_epochs": options.epochs}
         if run.strategy == "all":
             size = {"num_train_epochs": 1}
-        elif run.strategy == "all_same_steps":
+        elif run.strategy in SAME_STEPS:
             size = {"max_steps": options.epochs * -(-budget.num_rows // BATCH_SIZE)}
         train_adapter(options, folder / "chosen.json", adapter, run.seed, **size)
         seconds["train"] = spent_seconds() - began
         [*_, last] = (row for row in read_metrics(adapter / "metrics.jsonl") if "tokens" in row)
         result |= {
             "num_rows": len(records),
-            "answer_tokens": int(scored(study / "ifd.jsonl")["num_answer_tokens"][numbers].sum()),
+            "answer_tokens": num_tokens,
             "steps": last["step"],
             "trained_tokens": last["tokens"],
             "quality": dict(Counter(record["quality"] for record in records)),
@@ -169,6 +168,18 @@ def run_one(options: Namespace, run: Run) -> Result:
     write_records(answers, folder.with_suffix(".answers.json"))
     shutil.rmtree(folder)
     return result | measured | {"seconds": seconds}
+
+
+def rows_of_run(options: Namespace, run: Run, budget: Budget) -> tuple[list[Record], int]:
+    """The rows that a run trains on, and how many tokens their answers have."""
+    study = Path(options.output_dir)
+    if run.strategy in TARGETS:
+        records = read_records(study / f"target_{TARGETS[run.strategy]}.json")
+        template = get_template(options.template, Tokenizer.load(model_dir(options)))
+        return records, sum(num_answer_tokens(record, template) for record in records)
+    numbers = choose_rows(study, run.strategy, budget, run.seed, options.clusters)
+    lengths = scored(study / "ifd.jsonl")["num_answer_tokens"]
+    return read_records(study / "pool.json", numbers), int(lengths[numbers].sum())
 
 
 def measure(options: Namespace, adapter: Path | None) -> tuple[dict[str, Any], list[Result]]:

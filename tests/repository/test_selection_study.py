@@ -10,7 +10,7 @@ import scipy.stats
 
 from bench import selection, selection_choice, selection_estimates, selection_report, selection_run
 from bench.selection_checks import KINDS, make_prompts
-from bench.selection_options import SMOKE, STRATEGIES, Budget, parse_options
+from bench.selection_options import SMOKE, STRATEGIES, TARGETS, Budget, parse_options
 from bench.selection_pool import BAD_KINDS, SOURCES, TALK, language_of, make_data
 from minisft.common.errors import UserError
 from minisft.evaluation.confidence import macro_interval
@@ -199,7 +199,7 @@ def test_checks_of_fields_and_facts():
             assert not prompt.is_right("Yes, it is")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - TARGETS))
 def test_strategies_return_the_budget(strategy, study):
     lengths = selection_choice.scored(study / "ifd.jsonl")["num_answer_tokens"]
 
@@ -364,20 +364,21 @@ def test_a_study_goes_on_where_it_stopped(study, words, capsys):
     before = path.read_text()
     assert [json.loads(line)["strategy"] for line in before.splitlines()] == ["base", "random"]
     report = (study / "report.md").read_text()
-    assert "25 of 27 runs are missing: random_matched 6 (1), ifd 6 (1)" in report
+    assert "27 of 29 runs are missing: random_matched 6 (1), ifd 6 (1)" in report
     assert "held-out rows, 8 prompts; 2 epochs of LoRA of rank 16" in report
     assert "| random | 6 |" in report and (study / "selection.png").exists()
     path.write_text(before + '{"strategy": "random_mat')  # a crash
     made = {name: (study / name).stat().st_mtime_ns for name in ("pool.json", "pre_ifd.jsonl")}
-    chosen = ["--strategies", "random", "ifd", "all_same_steps", "--budgets", "6"]
+    chosen = ["--strategies", "random", "ifd", "targets_tools", "all_same_steps"]
+    chosen += ["--budgets", "6"]
     selection.main(parse_options([*words, *chosen]))
     said = capsys.readouterr().out
-    assert "4 runs, 2 to do" in said and "All 4 runs are done." in said
+    assert "5 runs, 3 to do" in said and "All 5 runs are done." in said
     assert made == {name: (study / name).stat().st_mtime_ns for name in made}
     assert path.read_text().startswith(before)
     results = {row["strategy"]: row for row in map(json.loads, path.read_text().splitlines())}
-    assert list(results) == ["base", "random", "ifd", "all_same_steps"]
-    assert {results[name]["steps"] for name in ("random", "ifd", "all_same_steps")} == {2}
+    assert list(results) == ["base", "random", "ifd", "targets_tools", "all_same_steps"]
+    assert {results[name]["steps"] for name in list(results)[1:]} == {2}
     for result in results.values():
         assert {name: len(rows) for name, rows in result["loss"].items()} == dict.fromkeys(
             SOURCES, SMOKE["held_out"]
@@ -386,13 +387,15 @@ def test_a_study_goes_on_where_it_stopped(study, words, capsys):
             KINDS, 1
         )
     assert results["ifd"]["loss"] != results["base"]["loss"]
+    targets = results["targets_tools"]
+    assert targets["sources"] == {"tools": targets["num_rows"]} and targets["answer_tokens"] > 0
     assert results["random"]["trained_tokens"] > results["random"]["answer_tokens"] > 0
     assert [path.name for path in study.glob("ifd-6-0*")] == ["ifd-6-0.answers.json"]
     with pytest.raises(UserError, match="has runs with lora_rank 16, not 4"):
         selection.main(parse_options([*words, "--lora_rank", "4"]))
     selection.main(parse_options([*words, "--runs", "0"]))
     said = capsys.readouterr().out
-    assert "27 runs, 23 to do: about " in said and "runs are missing" not in said
+    assert "29 runs, 24 to do: about " in said and "runs are missing" not in said
 
 
 def test_a_finished_study_is_reported(monkeypatch, tmp_path):
