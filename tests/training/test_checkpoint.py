@@ -160,6 +160,8 @@ def test_best_and_early_stopping(flags, tmp_path):
     assert f"checkpoint-{best}," in done.stdout
     kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in final(tmp_path / "out").items())
+    card = (tmp_path / "out/README.md").read_text()  # of these weights, not of the last
+    assert f"| eval_loss | {min(losses)} | {best} |" in card and "| rows_per_step | 4 |" in card
 
 
 def test_evaluations_and_checkpoints_after_each_epoch(flags, tmp_path):
@@ -243,6 +245,7 @@ def test_best_of_other_held_out_rows(flags, rows_file, tmp_path):
     done = command(*flags)
     assert done.returncode == 0, done.stderr
     assert re.search(r"loaded the weights of \S+checkpoint-[56],", done.stdout)
+    assert re.search(r", best evaluation \S+ at step [56], ", done.stdout)
     rows = read_metrics(tmp_path / "out/metrics.jsonl")
     easy, hard = (
         [row["eval_loss"] for row in rows if row.get("step") in steps and "eval_loss" in row]
