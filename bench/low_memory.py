@@ -7,6 +7,7 @@ With a seed, every run trains the same rows in the same order with the same lear
 computes in bfloat16. They differ in weights and moments. "rounded to the nearest" is the warning:
 --pure_bf16 without stochastic rounding, which train.py does not offer. An interrupted command
 continues where it stopped: finished runs are kept, and others resume from their last checkpoint.
+Runs with other options are refused.
 """
 
 import argparse
@@ -105,7 +106,9 @@ def run(options: Namespace, model: str, name: str, seed: int, words: list[str]) 
         output_dir=folder,
         resume_from_checkpoint="auto",
     )
-    output_of(__file__, "--child", *arguments, *words)
+    said = output_of(__file__, "--child", *arguments, *words)
+    if " in that run, " in said or " from here on; it was " in said:
+        sys.exit(f"{folder} holds a run with other options. Choose another --output_dir.\n{said}")
     rows = read_metrics(folder / "metrics.jsonl")
     return [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
 

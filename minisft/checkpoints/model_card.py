@@ -27,15 +27,19 @@ METHODS = {
 }
 # The options that decide what was learned, in the order of the card.
 SETTINGS = (
-    "replace validation_split finetuning_type adapter lora_rank lora_alpha lora_dropout "
+    "template_kwargs enable_thinking mix max_samples replace validation_split finetuning_type "
+    "train_from_scratch adapter lora_rank lora_alpha lora_dropout "
     "lora_target use_rslora modules_to_save quantization_bit new_special_tokens add_tokens "
-    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps "
-    "num_train_epochs max_steps "
+    "resize_vocab learning_rate lr_scheduler_type lr_scheduler_kwargs lr_end warmup_ratio "
+    "warmup_steps num_train_epochs max_steps rows_per_step "
     "per_device_train_batch_size gradient_accumulation_steps packing cutoff_len block_size "
-    "mask_history weight_decay max_grad_norm dpo_beta dpo_label_smoothing dpo_ftx seed dtype"
+    "mask_history optim pure_bf16 adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
+    "dpo_beta dpo_label_smoothing dpo_ftx seed dtype"
 ).split()
 # Settings that only one stage reads.
 ONE_STAGE = {"pt": "block_size", "dpo": "dpo_beta dpo_label_smoothing dpo_ftx"}
+# Settings without effect at 0.
+OFF_AT_ZERO = "lora_dropout lr_end weight_decay dpo_label_smoothing dpo_ftx".split()
 LORA_SETTINGS = "lora_rank lora_alpha lora_target use_rslora modules_to_save".split()
 
 
@@ -130,10 +134,11 @@ def used_settings(options: Mapping[str, Any], context_length: int | None) -> dic
     if used.get("template") == "auto":
         used["template"] = "the base's own"
     unused = ["dtype"] if used.get("dtype") == "auto" else []
+    unused += [name for name in OFF_AT_ZERO if not options.get(name)]
     for other in ONE_STAGE.keys() - {stage}:
         unused += ONE_STAGE[other].split()
     if stage == "pt":
-        unused += ["cutoff_len", "template", "default_system"]
+        unused += ["cutoff_len", "template", "default_system", "template_kwargs", "enable_thinking"]
     if options.get("finetuning_type") == "full":
         unused += [*LORA_SETTINGS, "lora_dropout"]
     elif options.get("adapter"):  # which decides them
@@ -158,11 +163,14 @@ def settings_table(options: Mapping[str, Any]) -> list[str]:
     values["template"] = shown_name(options.get("template") or "")
     values["system prompt"] = options.get("default_system")
     values |= {name: options.get(name) for name in SETTINGS}
-    values["adapter"] = shown_name(options.get("adapter") or "")
+    for name in ("adapter", "mix"):
+        values[name] = shown_name(options.get(name) or "")
+    if options.get("enable_thinking") is False:  # which is not a switch that is off
+        values["enable_thinking"] = "false"
     rows = [
         f"| {name} | {_cell(value)} |"
         for name, value in values.items()
-        if value not in (None, "", False)
+        if value is not None and value is not False and value != ""
     ]
     return ["| setting | value |", "|---|---|", *rows]
 

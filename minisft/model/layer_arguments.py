@@ -70,12 +70,13 @@ def choose_factors(
         positions = packed_positions(lengths, x.device)
     if positions is None:
         return next_factors(config, x, cache)
-    if config.has_dynamic_rope and positions.dim() == 2:
-        # The angles of a row depend on its own length, not on that of the longest row.
-        rows = [position_factors(config, row, x.dtype) for row in positions]
-        first, second = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        return first, second
-    return position_factors(config, positions, x.dtype)
+    if not config.has_dynamic_rope or (lengths is None and positions.dim() == 1):
+        return position_factors(config, positions, x.dtype)
+    # The angles of a row depend on its own length, not on that of the longest row.
+    rows, dim = (positions, 0) if lengths is None else (positions.split(lengths), 2)
+    factors = [position_factors(config, row, x.dtype) for row in rows]
+    first, second = (torch.cat(parts, dim) for parts in zip(*factors, strict=True))
+    return first, second
 
 
 def next_factors(

@@ -30,9 +30,14 @@ class RewardModel(nn.Module):
         self.model = Decoder(self.config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states (B, T, D) from tokens (B, T), padded on the right."""
-        return self.model(tokens, cache=cache)
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Hidden states (B, T, D) from tokens (B, T), padded on the right.
+
+        positions: as in CausalLM.forward. cache: read and extended.
+        """
+        return self.model(tokens, positions, cache=cache)
 
     def rewards(self, hidden: Tensor) -> Tensor:
         """Rewards (...) in float32 from the hidden states (..., D) of last tokens."""

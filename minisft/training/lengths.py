@@ -32,7 +32,7 @@ from minisft.training.data import length_limit, load_data, load_template, show_s
 from minisft.training.run import count_rows_per_step
 from minisft.training.vocabulary import load_vocabulary
 
-# At most MAX_ENCODED rows are encoded; the lengths of others are estimated from their size. At most
+# At most MAX_ENCODED rows are encoded; the lengths of others are estimated from these. At most
 # MAX_BATCHED rows are put into batches: enough to know the padding.
 MAX_ENCODED, MAX_BATCHED = 5_000, 100_000
 
@@ -138,8 +138,8 @@ def estimate_lengths(
     """(the examples of each row that is learned, a report, a note on how they were estimated).
 
     The examples have lengths but no content. Of many rows, only an evenly spread part is encoded.
-    The length of another row is estimated from its bytes, and divided into texts as in the encoded
-    row of the nearest size. If nothing is learned from that row, the other is left out as well.
+    Another row is like an encoded row of about its size, longer or shorter by the ratio of their
+    bytes. If nothing is learned from that row, the other is left out as well.
     """
     assert isinstance(batches.rows, Rows)
     sizes = batches.rows.sizes()
@@ -150,27 +150,25 @@ def estimate_lengths(
     for row in encoded:
         known[row], report_of_row = read_and_encode(batches.rows, batches.encode, [row])
         report.add(report_of_row)
-    all_known = list(chain.from_iterable(known.values()))
-    check_learnable(all_known, report, "training")
-    num_tokens = sum(len(example.ids) for example in all_known)
-    tokens_per_byte = num_tokens / sizes[[row for row in known if known[row]]].sum()
-    supervised_share = sum(example.supervised.sum() for example in all_known) / num_tokens
+    check_learnable(list(chain.from_iterable(known.values())), report, "training")
     rows = [
         [without_content(text_lengths(text), int(text.supervised.sum())) for text in of_row]
         for of_row in known.values()
     ]
+    # Both by size: an encoded row stands for the others of its rank, and scales to their sizes. The
+    # rows of an array have no sizes of their own, so there each encoded row stands for its share.
     by_size = sorted(known, key=lambda row: sizes[row])
     others = np.setdiff1d(selected, encoded)
-    places = np.searchsorted(sizes[by_size], sizes[others]).clip(max=len(by_size) - 1)
-    for row, place in zip(others, places, strict=True):
-        similar = known[by_size[place]]
+    for rank, row in enumerate(others[np.argsort(sizes[others], kind="stable")]):
+        similar = by_size[rank * len(by_size) // len(others)]
         examples = []
-        for example in similar:
-            scale = sizes[row] * tokens_per_byte / sum(len(text.ids) for text in similar)
+        for example in known[similar]:
+            scale = sizes[row] / sizes[similar]
             lengths = [min(limit, max(2, round(n * scale))) for n in text_lengths(example)]
-            examples.append(without_content(lengths, round(sum(lengths) * supervised_share)))
+            num_supervised = round(sum(lengths) * example.supervised.mean())
+            examples.append(without_content(lengths, num_supervised))
         rows.append(examples)
-    note = f"; {len(encoded):,} of {len(sizes):,} rows, the others by their size"
+    note = f"; {len(encoded):,} of {len(sizes):,} rows, the others estimated from these"
     return list(filter(None, rows)), report, note if len(encoded) < len(sizes) else ""
 
 

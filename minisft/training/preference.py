@@ -24,6 +24,7 @@ from minisft.common import processes
 from minisft.common.devices import send
 from minisft.data import batching
 from minisft.data.encoding import Example
+from minisft.model.config import ModelConfig
 from minisft.model.decoder import CausalLM
 from minisft.model.loss import target_places, token_losses
 from minisft.model.reward import RewardModel
@@ -92,17 +93,28 @@ def compare(scores: Tensor, batch: Answers, label_smoothing: float = 0.0) -> dic
     return {name: (values * batch.weights).sum() for name, values in metrics.items()}
 
 
-def answer_log_probs(
-    model: nn.Module, logits: Callable[[Tensor], Tensor], batch: Answers
-) -> Tensor:
+def own_positions(config: ModelConfig, batch: Answers) -> Tensor | None:
+    """Positions (B, T) that end with each text, for dynamic rotary scaling; else None.
+
+    Its angles depend on the length of a text, which padding must not change.
+    """
+    if not config.has_dynamic_rope:
+        return None
+    positions = torch.arange(batch.tokens.shape[1], device=batch.last.device)  # (T,)
+    return positions.minimum(batch.last[:, None])
+
+
+def answer_log_probs(model: nn.Module, plain: CausalLM, batch: Answers) -> Tensor:
     """log p(answer | prompt) of every answer, (B,) float32: the sum over its tokens.
 
-    model: tokens (B, T) -> hidden states (B, T, D). logits: hidden states -> vocabulary scores,
-    computed for the tokens of the answers only, a chunk at a time.
+    model: `plain` or its DDP wrapper. Logits are computed for the tokens of the answers only, a
+    chunk at a time.
     """
+    logits = plain.logits
     num_texts, T = batch.tokens.shape
     places = send(target_places(batch.supervised), batch.tokens.device)  # (N,)
-    states = model(batch.tokens).flatten(0, 1)[places - 1]  # (N, D)
+    hidden = model(batch.tokens, own_positions(plain.config, batch))  # (B, T, D)
+    states = hidden.flatten(0, 1)[places - 1]  # (N, D)
     if len(states) == 0:  # zero, but connected to every parameter, as DDP needs
         return logits(states).float().sum() * batch.last.new_zeros(num_texts)
     losses = token_losses(logits, states, batch.tokens.flatten()[places])  # (N,)
@@ -124,7 +136,7 @@ class Reward:
 
     def sums(self, model: nn.Module, batch: Answers) -> dict[str, Tensor]:
         """{metric: sum over the rows}; model: self.model or its DDP wrapper."""
-        hidden = model(batch.tokens)  # (B, T, D)
+        hidden = model(batch.tokens, own_positions(self.model.config, batch))  # (B, T, D)
         texts = torch.arange(len(hidden), device=hidden.device)
         return compare(self.model.rewards(hidden[texts, batch.last]), batch)
 
@@ -170,7 +182,7 @@ class DirectPreference:
     def sums(self, model: nn.Module, batch: Answers) -> dict[str, Tensor]:
         """{metric: sum over the rows}; model: self.model or its DDP wrapper."""
         reference = self.reference(batch)
-        log_probs = answer_log_probs(model, self.model.logits, batch)
+        log_probs = answer_log_probs(model, self.model, batch)
         sums = compare(self.beta * (log_probs - reference), batch, self.label_smoothing)
         if self.sft_weight:
             sums["sft_loss"] = -log_probs[batch.best].sum() * self.rows_per_token

@@ -39,7 +39,7 @@ class FrozenReference:
     @torch.no_grad()
     def __call__(self, batch: Answers) -> Tensor:
         """log p(answer | prompt) of the answers (B,)."""
-        return answer_log_probs(self.model, self.model.logits, batch)
+        return answer_log_probs(self.model, self.model, batch)
 
 
 class ShardedReference:
@@ -52,7 +52,7 @@ class ShardedReference:
     def __call__(self, batch: Answers) -> Tensor:
         """log p(answer | prompt) of the answers (B,)."""
         with self.snapshot as model:
-            return answer_log_probs(model, model.logits, batch)
+            return answer_log_probs(model, model, batch)
 
 
 class PrecomputedReference:
@@ -131,7 +131,7 @@ def compute_log_probs(model: CausalLM, examples: list[Example], batch_size: int)
     device = model.model.embed_tokens.weight.device
     log_probs: LogProbs = {}
     for part in micro_batches(examples, batch_size, processes.rank(), processes.world_size()):
-        values = answer_log_probs(model, model.logits, collate(part, device)).tolist()
+        values = answer_log_probs(model, model, collate(part, device)).tolist()
         for example in part:
             num_answers = len(example.texts())
             log_probs[fingerprint(example)] = values[:num_answers]

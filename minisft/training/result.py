@@ -41,8 +41,9 @@ def save_result(
     options, say = run.options, processes.print_rank0
     output_dir = Path(options.output_dir)
     resume.save_last_checkpoint(run)
+    step = run.progress.step
     if options.load_best_model_at_end and run.best.step:
-        load_best(run)
+        step = load_best(run)
     with new_result(output_dir, result_record(options, run.progress.step)) as folder:
         if run.lora_config:
             save_adapter(run.model, folder, run.lora_config, options.model_name_or_path)
@@ -55,7 +56,7 @@ def save_result(
                 output_dir,
                 used_options(run),
                 options.model_name_or_path,
-                run.progress.rows(),
+                [row for row in run.progress.rows() if row["step"] <= step],
                 is_adapter=bool(run.lora_config),
                 written_to=folder,
                 context_length=run.model.config.context_length,
@@ -78,19 +79,21 @@ def save_result(
 
 
 def used_options(run: Run) -> dict[str, Any]:
-    """The options, with what --dtype auto has become."""
-    dtype = resolve_dtype(dtype_option(run.options), run.device)
-    return vars(run.options) | {"dtype": dtype_name(dtype)}
+    """The options, with what --dtype auto has become, and the rows of a step."""
+    dtype = dtype_name(resolve_dtype(dtype_option(run.options), run.device))
+    return vars(run.options) | {"dtype": dtype, "rows_per_step": run.schedule.rows_per_step}
 
 
-def load_best(run: Run) -> None:
-    """Go back to the weights with the lowest evaluation loss."""
+def load_best(run: Run) -> int:
+    """Go back to the weights with the lowest evaluation loss. Returns the step of the weights."""
     best = Path(run.options.output_dir) / f"checkpoint-{run.best.step}"
     if fault := processes.broadcast_from_rank0(lambda: checkpoint.damage(best)):
         processes.print_rank0(f"{best}: {fault}; saving the last weights instead of the best")
-        return
+        return run.progress.step
     checkpoint.restore_weights(run.model, best)
     processes.print_rank0(f"loaded the weights of {best}, evaluation loss {run.best.loss:.4f}")
+    assert run.best.step is not None
+    return run.best.step
 
 
 def save_full_model(

@@ -17,6 +17,7 @@ from minisft.common import processes
 from minisft.common.reserved_space import ReservedSpace
 from minisft.data import batching
 from minisft.data.encoding import Example
+from minisft.model.decoder import CausalLM
 from minisft.model.lora import LoraConfig
 from minisft.model.reward import Model
 from minisft.text.tokenizer import Tokenizer
@@ -130,7 +131,9 @@ class Run:
 
     def collate(self, examples: Sequence[Example]) -> Any:
         """A batch of examples, as the objective needs it."""
-        if self.options.packing:
+        # With dynamic rotary scaling, padding would change the angles of the shorter rows.
+        is_stretched = self.model.config.has_dynamic_rope and isinstance(self.model, CausalLM)
+        if self.options.packing or (is_stretched and self.options.stage != "dpo"):
             return batching.pack(examples, self.device)
         if self.options.compile:  # few different shapes, so that few are compiled
             return self.objective.collate(examples, self.device, batching.COMPILED_PAD_MULTIPLE)

@@ -30,15 +30,13 @@ def run_summary(run: Run) -> str:
 
 
 def loss_parts(run: Run) -> list[str]:
-    """The first and the last loss, and the best evaluation, from the log."""
+    """The first and the last loss, and the best evaluation."""
     rows = run.progress.rows()
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     first = f"{losses[0]:.2f} -> " if len(losses) > 1 else ""  # of a short run, one mean is known
     parts = [f"loss {first}{losses[-1]:.2f}"] if losses else []
-    evaluated = [row for row in rows if row.get("eval_loss") is not None]
-    if evaluated:
-        best = min(evaluated, key=lambda row: row["eval_loss"])
-        parts.append(f"best evaluation {best['eval_loss']:.2f} at step {best['step']}")
+    if run.best.step:
+        parts.append(f"best evaluation {run.best.loss:.2f} at step {run.best.step}")
     return parts
 
 

@@ -25,7 +25,11 @@ def note_unused(options: Namespace, given: set[str]) -> None:
                 "--warmup_steps sets the warm-up",
             ),
             ({"run_name"}, no_report, "it needs --report_to"),
-            ({"per_device_eval_batch_size"}, not has_eval_rows, "no rows are held out"),
+            (
+                {"per_device_eval_batch_size"},
+                not (has_eval_rows or options.precompute_reference),
+                "no rows are held out",
+            ),
             # The record of an earlier run with --stage pt may hold it.
             ({"template_date"}, options.stage == "pt", "--stage pt has no chat template"),
             ({"plot_loss"}, options.dry_run, plan),

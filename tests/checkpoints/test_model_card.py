@@ -87,6 +87,17 @@ def settings(folder):
         ({"warmup_ratio": 0.1, "lr_scheduler_type": "constant"}, {}, ["warmup_ratio"]),
         ({"finetuning_type": "full", "lora_rank": 8, "lora_target": "all"}, {}, ["lora_rank"]),
         (
+            {"seed": 0, "warmup_steps": 0, "max_grad_norm": 0.0, "weight_decay": 0.0},
+            {"seed": "0", "warmup_steps": "0", "max_grad_norm": "0.0"},
+            ["weight_decay"],
+        ),
+        (
+            {"train_from_scratch": True, "optim": "adamw_8bit", "mix": "/home/me/more.json:0.2"},
+            {"train_from_scratch": "True", "optim": "adamw_8bit", "mix": "more.json:0.2"},
+            [],
+        ),
+        ({"enable_thinking": False}, {"enable_thinking": "false"}, []),
+        (
             {"finetuning_type": "lora", "adapter": "/home/me/first", "lora_rank": 8},
             {"adapter": "first"},
             ["lora_rank"],

@@ -160,6 +160,8 @@ def test_best_and_early_stopping(flags, tmp_path):
     assert f"checkpoint-{best}," in done.stdout
     kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in final(tmp_path / "out").items())
+    card = (tmp_path / "out/README.md").read_text()  # of these weights, not of the last
+    assert f"| eval_loss | {min(losses)} | {best} |" in card and "| rows_per_step | 4 |" in card
 
 
 def test_evaluations_and_checkpoints_after_each_epoch(flags, tmp_path):
@@ -232,17 +234,23 @@ def test_best_of_another_folder(flags, tmp_path):
     assert (tmp_path / "b/adapter_model.safetensors").exists()
 
 
-def test_best_of_other_held_out_rows(flags, rows_file, tmp_path):
+@pytest.mark.parametrize("flag", ["--eval_dataset", "--validation_split"])
+def test_best_of_other_held_out_rows(flag, flags, rows_file, tmp_path):
     """A loss on other held-out rows cannot be compared: the best step so far does not count."""
     hard = tmp_path / "hard.json"
-    hard.write_text(json.dumps([{"instruction": "?", "output": "zqxj kvwz " * 9}]))
+    row = {"instruction": "?", "output": "zqxj kvwz " * 9}
+    hard.write_text(json.dumps([{**row, "instruction": str(number)} for number in range(23)]))
     flags = [*flags, "--output_dir", tmp_path / "out", "--load_best_model_at_end"]
     flags += ["--eval_steps", 1, "--save_steps", 1]
-    assert command(*flags, "--max_steps", 4, "--eval_dataset", rows_file).returncode == 0
-    flags += ["--max_steps", 6, "--eval_dataset", hard, "--resume_from_checkpoint"]
+    rows = [rows_file, hard] if flag == "--eval_dataset" else [6, 6]
+    assert command(*flags, "--max_steps", 4, flag, rows[0]).returncode == 0
+    if flag == "--validation_split":
+        flags += ["--dataset", hard]
+    flags += ["--max_steps", 6, flag, rows[1], "--resume_from_checkpoint"]
     done = command(*flags)
     assert done.returncode == 0, done.stderr
     assert re.search(r"loaded the weights of \S+checkpoint-[56],", done.stdout)
+    assert re.search(r", best evaluation \S+ at step [56], ", done.stdout)
     rows = read_metrics(tmp_path / "out/metrics.jsonl")
     easy, hard = (
         [row["eval_loss"] for row in rows if row.get("step") in steps and "eval_loss" in row]

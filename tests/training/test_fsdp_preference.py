@@ -192,7 +192,7 @@ def test_the_reference_is_the_initial_model(runs):
         fsdp.distribute(model, config, options, runs / "plain", torch.float32, torch.device("cpu"))
         batch = collate([Example(np.arange(3, 40), np.arange(37) % 20 > 8, [20, 17])])
         with torch.no_grad():
-            expected = answer_log_probs(model, model.logits, batch)
+            expected = answer_log_probs(model, model, batch)
             reference = ShardedReference(model)
             for parameter in fsdp.trainable_parameters(model).values():
                 parameter.to_local().add_(0.1)
@@ -201,6 +201,6 @@ def test_the_reference_is_the_initial_model(runs):
         assert 0 < sum(one.numel() for one in held.values()) < 20_000
         assert torch.equal(reference(batch), expected)
         with torch.no_grad():
-            assert not torch.allclose(answer_log_probs(model, model.logits, batch), expected)
+            assert not torch.allclose(answer_log_probs(model, model, batch), expected)
     finally:
         dist.destroy_process_group()

@@ -303,9 +303,17 @@ def test_steps_equal_trl(case, base, tiny_tokenizer_dir, tmp_path):
 # The loss
 
 
-def new_objective(**settings):
+# The angles of a text longer than 8 tokens depend on its length.
+STRETCHED = {
+    **CONFIG,
+    "max_position_embeddings": 8,
+    "rope_scaling": {"rope_type": "dynamic", "factor": 8.0},
+}
+
+
+def new_objective(config=CONFIG, **settings):
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    model = CausalLM(ModelConfig.from_dict(config))
     model.initialize()
     objective = preference.DirectPreference(model, FrozenReference(model), **settings)
     with torch.no_grad():  # like a model after some training
@@ -314,9 +322,9 @@ def new_objective(**settings):
     return objective
 
 
-def new_reward_objective():
+def new_reward_objective(config=CONFIG):
     torch.manual_seed(0)
-    model = RewardModel(ModelConfig.from_dict(CONFIG))
+    model = RewardModel(ModelConfig.from_dict(config))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.2)
     return preference.Reward(model)
@@ -337,7 +345,13 @@ def step_of(objective, examples, batch_size):
 
 
 @pytest.mark.parametrize(
-    "new", [lambda: new_objective(sft_weight=0.7, label_smoothing=0.1), new_reward_objective]
+    "new",
+    [
+        lambda: new_objective(sft_weight=0.7, label_smoothing=0.1),
+        lambda: new_objective(STRETCHED),
+        new_reward_objective,
+        lambda: new_reward_objective(STRETCHED),
+    ],
 )
 def test_the_split_changes_nothing(new):
     """Rows of two and of three answers, 8 x 1, 3 x 3 and 1 x 8; the evaluation agrees."""

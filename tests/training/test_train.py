@@ -1,5 +1,6 @@
 """The training loop against transformers' Trainer with peft, and through the command line."""
 
+import copy
 import json
 
 import numpy as np
@@ -152,6 +153,31 @@ def test_a_step_without_rows_changes_nothing(optim, tmp_path):
     assert metrics_of(tmp_path)[0]["loss"] is None
     train.train_step(run, [run.collate(rows)])
     assert not all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("switches", [[], ["--packing"]])
+def test_dynamic_angles_do_not_depend_on_the_batch(switches, tmp_path):
+    """The loss of rows within and beyond the trained context, in one micro-batch or alone."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    config = {**CONFIG, "max_position_embeddings": 16, "rope_scaling": scaling}
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**config))
+    theirs.save_pretrained(tmp_path)
+    run = new_run(
+        training_options("--finetuning_type", "full", *switches),
+        load_model(tmp_path).requires_grad_(True),
+    )
+    examples = learnable_examples(6)
+    batch = run.collate(examples)
+    loss = run.objective.sums(run.wrapped, batch)["loss"] / run.objective.count([batch])
+    sums = []
+    for example in examples:
+        ids, learned = torch.from_numpy(example.ids)[None].long(), example.supervised
+        labels = torch.where(torch.from_numpy(learned), ids, -100)
+        # A copy, because dynamic angles stay those of the longest text that a model has seen.
+        mean = copy.deepcopy(theirs)(input_ids=ids, labels=labels).loss.item()
+        sums.append(mean * learned[1:].sum())
+    expected = sum(sums) / sum(example.supervised[1:].sum() for example in examples)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_compiled_layers_compute_the_same(tmp_path):
