@@ -59,7 +59,7 @@ from minisft.evaluation.judge import (
     judge_report,
 )
 from minisft.evaluation.measures import differences, measure
-from minisft.evaluation.models import NamedModel, check_model, parse_models, split_adapter
+from minisft.evaluation.models import NamedModel, check_model, parse_models, paths_of, split_adapter
 from minisft.evaluation.multiple_choice import answer_subject
 from minisft.evaluation.predictions import (
     Baseline,
@@ -143,7 +143,8 @@ def measure_accuracy(
     processes.barrier()  # no rank writes before all have looked
     if processes.rank() == 0:
         results = f"{rows_dir.name}/*.csv", "summary.json", "submission.json"
-        resume.start_output_dir(options, output_dir, results)
+        inputs = [options.model_name_or_path, options.adapter]
+        resume.start_output_dir(options, output_dir, inputs, results)
     processes.barrier()
 
     answer_subjects(options, assistant.model, builder, unfinished, rows_dir)
@@ -191,8 +192,7 @@ def compare(options: Namespace) -> None:
     if announced_processes() > 1:
         raise UserError("compare runs in a single process. Start it without torchrun.")
     models = parse_models(options.models)
-    inputs = [path for model in models for path in (model.path, model.adapter)]
-    output_dir = resume.check_output(options, inputs, resume.ANSWER_OPTIONS)
+    output_dir = resume.check_output(options, paths_of(models), resume.ANSWER_OPTIONS)
     scorers()  # reports a missing package before anything is computed
     check_judge(options)
     sampling = Sampling(
@@ -222,7 +222,7 @@ def compare_answers(
     """Answer the questions, measure the answers, and write the report."""
     answers_dir = output_dir / "answers"
     files = "answers/*.json", "verdicts.jsonl", "results.json", "report.html", "report.png"
-    resume.start_output_dir(options, output_dir, files)
+    resume.start_output_dir(options, output_dir, paths_of(models), files)
     answers_dir.mkdir(exist_ok=True)
 
     results: dict[str, Any] = {

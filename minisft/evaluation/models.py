@@ -30,6 +30,11 @@ def parse_models(texts: Iterable[str]) -> list[NamedModel]:
     return models
 
 
+def paths_of(models: Iterable[NamedModel]) -> list[str | None]:
+    """The paths of the models and of their adapters."""
+    return [path for model in models for path in (model.path, model.adapter)]
+
+
 def parse_model(text: str) -> NamedModel:
     """Parse `NAME=DIR` or `NAME=DIR+ADAPTER`."""
     name, _, place = text.partition("=")

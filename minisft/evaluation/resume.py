@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minisft.common.errors import UserError
+from minisft.common.json_files import read_json, write_json
 from minisft.common.outputs import FULL_DISK, check_output_dir, recorded_options, save_options
 from minisft.common.script import advice_after_ctrl_c
 
@@ -48,6 +49,9 @@ ANSWER_OPTIONS = (
     "seed",
 )
 
+# What a model consists of. Its files are not read again: their sizes and times show a change.
+MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model")
+
 
 def check_output(options: Namespace, inputs: Sequence[str | None], names: Sequence[str]) -> Path:
     """The folder to write to. UserError if it is an input, or not empty without --resume.
@@ -66,7 +70,21 @@ def check_output(options: Namespace, inputs: Sequence[str | None], names: Sequen
                 f"--resume: {options.output_dir} is from a run with {name} {recorded.get(name)}, "
                 f"not {getattr(options, name)}. Use the same options, or another --output_dir."
             )
+    if recorded and read_json(output_dir / "models.json", missing={}) != model_files(inputs):
+        raise UserError(
+            f"--resume: the files of a model have changed since the run in {options.output_dir}. "
+            "Choose another --output_dir, or start again with --overwrite_output_dir."
+        )
     return output_dir
+
+
+def model_files(inputs: Sequence[str | None]) -> dict[str, list[int]]:
+    """{path: [bytes, time of change in nanoseconds]} of the files of local models and adapters."""
+    files: list[Path] = []
+    for path in map(Path, filter(None, inputs)):
+        files += [path] if path.is_file() else sorted(path.glob("*"))
+    stats = {str(file): file.stat() for file in files if file.suffix in MODEL_FILES}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def is_of(options: Namespace, names: Sequence[str]) -> bool:
@@ -75,17 +93,20 @@ def is_of(options: Namespace, names: Sequence[str]) -> bool:
     return bool(recorded) and all(recorded.get(name) == getattr(options, name) for name in names)
 
 
-def start_output_dir(options: Namespace, output_dir: Path, results: Sequence[str]) -> None:
-    """Create the folder and record the options.
+def start_output_dir(
+    options: Namespace, output_dir: Path, inputs: Sequence[str | None], results: Sequence[str]
+) -> None:
+    """Create the folder, and record the options and the files of the models.
 
-    results: patterns of files. Without --resume, those of an earlier run are removed, because they
-    could be mistaken for results of this run.
+    inputs: the models and adapters. results: patterns of files. Without --resume, those of an
+    earlier run are removed, because they could be mistaken for results of this run.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     if not options.resume:
         for pattern in results:
             for path in output_dir.glob(pattern):
                 path.unlink()
+    write_json(model_files(inputs), output_dir / "models.json")
     save_options(options, output_dir / "options.toml")
 
 

@@ -354,6 +354,9 @@ def test_compare_through_the_command_line(tiny_chat_model_dir, stub, tmp_path, m
     (tmp_path / "rows.json").write_text(json.dumps([*ROWS[:2], {**ROWS[2], "output": "a hat"}]))
     with pytest.raises(UserError, match="base.json: answers other questions"):
         run_here(monkeypatch, *words, "--resume")
+    (tiny_chat_model_dir / "model.safetensors").touch()  # a model of the same name, trained again
+    with pytest.raises(UserError, match="--resume: the files of a model have changed"):
+        run_here(monkeypatch, *words, "--resume")
 
 
 def test_answers_of_an_earlier_run_are_removed(tiny_chat_model_dir, tmp_path, monkeypatch):

@@ -201,6 +201,9 @@ def test_a_run_resume_and_two_processes(checkpoint, benchmark_dir, tmp_path):
     assert (rows_dir / "art.csv").read_text() == expected
     done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume", "--split", "test")
     assert done.returncode == 2 and "split val, not test" in done.stderr
+    (checkpoint / "config.json").touch()
+    done = ceval(checkpoint, benchmark_dir, tmp_path / "one", "--resume")
+    assert done.returncode == 2 and "the files of a model have changed" in done.stderr
 
     done = ceval(
         checkpoint,
