@@ -14,6 +14,8 @@ output, everything else to standard error.
 import sys
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from minisft.chat.options import parse_options, read_password, read_question, read_system
 from minisft.common.script import run_script
@@ -30,10 +32,11 @@ from minisft.chat.model_thread import ModelThread
 from minisft.chat.page import Page
 from minisft.chat.terminal import INTERRUPTED, Conversation, converse, open_standard_streams
 from minisft.chat.transcript import Transcript
-from minisft.checkpoints.folders import load_model
+from minisft.checkpoints.folders import load_model, stored_tensors
 from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
 from minisft.common.devices import resolve_device, resolve_dtype, type_for_answers
 from minisft.common.model_flags import dtype_option, template_settings
+from minisft.common.tensor_files import ADAPTER_WEIGHTS
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
 from minisft.model.packed_weights import can_pack_weights, pack_weights
@@ -145,9 +148,13 @@ def answer_file(
     options: Namespace, assistant: Assistant, sampling: Sampling, system: str | None
 ) -> None:
     """Answer the prompts in --file."""
+    stored = stored_tensors(resolve(options.model_name_or_path)).values()
+    adapter = options.adapter and resolve_adapter(options.adapter) / ADAPTER_WEIGHTS
     settings = {
-        "model_name_or_path": options.model_name_or_path,
-        "adapter": options.adapter,
+        "model_name_or_path": stamped(
+            options.model_name_or_path, {tensor.path for tensor in stored}
+        ),
+        "adapter": adapter and stamped(options.adapter, {adapter}),
         "template": options.template,
         "template_kwargs": options.template_kwargs,
         "enable_thinking": options.enable_thinking,
@@ -166,6 +173,12 @@ def answer_file(
         options.overwrite,
     )
     print(f"{options.output}: {number} answers", file=sys.stderr)
+
+
+def stamped(name: str, paths: set[Path]) -> list[Any]:
+    """A name with the sizes and times of its files, which another training changes."""
+    states = ((path.name, path.stat()) for path in sorted(paths))
+    return [name, *([file, state.st_size, state.st_mtime_ns] for file, state in states)]
 
 
 if __name__ == "__main__":
