@@ -280,13 +280,16 @@ def test_metadata(checkpoint, tmp_path):
     """The fields and values of llama.cpp's own converter (llama-cpp-python 0.3.36).
 
     Intended differences: we always write key_length, value_length, add_space_prefix,
-    padding_token_id and a placeholder for BOS, and our own WRITES_SPACE. We do not write
+    padding_token_id and a placeholder for BOS, and our own fields. We do not write
     add_eos_token and add_sep_token, which are false. The name is the folder's, not in title case.
     Control tokens of SentencePiece keep the types and scores of its model.
     """
     (checkpoint / "generation_config.json").write_text('{"temperature": 1, "top_k": 20}')
     export_model(checkpoint, tmp_path / "model.gguf", "q8_0", name="My model")
     fields, _ = read(tmp_path / "model.gguf")
+    types = types_of(tmp_path / "model.gguf")
+    del types["minisft.stop_token_ids"]
+    assert fields.pop("minisft.stop_token_ids") == [2]
     lists = {
         f"tokenizer.ggml.{name}": fields.pop(f"tokenizer.ggml.{name}")
         for name in ("tokens", "token_type", "merges")
@@ -322,9 +325,7 @@ def test_metadata(checkpoint, tmp_path):
         "tokenizer.ggml.add_bos_token": True,
     }
     assert {name: value for name, value in fields.items() if "GGUF" not in name} == expected
-    assert types_of(tmp_path / "model.gguf") == types_by_the_package(
-        tmp_path / "theirs.gguf", {**fields, **lists}
-    )
+    assert types == types_by_the_package(tmp_path / "theirs.gguf", {**fields, **lists})
     tokenizer = Tokenizer.load(checkpoint)
     assert vocabulary["tokens"][: tokenizer.vocab_size] == [
         tokenizer.token_text(id) for id in range(tokenizer.vocab_size)
