@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_flags, command
-from gguf_models import FAMILIES, SMALL, STRETCHED, VOCAB, prompts, save
+from gguf_models import FAMILIES, LLAMA3, SMALL, STRETCHED, VOCAB, prompts, save
 from llama_cpp import Server
 
 from minisft.checkpoints import adapters, folders, gguf_export
@@ -416,6 +416,7 @@ def test_models_that_llama_cpp_cannot_run_or_runs_differently(tmp_path, tiny_tok
         ({"model_type": "smollm3", "mlp_bias": True}, "MLP biases"),
         ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layers"),
         ({"rope_scaling": {"rope_type": "yarn", "truncate": False, **STRETCHED}}, "truncate"),
+        ({"model_type": "qwen3", "rope_scaling": LLAMA3}, "llama3"),
     ):
         folder = save(tmp_path / message, tiny_tokenizer_dir, content)
         with pytest.raises(UserError, match=message):
@@ -431,3 +432,19 @@ def test_models_that_llama_cpp_cannot_run_or_runs_differently(tmp_path, tiny_tok
     )
     notes = export_model(folder, tmp_path / "model.gguf", "f16").notes
     assert "beyond 100 tokens" in " ".join(notes) and "dynamic" in " ".join(notes)
+
+
+def test_llama_cpp_needs_flags_for_the_bounds_of_yarn(tmp_path, tiny_tokenizer_dir):
+    bounds = {"beta_fast": 4.0, "beta_slow": 2.0}
+    content = {"rope_scaling": {"rope_type": "yarn", **STRETCHED, **bounds}}
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, content)
+    [note] = export_model(folder, tmp_path / "model.gguf", "f32").notes
+    assert note.endswith("--yarn-beta-fast 4.0 --yarn-beta-slow 2.0")
+    *_, ids = prompts()
+    flags = {f"yarn_{name}": value for name, value in bounds.items()}
+    with Server(tmp_path / "model.gguf", **flags) as server:
+        theirs = server.log_probabilities(ids, VOCAB)
+    np.testing.assert_allclose(our_log_probabilities(folder, ids), theirs, atol=1e-3)
+    with Server(tmp_path / "model.gguf") as server:
+        theirs = server.log_probabilities(ids, VOCAB)
+    assert np.abs(our_log_probabilities(folder, ids) - theirs).max() > 1
