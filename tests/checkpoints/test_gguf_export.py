@@ -17,6 +17,7 @@ from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.common.command_line import QUANTIZATIONS
 from minisft.common.errors import UserError
+from minisft.generation.sampling import penalize
 from minisft.gguf import writer
 from minisft.gguf.compatibility import check_architecture
 from minisft.gguf.tensor_types import tensor_type
@@ -43,10 +44,11 @@ def our_log_probabilities(folder, ids, adapter=None):
 
 
 @torch.no_grad()
-def our_greedy(folder, ids, length):
+def our_greedy(folder, ids, length, penalty=1.0):
     model, ids = folders.load_model(folder), list(ids)
     for _ in range(length):
         logits = model.logits(model(torch.tensor([ids]))[0, -1])
+        logits = penalize(logits, torch.isin(torch.arange(VOCAB), torch.tensor(ids)), penalty)
         logits[STOPS] = -torch.inf  # llama.cpp ignores stop tokens here, and omits them
         ids.append(int(logits.argmax()))
     return ids[-length:]
@@ -448,3 +450,11 @@ def test_llama_cpp_needs_flags_for_the_bounds_of_yarn(tmp_path, tiny_tokenizer_d
     with Server(tmp_path / "model.gguf") as server:
         theirs = server.log_probabilities(ids, VOCAB)
     assert np.abs(our_log_probabilities(folder, ids) - theirs).max() > 1
+
+
+def test_llama_cpp_penalises_repetitions_in_the_whole_text(checkpoint, tmp_path):
+    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
+    export_model(checkpoint, tmp_path / "model.gguf", "f32")
+    *_, ids = prompts()  # more than 64
+    with Server(tmp_path / "model.gguf") as server:
+        assert server.greedy(ids, 40) == our_greedy(checkpoint, ids, 40, 1.5)
