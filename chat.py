@@ -33,6 +33,7 @@ from minisft.chat.transcript import Transcript
 from minisft.checkpoints.folders import load_model
 from minisft.checkpoints.hub import model_or_base, resolve, resolve_adapter
 from minisft.common.devices import resolve_device, resolve_dtype, type_for_answers
+from minisft.common.hashes import model_files
 from minisft.common.model_flags import dtype_option, template_settings
 from minisft.generation.assistant import Assistant
 from minisft.generation.sampling import Sampling
@@ -148,6 +149,7 @@ def answer_file(
     settings = {
         "model_name_or_path": options.model_name_or_path,
         "adapter": options.adapter,
+        "files": model_files([options.model_name_or_path, options.adapter]),
         "template": options.template,
         "template_kwargs": options.template_kwargs,
         "enable_thinking": options.enable_thinking,

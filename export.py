@@ -130,7 +130,9 @@ def write_folder(
     dtype = resolve_dtype(dtype_option(options), device, auto_dtype)
     is_reward_model = has_head(model_dir, adapter_dir)
     load = load_reward_model if is_reward_model else folders.load_model
-    model = load(model_dir, stored_dtype, device, options.quantization_bit)
+    # A checkpoint may have weights in more digits than its embedding.
+    loaded_dtype = torch.float32 if dtype == torch.float32 else stored_dtype
+    model = load(model_dir, loaded_dtype, device, options.quantization_bit)
     if adapter_dir and options.format == "peft":
         forms = read_adapter(adapter_dir, model.config.tie_word_embeddings)
         refuse_untrainable(forms, "written again")

@@ -54,6 +54,11 @@ VARIANTS = {
         "model_type": "llama",
         "rope_parameters": {"rope_theta": 500000.0, **LLAMA3_ROPE},
     },
+    "yarn, its context stated twice": {
+        "model_type": "llama",
+        "rope_scaling": YARN,
+        "original_max_position_embeddings": 48,
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral, window": {"model_type": "mistral", "sliding_window": 16},
     "qwen2": {"model_type": "qwen2"},

@@ -14,10 +14,12 @@ from standing import HANG_SECONDS
 
 
 class Server:
-    """A running model. `lora`: an adapter's file."""
+    """A running model. `lora`: an adapter's file. `flags`: others of llama.cpp's."""
 
-    def __init__(self, path, context=256, lora=None):
+    def __init__(self, path, context=256, lora=None, **flags):
         parameters = xllamacpp.CommonParams()
+        for name, value in flags.items():
+            setattr(parameters, name, value)
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.warmup, parameters.n_parallel = context, False, 1
         parameters.cpuparams.n_threads = 1

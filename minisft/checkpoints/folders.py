@@ -235,11 +235,19 @@ def save_model(
 def gather_tensors(
     tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """The full tensors on rank 0, nothing on other ranks. All ranks call it."""
+    """The full tensors on rank 0, nothing on other ranks. All ranks call it.
+
+    UserError if a number does not fit `dtype`.
+    """
     gathered = {}
     for name, tensor in tensors.items():
         full = processes.gather_to_rank0(tensor, dtype)
         if full is not None:
+            if dtype == torch.float16 and full.isinf().any():
+                raise UserError(
+                    f"{name} holds numbers above 65,504, the largest float16. Use --dtype bfloat16 "
+                    "or float32"
+                )
             gathered[name] = full
     return gathered
 

@@ -90,7 +90,9 @@ def export_model(
         "general.type": "model",
         "general.name": name or model_dir.resolve().name,
         "general.size_label": gguf.size_label(num_parameters(tensors), 0, 0, 0),
-        **sampling_fields(read_json(model_dir / "generation_config.json", missing={})),
+        **sampling_fields(
+            read_json(model_dir / "generation_config.json", missing={}), config.context_length
+        ),
         **architecture_fields(config),
         "general.file_type": int(QUANTIZATIONS[quantization][0]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minisft.common.errors import UserError
+from minisft.common.hashes import model_files
 from minisft.common.json_files import read_json, write_json
 from minisft.common.outputs import FULL_DISK, check_output_dir, recorded_options, save_options
 from minisft.common.script import advice_after_ctrl_c
@@ -49,9 +50,6 @@ ANSWER_OPTIONS = (
     "seed",
 )
 
-# What a model consists of. Its files are not read again: their sizes and times show a change.
-MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model")
-
 
 def check_output(options: Namespace, inputs: Sequence[str | None], names: Sequence[str]) -> Path:
     """The folder to write to. UserError if it is an input, or not empty without --resume.
@@ -76,15 +74,6 @@ def check_output(options: Namespace, inputs: Sequence[str | None], names: Sequen
             "Choose another --output_dir, or start again with --overwrite_output_dir."
         )
     return output_dir
-
-
-def model_files(inputs: Sequence[str | None]) -> dict[str, list[int]]:
-    """{path: [bytes, time of change in nanoseconds]} of the files of local models and adapters."""
-    files: list[Path] = []
-    for path in map(Path, filter(None, inputs)):
-        files += [path] if path.is_file() else sorted(path.glob("*"))
-    stats = {str(file): file.stat() for file in files if file.suffix in MODEL_FILES}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def is_of(options: Namespace, names: Sequence[str]) -> bool:

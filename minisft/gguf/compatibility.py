@@ -43,6 +43,11 @@ def check_architecture(config: ModelConfig) -> None:
             "llama.cpp expects 32 layers of Baichuan2 with rotary positions, and 40 with ALiBi; "
             f"this checkpoint has {config.num_hidden_layers} layers. {USE_HF}"
         )
+    if scaling.get("rope_type") == "llama3" and architecture != "llama":
+        raise UserError(
+            "llama.cpp has the rotary scaling llama3 for Llama and Mistral only, not for "
+            f"{architecture}. {USE_HF}"
+        )
     if scaling.get("rope_type") == "yarn" and not scaling.get("truncate", True):
         raise UserError(
             f"llama.cpp's YaRN always truncates; this model says truncate = false. {USE_HF}"
@@ -56,6 +61,17 @@ def known_differences(config: ModelConfig) -> list[str]:
         sentences.append(
             "llama.cpp does not know dynamic rotary scaling: answers differ beyond "
             f"{config.max_position_embeddings} tokens"
+        )
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    flags = [
+        f"--yarn-{name.replace('_', '-')} {scaling[name]}"
+        for name, usual in (("beta_fast", 32), ("beta_slow", 1))
+        if scaling["rope_type"] == "yarn" and (scaling.get(name) or usual) != usual
+    ]
+    if flags:
+        sentences.append(
+            "llama.cpp does not read YaRN's beta_fast and beta_slow from the file: answers are "
+            f"wrong without its flags {' '.join(flags)}"
         )
     window, length = config.sliding_window, config.max_position_embeddings
     if "sliding_attention" in config.layer_types and window is not None and window < length:

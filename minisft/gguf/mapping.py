@@ -65,6 +65,7 @@ SAMPLING = {
     "min_p": ("min_p", float),
     "repetition_penalty": ("penalty_repeat", float),
 }
+MAX_PENALIZED = 2**20  # llama.cpp reserves memory for so many tokens
 
 
 def gguf_name(name: str) -> str:
@@ -171,11 +172,15 @@ def rotary_divisors(config: ModelConfig) -> torch.Tensor | None:
     return rotary_frequencies(unscaled, 0)[0] / rotary_frequencies(config, 0)[0]
 
 
-def sampling_fields(generation_config: dict[str, Any]) -> dict[str, Any]:
+def sampling_fields(generation_config: dict[str, Any], context_length: int) -> dict[str, Any]:
     """The sampling that generation_config.json recommends, as metadata."""
     fields: dict[str, Any] = {}
     for name, (gguf_field, to_type) in SAMPLING.items():
         value: Any = generation_config.get(name)
         if type(value) in (int, float) and 0 <= value < 2**31:
             fields[f"general.sampling.{gguf_field}"] = to_type(value)
+    if fields.get("general.sampling.penalty_repeat", 1.0) != 1.0:
+        # transformers penalises the tokens of the whole text, llama.cpp those of the last 64.
+        length = np.int32(min(context_length, MAX_PENALIZED))
+        fields["general.sampling.penalty_last_n"] = length
     return fields

@@ -10,6 +10,7 @@ with their rows in the checkpoint's order.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -191,8 +192,17 @@ class BlockRows:
 
 def read_blocks(stored: StoredTensor) -> list[Blocks]:
     """A matrix of type Q4_0, Q4_1 or Q8_0, see BlockRows.blocks; [] for other tensors."""
+    if stored.parts:
+        parts = [read_blocks(part) for part in stored.parts]
+        same_form = len({len(part) for part in parts}) == 1
+        return [join_rows(blocks) for blocks in zip(*parts, strict=True)] if same_form else []
     rows = stored.unpack
     if not isinstance(rows, BlockRows) or rows.type not in BLOCK_BYTES or len(stored.shape) != 2:
         return []
     data = replace(stored, dtype=torch.uint8, shape=(stored.nbytes,), unpack=None).read()
     return rows.blocks(data)
+
+
+def join_rows(parts: Sequence[Blocks]) -> Blocks:
+    """The rows of several matrices, one after the other."""
+    return Blocks(*map(torch.cat, zip(*parts, strict=True)))

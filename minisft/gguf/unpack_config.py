@@ -79,7 +79,8 @@ def _rope_scaling(metadata: dict[str, Any], architecture: str) -> dict[str, Any]
     # As in llama.cpp: a factor without a type is linear. Older files call it scale_linear.
     rope_type = metadata.get(f"{architecture}.rope.scaling.type", "linear")
     factor = get("rope.scaling.factor", get("rope.scale_linear", 0))
-    if rope_type == "none" or factor in (0, 1):
+    # YaRN changes the temperature even with a factor of 1.
+    if rope_type == "none" or factor == 0 or (factor == 1 and rope_type == "linear"):
         return None
     if rope_type not in ("linear", "yarn"):
         raise UserError(f"{architecture}.rope.scaling.type '{rope_type}' is not supported")

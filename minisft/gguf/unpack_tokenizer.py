@@ -14,6 +14,7 @@ from minisft.gguf.vocabulary import (
     ADDS_BOS,
     BYTE,
     CONTROL,
+    KNOWN_STOPS,
     NORMAL,
     PRE_TOKENIZERS,
     SPACE_AT_START,
@@ -49,8 +50,12 @@ def tokenizer_files(metadata: dict[str, Any], vocab_size: int) -> dict[str, Any]
             f"the tokenizer model '{model}' is not supported; supported are llama and gpt2"
         )
     config = _tokenizer_config(metadata, fields, tokens)
+    # In a file of another program, the control tokens at which llama.cpp stops. `</s>` is an
+    # ordinary token of Qwen.
     stated = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    stop_ids = fields.get(STOPS) or [id for id in stated if id is not None]
+    controls = [id for id, type in enumerate(types) if type == CONTROL and id not in stated]
+    known = [id for id in controls if tokens[id] in KNOWN_STOPS]
+    stop_ids = fields.get(STOPS) or [id for id in stated + known if id is not None]
     files = {"tokenizer_config.json": config, "generation_config.json": {"eos_token_id": stop_ids}}
     if model == "llama":
         return {**files, "tokenizer.model": _sentencepiece_model(fields, tokens, types)}

@@ -27,7 +27,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0  # no merge produces these tokens
 # Our own fields, for unpack_tokenizer.py: the leading space is at the beginning of a text only, not
 # after special tokens; the tokenizer puts BOS before a text, though its prompts have none; all stop
-# tokens, if llama.cpp knows some by their text.
+# tokens, of which llama.cpp knows some by their text.
 SPACE_AT_START = "minisft.leading_space_at_start_only"
 ADDS_BOS = "minisft.tokenizer_adds_bos"
 STOPS = "minisft.stop_token_ids"
@@ -68,14 +68,14 @@ def vocabulary_fields(
     else:
         fields = _sentencepiece_fields(tokenizer, num_rows)
     types = fields["token_type"]
-    bos, more_stops = tokenizer.bos_token_id, _more_stops(tokenizer, stop_ids or [])
+    bos = tokenizer.bos_token_id
     ids = {
         # llama.cpp needs a BOS and would take token 11. Qwen has none; its placeholder is PAD.
         "bos_token_id": tokenizer.pad_token_id if bos is None else bos,
         "eos_token_id": tokenizer.eos_token_id,
         "unknown_token_id": types.index(UNKNOWN) if UNKNOWN in types else None,
         "padding_token_id": tokenizer.pad_token_id,
-        **more_stops,
+        **_more_stops(tokenizer, stop_ids or []),
     }
     fields |= {name: id for name, id in ids.items() if id is not None and 0 <= id < num_rows}
     prompts = prompts or Prompts(None, tokenizer.add_bos_token, tokenizer.leading_space)
@@ -87,7 +87,7 @@ def vocabulary_fields(
         fields[SPACE_AT_START] = True
     if tokenizer.add_bos_token != prompts.add_bos:
         fields[ADDS_BOS] = tokenizer.add_bos_token
-    if set(stop_ids or []) - {ids["eos_token_id"], *more_stops.values()}:
+    if stop_ids:
         fields[STOPS] = stop_ids
     if prompts.chat_template is not None:
         fields["tokenizer.chat_template"] = prompts.chat_template

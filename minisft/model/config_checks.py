@@ -82,10 +82,12 @@ def rotary_values(content: dict[str, Any], source: str | Path) -> dict[str, Any]
             f"{source}: rope type '{rope_type}' is not supported. minisft supports "
             f"{', '.join(ROPE_TYPES)}."
         )
-    if scaling.get("original_max_position_embeddings") is None:
-        scaling["original_max_position_embeddings"] = content.get(
-            "original_max_position_embeddings", content.get("max_position_embeddings", 2048)
-        )
+    # The field beside the scaling wins over the one in it, as in transformers.
+    length = content.get("original_max_position_embeddings")
+    length = scaling.get("original_max_position_embeddings") if length is None else length
+    if length is None:
+        length = content.get("max_position_embeddings", 2048)
+    scaling["original_max_position_embeddings"] = length
     for name in ROPE_NUMBERS:
         value = scaling.get(name)
         is_optional = name not in ROPE_TYPES[rope_type]

@@ -1,6 +1,7 @@
 """Files of prompts through chat.py: in order, in batches, continued after a kill."""
 
 import json
+import shutil
 from contextlib import closing
 
 import pytest
@@ -9,7 +10,9 @@ from conftest import ROOT, as_flags, command
 from forks import Forked, run_script
 from standing import lines_in, standing_still, wait_until
 
+import chat
 from minisft.chat import prompts
+from minisft.chat.options import parse_options
 from minisft.common.errors import UserError
 from minisft.data.dataset import load_rows
 from minisft.generation.answer import Response
@@ -221,6 +224,28 @@ def test_an_interrupted_run_keeps_what_decides_its_rounding(assistant, prompts_f
         prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5)
     assistant.dtype, assistant.answer = torch.float32, answer
     assert prompts.answer_file(assistant, prompts_file, output, SAMPLED, max_samples=5) == 5
+
+
+def test_an_interrupted_run_keeps_its_weights(tiny_chat_model_dir, prompts_file, tmp_path):
+    """Another training has written to the folder of the model meanwhile."""
+    folder, output = shutil.copytree(tiny_chat_model_dir, tmp_path / "model"), tmp_path / "out"
+    options = parse_options(flags_of(folder, prompts_file, output, "float32"))
+
+    def answer(**changes):
+        assistant = Assistant(folder, device="cpu", dtype="float32")
+        vars(assistant).update(changes)
+        chat.answer_file(options, assistant, SAMPLED, None)
+
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(answer=interrupted)
+    weights = folder / "model.safetensors"
+    shutil.copyfile(weights, tmp_path / "copy")
+    (tmp_path / "copy").replace(weights)
+    with pytest.raises(UserError, match="another model_name_or_path. Add --overwrite"):
+        answer()
 
 
 def read_complete(path):

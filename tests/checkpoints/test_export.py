@@ -163,6 +163,17 @@ def test_dtype_of_the_merged_model(checkpoint, adapter, tmp_path):
         assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], merged.to(dtype))
 
 
+def test_float32_keeps_weights_with_more_digits_than_the_embedding(checkpoint, tmp_path):
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    save_file({**tensors, name: tensors[name].bfloat16()}, checkpoint / "model.safetensors")
+    words = {"model_name_or_path": checkpoint, "output_dir": tmp_path / "out", "dtype": "float32"}
+    done = command(**words, script="export.py")
+    assert done.returncode == 0, done.stderr
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[other], tensors[other]) for other in tensors.keys() - {name})
+
+
 def test_peft_format(checkpoint, adapter, tmp_path):
     done = command(
         model_name_or_path=checkpoint,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_flags, command
-from gguf_models import FAMILIES, SMALL, STRETCHED, VOCAB, prompts, save
+from gguf_models import FAMILIES, LLAMA3, SMALL, STRETCHED, VOCAB, prompts, save
 from llama_cpp import Server
 
 from minisft.checkpoints import adapters, folders, gguf_export
@@ -17,6 +17,7 @@ from minisft.checkpoints.gguf_lora import export_adapter
 from minisft.checkpoints.hub import resolve, resolve_adapter
 from minisft.common.command_line import QUANTIZATIONS
 from minisft.common.errors import UserError
+from minisft.generation.sampling import penalize
 from minisft.gguf import writer
 from minisft.gguf.compatibility import check_architecture
 from minisft.gguf.tensor_types import tensor_type
@@ -43,10 +44,11 @@ def our_log_probabilities(folder, ids, adapter=None):
 
 
 @torch.no_grad()
-def our_greedy(folder, ids, length):
+def our_greedy(folder, ids, length, penalty=1.0):
     model, ids = folders.load_model(folder), list(ids)
     for _ in range(length):
         logits = model.logits(model(torch.tensor([ids]))[0, -1])
+        logits = penalize(logits, torch.isin(torch.arange(VOCAB), torch.tensor(ids)), penalty)
         logits[STOPS] = -torch.inf  # llama.cpp ignores stop tokens here, and omits them
         ids.append(int(logits.argmax()))
     return ids[-length:]
@@ -280,13 +282,16 @@ def test_metadata(checkpoint, tmp_path):
     """The fields and values of llama.cpp's own converter (llama-cpp-python 0.3.36).
 
     Intended differences: we always write key_length, value_length, add_space_prefix,
-    padding_token_id and a placeholder for BOS, and our own WRITES_SPACE. We do not write
+    padding_token_id and a placeholder for BOS, and our own fields. We do not write
     add_eos_token and add_sep_token, which are false. The name is the folder's, not in title case.
     Control tokens of SentencePiece keep the types and scores of its model.
     """
     (checkpoint / "generation_config.json").write_text('{"temperature": 1, "top_k": 20}')
     export_model(checkpoint, tmp_path / "model.gguf", "q8_0", name="My model")
     fields, _ = read(tmp_path / "model.gguf")
+    types = types_of(tmp_path / "model.gguf")
+    del types["minisft.stop_token_ids"]
+    assert fields.pop("minisft.stop_token_ids") == [2]
     lists = {
         f"tokenizer.ggml.{name}": fields.pop(f"tokenizer.ggml.{name}")
         for name in ("tokens", "token_type", "merges")
@@ -322,9 +327,7 @@ def test_metadata(checkpoint, tmp_path):
         "tokenizer.ggml.add_bos_token": True,
     }
     assert {name: value for name, value in fields.items() if "GGUF" not in name} == expected
-    assert types_of(tmp_path / "model.gguf") == types_by_the_package(
-        tmp_path / "theirs.gguf", {**fields, **lists}
-    )
+    assert types == types_by_the_package(tmp_path / "theirs.gguf", {**fields, **lists})
     tokenizer = Tokenizer.load(checkpoint)
     assert vocabulary["tokens"][: tokenizer.vocab_size] == [
         tokenizer.token_text(id) for id in range(tokenizer.vocab_size)
@@ -415,6 +418,7 @@ def test_models_that_llama_cpp_cannot_run_or_runs_differently(tmp_path, tiny_tok
         ({"model_type": "smollm3", "mlp_bias": True}, "MLP biases"),
         ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layers"),
         ({"rope_scaling": {"rope_type": "yarn", "truncate": False, **STRETCHED}}, "truncate"),
+        ({"model_type": "qwen3", "rope_scaling": LLAMA3}, "llama3"),
     ):
         folder = save(tmp_path / message, tiny_tokenizer_dir, content)
         with pytest.raises(UserError, match=message):
@@ -430,3 +434,27 @@ def test_models_that_llama_cpp_cannot_run_or_runs_differently(tmp_path, tiny_tok
     )
     notes = export_model(folder, tmp_path / "model.gguf", "f16").notes
     assert "beyond 100 tokens" in " ".join(notes) and "dynamic" in " ".join(notes)
+
+
+def test_llama_cpp_needs_flags_for_the_bounds_of_yarn(tmp_path, tiny_tokenizer_dir):
+    bounds = {"beta_fast": 4.0, "beta_slow": 2.0}
+    content = {"rope_scaling": {"rope_type": "yarn", **STRETCHED, **bounds}}
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, content)
+    [note] = export_model(folder, tmp_path / "model.gguf", "f32").notes
+    assert note.endswith("--yarn-beta-fast 4.0 --yarn-beta-slow 2.0")
+    *_, ids = prompts()
+    flags = {f"yarn_{name}": value for name, value in bounds.items()}
+    with Server(tmp_path / "model.gguf", **flags) as server:
+        theirs = server.log_probabilities(ids, VOCAB)
+    np.testing.assert_allclose(our_log_probabilities(folder, ids), theirs, atol=1e-3)
+    with Server(tmp_path / "model.gguf") as server:
+        theirs = server.log_probabilities(ids, VOCAB)
+    assert np.abs(our_log_probabilities(folder, ids) - theirs).max() > 1
+
+
+def test_llama_cpp_penalises_repetitions_in_the_whole_text(checkpoint, tmp_path):
+    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
+    export_model(checkpoint, tmp_path / "model.gguf", "f32")
+    *_, ids = prompts()  # more than 64
+    with Server(tmp_path / "model.gguf") as server:
+        assert server.greedy(ids, 40) == our_greedy(checkpoint, ids, 40, 1.5)

@@ -219,3 +219,11 @@ def test_stored_dtype_comes_from_the_tensors_not_from_config_json(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     assert stored_dtype(tmp_path) == torch.bfloat16
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
+    model = new_model()
+    model.model.norm.weight.data[3] = -70_000.0
+    with pytest.raises(UserError, match=r"model\.norm\.weight .* 65,504"):
+        save_model(model, tmp_path, torch.float16)
+    save_model(model, tmp_path, torch.bfloat16)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import command
-from gguf_models import FAMILIES, VOCAB, prompts, save
+from gguf_models import FAMILIES, STRETCHED, VOCAB, prompts, save
 from llama_cpp import Server
 
 import eval as eval_script
@@ -326,3 +326,12 @@ def test_round_trip_of_the_config(tmp_path, tiny_tokenizer_dir):
             assert ours[name] == pytest.approx(theirs[name]), name
         assert (ours["rope_scaling"] is None) == (theirs["rope_scaling"] is None)
         assert read_gguf(tmp_path / "model.gguf").metadata["general.file_type"] == 7
+
+
+def test_yarn_with_a_factor_of_1_keeps_its_temperature(tmp_path, tiny_tokenizer_dir):
+    yarn = {"rope_type": "yarn", **STRETCHED, "factor": 1.0, "attention_factor": 1.2}
+    folder = save(tmp_path / "model", tiny_tokenizer_dir, {"rope_scaling": yarn})
+    export_model(folder, tmp_path / "model.gguf", "f32")
+    scaling = ModelConfig.load(opened(tmp_path / "model.gguf")).rope_scaling
+    assert scaling["attention_factor"] == pytest.approx(1.2)
+    check_against_llama_cpp(tmp_path / "model.gguf", 0.01)

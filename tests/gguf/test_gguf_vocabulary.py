@@ -18,6 +18,7 @@ from minisft.checkpoints.gguf_export import export_model
 from minisft.common.errors import UserError
 from minisft.gguf.prompts import WRITE_SPACE, ids_in_one_piece
 from minisft.gguf.reader import read_gguf
+from minisft.gguf.unpack_tokenizer import tokenizer_files
 from minisft.gguf.vocabulary import WORDS, pre_tokenizer_name, vocabulary_fields
 from minisft.model.config import ModelConfig
 from minisft.text.template_choice import FOLDER, NAMES, get_template
@@ -470,7 +471,10 @@ def test_sentencepiece_without_its_model_file(exported, strings, tmp_path):
 
 
 def test_stop_tokens_that_llama_cpp_knows_are_read_back(small_sentencepiece, tmp_path):
-    """The file has no standard field for them. Its second export has the same bytes."""
+    """The file has no standard field for them. Its second export has the same bytes.
+
+    A file of another program has the stop tokens of llama.cpp.
+    """
     folder = small_sentencepiece(["<|end_of_text|>", "<|eom_id|>", "<|other|>"])
     stops = [2, 513, 514]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
@@ -480,6 +484,10 @@ def test_stop_tokens_that_llama_cpp_knows_are_read_back(small_sentencepiece, tmp
         for id in range(510, 515):  # 512 is no stop token of this model, but of llama.cpp
             ends = server.post("/completion", prompt=[1], n_predict=2, logit_bias=[[id, 1e6]])
             assert (ends["stop_type"] == "eos") == (id >= 512)
+    metadata = read_gguf(path).metadata
+    del metadata["minisft.stop_token_ids"]
+    files = tokenizer_files(metadata, len(metadata["tokenizer.ggml.tokens"]))
+    assert files["generation_config.json"] == {"eos_token_id": [2, 514, 512, 513]}
     back = hub.resolve(str(path))
     assert generation_eos(back, ModelConfig.load(back)) == stops
     export_model(back, again, "f16", name=folder.name)

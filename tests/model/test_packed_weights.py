@@ -128,14 +128,17 @@ def test_gradients_flow_through_packed_layers():
 
 @needs_kernels
 @pytest.mark.parametrize("quantization", ["q4_0", "q4_1", "q8_0", "q4_k_m"])
-@pytest.mark.parametrize("family", ["llama", "llama, tied, llama3 rotation", "qwen2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama, tied, llama3 rotation", "qwen2", "baichuan2, 7B"]
+)
 def test_a_gguf_file_is_used_in_its_blocks(
     family, quantization, tiny_chat_model_dir, tmp_path, monkeypatch
 ):
     """In blocks and dequantised, a model has the same logits within the rounding of bfloat16."""
     folder = tmp_path / "model"
     folder.mkdir()
-    content = FAMILIES[family] | {"vocab_size": 304, "intermediate_size": 128}
+    sizes = {"vocab_size": 304, "hidden_size": 64, "intermediate_size": 128}
+    content = FAMILIES[family] | sizes
     save(folder, hub.resolve(str(tiny_chat_model_dir)), content)
     export_model(folder, tmp_path / "model.gguf", quantization)
     unpacked_folder = hub.resolve(str(tmp_path / "model.gguf"))
