@@ -149,7 +149,7 @@ def answer_file(
     settings = {
         "model_name_or_path": options.model_name_or_path,
         "adapter": options.adapter,
-        "files": model_files([options.model_name_or_path, options.adapter]),
+        "model_files": model_files([options.model_name_or_path, options.adapter]),
         "template": options.template,
         "template_kwargs": options.template_kwargs,
         "enable_thinking": options.enable_thinking,

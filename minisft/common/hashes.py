@@ -14,8 +14,8 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_files(inputs: Iterable[str | None]) -> dict[str, list[int]]:
-    """{path: [bytes, time of change in nanoseconds]} of the files of local models and adapters.
+def model_files(inputs: Iterable[str | None]) -> str:
+    """A fingerprint of the files of local models and adapters: of their paths, sizes and times.
 
     It shows whether they have been trained again, without reading them. Names on the hub and None
     have no files.
@@ -23,5 +23,6 @@ def model_files(inputs: Iterable[str | None]) -> dict[str, list[int]]:
     files: list[Path] = []
     for path in map(Path, filter(None, inputs)):
         files += [path] if path.is_file() else sorted(path.glob("*"))
-    states = {str(file): file.stat() for file in files if file.suffix in MODEL_FILES}
-    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+    states = [(file, file.stat()) for file in files if file.suffix in MODEL_FILES]
+    text = "\n".join(f"{file} {state.st_size} {state.st_mtime_ns}" for file, state in states)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -11,6 +11,7 @@ from minisft.common.json_files import read_json, write_json
 from minisft.common.outputs import FULL_DISK, check_output_dir, recorded_options, save_options
 from minisft.common.script import advice_after_ctrl_c
 
+MODELS = "models.json"  # in the output folder: a fingerprint of the models
 # Options on which the predictions of a benchmark depend.
 CHOICE_OPTIONS = (
     "model_name_or_path",
@@ -68,7 +69,8 @@ def check_output(options: Namespace, inputs: Sequence[str | None], names: Sequen
                 f"--resume: {options.output_dir} is from a run with {name} {recorded.get(name)}, "
                 f"not {getattr(options, name)}. Use the same options, or another --output_dir."
             )
-    if recorded and read_json(output_dir / "models.json", missing={}) != model_files(inputs):
+    content = {"model_files": model_files(inputs)}
+    if recorded and read_json(output_dir / MODELS, missing={}) != content:
         raise UserError(
             f"--resume: the files of a model have changed since the run in {options.output_dir}. "
             "Choose another --output_dir, or start again with --overwrite_output_dir."
@@ -95,7 +97,7 @@ def start_output_dir(
         for pattern in results:
             for path in output_dir.glob(pattern):
                 path.unlink()
-    write_json(model_files(inputs), output_dir / "models.json")
+    write_json({"model_files": model_files(inputs)}, output_dir / MODELS)
     save_options(options, output_dir / "options.toml")
 
 

@@ -244,7 +244,7 @@ def test_an_interrupted_run_keeps_its_weights(tiny_chat_model_dir, prompts_file,
     weights = folder / "model.safetensors"
     shutil.copyfile(weights, tmp_path / "copy")
     (tmp_path / "copy").replace(weights)
-    with pytest.raises(UserError, match="another model_name_or_path. Add --overwrite"):
+    with pytest.raises(UserError, match="another model_files. Add --overwrite"):
         answer()
 
 
