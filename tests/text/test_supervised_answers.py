@@ -1,6 +1,7 @@
 """Which part of a rendered text is the answer: real and small templates that make it difficult."""
 
 import pytest
+from real_tokenizers import LLAMA3, load_tokenizer
 from template_checkpoints import build_checkpoint
 
 from minisft.common.errors import UserError
@@ -214,3 +215,16 @@ def test_flags_that_a_template_follows(shared_data, tmp_path):
     assert template.encode(conversation("Hi /no_think", "Hello."))
     with pytest.raises(UserError, match="message 1 .user.: .* content: '/think/home Hi'"):
         template.encode(conversation("/think/home Hi", "/home Hello."))
+
+
+@pytest.mark.parametrize("name", ["classic-chatml", "classic-phi-3", "llama-cpp-rwkv-world"])
+def test_the_end_of_an_answer_is_text(name, shared_data):
+    """Llama 3 has no token <|im_end|>, but tokens ">\\n" and "!\\n\\n": both merge at an end."""
+    tokenizer = load_tokenizer(shared_data / LLAMA3)
+    text = (shared_data / f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+    template = get_template("auto", tokenizer, text=text)
+    messages = conversation("Who are you?", "I am good.\n\nBye!", "Why?", "So!", "Hm.", "Yes.")
+    [example] = template.encode(messages)
+    for place in (1, 3, 5):
+        prompt = template.encode_prompt(messages[:place])
+        assert prompt == example.ids[: len(prompt)] and example.supervised[len(prompt)]
