@@ -74,7 +74,7 @@ def hub_files(
         if unknown:
             raise UserError(f"{repo_id}: minisft cannot read {list_names(unknown)}; convert them")
     else:
-        names = choose_files(repo_id, _preferred(names), subset, split)
+        names = choose_files(repo_id, _preferred(names), subset, split, folder)
     names = _preferred(names)
     if not repository.is_complete:
         _check_shards(repo_id, [name for name in names if name not in spelled])
@@ -129,7 +129,7 @@ def _names_of_card(
         readable = [name for name in inside if file_kind(name, plain_text)]
         if not readable:
             raise UserError(f"{repo_id}: there is no parquet or JSON file in {root or 'it'}")
-        return choose_files(repo_id, _preferred(readable), None, split), set()
+        return choose_files(repo_id, _preferred(readable), None, split, root), set()
     splits = _patterns_of_splits(configs[0])
     if split not in splits:
         raise UserError(

@@ -247,7 +247,8 @@ def _entry_files(
 
 def _files_of_split(place: str, root: Path, entry: dict[str, Any], plain_text: bool) -> list[Path]:
     """The files below `root` that belong to the folder, subset and split of an entry."""
-    folder = root / str(entry.get("folder") or "")
+    inside = str(entry.get("folder") or "")
+    folder = root / inside
     try:
         paths = data_files(folder, plain_text, entry.get("split") or "train")
     except UserError as error:
@@ -257,9 +258,8 @@ def _files_of_split(place: str, root: Path, entry: dict[str, Any], plain_text: b
             raise UserError(f"{place}: {folder} was saved by `datasets`, without subsets")
         return paths
     names = [path.relative_to(root).as_posix() for path in paths]
-    return [
-        root / name for name in choose_files(place, names, entry.get("subset"), entry.get("split"))
-    ]
+    subset, split = entry.get("subset"), entry.get("split")
+    return [root / name for name in choose_files(place, names, subset, split, inside)]
 
 
 def _check_sha1(place: str, paths: list[Path], expected: Any) -> None:
