@@ -23,7 +23,7 @@ from minisft.data.dataset_info import (
     read_entries,
 )
 from minisft.data.file_names import choose_files, file_kind, training_files
-from minisft.data.hub import HubName, hub_files, parse_hub_name
+from minisft.data.hub import HubName, files_of_card, hub_files, parse_hub_name
 
 STATE = "state.json"  # lists the files of a split that `datasets` saved
 # Sources that an entry may name but minisft does not read -> the reason.
@@ -140,7 +140,11 @@ def _from_folder(name: str, folder: Path, split: str | None, plain_text: bool) -
         return Source(name, paths)
     names = [path.relative_to(folder).as_posix() for path in paths]
     try:
-        chosen = choose_files(name, names, None, split) if split else training_files(name, names)
+        chosen = files_of_card(str(folder), folder, split, plain_text)
+        if chosen is None:
+            chosen = (
+                choose_files(name, names, None, split) if split else training_files(name, names)
+            )
     except UserError as error:
         raise UserError(f"{error}. Name one of its splits: {folder}:SPLIT") from error
     others = [] if split else [other for other in names if other not in chosen]

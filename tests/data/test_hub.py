@@ -219,6 +219,35 @@ def test_a_folder_with_the_name_of_a_split(the_hub, tmp_path):
     assert answers("a/b") == answers("it", dataset_dir=tmp_path) == ["train"]
 
 
+def test_a_copy_of_a_data_set(tmp_path):
+    """`datasets` follows the card in a folder, too."""
+    datasets = pytest.importorskip("datasets")
+    files = [{"split": "train", "path": "a.jsonl"}, {"split": "test", "path": "b.jsonl"}]
+    configs = [{"config_name": "main", "data_files": files, "default": True}]
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.jsonl").write_bytes(lines(name))
+
+    def put(text):
+        (folder / "README.md").write_text(text)
+
+    def theirs(split):
+        loaded = datasets.load_dataset(str(folder), split=split, cache_dir=str(tmp_path / "cache"))
+        return list(loaded["output"])
+
+    put(f"---\n{json.dumps({'configs': configs})}\n---\nText")
+    assert answers(folder) == theirs("train") == ["a"]
+    assert answers(f"{folder}:test") == theirs("test") == ["b"]
+    with pytest.raises(UserError, match="rows has no split 'dev'; choose one of train, test"):
+        open_rows(f"{folder}:dev")
+    # Cards that do not name the files of one subset, and texts that are no card.
+    several = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in "ab"]
+    for content in (json.dumps({"configs": several}), '{"configs": 1}', "words", "{"):
+        put(f"---\n{content}\n---\nText")
+        assert answers(folder) == ["a", "b", "c"]
+
+
 def test_an_entry_of_dataset_info(the_hub, tmp_path):
     the_hub.put(
         "a/b", **{"en/train.jsonl": lines("a"), "en/test.jsonl": lines("b"), "zh.json": b""}
