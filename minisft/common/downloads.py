@@ -65,12 +65,25 @@ def _failure(repo_id: str, error: Exception, offline: bool) -> UserError:
     )
 
 
+def read_card(folder: Path) -> dict[str, Any]:
+    """What the card in a folder says; {} if there is none, or none that can be read."""
+    path = folder / CARD
+    if not path.is_file() or not path.read_bytes().lstrip().startswith(b"---"):
+        return {}
+    from huggingface_hub import metadata_load
+
+    try:
+        return metadata_load(path) or {}
+    except Exception:  # text between two lines, which is no card
+        return {}
+
+
 def dataset_repository(repo_id: str, offline: bool = False) -> Repository:
     """The files and the card of a data set on the hub, or if it cannot be reached, of its cache.
 
     UserError if there is no such data set.
     """
-    from huggingface_hub import HfApi, metadata_load
+    from huggingface_hub import HfApi
 
     try:
         if offline:
@@ -83,8 +96,7 @@ def dataset_repository(repo_id: str, offline: bool = False) -> Repository:
             raise _failure(repo_id, error, offline) from error
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in files]
-        card = metadata_load(folder / CARD) if CARD in names else None
-        return Repository(names, card or {}, is_complete=False)
+        return Repository(names, read_card(folder), is_complete=False)
     names = sorted(file.rfilename for file in info.siblings or [])
     card = info.card_data.to_dict() if info.card_data else {}
     return Repository(names, card, is_complete=True)

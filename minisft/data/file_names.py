@@ -42,17 +42,21 @@ def file_kind(name: str | PurePath, plain_text: bool = False) -> str | None:
 
 
 def choose_files(
-    place: str, names: Sequence[str], subset: str | None = None, split: str | None = None
+    place: str,
+    names: Sequence[str],
+    subset: str | None = None,
+    split: str | None = None,
+    folder: str = "",
 ) -> list[str]:
     """The names whose words belong to a subset and a split ("train" by default).
 
-    place: the data set or folder of these files, for messages. If no name mentions a split, all are
-    "train".
+    place: the data set or folder of these files, for messages. folder: above all names; its own
+    words name no split. If no name mentions a split, all are "train".
     """
-    words = {name: _words(name) for name in names}
+    words = {name: _words(str(PurePath(name).relative_to(folder))) for name in names}
     chosen = list(names)
     if subset:
-        matching = [name for name in chosen if _words(subset) <= words[name]]
+        matching = [name for name in chosen if _words(subset) <= _words(name)]
         if not matching and subset != "default":
             raise UserError(
                 f"{place}: no file for the subset '{subset}' among {list_names(chosen)}"

@@ -34,6 +34,7 @@ from minisft.data.row_values import (
 from minisft.data.turn_order import standard_order
 from minisft.text.messages import (
     ROLES,
+    THOUGHTS_IN_TEXT,
     Message,
     calls_of,
     check_refusal,
@@ -123,11 +124,13 @@ def to_sharegpt(messages: Messages, tools: Tools = None) -> dict[str, Any]:
     for message in messages:
         content, speaker = message["content"], SHAREGPT_SPEAKERS[message["role"]]
         if message.get("tool_calls"):
-            if content.strip():
+            thoughts = content.strip()
+            if thoughts and not THOUGHTS_IN_TEXT.fullmatch(thoughts):
                 raise BadRow("an answer has text and tool calls; ShareGPT can express only one")
             calls = message["tool_calls"]
             speaker = "function_call"
-            content = json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False)
+            written = json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False)
+            content = "\n".join(filter(None, [thoughts, written]))
         if message.get("input"):
             content = "\n".join(filter(None, [content, message["input"]]))
         if speaker == "system":
@@ -217,8 +220,11 @@ def parse_turn(turn: Any) -> Message:
         if role != "assistant":
             raise BadRow(f"the {speaker} turn has tool_calls; only the assistant calls tools")
         message["tool_calls"] = _tool_calls(calls)
-    elif speaker == "function_call" and (calls := _calls_in_text(content)):
-        message |= {"content": "", "tool_calls": calls}
+    elif speaker == "function_call":
+        thoughts = THOUGHTS_IN_TEXT.match(content)
+        place = thoughts.end() if thoughts else 0
+        if calls := _calls_in_text(content[place:]):
+            message |= {"content": content[:place].rstrip(), "tool_calls": calls}
     # A system prompt or a tool result may be empty; a question or an answer may not.
     needs_text = message["role"] in ("user", "assistant") and "tool_calls" not in message
     if needs_text and not content.strip():

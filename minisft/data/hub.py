@@ -13,7 +13,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from minisft.common.downloads import CARD, dataset_repository, download
+from minisft.common.downloads import CARD, dataset_repository, download, read_card
 from minisft.common.errors import UserError
 from minisft.common.words import list_names
 from minisft.data.file_names import METADATA_FILES, choose_files, file_kind
@@ -70,11 +70,9 @@ def hub_files(
         names, spelled = _names_of_card(
             repo_id, configs, files, subset, split or "train", plain_text
         )
-        unknown = [name for name in names if not file_kind(name, plain_text)]
-        if unknown:
-            raise UserError(f"{repo_id}: minisft cannot read {list_names(unknown)}; convert them")
+        _check_kinds(repo_id, names, plain_text)
     else:
-        names = choose_files(repo_id, _preferred(names), subset, split)
+        names = choose_files(repo_id, _preferred(names), subset, split, folder)
     names = _preferred(names)
     if not repository.is_complete:
         _check_shards(repo_id, [name for name in names if name not in spelled])
@@ -85,6 +83,36 @@ def hub_files(
     if missing := [name for name in names if not (local / name).is_file()]:
         raise UserError(f"{repo_id}: {list_names(missing)} could not be downloaded; try again")
     return [local / name for name in names]
+
+
+def files_of_card(
+    place: str, folder: Path, split: str | None = None, plain_text: bool = False
+) -> list[str] | None:
+    """The names of the files that the card in a folder gives to a split, "train" by default.
+
+    None if the card names no files, or several subsets without a default. place: see choose_files.
+    """
+    configs = read_card(folder).get("configs")
+    listed = configs if isinstance(configs, list) else []
+    configs = [config for config in listed if isinstance(config, dict)]
+    configs = (
+        [config for config in configs if config.get("default")]
+        or [config for config in configs if config.get("config_name", "default") == "default"]
+        or configs
+    )
+    if len(configs) != 1 or not configs[0].get("data_files"):
+        return None
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    names, _ = _names_of_card(place, configs, names, None, split or "train", plain_text)
+    _check_kinds(place, names, plain_text)
+    return _preferred(names)
+
+
+def _check_kinds(place: str, names: list[str], plain_text: bool) -> None:
+    """UserError for files that we do not read."""
+    if unknown := [name for name in names if not file_kind(name, plain_text)]:
+        raise UserError(f"{place}: minisft cannot read {list_names(unknown)}; convert them")
 
 
 def _preferred(names: list[str]) -> list[str]:
@@ -129,7 +157,7 @@ def _names_of_card(
         readable = [name for name in inside if file_kind(name, plain_text)]
         if not readable:
             raise UserError(f"{repo_id}: there is no parquet or JSON file in {root or 'it'}")
-        return choose_files(repo_id, _preferred(readable), None, split), set()
+        return choose_files(repo_id, _preferred(readable), None, split, root), set()
     splits = _patterns_of_splits(configs[0])
     if split not in splits:
         raise UserError(

@@ -7,6 +7,7 @@
     prompt, completion      trl: texts or turns; only the completion is learned
     input, output           LMFlow's text2text
     input, preferred_output, non_preferred_output       OpenAI's preferences
+    messages, functions     OpenAI's old name of tools
 
 An answer that is a number or an object becomes its JSON text. `changes` collects notes for the
 user; dataset.py prints each kind once, with its count.
@@ -72,6 +73,8 @@ def standard_record(record: Any, changes: list[str]) -> Any:
     if record.keys() >= OPENAI_PREFERENCES:
         record = _openai_preferences(record)
     record = _answers_as_text(record, changes)
+    if "messages" in record and "functions" in record:
+        record = {"tools": record["functions"], **record}
     if "instruction" in record or turns_column(record):
         return record
     if record.keys() >= {"prompt", "completion"}:

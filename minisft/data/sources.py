@@ -23,7 +23,7 @@ from minisft.data.dataset_info import (
     read_entries,
 )
 from minisft.data.file_names import choose_files, file_kind, training_files
-from minisft.data.hub import HubName, hub_files, parse_hub_name
+from minisft.data.hub import HubName, files_of_card, hub_files, parse_hub_name
 
 STATE = "state.json"  # lists the files of a split that `datasets` saved
 # Sources that an entry may name but minisft does not read -> the reason.
@@ -140,7 +140,11 @@ def _from_folder(name: str, folder: Path, split: str | None, plain_text: bool) -
         return Source(name, paths)
     names = [path.relative_to(folder).as_posix() for path in paths]
     try:
-        chosen = choose_files(name, names, None, split) if split else training_files(name, names)
+        chosen = files_of_card(str(folder), folder, split, plain_text)
+        if chosen is None:
+            chosen = (
+                choose_files(name, names, None, split) if split else training_files(name, names)
+            )
     except UserError as error:
         raise UserError(f"{error}. Name one of its splits: {folder}:SPLIT") from error
     others = [] if split else [other for other in names if other not in chosen]
@@ -247,7 +251,8 @@ def _entry_files(
 
 def _files_of_split(place: str, root: Path, entry: dict[str, Any], plain_text: bool) -> list[Path]:
     """The files below `root` that belong to the folder, subset and split of an entry."""
-    folder = root / str(entry.get("folder") or "")
+    inside = str(entry.get("folder") or "")
+    folder = root / inside
     try:
         paths = data_files(folder, plain_text, entry.get("split") or "train")
     except UserError as error:
@@ -257,9 +262,8 @@ def _files_of_split(place: str, root: Path, entry: dict[str, Any], plain_text: b
             raise UserError(f"{place}: {folder} was saved by `datasets`, without subsets")
         return paths
     names = [path.relative_to(root).as_posix() for path in paths]
-    return [
-        root / name for name in choose_files(place, names, entry.get("subset"), entry.get("split"))
-    ]
+    subset, split = entry.get("subset"), entry.get("split")
+    return [root / name for name in choose_files(place, names, subset, split, inside)]
 
 
 def _check_sha1(place: str, paths: list[Path], expected: Any) -> None:

@@ -24,7 +24,7 @@ def with_call_form(messages: list[dict[str, Any]], form: CallForm) -> list[dict[
     changed, open_ids, number = [], [], 0
     for message in messages:
         if calls := message.get("tool_calls"):
-            new_calls = []
+            new_calls, open_ids = [], []
             for call in calls:
                 function = call["function"]
                 if form.arguments_as_text:

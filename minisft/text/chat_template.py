@@ -120,18 +120,19 @@ class ChatTemplate:
         if conversation.messages[-1]["role"] == "assistant":
             raise UserError("the last message must be a user's or a tool's, not the assistant's")
         text, spans = self._write(conversation, {"add_generation_prompt": True})
-        # Cut where training cuts: at the earlier answers that this prompt begins with.
+        # Cut where training cuts: before and after the earlier answers.
         try:
             earlier = find_turns(conversation, self.jinja)
         except UserError:  # the model can read them, even if it could not learn them
             earlier = []
-        regions, following = [], text
+        matches, regions, following = self.tokens.find(text, spans), [], text
         for turn in reversed(earlier):
             if not following.startswith(turn.text):
                 break
-            regions.append((turn.start, turn.answer, False))
+            end = self._answer_end(turn, matches)
+            regions += [(turn.answer, end, False), (turn.start, turn.answer, False)]
             following = turn.text[: turn.start]
-        return self._tokenize(text, regions[::-1], self.tokens.find(text, spans)).ids
+        return self._tokenize(text, regions[::-1], matches).ids
 
     def render(
         self,

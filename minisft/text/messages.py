@@ -30,6 +30,8 @@ ROLES = {
 }
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 THOUGHTS_IN_TEXT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+# The arguments of a call are called so by OpenAI, Llama 3, LangChain and Anthropic.
+ARGUMENTS = ("arguments", "parameters", "args", "input")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # Fields that only we read, or that the standard form spells differently.
 CONSUMED = {"role", "content", "weight", "train", "mask", "function_call", "tool_calls", *THOUGHTS}
@@ -188,11 +190,17 @@ def _part_text(part: Any) -> str | None:
 
 
 def standard_call(call: Any) -> dict[str, Any]:
-    """A tool call; its arguments may be an object, a JSON string, empty or null."""
+    """A tool call; its arguments may be an object, a JSON string, empty, null or missing.
+
+    UserError if it has fields in their place that we do not know.
+    """
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError("a tool call needs a name and arguments")
-    arguments = function.get("arguments")
+    arguments = next((function[key] for key in ARGUMENTS if function.get(key) is not None), None)
+    unknown = function.keys() - {*ARGUMENTS, "name", "id", "type", "index"}
+    if arguments is None and unknown:
+        raise UserError(f"the call of {function['name']} has {min(unknown)} in place of arguments")
     if isinstance(arguments, str) and arguments.strip():
         try:
             arguments = json.loads(arguments)

@@ -57,9 +57,11 @@ def find_turns(conversation: Conversation, jinja: JinjaTemplate) -> list[Turn]:
             ) + moved(spans, begin, len(prompt))
             generated, text = moved(generated, begin, len(prompt)), prompt + text[begin:]
         start = answer = len(prompt)
-        message = conversation.messages[place]
-        empty_thought = jinja.facts.empty_thought.match(text, start)
-        if empty_thought and "reasoning_content" not in message:
+        message, pattern = conversation.messages[place], jinja.facts.empty_thought
+        empty_thought = pattern.match(text, start)
+        # The row may have its own, which is a part of the answer.
+        is_own = "reasoning_content" in message or pattern.match(message["content"])
+        if empty_thought and not is_own:
             answer = empty_thought.end()
         check_turn(conversation, place, text, answer)
         learned, has_calls = conversation.learned[place], "tool_calls" in message

@@ -147,6 +147,28 @@ class TestFormats:
         record = {"conversations": [{"from": name, "value": text} for name, text in turns]}
         assert conversation_of(tmp_path, record)[0][1] == assistant(value)
 
+    @pytest.mark.parametrize("thoughts", ["<think>Hm.</think>", "<think>\n\n</think>"])
+    def test_thoughts_before_a_function_call(self, tmp_path, thoughts):
+        """As in LLaMA-Factory."""
+        call = {"name": "add", "arguments": {"left": 1}}
+        turns = [("human", "Q"), ("function_call", f"{thoughts}\n\n{json.dumps(call)}")]
+        record = {"conversations": [{"from": name, "value": text} for name, text in turns]}
+        expected = [user("Q"), assistant(thoughts, tool_calls=[call])]
+        assert conversation_of(tmp_path, record)[0] == expected
+        convert(write(tmp_path / "in.json", [record]), tmp_path / "out.json")
+        assert [row.messages for row in open_rows(tmp_path / "out.json")] == [expected]
+
+    def test_functions_are_tools(self, tmp_path):
+        functions = [{"name": "add", "parameters": {}}]
+        messages = [user("Q"), assistant("A")]
+        for tools, expected in (
+            ({}, functions),
+            ({"tools": None}, functions),
+            ({"tools": []}, None),
+        ):
+            record = {"messages": messages, "functions": functions, **tools}
+            assert conversation_of(tmp_path, record) == (messages, expected)
+
     def test_openai_messages_with_parallel_tool_calls(self, tmp_path):
         function = {"name": "add", "arguments": '{"left": 1}'}
         calls = [{"id": name, "type": "function", "function": function} for name in "ab"]

@@ -254,6 +254,9 @@ class TestEntry:
             == answers(folder="en", split="test")
             == ["en/test.json"]
         )
+        (tmp_path / "parts/en").rename(tmp_path / "parts/training")
+        assert answers(folder="training") == ["en/train-0.json", "en/train-1.json"]
+        assert answers(folder="./training/", split="test") == ["en/test.json"]
         for entry in ({"subset": "fr"}, {"split": "validation"}, {"folder": "fr"}):
             with pytest.raises(UserError, match="it: .*(subset|split|folder)"):
                 answers(**entry)

@@ -201,6 +201,53 @@ def test_a_card_that_names_no_files(the_hub):
         open_rows("org/more/empty")
 
 
+def test_a_folder_with_the_name_of_a_split(the_hub, tmp_path):
+    """As in `datasets`, its own name says nothing about the files in it."""
+    datasets = pytest.importorskip("datasets")
+    files = {f"training/{name}.jsonl": lines(name) for name in ("train", "test")}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    theirs = datasets.load_dataset(
+        str(tmp_path), data_dir="training", split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert list(theirs["output"]) == ["train"]
+    configs = [{"config_name": "default", "data_dir": "training"}]
+    the_hub.put("a/b", json.dumps({"configs": configs}), **files)
+    the_hub.put("a/c", **files)
+    write(tmp_path / "dataset_info.json", {"it": {"hf_hub_url": "a/c", "folder": "training"}})
+    assert answers("a/b") == answers("it", dataset_dir=tmp_path) == ["train"]
+
+
+def test_a_copy_of_a_data_set(tmp_path):
+    """`datasets` follows the card in a folder, too."""
+    datasets = pytest.importorskip("datasets")
+    files = [{"split": "train", "path": "a.jsonl"}, {"split": "test", "path": "b.jsonl"}]
+    configs = [{"config_name": "main", "data_files": files, "default": True}]
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.jsonl").write_bytes(lines(name))
+
+    def put(text):
+        (folder / "README.md").write_text(text)
+
+    def theirs(split):
+        loaded = datasets.load_dataset(str(folder), split=split, cache_dir=str(tmp_path / "cache"))
+        return list(loaded["output"])
+
+    put(f"---\n{json.dumps({'configs': configs})}\n---\nText")
+    assert answers(folder) == theirs("train") == ["a"]
+    assert answers(f"{folder}:test") == theirs("test") == ["b"]
+    with pytest.raises(UserError, match="rows has no split 'dev'; choose one of train, test"):
+        open_rows(f"{folder}:dev")
+    # Cards that do not name the files of one subset, and texts that are no card.
+    several = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in "ab"]
+    for content in (json.dumps({"configs": several}), '{"configs": 1}', "words", "{"):
+        put(f"---\n{content}\n---\nText")
+        assert answers(folder) == ["a", "b", "c"]
+
+
 def test_an_entry_of_dataset_info(the_hub, tmp_path):
     the_hub.put(
         "a/b", **{"en/train.jsonl": lines("a"), "en/test.jsonl": lines("b"), "zh.json": b""}

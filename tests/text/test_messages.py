@@ -73,6 +73,9 @@ CALL = {"name": "add", "arguments": {"a": 1}}
         {"tool_calls": [{"type": "function", "id": "x", "function": CALL}]},
         {"tool_calls": [{"function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}]},
         {"function_call": CALL},
+        {"tool_calls": [{"name": "add", "parameters": {"a": 1}}]},
+        {"tool_calls": [{"type": "tool_call", "id": "x", "name": "add", "args": {"a": 1}}]},
+        {"tool_calls": [{"type": "tool_use", "name": "add", "input": {"a": 1}, "arguments": None}]},
     ],
 )
 @pytest.mark.parametrize("role", ["tool", "function"])
@@ -95,6 +98,14 @@ def test_a_call_without_arguments(template, arguments):
     call = {"name": "add", "arguments": arguments}
     messages = chat({"content": "", "tool_calls": [call]})
     assert '{"name": "add", "arguments": {}}' in template.render(messages)
+
+
+def test_a_call_with_arguments_of_another_name(template):
+    messages = chat({"content": "", "tool_calls": [{"name": "add", "kwargs": {"a": 1}}]})
+    with pytest.raises(UserError, match="the call of add has kwargs in place of arguments"):
+        template.encode(messages)
+    with pytest.raises(BadRow, match="turn 2: tool_calls: the call of add has kwargs"):
+        parse_conversation({"messages": messages})
 
 
 def test_thoughts(template):

@@ -1,6 +1,9 @@
 """Which part of a rendered text is the answer: real and small templates that make it difficult."""
 
+import re
+
 import pytest
+from real_tokenizers import LLAMA3, QWEN, load_tokenizer
 from template_checkpoints import build_checkpoint
 
 from minisft.common.errors import UserError
@@ -214,3 +217,35 @@ def test_flags_that_a_template_follows(shared_data, tmp_path):
     assert template.encode(conversation("Hi /no_think", "Hello."))
     with pytest.raises(UserError, match="message 1 .user.: .* content: '/think/home Hi'"):
         template.encode(conversation("/think/home Hi", "/home Hello."))
+
+
+@pytest.mark.parametrize("name", ["classic-chatml", "classic-phi-3", "llama-cpp-rwkv-world"])
+def test_the_end_of_an_answer_is_text(name, shared_data):
+    """Llama 3 has no token <|im_end|>, but tokens ">\\n" and "!\\n\\n": both merge at an end."""
+    tokenizer = load_tokenizer(shared_data / LLAMA3)
+    text = (shared_data / f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+    template = get_template("auto", tokenizer, text=text)
+    messages = conversation("Who are you?", "I am good.\n\nBye!", "Why?", "So!", "Hm.", "Yes.")
+    [example] = template.encode(messages)
+    for place in (1, 3, 5):
+        prompt = template.encode_prompt(messages[:place])
+        assert prompt == example.ids[: len(prompt)] and example.supervised[len(prompt)]
+
+
+def test_a_call_without_a_result(shared_data, tmp_path):
+    """Each result has the id of a call of its own turn."""
+    template = real_template(shared_data, tmp_path, "mistralai-Mistral-Nemo-Instruct-2407")
+    first, second = asking(call("fone"), call("ftwo"))[:-1], asking(call("fthree"))
+    text = template.render([*first, {"role": "assistant", "content": "A"}, *second])
+    assert re.findall('"call_id": "(.*?)"', text) == ["call00000", "call00002"]
+
+
+@pytest.mark.parametrize(
+    "name, text", [("llama3", "<think>\n\n</think>\n\nYes."), ("qwen3", "Yes.")]
+)
+def test_an_empty_thought_of_the_row(name, text, shared_data):
+    """It is part of the answer where the template knows no thoughts."""
+    folder = {"llama3": LLAMA3, "qwen3": QWEN}[name]
+    template = get_template(name, load_tokenizer(shared_data / folder))
+    [answer] = learned(template, conversation("Well?", "<think>\n\n</think>\n\nYes."))
+    assert answer.removesuffix(template.facts.end) == text
