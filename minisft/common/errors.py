@@ -9,6 +9,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if memory was too small, on a GPU or on the CPU."""
+    # Compare by name, because torch may not be loaded.
+    is_torch_error = type(error).__name__ == "OutOfMemoryError"
+    is_torch_error |= "DefaultCPUAllocator" in str(error)
+    return is_torch_error or isinstance(error, MemoryError)
+
+
 class UserError(ValueError):
     """A mistake the user can fix. The message says what is wrong, where, and what to do."""
 

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from minisft.common import failure
-from minisft.common.errors import UserError, first_line
+from minisft.common.errors import UserError, first_line, is_out_of_memory
 from minisft.common.threads import share_cores
 from minisft.common.torchrun import announced_processes, announced_rank
 
@@ -122,11 +122,7 @@ def _message(error: BaseException) -> str | None:
         probe = "\n" if error.errno == errno.ENOSPC else ""
         place = error.filename or ("standard output" if _output_fails(probe) else None)
         return f"{place}: {error.strerror}" if place else error.strerror
-    # Compare by name, because torch may not be loaded.
-    is_torch_error = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(
-        error
-    )
-    if is_torch_error or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         reason = f" ({first_line(error)})" if str(error) else ""
         return f"out of memory: use smaller batches or a smaller model{reason}"
     return None

@@ -6,13 +6,14 @@ say(how_to_continue(run))           # after an interruption, once the checkpoint
 """
 
 import shlex
+import traceback
 from argparse import Namespace
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from minisft.common import processes
-from minisft.common.errors import UserError
+from minisft.common.errors import UserError, first_line, is_out_of_memory
 from minisft.common.script import advice_after_ctrl_c
 from minisft.data.workers import WorkerKilled
 from minisft.training.checkpoint import find_checkpoints
@@ -24,11 +25,15 @@ from minisft.training.run import Run
 
 @contextmanager
 def going_on_later(run: Run) -> Generator[None, None, None]:
-    """If training stops for lack of rows, save a checkpoint of the steps before.
+    """If training stops for lack of rows or memory, save a checkpoint of the steps before.
 
     After Ctrl-C, which saves nothing, name the last checkpoint.
     """
     first_step = run.progress.step
+    # An update without enough memory may have changed some weights and not others.
+    update = {"has_begun": False}
+    run.optimizer.register_step_pre_hook(lambda *_: update.update(has_begun=True))
+    run.optimizer.register_step_post_hook(lambda *_: update.update(has_begun=False))
     try:
         with advice_after_ctrl_c(lambda: last_checkpoint_note(run.options.output_dir)):
             yield
@@ -41,6 +46,17 @@ def going_on_later(run: Run) -> Generator[None, None, None]:
             f"{str(error).removesuffix('.')}. Saved at step {run.progress.step}: "
             f"{'repair the row, then ' if is_row else ''}continue with "
             "--resume_from_checkpoint auto."
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        is_lost = run.progress.step == first_step or update["has_begun"]
+        if not is_out_of_memory(error) or is_lost or processes.world_size() > 1:
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the activations of the step
+        save_checkpoint(run)
+        raise UserError(
+            f"out of memory ({first_line(error)}). Saved at step {run.progress.step}: continue "
+            "with --resume_from_checkpoint auto and a smaller --per_device_train_batch_size or, if "
+            "it was the evaluation, --per_device_eval_batch_size. A step keeps its rows."
         ) from error
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import signal
+from itertools import count
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from full_disk import file_size_limit
 from safetensors.torch import load_file
 from standing import lines_in, standing_still, wait_until
 
+import train
 from minisft.common.errors import UserError
 from minisft.common.metric_lines import read_metrics
 from minisft.training import checkpoint
+from minisft.training.options import parse_options
 
 # Dropout, accumulation, an epoch that does not divide into steps, and steps that do not divide
 # into saves: an inexact resume would fail here.
@@ -133,6 +136,38 @@ def test_another_number_of_processes(flags, tmp_path):
     first, second = final(tmp_path / "one"), final(tmp_path / "two")
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
+
+
+def out_of_memory_after(number, function):
+    """`function`, which runs out of memory after so many calls."""
+    calls = count()
+
+    def limited(*arguments):
+        if next(calls) == number:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return function(*arguments)
+
+    return limited
+
+
+def test_out_of_memory_loses_no_step(flags, tmp_path, monkeypatch):
+    flags = [str(word) for word in [*flags, "--max_steps", 6]]
+    assert command(*flags, "--output_dir", tmp_path / "whole").returncode == 0
+    flags += ["--output_dir", str(tmp_path / "parts")]
+    monkeypatch.setattr(train, "train_step", out_of_memory_after(3, train.train_step))
+    with pytest.raises(UserError, match="out of memory .CUDA .*Saved at step 3: continue"):
+        train.main(parse_options(flags))
+    assert command(*flags, "--resume_from_checkpoint").returncode == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_out_of_memory_within_an_update(flags, tmp_path, monkeypatch):
+    """Some weights may be new and others old: nothing is saved."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", out_of_memory_after(3, torch.optim.AdamW.step))
+    flags = [*flags, "--max_steps", 6, "--output_dir", tmp_path / "out"]
+    with pytest.raises(torch.OutOfMemoryError):
+        train.main(parse_options([str(word) for word in flags]))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_best_and_early_stopping(flags, tmp_path):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from run_builder import training_options
 
 from minisft.common.errors import UserError
@@ -26,8 +27,14 @@ def options_for(folder, *words):
     return training_options(*words, output_dir=folder)
 
 
+def run_at(step, options):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    progress = SimpleNamespace(step=step)
+    return SimpleNamespace(options=options, optimizer=optimizer, progress=progress)
+
+
 def test_a_second_ctrl_c_names_the_last_checkpoint(run_dir, capsys):
-    run = SimpleNamespace(options=options_for(run_dir), progress=SimpleNamespace(step=14))
+    run = run_at(14, options_for(run_dir))
     with pytest.raises(KeyboardInterrupt), early_end.going_on_later(run):
         raise KeyboardInterrupt
     said = capsys.readouterr().err
@@ -37,7 +44,7 @@ def test_a_second_ctrl_c_names_the_last_checkpoint(run_dir, capsys):
 
 
 def test_a_second_ctrl_c_before_the_first_checkpoint(tmp_path, capsys):
-    run = SimpleNamespace(options=options_for(tmp_path), progress=SimpleNamespace(step=3))
+    run = run_at(3, options_for(tmp_path))
     with pytest.raises(KeyboardInterrupt), early_end.going_on_later(run):
         raise KeyboardInterrupt
     assert "without a checkpoint: --overwrite_output_dir starts again" in capsys.readouterr().err
