@@ -82,9 +82,7 @@ def parse_conversation(record: Any, changes: list[str] | None = None) -> tuple[M
         raise BadRow(PREFERENCE_DATA)
     check_text_only(record)
     if "instruction" in record:
-        if isinstance(record.get("output"), list):
-            raise BadRow(PREFERENCE_DATA)
-        messages = [*alpaca_prompt(record), answer(string_of(record, "output"))]
+        messages = [*alpaca_prompt(record), alpaca_answer(record)]
     elif column := turns_column(record):
         messages = parse_turns(record, column)
     elif "target" in record or {"kind", "input"} <= record.keys():
@@ -172,6 +170,19 @@ def alpaca_prompt(record: dict[str, Any]) -> Messages:
             raise BadRow("history must be a list of [question, answer] pairs of strings")
         messages += [question(pair[0]), answer(pair[1])]
     return [*messages, question(string_of(record, "instruction"), string_of(record, "input"))]
+
+
+def alpaca_answer(record: dict[str, Any]) -> Message:
+    """The answer of an Alpaca row."""
+    if "output" not in record:
+        columns = list_names([*map(str, record)], 10)
+        raise BadRow(
+            f'there is no answer: the columns are {columns}. Alpaca rows need "output"; '
+            "dataset_info.json can name another column"
+        )
+    if isinstance(record["output"], list):
+        raise BadRow(PREFERENCE_DATA)
+    return answer(string_of(record, "output"))
 
 
 def question(text: str, input: str = "") -> Message:

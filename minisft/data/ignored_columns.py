@@ -11,6 +11,8 @@ from minisft.data.row_values import BadRow, without_nulls
 from minisft.data.sources import Source
 
 NUM_ROWS = 100  # to look at
+# Columns that published data sets use for a part of the prompt -> its name in dataset_info.json.
+PROMPT_COLUMNS = {"system_prompt": "system", "context": "query"}
 
 
 def ignored_columns(source: Source, records: Records, ranking: bool | None) -> str:
@@ -32,6 +34,12 @@ def ignored_columns(source: Source, records: Records, ranking: bool | None) -> s
         return (
             f"{source.name}: {records.path} has {', '.join(ignored)}. {FILE_NAME} does not "
             f"name them, so they are ignored{f'; {hint}' if has_preferences else ''}"
+        )
+    unread = {} if source.description else PROMPT_COLUMNS
+    for column in sorted(unread.keys() & columns):
+        return (
+            f"{records.path} has {column}, which is ignored. {FILE_NAME} can name it, as "
+            f'"columns": {{"{unread[column]}": "{column}", ...}}'
         )
     if has_preferences:
         return f"{records.path}: only the single answer of each row is read; {hint}"

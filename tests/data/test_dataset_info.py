@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from test_dataset import GOOD, assistant, user, write
 
 from minisft.common.errors import UserError
-from minisft.data.dataset import open_rows
+from minisft.data.dataset import load_rows, open_rows
 
 
 def registered(tmp_path, entry, records=(GOOD,), name="rows.json", **options):
@@ -86,6 +86,22 @@ class TestRealRegistry:
         for name in ("rows", "rows.jsonl"):  # files in --dataset_dir
             with pytest.raises(UserError, match=rf"did you mean {tmp_path}/rows\.jsonl\?"):
                 open_rows(name, tmp_path)
+
+
+def test_a_column_of_the_prompt_that_nothing_reads(tmp_path):
+    """As in OpenHermes, and in Dolly."""
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"conversations": turns, "system_prompt": "Be brief."}]))
+    said = []
+    open_rows(str(rows), say=said.append)
+    assert f"{rows} has system_prompt, which is ignored" in said[0]
+    assert '"columns": {"system": "system_prompt"' in said[0]
+    rows.write_text(json.dumps([{"instruction": "Q", "context": "C", "response": "A"}]))
+    with pytest.raises(
+        UserError, match='the columns are instruction, context, response. .*"output"'
+    ):
+        load_rows(str(rows))
 
 
 class TestColumns:
