@@ -250,7 +250,7 @@ def _best_so_far(run: Run, saved: SavedRun) -> Best:
     """The best evaluation so far, if the run can restore it and its loss can be compared."""
     before, now = saved.state["options"], vars(run.options)
     is_same_folder = saved.path.parent.resolve() == Path(run.options.output_dir).resolve()
-    is_same_measure = all(before[name] == now[name] for name in MEASURED)
+    is_same_measure = all(before.get(name) == now[name] for name in MEASURED)
     # The rows that --validation_split holds out are as new as those that are left to train on.
     is_same_split = not run.options.validation_split or saved.state["num_bytes"] == run.num_bytes
     keeps = is_same_folder and is_same_measure and is_same_split
