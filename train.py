@@ -123,7 +123,7 @@ def fine_tune(options: Namespace, output_dir: Path, device: torch.device) -> Non
     rows_per_step = (
         saved.rows_per_step if saved else count_rows_per_step(options, processes.world_size())
     )
-    schedule = build_schedule(options, batches.num_examples, rows_per_step)
+    schedule = build_schedule(options, batches.num_examples, rows_per_step, say)
     precision = build_precision(options, dtype, device)
     # The reference of DPO is the model as it is here, before the weights of a checkpoint.
     objective = build_objective(options, model, batches, eval_examples, precision.autocast, saved)

@@ -107,12 +107,13 @@ def compare(
 ) -> Comparison:
     """Score the same rows both ways, in turns.
 
-    ours, theirs: the models of minisft and transformers on the same device. The reference scores
-    the first options.reference_rows rows, or all if that is None.
+    ours, theirs: the models of minisft and transformers on the same device. rows: all are scored,
+    because minisft would compute the others of a batch, too. The reference scores the first
+    options.reference_rows rows, or all if that is None.
     """
     device = theirs.device
     reader = RowReader(rows, IfdScorer(template))
-    numbers = np.arange(min(options.num_rows, len(rows)))
+    numbers = np.arange(len(rows))
     prepared = prepare(reader, numbers)
     reference_rows = prepared[: options.reference_rows]
 
@@ -154,7 +155,7 @@ def load_and_compare(options: Namespace, model_dir: Path) -> None:
     dtype = getattr(torch, options.dtype)
     ours = load_model(model_dir, dtype, device)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
-    rows = open_rows(options.dataset, skipped=[])
+    rows = open_rows(options.dataset, skipped=[], max_samples=options.num_rows)
     template = get_template(options.template, Tokenizer.load(model_dir))
     result = compare(options, ours, theirs.to(device).eval(), rows, template)
     print(

@@ -40,7 +40,7 @@ PEFT_PREFIX = "base_model.model."
 # Options of PEFT that change the computation of an adapter, and that we do not support.
 UNSUPPORTED = (
     "fan_in_fan_out use_qalora alora_invocation_tokens use_bdlora layer_replication arrow_config "
-    "target_parameters"
+    "target_parameters kasa_config monteclora_config velora_config"
 ).split()
 # Initialisations that do not change the base model. Others change it in ways that we do not know.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")

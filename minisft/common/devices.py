@@ -69,9 +69,13 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
     # Without AMX, Intel multiplies bfloat16 at half the speed of float32.
-    is_intel = str(capabilities.get("cpu_name")).startswith("Intel")
-    fast = ("amx_bf16", "bf16") if is_intel else ("avx512_bf16", "amx_bf16", "bf16")
+    fast = ("amx_bf16", "bf16") if is_intel() else ("avx512_bf16", "amx_bf16", "bf16")
     return any(capabilities.get(name, False) for name in fast)
+
+
+def is_intel() -> bool:
+    """True if the CPU is one of Intel, for which MKL is made."""
+    return str(torch.cpu.get_capabilities().get("cpu_name")).startswith("Intel")
 
 
 def type_for_answers(device: torch.device) -> torch.dtype:

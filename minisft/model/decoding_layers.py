@@ -14,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisft.common.devices import is_intel
 from minisft.model.basic_layers import Embedding, Linear, RMSNorm
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # With AVX2, oneDNN is faster than MKL for any number of rows: 2 to 18 % for the layers of a batch,
 # 1.3 to 1.5 times for its logits (AMD EPYC). With AVX-512, it is for a few rows only.
 HAS_AVX2_ONLY = torch.backends.cpu.get_cpu_capability() == "AVX2"
+# The fewest weights of a matrix that oneDNN multiplies faster: the call takes longer than MKL's.
+# With those of all matrices, a Xeon writes 16 tokens/s of SmolLM2-135M, and 24 with this bound.
+MIN_WEIGHTS = 2**20 if is_intel() else 2**18
 FEW_ROWS = 64
 PRODUCT_TYPES = torch.float32, torch.bfloat16  # of rms_norm_by_product
 
@@ -78,9 +82,9 @@ class DecodingRMSNorm(RMSNorm):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: (..., out) from x (..., in), W (out, in) and b (out,)."""
-    # With small matrices, the call takes longer than the multiplication.
     is_float32 = x.dtype == weight.dtype == torch.float32
-    is_faster = HAS_ONEDNN and weight.numel() >= 2**18 and (HAS_AVX2_ONLY or _has_few_rows(x))
+    is_large = weight.numel() >= MIN_WEIGHTS
+    is_faster = HAS_ONEDNN and is_large and (HAS_AVX2_ONLY or _has_few_rows(x))
     if is_float32 and is_faster and _is_plain_inference(x):
         return linear_by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -89,7 +93,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear in float32 by oneDNN, which reads W faster than MKL does.
 
-    It takes half the time for one row, two thirds for eight.
+    With AMD it takes half the time for one row, and two thirds for eight; with Intel as long as MKL
+    for one row, and half to two thirds for eight.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

@@ -159,8 +159,8 @@ class ChatTemplate:
         """The tokens that end an answer: end of turn, EOS, and those of generation_config.json."""
         listed = generation_config_eos
         listed = listed if isinstance(listed, list) else [listed]
-        end = self.tokens.ids.get(self.facts.end or "")
-        return {id for id in (end, self.tokenizer.eos_token_id, *listed) if id is not None}
+        ends = [self.tokens.ids.get(end or "") for end in (self.facts.end, self.facts.end_of_calls)]
+        return {id for id in (*ends, self.tokenizer.eos_token_id, *listed) if id is not None}
 
     def show(self, ids: Sequence[int], supervised: Sequence[bool]) -> str:
         """The text of an example for people, without control characters.
@@ -183,8 +183,8 @@ class ChatTemplate:
     def _encode_chain(self, chain: list[Turn]) -> TokenizedText:
         """One example for answers that share a text: the text up to the last answer."""
         text, spans = chain[-1].text, chain[-1].message_spans
-        if self.facts.end and self.facts.end_follows and not chain[-1].has_calls:
-            text += self.facts.end
+        if self.facts.end_follows:
+            text += (self.facts.end_of_calls if chain[-1].has_calls else self.facts.end) or ""
         matches, regions = self.tokens.find(text, spans), []
         for turn in chain:
             end = self._answer_end(turn, matches)

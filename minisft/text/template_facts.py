@@ -115,11 +115,16 @@ class TemplateFacts:
             shared = len(commonprefix([text, longer]))
             kept = [match for match in ends if match.end <= shared]
             return self._tokens.spellings[(kept[-1] if kept else ends[0]).id], False
+        follows = self._opening_token(text, longer)
+        return follows, follows is not None
+
+    def _opening_token(self, text: str, longer: str) -> str | None:
+        """The control token with which the message after `text` begins in the longer text."""
         if longer.startswith(text):
             opening = [match for match in self._tokens.find(longer) if match.start >= len(text)]
             if opening and not longer[len(text) : opening[0].start].strip():
-                return self._tokens.spellings[opening[0].id], True
-        return None, False
+                return self._tokens.spellings[opening[0].id]
+        return None
 
     @property
     def end(self) -> str | None:
@@ -130,6 +135,21 @@ class TemplateFacts:
     def end_follows(self) -> bool:
         """True if `end` is written only when another message follows."""
         return self._end[1]
+
+    @cached_property
+    def end_of_calls(self) -> str | None:
+        """The control token that ends an answer with tool calls, where only their result writes it.
+
+        GLM-4.6 ends an answer with <|user|>, but calls with <|observation|>.
+        """
+        if not self.end_follows or self.call_form is None:
+            return None
+        messages, tools = self._probe_of_calls(self.call_form)
+        try:
+            text, longer = (self._render(turns, tools) for turns in (messages[:-1], messages))
+        except TemplateError:  # for a row that ends with calls, too
+            return None
+        return self._opening_token(text, longer)
 
     @property
     def note(self) -> str | None:
@@ -256,15 +276,7 @@ class TemplateFacts:
     def call_form(self) -> CallForm | None:
         """How the template writes tool calls and their results; None if it cannot."""
         for form in (CallForm(text, ids) for ids in (False, True) for text in (False, True)):
-            function = {"name": TOOL, "arguments": {"at": RESULT + "1"}}
-            call = {"type": "function", "function": function}
-            messages = [
-                USER,
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-                {"role": "tool", "content": RESULT + "2"},
-            ]
-            messages = with_call_form(messages, form)
-            tools = [TOOL_OFFER] if self._writes_offers else self.empty_tools
+            messages, tools = self._probe_of_calls(form)
             words = (TOOL, RESULT + "1", RESULT + "2")
             try:
                 text = self._render(messages, tools, add_generation_prompt=True)
@@ -273,6 +285,18 @@ class TemplateFacts:
             if all(word in text.rpartition(QUESTION)[2] for word in words):
                 return form
         return None
+
+    def _probe_of_calls(self, form: CallForm) -> tuple[list[dict[str, Any]], list | None]:
+        """(a question, a tool call and its result; the tools that are offered)."""
+        function = {"name": TOOL, "arguments": {"at": RESULT + "1"}}
+        call = {"type": "function", "function": function}
+        messages = [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": RESULT + "2"},
+        ]
+        tools = [TOOL_OFFER] if self._writes_offers else self.empty_tools
+        return with_call_form(messages, form), tools
 
     def changes_tools(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> bool:
         """True if a conversation has tools or calls of tools that become text."""

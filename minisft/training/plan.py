@@ -195,7 +195,7 @@ def print_data(options: Namespace, data: Data, num_processes: int) -> int | None
         f"an epoch    {counted(epoch.num_rows, unit)}{answers}, {epoch.num_tokens:,} tokens, "
         f"{epoch.padding:.1%} padding"
     )
-    schedule = build_schedule(options, epoch.num_rows, rows_per_step)
+    schedule = build_schedule(options, epoch.num_rows, rows_per_step, print)
     steps_per_epoch, total_steps = schedule.steps_per_epoch, schedule.total_steps
     print(f"steps       {steps_per_epoch:,} an epoch, {total_steps:,} in all, {each}")
     return total_steps

@@ -15,6 +15,7 @@ from torch import nn
 
 from minisft.common import processes
 from minisft.common.reserved_space import ReservedSpace
+from minisft.common.words import counted
 from minisft.data import batching
 from minisft.data.encoding import Example
 from minisft.model.decoder import CausalLM
@@ -47,14 +48,24 @@ def count_rows_per_step(options: Namespace, num_processes: int) -> int:
     return micro_batch * options.gradient_accumulation_steps
 
 
-def build_schedule(options: Namespace, num_rows: int, rows_per_step: int) -> Schedule:
-    """The Schedule of a run over `num_rows` rows an epoch."""
+def build_schedule(
+    options: Namespace,
+    num_rows: int,
+    rows_per_step: int,
+    say: Callable[[str], object] = lambda line: None,
+) -> Schedule:
+    """The Schedule of a run over `num_rows` rows an epoch. say: told of a warm-up without end."""
     steps_per_epoch = math.ceil(num_rows / rows_per_step)
     total_steps = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
     warmup_steps = options.warmup_steps
     if warmup_steps is None:
         # The first step of a warm-up has rate 0. A run of one step would learn nothing.
         warmup_steps = min(math.ceil(total_steps * options.warmup_ratio), total_steps - 1)
+    elif warmup_steps >= total_steps:
+        say(
+            f"--warmup_steps {warmup_steps}: the run has {counted(total_steps, 'step')}, so the "
+            "learning rate stays below its peak. Give fewer, or --warmup_ratio, a share of the run."
+        )
     eval_steps, save_steps = (
         steps_per_epoch if steps == "epoch" else steps
         for steps in (options.eval_steps, options.save_steps)

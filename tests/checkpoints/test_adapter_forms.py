@@ -256,6 +256,20 @@ def test_lora_on_the_embedding_is_refused_with_the_way_out(peft_adapter):
         load_adapter(load_model(base), adapter)
 
 
+VARIANTS = {
+    "kasa_config": peft.KasaConfig(),
+    "velora_config": peft.VeloraConfig(),
+    "target_parameters": ["model.layers.0.mlp.gate_proj.weight"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_lora_are_refused_by_name(name, peft_adapter):
+    _, adapter, _, _ = peft_adapter(settings={name: VARIANTS[name]})
+    with pytest.raises(UserError, match=f"{name} is not supported. Merge it with PEFT"):
+        read_adapter(adapter, False)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_gguf_lora(name, peft_adapter, tmp_path):
     """--lora takes factors only: any other change by an adapter is refused.

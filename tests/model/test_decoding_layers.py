@@ -38,6 +38,12 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def small_matrices(monkeypatch):
+    """The smallest that take the fast path have 2^18 weights, whatever this CPU is."""
+    monkeypatch.setattr(decoding_layers, "MIN_WEIGHTS", 2**18)
+
+
 def operations(function):
     """The names of the torch operations that function() calls."""
     with torch.profiler.profile() as profile:
@@ -62,6 +68,9 @@ def test_linear(rows, bias, has_avx2_only, monkeypatch):
         is_fast = "mkldnn::_linear_pointwise" in operations(lambda: layer(x))
     assert is_fast == (has_avx2_only or rows[0] * rows[1] <= 64)
     assert "mkldnn::_linear_pointwise" not in operations(lambda: layer(x))  # with gradients
+    monkeypatch.setattr(decoding_layers, "MIN_WEIGHTS", 512 * 768 + 1)
+    with torch.no_grad():
+        assert "mkldnn::_linear_pointwise" not in operations(lambda: layer(x))
 
 
 @needs_onednn

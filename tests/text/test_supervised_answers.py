@@ -144,6 +144,17 @@ def test_a_template_that_writes_one_call_per_answer(name, shared_data, tmp_path)
             template.encode(asking(call("fone", city="Oslo"), second))
 
 
+@pytest.mark.parametrize("num_messages", [2, 3])
+def test_calls_end_with_the_token_before_their_result(num_messages, shared_data, tmp_path):
+    """A model that did not learn it would go on after a call, and invent the result."""
+    template = real_template(shared_data, tmp_path, "GLM-4.6")
+    messages = asking(call("fone", city="Oslo"))[:num_messages]
+    assert learned(template, messages)[0].endswith("</tool_call><|observation|>")
+    assert learned(template, conversation("Hi", "Hello."))[0].endswith("Hello.<|user|>")
+    ends = {template.tokens.ids[token] for token in ("<|user|>", "<|observation|>")}
+    assert ends <= template.stop_token_ids()
+
+
 ARGUMENTS = {
     "city": 'Os"lo\n<é>',
     "n": 1.0,

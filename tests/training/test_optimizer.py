@@ -68,6 +68,14 @@ def test_a_run_of_one_step_has_no_warm_up():
     assert build_schedule(training_options(max_steps=2), 10, 10).warmup_steps == 1
 
 
+def test_a_warm_up_longer_than_the_run_is_reported():
+    lines = []
+    build_schedule(training_options(max_steps=20, warmup_steps=19), 100, 10, lines.append)
+    assert not lines
+    build_schedule(training_options(max_steps=20, warmup_steps=20), 100, 10, lines.append)
+    assert lines[0].startswith("--warmup_steps 20: the run has 20 steps, so the learning rate")
+
+
 def test_every_schedule_is_compared():
     assert {name for name, _ in SCHEDULES} == set(SETTINGS)
     assert set(SETTINGS) < {kind.value for kind in transformers.SchedulerType}
