@@ -232,7 +232,6 @@ def scoring(bench: Bench, size: str) -> Iterator[Line]:
     shape, sizes = bench.sizes[size], bench.sizes
     model = random_model(shape, None, bench.dtype, bench.device)
     words = flags(
-        num_rows=sizes["scored"],
         reference_rows=sizes["reference"],
         batch_tokens=sizes["batch_tokens"],
         workers=sizes["workers"],

@@ -21,8 +21,8 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # With AVX2, oneDNN is faster than MKL for any number of rows: 2 to 18 % for the layers of a batch,
 # 1.3 to 1.5 times for its logits (AMD EPYC). With AVX-512, it is for a few rows only.
 HAS_AVX2_ONLY = torch.backends.cpu.get_cpu_capability() == "AVX2"
-# The fewest weights of a matrix that oneDNN multiplies faster: the call takes longer than MKL's.
-# With those of all matrices, a Xeon writes 16 tokens/s of SmolLM2-135M, and 24 with this bound.
+# oneDNN's call takes longer than MKL's: only large matrices gain, and with Intel larger ones only:
+# from 2^18 weights on, a Xeon wrote 16 tokens/s of SmolLM2-135M in float32, from 2^20 on 24.
 MIN_WEIGHTS = 2**20 if is_intel() else 2**18
 FEW_ROWS = 64
 PRODUCT_TYPES = torch.float32, torch.bfloat16  # of rms_norm_by_product
@@ -91,9 +91,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear in float32 by oneDNN, which reads W faster than MKL does.
+    """F.linear in float32 by oneDNN instead of MKL.
 
-    With AMD it takes half the time for one row, and two thirds for eight; with Intel as long as MKL
+    For large matrices, AMD takes half the time for one row and two thirds for eight; Intel as long
     for one row, and half to two thirds for eight.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -54,7 +54,7 @@ def build_schedule(
     rows_per_step: int,
     say: Callable[[str], object] = lambda line: None,
 ) -> Schedule:
-    """The Schedule of a run over `num_rows` rows an epoch. say: told of a warm-up without end."""
+    """The Schedule of a run over `num_rows` rows an epoch. say: prints a note on the warm-up."""
     steps_per_epoch = math.ceil(num_rows / rows_per_step)
     total_steps = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
     warmup_steps = options.warmup_steps
