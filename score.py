@@ -147,7 +147,8 @@ def score_data_set(options: Namespace, device: torch.device) -> None:
             advice = ""
             if reason == TOO_LONG and can_raise:
                 advice = f" (now {options.cutoff_len}: raise --cutoff_len)"
-            say(f"not scored {count:,}: {reason}{advice}")
+            is_truncated = reason == TOO_LONG and options.mode == "embed"
+            say(f"{'truncated' if is_truncated else 'not scored'} {count:,}: {reason}{advice}")
         num_preferences = 0
         if options.mode == "reward":
             num_preferences = say_mean_preferences(writer.paths.scores)

@@ -189,12 +189,10 @@ def is_plain_draw(options: Namespace) -> bool:
 def check_output(options: Namespace, rows: Rows) -> Path:
     """The file to write. UserError if it, its manifest or its picture is an input or exists."""
     inputs = [file.records.path for file in rows.files]
-    inputs += map(Path, filter(None, [options.scores, options.embeddings, options.match]))
-    inputs += map(Path, options.target.split(",") if options.target else [])
-    if options.embeddings:
-        inputs.append(ScorePaths(options.embeddings).perplexity)
+    for path in filter(None, [options.scores, options.embeddings, *(options.target or [])]):
+        inputs += ScorePaths(path).all()
     if options.match:
-        inputs.append(Path(f"{options.match}.manifest"))
+        inputs += [Path(options.match), Path(f"{options.match}.manifest")]
     output = Path(options.output)
     written = [output, Path(f"{output}.manifest")]
     if options.plot:

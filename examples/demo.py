@@ -30,7 +30,12 @@ def parse_options() -> Namespace:
     add, _ = parser.section("demo")
     add("--recipe", default=str(ROOT / "examples/demo.toml"), help="options of train.py")
     add("--output_dir", default=str(ROOT / "runs/demo"), help="folder for the adapter and the log")
-    return parser.parse_options()
+    options = parser.parse_options()
+    options.recipe, options.output_dir = (
+        str(Path(path).resolve())  # the scripts run in ROOT
+        for path in (options.recipe, options.output_dir)
+    )
+    return options
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def main() -> None:
     parser = OptionParser(description=__doc__.split("\n")[0])
     add, _ = parser.section("real")
     add("--output_dir", default=str(ROOT / "runs/real"), help="folder for all files of the run")
-    folder = Path(parser.parse_options().output_dir)
+    folder = Path(parser.parse_options().output_dir).resolve()  # the scripts run in ROOT
     began = time.monotonic()
     model = unpack_model()
 
@@ -132,7 +132,7 @@ def unpack_model() -> Path:
     from minisft.data.unpack import cache_dir
 
     folder = cache_dir() / NAME
-    if not (folder / "model.safetensors").exists():
+    if not (folder / "config.json").exists():  # the last file that export.py writes
         words = ["--format", "hf", "--dtype", "bfloat16", "--output_dir", folder]
         run("export.py", "--model_name_or_path", find_model(), *words, "--overwrite_output_dir")
     return folder

@@ -104,6 +104,8 @@ class Candidates:
                 "--sample_number."
             )
         dropped = "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
+        if len(self.rows) == 0:
+            raise UserError(f"none of the {self.num_rows:,} rows is left (dropped {dropped}).")
         raise UserError(
             f"cannot choose {number:,} rows: only {len(self.rows):,} of {self.num_rows:,} are left "
             f"(dropped {dropped}). Lower --sample_number or --sample_rate."
@@ -140,7 +142,7 @@ def read_row_data(
         data.embeddings, data.perplexity = read_embeddings(options.embeddings, num_rows)
         paths["embeddings"] = options.embeddings
         paths["perplexity"] = ScorePaths(options.embeddings).perplexity
-    for number, path in enumerate(options.target.split(",") if options.target else []):
+    for number, path in enumerate(options.target or []):
         data.tasks.append(read_target(path, options.embeddings))
         paths[f"target {number + 1}"] = path
     if options.match:

@@ -96,6 +96,10 @@ class IfdScorer:
             embedded_length = min(last_end, self.cutoff_len)
             if self.pooling == "mean":
                 embedded_length = prompt_length
+        if "ifd" not in self.parts:
+            # A long row is embedded all the same: only a truncated embedding needs a remark.
+            end = last_start if self.pooling == "mean" else last_end
+            plan.reason = too_long(last_ids[:end], self.cutoff_len)
         if "ifd" in self.parts and not plan.reason:
             plan.num_conditioned = len(texts)
             for text, spans in zip(texts, answers, strict=True):

@@ -157,8 +157,8 @@ def row_sources(rows: Rows) -> np.ndarray:
             record = rows.files[0].records[number]
         except BadRow:
             record = {}
-        record = record if isinstance(record, dict) else {}
-        names.append(str(record.get("source", record.get("dataset", ""))))
+        columns = (record.get("source"), record.get("dataset")) if isinstance(record, dict) else ()
+        names.append(str(next((name for name in columns if name is not None), "")))
     if not any(names):
         raise UserError(
             f"--balance source: {rows.files[0].records.path} is one file without a column "

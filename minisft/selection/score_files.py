@@ -13,6 +13,7 @@ num_samples leaves out count too, so an index never changes.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,10 @@ def parse_line(path: str | Path, line: bytes, num_rows: int) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """True for null, a float, and an integer that a float can hold."""
-    return value is None or type(value) is float or type(value) is int and abs(value) < 2**1023
+    """True for null, a finite float, and an integer that a float can hold."""
+    if type(value) is float:
+        return math.isfinite(value)  # Python reads NaN and Infinity, which score.py never writes
+    return value is None or type(value) is int and abs(value) < 2**1023
 
 
 def read_embeddings(path: str | Path, num_rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from minisft.common.command_line import (
 )
 from minisft.common.errors import UserError
 from minisft.common.model_flags import add_dataset_flags
-from minisft.common.option_types import sample_number, sample_rate
+from minisft.common.option_types import sample_number, sample_rate, split_names
 from minisft.common.outputs import check_json_name
 
 # The inputs that each strategy needs.
@@ -112,6 +112,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     add("--embeddings", metavar="F.embeddings.npy", help="written by score.py --mode embed or all")
     add(
         "--target",
+        type=split_names,
         metavar="F.embeddings.npy",
         help="rds: a few rows of the task, embedded with the same flags as --embeddings; "
         "several tasks are separated by commas",
@@ -197,9 +198,10 @@ def check_options(options: Namespace, given: set[str]) -> None:
     """UserError for flags that contradict each other. given: names of the flags that were set."""
     strategy = options.strategy
     for flag in sorted(given & ONLY_FOR.keys()):
-        by_cluster = options.balance == "cluster" and flag in ("clusters", "starts")
-        if strategy != ONLY_FOR[flag] and not by_cluster:
-            raise UserError(f"--{flag} needs --strategy {ONLY_FOR[flag]}")
+        for_balance = flag in ("clusters", "starts")
+        if strategy != ONLY_FOR[flag] and not (for_balance and options.balance == "cluster"):
+            other = " or --balance cluster" if for_balance else ""
+            raise UserError(f"--{flag} needs --strategy {ONLY_FOR[flag]}{other}")
     if options.balance == "cluster" and not options.embeddings:
         raise UserError("--balance cluster needs --embeddings (see --help)")
     tokens = given & {"min_tokens", "max_tokens"}
@@ -210,7 +212,7 @@ def check_options(options: Namespace, given: set[str]) -> None:
             f"--min_tokens {options.min_tokens} is above --max_tokens {options.max_tokens}: no row "
             "has such a length"
         )
-    missing = set(STRATEGIES[strategy]) - given
+    missing = {flag for flag in STRATEGIES[strategy] if not getattr(options, flag)}
     if missing:
         flag = min(missing)
         raise UserError(f"--strategy {strategy} needs --{flag}: {MADE_BY[flag]} (see --help)")
@@ -231,12 +233,13 @@ def check_options(options: Namespace, given: set[str]) -> None:
             f"--scores {options.scores}: give the file that ends in .jsonl; {MADE_BY['scores']}"
         )
     check_json_name("--output", options.output)
-    files = [("embeddings", options.embeddings)]
-    files += [("target", path) for path in (options.target or "").split(",")]
+    files = [("embeddings", options.embeddings)] if options.embeddings else []
+    files += [("target", path) for path in options.target or []]
     for flag, path in files:
-        if path and not path.endswith(".embeddings.npy"):
+        if not path.endswith(".embeddings.npy"):
+            shown = path or "has an empty name"
             raise UserError(
-                f"--{flag} {path}: give the file that ends in .embeddings.npy; {MADE_BY[flag]}"
+                f"--{flag} {shown}: give the file that ends in .embeddings.npy; {MADE_BY[flag]}"
             )
     reason = f"--strategy {strategy} draws nothing at random"
     report_without_effect(given, [({"seed"}, strategy not in RANDOM, reason)])

@@ -40,3 +40,14 @@ def test_a_missing_file_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         preference.main(["--data_dir", str(tmp_path)])
     assert "there is no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [("0", "at least 1"), ("3", "is no multiple of 4"), ("8", "has only 8 pairs")],
+)
+def test_pairs_that_cannot_be_held_out(number, message, tmp_path, capsys):
+    (tmp_path / preference.FILE_NAME).write_text(json.dumps([{}] * 8))
+    with pytest.raises(SystemExit):
+        preference.main(["--data_dir", str(tmp_path), "--num_held_out", number])
+    assert message in capsys.readouterr().err

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, command
 
-from examples import orders, real
+from examples import demo, orders, real
 from minisft.common.errors import UserError
 
 
@@ -74,6 +74,21 @@ def test_commands(monkeypatch, tmp_path, capsys):
         flags = set(command(*part, "--help", script=script).stdout.split())
         assert {word for word in words if word.startswith("--")} <= flags, script
     assert len(json.loads((tmp_path / "out" / "orders.json").read_text())) == real.NUM_ROWS
+
+
+def test_a_relative_folder_is_the_users(monkeypatch, tmp_path):
+    """The scripts run in the root of the repository, wherever the user is."""
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(real, "run", lambda script, *words: commands.append(list(words)))
+    monkeypatch.setattr(real, "unpack_model", lambda: tmp_path / "model")
+    monkeypatch.setattr(real, "print_answers", lambda *words: None)
+    monkeypatch.setattr(sys, "argv", ["real.py", "--output_dir", "out"])
+    real.main()
+    orders = tmp_path / "out" / "orders.json"
+    assert orders.exists() and orders in commands[0]
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output_dir", "out"])
+    assert demo.parse_options().output_dir == str(tmp_path / "out")
 
 
 def test_without_the_package(monkeypatch):

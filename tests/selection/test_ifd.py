@@ -278,6 +278,14 @@ def test_rows_without_a_score_have_a_reason(alpaca):
     scorer = IfdScorer(alpaca, 200, None, ("embed",))  # the prompt is truncated to cutoff_len
     assert len(scorer.plan(0, rows[0]).passes[0].ids) < 200
     assert len(scorer.plan(0, rows[1]).passes[0].ids) == 200
+
+
+@pytest.mark.parametrize(("pooling", "truncated"), [("mean", [1]), ("weighted", [0, 1])])
+def test_only_a_truncated_embedding_has_a_remark(alpaca, pooling, truncated):
+    rows = rows_of(("the cat", "sat " * 500), ("the " * 500, "sat"), ("the cat", "sat"))
+    scorer = IfdScorer(alpaca, 200, None, ("embed",), pooling)
+    reasons = [scorer.plan(number, row).reason for number, row in enumerate(rows)]
+    assert [number for number, reason in enumerate(reasons) if reason] == truncated
     assert run(Urn(300), rows, alpaca, parts=("ifd",), cutoff_len=200)[0].embedding is None
 
 

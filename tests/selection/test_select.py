@@ -368,6 +368,10 @@ def test_random_balance(choose, data, bundles, tmp_path, monkeypatch):
         data[0].write_text(json.dumps(named))
         chosen, _ = choose(*at_random, 30, "--balance", "source")
         assert np.bincount(bundles[chosen]).tolist() == [15, 15]
+    for column in ({"source": None}, {"source": None, "dataset": ""}):  # no source at all
+        data[0].write_text(json.dumps([{**row, **column} for row in rows]))
+        with pytest.raises(UserError, match="without a column `source`"):
+            choose(*at_random, 30, "--balance", "source")
     files = [tmp_path / "a.json", tmp_path / "b.json"]  # files
     for path, part in zip(files, (rows[:40], rows[40:]), strict=True):
         path.write_text(json.dumps(part))
@@ -631,6 +635,9 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
         "--target",
         "rows.json",
     )
+    for names in ("", ",", "a.embeddings.npy,", "a.embeddings.npy,,b.embeddings.npy"):
+        refused("--target has an empty name", *near, "--target", names)
+    refused("ifd needs --scores", "--strategy", "ifd", *few, "--scores", "")
     refused("needs --match", "--strategy", "random_matched")
     refused("give --sample_rate or --sample_number", *by_ifd)
     refused("contradicts --sample_number", *by_ifd, *few, "--sample_rate", 0.1)
@@ -643,14 +650,22 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     band = ["--min_tokens", 9, "--max_tokens", 8]
     refused("--min_tokens 9 is above --max_tokens 8", *by_ifd, *few, *band)
     refused("--top_rate needs --strategy ifd_ppl", *by_ifd, *few, "--top_rate", 0.5)
-    refused("--clusters needs --strategy cluster", *by_ifd, *few, "--clusters", 3)
+    needed = "--clusters needs --strategy cluster or --balance cluster"
+    refused(needed, *by_ifd, *few, "--clusters", 3)
+    refused(needed, *at_random, "--balance", "source", "--clusters", 3)
     refused("--sample_rate: '1.5' is not a fraction", *by_ifd, "--sample_rate", 1.5)
     refused("--dedup 0.2: must be", *by_ifd, *few, "--dedup", 0.2)
     refused("'75,25' is not two percentiles", *by_cluster, "--band", "75,25")
     left = r"cannot choose 59 rows: only \d+ of 60 are left \(dropped 1: longer .*; \d+: ifd of 1"
     refused(left, *by_ifd, "--sample_number", 59)
+    none = r"none of the 60 rows is left \(dropped 60: under 900 tokens\)"
+    refused(none, *by_ifd, "--sample_rate", 0.1, "--min_tokens", 900)
     refused("61 clusters of 60 rows", *by_cluster, "--clusters", 61)
     refused("--output .* is an input", *by_ifd, *few, "--output", scores)
+    # Without their record, scores and embeddings are lost.
+    record = ScorePaths(scores).record
+    refused("--output .* is an input", *by_ifd, *few, "--output", record)
+    refused("--output .* is an input", *by_cluster, *few, "--output", record)
     refused("is a folder", *by_ifd, *few, "--output", tmp_path)
     os.mkfifo(tmp_path / "device")
     refused("or a device", *by_ifd, *few, "--output", tmp_path / "device", "--overwrite")
@@ -686,13 +701,12 @@ def test_bad_input(choose, data, tmp_path, monkeypatch):
     refused("has a score of row 301, but the data set has 60", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"ifd": ', '"ifd": "x', 1))
     refused("not a line of score.py", *by_ifd, *few)
-    for value in ("1" + 400 * "0", 100_000 * "[" + 100_000 * "]"):
+    for value in ("1" + 400 * "0", 100_000 * "[" + 100_000 * "]", "NaN", "1e999"):
         scores.write_text("".join(lines).replace('"ifd": ', f'"ifd": {value}, "x": ', 1))
         refused("not a line of score.py", *by_ifd, *few)
     scores.write_text("".join(lines).replace('"reason": null', '"reason": 5', 1))
     refused("not a line of score.py", *by_ifd, *few)
     scores.write_text("".join(lines))
-    record = ScorePaths(scores).record
     content = record.read_text()
     path.write_text(path.read_text() + "\n")
     refused("belongs to another file than --dataset", *by_ifd, *few)
