@@ -2,8 +2,8 @@
 
     python bench/machines.py results.json
 
-Lines that failed or were skipped are left out, and so is a dry run. A later run of the same kind of
-machine replaces the lines that it has measured.
+Lines that failed or were skipped are left out, and so is a dry run. A later run of the same machine
+replaces the lines that it has measured; that of another machine of its kind replaces the table.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.tables import update  # noqa: E402
+from bench import tables  # noqa: E402
 
 MACHINES = "AMX", "AVX-512", "AVX2", "H100", "H200"
 HEAD = ["what", "minisft", "compared with", "ratio", "share of the limit"]
@@ -34,7 +34,16 @@ def write_table(results: dict[str, Any]) -> None:
     )
     rows = [row_of(line) for line in measured if line["unit"] != "passed"]
     title = f"**{name}** ({results['date']}): {versions}."
-    update("benchmarks.md", kind, HEAD, rows, title=title)
+    # Lines of another machine must not stay under the name of this one.
+    order = None if is_table_of(kind, name) else [row[0] for row in rows]
+    tables.update("benchmarks.md", kind, HEAD, rows, order, title=title)
+
+
+def is_table_of(kind: str, name: str) -> bool:
+    """True if the table of this kind of machine was measured on the machine of this name."""
+    page = (tables.DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    table = page.partition(f"<!-- {kind} -->")[2].partition(f"<!-- /{kind} -->")[0]
+    return f"**{name}**" in table
 
 
 def row_of(line: dict[str, Any]) -> list[str]:

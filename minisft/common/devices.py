@@ -84,8 +84,14 @@ def type_for_answers(device: torch.device) -> torch.dtype:
     A token reads every weight for a few multiplications, and bfloat16 halves what it reads. So it
     is faster on every processor that does not emulate it.
     """
-    is_native = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    is_native = device.type == "cpu" and has_native_bfloat16()
     return torch.bfloat16 if is_native or has_fast_bfloat16(device) else torch.float32
+
+
+def has_native_bfloat16() -> bool:
+    """True if the CPU has instructions that multiply bfloat16; other processors emulate it."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -4,8 +4,9 @@
         lines = unpack("train.parquet")         # ~/.cache/minisft/train-1f0c....jsonl
 
 Rows are read in random order, which none of these files allows. So they are unpacked once, a few
-rows at a time, whatever the size of the file. All ranks and later runs use the unpacked file; it is
-made again if the file changes, and may be deleted when no run uses it.
+rows at a time, whatever the size of the file. All ranks and later runs use the unpacked file. It is
+made again if the file changes, or if it has lost bytes, and may be deleted when no run uses it. Its
+lock holds its size.
 """
 
 import fcntl
@@ -32,7 +33,7 @@ ARROW = (b"ARROW1", b"\xff\xff\xff\xff")  # a file, and a stream as `datasets` w
 COMPRESSED = (GZIP, ZSTD)
 COLUMNAR = (PARQUET, *ARROW)
 ROWS_AT_A_TIME = 1000
-VERSION = "2"  # the format of the unpacked file
+VERSION = "3"  # the format of the unpacked file
 
 
 def is_packed(path: Path) -> bool:
@@ -59,10 +60,14 @@ def unpack(path: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # The other ranks of this machine wait here, then find the file.
-        with open(target.with_suffix(".lock"), "w") as lock:
+        with open(target.with_suffix(".lock"), "a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
+            lock.seek(0)
+            # A machine that crashes may leave a part of the file, or an empty one.
+            if not target.exists() or lock.read() != str(target.stat().st_size):
                 _write(path, target)
+                lock.truncate(0)
+                lock.write(str(target.stat().st_size))
     except OSError as error:
         raise UserError(
             f"{path}: it could not be unpacked to {target.parent} ({error.strerror or error}); "

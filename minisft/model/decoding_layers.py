@@ -21,8 +21,8 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # With AVX2, oneDNN is faster than MKL for any number of rows: 2 to 18 % for the layers of a batch,
 # 1.3 to 1.5 times for its logits (AMD EPYC). With AVX-512, it is for a few rows only.
 HAS_AVX2_ONLY = torch.backends.cpu.get_cpu_capability() == "AVX2"
-# oneDNN's call takes longer than MKL's: only large matrices gain, and with Intel larger ones only:
-# from 2^18 weights on, a Xeon wrote 16 tokens/s of SmolLM2-135M in float32, from 2^20 on 24.
+# oneDNN's call takes longer than MKL's, so only large matrices gain, and on Intel only larger ones.
+# With 2^18, a Xeon wrote 16 tokens/s of SmolLM2-135M in float32; with 2^20, it writes 24.
 MIN_WEIGHTS = 2**20 if is_intel() else 2**18
 FEW_ROWS = 64
 PRODUCT_TYPES = torch.float32, torch.bfloat16  # of rms_norm_by_product

@@ -15,9 +15,9 @@ give bfloat16:
     Int4Linear         _weight_int4pack_mm_for_cpu, for Blocks              0.63
     Int4PairLinear     the same twice: 8 bits in blocks                     1.25
 
-On a processor that multiplies bfloat16, a model in that type has all of them. On one with AVX2
-only, a model in float32 has those of 8 and 4 bits: they round their input to bfloat16, and read a
-quarter and less of the bytes. Everything else keeps the layers that it has.
+On a processor that multiplies bfloat16, a model in that type has all of them. On one with AVX2 or
+AVX-512 that does not, a model in float32 has those of 8 and 4 bits: they round their input to
+bfloat16, and read a quarter and less of the bytes. Everything else keeps the layers that it has.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minisft.common.devices import has_native_bfloat16
 from minisft.model.decoder import CausalLM
 from minisft.model.quantized import QuantizedLinear, plain_linear
 
@@ -45,9 +46,13 @@ def can_pack_weights(dtype: torch.dtype, device: torch.device | str) -> bool:
     """
     if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return dtype == torch.bfloat16
-    return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    # oneDNN supports bfloat16 with any AVX-512, and emulates it before AVX512-BF16.
+    is_supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.bfloat16:
+        return is_supported
+    is_native = is_supported and has_native_bfloat16()
+    has_kernels = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return dtype == torch.float32 and has_kernels and not is_native
 
 
 @torch.no_grad()

@@ -182,8 +182,13 @@ def describe_training(
         text += f"\n{note}"
     is_known = device.type != "mps"  # its speed is not measured
     if dtype == torch.bfloat16 and is_known and not has_fast_bfloat16(device):
-        text += (
-            "\nbfloat16 halves the memory of the base model, but this processor is faster with "
-            "--dtype float32"
-        )
+        text += f"\n{slow_bfloat16_note(options)}"
     return text
+
+
+def slow_bfloat16_note(options: Namespace) -> str:
+    """A line for processors that multiply bfloat16 more slowly than float32."""
+    if weight_dtype(options, torch.bfloat16) == torch.float32:  # it saves no weights
+        return "this processor is faster with --dtype float32"
+    faster = "without --pure_bf16" if options.pure_bf16 else "with --dtype float32"
+    return f"bfloat16 halves the memory of the base model, but this processor is faster {faster}"

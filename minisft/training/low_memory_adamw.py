@@ -10,10 +10,10 @@ decay d):
 
 In float32, weights, gradients and moments take 16 bytes a parameter.
 
-`--optim adamw_8bit` (arXiv 2110.02861) keeps m and v of a matrix in 8 bits: each block of 256
-numbers of a row is divided by its largest, and becomes the nearest of 256 levels. The step itself
-is computed in float32, a few million weights at a time. Blocks end with their row, so a model that
-is sharded by rows (FSDP) has the same blocks. Norms and biases keep float32.
+`--optim adamw_8bit` (arXiv 2110.02861) keeps m and v of a matrix in 8 bits: a block of 256 numbers
+of a row is divided by its largest, and each number becomes the nearest of 256 levels. The step
+itself is computed in float32, a few million weights at a time. Blocks end with their row, so a
+model that is sharded by rows (FSDP) has the same blocks. Norms and biases keep float32.
 
 `--pure_bf16` keeps weights and gradients in bfloat16. A weight has 8 significant bits there, and
 most updates are smaller than half of the last one: rounding to the nearest would drop them all.

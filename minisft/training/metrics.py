@@ -145,7 +145,7 @@ class Progress:
             if is_bad:
                 raise UserError(
                     f"step {step}: the gradient norm is {norm}. No later step is saved. "
-                    "Lower --learning_rate, or use --dtype float32."
+                    "Lower --learning_rate, or use --dtype float32 without --pure_bf16."
                 )
             self._grad_norm = norm
         self._gradients.clear()

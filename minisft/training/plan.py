@@ -166,6 +166,7 @@ def print_model(options: Namespace, model: Model, step: Step) -> None:
     """Print the number of parameters, and how they are trained."""
     how = "in full" if options.finetuning_type == "full" else "by LoRA"
     base = f", base in {options.quantization_bit} bits" if options.quantization_bit else ""
+    how += ", weights and gradients in bfloat16" * options.pure_bf16
     how += ", moments in 8 bits" * (options.optim == "adamw_8bit")
     print(
         f"model       {count_parameters(model):,} parameters, of which {num_trainable(model):,} "

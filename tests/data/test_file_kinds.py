@@ -273,6 +273,17 @@ class TestCompressed:
         path.write_bytes(gzip.compress(b"one\ntwo\n"))
         assert load_rows(path, plain_text=True) == ["one", "two"]
 
+    @pytest.mark.parametrize("num_bytes", [0, 20])
+    def test_an_unpacked_file_that_lost_bytes_is_made_again(self, num_bytes, tmp_path, cache):
+        """A crash of the machine can leave it empty or cut."""
+        path = tmp_path / "rows.jsonl.gz"
+        rows = [{"instruction": f"say {number}", "output": "yes"} for number in range(9)]
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+        for _ in range(2):
+            assert len(load_rows(path)) == 9
+            [unpacked] = cache.glob("*.jsonl")
+            os.truncate(unpacked, num_bytes)
+
     def test_damage(self, tmp_path, cache):
         path = tmp_path / "rows.jsonl.gz"
         content = gzip.compress(json.dumps(RECORDS).encode())

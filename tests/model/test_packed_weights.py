@@ -248,7 +248,18 @@ def test_an_assistant_multiplies_few_bits_as_they_are(num_bits, tiny_chat_model_
 def test_float32_stays_exact_where_bfloat16_is_multiplied(has_bfloat16, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16})
     assert can_pack_weights(torch.bfloat16, "cpu") == has_bfloat16
     assert can_pack_weights(torch.float32, "cpu") != has_bfloat16
     assert not can_pack_weights(torch.float16, "cpu")
     assert not can_pack_weights(torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("instructions", [{}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_avx512_without_bfloat16_packs_few_bits_in_float32(instructions, monkeypatch):
+    """Skylake to Ice Lake: oneDNN emulates bfloat16 there, so --dtype auto is float32."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert can_pack_weights(torch.bfloat16, "cpu")
+    assert can_pack_weights(torch.float32, "cpu") == (not instructions)

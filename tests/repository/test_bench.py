@@ -150,6 +150,20 @@ def test_a_later_run_of_a_cpu_replaces_its_lines(tmp_path, monkeypatch):
     ]
 
 
+def test_the_table_of_another_machine_of_the_kind_is_replaced(tmp_path, monkeypatch):
+    """Its lines would stand under the name of the later one."""
+    monkeypatch.setattr(tables, "DOCS", tmp_path)
+    (tmp_path / "benchmarks.md").write_text("<!-- AVX-512 -->\n<!-- /AVX-512 -->\n")
+    about = {"dry_run": False, "date": "2026-12-01", "torch": "2.13.0"}
+    for name, processor in (("a", "AMD EPYC"), ("b", "Intel Xeon"), ("c", "Intel Xeon")):
+        device = f"2 cores of an {processor} with AVX-512"
+        line = {"name": name, "figure": 1.0, "unit": "tokens/s", "device": device}
+        machines.write_table({**about, "lines": [line]})
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "Intel Xeon" in page and "EPYC" not in page
+    assert "| b |" in page and "| c |" in page and "| a |" not in page
+
+
 def test_the_run_on_a_cpu_gives_flags_that_its_benchmarks_know(tmp_path, monkeypatch):
     scripts = {
         "load": load,

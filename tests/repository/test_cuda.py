@@ -140,6 +140,7 @@ def losses_of(here, *flags, output_dir):
         ["--quantization_bit", 4],
         ["--quantization_bit", 8],
         ["--finetuning_type", "full"],
+        ["--finetuning_type", "full", "--optim", "adamw_8bit", "--pure_bf16"],
     ],
 )
 def test_every_way_to_train_learns(extra, checkpoint, rows_file, here, tmp_path):

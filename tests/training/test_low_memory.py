@@ -6,7 +6,7 @@ import re
 import bitsandbytes
 import pytest
 import torch
-from conftest import as_flags
+from conftest import CONFIG, as_flags
 from parallel_runs import (
     assert_equal_runs,
     assert_like_one_process,
@@ -22,9 +22,13 @@ from safetensors.torch import load_file
 
 from minisft.common.errors import UserError
 from minisft.common.metric_lines import read_metrics
+from minisft.model.config import ModelConfig
+from minisft.model.decoder import CausalLM
 from minisft.model.level_table import LevelTable
 from minisft.model.quantized import dynamic_levels, nearest
-from minisft.training import checkpoint
+from minisft.training import checkpoint, plan
+from minisft.training.activation_memory import Step
+from minisft.training.build import describe_training
 from minisft.training.low_memory_adamw import (
     LowMemoryAdamW,
     dequantize_rows,
@@ -348,3 +352,27 @@ def test_names_of_the_optimizer(words, optim):
 
 def test_pure_bf16_computes_in_bfloat16():
     assert training_options(*as_flags(pure_bf16=True, finetuning_type="full")).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("--pure_bf16 --finetuning_type full", "the base model, but {} without --pure_bf16"),
+        ("--bf16", "the base model, but {} with --dtype float32"),
+        ("--bf16 --finetuning_type full", "threads? each\n{} with --dtype float32"),
+    ],
+)
+def test_advice_where_bfloat16_is_slow(words, advice):
+    """It contradicts no flag, and promises no memory where the weights are float32."""
+    options = training_options(*words.split())
+    model, cpu = torch.nn.Linear(2, 2), torch.device("cpu")
+    said = describe_training(options, model, torch.bfloat16, cpu, num_rows=3)
+    assert re.search(f"{advice.format('this processor is faster')}$", said), said
+
+
+def test_the_plan_names_both(capsys):
+    options = training_options(*map(str, KINDS["8 bits, bf16"][2:]))
+    model = CausalLM(ModelConfig.from_dict(CONFIG))
+    plan.print_model(options, model, Step(1, 1, torch.bfloat16, pure_bf16=True))
+    said = capsys.readouterr().out
+    assert "in full, weights and gradients in bfloat16, moments in 8 bits, bfloat16 on" in said
