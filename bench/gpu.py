@@ -71,6 +71,7 @@ STAGES = {  # in the order of the run
     "decoding compiled": Stage("compiled_decoding_of_few_layers", 75, PEER, ("llama3-8b",)),
     "scoring": Stage("scoring", 45, PEER, ("tinyllama",)),
     "scoring 8b": Stage("scoring", 60, PEER, ("llama3-8b",)),
+    "llama3-8b full": Stage("low_memory_training", 60, OURS, ("llama3-8b",)),
     "k-means": Stage("", 0),
     "decoding compiled, all layers": Stage("compiled_decoding", 90, OURS, ("llama3-8b",)),
 }
@@ -278,6 +279,8 @@ def parse_options() -> Namespace:
     parser.add_argument("--only", nargs="+", choices=STAGES, help="these stages, and the limits")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.results and not Path(options.results).absolute().parent.is_dir():
+        parser.error(f"there is no folder for {options.results}")
     if not (options.results or options.stage):
         parser.error("name a JSON file for the results")
     return options

@@ -123,6 +123,38 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
             )
 
 
+def low_memory_training(bench: Bench, size: str) -> Iterator[Line]:
+    """In full with six bytes a parameter: weights, gradients in bfloat16, moments in 8 bits."""
+    shape, began = bench.sizes[size], time.monotonic()
+    model = random_model(shape, None, bench.dtype, bench.device).requires_grad_(True)
+    per_token = training_operations(model, bench.sizes["length"])
+    with tempfile.TemporaryDirectory() as folder:
+        words = flags(
+            side="packed",
+            folder=folder,
+            batch_size=bench.sizes["rows"],
+            dtype="bfloat16",
+            device=bench.device.type,
+            finetuning_type="full",
+            optim="adamw_8bit",
+            pure_bf16=True,
+        )
+        rows = training_rows(bench, shape)
+        speed, peak, padding = train_ours(train.parse_options(words), model, None, rows)
+    yield line_with_peer(
+        f"{size} full, adamw_8bit, pure_bf16, packed",
+        speed,
+        "tokens/s",
+        "Trainer",
+        None,
+        "not measured; it has no stochastic rounding",
+        peak_gib=peak / 2**30,
+        padding=padding,
+        took=time.monotonic() - began,
+        **bench.share(speed * per_token, MATMUL),
+    )
+
+
 def training_rows(bench: Bench, shape: str) -> list[EncodedRow]:
     """Rows of random tokens. Those of a step have similar lengths, as after sorting."""
     length, num_rows = bench.sizes["length"], bench.sizes["rows"] * bench.sizes["steps"]

@@ -81,6 +81,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--optim", default="adamw_torch", help="minisft's optimizer")
+    parser.add_argument("--pure_bf16", action="store_true", help="minisft's, with full training")
     sides = [*MINISFT_SIDES, "best", "defaults"]
     default = ["minisft", "best", "defaults"]
     parser.add_argument("--sides", nargs="+", default=default, choices=sides)
@@ -147,6 +149,8 @@ def training_options(options: Namespace) -> Namespace:
         save_steps=1_000_000,
         compile=options.compile,
         gradient_checkpointing=options.gradient_checkpointing,
+        optim=options.optim,
+        pure_bf16=options.pure_bf16,
         packing=options.side == "packed",
     )
     return parse_training_options(words)
