@@ -197,6 +197,7 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     number: None leaves it to --per_cluster or --match; other strategies need one.
     """
     strategy, scores = options.strategy, data.scores
+    # Like --sample_rate, of the rows that the filters leave, with a score or without.
     pool_size = round(options.top_rate * len(candidates.rows))
     drop_unusable(options, data, candidates)
     if number is not None:
