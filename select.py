@@ -189,8 +189,8 @@ def is_plain_draw(options: Namespace) -> bool:
 def check_output(options: Namespace, rows: Rows) -> Path:
     """The file to write. UserError if it, its manifest or its picture is an input or exists."""
     inputs = [file.records.path for file in rows.files]
-    for path in filter(None, [options.scores, options.embeddings, *(options.target or [])]):
-        inputs += ScorePaths(path).all()
+    for path in [options.scores, options.embeddings, *(options.target or [])]:
+        inputs += ScorePaths(path).all() if path else []
     if options.match:
         inputs += [Path(options.match), Path(f"{options.match}.manifest")]
     output = Path(options.output)

@@ -197,6 +197,7 @@ def choose(options: Namespace, data: RowData, candidates: Candidates, number: in
     number: None leaves it to --per_cluster or --match; other strategies need one.
     """
     strategy, scores = options.strategy, data.scores
+    # Like --sample_rate, of the rows that the filters leave, with a score or without.
     pool_size = round(options.top_rate * len(candidates.rows))
     drop_unusable(options, data, candidates)
     if number is not None:
@@ -261,8 +262,7 @@ def choose_matched(
     reference = data.match
     if number is not None:
         by_length = reference[np.argsort(data.lengths[reference], kind="stable")]
-        places = np.linspace(0, len(by_length) - 1, number)
-        reference = by_length[places.round().astype(int)]
+        reference = by_length[strategies.evenly_spread(len(by_length), number)]
     chosen = strategies.at_random_with_lengths(data.lengths, rows, reference, generator)
     return Choice(np.sort(chosen), {"also_in_match": len(np.intersect1d(chosen, data.match))})
 

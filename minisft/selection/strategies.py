@@ -81,10 +81,16 @@ def spread_over_clusters(
             is_inside = (perplexity[members] >= low) & (perplexity[members] <= high)
             members = members[is_inside]
             members = members[np.argsort(perplexity[members], kind="stable")]
-            places = np.linspace(0, len(members) - 1, min(per_cluster, len(members)))
-            members = members[np.unique(places.round().astype(int))]
+            members = members[evenly_spread(len(members), min(per_cluster, len(members)))]
         chosen.append(members)
     return np.concatenate(chosen)
+
+
+def evenly_spread(length: int, number: int) -> np.ndarray:
+    """`number` of the places 0 ... length - 1, from end to end; a single one is in the middle."""
+    if number == 1:
+        return np.array([(length - 1) // 2])
+    return np.linspace(0, length - 1, number).round().astype(int)
 
 
 def k_center(embeddings: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
@@ -125,8 +131,9 @@ def at_random_with_lengths(
         if count > len(inside):
             raise UserError(
                 f"--match has {count:,} rows in a range of lengths from which only "
-                f"{len(inside):,} rows can be chosen. Make the selection --match with the same "
-                "--dedup and --skip_bad_rows."
+                f"{len(inside):,} rows can be chosen. Lower --sample_number, if it is more than "
+                "--match has, or make that selection with the same --dedup, --skip_bad_rows, "
+                "--min_tokens and --max_tokens."
             )
         if count > 0:
             chosen.append(at_random(inside, count, generator))

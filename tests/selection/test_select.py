@@ -477,6 +477,8 @@ def test_random_matched_with_a_budget(choose, tmp_path):
     chosen, manifest = choose(*words, "--sample_number", 5)
     assert len(chosen) == 5 and set(chosen) <= set(range(40, 60))
     assert manifest["answer_length"]["mean_chosen"] == pytest.approx(50.5, abs=3)
+    _, manifest = choose(*words, "--sample_number", 1)  # of the middle length, not the shortest
+    assert manifest["answer_length"]["mean_chosen"] == pytest.approx(50.5, abs=1)
 
 
 def test_random_matched(choose, data, tmp_path):

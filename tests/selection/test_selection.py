@@ -52,6 +52,10 @@ def test_spread_over_clusters():
         assert perplexity[some].min() == band[0] and perplexity[some].max() == band[-1]
         ranks = np.searchsorted(band, np.sort(perplexity[some]))
         assert np.ptp(np.diff(ranks)) <= 1  # evenly spread
+    singles = strategies.spread_over_clusters(assignment, perplexity, rows, 1, [25, 75])
+    for cluster, single in enumerate(singles[:2]):  # not at an end of the band
+        values = perplexity[rows[assignment == cluster]]
+        assert abs((values < perplexity[single]).sum() - len(values) // 2) <= 1
 
 
 def test_k_center():
