@@ -43,9 +43,9 @@ def read_json(path: str | Path, missing: dict[str, Any] | None = None) -> dict[s
         raise
     except (ValueError, RecursionError) as error:
         refuse_pointer(path)
-        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
+        raise UserError(f"{path}: not valid JSON ({error}); make or download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
+        raise UserError(f"{path}: not a JSON object; make or download it again")
     return content
 
 
