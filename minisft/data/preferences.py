@@ -108,6 +108,10 @@ def _answer(name: str, value: Any) -> Messages:
     if not turns:
         raise BadRow(f"{name} is empty")
     try:
-        return [parse_turn(turn) for turn in turns]
+        messages = [parse_turn(turn) for turn in turns]
     except BadRow as error:
         raise BadRow(f"{name}: {error}") from error
+    last = messages[-1]
+    if last.get("weight") == 0 or last.get("train") is False or last.get("mask") is True:
+        raise BadRow(f"{name} is not to be learned (weight, train or mask), so nothing is compared")
+    return messages

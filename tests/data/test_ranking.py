@@ -141,6 +141,10 @@ PROMPT = {"prompt": "Add."}
         ({**PROMPT, "chosen": "3", "rejected": None}, "rejected: a turn must be a JSON object"),
         ({**PROMPT, "chosen": [], "rejected": "4"}, "chosen is empty"),
         (
+            {**PROMPT, "chosen": "3", "rejected": {"from": "gpt", "value": "4", "weight": 0}},
+            "rejected is not to be learned",
+        ),
+        (
             {**PROMPT, "chosen": {"from": "robot", "value": "3"}, "rejected": "4"},
             "chosen: unknown speaker",
         ),
