@@ -147,9 +147,13 @@ def estimate(options: Namespace, missing: Sequence[Run], results: Sequence[Resul
         return (num_tokens / speed + len(missing) * measuring) / cores
     losses = len(SOURCES) * options.held_out * MEAN_TOKENS / READ
     answers = len(KINDS) * options.per_kind * MAX_NEW_TOKENS / ANSWERED
-    num_rows = min(NUM_ROWS, len(SOURCES) * (options.max_rows or NUM_ROWS))
-    preparing = 4.5 * num_rows * MEAN_TOKENS / READ  # IFD twice, embeddings twice
+    preparing = 4.5 * pool_size(options) * MEAN_TOKENS / READ  # IFD twice, embeddings twice
     return (num_tokens / TRAINED + len(missing) * (losses + answers) + preparing) / cores
+
+
+def pool_size(options: Namespace) -> int:
+    """About how many rows the pool has."""
+    return min(NUM_ROWS, len(SOURCES) * (options.max_rows or NUM_ROWS))
 
 
 def rows_seen(options: Namespace, run: Run) -> int:
@@ -157,7 +161,7 @@ def rows_seen(options: Namespace, run: Run) -> int:
     if run.strategy == "base":
         return 0
     if run.strategy == "all":
-        return NUM_ROWS
+        return pool_size(options)
     return options.epochs * Budget.parse(run.budget).num_rows
 
 

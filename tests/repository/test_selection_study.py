@@ -420,6 +420,18 @@ def test_costs(study):
     assert math.isfinite(selection.estimate(parse_options(["--data_dir", "d"]), [], []))
 
 
+def test_all_rows_of_a_small_pool_take_less_time():
+    """--max_rows limits what `all` trains on."""
+    timed = {"trained_tokens": 10**6, "seconds": {"train": 10.0**4, "measure": 0.0}}
+    hours = [
+        selection.estimate(
+            parse_options(["--data_dir", "d", *limit]), [selection.Run("all", "all", 0)], [timed]
+        )
+        for limit in ([], ["--max_rows", "55"])
+    ]
+    assert hours[0] / hours[1] == pytest.approx(selection.NUM_ROWS / (6 * 55))
+
+
 def test_the_places_of_the_tables_are_in_the_pages():
     for name, marks in (
         ("selection.md", (selection_report.BEGIN, selection_report.END)),
