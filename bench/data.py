@@ -77,21 +77,22 @@ def encoding_ratios(model: str | Path, template_name: str) -> Iterator[tuple[flo
     source = json.loads((ROOT / "examples/data/train.json").read_text(encoding="utf-8"))
     answers = [row["output"] for row in source]
     for num_answers in (1, 6, 20, 60):
-        generator, rows = random.Random(0), []
-        for number, row in enumerate(source[:NUM_ROWS]):
-            question = {"role": "user", "content": f"{number}: {row['instruction']}"}
-            answer = " ".join(generator.choices(answers, k=num_answers))
-            rows.append(Row([question, {"role": "assistant", "content": answer}]))
-        texts = [template.render(row.messages) for row in rows]
-        ours, bare, num_tokens = [], [], 0
-        for _ in range(ROUNDS):
+        generator, ours, bare, num_tokens = random.Random(0), [], [], 0
+        for turn in range(ROUNDS):  # each has other texts, because the template keeps short ones
+            rows = []
+            for number, row in enumerate(source[:NUM_ROWS]):
+                content = f"{turn}.{number}: {row['instruction']}"
+                answer = f"{turn}.{number}: {' '.join(generator.choices(answers, k=num_answers))}"
+                question = {"role": "user", "content": content}
+                rows.append(Row([question, {"role": "assistant", "content": answer}]))
+            texts = [template.render(row.messages) for row in rows]
             began = time.process_time()
             encode_rows(rows, template, cutoff_len=10**6)
             ours.append(time.process_time() - began)
             began = time.process_time()
             num_tokens = sum(len(tokenizer.encode(text)) for text in texts)
             bare.append(time.process_time() - began)
-        yield num_tokens / len(rows), len(rows) / min(ours), min(ours) / min(bare)
+        yield num_tokens / NUM_ROWS, NUM_ROWS / min(ours), min(ours) / min(bare)
 
 
 def usage(process_id: int) -> tuple[int, float]:
