@@ -98,7 +98,7 @@ def benchmarks(
     if options.ceval_dir:
         words = flags(data_dir=options.ceval_dir, subjects="law", max_samples=12)
         yield "multiple_choice", [*words, *flags(model_name_or_path=model_dir)]
-    # The small model's first step takes no time, so what is measured is the preparation.
+    # With the embedded model a step takes hardly any time: the first one waits for the data.
     yield "data", flags(tokenizer_dir=model_dir)
 
 

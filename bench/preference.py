@@ -2,7 +2,7 @@
 
     python bench/preference.py --data_dir DATA                  # about an hour on two cores
     python bench/preference.py --data_dir DATA --write_docs     # also the table of docs/training.md
-    python bench/preference.py --data_dir DATA --max_rows 8 --num_held_out 5    # a quick try
+    python bench/preference.py --data_dir DATA --max_rows 16 --num_held_out 5   # a quick try
 
 SmolLM2-135M-Instruct learns dpo_en_demo.json (LLaMA-Factory, folder data) for an epoch, by train.py
 and by trl: the same pairs in the same order and micro-batches, the same first adapter, float32. The
@@ -34,6 +34,7 @@ import train  # noqa: E402
 from bench.measure import flags  # noqa: E402
 from bench.tables import update  # noqa: E402
 from minisft.checkpoints.adapters import save_adapter  # noqa: E402
+from minisft.common.errors import UserError  # noqa: E402
 from minisft.common.metric_lines import read_metrics  # noqa: E402
 from minisft.common.option_types import positive_int  # noqa: E402
 from minisft.common.script import run_script  # noqa: E402
@@ -153,9 +154,15 @@ def whole_steps(settings: Namespace, model_dir: Path) -> tuple[Batches, list[Exa
     """
     tokenizer, config = Tokenizer.load(model_dir), ModelConfig.load(model_dir)
     template = load_template(settings, tokenizer, print)
+    rows_per_step = count_rows_per_step(settings, 1)
     while True:
         batches, held_out = load_data(settings, tokenizer, template, config, lambda line: None)
-        if batches.num_examples % count_rows_per_step(settings, 1) == 0:
+        if batches.num_examples < rows_per_step:
+            raise UserError(
+                f"{batches.num_examples} pairs are short enough; a step needs {rows_per_step}. "
+                "Raise --max_rows or --cutoff_len."
+            )
+        if batches.num_examples % rows_per_step == 0:
             assert held_out
             return batches, held_out
         path = Path(settings.dataset)

@@ -9,6 +9,7 @@ first.
 
 from typing import Any
 
+from minisft.common.errors import UserError
 from minisft.data.formats import (
     PREFERENCE_COLUMNS,
     Messages,
@@ -23,6 +24,7 @@ from minisft.data.formats import (
 )
 from minisft.data.row_values import BadRow, check_encodable, check_text_only, object_of
 from minisft.data.turn_order import check_order, join_turns, with_opening_as_context
+from minisft.text.messages import is_learned
 
 
 def has_several_answers(record: Any) -> bool:
@@ -109,9 +111,9 @@ def _answer(name: str, value: Any) -> Messages:
         raise BadRow(f"{name} is empty")
     try:
         messages = [parse_turn(turn) for turn in turns]
-    except BadRow as error:
+        learned = is_learned(messages[-1])
+    except UserError as error:
         raise BadRow(f"{name}: {error}") from error
-    last = messages[-1]
-    if last.get("weight") == 0 or last.get("train") is False or last.get("mask") is True:
+    if not learned:
         raise BadRow(f"{name} is not to be learned (weight, train or mask), so nothing is compared")
     return messages
