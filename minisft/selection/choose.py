@@ -272,6 +272,10 @@ def choose_balanced(options: Namespace, data: RowData, rows: np.ndarray, number:
     generator, clusters, notes = np.random.default_rng(options.seed), None, []
     if options.balance == "source":
         groups = data.sources[rows]
+        if len(np.unique(groups)) == 1:
+            notes.append(
+                "--balance source: all rows have one source, so the choice is simply random"
+            )
     else:
         notes = choose_num_clusters(options, rows, number)
         groups = cluster(options, data, rows).assignment

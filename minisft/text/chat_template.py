@@ -23,10 +23,12 @@ The tour explains it: docs/tour/02_template.md.
 """
 
 import sys
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 from minisft.common.errors import UserError
@@ -199,7 +201,9 @@ class ChatTemplate:
         if self.facts.end_follows:  # it opens the next message
             stop = len(turn.text)
             return next((match.end for match in matches if match.start == stop), stop)
-        inside = [match for match in matches if turn.answer <= match.start < len(turn.text)]
+        place_of = attrgetter("start")
+        first = bisect_left(matches, turn.answer, key=place_of)
+        inside = matches[first : bisect_left(matches, len(turn.text), key=place_of)]
         usual = [match for match in inside if match.id == self.tokens.ids.get(self.facts.end or "")]
         if usual or (inside and self.facts.end):  # a tool call may have another end token
             return (usual or inside)[-1].end

@@ -9,7 +9,9 @@ spells stays text.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from minisft.text.marks import Span
@@ -101,14 +103,20 @@ class ControlTokens:
         matches: the control tokens of the text, from `find`. They swallow no white space beyond
         start and end.
         """
+        if start >= end:
+            return []
         ids, place = [], start
-        after_control = any(match.token_end <= start <= match.end for match in matches)
-        for match in matches:
-            if start <= match.token_start and match.token_end <= end:
-                if place < match.start:
-                    ids += self._run(text, place, match.start, after_control)
-                ids.append(match.id)
-                place, after_control = match.end, True
+        first = bisect_left(matches, start, key=attrgetter("token_start"))
+        before = matches[max(first - 1, 0) : first]
+        after_control = any(match.token_end <= start <= match.end for match in before)
+        for number in range(first, len(matches)):
+            match = matches[number]
+            if match.token_end > end:
+                break
+            if place < match.start:
+                ids += self._run(text, place, match.start, after_control)
+            ids.append(match.id)
+            place, after_control = match.end, True
         if place < end:
             ids += self._run(text, place, end, after_control)
         return ids

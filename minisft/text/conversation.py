@@ -7,6 +7,7 @@ them. If that would lose something to learn, the conversation is refused.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from minisft.common.errors import UserError
@@ -36,7 +37,7 @@ class Conversation:
     learned: list[bool]
     spells_controls: bool
 
-    @property
+    @cached_property
     def answers(self) -> list[int]:
         """The indices of the assistant's messages, without an opening turn that is not learned."""
         opening = opening_turn(self.messages, self.learned)
@@ -67,7 +68,7 @@ def prepare(
             "message 1 (system): the template supports no system prompt. Put it into the "
             "first question, or choose another --template"
         )
-    has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+    has_calls = any([message["role"] == "tool" or "tool_calls" in message for message in messages])
     form = facts.call_form if has_calls and (facts.knows_tools or not offered) else None
     if form is not None:
         messages = with_call_form(messages, form)

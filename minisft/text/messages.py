@@ -116,13 +116,15 @@ def _standard(message: Any) -> Message:
     role = message.get("role")
     if role not in ROLES:
         raise UserError(f"unknown role {role!r}; known are {', '.join(ROLES)}")
-    role = ROLES[role]
+    role, content = ROLES[role], message.get("content")
+    if len(message) == 2 and isinstance(content, str):  # as most are
+        return {"role": role, "content": content}
     for name in MEDIA:
         if message.get(name):
             raise UserError(f"has {name}; only text can be learned")
     check_refusal(message)
     check_json(message)
-    standard: Message = {"role": role, "content": content_text(message.get("content"), role)}
+    standard: Message = {"role": role, "content": content_text(content, role)}
     standard |= {name: value for name, value in message.items() if name not in CONSUMED}
     if thoughts := thoughts_of(message, role):
         standard["reasoning_content"] = standard["thinking"] = thoughts

@@ -366,8 +366,12 @@ def test_random_balance(choose, data, bundles, tmp_path, monkeypatch):
     for name in ("source", "dataset"):  # a column
         named = [{**row, name: "ab"[part]} for row, part in zip(rows, bundles, strict=True)]
         data[0].write_text(json.dumps(named))
-        chosen, _ = choose(*at_random, 30, "--balance", "source")
+        chosen, manifest = choose(*at_random, 30, "--balance", "source")
         assert np.bincount(bundles[chosen]).tolist() == [15, 15]
+        assert manifest["notes"] == []
+    data[0].write_text(json.dumps([{**row, "source": "only"} for row in rows]))
+    _, manifest = choose(*at_random, 30, "--balance", "source")
+    assert "all rows have one source" in manifest["notes"][0]
     for column in ({"source": None}, {"source": None, "dataset": ""}):  # no source at all
         data[0].write_text(json.dumps([{**row, **column} for row in rows]))
         with pytest.raises(UserError, match="without a column `source`"):
