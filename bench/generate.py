@@ -256,7 +256,7 @@ def compare_batch(
         print(f"           {'the same' if ours() == theirs() else 'different'} tokens")
     if batch_size == 1:
         num_positions = options.prompt_length + options.max_new_tokens // 2  # on average
-        if decoder:
+        if decoder and device.type != "cpu":  # it reads the whole cache
             num_positions = options.max_length
         read = bytes_per_step(model, num_positions) * speeds["minisft"]
         share = {"share": read / bandwidth(device), "limit": "memory copy"}

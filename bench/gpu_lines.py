@@ -33,7 +33,7 @@ SIZES = {
     "few_layers": 8,
     "scored": 1024,
     "reference": 32,
-    "batch_tokens": 32768,
+    "batch_tokens": 8192,
     "workers": 4,
     "repeats": 3,
     "matrix": 8192,

@@ -82,7 +82,7 @@ def type_for_answers(device: torch.device) -> torch.dtype:
     """The type that "auto" means where a model writes answers.
 
     A token reads every weight for a few multiplications, and bfloat16 halves what it reads. So it
-    is faster on every processor that does not emulate it.
+    is usually faster on a processor that does not emulate it.
     """
     is_native = device.type == "cpu" and has_native_bfloat16()
     return torch.bfloat16 if is_native or has_fast_bfloat16(device) else torch.float32

@@ -37,7 +37,7 @@ COLUMNS_TOGETHER = 32
 # Above so many rows, multiplying with the dequantised weight is faster. Dequantising 4 bits is
 # itself a product, with as many rows as the weight has columns.
 INT8_ROWS, INT4_ROWS_PER_COLUMN = 32, 2
-IDENTITY_ROWS = 1024
+IDENTITY_ROWS = 256
 
 
 def can_pack_weights(dtype: torch.dtype, device: torch.device | str) -> bool:
@@ -184,13 +184,13 @@ class Int4Linear(QuantizedLinear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) as `dtype`: the product with the identity, some rows at a time."""
-        columns = []
+        weight = torch.empty(self.in_features, self.out_features, dtype=dtype)
         for start in range(0, self.in_features, IDENTITY_ROWS):
             num_rows = min(IDENTITY_ROWS, self.in_features - start)
             identity = torch.zeros(num_rows, self.in_features, dtype=torch.bfloat16)
             identity[:, start : start + num_rows].fill_diagonal_(1)
-            columns.append(self._multiply(identity).to(dtype))
-        return torch.cat(columns).T
+            weight[start : start + num_rows] = self._multiply(identity)
+        return weight.T
 
     def _multiply(self, rows: Tensor) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(

@@ -18,7 +18,7 @@ model that is sharded by rows (FSDP) has the same blocks. Norms and biases keep 
 `--pure_bf16` keeps weights and gradients in bfloat16. A weight has 8 significant bits there, and
 most updates are smaller than half of the last one: rounding to the nearest would drop them all.
 Stochastic rounding goes up or down at random, so that the expected value is exact. The random
-numbers depend on the seed and the step only, so a resumed run draws them again.
+numbers depend on the seed, the step and, with FSDP, the rank, so a resumed run draws them again.
 """
 
 import math
@@ -31,9 +31,12 @@ from torch import Tensor
 
 from minisft.common import processes
 from minisft.model.level_table import LevelTable
-from minisft.model.quantized import PIECE, dequantize_blocks, dynamic_levels, scale_blocks
+from minisft.model.quantized import dequantize_blocks, dynamic_levels, scale_blocks
 
 BLOCK = 256
+# Numbers that are updated at a time. On a CPU their float32 copies fit into its cache, which takes
+# two thirds of the time that 2**22 take.
+PIECE_ON_CPU, PIECE_ON_GPU = 2**18, 2**22
 MOMENTS = "exp_avg", "exp_avg_sq"  # m and v, by torch's names
 
 
@@ -96,7 +99,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         (beta1, beta2), rate = group["betas"], group["lr"]
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
         moments = [tensor for name, tensor in state.items() if name != "step"]
-        rows = max(1, PIECE // math.prod(parameter.shape[1:]))
+        rows = max(1, piece_size(parameter.is_cpu) // math.prod(parameter.shape[1:]))
         pieces = [
             processes.local_rows(tensor).split(rows)
             for tensor in (parameter.detach(), parameter.grad, *moments)
@@ -196,9 +199,14 @@ def moment_bytes(parameter: Tensor, eight_bit: bool) -> int:
     return 2 * 4 * parameter.numel()
 
 
-def update_bytes(parameter: Tensor, eight_bit: bool) -> int:
+def piece_size(is_cpu: bool) -> int:
+    """The numbers that are updated at a time."""
+    return PIECE_ON_CPU if is_cpu else PIECE_ON_GPU
+
+
+def update_bytes(parameter: Tensor, eight_bit: bool, is_cpu: bool) -> int:
     """Bytes that are needed to update a parameter, besides weight, gradient and moments.
 
     For each number of a piece, some float32 copies; measured with torch's profiler.
     """
-    return (30 if eight_bit else 18) * min(PIECE, parameter.numel())
+    return (30 if eight_bit else 18) * min(piece_size(is_cpu), parameter.numel())

@@ -179,7 +179,8 @@ def optimizer_bytes(model: Model, step: Step) -> int:
     """Temporary memory of AdamW's update. The fused kernel needs none."""
     if not (step.eight_bit or step.pure_bf16):
         return 0
-    return max(update_bytes(matrix, step.eight_bit) for matrix in trained_parameters(model))
+    is_cpu, matrices = step.device == "cpu", trained_parameters(model)
+    return max(update_bytes(matrix, step.eight_bit, is_cpu) for matrix in matrices)
 
 
 def is_leaf(module: nn.Module) -> bool:

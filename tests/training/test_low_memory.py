@@ -110,7 +110,7 @@ def test_large_parameters_are_updated_in_pieces(monkeypatch):
     """The bits do not depend on the size of a piece."""
     results = []
     for piece in (2**20, 700):
-        monkeypatch.setattr("minisft.training.low_memory_adamw.PIECE", piece)
+        monkeypatch.setattr("minisft.training.low_memory_adamw.PIECE_ON_CPU", piece)
         torch.manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(11, 300))
         optimizer = optimizer_of(parameter, eight_bit=True)
