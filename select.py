@@ -136,10 +136,10 @@ def usable_rows(
 ) -> Candidates:
     """The rows that may be chosen. lengths, is_broken and is_drawn: (rows,)."""
     candidates = Candidates(len(lengths))
+    candidates.drop(is_broken, "broken")
     if not is_drawn.all():
         left_out = left_out_by(options.dataset, options.dataset_dir, options.max_samples)
         candidates.drop(~is_drawn, left_out)
-    candidates.drop(is_broken, "broken")
     if options.min_tokens:
         candidates.drop(lengths < options.min_tokens, f"under {options.min_tokens} tokens")
     if options.max_tokens:
