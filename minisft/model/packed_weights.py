@@ -35,7 +35,8 @@ ROWS_TOGETHER = 16  # the kernel for 4 bits needs a multiple of it
 # The kernel for 8 bits reads so many numbers of a row at a time (AVX2: 8), also beyond its end.
 COLUMNS_TOGETHER = 32
 # Above so many rows, multiplying with the dequantised weight is faster. Dequantising 4 bits is
-# itself a product, with as many rows as the weight has columns.
+# itself a product, with as many rows as the weight has columns; IDENTITY_ROWS at a time bound its
+# memory.
 INT8_ROWS, INT4_ROWS_PER_COLUMN = 32, 2
 IDENTITY_ROWS = 256
 

@@ -107,7 +107,7 @@ class ControlTokens:
             return []
         ids, place = [], start
         first = bisect_left(matches, start, key=attrgetter("token_start"))
-        before = matches[max(first - 1, 0) : first]
+        before = matches[max(first - 1, 0) : first]  # no earlier one can reach to `start`
         after_control = any(match.token_end <= start <= match.end for match in before)
         for number in range(first, len(matches)):
             match = matches[number]

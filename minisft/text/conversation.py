@@ -68,7 +68,7 @@ def prepare(
             "message 1 (system): the template supports no system prompt. Put it into the "
             "first question, or choose another --template"
         )
-    has_calls = any([message["role"] == "tool" or "tool_calls" in message for message in messages])
+    has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
     form = facts.call_form if has_calls and (facts.knows_tools or not offered) else None
     if form is not None:
         messages = with_call_form(messages, form)

@@ -117,7 +117,7 @@ def _standard(message: Any) -> Message:
     if role not in ROLES:
         raise UserError(f"unknown role {role!r}; known are {', '.join(ROLES)}")
     role, content = ROLES[role], message.get("content")
-    if len(message) == 2 and isinstance(content, str):  # as most are
+    if len(message) == 2 and isinstance(content, str):  # most messages; nothing else to check
         return {"role": role, "content": content}
     for name in MEDIA:
         if message.get(name):
