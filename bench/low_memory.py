@@ -58,11 +58,11 @@ def main() -> None:
         row.append(", ".join(f"{change:+.2%}" for change in changes))
         print(*row, sep=" | ", flush=True)
         note = (
-            f"{Path(model).stem}, {options.max_steps} steps of {options.batch_size} rows, means of "
-            f"{options.seeds} seeds, torch {torch.__version__}."
+            f"{Path(model).stem}, {options.max_steps} steps of {options.batch_size} rows, "
+            f"{options.seeds} seeds (their mean), torch {torch.__version__}."
         )
         if options.write_docs:
-            update("training.md", "low_memory", HEAD, [row], order=RUNS, note=note)
+            update("training.md", options.table, HEAD, [row], order=RUNS, note=note)
 
 
 def parse_arguments() -> Namespace:
@@ -80,6 +80,7 @@ def parse_arguments() -> Namespace:
     add("--device", default="auto")
     add("--output_dir", default=str(ROOT / "runs/low_memory"))
     add("--write_docs", action="store_true", help="write the table into docs/training.md")
+    add("--table", default="low_memory", help="the mark of the table in docs/training.md")
     return parser.parse_args()
 
 
@@ -117,7 +118,7 @@ def train(words: list[str]) -> None:
     """A run of train.py in this process; with --nearest, without stochastic rounding."""
     if "--nearest" in words:
         words = [word for word in words if word != "--nearest"]
-        LowMemoryAdamW.to_bfloat16 = staticmethod(lambda values, _: values.bfloat16())
+        LowMemoryAdamW.to_bfloat16 = staticmethod(lambda values, *_: values.bfloat16())
     train_main(parse_options(words))
 
 

@@ -17,8 +17,8 @@ model that is sharded by rows (FSDP) has the same blocks. Norms and biases keep 
 
 `--pure_bf16` keeps weights and gradients in bfloat16. A weight has 8 significant bits there, and
 most updates are smaller than half of the last one: rounding to the nearest would drop them all.
-Stochastic rounding goes up or down at random, so that the expected value is exact. The random
-numbers depend on the seed, the step and, with FSDP, the rank, so a resumed run draws them again.
+Stochastic rounding goes up or down at random, so that the expected value is exact. What is random
+depends on the seed, the step and, with FSDP, the rank, so a resumed run rounds in the same way.
 """
 
 import math
@@ -38,6 +38,7 @@ BLOCK = 256
 # two thirds of the time that 2**22 take.
 PIECE_ON_CPU, PIECE_ON_GPU = 2**18, 2**22
 MOMENTS = "exp_avg", "exp_avg_sq"  # m and v, by torch's names
+GOLDEN_RATIO = round(2**16 * (math.sqrt(5) - 1) / 2)  # its fraction, 0.618, in 16 bits
 
 
 class LowMemoryAdamW(torch.optim.Optimizer):
@@ -81,14 +82,13 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     step = int(self.prepare(parameter)["step"]) + 1
-                    generator = generator or self._generator(parameter, step)
+                    generator = generator or self._generator(parameter)
                     self._update(parameter, step, group, generator)
 
-    def _generator(self, parameter: Tensor, step: int) -> torch.Generator:
-        """The random numbers of a step. Ranks that hold the same weights draw the same ones."""
+    def _generator(self, parameter: Tensor) -> torch.Generator:
+        """Draws the same numbers in every step. Ranks with the same weights draw the same ones."""
         rank = processes.rank() if processes.is_sharded(parameter) else 0
-        seed = (self.seed + 1_000_003 * step + rank) % 2**63
-        return torch.Generator(parameter.device).manual_seed(seed)
+        return torch.Generator(parameter.device).manual_seed((self.seed + rank) % 2**63)
 
     def _update(
         self, parameter: Tensor, step: int, group: dict[str, Any], generator: torch.Generator
@@ -115,7 +115,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             new.mul_(1 - rate * group["weight_decay"])
             new.addcdiv_(mean, divisor, value=-rate / correction1)
             if weight.dtype == torch.bfloat16:
-                weight.copy_(self.to_bfloat16(new, generator))
+                weight.copy_(self.to_bfloat16(new, generator, step))
             del gradient, new, divisor  # free their memory before the moments need more
             self._write(stored, mean, square)
 
@@ -138,9 +138,9 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             scales.copy_(new_scales)
 
     @staticmethod
-    def to_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
+    def to_bfloat16(values: Tensor, generator: torch.Generator, step: int) -> Tensor:
         """The weights (float32) as they are stored: rounded up or down at random."""
-        return round_stochastically(values, generator)
+        return round_stochastically(values, generator, step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the moments; rate, decay and betas stay.
@@ -176,16 +176,22 @@ def dequantize_rows(indices: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
     return values.view(num_rows, -1)[:, :num_columns]
 
 
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+def round_stochastically(values: Tensor, generator: torch.Generator, step: int) -> Tensor:
     """float32 -> bfloat16, up or down at random; the expected value is the exact one.
 
     bfloat16 is the upper half of float32. A random lower half is added, and carries into the upper
     half with the probability that the lower half stands for.
+
+    generator: must draw the same numbers in every step. The golden ratio times the step is added to
+    them, modulo 1. The numbers that a weight gets one after the other are then spread evenly, and
+    so are its ups and downs: with one update in ten steps to round up, one is rounded up in about
+    every ten steps. Rounding errors of independent numbers would add up to more.
     """
     bits = values.contiguous().view(torch.int32)
     noise = torch.randint(
         2**16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
     )
+    noise.add_(step * GOLDEN_RATIO % 2**16).bitwise_and_(2**16 - 1)
     rounded = noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32)
     # A GPU's NaN is 0x7fffffff: the sum overflows to -0.
     return rounded.masked_fill_(values.isnan(), torch.nan).bfloat16()

@@ -1,6 +1,7 @@
 """--optim adamw_8bit and --pure_bf16: the numbers, the runs, the processes."""
 
 import json
+import math
 import re
 
 import bitsandbytes
@@ -174,18 +175,43 @@ def test_a_small_mean_square_does_not_vanish():
     assert 0 < (parameter - before).abs().max() < 3 * RATE
 
 
-def test_stochastic_rounding_is_unbiased_and_repeats():
+@pytest.mark.parametrize("step", [0, 1, 12_345])
+def test_stochastic_rounding_is_unbiased_and_repeats(step):
     values = torch.cat([torch.full((40_000,), value) for value in (1.001, -1.001, 1.0, -1.17e-38)])
-    draw = lambda seed: round_stochastically(values, torch.Generator().manual_seed(seed))  # noqa: E731
-    rounded = draw(0)
-    assert torch.equal(rounded, draw(0)) and not torch.equal(rounded, draw(1))
+    draw = lambda seed, step: round_stochastically(  # noqa: E731
+        values, torch.Generator().manual_seed(seed), step
+    )
+    rounded = draw(0, step)
+    assert torch.equal(rounded, draw(0, step))
+    assert not torch.equal(rounded, draw(1, step)) and not torch.equal(rounded, draw(0, step + 1))
     for exact, part in zip(values.split(40_000), rounded.split(40_000), strict=True):
-        step = 2**-7 * exact[0].abs()  # between neighbours, at most
-        assert ((part.float() - exact).abs() < step).all()
-        assert (part.double().mean() - exact[0].double()).abs() < 0.01 * step
+        distance = 2**-7 * exact[0].abs()  # between neighbours, at most
+        assert ((part.float() - exact).abs() < distance).all()
+        assert (part.double().mean() - exact[0].double()).abs() < 0.01 * distance
     assert torch.equal(rounded[80_000:120_000], values[80_000:120_000].bfloat16())
     bits = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32)  # NaN of a GPU, and another
-    assert round_stochastically(bits.view(torch.float32), torch.Generator()).isnan().all()
+    assert round_stochastically(bits.view(torch.float32), torch.Generator(), step).isnan().all()
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0], ids=["noise", "gradients that agree"])
+def test_rounding_errors_of_consecutive_steps_cancel(signal):
+    """The error after 200 steps of Adam, beside that of independent random numbers."""
+    start = (torch.randn(20_000, generator=torch.manual_seed(0)) * 0.05).bfloat16()
+    weights = {kind: torch.nn.Parameter(start.clone()) for kind in ("spread", "independent")}
+    weights["exact"] = torch.nn.Parameter(start.float())
+    optimizers = {kind: optimizer_of(weight, False) for kind, weight in weights.items()}
+    independent = torch.Generator().manual_seed(1)
+    optimizers["independent"].to_bfloat16 = lambda values, _, step: round_stochastically(
+        values, independent, step
+    )
+    for step in range(200):
+        gradient = (signal * math.exp(-step / 60) + torch.randn(20_000)).bfloat16()
+        for kind, weight in weights.items():
+            optimizers[kind].param_groups[0]["lr"] = 5e-5 * (1 + math.cos(math.pi * step / 200))
+            weight.grad = gradient.to(weight.dtype)
+            optimizers[kind].step()
+    error = {kind: (weight - weights["exact"]).square().mean() for kind, weight in weights.items()}
+    assert error["spread"] < 0.5 * error["independent"]
 
 
 def test_small_updates_of_bfloat16_weights_add_up():
@@ -195,12 +221,14 @@ def test_small_updates_of_bfloat16_weights_add_up():
         weight = torch.nn.Parameter(torch.ones(2, 600, dtype=torch.bfloat16))
         optimizer = optimizer_of(weight, eight_bit=True, decay=0.0)
         if kind == "nearest":
-            optimizer.to_bfloat16 = lambda values, _: values.bfloat16()
+            optimizer.to_bfloat16 = lambda values, *_: values.bfloat16()
         optimizer.param_groups[0]["lr"] = 1e-4
         for _ in range(500):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
         moved[kind] = 1 - weight.float().mean().item()
+        # They have moved equally far, but for three neighbours; independent numbers: about twenty.
+        assert weight.max() - weight.min() <= 3 * 2**-8
     assert moved["stochastic"] == pytest.approx(0.05, rel=0.05) and moved["nearest"] == 0
 
 
