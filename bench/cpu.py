@@ -103,7 +103,10 @@ def benchmarks(
 
 
 def machine() -> str:
-    """The processor's name, and the instructions that its matrix products can use."""
+    """The processor, and the instructions that its matrix products can use.
+
+    Virtual machines often hide a processor's name; its family and model tell the generation.
+    """
     if torch.cpu._is_amx_tile_supported():
         kind = "AMX"
     else:
@@ -111,8 +114,11 @@ def machine() -> str:
     words = Path("/proc/cpuinfo").read_text()
     if kind == "AVX-512" and "avx512_bf16" in words:
         kind += " and its bfloat16"
-    name = re.search(r"model name\s*: (.+)", words)
-    return f"{torch.get_num_threads()} cores of an {name[1] if name else 'unknown CPU'} with {kind}"
+    names = ("model name", "cpu family", "model")
+    found = [re.search(rf"^{name}\s*: (.+)$", words, re.MULTILINE) for name in names]
+    name, family, model = [match[1] if match else "unknown" for match in found]
+    processor = f"{name} (family {family}, model {model})"
+    return f"{torch.get_num_threads()} cores of an {processor} with {kind}"
 
 
 def parse_options() -> Namespace:

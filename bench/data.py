@@ -203,8 +203,7 @@ def main() -> None:
             print(f"{name:>13}{count:>13,}{seconds}{run.peak / 2**20:>9,.0f} MiB")
             if few:
                 size = f"{options.gigabytes:g} GB of rows in {path.suffix}"
-                more = {"peer_name": "of ten rows", "peer": few.first_step}
-                more["ratio"] = few.first_step / run.first_step
+                more = {"peer_name": "ten rows", "peer": few.first_step}
                 add_figure(options.results, f"first step of {size}", run.first_step, "s", **more)
             few = few or run
 

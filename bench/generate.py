@@ -190,25 +190,29 @@ def load_transformers(source: str, device: torch.device, dtype: torch.dtype) -> 
 
 def llama_cpp_file(options: Namespace, source: str, folder: str) -> str:
     """A GGUF file with the weights of the model: the given one, or an export."""
-    if options.model_name_or_path.endswith(".gguf"):
+    if is_gguf(options):
         return options.model_name_or_path
     path = str(Path(folder) / "model.gguf")
-    export_model(source, path, "q8_0" if options.quantization_bit else "f16")
+    export_model(source, path, export_type(options))
     return path
+
+
+def export_type(options: Namespace) -> str:
+    """The number type of llama.cpp's file, for a model that is not a file of its own."""
+    return "q8_0" if options.quantization_bit else "f16"
 
 
 def main() -> None:
     """Compare the sides at each batch size."""
     options = parse_options()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    is_gguf = (options.model_name_or_path or "").endswith(".gguf")
     with tempfile.TemporaryDirectory() as folder:
         source = options.model_name_or_path or folder
         if not options.model_name_or_path:
             write_checkpoint(folder, options.shape, options.num_layers)
         source = str(resolve(source))
         model, reference = load(options, source, device, dtype), None
-        if not is_gguf and not options.quantization_bit:
+        if not is_gguf(options) and not options.quantization_bit:
             reference = load_transformers(source, device, dtype)
         name = options.model_name_or_path or options.shape
         bits = f" in {options.quantization_bit} bits" if options.quantization_bit else ""
@@ -267,15 +271,22 @@ def compare_batch(
     name = f"decoding, {weights_name(options)}, batch {batch_size}{', compiled' * bool(decoder)}"
     for peer in list(sides)[1:]:
         more = {"peer_name": peer, "peer": speeds[peer], "ratio": ratios[peer], **share}
+        if peer == "llama.cpp" and not is_gguf(options):
+            more["peer_name"] += f", {export_type(options)}"
         title = f"{name}, next to {peer}" if len(sides) > 2 else name
         add_figure(options.results, title, speeds["minisft"], "tokens/s", **more)
     if len(sides) == 1:
         add_figure(options.results, name, speeds["minisft"], "tokens/s", **share)
 
 
+def is_gguf(options: Namespace) -> bool:
+    """True if the model is a GGUF file."""
+    return (options.model_name_or_path or "").endswith(".gguf")
+
+
 def weights_name(options: Namespace) -> str:
     """How the weights are stored, in words."""
-    if (options.model_name_or_path or "").endswith(".gguf"):
+    if is_gguf(options):
         return Path(options.model_name_or_path).stem
     return f"{options.quantization_bit} bits" if options.quantization_bit else options.dtype
 
