@@ -4,10 +4,14 @@
     python bench/low_memory.py --model_name_or_path examples/base --output_dir runs/small
 
 With a seed, every run trains the same rows in the same order with the same learning rate, and
-computes in bfloat16. They differ in weights and moments. "rounded to the nearest" is the warning:
---pure_bf16 without stochastic rounding, which train.py does not offer. An interrupted command
-continues where it stopped: finished runs are kept, and others resume from their last checkpoint.
-Runs with other options are refused.
+computes in bfloat16. They differ in weights and moments. Two kinds are not offered by train.py:
+
+- "float32, rounded start" shows chance: the weights are rounded to bfloat16 once, before the first
+  step. The first step computes the same; after it, the last bits differ.
+- "rounded to the nearest" is the warning: --pure_bf16 without stochastic rounding.
+
+An interrupted command continues where it stopped: finished runs are kept, and others resume from
+their last checkpoint. Runs with other options are refused.
 """
 
 import argparse
@@ -21,18 +25,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import torch  # noqa: E402
 from real import find_model  # noqa: E402
+from torch import nn  # noqa: E402
 
+import train as train_script  # noqa: E402
 from bench.measure import flags, output_of  # noqa: E402
 from bench.tables import update  # noqa: E402
 from minisft.common.metric_lines import read_metrics  # noqa: E402
+from minisft.training.build import trained_parameters  # noqa: E402
 from minisft.training.low_memory_adamw import LowMemoryAdamW  # noqa: E402
+from minisft.training.optimizer import build_optimizer  # noqa: E402
 from minisft.training.options import parse_options  # noqa: E402
-from train import main as train_main  # noqa: E402
 
-EIGHT_BITS, PURE_BF16, NEAREST = ["--optim", "adamw_8bit"], ["--pure_bf16"], ["--nearest"]
+EIGHT_BITS, PURE_BF16 = ["--optim", "adamw_8bit"], ["--pure_bf16"]
+ROUNDED_START, NEAREST = ["--rounded_start"], ["--nearest"]
 # Name -> flags, and bytes of a parameter: weight, its bfloat16 copy, gradient and moments.
 RUNS = {
     "float32": ([], 18),
+    "float32, rounded start": (ROUNDED_START, 18),
     "adamw_8bit": (EIGHT_BITS, 12),
     "pure_bf16": (PURE_BF16, 12),
     "adamw_8bit, pure_bf16": (EIGHT_BITS + PURE_BF16, 6),
@@ -115,11 +124,21 @@ def run(options: Namespace, model: str, name: str, seed: int, words: list[str]) 
 
 
 def train(words: list[str]) -> None:
-    """A run of train.py in this process; with --nearest, without stochastic rounding."""
-    if "--nearest" in words:
-        words = [word for word in words if word != "--nearest"]
+    """A run of train.py in this process, with the two kinds that it does not offer."""
+    if NEAREST[0] in words:
         LowMemoryAdamW.to_bfloat16 = staticmethod(lambda values, *_: values.bfloat16())
-    train_main(parse_options(words))
+    if ROUNDED_START[0] in words:
+        train_script.build_optimizer = build_optimizer_and_round
+    own = NEAREST + ROUNDED_START
+    train_script.main(parse_options([word for word in words if word not in own]))
+
+
+def build_optimizer_and_round(model: nn.Module, options: Namespace) -> torch.optim.Optimizer:
+    """build_optimizer, for weights that lose what bfloat16 cannot hold."""
+    with torch.no_grad():
+        for parameter in trained_parameters(model):
+            parameter.copy_(parameter.bfloat16())
+    return build_optimizer(model, options)
 
 
 if __name__ == "__main__":
