@@ -7,7 +7,7 @@ With a seed, every run trains the same rows in the same order with the same lear
 computes in bfloat16. They differ in weights and moments. Two kinds are not offered by train.py:
 
 - "float32, rounded start" shows chance: the weights are rounded to bfloat16 once, before the first
-  step. The first step computes the same; after it, the last bits differ.
+  step, and then trained like the others in float32.
 - "rounded to the nearest" is the warning: --pure_bf16 without stochastic rounding.
 
 An interrupted command continues where it stopped: finished runs are kept, and others resume from
