@@ -19,7 +19,7 @@ output of the libraries goes to a log beside the JSON file.
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -63,20 +63,21 @@ PEER = (*OURS, "transformers.models.llama.modeling_llama")
 TRAINER = (*PEER, "transformers.trainer", "peft")
 STAGES = {  # in the order of the run
     "limits": Stage("limits", 60),  # most of the time: the first import of torch, from a cold disk
-    "tests": Stage("", 90),
     "tinyllama lora": Stage("training", 75, TRAINER, ("tinyllama", "lora")),
     "llama3-8b lora": Stage("training", 90, TRAINER, ("llama3-8b", "lora")),
     "tinyllama full": Stage("training", 60, TRAINER, ("tinyllama", "full")),
     "decoding": Stage("decoding", 60, PEER, ("llama3-8b",)),
     "decoding compiled": Stage("compiled_decoding_of_few_layers", 75, PEER, ("llama3-8b",)),
-    "scoring": Stage("scoring", 45, PEER, ("tinyllama",)),
+    "scoring": Stage("scoring", 60, PEER, ("tinyllama",)),
     "scoring 8b": Stage("scoring", 60, PEER, ("llama3-8b",)),
     "llama3-8b full": Stage("low_memory_training", 60, OURS, ("llama3-8b",)),
+    "tests": Stage("", 90),
     "k-means": Stage("", 0),
     "decoding compiled, all layers": Stage("compiled_decoding", 90, OURS, ("llama3-8b",)),
 }
 # Stages that have no GPU path -> the note for their line.
 CPU_ONLY = {"k-means": "has no GPU path; bench/kmeans.py measures it on a CPU"}
+REQUIRED = ("gguf", "jinja2", "safetensors", "sentencepiece", "tokenizers", "tqdm")
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 
 
@@ -142,6 +143,8 @@ def in_words(line: Line) -> str:
         words.append(f"{line['peer_name']} {line['peer']:,.1f}, ratio {line['ratio']:.2f}")
     if "share" in line:
         words.append(f"{line['share']:.1%} of the {line['limit']}")
+    if "share_of_peak" in line:
+        words.append(f"{line['share_of_peak']:.1%} of the peak by {line['counted']}")
     if "peak_gib" in line:
         peer = line.get("peer_peak_gib")
         words.append(f"peak {line['peak_gib']:.1f} GiB" + (f" (peer {peer:.1f})" if peer else ""))
@@ -283,6 +286,8 @@ def parse_options() -> Namespace:
         parser.error(f"there is no folder for {options.results}")
     if not (options.results or options.stage):
         parser.error("name a JSON file for the results")
+    if missing := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
+        parser.error(f"{', '.join(missing)} not installed: pip install -r requirements.txt")
     return options
 
 
@@ -317,7 +322,7 @@ def main() -> None:
 def installed_versions() -> dict[str, str | None]:
     """{package: version} of minisft's peers and torch; nothing is imported."""
     versions: dict[str, str | None] = {}
-    for name in ("torch", "transformers", "peft"):
+    for name in ("torch", "transformers", "peft", "scikit-learn", "lm_eval", "xllamacpp"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -18,7 +18,7 @@ import torch
 from bench.measure import reason_of
 from bench.results import Line
 
-MATMUL, COPY = "matrix product", "memory copy"
+MATMUL, COPY, PEAK = "matrix product", "memory copy", "peak of the data sheet"
 # A step has `rows` of `length` tokens. An epoch has `steps`; the second one is measured. A compiled
 # cache has `capacity`. Both sides compile only `few_layers`, to save time. minisft scores `scored`
 # rows, the reference scores `reference` of them.
@@ -31,7 +31,7 @@ SIZES = {
     "new_tokens": 64,
     "capacity": 1024,
     "few_layers": 8,
-    "scored": 1024,
+    "scored": {"tinyllama": 8192, "llama3-8b": 2048},
     "reference": 32,
     "batch_tokens": 8192,
     "workers": 4,
@@ -47,7 +47,7 @@ DRY_SIZES = {
     "new_tokens": 4,
     "capacity": 32,
     "few_layers": 1,
-    "scored": 12,
+    "scored": {"tinyllama": 12, "llama3-8b": 12},
     "reference": 2,
     "batch_tokens": 2048,
     "workers": 1,

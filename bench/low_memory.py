@@ -11,7 +11,8 @@ computes in bfloat16. They differ in weights and moments. Two kinds are not offe
 - "rounded to the nearest" is the warning: --pure_bf16 without stochastic rounding.
 
 An interrupted command continues where it stopped: finished runs are kept, and others resume from
-their last checkpoint. Runs with other options are refused.
+their last checkpoint. Runs with other options are refused. After a change of the code, choose
+another --output_dir.
 """
 
 import argparse
@@ -90,7 +91,9 @@ def parse_arguments() -> Namespace:
     add("--output_dir", default=str(ROOT / "runs/low_memory"))
     add("--write_docs", action="store_true", help="write the table into docs/training.md")
     add("--table", default="low_memory", help="the mark of the table in docs/training.md")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.output_dir = str(Path(options.output_dir).resolve())
+    return options
 
 
 def run(options: Namespace, model: str, name: str, seed: int, words: list[str]) -> float:

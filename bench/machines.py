@@ -8,6 +8,7 @@ replaces the lines that it has measured; that of another machine of its kind rep
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,31 +30,43 @@ def write_table(results: dict[str, Any]) -> None:
         raise SystemExit(f"no table for {name}: measure on one of {', '.join(MACHINES)}")
     versions = ", ".join(
         f"{package} {results[package]}"
-        for package in ("torch", "transformers", "peft", "scikit-learn", "lm_eval")
+        for package in ("torch", "transformers", "peft", "scikit-learn", "lm_eval", "xllamacpp")
         if results.get(package)
     )
     rows = [row_of(line) for line in measured if line["unit"] != "passed"]
-    title = f"**{name}** ({results['date']}): {versions}."
     # Lines of another machine must not stay under the name of this one.
-    order = None if is_table_of(kind, name) else [row[0] for row in rows]
+    first_date = date_of_table(kind, name)
+    order = None if first_date else [row[0] for row in rows]
+    dates = results["date"]
+    if first_date and first_date != dates:
+        dates = f"{first_date} to {dates}"
+    title = f"**{name}** ({dates}): {versions}."
     tables.update("benchmarks.md", kind, HEAD, rows, order, title=title)
 
 
-def is_table_of(kind: str, name: str) -> bool:
-    """True if the table of this kind of machine was measured on the machine of this name."""
+def date_of_table(kind: str, name: str) -> str | None:
+    """The first date of the table of this kind; None if it is of another machine, or empty."""
     page = (tables.DOCS / "benchmarks.md").read_text(encoding="utf-8")
     table = page.partition(f"<!-- {kind} -->")[2].partition(f"<!-- /{kind} -->")[0]
-    return f"**{name}**" in table
+    match = re.search(rf"\*\*{re.escape(name)}\*\* \((\d+-\d+-\d+)", table)
+    return match[1] if match else None
 
 
 def row_of(line: dict[str, Any]) -> list[str]:
     """A line of the results as cells of the table."""
     peer = f"{line['peer_name']}: {number(line['peer'])}" if "peer" in line else ""
     ratio = f"{line['ratio']:.2f}" if "ratio" in line else ""
-    if "memory_ratio" in line:
-        ratio += f", {line['memory_ratio']:.2f} of the memory"
+    memory_ratio = line.get("memory_ratio")
+    if line.get("peer_peak_gib"):
+        memory_ratio = line["peak_gib"] / line["peer_peak_gib"]
+    if memory_ratio is not None:
+        ratio += f", {memory_ratio:.2f} of the memory"
     share = f"{line['share']:.0%} of the {line['limit']}" if "share" in line else ""
+    if "share_of_peak" in line:
+        share += f", {line['share_of_peak']:.0%} of the peak by {line['counted']}"
     figure = f"{number(line['figure'])} {line['unit']}"
+    if "peak_gib" in line:
+        figure += f", {number(line['peak_gib'])} GiB"
     if line.get("waits") is not None:
         figure += f", {line['waits']} waits in a step"
     if "minutes_of_alpaca" in line:

@@ -1,7 +1,7 @@
 """Two epochs of fine-tuning with transformers' Trainer, the peer of bench/train.py.
 
     result = train_with_trainer(options, model, rows)
-    result["seconds"], result["tokens"]        # of every step
+    result["seconds"], result["tokens"]        # of each epoch
 
 transformers and peft are imported in the functions: bench/gpu.py also measures where they are not
 installed.
@@ -18,7 +18,7 @@ import torch
 from bench.limits import peak_memory, wait
 
 EncodedRow = tuple[list[int], list[bool]]  # token ids, and True for supervised tokens
-# "seconds", "tokens" and "padding" of every step; "peak" of the process.
+# "seconds", "tokens" and "padding" of each epoch; "peak" of the process.
 Result = dict[str, Any]
 
 
@@ -63,7 +63,12 @@ def trainer_rows(rows: Sequence[EncodedRow]) -> list[dict[str, Any]]:
     ]
 
 
-def trainer_arguments(options: Namespace) -> Any:
+def steps_per_epoch(options: Namespace, num_rows: int) -> int:
+    """The optimizer steps of an epoch."""
+    return -(-num_rows // options.batch_size)
+
+
+def trainer_arguments(options: Namespace, num_rows: int) -> Any:
     """transformers' TrainingArguments for a side."""
     from transformers import TrainingArguments
 
@@ -77,7 +82,7 @@ def trainer_arguments(options: Namespace) -> Any:
         report_to=[],
         bf16=is_best and options.dtype == "bfloat16",
         use_cpu=options.device == "cpu",
-        logging_steps=1,
+        logging_steps=steps_per_epoch(options, num_rows),
         save_strategy="no",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -103,28 +108,32 @@ def train_with_trainer(options: Namespace, model: Any, rows: Sequence[EncodedRow
     times: list[float] = []
 
     class Clock(TrainerCallback):
-        """Notes when each step begins."""
+        """Notes when each epoch begins and ends."""
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
             """Note the time."""
             wait(device)
             times.append(time.perf_counter())
 
-        on_train_end = on_step_begin
+        on_train_end = on_epoch_begin
 
     collator, dataset = PaddingCollator(), trainer_rows(rows)
     trainer = Trainer(
         model,
-        trainer_arguments(options),
+        trainer_arguments(options, len(rows)),
         train_dataset=dataset,
         data_collator=collator,
         callbacks=[Clock()],
     )
     trainer.train()
-    num_steps = len(times) - 1
+    num_steps = 2 * steps_per_epoch(options, len(rows))
+    tokens, padding = (
+        np.reshape(counts[:num_steps], (2, -1)).sum(1).tolist()
+        for counts in (collator.tokens, collator.padding)
+    )
     return {
         "seconds": np.diff(times).tolist(),
-        "tokens": collator.tokens[:num_steps],
-        "padding": collator.padding[:num_steps],
+        "tokens": tokens,
+        "padding": padding,
         "peak": peak_memory(device),
     }

@@ -63,7 +63,8 @@ class Comparison:
 
     speeds: dict[str, list[np.ndarray]]
     num_rows: int
-    tokens_per_row: float  # average over both passes
+    tokens_per_row: float  # of both passes
+    answers_per_row: float  # those of them whose loss counts
     difference: float  # the largest relative difference of a score
 
 
@@ -107,43 +108,60 @@ def compare(
 ) -> Comparison:
     """Score the same rows both ways, in turns.
 
-    ours, theirs: the models of minisft and transformers on the same device. rows: all are scored,
-    because minisft would compute the others of a batch, too. The reference scores the first
-    options.reference_rows rows, or all if that is None.
+    ours, theirs: the models of minisft and transformers on the same device; theirs may be None.
+    rows: all are scored, because minisft would compute the others of a batch, too. The reference
+    scores the first options.reference_rows rows, or all if that is None.
     """
-    device = theirs.device
+    device = next(ours.parameters()).device
     reader = RowReader(rows, IfdScorer(template))
     numbers = np.arange(len(rows))
     prepared = prepare(reader, numbers)
     reference_rows = prepared[: options.reference_rows]
 
-    def score(folder: str) -> list[float]:
-        """The IFD of all prepared rows by minisft, with its files in a folder."""
-        writer = ScoreWriter(Path(folder) / "scores.jsonl", {}, len(numbers), ("ifd",), 0)
+    def score(numbers: np.ndarray) -> dict[int, float]:
+        """The IFD of rows by minisft, which also writes its files."""
         values = {}
-        for scores in score_rows(ours, reader, numbers, options.batch_tokens, options.workers):
-            writer.add(scores)
-            values.update((score.index, score.record["ifd"]) for score in scores)
-        writer.finish()
-        return [values[row.index] for row in prepared]
+        with tempfile.TemporaryDirectory() as folder:
+            writer = ScoreWriter(Path(folder) / "scores.jsonl", {}, len(numbers), ("ifd",), 0)
+            for scores in score_rows(ours, reader, numbers, options.batch_tokens, options.workers):
+                writer.add(scores)
+                values.update((score.index, score.record["ifd"]) for score in scores)
+            writer.finish()
+        return values
 
     def clocks() -> np.ndarray:
         """(wall time, CPU time)."""
         return np.array([time.perf_counter(), time.process_time()])
 
-    reference_ifd(theirs, prepared[:2], device)  # the warm-up
+    score(numbers[: options.warm_up_rows])
+    if theirs is not None:
+        reference_ifd(theirs, prepared[:2], device)
     speeds, difference = {"ours": [], "theirs": []}, 0.0
     for _ in range(options.rounds):
         began = clocks()
-        expected = reference_ifd(theirs, reference_rows, device)
+        actual = score(numbers)
         middle = clocks()
-        with tempfile.TemporaryDirectory() as folder:
-            actual = score(folder)
-        speeds["theirs"].append(len(reference_rows) / (middle - began))
-        speeds["ours"].append(len(prepared) / (clocks() - middle))
-        difference = max(abs(a / b - 1) for a, b in zip(actual, expected, strict=False))
-    num_tokens = sum(len(row.conditioned) + len(row.direct) for row in prepared)
-    return Comparison(speeds, len(prepared), num_tokens / len(prepared), difference)
+        speeds["ours"].append(len(prepared) / (middle - began))
+        if theirs is not None:
+            expected = reference_ifd(theirs, reference_rows, device)
+            speeds["theirs"].append(len(reference_rows) / (clocks() - middle))
+            pairs = zip(reference_rows, expected, strict=True)
+            difference = max(abs(actual[row.index] / value - 1) for row, value in pairs)
+    lengths = [len(row.conditioned) + len(row.direct) for row in prepared]
+    starts = [row.conditioned_start + row.direct_start for row in prepared]
+    num_tokens, num_answers = float(np.mean(lengths)), float(np.mean(np.subtract(lengths, starts)))
+    return Comparison(speeds, len(prepared), num_tokens, num_answers, difference)
+
+
+def operations_per_row(model: CausalLM, result: Comparison) -> float:
+    """Operations to score a row. Only answers need logits.
+
+    A beginning that all rows of a batch share counts for each of them, though it is computed once.
+    """
+    length = result.tokens_per_row / 2
+    logits = 2 * model.config.vocab_size * model.config.hidden_size
+    every_token = forward_operations(model, length) - logits
+    return result.tokens_per_row * every_token + result.answers_per_row * logits
 
 
 def load_and_compare(options: Namespace, model_dir: Path) -> None:
@@ -174,8 +192,7 @@ def load_and_compare(options: Namespace, model_dir: Path) -> None:
             f"{name:20} ours {ours_median:>9,.2f}   theirs {theirs_median:>9,.2f}   = {ratio:.1f} x"
         )
         if clock == 0:
-            length = result.tokens_per_row
-            operations = ours_median * length * forward_operations(ours, length / 2)
+            operations = ours_median * operations_per_row(ours, result)
             add_figure(
                 options.results,
                 f"scoring by IFD in {options.dtype}",
@@ -250,6 +267,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--batch_tokens", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm_up_rows", type=int, default=8, help="scored first, not timed")
     add_results_option(parser)
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
     parser.add_argument("--row_counts", type=int, nargs="+", default=[2_000, 20_000, 200_000])

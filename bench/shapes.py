@@ -171,22 +171,17 @@ def random_model(
 
 
 def transformers_twin(model: CausalLM, shape: Shape) -> Any:
-    """The same model in transformers, on the same tensors in memory.
-
-    Attention is flash-attn's where that package is installed, else torch's.
-    """
+    """The same model in transformers, on the same tensors in memory, with torch's attention."""
     # Imported here, so that a stage without a peer does not import it.
     from transformers import AutoModelForCausalLM, LlamaConfig
-    from transformers.utils import is_flash_attn_2_available
 
     weights = model.state_dict()
     embedding = weights["model.embed_tokens.weight"]
-    has_flash = embedding.is_cuda and is_flash_attn_2_available()
     with torch.device(embedding.device):
         twin = AutoModelForCausalLM.from_config(
             LlamaConfig(**config_json(shape, model.config.num_hidden_layers)),
             dtype=embedding.dtype,
-            attn_implementation="flash_attention_2" if has_flash else "sdpa",
+            attn_implementation="sdpa",
         )
     twin.load_state_dict(weights, assign=True)
     twin.generation_config.eos_token_id = None  # as for ours, no token ends an answer

@@ -13,10 +13,10 @@ epochs, when kernels are warm. Trainer runs with its defaults (float32, rows in 
 its best (the given type, rows grouped by length). The side `rotary` is minisft on the same weights,
 with rotary positions in place of ALiBi.
 
-Padding is given as a share of all computed tokens. Peak memory is that of the process on a CPU, and
-of the allocator on a GPU. "Of the device" is the speed of a step's operations
-(`training_operations` in minisft/training/operations.py) as a share of the speed of a large matrix
-product.
+Both sides log once an epoch, because a log waits for the GPU. Padding is given as a share of all
+computed tokens. Peak memory is that of the process on a CPU, and of the allocator on a GPU. "Of the
+device" is the speed of a step's operations (`training_operations` in
+minisft/training/operations.py) as a share of the speed of a large matrix product.
 """
 
 import argparse
@@ -39,7 +39,7 @@ import torch  # noqa: E402
 
 from bench.limits import forget_peak, matrix_speed, peak_memory  # noqa: E402
 from bench.measure import flags, output_of  # noqa: E402
-from bench.peer_trainer import EncodedRow, Result, train_with_trainer  # noqa: E402
+from bench.peer_trainer import EncodedRow, Result, steps_per_epoch, train_with_trainer  # noqa: E402
 from bench.results import add_figure, add_results_option  # noqa: E402
 from bench.shapes import SHAPES, write_checkpoint  # noqa: E402
 from bench.training_run import new_run  # noqa: E402
@@ -134,8 +134,8 @@ def synthetic_rows(shape: str, lengths: Sequence[int]) -> list[EncodedRow]:
     return rows
 
 
-def training_options(options: Namespace) -> Namespace:
-    """The options of train.py for minisft's side."""
+def training_options(options: Namespace, num_rows: int = 1) -> Namespace:
+    """The options of train.py for minisft's side, which trains this many rows."""
     words = flags(
         model_name_or_path=model_dir_of(options),
         dataset="-",
@@ -145,7 +145,7 @@ def training_options(options: Namespace) -> Namespace:
         finetuning_type=options.finetuning_type,
         per_device_train_batch_size=options.batch_size,
         num_train_epochs=2,
-        logging_steps=1,
+        logging_steps=steps_per_epoch(options, num_rows),
         save_steps=1_000_000,
         compile=options.compile,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -165,7 +165,7 @@ def train_minisft(
     """
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     examples = [Example(np.array(ids), np.array(supervised)) for ids, supervised in rows]
-    settings, objective = training_options(options), NextToken(model)
+    settings, objective = training_options(options, len(rows)), NextToken(model)
     run = new_run(settings, model, lora_config, len(examples), dtype, device, objective)
     collate, computed = run.collate, []
 
@@ -181,6 +181,7 @@ def train_minisft(
     log = read_metrics(Path(options.folder) / "metrics.jsonl")
     tokens = np.diff([0, *(row["tokens"] for row in log)])
     seconds = tokens / [row["tokens_per_second"] for row in log]
+    computed = np.reshape(computed, (len(log), -1)).sum(1)
     return {
         "seconds": seconds.tolist(),
         "tokens": tokens.tolist(),

@@ -77,18 +77,17 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
-        generator = None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    step = int(self.prepare(parameter)["step"]) + 1
-                    generator = generator or self._generator(parameter)
-                    self._update(parameter, step, group, generator)
+        pairs = [(group, matrix) for group in self.param_groups for matrix in group["params"]]
+        for number, (group, parameter) in enumerate(pairs):
+            if parameter.grad is not None:
+                step = int(self.prepare(parameter)["step"]) + 1
+                self._update(parameter, step, group, self._generator(parameter, number))
 
-    def _generator(self, parameter: Tensor) -> torch.Generator:
+    def _generator(self, parameter: Tensor, number: int) -> torch.Generator:
         """Draws the same numbers in every step. Ranks with the same weights draw the same ones."""
         rank = processes.rank() if processes.is_sharded(parameter) else 0
-        return torch.Generator(parameter.device).manual_seed((self.seed + rank) % 2**63)
+        seed = (self.seed + 1_000_003 * number + rank) % 2**63
+        return torch.Generator(parameter.device).manual_seed(seed)
 
     def _update(
         self, parameter: Tensor, step: int, group: dict[str, Any], generator: torch.Generator
@@ -177,15 +176,17 @@ def dequantize_rows(indices: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator, step: int) -> Tensor:
-    """float32 -> bfloat16, up or down at random; the expected value is the exact one.
+    """float32 -> bfloat16, up or down at random; over all seeds, the mean is the exact value.
 
     bfloat16 is the upper half of float32. A random lower half is added, and carries into the upper
     half with the probability that the lower half stands for.
 
     generator: must draw the same numbers in every step. The golden ratio times the step is added to
-    them, modulo 1. The numbers that a weight gets one after the other are then spread evenly, and
-    so are its ups and downs: with one update in ten steps to round up, one is rounded up in about
-    every ten steps. Rounding errors of independent numbers would add up to more.
+    them, modulo 1, so that the numbers of a weight are spread evenly over its steps. A weight that
+    should move by a tenth of the distance to its neighbour in each step then moves in about every
+    tenth step. With independent numbers it might not move for thirty steps; their errors add up to
+    1.6 to 2.1 times as much in 200 steps of AdamW. (Only updates that repeat after 21, 34, 55, ...
+    steps, where the golden ratio comes back to its start, would be worse off.)
     """
     bits = values.contiguous().view(torch.int32)
     noise = torch.randint(

@@ -107,16 +107,17 @@ def test_with_float32_moments_it_is_torchs_adamw(shape):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_large_parameters_are_updated_in_pieces(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_parameters_are_updated_in_pieces(dtype, monkeypatch):
     """The bits do not depend on the size of a piece."""
     results = []
     for piece in (2**20, 700):
         monkeypatch.setattr("minisft.training.low_memory_adamw.PIECE_ON_CPU", piece)
         torch.manual_seed(0)
-        parameter = torch.nn.Parameter(torch.randn(11, 300))
+        parameter = torch.nn.Parameter(torch.randn(11, 300).to(dtype))
         optimizer = optimizer_of(parameter, eight_bit=True)
         for _ in range(3):
-            parameter.grad = torch.randn(11, 300)
+            parameter.grad = torch.randn(11, 300).to(dtype)
             optimizer.step()
         results.append([parameter.detach(), *optimizer.state[parameter].values()])
     assert all(map(torch.equal, *results))
@@ -195,23 +196,48 @@ def test_stochastic_rounding_is_unbiased_and_repeats(step):
 
 @pytest.mark.parametrize("signal", [0.0, 1.0], ids=["noise", "gradients that agree"])
 def test_rounding_errors_of_consecutive_steps_cancel(signal):
-    """The error after 200 steps of Adam, beside that of independent random numbers."""
-    start = (torch.randn(20_000, generator=torch.manual_seed(0)) * 0.05).bfloat16()
+    """The error after 200 steps of Adam, beside that of independent random numbers.
+
+    It stays so if another parameter has no gradient in some steps.
+    """
+    torch.manual_seed(0)
+    start = (torch.randn(20_000) * 0.05).bfloat16()
     weights = {kind: torch.nn.Parameter(start.clone()) for kind in ("spread", "independent")}
     weights["exact"] = torch.nn.Parameter(start.float())
-    optimizers = {kind: optimizer_of(weight, False) for kind, weight in weights.items()}
+    other = torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
+    groups = lambda weight: [{"params": [other, weight], "weight_decay": DECAY}]  # noqa: E731
+    optimizers = {
+        kind: LowMemoryAdamW(groups(weight), RATE, (0.9, 0.999), 1e-8, eight_bit=False, seed=1)
+        for kind, weight in weights.items()
+    }
     independent = torch.Generator().manual_seed(1)
     optimizers["independent"].to_bfloat16 = lambda values, _, step: round_stochastically(
         values, independent, step
     )
     for step in range(200):
         gradient = (signal * math.exp(-step / 60) + torch.randn(20_000)).bfloat16()
+        other.grad = torch.ones_like(other) if step % 3 else None
         for kind, weight in weights.items():
             optimizers[kind].param_groups[0]["lr"] = 5e-5 * (1 + math.cos(math.pi * step / 200))
             weight.grad = gradient.to(weight.dtype)
             optimizers[kind].step()
     error = {kind: (weight - weights["exact"]).square().mean() for kind, weight in weights.items()}
     assert error["spread"] < 0.5 * error["independent"]
+
+
+def test_ranks_draw_other_numbers_only_for_other_rows(monkeypatch):
+    """With DDP all ranks must round alike; with FSDP the rows of a rank are its own."""
+    weight = torch.nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16))
+    optimizer, drawn = optimizer_of(weight, False), {}
+    for rank in (0, 1):
+        for is_sharded in (False, True):
+            monkeypatch.setattr("minisft.common.processes.rank", lambda rank=rank: rank)
+            monkeypatch.setattr(
+                "minisft.common.processes.is_sharded", lambda _, answer=is_sharded: answer
+            )
+            generator = optimizer._generator(weight, number=0)
+            drawn[is_sharded, rank] = torch.rand(1, generator=generator).item()
+    assert drawn[False, 0] == drawn[False, 1] == drawn[True, 0] != drawn[True, 1]
 
 
 def test_small_updates_of_bfloat16_weights_add_up():
