@@ -39,7 +39,7 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import ROOT, reason_of  # noqa: E402
-from bench.results import Line  # noqa: E402
+from bench.results import PACKAGES, Line  # noqa: E402
 
 StageProcess = subprocess.Popen[str]
 
@@ -322,7 +322,7 @@ def main() -> None:
 def installed_versions() -> dict[str, str | None]:
     """{package: version} of minisft's peers and torch; nothing is imported."""
     versions: dict[str, str | None] = {}
-    for name in ("torch", "transformers", "peft", "scikit-learn", "lm_eval", "xllamacpp"):
+    for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

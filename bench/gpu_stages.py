@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,23 +86,23 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
             return train.parse_options(words)
 
         checked: dict[str, Any] = {}
-        best = side_options("best")
-        peers, reason = [], None
+        peers, reason = {}, None
         for attention in peer_attentions(bench):
-            call = partial(train_peer, best, model, shape, rows, attention, checked)
-            peer, reason = attempt(call)
-            peers += [(*peer, attention)] if peer else []
-        peer_speed, peer_peak, _, attention = max(peers, default=(None, None, None, None))
+            arguments = side_options("best"), model, shape, rows, attention, checked
+            peer, reason = attempt(partial(train_peer, *arguments))
+            peers |= {attention: peer} if peer else {}
+        attention = max(peers, key=lambda name: peers[name][0], default="")
+        peer_speed, peer_peak, _ = peers.get(attention, (None, None, None))
         peer_name = "Trainer" if is_full else "Trainer + peft"
         peer_name += f" ({attention})" if attention else ""
-        lora_config, num_weights = None, count_parameters(model)
+        peak_share = share_of_peak(bench, model, is_full)
+        lora_config = None
         if is_full:
             model.requires_grad_(True)
         else:
             lora_config = LoraConfig()
             add_lora(model, lora_config)
         per_token = training_operations(model, length)
-        factor = 6 if is_full else 4
         variants = {"padded": side_options("minisft"), "packed": side_options("packed")}
         if not is_full:
             variants["packed, compiled"] = side_options("packed", compile=True)
@@ -114,11 +114,7 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
                 yield {"name": name, "failed": failure}
                 continue
             speed, peak, padding = result
-            more: Line = {}
-            if PEAK in bench.limits:
-                # As others count: without attention, the adapter and what the embedding saves.
-                more["share_of_peak"] = speed * factor * num_weights / bench.limits[PEAK]
-                more["counted"] = f"{factor}N"
+            more = peak_share(speed)
             if variant == "packed":
                 arguments = side_options("packed"), model, lora_config, rows
                 more["waits"], more["waits_failed"] = attempt(partial(waits_of_a_step, *arguments))
@@ -137,6 +133,24 @@ def training(bench: Bench, size: str, finetuning_type: str) -> Iterator[Line]:
                 **more,
                 **bench.share(speed * per_token, MATMUL),
             )
+
+
+def share_of_peak(bench: Bench, model: CausalLM, is_full: bool) -> Callable[[float], Line]:
+    """Tokens per second -> {"share_of_peak", "counted"}; empty if the card is not known.
+
+    Counted as others do: 4 or 6 operations for each of the N parameters of the model, embedding
+    included, attention and the adapter not.
+    """
+    factor, num_parameters = 6 if is_full else 4, count_parameters(model)
+
+    def share(speed: float) -> Line:
+        """The share at this speed."""
+        if PEAK not in bench.limits:
+            return {}
+        counted = speed * factor * num_parameters
+        return {"share_of_peak": counted / bench.limits[PEAK], "counted": f"{factor}N"}
+
+    return share
 
 
 def low_memory_training(bench: Bench, size: str) -> Iterator[Line]:

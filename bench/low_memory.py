@@ -1,7 +1,8 @@
 """What do moments in 8 bits and weights in bfloat16 cost? The held-out loss of full fine-tuning.
 
     python bench/low_memory.py --write_docs       # SmolLM2; the table of docs/training.md
-    python bench/low_memory.py --model_name_or_path examples/base --output_dir runs/small
+    python bench/low_memory.py --dataset train.json --eval_dataset heldout.json --batch_size 2 \\
+        --seeds 1 --output_dir runs/instructions --table low_memory_instructions --write_docs
 
 With a seed, every run trains the same rows in the same order with the same learning rate, and
 computes in bfloat16. They differ in weights and moments. Two kinds are not offered by train.py:
@@ -32,6 +33,7 @@ import train as train_script  # noqa: E402
 from bench.measure import flags, output_of  # noqa: E402
 from bench.tables import update  # noqa: E402
 from minisft.common.metric_lines import read_metrics  # noqa: E402
+from minisft.common.words import counted  # noqa: E402
 from minisft.training.build import trained_parameters  # noqa: E402
 from minisft.training.low_memory_adamw import LowMemoryAdamW  # noqa: E402
 from minisft.training.optimizer import build_optimizer  # noqa: E402
@@ -69,7 +71,7 @@ def main() -> None:
         print(*row, sep=" | ", flush=True)
         note = (
             f"{Path(model).stem}, {options.max_steps} steps of {options.batch_size} rows, "
-            f"{options.seeds} seeds (their mean), torch {torch.__version__}."
+            f"{counted(options.seeds, 'seed')}, torch {torch.__version__}."
         )
         if options.write_docs:
             update("training.md", options.table, HEAD, [row], order=RUNS, note=note)

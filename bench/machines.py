@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import tables  # noqa: E402
+from bench.results import PACKAGES  # noqa: E402
 
 MACHINES = "AMX", "AVX-512", "AVX2", "H100", "H200"
 HEAD = ["what", "minisft", "compared with", "ratio", "share of the limit"]
@@ -29,9 +30,7 @@ def write_table(results: dict[str, Any]) -> None:
     if results["dry_run"] or kind is None:
         raise SystemExit(f"no table for {name}: measure on one of {', '.join(MACHINES)}")
     versions = ", ".join(
-        f"{package} {results[package]}"
-        for package in ("torch", "transformers", "peft", "scikit-learn", "lm_eval", "xllamacpp")
-        if results.get(package)
+        f"{package} {results[package]}" for package in PACKAGES if results.get(package)
     )
     rows = [row_of(line) for line in measured if line["unit"] != "passed"]
     # Lines of another machine must not stay under the name of this one.

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+# torch, and the peers whose versions stand above a table.
+PACKAGES = "torch", "transformers", "peft", "scikit-learn", "lm_eval", "xllamacpp"
 
 
 def add_results_option(parser: ArgumentParser) -> None:

@@ -179,22 +179,23 @@ def train_minisft(
     train(run, Batches(examples, already_encoded))
     run.progress.close()
     log = read_metrics(Path(options.folder) / "metrics.jsonl")
-    tokens = np.diff([0, *(row["tokens"] for row in log)])
-    seconds = tokens / [row["tokens_per_second"] for row in log]
-    computed = np.reshape(computed, (len(log), -1)).sum(1)
+    logged = np.diff([0, *(row["tokens"] for row in log)])
+    seconds = logged / [row["tokens_per_second"] for row in log]
+    # The first step is logged, too: an epoch can have several lines.
+    is_second = np.array([row["step"] > steps_per_epoch(options, len(rows)) for row in log])
+    tokens = np.array([logged[~is_second].sum(), logged[is_second].sum()])
     return {
-        "seconds": seconds.tolist(),
+        "seconds": [seconds[~is_second].sum(), seconds[is_second].sum()],
         "tokens": tokens.tolist(),
-        "padding": (computed - tokens).tolist(),
+        "padding": (np.reshape(computed, (2, -1)).sum(1) - tokens).tolist(),
         "peak": peak_memory(device),
     }
 
 
 def second_epoch(result: Result) -> tuple[float, int, float]:
     """(tokens per second, peak memory in bytes, share of padding) without the first epoch."""
-    warm = len(result["tokens"]) // 2
-    tokens, padding = (sum(result[name][warm:]) for name in ("tokens", "padding"))
-    return tokens / sum(result["seconds"][warm:]), result["peak"], padding / (tokens + padding)
+    tokens, padding, seconds = (result[name][1] for name in ("tokens", "padding", "seconds"))
+    return tokens / seconds, result["peak"], padding / (tokens + padding)
 
 
 def train_side(options: Namespace) -> Result:

@@ -17,8 +17,8 @@ model that is sharded by rows (FSDP) has the same blocks. Norms and biases keep 
 
 `--pure_bf16` keeps weights and gradients in bfloat16. A weight has 8 significant bits there, and
 most updates are smaller than half of the last one: rounding to the nearest would drop them all.
-Stochastic rounding goes up or down at random, so that the expected value is exact. What is random
-depends on the seed, the step and, with FSDP, the rank, so a resumed run rounds in the same way.
+Stochastic rounding goes up or down at random, so that the expected value is exact. The random
+numbers follow from the seed, the step and, with FSDP, the rank, so a resumed run draws them again.
 """
 
 import math

@@ -27,6 +27,7 @@ from bench import (
     train,
 )
 from bench import results as bench_results
+from bench.shapes import random_model
 
 ALIKE = {"llama3-8b lora": "tinyllama lora", "scoring 8b": "scoring"}
 QUICK = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHON": sys.executable}
@@ -245,3 +246,16 @@ for name in {PRELOADED}:
     importlib.import_module(name)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_training_measures_the_second_epoch(tmp_path):
+    """Three steps each. train.py also logs the first step, which must not shift the epochs."""
+    words = ["--side", "minisft", "--folder", str(tmp_path), "--batch_size", "2"]
+    rows = train.synthetic_rows("tiny", [10, 12, 14, 16, 18, 20])
+    model = random_model("tiny", None, torch.float32, "cpu").requires_grad_(True)
+    options = train.parse_options([*words, "--finetuning_type", "full"])
+    result = train.train_minisft(options, model, None, rows)
+    assert result["tokens"] == [90, 90] and min(result["padding"]) >= 0
+    assert len(result["seconds"]) == 2 and min(result["seconds"]) > 0
+    speed, _, padding = train.second_epoch(result)
+    assert speed == 90 / result["seconds"][1] and 0 <= padding < 0.5
